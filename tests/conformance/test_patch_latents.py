@@ -1,0 +1,116 @@
+"""Stage 1 computes what the public release computes: latents, hidden states, prediction, losses, every gradient."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bifrost.recipes import Recipe
+from bifrost.trainer.models.backbone import text_positions
+from bifrost.trainer.models.weights import WeightFiles, fill, public_name
+from bifrost.trainer.stages.patch_latents import PatchLatentModel
+from safetensors.torch import load_file
+from transformers import Qwen2_5_VLConfig
+
+TOLERANCE = 1e-5
+
+
+class Case:
+    def __init__(self, path: Path) -> None:
+        config = json.loads(path.with_name(f"{path.name}.config.json").read_text())
+        self.weights = WeightFiles(path.with_name(f"{path.name}.weights.safetensors"))
+        self.data = load_file(path.with_name(f"{path.name}.case.safetensors"))
+        self.grid = config["grid"]
+        self.positions = config["positions"]
+        self.config = Qwen2_5_VLConfig(text_config=config["lm"], vision_config=config["vision"])
+
+    def model(self, loss_tokens: str) -> PatchLatentModel:
+        vision = self.config.vision_config
+        recipe = Recipe.model_validate(
+            {
+                "stage": "patch-latents",
+                "name": "conformance",
+                "steps": 1,
+                "global_batch": 1,
+                "micro_batch": 1,
+                "precision": "fp32",
+                "backbone": {"path": "unused"},
+                "branch": {"positions": self.positions, "loss_tokens": loss_tokens},
+                "data": {
+                    "shards": "unused",
+                    "image_size": self.grid * vision.patch_size * vision.spatial_merge_size,
+                },
+            }
+        )
+        model = PatchLatentModel(self.config, recipe)
+        model.load(self.weights)
+        fill({public_name(n): p for n, p in model.trainable().items()}, self.weights, self.weights.path)
+        return model
+
+    def latents(self, model: PatchLatentModel) -> torch.Tensor:
+        samples = len(self.data["input_ids"])
+        return model.backbone.latents_of_patches(self.data["pixel_patches"], samples, 2 * self.grid)
+
+    def hidden(self, model: PatchLatentModel) -> torch.Tensor:
+        prefix = model.backbone.prefix(self.data["input_ids"], self.data["text_mask"].bool())
+        return model.branch(self.data["patch_latents"], self.data["mask"].bool(), prefix)
+
+
+@pytest.fixture
+def case(patch_latent_case: Path) -> Case:
+    return Case(patch_latent_case)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(found, wanted.view_as(found), atol=TOLERANCE, rtol=0)
+
+
+def test_position_ids(case: Case) -> None:
+    model = case.model("all")
+    text = text_positions(case.data["text_mask"].bool())
+    image = model.branch.position_ids(case.data["text_mask"].sum(dim=1))
+    assert torch.equal(torch.cat((text.expand(3, -1, -1), image), dim=2), case.data["position_ids"])
+
+
+def test_patch_latents(case: Case) -> None:
+    close(case.latents(case.model("all")), case.data["patch_latents"])
+
+
+def test_hidden_states_and_prediction(case: Case) -> None:
+    model = case.model("all")
+    hidden = case.hidden(model)
+    close(hidden, case.data["hidden"])
+    close(model.head(hidden), case.data["prediction"])
+
+
+@pytest.mark.parametrize("loss_tokens", ["all", "masked"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
+def test_loss_and_every_gradient(case: Case, loss_tokens: str, checkpointing: bool) -> None:
+    model = case.model(loss_tokens)
+    model.branch.activation_checkpointing = checkpointing
+    mask = case.data["mask"].bool()
+    normalizer = float(mask.numel() if loss_tokens == "all" else mask.sum())
+    losses = model.losses(case.data["patch_latents"], case.hidden(model), mask, normalizer)
+    close(losses.loss, case.data[f"loss_{loss_tokens}"])
+    losses.loss.backward()
+    prefix = f"grad_{loss_tokens}."
+    wanted = {name.removeprefix(prefix): grad for name, grad in case.data.items() if name.startswith(prefix)}
+    found = {public_name(n).removeprefix("vision_language_model."): p.grad for n, p in model.trainable().items()}
+    assert found.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        assert found[name] is not None, name
+        close(found[name], grad)
+    assert all(p.grad is None for p in model.backbone.parameters())
+
+
+def test_the_text_branch_ignores_images_and_training(case: Case) -> None:
+    """Spec 1.3: no text activation depends on an image token or on a trainable weight."""
+    model = case.model("all")
+    ids, mask = case.data["input_ids"], case.data["text_mask"].bool()
+    before = model.backbone.prefix(ids, mask)
+    with torch.no_grad():
+        for parameter in model.trainable().values():
+            parameter.add_(torch.randn_like(parameter))
+    after = model.backbone.prefix(ids, mask)
+    assert all(torch.equal(a, b) for a, b in zip(before.keys, after.keys, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before.values, after.values, strict=True))

@@ -1,0 +1,5 @@
+"""The trainer's error for its users."""
+
+
+class RunError(ValueError):
+    """Bad input or state that the user can mend; the message is one line: what, where, what to do."""

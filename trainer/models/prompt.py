@@ -1,0 +1,72 @@
+"""Captions as token ids: the model's chat template around them, and a suffix that truncation never touches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..errors import RunError
+
+INSTRUCTION = "Generate an image of {caption}"
+IMAGE_START = "<|vision_start|>"
+_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder; RunError when its files or Qwen's markers are missing."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder}: no tokenizer can be read there; download the model's tokenizer files") from error
+    if tokenizer.convert_tokens_to_ids(IMAGE_START) in (None, tokenizer.unk_token_id):
+        raise RunError(f"{folder}: the tokenizer has no {IMAGE_START}; a Qwen2.5-VL tokenizer is needed")
+    return tokenizer
+
+
+class PromptTemplate:
+    """Turns captions into padded ids.
+
+    A prompt is the model's system turn, a user turn with the instruction, and an opened assistant turn that ends in
+    the image-start token. A prompt beyond `max_tokens` loses the end of its caption, never the closing of the user
+    turn and what follows it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        turn = [{"role": "user", "content": INSTRUCTION.format(caption=_MARK)}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str)
+        self.head, self.tail = (text + IMAGE_START).split(_MARK)
+        self.suffix: list[int] = tokenizer.encode(self.tail, add_special_tokens=False)
+        self.pad: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.suffix[0]
+        shortest = len(self.ids(""))
+        if shortest > max_tokens:
+            raise RunError(
+                f"branch.max_text_tokens is {max_tokens}, the empty prompt alone has {shortest} tokens: raise it"
+            )
+
+    def ids(self, caption: str) -> list[int]:
+        """Token ids of one prompt, at most `max_tokens`."""
+        # `head` and `tail` carry the template's own markers; a caption must not be able to close its turn.
+        caption = caption.replace("<|", "< |")
+        ids = self.tokenizer.encode(self.head + caption + self.tail, add_special_tokens=False)
+        if len(ids) > self.max_tokens:
+            ids = ids[: self.max_tokens - len(self.suffix)] + self.suffix
+        return ids
+
+    def batch(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """input_ids [B, T] padded on the right, and text_mask [B, T], True where a token is real."""
+        rows = [self.ids(caption) for caption in captions]
+        # Lengths in steps of eight keep the shapes, and so the allocator's blocks, few.
+        length = -(-max(map(len, rows)) // 8) * 8
+        ids = torch.full((len(rows), length), self.pad, dtype=torch.int64)
+        mask = torch.zeros((len(rows), length), dtype=torch.bool)
+        for row, values in enumerate(rows):
+            ids[row, : len(values)] = torch.tensor(values)
+            mask[row, : len(values)] = True
+        return ids, mask

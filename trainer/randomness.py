@@ -1,0 +1,41 @@
+"""Draws that depend on the sample and on nothing else: not on rank, world size, worker or the number of resumes.
+
+Every number is a hash of (seed, stream, epoch, sample, lane) by SplitMix64's finaliser (Steele, Lea, Flood 2014).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+
+class Stream(IntEnum):
+    """What a number is drawn for; one stream never reads another's numbers."""
+
+    MASK_RATE = 1
+    MASK_ORDER = 2
+    CAPTION_DROPOUT = 3
+
+
+def uniform(seed: int, stream: Stream, epoch: IntArray, index: IntArray, lanes: int) -> npt.NDArray[np.float64]:
+    """Uniform numbers in (0, 1) for samples `index` [B] of epochs `epoch` [B]: [B, lanes], 53 random bits each."""
+    with np.errstate(over="ignore"):
+        state = _mix(np.uint64(seed) + np.uint64(stream) * _GOLDEN)
+        state = _mix(state ^ (epoch.astype(np.uint64) * _GOLDEN))
+        state = _mix(state ^ (index.astype(np.uint64) * _GOLDEN))
+        bits = _mix(state[:, None] + np.arange(1, lanes + 1, dtype=np.uint64) * _GOLDEN)
+    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(value: npt.NDArray[np.uint64] | np.uint64) -> npt.NDArray[np.uint64]:
+    value = np.asarray(value, dtype=np.uint64)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))

@@ -1,0 +1,149 @@
+"""Stage 1: predict the latents of masked patches from a caption and the patches left visible.
+
+Legend: B samples of a micro-batch, N patches, T text tokens, S image side in pixels, D latent width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig
+
+from ...kernels import PatchLatentHead
+from ...recipes import Recipe
+from ..errors import RunError
+from ..models import weights
+from ..models.backbone import FrozenBackbone
+from ..models.branch import GenerationBranch
+from ..models.masking import draw_masks, masked_counts
+from ..models.prompt import PromptTemplate
+from ..randomness import IntArray, Stream, uniform
+
+
+class Item(Protocol):
+    """What the data plane hands over: a decoded sample and its place in the plan."""
+
+    epoch: int
+    index: int
+    key: str
+    image: npt.NDArray[np.uint8]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of one micro-batch: `loss` [] to differentiate; sums over tokens for the report, [] each and detached."""
+
+    loss: Tensor
+    masked_sum: Tensor
+    masked_tokens: Tensor
+
+
+def grid_side(config: Qwen2_5_VLConfig, image_size: int) -> int:
+    """Patches along one side of a square image, after the tower's merger."""
+    vision = config.vision_config
+    unit = vision.patch_size * vision.spatial_merge_size
+    if image_size % unit:
+        below = image_size // unit * unit
+        raise RunError(
+            f"data.image_size {image_size} is not a multiple of {unit} (patch x merge): set {below or unit}"
+            f" or {below + unit}"
+        )
+    return image_size // unit
+
+
+class PatchLatentModel(nn.Module):
+    """Frozen backbone, generation branch and head. `load` fills the weights after construction."""
+
+    def __init__(self, config: Qwen2_5_VLConfig, recipe: Recipe) -> None:
+        super().__init__()
+        side = grid_side(config, recipe.data.image_size)
+        self.masked_only = recipe.branch.loss_tokens == "masked"
+        self.backbone = FrozenBackbone(config)
+        self.branch = GenerationBranch(
+            config.text_config, side, recipe.branch.positions, recipe.activation_checkpointing
+        )
+        self.head = PatchLatentHead(config.text_config.hidden_size)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of everything that trains."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def load(self, files: weights.WeightFiles) -> None:
+        """Fill the backbone from `files` and make the branch's layers and norm its text model's copies."""
+        for part in ("text", "vision"):
+            module = getattr(self.backbone, part)
+            parameters = dict(module.named_parameters())
+            names = weights.backbone_names(part, parameters, files)
+            weights.fill({names[name]: p for name, p in parameters.items()}, files, files.path)
+        weights.copy_slices(self.branch.layers, self.backbone.text.layers)
+        weights.copy_slices(self.branch.norm, self.backbone.text.norm)
+
+    def restore_rotary(self) -> None:
+        """Rotary tables in fp32, whatever the dtype the model was built in."""
+        self.backbone.restore_rotary()
+        self.branch.restore_rotary()
+
+    def forward(
+        self, images: Tensor, input_ids: Tensor, text_mask: Tensor, mask: Tensor, normalizer: float
+    ) -> Losses:
+        """Losses of images [B, 3, S, S] uint8 with prompts [B, T], hidden where mask [B, N] is True.
+
+        normalizer: tokens that the mean goes over; see `token_normalizer`.
+        """
+        latents = self.backbone.patch_latents(images)
+        prefix = self.backbone.prefix(input_ids, text_mask)
+        return self.losses(latents, self.branch(latents, mask, prefix), mask, normalizer)
+
+    def losses(self, latents: Tensor, hidden: Tensor, mask: Tensor, normalizer: float) -> Losses:
+        """Losses of hidden states [B, N, D] against latents [B, N, D]."""
+        weight = mask.float() if self.masked_only else torch.ones_like(mask, dtype=torch.float32)
+        loss, squares = self.head(hidden, latents, weight, normalizer)
+        return Losses(loss, (squares * mask.flatten()).sum(), mask.sum())
+
+
+class PatchLatentCollate:
+    """Items of a micro-batch -> tensors. Runs in the loader's workers; every draw depends on (seed, epoch, index)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, tokens: int) -> None:
+        self.template = PromptTemplate(tokenizer, recipe.branch.max_text_tokens)
+        self.recipe = recipe
+        self.tokens = tokens
+
+    def __call__(self, items: list[Item]) -> dict[str, Tensor]:
+        seed = self.recipe.seed
+        epoch = np.array([item.epoch for item in items], dtype=np.int64)
+        index = np.array([item.index for item in items], dtype=np.int64)
+        dropped = uniform(seed, Stream.CAPTION_DROPOUT, epoch, index, 1)[:, 0] < self.recipe.branch.caption_dropout
+        captions = ["" if drop else item.caption for drop, item in zip(dropped, items, strict=True)]
+        input_ids, text_mask = self.template.batch(captions)
+        mask = draw_masks(seed, epoch, index, hidden_counts(self.recipe, epoch, index, self.tokens), self.tokens)
+        images = np.stack([item.image for item in items]).transpose(0, 3, 1, 2)
+        return {
+            "images": torch.from_numpy(np.ascontiguousarray(images)),
+            "input_ids": input_ids,
+            "text_mask": text_mask,
+            "mask": torch.from_numpy(mask),
+        }
+
+
+def hidden_counts(recipe: Recipe, epoch: IntArray, index: IntArray, tokens: int) -> IntArray:
+    """Hidden patches of each sample [B] under the recipe's mask rate."""
+    return masked_counts(recipe.seed, epoch, index, tokens, **recipe.branch.mask_rate.model_dump())
+
+
+def token_normalizer(recipe: Recipe, epoch: IntArray, index: IntArray, tokens: int, passes: int) -> float:
+    """Tokens a backward pass must divide by, for the mean over the whole global batch.
+
+    epoch, index: [G] of the step's samples on all ranks; they are a function of the plan, so every rank knows the
+    count without asking. passes: ranks x accumulation, which the engine averages gradients over.
+    """
+    if recipe.branch.loss_tokens == "all":
+        return len(index) * tokens / passes
+    return float(hidden_counts(recipe, epoch, index, tokens).sum()) / passes
