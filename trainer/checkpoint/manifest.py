@@ -1,0 +1,66 @@
+"""The manifest: what a checkpoint consists of. It is written last, so a folder without one is no checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..errors import RunError
+from .durable import Entry, write_file
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+class Manifest(BaseModel):
+    """Content of `manifest.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = FORMAT
+    step: int
+    ranks: int
+    """Ranks that wrote it, each one file."""
+    time: float
+    """When it was written, in Unix seconds."""
+    slots: list[str]
+    """Kinds of values kept for each parameter, such as `master` and `exp_avg`."""
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of every parameter by name."""
+    files: dict[str, Entry]
+    """Size and hash of every other file in the folder."""
+
+    def encode(self) -> bytes:
+        """Readable JSON that ends with a hash of all that comes before it."""
+        body = self.model_dump(mode="json")
+        digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+        return (json.dumps({**body, "sha256": digest}, indent=1) + "\n").encode()
+
+    def write(self, folder: Path) -> None:
+        """Write it into `folder` and flush it. Raises OSError."""
+        write_file(folder / MANIFEST, [self.encode()])
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the checkpoint in `folder`. RunError, naming the file, when it is missing or damaged."""
+    path = folder / MANIFEST
+    where = f"{folder.name}/{MANIFEST}"
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"{where}: {'missing' if isinstance(error, FileNotFoundError) else error.strerror}") from error
+    try:
+        content = json.loads(raw)
+        content.pop("sha256")
+        if content["format"] != FORMAT:
+            raise RunError(f"{where}: format {content['format']}, this version reads format {FORMAT}")
+        manifest = Manifest.model_validate(content)
+    except (ValidationError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{where}: damaged, it is not a manifest") from error
+    if manifest.encode() != raw:  # the hash is part of the encoding
+        raise RunError(f"{where}: damaged, its content does not match its own sha256")
+    return manifest

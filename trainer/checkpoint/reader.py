@@ -1,0 +1,77 @@
+"""Reading one checkpoint: any range of any parameter, whatever the number of ranks that saved it."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ..errors import RunError
+from .layout import reads
+from .manifest import read_manifest
+
+STATE = "state.json"
+BUFFERS = "buffers.safetensors"
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file that `rank` writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+class CheckpointReader:
+    """A checkpoint folder, opened lazily. `Store.newest_verified` hands out those that are whole.
+
+    RunError when the folder has no sound manifest; other files are not checked here.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        self.step = self.manifest.step
+        self.ranks = self.manifest.ranks
+        self.slots = self.manifest.slots
+        self.shapes = self.manifest.shapes
+        self._files: dict[int, Any] = {}
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What the run stored beside its tensors: positions, counters, hash of the frozen base."""
+        return json.loads((self.folder / STATE).read_bytes())
+
+    def read(self, slot: str, name: str, lo: int, hi: int) -> torch.Tensor:
+        """Elements [lo, hi) of the flattened parameter: [hi - lo], fp32, on the CPU; only those bytes are read.
+
+        RunError for a slot or parameter that the checkpoint does not hold, IndexError for a range outside it.
+        """
+        if slot not in self.slots:
+            raise RunError(f"{self.folder} holds no {slot}, only {', '.join(self.slots)}")
+        if name not in self.shapes:
+            raise RunError(f"{self.folder} holds no parameter {name}: was it saved by another model or recipe?")
+        pieces = reads(math.prod(self.shapes[name]), lo, hi, self.ranks)
+        result = torch.empty(hi - lo)
+        for piece in pieces:
+            saved = self._file(piece.rank).get_slice(f"{slot}/{name}")
+            result[piece.at : piece.at + piece.stop - piece.start] = saved[piece.start : piece.stop]
+        return result
+
+    def full(self, slot: str, name: str) -> torch.Tensor:
+        """The whole parameter in its shape, fp32, on the CPU."""
+        shape = self.shapes[name]
+        return self.read(slot, name, 0, math.prod(shape)).view(shape)
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Saved buffers by name, on the CPU."""
+        path = self.folder / BUFFERS
+        return load_file(path) if BUFFERS in self.manifest.files else {}
+
+    def _file(self, rank: int) -> Any:
+        if rank not in self._files:
+            self._files[rank] = safe_open(self.folder / rank_file(rank), framework="pt")
+        return self._files[rank]

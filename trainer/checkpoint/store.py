@@ -1,0 +1,253 @@
+"""The checkpoints of a run: written so that a kill at any moment leaves a whole one, verified before they are used."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import time
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+
+from ..errors import RunError
+from .durable import Entry, hash_file, safetensors_parts, sync_folder, write_file
+from .layout import local_range
+from .manifest import Manifest, read_manifest
+from .reader import BUFFERS, STATE, CheckpointReader, rank_file
+
+log = logging.getLogger(__name__)
+
+Gather = Callable[[object], list[Any]]
+"""All-gather of a Python object: every rank passes one and gets those of all ranks, in rank order."""
+
+
+def alone(value: object) -> list[Any]:
+    """The gather of a single rank."""
+    return [value]
+
+
+class Store:
+    """Checkpoints in `folder` (`RUN/checkpoints`), one folder a step: `step-00000200/`.
+
+    Opening a store touches nothing. Folders whose name starts with a dot are saves and removals under way, or what a
+    killed process left of them.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.root = Path(folder)
+        self._sound: set[int] = set()  # steps that this process wrote, or verified in full
+
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of `step` lies or would lie."""
+        return self.root / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps that have a folder, oldest first; whether each can be used is for `verify` to say."""
+        if not self.root.is_dir():
+            return []
+        matches = (re.fullmatch(r"step-(\d{8,})", path.name) for path in self.root.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def save(
+        self,
+        step: int,
+        rank: int,
+        ranks: int,
+        slots: Mapping[str, Mapping[str, torch.Tensor]],
+        shapes: Mapping[str, tuple[int, ...]],
+        state: Mapping[str, Any],
+        buffers: Mapping[str, torch.Tensor],
+        gather: Gather = alone,
+    ) -> None:
+        """Write the checkpoint of `step`; every rank calls it and all leave together.
+
+        `slots[slot][name]` is this rank's slice of that parameter: 1-D fp32, without padding, possibly empty.
+        `shapes` are the whole parameters' shapes. `state` (JSON) and `buffers` are taken from rank 0.
+        A checkpoint of that step that verifies is kept as it is; one that does not is replaced.
+        Raises the same RunError on all ranks when one of them could not write; nothing of the save stays.
+        """
+        present = _agreed(lambda: self._prepare(step) if rank == 0 else None, "prepare", rank, gather)[0]
+        if present and not self._problems(step, rank, ranks, gather):
+            return
+        partial = self.root / f".{self.folder(step).name}.partial"
+        try:
+            written = _agreed(lambda: _write_slices(partial, rank, ranks, slots, shapes), "write", rank, gather)
+
+            def commit() -> None:
+                files = dict(written)
+                files[STATE] = write_file(partial / STATE, [json.dumps(state, indent=1).encode()])
+                if buffers:
+                    files[BUFFERS] = write_file(partial / BUFFERS, [safetensors_bytes(_on_cpu(buffers))])
+                manifest = Manifest(
+                    step=step, ranks=ranks, time=time.time(), slots=list(slots), shapes=dict(shapes), files=files
+                )
+                self._commit(partial, manifest)
+
+            _agreed(lambda: commit() if rank == 0 else None, "commit", rank, gather)
+        except RunError:
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self._sound.add(step)
+
+    def verify(self, step: int, share: tuple[int, int] = (0, 1)) -> list[str]:
+        """What is wrong with the checkpoint of `step`, each naming a file; empty when it is whole.
+
+        `share` (rank, ranks) checks every `ranks`-th file only, so that ranks divide the hashing among them.
+        """
+        folder = self.folder(step)
+        try:
+            manifest = read_manifest(folder)
+        except RunError as error:
+            return [str(error)]
+        problems = [f"{folder.name}/manifest.json: is of step {manifest.step}"] if manifest.step != step else []
+        for name, entry in sorted(manifest.files.items())[share[0] :: share[1]]:
+            problem = _file_problem(folder / name, entry, content=True)
+            if problem:
+                problems.append(f"{folder.name}/{name}: {problem}")
+        if share[1] == 1 and not problems:
+            self._sound.add(step)
+        return problems
+
+    def newest_verified(
+        self, skip: Collection[int] = (), rank: int = 0, ranks: int = 1, gather: Gather = alone
+    ) -> CheckpointReader | None:
+        """The newest checkpoint that is whole, `skip` left out; None when there is none.
+
+        Each refused one is logged with the file's name. With `gather` every rank calls it, the hashing is divided
+        among them, and all get the same one.
+        """
+        for step in reversed(gather(self.steps())[0]):
+            if step in skip:
+                continue
+            problems = self._problems(step, rank, ranks, gather)
+            if not problems:
+                return CheckpointReader(self.folder(step))
+            if rank == 0:
+                log.error("checkpoint of step %d refused: %s", step, "; ".join(problems))
+        return None
+
+    def prune(self, keep: int) -> list[int]:
+        """Remove all but the newest `keep` checkpoints, for rank 0 alone; returns the removed steps.
+
+        While none of those kept is whole, the newest older one that is whole stays too. A removal that fails is
+        logged, not raised.
+        """
+        steps = self.steps()
+        kept, old = steps[-keep:], steps[:-keep]
+        if old and not any(self._is_sound(step) for step in reversed(kept)):
+            spared = next((step for step in reversed(old) if self._is_sound(step)), None)
+            old = [step for step in old if step != spared]
+        removed = []
+        for step in old:
+            try:
+                self._remove(step)
+            except OSError as error:
+                log.warning("checkpoint of step %d could not be removed: %s", step, error)
+            else:
+                removed.append(step)
+        return removed
+
+    def sweep(self) -> None:
+        """Remove what killed saves and removals left, for rank 0 of the run that owns the folder. Raises OSError."""
+        for path in self.root.glob(".step-*"):
+            shutil.rmtree(path)
+
+    def _prepare(self, step: int) -> bool:
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.sweep()
+        return self.folder(step).is_dir()
+
+    def _commit(self, partial: Path, manifest: Manifest) -> None:
+        for name, entry in manifest.files.items():
+            problem = _file_problem(partial / name, entry, content=False)
+            if problem:
+                raise RunError(f"{name} as rank 0 sees it: {problem}; is {self.root} on a disk that all nodes share?")
+        manifest.write(partial)
+        sync_folder(partial)
+        if self.folder(manifest.step).is_dir():  # one that did not verify
+            self._remove(manifest.step)
+        partial.rename(self.folder(manifest.step))
+        sync_folder(self.root)
+
+    def _remove(self, step: int) -> None:
+        # Renamed first, in one move: a half-removed folder is never taken for a checkpoint.
+        aside = self.root / f".{self.folder(step).name}.removed"
+        self.folder(step).rename(aside)
+        self._sound.discard(step)
+        sync_folder(self.root)
+        shutil.rmtree(aside)
+
+    def _is_sound(self, step: int) -> bool:
+        return step in self._sound or not self.verify(step)
+
+    def _problems(self, step: int, rank: int, ranks: int, gather: Gather) -> list[str]:
+        shares = gather(self.verify(step, (rank, ranks)))
+        return list(dict.fromkeys(problem for share in shares for problem in share))
+
+
+def _write_slices(
+    folder: Path,
+    rank: int,
+    ranks: int,
+    slots: Mapping[str, Mapping[str, torch.Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[str, Entry]:
+    tensors = {}
+    for slot, slices in slots.items():
+        if slices.keys() != shapes.keys():
+            odd = sorted(slices.keys() ^ shapes.keys())
+            raise RunError(f"slot {slot} and the shapes do not name the same parameters: {', '.join(odd[:5])}")
+        for name, tensor in slices.items():
+            lo, hi = local_range(torch.Size(shapes[name]).numel(), rank, ranks)
+            if tensor.numel() != hi - lo:
+                raise RunError(f"{slot}/{name} has {tensor.numel()} elements, its slice has {hi - lo}")
+            tensors[f"{slot}/{name}"] = tensor
+    folder.mkdir(exist_ok=True)
+    name = rank_file(rank)
+    return name, write_file(folder / name, safetensors_parts(tensors))
+
+
+def _file_problem(path: Path, entry: Entry, content: bool) -> str | None:
+    """What is wrong with a file, or None; its bytes are read only when its size is right and `content` is set."""
+    try:
+        size = path.stat().st_size
+        if size < entry.size:
+            return f"truncated, {size} of {entry.size} bytes"
+        if size > entry.size:
+            return f"too long, {size} bytes where the manifest says {entry.size}"
+        if content and hash_file(path) != entry:
+            return "damaged, its content does not match the manifest's sha256"
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"unreadable, {error.strerror}"
+    return None
+
+
+def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _agreed(action: Callable[[], Any], verb: str, rank: int, gather: Gather) -> list[Any]:
+    """Run `action` on every rank and return all results; what one rank raises becomes the same RunError on all."""
+    result = failure = cause = None
+    try:
+        result = action()
+    except OSError as error:
+        remedy = "free disk space or mend the folder's permissions"
+        failure = f"rank {rank} could not {verb} the checkpoint: {error.filename}: {error.strerror}; {remedy}"
+        cause = error
+    except Exception as error:  # any other failure must reach the other ranks too, or they wait for this one
+        failure, cause = f"rank {rank} could not {verb} the checkpoint: {error}", error
+    outcomes = gather((result, failure))
+    failures = [failure for _, failure in outcomes if failure]
+    if failures:
+        also = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
+        raise RunError(failures[0] + also) from cause
+    return [result for result, _ in outcomes]
