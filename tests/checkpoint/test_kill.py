@@ -99,7 +99,9 @@ def boundaries(folder, prepare, work):
 def test_killed_save(tmp_path, save, assert_holds, ranks):
     found = []
     for _, place in boundaries(tmp_path, lambda p: save(p, 1, ranks=ranks), lambda p: save(p, 2, ranks=ranks)):
-        reader = Store(place).newest_verified()
+        store = Store(place)
+        assert all(store.verify(step) == [] for step in store.steps())  # what has its name is whole
+        reader = store.newest_verified()
         assert_holds(reader, reader.step)
         found.append(reader.step)
         assert save(place, 3, ranks=ranks) == [None] * ranks
