@@ -1,0 +1,53 @@
+"""Shards, their index, the sample plan, reading and batching, ingest and the demo set.
+
+Names are imported when first used: `bifrost.data.plan` stays free of torch, which `Loader` and `BadSamples` need.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from .errors import BadSample, DataError
+
+if TYPE_CHECKING:
+    from .plan import Located, Plan, rank_positions
+    from .reader import BadSamples, Batch, Item, Loader
+    from .shards import Dataset, RawSample, open_dataset
+    from .transforms import clean_caption, decode_image
+    from .write import index_shards, verify, write_shard
+
+_HOMES = {
+    "plan": ("Located", "Plan", "rank_positions"),
+    "reader": ("BadSamples", "Batch", "Item", "Loader"),
+    "shards": ("Dataset", "RawSample", "open_dataset"),
+    "transforms": ("clean_caption", "decode_image"),
+    "write": ("index_shards", "verify", "write_shard"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BadSample",
+    "BadSamples",
+    "Batch",
+    "DataError",
+    "Dataset",
+    "Item",
+    "Loader",
+    "Located",
+    "Plan",
+    "RawSample",
+    "clean_caption",
+    "decode_image",
+    "index_shards",
+    "open_dataset",
+    "rank_positions",
+    "verify",
+    "write_shard",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)

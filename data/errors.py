@@ -1,0 +1,19 @@
+"""The two errors of the data plane."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """Something the user can put right. The message is one line: what is wrong, where, what to do."""
+
+
+class BadSample(ValueError):
+    """One sample that cannot be used; a reader replaces it, an ingest sets it aside."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key = key
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"

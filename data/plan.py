@@ -1,0 +1,135 @@
+"""Which sample stands at which position of training, as a pure function of (seed, epoch, position).
+
+Positions run on for ever: position p lies in epoch p // n. In every epoch the shards are permuted, cut into groups of
+`block`, and the samples of one group are shuffled together; so every sample comes once an epoch, and reading stays
+within `block` shards at a time. Nothing depends on ranks or workers, so a resume is an integer.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import DataError
+
+CACHED_GROUPS = 4  # a batch touches one group, two at its border; an epoch's border adds as many
+
+
+class Located(NamedTuple):
+    """Planned samples, one entry a position, all int64 and of the positions' shape."""
+
+    epoch: np.ndarray
+    shard: np.ndarray
+    sample: np.ndarray
+    """Number within the shard."""
+    index: np.ndarray
+    """Number within the data set, 0 .. n - 1."""
+
+
+class _Epoch(NamedTuple):
+    shards: np.ndarray
+    """Shards in this epoch's order, [S]."""
+    starts: np.ndarray
+    """Position within the epoch at which each of them would start unshuffled, [S + 1]."""
+    groups: np.ndarray
+    """Position within the epoch at which each group starts, [groups + 1]."""
+
+
+class Plan:
+    """The order of all samples of a data set.
+
+    samples_per_shard: sample counts, [S]. seed: any int in 0 .. 2**64 - 1. block: shards shuffled together.
+    Costs O(S) an epoch and O(samples of the group) a group; no epoch-long permutation is ever held.
+    """
+
+    def __init__(self, samples_per_shard: Sequence[int] | np.ndarray, seed: int, block: int = 16) -> None:
+        self.samples_per_shard = np.asarray(samples_per_shard, dtype=np.int64)
+        self.seed = seed
+        self.block = block
+        if block < 1:
+            raise DataError(f"block is {block}; it counts the shards shuffled together, so set it to 1 or more")
+        if not 0 <= seed < 1 << 64:
+            raise DataError(f"seed is {seed}; set it between 0 and 2**64 - 1")
+        self.samples = int(self.samples_per_shard.sum())
+        if self.samples == 0:
+            raise DataError("the data set holds no samples; name shards that hold some")
+        self._offsets = np.concatenate([[0], np.cumsum(self.samples_per_shard)])
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Samples an epoch."""
+        return self.samples
+
+    def locate(self, positions: np.ndarray) -> Located:
+        """The samples at global `positions` (int64, any shape, >= 0)."""
+        positions = np.asarray(positions, dtype=np.int64)
+        epochs, rests = np.divmod(positions.ravel(), self.samples)
+        shards, samples = np.empty_like(rests), np.empty_like(rests)
+        for epoch in np.unique(epochs):
+            layout = self._epoch(int(epoch))
+            here = np.flatnonzero(epochs == epoch)
+            groups = np.searchsorted(layout.groups, rests[here], side="right") - 1
+            for group in np.unique(groups):
+                chosen = here[groups == group]
+                start = layout.groups[group]
+                shuffled = start + self._order(int(epoch), int(group))[rests[chosen] - start]
+                slot = np.searchsorted(layout.starts, shuffled, side="right") - 1
+                shards[chosen] = layout.shards[slot]
+                samples[chosen] = shuffled - layout.starts[slot]
+        index = self._offsets[shards] + samples
+        return Located(*(part.reshape(positions.shape) for part in (epochs, shards, samples, index)))
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        if epoch not in self._epochs:
+            shards = _permutation(len(self.samples_per_shard), self.seed, epoch, stream=0)
+            starts = np.concatenate([[0], np.cumsum(self.samples_per_shard[shards])])
+            groups = np.append(starts[:-1][:: self.block], starts[-1])
+            _remember(self._epochs, epoch, _Epoch(shards, starts, groups), 2)
+        return self._epochs[epoch]
+
+    def _order(self, epoch: int, group: int) -> np.ndarray:
+        """The shuffled order of one group's samples."""
+        key = (epoch, group)
+        if key not in self._orders:
+            bounds = self._epoch(epoch).groups
+            size = int(bounds[group + 1] - bounds[group])
+            _remember(self._orders, key, _permutation(size, self.seed, epoch, stream=group + 1), CACHED_GROUPS)
+        self._orders.move_to_end(key)
+        return self._orders[key]
+
+
+def _permutation(n: int, seed: int, epoch: int, stream: int) -> np.ndarray:
+    """A permutation of 0 .. n - 1 that belongs to (seed, epoch, stream).
+
+    Sorts raw Philox words: numpy promises that these never change, and does not for `Generator.permutation`.
+    """
+    key = np.array([seed, epoch], dtype=np.uint64)
+    counter = np.array([0, 0, 0, stream], dtype=np.uint64)  # the high word: streams never run into each other
+    return np.argsort(np.random.Philox(key=key, counter=counter).random_raw(n), kind="stable")
+
+
+def _remember(cache: OrderedDict, key: object, value: object, limit: int) -> None:
+    cache[key] = value
+    if len(cache) > limit:
+        cache.popitem(last=False)
+
+
+def rank_positions(step: int, rank: int, ranks: int, global_batch: int, micro_batch: int) -> np.ndarray:
+    """Global positions that `rank` of `ranks` trains on in `step`, int64 [accumulation, micro_batch].
+
+    Step k covers k * global_batch + [0, global_batch) whatever the number of ranks; row m of a rank is the m-th
+    micro-batch.
+    """
+    if not 0 <= rank < ranks:
+        raise DataError(f"rank {rank} is outside 0 .. {ranks - 1}; ranks are counted from 0")
+    if global_batch % (ranks * micro_batch):
+        raise DataError(
+            f"global_batch {global_batch} does not divide by {ranks} ranks x micro_batch {micro_batch}:"
+            " change global_batch or micro_batch"
+        )
+    rows = np.arange(global_batch // (ranks * micro_batch), dtype=np.int64) * ranks + rank
+    return step * global_batch + rows[:, None] * micro_batch + np.arange(micro_batch, dtype=np.int64)

@@ -1,0 +1,49 @@
+"""Child processes that never outlive their parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import TypeVar
+
+from .errors import DataError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent goes, even by SIGKILL (Linux; elsewhere nothing happens)."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() == 1:  # it went before the call above; a container's own pid 1 starts no such process
+            os._exit(1)
+
+
+def _start() -> None:
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+
+
+def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], processes: int | None) -> Iterator[Result]:
+    """Results of `work` over `tasks`, as they are ready, from that many processes (None: one a usable core).
+
+    Leaving the loop early, by an error or Ctrl-C, ends the processes. DataError when one of them dies.
+    """
+    count = processes or len(os.sched_getaffinity(0)) if sys.platform == "linux" else processes or os.cpu_count() or 1
+    pool = ProcessPoolExecutor(count, mp_context=get_context(START_METHOD), initializer=_start)
+    try:
+        for future in as_completed([pool.submit(work, task) for task in tasks]):
+            yield future.result()
+    except BrokenProcessPool:
+        raise DataError("a worker process died (out of memory?); run the same command again, it goes on") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,248 @@
+"""Micro-batches in the plan's order, read and decoded ahead by worker processes."""
+
+from __future__ import annotations
+
+import atexit
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from .errors import BadSample, DataError
+from .plan import Plan, rank_positions
+from .processes import START_METHOD, die_with_parent
+from .shards import Dataset
+from .transforms import decode_image
+
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample, decoded."""
+
+    epoch: int
+    index: int
+    """Number within the data set. Epoch and index are the planned sample's, so draws keyed on them stay put."""
+    key: str
+    """Key, image and caption are the sample's that was read: the planned one or its replacement."""
+    image: np.ndarray
+    """uint8 [H, W, 3]."""
+    caption: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank."""
+
+    arrays: dict[str, torch.Tensor]
+    """What the collate function made."""
+    keys: list[str]
+    replaced: list[tuple[str, str]]
+    """Key and reason of every planned sample that could not be used and gave way to a neighbour."""
+
+    def pin_memory(self) -> Batch:
+        return Batch({name: array.pin_memory() for name, array in self.arrays.items()}, self.keys, self.replaced)
+
+
+Collate = Callable[[list[Item]], dict[str, torch.Tensor]]
+
+
+class Loader:
+    """Iterates over one rank's micro-batches of steps `start_step` .. `stop_step` - 1, in order.
+
+    collate: picklable, list of `micro_batch` items -> tensors; runs in the workers. The sequence depends on the data
+    set, the plan and the batch sizes alone, never on `workers` (0 reads in the calling process) or `prefetch`
+    (micro-batches each worker prepares). Every `iter` starts again at `start_step`.
+    Raises DataError when a shard cannot be read or a worker dies.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        plan: Plan,
+        collate: Collate,
+        *,
+        image_size: int,
+        rank: int,
+        ranks: int,
+        global_batch: int,
+        micro_batch: int,
+        start_step: int = 0,
+        stop_step: int,
+        workers: int = 0,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        if not np.array_equal(plan.samples_per_shard, dataset.samples_per_shard):
+            raise DataError("the plan was made for other shards; make it from dataset.samples_per_shard")
+        dataset.max_open = max(dataset.max_open, 2 * plan.block)  # a group and the next, or every read opens a shard
+        accumulation = len(rank_positions(0, rank, ranks, global_batch, micro_batch))
+        self.rank = rank
+        self._micro_batches = range(start_step * accumulation, stop_step * accumulation)
+        self._loader = DataLoader(
+            _MicroBatches(dataset, plan, collate, image_size, (rank, ranks, global_batch, micro_batch), accumulation),
+            batch_size=None,
+            sampler=self._micro_batches,
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=pin_memory,
+            prefetch_factor=prefetch if workers else None,
+            worker_init_fn=_start_worker,
+            multiprocessing_context=START_METHOD if workers else None,
+            generator=torch.Generator(),  # else every start of workers draws from the caller's random state
+        )
+        self._running = None
+
+    def __len__(self) -> int:
+        """Micro-batches."""
+        return len(self._micro_batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        # Slurm signals every process of a job. Workers are born with the stop signals blocked, so that there is no
+        # moment at which one can hit them; whether to stop is the main process's decision.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            self._running = iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        atexit.register(self.close)
+        try:
+            yield from self._batches(self._running)
+        finally:
+            self.close()
+
+    def _batches(self, running: Iterator[Batch | DataError]) -> Iterator[Batch]:
+        while True:
+            try:
+                batch = next(running)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                first = str(error).partition("\n")[0].rstrip(". ")
+                raise DataError(f"rank {self.rank}: {first}; look for out-of-memory kills, or lower workers") from error
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+    def close(self) -> None:
+        """End the workers, also those that no longer answer. The loader can be iterated again."""
+        running, self._running = self._running, None
+        atexit.unregister(self.close)
+        for worker in _end(running):
+            worker.kill()  # terminate() would be ignored
+            worker.join()
+
+
+def _end(running: object) -> list:
+    """Ask a DataLoader iterator's workers to leave; returns those that have not within torch's grace time."""
+    workers = getattr(running, "_workers", [])
+    if workers:
+        running._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+    return [worker for worker in workers if worker.is_alive()]
+
+
+def _start_worker(worker: int) -> None:
+    die_with_parent()
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class _MicroBatches(TorchDataset):
+    """Number of a rank's micro-batch, counted from step 0 -> `Batch`, or the DataError that prevents it."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        plan: Plan,
+        collate: Collate,
+        image_size: int,
+        share: tuple[int, int, int, int],
+        accumulation: int,
+    ) -> None:
+        self.dataset = dataset
+        self.plan = plan
+        self.collate = collate
+        self.image_size = image_size
+        self.share = share
+        self.accumulation = accumulation
+        self.bad: dict[tuple[int, int], BadSample] = {}
+
+    def __getitem__(self, number: int) -> Batch | DataError:
+        step, row = divmod(number, self.accumulation)
+        located = self.plan.locate(rank_positions(step, *self.share)[row])
+        items, replaced = [], []
+        try:
+            for epoch, shard, sample, index in zip(*(part.tolist() for part in located), strict=True):
+                key, image, caption = self._read(shard, sample, replaced)
+                items.append(Item(epoch, index, key, image, caption))
+        except DataError as error:
+            return error  # raised in a worker it would reach the caller wrapped in a traceback's text
+        return Batch(self.collate(items), [item.key for item in items], replaced)
+
+    def _read(self, shard: int, sample: int, replaced: list[tuple[str, str]]) -> tuple[str, np.ndarray, str]:
+        """The planned sample, or the first after it that reads: within its shard, wrapping, then in the next ones."""
+        planned = None
+        for candidate in self._candidates(shard, sample):
+            if candidate not in self.bad:
+                try:
+                    raw = self.dataset.read(*candidate)
+                    try:
+                        image = decode_image(raw.image, self.image_size)
+                    except ValueError as error:
+                        raise BadSample(raw.key, str(error)) from None
+                except BadSample as error:
+                    self.bad[candidate] = error
+                else:
+                    if planned:
+                        replaced.append((planned.key, planned.reason))
+                    return raw.key, image, raw.caption
+            planned = planned or self.bad[candidate]
+        raise DataError(f"no sample of the data set reads, the first: {planned}; run `bifrost data verify`")
+
+    def _candidates(self, shard: int, sample: int) -> Iterator[tuple[int, int]]:
+        counts = self.dataset.samples_per_shard
+        for here in chain(range(shard, len(counts)), range(shard)):
+            count, first = int(counts[here]), sample if here == shard else 0
+            yield from ((here, (first + k) % count) for k in range(count))
+
+
+class BadSamples:
+    """Counts samples that had to be replaced, and stops the run when they are too many.
+
+    max_bad_share: largest share of replaced samples; judged once `judged_after` samples were seen, since one bad
+    sample among the first ten says little.
+    """
+
+    judged_after = 100
+    listed = 10
+
+    def __init__(self, max_bad_share: float) -> None:
+        self.max_bad_share = max_bad_share
+        self.bad = 0
+        self.seen = 0
+        self._first: list[tuple[str, str]] = []
+
+    def add(self, replaced: list[tuple[str, str]], seen: int) -> None:
+        """Count `seen` samples, `replaced` among them. Raises DataError with their keys when the share is too large."""
+        self.bad += len(replaced)
+        self.seen += seen
+        self._first += replaced[: self.listed - len(self._first)]
+        if self.seen >= self.judged_after and self.bad > self.max_bad_share * self.seen:
+            names = ", ".join(f"{key} ({reason})" for key, reason in self._first)
+            more = f" and {self.bad - len(self._first)} more" if self.bad > len(self._first) else ""
+            raise DataError(
+                f"{self.bad} of {self.seen} samples were unreadable, above data.max_bad_share {self.max_bad_share}:"
+                f" {names}{more}; run `bifrost data verify`, or raise the share"
+            )
