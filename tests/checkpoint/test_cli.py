@@ -1,0 +1,73 @@
+import re
+
+import pytest
+from bifrost.trainer.checkpoint.cli import app
+from bifrost.trainer.errors import RunError
+from typer.testing import CliRunner
+
+
+@pytest.fixture
+def run_folder(tmp_path, save):
+    for step in (100, 200):
+        save(tmp_path / "checkpoints", step, ranks=2)
+    return tmp_path
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def damage(run_folder):
+    (run_folder / "checkpoints" / "step-00000200" / "rank-00001.safetensors").write_bytes(b"")
+
+
+def test_list(run_folder):
+    damage(run_folder)
+    (run_folder / "checkpoints" / "step-00000300").mkdir()
+    result = invoke("list", run_folder)
+    assert result.exit_code == 0
+    rows = [re.findall(r"[^\s│]+", line) for line in result.output.splitlines() if "00 " in line]
+    assert [(row[0], row[-1]) for row in rows] == [("100", "yes"), ("200", "no"), ("300", "no")]
+    assert rows[0][-2] == "KiB"
+    assert "step-00000200/rank-00001.safetensors: truncated" in result.output
+    assert "step-00000300/manifest.json: missing" in result.output
+
+
+def test_verify(run_folder):
+    result = invoke("verify", run_folder)
+    assert result.exit_code == 0
+    assert result.output.splitlines() == ["step-00000100: verified", "step-00000200: verified"]
+    damage(run_folder)
+    result = invoke("verify", run_folder)
+    assert result.exit_code == 1
+    assert "step-00000200/rank-00001.safetensors: truncated, 0 of" in result.output
+    assert invoke("verify", run_folder, "--step", 100).exit_code == 0
+    assert invoke("verify", run_folder, "--step", 200).exit_code == 1
+
+
+def test_show(run_folder):
+    result = invoke("show", run_folder)
+    assert result.exit_code == 0
+    for text in (
+        "step-00000200",
+        "saved by 2 ranks",
+        "master, exp_avg",
+        "seed",
+        "layer.weight",
+        "5 x 3",
+        "scalar",
+        "19",
+    ):
+        assert text in result.output
+    assert "step-00000100" in invoke("show", run_folder, "--step", 100).output
+
+
+def test_wrong_folder_and_step(run_folder, tmp_path):
+    for args, text in [
+        (("list", tmp_path / "none"), "none/checkpoints does not exist: give a run's folder"),
+        (("verify", run_folder, "--step", 7), "no checkpoint of step 7; it holds 100, 200"),
+        (("show", run_folder, "--step", 7), "no checkpoint of step 7; it holds 100, 200"),
+    ]:
+        error = invoke(*args).exception
+        assert isinstance(error, RunError)
+        assert text in str(error)

@@ -1,0 +1,114 @@
+"""`bifrost checkpoint`: list, verify and show the checkpoints of a run."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import RunError
+from .manifest import Manifest, read_manifest
+from .reader import CheckpointReader
+from .store import Store
+
+app = typer.Typer(help="List, verify and show the checkpoints of a run.", no_args_is_help=True)
+console = Console()
+
+Run = Annotated[Path, typer.Argument(help="Run folder, such as runs/mllm-7b.", show_default=False)]
+Step = Annotated[int | None, typer.Option(help="Step of the checkpoint.", show_default=False)]
+
+
+@app.command("list")
+def list_checkpoints(run: Run) -> None:
+    """One line a checkpoint: step, time, ranks, size, and whether every file matches its hash."""
+    store = _store(run)
+    table = Table("step", "saved", "ranks", "size", "verified")
+    refused = []
+    for step in store.steps():
+        problems = _problems(store, step)
+        refused += problems
+        verdict = "no" if problems else "yes"
+        try:
+            manifest = read_manifest(store.folder(step))
+        except RunError:
+            table.add_row(str(step), "", "", "", verdict)
+        else:
+            saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.time))
+            table.add_row(str(step), saved, str(manifest.ranks), _size(manifest), verdict)
+    console.print(table)
+    for line in refused:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def verify(run: Run, step: Step = None) -> None:
+    """Read every file of one checkpoint, or of all, and compare it with its hash; exit code 1 names each bad file."""
+    store = _store(run)
+    bad = False
+    for each in store.steps() if step is None else [_existing(store, step)]:
+        problems = _problems(store, each)
+        bad = bad or bool(problems)
+        for line in problems or [f"{store.folder(each).name}: verified"]:
+            console.print(line, highlight=False, soft_wrap=True)
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(run: Run, step: Step = None) -> None:
+    """State, parameters and sizes of one checkpoint, the newest unless `--step` says which. Nothing is verified."""
+    store = _store(run)
+    steps = store.steps()
+    if step is None and not steps:
+        raise RunError(f"{store.root} holds no checkpoint yet")
+    reader = CheckpointReader(store.folder(_existing(store, steps[-1] if step is None else step)))
+    line = f"{reader.folder}: saved by {reader.ranks} ranks, {_size(reader.manifest)}, slots {', '.join(reader.slots)}"
+    console.print(line, highlight=False, soft_wrap=True)
+    state = Table("state", "value")
+    for key, value in reader.state.items():
+        state.add_row(key, str(value))
+    parameters = Table("parameter", "shape", "elements")
+    for name, shape in reader.shapes.items():
+        parameters.add_row(name, " x ".join(map(str, shape)) or "scalar", f"{math.prod(shape):,}")
+    parameters.add_section()
+    total = sum(math.prod(shape) for shape in reader.shapes.values())
+    parameters.add_row(f"{len(reader.shapes)} parameters", "", f"{total:,}")
+    console.print(state, parameters)
+
+
+def _store(run: Path) -> Store:
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        raise RunError(f"{folder} does not exist: give a run's folder, which holds recipe.yaml and checkpoints/")
+    return Store(folder)
+
+
+def _existing(store: Store, step: int) -> int:
+    if step not in store.steps():
+        held = ", ".join(map(str, store.steps())) or "none"
+        raise RunError(f"{store.root} holds no checkpoint of step {step}; it holds {held}")
+    return step
+
+
+def _problems(store: Store, step: int) -> list[str]:
+    """Like `store.verify`, one thread a CPU: hashing releases Python's lock."""
+    shares = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(shares) as pool:
+        found = pool.map(lambda share: store.verify(step, (share, shares)), range(shares))
+    return list(dict.fromkeys(problem for problems in found for problem in problems))
+
+
+def _size(manifest: Manifest) -> str:
+    size = float(sum(entry.size for entry in manifest.files.values()))
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
