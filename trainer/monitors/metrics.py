@@ -1,0 +1,112 @@
+"""The metrics file of a run: one JSON object a line, appended; the truth that trackers mirror."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """Appends to `metrics.jsonl`. No failure to write stops the run: the first one is logged, lines are lost until
+    the disk takes them again.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._failing = False
+        self._torn = True  # whether the file may end inside a line
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append `record` as a line, with the Unix time as `time` unless it has one.
+
+        The file is opened anew each time, so that a line is visible on other nodes once this returns.
+        """
+        line = json.dumps({"time": time.time(), **record}) + "\n"
+        try:
+            with open(self.path, "ab+") as file:
+                if self._torn and file.tell() and _last_byte(file) != b"\n":
+                    line = "\n" + line
+                self._torn = True
+                file.write(line.encode())
+        except OSError as error:
+            if not self._failing:
+                log.error("%s cannot be written, metric lines are lost: %s", self.path, error.strerror)
+            self._failing = True
+        else:
+            self._torn = self._failing = False
+
+    def rewind(self, step: int) -> int:
+        """Drop the metric lines after `step`, and what is no whole line; events stay. Returns the lines dropped.
+
+        For a resume, before the first `write`: the run will log those steps again. The file is replaced in one move.
+        Raises OSError.
+        """
+        if not self.path.exists():
+            return 0
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if _stays(line, step)]
+        if len(kept) < len(lines):
+            aside = self.path.with_name(self.path.name + ".partial")
+            with open(aside, "wb") as file:
+                file.writelines(kept)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(self.path)
+        return len(lines) - len(kept)
+
+
+class Tail:
+    """Follows a metrics file: each `read` returns the records that came since the last one.
+
+    A file that was replaced (`rewind`) or cut is read from its start again.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._inode = self._position = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """New records, without a last line still being written. Raises OSError."""
+        try:
+            file = open(self.path, "rb")  # noqa: SIM115
+        except FileNotFoundError:
+            return []
+        with file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._position:
+                self._inode, self._position = status.st_ino, 0
+            file.seek(self._position)
+            data = file.read()
+        data = data[: data.rfind(b"\n") + 1]
+        self._position += len(data)
+        return [record for line in data.splitlines() if (record := _parse(line)) is not None]
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All records of a metrics file in order; lines that a crash or a full disk tore are left out."""
+    return Tail(path).read()
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _stays(line: bytes, step: int) -> bool:
+    record = _parse(line) if line.endswith(b"\n") else None
+    return record is not None and ("event" in record or record.get("step", 0) <= step)
+
+
+def _last_byte(file: Any) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
