@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import IO
 
@@ -75,7 +75,7 @@ def split_key(name: str) -> tuple[str, str] | None:
     return (match.group(1), match.group(2).lower()) if match else None
 
 
-def image_type(members: Members) -> str | None:
+def image_type(members: Mapping[str, object]) -> str | None:
     """The extension of a sample's image; None when it has none."""
     return next((kind for kind in IMAGE_TYPES if kind in members), None)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TypeVar
 
 from .errors import DataError
@@ -38,8 +41,8 @@ def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], processe
 
     Leaving the loop early, by an error or Ctrl-C, ends the processes. DataError when one of them dies.
     """
-    count = processes or len(os.sched_getaffinity(0)) if sys.platform == "linux" else processes or os.cpu_count() or 1
-    pool = ProcessPoolExecutor(count, mp_context=get_context(START_METHOD), initializer=_start)
+    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    pool = ProcessPoolExecutor(processes or usable, mp_context=get_context(START_METHOD), initializer=_start)
     try:
         for future in as_completed([pool.submit(work, task) for task in tasks]):
             yield future.result()
@@ -47,3 +50,18 @@ def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], processe
         raise DataError("a worker process died (out of memory?); run the same command again, it goes on") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def sole_owner(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it for this process alone; DataError when another one does. Also clears what a killed
+    predecessor left half-written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{folder}: another process writes here; wait for it or end it") from None
+        for leftover in folder.glob("*.tmp-*"):
+            leftover.unlink()
+        yield

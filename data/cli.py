@@ -1,0 +1,101 @@
+"""The `bifrost data` commands. DataErrors pass through: the main command turns them into one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help="Make, index, check and describe shards.", no_args_is_help=True)
+Shards = Annotated[list[str], typer.Argument(help="Paths or URLs; braces and wildcards are expanded.")]
+Out = Annotated[Path, typer.Argument(help="Folder for the shards.")]
+
+
+@app.command()
+def demo(out: Out) -> None:
+    """Write the demo set: about 1,900 OpenMoji drawings with their names (CC BY-SA 4.0)."""
+    from .demo import make_demo
+
+    make_demo(out)
+
+
+@app.command()
+def ingest(
+    src: Annotated[str, typer.Argument(help="Folder of images, or WebDataset tars.")],
+    out: Out,
+    table: Annotated[Path | None, typer.Option(help="CSV, JSONL or Parquet file naming images and captions.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="The table's column of file names.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="The table's or JSON member's caption field.")] = None,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Images a shard.")] = 1000,
+    processes: Annotated[int | None, typer.Option(min=1, help="Worker processes; one a core by default.")] = None,
+) -> None:
+    """Make indexed shards from images and captions; run it again to go on after an interruption."""
+    from . import ingest as module
+
+    made = module.ingest(
+        src,
+        out,
+        table=table,
+        image_column=image_column,
+        caption_column=caption_column,
+        samples_per_shard=samples_per_shard,
+        processes=processes,
+    )
+    aside = f", {made.rejected:,} set aside in {out / 'rejected.jsonl'}" if made.rejected else ""
+    typer.echo(f"{out}: {made.samples:,} samples in {made.shards:,} shards{aside}")
+
+
+@app.command()
+def index(
+    shards: Shards,
+    only_missing: Annotated[bool, typer.Option("--only-missing", help="Leave shards alone that have one.")] = False,
+) -> None:
+    """Index existing WebDataset tars in place."""
+    from .write import index_shards
+
+    done = index_shards(shards, only_missing)
+    samples, captions = (sum(getattr(header, name) for _, header in done) for name in ("samples", "captions"))
+    typer.echo(f"{len(done):,} shards indexed: {samples:,} samples, {captions:,} of them with a caption")
+
+
+@app.command()
+def verify(shards: Shards) -> None:
+    """Read every shard and compare it with its index; exit code 1 when one does not fit."""
+    from .shards import expand
+    from .write import verify as find_problems
+
+    problems = find_problems(shards)
+    for problem in problems:
+        typer.echo(problem)
+    checked = len(expand(shards))
+    typer.echo(f"{checked:,} shards checked, {len(problems):,} with problems")
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def stats(shards: Shards) -> None:
+    """Counts, sizes and caption lengths, from the indexes alone."""
+    from .shards import open_dataset
+
+    dataset = open_dataset(shards)
+    headers = dataset.headers
+    captions = sum(header.captions for header in headers)
+    captioned = [header.caption_chars for header in headers if header.captions]
+    shortest, longest = min(low for low, _, _ in captioned), max(high for _, high, _ in captioned)
+    mean = sum(total for _, _, total in captioned) / captions
+    table = Table("", "", show_header=False)
+    for name, value in (
+        ("shards", f"{len(headers):,}"),
+        ("samples", f"{len(dataset):,}"),
+        ("samples a shard", f"{dataset.samples_per_shard.min():,} to {dataset.samples_per_shard.max():,}"),
+        ("usable captions", f"{captions:,}"),
+        ("caption length", f"{shortest:,} to {longest:,} characters, mean {mean:,.1f}"),
+        ("size", f"{sum(header.bytes for header in headers) / 2**30:,.3f} GiB"),
+        ("mean image", f"{sum(header.image_bytes for header in headers) / len(dataset) / 1024:,.1f} KiB"),
+        ("fingerprint", dataset.fingerprint[:16]),
+    ):
+        table.add_row(name, value)
+    Console().print(table)
