@@ -30,7 +30,7 @@ setup(
     python_requires=">=3.10",
     package_dir=packages(),
     packages=list(packages()),
-    package_data={"bifrost.recipes": ["*.yaml", "foundations/**/*"]},
+    package_data={"bifrost.recipes": ["*.yaml", "architectures/**/*.json", "foundations/**/*"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8",

@@ -32,7 +32,7 @@ def patch_latent_loss(
 
 
 class PatchLatentHead(nn.Linear):
-    """The linear head. Its forward returns the loss, so that ZeRO-3 gathers the weight for forward and backward alike."""
+    """The linear head. Its forward returns the loss, so that ZeRO-3 gathers the weight for both passes."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, width)

@@ -44,7 +44,7 @@ class MaskRate(Section):
 
 class Branch(Section):
     positions: Literal["learned", "mrope"] = "learned"
-    """`learned`: rotary position 0 and an additive table, as in the public release; `mrope`: Qwen's own 3-D positions."""
+    """`learned`: rotary position 0 and an additive table, as the public release; `mrope`: Qwen's own 3-D positions."""
     loss_tokens: Literal["all", "masked"] = "all"
     """Which patches the loss averages over; `all` is what the public release computes."""
     mask_rate: MaskRate = MaskRate()

@@ -3,3 +3,7 @@
 
 class RunError(ValueError):
     """Bad input or state that the user can mend; the message is one line: what, where, what to do."""
+
+
+class Unhealthy(RuntimeError):
+    """Training cannot usefully go on; the message is one line with the reason."""

@@ -43,7 +43,7 @@ class Case:
             }
         )
         model = PatchLatentModel(self.config, recipe)
-        model.load(self.weights)
+        model.load(self.weights, seed=0)
         fill({public_name(n): p for n, p in model.trainable().items()}, self.weights, self.weights.path)
         return model
 

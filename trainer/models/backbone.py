@@ -5,6 +5,7 @@ Legend: B samples, T text tokens, N patches after the tower's merger, P patches 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -93,6 +94,7 @@ class FrozenBackbone(nn.Module):
 
     def __init__(self, config: Qwen2_5_VLConfig) -> None:
         super().__init__()
+        config = copy.deepcopy(config)
         with no_init_weights():
             self.text = Qwen2_5_VLTextModel._from_config(config.text_config, attn_implementation="sdpa")
             self.vision = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)

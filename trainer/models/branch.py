@@ -30,7 +30,7 @@ RMSNorm at its steepest point and multiply their first gradients by about a thou
 
 
 class GenerationBranch(nn.Module):
-    """Decoder layers, final norm, mask token and position table. `weights.copy_branch` fills the copied part."""
+    """Decoder layers, final norm, mask token and position table; `PatchLatentModel.load` sets their weights."""
 
     def __init__(
         self,
@@ -50,9 +50,9 @@ class GenerationBranch(nn.Module):
             layers = [Qwen2_5_VLDecoderLayer(self.config, i) for i in range(config.num_hidden_layers)]
             self.layers = nn.ModuleList(layers)
             self.norm = Qwen2_5_VLRMSNorm(width, eps=config.rms_norm_eps)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=INIT_STD))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         if positions == "learned":
-            self.positions = nn.Parameter(torch.empty(1, side * side, width).normal_(std=INIT_STD))
+            self.positions = nn.Parameter(torch.empty(1, side * side, width))
         else:
             self.register_parameter("positions", None)
         self.restore_rotary()

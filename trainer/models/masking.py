@@ -16,7 +16,7 @@ from ..randomness import IntArray, Stream, uniform
 def masked_counts(
     seed: int, epoch: IntArray, index: IntArray, tokens: int, *, mean: float, std: float, low: float, high: float
 ) -> IntArray:
-    """Number of masked patches of each sample [B]: ceil(tokens * rate), rate ~ N(mean, std) truncated to [low, high]."""
+    """Hidden patches of each sample [B]: ceil(tokens * rate), rate ~ N(mean, std) truncated to [low, high]."""
     draws = torch.from_numpy(uniform(seed, Stream.MASK_RATE, epoch, index, 1)[:, 0])
     floor = torch.special.ndtr(torch.tensor((low - mean) / std, dtype=torch.float64))
     ceiling = torch.special.ndtr(torch.tensor((high - mean) / std, dtype=torch.float64))

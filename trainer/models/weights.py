@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -81,6 +81,36 @@ class WeightFiles:
             digests[name] = digest.hexdigest()
         merged = {name: value for part in gather(digests) for name, value in part.items()}
         return hashlib.sha256(json.dumps(sorted(merged.items())).encode()).hexdigest()
+
+
+class Distribution(NamedTuple):
+    """How a fresh tensor is drawn: `normal` with standard deviation `scale`, or `uniform` in +-scale."""
+
+    shape: tuple[int, ...]
+    kind: Literal["normal", "uniform"]
+    scale: float
+
+
+class Drawn:
+    """Fresh weights as a source: a function of seed and name, so the same on any number of ranks."""
+
+    def __init__(self, seed: int, tensors: Mapping[str, Distribution]) -> None:
+        self.seed = seed
+        self.tensors = tensors
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return self.tensors[name].shape if name in self.tensors else None
+
+    def flat(self, name: str, lo: int, hi: int) -> Tensor:
+        shape, kind, scale = self.tensors[name]
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        whole = torch.empty(shape, dtype=torch.float32)
+        if kind == "normal":
+            whole.normal_(std=scale, generator=generator)
+        else:
+            whole.uniform_(-scale, scale, generator=generator)
+        return whole.flatten()[lo:hi]
 
 
 def fill(parameters: Mapping[str, nn.Parameter], source: Source, where: object) -> None:

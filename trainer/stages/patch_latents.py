@@ -5,14 +5,13 @@ Legend: B samples of a micro-batch, N patches, T text tokens, S image side in pi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
 from ...kernels import PatchLatentHead
@@ -20,7 +19,7 @@ from ...recipes import Recipe
 from ..errors import RunError
 from ..models import weights
 from ..models.backbone import FrozenBackbone
-from ..models.branch import GenerationBranch
+from ..models.branch import INIT_STD, GenerationBranch
 from ..models.masking import draw_masks, masked_counts
 from ..models.prompt import PromptTemplate
 from ..randomness import IntArray, Stream, uniform
@@ -36,13 +35,29 @@ class Item(Protocol):
     caption: str
 
 
-@dataclass(frozen=True)
-class Losses:
-    """Of one micro-batch: `loss` [] to differentiate; sums over tokens for the report, [] each and detached."""
+class Losses(NamedTuple):
+    """Of one micro-batch: `loss` [] to differentiate, and `sums` [3], detached, for `report`.
+
+    A tuple, because ZeRO-3's hooks find tensors in nothing else.
+    """
 
     loss: Tensor
-    masked_sum: Tensor
-    masked_tokens: Tensor
+    sums: Tensor
+
+
+SUMS = 3
+"""Entries of `Losses.sums`: squared error of the masked patches, their number, tokens of text and image."""
+
+
+def report(sums: list[float]) -> dict[str, float]:
+    """Metrics from the sums over a step's micro-batches and ranks."""
+    squares, masked, _ = sums
+    return {"loss_masked": squares / masked if masked else 0.0}
+
+
+def tokens(sums: list[float]) -> float:
+    """Text tokens and patches that a step went through."""
+    return sums[2]
 
 
 def grid_side(config: Qwen2_5_VLConfig, image_size: int) -> int:
@@ -75,8 +90,8 @@ class PatchLatentModel(nn.Module):
         """Name -> parameter of everything that trains."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def load(self, files: weights.WeightFiles) -> None:
-        """Fill the backbone from `files` and make the branch's layers and norm its text model's copies."""
+    def load(self, files: weights.WeightFiles, seed: int) -> None:
+        """Fill the backbone from `files`, make the branch's layers and norm its text model's copies, draw the rest."""
         for part in ("text", "vision"):
             module = getattr(self.backbone, part)
             parameters = dict(module.named_parameters())
@@ -84,28 +99,38 @@ class PatchLatentModel(nn.Module):
             weights.fill({names[name]: p for name, p in parameters.items()}, files, files.path)
         weights.copy_slices(self.branch.layers, self.backbone.text.layers)
         weights.copy_slices(self.branch.norm, self.backbone.text.norm)
+        fresh = {n: p for n, p in self.trainable().items() if not n.startswith(("branch.layers", "branch.norm"))}
+        weights.fill(fresh, weights.Drawn(seed, {n: _initial(n, p) for n, p in fresh.items()}), "initial weights")
 
     def restore_rotary(self) -> None:
         """Rotary tables in fp32, whatever the dtype the model was built in."""
         self.backbone.restore_rotary()
         self.branch.restore_rotary()
 
-    def forward(
-        self, images: Tensor, input_ids: Tensor, text_mask: Tensor, mask: Tensor, normalizer: float
-    ) -> Losses:
+    def forward(self, images: Tensor, input_ids: Tensor, text_mask: Tensor, mask: Tensor, normalizer: float) -> Losses:
         """Losses of images [B, 3, S, S] uint8 with prompts [B, T], hidden where mask [B, N] is True.
 
         normalizer: tokens that the mean goes over; see `token_normalizer`.
         """
         latents = self.backbone.patch_latents(images)
         prefix = self.backbone.prefix(input_ids, text_mask)
-        return self.losses(latents, self.branch(latents, mask, prefix), mask, normalizer)
+        losses = self.losses(latents, self.branch(latents, mask, prefix), mask, normalizer)
+        return Losses(losses.loss, losses.sums + F.pad(text_mask.sum()[None].float(), (2, 0)))
 
     def losses(self, latents: Tensor, hidden: Tensor, mask: Tensor, normalizer: float) -> Losses:
         """Losses of hidden states [B, N, D] against latents [B, N, D]."""
         weight = mask.float() if self.masked_only else torch.ones_like(mask, dtype=torch.float32)
         loss, squares = self.head(hidden, latents, weight, normalizer)
-        return Losses(loss, (squares * mask.flatten()).sum(), mask.sum())
+        sums = ((squares * mask.flatten()).sum(), mask.sum().float(), squares.new_tensor(float(mask.numel())))
+        return Losses(loss, torch.stack(sums))
+
+
+def _initial(name: str, parameter: nn.Parameter) -> weights.Distribution:
+    """Mask token and table as in MAR; the head as a torch Linear starts."""
+    shape = weights.full_shape(parameter)
+    if name.startswith("head."):
+        return weights.Distribution(shape, "uniform", shape[-1] ** -0.5)
+    return weights.Distribution(shape, "normal", INIT_STD)
 
 
 class PatchLatentCollate:

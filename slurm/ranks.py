@@ -1,0 +1,35 @@
+"""Ranks of an srun step: one task a GPU, rank and size from Slurm's own variables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+# Above the registered ports and below the ephemeral range that the kernel hands out.
+FIRST_PORT, PORTS = 10_000, 20_000
+
+
+def rank_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this srun task; None outside an srun step.
+
+    The rendezvous is the step's first node; the port comes from the job id, so that two jobs on a node differ. Values
+    already set by the user stay.
+    """
+    if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ:
+        return None
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+    derived = {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"],
+        "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": first_host(nodes),
+        "MASTER_PORT": str(FIRST_PORT + int(environ.get("SLURM_JOB_ID", 0)) % PORTS),
+    }
+    return {name: environ.get(name, value) for name, value in derived.items()}
+
+
+def first_host(nodelist: str) -> str:
+    """First host of Slurm's list notation: `gpu[007-012,020],login1` -> `gpu007`."""
+    head = re.match(r"[^,\[]*(\[[^\]]*\])?[^,\[]*", nodelist)
+    assert head
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", head[0])

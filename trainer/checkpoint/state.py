@@ -1,0 +1,71 @@
+"""Engine <-> slices: what a checkpoint holds of a run's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..ema import Ema
+from ..engine import Engine
+from ..errors import RunError
+from ..models.weights import full_shape, local_slice
+from .reader import CheckpointReader
+
+
+class CheckpointWeights:
+    """A checkpoint's weights as a source for `weights.fill`. slot: `master`, or `ema` for the average."""
+
+    def __init__(self, reader: CheckpointReader, slot: str = "master") -> None:
+        self.reader = reader
+        self.slot = slot
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return tuple(self.reader.shapes[name]) if name in self.reader.shapes else None
+
+    def flat(self, name: str, lo: int, hi: int) -> Tensor:
+        return self.reader.read(self.slot, name, lo, hi)
+
+
+def capture(engine: Engine, ema: Ema | None) -> tuple[dict[str, dict[str, Tensor]], dict[str, tuple[int, ...]]]:
+    """Slots (slot -> name -> this rank's slice, 1-D fp32 without padding) and the whole parameters' shapes."""
+    parameters = engine.trainable()
+    lengths = {}
+    for name, parameter in parameters.items():
+        _, lo, hi = local_slice(parameter)
+        lengths[name] = hi - lo
+    slots = {
+        slot: {name: tensor[: lengths[name]] for name, tensor in tensors.items()}
+        for slot, tensors in _slots(engine, ema).items()
+    }
+    return slots, {name: full_shape(parameter) for name, parameter in parameters.items()}
+
+
+def restore(engine: Engine, ema: Ema | None, reader: CheckpointReader, updates: int) -> None:
+    """Set masters, moments, EMA and AdamW's step count from a checkpoint of any number of ranks.
+
+    The engine's compute weights must have been filled from the same checkpoint before it was made.
+    """
+    parameters = engine.trainable()
+    if parameters.keys() != reader.shapes.keys():
+        odd = sorted(parameters.keys() ^ reader.shapes.keys())
+        raise RunError(f"{reader.folder}: holds other parameters than this recipe trains: {', '.join(odd[:3])} …")
+    for slot, tensors in _slots(engine, ema).items():
+        # A run that began without an average starts it at the restored weights.
+        source = slot if slot in reader.slots else "master"
+        for name, tensor in tensors.items():
+            _, lo, hi = local_slice(parameters[name])
+            tensor[: hi - lo].copy_(reader.read(source, name, lo, hi))
+            tensor[hi - lo :].zero_()
+    engine.updates = updates
+
+
+def _slots(engine: Engine, ema: Ema | None) -> dict[str, Mapping[str, Tensor]]:
+    slots: dict[str, Mapping[str, Tensor]] = {
+        "master": engine.masters(),
+        "exp_avg": engine.moments("exp_avg"),
+        "exp_avg_sq": engine.moments("exp_avg_sq"),
+    }
+    if ema is not None:
+        slots["ema"] = ema.slices
+    return slots

@@ -1,0 +1,105 @@
+"""The `bifrost` command: thin, one function a verb; groups are mounted from the folders that own them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from ..data import DataError
+from ..data.cli import app as data_app
+from ..recipes import RecipeError, load_recipe, to_yaml
+from .checkpoint.cli import app as checkpoint_app
+from .errors import RunError, Unhealthy
+from .launch import adopt_rank, run_ranks
+
+app = typer.Typer(
+    help="Training system for Bifrost-1.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+)
+app.add_typer(data_app, name="data", help="Shards: make, check, count.")
+app.add_typer(checkpoint_app, name="checkpoint", help="Checkpoints of a run: list, verify, show.")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value settings, such as optimizer.lr=3e-4.")]
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    ranks: Annotated[int | None, typer.Option(help="Processes on this machine; default one a GPU.", min=1)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")] = False,
+) -> None:
+    """Train a recipe, or go on from its newest checkpoint."""
+    settings = load_recipe(recipe, overrides or [])
+    if dry_run:
+        _show(settings, ranks)
+        return
+    if ranks is None and adopt_rank():
+        from .run import train as train_rank
+
+        _leave(train_rank(settings))
+    from .inputs import batch_arithmetic
+
+    ranks = ranks or _devices()
+    batch_arithmetic(settings, ranks)
+    if ranks == 1:
+        from .run import train as train_rank
+
+        _leave(train_rank(settings))
+    _leave(run_ranks(ranks, ["train", recipe, *(overrides or [])]))
+
+
+def _show(recipe, ranks: int | None) -> None:
+    import torch
+
+    from .engine import deepspeed_config
+    from .inputs import architecture, batch_arithmetic
+    from .stages.patch_latents import PatchLatentModel
+
+    ranks = ranks or _devices()
+    passes = batch_arithmetic(recipe, ranks)
+    with torch.device("meta"):
+        model = PatchLatentModel(architecture(recipe), recipe)
+    trainable = sum(p.numel() for p in model.trainable().values())
+    frozen = sum(p.numel() for p in model.parameters()) - trainable
+    print(to_yaml(recipe))
+    print("# DeepSpeed")
+    print(json.dumps(deepspeed_config(recipe, ranks), indent=2))
+    print(f"trainable parameters  {trainable:>16,}")
+    print(f"frozen parameters     {frozen:>16,}")
+    print(
+        f"global batch {recipe.global_batch} = {ranks} ranks x micro batch {recipe.micro_batch}"
+        f" x {passes} backward passes; {recipe.steps} steps = {recipe.steps * recipe.global_batch:,} samples"
+    )
+
+
+def _devices() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _leave(code: int) -> NoReturn:
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on stderr and exit code 2, a run that cannot go on exit code 1."""
+    try:
+        app()
+    except (RecipeError, DataError, RunError) as error:
+        _fail(error, 2)
+    except Unhealthy as error:
+        _fail(error, 1)
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
+    # All ranks fail alike; one line is enough.
+    if os.environ.get("RANK", "0") == "0" or code == 1:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    # Threads of the process group would keep a failed rank alive.
+    os._exit(code)

@@ -1,0 +1,202 @@
+"""DeepSpeed, and nothing else: ZeRO-3 around a model of ours, behind the few calls that the loop makes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..recipes import Recipe
+from .errors import RunError
+from .ranks import Ranks
+
+# Below this version ZeRO-3 fails in our case: frozen parameters beside recomputed activations crash in backward
+# (fixed by deepspeed#8148), and non-finite bf16 gradients reach the masters.
+DEEPSPEED_FLOOR = "0.19.8"
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, checked and quietened. RunError when it is too old."""
+    found = importlib.metadata.version("deepspeed")
+    if _version(found) < _version(DEEPSPEED_FLOOR):
+        raise RunError(
+            f"deepspeed {found} is installed, {DEEPSPEED_FLOOR} or newer is needed: pip install -U deepspeed"
+        )
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # torch renamed the collectives that DeepSpeed calls; a line a call is no use to anybody.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # Its C++ shared-memory collectives take 40 s and a compiler to build, and training never calls them.
+        deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    return deepspeed
+
+
+def deepspeed_config(recipe: Recipe, ranks: int) -> dict[str, Any]:
+    """The configuration handed to DeepSpeed; written to the run folder as `ds_config.json`."""
+    zero = recipe.zero
+    return {
+        "train_batch_size": recipe.global_batch,
+        "train_micro_batch_size_per_gpu": recipe.micro_batch,
+        "gradient_accumulation_steps": recipe.accumulation(ranks),
+        "gradient_clipping": recipe.optimizer.clip,
+        "bf16": {"enabled": recipe.precision == "bf16"},
+        # Sums over micro-batches and ranks lose too much in bf16.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": zero.stage,
+            # Off until its parity with plain PyTorch is shown: see pitfalls of overlapping buckets (deepspeed#7188).
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": zero.reduce_bucket,
+            "stage3_prefetch_bucket_size": zero.prefetch_bucket,
+            "stage3_max_live_parameters": zero.max_live_parameters,
+            "stage3_param_persistence_threshold": zero.persistence_threshold,
+        },
+    }
+
+
+@contextmanager
+def partitioned(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
+    """Inside, every module is cut over the ranks as soon as it is built (`zero.Init`), in the recipe's precision."""
+    deepspeed = import_deepspeed(ranks.device)
+    # The dtype comes from the configuration: given as an argument it is ignored where there is no fp16 (0.19.8).
+    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(recipe, ranks.size)):
+        yield
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """applied: False where the update was skipped; grad_norm: global, before clipping, inf where skipped."""
+
+    applied: bool
+    grad_norm: float
+
+
+class Engine:
+    """A model under ZeRO-3 with AdamW on its trainable parameters."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, ranks: Ranks) -> None:
+        deepspeed = import_deepspeed(ranks.device)
+        self.ranks = ranks
+        self.groups = parameter_groups(model, recipe)
+        optimizer = torch.optim.AdamW(
+            self.groups,
+            lr=recipe.optimizer.lr,
+            betas=recipe.optimizer.betas,
+            eps=recipe.optimizer.eps,
+            fused=ranks.device.type == "cuda",
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(recipe, ranks.size),
+            dist_init_required=False,
+        )
+        self._create_moments()
+
+    @property
+    def model(self) -> Any:
+        return self._engine.module
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter; each holds this rank's slice (`ds_tensor`)."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def forward(self, batch: Mapping[str, Any]) -> Any:
+        return self._engine(**batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward pass of one micro-batch; the last of a step also reduces the gradients."""
+        self._engine.backward(loss)
+
+    def after_pass(self) -> None:
+        """Close a micro-batch that does not end the step."""
+        self._engine.step()
+
+    def step(self, lr: float, finite: bool) -> StepResult:
+        """Close the last micro-batch and update the weights, unless `finite` is False or a gradient is not finite.
+
+        `finite` must be the same on all ranks. A skipped step leaves masters, moments and step count as they were.
+        """
+        if not finite:
+            self._poison()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        applied = self._engine.was_step_applied()
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(applied, float(norm) if applied and norm is not None else float("inf"))
+
+    def masters(self) -> dict[str, Tensor]:
+        """Name -> this rank's slice of the fp32 master: 1-D, padding included, the optimizer's own memory."""
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        return {name: safe_get_local_fp32_param(p) for name, p in self.trainable().items()}
+
+    def moments(self, key: str) -> dict[str, Tensor]:
+        """Name -> this rank's slice of AdamW's `exp_avg` or `exp_avg_sq`, like `masters`."""
+        from deepspeed.utils import safe_get_local_optimizer_state
+
+        return {name: safe_get_local_optimizer_state(p, key) for name, p in self.trainable().items()}
+
+    @property
+    def updates(self) -> int:
+        """AdamW's own step count: applied steps."""
+        return int(self._adam_steps()[0])
+
+    @updates.setter
+    def updates(self, value: int) -> None:
+        for count in self._adam_steps():
+            count.fill_(value)
+
+    def _adam_steps(self) -> list[Tensor]:
+        return [state["step"] for state in self._engine.optimizer.optimizer.state.values()]
+
+    def _create_moments(self) -> None:
+        """Give AdamW its state before the first step, so that a resume finds something to set."""
+        adam = self._engine.optimizer.optimizer
+        for flat in self._engine.optimizer.fp32_partitioned_groups_flat:
+            adam.state[flat] = {
+                "step": torch.zeros((), device=flat.device),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+
+    def _poison(self) -> None:
+        """DeepSpeed discards a step whose gradient norm is not finite, with all its bookkeeping: let it do so."""
+        from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+
+        parameter = next(iter(self.trainable().values()))
+        safe_set_local_grad(parameter, torch.full_like(safe_get_local_grad(parameter), float("inf")))
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Matrices decay; norms, biases, mask token and position table do not."""
+    decay, keep = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            matrix = len(shape) == 2 and not name.endswith(("mask_token", "positions"))
+            (decay if matrix else keep).append(parameter)
+    return [{"params": decay, "weight_decay": recipe.optimizer.weight_decay}, {"params": keep, "weight_decay": 0.0}]
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("+")[0].split(".")[:3] if part.isdigit())

@@ -1,0 +1,114 @@
+"""What a run is made of, opened and checked before anything is built or written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig
+
+from ..data import Dataset, Plan, open_dataset
+from ..recipes import FOLDER, Recipe
+from .errors import RunError
+from .models.backbone import locate, read_config
+from .models.prompt import PromptTemplate, load_tokenizer
+from .models.weights import WeightFiles
+from .stages.patch_latents import grid_side, token_normalizer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Data, plan and backbone of a run."""
+
+    recipe: Recipe
+    dataset: Dataset
+    plan: Plan
+    config: Qwen2_5_VLConfig
+    weights: WeightFiles
+    tokenizer: PreTrainedTokenizerBase
+    tokens: int
+    """Patches an image."""
+
+    def normalizer(self, step: int, passes: int) -> float:
+        """See `token_normalizer`, for the samples of global step `step`."""
+        batch = self.recipe.global_batch
+        located = self.plan.locate(np.arange(step * batch, (step + 1) * batch))
+        return token_normalizer(self.recipe, located.epoch, located.index, self.tokens, passes)
+
+
+def open_inputs(recipe: Recipe, ranks: int) -> Inputs:
+    """Open everything that `recipe` names. RunError or DataError says what cannot be used, where, and what to do."""
+    batch_arithmetic(recipe, ranks)
+    dataset = open_dataset(recipe.data.shards)
+    if len(dataset) < recipe.global_batch:
+        raise RunError(
+            f"data.shards hold {len(dataset)} samples in {len(dataset.shards)} shards, fewer than one global_batch"
+            f" of {recipe.global_batch}: lower global_batch or add shards"
+        )
+    folder = locate(recipe.backbone.path, recipe.backbone.revision)
+    config = read_config(folder)
+    tokens = grid_side(config, recipe.data.image_size) ** 2
+    tokenizer = load_tokenizer(folder)
+    PromptTemplate(tokenizer, recipe.branch.max_text_tokens)
+    plan = Plan(dataset.samples_per_shard, recipe.seed, recipe.data.block)
+    return Inputs(recipe, dataset, plan, config, WeightFiles(folder), tokenizer, tokens)
+
+
+def batch_arithmetic(recipe: Recipe, ranks: int) -> int:
+    """Backward passes a step; RunError when the batch does not divide over the ranks."""
+    try:
+        return recipe.accumulation(ranks)
+    except ValueError as error:
+        raise RunError(str(error)) from None
+
+
+def architecture(recipe: Recipe) -> Qwen2_5_VLConfig:
+    """The backbone's configuration for counting: of the published models without a download."""
+    known = FOLDER / "architectures" / recipe.backbone.path
+    if not Path(recipe.backbone.path).exists() and known.is_dir():
+        return read_config(known)
+    return read_config(locate(recipe.backbone.path, recipe.backbone.revision))
+
+
+# Settings that decide what is trained and on which sequence: a run that goes on must not change them.
+IDENTITY = (
+    "stage",
+    "seed",
+    "global_batch",
+    "branch",
+    "data.image_size",
+    "data.block",
+    "ema",
+)
+
+
+def check_continuation(inputs: Inputs, backbone_hash: str, state: dict[str, Any], folder: Path) -> None:
+    """RunError when the checkpoint in `folder`, with JSON `state`, is not of this run."""
+    name = inputs.recipe.name
+    if state["backbone"] != backbone_hash:
+        raise RunError(
+            f"{folder}: was trained on another backbone than {inputs.recipe.backbone.path} (content hash"
+            f" {state['backbone'][:12]}, here {backbone_hash[:12]}): set backbone.path to that one, or take another"
+            f" name than {name}"
+        )
+    if state["data"] != inputs.dataset.fingerprint:
+        raise RunError(
+            f"{folder}: was trained on other shards than data.shards={inputs.recipe.data.shards} (content differs):"
+            f" restore them, or take another name than {name}"
+        )
+    here = inputs.recipe.model_dump(mode="json")
+    for key in IDENTITY:
+        before, now = _at(state["recipe"], key), _at(here, key)
+        if before != now:
+            raise RunError(
+                f"{folder}: {key} was {before} in this run and is {now} now: set it back, or take another name"
+                f" than {name}"
+            )
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[part]
+    return tree

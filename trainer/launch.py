@@ -1,0 +1,89 @@
+"""Ranks: which one this process is, or starting N of them on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..data.processes import die_with_parent
+from ..slurm import rank_environment
+from .monitors.stop import SIGNALS
+
+GRACE_S = 10.0
+"""After one rank has failed, how long the others may take to leave by themselves."""
+
+
+def adopt_rank() -> bool:
+    """Whether this process is one of several ranks, by torchrun's variables or Slurm's, which it then adopts."""
+    if "BIFROST_RENDEZVOUS" in os.environ:
+        die_with_parent()
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return True
+    slurm = rank_environment(os.environ)
+    if slurm:
+        os.environ.update(slurm)
+    return slurm is not None
+
+
+def run_ranks(ranks: int, arguments: Sequence[str]) -> int:
+    """Run `python -m bifrost.trainer ARGUMENTS` as `ranks` ranks on this machine; returns their exit code.
+
+    Stop signals are passed on to every rank. When one rank fails the others are ended, and its code is returned.
+    """
+    with tempfile.TemporaryDirectory(prefix="bifrost-") as folder:
+        processes = [_start(rank, ranks, arguments, Path(folder)) for rank in range(ranks)]
+
+        def forward(number: int, _: object) -> None:
+            for process in processes:
+                if process.poll() is None:
+                    process.send_signal(number)
+
+        before = {number: signal.signal(number, forward) for number in SIGNALS}
+        try:
+            return _wait(processes)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+def _start(rank: int, ranks: int, arguments: Sequence[str], folder: Path) -> subprocess.Popen:
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        # Local ranks meet at a file and talk over loopback: no port to be taken, no host name to resolve.
+        "BIFROST_RENDEZVOUS": str(folder / "rendezvous"),
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        # The checkout's `kernels/` and `data/` must not shadow distributions of those names.
+        "PYTHONSAFEPATH": "1",
+    }
+    # A session of its own: a Ctrl-C on the terminal reaches the ranks once, through us.
+    return subprocess.Popen(
+        [sys.executable, "-m", "bifrost.trainer", *arguments], env=environment, start_new_session=True
+    )
+
+
+def _wait(processes: Sequence[subprocess.Popen]) -> int:
+    """Wait for all ranks, or after the first failure for GRACE_S."""
+    deadline = None
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = [code for code in codes if code]
+        if None not in codes or (deadline and time.monotonic() > deadline):
+            # A rank that died of a signal explains the others' failures.
+            return min(failed, default=0) if failed and min(failed) < 0 else (failed[0] if failed else 0)
+        if failed and deadline is None:
+            deadline = time.monotonic() + GRACE_S
+        time.sleep(0.05)

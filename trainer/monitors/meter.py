@@ -1,0 +1,66 @@
+"""Rates of the loop between two metric lines: samples and tokens a second, time spent waiting for data, memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Meter:
+    """Counts from one `rates` to the next. Saving is timed apart, so that it does not dilute the rates."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._start()
+
+    def _start(self) -> None:
+        self._begun = time.perf_counter()
+        self._waited = self._outside = 0.0
+        self._steps = self._samples = 0
+        self._tokens = 0.0
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begun
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Around work that is not the step's."""
+        begun = time.perf_counter()
+        yield
+        self._outside += time.perf_counter() - begun
+
+    def count(self, samples: int, tokens: float) -> None:
+        """One step over `samples` samples and `tokens` text tokens and patches, of all ranks."""
+        self._steps += 1
+        self._samples += samples
+        self._tokens += tokens
+
+    def rates(self) -> dict[str, float]:
+        """Metrics since the last call. `data_wait_s`: this rank's seconds a step; `peak_memory_gib`: this rank's."""
+        elapsed = max(time.perf_counter() - self._begun - self._outside, 1e-9)
+        steps = max(self._steps, 1)
+        rates = {
+            "samples_per_s": self._samples / elapsed,
+            "tokens_per_s": self._tokens / elapsed,
+            "step_s": elapsed / steps,
+            "data_wait_s": self._waited / steps,
+            "peak_memory_gib": peak_memory(self.device) / 2**30,
+        }
+        self._start()
+        return rates
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use at a time since the start: of the device's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # The kernel counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

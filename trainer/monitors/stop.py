@@ -1,0 +1,25 @@
+"""Stop signals: noticed here, acted on by all ranks at the same step."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+STOP_CODE = 75
+"""Exit code of a run that was asked to stop and has saved: start it again and it goes on (EX_TEMPFAIL)."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopSignals:
+    """Remembers that a stop signal came. A second SIGINT, an impatient person, interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        for number in SIGNALS:
+            signal.signal(number, self._notice)
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)

@@ -1,0 +1,72 @@
+"""This process among the others: rank, size, device, and the few collectives that the loop itself needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+_ALONE = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Rank and size of the run, and this rank's device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: object) -> list:
+        """Every rank's `value`, in order of rank."""
+        if self.size == 1:
+            return [value]
+        values: list = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sums over the ranks, in fp64: exact for counts and for integers below 2^53."""
+        vector = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(vector)
+        return vector.tolist()
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def join(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
+    """Join the process group that RANK, WORLD_SIZE and LOCAL_RANK of the environment describe; alone without them.
+
+    BIFROST_RENDEZVOUS names a file for ranks of one machine (no port to be taken); otherwise MASTER_ADDR and
+    MASTER_PORT are used.
+    """
+    # DeepSpeed reads these too.
+    rank, size, local = (int(os.environ.setdefault(*d)) for d in _ALONE)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        file = os.environ.get("BIFROST_RENDEZVOUS")
+        method = f"file://{file}" if file else "env://"
+        store = dist.HashStore() if size == 1 else None
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=None if store is not None else method,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+        )
+    return Ranks(rank, size, device)

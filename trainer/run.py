@@ -1,0 +1,251 @@
+"""One rank of a run: recipe -> model, engine, data, monitors -> loop."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ..data import DataError, Loader
+from ..recipes import Recipe, to_yaml
+from . import loop
+from .checkpoint.reader import CheckpointReader
+from .checkpoint.state import CheckpointWeights, capture, restore
+from .checkpoint.store import Store
+from .ema import Ema
+from .engine import Engine, deepspeed_config, partitioned
+from .errors import RunError
+from .inputs import Inputs, check_continuation, open_inputs
+from .loop import Parts, Progress
+from .models.weights import WeightFiles, backbone_names, fill, full_shape, public_name
+from .monitors.console import Console, log_to_file
+from .monitors.metrics import MetricsFile
+from .monitors.stop import STOP_CODE, StopSignals
+from .monitors.tracking import start_mirror
+from .ranks import Ranks, join
+from .stages.patch_latents import PatchLatentCollate, PatchLatentModel
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+VERSIONS = ("torch", "deepspeed", "transformers", "triton", "webdataset", "mlflow", "numpy")
+
+
+def train(recipe: Recipe) -> int:
+    """Train or continue the run that `recipe` names, as one of its ranks. Returns the exit code.
+
+    RunError and DataError are the user's to mend and are raised on every rank alike; nothing of an earlier run is
+    written over before all checks have passed.
+    """
+    started = time.time()
+    stop = StopSignals()
+    ranks = join()
+    folder = Path(recipe.runs_dir) / recipe.name
+    inputs = _agreed(ranks, lambda: open_inputs(recipe, ranks.size))
+    store = Store(folder / "checkpoints")
+    backbone_hash = _backbone_hash(inputs, ranks)
+    reader = _newest(store, inputs, backbone_hash, ranks)
+    progress = Progress(**reader.state["progress"]) if reader else Progress()
+
+    model = _build(inputs, reader, ranks)
+    engine = Engine(model, recipe, ranks)
+    ema = Ema(engine.masters(), recipe.ema.decay) if recipe.ema else None
+    if reader:
+        restore(engine, ema, reader, reader.state["updates"])
+
+    if ranks.first:
+        _describe(folder, recipe, ranks)
+    ranks.barrier()
+    log_to_file(folder / "logs", ranks.rank)
+    # Every rank passes the same records; those of rank 0 are the run's.
+    metrics = MetricsFile(folder / "metrics.jsonl" if ranks.first else os.devnull)
+    if ranks.first:
+        metrics.rewind(progress.step)
+    console = Console(recipe.steps, progress.step, shown=ranks.first)
+    metrics.write({"event": "start", "step": progress.step, "ranks": ranks.size, "startup_s": time.time() - started})
+    console.say(_greeting(engine, folder, progress, recipe, ranks))
+    mirror = start_mirror(folder) if ranks.first and recipe.tracking.enabled else None
+
+    def save(progress: Progress) -> None:
+        begun = time.perf_counter()
+        slots, shapes = capture(engine, ema)
+        state = {
+            "progress": asdict(progress),
+            "updates": engine.updates,
+            "recipe": recipe.model_dump(mode="json"),
+            "backbone": backbone_hash,
+            "data": inputs.dataset.fingerprint,
+        }
+        store.save(progress.step, ranks.rank, ranks.size, slots, shapes, state, {}, ranks.gather)
+        if ranks.first:
+            store.prune(recipe.checkpoint.keep)
+        seconds = time.perf_counter() - begun
+        metrics.write({"event": "checkpoint", "step": progress.step, "seconds": seconds})
+        log.info("checkpoint of step %d written in %.2f s", progress.step, seconds)
+
+    loader = _loader(inputs, progress, ranks)
+    passes = ranks.size * recipe.accumulation(ranks.size)
+    parts = Parts(
+        recipe=recipe,
+        ranks=ranks,
+        engine=engine,
+        ema=ema,
+        batches=iter(loader),
+        normalizer=lambda step: inputs.normalizer(step, passes),
+        save=save,
+        metrics=metrics,
+        console=console,
+        stop=stop,
+    )
+    outcome = "failed"
+    try:
+        finished = loop.run(parts, progress)
+        outcome = "finished" if finished else "stopped"
+    finally:
+        loader.close()
+        console.close()
+        metrics.write({"event": "end", "step": progress.step, "outcome": outcome})
+        if mirror is not None:
+            mirror.finish(timeout_s=60 if outcome == "finished" else 5)
+    console.say(
+        f"done: {progress.step} steps, {progress.samples} samples, run folder {folder}"
+        if finished
+        else f"stopped by {stop.received.name if stop.received else 'another rank'} at step {progress.step}, saved;"
+        " start it again and it goes on"
+    )
+    return 0 if finished else STOP_CODE
+
+
+def _agreed(ranks: Ranks, action: Callable[[], T]) -> T:
+    """The result of `action`; what is wrong on one rank is raised on all, so that none waits for it."""
+    result: Any = None
+    failure: RunError | DataError | None = None
+    try:
+        result = action()
+    except (RunError, DataError) as error:
+        failure = error
+    failures = [text for text in ranks.gather(str(failure) if failure else None) if text]
+    if failures:
+        raise RunError(failures[0]) from failure
+    return result
+
+
+def _backbone_hash(inputs: Inputs, ranks: Ranks) -> str:
+    """Content hash of the frozen weights that the run uses."""
+    with torch.device("meta"):
+        backbone = PatchLatentModel(inputs.config, inputs.recipe).backbone
+    names: list[str] = []
+    for part in ("text", "vision"):
+        own = [name for name, _ in getattr(backbone, part).named_parameters()]
+        names += backbone_names(part, own, inputs.weights).values()
+    missing = [name for name in names if inputs.weights.shape(name) is None]
+    if missing:
+        raise RunError(
+            f"{inputs.weights.path}: {len(missing)} tensors are missing, such as {missing[0]}; fetch it again"
+        )
+    return inputs.weights.content_hash(names, ranks.rank, ranks.size, ranks.gather)
+
+
+def _newest(store: Store, inputs: Inputs, backbone_hash: str, ranks: Ranks) -> CheckpointReader | None:
+    """The checkpoint to go on from, checked to be this run's; None for a new run."""
+    reader = store.newest_verified(rank=ranks.rank, ranks=ranks.size, gather=ranks.gather)
+    if reader is None and (steps := ranks.gather(store.steps())[0]):
+        raise RunError(
+            f"{store.root}: none of its {len(steps)} checkpoints verifies, see `bifrost checkpoint verify"
+            f" {store.root.parent}`; restore one, or move the folder away to begin anew"
+        )
+    if reader is not None:
+        check_continuation(inputs, backbone_hash, reader.state, reader.folder)
+    return reader
+
+
+def _build(inputs: Inputs, reader: CheckpointReader | None, ranks: Ranks) -> PatchLatentModel:
+    """The model, cut over the ranks, with weights from the backbone, then `init_from`, then the checkpoint."""
+    recipe = inputs.recipe
+    with partitioned(recipe, ranks):
+        model = PatchLatentModel(inputs.config, recipe)
+    model.restore_rotary()
+    model.load(inputs.weights, recipe.seed)
+    if reader:
+        fill(model.trainable(), CheckpointWeights(reader), reader.folder)
+    elif recipe.init_from:
+        _initialise_from(model, Path(recipe.init_from))
+    return model
+
+
+def _initialise_from(model: PatchLatentModel, path: Path) -> None:
+    """Weights of an earlier run (its newest checkpoint) or of a checkpoint in the public layout."""
+    if (path / "checkpoints").is_dir():
+        reader = Store(path / "checkpoints").newest_verified()
+        if reader is None:
+            raise RunError(f"init_from={path}: that run has no checkpoint that verifies")
+        fill(model.trainable(), CheckpointWeights(reader), reader.folder)
+    elif path.exists():
+        fill({public_name(name): p for name, p in model.trainable().items()}, WeightFiles(path), path)
+    else:
+        raise RunError(f"init_from={path}: no such file or folder")
+
+
+def _loader(inputs: Inputs, progress: Progress, ranks: Ranks) -> Loader:
+    recipe = inputs.recipe
+    return Loader(
+        inputs.dataset,
+        inputs.plan,
+        PatchLatentCollate(inputs.tokenizer, recipe, inputs.tokens),
+        image_size=recipe.data.image_size,
+        rank=ranks.rank,
+        ranks=ranks.size,
+        global_batch=recipe.global_batch,
+        micro_batch=recipe.micro_batch,
+        start_step=progress.step,
+        stop_step=recipe.steps,
+        workers=recipe.data.workers,
+        prefetch=recipe.data.prefetch,
+        pin_memory=ranks.device.type == "cuda",
+    )
+
+
+def _describe(folder: Path, recipe: Recipe, ranks: Ranks) -> None:
+    """Write what the run is: its recipe, DeepSpeed's configuration, and where it runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+    (folder / "ds_config.json").write_text(json.dumps(deepspeed_config(recipe, ranks.size), indent=2))
+    (folder / "environment.json").write_text(json.dumps(_environment(ranks), indent=2))
+
+
+def _environment(ranks: Ranks) -> dict[str, Any]:
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or "cpu"
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "ranks": ranks.size,
+        "device": device,
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or None,
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+    }
+
+
+def _greeting(engine: Engine, folder: Path, progress: Progress, recipe: Recipe, ranks: Ranks) -> str:
+    trainable = sum(math.prod(full_shape(p)) for p in engine.trainable().values())
+    frozen = sum(math.prod(full_shape(p)) for p in engine.model.parameters()) - trainable
+    begin = f"continues at step {progress.step}" if progress.step else "begins"
+    return (
+        f"{recipe.name} {begin} in {folder}: {trainable:,} trainable and {frozen:,} frozen parameters,"
+        f" {ranks.size} ranks x {recipe.micro_batch} x {recipe.accumulation(ranks.size)} = {recipe.global_batch}"
+        f" samples a step, {recipe.steps} steps, {recipe.precision} on {ranks.device.type}"
+    )
