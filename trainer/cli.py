@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from enum import Enum
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from ..data import DataError
 from ..data.cli import app as data_app
-from ..recipes import RecipeError, load_recipe, to_yaml
+from ..recipes import Recipe, RecipeError, load_recipe, to_yaml
 from .checkpoint.cli import app as checkpoint_app
 from .errors import RunError, Unhealthy
 from .launch import adopt_rank, run_ranks
@@ -53,7 +55,29 @@ def train(
     _leave(run_ranks(ranks, ["train", recipe, *(overrides or [])]))
 
 
-def _show(recipe, ranks: int | None) -> None:
+class Layout(str, Enum):
+    public = "public"
+    hf = "hf"
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    layout: Annotated[
+        Layout, typer.Option("--format", help="public: the release's layout with the base; hf: the trained part.")
+    ] = Layout.public,
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights.")] = False,
+    step: Annotated[int | None, typer.Option(help="A step other than the newest.")] = None,
+) -> None:
+    """Write a run's trained weights as safetensors in bf16."""
+    from .checkpoint.export import export as write
+
+    taken = write(run, out, layout.value, ema=ema, step=step)
+    print(f"{out}: step {taken} of {run} in the {layout.value} layout")
+
+
+def _show(recipe: Recipe, ranks: int | None) -> None:
     import torch
 
     from .engine import deepspeed_config

@@ -186,14 +186,16 @@ def _build(inputs: Inputs, reader: CheckpointReader | None, ranks: Ranks) -> Pat
 
 
 def _initialise_from(model: PatchLatentModel, path: Path) -> None:
-    """Weights of an earlier run (its newest checkpoint) or of a checkpoint in the public layout."""
+    """Weights of an earlier run (its newest checkpoint), or of an export in either layout."""
     if (path / "checkpoints").is_dir():
         reader = Store(path / "checkpoints").newest_verified()
         if reader is None:
             raise RunError(f"init_from={path}: that run has no checkpoint that verifies")
         fill(model.trainable(), CheckpointWeights(reader), reader.folder)
     elif path.exists():
-        fill({public_name(name): p for name, p in model.trainable().items()}, WeightFiles(path), path)
+        files = WeightFiles(path)
+        own = files.shape("head.weight") is not None  # as `bifrost export --format hf` names them
+        fill({n if own else public_name(n): p for n, p in model.trainable().items()}, files, path)
     else:
         raise RunError(f"init_from={path}: no such file or folder")
 

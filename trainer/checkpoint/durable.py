@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _BLOCK = 1 << 24  # bytes hashed and written at a time
 
 
@@ -64,19 +67,40 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def safetensors_parts(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file of 1-D fp32 tensors, header first, then one tensor at a time.
+class Piece(NamedTuple):
+    """One tensor of a file to write: known by its header, read when its turn comes."""
 
-    `safetensors.torch.save` builds the whole file in memory, twice; this copies one tensor from its device at a time.
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def safetensors_parts(pieces: Sequence[Piece]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, header first, then one tensor at a time.
+
+    `safetensors.torch.save` builds the whole file in memory, twice; here one tensor is on the host at a time. Types
+    are converted to the announced ones. ValueError for another shape than announced, such as a size-0 placeholder.
     """
     header, end = {}, 0
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32 or tensor.dim() != 1:
-            raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not a flat fp32 slice")
-        start, end = end, end + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [start, end]}
+    for piece in pieces:
+        start, end = end, end + piece.size
+        header[piece.name] = {
+            "dtype": _DTYPES[piece.dtype],
+            "shape": list(piece.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format asks for tensor data that starts on a multiple of eight bytes
     yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        yield tensor.detach().cpu().contiguous().numpy().data
+    for piece in pieces:
+        tensor = piece.read().detach()
+        if tuple(tensor.shape) != piece.shape:
+            raise ValueError(f"{piece.name} has shape {tuple(tensor.shape)}, announced as {piece.shape}")
+        tensor = tensor.to(device="cpu", dtype=piece.dtype).contiguous()
+        yield memoryview(tensor.flatten().view(torch.uint8).numpy())

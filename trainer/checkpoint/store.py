@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from ..errors import RunError
-from .durable import Entry, hash_file, safetensors_parts, sync_folder, write_file
+from .durable import Entry, Piece, hash_file, safetensors_parts, sync_folder, write_file
 from .layout import local_range
 from .manifest import Manifest, read_manifest
 from .reader import BUFFERS, STATE, CheckpointReader, rank_file
@@ -198,7 +198,7 @@ def _write_slices(
     slots: Mapping[str, Mapping[str, torch.Tensor]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[str, Entry]:
-    tensors = {}
+    pieces = []
     for slot, slices in slots.items():
         if slices.keys() != shapes.keys():
             odd = sorted(slices.keys() ^ shapes.keys())
@@ -207,10 +207,12 @@ def _write_slices(
             lo, hi = local_range(torch.Size(shapes[name]).numel(), rank, ranks)
             if tensor.numel() != hi - lo:
                 raise RunError(f"{slot}/{name} has {tensor.numel()} elements, its slice has {hi - lo}")
-            tensors[f"{slot}/{name}"] = tensor
+            if tensor.dtype != torch.float32 or tensor.dim() != 1:
+                raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not a flat fp32 slice")
+            pieces.append(Piece(f"{slot}/{name}", tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor))
     folder.mkdir(exist_ok=True)
     name = rank_file(rank)
-    return name, write_file(folder / name, safetensors_parts(tensors))
+    return name, write_file(folder / name, safetensors_parts(pieces))
 
 
 def _file_problem(path: Path, entry: Entry, content: bool) -> str | None:

@@ -1,0 +1,113 @@
+"""A run's trained weights as a model: in the public release's layout, or the trained part alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ...recipes import load_recipe
+from ..errors import RunError
+from ..models.backbone import locate, read_config
+from ..models.weights import WeightFiles, public_name
+from .durable import Piece, safetensors_parts, write_file
+from .reader import CheckpointReader
+from .store import Store
+
+SHARD_BYTES = 5 * 10**9
+
+
+def export(
+    run: Path,
+    out: Path,
+    layout: Literal["public", "hf"],
+    dtype: torch.dtype = torch.bfloat16,
+    ema: bool = False,
+    step: int | None = None,
+) -> int:
+    """Write the run's newest verified checkpoint, or that of `step`, as safetensors into `out`; returns the step.
+
+    public: frozen base and trained part under the public release's names. hf: the trained part alone, its modules
+    named as transformers names them, with the recipe as `config.json`. One tensor is in memory at a time. RunError
+    when `out` is not empty, or the run has no such checkpoint or no average.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise RunError(f"{out}: is not empty, choose a new folder")
+    reader = _checkpoint(run, step)
+    slot = "ema" if ema else "master"
+    if slot not in reader.slots:
+        raise RunError(f"{run}: keeps no average of its weights (recipe key ema), leave --ema out")
+    recipe = load_recipe(run / "recipe.yaml")
+    tensors = [
+        Piece(
+            public_name(name) if layout == "public" else name,
+            tuple(shape),
+            dtype,
+            lambda name=name: reader.full(slot, name),
+        )
+        for name, shape in reader.shapes.items()
+    ]
+    if layout == "public":
+        folder = locate(recipe.backbone.path, recipe.backbone.revision)
+        tensors += _base(WeightFiles(folder))
+        if recipe.branch.positions == "mrope":
+            # The public model always has the table; with mRoPE it adds nothing.
+            width, side = reader.shapes["head.bias"][0], _side(folder, recipe.data.image_size)
+            shape = (1, side * side, width)
+            tensors.append(Piece("learnable_pos_emb", shape, dtype, lambda: torch.zeros(shape)))
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out, tensors)
+    config = {"step": reader.step, "weights": slot, "recipe": recipe.model_dump(mode="json")}
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+    return reader.step
+
+
+def _checkpoint(run: Path, step: int | None) -> CheckpointReader:
+    store = Store(run / "checkpoints")
+    if step is None:
+        reader = store.newest_verified()
+        if reader is None:
+            raise RunError(f"{run}: has no checkpoint that verifies")
+        return reader
+    if step not in store.steps():
+        raise RunError(f"{run}: has no checkpoint of step {step}, there are {store.steps()}")
+    problems = store.verify(step)
+    if problems:
+        raise RunError("; ".join(problems))
+    return CheckpointReader(store.folder(step))
+
+
+def _base(files: WeightFiles) -> Iterator[Piece]:
+    """The frozen base under the public prefix, as stored: hub names, whether saved by an older or a newer library."""
+    for name in files.names:
+        public = name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
+        tensor = files.full(name)
+        yield Piece(
+            f"vision_language_model.{public}", tuple(tensor.shape), tensor.dtype, lambda name=name: files.full(name)
+        )
+
+
+def _side(folder: Path, image_size: int) -> int:
+    vision = read_config(folder).vision_config
+    return image_size // (vision.patch_size * vision.spatial_merge_size)
+
+
+def _write(out: Path, tensors: list[Piece]) -> None:
+    """Files of at most SHARD_BYTES (one tensor more, where it is larger), and the index when there are several."""
+    files: list[list[Piece]] = [[]]
+    for tensor in tensors:
+        if files[-1] and sum(t.size for t in files[-1]) + tensor.size > SHARD_BYTES:
+            files.append([])
+        files[-1].append(tensor)
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    if len(files) == 1:
+        names = ["model.safetensors"]
+    for name, part in zip(names, files, strict=True):
+        write_file(out / name, safetensors_parts(part))
+    if len(files) > 1:
+        weight_map = {t.name: name for name, part in zip(names, files, strict=True) for t in part}
+        index = {"metadata": {"total_size": sum(t.size for t in tensors)}, "weight_map": weight_map}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
