@@ -1,0 +1,148 @@
+"""Mirror of a run's metrics file to MLflow, from a process of its own: whatever the server does, training never waits.
+
+`python -m bifrost.trainer.monitors.tracking RUN_DIR PID` follows `metrics.jsonl` until process PID, its parent, says
+that the run ended or is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ..errors import RunError
+from .mlflow_run import MlflowRun, one_line
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0  # between two looks at the metrics file
+LONGEST_WAIT_S = 60.0  # between two attempts at a server that fails
+DRAIN_S = 60.0  # for which the mirror of a dead run still tries to send
+
+
+class Mirror:
+    """Handle of a mirror process; without a process when it could not be started."""
+
+    def __init__(self, process: subprocess.Popen[bytes] | None):
+        self.process = process
+
+    def finish(self, timeout_s: float = 30.0) -> bool:
+        """Say that the run ended and wait at most `timeout_s` seconds until all is sent; returns whether it was.
+
+        A mirror that takes longer is killed: the metrics file is whole, `bifrost track sync` sends the rest.
+        """
+        if self.process is None:
+            return False
+        try:
+            self.process.communicate(b"end", timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        if self.process.returncode:
+            log.warning("the tracking server lacks the end of this run; `bifrost track sync` sends it")
+        return self.process.returncode == 0
+
+
+def start_mirror(run_dir: str | Path) -> Mirror:
+    """Start the mirror of `run_dir` and return at once: for rank 0, after `MetricsFile.rewind`. Never raises OSError.
+
+    Its log is `logs/tracking.log`.
+    """
+    run_dir = Path(run_dir).resolve()
+    command = [sys.executable, "-m", __name__, str(run_dir), str(os.getpid())]
+    try:
+        (run_dir / "logs").mkdir(exist_ok=True)
+        with open(run_dir / "logs" / "tracking.log", "ab") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, "PYTHONSAFEPATH": "1"},
+                start_new_session=True,
+            )
+    except OSError as error:
+        log.error("no tracking, its process could not be started: %s", error)
+        return Mirror(None)
+    return Mirror(process)
+
+
+def sync(run_dir: str | Path) -> int:
+    """Send everything that the server lacks, once; returns the number of points sent.
+
+    RunError when the folder is no run's, its mirror is at work, or the server did not take everything.
+    """
+    target = MlflowRun(Path(run_dir).resolve(), live=False)
+    try:
+        target.push(last=True)
+        target.end(otherwise=None)
+    except Exception as error:  # MLflow, its database and the network raise a wide range
+        raise RunError(f"{run_dir} could not be sent to {target.server}: {one_line(error)}; try again") from error
+    if target.file_error:
+        raise RunError(f"{target.server} has every point of {run_dir} but not its files: {target.file_error}")
+    return target.sent
+
+
+class _Parent:
+    """The training process as its mirror sees it, through the pipe on standard input and the parent's id."""
+
+    def __init__(self, pid: int):
+        self.pid = pid
+        self.over = False
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, at most until the run is over."""
+        if self.over:
+            time.sleep(seconds)
+        elif select.select([0], [], [], seconds)[0]:
+            os.read(0, 16)
+            self.over = True
+        elif os.getppid() != self.pid:  # killed, while a forked child of it still holds the pipe
+            self.over = True
+
+
+def mirror(run_dir: Path, parent: _Parent) -> bool:
+    """Send until the run is over and everything is sent; returns False when that did not succeed in time."""
+    target, failures, deadline = None, 0, math.inf
+    while True:
+        over = parent.over  # taken before the file is read, so that nothing written before the end is missed
+        if over:
+            deadline = min(deadline, time.monotonic() + DRAIN_S)
+        try:
+            target = target or MlflowRun(run_dir, live=True)
+            target.push(last=over)
+            if over:
+                target.end(otherwise="FAILED")
+                return target.file_error is None
+            if failures:
+                log.info("sending again after %d failed attempts", failures)
+            failures = 0
+        except Exception as error:  # server, network, disk: none may end the mirror
+            failures += 1
+            if failures == 1:
+                log.error("not sent, will be tried again: %s", one_line(error))
+            if time.monotonic() > deadline:
+                log.error("gave up: `bifrost track sync %s` sends the rest", run_dir)
+                return False
+        parent.wait(POLL_S if over or not failures else min(2.0**failures, LONGEST_WAIT_S))
+
+
+def main(arguments: list[str]) -> int:
+    """Run the mirror process: run folder and parent's process id."""
+    run_dir, pid = Path(arguments[0]), int(arguments[1])
+    # Slurm signals every process of a job: only the training process decides when the run is over.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    os.nice(10)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    return 0 if mirror(run_dir, _Parent(pid)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
