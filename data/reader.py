@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -21,6 +23,7 @@ from .shards import Dataset
 from .transforms import decode_image
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+GRACE_S = 2.0  # for workers to finish their micro-batch when the loader is closed
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Loader:
             multiprocessing_context=START_METHOD if workers else None,
             generator=torch.Generator(),  # else every start of workers draws from the caller's random state
         )
-        self._running = None
+        self._running: Any = None
 
     def __len__(self) -> int:
         """Micro-batches."""
@@ -138,17 +141,17 @@ class Loader:
         """End the workers, also those that no longer answer. The loader can be iterated again."""
         running, self._running = self._running, None
         atexit.unregister(self.close)
-        for worker in _end(running):
-            worker.kill()  # terminate() would be ignored
-            worker.join()
-
-
-def _end(running: object) -> list:
-    """Ask a DataLoader iterator's workers to leave; returns those that have not within torch's grace time."""
-    workers = getattr(running, "_workers", [])
-    if workers:
-        running._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
-    return [worker for worker in workers if worker.is_alive()]
+        workers = getattr(running, "_workers", None)
+        if running is None or not workers:
+            return
+        # Torch waits five seconds for each worker in turn and then sends SIGTERM, which ours never see.
+        last_resort = threading.Timer(GRACE_S, lambda: [worker.kill() for worker in workers])
+        last_resort.start()
+        try:
+            with suppress(RuntimeError):  # torch's report that a worker was killed
+                running._shutdown_workers()
+        finally:
+            last_resort.cancel()
 
 
 def _start_worker(worker: int) -> None:

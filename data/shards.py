@@ -191,13 +191,13 @@ class Dataset:
 
 class _LocalFile:
     def __init__(self, path: str) -> None:
-        self.handle = os.open(path, os.O_RDONLY)
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 closed by the cache, or with the data set
 
     def read(self, start: int, size: int) -> bytes:
-        return os.pread(self.handle, size, start)
+        return os.pread(self.file.fileno(), size, start)
 
     def close(self) -> None:
-        os.close(self.handle)
+        self.file.close()
 
 
 class _RemoteFile:

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import fsspec
 from fsspec.core import url_to_fs
 
 from .errors import DataError
@@ -238,10 +237,13 @@ def _samples_of(tar: str) -> tuple[str, list[tuple[str, dict[str, Piece]]], str 
     fs, path = url_to_fs(tar)
     try:
         state = fs.ukey(path)
-        with fsspec.open(tar, "rb") as file, tarfile.open(fileobj=file, mode="r:") as opened:  # pyright: ignore
+        with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as opened:
             for key, members, _ in group_members(opened):
                 pieces = {kind: Piece(tar, offset, size) for kind, (offset, size) in members.items()}
                 samples.append((key, pieces))
+            file.seek(-1024, os.SEEK_END)
+            if file.read().strip(b"\0"):  # tarfile takes a cut inside a header for the end
+                raise tarfile.ReadError("no end-of-archive mark")
     except FileNotFoundError:
         raise DataError(f"{tar}: no such tar; check the path") from None
     except tarfile.TarError as error:

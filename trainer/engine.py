@@ -148,7 +148,7 @@ class Engine:
         """Name -> this rank's slice of the fp32 master: 1-D, padding included, the optimizer's own memory."""
         from deepspeed.utils import safe_get_local_fp32_param
 
-        return {name: safe_get_local_fp32_param(p) for name, p in self.trainable().items()}
+        return {name: safe_get_local_fp32_param(p).detach() for name, p in self.trainable().items()}
 
     def moments(self, key: str) -> dict[str, Tensor]:
         """Name -> this rank's slice of AdamW's `exp_avg` or `exp_avg_sq`, like `masters`."""
