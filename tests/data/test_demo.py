@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from pathlib import Path
+
+import emoji
+import pytest
+from bifrost.data import demo as module
+from bifrost.data import open_dataset, verify
+from bifrost.data.demo import make_demo
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("demo")
+    made = make_demo(out)
+    assert made.fresh
+    assert 1800 < made.train + made.heldout < 2100
+    assert 0.04 < made.heldout / (made.train + made.heldout) < 0.06
+    return out
+
+
+def test_pairs_are_drawings_and_their_names(demo):
+    captions = {}
+    for part in ("train", "heldout"):
+        dataset = open_dataset(str(demo / f"{part}-*.tar"))
+        for shard, count in enumerate(dataset.samples_per_shard):
+            for sample in range(count):
+                raw = dataset.read(shard, sample)
+                captions[raw.caption] = raw.key
+                assert (int(hashlib.md5(raw.caption.encode()).hexdigest(), 16) % 20 == 0) == (part == "heldout")
+                assert not any(f"1F3F{tone}" in raw.key for tone in "BCDEF")
+        image = Image.open(io.BytesIO(dataset.read(0, 0).image))
+        assert image.size == (256, 256)
+        assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    dataset = [open_dataset(str(demo / f"{part}-*.tar")) for part in ("train", "heldout")]
+    assert len(captions) == sum(map(len, dataset)), "captions are unique"
+    for caption, picture in [("red apple", "🍎"), ("flag of France", "🇫🇷"), ("flag of Wales", "🏴󠁧󠁢󠁷󠁬󠁳󠁿")]:
+        assert "".join(chr(int(code, 16)) for code in captions[caption].split("-")) == picture
+        assert emoji.is_emoji(picture)
+    assert verify(str(demo / "*.tar")) == []
+
+
+def test_the_license_is_written_and_told(demo, capsys):
+    assert "CC BY-SA 4.0" in (demo / "LICENSE.txt").read_text()
+    make_demo(demo)
+    said = capsys.readouterr().err
+    assert "CC BY-SA 4.0" in said
+    assert "already complete" in said
+
+
+def test_an_interrupted_demo_is_completed(demo):
+    before = {path.name: path.read_bytes() for path in demo.glob("*.tar")}
+    times = {path.name: path.stat().st_mtime_ns for path in demo.glob("*.tar")}
+    (demo / "train-00007.tar").unlink()
+    os.unlink(demo / "heldout-00000.index.jsonl")
+    assert make_demo(demo).fresh
+    assert {path.name: path.read_bytes() for path in demo.glob("*.tar")} == before
+    untouched = set(times) - {"train-00007.tar", "heldout-00000.tar"}
+    assert all((demo / name).stat().st_mtime_ns == times[name] for name in untouched)
+    assert not make_demo(demo).fresh
+
+
+def test_drawings_come_in_one_order():
+    assert list(module._drawings()) == list(module._drawings())

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from bifrost.data import BadSamples, DataError, Loader, Plan, write_shard
+
+SIZE = 8
+
+
+def collate(items):
+    return {
+        "image": torch.from_numpy(np.stack([item.image for item in items])),
+        "index": torch.tensor([item.index for item in items]),
+        "epoch": torch.tensor([item.epoch for item in items]),
+        "caption": torch.tensor([int(item.caption.rpartition(" ")[2]) for item in items]),
+    }
+
+
+def collate_in_no_hurry(items):
+    time.sleep(0.05)
+    return collate(items)
+
+
+def make_loader(dataset, rank=0, ranks=1, global_batch=24, micro_batch=2, steps=(0, 4), made_by=collate, **options):
+    plan = Plan(dataset.samples_per_shard, seed=3, block=2)
+    return Loader(
+        dataset,
+        plan,
+        made_by,
+        image_size=SIZE,
+        rank=rank,
+        ranks=ranks,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        start_step=steps[0],
+        stop_step=steps[1],
+        **options,
+    )
+
+
+def children() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def by_step(dataset, ranks, steps=(0, 4), **options):
+    """Per step, all ranks' (epoch, index, key) put into the order of positions."""
+    shares = []
+    for rank in range(ranks):
+        loader = make_loader(dataset, rank, ranks, steps=steps, **options)
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        rows = [list(zip(b.arrays["epoch"].tolist(), b.arrays["index"].tolist(), b.keys, strict=True)) for b in batches]
+        accumulation = len(rows) // (steps[1] - steps[0])
+        shares.append([rows[k : k + accumulation] for k in range(0, len(rows), accumulation)])
+    return [
+        [sample for row in zip(*(share[k] for share in shares), strict=True) for micro in row for sample in micro]
+        for k in range(steps[1] - steps[0])
+    ]
+
+
+def test_the_sequence_knows_neither_ranks_nor_workers_nor_resume(make_shards):
+    dataset = make_shards([7, 5, 9, 4, 6])  # 31 samples, so that 4 steps of 24 span epochs
+    expected = by_step(dataset, 1)
+    located = Plan(dataset.samples_per_shard, seed=3, block=2).locate(np.arange(4 * 24))
+    assert [s[:2] for step in expected for s in step] == list(
+        zip(located.epoch.tolist(), located.index.tolist(), strict=True)
+    )
+    assert [key for step in expected for _, _, key in step] == [f"key-{i:04d}" for i in located.index]
+    for ranks in (2, 3, 4, 12):
+        assert by_step(dataset, ranks) == expected
+    for workers in (1, 2):
+        assert by_step(dataset, 2, workers=workers, prefetch=1 + workers) == expected
+    assert by_step(dataset, 3, micro_batch=4) == expected
+    for start in (1, 3):
+        assert by_step(dataset, 4, steps=(start, 4), workers=start - 1) == expected[start:]
+
+
+def test_batches_hold_what_the_shards_hold(make_shards):
+    dataset = make_shards([4, 4])
+    for batch in make_loader(dataset, global_batch=8, micro_batch=4, steps=(0, 1)):
+        assert batch.arrays["image"].shape == (4, SIZE, SIZE, 3)
+        assert batch.arrays["image"].dtype == torch.uint8
+        assert batch.arrays["caption"].tolist() == batch.arrays["index"].tolist()
+        assert batch.keys == [f"key-{i:04d}" for i in batch.arrays["index"].tolist()]
+        assert batch.replaced == []
+
+
+def test_a_bad_sample_gives_way_to_its_neighbour_for_any_workers(make_shards):
+    broken = {1, 2, 6, 7, 8, 9}  # two in the middle of shard 0, and all of shard 1
+    dataset = make_shards([6, 4, 5], broken)
+    instead = {1: 3, 2: 3, 6: 10, 7: 10, 8: 10, 9: 10}
+    seen = []
+    for workers in (0, 1, 2):
+        batches = list(make_loader(dataset, global_batch=15, micro_batch=3, steps=(0, 2), workers=workers))
+        seen.append([(b.arrays["index"].tolist(), b.keys, b.replaced) for b in batches])
+        for batch in batches:
+            planned = batch.arrays["index"].tolist()
+            assert batch.keys == [f"key-{instead.get(i, i):04d}" for i in planned]
+            assert batch.arrays["caption"].tolist() == [instead.get(i, i) for i in planned]
+            assert [key for key, _ in batch.replaced] == [f"key-{i:04d}" for i in planned if i in broken]
+            assert all("decode" in reason for _, reason in batch.replaced)
+        assert sorted(i for b in batches for i in b.arrays["index"].tolist()) == sorted([*range(15)] * 2)
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_the_last_samples_neighbour_is_the_first(make_shards):
+    dataset = make_shards([3, 3], {2, 3, 4, 5})
+    instead = {2: 0, 3: 0, 4: 0, 5: 0}  # within shard 0 it wraps; past the last shard comes the first
+    for batch in make_loader(dataset, global_batch=6, micro_batch=6, steps=(0, 1)):
+        assert batch.keys == [f"key-{instead.get(i, i):04d}" for i in batch.arrays["index"].tolist()]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_readable_is_an_error_in_one_line(make_shards, workers):
+    dataset = make_shards([3, 3], set(range(6)))
+    with pytest.raises(DataError, match="no sample of the data set reads, the first: key-000") as caught:
+        list(make_loader(dataset, global_batch=6, workers=workers))
+    assert "\n" not in str(caught.value)
+    assert children() == []
+
+
+def test_workers_outlive_the_stop_signals(make_shards):
+    dataset = make_shards([20, 20])
+    expected = [b.keys for b in make_loader(dataset, steps=(0, 8))]
+    loader = make_loader(dataset, steps=(0, 8), workers=2, made_by=collate_in_no_hurry)
+    got = []
+    for number, batch in enumerate(loader):
+        got.append(batch.keys)
+        if number in (0, 7):  # the first reaches workers that have hardly begun
+            for child in children():
+                for stop in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                    child.send_signal(stop)
+    assert got == expected
+    assert children() == []
+
+
+def test_the_callers_signals_and_random_state_stay(make_shards):
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set())
+    state = torch.random.get_rng_state()
+    list(make_loader(make_shards([20, 20]), workers=2))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, set()) == before
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_dead_worker_is_an_error_that_names_it(make_shards):
+    loader = make_loader(make_shards([20, 20]), steps=(0, 50), workers=2, made_by=collate_in_no_hurry)
+    started = time.monotonic()
+    with pytest.raises((DataError, RuntimeError), match="DataLoader worker") as caught:  # noqa: PT012
+        for number, _ in enumerate(loader):
+            if number == 3:
+                victim = children()[0].pid
+                os.kill(victim, signal.SIGKILL)
+    assert str(victim) in str(caught.value)
+    assert time.monotonic() - started < 15
+    loader.close()
+    assert children() == []
+
+
+def hang(items):
+    if items[0].epoch > 0:
+        time.sleep(600)
+    return collate(items)
+
+
+def test_close_ends_workers_that_no_longer_answer(make_shards):
+    loader = make_loader(make_shards([2]), steps=(0, 9), workers=2, made_by=hang)
+    batches = iter(loader)
+    next(batches)
+    time.sleep(0.5)
+    assert len(children()) == 2
+    started = time.monotonic()
+    loader.close()
+    assert time.monotonic() - started < 5
+    loader.close()
+    assert children() == []
+
+
+def test_leaving_the_loop_early_ends_the_workers_and_starting_again_starts_over(make_shards):
+    loader = make_loader(make_shards([24]), workers=2)
+    first = []
+    for batch in loader:
+        first.append(batch.keys)
+        if len(first) == 3:
+            break
+    assert [batch.keys for batch, _ in zip(loader, range(3), strict=False)] == first
+    loader.close()
+    assert children() == []
+
+
+SCRIPT = """
+import sys, time, torch
+from bifrost.data import Loader, Plan, open_dataset
+dataset = open_dataset(sys.argv[1])
+plan = Plan(dataset.samples_per_shard, 0)
+loader = Loader(dataset, plan, lambda items: (time.sleep(0.05), {})[1], image_size=8, rank=0, ranks=1, global_batch=4,
+                micro_batch=4, stop_step=10**6, workers=2)
+batches = iter(loader)
+next(batches)
+import psutil
+print(*(child.pid for child in psutil.Process().children()), flush=True)
+exec(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("while True: next(batches)", -9), ("raise SystemExit(3)", 3), ("raise ValueError", 1)]
+)
+def test_no_worker_outlives_the_main_process(make_shards, tmp_path, end, code):
+    make_shards([8])
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "s-*.tar"), end], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(pids) == 2
+    if code == -9:
+        process.kill()
+    assert process.wait(timeout=30) == code
+    deadline = time.monotonic() + 5
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+        assert time.monotonic() < deadline, "workers are left"
+        time.sleep(0.05)
+
+
+def test_a_plan_for_other_shards_is_refused(make_shards):
+    dataset = make_shards([4, 4])
+    with pytest.raises(DataError, match="made for other shards"):
+        Loader(
+            dataset, Plan([8], 0), collate, image_size=8, rank=0, ranks=1, global_batch=4, micro_batch=4, stop_step=1
+        )
+
+
+def test_a_vanished_shard_is_named(make_shards, tmp_path):
+    dataset = make_shards([4, 4])
+    (tmp_path / "s-00001.tar").unlink()
+    with pytest.raises(DataError, match=r"s-00001\.tar: cannot be opened any more"):
+        list(make_loader(dataset, global_batch=8, workers=1))
+
+
+def test_the_ledger_stops_the_run_above_the_share():
+    ledger = BadSamples(0.05)
+    ledger.add([("a", "cut"), ("b", "cut")], 8)  # a quarter, but of eight
+    ledger.add([], 91)
+    ledger.add([("c", "cut")], 1)
+    assert (ledger.bad, ledger.seen) == (3, 100)
+    with pytest.raises(
+        DataError, match=r"6 of 110 .*max_bad_share 0\.05: a \(cut\), b \(cut\), c \(cut\), d \(no"
+    ) as e:
+        ledger.add([("d", "no"), ("e", "no"), ("f", "no")], 10)
+    assert "\n" not in str(e.value)
+    with pytest.raises(DataError, match="and 90 more"):
+        BadSamples(0.5).add([(str(i), "x") for i in range(100)], 100)
+    BadSamples(0).add([], 1000)
+
+
+def test_many_open_shards_do_not_thrash(tmp_path, picture):
+    from bifrost.data import open_dataset
+
+    for shard in range(6):
+        write_shard(tmp_path / f"w-{shard}.tar", [(f"{shard}", {"png": picture(shard), "txt": b"x 0"})])
+    dataset = open_dataset(str(tmp_path / "w-*.tar"), max_open=1)
+    make_loader(dataset, global_batch=6)
+    assert dataset.max_open == 4, "two blocks"

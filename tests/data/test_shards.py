@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import shutil
+
+import fsspec
+import numpy as np
+import pytest
+from bifrost.data import BadSample, DataError, open_dataset, write_shard
+from bifrost.data.shards import expand
+
+
+def test_specs_expand_to_sorted_shards(make_shards, tmp_path):
+    make_shards([2, 3, 4])
+    names = [str(tmp_path / f"s-{i:05d}.tar") for i in range(3)]
+    for spec in (
+        str(tmp_path / "s-{00000..00002}.tar"),
+        str(tmp_path / "*"),
+        names[::-1],
+        str(tmp_path / "s-0000?.tar"),
+    ):
+        assert open_dataset(spec).shards == names
+    dataset = open_dataset([names[2], names[0]])
+    assert dataset.samples_per_shard.tolist() == [2, 4]
+    assert dataset.samples_per_shard.dtype == np.int64
+    assert len(dataset) == 6
+    assert expand("x{08..10}.tar") == ["x08.tar", "x09.tar", "x10.tar"]
+
+
+def test_reading_gives_each_sample(make_shards, picture):
+    dataset = make_shards([3, 2])
+    number = 0
+    for shard, count in enumerate([3, 2]):
+        for sample in range(count):
+            raw = dataset.read(shard, sample)
+            assert (raw.key, raw.caption, raw.extras) == (f"key-{number:04d}", f"caption {number}", {})
+            assert raw.image == picture(number)
+            number += 1
+    assert list(dataset.keys()) == [f"key-{i:04d}" for i in range(5)]
+
+
+def test_the_fingerprint_is_that_of_the_content_in_order(make_shards, tmp_path):
+    dataset = make_shards([2, 3])
+    hashes = [hashlib.sha256((tmp_path / f"s-0000{i}.tar").read_bytes()).hexdigest() for i in range(2)]
+    assert dataset.fingerprint == hashlib.sha256("".join(hashes).encode()).hexdigest()
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    assert open_dataset(str(tmp_path / "copy/s-*.tar")).fingerprint == dataset.fingerprint
+    assert open_dataset(str(tmp_path / "s-00001.tar")).fingerprint != dataset.fingerprint
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_urls(make_shards, tmp_path, picture, scheme):
+    make_shards([2, 2])
+    if scheme == "memory":
+        fs = fsspec.filesystem("memory")
+        for path in tmp_path.iterdir():
+            fs.pipe_file(f"/bucket/{path.name}", path.read_bytes())
+        root = "memory://bucket"
+    else:
+        root = f"file://{tmp_path}"
+    try:
+        for spec in (f"{root}/s-{{00000..00001}}.tar", f"{root}/*.tar"):
+            dataset = open_dataset(spec)
+            assert len(dataset.shards) == 2
+            assert dataset.read(1, 1).image == picture(3)
+            assert dataset.read(1, 1).caption == "caption 3"
+        with pytest.raises(DataError, match=r"s-00002\.tar: no such shard"):
+            open_dataset(f"{root}/s-{{00000..00002}}.tar")
+    finally:
+        if scheme == "memory":
+            fs.rm("/bucket", recursive=True)
+
+
+def test_few_shards_stay_open_and_all_stay_readable(make_shards, tmp_path):
+    make_shards([1] * 12)
+    dataset = open_dataset(str(tmp_path / "s-*.tar"), max_open=3)
+
+    def open_files():
+        links = [os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd")]
+        return sum(os.readlink(link).startswith(str(tmp_path)) for link in links if os.path.islink(link))
+
+    for _ in range(2):
+        for shard in range(12):
+            dataset.read(shard, 0)
+            assert open_files() <= 3
+    assert pickle.loads(pickle.dumps(dataset)).read(5, 0).key == "key-0005"
+    dataset.close()
+    assert open_files() == 0
+    assert dataset.read(2, 0).key == "key-0002"
+    dataset.close()
+
+
+def test_a_forked_child_reads_while_its_parent_does(make_shards):
+    dataset = make_shards([40])
+    dataset.read(0, 0)
+    child = os.fork()
+    if child == 0:
+        good = all(dataset.read(0, i).key == f"key-{i:04d}" for _ in range(20) for i in range(40))
+        os._exit(0 if good else 1)
+    assert all(dataset.read(0, i).key == f"key-{i:04d}" for _ in range(20) for i in reversed(range(40)))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_errors_name_the_place_and_the_remedy(make_shards, tmp_path, picture):
+    make_shards([2, 2])
+    first = str(tmp_path / "s-00000.tar")
+    write_shard(tmp_path / "mute/a.tar", [("k", {"png": picture(0)})])
+    for spec, message in [
+        (str(tmp_path / "s-{00000..00003}.tar"), r"s-00002\.tar: no such shard.*bifrost data ingest"),
+        (str(tmp_path / "other-*.tar"), r"no \.tar matches.*bifrost data ingest"),
+        ([first, first], "named twice"),
+        (str(tmp_path), "not a shard"),
+        ([], "no shards named"),
+        ("x{0..", "write ranges as"),
+        (str(tmp_path / "mute/*.tar"), "no captions.*bifrost data ingest"),
+    ]:
+        with pytest.raises(DataError, match=message) as caught:
+            open_dataset(spec)
+        assert "\n" not in str(caught.value)
+    os.truncate(first, 5000)
+    with pytest.raises(DataError, match=r"s-00000\.tar: 5000 bytes, indexed as .* truncated"):
+        open_dataset(first)
+    os.unlink(tmp_path / "s-00001.index.jsonl")
+    with pytest.raises(DataError, match=r"s-00001\.tar: no index beside it; run `bifrost data index"):
+        open_dataset(str(tmp_path / "s-00001.tar"))
+    (tmp_path / "s-00001.index.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match="damaged index"):
+        open_dataset(str(tmp_path / "s-00001.tar"))
+
+
+def test_bad_samples_say_why(tmp_path, picture):
+    samples = [
+        ("mute", {"png": picture(0)}),
+        ("blank", {"png": picture(0), "txt": b" \n"}),
+        ("latin", {"png": picture(0), "txt": b"caf\xe9"}),
+        ("fine", {"png": picture(0), "txt": b"ok"}),
+        ("last", {"png": picture(0), "txt": b"ok"}),
+    ]
+    write_shard(tmp_path / "a.tar", samples)
+    dataset = open_dataset(str(tmp_path / "a.tar"))
+    for sample, reason in enumerate(["no caption", "caption is empty", "caption is not UTF-8"]):
+        with pytest.raises(BadSample) as caught:
+            dataset.read(0, sample)
+        assert (caught.value.key, caught.value.reason) == (samples[sample][0], reason)
+    assert dataset.read(0, 3).caption == "ok"
+    os.truncate(tmp_path / "a.tar", (tmp_path / "a.tar").stat().st_size - 10240)
+    with pytest.raises(BadSample, match="the shard ends inside it"):
+        dataset.read(0, 4)
+
+
+def test_a_shard_that_goes_away_is_named(make_shards, tmp_path):
+    dataset = make_shards([2, 2])
+    (tmp_path / "s-00001.tar").unlink()
+    with pytest.raises(DataError, match=r"s-00001\.tar: cannot be opened any more"):
+        dataset.read(1, 0)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from bifrost.data import clean_caption, decode_image
+from PIL import Image
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    return Image.fromarray((np.stack([x, y, (x + y) / 2], -1) * 255).astype(np.uint8))
+
+
+def test_centre_crop_and_resize_match_pillow():
+    image = smooth(90, 60)
+    expected = np.asarray(image.crop((15, 0, 75, 60)).resize((32, 32), Image.Resampling.BICUBIC))
+    assert np.array_equal(decode_image(encode(image), 32), expected)
+    tall = np.asarray(smooth(40, 80).crop((0, 20, 40, 60)).resize((32, 32), Image.Resampling.BICUBIC))
+    assert np.array_equal(decode_image(encode(smooth(40, 80)), 32), tall)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_lossy_formats_and_draft_mode_stay_close(kind):
+    image = smooth(2000, 1600)  # large enough that the JPEG decoder drops two octaves
+    exact = image.crop((200, 0, 1800, 1600)).resize((64, 64), Image.Resampling.BICUBIC)
+    got = decode_image(encode(image, kind, quality=95), 64)
+    assert got.shape == (64, 64, 3)
+    assert got.dtype == np.uint8
+    assert np.abs(got.astype(int) - np.asarray(exact).astype(int)).max() <= 4
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "colour"),
+    [
+        (Image.new("RGBA", (8, 8), (255, 0, 0, 0)), "PNG", (255, 255, 255)),
+        (Image.new("RGBA", (8, 8), (255, 0, 0, 128)), "PNG", (255, 127, 127)),
+        (Image.new("LA", (8, 8), (0, 0)), "PNG", (255, 255, 255)),
+        (Image.new("L", (8, 8), 77), "PNG", (77, 77, 77)),
+        (Image.new("1", (8, 8), 1), "PNG", (255, 255, 255)),
+        (Image.fromarray(np.full((8, 8), 30000, np.uint16)), "PNG", (117, 117, 117)),
+        (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", (255, 0, 0)),
+        (Image.new("RGBA", (8, 8), (0, 0, 255, 255)), "WEBP", (0, 0, 255)),
+    ],
+)
+def test_modes(image, kind, colour):
+    pixels = decode_image(encode(image, kind), 4).astype(int)
+    assert pixels.shape == (4, 4, 3)
+    assert np.abs(pixels - colour).max() <= 2
+
+
+def test_transparent_palette_lies_on_white():
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    assert (decode_image(encode(image, transparency=0), 4) == 255).all()
+    assert (decode_image(encode(image), 4) == 0).all()
+
+
+def test_exif_orientation_is_applied():
+    image = Image.new("RGB", (16, 16), "white")
+    image.paste("black", (0, 0, 16, 8))  # black above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by 90 degrees: black at the right
+    pixels = decode_image(encode(image, "JPEG", exif=exif, quality=95), 16)
+    assert pixels[:, :6].mean() > 240
+    assert pixels[:, -6:].mean() < 15
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_truncated_images_are_refused(kind):
+    data = encode(smooth(300, 300), kind)
+    with pytest.raises(ValueError, match=r"truncated|does not decode"):
+        decode_image(data[: len(data) * 2 // 3], 32)
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked():
+    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    body = b"IDAT" + zlib.compress(b"")
+    data += struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    with pytest.raises(ValueError, match=r"limit|bomb"):
+        decode_image(data, 32)
+    large = encode(Image.new("1", (12000, 12000)))
+    with pytest.raises(ValueError, match="12000 x 12000 pixels are above the limit"):
+        decode_image(large, 32)
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image", b"GIF89a" + bytes(20)])
+def test_other_bytes_are_refused(data):
+    with pytest.raises(ValueError, match="does not decode"):
+        decode_image(data, 32)
+
+
+def test_captions():
+    assert clean_caption("  a\tred \n\x00 apple ") == "a red apple"
+    assert clean_caption("\ufeffdéjà vu".encode()) == "déjà vu"
+    for empty in ("", b" \n\x00 "):
+        with pytest.raises(ValueError, match="empty"):
+            clean_caption(empty)
+    for wrong in (b"\xff\xfe", "\ud800"):
+        with pytest.raises(ValueError, match="UTF-8"):
+            clean_caption(wrong)

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+
+import fsspec
+import pytest
+import webdataset
+from bifrost.data import DataError, index_shards, open_dataset, verify, write_shard
+from bifrost.data.index import build_index, index_path, load_index
+
+
+@pytest.fixture
+def shard(tmp_path, picture):
+    path = tmp_path / "train-00000.tar"
+    samples = [(f"dir/k{i}", {"png": picture(i), "txt": f"text {i}".encode(), "json": b"{}"}) for i in range(7)]
+    write_shard(path, samples)
+    return path, samples
+
+
+def test_webdataset_reads_the_shard_back(shard):
+    path, samples = shard
+    read = list(webdataset.WebDataset(f"file:{path}", shardshuffle=False))
+    assert [(s["__key__"], {k: s[k] for k in ("png", "txt", "json")}) for s in read] == samples
+
+
+def test_the_index_tells_offsets_sizes_and_hash(shard):
+    path, samples = shard
+    index = load_index(str(path))
+    data = path.read_bytes()
+    assert index.header.bytes == len(data)
+    assert index.header.sha256 == hashlib.sha256(data).hexdigest()
+    assert (index.header.samples, index.header.captions, index.header.caption_chars) == (7, 7, (6, 6, 42))
+    for number, (key, members) in enumerate(samples):
+        found, places = index.entry(number)
+        assert found == key
+        assert {kind: data[at : at + size] for kind, (at, size) in places.items()} == members
+
+
+def test_equal_samples_give_equal_bytes(shard, tmp_path):
+    path, samples = shard
+    write_shard(tmp_path / "again.tar", samples)
+    assert (tmp_path / "again.tar").read_bytes() == path.read_bytes()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, picture):
+    def samples():
+        yield "a", {"png": picture(0), "txt": b"x"}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(tmp_path / "x.tar", samples())
+    assert list(tmp_path.iterdir()) == []
+
+
+def foreign_tar(path, members, **options):
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_foreign_tar_is_indexed_without_touching_it(tmp_path, picture, form):
+    path = tmp_path / "foreign.tar"
+    long = "d" * 90 + "/" + "k" * 60  # needs a prefix, a GNU long name or a pax header
+    members = [
+        (f"{long}.JPG", picture(1, "jpg")),
+        (f"{long}.seg.png", b"mask"),
+        (f"{long}.txt", "ein Bär".encode()),
+        ("only-text.txt", b"no image"),
+        ("uncaptioned.webp", picture(2, "webp")),
+    ]
+    foreign_tar(path, members, format=form)
+    before = path.read_bytes()
+    [(_, header)] = index_shards(str(path))
+    assert path.read_bytes() == before
+    assert (header.samples, header.captions, header.caption_chars) == (2, 1, (7, 7, 7))
+    raw = open_dataset(str(path)).read(0, 0)
+    assert (raw.key, raw.image, raw.caption, raw.extras) == (long, members[0][1], "ein Bär", {"seg.png": b"mask"})
+    assert verify(str(path)) == []
+
+
+def test_only_missing_leaves_the_others_alone(shard, tmp_path):
+    path, samples = shard
+    write_shard(tmp_path / "train-00001.tar", samples)
+    os.unlink(index_path(str(path)))
+    done = index_shards(str(tmp_path / "train-*.tar"), only_missing=True)
+    assert [name for name, _ in done] == [str(path)]
+
+
+def test_verify_names_what_is_wrong(tmp_path, picture):
+    names = ["good", "truncated", "altered", "unindexed", "cut-unindexed", "index", "renamed-away"]
+    for name in names:
+        write_shard(tmp_path / f"{name}.tar", [(f"{name}{i}", {"png": picture(i), "txt": b"x"}) for i in range(5)])
+    shards = {name: tmp_path / f"{name}.tar" for name in names}
+    os.truncate(shards["truncated"], 6000)
+    data = bytearray(shards["altered"].read_bytes())
+    data[1000] ^= 1
+    shards["altered"].write_bytes(data)
+    os.truncate(shards["cut-unindexed"], 6000)
+    for name in ("unindexed", "cut-unindexed"):
+        os.unlink(index_path(str(shards[name])))
+    index = tmp_path / "index.index.jsonl"
+    index.write_bytes(index.read_bytes().replace(b"index3", b"index9"))
+    shards["renamed-away"].unlink()
+
+    problems = verify([str(path) for path in shards.values()])
+    expected = {
+        "truncated": "truncated",
+        "altered": "altered (content hash)",
+        "unindexed": "unindexed",
+        "cut-unindexed": "truncated",
+        "index": "altered index",
+        "renamed-away": "no such shard",
+    }
+    assert len(problems) == len(expected)
+    for name, words in expected.items():
+        [line] = [p for p in problems if p.startswith(f"{tmp_path / name}.")]
+        assert words in line
+        assert "\n" not in line
+
+
+@pytest.mark.parametrize("cut", [1, 511, 512, 1024, 5000])
+def test_any_cut_is_seen(shard, cut):
+    path, _ = shard
+    os.truncate(path, max(path.stat().st_size - 10240 * (cut == 5000) - cut, 100))
+    assert len(verify(str(path))) == 1
+
+
+def test_a_tar_cut_between_members_is_refused(shard):
+    path, _ = shard
+    index = build_index(str(path))
+    end = min(at for at, _ in index.entry(5)[1].values()) - 512
+    os.truncate(path, end)
+    with pytest.raises(DataError, match="no end-of-archive mark"):
+        build_index(str(path))
+
+
+def test_compressed_tars_are_refused(tmp_path, picture):
+    with tarfile.open(tmp_path / "z.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"))
+    with pytest.raises(DataError, match="not a plain tar"):
+        index_shards(str(tmp_path / "z.tar"))
+
+
+def test_remote_shards_are_indexed_and_verified_in_place(shard):
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/far/a.tar", shard[0].read_bytes())
+    try:
+        assert "unindexed" in verify("memory://far/a.tar")[0]
+        index_shards("memory://far/*.tar")
+        assert fs.exists("/far/a.index.jsonl")
+        assert verify("memory://far/a.tar") == []
+        fs.pipe_file("/far/a.tar", shard[0].read_bytes()[:-600])
+        assert "truncated" in verify("memory://far/a.tar")[0] or "altered" in verify("memory://far/a.tar")[0]
+    finally:
+        fs.rm("/far", recursive=True)
