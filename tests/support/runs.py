@@ -1,0 +1,41 @@
+"""Small runs for tests: their settings, and what they left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+SMALL = (
+    "precision=fp32",
+    "global_batch=8",
+    "micro_batch=2",
+    "log_every=1",
+    "data.workers=0",
+    "data.block=2",
+    "tracking.enabled=false",
+    "checkpoint.every=1000",
+    "optimizer.schedule=constant",
+    "optimizer.warmup_steps=3",
+)
+
+
+def arguments(shards: Path, runs_dir: Path, *overrides: str) -> list[str]:
+    """Arguments of `bifrost` for a small run of the tiny recipe."""
+    return ["train", "tiny-mllm", *SMALL, f"data.shards={shards}/train-*.tar", f"runs_dir={runs_dir}", *overrides]
+
+
+def steps(run: Path) -> list[dict]:
+    """The metric lines of a run, events left out."""
+    return [line for line in lines(run) if "event" not in line]
+
+
+def events(run: Path, kind: str) -> list[dict]:
+    return [line for line in lines(run) if line.get("event") == kind]
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in steps(run)]
