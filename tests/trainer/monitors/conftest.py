@@ -1,0 +1,122 @@
+"""A real MLflow server, and a door in front of it that can be shut or stuck."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from types import SimpleNamespace
+
+import pytest
+from bifrost.trainer.monitors.metrics import MetricsFile
+
+
+@pytest.fixture(autouse=True)
+def _no_server_of_the_user(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """Address of an MLflow server with a database and artifacts of its own."""
+    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/files"]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    uri = f"http://127.0.0.1:{port}"
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(f"{uri}/health", timeout=1).close()
+            break
+        except OSError:
+            assert process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.2)
+    else:
+        pytest.fail((folder / "log").read_text())
+    yield uri
+    os.killpg(process.pid, 9)
+    process.wait()
+
+
+@pytest.fixture
+def client(server):
+    from mlflow import MlflowClient
+
+    return MlflowClient(server)
+
+
+class Door:
+    """A port of its own: refuses at first, then `hang` (accepts, never answers) or `open_to` a server."""
+
+    def __init__(self):
+        self._socket = socket.socket()
+        self._socket.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
+        self.uri = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._server = None
+        self.held = []
+
+    def hang(self):
+        self._socket.listen(50)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def open_to(self, server):
+        self._server = server
+        if not self.held:
+            self.hang()
+
+    def _accept(self):
+        while True:
+            try:
+                near, _ = self._socket.accept()
+            except OSError:
+                return
+            self.held.append(near)
+            if self._server:
+                far = socket.create_connection(("127.0.0.1", int(self._server.rpartition(":")[2])))
+                for source, target in ((near, far), (far, near)):
+                    threading.Thread(target=self._copy, args=(source, target), daemon=True).start()
+
+    @staticmethod
+    def _copy(source, target):
+        try:
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+    def close(self):
+        for held in [self._socket, *self.held]:
+            held.close()
+
+
+@pytest.fixture
+def door():
+    door = Door()
+    yield door
+    door.close()
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """(uri) -> a run folder with its recipe, and its metrics file."""
+
+    def make(uri=None):
+        folder = tmp_path / "runs" / "demo"
+        folder.mkdir(parents=True)
+        tracking = f"{{uri: {uri or 'null'}, experiment: bifrost}}"
+        recipe = f"name: demo\noptimizer: {{lr: 0.1, betas: [0.9, 0.95]}}\ntracking: {tracking}\n"
+        (folder / "recipe.yaml").write_text(recipe)
+        return SimpleNamespace(folder=folder, metrics=MetricsFile(folder / "metrics.jsonl"))
+
+    return make
