@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import json
 import multiprocessing as mp
 import os
@@ -39,7 +41,8 @@ def start(function: Callable, ranks: int, *args: Any, folder: Path) -> list[mp.p
             "BIFROST_RENDEZVOUS": str(folder / "rendezvous"),
             "GLOO_SOCKET_IFNAME": "lo",
         }
-        process = _context.Process(target=_child, args=(function, args, environment, str(folder)))
+        named = (inspect.getfile(function), function.__name__)
+        process = _context.Process(target=_child, args=(named, args, environment, str(folder)))
         process.start()
         processes.append(process)
     return processes
@@ -82,7 +85,7 @@ def command(arguments: list[str]) -> None:
     cli.main()
 
 
-def _child(function: Callable, args: tuple, environment: dict[str, str], folder: str) -> None:
+def _child(named: tuple[str, str], args: tuple, environment: dict[str, str], folder: str) -> None:
     os.environ.update(environment)
     rank = environment["RANK"]
     for number, kind in ((1, "out"), (2, "err")):
@@ -94,7 +97,7 @@ def _child(function: Callable, args: tuple, environment: dict[str, str], folder:
     torch.set_num_threads(1)
     code = 0
     try:
-        value = function(*args)
+        value = _load(*named)(*args)
         Path(f"{folder}/{rank}.value").write_text(json.dumps(value))
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else 1
@@ -104,6 +107,15 @@ def _child(function: Callable, args: tuple, environment: dict[str, str], folder:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _load(file: str, name: str) -> Callable:
+    """A function of a test file: those are no importable modules."""
+    spec = importlib.util.spec_from_file_location("ranked_test", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
 
 
 def _read(path: Path) -> str:

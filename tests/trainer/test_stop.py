@@ -1,0 +1,75 @@
+"""Stop signals: one step agreed by all ranks, one checkpoint, an exit code that asks to be started again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranked
+import runs
+from bifrost.trainer.monitors.stop import STOP_CODE
+
+pytestmark = [pytest.mark.multi, pytest.mark.slow]
+
+
+def wait_for_steps(run: Path, count: int, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not (run / "metrics.jsonl").exists() or len(runs.steps(run)) < count:
+        assert time.monotonic() < deadline, "the run does not get going"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
+def test_a_signal_to_one_rank_stops_all_at_one_step(shards: Path, tmp_path: Path, number: int, rank: int) -> None:
+    arguments = runs.arguments(shards, tmp_path, "steps=400", "data.workers=1")
+    run = tmp_path / "tiny-mllm"
+    folder = tmp_path / "meeting"
+    folder.mkdir()
+    processes = ranked.start(ranked.command, 2, arguments, folder=folder)
+    wait_for_steps(run, 2)
+    os.kill(processes[rank].pid, number)
+    ended = ranked.finish(processes, folder)
+    assert [rank.code for rank in ended] == [STOP_CODE] * 2, ended[0].err
+    last = runs.steps(run)[-1]["step"]
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+    assert runs.events(run, "end")[-1]["outcome"] == "stopped"
+
+
+def test_the_launcher_passes_signals_on_and_leaves_nothing_behind(shards: Path, tmp_path: Path) -> None:
+    """Signals that reach every process, loader workers too, as Slurm sends them: still a checkpoint."""
+    arguments = runs.arguments(shards, tmp_path, "steps=400", "data.workers=1", "--ranks", "2")
+    command = [sys.executable, "-m", "bifrost.trainer", *arguments]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = tmp_path / "tiny-mllm"
+    wait_for_steps(run, 2)
+    family = descendants(launcher.pid)
+    assert len(family) >= 4, "two ranks and their workers"
+    for pid in [launcher.pid, *family]:
+        os.kill(pid, signal.SIGTERM)
+    out, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == STOP_CODE, err
+    assert "stopped by SIGTERM" in out
+    last = runs.steps(run)[-1]["step"]
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in family)
+
+
+def test_a_killed_launcher_takes_its_ranks_along(shards: Path, tmp_path: Path) -> None:
+    arguments = runs.arguments(shards, tmp_path, "steps=400", "data.workers=1", "--ranks", "2")
+    launcher = subprocess.Popen([sys.executable, "-m", "bifrost.trainer", *arguments], stdout=subprocess.DEVNULL)
+    wait_for_steps(tmp_path / "tiny-mllm", 1)
+    family = descendants(launcher.pid)
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 10
+    while alive := [pid for pid in family if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, f"still running: {alive}"
+        time.sleep(0.05)
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    return [*children, *(deeper for child in children for deeper in descendants(child))]
