@@ -122,7 +122,8 @@ class Store:
         Each refused one is logged with the file's name. With `gather` every rank calls it, the hashing is divided
         among them, and all get the same one.
         """
-        for step in reversed(gather(self.steps())[0]):
+        steps = _agreed(lambda: self.steps() if rank == 0 else None, "look for", rank, gather)[0]
+        for step in reversed(steps):
             if step in skip:
                 continue
             problems = self._problems(step, rank, ranks, gather)

@@ -213,7 +213,9 @@ def _without_password(uri: str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    """Kind and first line of an error, without the password that an address in it may hold."""
+    first = str(error).strip().partition("\n")[0]
+    return re.sub(r"//[^/\s]*@", "//", f"{type(error).__name__}: {first}")
 
 
 def _lock(path: Path) -> Any:

@@ -78,12 +78,14 @@ def sync(run_dir: str | Path) -> int:
 
     RunError when the folder is no run's, its mirror is at work, or the server did not take everything.
     """
-    target = MlflowRun(Path(run_dir).resolve(), live=False)
     try:
+        target = MlflowRun(Path(run_dir).resolve(), live=False)
         target.push(last=True)
         target.end(otherwise=None)
-    except Exception as error:  # MLflow, its database and the network raise a wide range
-        raise RunError(f"{run_dir} could not be sent to {target.server}: {one_line(error)}; try again") from error
+    except RunError:
+        raise
+    except Exception as error:  # MLflow, its database, the network and the disk raise a wide range
+        raise RunError(f"{run_dir} could not be sent to MLflow: {one_line(error)}; try again") from error
     if target.file_error:
         raise RunError(f"{target.server} has every point of {run_dir} but not its files: {target.file_error}")
     return target.sent
