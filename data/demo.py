@@ -16,7 +16,7 @@ from rich.progress import track
 from .errors import DataError
 from .index import load_index, write_atomic
 from .processes import in_processes, sole_owner
-from .write import write_shard
+from .write import preload, write_shard
 
 PIXELS = 256
 SAMPLES_PER_SHARD = 256
@@ -64,6 +64,7 @@ def make_demo(out: str | Path) -> Demo:
         write_atomic(out / "LICENSE.txt", LICENSE.encode())
         missing = [shard for shard in shards if not _written(*shard)]
         if missing:
+            preload()
             work = in_processes(_render_shard, missing, None)
             for _ in track(work, "rendering shards", len(missing), console=console):
                 pass

@@ -19,7 +19,7 @@ from .index import CAPTION_TYPE, image_type, index_path, write_atomic
 from .processes import in_processes, sole_owner
 from .sources import Candidate, Piece, list_source
 from .transforms import clean_caption, decode_image
-from .write import Sample, write_shard
+from .write import Sample, preload, write_shard
 
 CHECKED_AT = 64  # pixels; decoding to a small size still reads the whole file
 
@@ -107,6 +107,7 @@ def _work(tasks: list[_Task], processes: int | None) -> None:
         bar = progress.add_task("images", total=images)
         progress.advance(bar, images - sum(len(task.candidates) for task in missing))
         if missing:
+            preload()
             for advanced in in_processes(_make_shard, missing, processes):
                 progress.advance(bar, advanced)
 

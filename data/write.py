@@ -15,6 +15,11 @@ Sample = dict[str, bytes]
 THREADS = 8  # hashing and reading release the interpreter's lock
 
 
+def preload() -> None:
+    """Import what writing needs, torch behind it, so that processes forked afterwards share it."""
+    import webdataset.writer  # noqa: F401
+
+
 def write_shard(path: str | os.PathLike, samples: Iterable[tuple[str, Sample]]) -> Header:
     """Write one local shard and its index; each appears under its name only when complete, the index last.
 

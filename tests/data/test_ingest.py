@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 import webdataset
 from bifrost.data import DataError, open_dataset, verify, write_shard
+from bifrost.data import ingest as ingest_module
 from bifrost.data.ingest import ingest
 from PIL import Image
 
@@ -245,6 +246,30 @@ def test_sigkill_at_any_moment_loses_and_doubles_nothing(tmp_path, picture):
     )
     assert ours == theirs
     assert len(contents(out)) == 225
+
+
+@pytest.mark.parametrize("moment", range(1, 11))
+def test_a_crash_before_any_rename_is_made_good(tree, tmp_path, monkeypatch, moment):
+    root, expected = tree
+    out, rename, renames = tmp_path / "out", os.replace, []
+
+    def crash(source, target):
+        renames.append(target)
+        if len(renames) == moment:
+            os._exit(9)
+        rename(source, target)
+
+    begin = ingest_module._agree
+    monkeypatch.setattr(ingest_module, "_agree", lambda *a: (begin(*a), monkeypatch.setattr(os, "replace", crash)))
+    # Three shards, each renamed with its index and its report: nine moments in the worker, none of them in the tenth.
+    if moment < 10:
+        with pytest.raises(DataError, match=r"a worker process died .* it goes on"):
+            ingest(root, out, samples_per_shard=10, processes=1)
+    monkeypatch.undo()
+    assert ingest(root, out, samples_per_shard=10, processes=1) == (3, 25, 0)
+    assert contents(out) == expected
+    assert verify(str(out / "train-*.tar")) == []
+    assert list(out.glob("*.tmp-*")) == []
 
 
 def test_two_at_once_in_one_folder_are_refused(tree, tmp_path):

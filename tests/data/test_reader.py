@@ -200,7 +200,11 @@ import sys, time, torch
 from bifrost.data import Loader, Plan, open_dataset
 dataset = open_dataset(sys.argv[1])
 plan = Plan(dataset.samples_per_shard, 0)
-loader = Loader(dataset, plan, lambda items: (time.sleep(0.05), {})[1], image_size=8, rank=0, ranks=1, global_batch=4,
+def collate(items, calls=[]):
+    calls.append(0)
+    time.sleep(600 * (len(calls) > 1))  # each worker hangs in its second micro-batch
+    return {}
+loader = Loader(dataset, plan, collate, image_size=8, rank=0, ranks=1, global_batch=4,
                 micro_batch=4, stop_step=10**6, workers=2)
 batches = iter(loader)
 next(batches)
@@ -223,7 +227,7 @@ def test_no_worker_outlives_the_main_process(make_shards, tmp_path, end, code):
     assert len(pids) == 2
     if code == -9:
         process.kill()
-    assert process.wait(timeout=30) == code
+    assert process.wait(timeout=20) == code
     deadline = time.monotonic() + 5
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
         assert time.monotonic() < deadline, "workers are left"

@@ -39,6 +39,13 @@ def test_lossy_formats_and_draft_mode_stay_close(kind):
     assert np.abs(got.astype(int) - np.asarray(exact).astype(int)).max() <= 4
 
 
+def test_draft_mode_keeps_fine_detail():
+    blocks = np.random.default_rng(0).integers(0, 256, (128, 128), dtype=np.uint8)
+    image = Image.fromarray(np.kron(blocks, np.ones((8, 8), np.uint8))).convert("RGB")  # 1024 px
+    exact = np.asarray(image.resize((256, 256), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(decode_image(encode(image, "JPEG", quality=95), 256) - exact).mean() < 4
+
+
 @pytest.mark.parametrize(
     ("image", "kind", "colour"),
     [
