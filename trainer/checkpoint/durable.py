@@ -103,4 +103,4 @@ def safetensors_parts(pieces: Sequence[Piece]) -> Iterator[bytes | memoryview]:
         if tuple(tensor.shape) != piece.shape:
             raise ValueError(f"{piece.name} has shape {tuple(tensor.shape)}, announced as {piece.shape}")
         tensor = tensor.to(device="cpu", dtype=piece.dtype).contiguous()
-        yield memoryview(tensor.flatten().view(torch.uint8).numpy())
+        yield tensor.flatten().view(torch.uint8).numpy().data
