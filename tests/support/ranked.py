@@ -114,6 +114,7 @@ def _load(file: str, name: str) -> Callable:
     spec = importlib.util.spec_from_file_location("ranked_test", file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     return getattr(module, name)
 

@@ -44,7 +44,7 @@ class PromptTemplate:
         self.head, self.tail = (text + IMAGE_START).split(_MARK)
         self.suffix: list[int] = tokenizer.encode(self.tail, add_special_tokens=False)
         self.pad: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.suffix[0]
-        shortest = len(self.ids(""))
+        shortest = len(self._encode(""))
         if shortest > max_tokens:
             raise RunError(
                 f"branch.max_text_tokens is {max_tokens}, the empty prompt alone has {shortest} tokens: raise it"
@@ -52,12 +52,15 @@ class PromptTemplate:
 
     def ids(self, caption: str) -> list[int]:
         """Token ids of one prompt, at most `max_tokens`."""
-        # `head` and `tail` carry the template's own markers; a caption must not be able to close its turn.
-        caption = caption.replace("<|", "< |")
-        ids = self.tokenizer.encode(self.head + caption + self.tail, add_special_tokens=False)
+        ids = self._encode(caption)
         if len(ids) > self.max_tokens:
             ids = ids[: self.max_tokens - len(self.suffix)] + self.suffix
         return ids
+
+    def _encode(self, caption: str) -> list[int]:
+        # `head` and `tail` carry the template's own markers; a caption must not be able to close its turn.
+        caption = caption.replace("<|", "< |")
+        return self.tokenizer.encode(self.head + caption + self.tail, add_special_tokens=False)
 
     def batch(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """input_ids [B, T] padded on the right, and text_mask [B, T], True where a token is real."""

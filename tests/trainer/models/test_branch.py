@@ -1,0 +1,104 @@
+"""The branch begins as an exact copy of the text model, and sees what it should see."""
+
+import pytest
+import ranked
+import torch
+from bifrost.recipes import load_recipe
+from bifrost.trainer.models.backbone import locate, read_config
+from bifrost.trainer.models.weights import WeightFiles
+from bifrost.trainer.stages.patch_latents import PatchLatentModel
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+
+def build(*overrides: str) -> PatchLatentModel:
+    recipe = load_recipe("tiny-mllm", overrides)
+    folder = locate("builtin:tiny")
+    model = PatchLatentModel(read_config(folder), recipe)
+    model.load(WeightFiles(folder), seed=0)
+    return model
+
+
+def copies_under_zero_init() -> list[bool]:
+    """Whether every slice of the branch's copied weights equals the text model's, and is a real slice."""
+    from bifrost.trainer.engine import partitioned
+    from bifrost.trainer.ranks import join
+
+    recipe = load_recipe("tiny-mllm")
+    folder = locate("builtin:tiny")
+    with partitioned(recipe, join()):
+        model = PatchLatentModel(read_config(folder), recipe)
+    model.load(WeightFiles(folder), seed=0)
+    pairs = [(model.branch.layers, model.backbone.text.layers), (model.branch.norm, model.backbone.text.norm)]
+    equal = [
+        torch.equal(copy.ds_tensor, source.ds_tensor)
+        for ours, theirs in pairs
+        for copy, source in zip(ours.parameters(), theirs.parameters(), strict=True)
+    ]
+    head = model.head.weight
+    return [all(equal), head.numel() == 0, head.ds_tensor.numel() * 2 == head.ds_numel, bool(head.ds_tensor.any())]
+
+
+@pytest.mark.multi
+def test_copies_equal_their_source_under_zero_init() -> None:
+    for rank in ranked.run(copies_under_zero_init, 2):
+        assert rank.value == [True] * 4, rank.err
+
+
+def test_copies_equal_their_source_and_are_their_own() -> None:
+    model = build()
+    text = dict(model.backbone.text.named_parameters())
+    for name, copy in model.branch.layers.named_parameters():
+        assert torch.equal(copy, text[f"layers.{name}"])
+        assert copy.data_ptr() != text[f"layers.{name}"].data_ptr()
+        assert copy.requires_grad
+        assert not text[f"layers.{name}"].requires_grad
+
+
+def test_fresh_weights_follow_the_seed_and_mar() -> None:
+    first, again = build("branch.positions=learned"), build("branch.positions=learned")
+    for name in ("branch.mask_token", "branch.positions", "head.weight", "head.bias"):
+        assert torch.equal(first.trainable()[name], again.trainable()[name])
+    assert first.branch.positions.std().item() == pytest.approx(0.02, rel=0.05)
+    assert first.branch.mask_token.std().item() == pytest.approx(0.02, rel=0.2)
+    assert not torch.equal(first.branch.positions[:, :1], first.branch.mask_token)
+
+
+def test_untrained_branch_reproduces_vanilla_qwen() -> None:
+    """Copied weights, native positions, nothing masked: with one image token the model is the vanilla one."""
+    model = build("branch.positions=mrope", "data.image_size=28")
+    vanilla = Qwen2_5_VLForConditionalGeneration.from_pretrained(locate("builtin:tiny"), dtype=torch.float32)
+    image = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    ids = torch.arange(20, 32)[None]
+    latents = model.backbone.patch_latents(image)
+    with torch.no_grad():
+        embedded = torch.cat((vanilla.get_input_embeddings()(ids), latents), dim=1)
+        positions = torch.arange(13).expand(3, 1, -1)
+        wanted = vanilla.model.language_model(inputs_embeds=embedded, position_ids=positions).last_hidden_state[:, -1:]
+        prefix = model.backbone.prefix(ids, torch.ones_like(ids, dtype=torch.bool))
+        found = model.branch(latents, torch.zeros(1, 1, dtype=torch.bool), prefix)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+def test_patches_see_all_patches_and_the_caption() -> None:
+    model = build()
+    ids = torch.arange(20, 32)[None]
+    prefix = model.backbone.prefix(ids, torch.ones_like(ids, dtype=torch.bool))
+    latents = torch.randn(1, 16, 192, requires_grad=True)
+    hidden = model.branch(latents, torch.zeros(1, 16, dtype=torch.bool), prefix)
+    hidden[0, 0].sum().backward()
+    assert (latents.grad.abs().sum(-1) > 0).all(), "the first patch must see the last"
+    other = model.backbone.prefix(ids + 1, torch.ones_like(ids, dtype=torch.bool))
+    changed = model.branch(latents, torch.zeros(1, 16, dtype=torch.bool), other)
+    assert not torch.allclose(changed, hidden)
+
+
+def test_masked_latents_are_not_seen() -> None:
+    model = build()
+    ids = torch.arange(20, 32)[None]
+    prefix = model.backbone.prefix(ids, torch.ones_like(ids, dtype=torch.bool))
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    mask[:, 3:9] = True
+    latents = torch.randn(1, 16, 192)
+    changed = latents.clone()
+    changed[:, 3:9] = torch.nan
+    assert torch.equal(model.branch(latents, mask, prefix), model.branch(changed, mask, prefix))
