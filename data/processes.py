@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,7 +27,8 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        if os.getppid() == 1:  # it went before the call above; a container's own pid 1 starts no such process
+        parent = parent_process()
+        if parent is not None and parent.pid != os.getppid():  # it went before the call above
             os._exit(1)
 
 
@@ -39,7 +40,8 @@ def _start() -> None:
 def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], processes: int | None) -> Iterator[Result]:
     """Results of `work` over `tasks`, as they are ready, from that many processes (None: one a usable core).
 
-    Leaving the loop early, by an error or Ctrl-C, ends the processes. DataError when one of them dies.
+    Leaving the loop early, by an error or Ctrl-C, ends the processes after their current task. DataError when one of
+    them dies.
     """
     usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     pool = ProcessPoolExecutor(processes or usable, mp_context=get_context(START_METHOD), initializer=_start)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -62,6 +61,11 @@ def _glob(pattern: str) -> list[str]:
     return found if is_local(pattern) else [fs.unstrip_protocol(match) for match in found]
 
 
+def told(shards: list[str]) -> str:
+    """Shards as an error names them."""
+    return shards[0] if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1} more"
+
+
 def exists(url: str) -> bool:
     fs, path = url_to_fs(url)
     return fs.exists(path)
@@ -77,11 +81,11 @@ def open_dataset(spec: str | list[str], max_open: int = 64) -> Dataset:
     with ThreadPoolExecutor(THREADS) as pool:
         headers = list(pool.map(_open_header, shards))
     if not any(header.samples for header in headers):
-        raise DataError(f"{shards[0]} and {len(shards) - 1} more hold no images; name shards that do")
+        raise DataError(f"{told(shards)}: no images; name shards that hold some")
     if not any(header.captions for header in headers):
         raise DataError(
-            f"{shards[0]} and {len(shards) - 1} more hold no captions (KEY.txt beside each image):"
-            " make shards that do with `bifrost data ingest`"
+            f"{told(shards)}: no captions (KEY.txt beside each image); make shards that hold some with"
+            " `bifrost data ingest`"
         )
     return Dataset(shards, headers, max_open)
 
@@ -154,15 +158,6 @@ class Dataset:
             raise BadSample(key, str(error)) from None
         extras = {kind: part for kind, part in parts.items() if kind not in (image, CAPTION_TYPE)}
         return RawSample(key, parts[image], caption, extras)
-
-    def key(self, shard: int, sample: int) -> str:
-        """A sample's key, without reading the sample."""
-        return self._opened(shard)[0].entry(sample)[0]
-
-    def keys(self) -> Iterator[str]:
-        """All keys, shard by shard."""
-        for shard, count in enumerate(self.samples_per_shard):
-            yield from (self.key(shard, sample) for sample in range(count))
 
     def close(self) -> None:
         """Close every open shard; reading opens them again."""

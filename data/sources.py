@@ -19,7 +19,7 @@ from fsspec.core import url_to_fs
 
 from .errors import DataError
 from .index import CAPTION_TYPE, IMAGE_TYPES, group_members, image_type, is_local
-from .shards import expand
+from .shards import expand, told
 
 IMAGE_COLUMNS = ("file", "file_name", "filename", "image", "path")
 CAPTION_COLUMNS = ("caption", "text")
@@ -167,7 +167,10 @@ def _read_table(table: Path) -> tuple[list[str], Iterator[dict]]:
         # A byte that is not UTF-8 must cost its row, not the table; clean_caption finds the surrogate.
         with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.DictReader(file)
-            rows = list(reader)
+            try:
+                rows = list(reader)
+            except csv.Error as error:
+                raise DataError(f"{table}: line {reader.line_num} is not CSV ({error}); put it right") from None
         return list(reader.fieldnames or []), iter(rows)
     if table.suffix == ".jsonl":
         rows = [_json_row(line) for line in table.read_bytes().splitlines() if line.strip()]
@@ -224,9 +227,9 @@ def _tars(tars: list[str], caption_column: str | None) -> Source:
         if damage:
             source.rejected.append((tar, damage))
     if not images:
-        raise DataError(f"{tars[0]} and {len(tars) - 1} more: no images (.jpg, .jpeg, .png, .webp); check the path")
+        raise DataError(f"{told(tars)}: no images (.jpg, .jpeg, .png, .webp); check the path")
     if not captions:
-        raise DataError(f"{tars[0]} and {len(tars) - 1} more: no captions; samples need a .txt, or a .json with one")
+        raise DataError(f"{told(tars)}: no captions; samples need a .txt, or a .json with one")
     source.state = seen.hexdigest()
     return source
 

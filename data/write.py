@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track
 
 from .errors import DataError
 from .index import Header, build_index, commit, index_path, load_index, save_index
 from .shards import exists, expand
 
 Sample = dict[str, bytes]
+Result = TypeVar("Result")
 THREADS = 8  # hashing and reading release the interpreter's lock
 
 
@@ -58,14 +63,20 @@ def index_shards(spec: str | list[str], only_missing: bool = False) -> list[tupl
         save_index(shard, index)
         return shard, index.header
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(index_one, shards))
+    return list(_in_threads(index_one, shards, "indexing"))
 
 
 def verify(spec: str | list[str]) -> list[str]:
     """Read every shard and compare it with its index; one line a problem, none when all is well."""
+    return [problem for problem in _in_threads(_check, expand(spec), "verifying") if problem]
+
+
+def _in_threads(work: Callable[[str], Result], shards: list[str], label: str) -> Iterator[Result]:
+    """Results of `work` in the shards' order; a terminal sees the progress."""
+    console = Console(stderr=True)
     with ThreadPoolExecutor(THREADS) as pool:
-        return [problem for problem in pool.map(_check, expand(spec)) if problem]
+        results = pool.map(work, shards)
+        yield from track(results, label, len(shards), console=console, disable=not console.is_terminal)
 
 
 def _check(shard: str) -> str | None:

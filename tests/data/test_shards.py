@@ -38,7 +38,6 @@ def test_reading_gives_each_sample(make_shards, picture):
             assert (raw.key, raw.caption, raw.extras) == (f"key-{number:04d}", f"caption {number}", {})
             assert raw.image == picture(number)
             number += 1
-    assert list(dataset.keys()) == [f"key-{i:04d}" for i in range(5)]
 
 
 def test_the_fingerprint_is_that_of_the_content_in_order(make_shards, tmp_path):
@@ -124,6 +123,9 @@ def test_errors_name_the_place_and_the_remedy(make_shards, tmp_path, picture):
         open_dataset(first)
     os.unlink(tmp_path / "s-00001.index.jsonl")
     with pytest.raises(DataError, match=r"s-00001\.tar: no index beside it; run `bifrost data index"):
+        open_dataset(str(tmp_path / "s-00001.tar"))
+    (tmp_path / "s-00001.index.jsonl").write_text('{"version": 9, "new": 1}\n')
+    with pytest.raises(DataError, match="index version 9, this is 1"):
         open_dataset(str(tmp_path / "s-00001.tar"))
     (tmp_path / "s-00001.index.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match="damaged index"):
