@@ -4,6 +4,8 @@ The folders carry short names that other projects use too (`kernels` is a Huggin
 is importable at top level.
 """
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 ROOMS = ["kernels", "data", "recipes", "slurm", "trainer"]
@@ -22,8 +24,8 @@ def packages() -> dict[str, str]:
 setup(
     name="bifrost-train",
     version="0.1.0",
-    description="Training system for Bifrost-1: patch-level CLIP latents between a multimodal LLM and a diffusion model",
-    long_description=open("README.md", encoding="utf-8").read(),
+    description="Training system for Bifrost-1, which bridges a multimodal LLM and a diffusion model",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
@@ -39,7 +41,6 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "webdataset>=1.0.2",
         "mlflow>=3.10",
-        "accelerate>=1.0",
         "braceexpand>=0.1.7",
         "emoji>=2.14",
         "fsspec>=2024.6",

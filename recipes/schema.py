@@ -28,11 +28,11 @@ class MaskRate(Section):
 
     mean: float = 1.0
     """Mean of the normal before truncation."""
-    std: float = Field(0.25, gt=0)
+    std: float = Field(default=0.25, gt=0)
     """Standard deviation of the normal before truncation."""
-    low: float = Field(0.7, ge=0, le=1)
+    low: float = Field(default=0.7, ge=0, le=1)
     """Smallest share of patches masked."""
-    high: float = Field(1.0, ge=0, le=1)
+    high: float = Field(default=1.0, ge=0, le=1)
     """Largest share of patches masked."""
 
     @model_validator(mode="after")
@@ -49,71 +49,71 @@ class Branch(Section):
     """Which patches the loss averages over; `all` is what the public release computes."""
     mask_rate: MaskRate = MaskRate()
     """Distribution of the share of masked patches."""
-    caption_dropout: float = Field(0.1, ge=0, le=1)
+    caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Probability that a caption is replaced by the empty one, for classifier-free guidance."""
-    max_text_tokens: int = Field(300, ge=32)
+    max_text_tokens: int = Field(default=300, ge=32)
     """Longest prompt in tokens, template included; a longer caption loses its end, never the prompt's suffix."""
 
 
 class Data(Section):
     shards: str | list[str]
     """Training shards: a path or URL, braces and wildcards expanded; several as a list."""
-    image_size: int = Field(448, gt=0)
+    image_size: int = Field(default=448, gt=0)
     """Side of the square the vision tower sees, in pixels; a multiple of patch size x merge size (28)."""
-    workers: int = Field(4, ge=0)
+    workers: int = Field(default=4, ge=0)
     """Loader processes a rank; 0 reads in the training process."""
-    prefetch: int = Field(2, ge=1)
+    prefetch: int = Field(default=2, ge=1)
     """Micro-batches each worker prepares ahead."""
-    block: int = Field(16, ge=1)
+    block: int = Field(default=16, ge=1)
     """Shards that are shuffled together and so open at a time."""
-    max_bad_share: float = Field(0.01, ge=0, le=1)
+    max_bad_share: float = Field(default=0.01, ge=0, le=1)
     """Largest share of unreadable samples before the run stops with their list."""
 
 
 class Optimizer(Section):
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """AdamW's denominator offset."""
-    weight_decay: float = Field(0.02, ge=0)
+    weight_decay: float = Field(default=0.02, ge=0)
     """Decoupled decay of matrices; norms, biases, mask token and position table have none."""
-    warmup_steps: int = Field(2000, ge=0)
+    warmup_steps: int = Field(default=2000, ge=0)
     """Steps of linear warm-up from 0."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """After warm-up: keep the peak, or fall to zero over `steps` along a cosine."""
-    clip: float = Field(1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
 
 
 class Ema(Section):
-    decay: float = Field(0.9999, gt=0, lt=1)
+    decay: float = Field(default=0.9999, gt=0, lt=1)
     """Share of the average kept at each step."""
 
 
 class Zero(Section):
     stage: Literal[3] = 3
     """ZeRO stage; weights, gradients and optimizer are sharded over all ranks."""
-    reduce_bucket: int = Field(500_000_000, gt=0)
+    reduce_bucket: int = Field(default=500_000_000, gt=0)
     """Elements a gradient bucket holds before it is reduced."""
-    prefetch_bucket: int = Field(50_000_000, ge=0)
+    prefetch_bucket: int = Field(default=50_000_000, ge=0)
     """Elements gathered ahead of use."""
-    max_live_parameters: int = Field(1_000_000_000, gt=0)
+    max_live_parameters: int = Field(default=1_000_000_000, gt=0)
     """Gathered elements kept before the coordinator frees some."""
-    persistence_threshold: int = Field(100_000, ge=0)
+    persistence_threshold: int = Field(default=100_000, ge=0)
     """Parameters up to this many elements stay gathered."""
 
 
 class Checkpoint(Section):
-    every: int = Field(500, ge=1)
+    every: int = Field(default=500, ge=1)
     """Steps between saves; the last step and a stop signal save as well."""
-    keep: int = Field(3, ge=1)
+    keep: int = Field(default=3, ge=1)
     """Newest checkpoints kept."""
 
 
 class Health(Section):
-    max_bad_steps: int = Field(5, ge=1)
+    max_bad_steps: int = Field(default=5, ge=1)
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
 
 
@@ -131,7 +131,7 @@ class Recipe(Section):
     """What is trained: `patch-latents`, the MLLM's visual generation branch."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder under `runs_dir`."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of sample order, masks, caption dropout and initialisation."""
     steps: int = Field(ge=1)
     """Optimizer steps of the whole run."""
@@ -145,7 +145,7 @@ class Recipe(Section):
     """Recompute each layer's activations in the backward pass."""
     runs_dir: str = "runs"
     """Folder that holds the run folders."""
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(default=10, ge=1)
     """Steps between metric lines."""
     init_from: str | None = None
     """Start from these weights: a checkpoint in the public layout, or an earlier run's folder."""

@@ -17,12 +17,14 @@ from ..recipes import Recipe, RecipeError, load_recipe, to_yaml
 from .checkpoint.cli import app as checkpoint_app
 from .errors import RunError, Unhealthy
 from .launch import adopt_rank, run_ranks
+from .monitors.track_cli import app as track_app
 
 app = typer.Typer(
     help="Training system for Bifrost-1.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
 )
 app.add_typer(data_app, name="data", help="Shards: make, check, count.")
 app.add_typer(checkpoint_app, name="checkpoint", help="Checkpoints of a run: list, verify, show.")
+app.add_typer(track_app, name="track", help="MLflow: send what a tracker missed.")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value settings, such as optimizer.lr=3e-4.")]

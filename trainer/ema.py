@@ -18,4 +18,5 @@ class Ema:
     @torch.no_grad()
     def update(self, masters: Mapping[str, Tensor]) -> None:
         """Move towards `masters`, the same slices as at construction."""
-        torch._foreach_lerp_(list(self.slices.values()), [masters[name] for name in self.slices], weight=1 - self.decay)
+        for name, average in self.slices.items():
+            average.lerp_(masters[name], 1 - self.decay)

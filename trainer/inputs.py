@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig
+from transformers import PreTrainedTokenizerBase
 
 from ..data import Dataset, Plan, open_dataset
 from ..recipes import FOLDER, Recipe
@@ -25,7 +25,8 @@ class Inputs:
     recipe: Recipe
     dataset: Dataset
     plan: Plan
-    config: Qwen2_5_VLConfig
+    config: Any
+    """The backbone's Qwen2_5_VLConfig."""
     weights: WeightFiles
     tokenizer: PreTrainedTokenizerBase
     tokens: int
@@ -64,7 +65,7 @@ def batch_arithmetic(recipe: Recipe, ranks: int) -> int:
         raise RunError(str(error)) from None
 
 
-def architecture(recipe: Recipe) -> Qwen2_5_VLConfig:
+def architecture(recipe: Recipe) -> Any:
     """The backbone's configuration for counting: of the published models without a download."""
     known = FOLDER / "architectures" / recipe.backbone.path
     if not Path(recipe.backbone.path).exists() and known.is_dir():

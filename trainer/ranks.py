@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 _ALONE = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
@@ -60,7 +61,7 @@ def join(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
     if not dist.is_initialized():
         file = os.environ.get("BIFROST_RENDEZVOUS")
         method = f"file://{file}" if file else "env://"
-        store = dist.HashStore() if size == 1 else None
+        store = HashStore() if size == 1 else None
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             init_method=None if store is not None else method,

@@ -56,7 +56,15 @@ def test_table_without_captions(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "table.csv").write_text("file,label\na.png,apple\n")
     (tmp_path / "images" / "a.png").write_bytes(b"")
-    line = refused(1, "data", "ingest", str(tmp_path / "images"), str(tmp_path / "out"), "--table", str(tmp_path / "images" / "table.csv"))
+    line = refused(
+        1,
+        "data",
+        "ingest",
+        str(tmp_path / "images"),
+        str(tmp_path / "out"),
+        "--table",
+        str(tmp_path / "images" / "table.csv"),
+    )
     assert "caption" in line and "label" in line
     assert not (tmp_path / "out").exists()
 
@@ -100,7 +108,9 @@ def test_a_run_goes_on_only_as_itself(shards: Path, tmp_path: Path) -> None:
     line = refused(2, *runs.arguments(shards, tmp_path, "steps=2", f"backbone.path={other}"))
     assert "another backbone" in line and "set backbone.path" in line
 
-    assert "data.shards" in refused(1, *runs.arguments(shards, tmp_path, "steps=2", f"data.shards={shards}/*-00001.tar"))
+    assert "data.shards" in refused(
+        1, *runs.arguments(shards, tmp_path, "steps=2", f"data.shards={shards}/*-00001.tar")
+    )
     assert "seed was 0" in refused(1, *runs.arguments(shards, tmp_path, "steps=2", "seed=1"))
     assert "branch was" in refused(1, *runs.arguments(shards, tmp_path, "steps=2", "branch.loss_tokens=masked"))
 

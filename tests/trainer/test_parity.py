@@ -57,7 +57,12 @@ def plain(recipe: Recipe) -> list[float]:
     "settings",
     [
         ("branch.loss_tokens=all", "branch.positions=mrope"),
-        ("branch.loss_tokens=masked", "branch.positions=learned", "activation_checkpointing=true", "optimizer.clip=0.5"),
+        (
+            "branch.loss_tokens=masked",
+            "branch.positions=learned",
+            "activation_checkpointing=true",
+            "optimizer.clip=0.5",
+        ),
     ],
     ids=["all-mrope", "masked-learned"],
 )

@@ -9,6 +9,7 @@ import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def locate(path: str, revision: str | None = None) -> Path:
         raise RunError(f"backbone.path={path}: cannot be downloaded ({reason}); give a local folder instead") from error
 
 
-def read_config(folder: Path) -> Qwen2_5_VLConfig:
+def read_config(folder: Path) -> Any:  # a Qwen2_5_VLConfig, whose annotations promise less than it holds
     """The model configuration in `folder`; RunError unless it is a Qwen2.5-VL."""
     file = folder / "config.json"
     if not file.is_file():
@@ -92,7 +93,7 @@ class Prefix:
 class FrozenBackbone(nn.Module):
     """Vision tower and text model of a Qwen2.5-VL. Weights are left unset: `weights.fill` loads them."""
 
-    def __init__(self, config: Qwen2_5_VLConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         config = copy.deepcopy(config)
         with no_init_weights():
@@ -105,20 +106,21 @@ class FrozenBackbone(nn.Module):
         """Rebuild the rotary tables in fp32: under `zero.Init` every tensor is born in the compute dtype, and
         frequencies rounded to bf16 move far positions by whole radians."""
         device = next(self.buffers()).device
-        self.text.rotary_emb = Qwen2_5_VLRotaryEmbedding(self.text.config).to(device)
+        config: Any = self.text.config
+        self.text.rotary_emb = Qwen2_5_VLRotaryEmbedding(config).to(device)
         self.vision.rotary_pos_emb = Qwen2_5_VLVisionRotaryEmbedding(self.vision.config).to(device)
 
     @torch.no_grad()
     def patch_latents(self, images: Tensor) -> Tensor:
         """Latents [B, N, D] of uint8 images [B, 3, S, S], in raster order."""
-        vision = self.vision.config
+        vision: Any = self.vision.config
         patches = pixel_patches(images, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
         return self.latents_of_patches(patches, len(images), images.shape[-1] // vision.patch_size)
 
     @torch.no_grad()
     def latents_of_patches(self, patches: Tensor, samples: int, side: int) -> Tensor:
         """Latents [B, N, D] of pixel patches [B * side^2, 3 * t * p * p] in the processor's order."""
-        vision = self.vision.config
+        vision: Any = self.vision.config
         geometry = _geometry(
             samples, side, vision.spatial_merge_size, vision.window_size, vision.patch_size, patches.device
         )

@@ -6,12 +6,11 @@ Legend: B samples, N patches (side x side), T text tokens, D hidden width, which
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen2_5_VLTextConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -30,11 +29,14 @@ RMSNorm at its steepest point and multiply their first gradients by about a thou
 
 
 class GenerationBranch(nn.Module):
-    """Decoder layers, final norm, mask token and position table; `PatchLatentModel.load` sets their weights."""
+    """Decoder layers, final norm, mask token and position table; `PatchLatentModel.load` sets their weights.
+
+    config: the text model's Qwen2_5_VLTextConfig. side: patches along one side of the image.
+    """
 
     def __init__(
         self,
-        config: Qwen2_5_VLTextConfig,
+        config: Any,
         side: int,
         positions: Literal["learned", "mrope"],
         activation_checkpointing: bool,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ class PromptTemplate:
         assert isinstance(text, str)
         self.head, self.tail = (text + IMAGE_START).split(_MARK)
         self.suffix: list[int] = tokenizer.encode(self.tail, add_special_tokens=False)
-        self.pad: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.suffix[0]
+        pad: Any = tokenizer.pad_token_id
+        self.pad: int = self.suffix[0] if pad is None else pad
         shortest = len(self._encode(""))
         if shortest > max_tokens:
             raise RunError(

@@ -77,7 +77,7 @@ class WeightFiles:
         for name in sorted(names)[rank::ranks]:
             tensor = self.full(name).contiguous()
             digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
             digests[name] = digest.hexdigest()
         merged = {name: value for part in gather(digests) for name, value in part.items()}
         return hashlib.sha256(json.dumps(sorted(merged.items())).encode()).hexdigest()

@@ -5,15 +5,15 @@ Legend: B samples of a micro-batch, N patches, T text tokens, S image side in pi
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig
+from transformers import PreTrainedTokenizerBase
 
+from ...data import Item
 from ...kernels import PatchLatentHead
 from ...recipes import Recipe
 from ..errors import RunError
@@ -23,16 +23,6 @@ from ..models.branch import INIT_STD, GenerationBranch
 from ..models.masking import draw_masks, masked_counts
 from ..models.prompt import PromptTemplate
 from ..randomness import IntArray, Stream, uniform
-
-
-class Item(Protocol):
-    """What the data plane hands over: a decoded sample and its place in the plan."""
-
-    epoch: int
-    index: int
-    key: str
-    image: npt.NDArray[np.uint8]
-    caption: str
 
 
 class Losses(NamedTuple):
@@ -60,7 +50,7 @@ def tokens(sums: list[float]) -> float:
     return sums[2]
 
 
-def grid_side(config: Qwen2_5_VLConfig, image_size: int) -> int:
+def grid_side(config: Any, image_size: int) -> int:
     """Patches along one side of a square image, after the tower's merger."""
     vision = config.vision_config
     unit = vision.patch_size * vision.spatial_merge_size
@@ -76,7 +66,7 @@ def grid_side(config: Qwen2_5_VLConfig, image_size: int) -> int:
 class PatchLatentModel(nn.Module):
     """Frozen backbone, generation branch and head. `load` fills the weights after construction."""
 
-    def __init__(self, config: Qwen2_5_VLConfig, recipe: Recipe) -> None:
+    def __init__(self, config: Any, recipe: Recipe) -> None:
         super().__init__()
         side = grid_side(config, recipe.data.image_size)
         self.masked_only = recipe.branch.loss_tokens == "masked"

@@ -31,9 +31,10 @@ def test_truncation_keeps_the_suffix(tokenizer) -> None:
     assert len(long) == 40
     assert tokenizer.decode(template.suffix) == "<|im_end|>\n<|im_start|>assistant\n<|vision_start|>"
     assert long[-len(template.suffix) :] == short[-len(template.suffix) :] == template.suffix
-    assert long[: 40 - len(template.suffix)] == PromptTemplate(tokenizer, 1000).ids("apple " * 100)[
-        : 40 - len(template.suffix)
-    ]
+    assert (
+        long[: 40 - len(template.suffix)]
+        == PromptTemplate(tokenizer, 1000).ids("apple " * 100)[: 40 - len(template.suffix)]
+    )
 
 
 def test_a_caption_cannot_close_its_turn(tokenizer) -> None:
