@@ -18,6 +18,7 @@ SPECIAL = [
     "<|video_pad|>",
 ]
 SYSTEM = "You are a helpful assistant."
+DESCRIBE = "Describe this image."
 # Qwen's turns, for text alone.
 TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n" + SYSTEM + "<|im_end|>\n{% endif %}"
@@ -38,9 +39,10 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, folder: Path) -> P
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    fixed = [SYSTEM, "system", "user", "assistant"] * 100
+    fixed = [SYSTEM, DESCRIBE, "system", "user", "assistant"] * 100
+    captions = list(captions)  # they come after a space in the instruction, and without one as an answer
     texts = [f"Generate an image of {caption}" for caption in captions]
-    tokenizer.train_from_iterator([*fixed, *texts], trainer)
+    tokenizer.train_from_iterator([*fixed, *texts, *captions], trainer)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",

@@ -1,0 +1,177 @@
+"""What the tiny Qwen2.5-VL is trained to do: describe an image, read stage 1's prompts, match both, keep the pixels.
+
+Legend: B samples, T tokens, N patch latents of WIDTH channels, S pixels a side.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from bifrost.trainer.models.prompt import PromptTemplate
+from mllm_init import IMAGE_SIZE, SIDE, TOKENS, WIDTH, latents
+from tokenizer import DESCRIBE
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+
+TEXT_WEIGHT, MATCH_WEIGHT, PIXEL_WEIGHT, SCALE_WEIGHT = 0.5, 0.3, 8.0, 0.1
+IGNORED = -100
+RIDGE = 1e-4  # of the latents' mean variance, added to every channel's
+
+
+class Row(NamedTuple):
+    """A padded batch of token rows [B, T]; targets are IGNORED but where a caption's token comes next."""
+
+    ids: Tensor
+    targets: Tensor
+    positions: Tensor
+    """Rotary positions [3, B, T]."""
+    last: Tensor
+    """Index of each row's last token, [B]."""
+
+
+class Prompts:
+    """Captions as token rows: the stage-1 prompt, and an answer about an image."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.stage1 = PromptTemplate(tokenizer, max_tokens=64)
+        self.tokenizer = tokenizer
+        self.pad: int = tokenizer.pad_token_id
+        self.end: int = tokenizer.eos_token_id
+        image = "<|vision_start|>" + "<|image_pad|>" * TOKENS + "<|vision_end|>"
+        turn = [{"role": "user", "content": image + DESCRIBE}]
+        self.question = self._ids(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        self.image_at = self.question.index(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+        self.instruction = self._ids(self.stage1.head.rstrip(" "))  # the space belongs to the caption's first token
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def generate(self, captions: list[str]) -> Row:
+        """The prompts of stage 1, ending in <|vision_start|>; the targets are the caption and the end of its turn."""
+        rows = [self.stage1.ids(caption) for caption in captions]
+        return self._pad(rows, len(self.instruction), len(self.stage1.suffix) - 1)
+
+    def describe(self, captions: list[str]) -> Row:
+        """An image, the question, the caption as answer; the image's ids stand where its latents go."""
+        row = self._pad(
+            [[*self.question, *self._ids(caption), self.end] for caption in captions], len(self.question), 0
+        )
+        row.positions.copy_(self._image_positions(row.ids.shape[1])[:, None])
+        return row
+
+    def _pad(self, rows: list[list[int]], skipped: int, untaught: int) -> Row:
+        length = max(map(len, rows))
+        ids = torch.full((len(rows), length), self.pad)
+        targets = torch.full((len(rows), length), IGNORED)
+        for row, values in enumerate(rows):
+            ids[row, : len(values)] = torch.tensor(values)
+            stop = len(values) - untaught
+            targets[row, skipped - 1 : stop - 1] = ids[row, skipped:stop]
+        positions = torch.arange(length).expand(3, len(rows), -1).clone()
+        return Row(ids, targets, positions, torch.tensor([len(values) - 1 for values in rows]))
+
+    def _image_positions(self, length: int) -> Tensor:
+        """Qwen's positions [3, length]: text counts on, the image at n takes (n, n + row, n + column)."""
+        start, patch = self.image_at, torch.arange(TOKENS)
+        image = start + torch.stack((torch.zeros_like(patch), patch // SIDE, patch % SIDE))
+        after = start + SIDE + torch.arange(length - start - TOKENS)
+        return torch.cat((torch.arange(start).expand(3, -1), image, after.expand(3, -1)), dim=1)
+
+
+class Heads(nn.Module):
+    """What training adds to the model and leaves behind: pixels from latents, images and texts side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        side = IMAGE_SIZE // SIDE
+        self.pixels = nn.Linear(WIDTH, 3 * side * side)
+        self.image = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.text = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(np.log(10.0), dtype=torch.float32))
+
+    def fit_pixels(self, z: Tensor, images: Tensor) -> None:
+        """Set `pixels` to the best linear map from latents z [n, N, WIDTH] to uint8 images [n, 3, S, S]."""
+        weights = ridge(z, pixel_targets(images))
+        with torch.no_grad():
+            self.pixels.weight.copy_(weights[:-1].T)
+            self.pixels.bias.copy_(weights[-1])
+
+    def match(self, z: Tensor, states: Tensor) -> Tensor:
+        """Similarity [B, B] of images with latents z [B, N, WIDTH] and prompts with states [B, WIDTH]."""
+        image = F.normalize(self.image(z.mean(dim=1)).float(), dim=-1)
+        text = F.normalize(self.text(states).float(), dim=-1)
+        return self.log_scale.exp().clamp(max=100) * image @ text.T
+
+
+def pixel_targets(images: Tensor) -> Tensor:
+    """Pixels -1 .. 1 under each patch latent, [B, N, 3 * side^2], of uint8 images [B, 3, S, S]."""
+    side = IMAGE_SIZE // SIDE
+    tiles = images.float().div(127.5).sub(1).view(len(images), 3, SIDE, side, SIDE, side)
+    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(len(images), TOKENS, -1)
+
+
+def with_one(z: Tensor) -> Tensor:
+    """Latents z [n, N, WIDTH] as rows [n * N, WIDTH + 1], the last column ones."""
+    return F.pad(z.flatten(0, 1), (0, 1), value=1.0)
+
+
+def ridge(z: Tensor, pixels: Tensor) -> Tensor:
+    """Weights [WIDTH + 1, C] of the ridge regression of pixels [n, N, C] on latents z [n, N, WIDTH]."""
+    rows = with_one(z)
+    penalty = torch.full((WIDTH + 1,), RIDGE * len(rows) * z.var().item())
+    penalty[-1] = 0.0
+    return torch.linalg.solve(rows.T @ rows + penalty.diag(), rows.T @ pixels.flatten(0, 1))
+
+
+def hidden_states(model: Qwen2_5_VLForConditionalGeneration, row: Row, z: Tensor | None, at: int = 0) -> Tensor:
+    """Final states [B, T, WIDTH]; latents z take the place of the tokens from `at`."""
+    embedded = model.get_input_embeddings()(row.ids)
+    if z is not None:
+        embedded = torch.cat((embedded[:, :at], z.to(embedded.dtype), embedded[:, at + TOKENS :]), dim=1)
+    text = model.model.language_model
+    return text(inputs_embeds=embedded, position_ids=row.positions, use_cache=False).last_hidden_state
+
+
+def caption_losses(model: Qwen2_5_VLForConditionalGeneration, states: Tensor, row: Row) -> Tensor:
+    """Cross-entropy of every token of the captions, in nats, [tokens]."""
+    taught = row.targets != IGNORED
+    return F.cross_entropy(model.lm_head(states[taught]).float(), row.targets[taught], reduction="none")
+
+
+class Losses(NamedTuple):
+    caption: Tensor
+    text: Tensor
+    match: Tensor
+    pixels: Tensor
+    scale: Tensor
+
+    def total(self) -> Tensor:
+        return (
+            self.caption
+            + TEXT_WEIGHT * self.text
+            + MATCH_WEIGHT * self.match
+            + PIXEL_WEIGHT * self.pixels
+            + SCALE_WEIGHT * self.scale
+        )
+
+
+def losses(
+    model: Qwen2_5_VLForConditionalGeneration, heads: Heads, prompts: Prompts, images: Tensor, captions: list[str]
+) -> Losses:
+    """Of one batch of uint8 images [B, 3, S, S] and their captions."""
+    z = latents(model, images)
+    answer, prompt = prompts.describe(captions), prompts.generate(captions)
+    told = hidden_states(model, answer, z, prompts.image_at)
+    read = hidden_states(model, prompt, None)
+    similar = heads.match(z, read[torch.arange(len(captions)), prompt.last])
+    own = torch.arange(len(captions))
+    return Losses(
+        caption_losses(model, told, answer).mean(),
+        caption_losses(model, read, prompt).mean(),
+        (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2,
+        F.mse_loss(heads.pixels(z).float(), pixel_targets(images)),
+        (z.float().square().mean() - 1).square(),  # holds the latents at a standard deviation of about 1
+    )
