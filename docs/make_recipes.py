@@ -1,0 +1,91 @@
+"""Writes docs/recipes.md from the recipe's schema: `python docs/make_recipes.py`. A test says when to run it again."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from bifrost.recipes import Recipe
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+HEAD = """\
+# Recipes
+
+<!-- Written by docs/make_recipes.py from recipes/schema.py. -->
+
+A recipe is a YAML file of the settings below; `bifrost train` takes its path, or the name of a shipped one:
+[tiny-mllm](../recipes/tiny-mllm.yaml), [mllm-3b](../recipes/mllm-3b.yaml), [mllm-7b](../recipes/mllm-7b.yaml).
+`key.path=value` on the command line overrides one setting and is read as YAML, so that lists, `null` and `3e-4` work. A key
+that is not below is refused with the nearest one.
+
+`--dry-run` prints the recipe with every default filled in, DeepSpeed's configuration and the parameter counts. It reads
+no shards and downloads nothing for the shipped models.
+
+```sh
+bifrost train tiny-mllm --dry-run optimizer.lr=3e-4 'optimizer.betas=[0.9, 0.99]' ema=null
+```
+
+`global_batch` = ranks x `micro_batch` x backward passes. It fixes what a step is, so it stays when the number of ranks
+changes; `micro_batch` is what fits in memory and changes no result beyond rounding.
+"""
+
+
+def page() -> str:
+    """The page: one table a section of the recipe."""
+    parts = [HEAD]
+    for path, section, sentence in _sections(Recipe, "", None):
+        title = f"`{path}`" if path else "Top level"
+        note = f"\n{' '.join(sentence.split())}\n" if sentence else ""
+        rows = [_row(path, name, field) for name, field in section.model_fields.items() if not _section_of(field)]
+        parts.append(f"\n## {title}\n{note}\n| key | value | default | |\n|---|---|---|---|\n" + "".join(rows))
+    return "".join(parts)
+
+
+def _sections(
+    section: type[BaseModel], path: str, sentence: str | None
+) -> Iterator[tuple[str, type[BaseModel], str | None]]:
+    """Every group of settings, outer before inner: key, type, and what is said of it."""
+    yield path, section, sentence
+    for name, field in section.model_fields.items():
+        nested = _section_of(field)
+        if nested:
+            yield from _sections(nested, f"{path}.{name}".lstrip("."), field.description or nested.__doc__)
+
+
+def _section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The group of settings that a field is; of an optional one, too."""
+    options = [field.annotation, *get_args(field.annotation)]
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def _row(path: str, name: str, field: FieldInfo) -> str:
+    key = f"{path}.{name}".lstrip(".")
+    assert field.description, f"{key} has no sentence in recipes/schema.py"
+    default = "required" if field.default is PydanticUndefined else f"`{_text(field.default)}`"
+    return f"| `{key}` | {_kind(field.annotation)} | {default} | {' '.join(field.description.split())} |\n"
+
+
+def _kind(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{value}`" for value in get_args(annotation))
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(_kind(option) for option in get_args(annotation))
+    if get_origin(annotation) in (list, tuple):
+        return f"list of {_kind(get_args(annotation)[0])}"
+    names = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
+    return names[annotation]
+
+
+def _text(value: Any) -> str:
+    """A default as YAML writes it."""
+    value = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).replace("\n...", "").strip()
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("recipes.md").write_text(page(), encoding="utf-8")
