@@ -12,14 +12,14 @@ from .errors import BadSample, DataError
 
 if TYPE_CHECKING:
     from .plan import Located, Plan, rank_positions
-    from .reader import BadSamples, Batch, Item, Loader
+    from .reader import BadSamples, Batch, Item, Loader, worker_death
     from .shards import Dataset, RawSample, open_dataset
     from .transforms import clean_caption, decode_image
     from .write import index_shards, verify, write_shard
 
 _HOMES = {
     "plan": ("Located", "Plan", "rank_positions"),
-    "reader": ("BadSamples", "Batch", "Item", "Loader"),
+    "reader": ("BadSamples", "Batch", "Item", "Loader", "worker_death"),
     "shards": ("Dataset", "RawSample", "open_dataset"),
     "transforms": ("clean_caption", "decode_image"),
     "write": ("index_shards", "verify", "write_shard"),
@@ -43,6 +43,7 @@ __all__ = [
     "open_dataset",
     "rank_positions",
     "verify",
+    "worker_death",
     "write_shard",
 ]
 

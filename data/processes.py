@@ -22,18 +22,25 @@ Result = TypeVar("Result")
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
-def die_with_parent() -> None:
-    """Have the kernel end this process when its parent goes, even by SIGKILL (Linux; elsewhere nothing happens)."""
+def die_with_parent(parent: int) -> None:
+    """Have the kernel end this process when its parent, of process id `parent`, goes, even by SIGKILL (Linux;
+    elsewhere nothing happens)."""
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        parent = parent_process()
-        if parent is not None and parent.pid != os.getppid():  # it went before the call above
+        if parent != os.getppid():  # it went before the call above
             os._exit(1)
 
 
+def die_with_starter() -> None:
+    """`die_with_parent` for a process that multiprocessing started."""
+    starter = parent_process()
+    assert starter is not None and starter.pid is not None
+    die_with_parent(starter.pid)
+
+
 def _start() -> None:
-    die_with_parent()
+    die_with_starter()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from .errors import BadSample, DataError
 from .plan import Plan, rank_positions
-from .processes import START_METHOD, die_with_parent
+from .processes import START_METHOD, die_with_starter
 from .shards import Dataset
 from .transforms import decode_image
 
@@ -129,12 +129,9 @@ class Loader:
             except StopIteration:
                 return
             except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                first = str(error).partition("\n")[0].rstrip(". ")
-                raise DataError(f"rank {self.rank}: {first}; look for out-of-memory kills, or lower workers") from error
+                raise worker_death(error, self.rank) or error from error
             if isinstance(batch, DataError):
-                raise batch
+                raise DataError(f"rank {self.rank}: {batch}")
             yield batch
 
     def close(self) -> None:
@@ -154,8 +151,17 @@ class Loader:
             last_resort.cancel()
 
 
+def worker_death(error: RuntimeError, rank: int) -> DataError | None:
+    """What a dead worker's error means; None for any other. Torch raises it in a signal handler, wherever the process
+    then happens to be."""
+    if "DataLoader worker" not in str(error):
+        return None
+    first = str(error).partition("\n")[0].rstrip(". ")
+    return DataError(f"rank {rank}: {first}; look for out-of-memory kills, or lower data.workers")
+
+
 def _start_worker(worker: int) -> None:
-    die_with_parent()
+    die_with_starter()
 
 
 def _as_is(batch: Any) -> Any:

@@ -30,6 +30,6 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
 
 def first_host(nodelist: str) -> str:
     """First host of Slurm's list notation: `gpu[007-012,020],login1` -> `gpu007`."""
-    head = re.match(r"[^,\[]*(\[[^\]]*\])?[^,\[]*", nodelist)
+    head = re.match(r"([^,\[]|\[[^\]]*\])*", nodelist)
     assert head
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", head[0])

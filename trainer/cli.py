@@ -124,8 +124,9 @@ def main() -> None:
 
 
 def _fail(error: Exception, code: int) -> NoReturn:
-    # All ranks fail alike; one line is enough.
-    if os.environ.get("RANK", "0") == "0" or code == 1:
+    # What all ranks raise alike is said once; a loss on one rank alone names it.
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or str(error).startswith(f"rank {rank}:"):
         print(f"error: {error}", file=sys.stderr, flush=True)
     # Threads of the process group would keep a failed rank alive.
     os._exit(code)

@@ -21,8 +21,9 @@ GRACE_S = 10.0
 
 def adopt_rank() -> bool:
     """Whether this process is one of several ranks, by torchrun's variables or Slurm's, which it then adopts."""
-    if "BIFROST_RENDEZVOUS" in os.environ:
-        die_with_parent()
+    launcher = os.environ.get("BIFROST_LAUNCHER")
+    if launcher:
+        die_with_parent(int(launcher))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return True
     slurm = rank_environment(os.environ)
@@ -66,6 +67,7 @@ def _start(rank: int, ranks: int, arguments: Sequence[str], folder: Path) -> sub
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
+        "BIFROST_LAUNCHER": str(os.getpid()),
         # The checkout's `kernels/` and `data/` must not shadow distributions of those names.
         "PYTHONSAFEPATH": "1",
     }

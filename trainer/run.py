@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..data import DataError, Loader
+from ..data import DataError, Loader, worker_death
 from ..recipes import Recipe, to_yaml
 from . import loop
 from .checkpoint.reader import CheckpointReader
@@ -113,6 +113,8 @@ def train(recipe: Recipe) -> int:
     try:
         finished = loop.run(parts, progress)
         outcome = "finished" if finished else "stopped"
+    except RuntimeError as error:
+        raise worker_death(error, ranks.rank) or error from error
     finally:
         loader.close()
         console.close()

@@ -46,8 +46,18 @@ def make_loader(dataset, rank=0, ranks=1, global_batch=24, micro_batch=2, steps=
     )
 
 
+@pytest.fixture(autouse=True)
+def others() -> None:
+    """Processes that earlier tests of the session keep, such as a fork server, are none of ours."""
+    OTHERS.clear()
+    OTHERS.update(psutil.Process().children(recursive=True))
+
+
+OTHERS: set[psutil.Process] = set()
+
+
 def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    return [child for child in psutil.Process().children(recursive=True) if child not in OTHERS]
 
 
 def by_step(dataset, ranks, steps=(0, 4), **options):

@@ -125,3 +125,36 @@ def test_a_run_goes_on_only_as_itself(shards: Path, tmp_path: Path) -> None:
 
 def test_init_from_nothing(shards: Path, tmp_path: Path) -> None:
     assert "init_from" in refused(1, *runs.arguments(shards, tmp_path, "init_from=nowhere"))
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_data_lost_on_one_rank_alone_is_said_by_that_rank(shards: Path, tmp_path: Path) -> None:
+    """A shard that vanishes during training: the rank that meets it says so, and no rank is left waiting."""
+    copy = tmp_path / "shards"
+    shutil.copytree(shards, copy)
+    ended = ranked.run(lose_a_shard, 2, str(copy), runs.arguments(copy, tmp_path, "steps=50"), timeout=90)
+    told = [rank.err for rank in ended if "error: rank" in rank.err]
+    assert told, [rank.err for rank in ended]
+    assert "the shard ends inside it" in told[0]
+    assert all(rank.code for rank in ended)
+
+
+def lose_a_shard(folder: str, arguments: list[str]) -> None:
+    """Train; after the second step the shards are gone."""
+    from bifrost.trainer.engine import Engine
+
+    step = Engine.step
+    done = 0
+
+    def losing(self, lr, finite):
+        nonlocal done
+        done += 1
+        if done == 2:
+            self.ranks.barrier()
+            for file in Path(folder).glob("*.tar"):
+                file.write_bytes(b"")
+        return step(self, lr, finite)
+
+    Engine.step = losing
+    ranked.command(arguments)

@@ -1,0 +1,118 @@
+"""Recipes: every shipped one loads and dry-runs with the published sizes; mistakes are named."""
+
+import pytest
+import ranked
+from bifrost.recipes import Recipe, RecipeError, load_recipe, shipped_recipes, to_yaml
+from pydantic import BaseModel
+
+
+def test_shipped() -> None:
+    assert {"tiny-mllm", "mllm-3b", "mllm-7b"} <= set(shipped_recipes())
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_loads_and_survives_a_round_trip(name: str, tmp_path) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    (tmp_path / "again.yaml").write_text(to_yaml(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_nothing_assumes_a_place(name: str) -> None:
+    shards = load_recipe(name).data.shards
+    assert not any(spec.startswith(("/", "~")) for spec in ([shards] if isinstance(shards, str) else shards))
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "trainable", "frozen"),
+    [
+        # Spec 7.1; frozen: the whole model less the 7B's output layer, which training does not need.
+        ("mllm-7b", 64, 6_539_391_488, 8_292_166_656 - 544_997_376),
+        ("mllm-3b", 32, 2_779_496_448, 3_754_622_976),
+    ],
+)
+def test_dry_run_counts_parameters_and_batches(name: str, ranks: int, trainable: int, frozen: int) -> None:
+    (ended,) = ranked.run(dry_run, 1, ["train", name, "--ranks", str(ranks), "--dry-run", "steps=7"])
+    assert ended.code == 0, ended.err
+    assert f"{trainable:,}" in ended.out
+    assert f"{frozen:,}" in ended.out
+    assert "steps: 7" in ended.out
+    assert '"stage": 3' in ended.out
+    recipe = load_recipe(name)
+    passes = recipe.global_batch // (ranks * recipe.micro_batch)
+    assert f"{ranks} ranks x micro batch {recipe.micro_batch} x {passes} backward passes" in ended.out
+
+
+def dry_run(arguments: list[str]) -> None:
+    ranked.command(arguments)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stepz=3", ["unknown key stepz", "steps"]),
+        ("data.worker=1", ["unknown key data.worker", "data.workers"]),
+        ("data=3", ["data", "got 3"]),
+        ("steps=0", ["steps", "greater than or equal to 1"]),
+        ("branch.mask_rate.low=1.5", ["branch.mask_rate.low"]),
+        ("branch.mask_rate.high=0.5", ["low (0.7) is above high (0.5)"]),
+        ("name=../elsewhere", ["name"]),
+        ("seed", ["key.path=value"]),
+        ("name.deep=1", ["name is not a group"]),
+        ("zero.stage=2", ["zero.stage"]),
+    ],
+)
+def test_mistakes_are_named(override: str, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("tiny-mllm", [override])
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_are_yaml() -> None:
+    recipe = load_recipe(
+        "tiny-mllm", ["optimizer.lr=3e-4", "ema=null", "data.shards=[a.tar, b.tar]", "tracking.uri=http://x:5000"]
+    )
+    assert recipe.optimizer.lr == 3e-4
+    assert recipe.ema is None
+    assert recipe.data.shards == ["a.tar", "b.tar"]
+    assert recipe.tracking.uri == "http://x:5000"
+
+
+def test_unreadable_files(tmp_path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe; shipped ones are"):
+        load_recipe("nothing.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    with pytest.raises(RecipeError, match="mapping"):
+        load_recipe(tmp_path / "list.yaml")
+    (tmp_path / "torn.yaml").write_text("a: [1,")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(tmp_path / "torn.yaml")
+
+
+@pytest.mark.parametrize(("ranks", "micro", "passes"), [(1, 32, 2), (2, 32, 1), (4, 8, 2), (64, 1, 1)])
+def test_accumulation(ranks: int, micro: int, passes: int) -> None:
+    assert load_recipe("tiny-mllm", [f"micro_batch={micro}"]).accumulation(ranks) == passes
+
+
+def test_a_batch_that_does_not_divide_says_what_would() -> None:
+    recipe = load_recipe("tiny-mllm", ["global_batch=60", "micro_batch=32"])
+    with pytest.raises(ValueError, match="micro_batch=30"):
+        recipe.accumulation(2)
+    with pytest.raises(ValueError, match="multiple of 7, such as 63"):
+        recipe.accumulation(7)
+
+
+def test_every_setting_is_documented() -> None:
+    def undocumented(section: type[BaseModel], path: str) -> list[str]:
+        missing = []
+        for name, field in section.model_fields.items():
+            inner = [t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(t, type)]
+            groups = [t for t in inner if issubclass(t, BaseModel)]
+            missing += [m for group in groups for m in undocumented(group, f"{path}{name}.")]
+            if not groups and not field.description:
+                missing.append(path + name)
+        return missing
+
+    assert undocumented(Recipe, "") == []

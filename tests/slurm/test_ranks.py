@@ -1,0 +1,49 @@
+"""Ranks from Slurm's variables."""
+
+import pytest
+from bifrost.slurm import rank_environment
+from bifrost.slurm.ranks import first_host
+
+STEP = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "16",
+    "SLURM_STEP_NUM_TASKS": "12",
+    "SLURM_STEP_NODELIST": "gpu[007-008]",
+    "SLURM_JOB_ID": "123456",
+}
+
+
+def test_a_task_of_a_step() -> None:
+    assert rank_environment(STEP) == {
+        "RANK": "9",
+        "WORLD_SIZE": "12",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "gpu007",
+        "MASTER_PORT": str(10_000 + 123456 % 20_000),
+    }
+
+
+def test_what_the_user_set_stays() -> None:
+    assert (rank_environment({**STEP, "MASTER_ADDR": "10.0.0.1"}) or {})["MASTER_ADDR"] == "10.0.0.1"
+
+
+def test_a_batch_script_is_no_rank() -> None:
+    """Its shell has SLURM_PROCID too: only srun's tasks have a step."""
+    assert rank_environment({k: v for k, v in STEP.items() if not k.startswith("SLURM_STEP")}) is None
+    assert rank_environment({}) is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("gpu[007-012,020],login1", "gpu007"),
+        ("r[1-2]c[03,07]n", "r1c03n"),
+        ("a-b[5]", "a-b5"),
+    ],
+)
+def test_first_host(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first

@@ -1,0 +1,81 @@
+"""Exports: the public layout loads where the public checkpoint does, to the bit; memory is one tensor's."""
+
+from pathlib import Path
+
+import pytest
+import ranked
+import runs
+import torch
+from bifrost.trainer.checkpoint.export import export
+from bifrost.trainer.checkpoint.store import Store
+from bifrost.trainer.errors import RunError
+from bifrost.trainer.models.backbone import locate
+from bifrost.trainer.models.weights import WeightFiles, public_name
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    arguments = runs.arguments(shards, folder, "steps=3", "ema.decay=0.5", "branch.positions=learned")
+    assert ranked.bifrost(2, *arguments)[0].code == 0
+    return folder / "tiny-mllm"
+
+
+def test_public_layout_is_complete_and_exact(run: Path, tmp_path: Path) -> None:
+    assert export(run, tmp_path / "out", "public", dtype=torch.float32) == 3
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    reader = Store(run / "checkpoints").newest_verified()
+    assert reader is not None
+    for name in reader.shapes:
+        assert torch.equal(exported.pop(public_name(name)), reader.full("master", name))
+    base = load_file(locate("builtin:tiny") / "model.safetensors")
+    assert exported.keys() == {f"vision_language_model.{name}" for name in base}
+    assert all(torch.equal(exported[f"vision_language_model.{name}"], base[name]) for name in base)
+
+
+def test_average_and_bf16(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "out", "hf", ema=True)
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    reader = Store(run / "checkpoints").newest_verified()
+    assert reader is not None
+    assert exported.keys() == reader.shapes.keys()
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, reader.full("ema", name).bfloat16())
+    assert not torch.equal(exported["head.weight"], reader.full("master", "head.weight").bfloat16())
+
+
+@pytest.mark.parametrize("layout", ["public", "hf"])
+def test_init_from_takes_up_where_the_export_stands(run: Path, shards: Path, tmp_path: Path, layout: str) -> None:
+    """The first loss from an export equals that of a run that starts from the run folder itself."""
+    export(run, tmp_path / "out", layout, dtype=torch.float32)
+    losses = []
+    for number, source in enumerate((tmp_path / "out", run)):
+        settings = ("steps=1", "branch.positions=learned", f"init_from={source}", f"name=from-{number}")
+        assert ranked.bifrost(1, *runs.arguments(shards, tmp_path, *settings))[0].code == 0
+        losses += runs.losses(tmp_path / f"from-{number}")
+    assert losses[0] == losses[1]
+    assert losses[0] != runs.losses(run)[0]
+
+
+def test_files_are_split_and_indexed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bifrost.trainer.checkpoint.export.SHARD_BYTES", 1_000_000)
+    export(run, tmp_path / "out", "public")
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3
+    assert all(file.stat().st_size < 1_300_000 for file in files)
+    whole = WeightFiles(tmp_path / "out")
+    assert whole.shape("vision_head.weight") == (192, 192)
+    assert whole.full("mask_token").shape == (1, 1, 192)
+
+
+def test_refusals(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="there are \\[3\\]"):
+        export(run, tmp_path / "out", "public", step=2)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(RunError, match="not empty"):
+        export(run, tmp_path / "full", "public")
+    with pytest.raises(RunError, match="no checkpoint that verifies"):
+        export(tmp_path / "nothing", tmp_path / "out", "public")
+    assert not (tmp_path / "out").exists()

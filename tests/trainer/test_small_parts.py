@@ -1,0 +1,75 @@
+"""Schedule, average, sequence digest, meter, health: small pure parts."""
+
+import math
+import time
+
+import pytest
+import torch
+from bifrost.recipes import load_recipe
+from bifrost.trainer.ema import Ema
+from bifrost.trainer.errors import Unhealthy
+from bifrost.trainer.monitors.health import Health
+from bifrost.trainer.monitors.meter import Meter
+from bifrost.trainer.schedule import learning_rate
+from bifrost.trainer.sequence import SequenceDigest
+
+
+def test_warm_up_then_cosine() -> None:
+    recipe = load_recipe("tiny-mllm", ["steps=110", "optimizer.warmup_steps=10", "optimizer.lr=1.0"])
+    assert [learning_rate(recipe, step) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert learning_rate(recipe, 10) == 1.0
+    assert learning_rate(recipe, 60) == pytest.approx(0.5)
+    assert learning_rate(recipe, 109) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.99)))
+    assert 0 < learning_rate(recipe, 109) < 1e-3
+
+
+def test_constant_keeps_the_peak() -> None:
+    recipe = load_recipe("tiny-mllm", ["steps=50", "optimizer.warmup_steps=0", "optimizer.schedule=constant"])
+    assert {learning_rate(recipe, step) for step in range(50)} == {recipe.optimizer.lr}
+
+
+def test_average_follows_the_formula() -> None:
+    masters = {"w": torch.tensor([0.0, 10.0])}
+    ema = Ema(masters, decay=0.9)
+    for value in (1.0, 2.0):
+        masters["w"].fill_(value)
+        ema.update(masters)
+    wanted = [0.9 * (0.9 * start + 0.1) + 0.1 * 2 for start in (0.0, 10.0)]
+    torch.testing.assert_close(ema.slices["w"], torch.tensor(wanted))
+
+
+def test_digest_knows_samples_and_history_but_no_ranks() -> None:
+    def after(*steps: list[list[str]]) -> str:
+        digest = SequenceDigest()
+        for ranks in steps:
+            prints = [digest.fingerprint(keys) for keys in ranks]
+            digest.advance(*(sum(column) for column in zip(*prints, strict=True)))
+        return digest.value
+
+    assert after([["a", "b", "c", "d"]]) == after([["a", "b"], ["c", "d"]]) == after([["d", "a"], ["b"], ["c"]])
+    assert after([["a", "b"]]) != after([["a", "c"]])
+    assert after([["a", "b"]]) != after([["a", "b", "b"]])
+    assert after([["a"]], [["b"]]) != after([["b"]], [["a"]])
+
+
+def test_rates_leave_out_what_is_not_the_steps() -> None:
+    meter = Meter(torch.device("cpu"))
+    with meter.outside():
+        time.sleep(0.2)
+    with meter.waiting_for_data():
+        time.sleep(0.05)
+    meter.count(10, 100)
+    rates = meter.rates()
+    assert rates["data_wait_s"] == pytest.approx(0.05, abs=0.02)
+    assert rates["step_s"] < 0.15
+    assert rates["tokens_per_s"] == pytest.approx(10 * rates["samples_per_s"])
+    assert 0.05 < rates["peak_memory_gib"] < 24
+
+
+def test_bad_steps_in_a_row_end_the_run_and_single_ones_do_not() -> None:
+    health = Health(max_bad_steps=3)
+    for step, applied in enumerate([False, False, True, False, False]):
+        health.record(step, applied, float("nan"))
+    assert (health.skipped, health.in_a_row) == (4, 2)
+    with pytest.raises(Unhealthy, match="step 5: 3 steps in a row"):
+        health.record(5, False, float("nan"))
