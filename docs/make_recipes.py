@@ -20,8 +20,8 @@ HEAD = """\
 
 A recipe is a YAML file of the settings below; `bifrost train` takes its path, or the name of a shipped one:
 [tiny-mllm](../recipes/tiny-mllm.yaml), [mllm-3b](../recipes/mllm-3b.yaml), [mllm-7b](../recipes/mllm-7b.yaml).
-`key.path=value` on the command line overrides one setting and is read as YAML, so that lists, `null` and `3e-4` work. A key
-that is not below is refused with the nearest one.
+`key.path=value` on the command line overrides one setting and is read as YAML, so that lists, `null` and `3e-4` work. A
+key that is not below is refused with the nearest one.
 
 `--dry-run` prints the recipe with every default filled in, DeepSpeed's configuration and the parameter counts. It reads
 no shards and downloads nothing for the shipped models.

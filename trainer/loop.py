@@ -113,7 +113,7 @@ def run(parts: Parts, progress: Progress) -> bool:
                 "step": progress.step,
                 "samples": progress.samples,
                 "loss": _finite(loss),
-                **report(totals),
+                **{name: _finite(value) for name, value in report(totals).items()},
                 "grad_norm": _finite(result.grad_norm),
                 "lr": lr,
                 **meter.rates(),
