@@ -1,0 +1,236 @@
+"""The documents are true: their commands run, their links lead somewhere, their tables are those of the code.
+
+`sh` blocks are commands. Those that need a cluster, a network or an hour are listed in `check`, each with what stands
+in for it.
+"""
+
+import functools
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import ranked
+import runs
+import typer
+import yaml
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
+SMALL = ("steps=2", "global_batch=8", "micro_batch=2", "log_every=1", "data.workers=0", "tracking.enabled=false")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT[page], flags=re.M | re.S)
+
+
+def commands() -> list[str]:
+    lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
+    return list(dict.fromkeys(lines))
+
+
+def recipe_of_make(target: str) -> list[str]:
+    """What `make TARGET` would run, without the virtual environment's prefix."""
+    shown = subprocess.run(["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [line.replace(".venv/bin/", "") for line in shown.stdout.splitlines()]
+
+
+def in_folder(folder: str, arguments: list[str]) -> None:
+    """The `bifrost` command in `folder`; runs in a process of its own."""
+    os.chdir(folder)
+    ranked.command(arguments)
+
+
+@functools.cache
+def bifrost(folder: Path, *arguments: str) -> str:
+    """Run a documented command in `folder`, a training one as small as can be; returns what it printed."""
+    if arguments[0] == "train" and "--dry-run" not in arguments:
+        return train(folder, list(arguments))
+    # In this process: the imports are what takes long.
+    from bifrost.trainer.cli import app
+
+    words = ["2" if previous == "--step" else word for previous, word in zip(("", *arguments), arguments, strict=False)]
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        ended = CliRunner().invoke(app, words, catch_exceptions=False)
+    finally:
+        os.chdir(before)
+    assert ended.exit_code == 0, f"bifrost {shlex.join(words)}\n{ended.output}"
+    return ended.output
+
+
+def train(folder: Path, arguments: list[str]) -> str:
+    ranks = 1
+    if "--ranks" in arguments:
+        at = arguments.index("--ranks")
+        ranks = int(arguments[at + 1])
+        del arguments[at : at + 2]
+    ended = ranked.run(in_folder, ranks, str(folder), [*arguments, *SMALL])
+    assert [rank.code for rank in ended] == [0] * ranks, f"bifrost {shlex.join(arguments)}\n{ended[0].err}"
+    return ended[0].out
+
+
+@pytest.fixture(scope="module")
+def folder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `make demo` has trained, small, on other shards: rendering the demo's is for tests/data."""
+    folder = tmp_path_factory.mktemp("docs")
+    shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("__pycache__"))
+    make, train = (shlex.split(line)[1:] for line in recipe_of_make("demo") if line.startswith("bifrost "))
+    assert make == ["data", "demo", "demo"]
+    (folder / "demo").symlink_to(shards)
+    bifrost(folder, *train)
+    return folder
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_commands(folder: Path) -> None:
+    for command in commands():
+        check(command, folder)
+
+
+def check(command: str, folder: Path) -> None:
+    words = shlex.split(command)
+    program = words[0].removeprefix(".venv/bin/")
+    if program == "bifrost":
+        printed = bifrost(folder, *words[1:])
+        if "--dry-run" in words:
+            assert "trainable parameters" in printed
+    elif program == "make":
+        needed = {"demo": "bifrost train", "test": "pytest", "kills": "--kills 20"}[words[1]]
+        assert any(needed in line for line in recipe_of_make(words[1]))
+    elif program == "srun":  # no Slurm here: its ranks are tests/slurm's, the command is run dry
+        assert all(re.match(r"--(ntasks-per-node|gpus-per-node|signal)=", w) for w in words[1 : words.index("bifrost")])
+        bifrost(folder, *words[words.index("bifrost") + 1 :], "--dry-run")
+    elif program == "torchrun":  # several nodes: torchrun's own parser reads the line, the command is run dry
+        from torch.distributed.run import get_args_parser
+
+        parsed = get_args_parser().parse_args(words[1:])
+        assert parsed.no_python and parsed.training_script == "bifrost"
+        bifrost(folder, *parsed.training_script_args, "--dry-run")
+    elif program in ("python3", "pip"):  # installs: what `make setup` does, with fewer extras
+        assert any(words[1] in line and words[-1].split("[")[0] in line for line in recipe_of_make("setup")), command
+        assert all((ROOT / words[i + 1]).exists() for i, word in enumerate(words) if word == "-c")
+    elif program == "mlflow":  # a server: the file that it is given is the one that runs are sent to
+        source = (ROOT / "trainer" / "monitors" / "mlflow_run.py").read_text()
+        assert words[-1] == "sqlite:///runs/mlflow.db" and "sqlite:///{self.folder.parent / 'mlflow.db'}" in source
+    elif program == "python":
+        subprocess.run([sys.executable, *words[1:]], cwd=folder, check=True)
+        assert Path(folder, "docs", "demo-loss.svg").stat().st_size > 5000
+    else:
+        raise AssertionError(f"{command}: nothing here checks {program}")
+
+
+def test_the_recipe_shown_is_the_demo_recipe() -> None:
+    (shown,) = blocks(ROOT / "README.md", "yaml")
+    assert yaml.safe_load(shown) == yaml.safe_load((ROOT / "recipes" / "tiny-mllm.yaml").read_text())
+
+
+def test_recipes_page_is_up_to_date() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))["page"]
+    assert TEXT[ROOT / "docs" / "recipes.md"] == page(), "run python docs/make_recipes.py"
+
+
+def test_parameter_counts() -> None:
+    for recipe, page in (("tiny-mllm", "README.md"), ("mllm-3b", "docs/stage1.md"), ("mllm-7b", "docs/stage1.md")):
+        printed = bifrost(ROOT, "train", recipe, "--dry-run")
+        counts = re.findall(r"(?:trainable|frozen) parameters +([\d,]+)", printed)
+        assert len(counts) == 2 and all(count in TEXT[ROOT / page] for count in counts), (recipe, counts)
+
+
+def test_metrics_page_lists_every_key(folder: Path) -> None:
+    text = TEXT[ROOT / "docs" / "training.md"]
+    steps, events = text.split("## metrics.jsonl")[1].split("## ")[0].split("A line with `event`")
+    keys = {key for row in re.findall(r"^\| (`.*?) \|", steps, flags=re.M) for key in re.findall(r"`(\w+)`", row)}
+    lines = runs.lines(folder / "runs" / "tiny-mllm")
+    assert {key for line in lines if "event" not in line for key in line} == keys
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", events, flags=re.M))
+    for line in lines:
+        if "event" in line:
+            assert set(re.findall(r"`(\w+)`", rows[line["event"]])) == line.keys() - {"event", "time"}
+    source = "".join((ROOT / "trainer" / file).read_text() for file in ("run.py", "loop.py"))
+    assert set(re.findall(r'"event": "(\w+)"', source)) == rows.keys()
+
+
+def test_rules_of_going_on_are_the_codes() -> None:
+    from bifrost.trainer.inputs import IDENTITY
+    from bifrost.trainer.monitors.stop import STOP_CODE
+
+    text = TEXT[ROOT / "docs" / "training.md"]
+    refused = re.search(r"These may not.*?take another", text, flags=re.S)
+    assert refused and set(re.findall(r"`([\w.]+)`", refused[0])) == set(IDENTITY)
+    assert f"| {STOP_CODE} | stopped" in text
+
+
+@functools.cache
+def verbs() -> dict[str, click.Command]:
+    """`data verify` -> its command, for every verb."""
+    from bifrost.trainer.cli import app
+
+    found: dict[str, click.Command] = {}
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        found.update({f"{name} {verb}": c for verb, c in inner.items()} if inner else {name: command})
+    return found
+
+
+def test_table_of_commands_is_complete() -> None:
+    rows = re.findall(r"^\| `bifrost ([a-z ]+)", TEXT[ROOT / "README.md"], flags=re.M)
+    assert {row.strip() for row in rows} == verbs().keys()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_named_anywhere_exist(page: Path) -> None:
+    for words in re.findall(r"\bbifrost ((?:[a-z]+ ?)+[^`\n|]*)", "\n".join(code(page))):
+        verb = next((v for v in verbs() if re.match(rf"{v}\b", words)), None)
+        assert verb, f"{page.name}: bifrost {words}"
+        known = {option for parameter in verbs()[verb].params for option in parameter.opts}
+        assert set(re.findall(r"(?<!\S)--[\w-]+", words)) <= known, f"{page.name}: bifrost {words}"
+
+
+def code(page: Path) -> list[str]:
+    """Fenced blocks and code spans."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```$", TEXT[page], flags=re.M | re.S)
+    rest = re.sub(r"^```.*?^```$", "", TEXT[page], flags=re.M | re.S)
+    return [*fenced, *re.findall(r"`([^`\n]+)`", rest)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", TEXT[page]):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+    for span in code(page):
+        if re.fullmatch(r"(tests|docs|trainer|data|kernels|recipes|slurm|examples)/[\w./-]+\.(py|md|yaml|svg)", span):
+            assert (ROOT / span).exists(), f"{page.name}: {span}"
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = TEXT[ROOT / "docs" / "README.md"]
+    assert all(f"({page.name})" in index for page in PAGES if page.name != "README.md")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "docs").glob("*.svg"))], ids=lambda page: page.name)
+def test_no_machine_is_named(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"(?<![\w.])/(home|root|work|tmp|Users|mnt|var|opt|scratch)/", text)
+    assert not re.search(r"\b(localhost|127\.0\.0\.1|\d{1,3}(\.\d{1,3}){3})\b", text)
