@@ -40,7 +40,7 @@ def commands() -> list[str]:
 def recipe_of_make(target: str) -> list[str]:
     """What `make TARGET` would run, without the virtual environment's prefix."""
     shown = subprocess.run(["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True, check=True)
-    return [line.replace(".venv/bin/", "") for line in shown.stdout.splitlines()]
+    return [line.removeprefix(".venv/bin/") for line in shown.stdout.splitlines()]
 
 
 def in_folder(folder: str, arguments: list[str]) -> None:
@@ -118,6 +118,8 @@ def check(command: str, folder: Path) -> None:
         parsed = get_args_parser().parse_args(words[1:])
         assert parsed.no_python and parsed.training_script == "bifrost"
         bifrost(folder, *parsed.training_script_args, "--dry-run")
+    elif command == ". .venv/bin/activate":
+        assert any("-m venv .venv" in line for line in recipe_of_make("setup"))
     elif program in ("python3", "pip"):  # installs: what `make setup` does, with fewer extras
         assert any(words[1] in line and words[-1].split("[")[0] in line for line in recipe_of_make("setup")), command
         assert all((ROOT / words[i + 1]).exists() for i, word in enumerate(words) if word == "-c")
