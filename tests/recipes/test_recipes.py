@@ -93,7 +93,7 @@ def test_unreadable_files(tmp_path) -> None:
 
 @pytest.mark.parametrize(("ranks", "micro", "passes"), [(1, 32, 2), (2, 32, 1), (4, 8, 2), (64, 1, 1)])
 def test_accumulation(ranks: int, micro: int, passes: int) -> None:
-    assert load_recipe("tiny-mllm", [f"micro_batch={micro}"]).accumulation(ranks) == passes
+    assert load_recipe("tiny-mllm", ["global_batch=64", f"micro_batch={micro}"]).accumulation(ranks) == passes
 
 
 def test_a_batch_that_does_not_divide_says_what_would() -> None:

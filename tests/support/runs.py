@@ -15,6 +15,7 @@ SMALL = (
     "tracking.enabled=false",
     "checkpoint.every=1000",
     "optimizer.schedule=constant",
+    "optimizer.lr=1e-3",
     "optimizer.warmup_steps=3",
 )
 
