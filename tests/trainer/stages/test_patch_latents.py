@@ -1,0 +1,68 @@
+"""Stage 1's batches: what a sample draws belongs to the sample; what the loss divides by belongs to the step."""
+
+import numpy as np
+import pytest
+import torch
+from bifrost.data import Item
+from bifrost.recipes import load_recipe
+from bifrost.trainer.errors import RunError
+from bifrost.trainer.models.backbone import locate, read_config
+from bifrost.trainer.models.prompt import load_tokenizer
+from bifrost.trainer.stages.patch_latents import PatchLatentCollate, grid_side, hidden_counts, token_normalizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(locate("builtin:tiny"))
+
+
+def items(count: int, epoch: int = 0) -> list[Item]:
+    image = np.zeros((28, 28, 3), dtype=np.uint8)
+    return [Item(epoch, index, f"key-{index}", image + index % 256, f"number {index}") for index in range(count)]
+
+
+def test_shapes(tokenizer) -> None:
+    batch = PatchLatentCollate(tokenizer, load_recipe("tiny-mllm"), 16)(items(3))
+    assert batch["images"].shape == (3, 3, 28, 28)
+    assert batch["images"].dtype == torch.uint8
+    assert batch["images"][2, 0, 0, 0] == 2
+    assert batch["mask"].shape == (3, 16)
+    assert batch["input_ids"].shape == batch["text_mask"].shape
+
+
+def test_any_grouping_gives_a_sample_the_same_draws(tokenizer) -> None:
+    collate = PatchLatentCollate(tokenizer, load_recipe("tiny-mllm", ["branch.caption_dropout=0.5"]), 16)
+    together = collate(items(12))
+    for index, item in enumerate(items(12)):
+        alone = collate([item])
+        assert torch.equal(alone["mask"][0], together["mask"][index])
+        length = int(alone["text_mask"].sum())
+        assert torch.equal(alone["input_ids"][0, :length], together["input_ids"][index, :length])
+    other = collate(items(12, epoch=1))
+    assert not torch.equal(other["mask"], together["mask"])
+
+
+def test_captions_are_dropped_to_the_empty_template(tokenizer) -> None:
+    collate = PatchLatentCollate(tokenizer, load_recipe("tiny-mllm", ["branch.caption_dropout=0.25"]), 16)
+    empty = len(collate.template.ids(""))
+    lengths = collate(items(2000))["text_mask"].sum(dim=1)
+    assert abs((lengths == empty).float().mean().item() - 0.25) < 0.04
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_normalizers_add_up_to_the_whole_batch(ranks: int) -> None:
+    """Gradients are averaged over ranks: each rank's share of the sum must divide by its share of the count."""
+    recipe = load_recipe("tiny-mllm", ["branch.loss_tokens=masked"])
+    epoch, index = np.zeros(32, dtype=np.int64), np.arange(32)
+    counts = hidden_counts(recipe, epoch, index, 16)
+    assert counts.min() < counts.max()
+    assert token_normalizer(recipe, epoch, index, 16, ranks) * ranks == counts.sum()
+    every = load_recipe("tiny-mllm", ["branch.loss_tokens=all"])
+    assert token_normalizer(every, epoch, index, 16, ranks) * ranks == 32 * 16
+
+
+def test_image_sizes() -> None:
+    config = read_config(locate("builtin:tiny"))
+    assert grid_side(config, 112) == 4
+    with pytest.raises(RunError, match="set 84 or 112"):
+        grid_side(config, 100)
