@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from bifrost.recipes import Recipe
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+
+from bifrost.recipes import Recipe
 
 HEAD = """\
 # Recipes

@@ -105,6 +105,11 @@ class Zero(Section):
     """Parameters up to this many elements stay gathered."""
 
 
+class Kernels(Section):
+    provider: Literal["reference", "triton"] = "reference"
+    """What computes head and loss: plain PyTorch, or the fused Triton kernel (interpreted, slowly, without a GPU)."""
+
+
 class Checkpoint(Section):
     every: int = Field(default=500, ge=1)
     """Steps between saves; the last step and a stop signal save as well."""
@@ -156,6 +161,7 @@ class Recipe(Section):
     ema: Ema | None = None
     """Average of the trainable weights, sharded like them; null keeps none."""
     zero: Zero = Zero()
+    kernels: Kernels = Kernels()
     checkpoint: Checkpoint = Checkpoint()
     health: Health = Health()
     tracking: Tracking = Tracking()

@@ -28,8 +28,9 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
     """A folder with 60 small image-caption pairs in four shards, train-00000.tar …"""
-    from bifrost.data import write_shard
     from PIL import Image
+
+    from bifrost.data import write_shard
 
     folder = tmp_path_factory.mktemp("shards")
     for shard in range(4):

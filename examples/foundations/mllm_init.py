@@ -10,9 +10,10 @@ Legend: B images, 3 channels, S pixels a side, P patches before the merger, N af
 from __future__ import annotations
 
 import torch
-from bifrost.trainer.models.backbone import SEGMENT_ATTENTION, pixel_patches
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from bifrost.trainer.models.backbone import SEGMENT_ATTENTION, pixel_patches
 
 IMAGE_SIZE = 112
 WIDTH = 192

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from bifrost.trainer.models.prompt import PromptTemplate
 from mllm_init import IMAGE_SIZE, SIDE, TOKENS, WIDTH, latents
 from tokenizer import DESCRIBE
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+
+from bifrost.trainer.models.prompt import PromptTemplate
 
 TEXT_WEIGHT, MATCH_WEIGHT, PIXEL_WEIGHT, SCALE_WEIGHT = 0.5, 0.3, 8.0, 0.1
 IGNORED = -100

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from bifrost.data import Loader, Plan, open_dataset
 from mllm_init import IMAGE_SIZE, build, every_latent
 from mllm_objectives import Heads, Prompts, losses
 from mllm_probes import report
@@ -25,6 +24,8 @@ from tokenizer import train_tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bifrost.data import Loader, Plan, open_dataset
 
 BATCH = 48
 LEARNING_RATE = 1.5e-3

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+
 from bifrost.trainer.checkpoint.layout import local_range
 from bifrost.trainer.checkpoint.store import Store
 

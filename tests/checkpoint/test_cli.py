@@ -1,9 +1,10 @@
 import re
 
 import pytest
+from typer.testing import CliRunner
+
 from bifrost.trainer.checkpoint.cli import app
 from bifrost.trainer.errors import RunError
-from typer.testing import CliRunner
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import os
 import signal
 
 import pytest
+
 from bifrost.trainer.checkpoint.store import Store
 
 CALLS = ["fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "open"]

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
-from bifrost.trainer.checkpoint.layout import local_range, reads
 from hypothesis import given
 from hypothesis import strategies as st
+
+from bifrost.trainer.checkpoint.layout import local_range, reads
 
 
 def cut(numel, ranks):

@@ -5,13 +5,14 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from bifrost.trainer.checkpoint import durable
 from bifrost.trainer.checkpoint import store as store_module
 from bifrost.trainer.checkpoint.layout import local_range
 from bifrost.trainer.checkpoint.manifest import read_manifest
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
-from safetensors.torch import load_file
 
 SHAPES = {"layer.weight": (5, 3), "layer.bias": (3,), "scale": (), "empty": (0, 4)}
 FILES = ["buffers.safetensors", "manifest.json", "rank-00000.safetensors", "rank-00001.safetensors", "state.json"]

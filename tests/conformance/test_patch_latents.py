@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import Qwen2_5_VLConfig
+
 from bifrost.recipes import Recipe
 from bifrost.trainer.models.backbone import text_positions
 from bifrost.trainer.models.weights import WeightFiles, fill, public_name
 from bifrost.trainer.stages.patch_latents import PatchLatentModel
-from safetensors.torch import load_file
-from transformers import Qwen2_5_VLConfig
 
 TOLERANCE = 1e-5
 

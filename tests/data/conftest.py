@@ -4,8 +4,9 @@ import io
 
 import numpy as np
 import pytest
-from bifrost.data import open_dataset, write_shard
 from PIL import Image
+
+from bifrost.data import open_dataset, write_shard
 
 
 def _picture(seed: int, kind: str = "png", size: tuple[int, int] = (24, 20)) -> bytes:

@@ -3,9 +3,10 @@ from __future__ import annotations
 import os
 
 import pytest
+from typer.testing import CliRunner
+
 from bifrost.data import DataError
 from bifrost.data.cli import app
-from typer.testing import CliRunner
 
 
 def call(*arguments: object, code: int = 0) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import emoji
 import pytest
+from PIL import Image
+
 from bifrost.data import demo as module
 from bifrost.data import open_dataset, verify
 from bifrost.data.demo import make_demo
-from PIL import Image
 
 
 @pytest.fixture(scope="module")

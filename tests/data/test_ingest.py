@@ -16,10 +16,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import webdataset
+from PIL import Image
+
 from bifrost.data import DataError, open_dataset, verify, write_shard
 from bifrost.data import ingest as ingest_module
 from bifrost.data.ingest import ingest
-from PIL import Image
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, str]]:

@@ -5,9 +5,10 @@ import sys
 
 import numpy as np
 import pytest
-from bifrost.data import DataError, Plan, rank_positions
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from bifrost.data import DataError, Plan, rank_positions
 
 counts = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any)
 seeds = st.integers(0, 2**64 - 1)

@@ -7,6 +7,7 @@ import time
 
 import psutil
 import pytest
+
 from bifrost.data import DataError
 from bifrost.data.processes import in_processes, sole_owner
 

@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+
 from bifrost.data import BadSamples, DataError, Loader, Plan, write_shard
 
 SIZE = 8

@@ -8,6 +8,7 @@ import shutil
 import fsspec
 import numpy as np
 import pytest
+
 from bifrost.data import BadSample, DataError, open_dataset, write_shard
 from bifrost.data.shards import expand
 

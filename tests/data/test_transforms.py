@@ -6,8 +6,9 @@ import zlib
 
 import numpy as np
 import pytest
-from bifrost.data import clean_caption, decode_image
 from PIL import Image
+
+from bifrost.data import clean_caption, decode_image
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -8,6 +8,7 @@ import tarfile
 import fsspec
 import pytest
 import webdataset
+
 from bifrost.data import DataError, index_shards, open_dataset, verify, write_shard
 from bifrost.data.index import build_index, index_path, load_index
 

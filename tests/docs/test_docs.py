@@ -16,11 +16,12 @@ from pathlib import Path
 
 import click
 import pytest
-import ranked
-import runs
 import typer
 import yaml
 from typer.testing import CliRunner
+
+import ranked
+import runs
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from bifrost.kernels import prefix_attention
 
 

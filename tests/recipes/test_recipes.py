@@ -1,9 +1,10 @@
 """Recipes: every shipped one loads and dry-runs with the published sizes; mistakes are named."""
 
 import pytest
+from pydantic import BaseModel
+
 import ranked
 from bifrost.recipes import Recipe, RecipeError, load_recipe, shipped_recipes, to_yaml
-from pydantic import BaseModel
 
 
 def test_shipped() -> None:

@@ -1,6 +1,7 @@
 """Ranks from Slurm's variables."""
 
 import pytest
+
 from bifrost.slurm import rank_environment
 from bifrost.slurm.ranks import first_host
 

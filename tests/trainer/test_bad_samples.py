@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 import ranked
 import runs
 from bifrost.data import write_shard

@@ -4,6 +4,7 @@ import importlib.metadata
 
 import pytest
 import torch
+
 from bifrost.recipes import load_recipe
 from bifrost.trainer.engine import deepspeed_config, import_deepspeed, parameter_groups
 from bifrost.trainer.errors import RunError

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 import ranked
 import runs
 from bifrost.recipes import FOLDER

@@ -4,15 +4,16 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
 import ranked
 import runs
-import torch
 from bifrost.trainer.checkpoint.export import export
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.backbone import locate
 from bifrost.trainer.models.weights import WeightFiles, public_name
-from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 import ranked
 import runs
 
@@ -15,6 +16,7 @@ def train_with_bad_steps(arguments: list[str], bad: list[int], kind: str) -> lis
     import os
 
     import torch
+
     from bifrost.trainer import engine
 
     history = []

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
 import ranked
 import runs
-import torch
 from bifrost.data import Loader
 from bifrost.recipes import Recipe, load_recipe
 from bifrost.trainer.engine import parameter_groups
@@ -79,3 +80,15 @@ def test_ranks_equal_plain_pytorch(shards: Path, tmp_path: Path, settings: tuple
         np.testing.assert_allclose(runs.losses(run), wanted, rtol=1e-5)
         digests.add(tuple(line["digest"] for line in runs.steps(run)))
     assert len(digests) == 1, "another sequence of samples on another number of ranks"
+
+
+@pytest.mark.multi
+def test_the_fused_head_trains_like_the_reference(shards: Path, tmp_path: Path) -> None:
+    """Triton's kernel, interpreted, under ZeRO-3 on two ranks: its weight is gathered for both passes."""
+    losses = []
+    for provider in ("reference", "triton"):
+        settings = ("steps=5", "branch.loss_tokens=masked", f"kernels.provider={provider}")
+        ended = ranked.bifrost(2, *runs.arguments(shards, tmp_path / provider, *settings))
+        assert [rank.code for rank in ended] == [0, 0], ended[0].err
+        losses.append(runs.losses(tmp_path / provider / "tiny-mllm"))
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)

@@ -1,6 +1,7 @@
 """Counter-based draws: pinned, uniform, independent of grouping."""
 
 import numpy as np
+
 from bifrost.trainer.randomness import Stream, uniform
 
 

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+
 from bifrost.recipes import load_recipe
 from bifrost.trainer.ema import Ema
 from bifrost.trainer.errors import Unhealthy

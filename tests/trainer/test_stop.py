@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 import ranked
 import runs
 from bifrost.trainer.monitors.stop import STOP_CODE

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 import ranked
 import runs
 
@@ -12,6 +13,7 @@ def logits_and_hash_around_training(arguments: list[str]) -> list:
     import hashlib
 
     import torch
+
     from bifrost.trainer import run as run_module
     from bifrost.trainer.engine import Engine
 

@@ -74,7 +74,7 @@ class PatchLatentModel(nn.Module):
         self.branch = GenerationBranch(
             config.text_config, side, recipe.branch.positions, recipe.activation_checkpointing
         )
-        self.head = PatchLatentHead(config.text_config.hidden_size)
+        self.head = PatchLatentHead(config.text_config.hidden_size, recipe.kernels.provider)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of everything that trains."""

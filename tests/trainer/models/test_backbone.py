@@ -4,13 +4,14 @@ import itertools
 
 import numpy as np
 import pytest
-import ranked
 import torch
+from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import ranked
 from bifrost.trainer.models import backbone as module
 from bifrost.trainer.models.backbone import FrozenBackbone, locate, pixel_patches, read_config, text_positions
 from bifrost.trainer.models.weights import WeightFiles, backbone_names, fill
-from PIL import Image
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,14 @@
 """The branch begins as an exact copy of the text model, and sees what it should see."""
 
 import pytest
-import ranked
 import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import ranked
 from bifrost.recipes import load_recipe
 from bifrost.trainer.models.backbone import locate, read_config
 from bifrost.trainer.models.weights import WeightFiles
 from bifrost.trainer.stages.patch_latents import PatchLatentModel
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 
 def build(*overrides: str) -> PatchLatentModel:

@@ -1,6 +1,7 @@
 """Mask rate and order: MAR's truncated normal, exact counts, and nothing that depends on how samples are grouped."""
 
 import numpy as np
+
 from bifrost.trainer.models.masking import draw_masks, masked_counts
 
 MAR = {"mean": 1.0, "std": 0.25, "low": 0.7, "high": 1.0}

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from bifrost.recipes import load_recipe
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.backbone import locate, read_config
 from bifrost.trainer.models.weights import WeightFiles, backbone_names, fill, public_name
 from bifrost.trainer.stages.patch_latents import PatchLatentModel
-from safetensors.torch import save_file
 
 
 def test_public_names() -> None:

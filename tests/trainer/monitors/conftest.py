@@ -10,6 +10,7 @@ import urllib.request
 from types import SimpleNamespace
 
 import pytest
+
 from bifrost.trainer.monitors.metrics import MetricsFile
 
 

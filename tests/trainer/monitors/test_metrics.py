@@ -5,6 +5,7 @@ import shutil
 import time
 
 import pytest
+
 from bifrost.trainer.monitors.metrics import MetricsFile, Tail, read_metrics
 
 

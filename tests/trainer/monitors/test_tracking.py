@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.monitors import mlflow_run
 from bifrost.trainer.monitors.mlflow_run import MlflowRun
 from bifrost.trainer.monitors.track_cli import app
 from bifrost.trainer.monitors.tracking import start_mirror, sync
-from typer.testing import CliRunner
 
 
 def log_steps(run, steps, scale=1.0):

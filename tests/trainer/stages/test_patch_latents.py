@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from bifrost.data import Item
 from bifrost.recipes import load_recipe
 from bifrost.trainer.errors import RunError
