@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .runtime import INTERPRETED, tl, triton
+from .runtime import INTERPRETED, check_device, tl, triton
 
 Provider = Literal["reference", "triton"]
 
@@ -117,6 +117,7 @@ _INTERPRETED_TILES = (64, 64, 64, 8, 4, 1)
 )
 def _fused(hidden, weight, bias, target, token_weight, keep):
     """Weighted sum of mean squares [], mean squares [T], and token_weight * r [T, D] (empty unless `keep`)."""
+    check_device(hidden.device)
     assert hidden.dtype == weight.dtype, f"hidden is {hidden.dtype}, weight {weight.dtype}"
     accumulate = _accumulator(hidden)
     hidden, weight, target = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight, target))

@@ -18,6 +18,8 @@ os.environ["PYTHONSAFEPATH"] = "1"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Whichever test imports Triton first: kernels are interpreted here. Those that compile them start processes of their own.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser):

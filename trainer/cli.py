@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from enum import Enum
 from pathlib import Path
@@ -25,6 +26,9 @@ app = typer.Typer(
 app.add_typer(data_app, name="data", help="Shards: make, check, count.")
 app.add_typer(checkpoint_app, name="checkpoint", help="Checkpoints of a run: list, verify, show.")
 app.add_typer(track_app, name="track", help="MLflow: send what a tracker missed.")
+
+kernels_app = typer.Typer(no_args_is_help=True)
+app.add_typer(kernels_app, name="kernels", help="Triton kernels: compile and check.")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value settings, such as optimizer.lr=3e-4.")]
@@ -55,6 +59,14 @@ def train(
 
         _leave(train_rank(settings))
     _leave(run_ranks(ranks, ["train", recipe, *(overrides or [])]))
+
+
+@kernels_app.command("check")
+def kernels_check() -> None:
+    """Compile every kernel for sm_80, sm_90 and sm_100, without a GPU; exit code 1 when one spills or does not fit."""
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    # A process of its own: on a machine without a GPU this one has Triton's interpreter.
+    _leave(subprocess.run([sys.executable, "-m", "bifrost.kernels.compile_check"], env=environment).returncode)
 
 
 class Layout(str, Enum):

@@ -1,0 +1,46 @@
+"""Every kernel compiles for GPUs that are not here, spills nothing and fits; what does not is refused."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMPILED = {**os.environ, "TRITON_INTERPRET": "0"}
+
+PLANTED = """
+from dataclasses import replace
+from bifrost.kernels.compile_check import build, cases
+case = cases()[0]
+large = replace(case, constants={**case.constants, "BLOCK_D": 256}, warps=4)
+print(build(large, 90).problems)
+deep = replace(case, stages=9)
+print(build(deep, 90).problems)
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=COMPILED)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_and_fits() -> None:
+    ended = run("-m", "bifrost.kernels.compile_check")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    _, *lines = ended.stdout.splitlines()
+    assert len(lines) >= 12
+    assert all(line.endswith("ok") for line in lines)
+    assert {arch for line in lines for arch in ("sm_80", "sm_90", "sm_100") if arch in line} == {
+        "sm_80",
+        "sm_90",
+        "sm_100",
+    }
+
+
+@pytest.mark.slow
+def test_spills_and_too_much_shared_memory_are_refused() -> None:
+    ended = run("-c", PLANTED)
+    assert ended.returncode == 0, ended.stderr
+    spilled, oversized = ended.stdout.splitlines()
+    assert "spills" in spilled
+    assert "shared memory" in oversized
