@@ -18,7 +18,7 @@ os.environ["PYTHONSAFEPATH"] = "1"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Whichever test imports Triton first: kernels are interpreted here. Those that compile them start processes of their own.
+# Whichever test imports Triton first, kernels are interpreted; tests that compile them start processes of their own.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

@@ -98,6 +98,14 @@ def test_fp32_weight_beside_bf16_hidden_states(provider: str) -> None:
         assert distance(a, b) <= 2**-7
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_rounded_before_the_weight(provider: str) -> None:
+    """An fp32 weight of ones multiplies values that fp16 can hold."""
+    (hidden, rows, _), _ = make(40, 25, 72, torch.float16)
+    result = gather_rms_norm(hidden, rows, torch.ones(72), EPS, provider=provider)
+    assert result.dtype == torch.float32 and torch.equal(result, result.half().float())
+
+
 def test_gradients_in_fp64() -> None:
     """Numerical differentiation, through the same kernel with an fp64 accumulator."""
     (hidden, rows, weight), _ = make(6, 4, 5, torch.float64)
