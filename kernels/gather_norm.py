@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .runtime import tl, triton
+from .runtime import check_device, tl, triton
 
 Provider = Literal["reference", "triton"]
 
@@ -103,6 +103,7 @@ def _warps(block_d: int) -> int:
     schema="(Tensor hidden, Tensor rows, Tensor weight, float eps) -> Tensor",
 )
 def _fused(hidden, rows, weight, eps):
+    check_device(hidden.device)
     assert not rows.is_floating_point() and rows.dtype != torch.bool, f"rows is {rows.dtype}"
     width = hidden.shape[1]
     assert weight.shape == (width,), f"weight is {tuple(weight.shape)}, hidden {tuple(hidden.shape)}"

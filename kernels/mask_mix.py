@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .runtime import INTERPRETED, tl, triton
+from .runtime import INTERPRETED, check_device, tl, triton
 
 Provider = Literal["reference", "triton"]
 
@@ -109,6 +109,7 @@ _INTERPRETED_TILES = (32, 64, 4)
     schema="(Tensor latents, Tensor mask, Tensor mask_token, Tensor? positions) -> Tensor",
 )
 def _fused(latents, mask, mask_token, positions):
+    check_device(latents.device)
     assert mask.dtype == torch.bool, f"mask is {mask.dtype}"
     samples, patches, width = latents.shape
     assert mask.shape == (samples, patches), f"mask is {tuple(mask.shape)}, latents {tuple(latents.shape)}"
