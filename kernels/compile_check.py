@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import sys
@@ -18,8 +19,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from . import latent_loss
-from .runtime import INTERPRETED
+from . import gather_norm, latent_loss, mask_mix
+from .runtime import INTERPRETED, tl, triton
 
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that one program may use, by compute capability."""
@@ -69,41 +70,90 @@ class Build:
 
 
 def cases() -> list[Case]:
-    """Every kernel in every configuration that a run can choose."""
-    import triton.language as tl
-
+    """Every kernel in every configuration that a run can choose, at the widths of the 3B and 7B models."""
     found = []
     block_t, block_d, block_k, group, warps, stages = latent_loss.TILES
-    for dtype in ("bf16", "fp16"):
-        for keep in (True, False):
-            pointers = ("hidden", "weight", "bias", "target", "residual")
-            strides = ("stride_hidden", "stride_weight", "stride_target")
-            found.append(
-                Case(
-                    name=f"latent_loss {dtype} {block_t}x{block_d}x{block_k} {'forward' if keep else 'loss only'}",
-                    kernel=latent_loss._residual_kernel,
-                    signature={
-                        **dict.fromkeys(pointers, f"*{dtype}"),
-                        **dict.fromkeys(("token_weight", "partials"), "*fp32"),
-                        **dict.fromkeys(("T", "K", "D", *strides), "i32"),
-                    },
-                    constants={
-                        "HAS_BIAS": True,
-                        "STORE": keep,
-                        "ACCUMULATE": tl.float32,
-                        "UPCAST": False,
-                        "BLOCK_T": block_t,
-                        "BLOCK_D": block_d,
-                        "BLOCK_K": block_k,
-                        "GROUP": group,
-                    },
-                    aligned=(*pointers, "token_weight", "partials", "K", "D", *strides),
-                    warps=warps,
-                    stages=stages,
-                    matrix=True,
-                )
+    for dtype, keep in itertools.product(("bf16", "fp16"), (True, False)):
+        found.append(
+            _case(
+                f"latent_loss {dtype} {block_t}x{block_d}x{block_k} {'forward' if keep else 'loss only'}",
+                latent_loss._residual_kernel,
+                {"hidden weight bias target residual": f"*{dtype}", "token_weight partials": "*fp32", "T": "i32"},
+                "K D stride_hidden stride_weight stride_target",
+                {"HAS_BIAS": True, "STORE": keep, "UPCAST": False, "BLOCK_T": block_t, "BLOCK_D": block_d}
+                | {"BLOCK_K": block_k, "GROUP": group},
+                warps,
+                stages,
+                matrix=True,
             )
+        )
+    block_n, block_d, warps = mask_mix.TILES
+    for table in (True, False):
+        positions = {"positions": "*bf16"} if table else {}
+        found.append(
+            _case(
+                f"mask_mix bf16 forward{', table' if table else ''}",
+                mask_mix._forward_kernel,
+                {"latents token mixed": "*bf16", "mask": "*i1", "ROWS N": "i32", **positions},
+                "D stride_sample stride_patch stride_position",
+                {"HAS_POSITIONS": table, "BLOCK_N": block_n, "BLOCK_D": block_d}
+                | ({} if table else {"positions": None}),
+                warps,
+            )
+        )
+    found.append(
+        _case(
+            "mask_mix bf16 backward",
+            mask_mix._backward_kernel,
+            {"gradient d_latents": "*bf16", "d_positions partials": "*fp32", "mask": "*i1", "B N": "i32"},
+            "D stride_sample stride_patch",
+            {"NEED_LATENTS": True, "NEED_TOKEN": True, "NEED_POSITIONS": True, "BLOCK_N": block_n, "BLOCK_D": block_d},
+            warps,
+        )
+    )
+    for width in (2048, 3584):
+        block_d = triton.next_power_of_2(width)
+        warps = gather_norm._warps(block_d)
+        found.append(
+            _case(
+                f"gather_norm bf16 {width} forward",
+                gather_norm._forward_kernel,
+                {"hidden weight output": "*bf16", "rows": "*i64", "eps": "fp32"},
+                "D stride_hidden",
+                {"BLOCK_D": block_d},
+                warps,
+            )
+        )
+        found.append(
+            _case(
+                f"gather_norm bf16 {width} backward",
+                gather_norm._backward_kernel,
+                {"gradient hidden weight d_hidden": "*bf16", "rows": "*i64", "R": "i32"}
+                | {"partials": "*fp32", "eps": "fp32"},
+                "D stride_gradient stride_hidden",
+                {"NEED_HIDDEN": True, "NEED_WEIGHT": True, "BLOCK_R": gather_norm.BLOCK_R, "BLOCK_D": block_d},
+                warps,
+            )
+        )
     return found
+
+
+def _case(
+    name: str,
+    kernel: Any,
+    types: dict[str, str],
+    divisible: str,
+    constants: dict[str, Any],
+    warps: int,
+    stages: int = 3,
+    matrix: bool = False,
+) -> Case:
+    """types: names, spaces between, -> Triton type; divisible: integers that are multiples of 16, as pointers are."""
+    signature = {argument: kind for names, kind in types.items() for argument in names.split()}
+    signature |= dict.fromkeys(divisible.split(), "i32")
+    pointers = [argument for argument, kind in signature.items() if kind.startswith("*")]
+    constants = {"ACCUMULATE": tl.float32, **constants}
+    return Case(name, kernel, signature, constants, (*pointers, *divisible.split()), warps, stages, matrix)
 
 
 def build(case: Case, arch: int) -> Build:

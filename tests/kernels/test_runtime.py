@@ -1,0 +1,29 @@
+"""Triton is interpreted where there is no GPU, whatever imports it first."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+CLEAN = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is interpreted")
+def test_the_trainer_imports_it_in_time() -> None:
+    """transformers' Qwen2.5-VL imports Triton as well; after that it would be too late."""
+    program = "import bifrost.trainer.run; from bifrost.kernels.runtime import INTERPRETED; print(INTERPRETED)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=CLEAN)
+    assert ended.stdout.strip() == "True", ended.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is interpreted")
+def test_too_late_is_said_in_one_line() -> None:
+    program = (
+        "import torch, triton; from bifrost.kernels import patch_latent_loss; x = torch.ones(2, 8);"
+        "patch_latent_loss(x, torch.ones(8, 8), None, x, torch.ones(2), 1.0, provider='triton')"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=CLEAN)
+    assert ended.returncode
+    assert "set TRITON_INTERPRET=1" in ended.stderr.strip().splitlines()[-1]
