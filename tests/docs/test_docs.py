@@ -94,7 +94,6 @@ def folder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.multi
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_commands(folder: Path) -> None:
     for command in commands():
         check(command, folder)
