@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+Gather = Callable[[object], list[Any]]
+"""All-gather of a Python object: every rank passes one and gets those of all ranks, in rank order."""
+
 _ALONE = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+def alone(value: object) -> list[Any]:
+    """The gather of a single rank."""
+    return [value]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ...recipes import load_recipe
 from ..errors import RunError
 from ..models.backbone import locate, read_config
 from ..models.weights import WeightFiles, public_name
+from ..stages.patch_latents import grid_side
 from .durable import Piece, safetensors_parts, write_file
 from .reader import CheckpointReader
 from .store import Store
@@ -55,7 +56,7 @@ def export(
         tensors += _base(WeightFiles(folder))
         if recipe.branch.positions == "mrope":
             # The public model always has the table; with mRoPE it adds nothing.
-            width, side = reader.shapes["head.bias"][0], _side(folder, recipe.data.image_size)
+            width, side = reader.shapes["head.bias"][0], grid_side(read_config(folder), recipe.data.image_size)
             shape = (1, side * side, width)
             tensors.append(Piece("learnable_pos_emb", shape, dtype, lambda: torch.zeros(shape)))
     out.mkdir(parents=True, exist_ok=True)
@@ -88,11 +89,6 @@ def _base(files: WeightFiles) -> Iterator[Piece]:
         yield Piece(
             f"vision_language_model.{public}", tuple(tensor.shape), tensor.dtype, lambda name=name: files.full(name)
         )
-
-
-def _side(folder: Path, image_size: int) -> int:
-    vision = read_config(folder).vision_config
-    return image_size // (vision.patch_size * vision.spatial_merge_size)
 
 
 def _write(out: Path, tensors: list[Piece]) -> None:

@@ -15,20 +15,13 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from ..errors import RunError
+from ..ranks import Gather, alone
 from .durable import Entry, Piece, hash_file, safetensors_parts, sync_folder, write_file
 from .layout import local_range
 from .manifest import Manifest, read_manifest
 from .reader import BUFFERS, STATE, CheckpointReader, rank_file
 
 log = logging.getLogger(__name__)
-
-Gather = Callable[[object], list[Any]]
-"""All-gather of a Python object: every rank passes one and gets those of all ranks, in rank order."""
-
-
-def alone(value: object) -> list[Any]:
-    """The gather of a single rank."""
-    return [value]
 
 
 class Store:

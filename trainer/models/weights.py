@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -18,9 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import RunError
-
-Gather = Callable[[object], list]
-"""All-gather of a Python object: one entry a rank."""
+from ..ranks import Gather, alone
 
 
 class Source(Protocol):
@@ -71,7 +69,7 @@ class WeightFiles:
     def flat(self, name: str, lo: int, hi: int) -> Tensor:
         return self.full(name).flatten()[lo:hi]
 
-    def content_hash(self, names: Iterable[str], rank: int = 0, ranks: int = 1, gather: Gather = lambda x: [x]) -> str:
+    def content_hash(self, names: Iterable[str], rank: int = 0, ranks: int = 1, gather: Gather = alone) -> str:
         """sha256 over names, types, shapes and bytes of `names`; the work is spread over the ranks."""
         digests: dict[str, str] = {}
         for name in sorted(names)[rank::ranks]:

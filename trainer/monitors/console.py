@@ -32,12 +32,9 @@ class Console:
             f"  grad {_number(record['grad_norm'])}  lr {record['lr']:.2e}  {record['samples_per_s']:.1f} samples/s"
             f"  wait {record['data_wait_s'] * 1000:.0f} ms  skipped {record['skipped_steps']}"
         )
-        log.info(line)
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], description=f"loss {_number(record['loss'])}")
-            self._bar.console.print(line, highlight=False)
-        elif self.shown:
-            print(line, flush=True)
+        self.say(line)
 
     def say(self, line: str) -> None:
         log.info(line)
