@@ -44,25 +44,26 @@ class Item:
 class Batch:
     """One micro-batch of one rank."""
 
-    arrays: dict[str, torch.Tensor]
-    """What the collate function made."""
+    arrays: dict[str, Any]
+    """What the collate function made: tensors, and plain values that stay on the host."""
     keys: list[str]
     replaced: list[tuple[str, str]]
     """Key and reason of every planned sample that could not be used and gave way to a neighbour."""
 
     def pin_memory(self) -> Batch:
-        return Batch({name: array.pin_memory() for name, array in self.arrays.items()}, self.keys, self.replaced)
+        pinned = {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in self.arrays.items()}
+        return Batch(pinned, self.keys, self.replaced)
 
 
-Collate = Callable[[list[Item]], dict[str, torch.Tensor]]
+Collate = Callable[[list[Item]], dict[str, Any]]
 
 
 class Loader:
     """Iterates over one rank's micro-batches of steps `start_step` .. `stop_step` - 1, in order.
 
-    collate: picklable, list of `micro_batch` items -> tensors; runs in the workers. The sequence depends on the data
-    set, the plan and the batch sizes alone, never on `workers` (0 reads in the calling process) or `prefetch`
-    (micro-batches each worker prepares). Every `iter` starts again at `start_step`.
+    collate: picklable, list of `micro_batch` items -> `Batch.arrays`; runs in the workers. The sequence
+    depends on the data set, the plan and the batch sizes alone, never on `workers` (0 reads in the calling process) or
+    `prefetch` (micro-batches each worker prepares). Every `iter` starts again at `start_step`.
     Raises DataError when a shard cannot be read or a worker dies.
     """
 

@@ -1,6 +1,17 @@
 """Kernels: the patch-latent head and loss, and prefix attention. Needs torch (and Triton) alone."""
 
-from .attention import prefix_attention
+from .attention import PrefixLayout, Segments, prefix_attention, segment_attention
+from .gather_norm import gather_rms_norm
 from .latent_loss import PatchLatentHead, patch_latent_loss
+from .mask_mix import mask_mix
 
-__all__ = ["PatchLatentHead", "patch_latent_loss", "prefix_attention"]
+__all__ = [
+    "PatchLatentHead",
+    "PrefixLayout",
+    "Segments",
+    "gather_rms_norm",
+    "mask_mix",
+    "patch_latent_loss",
+    "prefix_attention",
+    "segment_attention",
+]

@@ -1,18 +1,241 @@
-"""Attention of image tokens over a text prefix and over each other."""
+"""Attention over packed samples: images over a text prefix and over themselves, causal text, windows of a tower.
+
+Samples of different lengths stand behind one another in one row; nothing is padded and no mask tensor exists. The
+hybrid mask of the public release, text causal and images seeing their text and all of themselves, is split exactly
+into two calls: text over text, causal; images over text and image together, each without a mask.
+
+Legend: S rows of a packed tensor, H query heads, G key heads (H a multiple of G), C width of a head, B samples,
+T text tokens of a sample, N patches of an image.
+"""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Backend = Literal["varlen", "flash-attn-4", "flash-attn-3", "flash-attn-2", "sdpa", "reference"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+"""`varlen` is the FlashAttention inside torch; `flash-attn-N` the package of that version, where it is installed;
+`sdpa` a call of torch's scaled_dot_product_attention for every length; `reference` dense scores in fp32."""
 
-def prefix_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> Tensor:
-    """Every image query sees the real text tokens and all image tokens of its sample.
 
-    query [B, H, N, C]; key, value [B, G, T + N, C] with H a multiple of G (grouped queries); visible: boolean
-    [B, T + N], False where a text slot is padding, or None when nothing is padded. Returns [B, H, N, C].
+@dataclass(frozen=True)
+class Segments:
+    """Samples in a packed row: `lengths` on the host, `ends` int32 [B + 1] from 0 on the device."""
+
+    lengths: tuple[int, ...]
+    ends: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Segments:
+        ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        return cls(tuple(lengths), ends.to(device, non_blocking=True))
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @property
+    def total(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class PrefixLayout:
+    """Where the tokens of B samples stand: T_i text tokens and N patches each.
+
+    text_rows [sum T] and image_rows [B N]: rows of the text tokens and patches among `both`, int64; positions
+    [sum T]: place of every text token in its own text.
     """
-    mask = None if visible is None else visible[:, None, None, :]
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+
+    text: Segments
+    image: Segments
+    both: Segments
+    text_rows: Tensor
+    image_rows: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], patches: int, device: torch.device | str = "cpu") -> PrefixLayout:
+        samples = torch.arange(len(lengths))
+        count = torch.tensor(lengths, dtype=torch.int64)
+        begin = count.cumsum(0) - count
+        row = torch.arange(int(count.sum()))
+        image_rows = torch.arange(len(lengths) * patches) + count.cumsum(0).repeat_interleave(patches)
+        rows = row + (samples * patches).repeat_interleave(count), image_rows, row - begin.repeat_interleave(count)
+        return cls(
+            Segments.of(lengths, device),
+            Segments.of([patches] * len(lengths), device),
+            Segments.of([length + patches for length in lengths], device),
+            *(index.to(device, non_blocking=True) for index in rows),
+        )
+
+
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    layout: PrefixLayout,
+    scale: float,
+    backend: Backend = "sdpa",
+) -> Tensor:
+    """Every patch sees all text tokens and all patches of its own sample.
+
+    query [B N, H, C]; key, value [B N, G, C] of the patches; text_key, text_value [sum T, G, C]. Returns [B N, H, C].
+    Differentiable in query, key and value, and in the text's where that is asked for.
+    """
+    keys, values = _interleaved(text_key, key, layout), _interleaved(text_value, value, layout)
+    return segment_attention(query, keys, values, layout.image, layout.both, False, scale, backend)
+
+
+def _interleaved(text: Tensor, image: Tensor, layout: PrefixLayout) -> Tensor:
+    """Text and patches of each sample behind one another, [sum T + B N, G, C]."""
+    # Every row is written once: nothing of the empty tensor is left, and the gradient is a plain gather.
+    both = text.new_empty(layout.both.total, *text.shape[1:])
+    return both.index_copy_(0, layout.text_rows, text).index_copy_(0, layout.image_rows, image)
+
+
+def segment_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Segments,
+    keys: Segments,
+    causal: bool,
+    scale: float,
+    backend: Backend = "sdpa",
+) -> Tensor:
+    """Attention of each segment of `query` [S, H, C] over the same segment of `key` and `value` [S', G, C].
+
+    causal: a row sees its own and earlier rows; segments then have the same lengths on both sides. Returns [S, H, C].
+    """
+    assert not causal or queries.lengths == keys.lengths, "causal attention needs as many keys as queries"
+    if not query.shape[0]:
+        return query.new_empty(query.shape)
+    return _RUN[backend](query, key, value, queries, keys, causal, scale)
+
+
+def unavailable(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run there, in one line; None where it can."""
+    if backend in ("sdpa", "reference"):
+        return None
+    if device.type != "cuda":
+        return f"{backend} needs a CUDA device"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{backend} computes in bf16 and fp16 alone, not in {dtype}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"{backend} needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    found = _varlen_function(backend)
+    return found if isinstance(found, str) else None
+
+
+_SOURCES = {
+    "varlen": ("torch.nn.attention.varlen", "varlen_attn"),
+    "flash-attn-4": ("flash_attn.cute", "flash_attn_varlen_func"),
+    "flash-attn-3": ("flash_attn_interface", "flash_attn_varlen_func"),
+    "flash-attn-2": ("flash_attn", "flash_attn_varlen_func"),
+}
+
+
+@lru_cache
+def _varlen_function(backend: str) -> Callable[..., Any] | str:
+    """The library's function, or why there is none."""
+    module, name = _SOURCES[backend]
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # these packages fail in many ways when their parts do not fit each other
+        return f"{backend}: {module}.{name} cannot be imported ({type(error).__name__}: {error})"
+
+
+def _varlen(query, key, value, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
+    function = _varlen_function("varlen")
+    assert callable(function), function
+    known = inspect.signature(function).parameters
+    settings: dict[str, Any] = {"scale": scale, "window_size": (-1, 0 if causal else -1)}
+    if query.shape[1] != key.shape[1]:  # torch 2.11 takes no groups
+        if "enable_gqa" in known:
+            settings["enable_gqa"] = True
+        else:
+            key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+    return function(query, key, value, queries.ends, keys.ends, queries.longest, keys.longest, **settings)
+
+
+def _package(backend: str) -> Callable[..., Tensor]:
+    def run(query, key, value, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
+        function = _varlen_function(backend)
+        assert callable(function), function
+        out = function(
+            query,
+            key,
+            value,
+            cu_seqlens_q=queries.ends,
+            cu_seqlens_k=keys.ends,
+            max_seqlen_q=queries.longest,
+            max_seqlen_k=keys.longest,
+            softmax_scale=scale,
+            causal=causal,
+        )
+        return out[0] if isinstance(out, tuple) else out
+
+    return run
+
+
+def _sdpa(query, key, value, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
+    """Segments of one length become the batch axis of a single call; ragged ones are looped over."""
+    grouped = query.shape[1] != key.shape[1]
+    shapes = set(zip(queries.lengths, keys.lengths, strict=True))
+    if len(shapes) == 1:
+        ((rows, columns),) = shapes
+        q = query.unflatten(0, (-1, rows)).transpose(1, 2)
+        k, v = (x.unflatten(0, (-1, columns)).transpose(1, 2) for x in (key, value))
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal, enable_gqa=grouped)
+        return out.transpose(1, 2).flatten(0, 1)
+    parts = zip(query.split(queries.lengths), key.split(keys.lengths), value.split(keys.lengths), strict=True)
+    return torch.cat(
+        [
+            F.scaled_dot_product_attention(
+                *(x.transpose(0, 1)[None] for x in part), scale=scale, is_causal=causal, enable_gqa=grouped
+            )[0].transpose(0, 1)
+            for part in parts
+        ]
     )
+
+
+def _reference(query, key, value, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
+    """All scores of all samples at once, [H, S, S'], in fp32 or the inputs' fp64, with the mask written out."""
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    q, k, v = (x.to(accumulate).transpose(0, 1) for x in (query, key, value))
+    k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], dim=0) for x in (k, v))
+    (sample_q, place_q), (sample_k, place_k) = (_places(segments, query.device) for segments in (queries, keys))
+    seen = sample_q[:, None] == sample_k[None, :]
+    if causal:
+        seen &= place_q[:, None] >= place_k[None, :]
+    scores = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(0, 1).to(query.dtype)
+
+
+def _places(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sample of every row, and the row's place in it."""
+    lengths = torch.tensor(segments.lengths, device=device)
+    sample = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+    return sample, torch.arange(len(sample), device=device) - (lengths.cumsum(0) - lengths)[sample]
+
+
+_RUN: dict[str, Callable[..., Tensor]] = {
+    "varlen": _varlen,
+    "sdpa": _sdpa,
+    "reference": _reference,
+    **{name: _package(name) for name in ("flash-attn-4", "flash-attn-3", "flash-attn-2")},
+}

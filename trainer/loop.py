@@ -131,7 +131,10 @@ def run(parts: Parts, progress: Progress) -> bool:
 
 
 def _on_device(batch: Batch, ranks: Ranks) -> dict[str, Any]:
-    return {name: array.to(ranks.device, non_blocking=True) for name, array in batch.arrays.items()}
+    return {
+        name: value.to(ranks.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.arrays.items()
+    }
 
 
 def _finite(value: float) -> float | None:

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLConfig
 
+from bifrost.kernels import PrefixLayout
 from bifrost.recipes import Recipe
-from bifrost.trainer.models.backbone import text_positions
+from bifrost.trainer.models.backbone import Prefix
 from bifrost.trainer.models.weights import WeightFiles, fill, public_name
 from bifrost.trainer.stages.patch_latents import PatchLatentModel
 
@@ -52,9 +53,14 @@ class Case:
         samples = len(self.data["input_ids"])
         return model.backbone.latents_of_patches(self.data["pixel_patches"], samples, 2 * self.grid)
 
+    def prefix(self, model: PatchLatentModel) -> Prefix:
+        """The case's prompts are padded on the left; ours are packed."""
+        real = self.data["text_mask"].bool()
+        layout = PrefixLayout.of(real.sum(dim=1).tolist(), self.grid**2)
+        return model.backbone.prefix(self.data["input_ids"][real], layout)
+
     def hidden(self, model: PatchLatentModel) -> torch.Tensor:
-        prefix = model.backbone.prefix(self.data["input_ids"], self.data["text_mask"].bool())
-        return model.branch(self.data["patch_latents"], self.data["mask"].bool(), prefix)
+        return model.branch(self.data["patch_latents"], self.data["mask"].bool(), self.prefix(model))
 
 
 @pytest.fixture
@@ -67,10 +73,12 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 def test_position_ids(case: Case) -> None:
-    model = case.model("all")
-    text = text_positions(case.data["text_mask"].bool())
-    image = model.branch.position_ids(case.data["text_mask"].sum(dim=1))
-    assert torch.equal(torch.cat((text.expand(3, -1, -1), image), dim=2), case.data["position_ids"])
+    real, wanted = case.data["text_mask"].bool(), case.data["position_ids"]
+    lengths = real.sum(dim=1)
+    assert torch.equal(
+        PrefixLayout.of(lengths.tolist(), 1).positions.expand(3, -1), wanted[:, :, : real.shape[1]][:, real]
+    )
+    assert torch.equal(case.model("all").branch.position_ids(lengths), wanted[:, :, real.shape[1] :])
 
 
 def test_patch_latents(case: Case) -> None:
@@ -91,7 +99,8 @@ def test_loss_and_every_gradient(case: Case, loss_tokens: str, checkpointing: bo
     model.branch.activation_checkpointing = checkpointing
     mask = case.data["mask"].bool()
     normalizer = float(mask.numel() if loss_tokens == "all" else mask.sum())
-    losses = model.losses(case.data["patch_latents"], case.hidden(model), mask, normalizer)
+    masked = mask.flatten().nonzero()[:, 0]
+    losses = model.losses(case.data["patch_latents"], mask, masked, case.prefix(model), normalizer)
     close(losses.loss, case.data[f"loss_{loss_tokens}"])
     losses.loss.backward()
     prefix = f"grad_{loss_tokens}."
@@ -107,11 +116,10 @@ def test_loss_and_every_gradient(case: Case, loss_tokens: str, checkpointing: bo
 def test_the_text_branch_ignores_images_and_training(case: Case) -> None:
     """Spec 1.3: no text activation depends on an image token or on a trainable weight."""
     model = case.model("all")
-    ids, mask = case.data["input_ids"], case.data["text_mask"].bool()
-    before = model.backbone.prefix(ids, mask)
+    before = case.prefix(model)
     with torch.no_grad():
         for parameter in model.trainable().values():
             parameter.add_(torch.randn_like(parameter))
-    after = model.backbone.prefix(ids, mask)
+    after = case.prefix(model)
     assert all(torch.equal(a, b) for a, b in zip(before.keys, after.keys, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before.values, after.values, strict=True))

@@ -1,30 +1,125 @@
-"""Prefix attention against scores written out in fp64: ragged captions, padding on either side, grouped queries."""
+"""The two packed calls against one dense attention under the public release's hybrid mask, in fp64."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
-from bifrost.kernels import prefix_attention
+from bifrost.kernels import PrefixLayout, Segments, prefix_attention, segment_attention
+from bifrost.kernels.attention import BACKENDS, unavailable
 
-
-@pytest.mark.parametrize("groups", [1, 2, 6])
-def test_equals_dense_attention(groups: int) -> None:
-    generator = torch.Generator().manual_seed(groups)
-    samples, heads, text, image, width = 3, 6, 7, 4, 8
-    query = torch.randn(samples, heads, image, width, generator=generator, dtype=torch.float64)
-    key, value = torch.randn(2, samples, groups, text + image, width, generator=generator, dtype=torch.float64)
-    visible = torch.ones(samples, text + image, dtype=torch.bool)
-    visible[1, 1:text] = False  # one real token, padded on the right
-    visible[2, : text - 3] = False  # three, padded on the left
-    found = prefix_attention(query, key, value, visible, 0.3)
-    full_key, full_value = (t.repeat_interleave(heads // groups, dim=1) for t in (key, value))
-    scores = query @ full_key.transpose(-1, -2) * 0.3
-    scores = scores.masked_fill(~visible[:, None, None, :], -torch.inf)
-    torch.testing.assert_close(found, scores.softmax(-1) @ full_value, atol=1e-12, rtol=0)
+SCALE = 0.3
 
 
-def test_without_padding_no_mask_is_needed() -> None:
-    query, key = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 5, 8)
-    everything = torch.ones(2, 5, dtype=torch.bool)
-    torch.testing.assert_close(
-        prefix_attention(query, key, key, None, 1.0), prefix_attention(query, key, key, everything, 1.0)
-    )
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def hybrid(query: Tensor, key: Tensor, value: Tensor, text: int) -> Tensor:
+    """One sample, [T + N, H, C]: text rows are causal, image rows see everything. Scores and mask written out."""
+    rows, heads, _ = query.shape
+    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    scores = torch.einsum("qhc,khc->hqk", query, key) * SCALE
+    row = torch.arange(rows)
+    seen = (row[None, :] <= row[:, None]) | (row[:, None] >= text)
+    return torch.einsum("hqk,khc->qhc", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
+
+
+def packed(samples: list[list[Tensor]], lengths: list[int], patches: int, backend: str) -> list[Tensor]:
+    """The same for all samples (query, key, value of each) by the two calls; results by sample, text before image."""
+    layout = PrefixLayout.of(lengths, patches)
+    cut = list(zip(samples, lengths, strict=True))
+    text = [torch.cat([sample[i][:length] for sample, length in cut]) for i in range(3)]
+    image = [torch.cat([sample[i][length:] for sample, length in cut]) for i in range(3)]
+    over_text = segment_attention(*text, layout.text, layout.text, True, SCALE, backend)
+    over_both = prefix_attention(*image, text[1], text[2], layout, SCALE, backend)
+    parts = zip(over_text.split(lengths), over_both.split(patches), strict=True)
+    return [torch.cat(part) for part in parts]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    patches=st.sampled_from([1, 4, 9]),
+    heads=st.sampled_from([(1, 1), (6, 1), (6, 2), (4, 4), (14, 2)]),
+    seed=st.integers(0, 1000),
+)
+def test_two_packed_calls_are_the_hybrid_mask(backend, lengths, patches, heads, seed) -> None:
+    """Forward and gradients of query, key and value within 1e-12: ragged texts, one token, grouped queries."""
+    query_heads, key_heads = heads
+    samples = [
+        [
+            draw(length + patches, count, 8, seed=seed + 10 * i + j).requires_grad_()
+            for j, count in enumerate((query_heads, key_heads, key_heads))
+        ]
+        for i, length in enumerate(lengths)
+    ]
+    found = packed(samples, lengths, patches, backend)
+    wanted = [hybrid(*sample, length) for sample, length in zip(samples, lengths, strict=True)]
+    weights = [draw(*out.shape, seed=seed + 7) for out in wanted]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+    leaves = [tensor for sample in samples for tensor in sample]
+    ours = torch.autograd.grad(sum((o * w).sum() for o, w in zip(found, weights, strict=True)), leaves)
+    theirs = torch.autograd.grad(sum((o * w).sum() for o, w in zip(wanted, weights, strict=True)), leaves)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_left_padding_falls_away(backend: str) -> None:
+    """Padded rows, as a tokenizer gives them, attended with a padding mask and packed without one."""
+    lengths, longest, patches = [3, 1, 5], 5, 4
+    query, key, value = (draw(3, longest + patches, heads, 8, seed=i) for i, heads in enumerate((6, 2, 2)))
+    wanted, real = [], []
+    for i, length in enumerate(lengths):
+        real.append([tensor[i, longest - length :] for tensor in (query, key, value)])
+        k, v = (x[i].repeat_interleave(3, dim=1) for x in (key, value))
+        scores = torch.einsum("qhc,khc->hqk", query[i], k) * SCALE
+        row = torch.arange(longest + patches)
+        seen = ((row[None, :] <= row[:, None]) | (row[:, None] >= longest)) & (row[None, :] >= longest - length)
+        dense = torch.einsum("hqk,khc->qhc", scores.masked_fill(~seen, -1e30).softmax(-1), v)
+        wanted.append(dense[longest - length :])
+    for a, b in zip(packed(real, lengths, patches, backend), wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_layout() -> None:
+    layout = PrefixLayout.of([2, 1], 3)
+    assert layout.text_rows.tolist() == [0, 1, 5]
+    assert layout.image_rows.tolist() == [2, 3, 4, 6, 7, 8]
+    assert layout.positions.tolist() == [0, 1, 0]
+    assert layout.both.lengths == (5, 4)
+    assert layout.both.ends.tolist() == [0, 5, 9]
+    assert layout.both.ends.dtype == torch.int32
+
+
+def test_nothing_padded_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores computed: exactly those of the real rows, for texts of very different lengths."""
+    computed = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query, key, value, **rest):
+        computed.append(query.shape[0] * query.shape[2] * key.shape[2])
+        return attention(query, key, value, **rest)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    lengths = [100, 1, 7]
+    samples = [[draw(length + 4, 2, 8, seed=i) for i in range(3)] for length in lengths]
+    packed(samples, lengths, 4, "sdpa")
+    assert sum(computed) == sum(length**2 + 4 * (length + 4) for length in lengths)
+
+
+def test_an_empty_batch() -> None:
+    empty, none = torch.empty(0, 2, 8), Segments.of([])
+    assert segment_attention(empty, empty, empty, none, none, True, SCALE).shape == (0, 2, 8)
+
+
+def test_backends_that_cannot_run_say_why() -> None:
+    cpu = torch.device("cpu")
+    for backend in BACKENDS:
+        reason = unavailable(backend, cpu, torch.bfloat16)
+        assert (reason is None) == (backend in ("sdpa", "reference"))
+        assert reason is None or ("CUDA" in reason and "\n" not in reason)

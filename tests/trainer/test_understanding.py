@@ -14,6 +14,7 @@ def logits_and_hash_around_training(arguments: list[str]) -> list:
 
     import torch
 
+    from bifrost.kernels import PrefixLayout
     from bifrost.trainer import run as run_module
     from bifrost.trainer.engine import Engine
 
@@ -21,17 +22,14 @@ def logits_and_hash_around_training(arguments: list[str]) -> list:
 
     def look(engine: Engine) -> None:
         backbone = engine.model.backbone
-        ids = torch.arange(7, 47).view(2, 20)
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        mask[1, 12:] = False
         with torch.no_grad():
-            hidden = backbone.text(input_ids=ids, attention_mask=mask).last_hidden_state
+            hidden, _ = backbone.read(torch.arange(7, 39), PrefixLayout.of([20, 12], 16))
             embedding = _whole(backbone.text.embed_tokens.weight)
         weights = hashlib.sha256()
         for parameter in backbone.parameters():
             weights.update(_whole(parameter).float().numpy().tobytes())
         # The tiny model ties its output layer to the embedding.
-        logits = hidden[mask].float() @ embedding.float().T
+        logits = hidden.float() @ embedding.float().T
         seen.append([hashlib.sha256(logits.numpy().tobytes()).hexdigest(), weights.hexdigest(), logits.std().item()])
 
     def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:

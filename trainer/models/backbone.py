@@ -1,6 +1,6 @@
 """The frozen multimodal LLM: its vision tower gives the patch latents, its text model the prefix.
 
-Legend: B samples, T text tokens, N patches after the tower's merger, P patches before it, D hidden width.
+Legend: B samples, T text tokens of one, N patches after the tower's merger, D hidden width, G key heads, C their width.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import DynamicCache, Qwen2_5_VLConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import AttentionInterface
@@ -25,11 +24,14 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
+from ...kernels import PrefixLayout, Segments, segment_attention
+from ...kernels.attention import Backend
 from ...recipes import FOLDER as RECIPES
 from ..errors import RunError
 
 # transformers hands an attention function the segment lengths only if "flash" is part of its name.
-SEGMENT_ATTENTION = "bifrost_flash_segments"
+TOWER_ATTENTION = "bifrost_flash_tower"
+TEXT_ATTENTION = "bifrost_text"
 
 # Mean and standard deviation of CLIP's pixels, which Qwen's image processor normalises with.
 _PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -71,35 +73,29 @@ def read_config(folder: Path) -> Any:  # a Qwen2_5_VLConfig, whose annotations p
 
 @dataclass(frozen=True)
 class Prefix:
-    """A caption's keys and values in every layer of the text model, constant for the branch.
+    """The captions' keys and values in every layer of the text model, constant for the branch.
 
-    keys, values: per layer [B, G, T, C]; mask [B, T], True where a token is real; lengths [B] real tokens.
+    keys, values: per layer [sum T, G, C], packed; layout: which rows are whose. Nothing is ever added to it, so that
+    recomputed layers and repeated decode steps see the same prefix.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    mask: Tensor
-
-    @property
-    def lengths(self) -> Tensor:
-        return self.mask.sum(dim=1)
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
-        """What transformers' attention asks of a cache: text and image keys in one row. Stores nothing, so that
-        recomputed layers and repeated decode steps see the same prefix."""
-        return torch.cat((self.keys[layer_idx], key), dim=2), torch.cat((self.values[layer_idx], value), dim=2)
+    layout: PrefixLayout
 
 
 class FrozenBackbone(nn.Module):
     """Vision tower and text model of a Qwen2.5-VL. Weights are left unset: `weights.fill` loads them."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, attention: Backend = "sdpa") -> None:
         super().__init__()
         config = copy.deepcopy(config)
         with no_init_weights():
-            self.text = Qwen2_5_VLTextModel._from_config(config.text_config, attn_implementation="sdpa")
+            self.text = Qwen2_5_VLTextModel._from_config(config.text_config)
             self.vision = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
-        self.vision.config._attn_implementation = SEGMENT_ATTENTION
+        self.text.config._attn_implementation = TEXT_ATTENTION
+        self.vision.config._attn_implementation = TOWER_ATTENTION
+        self.attention: Backend = attention
         self.requires_grad_(False)
 
     def restore_rotary(self) -> None:
@@ -125,29 +121,27 @@ class FrozenBackbone(nn.Module):
             samples, side, vision.spatial_merge_size, vision.window_size, vision.patch_size, patches.device
         )
         patches = patches.to(self.vision.patch_embed.proj.weight.dtype)
-        merged = self.vision(patches, grid_thw=None, **geometry).pooler_output
+        merged = self.vision(patches, grid_thw=None, backend=self.attention, **geometry).pooler_output
         return merged.view(samples, -1, merged.shape[-1])
 
     @torch.no_grad()
-    def prefix(self, input_ids: Tensor, text_mask: Tensor) -> Prefix:
-        """Keys and values of the prompts input_ids [B, T], of which text_mask [B, T] marks the real tokens."""
-        positions = text_positions(text_mask)
-        cache = self.text(
-            input_ids=input_ids,
-            attention_mask=text_mask,
-            position_ids=positions.expand(3, -1, -1),
+    def read(self, input_ids: Tensor, layout: PrefixLayout) -> tuple[Tensor, Any]:
+        """Hidden states [sum T, D] of the prompts input_ids [sum T], packed, and transformers' cache of them."""
+        out = self.text(
+            input_ids=input_ids[None],
+            position_ids=layout.positions.expand(3, 1, -1),
             past_key_values=DynamicCache(),
             use_cache=True,
-        ).past_key_values
-        assert cache is not None
-        return Prefix(
-            tuple(layer.keys for layer in cache.layers), tuple(layer.values for layer in cache.layers), text_mask
+            layout=layout,
+            backend=self.attention,
         )
+        return out.last_hidden_state[0], out.past_key_values
 
-
-def text_positions(text_mask: Tensor) -> Tensor:
-    """Rotary positions [B, T]: 0, 1, … over the real tokens; padding gets 1, as in the public release."""
-    return (text_mask.long().cumsum(dim=1) - 1).masked_fill(~text_mask, 1)
+    def prefix(self, input_ids: Tensor, layout: PrefixLayout) -> Prefix:
+        """Keys and values of the prompts input_ids [sum T]."""
+        _, cache = self.read(input_ids, layout)
+        packed = [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in cache.layers]
+        return Prefix(tuple(k for k, _ in packed), tuple(v for _, v in packed), layout)
 
 
 def pixel_patches(images: Tensor, patch: int, temporal: int, merge: int) -> Tensor:
@@ -167,7 +161,7 @@ def pixel_patches(images: Tensor, patch: int, temporal: int, merge: int) -> Tens
     return pixels.reshape(samples * (blocks * merge) ** 2, -1)
 
 
-def segment_attention(
+def _tower_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -176,27 +170,37 @@ def segment_attention(
     scaling: float,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
+    backend: Backend = "sdpa",
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Attention within segments of one packed row: query, key, value [1, H, S, C] -> [1, S, H, C].
-
-    Segments of one length (square images of one size) become the batch axis of a single call, so that the cost is
-    linear in the number of images and windows. Ragged ones are looped over.
-    """
+    """Attention within the images or windows of one packed row: query, key, value [1, H, S, C] -> [1, S, H, C]."""
     assert cu_seq_lens_q is not None
-    rows, heads, total, width = query.shape
-    count = cu_seq_lens_q.numel() - 1
-    if count * max_length_q == total:
-        q, k, v = (x.view(heads, count, max_length_q, width).transpose(0, 1) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
-        return out.permute(0, 2, 1, 3).reshape(rows, total, heads, width), None
-    lengths = cu_seq_lens_q.diff().tolist()
-    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    out = torch.cat([F.scaled_dot_product_attention(q, k, v, scale=scaling) for q, k, v in parts], dim=2)
-    return out.transpose(1, 2), None
+    count, rows = cu_seq_lens_q.numel() - 1, query.shape[2]
+    # Square images of one size have windows of one size: their lengths are known without asking the device.
+    even = count * max_length_q == rows
+    segments = Segments((max_length_q,) * count if even else tuple(cu_seq_lens_q.diff().tolist()), cu_seq_lens_q)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return segment_attention(q, k, v, segments, segments, False, scaling, backend)[None], None
 
 
-AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
+def _text_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    layout: PrefixLayout,
+    backend: Backend,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Causal attention within the prompts of one packed row: query [1, H, S, C] -> [1, S, H, C]."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return segment_attention(q, k, v, layout.text, layout.text, True, scaling, backend)[None], None
+
+
+AttentionInterface.register(TOWER_ATTENTION, _tower_attention)
+AttentionInterface.register(TEXT_ATTENTION, _text_attention)
 
 
 @lru_cache(maxsize=8)

@@ -1,6 +1,6 @@
 """The visual generation branch: a trainable copy of the text model's layers that predicts masked patch latents.
 
-Legend: B samples, N patches (side x side), T text tokens, D hidden width, which is also the latents' width.
+Legend: B samples, N patches (side x side), D hidden width, which is also the latents' width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLRotaryEmbedding,
 )
 
-from ...kernels import prefix_attention
+from ...kernels import gather_rms_norm, mask_mix, prefix_attention
+from ...kernels.attention import Backend
 from .backbone import Prefix
 
 PREFIX_ATTENTION = "bifrost_prefix"
@@ -31,7 +32,8 @@ RMSNorm at its steepest point and multiply their first gradients by about a thou
 class GenerationBranch(nn.Module):
     """Decoder layers, final norm, mask token and position table; `PatchLatentModel.load` sets their weights.
 
-    config: the text model's Qwen2_5_VLTextConfig. side: patches along one side of the image.
+    config: the text model's Qwen2_5_VLTextConfig. side: patches along one side of the image. fused: Triton for mask
+    mix and final norm.
     """
 
     def __init__(
@@ -40,18 +42,22 @@ class GenerationBranch(nn.Module):
         side: int,
         positions: Literal["learned", "mrope"],
         activation_checkpointing: bool,
+        attention: Backend = "sdpa",
+        fused: bool = False,
     ) -> None:
         super().__init__()
         self.side = side
         self.rotary = positions == "mrope"
         self.activation_checkpointing = activation_checkpointing
+        self.attention: Backend = attention
+        self.fused = fused
         self.config = copy.deepcopy(config)
         self.config._attn_implementation = PREFIX_ATTENTION
         width = config.hidden_size
         with no_init_weights():
             layers = [Qwen2_5_VLDecoderLayer(self.config, i) for i in range(config.num_hidden_layers)]
             self.layers = nn.ModuleList(layers)
-            self.norm = Qwen2_5_VLRMSNorm(width, eps=config.rms_norm_eps)
+            self.norm = FinalNorm(width, config.rms_norm_eps, fused)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         if positions == "learned":
             self.positions = nn.Parameter(torch.empty(1, side * side, width))
@@ -75,29 +81,53 @@ class GenerationBranch(nn.Module):
         offsets = torch.stack((torch.zeros_like(index), index // self.side, index % self.side))
         return offsets[:, None, :] + lengths[None, :, None]
 
-    def inputs(self, latents: Tensor, mask: Tensor) -> Tensor:
-        """Latents [B, N, D] with the mask token where mask [B, N] is True, plus the position table."""
-        mixed = torch.where(mask[..., None], self.mask_token.to(latents.dtype), latents)
-        return mixed if self.positions is None else mixed + self.positions.to(latents.dtype)
+    def forward(self, latents: Tensor, mask: Tensor, prefix: Prefix, rows: Tensor | None = None) -> Tensor:
+        """Hidden states [B, N, D] after the final norm, for `latents` [B, N, D] hidden where `mask` [B, N] is True.
 
-    def forward(self, latents: Tensor, mask: Tensor, prefix: Prefix) -> Tensor:
-        """Hidden states [B, N, D] after the final norm, for `latents` [B, N, D] hidden where `mask` [B, N] is True."""
-        hidden = self.inputs(latents, mask)
-        rotation = self.rotary_embedding(hidden, self.position_ids(prefix.lengths))
-        visible = torch.cat((prefix.mask, torch.ones_like(mask)), dim=1)
+        rows: int64 [R], of the B N patches those that are wanted; the result is then [R, D].
+        """
+        hidden = mask_mix(latents, mask, self.mask_token, self.positions, "triton" if self.fused else "reference")
+        rotation = self.rotary_embedding(hidden, self.position_ids(prefix.layout.text.ends.diff()))
         for layer in self.layers:
-            settings = {"attention_mask": visible, "past_key_values": prefix, "position_embeddings": rotation}
+            settings = {"position_embeddings": rotation, "prefix": prefix, "backend": self.attention}
             if self.activation_checkpointing and self.training and torch.is_grad_enabled():
                 hidden = checkpoint(layer, hidden, use_reentrant=False, **settings)
             else:
                 hidden = layer(hidden, **settings)
-        return self.norm(hidden)
+        return self.norm(hidden, rows)
+
+
+class FinalNorm(Qwen2_5_VLRMSNorm):
+    """Qwen's RMSNorm, which can leave out the rows that nobody asks for."""
+
+    def __init__(self, width: int, eps: float, fused: bool) -> None:
+        super().__init__(width, eps)
+        self.fused = fused
+
+    def forward(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """hidden [B, N, D] -> [B, N, D], or [R, D] for int64 `rows` [R] of the B N."""
+        if rows is None:
+            return super().forward(hidden)
+        provider = "triton" if self.fused else "reference"
+        return gather_rms_norm(hidden.flatten(0, 1), rows, self.weight, self.variance_epsilon, provider)
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **_: object
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    prefix: Prefix,
+    backend: Backend,
+    **_: object,
 ) -> tuple[Tensor, None]:
-    return prefix_attention(query, key, value, attention_mask, scaling).transpose(1, 2), None
+    """query [B, H, N, C], key and value [B, G, N, C] of the patches -> [B, N, H, C]."""
+    samples, layer = query.shape[0], module.layer_idx
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    out = prefix_attention(q, k, v, prefix.keys[layer], prefix.values[layer], prefix.layout, scaling, backend)
+    return out.unflatten(0, (samples, -1)), None
 
 
 AttentionInterface.register(PREFIX_ATTENTION, _attention)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 class PromptTemplate:
-    """Turns captions into padded ids.
+    """Turns captions into token ids.
 
     A prompt is the model's system turn, a user turn with the instruction, and an opened assistant turn that ends in
     the image-start token. A prompt beyond `max_tokens` loses the end of its caption, never the closing of the user
@@ -44,8 +44,6 @@ class PromptTemplate:
         assert isinstance(text, str)
         self.head, self.tail = (text + IMAGE_START).split(_MARK)
         self.suffix: list[int] = tokenizer.encode(self.tail, add_special_tokens=False)
-        pad: Any = tokenizer.pad_token_id
-        self.pad: int = self.suffix[0] if pad is None else pad
         shortest = len(self._encode(""))
         if shortest > max_tokens:
             raise RunError(
@@ -64,14 +62,7 @@ class PromptTemplate:
         caption = caption.replace("<|", "< |")
         return self.tokenizer.encode(self.head + caption + self.tail, add_special_tokens=False)
 
-    def batch(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """input_ids [B, T] padded on the right, and text_mask [B, T], True where a token is real."""
+    def batch(self, captions: Sequence[str]) -> tuple[Tensor, tuple[int, ...]]:
+        """The prompts one behind the other, input_ids [sum T], and their lengths."""
         rows = [self.ids(caption) for caption in captions]
-        # Lengths in steps of eight keep the shapes, and so the allocator's blocks, few.
-        length = -(-max(map(len, rows)) // 8) * 8
-        ids = torch.full((len(rows), length), self.pad, dtype=torch.int64)
-        mask = torch.zeros((len(rows), length), dtype=torch.bool)
-        for row, values in enumerate(rows):
-            ids[row, : len(values)] = torch.tensor(values)
-            mask[row, : len(values)] = True
-        return ids, mask
+        return torch.tensor(list(itertools.chain(*rows)), dtype=torch.int64), tuple(map(len, rows))

@@ -10,15 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from ...data import Item
-from ...kernels import PatchLatentHead
+from ...kernels import PatchLatentHead, PrefixLayout
 from ...recipes import Recipe
 from ..errors import RunError
 from ..models import weights
-from ..models.backbone import FrozenBackbone
+from ..models.backbone import FrozenBackbone, Prefix
 from ..models.branch import INIT_STD, GenerationBranch
 from ..models.masking import draw_masks, masked_counts
 from ..models.prompt import PromptTemplate
@@ -97,22 +96,36 @@ class PatchLatentModel(nn.Module):
         self.backbone.restore_rotary()
         self.branch.restore_rotary()
 
-    def forward(self, images: Tensor, input_ids: Tensor, text_mask: Tensor, mask: Tensor, normalizer: float) -> Losses:
-        """Losses of images [B, 3, S, S] uint8 with prompts [B, T], hidden where mask [B, N] is True.
+    def forward(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        text_lengths: tuple[int, ...],
+        mask: Tensor,
+        masked: Tensor,
+        normalizer: float,
+    ) -> Losses:
+        """Losses of images [B, 3, S, S] uint8 with packed prompts [sum T], hidden where mask [B, N] is True.
 
+        masked: int64 [R], the rows of `mask` that are True among its B N, known without asking the device.
         normalizer: tokens that the mean goes over; see `token_normalizer`.
         """
         latents = self.backbone.patch_latents(images)
-        prefix = self.backbone.prefix(input_ids, text_mask)
-        losses = self.losses(latents, self.branch(latents, mask, prefix), mask, normalizer)
-        return Losses(losses.loss, losses.sums + F.pad(text_mask.sum()[None].float(), (2, 0)))
+        layout = PrefixLayout.of(text_lengths, mask.shape[1], mask.device)
+        prefix = self.backbone.prefix(input_ids, layout)
+        return self.losses(latents, mask, masked, prefix, normalizer)
 
-    def losses(self, latents: Tensor, hidden: Tensor, mask: Tensor, normalizer: float) -> Losses:
-        """Losses of hidden states [B, N, D] against latents [B, N, D]."""
-        weight = mask.float() if self.masked_only else torch.ones_like(mask, dtype=torch.float32)
-        loss, squares = self.head(hidden, latents, weight, normalizer)
-        sums = ((squares * mask.flatten()).sum(), mask.sum().float(), squares.new_tensor(float(mask.numel())))
-        return Losses(loss, torch.stack(sums))
+    def losses(self, latents: Tensor, mask: Tensor, masked: Tensor, prefix: Prefix, normalizer: float) -> Losses:
+        """Losses of predicted against given latents [B, N, D]. With `loss_tokens: masked` no other row is projected."""
+        target = latents.flatten(0, 1)
+        if self.masked_only:
+            loss, squares = self.head(self.branch(latents, mask, prefix, masked), target[masked], None, normalizer)
+            error = squares.sum()
+        else:
+            loss, squares = self.head(self.branch(latents, mask, prefix).flatten(0, 1), target, None, normalizer)
+            error = squares[masked].sum()
+        tokens = float(mask.numel() + prefix.layout.text.total)
+        return Losses(loss, torch.stack((error, error.new_tensor(float(len(masked))), error.new_tensor(tokens))))
 
 
 def _initial(name: str, parameter: nn.Parameter) -> weights.Distribution:
@@ -124,27 +137,31 @@ def _initial(name: str, parameter: nn.Parameter) -> weights.Distribution:
 
 
 class PatchLatentCollate:
-    """Items of a micro-batch -> tensors. Runs in the loader's workers; every draw depends on (seed, epoch, index)."""
+    """Items of a micro-batch -> arguments of the model, in the loader's workers.
+
+    Every draw depends on (seed, epoch, index) alone.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, tokens: int) -> None:
         self.template = PromptTemplate(tokenizer, recipe.branch.max_text_tokens)
         self.recipe = recipe
         self.tokens = tokens
 
-    def __call__(self, items: list[Item]) -> dict[str, Tensor]:
+    def __call__(self, items: list[Item]) -> dict[str, Any]:
         seed = self.recipe.seed
         epoch = np.array([item.epoch for item in items], dtype=np.int64)
         index = np.array([item.index for item in items], dtype=np.int64)
         dropped = uniform(seed, Stream.CAPTION_DROPOUT, epoch, index, 1)[:, 0] < self.recipe.branch.caption_dropout
         captions = ["" if drop else item.caption for drop, item in zip(dropped, items, strict=True)]
-        input_ids, text_mask = self.template.batch(captions)
+        input_ids, text_lengths = self.template.batch(captions)
         mask = draw_masks(seed, epoch, index, hidden_counts(self.recipe, epoch, index, self.tokens), self.tokens)
         images = np.stack([item.image for item in items]).transpose(0, 3, 1, 2)
         return {
             "images": torch.from_numpy(np.ascontiguousarray(images)),
             "input_ids": input_ids,
-            "text_mask": text_mask,
+            "text_lengths": text_lengths,
             "mask": torch.from_numpy(mask),
+            "masked": torch.from_numpy(np.flatnonzero(mask)),
         }
 
 

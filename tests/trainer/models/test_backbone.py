@@ -1,7 +1,5 @@
 """The frozen tower and text model: patches as Qwen's processor makes them, cost linear in the batch, exact prefix."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -9,8 +7,9 @@ from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import ranked
-from bifrost.trainer.models import backbone as module
-from bifrost.trainer.models.backbone import FrozenBackbone, locate, pixel_patches, read_config, text_positions
+from bifrost.kernels import PrefixLayout
+from bifrost.kernels import attention as attention_module
+from bifrost.trainer.models.backbone import FrozenBackbone, locate, pixel_patches, read_config
 from bifrost.trainer.models.weights import WeightFiles, backbone_names, fill
 
 
@@ -57,13 +56,13 @@ def test_latents_equal_transformers_own_tower(
 def test_the_tower_is_linear_in_the_batch(backbone: FrozenBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores computed a batch: B times those of one image, in one call a layer."""
     calls: list[int] = []
-    attention = module.F.scaled_dot_product_attention
+    attention = attention_module.F.scaled_dot_product_attention
 
     def counted(query, key, value, **settings):
         calls.append(query.shape[:-1].numel() * key.shape[-2])
         return attention(query, key, value, **settings)
 
-    monkeypatch.setattr(module.F, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(attention_module.F, "scaled_dot_product_attention", counted)
     backbone.patch_latents(images(1))
     one = list(calls)
     calls.clear()
@@ -72,48 +71,46 @@ def test_the_tower_is_linear_in_the_batch(backbone: FrozenBackbone, monkeypatch:
     assert calls == [6 * scores for scores in one]
 
 
-def test_ragged_segments_equal_one_by_one() -> None:
-    lengths = [3, 5, 1]
-    query, key, value = torch.randn(3, 1, 2, sum(lengths), 8, generator=torch.Generator().manual_seed(0))
-    ends = torch.tensor([0, 3, 8, 9])
-    out, _ = module.segment_attention(torch.nn.Module(), query, key, value, None, 0.3, ends, max(lengths))
-    for begin, end in itertools.pairwise(ends.tolist()):
-        scores = (query[..., begin:end, :] @ key[..., begin:end, :].transpose(-1, -2)) * 0.3
-        wanted = scores.softmax(-1) @ value[..., begin:end, :]
-        torch.testing.assert_close(out[:, begin:end], wanted.transpose(1, 2))
-
-
 def test_prefix_is_what_the_vanilla_model_caches(
     backbone: FrozenBackbone, vanilla: Qwen2_5_VLForConditionalGeneration
 ) -> None:
     ids = torch.arange(10, 26)[None]
-    prefix = backbone.prefix(ids, torch.ones_like(ids, dtype=torch.bool))
+    prefix = backbone.prefix(ids[0], PrefixLayout.of([16], 16))
     with torch.no_grad():
         cache = vanilla(input_ids=ids, use_cache=True).past_key_values
     for layer, key, value in zip(cache.layers, prefix.keys, prefix.values, strict=True):
-        torch.testing.assert_close(key, layer.keys, atol=1e-5, rtol=0)
-        torch.testing.assert_close(value, layer.values, atol=1e-5, rtol=0)
+        torch.testing.assert_close(key, layer.keys[0].transpose(0, 1), atol=1e-5, rtol=0)
+        torch.testing.assert_close(value, layer.values[0].transpose(0, 1), atol=1e-5, rtol=0)
 
 
-def test_padding_does_not_change_real_tokens(backbone: FrozenBackbone) -> None:
-    ids = torch.arange(10, 22)[None]
-    real = torch.ones_like(ids, dtype=torch.bool)
-    alone = backbone.prefix(ids, real)
-    left = backbone.prefix(torch.nn.functional.pad(ids, (4, 0)), torch.nn.functional.pad(real, (4, 0)))
-    right = backbone.prefix(torch.nn.functional.pad(ids, (0, 4)), torch.nn.functional.pad(real, (0, 4)))
-    for key, a, b in zip(alone.keys, left.keys, right.keys, strict=True):
-        torch.testing.assert_close(a[:, :, 4:], key, atol=1e-5, rtol=0)
-        torch.testing.assert_close(b[:, :, :-4], key, atol=1e-5, rtol=0)
-    assert text_positions(torch.tensor([[False, True, True]])).tolist() == [[1, 0, 1]]
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_packed_prompts_are_the_padded_ones_without_their_padding(
+    backbone: FrozenBackbone, vanilla: Qwen2_5_VLForConditionalGeneration, side: str
+) -> None:
+    lengths = [12, 1, 5]
+    ids, real = torch.zeros(3, 12, dtype=torch.int64), torch.zeros(3, 12, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        place = slice(12 - length, None) if side == "left" else slice(length)
+        ids[row, place] = torch.arange(10 + row, 10 + row + length)
+        real[row, place] = True
+    positions = (real.long().cumsum(1) - 1).clamp_min(0).expand(3, -1, -1)
+    with torch.no_grad():
+        wanted = vanilla.model.language_model(
+            input_ids=ids, attention_mask=real.long(), position_ids=positions, use_cache=True
+        )
+    hidden, cache = backbone.read(ids[real], PrefixLayout.of(lengths, 16))
+    torch.testing.assert_close(hidden, wanted.last_hidden_state[real], atol=1e-5, rtol=0)
+    for layer, theirs in zip(cache.layers, wanted.past_key_values.layers, strict=True):
+        torch.testing.assert_close(layer.keys[0], theirs.keys.transpose(0, 1)[:, real], atol=1e-5, rtol=0)
 
 
-def test_update_stores_nothing(backbone: FrozenBackbone) -> None:
-    ids = torch.arange(10, 18)[None]
-    prefix = backbone.prefix(ids, torch.ones_like(ids, dtype=torch.bool))
-    key = torch.randn(1, 2, 3, 32)
-    first, second = prefix.update(key, key, 0), prefix.update(key, key, 0)
-    assert first[0].shape[2] == 8 + 3
-    assert torch.equal(first[0], second[0])
+def test_a_prompt_does_not_know_its_neighbours(backbone: FrozenBackbone) -> None:
+    ids, layout = torch.arange(10, 34), PrefixLayout.of([4, 9, 11], 16)
+    others = ids.clone()
+    others[:4], others[13:] = 99, 98
+    for one, two in zip(backbone.prefix(ids, layout).keys, backbone.prefix(others, layout).keys, strict=True):
+        assert torch.equal(one[4:13], two[4:13])
+        assert not torch.equal(one[:4], two[:4])
 
 
 def rotary_tables_under_zero_init() -> list[float]:

@@ -5,6 +5,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import ranked
+from bifrost.kernels import PrefixLayout
 from bifrost.recipes import load_recipe
 from bifrost.trainer.models.backbone import locate, read_config
 from bifrost.trainer.models.weights import WeightFiles
@@ -75,28 +76,28 @@ def test_untrained_branch_reproduces_vanilla_qwen() -> None:
         embedded = torch.cat((vanilla.get_input_embeddings()(ids), latents), dim=1)
         positions = torch.arange(13).expand(3, 1, -1)
         wanted = vanilla.model.language_model(inputs_embeds=embedded, position_ids=positions).last_hidden_state[:, -1:]
-        prefix = model.backbone.prefix(ids, torch.ones_like(ids, dtype=torch.bool))
+        prefix = model.backbone.prefix(ids[0], PrefixLayout.of([12], 1))
         found = model.branch(latents, torch.zeros(1, 1, dtype=torch.bool), prefix)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
 def test_patches_see_all_patches_and_the_caption() -> None:
     model = build()
-    ids = torch.arange(20, 32)[None]
-    prefix = model.backbone.prefix(ids, torch.ones_like(ids, dtype=torch.bool))
+    ids, layout = torch.arange(20, 32), PrefixLayout.of([12], 16)
+    prefix = model.backbone.prefix(ids, layout)
     latents = torch.randn(1, 16, 192, requires_grad=True)
     hidden = model.branch(latents, torch.zeros(1, 16, dtype=torch.bool), prefix)
     hidden[0, 0].sum().backward()
     assert (latents.grad.abs().sum(-1) > 0).all(), "the first patch must see the last"
-    other = model.backbone.prefix(ids + 1, torch.ones_like(ids, dtype=torch.bool))
+    other = model.backbone.prefix(ids + 1, layout)
     changed = model.branch(latents, torch.zeros(1, 16, dtype=torch.bool), other)
     assert not torch.allclose(changed, hidden)
 
 
 def test_masked_latents_are_not_seen() -> None:
     model = build()
-    ids = torch.arange(20, 32)[None]
-    prefix = model.backbone.prefix(ids, torch.ones_like(ids, dtype=torch.bool))
+    ids, layout = torch.arange(20, 32), PrefixLayout.of([12], 16)
+    prefix = model.backbone.prefix(ids, layout)
     mask = torch.zeros(1, 16, dtype=torch.bool)
     mask[:, 3:9] = True
     latents = torch.randn(1, 16, 192)
