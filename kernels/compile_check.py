@@ -19,7 +19,14 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from . import gather_norm, latent_loss, mask_mix
+from .gather_norm import BLOCK_R
+from .gather_norm import _backward_kernel as norm_backward
+from .gather_norm import _forward_kernel as norm_forward
+from .gather_norm import _warps as norm_warps
+from .latent_loss_triton import descriptor_kernel, inplace_kernel, pointer_kernel, tiles
+from .mask_mix import TILES as MIX_TILES
+from .mask_mix import _backward_kernel as mix_backward
+from .mask_mix import _forward_kernel as mix_forward
 from .runtime import INTERPRETED, tl, triton
 
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -42,7 +49,10 @@ class Case:
     warps: int
     stages: int
     matrix: bool
-    """Whether it is a GEMM."""
+    """Whether it is a GEMM on the matrix units."""
+    arches: tuple[int, ...]
+    warps_expected: int | None
+    """Warps of a warp-specialized program, loading ones included: the compiler drops the request without a word."""
 
 
 @dataclass(frozen=True)
@@ -66,34 +76,21 @@ class Build:
             found.append(f"needs {self.shared} bytes of shared memory, {SHARED_LIMITS[self.arch]} fit")
         if self.case.matrix and not self.matrix_instructions:
             found.append(f"has no {MATRIX_INSTRUCTIONS[self.arch]}")
+        if self.case.warps_expected not in (None, self.warps):
+            found.append(f"lost warp specialization: {self.warps} warps, not {self.case.warps_expected}")
         return found
 
 
 def cases() -> list[Case]:
     """Every kernel in every configuration that a run can choose, at the widths of the 3B and 7B models."""
-    found = []
-    block_t, block_d, block_k, group, warps, stages = latent_loss.TILES
-    for dtype, keep in itertools.product(("bf16", "fp16"), (True, False)):
-        found.append(
-            _case(
-                f"latent_loss {dtype} {block_t}x{block_d}x{block_k} {'forward' if keep else 'loss only'}",
-                latent_loss._residual_kernel,
-                {"hidden weight bias target residual": f"*{dtype}", "token_weight partials": "*fp32", "T": "i32"},
-                "K D stride_hidden stride_weight stride_target",
-                {"HAS_BIAS": True, "STORE": keep, "UPCAST": False, "BLOCK_T": block_t, "BLOCK_D": block_d}
-                | {"BLOCK_K": block_k, "GROUP": group},
-                warps,
-                stages,
-                matrix=True,
-            )
-        )
-    block_n, block_d, warps = mask_mix.TILES
+    found = _latent_loss_cases()
+    block_n, block_d, warps = MIX_TILES
     for table in (True, False):
         positions = {"positions": "*bf16"} if table else {}
         found.append(
             _case(
                 f"mask_mix bf16 forward{', table' if table else ''}",
-                mask_mix._forward_kernel,
+                mix_forward,
                 {"latents token mixed": "*bf16", "mask": "*i1", "ROWS N": "i32", **positions},
                 "D stride_sample stride_patch stride_position",
                 {"HAS_POSITIONS": table, "BLOCK_N": block_n, "BLOCK_D": block_d}
@@ -104,7 +101,7 @@ def cases() -> list[Case]:
     found.append(
         _case(
             "mask_mix bf16 backward",
-            mask_mix._backward_kernel,
+            mix_backward,
             {"gradient d_latents": "*bf16", "d_positions partials": "*fp32", "mask": "*i1", "B N": "i32"},
             "D stride_sample stride_patch",
             {"NEED_LATENTS": True, "NEED_TOKEN": True, "NEED_POSITIONS": True, "BLOCK_N": block_n, "BLOCK_D": block_d},
@@ -113,11 +110,11 @@ def cases() -> list[Case]:
     )
     for width in (2048, 3584):
         block_d = triton.next_power_of_2(width)
-        warps = gather_norm._warps(block_d)
+        warps = norm_warps(block_d)
         found.append(
             _case(
                 f"gather_norm bf16 {width} forward",
-                gather_norm._forward_kernel,
+                norm_forward,
                 {"hidden weight output": "*bf16", "rows": "*i64", "eps": "fp32"},
                 "D stride_hidden",
                 {"BLOCK_D": block_d},
@@ -127,15 +124,65 @@ def cases() -> list[Case]:
         found.append(
             _case(
                 f"gather_norm bf16 {width} backward",
-                gather_norm._backward_kernel,
+                norm_backward,
                 {"gradient hidden weight d_hidden": "*bf16", "rows": "*i64", "R": "i32"}
                 | {"partials": "*fp32", "eps": "fp32"},
                 "D stride_gradient stride_hidden",
-                {"NEED_HIDDEN": True, "NEED_WEIGHT": True, "BLOCK_R": gather_norm.BLOCK_R, "BLOCK_D": block_d},
+                {"NEED_HIDDEN": True, "NEED_WEIGHT": True, "BLOCK_R": BLOCK_R, "BLOCK_D": block_d},
                 warps,
             )
         )
     return found
+
+
+_LOSS_MODES = {"forward": (True, True), "forward, no db": (True, False), "loss only": (False, False)}
+"""Whether d and its column sums are stored."""
+
+
+def _latent_loss_cases() -> list[Case]:
+    """Every provider's kernel; the warp-specialized one never sums columns itself."""
+    found: list[tuple[str, str, str]] = [
+        *itertools.product(("triton", "triton-tma"), ("bf16",), _LOSS_MODES),
+        *itertools.product(("triton-ws",), ("bf16",), ("forward, no db", "loss only")),
+        *itertools.product(("in-place",), ("bf16",), ("forward", "loss only")),
+        *itertools.product(("triton", "triton-tma", "in-place"), ("fp16",), ("forward",)),
+        ("triton-ws", "fp16", "forward, no db"),
+        ("triton", "fp32", "forward"),
+    ]
+    arches = {"triton-tma": ((90, 100),), "triton-ws": ((90,), (100,))}  # tiles of their own
+    return [_latent_loss_case(*case, some) for case in found for some in arches.get(case[0], ((80, 90, 100),))]
+
+
+def _latent_loss_case(provider: str, dtype: str, mode: str, arches: tuple[int, ...]) -> Case:
+    tile = tiles(provider, 4 if dtype == "fp32" else 2, arches[0] // 10)
+    store, sum_columns = _LOSS_MODES[mode]
+    types = {"target": f"*{dtype}", "token_weight row_sums column_sums": "*fp32", "T": "i32"}
+    constants = {"STORE": store, "SUM_COLUMNS": sum_columns, "BLOCK_T": tile.rows, "BLOCK_D": tile.columns}
+    name = f"{provider} {dtype} {tile.rows}x{tile.columns}"
+    if provider == "in-place":
+        types["prediction"] = f"*{dtype}"
+        return _case(f"{name} {mode}", inplace_kernel, types, "D stride_target", constants, tile.warps)
+    types["bias residual"] = f"*{dtype}"
+    constants |= {"HAS_BIAS": True, "UPCAST": False, "BLOCK_K": tile.depth, "GROUP": tile.group, "SLICES": tile.slices}
+    if provider == "triton-tma":
+        types["hidden"] = f"tensordesc<{dtype}[{tile.rows},{tile.depth}]>"
+        types["weight"] = f"tensordesc<{dtype}[{tile.columns},{tile.depth}]>"
+    else:
+        types["hidden weight"] = f"*{dtype}"
+    if provider != "triton":
+        constants["WARP_SPECIALIZE"] = provider == "triton-ws"
+    return _case(
+        f"{name}x{tile.depth} {mode}",
+        pointer_kernel if provider == "triton" else descriptor_kernel,
+        types,
+        "K D stride_hidden stride_weight stride_target",
+        constants,
+        tile.warps,
+        tile.stages,
+        matrix=dtype != "fp32",
+        arches=arches,
+        warps_expected=12 if provider == "triton-ws" else None,  # four load, eight multiply
+    )
 
 
 def _case(
@@ -147,13 +194,16 @@ def _case(
     warps: int,
     stages: int = 3,
     matrix: bool = False,
+    arches: tuple[int, ...] = tuple(SHARED_LIMITS),
+    warps_expected: int | None = None,
 ) -> Case:
     """types: names, spaces between, -> Triton type; divisible: integers that are multiples of 16, as pointers are."""
     signature = {argument: kind for names, kind in types.items() for argument in names.split()}
     signature |= dict.fromkeys(divisible.split(), "i32")
     pointers = [argument for argument, kind in signature.items() if kind.startswith("*")]
     constants = {"ACCUMULATE": tl.float32, **constants}
-    return Case(name, kernel, signature, constants, (*pointers, *divisible.split()), warps, stages, matrix)
+    aligned = (*pointers, *divisible.split())
+    return Case(name, kernel, signature, constants, aligned, warps, stages, matrix, arches, warps_expected)
 
 
 def build(case: Case, arch: int) -> Build:
@@ -195,12 +245,18 @@ def main() -> int:
     print(f"{'kernel':<44} {'target':>6} {'regs':>5} {'spill':>6} {'shared':>8} {'warps':>6} {'matrix':>7}")
     refused = 0
     for case in cases():
-        for arch in SHARED_LIMITS:
-            made = build(case, arch)
+        for arch in case.arches:
+            label = f"{case.name:<44} {'sm_' + str(arch):>6}"
+            try:
+                made = build(case, arch)
+            except Exception as error:  # whatever the compiler raises: the others are still looked at
+                refused += 1
+                print(f"{label}  REFUSED: does not compile: {str(error).splitlines()[0]}")
+                continue
             verdict = "; ".join(made.problems)
             refused += bool(verdict)
             print(
-                f"{case.name:<44} {'sm_' + str(arch):>6} {made.registers:>5} {made.spilled:>6} {made.shared:>8}"
+                f"{label} {made.registers:>5} {made.spilled:>6} {made.shared:>8}"
                 f" {made.warps:>6} {made.matrix_instructions:>7}  {'REFUSED: ' + verdict if verdict else 'ok'}"
             )
     return 1 if refused else 0

@@ -3,22 +3,31 @@
 Legend: T tokens (all patches of a micro-batch in one row), K width of the hidden states, D width of the latents
 (equal to K in Bifrost-1), r = hidden W^T + b - target.
 
-The residual is formed in the GEMM's epilogue from the fp32 accumulator and stored once, rounded to the compute type.
-Eager PyTorch rounds the prediction before it subtracts, so that its residual carries the rounding of the prediction:
-the nearer the prediction, the larger the relative error of the gradient.
+The Triton GEMMs form the residual in their epilogue, from the fp32 accumulator, and store it once, rounded to the
+compute type. Eager PyTorch rounds the prediction before it subtracts, so that its residual carries the rounding of the
+prediction: the nearer the prediction, the larger the relative error of the gradient. The in-place pass starts from the
+library's rounded prediction as well and has eager's error, at a quarter of its memory traffic.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import contextvars
+import functools
+import logging
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .latent_loss_triton import descriptor_kernel, inplace_kernel, pointer_kernel, tiles
 from .runtime import INTERPRETED, check_device, tl, triton
 
-Provider = Literal["reference", "triton"]
+Provider = Literal["reference", "in-place", "triton", "triton-tma", "triton-ws"]
+PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+
+logger = logging.getLogger(__name__)
 
 
 def patch_latent_loss(
@@ -38,17 +47,19 @@ def patch_latent_loss(
     that the mean goes over, which under data parallelism is not T. Returns the loss [] and the unweighted mean square
     of every token [T], detached. fp64 inputs are computed in fp64.
 
-    provider: `reference` is plain PyTorch; `triton` the fused kernel, interpreted where there is no GPU.
+    provider: `reference` is plain PyTorch; `in-place` the library's GEMM and one pass over its output; `triton` a GEMM
+    with the loss as its epilogue; `triton-tma` the same through tensor descriptors, `triton-ws` with warps that only
+    load. All but the first are interpreted where there is no GPU; `unavailable` says what else they need.
     """
-    if provider == "triton":
+    if provider != "reference":
         kind = hidden.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        keep = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (hidden, weight, bias, target)
-        )  # the residual is kept for a backward pass alone
-        total, squares, _ = _fused(hidden, weight, bias, target, token_weight, keep)
+        training = torch.is_grad_enabled()
+        keep = training and any(x.requires_grad for x in (hidden, weight, target))  # for a backward pass alone
+        sum_columns = training and bias is not None and bias.requires_grad
+        total, squares, *_ = _fused(hidden, weight, bias, target, token_weight, provider, keep, sum_columns)
         return total / normalizer, squares.detach()
     accumulate = _accumulator(hidden)
     prediction = F.linear(hidden, weight, bias)
@@ -56,118 +67,192 @@ def patch_latent_loss(
     return (squares * token_weight.to(accumulate)).sum() / normalizer, squares.detach()
 
 
+def unavailable(provider: Provider, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `provider` cannot compute in `dtype` on `device`, in one line; None where it can."""
+    if provider == "reference":
+        return None
+    try:
+        check_device(device)
+    except RuntimeError as error:
+        return str(error)
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"{provider} runs on CUDA devices, not on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"{provider} computes in bf16, fp16 and fp32, not in {dtype}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"{provider} needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    if provider in ("triton-tma", "triton-ws"):
+        if dtype == torch.float32:
+            return f"{provider} computes in bf16 and fp16: fp32 does not run on tensor cores"
+        if capability[0] not in (9, 10) or torch.version.hip:  # 12.x has half of the shared memory that the tiles take
+            return f"{provider} needs compute capability 9.0 or 10.x, this GPU has {capability[0]}.{capability[1]}"
+        if provider == "triton-ws" and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+            return f"{provider} needs Triton 3.7, whose compiler can halve the epilogue; this is {triton.__version__}"
+    return None
+
+
 def _accumulator(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
-@triton.jit
-def _residual_kernel(
-    hidden, weight, bias, target, token_weight, residual, partials,
-    T, K, D, stride_hidden, stride_weight, stride_target,
-    HAS_BIAS: tl.constexpr, STORE: tl.constexpr, ACCUMULATE: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """One tile of r: its rows' sums of squares go to partials [D tiles, T], token_weight * r to residual [T, D].
-
-    Every element of both is written once, by one program, in a fixed order: no atomics, the same bits every time.
-    """
-    # Programs that run together share rows of weight tiles: GROUP row tiles are walked column by column.
-    pid = tl.program_id(0)
-    row_tiles, column_tiles = tl.cdiv(T, BLOCK_T), tl.cdiv(D, BLOCK_D)
-    first = pid // (GROUP * column_tiles) * GROUP
-    height = min(row_tiles - first, GROUP)
-    tile_t = first + pid % (GROUP * column_tiles) % height
-    tile_d = pid % (GROUP * column_tiles) // height
-
-    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    rows = t.to(tl.int64)[:, None]  # T * D may pass 2^31
-    real_t, real_d = t < T, d < D
-    total = tl.zeros((BLOCK_T, BLOCK_D), dtype=ACCUMULATE)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        h = tl.load(hidden + rows * stride_hidden + k[None, :], mask=real_t[:, None] & (k < K)[None, :], other=0.0)
-        w = tl.load(
-            weight + d[None, :] * stride_weight + k[:, None], mask=real_d[None, :] & (k < K)[:, None], other=0.0
-        )
-        if UPCAST:  # the interpreter multiplies bf16 wrongly
-            h, w = h.to(ACCUMULATE), w.to(ACCUMULATE)
-        total = tl.dot(h, w, total, input_precision="ieee", out_dtype=ACCUMULATE)
-    if HAS_BIAS:
-        total += tl.load(bias + d, mask=real_d, other=0.0).to(ACCUMULATE)[None, :]
-    inside = real_t[:, None] & real_d[None, :]
-    total -= tl.load(target + rows * stride_target + d[None, :], mask=inside, other=0.0).to(ACCUMULATE)
-    total = tl.where(inside, total, 0.0)
-    tl.store(partials + tile_d.to(tl.int64) * T + t, tl.sum(total * total, axis=1), mask=real_t)
-    if STORE:
-        scale = tl.load(token_weight + t, mask=real_t, other=0.0).to(ACCUMULATE)
-        tl.store(residual + rows * D + d[None, :], (total * scale[:, None]).to(residual.dtype.element_ty), mask=inside)
-
-
-# Rows, columns, depth, row tiles a group, warps, stages. 128 x 128 x 64 with eight warps spills nothing on sm_90.
-TILES = (128, 128, 64, 8, 8, 3)
-_INTERPRETED_TILES = (64, 64, 64, 8, 4, 1)
 
 
 @torch.library.custom_op(
     "bifrost::patch_latent_loss",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor token_weight, bool keep)"
-    " -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor token_weight, str provider, bool keep,"
+    " bool sum_columns) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _fused(hidden, weight, bias, target, token_weight, keep):
-    """Weighted sum of mean squares [], mean squares [T], and token_weight * r [T, D] (empty unless `keep`)."""
-    check_device(hidden.device)
+def _fused(hidden, weight, bias, target, token_weight, provider, keep, sum_columns):
+    """Weighted sum of mean squares [], mean squares [T], d = token_weight * r [T, D], and d's sum over tokens [D].
+
+    d is empty unless `keep`, its sum unless `sum_columns`.
+    """
+    reason = unavailable(provider, hidden.device, hidden.dtype)
+    if reason is not None:
+        raise RuntimeError(reason)
     assert hidden.dtype == weight.dtype, f"hidden is {hidden.dtype}, weight {weight.dtype}"
     accumulate = _accumulator(hidden)
     hidden, weight, target = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight, target))
-    (tokens, width), latents = hidden.shape, weight.shape[0]
-    block_t, block_d, block_k, group, warps, stages = _INTERPRETED_TILES if INTERPRETED else TILES
-    columns = triton.cdiv(latents, block_d)
-    residual = hidden.new_empty((tokens, latents) if keep else 0)
-    partials = hidden.new_empty((columns, tokens), dtype=accumulate)
-    if tokens:
-        _residual_kernel[(triton.cdiv(tokens, block_t) * columns,)](
-            hidden, weight, bias, target, token_weight.contiguous(), residual, partials,
-            tokens, width, latents, hidden.stride(0), weight.stride(0), target.stride(0),
-            HAS_BIAS=bias is not None, STORE=keep, UPCAST=INTERPRETED,
-            ACCUMULATE=tl.float64 if accumulate == torch.float64 else tl.float32,
-            BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_K=block_k, GROUP=group,
-            num_warps=warps, num_stages=stages,  # pyright: ignore[reportCallIssue]
-        )  # fmt: skip
-    squares = partials.sum(dim=0) / latents
-    return (squares * token_weight.to(accumulate)).sum(), squares, residual
+    if provider in ("triton-tma", "triton-ws"):
+        reason = _no_descriptor(hidden) or _no_descriptor(weight)
+        if reason is not None:
+            _warn_once(f"{provider} falls back to triton: {reason}")
+            provider = "triton"
+    # Hopper's compiler shares the rows of a specialized tile among groups of warps and cannot sum over them.
+    sum_stored = sum_columns and provider == "triton-ws"
+    store, token_weight = keep or sum_stored, token_weight.contiguous()
+    d, row_sums, column_sums = _launch(
+        provider, hidden, weight, bias, target, token_weight, store, sum_columns and not sum_stored
+    )
+    squares = row_sums.sum(dim=0) / weight.shape[0]
+    if sum_stored:
+        column_sums = d
+    return (
+        (squares * token_weight.to(accumulate)).sum(),
+        squares,
+        d.to(hidden.dtype) if keep else hidden.new_empty(0),
+        column_sums.sum(dim=0, dtype=accumulate) if sum_columns else squares.new_empty(0),
+    )
+
+
+def _launch(
+    provider: Provider,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    token_weight: Tensor,
+    store: bool,
+    sum_columns: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d [T, D], partial sums of r^2 [column tiles, T] and of d [row tiles, D]; undefined where not asked for."""
+    (tokens, width), latents, accumulate = hidden.shape, weight.shape[0], _accumulator(hidden)
+    capability = 0 if INTERPRETED else torch.cuda.get_device_capability(hidden.device)[0]
+    tile = tiles(provider, hidden.element_size(), capability)
+    row_tiles, column_tiles = triton.cdiv(tokens, tile.rows), triton.cdiv(latents, tile.columns)
+    row_sums = hidden.new_empty((column_tiles, tokens), dtype=accumulate)
+    column_sums = hidden.new_empty((row_tiles, latents) if sum_columns else 0, dtype=accumulate)
+    stored = accumulate if INTERPRETED else hidden.dtype  # the interpreter truncates to bf16 where a GPU rounds
+    if provider == "in-place":
+        d = F.linear(hidden, weight, bias).to(stored)
+    else:
+        d = hidden.new_empty((tokens, latents) if store else 0, dtype=stored)
+    if not tokens:
+        return d, row_sums, column_sums
+    grid = (row_tiles * column_tiles,)
+    options: dict[str, Any] = {
+        "STORE": store, "SUM_COLUMNS": sum_columns, "BLOCK_T": tile.rows, "BLOCK_D": tile.columns,
+        "ACCUMULATE": tl.float64 if accumulate == torch.float64 else tl.float32,
+        "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,  # not every Triton's default
+    }  # fmt: skip
+    if provider == "in-place":
+        outputs = (row_sums, column_sums)
+        inplace_kernel[grid](d, target, token_weight, *outputs, tokens, latents, target.stride(0), **options)
+        return d, row_sums, column_sums
+    options |= {"HAS_BIAS": bias is not None, "UPCAST": INTERPRETED, "SLICES": tile.slices}
+    options |= {"BLOCK_K": tile.depth, "GROUP": tile.group}
+    loads: dict[str, Any] = {"WARP_SPECIALIZE": provider == "triton-ws"}
+    rest = (
+        bias, target, token_weight, d, row_sums, column_sums,
+        tokens, width, latents, hidden.stride(0), weight.stride(0), target.stride(0),
+    )  # fmt: skip
+    if provider == "triton":
+        pointer_kernel[grid](hidden, weight, *rest, **options)
+    elif provider == "triton-tma":
+        h = TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth])
+        w = TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth])
+        descriptor_kernel[grid](h, w, *rest, **loads, **options)
+    else:
+
+        def specialized() -> None:  # its descriptors are made on the device, in memory that Triton asks for
+            triton.set_allocator(lambda size, alignment, stream: row_sums.new_empty(size, dtype=torch.int8))
+            descriptor_kernel[grid](hidden, weight, *rest, **loads, **options)
+
+        contextvars.copy_context().run(specialized)  # the program's own allocator stays
+    return d, row_sums, column_sums
+
+
+def _no_descriptor(operand: Tensor) -> str | None:
+    """Why no tensor descriptor can be made of `operand` [rows, K], whose rows are contiguous; None where one can."""
+    if operand.data_ptr() % 16:
+        return "an operand does not begin at a multiple of 16 bytes"
+    if operand.stride(0) * operand.element_size() % 16 or operand.stride(0) < operand.shape[1]:
+        return f"rows {operand.stride(0)} elements of {operand.dtype} apart, wanted are multiples of 16 bytes"
+    return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 @_fused.register_fake
-def _(hidden, weight, bias, target, token_weight, keep):
-    accumulate = _accumulator(hidden)
-    residual = hidden.new_empty((hidden.shape[0], weight.shape[0]) if keep else 0)
-    return hidden.new_empty((), dtype=accumulate), hidden.new_empty(hidden.shape[0], dtype=accumulate), residual
+def _(hidden, weight, bias, target, token_weight, provider, keep, sum_columns):
+    (tokens, _), latents, accumulate = hidden.shape, weight.shape[0], _accumulator(hidden)
+    return (
+        hidden.new_empty((), dtype=accumulate),
+        hidden.new_empty(tokens, dtype=accumulate),
+        hidden.new_empty((tokens, latents) if keep else 0),
+        hidden.new_empty(latents if sum_columns else 0, dtype=accumulate),
+    )
 
 
 def _save(ctx, inputs, output) -> None:
     hidden, weight, *_ = inputs
-    _, squares, residual = output
+    _, squares, d, columns = output
     # The parameter itself, never a copy: under ZeRO-3 it is empty between forward and backward, and gathered again.
-    ctx.save_for_backward(hidden, weight, residual, squares)
+    ctx.save_for_backward(hidden, weight, d, squares, columns)
 
 
-def _backward(ctx, total_gradient, squares_gradient, residual_gradient):
+def _backward(ctx, total_gradient, *unused):
     """dH = d (s W), dW = s (d^T h), db = s sum_t d with d = token_weight * r and s = 2 dL / D.
 
-    s stays on the device and meets only D x K tensors: nothing of size T x D is rescaled, the host never waits.
+    s stays on the device and meets D x K tensors: nothing of size T x D is rescaled, the host never waits. It is
+    multiplied in the accumulator's type, because beside a 16-bit tensor PyTorch would round it to 16 bits first.
     """
-    hidden, weight, d, squares = ctx.saved_tensors
-    need_hidden, need_weight, need_bias, need_target, need_token_weight, _ = ctx.needs_input_grad
+    hidden, weight, d, squares, columns = ctx.saved_tensors
+    need_hidden, need_weight, need_bias, need_target, need_token_weight, *_ = ctx.needs_input_grad
     scale = 2 * total_gradient / weight.shape[0]
-    accumulate = _accumulator(hidden)
+
+    def scaled(x: Tensor) -> Tensor:
+        return (x.to(columns.dtype) * scale).to(d.dtype)
+
+    if not need_hidden:
+        hidden_gradient = None
+    elif d.dtype == torch.float16:
+        hidden_gradient = scaled(d @ weight)  # s W would leave its range
+    else:
+        hidden_gradient = d @ scaled(weight)
     return (
-        d @ (weight * scale).to(d.dtype) if need_hidden else None,
-        ((d.T @ hidden).to(accumulate) * scale).to(weight.dtype) if need_weight else None,
-        (d.sum(dim=0, dtype=accumulate) * scale).to(weight.dtype) if need_bias else None,
-        -d * scale if need_target else None,
+        hidden_gradient,
+        scaled(d.T @ hidden) if need_weight else None,
+        scaled(columns) if need_bias else None,
+        scaled(-d) if need_target else None,
         total_gradient * squares if need_token_weight else None,
+        None,
+        None,
         None,
     )
 

@@ -12,10 +12,18 @@ PLANTED = """
 from dataclasses import replace
 from bifrost.kernels.compile_check import build, cases
 case = cases()[0]
-large = replace(case, constants={**case.constants, "BLOCK_D": 256}, warps=4)
+large = replace(case, constants={**case.constants, "BLOCK_D": 256, "SLICES": 1}, warps=4)
 print(build(large, 90).problems)
 deep = replace(case, stages=9)
 print(build(deep, 90).problems)
+"""
+
+LOST = """
+from dataclasses import replace
+from bifrost.kernels.compile_check import build, cases
+case = next(case for case in cases() if case.name.startswith("triton-ws") and case.arches == (90,))
+print(build(case, 90).problems)
+print(build(replace(case, warps=8), 90).problems)
 """
 
 
@@ -28,7 +36,7 @@ def test_every_kernel_compiles_and_fits() -> None:
     ended = run("-m", "bifrost.kernels.compile_check")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     _, *lines = ended.stdout.splitlines()
-    assert len(lines) >= 12
+    assert len(lines) >= 50
     assert all(line.endswith("ok") for line in lines)
     assert {arch for line in lines for arch in ("sm_80", "sm_90", "sm_100") if arch in line} == {
         "sm_80",
@@ -44,3 +52,13 @@ def test_spills_and_too_much_shared_memory_are_refused() -> None:
     spilled, oversized = ended.stdout.splitlines()
     assert "spills" in spilled
     assert "shared memory" in oversized
+
+
+@pytest.mark.slow
+def test_lost_warp_specialization_is_refused() -> None:
+    """With eight warps, Triton's compiler drops the request for sm_90 without a word."""
+    ended = run("-c", LOST)
+    assert ended.returncode == 0, ended.stderr
+    kept, eight = ended.stdout.splitlines()
+    assert kept == "[]"
+    assert "lost warp specialization: 8 warps, not 12" in eight

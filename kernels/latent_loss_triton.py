@@ -1,0 +1,189 @@
+"""Triton kernels of the patch-latent loss: a GEMM with the residual as its epilogue, and the epilogue alone.
+
+Legend as in `latent_loss`: T tokens, K width of the hidden states, D width of the latents, r = hidden W^T + b - target.
+
+Every kernel writes each element of its outputs once, by one program, in a fixed order: no atomics, the same bits every
+time. Sums over columns and rows leave as partial sums in the accumulator's type and are added up afterwards.
+"""
+
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# (in a kernel, numbers are constants of the compiler and `tl.range` is no Python iterator)
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .runtime import tl, triton
+
+
+class Tiles(NamedTuple):
+    """How the work is cut into programs."""
+
+    rows: int
+    columns: int
+    depth: int = 0
+    """Columns of hidden that one step of the GEMM takes."""
+    group: int = 1
+    """Row tiles walked column by column."""
+    slices: int = 1
+    """Parts of its columns that the epilogue takes one after another."""
+    warps: int = 4
+    stages: int = 1
+
+
+# As compiled by Triton 3.9 for sm_90, bf16, with everything stored. Four slices everywhere: the descriptor GEMM takes
+# 220 registers a thread (two: 242), the specialized one spills nothing (two: 144 bytes), and the pointer GEMM takes
+# 128 (one: 186), so that two of its programs fit a multiprocessor.
+TILES = {
+    "in-place": Tiles(64, 128, warps=8),
+    "triton": Tiles(128, 128, 64, group=8, slices=4, warps=8, stages=3),
+    "triton-tma": Tiles(128, 256, 64, group=8, slices=4, warps=8, stages=3),
+    "triton-ws": Tiles(128, 256, 64, group=8, slices=4, warps=4, stages=3),
+}
+_INTERPRETED = Tiles(64, 64, 64, group=8, slices=2)
+
+
+def tiles(provider: str, itemsize: int, capability: int) -> Tiles:
+    """Tiles of `provider` for operands of `itemsize` bytes on compute capability `capability`.x; 0: interpreted."""
+    if not capability:
+        return _INTERPRETED
+    found = TILES[provider]
+    if itemsize == 4 and found.depth:  # multiplied outside of the matrix units, where larger tiles spill
+        found = found._replace(rows=64, columns=64, depth=32, slices=1)
+    if provider == "triton-ws" and capability == 10:
+        # For sm_90 the compiler wants four warps and makes them twelve, with eight it specializes nothing. For sm_100
+        # it makes eight twelve; four become eight, which spill 760 bytes.
+        found = found._replace(warps=8)
+    return found
+
+
+@triton.jit
+def _tile(T, D, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column tile of this program. Programs that run together share weights: GROUP rows, column by column."""
+    pid = tl.program_id(0)
+    row_tiles, column_tiles = tl.cdiv(T, BLOCK_T), tl.cdiv(D, BLOCK_D)
+    first = pid // (GROUP * column_tiles) * GROUP
+    height = min(row_tiles - first, GROUP)
+    return first + pid % (GROUP * column_tiles) % height, pid % (GROUP * column_tiles) // height
+
+
+@triton.jit
+def _finish(
+    total, tile_t, first_t, first_d, bias, target, token_weight, residual, column_sums, T, D, stride_target,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr, HAS_BIAS: tl.constexpr, STORE: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of one tile `total` [ROWS, COLUMNS] of hidden W^T: returns the rows' sums of r^2 [ROWS].
+
+    d = token_weight * r goes to residual [T, D] and its sum over the tile's rows to column_sums [row tiles, D].
+    """
+    if SLICES > 1:
+        HALF: tl.constexpr = COLUMNS // 2
+        left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, HALF)), (0, 2, 1)))
+        squares = _finish(
+            left, tile_t, first_t, first_d, bias, target, token_weight, residual, column_sums, T, D, stride_target,
+            ROWS, HALF, SLICES // 2, HAS_BIAS, STORE, SUM_COLUMNS, ACCUMULATE,
+        )  # fmt: skip
+        squares += _finish(
+            right, tile_t, first_t, first_d + HALF, bias, target, token_weight, residual, column_sums, T, D,
+            stride_target, ROWS, HALF, SLICES // 2, HAS_BIAS, STORE, SUM_COLUMNS, ACCUMULATE,
+        )  # fmt: skip
+    else:
+        t, d = first_t + tl.arange(0, ROWS), first_d + tl.arange(0, COLUMNS)
+        rows = t.to(tl.int64)[:, None]  # T * D may pass 2^31
+        real_t, real_d = t < T, d < D
+        inside = real_t[:, None] & real_d[None, :]
+        if HAS_BIAS:
+            total += tl.load(bias + d, mask=real_d, other=0.0).to(ACCUMULATE)[None, :]
+        total -= tl.load(target + rows * stride_target + d[None, :], mask=inside, other=0.0).to(ACCUMULATE)
+        squares = tl.sum(total * total, axis=1)
+        if STORE or SUM_COLUMNS:  # beyond D all is zero; rows beyond T hold the bias, and weigh nothing
+            total *= tl.load(token_weight + t, mask=real_t, other=0.0).to(ACCUMULATE)[:, None]
+        if STORE:
+            tl.store(residual + rows * D + d[None, :], total.to(residual.dtype.element_ty), mask=inside)
+        if SUM_COLUMNS:
+            tl.store(column_sums + tile_t.to(tl.int64) * D + d, tl.sum(total, axis=0), mask=real_d)
+    return squares
+
+
+@triton.jit
+def pointer_kernel(
+    hidden, weight, bias, target, token_weight, residual, row_sums, column_sums,
+    T, K, D, stride_hidden, stride_weight, stride_target,
+    HAS_BIAS: tl.constexpr, STORE: tl.constexpr, SUM_COLUMNS: tl.constexpr, ACCUMULATE: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SLICES: tl.constexpr,
+):  # fmt: skip
+    """One tile of r, operands loaded through pointers. row_sums [column tiles, T] gets the sums of r^2."""
+    tile_t, tile_d = _tile(T, D, BLOCK_T, BLOCK_D, GROUP)
+    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    real_t, real_d = t < T, d < D
+    rows = t.to(tl.int64)[:, None]
+    total = tl.zeros((BLOCK_T, BLOCK_D), dtype=ACCUMULATE)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        h = tl.load(hidden + rows * stride_hidden + k[None, :], mask=real_t[:, None] & (k < K)[None, :], other=0.0)
+        w = tl.load(
+            weight + d[None, :] * stride_weight + k[:, None], mask=real_d[None, :] & (k < K)[:, None], other=0.0
+        )
+        if UPCAST:  # the interpreter multiplies bf16 wrongly
+            h, w = h.to(ACCUMULATE), w.to(ACCUMULATE)
+        total = tl.dot(h, w, total, input_precision="ieee", out_dtype=ACCUMULATE)
+    squares = _finish(
+        total, tile_t, tile_t * BLOCK_T, tile_d * BLOCK_D, bias, target, token_weight, residual, column_sums, T, D,
+        stride_target, BLOCK_T, BLOCK_D, SLICES, HAS_BIAS, STORE, SUM_COLUMNS, ACCUMULATE,
+    )  # fmt: skip
+    tl.store(row_sums + tile_d.to(tl.int64) * T + t, squares, mask=real_t)
+
+
+@triton.jit
+def descriptor_kernel(
+    hidden, weight, bias, target, token_weight, residual, row_sums, column_sums,
+    T, K, D, stride_hidden, stride_weight, stride_target,
+    HAS_BIAS: tl.constexpr, STORE: tl.constexpr, SUM_COLUMNS: tl.constexpr, ACCUMULATE: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SLICES: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    """The same, operands loaded through tensor descriptors of [BLOCK_T, BLOCK_K] and [BLOCK_D, BLOCK_K].
+
+    hidden and weight are descriptors made by the host; for warp specialization they are pointers, because the compiler
+    halves a load between two groups of warps and cannot halve a descriptor that it did not make.
+    """
+    tile_t, tile_d = _tile(T, D, BLOCK_T, BLOCK_D, GROUP)
+    first_t, first_d = tile_t * BLOCK_T, tile_d * BLOCK_D
+    if WARP_SPECIALIZE:
+        hidden = tl.make_tensor_descriptor(hidden, [T, K], [stride_hidden, 1], [BLOCK_T, BLOCK_K])
+        weight = tl.make_tensor_descriptor(weight, [D, K], [stride_weight, 1], [BLOCK_D, BLOCK_K])
+    total = tl.zeros((BLOCK_T, BLOCK_D), dtype=ACCUMULATE)
+    for start in tl.range(0, K, BLOCK_K, warp_specialize=WARP_SPECIALIZE):
+        h, w = hidden.load([first_t, start]), weight.load([first_d, start])  # zero outside the tensor
+        if UPCAST:
+            h, w = h.to(ACCUMULATE), w.to(ACCUMULATE)
+        total = tl.dot(h, w.T, total, input_precision="ieee", out_dtype=ACCUMULATE)
+    squares = _finish(
+        total, tile_t, first_t, first_d, bias, target, token_weight, residual, column_sums, T, D,
+        stride_target, BLOCK_T, BLOCK_D, SLICES, HAS_BIAS, STORE, SUM_COLUMNS, ACCUMULATE,
+    )  # fmt: skip
+    t = first_t + tl.arange(0, BLOCK_T)
+    tl.store(row_sums + tile_d.to(tl.int64) * T + t, squares, mask=t < T)
+
+
+@triton.jit
+def inplace_kernel(
+    prediction, target, token_weight, row_sums, column_sums,
+    T, D, stride_target,
+    STORE: tl.constexpr, SUM_COLUMNS: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The epilogue alone: prediction [T, D], contiguous, with its bias, becomes d; without STORE it is only read."""
+    tile_t, tile_d = _tile(T, D, BLOCK_T, BLOCK_D, 1)
+    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    total = tl.load(prediction + t.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0).to(ACCUMULATE)
+    squares = _finish(
+        total, tile_t, tile_t * BLOCK_T, tile_d * BLOCK_D, None, target, token_weight, prediction, column_sums, T, D,
+        stride_target, BLOCK_T, BLOCK_D, 1, False, STORE, SUM_COLUMNS, ACCUMULATE,
+    )  # fmt: skip
+    tl.store(row_sums + tile_d.to(tl.int64) * T + t, squares, mask=t < T)

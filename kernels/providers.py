@@ -1,0 +1,153 @@
+"""Who computes what, and why: the candidates of an operation, timed where the run happens.
+
+Which candidate is fastest depends on the GPU, the shape and the versions of the libraries, so that nothing is assumed:
+each is timed at the run's own shape before the first step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import attention
+from .attention import Backend, PrefixLayout, prefix_attention, segment_attention
+from .latent_loss import Provider, patch_latent_loss, unavailable
+from .runtime import triton
+
+# In order of preference: the first two have the more accurate gradient. `triton-ws` is missing on purpose: its warp
+# specialization compiles but is unproven on hardware by us, and a wrong barrier hangs. It is taken only when asked for.
+LOSS_CANDIDATES: tuple[Provider, ...] = ("triton-tma", "triton", "in-place", "reference")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who computes an operation in this run."""
+
+    operation: str
+    provider: str
+    reason: str
+    """One line for the log."""
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    """Measured medians by candidate; empty when nothing was measured."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Candidates that could not be timed, and the first line of their error."""
+
+
+def median_milliseconds(call: Callable[[], object]) -> float:
+    """Median time of `call` on the GPU, its L2 cache emptied before every run."""
+    return triton.testing.do_bench(call, return_mode="median")  # pyright: ignore[reportReturnType]
+
+
+def fastest(
+    operation: str,
+    candidates: dict[str, Callable[[], object]],
+    where: str,
+    slack: float = 0.03,
+    timer: Callable[[Callable[[], object]], float] = median_milliseconds,
+) -> Choice:
+    """The first of `candidates`, which come in order of preference, that is within `slack` of the fastest.
+
+    where: device, shape and dtype, for the reason. A candidate that raises is left out; RuntimeError when all do.
+    """
+    milliseconds: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for name, call in candidates.items():
+        try:
+            milliseconds[name] = timer(call)
+        except Exception as error:  # a compiler's, a driver's or an allocator's: whatever it is, the others may run
+            failed[name] = (str(error) or type(error).__name__).splitlines()[0]
+    if not milliseconds:
+        raise RuntimeError(f"{operation}: no candidate runs on {where}: {failed}")
+    best = min(milliseconds.values())
+    provider = next(name for name, took in milliseconds.items() if took <= best * (1 + slack))
+    kind = "fastest" if milliseconds[provider] == best else f"preferred, within {slack:.0%} of the fastest,"
+    times = ", ".join(f"{name} {took:.2f} ms" for name, took in sorted(milliseconds.items(), key=lambda item: item[1]))
+    without = f"; failed: {', '.join(failed)}" if failed else ""
+    return Choice(operation, provider, f"{kind} on {where}: {times}{without}", milliseconds, failed)
+
+
+def choose_loss(tokens: int, width: int, latents: int, dtype: torch.dtype, device: torch.device) -> Choice:
+    """Provider of `patch_latent_loss` for hidden states [tokens, width] and latents [tokens, latents].
+
+    Forward and backward are timed with random data, on the GPU alone. Every rank may find another one: a run that
+    wants the same bits on all of them takes the choice of one.
+    """
+    operation = "patch_latent_loss"
+    if device.type != "cuda":
+        return Choice(operation, "reference", f"no kernel is compiled for {device.type}: plain PyTorch")
+    where = f"{torch.cuda.get_device_name(device)} at {tokens} x {latents} {_short(dtype)}"
+    with torch.cuda.device(device), torch.enable_grad(), torch.autocast("cuda", enabled=False):
+        choice = fastest(operation, _loss_steps(tokens, width, latents, dtype, device), where)
+        torch.cuda.empty_cache()  # the run begins with the memory that it would have had
+    return choice
+
+
+def _loss_steps(
+    tokens: int, width: int, latents: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Callable[[], object]]:
+    """Forward and backward with random data, by every provider that is available."""
+    draw = torch.Generator(device).manual_seed(0)  # the run's own generators stay where they are
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, device=device, dtype=dtype)
+
+    hidden, weight = normal(tokens, width).requires_grad_(), (normal(latents, width) * width**-0.5).requires_grad_()
+    bias, target = normal(latents).requires_grad_(), normal(tokens, latents)
+    token_weight = torch.ones(tokens, device=device)
+
+    def step(provider: Provider) -> None:
+        loss, _ = patch_latent_loss(hidden, weight, bias, target, token_weight, tokens, provider)
+        torch.autograd.grad(loss, (hidden, weight, bias))
+
+    ready: list[Provider] = [provider for provider in LOSS_CANDIDATES if unavailable(provider, device, dtype) is None]
+    return {str(provider): functools.partial(step, provider) for provider in ready}
+
+
+ATTENTION_CANDIDATES: tuple[Backend, ...] = ("varlen", "flash-attn-4", "flash-attn-3", "flash-attn-2", "sdpa")
+
+
+def choose_attention(
+    lengths: Sequence[int], patches: int, heads: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> Choice:
+    """Backend of `prefix_attention` for texts of these `lengths` with `patches` patches each.
+
+    heads: query heads, key heads, width of a head. The causal call over text, forward, and the call of the patches,
+    forward and backward, are timed together, on the GPU alone.
+    """
+    operation = "prefix_attention"
+    if device.type != "cuda":
+        return Choice(operation, "sdpa", f"FlashAttention needs a GPU, this is {device.type}: torch's own attention")
+    query_heads, key_heads, width = heads
+    draw = torch.Generator(device).manual_seed(0)
+    layout = PrefixLayout.of(lengths, patches, device)
+
+    def normal(rows: int) -> list[Tensor]:
+        counts = query_heads, key_heads, key_heads
+        return [torch.randn(rows, n, width, generator=draw, device=device, dtype=dtype) for n in counts]
+
+    texts, scale = layout.text, width**-0.5
+    text_query, text_key, text_value = normal(texts.total)
+    query, key, value = image = [x.requires_grad_() for x in normal(layout.image.total)]
+    gradient = torch.ones_like(query)
+
+    def step(backend: Backend) -> None:
+        with torch.no_grad():
+            segment_attention(text_query, text_key, text_value, texts, texts, True, scale, backend)
+        out = prefix_attention(query, key, value, text_key, text_value, layout, scale, backend)
+        torch.autograd.grad(out, image, gradient)
+
+    ready: list[Backend] = [name for name in ATTENTION_CANDIDATES if attention.unavailable(name, device, dtype) is None]
+    shape = f"{len(lengths)} x ({patches} patches, up to {texts.longest} text tokens) {_short(dtype)}"
+    steps: dict[str, Callable[[], object]] = {str(name): functools.partial(step, name) for name in ready}
+    with torch.cuda.device(device), torch.enable_grad():
+        choice = fastest(operation, steps, f"{torch.cuda.get_device_name(device)} at {shape}")
+        torch.cuda.empty_cache()
+    return choice
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
