@@ -61,6 +61,7 @@ setup(
     extras_require={
         "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"],
         "lint": ["ruff>=0.12", "pyright>=1.1.400"],
+        "liger": ["liger-kernel>=0.5"],
         "flash-attn": ["flash-attn>=2.8"],
         "flash-attn-4": ["flash-attn-4>=4.0.0b36"],
     },

@@ -106,8 +106,13 @@ class Zero(Section):
 
 
 class Kernels(Section):
-    provider: Literal["reference", "triton"] = "reference"
-    """What computes head and loss: plain PyTorch, or the fused Triton kernel (interpreted, slowly, without a GPU)."""
+    provider: Literal["auto", "reference", "in-place", "triton", "triton-tma", "triton-ws"] = "auto"
+    """What computes head and loss: plain PyTorch, a library GEMM with one fused pass, or one fused kernel; see
+    docs/kernels.md. `auto` measures at start-up on a GPU. All but `reference` also fuse mask mix and final norm."""
+    attention: Literal["auto", "varlen", "flash-attn-4", "flash-attn-3", "flash-attn-2", "sdpa", "reference"] = "auto"
+    """What computes attention: torch's own FlashAttention, that of a package, or plain torch; `auto` as above."""
+    elementwise: Literal["torch", "liger"] = "torch"
+    """What computes the layers' norms and SwiGLU: torch, or Liger's kernels (on a GPU, pip install liger-kernel)."""
 
 
 class Checkpoint(Section):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -28,9 +29,10 @@ app.add_typer(checkpoint_app, name="checkpoint", help="Checkpoints of a run: lis
 app.add_typer(track_app, name="track", help="MLflow: send what a tracker missed.")
 
 kernels_app = typer.Typer(no_args_is_help=True)
-app.add_typer(kernels_app, name="kernels", help="Triton kernels: compile and check.")
+app.add_typer(kernels_app, name="kernels", help="Triton kernels: compile, check, time.")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
+RanksOption = Annotated[int | None, typer.Option(help="Processes on this machine; default one a GPU.", min=1)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value settings, such as optimizer.lr=3e-4.")]
 
 
@@ -38,7 +40,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value sett
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    ranks: Annotated[int | None, typer.Option(help="Processes on this machine; default one a GPU.", min=1)] = None,
+    ranks: RanksOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")] = False,
 ) -> None:
     """Train a recipe, or go on from its newest checkpoint."""
@@ -46,19 +48,13 @@ def train(
     if dry_run:
         _show(settings, ranks)
         return
-    if ranks is None and adopt_rank():
+
+    def trained(recipe: Recipe) -> int:
         from .run import train as train_rank
 
-        _leave(train_rank(settings))
-    from .inputs import batch_arithmetic
+        return train_rank(recipe)
 
-    ranks = ranks or _devices()
-    batch_arithmetic(settings, ranks)
-    if ranks == 1:
-        from .run import train as train_rank
-
-        _leave(train_rank(settings))
-    _leave(run_ranks(ranks, ["train", recipe, *(overrides or [])]))
+    _on_ranks(settings, ranks, ["train", recipe, *(overrides or [])], trained)
 
 
 @kernels_app.command("check")
@@ -67,6 +63,38 @@ def kernels_check() -> None:
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     # A process of its own: on a machine without a GPU this one has Triton's interpreter.
     _leave(subprocess.run([sys.executable, "-m", "bifrost.kernels.compile_check"], env=environment).returncode)
+
+
+@kernels_app.command("profile")
+def kernels_profile(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="Profiled steps, after two others.", min=1)] = 3,
+    ranks: RanksOption = None,
+    out: Annotated[Path, typer.Option(help="Folder for the trace and the table.")] = Path("profile"),
+) -> None:
+    """Train a few steps of a recipe under torch.profiler: time by kind of work, and a trace for Perfetto."""
+    settings = load_recipe(recipe, overrides or [])
+    arguments = ["kernels", "profile", recipe, *(overrides or []), f"--steps={steps}", f"--out={out}"]
+
+    def profiled(recipe: Recipe) -> int:
+        from .profile import profile_steps
+
+        return profile_steps(recipe, steps, out)
+
+    _on_ranks(settings, ranks, arguments, profiled)
+
+
+@kernels_app.command(
+    "bench",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def kernels_bench(context: typer.Context) -> None:
+    """Time the kernels against PyTorch and a floor measured in the same run; --help lists the options."""
+    command = [sys.executable, "-m", "bifrost.kernels.bench", *context.args]
+    # A process of its own: this one has Triton's interpreter on a machine without a GPU, and much else in its memory.
+    _leave(subprocess.run(command, env={**os.environ, "PYTHONSAFEPATH": "1"}).returncode)
 
 
 class Layout(str, Enum):
@@ -89,6 +117,17 @@ def export(
 
     taken = write(run, out, layout.value, ema=ema, step=step)
     print(f"{out}: step {taken} of {run} in the {layout.value} layout")
+
+
+def _on_ranks(recipe: Recipe, ranks: int | None, arguments: list[str], work: Callable[[Recipe], int]) -> NoReturn:
+    """Do `work` as the rank that this process is, or run `arguments` as `ranks` processes that will be."""
+    if ranks is None and adopt_rank():
+        _leave(work(recipe))
+    from .inputs import batch_arithmetic
+
+    ranks = ranks or _devices()
+    batch_arithmetic(recipe, ranks)
+    _leave(work(recipe) if ranks == 1 else run_ranks(ranks, arguments))
 
 
 def _show(recipe: Recipe, ranks: int | None) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from ..data import BadSamples, Batch
 from ..recipes import Recipe
@@ -53,6 +54,8 @@ class Parts:
     metrics: MetricsFile
     console: Console
     stop: StopSignals
+    after_step: Callable[[Progress], None]
+    """Called at the end of every step, on every rank."""
 
 
 def run(parts: Parts, progress: Progress) -> bool:
@@ -74,25 +77,29 @@ def run(parts: Parts, progress: Progress) -> bool:
         keys: list[str] = []
         replaced: list[tuple[str, str]] = []
         for row in range(accumulation):
-            with meter.waiting_for_data():
+            with meter.waiting_for_data(), section("data"):
                 batch = next(parts.batches)
             keys += batch.keys
             replaced += batch.replaced
-            losses = engine.forward(_on_device(batch, ranks) | {"normalizer": normalizer})
-            engine.backward(losses.loss)
+            with section("forward"):
+                losses = engine.forward(_on_device(batch, ranks) | {"normalizer": normalizer})
+            with section("backward"):
+                engine.backward(losses.loss)
             loss_sum = loss_sum + losses.loss.detach()
             sums = sums + losses.sums
             if row + 1 < accumulation:
                 engine.after_pass()
 
         # One exchange a step settles all that the ranks must agree on.
-        mine = [*torch.cat((loss_sum[None], sums)).tolist(), *sequence.fingerprint(keys), len(replaced)]
-        loss_total, *totals, low, high, bad, stops = ranks.total([*mine, parts.stop.received is not None])
+        with section("exchange"):
+            mine = [*torch.cat((loss_sum[None], sums)).tolist(), *sequence.fingerprint(keys), len(replaced)]
+            loss_total, *totals, low, high, bad, stops = ranks.total([*mine, parts.stop.received is not None])
         loss = loss_total / (ranks.size * accumulation)
         lr = learning_rate(recipe, step)
-        result = engine.step(lr, finite=math.isfinite(loss))
-        if result.applied and parts.ema is not None:
-            parts.ema.update(engine.masters())
+        with section("optimizer"):
+            result = engine.step(lr, finite=math.isfinite(loss))
+            if result.applied and parts.ema is not None:
+                parts.ema.update(engine.masters())
 
         progress.step += 1
         progress.samples += recipe.global_batch
@@ -125,9 +132,15 @@ def run(parts: Parts, progress: Progress) -> bool:
         if last or stops or progress.step % recipe.checkpoint.every == 0:
             with meter.outside():
                 parts.save(progress)
+        parts.after_step(progress)
         if stops:
             return last
     return True
+
+
+def section(name: str) -> record_function:
+    """A part of the step, under its name in a profiler's trace."""
+    return record_function(f"bifrost.{name}")
 
 
 def _on_device(batch: Batch, ranks: Ranks) -> dict[str, Any]:

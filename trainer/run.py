@@ -27,6 +27,8 @@ from .ema import Ema
 from .engine import Engine, deepspeed_config, partitioned
 from .errors import RunError
 from .inputs import Inputs, check_continuation, open_inputs
+from .kernel_choice import FILE as KERNELS_FILE
+from .kernel_choice import KernelChoice, choose_kernels
 from .loop import Parts, Progress
 from .models.weights import WeightFiles, backbone_names, fill, full_shape, public_name
 from .monitors.console import Console, log_to_file
@@ -43,8 +45,10 @@ T = TypeVar("T")
 VERSIONS = ("torch", "deepspeed", "transformers", "triton", "webdataset", "mlflow", "numpy")
 
 
-def train(recipe: Recipe) -> int:
+def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progress: None) -> int:
     """Train or continue the run that `recipe` names, as one of its ranks. Returns the exit code.
+
+    after_step: called at the end of every step, on every rank.
 
     RunError and DataError are the user's to mend and are raised on every rank alike; nothing of an earlier run is
     written over before all checks have passed.
@@ -59,16 +63,19 @@ def train(recipe: Recipe) -> int:
     reader = _newest(store, inputs, backbone_hash, ranks)
     progress = Progress(**reader.state["progress"]) if reader else Progress()
 
-    model = _build(inputs, reader, ranks)
+    kernels, measured = choose_kernels(recipe, inputs.config, inputs.tokens, ranks, folder)
+    model = _build(inputs, kernels, reader, ranks)
     engine = Engine(model, recipe, ranks)
     ema = Ema(engine.masters(), recipe.ema.decay) if recipe.ema else None
     if reader:
         restore(engine, ema, reader, reader.state["updates"])
 
     if ranks.first:
-        _describe(folder, recipe, ranks)
+        _describe(folder, recipe, ranks, measured)
     ranks.barrier()
     log_to_file(folder / "logs", ranks.rank)
+    for operation, choice in measured.items():
+        log.info("%s by %s: %s", operation, choice["provider"], choice["reason"])
     # Every rank passes the same records; those of rank 0 are the run's.
     metrics = MetricsFile(folder / "metrics.jsonl" if ranks.first else os.devnull)
     if ranks.first:
@@ -108,6 +115,7 @@ def train(recipe: Recipe) -> int:
         metrics=metrics,
         console=console,
         stop=stop,
+        after_step=after_step,
     )
     outcome = "failed"
     try:
@@ -173,11 +181,11 @@ def _newest(store: Store, inputs: Inputs, backbone_hash: str, ranks: Ranks) -> C
     return reader
 
 
-def _build(inputs: Inputs, reader: CheckpointReader | None, ranks: Ranks) -> PatchLatentModel:
+def _build(inputs: Inputs, kernels: KernelChoice, reader: CheckpointReader | None, ranks: Ranks) -> PatchLatentModel:
     """The model, cut over the ranks, with weights from the backbone, then `init_from`, then the checkpoint."""
     recipe = inputs.recipe
     with partitioned(recipe, ranks):
-        model = PatchLatentModel(inputs.config, recipe)
+        model = PatchLatentModel(inputs.config, recipe, kernels)
     model.restore_rotary()
     model.load(inputs.weights, recipe.seed)
     if reader:
@@ -221,11 +229,12 @@ def _loader(inputs: Inputs, progress: Progress, ranks: Ranks) -> Loader:
     )
 
 
-def _describe(folder: Path, recipe: Recipe, ranks: Ranks) -> None:
-    """Write what the run is: its recipe, DeepSpeed's configuration, and where it runs."""
+def _describe(folder: Path, recipe: Recipe, ranks: Ranks, kernels: dict[str, Any]) -> None:
+    """Write what the run is: its recipe, DeepSpeed's configuration, its kernels, and where it runs."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     (folder / "ds_config.json").write_text(json.dumps(deepspeed_config(recipe, ranks.size), indent=2))
+    (folder / KERNELS_FILE).write_text(json.dumps(kernels, indent=2))
     (folder / "environment.json").write_text(json.dumps(_environment(ranks), indent=2))
 
 

@@ -55,7 +55,7 @@ def log_to_file(folder: Path, rank: int) -> None:
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(file)
-    for name in ("bifrost", "bifrost.trainer", "bifrost.data"):
+    for name in ("bifrost", "bifrost.kernels", "bifrost.trainer", "bifrost.data"):
         logging.getLogger(name).setLevel(logging.INFO)
     if rank == 0:
         screen = logging.StreamHandler(sys.stderr)

@@ -16,9 +16,11 @@ from ...data import Item
 from ...kernels import PatchLatentHead, PrefixLayout
 from ...recipes import Recipe
 from ..errors import RunError
+from ..kernel_choice import KernelChoice
 from ..models import weights
 from ..models.backbone import FrozenBackbone, Prefix
 from ..models.branch import INIT_STD, GenerationBranch
+from ..models.elementwise import use_liger
 from ..models.masking import draw_masks, masked_counts
 from ..models.prompt import PromptTemplate
 from ..randomness import IntArray, Stream, uniform
@@ -65,15 +67,22 @@ def grid_side(config: Any, image_size: int) -> int:
 class PatchLatentModel(nn.Module):
     """Frozen backbone, generation branch and head. `load` fills the weights after construction."""
 
-    def __init__(self, config: Any, recipe: Recipe) -> None:
+    def __init__(self, config: Any, recipe: Recipe, kernels: KernelChoice = KernelChoice()) -> None:
         super().__init__()
         side = grid_side(config, recipe.data.image_size)
         self.masked_only = recipe.branch.loss_tokens == "masked"
-        self.backbone = FrozenBackbone(config)
+        self.backbone = FrozenBackbone(config, kernels.attention)
         self.branch = GenerationBranch(
-            config.text_config, side, recipe.branch.positions, recipe.activation_checkpointing
+            config.text_config,
+            side,
+            recipe.branch.positions,
+            recipe.activation_checkpointing,
+            kernels.attention,
+            fused=kernels.head != "reference",
         )
-        self.head = PatchLatentHead(config.text_config.hidden_size, recipe.kernels.provider)
+        self.head = PatchLatentHead(config.text_config.hidden_size, kernels.head)
+        if kernels.elementwise == "liger":
+            use_liger(self)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of everything that trains."""

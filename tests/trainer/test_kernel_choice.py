@@ -1,0 +1,92 @@
+"""Which kernels a run takes: the same on every rank, kept over restarts, and refused where they cannot run."""
+
+import json
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+
+import ranked
+import runs
+from bifrost.kernels.attention import Backend
+from bifrost.kernels.latent_loss import Provider
+from bifrost.kernels.providers import Choice
+from bifrost.recipes import load_recipe
+from bifrost.recipes.schema import Kernels
+from bifrost.trainer import kernel_choice
+from bifrost.trainer.errors import RunError
+from bifrost.trainer.models.backbone import locate, read_config
+from bifrost.trainer.ranks import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def choose(folder: Path, *overrides: str, ranks: Ranks = ALONE):
+    config = read_config(locate("builtin:tiny"))
+    return kernel_choice.choose_kernels(load_recipe("tiny-mllm", overrides), config, 16, ranks, folder)
+
+
+def test_recipes_name_what_the_kernels_have() -> None:
+    hints = typing.get_type_hints(Kernels)
+    assert typing.get_args(hints["provider"]) == ("auto", *typing.get_args(Provider))
+    assert typing.get_args(hints["attention"]) == ("auto", *typing.get_args(Backend))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU they are measured")
+def test_without_a_gpu_it_is_plain_pytorch(tmp_path: Path) -> None:
+    kernels, record = choose(tmp_path)
+    assert kernels == kernel_choice.KernelChoice("reference", "sdpa", "torch")
+    assert all(not choice["milliseconds"] for choice in record.values()), "nothing was measured"
+
+
+def test_what_the_recipe_says_is_taken(tmp_path: Path) -> None:
+    kernels, record = choose(tmp_path, "kernels.provider=in-place", "kernels.attention=reference")
+    assert (kernels.head, kernels.attention) == ("in-place", "reference")
+    assert record["patch_latent_loss"]["reason"] == "set in the recipe"
+
+
+@pytest.mark.parametrize(
+    "setting", ["kernels.attention=varlen", "kernels.attention=flash-attn-2", "kernels.elementwise=liger"]
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they may run on a GPU")
+def test_what_cannot_run_is_refused_in_one_line(tmp_path: Path, setting: str) -> None:
+    with pytest.raises(RunError, match=f"{setting.split('=')[0]}: .* needs a CUDA device") as caught:
+        choose(tmp_path, setting)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_measured_choice_is_kept_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter(["in-place", "triton", "triton-tma"])
+    monkeypatch.setattr(
+        kernel_choice, "choose_loss", lambda *_: Choice("patch_latent_loss", next(answers), "measured", {"x": 1.0})
+    )
+    kernels, record = choose(tmp_path)
+    assert kernels.head == "in-place"
+    (tmp_path / kernel_choice.FILE).write_text(json.dumps(record))
+    assert choose(tmp_path)[0].head == "in-place", "the same shape on the same device"
+    assert choose(tmp_path, "micro_batch=8")[0].head == "triton", "another shape"
+    (tmp_path / kernel_choice.FILE).write_text("{")
+    assert choose(tmp_path)[0].head == "triton-tma", "an unreadable record is no record"
+
+
+class Second(Ranks):
+    """Rank 1 of two, whose rank 0 has chosen."""
+
+    def gather(self, value: object) -> list:
+        chosen = (("patch_latent_loss", "triton"), ("prefix_attention", "reference"))
+        return [{name: {"provider": provider} for name, provider in chosen}, value]
+
+
+def test_other_ranks_take_the_first_ones_choice(tmp_path: Path) -> None:
+    kernels, _ = choose(tmp_path, ranks=Second(1, 2, torch.device("cpu")))
+    assert (kernels.head, kernels.attention) == ("triton", "reference")
+
+
+@pytest.mark.multi
+def test_a_run_logs_and_keeps_its_choice(shards: Path, tmp_path: Path) -> None:
+    (ended,) = ranked.bifrost(1, *runs.arguments(shards, tmp_path, "steps=1"))
+    assert ended.code == 0, ended.err
+    run = tmp_path / "tiny-mllm"
+    assert json.loads((run / "kernels.json").read_text())["patch_latent_loss"]["provider"] == "reference"
+    assert (run / "logs" / "rank-00000.log").read_text().count("patch_latent_loss by reference") == 1

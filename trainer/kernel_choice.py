@@ -1,0 +1,93 @@
+"""Which kernels a run computes with: what the recipe asks for, or the fastest on this device at the run's own shapes.
+
+Rank 0 measures, all ranks take its choice, and `kernels.json` in the run folder keeps it: a run that goes on, on the
+same device, computes with the same kernels and so to the same bits, whatever a second measurement would say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from ..kernels import attention, latent_loss
+from ..kernels.attention import Backend
+from ..kernels.latent_loss import Provider
+from ..kernels.providers import Choice, choose_attention, choose_loss
+from ..recipes import Recipe
+from .errors import RunError
+from .models import elementwise
+from .ranks import Ranks
+
+FILE = "kernels.json"
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """What `PatchLatentModel` computes with; the defaults run everywhere."""
+
+    head: Provider = "reference"
+    attention: Backend = "sdpa"
+    elementwise: elementwise.Provider = "torch"
+
+
+def choose_kernels(
+    recipe: Recipe, config: Any, patches: int, ranks: Ranks, folder: Path
+) -> tuple[KernelChoice, dict[str, dict[str, Any]]]:
+    """The kernels of this run, the same on every rank, and the record for `kernels.json`.
+
+    config: the backbone's Qwen2_5_VLConfig; patches: of one image; folder: of the run. RunError where the recipe asks
+    for what cannot run here.
+    """
+    device, asked, text = ranks.device, recipe.kernels, config.text_config
+    dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
+    if asked.provider != "auto":
+        _refuse("provider", latent_loss.unavailable(asked.provider, device, dtype))
+    if asked.attention != "auto":
+        _refuse("attention", attention.unavailable(asked.attention, device, dtype))
+    _refuse("elementwise", elementwise.unavailable(asked.elementwise, device))
+
+    tokens, width, heads = recipe.micro_batch * patches, text.hidden_size, text.num_attention_heads
+    # Captions of every length up to the longest.
+    lengths = [max(1, (i + 1) * recipe.branch.max_text_tokens // recipe.micro_batch) for i in range(recipe.micro_batch)]
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    key = f"{gpu}, torch {torch.__version__}, {dtype}, {tokens} x {width}, {max(lengths)} text tokens"
+    known = _read(folder / FILE) if ranks.first else {}
+
+    def decide(operation: str, setting: str, measure: Callable[[], Choice]) -> dict[str, Any]:
+        if setting != "auto":
+            return {"key": key, **asdict(Choice(operation, setting, "set in the recipe"))}
+        before = known.get(operation)
+        return before if before and before["key"] == key else {"key": key, **asdict(measure())}
+
+    record: dict[str, dict[str, Any]] = {}
+    if ranks.first:
+        shape = heads, text.num_key_value_heads, width // heads
+        record = {
+            "patch_latent_loss": decide(
+                "patch_latent_loss", asked.provider, lambda: choose_loss(tokens, width, width, dtype, device)
+            ),
+            "prefix_attention": decide(
+                "prefix_attention", asked.attention, lambda: choose_attention(lengths, patches, shape, dtype, device)
+            ),
+        }
+    record = ranks.gather(record)[0]
+    head, over = (record[operation]["provider"] for operation in ("patch_latent_loss", "prefix_attention"))
+    return KernelChoice(cast(Provider, head), cast(Backend, over), asked.elementwise), record
+
+
+def _refuse(setting: str, reason: str | None) -> None:
+    if reason:
+        raise RunError(f"kernels.{setting}: {reason}; set kernels.{setting} to another, see docs/kernels.md")
+
+
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier start chose; nothing where there is none that can be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
