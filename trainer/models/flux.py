@@ -1,0 +1,302 @@
+"""The frozen FLUX: its folder, its parts, the geometry of its latents, and flow matching on them.
+
+Legend: B samples, S image side in pixels, c latent channels, h x w latents, M = h w / 4 packed tokens of C = 4 c
+channels, L text tokens of width E, P pooled text width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers.initialization import no_init_weights
+
+from ..errors import RunError
+from . import weights
+from .latent_controlnet import Residuals
+
+Part = Literal["transformer", "vae", "text_encoder", "text_encoder_2"]
+PARTS: tuple[Part, ...] = get_args(Part)
+"""The parts with weights: FLUX itself, its VAE, CLIP and T5."""
+SPACE_TO_DEPTH_KEY = "_bifrost_space_to_depth"
+"""In `vae/config.json`: pixels along one side that become channels in front of the VAE; 1 where it is missing."""
+TABLE = 1000
+"""Noise levels that training draws from."""
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Latents [B, c, h, w] as FLUX's tokens of 2 x 2 each, [B, h w / 4, 4 c]."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack` for latents of h = `height`, w = `width`."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+def image_ids(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """FLUX's positions (0, row, column) of the packed tokens of h x w latents, [h w / 4, 3]."""
+    rows, columns = torch.arange(height // 2, device=device), torch.arange(width // 2, device=device)
+    grid = torch.cartesian_prod(rows, columns)
+    return F.pad(grid, (1, 0)).float()
+
+
+def gaussian(uniform: Tensor) -> Tensor:
+    """Standard normal draws from uniform ones in (0, 1), of any shape; fp32."""
+    return torch.special.ndtri(uniform.double()).float()
+
+
+def sigmas(normal: Tensor) -> Tensor:
+    """Noise levels in [0.001, 1] from standard normal draws, both [B].
+
+    Logit-normal index into a table of 1000 unshifted levels, as diffusers' train_controlnet_flux.py has it.
+    """
+    index = (normal.double().sigmoid() * TABLE).long().clamp(max=TABLE - 1)
+    return ((TABLE - index) / TABLE).float()
+
+
+def noisy(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """(1 - sigma) latents + sigma noise, for sigma [B] and [B, ...] of any further shape."""
+    sigma = sigma.view(-1, *[1] * (latents.ndim - 1))
+    return (1 - sigma) * latents + sigma * noise
+
+
+def target(latents: Tensor, noise: Tensor) -> Tensor:
+    """The velocity that FLUX predicts, noise - latents."""
+    return noise - latents
+
+
+def velocity(
+    transformer: FluxTransformer2DModel,
+    noisy: Tensor,
+    residuals: Residuals | None,
+    text: Tensor,
+    pooled: Tensor,
+    timestep: Tensor,
+    guidance: Tensor | None,
+    img_ids: Tensor,
+    txt_ids: Tensor,
+) -> Tensor:
+    """FLUX's velocity [B, M, C], fp32, at noisy packed latents [B, M, C] and timestep [B] in [0, 1].
+
+    text [B, L, E], pooled [B, P], img_ids [M, 3], txt_ids [L, 3]; guidance [B] where FLUX takes one. Residual k of n
+    is added after double block i where k = i // ceil(blocks / n), and likewise for single blocks.
+    """
+    dtype = transformer.x_embedder.weight.dtype
+    return transformer(
+        hidden_states=noisy.to(dtype),
+        encoder_hidden_states=text.to(dtype),
+        pooled_projections=pooled.to(dtype),
+        timestep=timestep,
+        guidance=guidance,
+        img_ids=img_ids,
+        txt_ids=txt_ids,
+        controlnet_block_samples=residuals.double or None if residuals else None,
+        controlnet_single_block_samples=residuals.single or None if residuals else None,
+        return_dict=False,
+    )[0].float()
+
+
+class Tokens(NamedTuple):
+    """Prompts for T5 [B, L] and CLIP [B, 77], padded to their full lengths: FLUX sees the padding too."""
+
+    t5: Tensor
+    clip: Tensor
+
+
+class FluxTokenizers:
+    """Prompts -> Tokens, in a loader's workers."""
+
+    def __init__(self, folder: FluxFolder) -> None:
+        self.t5, self.clip = (_tokenizer(folder.path / name) for name in ("tokenizer_2", "tokenizer"))
+        # The lengths that dev and schnell were trained with; a smaller model's tokenizer states its own.
+        self.t5_length = min(self.t5.model_max_length, 512 if folder.guided else 256)
+        self.clip_length = min(self.clip.model_max_length, folder.clip.max_position_embeddings)
+
+    def __call__(self, prompts: Sequence[str]) -> Tokens:
+        return Tokens(_ids(self.t5, prompts, self.t5_length), _ids(self.clip, prompts, self.clip_length))
+
+
+def _ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
+    settings = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+    return tokenizer(list(prompts), **settings).input_ids
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # its many readers raise many kinds
+        raise RunError(f"{folder}: no tokenizer can be read there; fetch FLUX's folder again") from error
+
+
+@dataclass(frozen=True)
+class FluxFolder:
+    """A FLUX.1 model as diffusers lays it out, with the settings of its parts."""
+
+    path: Path
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    clip: CLIPTextConfig
+    t5: T5Config
+
+    @classmethod
+    def open(cls, path: Path, for_counting: bool = False) -> FluxFolder:
+        """RunError names what is missing or does not fit. for_counting: the four parts' settings are enough."""
+        needed = [f"{part}/config.json" for part in PARTS]
+        if not for_counting:
+            needed += ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/*", "tokenizer_2/*"]
+            needed += [f"{part}/*.safetensors" for part in PARTS]
+        missing = [name for name in needed if not any(path.glob(name))]
+        if missing:
+            raise RunError(f"{path}: not a complete FLUX folder: {', '.join(missing)} missing; fetch it again")
+        transformer, vae, clip, t5 = (_read(path / part / "config.json") for part in PARTS)
+        if (name := transformer.get("_class_name")) != "FluxTransformer2DModel":
+            raise RunError(f"{path}/transformer/config.json: _class_name is {name}, a FluxTransformer2DModel is needed")
+        folder = cls(path, transformer, vae, CLIPTextConfig.from_dict(clip), T5Config.from_dict(t5))
+        for field, part, there in (
+            ("in_channels", "4 x vae latent_channels", 4 * vae["latent_channels"]),
+            ("joint_attention_dim", "text_encoder_2 d_model", folder.t5.d_model),
+            ("pooled_projection_dim", "text_encoder hidden_size", folder.clip.hidden_size),
+        ):
+            if (here := transformer[field]) != there:
+                raise RunError(f"{path}: transformer {field} is {here}, {part} is {there}; parts of different models?")
+        if vae["in_channels"] != 3 * folder.depth**2:
+            raise RunError(
+                f"{path}/vae/config.json: in_channels {vae['in_channels']} are not 3 x {folder.depth} x {folder.depth}"
+                f" ({SPACE_TO_DEPTH_KEY})"
+            )
+        return folder
+
+    @property
+    def guided(self) -> bool:
+        """Whether this FLUX takes a guidance scale: dev does, schnell does not."""
+        return bool(self.transformer.get("guidance_embeds"))
+
+    @property
+    def depth(self) -> int:
+        return self.vae.get(SPACE_TO_DEPTH_KEY, 1)
+
+    @property
+    def stride(self) -> int:
+        """Pixels along one side of a latent."""
+        return self.depth * 2 ** (len(self.vae["block_out_channels"]) - 1)
+
+    def grid(self, image_size: int) -> int:
+        """Packed tokens along one side of an image; RunError unless they come out whole."""
+        unit = 2 * self.stride
+        if image_size < unit or image_size % unit:
+            below = max(1, image_size // unit) * unit
+            raise RunError(f"{image_size} px is no size for {self.path}: set a multiple of {unit}, such as {below}")
+        return image_size // unit
+
+    def build(self, part: Part) -> Any:
+        """One part without weights."""
+        with no_init_weights():
+            if part == "transformer":
+                return FluxTransformer2DModel.from_config(self.transformer)
+            if part == "vae":
+                return AutoencoderKL.from_config(self.vae)
+            if part == "text_encoder":
+                return CLIPTextModel(self.clip)
+            t5 = T5EncoderModel(self.t5)
+            t5.encoder.set_input_embeddings(t5.shared)
+            return t5
+
+    def fill(self, part: Part, module: nn.Module) -> None:
+        """Set a built part's weights from its files."""
+        files = weights.WeightFiles(self.path / part)
+        parameters = dict(module.named_parameters())
+        names = {name: name for name in parameters}
+        if part == "text_encoder":  # hub files of a CLIPTextModel begin with its former attribute, newer ones do not
+            prefix = "text_model." if any(name.startswith("text_model.") for name in files.names) else ""
+            names = {name: prefix + name.removeprefix("text_model.") for name in names}
+        elif part == "text_encoder_2" and files.shape("shared.weight") is None:  # the table's other name
+            names["shared.weight"] = "encoder.embed_tokens.weight"
+        weights.fill({names[name]: p for name, p in parameters.items()}, files, files.path)
+
+
+_REQUIRED = {
+    "transformer": ("in_channels", "num_layers", "num_single_layers", "joint_attention_dim", "pooled_projection_dim"),
+    "vae": ("in_channels", "latent_channels", "block_out_channels"),
+}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise RunError(f"{file}: is not JSON ({error}); fetch it again") from error
+    if missing := [name for name in _REQUIRED.get(file.parent.name, ()) if name not in settings]:
+        raise RunError(f"{file}: {', '.join(missing)} missing; fetch it again")
+    return settings
+
+
+class FrozenFlux(nn.Module):
+    """Parts of a FLUX, frozen; those left out are None. `load` fills the weights after construction."""
+
+    def __init__(self, folder: FluxFolder, parts: Collection[Part] = PARTS) -> None:
+        super().__init__()
+        self.folder = folder
+        built: dict[Part, Any] = {part: folder.build(part) if part in parts else None for part in PARTS}
+        self.transformer = built["transformer"]
+        self.vae = built["vae"]
+        self.text_encoder = built["text_encoder"]
+        self.text_encoder_2 = built["text_encoder_2"]
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> FrozenFlux:
+        """Never: T5 drops activations in training mode."""
+        return super().train(False)
+
+    def load(self) -> None:
+        for part in PARTS:
+            module = getattr(self, part)
+            if module is not None:
+                self.folder.fill(part, module)
+
+    def guidance(self, scale: float, samples: int, device: torch.device | None = None) -> Tensor | None:
+        """[B] of `scale`, or None for a FLUX that takes no guidance."""
+        return torch.full((samples,), scale, device=device) if self.folder.guided else None
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents [B, c, h, w], fp32, of uint8 images [B, 3, S, S]: (z - shift) scale.
+
+        z is the posterior's sample for standard normal `noise` [B, c, h, w], or its mean without.
+        """
+        pixels = F.pixel_unshuffle(images.float() / 127.5 - 1, self.folder.depth)
+        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        z = posterior.mean.float()
+        if noise is not None:
+            z = z + posterior.std.float() * noise
+        return (z - self._shift) * self._scale
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """uint8 images [B, 3, S, S] of latents [B, c, h, w] as `encode_images` gives them."""
+        z = latents / self._scale + self._shift
+        pixels = F.pixel_shuffle(self.vae.decode(z.to(self.vae.dtype)).sample.float(), self.folder.depth)
+        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+    @torch.no_grad()
+    def encode_text(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """T5's states [B, L, E] and CLIP's pooled state [B, P]."""
+        return self.text_encoder_2(tokens.t5).last_hidden_state, self.text_encoder(tokens.clip).pooler_output
+
+    @property
+    def _shift(self) -> float:
+        return self.folder.vae.get("shift_factor") or 0.0
+
+    @property
+    def _scale(self) -> float:
+        return self.folder.vae.get("scaling_factor", 0.18215)

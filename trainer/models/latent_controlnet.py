@@ -1,0 +1,258 @@
+"""The latent ControlNet: a trainable copy of FLUX's first blocks that reads patch latents and corrects FLUX.
+
+diffusers' FLUX ControlNet, except that its condition is [B, N, D] patch latents, brought to FLUX's token grid.
+Names and folder are those of the public release's `flux_controlnet`.
+
+Legend: B samples, N patch latents of width D, M packed FLUX tokens of C channels, L text tokens of width E, P pooled
+text width, H FLUX's hidden width.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
+from torch import Tensor, nn
+
+from ..errors import RunError
+from . import weights
+from .resampler import DownsamplingBlock, Norm, Resampling, UpsamplingBlock, on_grid, resampling
+
+_SHARED = (
+    "patch_size",
+    "in_channels",
+    "attention_head_dim",
+    "num_attention_heads",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+    "guidance_embeds",
+    "axes_dims_rope",
+)
+"""Settings that the ControlNet has from its FLUX."""
+_BLOCKS: dict[Resampling, str] = {"up": "up_sampling_block", "down": "down_sampling_block"}
+_ZERO = "controlnet_"
+"""Begin of the names of all tensors that start at zero: the condition's projection and the residuals'."""
+
+
+class Residuals(NamedTuple):
+    """What is added in FLUX: [B, M, H] each, for groups of double and of single blocks in order."""
+
+    double: tuple[Tensor, ...]
+    single: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class ControlNetConfig:
+    """Shape of a latent ControlNet. flux: the settings it has from its FLUX; double, single: copied blocks."""
+
+    flux: Mapping[str, Any]
+    latent_width: int
+    resampling: Resampling
+    double: int = 4
+    single: int = 1
+    norm: Norm = "batch"
+
+    @classmethod
+    def of(
+        cls,
+        transformer: Mapping[str, Any],
+        latent_width: int,
+        grid_in: int,
+        grid_out: int,
+        double: int = 4,
+        single: int = 1,
+        norm: Norm = "batch",
+    ) -> ControlNetConfig:
+        """For a FLUX transformer's settings and patch latents [B, grid_in^2, latent_width]; RunError if none fits."""
+        for kind, wanted, there in (
+            ("double", double, transformer["num_layers"]),
+            ("single", single, transformer["num_single_layers"]),
+        ):
+            if not 0 <= wanted <= there:
+                raise RunError(f"a ControlNet of {wanted} {kind} blocks: this FLUX has {there} to copy from")
+        if double + single == 0:
+            raise RunError("a ControlNet of 0 double and 0 single blocks changes nothing: give it at least one")
+        shared = {name: transformer[name] for name in _SHARED if name in transformer}
+        return cls(shared, latent_width, resampling(grid_in, grid_out), double, single, norm)
+
+    def public(self) -> dict[str, Any]:
+        """`config.json` of a `flux_controlnet` folder. Width, resampling and norm show in the weights alone."""
+        return {
+            "_class_name": "FluxControlNetModel",
+            "_diffusers_version": diffusers.__version__,
+            **self.flux,
+            "num_layers": self.double,
+            "num_single_layers": self.single,
+            "num_mode": None,
+            "conditioning_embedding_channels": None,
+        }
+
+    def require(self, transformer: Mapping[str, Any], latent_width: int, grid_in: int, grid_out: int) -> None:
+        """RunError unless this ControlNet reads such latents and corrects such a FLUX."""
+        if latent_width != self.latent_width:
+            raise RunError(
+                f"the ControlNet reads patch latents of width {self.latent_width}, this MLLM's have {latent_width}:"
+                " take the ControlNet that was trained with it"
+            )
+        wanted = resampling(grid_in, grid_out)
+        if wanted != self.resampling:
+            raise RunError(
+                f"the ControlNet resamples patch latents by '{self.resampling}', {grid_in} x {grid_in} latents for"
+                f" {grid_out} x {grid_out} FLUX tokens need '{wanted}': change the image sizes"
+            )
+        for name, value in self.flux.items():
+            there = transformer.get(name, value)
+            if _plain(there) != _plain(value):
+                raise RunError(f"the ControlNet is for a FLUX with {name} {value}, this one has {there}")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+class LatentControlNet(FluxControlNetModel):
+    """Residuals for FLUX from patch latents. `initialise` or `load` fills the weights after construction.
+
+    `enable_gradient_checkpointing()` recomputes every block in the backward pass.
+    """
+
+    def __init__(self, shape: ControlNetConfig) -> None:
+        settings = {name: value for name, value in shape.public().items() if not name.startswith("_")}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of an import that moved, in diffusers' own file
+            super().__init__(**settings)
+        self.shape = shape
+        width = shape.latent_width
+        self.controlnet_x_embedder = nn.Linear(width, self.inner_dim)
+        if shape.resampling == "up":
+            self.up_sampling_block = UpsamplingBlock(width, shape.norm)
+        elif shape.resampling == "down":
+            self.down_sampling_block = DownsamplingBlock(width, shape.norm)
+
+    def resample(self, latents: Tensor) -> Tensor:
+        """Patch latents [B, N, D] on FLUX's token grid, [B, M, D]."""
+        if self.shape.resampling == "none":
+            return latents
+        return on_grid(getattr(self, _BLOCKS[self.shape.resampling]), latents)
+
+    def forward(  # type: ignore[override]
+        self,
+        noisy: Tensor,
+        patch_latents: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        scale: float = 1.0,
+    ) -> Residuals:
+        """Residuals for noisy packed latents [B, M, C] at timestep [B] in [0, 1], times `scale`.
+
+        patch_latents [B, N, D], text [B, L, E], pooled [B, P], img_ids [M, 3], txt_ids [L, 3]; guidance [B] for a
+        FLUX that takes one, else None.
+        """
+        dtype = self.x_embedder.weight.dtype
+        inputs: dict[str, Any] = {  # Any: diffusers' annotations are narrower than what it takes
+            "hidden_states": noisy.to(dtype),
+            "controlnet_cond": self.resample(patch_latents.to(dtype)),
+            "conditioning_scale": scale,
+            "encoder_hidden_states": text.to(dtype),
+            "pooled_projections": pooled.to(dtype),
+            "timestep": timestep,
+            "guidance": guidance,
+            "img_ids": img_ids,
+            "txt_ids": txt_ids,
+        }
+        double, single = super().forward(**inputs, return_dict=False)
+        return Residuals(tuple(double or ()), tuple(single or ()))
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Name -> buffer of what training moves beside the weights: BatchNorm's running statistics."""
+        return dict(self.named_buffers())
+
+    def copied_names(self) -> dict[str, str]:
+        """Parameter -> FLUX transformer's parameter that it starts as."""
+        fresh = (_ZERO, *_BLOCKS.values())
+        return {name: name for name, _ in self.named_parameters() if not name.startswith(fresh)}
+
+    def initialise(self, flux: weights.Source, where: object, seed: int) -> None:
+        """FLUX's first blocks and embeddings from `flux`, zeros where the copy meets FLUX, the rest as torch starts it.
+
+        flux: a FLUX transformer's weights, by its own names; `where` names them in errors.
+        """
+        parameters = dict(self.named_parameters())
+        copied = self.copied_names()
+        weights.fill({theirs: parameters.pop(ours) for ours, theirs in copied.items()}, flux, where)
+        zero = {name: parameters.pop(name) for name in list(parameters) if name.startswith(_ZERO)}
+        weights.fill(zero, _Constants({n: (weights.full_shape(p), 0.0) for n, p in zero.items()}), "zeros")
+        norms = {name: parameters.pop(name) for name in list(parameters) if name.split(".")[1].startswith("bn")}
+        ones = {n: (weights.full_shape(p), float(n.endswith("weight"))) for n, p in norms.items()}
+        weights.fill(norms, _Constants(ones), "norms")
+        fans = {n.rpartition(".")[0]: weights.full_shape(p) for n, p in parameters.items() if n.endswith("weight")}
+        drawn = {n: _as_torch(weights.full_shape(p), fans[n.rpartition(".")[0]]) for n, p in parameters.items()}
+        weights.fill(parameters, weights.Drawn(seed, drawn), "initial weights")
+
+    def load(self, source: weights.Source, where: object) -> None:
+        """Everything, running statistics included, from a ControlNet's weights in the public layout."""
+        tensors: dict[str, Any] = {**dict(self.named_parameters()), **self.statistics()}
+        weights.fill(tensors, source, where)
+
+
+def _as_torch(shape: tuple[int, ...], weight: tuple[int, ...]) -> weights.Distribution:
+    """A convolution's weight or bias as torch draws it: uniform in 1 / sqrt(fan in), which torch counts on axis 1."""
+    return weights.Distribution(shape, "uniform", (weight[1] * weight[2] * weight[3]) ** -0.5)
+
+
+class _Constants:
+    """Tensors of one value each, as a source of weights: name -> (shape, value)."""
+
+    def __init__(self, tensors: Mapping[str, tuple[tuple[int, ...], float]]) -> None:
+        self.tensors = tensors
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return self.tensors[name][0] if name in self.tensors else None
+
+    def flat(self, name: str, lo: int, hi: int) -> Tensor:
+        return torch.full((hi - lo,), self.tensors[name][1])
+
+
+def read_config(folder: Path) -> tuple[ControlNetConfig, weights.WeightFiles]:
+    """Shape and weights of the `flux_controlnet` folder; RunError when it is none."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise RunError(f"{folder}: no config.json; give a folder with a FLUX ControlNet, such as `flux_controlnet`")
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise RunError(f"{file}: is not JSON ({error}); fetch it again") from error
+    if settings.get("_class_name") != "FluxControlNetModel":
+        raise RunError(f"{file}: _class_name is {settings.get('_class_name')}, a FluxControlNetModel is needed")
+    for name in ("num_mode", "conditioning_embedding_channels"):
+        if settings.get(name) is not None:
+            raise RunError(f"{file}: {name} is {settings[name]}; a ControlNet for patch latents has none")
+    files = weights.WeightFiles(folder)
+    projection = files.shape("controlnet_x_embedder.weight")
+    if projection is None:
+        raise RunError(f"{folder}: controlnet_x_embedder.weight is missing; is it complete?")
+    prefixes: list[Resampling] = [kind for kind, name in _BLOCKS.items() if files.shape(f"{name}.conv.weight")]
+    kind: Resampling = prefixes[0] if prefixes else "none"
+    batch = kind == "none" or files.shape(f"{_BLOCKS[kind]}.bn1.running_mean") is not None
+    if missing := [name for name in ("num_layers", "num_single_layers", *_SHARED) if name not in settings]:
+        raise RunError(f"{file}: {', '.join(missing)} missing; fetch it again")
+    double, single = settings["num_layers"], settings["num_single_layers"]
+    shared = {name: settings[name] for name in _SHARED}
+    return ControlNetConfig(shared, projection[1], kind, double, single, "batch" if batch else "group"), files
+
+
+def write_config(folder: Path, config: ControlNetConfig) -> None:
+    """`config.json` of a `flux_controlnet` folder, which is made when it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.public(), indent=2) + "\n")

@@ -1,0 +1,177 @@
+"""From the grid of patch latents to FLUX's token grid: twice as fine, the same, or half as fine.
+
+The x2 block is the public release's, with its names `upconv`, `bn1`, `conv`, `bn2`; the /2 block mirrors it.
+
+Legend: B samples of this rank, D latent width, g side of a grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import RunError
+
+Resampling = Literal["up", "none", "down"]
+Norm = Literal["batch", "group"]
+
+_OVER = (0, 2, 3)
+"""The axes of [B, D, g, g] that a channel's statistics go over."""
+
+
+def resampling(grid_in: int, grid_out: int) -> Resampling:
+    """What leads from grid_in x grid_in patch latents to grid_out x grid_out FLUX tokens; RunError if nothing does."""
+    if grid_out == 2 * grid_in:
+        return "up"
+    if grid_out == grid_in:
+        return "none"
+    if 2 * grid_out == grid_in:
+        return "down"
+    raise RunError(
+        f"{grid_in} x {grid_in} patch latents cannot become {grid_out} x {grid_out} FLUX tokens: choose image sizes"
+        " whose token grid has twice, once or half the latents' side"
+    )
+
+
+class SyncedBatchNorm(nn.Module):
+    """BatchNorm2d over the samples of all ranks, as if one process held them; torch's own needs CUDA for that.
+
+    Statistics and arithmetic are fp32 whatever the input, and the running ones stay fp32 when the module is cast.
+    Every rank must hold as many samples as the others.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, width: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.eps = eps
+        self.momentum = momentum
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        # Under `zero.Init` tensors are born in the compute dtype, whatever one asks for.
+        self.register_buffer("running_mean", torch.zeros(width).float())
+        self.register_buffer("running_var", torch.ones(width).float())
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, D, g, g], normalised per channel."""
+        if not self.training:
+            scale = (self.running_var + self.eps).rsqrt() * self.weight.float()
+            return ((x.float() - _wide(self.running_mean)) * _wide(scale) + _wide(self.bias.float())).to(x.dtype)
+        out, mean, var = _Normalise.apply(x, self.weight, self.bias, self.eps)  # type: ignore[misc]
+        with torch.no_grad():
+            count = x.numel() // x.shape[1] * _ranks()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+            self.num_batches_tracked += 1
+        return out
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            assert old is not None and new is not None
+            self._buffers[name] = new.to(old.dtype) if old.is_meta else old.to(new.device)
+        return self
+
+
+class _Normalise(torch.autograd.Function):
+    """Batch normalisation whose sums, forward and backward, go over all ranks (Ioffe, Szegedy 2015).
+
+    Gradients of weight and bias are this rank's own: they are averaged with all others, after the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        values = x.float()
+        var, mean = torch.var_mean(values, dim=_OVER, correction=0)
+        common = _mean_over_ranks(mean)
+        # Around the common mean: a difference of large squares would lose what is asked for.
+        var = _mean_over_ranks(var + (mean - common).square())
+        inverse = (var + eps).rsqrt()
+        ctx.save_for_backward(x, weight, common, inverse)
+        ctx.mark_non_differentiable(common, var)
+        out = (values - _wide(common)) * _wide(inverse * weight.float()) + _wide(bias.float())
+        return out.to(x.dtype), common, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        x, weight, mean, inverse = ctx.saved_tensors
+        grad, dtype = grad.float(), grad.dtype
+        normal = (x.float() - _wide(mean)) * _wide(inverse)
+        own = torch.stack((grad.mean(dim=_OVER), (grad * normal).mean(dim=_OVER)))
+        bias_mean, weight_mean = _mean_over_ranks(own)
+        scale = _wide(inverse * weight.float())
+        d_x = scale * (grad - _wide(bias_mean) - normal * _wide(weight_mean))
+        d_bias, d_weight = own * (x.numel() // x.shape[1])
+        return d_x.to(dtype), d_weight.to(weight.dtype), d_bias.to(weight.dtype), None
+
+
+def _wide(channels: Tensor) -> Tensor:
+    """[D] -> [D, 1, 1]"""
+    return channels[:, None, None]
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _mean_over_ranks(values: Tensor) -> Tensor:
+    if (ranks := _ranks()) == 1:
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / ranks
+
+
+def _norm(kind: Norm, width: int) -> nn.Module:
+    if kind == "batch":
+        return SyncedBatchNorm(width)
+    return nn.GroupNorm(max(groups for groups in range(1, 33) if width % groups == 0), width)
+
+
+class UpsamplingBlock(nn.Module):
+    """relu(bn2(conv(relu(bn1(upconv(x))))) + x repeated 2 x 2)."""
+
+    def __init__(self, width: int, norm: Norm) -> None:
+        super().__init__()
+        self.upconv = nn.ConvTranspose2d(width, width, 2, stride=2)
+        self.bn1 = _norm(norm, width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.bn2 = _norm(norm, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D, g, g] -> [B, D, 2g, 2g]"""
+        added = self.bn2(self.conv(F.relu(self.bn1(self.upconv(x)))))
+        return F.relu(added + F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class DownsamplingBlock(nn.Module):
+    """relu(bn2(conv(relu(bn1(downconv(x))))) + means of x over 2 x 2)."""
+
+    def __init__(self, width: int, norm: Norm) -> None:
+        super().__init__()
+        self.downconv = nn.Conv2d(width, width, 2, stride=2)
+        self.bn1 = _norm(norm, width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.bn2 = _norm(norm, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D, 2g, 2g] -> [B, D, g, g]"""
+        added = self.bn2(self.conv(F.relu(self.bn1(self.downconv(x)))))
+        return F.relu(added + F.avg_pool2d(x, 2))
+
+
+def on_grid(block: nn.Module, latents: Tensor) -> Tensor:
+    """Apply `block` to latents [B, g^2, D] in raster order; its result likewise, [B, g'^2, D]."""
+    side = math.isqrt(latents.shape[1])
+    return block(latents.unflatten(1, (side, side)).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
