@@ -3,12 +3,14 @@
 # make test    the whole test suite
 # make lint    ruff and pyright
 # make kills   twenty SIGKILLs in a row over one run
+# make test-gpu    the tests that need a GPU, with the torch, Triton and pytest of $(PYTHON) alone
+# make bench-gpu   times of the kernels on this machine's GPU, into $(OUT)
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: setup demo test lint kills clean
+.PHONY: setup demo test lint kills test-gpu bench-gpu gpu-package clean
 
 setup: $(READY)
 
@@ -31,6 +33,22 @@ lint: $(READY)
 
 kills: $(READY)
 	$(BIN)/pytest tests/faults/test_kill.py --kills 20 -s
+
+# On a GPU machine the torch that fits its driver is there already: the package goes beside it, into a folder of its
+# own, without its dependencies and without a network. pip builds it with the setuptools (77 or later) of $(PYTHON).
+OUT ?= docs/benchmarks/results
+GPU_PACKAGE := $(CURDIR)/build/gpu
+GPU_PYTHON = TRITON_INTERPRET=0 PYTHONSAFEPATH=1 PYTHONPATH="$(GPU_PACKAGE)" $(PYTHON)
+
+gpu-package:
+	@rm -rf "$(GPU_PACKAGE)"
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target "$(GPU_PACKAGE)" .
+
+test-gpu: gpu-package
+	$(GPU_PYTHON) -m pytest tests/kernels/test_gpu*.py -m gpu
+
+bench-gpu: gpu-package
+	$(GPU_PYTHON) -m bifrost.kernels.bench --kernel all --csv "$(OUT)/bench.csv" --json "$(OUT)/bench.json" --plots "$(OUT)"
 
 clean:
 	rm -rf .venv build *.egg-info demo runs

@@ -239,15 +239,20 @@ def _backward(ctx, total_gradient, *unused):
     def scaled(x: Tensor) -> Tensor:
         return (x.to(columns.dtype) * scale).to(d.dtype)
 
+    def scale_(x: Tensor) -> Tensor:  # in place and by blocks of rows: a whole copy in fp32 would be the peak of memory
+        for rows in x.split(1024):
+            rows.copy_(rows.to(columns.dtype) * scale)
+        return x
+
     if not need_hidden:
         hidden_gradient = None
     elif d.dtype == torch.float16:
-        hidden_gradient = scaled(d @ weight)  # s W would leave its range
+        hidden_gradient = scale_(d @ weight)  # s W would leave its range
     else:
         hidden_gradient = d @ scaled(weight)
     return (
         hidden_gradient,
-        scaled(d.T @ hidden) if need_weight else None,
+        scale_(d.T @ hidden) if need_weight else None,
         scaled(columns) if need_bias else None,
         scaled(-d) if need_target else None,
         total_gradient * squares if need_token_weight else None,

@@ -5,7 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +29,8 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
     """A folder with 60 small image-caption pairs in four shards, train-00000.tar …"""
+    # Imported here: the tests on a GPU run without them.
+    import numpy as np
     from PIL import Image
 
     from bifrost.data import write_shard

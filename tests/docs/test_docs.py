@@ -16,15 +16,17 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 import typer
 import yaml
 from typer.testing import CliRunner
 
 import ranked
 import runs
+from bifrost.kernels.bench.arguments import parser, read_arguments
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 SMALL = ("steps=2", "global_batch=8", "micro_batch=2", "log_every=1", "data.workers=0", "tracking.enabled=false")
 
@@ -53,7 +55,12 @@ def in_folder(folder: str, arguments: list[str]) -> None:
 @functools.cache
 def bifrost(folder: Path, *arguments: str) -> str:
     """Run a documented command in `folder`, a training one as small as can be; returns what it printed."""
-    if arguments[0] == "train" and "--dry-run" not in arguments:
+    if arguments[:2] == ("kernels", "check"):
+        return ""  # compiles for a minute: tests/kernels/test_compile_check.py runs it whole
+    if arguments[:2] == ("kernels", "bench"):  # tests/kernels/test_bench.py runs it
+        read_arguments(arguments[2:], torch.device("cuda"))
+        return ""
+    if (arguments[0] == "train" and "--dry-run" not in arguments) or arguments[:2] == ("kernels", "profile"):
         return train(folder, list(arguments))
     # In this process: the imports are what takes long.
     from bifrost.trainer.cli import app
@@ -107,7 +114,13 @@ def check(command: str, folder: Path) -> None:
         if "--dry-run" in words:
             assert "trainable parameters" in printed
     elif program == "make":
-        needed = {"demo": "bifrost train", "test": "pytest", "kills": "--kills 20"}[words[1]]
+        needed = {
+            "demo": "bifrost train",
+            "test": "pytest",
+            "kills": "--kills 20",
+            "test-gpu": "-m pytest tests/kernels/test_gpu",
+            "bench-gpu": "-m bifrost.kernels.bench",
+        }[words[1]]
         assert any(needed in line for line in recipe_of_make(words[1]))
     elif program == "srun":  # no Slurm here: its ranks are tests/slurm's, the command is run dry
         assert all(re.match(r"--(ntasks-per-node|gpus-per-node|signal)=", w) for w in words[1 : words.index("bifrost")])
@@ -197,6 +210,8 @@ def test_commands_and_options_named_anywhere_exist(page: Path) -> None:
         verb = next((v for v in verbs() if re.match(rf"{v}\b", words)), None)
         assert verb, f"{page.name}: bifrost {words}"
         known = {option for parameter in verbs()[verb].params for option in parameter.opts}
+        if verb == "kernels bench":  # passes its arguments on to a parser of its own
+            known = {option for action in parser(True)._actions for option in action.option_strings}
         assert set(re.findall(r"(?<!\S)--[\w-]+", words)) <= known, f"{page.name}: bifrost {words}"
 
 
@@ -228,7 +243,8 @@ def anchors(page: Path) -> set[str]:
 
 def test_every_page_is_in_the_index() -> None:
     index = TEXT[ROOT / "docs" / "README.md"]
-    assert all(f"({page.name})" in index for page in PAGES if page.name != "README.md")
+    pages = [page.relative_to(ROOT / "docs") for page in PAGES if ROOT / "docs" in page.parents]
+    assert all(f"({page})" in index for page in pages if page != Path("README.md"))
 
 
 @pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "docs").glob("*.svg"))], ids=lambda page: page.name)
