@@ -4,7 +4,6 @@ The kernel runs in Triton's interpreter where there is no GPU: its arithmetic is
 """
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bifrost.kernels.mask_mix import _fused, _fused_backward, mask_mix
-from bifrost.trainer.models.branch import GenerationBranch
 
 PROVIDERS = ["reference", "triton"]
 SLACK = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -72,16 +70,6 @@ def test_error_is_at_most_twice_eager_pytorchs(dtype: torch.dtype, shape: tuple[
     for ours, theirs, wanted in zip(fused, eager, exact, strict=True):
         assert ours.dtype == dtype and ours.shape == wanted.shape
         assert distance(ours, wanted) <= 2 * distance(theirs, wanted) + SLACK[dtype]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("table", [True, False], ids=["learned", "mrope"])
-def test_reference_is_the_branchs_own(dtype: torch.dtype, table: bool) -> None:
-    """To the bit, with fp32 parameters beside latents of a lower precision too."""
-    (latents, mask, token, positions), _ = make(3, 16, 24, torch.float32)
-    positions, latents = positions if table else None, latents.to(dtype)
-    wanted = GenerationBranch.inputs(SimpleNamespace(mask_token=token, positions=positions), latents, mask)
-    assert torch.equal(mask_mix(latents, mask, token, positions), wanted)
 
 
 def test_fp32_parameters_beside_bf16_latents() -> None:
