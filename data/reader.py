@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -20,7 +20,7 @@ from .errors import BadSample, DataError
 from .plan import Plan, rank_positions
 from .processes import START_METHOD, die_with_starter
 from .shards import Dataset
-from .transforms import decode_image
+from .transforms import decode_sizes
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 GRACE_S = 2.0  # for workers to finish their micro-batch when the loader is closed
@@ -36,8 +36,10 @@ class Item:
     key: str
     """Key, image and caption are the sample's that was read: the planned one or its replacement."""
     image: np.ndarray
-    """uint8 [H, W, 3]."""
+    """uint8 [S, S, 3]."""
     caption: str
+    others: tuple[np.ndarray, ...] = ()
+    """The same image at the loader's further sizes."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ Collate = Callable[[list[Item]], dict[str, Any]]
 class Loader:
     """Iterates over one rank's micro-batches of steps `start_step` .. `stop_step` - 1, in order.
 
-    collate: picklable, list of `micro_batch` items -> `Batch.arrays`; runs in the workers. The sequence
-    depends on the data set, the plan and the batch sizes alone, never on `workers` (0 reads in the calling process) or
-    `prefetch` (micro-batches each worker prepares). Every `iter` starts again at `start_step`.
+    collate: picklable, list of `micro_batch` items -> `Batch.arrays`; runs in the workers. image_size: pixels of a
+    side, or several, of which the first is `Item.image`'s. The sequence depends on the data set, the plan and the batch
+    sizes alone, never on `workers` (0 reads in the calling process) or `prefetch` (micro-batches each worker prepares).
+    Every `iter` starts again at `start_step`.
     Raises DataError when a shard cannot be read or a worker dies.
     """
 
@@ -73,7 +76,7 @@ class Loader:
         plan: Plan,
         collate: Collate,
         *,
-        image_size: int,
+        image_size: int | Sequence[int],
         rank: int,
         ranks: int,
         global_batch: int,
@@ -87,11 +90,12 @@ class Loader:
         if not np.array_equal(plan.samples_per_shard, dataset.samples_per_shard):
             raise DataError("the plan was made for other shards; make it from dataset.samples_per_shard")
         dataset.max_open = max(dataset.max_open, 2 * plan.block)  # a group and the next, or every read opens a shard
+        sizes = (image_size,) if isinstance(image_size, int) else tuple(image_size)
         accumulation = len(rank_positions(0, rank, ranks, global_batch, micro_batch))
         self.rank = rank
         self._micro_batches = range(start_step * accumulation, stop_step * accumulation)
         self._loader = DataLoader(
-            _MicroBatches(dataset, plan, collate, image_size, (rank, ranks, global_batch, micro_batch), accumulation),
+            _MicroBatches(dataset, plan, collate, sizes, (rank, ranks, global_batch, micro_batch), accumulation),
             batch_size=None,
             sampler=self._micro_batches,
             num_workers=workers,
@@ -177,14 +181,14 @@ class _MicroBatches(TorchDataset):
         dataset: Dataset,
         plan: Plan,
         collate: Collate,
-        image_size: int,
+        image_sizes: tuple[int, ...],
         share: tuple[int, int, int, int],
         accumulation: int,
     ) -> None:
         self.dataset = dataset
         self.plan = plan
         self.collate = collate
-        self.image_size = image_size
+        self.image_sizes = image_sizes
         self.share = share
         self.accumulation = accumulation
         self.bad: dict[tuple[int, int], BadSample] = {}
@@ -195,13 +199,13 @@ class _MicroBatches(TorchDataset):
         items, replaced = [], []
         try:
             for epoch, shard, sample, index in zip(*(part.tolist() for part in located), strict=True):
-                key, image, caption = self._read(shard, sample, replaced)
-                items.append(Item(epoch, index, key, image, caption))
+                key, (image, *others), caption = self._read(shard, sample, replaced)
+                items.append(Item(epoch, index, key, image, caption, tuple(others)))
         except DataError as error:
             return error  # raised in a worker it would reach the caller wrapped in a traceback's text
         return Batch(self.collate(items), [item.key for item in items], replaced)
 
-    def _read(self, shard: int, sample: int, replaced: list[tuple[str, str]]) -> tuple[str, np.ndarray, str]:
+    def _read(self, shard: int, sample: int, replaced: list[tuple[str, str]]) -> tuple[str, list[np.ndarray], str]:
         """The planned sample, or the first after it that reads: within its shard, wrapping, then in the next ones."""
         planned = None
         for candidate in self._candidates(shard, sample):
@@ -209,7 +213,7 @@ class _MicroBatches(TorchDataset):
                 try:
                     raw = self.dataset.read(*candidate)
                     try:
-                        image = decode_image(raw.image, self.image_size)
+                        images = decode_sizes(raw.image, self.image_sizes)
                     except ValueError as error:
                         raise BadSample(raw.key, str(error)) from None
                 except BadSample as error:
@@ -217,7 +221,7 @@ class _MicroBatches(TorchDataset):
                 else:
                     if planned:
                         replaced.append((planned.key, planned.reason))
-                    return raw.key, image, raw.caption
+                    return raw.key, images, raw.caption
             planned = planned or self.bad[candidate]
         raise DataError(f"no sample of the data set reads, the first: {planned}; run `bifrost data verify`")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,6 +19,12 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
     JPEG, PNG and WebP of any mode; EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled
     to 8. Raises ValueError with the reason for anything that does not decode completely or is above `MAX_PIXELS`.
     """
+    return decode_sizes(data, (size,))[0]
+
+
+def decode_sizes(data: bytes, sizes: Sequence[int]) -> list[np.ndarray]:
+    """`decode_image` at each of `sizes`, from one decoding."""
+    largest = max(sizes)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own limit stands in for Pillow's bomb warning
@@ -25,14 +32,14 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are above the limit of {MAX_PIXELS}")
             # JPEG alone: let the decoder drop octaves, but keep twice the target so that the resize still filters.
-            image.draft(None, (2 * size, 2 * size))
+            image.draft(None, (2 * largest, 2 * largest))
             image.load()
             image = _rgb(_centre_square(ImageOps.exif_transpose(image)))
     except ValueError:
         raise
     except Exception as error:  # damaged files make Pillow raise almost anything
         raise ValueError(f"image does not decode: {error}") from None
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    return [np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)) for size in sizes]
 
 
 def _centre_square(image: Image.Image) -> Image.Image:

@@ -20,7 +20,9 @@ HEAD = """\
 <!-- Written by docs/make_recipes.py from recipes/schema.py. -->
 
 A recipe is a YAML file of the settings below; `bifrost train` takes its path, or the name of a shipped one:
-[tiny-mllm](../recipes/tiny-mllm.yaml), [mllm-3b](../recipes/mllm-3b.yaml), [mllm-7b](../recipes/mllm-7b.yaml).
+for stage 1 [tiny-mllm](../recipes/tiny-mllm.yaml), [mllm-3b](../recipes/mllm-3b.yaml) and
+[mllm-7b](../recipes/mllm-7b.yaml), for stage 2 [tiny-controlnet](../recipes/tiny-controlnet.yaml) and
+[flux-controlnet](../recipes/flux-controlnet.yaml).
 `key.path=value` on the command line overrides one setting and is read as YAML, so that lists, `null` and `3e-4` work. A
 key that is not below is refused with the nearest one.
 

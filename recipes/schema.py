@@ -55,6 +55,29 @@ class Branch(Section):
     """Longest prompt in tokens, template included; a longer caption loses its end, never the prompt's suffix."""
 
 
+class Flux(Section):
+    path: str
+    """Folder or hub id of a FLUX.1 model as diffusers lays it out, or `builtin:tiny-flux`."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) to read; ignored for folders."""
+    image_size: int = Field(default=512, gt=0)
+    """Side of the square that FLUX paints, in pixels; a multiple of 16, or of what its VAE asks for."""
+    guidance: float = Field(default=3.5, ge=0)
+    """Guidance scale that FLUX and the ControlNet are told while training; schnell takes none."""
+    caption_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Probability that a caption is replaced by the empty one."""
+
+
+class ControlNet(Section):
+    double: int = Field(default=4, ge=0)
+    """Double blocks copied from FLUX."""
+    single: int = Field(default=1, ge=0)
+    """Single blocks copied from FLUX."""
+    norm: Literal["batch", "group"] = "batch"
+    """Norm of the block that resamples patch latents: `batch`, as released, whose statistics go over `micro_batch` of
+    all ranks and so depend on it, or `group`."""
+
+
 class Data(Section):
     shards: str | list[str]
     """Training shards: a path or URL, braces and wildcards expanded; several as a list."""
@@ -137,8 +160,8 @@ class Tracking(Section):
 
 
 class Recipe(Section):
-    stage: Literal["patch-latents"]
-    """What is trained: `patch-latents`, the MLLM's visual generation branch."""
+    stage: Literal["patch-latents", "controlnet"]
+    """What is trained: `patch-latents`, the MLLM's visual generation branch, or `controlnet`, the latent ControlNet."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder under `runs_dir`."""
     seed: int = Field(default=0, ge=0)
@@ -161,6 +184,9 @@ class Recipe(Section):
     """Start from these weights: a checkpoint in the public layout, or an earlier run's folder."""
     backbone: Backbone
     branch: Branch = Branch()
+    flux: Flux | None = None
+    """The frozen FLUX of `controlnet`."""
+    controlnet: ControlNet = ControlNet()
     data: Data
     optimizer: Optimizer = Optimizer()
     ema: Ema | None = None
@@ -170,6 +196,12 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     health: Health = Health()
     tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _complete(self) -> Recipe:
+        if self.stage == "controlnet" and self.flux is None:
+            raise ValueError("stage controlnet needs flux.path, such as flux.path=black-forest-labs/FLUX.1-dev")
+        return self
 
     def accumulation(self, ranks: int) -> int:
         """Backward passes a step on `ranks` ranks; ValueError when the batch does not divide."""

@@ -18,6 +18,7 @@ from ..data.cli import app as data_app
 from ..recipes import Recipe, RecipeError, load_recipe, to_yaml
 from .checkpoint.cli import app as checkpoint_app
 from .errors import RunError, Unhealthy
+from .generate_cli import generate
 from .launch import adopt_rank, run_ranks
 from .monitors.track_cli import app as track_app
 
@@ -27,6 +28,8 @@ app = typer.Typer(
 app.add_typer(data_app, name="data", help="Shards: make, check, count.")
 app.add_typer(checkpoint_app, name="checkpoint", help="Checkpoints of a run: list, verify, show.")
 app.add_typer(track_app, name="track", help="MLflow: send what a tracker missed.")
+
+app.command()(generate)
 
 kernels_app = typer.Typer(no_args_is_help=True)
 app.add_typer(kernels_app, name="kernels", help="Triton kernels: compile, check, time.")
@@ -134,13 +137,13 @@ def _show(recipe: Recipe, ranks: int | None) -> None:
     import torch
 
     from .engine import deepspeed_config
-    from .inputs import architecture, batch_arithmetic
-    from .stages.patch_latents import PatchLatentModel
+    from .inputs import batch_arithmetic
+    from .stages import open_stage
 
     ranks = ranks or _devices()
     passes = batch_arithmetic(recipe, ranks)
     with torch.device("meta"):
-        model = PatchLatentModel(architecture(recipe), recipe)
+        model = open_stage(recipe, for_counting=True).build()
     trainable = sum(p.numel() for p in model.trainable().values())
     frozen = sum(p.numel() for p in model.parameters()) - trainable
     print(to_yaml(recipe))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..recipes import Recipe
 from .errors import RunError
 from .ranks import Ranks
+from .stages import StageModel
 
 # Below this version ZeRO-3 fails in our case: frozen parameters beside recomputed activations crash in backward
 # (fixed by deepspeed#8148), and non-finite bf16 gradients reach the masters.
@@ -92,7 +93,7 @@ class StepResult:
 class Engine:
     """A model under ZeRO-3 with AdamW on its trainable parameters."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, ranks: Ranks) -> None:
+    def __init__(self, model: StageModel, recipe: Recipe, ranks: Ranks) -> None:
         deepspeed = import_deepspeed(ranks.device)
         self.ranks = ranks
         self.groups = parameter_groups(model, recipe)
@@ -110,6 +111,7 @@ class Engine:
             dist_init_required=False,
         )
         self._create_moments()
+        self._before_step: dict[str, Tensor] = {}
 
     @property
     def model(self) -> Any:
@@ -120,6 +122,8 @@ class Engine:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
+        if not self._before_step:
+            self._before_step = {name: buffer.clone() for name, buffer in self.model.statistics().items()}
         return self._engine(**batch)
 
     def backward(self, loss: Tensor) -> None:
@@ -133,7 +137,8 @@ class Engine:
     def step(self, lr: float, finite: bool) -> StepResult:
         """Close the last micro-batch and update the weights, unless `finite` is False or a gradient is not finite.
 
-        `finite` must be the same on all ranks. A skipped step leaves masters, moments and step count as they were.
+        `finite` must be the same on all ranks. A skipped step leaves masters, moments, statistics and step count as
+        they were.
         """
         if not finite:
             self._poison()
@@ -141,6 +146,10 @@ class Engine:
             group["lr"] = lr
         self._engine.step()
         applied = self._engine.was_step_applied()
+        if not applied:
+            for name, buffer in self.model.statistics().items():
+                buffer.copy_(self._before_step[name])
+        self._before_step = {}
         norm = self._engine.get_global_grad_norm()
         return StepResult(applied, float(norm) if applied and norm is not None else float("inf"))
 
@@ -193,7 +202,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            matrix = len(shape) == 2 and not name.endswith(("mask_token", "positions"))
+            matrix = len(shape) >= 2 and not name.endswith(("mask_token", "positions"))
             (decay if matrix else keep).append(parameter)
     return [{"params": decay, "weight_decay": recipe.optimizer.weight_decay}, {"params": keep, "weight_decay": 0.0}]
 

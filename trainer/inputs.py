@@ -7,36 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ..data import Dataset, Plan, open_dataset
-from ..recipes import FOLDER, Recipe
+from ..recipes import Recipe
 from .errors import RunError
-from .models.backbone import locate, read_config
-from .models.prompt import PromptTemplate, load_tokenizer
-from .models.weights import WeightFiles
-from .stages.patch_latents import grid_side, token_normalizer
+from .stages import Stage, open_stage
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Data, plan and backbone of a run."""
+    """Data, plan and stage of a run."""
 
     recipe: Recipe
     dataset: Dataset
     plan: Plan
-    config: Any
-    """The backbone's Qwen2_5_VLConfig."""
-    weights: WeightFiles
-    tokenizer: PreTrainedTokenizerBase
-    tokens: int
-    """Patches an image."""
+    stage: Stage
 
     def normalizer(self, step: int, passes: int) -> float:
-        """See `token_normalizer`, for the samples of global step `step`."""
+        """See `Stage.normalizer`, for the samples of global step `step`."""
         batch = self.recipe.global_batch
         located = self.plan.locate(np.arange(step * batch, (step + 1) * batch))
-        return token_normalizer(self.recipe, located.epoch, located.index, self.tokens, passes)
+        return self.stage.normalizer(located.epoch, located.index, passes)
 
 
 def open_inputs(recipe: Recipe, ranks: int) -> Inputs:
@@ -48,13 +39,8 @@ def open_inputs(recipe: Recipe, ranks: int) -> Inputs:
             f"data.shards hold {len(dataset)} samples in {len(dataset.shards)} shards, fewer than one global_batch"
             f" of {recipe.global_batch}: lower global_batch or add shards"
         )
-    folder = locate(recipe.backbone.path, recipe.backbone.revision)
-    config = read_config(folder)
-    tokens = grid_side(config, recipe.data.image_size) ** 2
-    tokenizer = load_tokenizer(folder)
-    PromptTemplate(tokenizer, recipe.branch.max_text_tokens)
-    plan = Plan(dataset.samples_per_shard, recipe.seed, recipe.data.block)
-    return Inputs(recipe, dataset, plan, config, WeightFiles(folder), tokenizer, tokens)
+    stage = open_stage(recipe)
+    return Inputs(recipe, dataset, Plan(dataset.samples_per_shard, recipe.seed, recipe.data.block), stage)
 
 
 def batch_arithmetic(recipe: Recipe, ranks: int) -> int:
@@ -65,20 +51,11 @@ def batch_arithmetic(recipe: Recipe, ranks: int) -> int:
         raise RunError(str(error)) from None
 
 
-def architecture(recipe: Recipe) -> Any:
-    """The backbone's configuration for counting: of the published models without a download."""
-    known = FOLDER / "architectures" / recipe.backbone.path
-    if not Path(recipe.backbone.path).exists() and known.is_dir():
-        return read_config(known)
-    return read_config(locate(recipe.backbone.path, recipe.backbone.revision))
-
-
 # Settings that decide what is trained and on which sequence: a run that goes on must not change them.
 IDENTITY = (
     "stage",
     "seed",
     "global_batch",
-    "branch",
     "data.image_size",
     "data.block",
     "ema",
@@ -90,9 +67,8 @@ def check_continuation(inputs: Inputs, backbone_hash: str, state: dict[str, Any]
     name = inputs.recipe.name
     if state["backbone"] != backbone_hash:
         raise RunError(
-            f"{folder}: was trained on another backbone than {inputs.recipe.backbone.path} (content hash"
-            f" {state['backbone'][:12]}, here {backbone_hash[:12]}): set backbone.path to that one, or take another"
-            f" name than {name}"
+            f"{folder}: was trained on other frozen weights than {inputs.stage.source} (content hash"
+            f" {state['backbone'][:12]}, here {backbone_hash[:12]}): set that back, or take another name than {name}"
         )
     if state["data"] != inputs.dataset.fingerprint:
         raise RunError(
@@ -100,7 +76,7 @@ def check_continuation(inputs: Inputs, backbone_hash: str, state: dict[str, Any]
             f" restore them, or take another name than {name}"
         )
     here = inputs.recipe.model_dump(mode="json")
-    for key in IDENTITY:
+    for key in (*IDENTITY, *inputs.stage.identity):
         before, now = _at(state["recipe"], key), _at(here, key)
         if before != now:
             raise RunError(

@@ -22,7 +22,7 @@ from .monitors.stop import StopSignals
 from .ranks import Ranks
 from .schedule import learning_rate
 from .sequence import SequenceDigest
-from .stages.patch_latents import SUMS, report, tokens
+from .stages import Stage
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Parts:
     """Everything the loop calls."""
 
     recipe: Recipe
+    stage: Stage
     ranks: Ranks
     engine: Engine
     ema: Ema | None
@@ -73,7 +74,7 @@ def run(parts: Parts, progress: Progress) -> bool:
     while progress.step < recipe.steps:
         step = progress.step
         normalizer = parts.normalizer(step)
-        loss_sum, sums = torch.zeros((), device=ranks.device), torch.zeros(SUMS, device=ranks.device)
+        loss_sum, sums = torch.zeros((), device=ranks.device), torch.zeros(parts.stage.sums, device=ranks.device)
         keys: list[str] = []
         replaced: list[tuple[str, str]] = []
         for row in range(accumulation):
@@ -112,7 +113,7 @@ def run(parts: Parts, progress: Progress) -> bool:
             replaced = [pair for part in ranks.gather(replaced) for pair in part]
             parts.metrics.write({"event": "replaced", "step": progress.step, "samples": replaced})
         bad_samples.add(replaced if bad else [], recipe.global_batch)
-        meter.count(recipe.global_batch, tokens(totals))
+        meter.count(recipe.global_batch, parts.stage.tokens(totals))
 
         last = progress.step == recipe.steps
         if last or progress.step % recipe.log_every == 0:
@@ -120,7 +121,7 @@ def run(parts: Parts, progress: Progress) -> bool:
                 "step": progress.step,
                 "samples": progress.samples,
                 "loss": _finite(loss),
-                **{name: _finite(value) for name, value in report(totals).items()},
+                **{name: _finite(value) for name, value in parts.stage.report(totals).items()},
                 "grad_norm": _finite(result.grad_norm),
                 "lr": lr,
                 **meter.rates(),

@@ -19,6 +19,9 @@ class Stream(IntEnum):
     MASK_RATE = 1
     MASK_ORDER = 2
     CAPTION_DROPOUT = 3
+    NOISE_LEVEL = 4
+    NOISE = 5
+    POSTERIOR = 6
 
 
 def uniform(seed: int, stream: Stream, epoch: IntArray, index: IntArray, lanes: int) -> npt.NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -28,15 +29,14 @@ from .engine import Engine, deepspeed_config, partitioned
 from .errors import RunError
 from .inputs import Inputs, check_continuation, open_inputs
 from .kernel_choice import FILE as KERNELS_FILE
-from .kernel_choice import KernelChoice, choose_kernels
 from .loop import Parts, Progress
-from .models.weights import WeightFiles, backbone_names, fill, full_shape, public_name
+from .models.weights import fill, full_shape
 from .monitors.console import Console, log_to_file
 from .monitors.metrics import MetricsFile
 from .monitors.stop import STOP_CODE, StopSignals
 from .monitors.tracking import start_mirror
 from .ranks import Ranks, join
-from .stages.patch_latents import PatchLatentCollate, PatchLatentModel
+from .stages import Stage, StageModel
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +59,12 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
     folder = Path(recipe.runs_dir) / recipe.name
     inputs = _agreed(ranks, lambda: open_inputs(recipe, ranks.size))
     store = Store(folder / "checkpoints")
-    backbone_hash = _backbone_hash(inputs, ranks)
-    reader = _newest(store, inputs, backbone_hash, ranks)
+    frozen_hash = _frozen_hash(inputs.stage, ranks)
+    reader = _newest(store, inputs, frozen_hash, ranks)
     progress = Progress(**reader.state["progress"]) if reader else Progress()
 
-    kernels, measured = choose_kernels(recipe, inputs.config, inputs.tokens, ranks, folder)
-    model = _build(inputs, kernels, reader, ranks)
+    measured = inputs.stage.choose_kernels(ranks, folder)
+    model = _build(inputs, reader, ranks)
     engine = Engine(model, recipe, ranks)
     ema = Ema(engine.masters(), recipe.ema.decay) if recipe.ema else None
     if reader:
@@ -92,10 +92,10 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
             "progress": asdict(progress),
             "updates": engine.updates,
             "recipe": recipe.model_dump(mode="json"),
-            "backbone": backbone_hash,
+            "backbone": frozen_hash,
             "data": inputs.dataset.fingerprint,
         }
-        store.save(progress.step, ranks.rank, ranks.size, slots, shapes, state, {}, ranks.gather)
+        store.save(progress.step, ranks.rank, ranks.size, slots, shapes, state, model.statistics(), ranks.gather)
         if ranks.first:
             store.prune(recipe.checkpoint.keep)
         seconds = time.perf_counter() - begun
@@ -106,6 +106,7 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
     passes = ranks.size * recipe.accumulation(ranks.size)
     parts = Parts(
         recipe=recipe,
+        stage=inputs.stage,
         ranks=ranks,
         engine=engine,
         ema=ema,
@@ -152,23 +153,18 @@ def _agreed(ranks: Ranks, action: Callable[[], T]) -> T:
     return result
 
 
-def _backbone_hash(inputs: Inputs, ranks: Ranks) -> str:
+def _frozen_hash(stage: Stage, ranks: Ranks) -> str:
     """Content hash of the frozen weights that the run uses."""
-    with torch.device("meta"):
-        backbone = PatchLatentModel(inputs.config, inputs.recipe).backbone
-    names: list[str] = []
-    for part in ("text", "vision"):
-        own = [name for name, _ in getattr(backbone, part).named_parameters()]
-        names += backbone_names(part, own, inputs.weights).values()
-    missing = [name for name in names if inputs.weights.shape(name) is None]
-    if missing:
-        raise RunError(
-            f"{inputs.weights.path}: {len(missing)} tensors are missing, such as {missing[0]}; fetch it again"
-        )
-    return inputs.weights.content_hash(names, ranks.rank, ranks.size, ranks.gather)
+    parts = []
+    for files, names in stage.frozen():
+        missing = [name for name in names if files.shape(name) is None]
+        if missing:
+            raise RunError(f"{files.path}: {len(missing)} tensors are missing, such as {missing[0]}; fetch it again")
+        parts.append(files.content_hash(names, ranks.rank, ranks.size, ranks.gather))
+    return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
-def _newest(store: Store, inputs: Inputs, backbone_hash: str, ranks: Ranks) -> CheckpointReader | None:
+def _newest(store: Store, inputs: Inputs, frozen_hash: str, ranks: Ranks) -> CheckpointReader | None:
     """The checkpoint to go on from, checked to be this run's; None for a new run."""
     reader = store.newest_verified(rank=ranks.rank, ranks=ranks.size, gather=ranks.gather)
     if reader is None and (steps := ranks.gather(store.steps())[0]):
@@ -177,37 +173,45 @@ def _newest(store: Store, inputs: Inputs, backbone_hash: str, ranks: Ranks) -> C
             f" {store.root.parent}`; restore one, or move the folder away to begin anew"
         )
     if reader is not None:
-        check_continuation(inputs, backbone_hash, reader.state, reader.folder)
+        check_continuation(inputs, frozen_hash, reader.state, reader.folder)
     return reader
 
 
-def _build(inputs: Inputs, kernels: KernelChoice, reader: CheckpointReader | None, ranks: Ranks) -> PatchLatentModel:
-    """The model, cut over the ranks, with weights from the backbone, then `init_from`, then the checkpoint."""
-    recipe = inputs.recipe
+def _build(inputs: Inputs, reader: CheckpointReader | None, ranks: Ranks) -> StageModel:
+    """The model, cut over the ranks, with its stage's weights, then `init_from`'s, then the checkpoint's."""
+    recipe, stage = inputs.recipe, inputs.stage
     with partitioned(recipe, ranks):
-        model = PatchLatentModel(inputs.config, recipe, kernels)
-    model.restore_rotary()
-    model.load(inputs.weights, recipe.seed)
+        model = stage.build()
+    stage.load(model)
     if reader:
-        fill(model.trainable(), CheckpointWeights(reader), reader.folder)
+        _take_from(model, reader)
     elif recipe.init_from:
-        _initialise_from(model, Path(recipe.init_from))
+        _initialise_from(model, stage, Path(recipe.init_from))
     return model
 
 
-def _initialise_from(model: PatchLatentModel, path: Path) -> None:
+def _initialise_from(model: StageModel, stage: Stage, path: Path) -> None:
     """Weights of an earlier run (its newest checkpoint), or of an export in either layout."""
     if (path / "checkpoints").is_dir():
         reader = Store(path / "checkpoints").newest_verified()
         if reader is None:
             raise RunError(f"init_from={path}: that run has no checkpoint that verifies")
-        fill(model.trainable(), CheckpointWeights(reader), reader.folder)
+        _take_from(model, reader)
     elif path.exists():
-        files = WeightFiles(path)
-        own = files.shape("head.weight") is not None  # as `bifrost export --format hf` names them
-        fill({n if own else public_name(n): p for n, p in model.trainable().items()}, files, path)
+        source, names = stage.released(path)
+        tensors: dict[str, Any] = {**model.trainable(), **model.statistics()}
+        fill({names[name]: tensor for name, tensor in tensors.items()}, source, path)
     else:
         raise RunError(f"init_from={path}: no such file or folder")
+
+
+def _take_from(model: StageModel, reader: CheckpointReader) -> None:
+    fill(model.trainable(), CheckpointWeights(reader), reader.folder)
+    saved = reader.buffers()
+    for name, buffer in model.statistics().items():
+        if name not in saved:
+            raise RunError(f"{reader.folder}: holds no statistics {name}; was it saved by another recipe?")
+        buffer.copy_(saved[name])
 
 
 def _loader(inputs: Inputs, progress: Progress, ranks: Ranks) -> Loader:
@@ -215,8 +219,8 @@ def _loader(inputs: Inputs, progress: Progress, ranks: Ranks) -> Loader:
     return Loader(
         inputs.dataset,
         inputs.plan,
-        PatchLatentCollate(inputs.tokenizer, recipe, inputs.tokens),
-        image_size=recipe.data.image_size,
+        inputs.stage.collate(),
+        image_size=inputs.stage.image_sizes,
         rank=ranks.rank,
         ranks=ranks.size,
         global_batch=recipe.global_batch,

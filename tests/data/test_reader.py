@@ -172,6 +172,7 @@ def test_a_dead_worker_is_an_error_that_names_it(make_shards):
     assert str(victim) in str(caught.value)
     assert time.monotonic() - started < 15
     loader.close()
+    psutil.wait_procs(children(), timeout=10)
     assert children() == []
 
 

@@ -180,10 +180,13 @@ def test_metrics_page_lists_every_key(folder: Path) -> None:
 def test_rules_of_going_on_are_the_codes() -> None:
     from bifrost.trainer.inputs import IDENTITY
     from bifrost.trainer.monitors.stop import STOP_CODE
+    from bifrost.trainer.stages.controlnet import ControlNetStage
+    from bifrost.trainer.stages.patch_latents import PatchLatentStage
 
     text = TEXT[ROOT / "docs" / "training.md"]
     refused = re.search(r"These may not.*?take another", text, flags=re.S)
-    assert refused and set(re.findall(r"`([\w.]+)`", refused[0])) == set(IDENTITY)
+    named = {*IDENTITY, *PatchLatentStage.identity, *ControlNetStage.identity}
+    assert refused and set(re.findall(r"`([\w.]+)`", refused[0])) == named
     assert f"| {STOP_CODE} | stopped" in text
 
 

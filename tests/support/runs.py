@@ -20,9 +20,9 @@ SMALL = (
 )
 
 
-def arguments(shards: Path, runs_dir: Path, *overrides: str) -> list[str]:
-    """Arguments of `bifrost` for a small run of the tiny recipe."""
-    return ["train", "tiny-mllm", *SMALL, f"data.shards={shards}/train-*.tar", f"runs_dir={runs_dir}", *overrides]
+def arguments(shards: Path, runs_dir: Path, *overrides: str, recipe: str = "tiny-mllm") -> list[str]:
+    """Arguments of `bifrost` for a small run of a tiny recipe."""
+    return ["train", recipe, *SMALL, f"data.shards={shards}/train-*.tar", f"runs_dir={runs_dir}", *overrides]
 
 
 def steps(run: Path) -> list[dict]:

@@ -7,20 +7,18 @@ from torch import Tensor, nn
 import ranked
 from bifrost.kernels import PatchLatentHead
 from bifrost.recipes import Recipe, load_recipe
+from bifrost.trainer.stages import StageModel
 
 STEPS, TOKENS, WIDTH = 4, 40, 72
 
 
-class Trunk(nn.Module):
+class Trunk(StageModel):
     """A layer below the head, so that a gradient leaves it, as in the branch."""
 
     def __init__(self, provider: str) -> None:
         super().__init__()
         self.below = nn.Linear(WIDTH, WIDTH)
         self.head = PatchLatentHead(WIDTH, provider)
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        return dict(self.named_parameters())
 
     def forward(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return self.head(torch.tanh(self.below(hidden)), target, None, TOKENS)

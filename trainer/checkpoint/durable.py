@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 _BLOCK = 1 << 24  # bytes hashed and written at a time
 
 

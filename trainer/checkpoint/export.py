@@ -9,10 +9,12 @@ from typing import Literal
 
 import torch
 
-from ...recipes import load_recipe
+from ...recipes import Recipe, load_recipe
 from ..errors import RunError
 from ..models.backbone import locate, read_config
+from ..models.latent_controlnet import write_config
 from ..models.weights import WeightFiles, public_name
+from ..stages.controlnet import ControlNetStage
 from ..stages.patch_latents import grid_side
 from .durable import Piece, safetensors_parts, write_file
 from .reader import CheckpointReader
@@ -31,8 +33,9 @@ def export(
 ) -> int:
     """Write the run's newest verified checkpoint, or that of `step`, as safetensors into `out`; returns the step.
 
-    public: frozen base and trained part under the public release's names. hf: the trained part alone, its modules
-    named as transformers names them, with the recipe as `config.json`. One tensor is in memory at a time. RunError
+    Stage 1, public: frozen base and trained part under the public release's names; hf: the trained part alone, its
+    modules named as transformers names them, with the recipe as `config.json`. Stage 2: the `flux_controlnet` folder,
+    which is both. One tensor is in memory at a time. RunError
     when `out` is not empty, or the run has no such checkpoint or no average.
     """
     if out.exists() and any(out.iterdir()):
@@ -42,28 +45,43 @@ def export(
     if slot not in reader.slots:
         raise RunError(f"{run}: keeps no average of its weights (recipe key ema), leave --ema out")
     recipe = load_recipe(run / "recipe.yaml")
-    tensors = [
-        Piece(
-            public_name(name) if layout == "public" else name,
-            tuple(shape),
-            dtype,
-            lambda name=name: reader.full(slot, name),
-        )
-        for name, shape in reader.shapes.items()
-    ]
+    pieces = {name: _piece(reader, slot, name, dtype) for name in reader.shapes}
+    if recipe.stage == "controlnet":
+        _write_controlnet(out, recipe, pieces, reader)
+    else:
+        _write_branch(out, recipe, layout, pieces, reader)
+        config = {"step": reader.step, "weights": slot, "recipe": recipe.model_dump(mode="json")}
+        (out / "config.json").write_text(json.dumps(config, indent=2))
+    return reader.step
+
+
+def _piece(reader: CheckpointReader, slot: str, name: str, dtype: torch.dtype) -> Piece:
+    return Piece(name, tuple(reader.shapes[name]), dtype, lambda: reader.full(slot, name))
+
+
+def _write_branch(out: Path, recipe: Recipe, layout: str, pieces: dict[str, Piece], reader: CheckpointReader) -> None:
+    tensors = list(pieces.values())
     if layout == "public":
+        tensors = [piece._replace(name=public_name(name)) for name, piece in pieces.items()]
         folder = locate(recipe.backbone.path, recipe.backbone.revision)
         tensors += _base(WeightFiles(folder))
         if recipe.branch.positions == "mrope":
             # The public model always has the table; with mRoPE it adds nothing.
             width, side = reader.shapes["head.bias"][0], grid_side(read_config(folder), recipe.data.image_size)
             shape = (1, side * side, width)
+            dtype = tensors[0].dtype
             tensors.append(Piece("learnable_pos_emb", shape, dtype, lambda: torch.zeros(shape)))
-    out.mkdir(parents=True, exist_ok=True)
     _write(out, tensors)
-    config = {"step": reader.step, "weights": slot, "recipe": recipe.model_dump(mode="json")}
-    (out / "config.json").write_text(json.dumps(config, indent=2))
-    return reader.step
+
+
+def _write_controlnet(out: Path, recipe: Recipe, pieces: dict[str, Piece], reader: CheckpointReader) -> None:
+    """diffusers' folder, which is the public `flux_controlnet`: both layouts are one. Statistics stay fp32."""
+    tensors = [piece._replace(name=name.removeprefix("controlnet.")) for name, piece in pieces.items()]
+    for name, buffer in reader.buffers().items():
+        shape, dtype = tuple(buffer.shape), buffer.dtype
+        tensors.append(Piece(name.removeprefix("controlnet."), shape, dtype, lambda buffer=buffer: buffer))
+    _write(out, tensors, "diffusion_pytorch_model")
+    write_config(out, ControlNetStage.open(recipe, for_counting=True).shape)
 
 
 def _checkpoint(run: Path, step: int | None) -> CheckpointReader:
@@ -91,19 +109,20 @@ def _base(files: WeightFiles) -> Iterator[Piece]:
         )
 
 
-def _write(out: Path, tensors: list[Piece]) -> None:
+def _write(out: Path, tensors: list[Piece], stem: str = "model") -> None:
     """Files of at most SHARD_BYTES (one tensor more, where it is larger), and the index when there are several."""
     files: list[list[Piece]] = [[]]
     for tensor in tensors:
         if files[-1] and sum(t.size for t in files[-1]) + tensor.size > SHARD_BYTES:
             files.append([])
         files[-1].append(tensor)
-    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    out.mkdir(parents=True, exist_ok=True)
+    names = [f"{stem}-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     if len(files) == 1:
-        names = ["model.safetensors"]
+        names = [f"{stem}.safetensors"]
     for name, part in zip(names, files, strict=True):
         write_file(out / name, safetensors_parts(part))
     if len(files) > 1:
         weight_map = {t.name: name for name, part in zip(names, files, strict=True) for t in part}
         index = {"metadata": {"total_size": sum(t.size for t in tensors)}, "weight_map": weight_map}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (out / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))

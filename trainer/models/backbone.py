@@ -28,6 +28,7 @@ from ...kernels import PrefixLayout, Segments, segment_attention
 from ...kernels.attention import Backend
 from ...recipes import FOLDER as RECIPES
 from ..errors import RunError
+from .weights import WeightFiles, backbone_names, fill
 
 # transformers hands an attention function the segment lengths only if "flash" is part of its name.
 TOWER_ATTENTION = "bifrost_flash_tower"
@@ -38,26 +39,37 @@ _PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def locate(path: str, revision: str | None = None) -> Path:
-    """The folder that holds a model: `builtin:NAME`, a local folder, or a hub id (downloaded once, then cached)."""
+def locate(
+    path: str, revision: str | None = None, setting: str = "backbone.path", weights: str = "*.safetensors"
+) -> Path:
+    """The folder that holds a model: `builtin:NAME`, a local folder, or a hub id (downloaded once, then cached).
+
+    setting: the recipe's, for errors; weights: pattern of the files to download beside settings and tokenizers.
+    """
     if path.startswith("builtin:"):
         folder = RECIPES / "foundations" / path.removeprefix("builtin:")
         if not folder.is_dir():
             known = ", ".join(f"builtin:{p.name}" for p in sorted((RECIPES / "foundations").iterdir()))
-            raise RunError(f"backbone.path={path}: no such built-in model; there is {known}")
+            raise RunError(f"{setting}={path}: no such built-in model; there is {known}")
         return folder
     if Path(path).is_dir():
         return Path(path)
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise RunError(f"backbone.path={path}: no such folder, and not a hub id (owner/name)")
+        raise RunError(f"{setting}={path}: no such folder, and not a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+        wanted = [weights, "*.json", "*.txt", "*.jinja", "*.model"]
         return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises many kinds; all mean that the model is not to be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RunError(f"backbone.path={path}: cannot be downloaded ({reason}); give a local folder instead") from error
+        raise RunError(f"{setting}={path}: cannot be downloaded ({reason}); give a local folder instead") from error
+
+
+def architecture(path: str, revision: str | None = None, setting: str = "backbone.path") -> Path:
+    """A folder with a model's settings, for counting: of the published models without a download."""
+    known = RECIPES / "architectures" / path
+    return known if not Path(path).exists() and known.is_dir() else locate(path, revision, setting, "*.json")
 
 
 def read_config(folder: Path) -> Any:  # a Qwen2_5_VLConfig, whose annotations promise less than it holds
@@ -85,25 +97,39 @@ class Prefix:
 
 
 class FrozenBackbone(nn.Module):
-    """Vision tower and text model of a Qwen2.5-VL. Weights are left unset: `weights.fill` loads them."""
+    """Vision tower and text model of a Qwen2.5-VL, or the tower alone. `load` fills the weights."""
 
-    def __init__(self, config: Any, attention: Backend = "sdpa") -> None:
+    def __init__(self, config: Any, attention: Backend = "sdpa", text: bool = True) -> None:
         super().__init__()
         config = copy.deepcopy(config)
         with no_init_weights():
-            self.text = Qwen2_5_VLTextModel._from_config(config.text_config)
+            if text:
+                self.text = Qwen2_5_VLTextModel._from_config(config.text_config)
+                self.text.config._attn_implementation = TEXT_ATTENTION
             self.vision = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
-        self.text.config._attn_implementation = TEXT_ATTENTION
         self.vision.config._attn_implementation = TOWER_ATTENTION
         self.attention: Backend = attention
         self.requires_grad_(False)
+
+    def names(self, files: WeightFiles) -> dict[str, str]:
+        """Parameter -> its name in `files`."""
+        found = {}
+        for part, module in self.named_children():
+            own = [name for name, _ in module.named_parameters()]
+            found.update({f"{part}.{name}": theirs for name, theirs in backbone_names(part, own, files).items()})
+        return found
+
+    def load(self, files: WeightFiles) -> None:
+        parameters = dict(self.named_parameters())
+        fill({theirs: parameters[name] for name, theirs in self.names(files).items()}, files, files.path)
 
     def restore_rotary(self) -> None:
         """Rebuild the rotary tables in fp32: under `zero.Init` every tensor is born in the compute dtype, and
         frequencies rounded to bf16 move far positions by whole radians."""
         device = next(self.buffers()).device
-        config: Any = self.text.config
-        self.text.rotary_emb = Qwen2_5_VLRotaryEmbedding(config).to(device)
+        if hasattr(self, "text"):
+            config: Any = self.text.config
+            self.text.rotary_emb = Qwen2_5_VLRotaryEmbedding(config).to(device)
         self.vision.rotary_pos_emb = Qwen2_5_VLVisionRotaryEmbedding(self.vision.config).to(device)
 
     @torch.no_grad()

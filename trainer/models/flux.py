@@ -211,16 +211,23 @@ class FluxFolder:
             t5.encoder.set_input_embeddings(t5.shared)
             return t5
 
-    def fill(self, part: Part, module: nn.Module) -> None:
-        """Set a built part's weights from its files."""
-        files = weights.WeightFiles(self.path / part)
-        parameters = dict(module.named_parameters())
-        names = {name: name for name in parameters}
+    def files(self, part: Part) -> weights.WeightFiles:
+        return weights.WeightFiles(self.path / part)
+
+    def names(self, part: Part, module: nn.Module, files: weights.WeightFiles) -> dict[str, str]:
+        """Parameter of a built part -> its name in `files`."""
+        names = {name: name for name, _ in module.named_parameters()}
         if part == "text_encoder":  # hub files of a CLIPTextModel begin with its former attribute, newer ones do not
             prefix = "text_model." if any(name.startswith("text_model.") for name in files.names) else ""
             names = {name: prefix + name.removeprefix("text_model.") for name in names}
         elif part == "text_encoder_2" and files.shape("shared.weight") is None:  # the table's other name
             names["shared.weight"] = "encoder.embed_tokens.weight"
+        return names
+
+    def fill(self, part: Part, module: nn.Module) -> None:
+        """Set a built part's weights from its files."""
+        files, parameters = self.files(part), dict(module.named_parameters())
+        names = self.names(part, module, files)
         weights.fill({names[name]: p for name, p in parameters.items()}, files, files.path)
 
 

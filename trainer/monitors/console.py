@@ -27,8 +27,10 @@ class Console:
             self._bar.start()
 
     def metrics(self, record: Mapping[str, Any]) -> None:
+        parts = {key[5:].replace("_", " "): value for key, value in record.items() if key.startswith("loss_")}
         line = (
-            f"step {record['step']:>6}  loss {_number(record['loss'])}  masked {_number(record['loss_masked'])}"
+            f"step {record['step']:>6}  loss {_number(record['loss'])}"
+            f"{''.join(f'  {name} {_number(value)}' for name, value in parts.items())}"
             f"  grad {_number(record['grad_norm'])}  lr {record['lr']:.2e}  {record['samples_per_s']:.1f} samples/s"
             f"  wait {record['data_wait_s'] * 1000:.0f} ms  skipped {record['skipped_steps']}"
         )

@@ -5,7 +5,9 @@ Legend: B samples of a micro-batch, N patches, T text tokens, S image side in pi
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,39 +18,16 @@ from ...data import Item
 from ...kernels import PatchLatentHead, PrefixLayout
 from ...recipes import Recipe
 from ..errors import RunError
-from ..kernel_choice import KernelChoice
+from ..kernel_choice import KernelChoice, choose_kernels
 from ..models import weights
-from ..models.backbone import FrozenBackbone, Prefix
+from ..models.backbone import FrozenBackbone, Prefix, architecture, locate, read_config
 from ..models.branch import INIT_STD, GenerationBranch
 from ..models.elementwise import use_liger
 from ..models.masking import draw_masks, masked_counts
-from ..models.prompt import PromptTemplate
+from ..models.prompt import PromptTemplate, load_tokenizer
 from ..randomness import IntArray, Stream, uniform
-
-
-class Losses(NamedTuple):
-    """Of one micro-batch: `loss` [] to differentiate, and `sums` [3], detached, for `report`.
-
-    A tuple, because ZeRO-3's hooks find tensors in nothing else.
-    """
-
-    loss: Tensor
-    sums: Tensor
-
-
-SUMS = 3
-"""Entries of `Losses.sums`: squared error of the masked patches, their number, tokens of text and image."""
-
-
-def report(sums: list[float]) -> dict[str, float]:
-    """Metrics from the sums over a step's micro-batches and ranks."""
-    squares, masked, _ = sums
-    return {"loss_masked": squares / masked if masked else 0.0}
-
-
-def tokens(sums: list[float]) -> float:
-    """Text tokens and patches that a step went through."""
-    return sums[2]
+from ..ranks import Ranks
+from . import Losses, StageModel
 
 
 def grid_side(config: Any, image_size: int) -> int:
@@ -64,7 +43,7 @@ def grid_side(config: Any, image_size: int) -> int:
     return image_size // unit
 
 
-class PatchLatentModel(nn.Module):
+class PatchLatentModel(StageModel):
     """Frozen backbone, generation branch and head. `load` fills the weights after construction."""
 
     def __init__(self, config: Any, recipe: Recipe, kernels: KernelChoice = KernelChoice()) -> None:
@@ -84,17 +63,9 @@ class PatchLatentModel(nn.Module):
         if kernels.elementwise == "liger":
             use_liger(self)
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter of everything that trains."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
     def load(self, files: weights.WeightFiles, seed: int) -> None:
         """Fill the backbone from `files`, make the branch's layers and norm its text model's copies, draw the rest."""
-        for part in ("text", "vision"):
-            module = getattr(self.backbone, part)
-            parameters = dict(module.named_parameters())
-            names = weights.backbone_names(part, parameters, files)
-            weights.fill({names[name]: p for name, p in parameters.items()}, files, files.path)
+        self.backbone.load(files)
         weights.copy_slices(self.branch.layers, self.backbone.text.layers)
         weights.copy_slices(self.branch.norm, self.backbone.text.norm)
         fresh = {n: p for n, p in self.trainable().items() if not n.startswith(("branch.layers", "branch.norm"))}
@@ -117,7 +88,7 @@ class PatchLatentModel(nn.Module):
         """Losses of images [B, 3, S, S] uint8 with packed prompts [sum T], hidden where mask [B, N] is True.
 
         masked: int64 [R], the rows of `mask` that are True among its B N, known without asking the device.
-        normalizer: tokens that the mean goes over; see `token_normalizer`.
+        normalizer: tokens that the mean goes over; see `Stage.normalizer`.
         """
         latents = self.backbone.patch_latents(images)
         layout = PrefixLayout.of(text_lengths, mask.shape[1], mask.device)
@@ -179,12 +150,80 @@ def hidden_counts(recipe: Recipe, epoch: IntArray, index: IntArray, tokens: int)
     return masked_counts(recipe.seed, epoch, index, tokens, **recipe.branch.mask_rate.model_dump())
 
 
-def token_normalizer(recipe: Recipe, epoch: IntArray, index: IntArray, tokens: int, passes: int) -> float:
-    """Tokens a backward pass must divide by, for the mean over the whole global batch.
+@dataclass
+class PatchLatentStage:
+    """`Stage` of the patch latents."""
 
-    epoch, index: [G] of the step's samples on all ranks; they are a function of the plan, so every rank knows the
-    count without asking. passes: ranks x accumulation, which the engine averages gradients over.
-    """
-    if recipe.branch.loss_tokens == "all":
-        return len(index) * tokens / passes
-    return float(hidden_counts(recipe, epoch, index, tokens).sum()) / passes
+    recipe: Recipe
+    config: Any
+    """The backbone's Qwen2_5_VLConfig."""
+    tokens_per_image: int
+    files: weights.WeightFiles | None
+    tokenizer: PreTrainedTokenizerBase | None
+    kernels: KernelChoice = field(default_factory=KernelChoice)
+    sums: int = 3
+    """Squared error of the masked patches, their number, tokens of text and image."""
+    identity: tuple[str, ...] = ("branch",)
+
+    @classmethod
+    def open(cls, recipe: Recipe, for_counting: bool = False) -> PatchLatentStage:
+        if for_counting:
+            config = read_config(architecture(recipe.backbone.path, recipe.backbone.revision))
+            return cls(recipe, config, grid_side(config, recipe.data.image_size) ** 2, None, None)
+        folder = locate(recipe.backbone.path, recipe.backbone.revision)
+        config = read_config(folder)
+        tokens = grid_side(config, recipe.data.image_size) ** 2
+        tokenizer = load_tokenizer(folder)
+        PromptTemplate(tokenizer, recipe.branch.max_text_tokens)  # refuses a length that no prompt fits in
+        return cls(recipe, config, tokens, weights.WeightFiles(folder), tokenizer)
+
+    @property
+    def source(self) -> str:
+        return f"backbone.path={self.recipe.backbone.path}"
+
+    @property
+    def image_sizes(self) -> tuple[int, ...]:
+        return (self.recipe.data.image_size,)
+
+    def choose_kernels(self, ranks: Ranks, folder: Path) -> dict[str, dict[str, Any]]:
+        self.kernels, record = choose_kernels(self.recipe, self.config, self.tokens_per_image, ranks, folder)
+        return record
+
+    def build(self) -> PatchLatentModel:
+        return PatchLatentModel(self.config, self.recipe, self.kernels)
+
+    def load(self, model: PatchLatentModel) -> None:
+        assert self.files is not None
+        model.restore_rotary()
+        model.load(self.files, self.recipe.seed)
+
+    def frozen(self) -> list[tuple[weights.WeightFiles, list[str]]]:
+        assert self.files is not None
+        with torch.device("meta"):
+            backbone = FrozenBackbone(self.config)
+        return [(self.files, list(backbone.names(self.files).values()))]
+
+    def released(self, path: Path) -> tuple[weights.Source, dict[str, str]]:
+        files = weights.WeightFiles(path)
+        own = files.shape("head.weight") is not None  # as `bifrost export --format hf` names them
+        with torch.device("meta"):
+            names = self.build().trainable()
+        return files, {name: name if own else weights.public_name(name) for name in names}
+
+    def collate(self) -> PatchLatentCollate:
+        assert self.tokenizer is not None
+        return PatchLatentCollate(self.tokenizer, self.recipe, self.tokens_per_image)
+
+    def normalizer(self, epoch: IntArray, index: IntArray, passes: int) -> float:
+        """Tokens that the loss averages over, a pass."""
+        if self.recipe.branch.loss_tokens == "all":
+            return len(index) * self.tokens_per_image / passes
+        return float(hidden_counts(self.recipe, epoch, index, self.tokens_per_image).sum()) / passes
+
+    def report(self, sums: list[float]) -> dict[str, float]:
+        squares, masked, _ = sums
+        return {"loss_masked": squares / masked if masked else 0.0}
+
+    def tokens(self, sums: list[float]) -> float:
+        """Text tokens and patches."""
+        return sums[2]

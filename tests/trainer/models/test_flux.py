@@ -1,15 +1,13 @@
 """The frozen FLUX: geometry and flow matching as diffusers has them, and what a FLUX folder must hold."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
+import tiny_flux
 from bifrost.recipes import FOLDER
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models import flux
@@ -18,86 +16,19 @@ from bifrost.trainer.models.flux import FluxFolder, FluxTokenizers, FrozenFlux
 PROMPTS = ["a red apple", "moon", "", "red " * 30]
 
 
-def tokenizer(length: int) -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<s>", "<end>", "<unk>", "a", "red", "apple", "moon"]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(
-        single="<s> $A <end>", special_tokens=[("<s>", 1), ("<end>", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, model_max_length=length, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
-    )
-
-
 @pytest.fixture(scope="module")
 def pipeline() -> FluxPipeline:
-    """A FLUX of random weights; its T5 drops half of its activations in training mode."""
-    torch.manual_seed(0)
-    clip = CLIPTextConfig(
-        vocab_size=8,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=9,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    t5 = T5Config(
-        vocab_size=8, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.5, pad_token_id=0
-    )
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=AutoencoderKL(
-            in_channels=12,
-            out_channels=12,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            layers_per_block=1,
-            norm_num_groups=2,
-            latent_channels=4,
-            scaling_factor=0.7,
-            shift_factor=0.2,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ).eval(),
-        text_encoder=CLIPTextModel(clip).eval(),
-        tokenizer=tokenizer(9),
-        text_encoder_2=T5EncoderModel(t5).eval(),
-        tokenizer_2=tokenizer(13),
-        transformer=FluxTransformer2DModel(
-            in_channels=16,
-            num_layers=2,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=1,
-            joint_attention_dim=12,
-            pooled_projection_dim=8,
-            guidance_embeds=True,
-            axes_dims_rope=(4, 6, 6),
-        ),
-    )
+    return tiny_flux.pipeline()
 
 
 @pytest.fixture(scope="module")
 def saved(pipeline: FluxPipeline, tmp_path_factory) -> Path:
-    """Its folder, the transformer in several files, the VAE on pixels folded 2 x 2."""
-    folder = tmp_path_factory.mktemp("flux")
-    pipeline.save_pretrained(folder, max_shard_size="40KB")
-    change(folder / "vae" / "config.json", **{flux.SPACE_TO_DEPTH_KEY: 2})
-    return folder
+    return tiny_flux.save(pipeline, tmp_path_factory.mktemp("flux"))
 
 
 @pytest.fixture
 def copied(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "flux"))
-
-
-def change(file: Path, **settings) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
 
 
 def loaded(folder: Path, *parts) -> FrozenFlux:
@@ -205,7 +136,7 @@ def test_velocity_and_guidance(pipeline: FluxPipeline, copied: Path) -> None:
     assert model.guidance(3.5, 2).tolist() == [3.5, 3.5]
     assert all(torch.equal(p, model.transformer.get_parameter(n)) for n, p in pipeline.transformer.named_parameters())
     assert not any(p.requires_grad for p in model.parameters()) and not any(m.training for m in model.modules())
-    change(copied / "transformer" / "config.json", guidance_embeds=False)
+    tiny_flux.change(copied / "transformer" / "config.json", guidance_embeds=False)
     schnell = loaded(copied, "transformer")
     assert schnell.guidance(3.5, 2) is None
     assert not torch.allclose(predict(model), predict(schnell))
@@ -238,7 +169,7 @@ def test_a_folder_of_another_shape_or_with_missing_parts(copied: Path) -> None:
     ):
         config = copied / file / "config.json"
         before = config.read_text()
-        change(config, **settings)
+        tiny_flux.change(config, **settings)
         refused(words)
         config.write_text(before)
     (copied / "vae" / "config.json").write_text('{"in_channels": 12}')

@@ -9,7 +9,7 @@ from bifrost.recipes import load_recipe
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.backbone import locate, read_config
 from bifrost.trainer.models.prompt import load_tokenizer
-from bifrost.trainer.stages.patch_latents import PatchLatentCollate, grid_side, hidden_counts, token_normalizer
+from bifrost.trainer.stages.patch_latents import PatchLatentCollate, PatchLatentStage, grid_side, hidden_counts
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +54,13 @@ def test_captions_are_dropped_to_the_empty_template(tokenizer) -> None:
 def test_normalizers_add_up_to_the_whole_batch(ranks: int) -> None:
     """Gradients are averaged over ranks: each rank's share of the sum must divide by its share of the count."""
     recipe = load_recipe("tiny-mllm", ["branch.loss_tokens=masked"])
+    stage = PatchLatentStage.open(recipe)
     epoch, index = np.zeros(32, dtype=np.int64), np.arange(32)
     counts = hidden_counts(recipe, epoch, index, 16)
     assert counts.min() < counts.max()
-    assert token_normalizer(recipe, epoch, index, 16, ranks) * ranks == counts.sum()
-    every = load_recipe("tiny-mllm", ["branch.loss_tokens=all"])
-    assert token_normalizer(every, epoch, index, 16, ranks) * ranks == 32 * 16
+    assert stage.normalizer(epoch, index, ranks) * ranks == counts.sum()
+    every = PatchLatentStage.open(load_recipe("tiny-mllm", ["branch.loss_tokens=all"]))
+    assert every.normalizer(epoch, index, ranks) * ranks == 32 * 16
 
 
 def test_image_sizes() -> None:

@@ -1,0 +1,43 @@
+"""What ZeRO-3 must equal: the same recipe on torch's own AdamW, in one process, on the whole batch at once."""
+
+from __future__ import annotations
+
+import torch
+
+from bifrost.data import Loader
+from bifrost.recipes import Recipe
+from bifrost.trainer.engine import parameter_groups
+from bifrost.trainer.inputs import open_inputs
+from bifrost.trainer.schedule import learning_rate
+
+
+def losses(recipe: Recipe) -> list[float]:
+    """The loss of every step."""
+    inputs = open_inputs(recipe, 1)
+    model = inputs.stage.build()
+    inputs.stage.load(model)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, recipe), betas=recipe.optimizer.betas, eps=recipe.optimizer.eps
+    )
+    loader = Loader(
+        inputs.dataset,
+        inputs.plan,
+        inputs.stage.collate(),
+        image_size=inputs.stage.image_sizes,
+        rank=0,
+        ranks=1,
+        global_batch=recipe.global_batch,
+        micro_batch=recipe.global_batch,
+        stop_step=recipe.steps,
+    )
+    losses = []
+    for step, batch in enumerate(loader):
+        loss = model(**batch.arrays, normalizer=inputs.normalizer(step, 1)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.trainable().values(), recipe.optimizer.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses

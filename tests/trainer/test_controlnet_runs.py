@@ -1,0 +1,122 @@
+"""Stage 2 trains like stage 1: as plain PyTorch on any number of ranks, and a run that goes on never stopped.
+
+BatchNorm's statistics go over one pass of all ranks, so that runs compared here have as many samples a pass.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import plain
+import ranked
+import runs
+import tiny_flux
+from bifrost.recipes import load_recipe
+from bifrost.trainer.checkpoint.export import export
+from bifrost.trainer.checkpoint.store import Store
+from bifrost.trainer.models.latent_controlnet import read_config
+
+pytestmark = [pytest.mark.multi, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory) -> Path:
+    return tiny_flux.save(tiny_flux.pipeline(), tmp_path_factory.mktemp("flux"))
+
+
+def arguments(shards: Path, flux: Path, runs_dir: Path, ranks: int, *settings: str) -> list[str]:
+    whole = (f"flux.path={flux}", f"micro_batch={8 // ranks}", "optimizer.lr=3e-3", *settings)
+    return runs.arguments(shards, runs_dir, *whole, recipe="tiny-controlnet")
+
+
+def train(shards: Path, flux: Path, runs_dir: Path, ranks: int, *settings: str) -> Path:
+    ended = ranked.bifrost(ranks, *arguments(shards, flux, runs_dir, ranks, *settings))
+    assert [rank.code for rank in ended] == [0] * ranks, ended[0].err
+    return runs_dir / "tiny-controlnet"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("controlnet.norm=batch", "activation_checkpointing=false"),
+        ("controlnet.norm=group", "activation_checkpointing=true", "controlnet.double=2"),
+    ],
+    ids=["batch", "group-recomputed"],
+)
+def test_ranks_equal_plain_pytorch(shards: Path, flux: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
+    settings = ("steps=12", *settings)
+    wanted = plain.losses(load_recipe("tiny-controlnet", arguments(shards, flux, tmp_path, 1, *settings)[2:]))
+    digests = set()
+    for ranks in (1, 2, 4):
+        run = train(shards, flux, tmp_path / str(ranks), ranks, *settings)
+        np.testing.assert_allclose(runs.losses(run), wanted, rtol=1e-5)
+        digests.add(tuple(line["digest"] for line in runs.steps(run)))
+    assert len(digests) == 1, "another sequence of samples on another number of ranks"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_same_ranks_to_the_bit(shards: Path, flux: Path, tmp_path: Path, precision: str) -> None:
+    settings = (f"precision={precision}", "steps=6", "checkpoint.every=3", "ema.decay=0.9")
+    run = train(shards, flux, tmp_path, 2, *settings)
+    undisturbed = runs.losses(run)
+    last = run / "checkpoints/step-00000006"
+    before = {file.name: file.read_bytes() for file in last.glob("*.safetensors")}
+    assert "buffers.safetensors" in before, "BatchNorm's statistics are state"
+    shutil.rmtree(last)
+    train(shards, flux, tmp_path, 2, *settings)
+    assert runs.losses(run) == undisturbed
+    assert {file.name: file.read_bytes() for file in last.glob("*.safetensors")} == before
+
+
+def test_any_number_of_ranks(shards: Path, flux: Path, tmp_path: Path) -> None:
+    whole = train(shards, flux, tmp_path / "whole", 2, "steps=8")
+    for ranks, steps in ((2, 2), (1, 4), (4, 6), (2, 8)):
+        parts = train(shards, flux, tmp_path / "parts", ranks, f"steps={steps}")
+    np.testing.assert_allclose(runs.losses(parts), runs.losses(whole), rtol=0, atol=1e-5)
+    one, other = (Store(run / "checkpoints").newest_verified().buffers() for run in (whole, parts))
+    for name, buffer in one.items():
+        torch.testing.assert_close(other[name], buffer, atol=1e-5, rtol=1e-5)
+    assert any(buffer.std() > 0.01 for name, buffer in one.items() if name.endswith("running_mean")), "never moved"
+
+
+def test_export_is_the_public_folder_and_starts_another_run(shards: Path, flux: Path, tmp_path: Path) -> None:
+    run = train(shards, flux, tmp_path, 2, "steps=2")
+    out = tmp_path / "flux_controlnet"
+    assert export(run, out, "public", dtype=torch.float32) == 2
+    shape, files = read_config(out)
+    reader = Store(run / "checkpoints").newest_verified()
+    saved = {name: reader.full("master", name) for name in reader.shapes} | reader.buffers()
+    assert {f"controlnet.{name}" for name in files.names} == saved.keys()
+    assert all(torch.equal(files.full(name), saved[f"controlnet.{name}"]) for name in files.names)
+    assert (shape.double, shape.single, shape.norm, shape.resampling) == (1, 1, "batch", "up")
+    begun = train(shards, flux, tmp_path / "second", 2, f"init_from={out}", "steps=1")
+    assert runs.losses(begun)[0] != runs.losses(run)[0], "the same samples and noise, but no longer FLUX alone"
+
+
+def refused(shards: Path, flux: Path, runs_dir: Path, *settings: str) -> str:
+    (ended,) = ranked.bifrost(1, *arguments(shards, flux, runs_dir, 1, *settings))
+    assert ended.code == 2, ended.err
+    (line,) = ended.err.strip().splitlines()
+    return line
+
+
+def test_wrong_inputs_are_one_line(shards: Path, flux: Path, tmp_path: Path) -> None:
+    half = Path(shutil.copytree(flux, tmp_path / "flux"))
+    shutil.rmtree(half / "vae")
+    assert "vae/config.json" in refused(shards, half, tmp_path, "steps=1")
+    assert "flux.path=nowhere" in refused(shards, Path("nowhere"), tmp_path, "steps=1")
+    assert "multiple of 8" in refused(shards, flux, tmp_path, "steps=1", "flux.image_size=60")
+    assert "4 x 4" in refused(shards, flux, tmp_path, "steps=1", "flux.image_size=96")
+    assert "this FLUX has 2" in refused(shards, flux, tmp_path, "steps=1", "controlnet.double=3")
+    assert "flux.path" in refused(shards, flux, tmp_path, "steps=1", "flux=null")
+    assert not (tmp_path / "tiny-controlnet").exists()
+
+
+def test_a_run_does_not_go_on_with_another_flux(shards: Path, flux: Path, tmp_path: Path) -> None:
+    train(shards, flux, tmp_path, 1, "steps=1")
+    other = tiny_flux.save(tiny_flux.pipeline(seed=1), tmp_path / "other")
+    line = refused(shards, other, tmp_path, "steps=2")
+    assert "content hash" in line

@@ -1,0 +1,258 @@
+"""From prompts to images through both stages: loaded once, used often.
+
+Legend: B images, N patch latents of width D, S and P sides in pixels of what the vision tower sees and FLUX paints.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..kernels import PrefixLayout
+from ..kernels.attention import unavailable
+from ..recipes import Recipe, load_recipe
+from .checkpoint.reader import CheckpointReader
+from .checkpoint.state import CheckpointWeights
+from .checkpoint.store import Store
+from .errors import RunError
+from .kernel_choice import KernelChoice
+from .models import latent_controlnet
+from .models.backbone import locate
+from .models.decode import Schedule, decode, draw_orders
+from .models.flux import FluxFolder, FluxTokenizers, FrozenFlux, Tokens
+from .models.latent_controlnet import LatentControlNet
+from .models.prompt import PromptTemplate
+from .models.weights import fill
+from .sampler import Sampling, Text, draw_noise, sample
+from .stages.controlnet import ControlNetStage
+from .stages.patch_latents import PatchLatentModel, PatchLatentStage
+
+RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How prompts become images."""
+
+    steps: int = 16
+    """Decoding steps, up to the number of patches."""
+    schedule: Schedule = "cosine"
+    guidance: float = 1.0
+    """w of uncond + w (cond - uncond) on the patch latents; 1 computes the prompts alone."""
+    controlnet: bool = True
+    """False is a control: FLUX has its text alone, and nothing is decoded."""
+    empty_prompt: bool = False
+    """True is a control: FLUX is told nothing, so that the latents alone decide."""
+    flux: Sampling = field(default_factory=Sampling)
+
+
+@dataclass
+class Generator:
+    """Both stages on one device. `load` reads them from runs; a training loop can hand over its own modules."""
+
+    mllm: PatchLatentModel
+    template: PromptTemplate
+    image_size: int
+    """S, pixels that the vision tower sees."""
+    flux: FrozenFlux
+    controlnet: LatentControlNet
+    tokenizers: FluxTokenizers
+    flux_size: int
+    """P, pixels that FLUX paints."""
+    device: torch.device
+
+    @classmethod
+    def load(
+        cls,
+        mllm: str | Path,
+        controlnet: str | Path,
+        flux: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Generator:
+        """mllm: a run folder or an export of one. controlnet, flux: see `load_controlnet`.
+
+        Averaged weights are taken where a run keeps them. Default: a GPU and bf16, or else fp32. RunError says what
+        cannot be used.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        stage = PatchLatentStage.open(_recipe(Path(mllm), "patch-latents"))
+        assert stage.tokenizer is not None
+        # The smaller one first: whether both fit each other is known before the large ones are read.
+        width, side = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
+        network, folder, flux_size = load_controlnet(Path(controlnet), flux, width, side, device, dtype)
+        model = load_mllm(Path(mllm), stage, device, dtype)
+        with _born(device, dtype):
+            frozen = FrozenFlux(folder)
+        frozen.load()
+        template = PromptTemplate(stage.tokenizer, stage.recipe.branch.max_text_tokens)
+        size = stage.recipe.data.image_size
+        return cls(model, template, size, frozen, network, FluxTokenizers(folder), flux_size, device)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings = Settings(),
+        latents: Tensor | None = None,
+        batch: int = 8,
+    ) -> list[Image.Image]:
+        """An image for every prompt and its seed, whatever the others are.
+
+        latents [B, N, D]: painted instead of decoded ones.
+        """
+        assert len(prompts) == len(seeds)
+        images = []
+        for start in range(0, len(prompts), batch):
+            part = slice(start, start + batch)
+            given = latents[part] if latents is not None else None
+            if given is None and settings.controlnet:
+                given = self.latents(prompts[part], seeds[part], settings)
+            pixels = self.paint(prompts[part], seeds[part], settings, given)
+            images += [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()]
+        return images
+
+    @torch.no_grad()
+    def latents(self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings = Settings()) -> Tensor:
+        """Patch latents [B, N, D] decoded from the prompts, as one batch."""
+        # A dropped caption of training is the empty one: that is the unconditional prompt.
+        rows = [*prompts, *([""] * len(prompts) if settings.guidance != 1 else [])]
+        input_ids, lengths = self.template.batch(rows)
+        patches = self.mllm.branch.side**2
+        prefix = self.mllm.backbone.prefix(input_ids.to(self.device), PrefixLayout.of(lengths, patches, self.device))
+        orders = draw_orders(seeds, patches).to(self.device)
+        how = settings.steps, settings.schedule, settings.guidance
+        return decode(self.mllm.branch, self.mllm.head, prefix, orders, *how)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Patch latents [B, N, D] that the vision tower has of uint8 images [B, 3, S, S]."""
+        return self.mllm.backbone.patch_latents(images.to(self.device))
+
+    @torch.no_grad()
+    def paint(self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, latents: Tensor | None) -> Tensor:
+        """uint8 images [B, 3, P, P] of patch latents [B, N, D] and prompts, as one batch."""
+        told = [""] * len(prompts) if settings.empty_prompt else prompts
+        tokens, channels = self.flux.folder.grid(self.flux_size) ** 2, self.flux.folder.transformer["in_channels"]
+        found = sample(
+            self.flux,
+            self._text(told),
+            draw_noise(seeds, tokens, channels).to(self.device),
+            settings.flux,
+            self.controlnet if settings.controlnet else None,
+            latents if settings.controlnet else None,
+            self._text([""]) if settings.flux.cfg != 1 else None,
+        )
+        return self.flux.decode_latents(found)
+
+    def _text(self, prompts: Sequence[str]) -> Text:
+        tokens = self.tokenizers(prompts)
+        return Text(*self.flux.encode_text(Tokens(tokens.t5.to(self.device), tokens.clip.to(self.device))))
+
+
+def load_mllm(path: Path, stage: PatchLatentStage, device: torch.device, dtype: torch.dtype) -> PatchLatentModel:
+    """The model of a stage-1 run, or of its export in either layout."""
+    fast = unavailable("varlen", device, dtype) is None
+    stage.kernels = KernelChoice(attention="varlen" if fast else "sdpa")
+    with _born(device, dtype):
+        model = stage.build()
+    stage.load(model)
+    model.to(device).eval()  # with the rotary tables that `load` has rebuilt
+    if (path / RECIPE).is_file():
+        fill(model.trainable(), _trained(_checkpoint(path)), path)
+    else:
+        source, names = stage.released(path)
+        fill({names[name]: parameter for name, parameter in model.trainable().items()}, source, path)
+    return model
+
+
+def load_controlnet(
+    path: Path, flux: str | None, width: int, side: int, device: torch.device, dtype: torch.dtype
+) -> tuple[LatentControlNet, FluxFolder, int]:
+    """The ControlNet of a stage-2 run or of a `flux_controlnet` folder, its FLUX, and the pixels that it paints.
+
+    flux: path of the FLUX; a run knows its own, a `flux_controlnet` folder does not. RunError unless it reads patch
+    latents [B, side^2, width].
+    """
+    if (path / RECIPE).is_file():
+        recipe = _recipe(path, "controlnet")
+        assert recipe.flux is not None
+        if flux:
+            recipe = recipe.model_copy(update={"flux": recipe.flux.model_copy(update={"path": flux, "revision": None})})
+        stage = ControlNetStage.open(recipe)
+        shape, folder, size = stage.shape, stage.folder, stage.flux.image_size
+        reader = _checkpoint(path)
+        source, prefix = _trained(reader), "controlnet."
+    else:
+        shape, source = latent_controlnet.read_config(path)
+        if flux is None:
+            raise RunError(f"{path}: names no FLUX; say which it was trained on, such as --flux FOLDER")
+        folder = FluxFolder.open(locate(flux, None, "--flux", "*/*.safetensors"))
+        size = 2 * folder.stride * {"up": 2 * side, "none": side, "down": side // 2}[shape.resampling]
+        reader, prefix = None, ""
+    shape.require(folder.transformer, width, side, folder.grid(size))
+    with _born(device, dtype):
+        network = LatentControlNet(shape).eval().requires_grad_(False)
+    if reader is None:
+        network.load(source, path)
+        return network, folder, size
+    fill({prefix + name: parameter for name, parameter in network.named_parameters()}, source, path)
+    saved = reader.buffers()
+    for name, buffer in network.statistics().items():
+        if prefix + name not in saved:
+            raise RunError(f"{reader.folder}: holds no statistics {prefix + name}; was it saved by another recipe?")
+        buffer.copy_(saved[prefix + name])
+    return network, folder, size
+
+
+def origin(path: Path) -> str:
+    """Which weights `path` stands for: its place, and of a run the newest step."""
+    if not path.is_dir():
+        raise RunError(f"{path}: no such folder; give a run's")
+    steps = Store(path / "checkpoints").steps()
+    return f"{path.resolve()}{f' step {steps[-1]}' if steps else ''}"
+
+
+def _recipe(path: Path, stage: str) -> Recipe:
+    """The recipe in a run folder, or in an export's `config.json`."""
+    exported = path / "config.json"
+    if (path / RECIPE).is_file():
+        recipe = load_recipe(path / RECIPE)
+    elif exported.is_file() and isinstance(found := json.loads(exported.read_text()), dict) and "recipe" in found:
+        recipe = Recipe.model_validate(found["recipe"])
+    else:
+        raise RunError(f"{path}: neither a run folder nor an export of one: no {RECIPE}, and none in config.json")
+    if recipe.stage != stage:
+        raise RunError(f"{path}: is a {recipe.stage} run, here a {stage} run is needed")
+    return recipe
+
+
+def _checkpoint(path: Path) -> CheckpointReader:
+    reader = Store(path / "checkpoints").newest_verified()
+    if reader is None:
+        raise RunError(f"{path}: has no checkpoint that verifies")
+    return reader
+
+
+def _trained(reader: CheckpointReader) -> CheckpointWeights:
+    return CheckpointWeights(reader, "ema" if "ema" in reader.slots else "master")
+
+
+@contextmanager
+def _born(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Modules built inside have their parameters on `device` in `dtype`: nothing is allocated twice."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,166 @@
+"""`bifrost generate`: prompts to a folder of images, over any number of ranks, restartable.
+
+Every rank writes the same record, makes its own share of the pictures, and skips those that are there; no rank waits
+for another.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from PIL import Image
+
+from ..data.transforms import decode_image
+from .errors import RunError
+from .generate_files import (
+    Layout,
+    Picture,
+    Prompt,
+    begin,
+    check,
+    clean,
+    draw_sheet,
+    plan,
+    read_prompts,
+    record,
+    write,
+)
+from .launch import adopt_rank, run_ranks
+
+if TYPE_CHECKING:
+    from .generate import Generator, Settings
+
+
+class Reveal(str, Enum):
+    cosine = "cosine"
+    linear = "linear"
+
+
+def generate(
+    context: typer.Context,
+    mllm: Annotated[Path, typer.Option(help="A stage-1 run folder, or an export of one.")],
+    controlnet: Annotated[Path, typer.Option(help="A stage-2 run folder, or a `flux_controlnet` folder.")],
+    out: Annotated[Path, typer.Option(help="A new folder, or one that the same command has begun.")],
+    text: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; all have the same seed.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="More of them: a line each, JSON lines with prompt (and id), or a folder of ID.txt."),
+    ] = None,
+    flux: Annotated[str | None, typer.Option(help="FLUX, where the ControlNet does not name it.")] = None,
+    layout: Annotated[
+        Layout, typer.Option(help="plain; geneval and dpg: four samples a prompt, as those benches read them.")
+    ] = Layout.plain,
+    seed: Annotated[
+        int, typer.Option(help="Of the first image; those of a file count up from it.", min=0, max=2**62)
+    ] = 0,
+    steps: Annotated[int, typer.Option(help="Decoding steps, up to the number of patches.", min=1)] = 16,
+    schedule: Annotated[Reveal, typer.Option(help="How many patches each step reveals.")] = Reveal.cosine,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance of the latents; 1 is none.")] = 1.0,
+    flux_steps: Annotated[int, typer.Option(help="Euler steps of FLUX.", min=1)] = 28,
+    flux_guidance: Annotated[float, typer.Option(help="What FLUX is told as its guidance.")] = 3.5,
+    flux_cfg: Annotated[float, typer.Option(help="Classifier-free guidance of FLUX's text; 1 is none.")] = 1.0,
+    conditioning_scale: Annotated[float, typer.Option(help="Strength of the ControlNet.")] = 0.7,
+    latents_from: Annotated[Path | None, typer.Option(help="An image whose own latents are painted.")] = None,
+    no_controlnet: Annotated[bool, typer.Option("--no-controlnet", help="A control: FLUX by its text alone.")] = False,
+    empty_prompt: Annotated[bool, typer.Option("--empty-prompt", help="A control: FLUX without its text.")] = False,
+    batch: Annotated[int, typer.Option(help="Images made together.", min=1)] = 8,
+    ranks: Annotated[int | None, typer.Option(help="Processes on this machine; default one a GPU.", min=1)] = None,
+) -> None:
+    """Make images of prompts through both stages: a file each, a contact sheet, and what they were made with."""
+    if latents_from is not None and no_controlnet:
+        raise RunError("--latents-from goes through the ControlNet: leave --no-controlnet out")
+    asked = [Prompt(clean(prompt)) for prompt in text or []]
+    listed = read_prompts(prompts) if prompts else []
+    if latents_from is not None and not asked + listed:
+        asked = [Prompt("", re.sub(r"[^\w-]+", "-", latents_from.stem))]
+    pictures = plan(asked, listed, seed, layout)
+
+    import torch
+
+    if not (ranks is None and adopt_rank()):
+        ranks = ranks or max(1, torch.cuda.device_count())
+        if ranks > 1:
+            raise typer.Exit(run_ranks(ranks, _arguments(context)))
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+    from .generate import Generator, Settings, origin
+    from .models.decode import reveal_counts
+    from .sampler import Sampling
+
+    sampling = Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
+    settings = Settings(steps, schedule.value, guidance, not no_controlnet, empty_prompt, sampling)
+    made_with = {
+        "mllm": origin(mllm),
+        "controlnet": origin(controlnet),
+        "flux": flux,
+        "latents_from": str(latents_from.resolve()) if latents_from else None,
+        "settings": asdict(settings),
+    }
+    image = _read(latents_from) if latents_from else None
+    entries = record(pictures, made_with)
+    check(out, entries)
+    share = pictures[rank::size]
+    missing = [picture for picture in share if not (out / picture.file).exists()]
+    if missing:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        generator = Generator.load(mllm, controlnet, flux, device)
+        # Refuses more steps than there are patches, before the folder is begun.
+        reveal_counts(generator.mllm.branch.side**2, steps, settings.schedule)
+        begin(out, entries)
+        for picture, images in _made(generator, missing, settings, image, batch):
+            write(out, picture, images, layout)
+    if all((out / picture.file).exists() for picture in pictures):
+        draw_sheet(out, pictures)
+    print(f"{out}: {len(missing)} pictures made, {len(share) - len(missing)} were there")
+
+
+def _made(
+    generator: Generator, pictures: Sequence[Picture], settings: Settings, image: bytes | None, batch: int
+) -> Iterator[tuple[Picture, list[Image.Image]]]:
+    """Every picture with its images, by its prompt or by the latents of `image`."""
+    import torch
+
+    latents = None
+    if image is not None:
+        pixels = decode_image(image, generator.image_size)
+        latents = generator.encode(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None])
+    several = max(1, batch // len(pictures[0].seeds))
+    for start in range(0, len(pictures), several):
+        part = pictures[start : start + several]
+        texts = [picture.prompt.text for picture in part for _ in picture.seeds]
+        seeds = [seed for picture in part for seed in picture.seeds]
+        given = latents.expand(len(seeds), -1, -1) if latents is not None else None
+        images = iter(generator.generate(texts, seeds, settings, given, batch))
+        for picture in part:
+            yield picture, [next(images) for _ in picture.seeds]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        decode_image(data, 1)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise RunError(f"{path}: {error}") from error
+    return data
+
+
+def _arguments(context: typer.Context) -> list[str]:
+    """This command's own arguments for its ranks, `ranks` left out."""
+    arguments, last = [str(context.info_name)], []
+    for parameter in context.command.params:
+        value = context.params[str(parameter.name)]
+        if parameter.param_type_name == "argument":
+            last = ["--", *(value or [])]
+        elif parameter.name != "ranks" and value not in (None, False):
+            plain = value.value if isinstance(value, Enum) else value
+            arguments.append(parameter.opts[0] if value is True else f"{parameter.opts[0]}={plain}")
+    return arguments + last

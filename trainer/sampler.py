@@ -1,0 +1,114 @@
+"""From noise to images on the frozen FLUX: Euler steps along its velocity, corrected by the latent ControlNet.
+
+Legend: B samples, N patch latents of width D, M packed FLUX tokens of C channels, L text tokens of width E, P pooled
+text width, S image side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from .errors import RunError
+from .models.decode import NO_EPOCH
+from .models.flux import FluxFolder, FrozenFlux, gaussian, image_ids, unpack, velocity
+from .models.latent_controlnet import LatentControlNet
+from .randomness import Stream, uniform
+
+
+class Text(NamedTuple):
+    """What FLUX is told: T5's states [B, L, E] and CLIP's pooled state [B, P]."""
+
+    states: Tensor
+    pooled: Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled. The defaults are those of the public release."""
+
+    steps: int = 28
+    guidance: float = 3.5
+    """The guidance scale that FLUX is told, where it takes one."""
+    conditioning_scale: float = 0.7
+    """What the ControlNet's residuals are multiplied by; training has 1."""
+    cfg: float = 1.0
+    """w of empty + w (text - empty), over FLUX's text alone; 1 leaves the empty prompt out."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise RunError(f"{self.steps} FLUX steps: set 1 or more")
+
+
+def draw_noise(seeds: Sequence[int], tokens: int, channels: int) -> Tensor:
+    """Standard normal noise [B, tokens, channels], fp32: each image's is a function of its seed alone."""
+    index = np.array(seeds, dtype=np.int64)
+    draws = uniform(0, Stream.NOISE, np.full_like(index, NO_EPOCH), index, tokens * channels)
+    return gaussian(torch.from_numpy(draws)).view(len(index), tokens, channels)
+
+
+def noise_levels(folder: FluxFolder, tokens: int, steps: int) -> list[float]:
+    """Noise levels from 1 to 0, [steps + 1], as diffusers' FluxPipeline has them for `tokens` packed tokens.
+
+    Where the folder's scheduler shifts dynamically, the shift grows linearly with the number of tokens.
+    """
+    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(folder.path / "scheduler")
+    known = scheduler.config
+    slope = (known.max_shift - known.base_shift) / (known.max_image_seq_len - known.base_image_seq_len)
+    shift = known.base_shift + slope * (tokens - known.base_image_seq_len)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), mu=shift)
+    return scheduler.sigmas.tolist()
+
+
+@torch.no_grad()
+def sample(
+    flux: FrozenFlux,
+    text: Text,
+    noise: Tensor,
+    settings: Sampling = Sampling(),
+    controlnet: LatentControlNet | None = None,
+    patch_latents: Tensor | None = None,
+    empty: Text | None = None,
+) -> Tensor:
+    """Latents [B, c, h, w], fp32, from noise [B, M, C] of a square image. `flux.decode_latents` makes pixels of them.
+
+    patch_latents [B, N, D] are the ControlNet's; without a ControlNet FLUX has its text alone. empty: the empty
+    prompt, [1, L, E] and [1, P], which `cfg` other than 1 needs; both prompts are one batch, under the same ControlNet.
+    """
+    assert (controlnet is None) == (patch_latents is None)
+    samples, tokens, device = len(noise), noise.shape[1], noise.device
+    copies = 1 if settings.cfg == 1 else 2
+    states, pooled = text
+    if copies == 2:
+        assert empty is not None
+        states = torch.cat((states, empty.states.expand_as(states)))
+        pooled = torch.cat((pooled, empty.pooled.expand_as(pooled)))
+    side = 2 * round(tokens**0.5)
+    rest: dict[str, Any] = {
+        "text": states,
+        "pooled": pooled,
+        "guidance": flux.guidance(settings.guidance, copies * samples, device),
+        "img_ids": image_ids(side, side, device),
+        "txt_ids": torch.zeros(states.shape[1], 3, device=device),
+    }
+    if patch_latents is not None:
+        patch_latents = patch_latents.repeat(copies, 1, 1)
+    x = noise.float()
+    for now, then in pairwise(noise_levels(flux.folder, tokens, settings.steps)):
+        rest["timestep"] = torch.full((copies * samples,), now, device=device)
+        noisy, residuals = x.repeat(copies, 1, 1), None
+        if controlnet is not None:
+            residuals = controlnet(noisy, patch_latents, **rest, scale=settings.conditioning_scale)
+        v = velocity(flux.transformer, noisy, residuals, **rest)
+        if copies == 2:
+            told, free = v.chunk(2)
+            v = free + settings.cfg * (told - free)
+        x = x + (then - now) * v
+    return unpack(x, side, side)

@@ -1,0 +1,56 @@
+"""Contact sheets: rows of images side by side, a caption over every column and a label before every row."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+GAP, TEXT = 6, 13
+LINES = 3
+"""Lines that a caption may take; a longer one ends in an ellipsis."""
+SMALLEST, LARGEST = 96, 256
+"""Sides in pixels between which images are shown; they are scaled by whole numbers up, and smoothly down."""
+
+
+def sheet(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str], across: int = 8) -> Image.Image:
+    """One picture of `rows`, label -> an image for every one of `columns`.
+
+    More columns than `across` go on in a block below.
+    """
+    assert rows and columns and all(len(images) == len(columns) for images in rows.values())
+    font = ImageFont.load_default(TEXT)
+    side = _side(max(max(image.size) for images in rows.values() for image in images))
+    margin = max(int(font.getlength(label)) for label in rows)
+    margin += 2 * GAP if margin else GAP
+    heading = LINES * (TEXT + 3) + GAP if any(columns) else GAP
+    across = min(across, len(columns))
+    blocks = -(-len(columns) // across)
+    block = heading + len(rows) * (side + GAP)
+    canvas = Image.new("RGB", (margin + across * (side + GAP), blocks * block + GAP), "white")
+    pen = ImageDraw.Draw(canvas)
+    for number, caption in enumerate(columns):
+        left, top = margin + number % across * (side + GAP), number // across * block + GAP
+        lines = textwrap.wrap(caption, max(6, int(side / font.getlength("n"))), max_lines=LINES, placeholder="…")
+        pen.multiline_text((left, top), "\n".join(lines), fill="black", font=font, spacing=2)
+        for place, (label, images) in enumerate(rows.items()):
+            y = number // across * block + heading + place * (side + GAP)
+            canvas.paste(_fit(images[number], side), (left, y))
+            if left == margin:
+                pen.text((GAP, y + side // 2), label, fill="black", font=font, anchor="lm")
+    return canvas
+
+
+def _side(largest: int) -> int:
+    return min(LARGEST, largest * max(1, -(-SMALLEST // largest)))
+
+
+def _fit(image: Image.Image, side: int) -> Image.Image:
+    """The image in a square of `side`, its proportions kept; small ones stay sharp."""
+    scale = side / max(image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    kind = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(image.convert("RGB").resize(size, kind), ((side - size[0]) // 2, (side - size[1]) // 2))
+    return square

@@ -1,0 +1,237 @@
+"""Stage 2: the latent ControlNet, trained by flow matching through a frozen FLUX on the images' own patch latents.
+
+Objective and constants are those of diffusers' train_controlnet_flux.py, whose class and names the public release has.
+
+Legend: B samples of a micro-batch, N patch latents of width D, M packed FLUX tokens of C channels, S and P sides in
+pixels of what the vision tower sees and FLUX paints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...data import Item
+from ...recipes import Recipe
+from ...recipes.schema import Flux
+from ..kernel_choice import KernelChoice, choose_kernels
+from ..models import flux as flow
+from ..models import latent_controlnet, weights
+from ..models.backbone import FrozenBackbone, architecture, locate, read_config
+from ..models.flux import PARTS, FluxFolder, FluxTokenizers, FrozenFlux, Tokens
+from ..models.latent_controlnet import ControlNetConfig, LatentControlNet
+from ..randomness import IntArray, Stream, uniform
+from ..ranks import Ranks
+from . import Losses, StageModel
+from .patch_latents import grid_side
+
+
+class LatentControlNetModel(StageModel):
+    """Frozen vision tower and FLUX, and the ControlNet between them. `load` fills the weights after construction."""
+
+    def __init__(self, stage: ControlNetStage) -> None:
+        super().__init__()
+        self.guidance = stage.flux.guidance
+        self.backbone = FrozenBackbone(stage.config, stage.kernels.attention, text=False)
+        self.flux = FrozenFlux(stage.folder)
+        self.controlnet = LatentControlNet(stage.shape)
+        if stage.recipe.activation_checkpointing:
+            self.flux.transformer.enable_gradient_checkpointing()
+            self.controlnet.enable_gradient_checkpointing()
+
+    def statistics(self) -> dict[str, Tensor]:
+        return {f"controlnet.{name}": buffer for name, buffer in self.controlnet.statistics().items()}
+
+    def load(self, files: weights.WeightFiles, seed: int) -> None:
+        """Frozen parts from their files, the ControlNet as FLUX's copy with zeros where it meets FLUX."""
+        self.backbone.restore_rotary()
+        self.backbone.load(files)
+        self.flux.load()
+        transformer = self.flux.folder.files("transformer")
+        self.controlnet.initialise(transformer, transformer.path, seed)
+
+    def forward(
+        self,
+        images: Tensor,
+        pictures: Tensor,
+        t5: Tensor,
+        clip: Tensor,
+        posterior: Tensor,
+        noise: Tensor,
+        level: Tensor,
+        normalizer: float,
+    ) -> Losses:
+        """Losses of images [B, 3, S, S] and the same as FLUX paints them, pictures [B, 3, P, P], both uint8.
+
+        t5 [B, L] and clip [B, 77] token ids; posterior [B, c, h, w] and noise [B, M, C] standard normal, level [B]
+        standard normal too: the logit of the noise level. normalizer: elements that the mean goes over.
+        """
+        condition = self.backbone.patch_latents(images)
+        latents = flow.pack(self.flux.encode_images(pictures, posterior))
+        text, pooled = self.flux.encode_text(Tokens(t5, clip))
+        sigma = flow.sigmas(level)
+        height, width = posterior.shape[-2:]
+        rest: dict[str, Any] = {
+            "text": text,
+            "pooled": pooled,
+            "timestep": sigma,
+            "guidance": self.flux.guidance(self.guidance, len(sigma), sigma.device),
+            "img_ids": flow.image_ids(height, width, sigma.device),
+            "txt_ids": torch.zeros(text.shape[1], 3, device=sigma.device),
+        }
+        noisy = flow.noisy(latents, noise, sigma)
+        residuals = self.controlnet(noisy, condition, **rest)
+        error = flow.velocity(self.flux.transformer, noisy, residuals, **rest) - flow.target(latents, noise)
+        squares = error.square().sum(dim=(1, 2))
+        # By halves of the noise: at the noisy end the loss is FLUX's own, at the other the ControlNet's to win.
+        noisier = (sigma > 0.5).float()
+        elements = noise[0].numel()
+        tokens = len(sigma) * (noise.shape[1] + text.shape[1] + condition.shape[1])
+        halves = [((squares.detach() * half).sum(), half.sum() * elements) for half in (1 - noisier, noisier)]
+        sums = torch.stack([*halves[0], *halves[1], squares.new_tensor(float(tokens))])
+        return Losses(squares.sum() / normalizer, sums)
+
+
+class ControlNetCollate:
+    """Items of a micro-batch -> arguments of the model, in the loader's workers.
+
+    Every draw depends on (seed, epoch, index) alone.
+    """
+
+    def __init__(self, stage: ControlNetStage) -> None:
+        self.seed, self.dropout = stage.recipe.seed, stage.flux.caption_dropout
+        self.tokenizers = FluxTokenizers(stage.folder)
+        self.latents = stage.latents
+
+    def __call__(self, items: list[Item]) -> dict[str, Any]:
+        epoch = np.array([item.epoch for item in items], dtype=np.int64)
+        index = np.array([item.index for item in items], dtype=np.int64)
+        dropped = uniform(self.seed, Stream.CAPTION_DROPOUT, epoch, index, 1)[:, 0] < self.dropout
+        tokens = self.tokenizers(["" if drop else item.caption for drop, item in zip(dropped, items, strict=True)])
+        channels, height, width = self.latents
+
+        def normal(stream: Stream, *shape: int) -> Tensor:
+            draws = uniform(self.seed, stream, epoch, index, int(np.prod(shape)))
+            return flow.gaussian(torch.from_numpy(draws)).view(len(items), *shape)
+
+        return {
+            "images": _pixels([item.image for item in items]),
+            "pictures": _pixels([item.others[0] for item in items]),
+            "t5": tokens.t5,
+            "clip": tokens.clip,
+            "posterior": normal(Stream.POSTERIOR, *self.latents),
+            "noise": normal(Stream.NOISE, height * width // 4, 4 * channels),
+            "level": normal(Stream.NOISE_LEVEL, 1)[:, 0],
+        }
+
+
+def _pixels(images: list[np.ndarray]) -> Tensor:
+    """[B, 3, S, S] of images [S, S, 3]."""
+    return torch.from_numpy(np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)))
+
+
+@dataclass
+class ControlNetStage:
+    """`Stage` of the latent ControlNet."""
+
+    recipe: Recipe
+    flux: Flux
+    config: Any
+    """The backbone's Qwen2_5_VLConfig."""
+    folder: FluxFolder
+    shape: ControlNetConfig
+    kernels: KernelChoice
+    for_counting: bool
+    sums: int = 5
+    """Squared error and elements at noise levels up to one half, the same above, tokens."""
+    identity: tuple[str, ...] = ("controlnet", "flux.image_size", "flux.guidance", "flux.caption_dropout")
+
+    @classmethod
+    def open(cls, recipe: Recipe, for_counting: bool = False) -> ControlNetStage:
+        flux = recipe.flux
+        assert flux is not None, "the recipe's schema asks for it"
+        find = architecture if for_counting else locate
+        config = read_config(find(recipe.backbone.path, recipe.backbone.revision))
+        if for_counting:
+            path = architecture(flux.path, flux.revision, "flux.path")
+        else:
+            path = locate(flux.path, flux.revision, "flux.path", "*/*.safetensors")
+        folder = FluxFolder.open(path, for_counting)
+        side = grid_side(config, recipe.data.image_size)
+        shape = ControlNetConfig.of(
+            folder.transformer,
+            config.vision_config.out_hidden_size,
+            side,
+            folder.grid(flux.image_size),
+            recipe.controlnet.double,
+            recipe.controlnet.single,
+            recipe.controlnet.norm,
+        )
+        return cls(recipe, flux, config, folder, shape, KernelChoice(), for_counting)
+
+    @property
+    def source(self) -> str:
+        return f"backbone.path={self.recipe.backbone.path} and flux.path={self.flux.path}"
+
+    @property
+    def image_sizes(self) -> tuple[int, ...]:
+        return self.recipe.data.image_size, self.flux.image_size
+
+    @property
+    def latents(self) -> tuple[int, int, int]:
+        """Channels, height and width of the VAE's latents."""
+        side = 2 * self.folder.grid(self.flux.image_size)
+        return self.folder.vae["latent_channels"], side, side
+
+    def choose_kernels(self, ranks: Ranks, folder: Path) -> dict[str, dict[str, Any]]:
+        patches = grid_side(self.config, self.recipe.data.image_size) ** 2
+        self.kernels, record = choose_kernels(self.recipe, self.config, patches, ranks, folder)
+        return {"prefix_attention": record["prefix_attention"]}
+
+    def build(self) -> LatentControlNetModel:
+        return LatentControlNetModel(self)
+
+    def load(self, model: LatentControlNetModel) -> None:
+        model.load(self._tower_files(), self.recipe.seed)
+
+    def frozen(self) -> list[tuple[weights.WeightFiles, list[str]]]:
+        files = self._tower_files()
+        with torch.device("meta"):
+            found = [(files, list(FrozenBackbone(self.config, text=False).names(files).values()))]
+            for part in PARTS:
+                files = self.folder.files(part)
+                found.append((files, list(self.folder.names(part, self.folder.build(part), files).values())))
+        return found
+
+    def released(self, path: Path) -> tuple[weights.Source, dict[str, str]]:
+        shape, files = latent_controlnet.read_config(path)
+        side = grid_side(self.config, self.recipe.data.image_size)
+        width = self.config.vision_config.out_hidden_size
+        shape.require(self.folder.transformer, width, side, self.folder.grid(self.flux.image_size))
+        return files, {f"controlnet.{name}": name for name in files.names}
+
+    def collate(self) -> ControlNetCollate:
+        return ControlNetCollate(self)
+
+    def normalizer(self, epoch: IntArray, index: IntArray, passes: int) -> float:
+        """Elements of FLUX's latents, a pass."""
+        return len(index) * float(np.prod(self.latents)) / passes
+
+    def report(self, sums: list[float]) -> dict[str, float]:
+        squares, count, noisier, noisier_count, _ = sums
+        return {
+            "loss_little_noise": squares / count if count else 0.0,
+            "loss_much_noise": noisier / noisier_count if noisier_count else 0.0,
+        }
+
+    def tokens(self, sums: list[float]) -> float:
+        """Patch latents, text tokens and FLUX's image tokens."""
+        return sums[4]
+
+    def _tower_files(self) -> weights.WeightFiles:
+        return weights.WeightFiles(locate(self.recipe.backbone.path, self.recipe.backbone.revision))
