@@ -55,6 +55,21 @@ class Branch(Section):
     """Longest prompt in tokens, template included; a longer caption loses its end, never the prompt's suffix."""
 
 
+class Placement(Section):
+    """Where the frozen parts lie: cut over the ranks, whole on every rank, whole in host memory and on the device only
+    while at work, or not at all, with `bifrost data encode` having stored what they compute. No result depends on it
+    beyond rounding, and a run may go on with another."""
+
+    transformer: Literal["sharded", "replicated"] = "sharded"
+    """FLUX itself."""
+    vae: Literal["sharded", "replicated", "offloaded", "cached"] = "sharded"
+    """FLUX's VAE."""
+    text: Literal["sharded", "replicated", "offloaded", "cached"] = "sharded"
+    """FLUX's text encoders, T5 and CLIP; cached, T5's states are megabytes a sample."""
+    tower: Literal["sharded", "replicated", "offloaded"] = "sharded"
+    """The MLLM's vision tower."""
+
+
 class Flux(Section):
     path: str
     """Folder or hub id of a FLUX.1 model as diffusers lays it out, or `builtin:tiny-flux`."""
@@ -66,6 +81,7 @@ class Flux(Section):
     """Guidance scale that FLUX and the ControlNet are told while training; schnell takes none."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Probability that a caption is replaced by the empty one."""
+    placement: Placement = Placement()
 
 
 class ControlNet(Section):
@@ -145,6 +161,17 @@ class Checkpoint(Section):
     """Newest checkpoints kept."""
 
 
+class Samples(Section):
+    every: int | None = Field(default=None, ge=1)
+    """Steps between pictures of a fixed set, written to `samples/` in the run folder; null makes none."""
+    count: int = Field(default=4, ge=1)
+    """Pictures: of the first samples of the data."""
+    controlnet: str | None = None
+    """Stage 1 alone: the stage-2 run or `flux_controlnet` folder that paints the predicted latents."""
+    flux: str | None = None
+    """Stage 1 alone: the FLUX of a `flux_controlnet` folder."""
+
+
 class Health(Section):
     max_bad_steps: int = Field(default=5, ge=1)
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
@@ -194,6 +221,7 @@ class Recipe(Section):
     zero: Zero = Zero()
     kernels: Kernels = Kernels()
     checkpoint: Checkpoint = Checkpoint()
+    samples: Samples = Samples()
     health: Health = Health()
     tracking: Tracking = Tracking()
 
@@ -201,6 +229,8 @@ class Recipe(Section):
     def _complete(self) -> Recipe:
         if self.stage == "controlnet" and self.flux is None:
             raise ValueError("stage controlnet needs flux.path, such as flux.path=black-forest-labs/FLUX.1-dev")
+        if self.stage == "patch-latents" and self.samples.every and not self.samples.controlnet:
+            raise ValueError("samples.every in stage patch-latents needs samples.controlnet, which paints the latents")
         return self
 
     def accumulation(self, ranks: int) -> int:

@@ -6,10 +6,10 @@ import importlib.metadata
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from ..recipes import Recipe
 from .errors import RunError
 from .ranks import Ranks
 from .stages import StageModel
+
+T = TypeVar("T")
 
 # Below this version ZeRO-3 fails in our case: frozen parameters beside recomputed activations crash in backward
 # (fixed by deepspeed#8148), and non-finite bf16 gradients reach the masters.
@@ -152,6 +154,15 @@ class Engine:
         self._before_step = {}
         norm = self._engine.get_global_grad_norm()
         return StepResult(applied, float(norm) if applied and norm is not None else float("inf"))
+
+    @torch.no_grad()
+    def undisturbed(self, work: Callable[[], T]) -> T:
+        """The result of `work` on the model in evaluation mode: no statistics are taken. Every rank calls it alike."""
+        self._engine.eval()
+        try:
+            return work()
+        finally:
+            self._engine.train()
 
     def masters(self) -> dict[str, Tensor]:
         """Name -> this rank's slice of the fp32 master: 1-D, padding included, the optimizer's own memory."""

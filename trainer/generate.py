@@ -89,14 +89,10 @@ class Generator:
         assert stage.tokenizer is not None
         # The smaller one first: whether both fit each other is known before the large ones are read.
         width, side = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
-        network, folder, flux_size = load_controlnet(Path(controlnet), flux, width, side, device, dtype)
+        painter = load_painter(Path(controlnet), flux, width, side, device, dtype)
         model = load_mllm(Path(mllm), stage, device, dtype)
-        with _born(device, dtype):
-            frozen = FrozenFlux(folder)
-        frozen.load()
         template = PromptTemplate(stage.tokenizer, stage.recipe.branch.max_text_tokens)
-        size = stage.recipe.data.image_size
-        return cls(model, template, size, frozen, network, FluxTokenizers(folder), flux_size, device)
+        return cls(model, template, stage.recipe.data.image_size, *painter, device)
 
     def generate(
         self,
@@ -172,6 +168,17 @@ def load_mllm(path: Path, stage: PatchLatentStage, device: torch.device, dtype: 
         source, names = stage.released(path)
         fill({names[name]: parameter for name, parameter in model.trainable().items()}, source, path)
     return model
+
+
+def load_painter(
+    path: Path, flux: str | None, width: int, side: int, device: torch.device, dtype: torch.dtype
+) -> tuple[FrozenFlux, LatentControlNet, FluxTokenizers, int]:
+    """What paints patch latents [B, side^2, width]: a FLUX, its ControlNet, its tokenizers, and pixels of a side."""
+    network, folder, size = load_controlnet(path, flux, width, side, device, dtype)
+    with _born(device, dtype):
+        frozen = FrozenFlux(folder)
+    frozen.load()
+    return frozen, network, FluxTokenizers(folder), size
 
 
 def load_controlnet(

@@ -133,7 +133,8 @@ def run(parts: Parts, progress: Progress) -> bool:
         if last or stops or progress.step % recipe.checkpoint.every == 0:
             with meter.outside():
                 parts.save(progress)
-        parts.after_step(progress)
+        with meter.outside():
+            parts.after_step(progress)
         if stops:
             return last
     return True

@@ -36,6 +36,7 @@ from .monitors.metrics import MetricsFile
 from .monitors.stop import STOP_CODE, StopSignals
 from .monitors.tracking import start_mirror
 from .ranks import Ranks, join
+from .samples import sampler
 from .stages import Stage, StageModel
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,12 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
         metrics.write({"event": "checkpoint", "step": progress.step, "seconds": seconds})
         log.info("checkpoint of step %d written in %.2f s", progress.step, seconds)
 
+    draw_samples = _agreed(ranks, lambda: sampler(inputs.stage, engine, inputs.dataset, ranks, folder))
+
+    def at_the_end_of_a_step(progress: Progress) -> None:
+        draw_samples(progress)
+        after_step(progress)
+
     loader = _loader(inputs, progress, ranks)
     passes = ranks.size * recipe.accumulation(ranks.size)
     parts = Parts(
@@ -116,7 +123,7 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
         metrics=metrics,
         console=console,
         stop=stop,
-        after_step=after_step,
+        after_step=at_the_end_of_a_step,
     )
     outcome = "failed"
     try:

@@ -1,0 +1,124 @@
+"""Pictures while training: a fixed set every so many steps, from the weights as they are.
+
+All ranks run the trained modules, because every one holds a part of the weights; rank 0 writes. Nothing that training
+depends on moves: no random state is drawn from, and no statistics are taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data import Dataset
+from ..data.transforms import decode_sizes
+from ..recipes import Recipe
+from .checkpoint.durable import write_file
+from .engine import Engine
+from .generate import Generator, Settings, load_painter
+from .loop import Progress
+from .models.flux import FluxTokenizers
+from .models.prompt import PromptTemplate
+from .ranks import Ranks
+from .sheet import sheet
+from .stages import Stage
+from .stages.controlnet import ControlNetStage
+from .stages.patch_latents import PatchLatentStage
+
+Rows = dict[str, list[Image.Image]]
+
+
+def sampler(stage: Stage, engine: Engine, dataset: Dataset, ranks: Ranks, folder: Path) -> Callable[[Progress], None]:
+    """What makes `samples/step-NNNNNNNN.png` in the run folder at the recipe's steps, and nothing at others."""
+    recipe: Recipe = stage.recipe
+    every = recipe.samples.every
+    if every is None:
+        return lambda progress: None
+    if isinstance(stage, ControlNetStage):
+        captions, draw = _reconstructions(stage, engine, dataset, ranks)
+    else:
+        captions, draw = _pictures(cast(PatchLatentStage, stage), engine, dataset, ranks)
+
+    def after_step(progress: Progress) -> None:
+        if progress.step % every:
+            return
+        rows = engine.undisturbed(draw)
+        if ranks.first:
+            picture = BytesIO()
+            sheet(rows, captions).save(picture, "png")
+            (folder / "samples").mkdir(exist_ok=True)
+            write_file(folder / "samples" / f"step-{progress.step:08d}.png", [picture.getvalue()])
+
+    return after_step
+
+
+def _reconstructions(
+    stage: ControlNetStage, engine: Engine, dataset: Dataset, ranks: Ranks
+) -> tuple[list[str], Callable[[], Rows]]:
+    """Stage 2: the first images of the data, painted from their own latents."""
+    captions, images, pictures = _first(dataset, stage.recipe.samples.count, stage.image_sizes)
+    model: Any = engine.model
+    generator = Generator(
+        model,  # of the MLLM only the vision tower is asked for, which this model has too
+        cast(PromptTemplate, None),
+        stage.recipe.data.image_size,
+        model.flux,
+        model.controlnet,
+        FluxTokenizers(stage.folder),
+        stage.flux.image_size,
+        ranks.device,
+    )
+
+    def draw() -> Rows:
+        made = generator.generate(captions, range(len(captions)), Settings(), generator.encode(images))
+        return {"original": [Image.fromarray(p) for p in pictures], "its latents": made}
+
+    return captions, draw
+
+
+def _pictures(
+    stage: PatchLatentStage, engine: Engine, dataset: Dataset, ranks: Ranks
+) -> tuple[list[str], Callable[[], Rows]]:
+    """Stage 1: the first captions of the data, decoded here and painted by a trained ControlNet, on rank 0 alone."""
+    settings = stage.recipe.samples
+    captions, _, images = _first(dataset, settings.count, stage.image_sizes)
+    model: Any = engine.model
+    width, side = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
+    assert settings.controlnet and stage.tokenizer, "the recipe's schema asks for it"
+    painter: Any = (None, None, None, 0)
+    if ranks.first:
+        dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+        painter = load_painter(Path(settings.controlnet), settings.flux, width, side, ranks.device, dtype)
+    template = PromptTemplate(stage.tokenizer, stage.recipe.branch.max_text_tokens)
+    generator = Generator(model, template, stage.image_sizes[0], *painter, ranks.device)  # pyright: ignore
+
+    def draw() -> Rows:
+        latents = generator.latents(captions, range(len(captions)), Settings())
+        if not ranks.first:
+            return {}
+        made = generator.generate(captions, range(len(captions)), Settings(), latents.float())
+        return {"original": [Image.fromarray(image) for image in images], "generated": made}
+
+    return captions, draw
+
+
+def _first(dataset: Dataset, count: int, sizes: tuple[int, ...]) -> tuple[list[str], torch.Tensor, list[np.ndarray]]:
+    """Captions of the first samples, their images as uint8 [count, 3, S, S], and as arrays at the last size."""
+    captions, decoded = [], []
+    for shard, samples in enumerate(dataset.samples_per_shard):
+        for sample in range(samples):
+            if len(captions) == count:
+                break
+            with suppress(ValueError):  # unreadable: the run says so when it comes to it
+                raw = dataset.read(shard, sample)
+                decoded.append(decode_sizes(raw.image, sizes))
+                captions.append(raw.caption)
+    images = torch.from_numpy(np.stack([images[0] for images in decoded]).transpose(0, 3, 1, 2).copy())
+    return captions, images, [images[-1] for images in decoded]
