@@ -1,0 +1,201 @@
+"""Flow matching for the tiny FLUX on frozen text states and frozen latents, resumable.
+
+Legend: n drawings, B samples.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import FluxTransformer2DModel
+from flux_data import phrased
+from flux_model import Text, velocity
+from flux_text import Encoders
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BATCH, LEARNING_RATE, WARMUP_STEPS, LEVEL_SHARE, FINAL_SHARE = 32, 2e-3, 50, 0.7, 0.03
+TEXT_DROP, EMA_DECAY, VARIANTS = 0.1, 0.999, 6
+GUIDANCE_RANGE, GUIDANCE_STRENGTH = (1.0, 5.0), 0.2
+SAVE_EVERY_S = 240.0
+
+
+class Table(NamedTuple):
+    """Everything FLUX is trained on: latents [n, 64, 64] and the frozen text states of every phrase and of none."""
+
+    tokens: Tensor
+    text: Text
+    """[(1 + VARIANTS) * n, ...]: all captions bare, then as often in other words."""
+    empty: Text
+    """[1, ...]."""
+
+
+@torch.no_grad()
+def encode_texts(encoders: Encoders, texts: list[str]) -> Text:
+    parts = [texts[start : start + 128] for start in range(0, len(texts), 128)]
+    return Text(torch.cat([encoders.pooled(p) for p in parts]), torch.cat([encoders.states(p) for p in parts]))
+
+
+def make_table(encoders: Encoders, tokens: Tensor, captions: list[str], seed: int) -> Table:
+    draws = torch.Generator().manual_seed(seed)
+    texts = captions + [text for _ in range(VARIANTS) for text in phrased(captions, draws)]
+    return Table(tokens, encode_texts(encoders, texts), encode_texts(encoders, [""]))
+
+
+class Training:
+    """A transformer, its moving average, its optimizers and where it is; `save` and `restore` keep all of it."""
+
+    def __init__(self, model: FluxTransformer2DModel, seed: int, learning_rate: float = LEARNING_RATE) -> None:
+        self.model = model
+        self.learning_rate = learning_rate
+        self.average = copy.deepcopy(model).requires_grad_(False).eval()
+        self.draws = torch.Generator().manual_seed(seed)
+        self.order = torch.empty(0, dtype=torch.long)
+        self.step = 0
+        self.seconds = 0.0
+        named = list(model.named_parameters())
+        matrices = [p for name, p in named if p.ndim == 2 and "transformer_blocks" in name]
+        chosen = set(map(id, matrices))
+        rest = [p for _, p in named if id(p) not in chosen]
+        self.rules: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+
+    def save(self, path: Path) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "rules": [rule.state_dict() for rule in self.rules],
+            "draws": self.draws.get_state(),
+            "order": self.order,
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        torch.save(state, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    def restore(self, path: Path) -> None:
+        state = torch.load(path)
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        for rule, values in zip(self.rules, state["rules"], strict=True):
+            rule.load_state_dict(values)
+        self.draws.set_state(state["draws"])
+        self.order, self.step, self.seconds = state["order"], state["step"], state["seconds"]
+
+    def next_index(self, count: int) -> Tensor:
+        """The next BATCH of `count` drawings; every epoch has its own order."""
+        if len(self.order) < BATCH:
+            self.order = torch.randperm(count, generator=self.draws)
+        index, self.order = self.order[:BATCH], self.order[BATCH:]
+        return index
+
+    def update(self, loss: Tensor, share: float) -> None:
+        """One optimizer step at `share` of the learning rate, and the moving average's."""
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for rule in self.rules:
+            for group in rule.param_groups:
+                group["lr"] = share * self.learning_rate
+            rule.step()
+            rule.zero_grad()
+        decay = min(EMA_DECAY, (self.step + 1) / (self.step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        self.step += 1
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Share of the learning rate: warm-up, level, then linear over what follows LEVEL_SHARE of the steps."""
+    late = max(0.0, step / steps - LEVEL_SHARE) / (1 - LEVEL_SHARE)
+    return min(1.0, (step + 1) / WARMUP_STEPS) * (1 - (1 - FINAL_SHARE) * late)
+
+
+def draw_batch(training: Training, table: Table) -> tuple[Tensor, Text]:
+    """Latents and texts of one batch, a tenth of the texts dropped."""
+    draws, count = training.draws, len(table.tokens)
+    index = training.next_index(count)
+    variant = torch.randint(1 + VARIANTS, (BATCH,), generator=draws)
+    text = table.text.rows(variant * count + index)
+    dropped = torch.rand(BATCH, generator=draws) < TEXT_DROP
+    pooled = torch.where(dropped[:, None], table.empty.pooled, text.pooled)
+    states = torch.where(dropped[:, None, None], table.empty.states, text.states)
+    return table.tokens[index], Text(pooled, states)
+
+
+class FlowMatching:
+    """Mean squared error of the velocity, at logit-normal noise levels; the guidance is 1 throughout."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def __call__(self, training: Training) -> Tensor:
+        clean, text = draw_batch(training, self.table)
+        noisy, sigma, eps = noised(training, clean)
+        return F.mse_loss(velocity(training.model, noisy, sigma, text, torch.ones(BATCH)), eps - clean)
+
+
+class GuidanceDistillation:
+    """Teaches the guidance embedding: at guidance g the model is to say what classifier-free guidance of
+    1 + (g - 1) * GUIDANCE_STRENGTH makes of the `teacher`; at 1 that is the teacher itself.
+
+    A model that knows its drawings by heart needs little: the full scale lets wrong captions outvote a ControlNet."""
+
+    def __init__(self, table: Table, teacher: FluxTransformer2DModel) -> None:
+        self.table, self.teacher = table, teacher
+
+    def __call__(self, training: Training) -> Tensor:
+        clean, text = draw_batch(training, self.table)
+        noisy, sigma, _ = noised(training, clean)
+        low, high = GUIDANCE_RANGE
+        guidance = low + (high - low) * torch.rand(BATCH, generator=training.draws)
+        empty = self.table.empty
+        nothing = Text(empty.pooled.expand(BATCH, -1), empty.states.expand(BATCH, -1, -1))
+        with torch.no_grad():
+            free = velocity(self.teacher, noisy, sigma, nothing, torch.ones(BATCH))
+            told = velocity(self.teacher, noisy, sigma, text, torch.ones(BATCH))
+            target = free + (1 + (guidance[:, None, None] - 1) * GUIDANCE_STRENGTH) * (told - free)
+        return F.mse_loss(velocity(training.model, noisy, sigma, text, guidance), target)
+
+
+def noised(training: Training, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`clean` with noise mixed in, the noise levels [B] and the noise."""
+    sigma = torch.randn(len(clean), generator=training.draws).sigmoid()
+    eps = torch.randn(clean.shape, generator=training.draws)
+    return clean + sigma[:, None, None] * (eps - clean), sigma, eps
+
+
+def run(
+    training: Training,
+    objective: Callable[[Training], Tensor],
+    steps: int,
+    path: Path,
+    probe: Callable[[Training], None],
+    probe_every: int,
+) -> None:
+    """Train up to step `steps`, saving to `path` every few minutes and at the end."""
+    before, started = training.seconds, time.monotonic()
+    saved, shown, losses = started, training.step, 0.0
+    while training.step < steps:
+        loss = objective(training)
+        training.update(loss, rate_at(training.step, steps))
+        losses += loss.item()
+        training.seconds = before + time.monotonic() - started
+        if training.step % 50 == 0 or training.step == steps:
+            count = training.step - shown
+            print(
+                f"step {training.step:6d}  loss {losses / count:.4f}  {training.seconds / training.step:.3f} s/step",
+                flush=True,
+            )
+            shown, losses = training.step, 0.0
+        if time.monotonic() - saved > SAVE_EVERY_S or training.step == steps:
+            training.save(path)
+            saved = time.monotonic()
+        if training.step % probe_every == 0 or training.step == steps:
+            probe(training)
