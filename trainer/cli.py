@@ -18,6 +18,7 @@ from ..data.cli import app as data_app
 from ..recipes import Recipe, RecipeError, load_recipe, to_yaml
 from .checkpoint.cli import app as checkpoint_app
 from .errors import RunError, Unhealthy
+from .evaluate_cli import evaluate
 from .generate_cli import generate
 from .launch import adopt_rank, run_ranks
 from .monitors.track_cli import app as track_app
@@ -30,6 +31,7 @@ app.add_typer(checkpoint_app, name="checkpoint", help="Checkpoints of a run: lis
 app.add_typer(track_app, name="track", help="MLflow: send what a tracker missed.")
 
 app.command()(generate)
+app.command("eval")(evaluate)
 
 kernels_app = typer.Typer(no_args_is_help=True)
 app.add_typer(kernels_app, name="kernels", help="Triton kernels: compile, check, time.")
@@ -58,6 +60,18 @@ def train(
         return train_rank(recipe)
 
     _on_ranks(settings, ranks, ["train", recipe, *(overrides or [])], trained)
+
+
+@data_app.command("encode")
+def data_encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: RanksOption = None) -> None:
+    """Store what the frozen parts compute that the recipe wants cached (flux.placement), beside the shards."""
+    settings = load_recipe(recipe, overrides or [])
+    ranks = ranks or (None if adopt_rank() else _devices())
+    if ranks is None or ranks == 1:
+        from .encode import encode
+
+        _leave(encode(settings))
+    _leave(run_ranks(ranks, ["data", "encode", recipe, *(overrides or [])]))
 
 
 @kernels_app.command("check")

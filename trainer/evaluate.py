@@ -1,0 +1,241 @@
+"""How well both stages do on a data set: latents, reconstructions, and whether pictures match their prompts.
+
+Legend: B samples, N patch latents of width D, S and P sides in pixels of what the vision tower sees and FLUX paints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data import Dataset
+from ..kernels import PrefixLayout
+from .evaluate_samples import Sample, SampleSet
+from .generate import Generator, Settings
+from .image_metrics import NearestPixels, centred_cosine, frechet, psnr, recall, ssim
+from .models.decode import NO_EPOCH
+from .models.flux import gaussian
+from .models.masking import draw_masks
+from .randomness import Stream, uniform
+from .sheet import sheet
+
+MASK_RATES = (0.7, 0.8, 0.9, 1.0)
+GALLERY = 4096
+ON_SHEET = 8
+"""Columns of the contact sheet, of each data set."""
+
+
+@dataclass
+class Evaluation:
+    """What an evaluation found."""
+
+    figures: dict[str, dict[str, Any]]
+    """For `train` and perhaps `heldout`: `latents`, `reconstruction`, `match` and `frechet`, see docs/evaluation.md."""
+    samples: dict[str, list[Sample]]
+    image_seeds: dict[str, list[int]]
+    gallery: int
+    """Images among which reconstructions were looked up."""
+    sheet: Image.Image
+
+
+@torch.no_grad()
+def evaluate(
+    generator: Generator,
+    data: Dataset,
+    heldout: Dataset | None = None,
+    samples: int = 64,
+    seed: int = 0,
+    settings: Settings = Settings(),
+    batch: int = 8,
+    gallery: int = GALLERY,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Evaluation:
+    """Figures over `samples` captions of each data set; the same ones for the same seed.
+
+    gallery: images of each set, at least `samples`, among which reconstructions are looked up and whose latents make
+    the mean. A held-out image that is also one of them is not taken. RunError when a set has too few samples.
+    """
+    sizes = generator.image_size, generator.flux_size
+    gallery = max(gallery, samples)
+    sets = [SampleSet("train", data, seed, sizes)]
+    if heldout is not None:
+        sets.append(SampleSet("heldout", heldout, seed, sizes))
+    known = sets[0].image_hashes(gallery) if heldout is not None else set()
+    chosen = {one.name: one.choose(samples, () if one is sets[0] else known) for one in sets}
+    trials = {name: _Trial(generator, name, of, seed, settings, batch, progress) for name, of in chosen.items()}
+    own = [(name, sample.index) for name, of in chosen.items() for sample in of]
+    nearest = NearestPixels(torch.cat([_stack(trial.made["ground_truth"]) for trial in trials.values()]), own)
+    progress("looking reconstructions up among all images")
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for one in sets:
+        for part in one.gallery(gallery, 4 * batch, [sample.index for sample in chosen[one.name]]):
+            nearest.add([(one.name, sample.index) for sample in part], _stack([s.original for s in part]))
+            if one.name == "train":
+                total = total + generator.encode(_stack([s.seen for s in part])).double().sum(0).cpu()
+                count += len(part)
+    hits = dict(zip(trials, nearest.hits().double().split(samples), strict=True))
+    figures = {
+        name: {
+            "latents": trial.latents(total / count),
+            "reconstruction": {**trial.reconstruction(), "r1": float(hits[name].mean())},
+            **trial.matches(),
+        }
+        for name, trial in trials.items()
+    }
+    seeds = {name: trial.seeds for name, trial in trials.items()}
+    return Evaluation(figures, chosen, seeds, nearest.seen, _sheet(trials))
+
+
+class _Trial:
+    """The pictures of one data set's captions, and what they are worth. Figures are taken in fp32 or more."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        name: str,
+        samples: Sequence[Sample],
+        seed: int,
+        settings: Settings,
+        batch: int,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.generator, self.name, self.batch, self.seed = generator, name, batch, seed
+        self.indices = np.array([sample.index for sample in samples], dtype=np.int64)
+        self.captions = [sample.caption for sample in samples]
+        self.seeds = [seed + sample.index for sample in samples]
+        self.originals = _stack([sample.original for sample in samples])
+        self.own = self._encode([Image.fromarray(sample.seen) for sample in samples])
+        decoded = torch.cat(
+            [generator.latents(self.captions[p], self.seeds[p], settings) for p in _parts(len(samples), batch)]
+        )
+        plans: dict[str, tuple[Settings, Tensor | None]] = {
+            "full": (settings, decoded),
+            "ground_truth": (settings, self.own),
+            "no_controlnet": (replace(settings, controlnet=False), None),
+        }
+        if name == "train":
+            plans["empty_prompt"] = replace(settings, empty_prompt=True), decoded
+            plans["other_latents"] = settings, self.own.roll(-1, 0)
+            plans["random_latents"] = settings, self._random_latents()
+        self.made: dict[str, list[Image.Image]] = {}
+        for kind, (how, latents) in plans.items():
+            progress(f"{name}: {len(samples)} pictures, {kind}")
+            self.made[kind] = generator.generate(self.captions, self.seeds, how, latents, batch)
+
+    def latents(self, mean: Tensor) -> dict[str, dict[str, float]]:
+        """By mask rate: mean squared error and cosine of the branch's predictions on hidden patches.
+
+        mean [N, D]: another prediction, that of each position's mean, whose error is `mean_mse`.
+        """
+        model, patches = self.generator.mllm, self.own.shape[1]
+        mean = mean.to(self.own)
+        sums = torch.zeros(len(MASK_RATES), 4, dtype=torch.float64)
+        for part in _parts(len(self.captions), self.batch):
+            own, index = self.own[part], self.indices[part]
+            input_ids, lengths = self.generator.template.batch(self.captions[part])
+            layout = PrefixLayout.of(lengths, patches, own.device)
+            prefix = model.backbone.prefix(input_ids.to(own.device), layout)
+            for row, rate in enumerate(MASK_RATES):
+                hidden = np.full_like(index, math.ceil(rate * patches - 1e-9))  # as `masked_counts` rounds
+                drawn = draw_masks(self.seed, np.full_like(index, NO_EPOCH), index, hidden, patches)
+                mask = torch.from_numpy(drawn).to(own.device)
+                found = model.head(model.branch(own, mask, prefix))
+                found, wanted, average = found[mask].float(), own[mask].float(), mean.expand_as(own)[mask].float()
+                sums[row] += torch.tensor(
+                    [
+                        float((found - wanted).square().mean(1).double().sum()),
+                        float(F.cosine_similarity(found, wanted).double().sum()),
+                        float((average - wanted).square().mean(1).double().sum()),
+                        len(wanted),
+                    ]
+                )
+        rows = (sums[:, :3] / sums[:, 3:]).tolist()
+        names = "mse", "cosine", "mean_mse"
+        return {str(rate): dict(zip(names, row, strict=True)) for rate, row in zip(MASK_RATES, rows, strict=True)}
+
+    def reconstruction(self) -> dict[str, float]:
+        """PSNR in dB and SSIM against the originals: the true latents' pictures, the VAE alone, and the text alone."""
+        flux, device = self.generator.flux, self.generator.device
+        parts = _parts(len(self.originals), self.batch)
+        through = [flux.decode_latents(flux.encode_images(self.originals[p].to(device))).cpu() for p in parts]
+        found: dict[str, float] = {}
+        compared = {
+            "": _stack(self.made["ground_truth"]),
+            "vae_": torch.cat(through),
+            "no_controlnet_": _stack(self.made["no_controlnet"]),
+        }
+        for prefix, images in compared.items():
+            for name, measure in (("psnr", psnr), ("ssim", ssim)):
+                values = [measure(images[p], self.originals[p]) for p in parts]
+                found[prefix + name] = float(torch.cat(values).mean())
+        return found
+
+    def matches(self) -> dict[str, dict[str, Any]]:
+        """Which of the captions' real images each picture is nearest to, and how far both sets lie apart.
+
+        Real images are looked at as the pictures are, from P pixels: else a difference in sharpness would count.
+        """
+        real = self._encode([Image.fromarray(image) for image in self.originals.permute(0, 2, 3, 1).numpy()]).float()
+        places = torch.arange(len(real), device=real.device)
+        match: dict[str, dict[str, float]] = {}
+        apart: dict[str, float] = {}
+        for kind, images in self.made.items():
+            seen = self._encode(images).float()
+            # Not Euclidean: what the branch predicts is a mean and shorter, and short vectors are all near the centre.
+            alike = centred_cosine(seen.flatten(1), real.flatten(1))
+            match[kind] = {"r1": recall(alike, places, 1), "r5": recall(alike, places, 5)}
+            if kind == "other_latents":
+                other = places.roll(-1)
+                match[kind] |= {"other_r1": recall(alike, other, 1), "other_r5": recall(alike, other, 5)}
+            apart[kind] = frechet(seen.mean(1), real.mean(1))
+        match["chance"] = {"r1": 1 / len(real), "r5": min(1.0, 5 / len(real))}
+        return {"match": match, "frechet": apart}
+
+    def _encode(self, images: Sequence[Image.Image]) -> Tensor:
+        """Patch latents [B, N, D] of square images of any size."""
+        side = self.generator.image_size
+        resized = [image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
+        return torch.cat([self.generator.encode(_stack(resized[p])) for p in _parts(len(images), self.batch)])
+
+    def _random_latents(self) -> Tensor:
+        """Gaussian latents [B, N, D] with the true ones' mean and deviation in every channel."""
+        lanes = self.own[0].numel()
+        draws = uniform(self.seed, Stream.POSTERIOR, np.full_like(self.indices, NO_EPOCH), self.indices, lanes)
+        noise = gaussian(torch.from_numpy(draws)).view(self.own.shape).to(self.own)
+        return self.own.mean((0, 1)) + self.own.std((0, 1)) * noise
+
+
+def _parts(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def _stack(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
+    """uint8 [B, 3, H, W] of RGB images of one size."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+
+
+def _sheet(trials: dict[str, _Trial]) -> Image.Image:
+    """Rows of the first captions' pictures, those of training and then held-out ones."""
+    rows: dict[str, list[Image.Image]] = {}
+    columns: list[str] = []
+    for trial in trials.values():
+        originals = [Image.fromarray(image) for image in trial.originals.permute(0, 2, 3, 1).numpy()]
+        shown = {
+            "generated": trial.made["full"],
+            "reconstruction": trial.made["ground_truth"],
+            "no ControlNet": trial.made["no_controlnet"],
+            "original": originals,
+        }
+        for label, images in shown.items():
+            rows.setdefault(label, []).extend(images[:ON_SHEET])
+        mark = "" if trial.name == "train" else "held out: "
+        columns += [mark + caption for caption in trial.captions[:ON_SHEET]]
+    return sheet(rows, columns, across=ON_SHEET)

@@ -1,0 +1,107 @@
+"""Which images and captions an evaluation takes from shards: a function of its seed and their places in the data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..data import Dataset
+from ..data.errors import BadSample
+from ..data.shards import RawSample, told
+from ..data.transforms import decode_sizes
+from .errors import RunError
+from .models.decode import NO_EPOCH
+from .randomness import IntArray, Stream, uniform
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image-caption pair."""
+
+    index: int
+    """Place in its data set."""
+    key: str
+    caption: str
+    seen: np.ndarray
+    """uint8 [S, S, 3], as the vision tower sees the image."""
+    original: np.ndarray
+    """uint8 [P, P, 3], the image at FLUX's size."""
+
+
+class SampleSet:
+    """The samples of one data set in the order in which evaluations with `seed` take them.
+
+    sizes: S and P of `Sample`.
+    """
+
+    def __init__(self, name: str, dataset: Dataset, seed: int, sizes: tuple[int, int]) -> None:
+        self.name = name
+        self.dataset = dataset
+        self.sizes = sizes
+        index = np.arange(len(dataset))
+        draws = uniform(seed, Stream.MASK_RATE, np.full_like(index, NO_EPOCH), index, 1)[:, 0]
+        self.order: IntArray = draws.argsort(kind="stable")
+        self._ends: IntArray = dataset.samples_per_shard.cumsum()
+
+    def choose(self, count: int, known: Collection[bytes] = ()) -> list[Sample]:
+        """The first `count` that can be read, whose captions differ and whose images are not among `known` hashes.
+
+        Equal captions could not be told apart.
+        """
+        chosen: dict[str, Sample] = {}
+        trained = 0
+        for index in self.order:
+            raw = self.raw(int(index))
+            if raw is None or raw.caption in chosen:
+                continue
+            if known and image_hash(raw) in known:
+                trained += 1
+            elif sample := self._decoded(int(index), raw):
+                chosen[raw.caption] = sample
+                if len(chosen) == count:
+                    return list(chosen.values())
+        shared = f" ({trained} others have an image of --data)" if trained else ""
+        raise RunError(
+            f"{told(self.dataset.shards)}: {len(chosen)} readable samples with captions of their own{shared}, {count}"
+            " are asked for: lower --samples, or name more shards"
+        )
+
+    def image_hashes(self, most: int) -> set[bytes]:
+        """Of the first `most` samples' images."""
+        found = (self.raw(int(index)) for index in self.order[:most])
+        return {image_hash(raw) for raw in found if raw is not None}
+
+    def gallery(self, most: int, chunk: int, chosen: Sequence[int] = ()) -> Iterator[list[Sample]]:
+        """The readable ones of the first `most` samples, and those `chosen` beyond them, in lists of `chunk`."""
+        part: list[Sample] = []
+        for index in dict.fromkeys([*self.order[:most].tolist(), *chosen]):
+            raw = self.raw(index)
+            if raw is not None and (sample := self._decoded(index, raw)):
+                part.append(sample)
+            if len(part) == chunk:
+                yield part
+                part = []
+        if part:
+            yield part
+
+    def raw(self, index: int) -> RawSample | None:
+        """One sample as stored; None when it has no image or caption."""
+        shard = int(self._ends.searchsorted(index, side="right"))
+        try:
+            return self.dataset.read(shard, index - int(self._ends[shard] - self.dataset.samples_per_shard[shard]))
+        except BadSample:
+            return None
+
+    def _decoded(self, index: int, raw: RawSample) -> Sample | None:
+        try:
+            seen, original = decode_sizes(raw.image, self.sizes)
+        except ValueError:
+            return None
+        return Sample(index, raw.key, raw.caption, seen, original)
+
+
+def image_hash(raw: RawSample) -> bytes:
+    return hashlib.sha256(raw.image).digest()
