@@ -119,6 +119,7 @@ class _Trial:
         plans: dict[str, tuple[Settings, Tensor | None]] = {
             "full": (settings, decoded),
             "ground_truth": (settings, self.own),
+            "latents_alone": (replace(settings, empty_prompt=True), self.own),
             "no_controlnet": (replace(settings, controlnet=False), None),
         }
         if name == "train":
@@ -162,13 +163,15 @@ class _Trial:
         return {str(rate): dict(zip(names, row, strict=True)) for rate, row in zip(MASK_RATES, rows, strict=True)}
 
     def reconstruction(self) -> dict[str, float]:
-        """PSNR in dB and SSIM against the originals: the true latents' pictures, the VAE alone, and the text alone."""
+        """PSNR in dB and SSIM against the originals: of the true latents with and without the text, of the VAE alone,
+        and of the text alone."""
         flux, device = self.generator.flux, self.generator.device
         parts = _parts(len(self.originals), self.batch)
         through = [flux.decode_latents(flux.encode_images(self.originals[p].to(device))).cpu() for p in parts]
         found: dict[str, float] = {}
         compared = {
             "": _stack(self.made["ground_truth"]),
+            "latents_alone_": _stack(self.made["latents_alone"]),
             "vae_": torch.cat(through),
             "no_controlnet_": _stack(self.made["no_controlnet"]),
         }
@@ -230,7 +233,8 @@ def _sheet(trials: dict[str, _Trial]) -> Image.Image:
         originals = [Image.fromarray(image) for image in trial.originals.permute(0, 2, 3, 1).numpy()]
         shown = {
             "generated": trial.made["full"],
-            "reconstruction": trial.made["ground_truth"],
+            "true latents": trial.made["ground_truth"],
+            "true latents alone": trial.made["latents_alone"],
             "no ControlNet": trial.made["no_controlnet"],
             "original": originals,
         }

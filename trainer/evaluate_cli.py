@@ -26,6 +26,7 @@ VERSIONS = ("torch", "transformers", "diffusers", "numpy", "pillow")
 LABELS = {
     "full": "both stages",
     "ground_truth": "true latents",
+    "latents_alone": "true latents alone",
     "no_controlnet": "no ControlNet",
     "empty_prompt": "empty prompt",
     "other_latents": "another image's latents",
@@ -123,7 +124,8 @@ def table(found: Evaluation) -> str:
             lines += [_row(f"  {float(rate):.0%}", *values)]
         row = figures["reconstruction"]
         lines += ["", _row("reconstruction", "PSNR", "SSIM", f"R@1 of {found.gallery:,}")]
-        for label, kind in (("true latents", ""), ("VAE alone", "vae_"), ("no ControlNet", "no_controlnet_")):
+        kinds = {"true latents": "", "true latents alone": "latents_alone_", "VAE alone": "vae_"}
+        for label, kind in {**kinds, "no ControlNet": "no_controlnet_"}.items():
             values = f"{row[kind + 'psnr']:.2f} dB", f"{row[kind + 'ssim']:.4f}", "" if kind else f"{row['r1']:.3f}"
             lines += [_row(f"  {label}", *values)]
         lines += ["", _row(f"prompt match of {several}", "R@1", "R@5", "Fréchet distance")]

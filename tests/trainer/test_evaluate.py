@@ -30,7 +30,7 @@ from bifrost.trainer.stages import open_stage
 
 FAST = Settings(steps=2, flux=Sampling(steps=1))
 QUICK = ("--steps=2", "--flux-steps=1", "--samples=4")
-CONTROLS = ["full", "ground_truth", "no_controlnet", "empty_prompt", "other_latents", "random_latents"]
+CONTROLS = ["full", "ground_truth", "latents_alone", "no_controlnet", "empty_prompt", "other_latents", "random_latents"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -214,7 +214,7 @@ def test_figures(evaluated, generator: Generator, shards: Path) -> None:
     assert evaluated.gallery == 40 + 15
     train, heldout = evaluated.figures["train"], evaluated.figures["heldout"]
     assert list(train["match"]) == [*CONTROLS, "chance"] and list(train["frechet"]) == CONTROLS
-    assert list(heldout["frechet"]) == CONTROLS[:3]
+    assert list(heldout["frechet"]) == CONTROLS[:4]
     assert train["match"]["chance"] == {"r1": 0.25, "r5": 1.0}
     assert train["latents"].keys() == {"0.7", "0.8", "0.9", "1.0"}
 
@@ -325,7 +325,7 @@ def test_the_command(mllm: Path, controlnet: Path, shards: Path, tmp_path: Path,
     index = [int(key.removeprefix("pattern-")) for key in record["data"]["train"]["keys"]]
     assert record["data"]["train"]["image_seeds"] == [9 + number for number in index]
     width, height = Image.open(out / "sheet.png").size
-    assert 8 * 128 < width < 8 * 128 + 200 and 4 * 128 < height < 4 * 128 + 150
+    assert 8 * 128 < width < 8 * 128 + 200 and 5 * 128 < height < 5 * 128 + 150
     bifrost(*usual, "--heldout", heldout_shards(shards), "--out", out, "--seed", 9)
     assert (out / "metrics.json").read_bytes() == first
 
