@@ -19,7 +19,7 @@ from torch.utils.data import Dataset as TorchDataset
 from .errors import BadSample, DataError
 from .plan import Plan, rank_positions
 from .processes import START_METHOD, die_with_starter
-from .shards import Dataset
+from .shards import Dataset, RawSample
 from .transforms import decode_sizes
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
@@ -40,6 +40,8 @@ class Item:
     caption: str
     others: tuple[np.ndarray, ...] = ()
     """The same image at the loader's further sizes."""
+    origin: tuple[int, int] = (0, 0)
+    """Shard, and number within it, of the sample that was read."""
 
 
 @dataclass(frozen=True)
@@ -199,13 +201,15 @@ class _MicroBatches(TorchDataset):
         items, replaced = [], []
         try:
             for epoch, shard, sample, index in zip(*(part.tolist() for part in located), strict=True):
-                key, (image, *others), caption = self._read(shard, sample, replaced)
-                items.append(Item(epoch, index, key, image, caption, tuple(others)))
+                origin, raw, (image, *others) = self._read(shard, sample, replaced)
+                items.append(Item(epoch, index, raw.key, image, raw.caption, tuple(others), origin))
+            return Batch(self.collate(items), [item.key for item in items], replaced)
         except DataError as error:
             return error  # raised in a worker it would reach the caller wrapped in a traceback's text
-        return Batch(self.collate(items), [item.key for item in items], replaced)
 
-    def _read(self, shard: int, sample: int, replaced: list[tuple[str, str]]) -> tuple[str, list[np.ndarray], str]:
+    def _read(
+        self, shard: int, sample: int, replaced: list[tuple[str, str]]
+    ) -> tuple[tuple[int, int], RawSample, list[np.ndarray]]:
         """The planned sample, or the first after it that reads: within its shard, wrapping, then in the next ones."""
         planned = None
         for candidate in self._candidates(shard, sample):
@@ -221,7 +225,7 @@ class _MicroBatches(TorchDataset):
                 else:
                     if planned:
                         replaced.append((planned.key, planned.reason))
-                    return raw.key, images, raw.caption
+                    return candidate, raw, images
             planned = planned or self.bad[candidate]
         raise DataError(f"no sample of the data set reads, the first: {planned}; run `bifrost data verify`")
 

@@ -13,7 +13,18 @@ from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 
 from .errors import BadSample, DataError
-from .index import CAPTION_TYPE, Header, Index, damaged, image_type, index_path, is_local, load_header, load_index
+from .index import (
+    CAPTION_TYPE,
+    Header,
+    Index,
+    Members,
+    damaged,
+    image_type,
+    index_path,
+    is_local,
+    load_header,
+    load_index,
+)
 from .transforms import clean_caption
 
 THREADS = 32  # opening is waiting for the file system
@@ -123,10 +134,18 @@ class Dataset:
         """Sample counts, int64 [S]."""
         self.fingerprint = hashlib.sha256("".join(header.sha256 for header in headers).encode()).hexdigest()
         """Hash over the shards' content hashes in order: the same samples in the same order, wherever they lie."""
-        self._open: OrderedDict[int, tuple[Index, _File]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[Index, File]] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self.samples_per_shard.sum())
+
+    def entry(self, shard: int, sample: int) -> tuple[str, Members]:
+        """Key and members of one sample; raises DataError like `read`."""
+        index, _ = self._opened(shard)
+        try:
+            return index.entry(sample)
+        except ValueError:
+            raise damaged(self.shards[shard]) from None
 
     def read(self, shard: int, sample: int) -> RawSample:
         """One sample, by numbers within the data set and the shard.
@@ -134,11 +153,8 @@ class Dataset:
         Raises BadSample when its bytes are not all there or its caption is missing, empty or not UTF-8; DataError
         when the shard cannot be read at all.
         """
-        index, file = self._opened(shard)
-        try:
-            key, members = index.entry(sample)
-        except ValueError:
-            raise damaged(self.shards[shard]) from None
+        key, members = self.entry(shard, sample)
+        file = self._opened(shard)[1]
         start = min(offset for offset, _ in members.values())
         end = max(offset + size for offset, size in members.values())
         try:
@@ -164,11 +180,11 @@ class Dataset:
         while self._open:
             self._open.popitem()[1][1].close()
 
-    def _opened(self, shard: int) -> tuple[Index, _File]:
+    def _opened(self, shard: int) -> tuple[Index, File]:
         if shard not in self._open:
             url = self.shards[shard]
             try:
-                index, file = load_index(url), _open(url)
+                index, file = load_index(url), open_file(url)
             except OSError as error:
                 raise DataError(f"{url}: cannot be opened any more ({error}); check the storage") from None
             if index.header != self.headers[shard]:
@@ -207,8 +223,9 @@ class _RemoteFile:
         pass
 
 
-_File = _LocalFile | _RemoteFile
+File = _LocalFile | _RemoteFile
 
 
-def _open(url: str) -> _File:
+def open_file(url: str) -> File:
+    """A file to read by position."""
     return _LocalFile(url_to_fs(url)[1]) if is_local(url) else _RemoteFile(url)

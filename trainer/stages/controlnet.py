@@ -8,7 +8,9 @@ pixels of what the vision tower sees and FLUX paints.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data import Item
+from ...data import DataError, Item
 from ...recipes import Recipe
 from ...recipes.schema import Flux
+from ..errors import RunError
 from ..kernel_choice import KernelChoice, choose_kernels
 from ..models import flux as flow
 from ..models import latent_controlnet, weights
 from ..models.backbone import FrozenBackbone, architecture, locate, read_config
-from ..models.flux import PARTS, FluxFolder, FluxTokenizers, FrozenFlux, Tokens
+from ..models.flux import PARTS, FluxFolder, FluxTokenizers, Part, Tokens
 from ..models.latent_controlnet import ControlNetConfig, LatentControlNet
 from ..randomness import IntArray, Stream, uniform
-from ..ranks import Ranks
+from ..ranks import Gather, Ranks, alone
 from . import Losses, StageModel
+from .cache import Cache, Kind, cached_kinds, made_by, open_cache
 from .patch_latents import grid_side
+from .placement import PlacedFlux, build_whole, hide, offload, places
 
 
 class LatentControlNetModel(StageModel):
@@ -37,43 +42,65 @@ class LatentControlNetModel(StageModel):
     def __init__(self, stage: ControlNetStage) -> None:
         super().__init__()
         self.guidance = stage.flux.guidance
-        self.backbone = FrozenBackbone(stage.config, stage.kernels.attention, text=False)
-        self.flux = FrozenFlux(stage.folder)
+        self.recomputed = stage.recipe.activation_checkpointing
+        self.tower_place = stage.tower_place
+        self.build_tower: Callable[[], FrozenBackbone] = partial(
+            FrozenBackbone, stage.config, stage.kernels.attention, text=False
+        )
+        if self.tower_place == "sharded":
+            self.backbone = self.build_tower()
+        self.flux = PlacedFlux(stage.folder, stage.where)
         self.controlnet = LatentControlNet(stage.shape)
-        if stage.recipe.activation_checkpointing:
-            self.flux.transformer.enable_gradient_checkpointing()
-            self.controlnet.enable_gradient_checkpointing()
 
     def statistics(self) -> dict[str, Tensor]:
         return {f"controlnet.{name}": buffer for name, buffer in self.controlnet.statistics().items()}
 
     def load(self, files: weights.WeightFiles, seed: int) -> None:
         """Frozen parts from their files, the ControlNet as FLUX's copy with zeros where it meets FLUX."""
+        like = next(self.controlnet.parameters())
+        device = weights.local_slice(like)[0].device
+        if self.tower_place != "sharded":
+            hide(self, "backbone", build_whole(self.build_tower, self.tower_place, like))
+        self.flux.build_rest(like)
         self.backbone.restore_rotary()
         self.backbone.load(files)
-        self.flux.load()
+        self.flux.load(device)
+        if self.tower_place == "offloaded":
+            offload(self.backbone.vision, device)
+        if self.recomputed:
+            self.flux.transformer.enable_gradient_checkpointing()
+            self.controlnet.enable_gradient_checkpointing()
         transformer = self.flux.folder.files("transformer")
         self.controlnet.initialise(transformer, transformer.path, seed)
 
     def forward(
         self,
         images: Tensor,
-        pictures: Tensor,
-        t5: Tensor,
-        clip: Tensor,
         posterior: Tensor,
         noise: Tensor,
         level: Tensor,
         normalizer: float,
+        pictures: Tensor | None = None,
+        t5: Tensor | None = None,
+        clip: Tensor | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        text: Tensor | None = None,
+        pooled: Tensor | None = None,
     ) -> Losses:
         """Losses of images [B, 3, S, S] and the same as FLUX paints them, pictures [B, 3, P, P], both uint8.
 
-        t5 [B, L] and clip [B, 77] token ids; posterior [B, c, h, w] and noise [B, M, C] standard normal, level [B]
-        standard normal too: the logit of the noise level. normalizer: elements that the mean goes over.
+        posterior [B, c, h, w] and noise [B, M, C] standard normal, level [B] standard normal too: the logit of the
+        noise level. normalizer: elements that the mean goes over. t5 [B, L] and clip [B, 77] token ids. From a cache
+        instead of pictures: mean and std [B, c, h, w]; instead of token ids: text [B, L, E] and pooled [B, P].
         """
         condition = self.backbone.patch_latents(images)
-        latents = flow.pack(self.flux.encode_images(pictures, posterior))
-        text, pooled = self.flux.encode_text(Tokens(t5, clip))
+        if pictures is not None:
+            mean, std = self.flux.posterior(pictures)
+        if t5 is not None and clip is not None:
+            text, pooled = self.flux.encode_text(Tokens(t5, clip))
+        assert mean is not None and std is not None and text is not None and pooled is not None
+        latents = flow.pack(self.flux.drawn(mean, std, posterior))
         sigma = flow.sigmas(level)
         height, width = posterior.shape[-2:]
         rest: dict[str, Any] = {
@@ -105,6 +132,7 @@ class ControlNetCollate:
 
     def __init__(self, stage: ControlNetStage) -> None:
         self.seed, self.dropout = stage.recipe.seed, stage.flux.caption_dropout
+        self.caches = stage.caches if stage.caches is not None else stage.open_caches()
         self.tokenizers = FluxTokenizers(stage.folder)
         self.latents = stage.latents
 
@@ -112,7 +140,6 @@ class ControlNetCollate:
         epoch = np.array([item.epoch for item in items], dtype=np.int64)
         index = np.array([item.index for item in items], dtype=np.int64)
         dropped = uniform(self.seed, Stream.CAPTION_DROPOUT, epoch, index, 1)[:, 0] < self.dropout
-        tokens = self.tokenizers(["" if drop else item.caption for drop, item in zip(dropped, items, strict=True)])
         channels, height, width = self.latents
 
         def normal(stream: Stream, *shape: int) -> Tensor:
@@ -121,13 +148,28 @@ class ControlNetCollate:
 
         return {
             "images": _pixels([item.image for item in items]),
-            "pictures": _pixels([item.others[0] for item in items]),
-            "t5": tokens.t5,
-            "clip": tokens.clip,
+            **self._pictures(items),
+            **self._text(items, dropped.tolist()),
             "posterior": normal(Stream.POSTERIOR, *self.latents),
             "noise": normal(Stream.NOISE, height * width // 4, 4 * channels),
             "level": normal(Stream.NOISE_LEVEL, 1)[:, 0],
         }
+
+    def _pictures(self, items: list[Item]) -> dict[str, Tensor]:
+        if "vae" not in self.caches:
+            return {"pictures": _pixels([item.others[0] for item in items])}
+        return _stacked([self.caches["vae"].read(item.origin, item.key) for item in items])
+
+    def _text(self, items: list[Item], dropped: list[bool]) -> dict[str, Tensor]:
+        pairs = list(zip(items, dropped, strict=True))
+        if cache := self.caches.get("text"):
+            found = [cache.empty(i.origin[0]) if drop else cache.read(i.origin, i.key) for i, drop in pairs]
+            return _stacked(found)
+        return self.tokenizers(["" if drop else item.caption for item, drop in pairs])._asdict()
+
+
+def _stacked(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def _pixels(images: list[np.ndarray]) -> Tensor:
@@ -147,6 +189,8 @@ class ControlNetStage:
     shape: ControlNetConfig
     kernels: KernelChoice
     for_counting: bool
+    caches: dict[Kind, Cache] | None = None
+    """Of the parts that are cached, once opened."""
     sums: int = 5
     """Squared error and elements at noise levels up to one half, the same above, tokens."""
     identity: tuple[str, ...] = ("controlnet", "flux.image_size", "flux.guidance", "flux.caption_dropout")
@@ -180,7 +224,19 @@ class ControlNetStage:
 
     @property
     def image_sizes(self) -> tuple[int, ...]:
-        return self.recipe.data.image_size, self.flux.image_size
+        cached = self.flux.placement.vae == "cached"
+        return (self.recipe.data.image_size, *(() if cached else (self.flux.image_size,)))
+
+    @property
+    def where(self) -> dict[Part, str]:
+        """Part of FLUX -> its placement; for counting all are in the model."""
+        if self.for_counting:
+            return dict.fromkeys(PARTS, "sharded")
+        return places(self.flux, whole=self.recipe.samples.every is not None)
+
+    @property
+    def tower_place(self) -> str:
+        return "sharded" if self.for_counting else self.flux.placement.tower
 
     @property
     def latents(self) -> tuple[int, int, int]:
@@ -189,9 +245,24 @@ class ControlNetStage:
         return self.folder.vae["latent_channels"], side, side
 
     def choose_kernels(self, ranks: Ranks, folder: Path) -> dict[str, dict[str, Any]]:
+        self.open_caches(ranks.rank, ranks.size, ranks.gather)  # refused here, the last place before anything is built
         patches = grid_side(self.config, self.recipe.data.image_size) ** 2
         self.kernels, record = choose_kernels(self.recipe, self.config, patches, ranks, folder)
         return {"prefix_attention": record["prefix_attention"]}
+
+    def open_caches(self, rank: int = 0, ranks: int = 1, gather: Gather = alone) -> dict[Kind, Cache]:
+        """Open what the recipe wants cached; RunError, on all ranks alike, when it is not this recipe's."""
+        self.caches = {}
+        for kind in cached_kinds(self.recipe):
+            made = made_by(kind, self.recipe, self.folder, rank, ranks, gather)
+            failure = None
+            try:
+                self.caches[kind] = open_cache(kind, self.recipe, made)
+            except (RunError, DataError) as error:
+                failure = str(error)
+            if failures := [text for text in gather(failure) if text]:
+                raise RunError(failures[0])
+        return self.caches
 
     def build(self) -> LatentControlNetModel:
         return LatentControlNetModel(self)

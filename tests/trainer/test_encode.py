@@ -1,0 +1,189 @@
+"""`bifrost data encode`: what it stores stands in for the frozen parts, and is refused for any others."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import plain
+import ranked
+import runs
+import tiny_flux
+from bifrost.data import DataError, verify
+from bifrost.recipes import Recipe, load_recipe
+from bifrost.trainer import encode as module
+from bifrost.trainer.encode import encode
+from bifrost.trainer.errors import RunError
+from bifrost.trainer.inputs import open_inputs
+from bifrost.trainer.stages import open_stage
+
+CACHED = ("flux.placement.vae=cached", "flux.placement.text=cached")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory) -> Path:
+    return tiny_flux.save(tiny_flux.pipeline(), tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture
+def data(shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shards, tmp_path / "data", ignore=shutil.ignore_patterns("cache-*")))
+
+
+def settings(data: Path, flux: Path, *more: str) -> list[str]:
+    """Arguments after the verb."""
+    whole = (f"flux.path={flux}", "micro_batch=4", "optimizer.lr=3e-3", "steps=3", *more)
+    return runs.arguments(data, data.parent / "runs", *whole, recipe="tiny-controlnet")[1:]
+
+
+def recipe(data: Path, flux: Path, *more: str) -> Recipe:
+    name, *overrides = settings(data, flux, *more)
+    return load_recipe(name, overrides)
+
+
+def folder(data: Path, kind: str = "vae") -> Path:
+    (found,) = data.glob(f"cache-{kind}-*")
+    return found
+
+
+def refusal(recipe: Recipe) -> str:
+    with pytest.raises((RunError, DataError)) as error:
+        open_stage(recipe).open_caches()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_ranks_encode_and_train_from_it_as_without(data: Path, flux: Path) -> None:
+    originals = {file.name: file.read_bytes() for file in data.iterdir()}
+    ended = ranked.bifrost(2, "data", "encode", *settings(data, flux, *CACHED))
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    assert [rank.out.count("30 samples in 2 shards") for rank in ended] == [2, 2], "of each kind"
+    assert {file.name: file.read_bytes() for file in data.iterdir() if file.is_file()} == originals
+    assert verify(f"{folder(data)}/train-*.tar") == verify(f"{folder(data, 'text')}/train-*.tar") == []
+
+    wanted = plain.losses(recipe(data, flux))
+    np.testing.assert_allclose(plain.losses(recipe(data, flux, *CACHED)), wanted, rtol=1e-6)
+    ended = ranked.bifrost(2, "train", *settings(data, flux, *CACHED, "data.workers=1"))
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    np.testing.assert_allclose(runs.losses(data.parent / "runs" / "tiny-controlnet"), wanted, rtol=1e-5)
+
+    other = tiny_flux.save(tiny_flux.pipeline(seed=1), data.parent / "other")
+    (ended,) = ranked.bifrost(1, "train", *settings(data, other, *CACHED, "name=second"))
+    assert ended.code == 2
+    (line,) = ended.err.strip().splitlines()
+    assert line.startswith("error: flux.placement.vae=cached:") and "vae weights" in line
+    assert not (data.parent / "runs" / "second").exists()
+
+
+def test_what_is_cached_is_not_loaded(data: Path, flux: Path) -> None:
+    encode(recipe(data, flux, CACHED[0]))
+    stage = open_inputs(recipe(data, flux, CACHED[0]), 1).stage
+    model = stage.build()
+    stage.load(model)
+    assert model.flux.vae is None and model.flux.text_encoder is not None
+    assert stage.image_sizes == (112,), "FLUX's pictures are not even decoded"
+
+
+def test_goes_on_where_it_was_interrupted_and_mends_what_is_damaged(
+    data: Path, flux: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    wanted = recipe(data, flux, CACHED[0])
+    assert "is missing" in refusal(wanted)
+    whole = module.write_shard
+
+    def interrupted(path: Path, samples):
+        if path.name == "train-00002.tar":
+            next(samples)
+            raise KeyboardInterrupt
+        return whole(path, samples)
+
+    monkeypatch.setattr(module, "write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encode(wanted)
+    assert "2 of 4 shards" in refusal(wanted)
+    (folder(data) / "train-00002.tar.tmp-1").write_bytes(b"of a killed process")
+    monkeypatch.setattr(module, "write_shard", whole)
+    encode(wanted)
+    assert "30 samples in 2 shards, 2 shards already there" in capsys.readouterr().out
+    made = {file.name: file.read_bytes() for file in folder(data).iterdir()}
+    assert len(made) == 1 + 4 * 3, "made.json, and of each shard tar, index and lines"
+
+    tar = folder(data) / "train-00001.tar"
+    content = bytearray(tar.read_bytes())
+    place = json.loads((folder(data) / "train-00001.cache.jsonl").read_text().splitlines()[4])
+    content[place[1] + place[2] - 1] ^= 1
+    tar.write_bytes(content)
+    cache = open_stage(wanted).open_caches()["vae"]
+    assert cache.read((1, 0), "pattern-015").keys() == {"mean", "std"}
+    with pytest.raises(DataError, match="damaged or incomplete at sample pattern-018"):
+        cache.read((1, 3), "pattern-018")
+    with pytest.raises(DataError, match="pattern-000"):
+        cache.read((1, 0), "pattern-000")
+    tar.write_bytes(content[:-512])
+    assert "damaged (" in refusal(wanted)
+    encode(wanted)
+    assert "15 samples in 1 shards, 3 shards already there" in capsys.readouterr().out
+    assert {file.name: file.read_bytes() for file in folder(data).iterdir()} == made, "the same bytes again"
+
+
+def test_a_cache_of_anything_else_is_refused(data: Path, flux: Path) -> None:
+    wanted = recipe(data, flux, *CACHED)
+    encode(wanted)
+    assert "flux.image_size 64, here 32" in refusal(recipe(data, flux, CACHED[0], "flux.image_size=32"))
+    assert "precision fp32, here bf16" in refusal(recipe(data, flux, CACHED[1], "precision=bf16"))
+    other = tiny_flux.save(tiny_flux.pipeline(seed=1), data.parent / "other")
+    assert "another vae weights" in refusal(recipe(data, other, CACHED[0]))
+    assert "another text_encoder weights" in refusal(recipe(data, other, CACHED[1]))
+
+    encode(recipe(data, other, CACHED[0]))
+    mine, theirs = sorted(data.glob("cache-vae-*"), key=lambda path: path.stat().st_ctime)
+    shutil.rmtree(mine)
+    theirs.rename(mine)
+    assert "other weights or settings than its folder's name says" in refusal(wanted)
+    shutil.rmtree(mine)
+    encode(recipe(data, flux, CACHED[0]))
+    for name in ("train-00000.tar", "train-00000.index.jsonl"):  # the samples of another shard
+        shutil.copy(data / name.replace("0.", "1."), data / name)
+    assert "made of another train-00000.tar (1 of 4" in refusal(wanted)
+
+
+def test_samples_that_do_not_read_are_left_out(shards: Path, data: Path, flux: Path, capsys) -> None:
+    from bifrost.data import open_dataset, write_shard
+
+    found = open_dataset(f"{shards}/train-00000.tar")
+    samples = [found.read(0, number) for number in range(4)]
+    images = [b"no image" if number == 1 else sample.image for number, sample in enumerate(samples)]
+    for file in data.iterdir():
+        file.unlink()
+    pairs = [(s.key, {"png": image, "txt": s.caption.encode()}) for s, image in zip(samples, images, strict=True)]
+    write_shard(data / "train-00000.tar", pairs)
+    encode(recipe(data, flux, CACHED[0]))
+    assert "4 samples in 1 shards, 1 do not read" in capsys.readouterr().out
+    cache = open_stage(recipe(data, flux, CACHED[0])).open_caches()["vae"]
+    assert cache.read((0, 2), "pattern-002")["mean"].shape == (4, 16, 16)
+    with pytest.raises(DataError, match="pattern-001"):
+        cache.read((0, 1), "pattern-001")
+    one_epoch = ("global_batch=4", "steps=1")
+    wanted = plain.losses(recipe(data, flux, *one_epoch))
+    found = plain.losses(recipe(data, flux, *one_epoch, CACHED[0]))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, err_msg="a neighbour in its place has its own latents")
+
+
+def test_a_recipe_that_caches_nothing(data: Path, flux: Path) -> None:
+    with pytest.raises(RunError, match=r"flux\.placement\.vae=cached"):
+        encode(recipe(data, flux))
+    with pytest.raises(RunError, match="caches nothing"):
+        encode(load_recipe("tiny-mllm"))

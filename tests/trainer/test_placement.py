@@ -1,0 +1,62 @@
+"""Frozen parts lie where the recipe wants them, and no number changes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ranked
+import runs
+import tiny_flux
+from bifrost.trainer.stages.placement import offload
+
+REPLICATED = "flux.placement={transformer: replicated, vae: replicated, text: replicated, tower: replicated}"
+OFFLOADED = "flux.placement={transformer: replicated, vae: offloaded, text: offloaded, tower: offloaded}"
+
+
+def train(shards: Path, flux: Path, runs_dir: Path, *settings: str) -> list[float]:
+    whole = (f"flux.path={flux}", "micro_batch=4", "optimizer.lr=3e-3", "activation_checkpointing=true", *settings)
+    ended = ranked.bifrost(2, *runs.arguments(shards, runs_dir, *whole, recipe="tiny-controlnet"))
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    return runs.losses(runs_dir / "tiny-controlnet")
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_no_placement_changes_the_curve_and_a_run_goes_on_with_another(shards: Path, tmp_path: Path) -> None:
+    flux = tiny_flux.save(tiny_flux.pipeline(), tmp_path / "flux")
+    wanted = train(shards, flux, tmp_path / "sharded", "steps=5")
+    train(shards, flux, tmp_path / "moved", "steps=3", REPLICATED)
+    moved = train(shards, flux, tmp_path / "moved", "steps=5", OFFLOADED)
+    assert len(set(wanted)) == 5, "the ControlNet learns"
+    np.testing.assert_allclose(moved, wanted, rtol=1e-6)
+
+
+class Probe(nn.Linear):
+    seen: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = self.weight.data
+        if len(x) == 0:
+            raise ValueError
+        return super().forward(x)
+
+
+def test_offloaded_parameters_are_on_the_device_for_the_call_alone() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    probe = Probe(3, 3, bias=False)
+    module = nn.Sequential(probe)
+    wanted = module(torch.ones(2, 3))
+    offload(module, device)
+    home = probe.weight.data_ptr()
+    for rows in (2, 2, 0):
+        x = torch.ones(rows, 3, device=device)
+        if rows:
+            torch.testing.assert_close(module(x).cpu(), wanted)
+        else:
+            with pytest.raises(ValueError):  # a failure leaves nothing on the device either
+                module(x)
+        assert probe.seen.device.type == device.type and probe.seen.data_ptr() != home
+        assert probe.weight.device.type == "cpu" and probe.weight.data_ptr() == home

@@ -1,0 +1,165 @@
+"""`bifrost data encode`: stores what frozen parts compute of every sample, for `flux.placement` cached.
+
+Every rank takes shards r, r + size, … and needs no other; the files are described in `stages/cache.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from ..data import DataError, Dataset, open_dataset
+from ..data.index import group_members, is_local, load_header, write_atomic
+from ..data.transforms import decode_image
+from ..data.write import write_shard
+from ..recipes import Recipe
+from .errors import RunError
+from .models.flux import PARTS, FluxTokenizers, Tokens
+from .stages import cache
+from .stages.controlnet import ControlNetStage
+from .stages.placement import PlacedFlux, born
+
+EMPTY = "__empty__"
+"""Key of the empty caption in a tar of text."""
+
+
+def encode(recipe: Recipe) -> int:
+    """Encode this rank's shards of what the recipe wants cached, those that are whole already left alone. Returns 0.
+
+    RunError and DataError say what cannot be used.
+    """
+    kinds = cache.cached_kinds(recipe) if recipe.stage == "controlnet" else []
+    if not kinds:
+        raise RunError(
+            f"{recipe.name}: caches nothing; set flux.placement.vae=cached, flux.placement.text=cached or both in a"
+            " recipe of stage controlnet"
+        )
+    rank, ranks, local = (int(os.environ.get(*d)) for d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    stage, dataset = ControlNetStage.open(recipe), open_dataset(recipe.data.shards)
+    if remote := [shard for shard in dataset.shards if not is_local(shard)]:
+        raise RunError(f"{remote[0]}: a cache is written beside its shards, which must be local for that")
+    for kind in kinds:
+        encoder = _Encoder(kind, stage, dataset, device)
+        try:
+            print(encoder.run(rank, ranks), flush=True)
+        except (RunError, DataError) as error:  # of this rank's shards alone, so it says which
+            raise RunError(f"rank {rank}: {error}") from error
+    return 0
+
+
+class _Encoder:
+    """Encodes shards of one kind; the frozen parts are loaded when the first shard needs them."""
+
+    def __init__(self, kind: cache.Kind, stage: ControlNetStage, dataset: Dataset, device: torch.device) -> None:
+        self.kind: cache.Kind = kind
+        self.stage = stage
+        self.dataset = dataset
+        self.device = device
+        self.made = cache.made_by(kind, stage.recipe, stage.folder)
+        self.name = cache.digest(self.made)
+        self._flux: PlacedFlux | None = None
+
+    def run(self, rank: int, ranks: int) -> str:
+        """Encode shards `rank`, `rank` + `ranks`, …; a line that tells what was done."""
+        done = kept = samples = bad = 0
+        for shard in range(rank, len(self.dataset.shards), ranks):
+            counts = self._encode(shard)
+            kept, done = kept + (counts is None), done + (counts is not None)
+            samples, bad = (total + more for total, more in zip((samples, bad), counts or (0, 0), strict=True))
+        folder = Path(cache.place_of(self.dataset.shards[0], self.kind, self.name)).parent
+        notes = (f", {kept:,} shards already there" if kept else "") + (f", {bad:,} do not read" if bad else "")
+        return f"rank {rank}: {folder}: {samples:,} samples in {done:,} shards{notes}"
+
+    def _encode(self, number: int) -> tuple[int, int] | None:
+        """Samples, and those among them that do not read; None where the shard's cache is whole."""
+        shard = self.dataset.shards[number]
+        tar = Path(cache.place_of(shard, self.kind, self.name))
+        header = cache.read_header(str(tar))
+        whole = header and cache.problem_of(shard, str(tar), self.name) is None
+        if whole and header and cache.same_content(str(tar), header):
+            return None
+        tar.parent.mkdir(exist_ok=True)
+        write_atomic(tar.with_name("made.json"), json.dumps(self.made, indent=2).encode())
+        lines = Path(cache.lines_path(str(tar)))
+        lines.unlink(missing_ok=True)  # never lines beside another tar than their own
+        for left in tar.parent.glob(f"{tar.name}.tmp-*"):
+            left.unlink()
+        entries: list[list] = []
+        written = write_shard(tar, self._members(number, entries))
+        with tarfile.open(tar) as file:
+            places = iter([place for _, members, _ in group_members(file) for place in members.values()])
+        entries = [[key, *next(places), *check] if check else [key] for key, *check in entries]
+        samples = self.dataset.headers[number].samples
+        header = cache.Header(
+            cache.VERSION, self.name, load_header(shard).sha256, written.bytes, written.sha256, samples
+        )
+        text = [json.dumps(asdict(header)), *(json.dumps(entry) for entry in entries)]
+        write_atomic(lines, ("\n".join(text) + "\n").encode())
+        return samples, sum(len(entry) == 1 for entry in entries)
+
+    def _members(self, shard: int, entries: list[list]) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """The tar's samples; `entries` gets key and checksum of each, the key alone of one that does not read."""
+        samples, step = self.dataset.headers[shard].samples, self.stage.recipe.micro_batch
+        member = f"{self.kind}.safetensors"
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, samples, step):
+                numbers = range(start, min(samples, start + step))
+                read = list(pool.map(lambda number: self._read(shard, number), numbers))
+                contents = iter(self._contents([value for _, value in read if value is not None]))
+                for key, value in read:
+                    entries.append([key])
+                    if value is not None:
+                        content = next(contents)
+                        entries[-1].append(zlib.crc32(content))
+                        yield key, {member: content}
+        if self.kind == "text":
+            (content,) = self._contents([""])
+            entries.append(["", zlib.crc32(content)])
+            yield EMPTY, {member: content}
+
+    def _read(self, shard: int, number: int) -> tuple[str, object]:
+        """Key, and pixels [3, P, P] or caption; None for what does not read."""
+        key, _ = self.dataset.entry(shard, number)
+        try:
+            raw = self.dataset.read(shard, number)
+            if self.kind == "text":
+                return key, raw.caption
+            return key, torch.from_numpy(decode_image(raw.image, self.stage.flux.image_size).copy()).permute(2, 0, 1)
+        except DataError:
+            raise
+        except ValueError:  # training takes a neighbour in its place
+            return key, None
+
+    def _contents(self, values: list) -> list[bytes]:
+        """A safetensors file for each of some pixels [3, P, P] or captions."""
+        if not values:
+            return []
+        flux = self._flux or self._load()
+        if self.kind == "vae":
+            found = flux.posterior(torch.stack(values).to(self.device))
+            names = "mean", "std"
+        else:
+            tokens = FluxTokenizers(flux.folder)(values)
+            found = flux.encode_text(Tokens(tokens.t5.to(self.device), tokens.clip.to(self.device)))
+            names = "text", "pooled"
+        rows = zip(*(tensor.cpu() for tensor in found), strict=True)
+        return [save({name: t.contiguous().clone() for name, t in zip(names, row, strict=True)}) for row in rows]
+
+    def _load(self) -> PlacedFlux:
+        needed = cache.PARTS[self.kind]
+        dtype = torch.float32 if self.stage.recipe.precision == "fp32" else torch.bfloat16
+        with born(self.device, dtype):
+            flux = PlacedFlux(self.stage.folder, {p: "sharded" if p in needed else "cached" for p in PARTS})
+        flux.load()
+        self._flux = flux
+        return flux

@@ -1,0 +1,219 @@
+"""What frozen parts compute of every sample, stored beside the shards and read instead of them.
+
+Beside `train-00000.tar` lies a folder `cache-vae-0123abcd` of the same shards, named after what made it (`made.json`):
+`train-00000.tar` holds `KEY.vae.safetensors` in the order of the original's samples, in the precision in which it was
+computed. `train-00000.cache.jsonl` beside it has a header (`Header`), then one line a sample: `["KEY", offset, size,
+crc32]`, or `["KEY"]` of a sample that does not read. A cache of text has one more line, key "": the empty caption's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from fsspec.core import url_to_fs
+from safetensors.torch import load
+from torch import Tensor
+
+from ...data import DataError
+from ...data.index import load_header
+from ...data.shards import THREADS, File, expand, open_file
+from ...recipes import Recipe
+from ..errors import RunError
+from ..models.flux import SPACE_TO_DEPTH_KEY, FluxFolder, FluxTokenizers, Part
+from ..ranks import Gather, alone
+
+Kind = Literal["vae", "text"]
+PARTS: dict[Kind, tuple[Part, ...]] = {"vae": ("vae",), "text": ("text_encoder", "text_encoder_2")}
+VERSION = 1
+HEADER_LIMIT = 4096  # bytes; headers are about 300
+AGAIN = "run `bifrost data encode` with this recipe"
+
+
+@dataclass(frozen=True)
+class Header:
+    """Of one shard of a cache."""
+
+    version: int
+    made: str
+    """Hash over what made it."""
+    source: str
+    """Content hash of the original shard."""
+    bytes: int
+    """Size of the cache's tar."""
+    sha256: str
+    """Its content hash."""
+    samples: int
+    """Samples of the original."""
+
+
+def cached_kinds(recipe: Recipe) -> list[Kind]:
+    assert recipe.flux is not None
+    asked: dict[Kind, str] = {"vae": recipe.flux.placement.vae, "text": recipe.flux.placement.text}
+    return [kind for kind, place in asked.items() if place == "cached"]
+
+
+def made_by(
+    kind: Kind, recipe: Recipe, folder: FluxFolder, rank: int = 0, ranks: int = 1, gather: Gather = alone
+) -> dict[str, Any]:
+    """All that decides what a cache holds, apart from the data."""
+    assert recipe.flux is not None
+    made: dict[str, Any] = {"version": VERSION, "kind": kind, "precision": recipe.precision}
+    for part in PARTS[kind]:
+        files = folder.files(part)
+        with torch.device("meta"):
+            names = list(folder.names(part, folder.build(part), files).values())
+        if missing := [name for name in names if files.shape(name) is None]:
+            raise RunError(f"{files.path}: {len(missing)} tensors are missing, such as {missing[0]}; fetch it again")
+        made[f"{part} weights"] = files.content_hash(names, rank, ranks, gather)
+    if kind == "vae":
+        about = ("_class_name", "_diffusers_version", "_name_or_path", "scaling_factor", "shift_factor")
+        made["vae config"] = {name: value for name, value in folder.vae.items() if name not in about}
+        made["vae config"][SPACE_TO_DEPTH_KEY] = folder.depth
+        made["flux.image_size"] = recipe.flux.image_size
+    else:
+        tokenizers = FluxTokenizers(folder)
+        made["tokens"] = [tokenizers.t5_length, tokenizers.clip_length]
+        for name in ("tokenizer", "tokenizer_2"):
+            files = sorted(file for file in (folder.path / name).iterdir() if file.is_file())
+            content = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+            made[name] = hashlib.sha256(" ".join(content).encode()).hexdigest()
+    return made
+
+
+def digest(made: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+
+
+def place_of(shard: str, kind: Kind, made: str) -> str:
+    """The cache's tar of an original shard; made: the digest."""
+    folder, name = posixpath.split(shard)
+    return posixpath.join(folder, f"cache-{kind}-{made[:8]}", name)
+
+
+def lines_path(tar: str) -> str:
+    return tar.removesuffix(".tar") + ".cache.jsonl"
+
+
+def read_header(tar: str) -> Header | None:
+    """The header of a cache's shard; None where it is missing or does not parse."""
+    fs, path = url_to_fs(lines_path(tar))
+    try:
+        return Header(**json.loads(fs.cat_file(path, start=0, end=HEADER_LIMIT).partition(b"\n")[0]))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def problem_of(shard: str, tar: str, made: str) -> str | None:
+    """Why the cache's `tar` of an original shard cannot be used, from header and size; None if it can."""
+    header = read_header(tar)
+    fs, path = url_to_fs(tar)
+    if header is None or not fs.exists(path):
+        return "missing"
+    if header.made != made:
+        return "made by other weights or settings than its folder's name says"
+    if header.source != load_header(shard).sha256:
+        return f"made of another {posixpath.basename(shard)}"
+    if (size := fs.size(path)) != header.bytes:
+        return f"damaged ({size} bytes instead of {header.bytes})"
+    return None
+
+
+def open_cache(kind: Kind, recipe: Recipe, made: dict[str, Any]) -> Cache:
+    """The cache that the recipe needs; RunError when it is missing, not whole, or made by or of anything else."""
+    shards, name = expand(recipe.data.shards), digest(made)
+    tars = [place_of(shard, kind, name) for shard in shards]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(lambda shard, tar: problem_of(shard, tar, name), shards, tars))
+    problems = [(tar, problem) for tar, problem in zip(tars, found, strict=True) if problem]
+    if not problems:
+        return Cache(tars, max_open=max(64, 2 * recipe.data.block))
+    setting, (tar, problem) = f"flux.placement.{kind}=cached", problems[0]
+    if len(problems) == len(tars) and {problem for _, problem in problems} == {"missing"}:
+        if other := _difference(shards[0], kind, made):
+            raise RunError(f"{setting}: {other}; {AGAIN}")
+        raise RunError(f"{setting}: {posixpath.dirname(tar)} is missing; {AGAIN}")
+    more = f" ({len(problems)} of {len(tars)} shards cannot be used)" if len(tars) > 1 else ""
+    raise RunError(f"{setting}: {tar}: {problem}{more}; {AGAIN}")
+
+
+def _difference(shard: str, kind: Kind, made: dict[str, Any]) -> str | None:
+    """What tells another cache beside `shard` from the one that is needed."""
+    fs, folder = url_to_fs(posixpath.dirname(shard) or ".")
+    for file in sorted(fs.glob(f"{folder}/cache-{kind}-*/made.json")):
+        theirs = json.loads(fs.cat_file(file))
+        fields = [name for name in made if theirs.get(name) != made[name]]
+        if fields:
+            values = [f"{name} {_short(theirs.get(name))}, here {_short(made[name])}" for name in fields]
+            return f"{posixpath.dirname(str(file))}: made by another {'; '.join(values)}"
+    return None
+
+
+def _short(value: object) -> str:
+    return value[:12] if isinstance(value, str) else json.dumps(value)
+
+
+class Cache:
+    """One kind's stored tensors, read sample by sample; every read is checked."""
+
+    def __init__(self, tars: Sequence[str], max_open: int = 64) -> None:
+        self.tars = list(tars)
+        self.max_open = max_open
+        self._open: OrderedDict[int, tuple[list[bytes], File]] = OrderedDict()
+
+    def read(self, origin: tuple[int, int], key: str) -> dict[str, Tensor]:
+        """Tensors of the sample with number `origin[1]` in shard `origin[0]`, which must be `key`'s."""
+        return self._read(*origin, key)
+
+    def empty(self, shard: int) -> dict[str, Tensor]:
+        """Tensors of the empty caption, as `shard` has them."""
+        return self._read(shard, -1, "")
+
+    def _read(self, shard: int, line: int, key: str) -> dict[str, Tensor]:
+        lines, file = self._opened(shard)
+        try:
+            found, *place = json.loads(lines[line])
+            if found == key:
+                offset, size, check = place
+                content = file.read(offset, size)
+                if zlib.crc32(content) == check:
+                    return load(content)
+        except (OSError, ValueError, IndexError):
+            pass
+        what = f"sample {key}" if key else "the empty caption"
+        raise DataError(f"{self.tars[shard]}: damaged or incomplete at {what}; {AGAIN}")
+
+    def _opened(self, shard: int) -> tuple[list[bytes], File]:
+        if shard not in self._open:
+            tar = self.tars[shard]
+            fs, path = url_to_fs(lines_path(tar))
+            try:
+                lines, file = fs.cat_file(path).splitlines()[1:], open_file(tar)
+            except OSError as error:
+                raise DataError(f"{tar}: cannot be opened any more ({error}); check the storage") from None
+            self._open[shard] = lines, file
+            if len(self._open) > self.max_open:
+                self._open.popitem(last=False)[1][1].close()
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": OrderedDict()}  # descriptors do not travel
+
+
+def same_content(tar: str, header: Header) -> bool:
+    """Whether a local tar is what its header says, read in full."""
+    digest = hashlib.sha256()
+    with open(os.fspath(tar), "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest() == header.sha256
