@@ -1,5 +1,5 @@
 # make setup   a virtual environment in .venv with everything in it
-# make demo    stage 1 on 1,800 drawings, two ranks, about three minutes after installation
+# make demo    both stages on 1,800 drawings, two ranks, and a sheet of what they paint: about ten minutes
 # make test    the whole test suite
 # make lint    ruff and pyright
 # make kills   twenty SIGKILLs in a row over one run
@@ -22,6 +22,9 @@ $(READY): setup.py constraints.txt
 demo: $(READY)
 	$(BIN)/bifrost data demo demo
 	$(BIN)/bifrost train recipes/tiny-mllm.yaml --ranks 2
+	$(BIN)/bifrost train recipes/tiny-controlnet.yaml --ranks 2
+	$(BIN)/bifrost eval --mllm runs/tiny-mllm --controlnet runs/tiny-controlnet --data 'demo/train-*.tar' \
+	  --heldout 'demo/heldout-*.tar' --flux-steps 8 --conditioning-scale 1 --out runs/demo
 
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal
