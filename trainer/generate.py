@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from .models.weights import fill
 from .sampler import Sampling, Text, draw_noise, sample
 from .stages.controlnet import ControlNetStage
 from .stages.patch_latents import PatchLatentModel, PatchLatentStage
+from .stages.placement import born
 
 RECIPE = "recipe.yaml"
 
@@ -158,7 +158,7 @@ def load_mllm(path: Path, stage: PatchLatentStage, device: torch.device, dtype: 
     """The model of a stage-1 run, or of its export in either layout."""
     fast = unavailable("varlen", device, dtype) is None
     stage.kernels = KernelChoice(attention="varlen" if fast else "sdpa")
-    with _born(device, dtype):
+    with born(device, dtype):
         model = stage.build()
     stage.load(model)
     model.to(device).eval()  # with the rotary tables that `load` has rebuilt
@@ -175,7 +175,7 @@ def load_painter(
 ) -> tuple[FrozenFlux, LatentControlNet, FluxTokenizers, int]:
     """What paints patch latents [B, side^2, width]: a FLUX, its ControlNet, its tokenizers, and pixels of a side."""
     network, folder, size = load_controlnet(path, flux, width, side, device, dtype)
-    with _born(device, dtype):
+    with born(device, dtype):
         frozen = FrozenFlux(folder)
     frozen.load()
     return frozen, network, FluxTokenizers(folder), size
@@ -206,7 +206,7 @@ def load_controlnet(
         size = 2 * folder.stride * {"up": 2 * side, "none": side, "down": side // 2}[shape.resampling]
         reader, prefix = None, ""
     shape.require(folder.transformer, width, side, folder.grid(size))
-    with _born(device, dtype):
+    with born(device, dtype):
         network = LatentControlNet(shape).eval().requires_grad_(False)
     if reader is None:
         network.load(source, path)
@@ -251,15 +251,3 @@ def _checkpoint(path: Path) -> CheckpointReader:
 
 def _trained(reader: CheckpointReader) -> CheckpointWeights:
     return CheckpointWeights(reader, "ema" if "ema" in reader.slots else "master")
-
-
-@contextmanager
-def _born(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Modules built inside have their parameters on `device` in `dtype`: nothing is allocated twice."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            yield
-    finally:
-        torch.set_default_dtype(before)

@@ -281,12 +281,19 @@ class FrozenFlux(nn.Module):
 
         z is the posterior's sample for standard normal `noise` [B, c, h, w], or its mean without.
         """
+        mean, std = self.posterior(images)
+        return self.drawn(mean, std, torch.zeros_like(std) if noise is None else noise)
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [B, c, h, w] of the VAE's latents of uint8 images [B, 3, S, S]."""
         pixels = F.pixel_unshuffle(images.float() / 127.5 - 1, self.folder.depth)
-        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        z = posterior.mean.float()
-        if noise is not None:
-            z = z + posterior.std.float() * noise
-        return (z - self._shift) * self._scale
+        found: Any = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        return found.mean, found.std
+
+    def drawn(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """Latents as FLUX takes them, fp32, drawn from a posterior with standard normal `noise`; all [B, c, h, w]."""
+        return (mean.float() + std.float() * noise - self._shift) * self._scale
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from ...recipes.schema import Flux
 from ..models import weights
@@ -91,17 +90,6 @@ class PlacedFlux(FrozenFlux):
                 # The VAE's own methods call its children, never itself.
                 for child in module.children() if part == "vae" else (module,):
                     offload(child, device)
-
-    @torch.no_grad()
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [B, c, h, w] of the VAE's latents of uint8 images [B, 3, S, S]."""
-        pixels = F.pixel_unshuffle(images.float() / 127.5 - 1, self.folder.depth)
-        found: Any = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        return found.mean, found.std
-
-    def drawn(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-        """Latents as FLUX takes them, fp32, drawn from a posterior with standard normal `noise`; all [B, c, h, w]."""
-        return (mean.float() + std.float() * noise - self._shift) * self._scale
 
 
 @contextmanager
