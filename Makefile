@@ -1,5 +1,5 @@
 # make setup   a virtual environment in .venv with everything in it
-# make demo    both stages on 1,800 drawings, two ranks, and a sheet of what they paint: about ten minutes
+# make demo    both stages on 1,800 drawings, two ranks, and a sheet of what they paint: 10 to 13 minutes
 # make test    the whole test suite
 # make lint    ruff and pyright
 # make kills   twenty SIGKILLs in a row over one run
