@@ -19,7 +19,7 @@ from ..kernels import PrefixLayout
 from ..kernels.attention import unavailable
 from ..recipes import Recipe, load_recipe
 from .checkpoint.reader import CheckpointReader
-from .checkpoint.state import CheckpointWeights
+from .checkpoint.state import CheckpointWeights, restore_statistics
 from .checkpoint.store import Store
 from .errors import RunError
 from .kernel_choice import KernelChoice
@@ -212,11 +212,7 @@ def load_controlnet(
         network.load(source, path)
         return network, folder, size
     fill({prefix + name: parameter for name, parameter in network.named_parameters()}, source, path)
-    saved = reader.buffers()
-    for name, buffer in network.statistics().items():
-        if prefix + name not in saved:
-            raise RunError(f"{reader.folder}: holds no statistics {prefix + name}; was it saved by another recipe?")
-        buffer.copy_(saved[prefix + name])
+    restore_statistics({prefix + name: buffer for name, buffer in network.statistics().items()}, reader)
     return network, folder, size
 
 

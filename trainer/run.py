@@ -22,7 +22,7 @@ from ..data import DataError, Loader, worker_death
 from ..recipes import Recipe, to_yaml
 from . import loop
 from .checkpoint.reader import CheckpointReader
-from .checkpoint.state import CheckpointWeights, capture, restore
+from .checkpoint.state import CheckpointWeights, capture, restore, restore_statistics
 from .checkpoint.store import Store
 from .ema import Ema
 from .engine import Engine, deepspeed_config, partitioned
@@ -214,11 +214,7 @@ def _initialise_from(model: StageModel, stage: Stage, path: Path) -> None:
 
 def _take_from(model: StageModel, reader: CheckpointReader) -> None:
     fill(model.trainable(), CheckpointWeights(reader), reader.folder)
-    saved = reader.buffers()
-    for name, buffer in model.statistics().items():
-        if name not in saved:
-            raise RunError(f"{reader.folder}: holds no statistics {name}; was it saved by another recipe?")
-        buffer.copy_(saved[name])
+    restore_statistics(model.statistics(), reader)
 
 
 def _loader(inputs: Inputs, progress: Progress, ranks: Ranks) -> Loader:

@@ -60,6 +60,15 @@ def restore(engine: Engine, ema: Ema | None, reader: CheckpointReader, updates: 
     engine.updates = updates
 
 
+def restore_statistics(statistics: Mapping[str, Tensor], reader: CheckpointReader) -> None:
+    """Set buffers, by their names in the run's model, from a checkpoint; RunError when it lacks one."""
+    saved = reader.buffers()
+    for name, buffer in statistics.items():
+        if name not in saved:
+            raise RunError(f"{reader.folder}: holds no statistics {name}; was it saved by another recipe?")
+        buffer.copy_(saved[name])
+
+
 def _slots(engine: Engine, ema: Ema | None) -> dict[str, Mapping[str, Tensor]]:
     slots: dict[str, Mapping[str, Tensor]] = {
         "master": engine.masters(),
