@@ -20,6 +20,7 @@ import torch
 
 from ..data import DataError, Loader, worker_death
 from ..recipes import Recipe, to_yaml
+from ..slurm.codes import DONE, STOPPED
 from . import loop
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.state import CheckpointWeights, capture, restore, restore_statistics
@@ -33,7 +34,7 @@ from .loop import Parts, Progress
 from .models.weights import fill, full_shape
 from .monitors.console import Console, log_to_file
 from .monitors.metrics import MetricsFile
-from .monitors.stop import STOP_CODE, StopSignals
+from .monitors.stop import StopSignals
 from .monitors.tracking import start_mirror
 from .ranks import Ranks, join
 from .samples import sampler
@@ -143,7 +144,7 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
         else f"stopped by {stop.received.name if stop.received else 'another rank'} at step {progress.step}, saved;"
         " start it again and it goes on"
     )
-    return 0 if finished else STOP_CODE
+    return DONE if finished else STOPPED
 
 
 def _agreed(ranks: Ranks, action: Callable[[], T]) -> T:

@@ -185,8 +185,8 @@ def test_metrics_page_lists_every_key(folder: Path) -> None:
 
 
 def test_rules_of_going_on_are_the_codes() -> None:
+    from bifrost.slurm.codes import STOPPED
     from bifrost.trainer.inputs import IDENTITY
-    from bifrost.trainer.monitors.stop import STOP_CODE
     from bifrost.trainer.stages.controlnet import ControlNetStage
     from bifrost.trainer.stages.patch_latents import PatchLatentStage
 
@@ -194,7 +194,7 @@ def test_rules_of_going_on_are_the_codes() -> None:
     refused = re.search(r"These may not.*?take another", text, flags=re.S)
     named = {*IDENTITY, *PatchLatentStage.identity, *ControlNetStage.identity}
     assert refused and set(re.findall(r"`([\w.]+)`", refused[0])) == named
-    assert f"| {STOP_CODE} | stopped" in text
+    assert f"| {STOPPED} | stopped" in text
 
 
 @functools.cache

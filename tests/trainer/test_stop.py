@@ -11,7 +11,7 @@ import pytest
 
 import ranked
 import runs
-from bifrost.trainer.monitors.stop import STOP_CODE
+from bifrost.slurm.codes import STOPPED
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 
@@ -33,7 +33,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(shards: Path, tmp_path: Path
     wait_for_steps(run, 2)
     os.kill(processes[rank].pid, number)
     ended = ranked.finish(processes, folder)
-    assert [rank.code for rank in ended] == [STOP_CODE] * 2, ended[0].err
+    assert [rank.code for rank in ended] == [STOPPED] * 2, ended[0].err
     last = runs.steps(run)[-1]["step"]
     assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{last:08d}"]
     assert runs.events(run, "end")[-1]["outcome"] == "stopped"
@@ -51,7 +51,7 @@ def test_the_launcher_passes_signals_on_and_leaves_nothing_behind(shards: Path, 
     for pid in [launcher.pid, *family]:
         os.kill(pid, signal.SIGTERM)
     out, err = launcher.communicate(timeout=120)
-    assert launcher.returncode == STOP_CODE, err
+    assert launcher.returncode == STOPPED, err
     assert "stopped by SIGTERM" in out
     last = runs.steps(run)[-1]["step"]
     assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{last:08d}"]

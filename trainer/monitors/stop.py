@@ -5,9 +5,6 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-STOP_CODE = 75
-"""Exit code of a run that was asked to stop and has saved: start it again and it goes on (EX_TEMPFAIL)."""
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
