@@ -1,0 +1,69 @@
+"""Nodes that are left out: by run, and by site after repeated offences."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bifrost.slurm.errors import SlurmError
+from bifrost.slurm.exclusions import exclude, excluded
+
+
+@dataclass
+class Site:
+    offenders: str | None = None
+    offences: int = 3
+
+
+def test_a_run_leaves_out_what_it_found_bad_once(tmp_path: Path) -> None:
+    assert excluded(tmp_path, Site()) == excluded(tmp_path, None) == []
+    exclude({"node2": "ECC", "node10": "absent"}, tmp_path, Site())
+    exclude({"node2": "slow"}, tmp_path, None)
+    assert excluded(tmp_path, Site()) == ["node10", "node2"]
+    entry = json.loads((tmp_path / "excluded.json").read_text())["node2"]
+    assert entry["times"] == 2 and entry["reason"] == "slow" and entry["last"] > 1_600_000_000
+
+
+def test_repeat_offenders_are_left_out_of_every_run(tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("a", "b", "c", "new")]
+    for run in runs:
+        run.mkdir()
+    site = Site(str(tmp_path / "offenders.json"))
+    for found, run in enumerate(runs[:3]):
+        assert excluded(runs[3], site) == [], f"left out after {found} runs"
+        exclude({"node2": "ECC"}, run, site)
+    assert excluded(runs[3], site) == ["node2"]
+    assert excluded(runs[3], Site(site.offenders, 4)) == []
+    assert excluded(runs[3], None) == []
+
+
+WRITER = """
+import sys
+from types import SimpleNamespace
+from bifrost.slurm.errors import SlurmError
+from bifrost.slurm.exclusions import exclude
+for number in range(20):
+    bad = {"node1": "x", f"node{sys.argv[2]}-{number}": "y"}
+    exclude(bad, None, SimpleNamespace(offenders=sys.argv[1], offences=3))
+"""
+
+
+def test_writers_of_several_runs_lose_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "offenders.json"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(file), str(n)]) for n in range(3)]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    book = json.loads(file.read_text())
+    assert book["node1"]["times"] == 60 and len(book) == 61
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"node1": 3}', '{"node1": {"last": 1}}'])
+def test_a_damaged_file_is_named_and_kept(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "excluded.json"
+    file.write_text(text)
+    for attempt in (lambda: excluded(tmp_path, None), lambda: exclude({"node1": "x"}, tmp_path, None)):
+        with pytest.raises(SlurmError, match=r"excluded\.json"):
+            attempt()
+    assert file.read_text() == text
