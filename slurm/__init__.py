@@ -1,5 +1,6 @@
-"""Slurm: what a job's environment says about this process."""
+"""Slurm: jobs, the ranks that they start, and a cluster to try them on."""
 
+from .errors import SlurmError
 from .ranks import rank_environment
 
-__all__ = ["rank_environment"]
+__all__ = ["SlurmError", "rank_environment"]

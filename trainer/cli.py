@@ -16,6 +16,8 @@ import typer
 from ..data import DataError
 from ..data.cli import app as data_app
 from ..recipes import Recipe, RecipeError, load_recipe, to_yaml
+from ..slurm import SlurmError
+from ..slurm.cli import slurm_app
 from .checkpoint.cli import app as checkpoint_app
 from .errors import RunError, Unhealthy
 from .evaluate_cli import evaluate
@@ -29,6 +31,8 @@ app = typer.Typer(
 app.add_typer(data_app, name="data", help="Shards: make, check, count.")
 app.add_typer(checkpoint_app, name="checkpoint", help="Checkpoints of a run: list, verify, show.")
 app.add_typer(track_app, name="track", help="MLflow: send what a tracker missed.")
+
+app.add_typer(slurm_app, name="slurm")
 
 app.command()(generate)
 app.command("eval")(evaluate)
@@ -185,7 +189,7 @@ def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2, a run that cannot go on exit code 1."""
     try:
         app()
-    except (RecipeError, DataError, RunError) as error:
+    except (RecipeError, DataError, RunError, SlurmError) as error:
         _fail(error, 2)
     except Unhealthy as error:
         _fail(error, 1)

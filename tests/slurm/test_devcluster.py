@@ -1,0 +1,48 @@
+"""The local cluster: it runs jobs on both nodes, two of them do not meet, and nothing of it outlives `down`."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bifrost.slurm import SlurmError, devcluster
+from bifrost.slurm.cli import slurm_app
+
+
+def slurm(conf: Path, *command: str) -> str:
+    environment = {**os.environ, "SLURM_CONF": str(conf)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_up_and_down_beside_another_cluster(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = cluster.parent / "second"
+    printed = CliRunner().invoke(slurm_app, ["devcluster", "up", "--folder", str(folder), "--nodes", "3"])
+    assert printed.output == f"export SLURM_CONF={folder}/slurm.conf\n"
+    where = "echo $SLURMD_NODENAME $MASTER_ADDR; sleep 0.1"
+    hosts = slurm(folder / "slurm.conf", "srun", "-N3", "--ntasks-per-node=2", "sh", "-c", where)
+    assert sorted(hosts.splitlines()) == [f"node{n} 127.0.0.1" for n in (1, 1, 2, 2, 3, 3)]
+    assert len(slurm(cluster / "slurm.conf", "sinfo", "-h", "-N").splitlines()) == 2
+
+    with pytest.raises(SlurmError, match=r"runs in .* already"):
+        devcluster.up(folder, 2)
+    # A killed slurmd leaves its slurmstepd and that one's tasks: they go too.
+    job = slurm(folder / "slurm.conf", "sbatch", "--parsable", "-N2", "--wrap", "srun sleep 300", "--output=/dev/null")
+    while slurm(folder / "slurm.conf", "squeue", "-h", "-j", job.strip(), "-o", "%T").strip() != "RUNNING":
+        time.sleep(0.1)
+    time.sleep(1)
+    running = devcluster.processes(folder)
+    assert sum(process.name() == "sleep" for process in running) == 2
+    devcluster.kill(p for p in devcluster.processes(folder, "node1") if p.name() == "slurmd")
+    ended = CliRunner().invoke(slurm_app, ["devcluster", "down", "--folder", str(folder)])
+    assert ended.exit_code == 0 and "processes ended" in ended.output
+    assert not [process for process in running if process.is_running()]
+    assert devcluster.processes(cluster), "the other cluster stays"
+
+
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devcluster, "PROGRAMS", ("no-such-munged", "sh"))
+    with pytest.raises(SlurmError, match=r"^no-such-munged not found: .*apt-get install slurm-wlm munge$"):
+        devcluster.up(tmp_path, 2)
