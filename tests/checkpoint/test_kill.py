@@ -1,68 +1,12 @@
 """A save that is killed at any of its system calls leaves the previous checkpoint or the new one, whole."""
 
-import builtins
-import io
 import os
 import signal
 
 import pytest
 
+import boundaries
 from bifrost.trainer.checkpoint.store import Store
-
-CALLS = ["fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "open"]
-
-
-class TornFile:
-    """A file whose writes are boundaries too: before, after half of the bytes, after all of them."""
-
-    def __init__(self, file, boundary):
-        self._file = file
-        self._boundary = boundary
-
-    def write(self, data):
-        self._boundary()
-        done = self._file.write(data[: len(data) // 2])
-        self._boundary()
-        return done + self._file.write(data[len(data) // 2 :])
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._file.close()
-
-    def __getattr__(self, name):
-        return getattr(self._file, name)
-
-
-def install_boundaries(fatal):
-    """From here on this process dies right before its `fatal`-th call that changes the disk (counted from 0)."""
-    count = -1
-
-    def boundary():
-        nonlocal count
-        count += 1
-        if count == fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def wrap(real):
-        def call(*args, **options):
-            boundary()
-            return real(*args, **options)
-
-        return call
-
-    for name in CALLS:
-        setattr(os, name, wrap(getattr(os, name)))
-    real_open = builtins.open
-
-    def opened(path, mode="r", *args, **options):
-        if "w" not in mode:
-            return real_open(path, mode, *args, **options)
-        boundary()
-        return TornFile(real_open(path, mode, *args, **options), boundary)
-
-    builtins.open = io.open = opened
 
 
 def die_at(fatal, work):
@@ -71,7 +15,7 @@ def die_at(fatal, work):
     if child == 0:  # no exception may reach pytest, which this process is a copy of
         code = 1
         try:
-            install_boundaries(fatal)
+            boundaries.die_at(fatal)
             work()
             code = 0
         finally:
@@ -84,7 +28,7 @@ def die_at(fatal, work):
     return True
 
 
-def boundaries(folder, prepare, work):
+def deaths(folder, prepare, work):
     """Each k in turn: a fresh folder, `prepare` it, die at boundary k of `work`; yields (k, folder) until one lives."""
     for fatal in range(1000):
         place = folder / str(fatal)
@@ -99,7 +43,7 @@ def boundaries(folder, prepare, work):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_save(tmp_path, save, assert_holds, ranks):
     found = []
-    for _, place in boundaries(tmp_path, lambda p: save(p, 1, ranks=ranks), lambda p: save(p, 2, ranks=ranks)):
+    for _, place in deaths(tmp_path, lambda p: save(p, 1, ranks=ranks), lambda p: save(p, 2, ranks=ranks)):
         store = Store(place)
         assert all(store.verify(step) == [] for step in store.steps())  # what has its name is whole
         reader = store.newest_verified()
@@ -120,7 +64,7 @@ def test_killed_save_in_place_of_a_damaged_one(tmp_path, save, assert_holds):
         (place / "step-00000002" / "state.json").write_text("{}")
 
     found = []
-    for _, place in boundaries(tmp_path, prepare, lambda p: save(p, 2)):
+    for _, place in deaths(tmp_path, prepare, lambda p: save(p, 2)):
         reader = Store(place).newest_verified()
         assert_holds(reader, reader.step)
         found.append(reader.step)
@@ -134,7 +78,7 @@ def test_killed_prune(tmp_path, save, assert_holds):
         for step in (1, 2, 3):
             save(place, step)
 
-    for _, place in boundaries(tmp_path, prepare, lambda p: Store(p).prune(1)):
+    for _, place in deaths(tmp_path, prepare, lambda p: Store(p).prune(1)):
         store = Store(place)
         for step in store.steps():
             assert store.verify(step) == []  # what still has its name is whole
@@ -144,7 +88,7 @@ def test_killed_prune(tmp_path, save, assert_holds):
 
 
 def test_killed_first_save(tmp_path, save, assert_holds):
-    for _, place in boundaries(tmp_path, lambda p: None, lambda p: save(p, 1)):
+    for _, place in deaths(tmp_path, lambda p: None, lambda p: save(p, 1)):
         reader = Store(place).newest_verified()
         if reader:
             assert_holds(reader, 1)
