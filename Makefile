@@ -2,7 +2,7 @@
 # make demo    both stages on 1,800 drawings, two ranks, and a sheet of what they paint: 10 to 13 minutes
 # make test    the whole test suite
 # make lint    ruff and pyright
-# make kills   twenty SIGKILLs in a row over one run
+# make faults  random kills, N=50 of them, and what they found in runs/faults/report.md or $(REPORT)
 # make test-gpu    the tests that need a GPU, with the torch, Triton and pytest of $(PYTHON) alone
 # make bench-gpu   times of the kernels on this machine's GPU, into $(OUT)
 
@@ -10,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: setup demo test lint kills test-gpu bench-gpu gpu-package clean
+.PHONY: setup demo test lint faults test-gpu bench-gpu gpu-package clean
 
 setup: $(READY)
 
@@ -34,8 +34,14 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-kills: $(READY)
-	$(BIN)/pytest tests/faults/test_kill.py --kills 20 -s
+# What was interrupted goes on in the same FOLDER.
+N ?= 50
+FOLDER ?= runs/faults
+REPORT ?= $(FOLDER)/report.md
+
+faults: $(READY)
+	PYTHONPATH="$(CURDIR)/tests/support" $(BIN)/python tests/faults/campaign.py --kills $(N) --folder $(FOLDER) \
+	  --report $(REPORT)
 
 # On a GPU machine the torch that fits its driver is there already: the package goes beside it, into a folder of its
 # own, without its dependencies and without a network. pip builds it with the setuptools (77 or later) of $(PYTHON).

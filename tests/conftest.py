@@ -1,6 +1,5 @@
 """Shared by all tests: the tree is tested as installed, never as the working directory's loose folders."""
 
-import io
 import os
 import sys
 from pathlib import Path
@@ -23,26 +22,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 def pytest_addoption(parser):
     parser.addoption("--cases", help="folder of conformance cases to run instead of the committed ones")
-    parser.addoption("--kills", type=int, default=3, help="SIGKILLs in a row that the kill test sends")
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
     """A folder with 60 small image-caption pairs in four shards, train-00000.tar …"""
-    # Imported here: the tests on a GPU run without them.
-    import numpy as np
-    from PIL import Image
+    import small_shards  # here, not above: the tests on a GPU run without what it imports
 
-    from bifrost.data import write_shard
-
-    folder = tmp_path_factory.mktemp("shards")
-    for shard in range(4):
-        samples = []
-        for number in range(shard * 15, shard * 15 + 15):
-            pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-            file = io.BytesIO()
-            Image.fromarray(pixels).resize((64, 64), Image.Resampling.NEAREST).save(file, "PNG")
-            caption = f"pattern number {number} " + "of many colours " * (number % 3)
-            samples.append((f"pattern-{number:03d}", {"png": file.getvalue(), "txt": caption.encode()}))
-        write_shard(folder / f"train-{shard:05d}.tar", samples)
-    return folder
+    return small_shards.save(tmp_path_factory.mktemp("shards"))

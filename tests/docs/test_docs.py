@@ -124,7 +124,7 @@ def check(command: str, folder: Path) -> None:
         needed = {
             "demo": "bifrost train",
             "test": "pytest",
-            "kills": "--kills 20",
+            "faults": "tests/faults/campaign.py --kills",
             "test-gpu": "-m pytest tests/kernels/test_gpu",
             "bench-gpu": "-m bifrost.kernels.bench",
         }[words[1]]
