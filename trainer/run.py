@@ -72,16 +72,22 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
     if reader:
         restore(engine, ema, reader, reader.state["updates"])
 
-    if ranks.first:
-        _describe(folder, recipe, ranks, measured)
-    ranks.barrier()
-    log_to_file(folder / "logs", ranks.rank)
-    for operation, choice in measured.items():
-        log.info("%s by %s: %s", operation, choice["provider"], choice["reason"])
     # Every rank passes the same records; those of rank 0 are the run's.
     metrics = MetricsFile(folder / "metrics.jsonl" if ranks.first else os.devnull)
-    if ranks.first:
-        metrics.rewind(progress.step)
+
+    def open_folder() -> None:
+        try:
+            if ranks.first:
+                _describe(folder, recipe, ranks, measured)
+                metrics.rewind(progress.step)
+            log_to_file(folder / "logs", ranks.rank)
+        except OSError as error:  # a full disk is reported without a name
+            remedy = "free disk space or mend the folder's permissions"
+            raise RunError(f"{error.filename or folder}: {error.strerror}; {remedy}") from error
+
+    _agreed(ranks, open_folder)
+    for operation, choice in measured.items():
+        log.info("%s by %s: %s", operation, choice["provider"], choice["reason"])
     console = Console(recipe.steps, progress.step, shown=ranks.first)
     metrics.write({"event": "start", "step": progress.step, "ranks": ranks.size, "startup_s": time.time() - started})
     console.say(_greeting(engine, folder, progress, recipe, ranks))

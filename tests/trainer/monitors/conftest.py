@@ -1,17 +1,13 @@
 """A real MLflow server, and a door in front of it that can be shut or stuck."""
 
-import os
 import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 from types import SimpleNamespace
 
 import pytest
 
 from bifrost.trainer.monitors.metrics import MetricsFile
+from mlflow_server import Server
 
 
 @pytest.fixture(autouse=True)
@@ -19,34 +15,13 @@ def _no_server_of_the_user(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """Address of an MLflow server with a database and artifacts of its own."""
-    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/files"]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    uri = f"http://127.0.0.1:{port}"
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(f"{uri}/health", timeout=1).close()
-            break
-        except OSError:
-            assert process.poll() is None, (folder / "log").read_text()
-            time.sleep(0.2)
-    else:
-        pytest.fail((folder / "log").read_text())
-    yield uri
-    os.killpg(process.pid, 9)
-    process.wait()
+    server = Server(tmp_path_factory.mktemp("mlflow"))
+    server.start()
+    yield server.uri
+    server.kill()
 
 
 @pytest.fixture
