@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -35,3 +37,17 @@ def devcluster(
         print(f"export SLURM_CONF={module.up(folder, nodes)}")
     else:
         print(f"{folder}: {module.down(folder)} processes ended")
+
+
+@slurm_app.command()
+def preflight(
+    run: Annotated[Path | None, typer.Argument(help="A run's folder: its space, recipe and shards count too.")] = None,
+) -> None:
+    """Check the nodes of this job step, or this machine alone; exit code 2 for a fault of all, 77 for bad nodes."""
+    from . import preflight as module
+
+    code = module.preflight(run, module.find_place())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads that hang in a dead file system or network would keep the process alive.
+    os._exit(code)

@@ -1,6 +1,6 @@
 """Nodes not to be used: what preflight and watchdog found, remembered by run, and by the site for repeat offenders.
 
-Both files hold {"node": {"times": n, "last": unix time, "reason": "…"}}. Deleting its entry brings a repaired node back.
+Both files hold {"node": {"times": n, "last": unix time, "reason": "…"}}. Deleting an entry brings a node back.
 """
 
 from __future__ import annotations

@@ -30,6 +30,21 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
 
 def first_host(nodelist: str) -> str:
     """First host of Slurm's list notation: `gpu[007-012,020],login1` -> `gpu007`."""
-    head = re.match(r"([^,\[]|\[[^\]]*\])*", nodelist)
-    assert head
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", head[0])
+    return expand_hosts(nodelist)[0]
+
+
+def expand_hosts(nodelist: str) -> list[str]:
+    """Every host of Slurm's list notation: `gpu[007-008,020],login1` -> gpu007, gpu008, gpu020, login1."""
+    return [host for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist) for host in _expand(part)]
+
+
+def _expand(part: str) -> list[str]:
+    head, bracket, rest = part.partition("[")
+    if not bracket:
+        return [head]
+    ranges, _, tail = rest.partition("]")
+    numbers = []
+    for each in ranges.split(","):
+        first, _, last = each.partition("-")
+        numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last or first) + 1)]
+    return [head + number + end for number in numbers for end in _expand(tail)]

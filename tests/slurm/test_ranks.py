@@ -3,7 +3,7 @@
 import pytest
 
 from bifrost.slurm import rank_environment
-from bifrost.slurm.ranks import first_host
+from bifrost.slurm.ranks import expand_hosts, first_host
 
 STEP = {
     "SLURM_STEP_ID": "0",
@@ -48,3 +48,9 @@ def test_a_batch_script_is_no_rank() -> None:
 )
 def test_first_host(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
+
+
+def test_all_hosts() -> None:
+    assert expand_hosts("gpu[007-008,020],login1") == ["gpu007", "gpu008", "gpu020", "login1"]
+    assert expand_hosts("r[1-2]c[09-10]n") == ["r1c09n", "r1c10n", "r2c09n", "r2c10n"]
+    assert expand_hosts("n[99-101]") == ["n99", "n100", "n101"]

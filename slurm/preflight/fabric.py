@@ -1,0 +1,187 @@
+"""Between the nodes: every pair in turn, then all ranks at once; right first, fast second.
+
+Rounds are a tournament: in each one every node has one partner, and its ranks meet the partner's ranks of the same
+number, all at the same time. Every pair does the same: a few tiny messages (clocks, round trip), then a payload there
+and back.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+
+PINGS, PAYLOADS, REDUCES = 5, 4, 3
+
+
+@dataclass(frozen=True)
+class Link:
+    """What one rank measured with one partner."""
+
+    partner: str
+    """The partner's node."""
+    gb_s: float
+    """Payload bytes over time, best of PAYLOADS."""
+    offset_s: float
+    """The partner's clock less this one."""
+    round_trip_s: float
+    wrong: bool
+    """The payload arrived otherwise than it was sent."""
+
+
+@dataclass
+class Outcome:
+    """How far one rank came, and what it measured; filled while it goes."""
+
+    steps: int = 0
+    stage: str = "the start"
+    trouble: str = ""
+    links: list[Link] = field(default_factory=list)
+    reduce_gb_s: float = 0.0
+    """Bus bandwidth: 2 (n - 1) / n of the payload over time."""
+    wrong_sums: bool = False
+    done: bool = False
+
+    def reach(self, stage: str) -> None:
+        self.steps, self.stage = self.steps + 1, stage
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def of(plain: dict[str, Any]) -> Outcome:
+        return Outcome(**{**plain, "links": [Link(**link) for link in plain["links"]]})
+
+
+class Wire:
+    """What moves the data: torch.distributed, on this rank's device."""
+
+    def __init__(self, local: int = 0) -> None:
+        self.gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", local) if self.gpu else torch.device("cpu")
+        # Long enough that the payload and not the start of a message is what is timed.
+        self.elements = (16 if self.gpu else 1) * 2**20
+
+    def join(self, store: Store, rank: int, size: int) -> None:
+        if self.gpu:
+            torch.cuda.set_device(self.device)
+        dist.init_process_group("nccl" if self.gpu else "gloo", store=store, rank=rank, world_size=size)
+
+    def send(self, tensor: torch.Tensor, rank: int) -> None:
+        dist.send(tensor, rank)
+
+    def receive(self, tensor: torch.Tensor, rank: int) -> None:
+        dist.recv(tensor, rank)
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        dist.all_reduce(tensor)
+
+    def clock(self) -> float:
+        return time.time()
+
+    def settle(self) -> None:
+        """Wait for the device, so that a time is that of the work."""
+        if self.gpu:
+            torch.cuda.synchronize()
+
+
+def measure(wire: Wire, store: Store, rank: int, nodes: dict[str, list[int]], rounds: int, out: Outcome) -> None:
+    """Fill `out`; `nodes` are the ranks of every node. Anything raised is its trouble."""
+    try:
+        _measure(wire, store, rank, nodes, rounds, out)
+        out.done = True
+    except Exception as error:
+        # A process group's errors are pages long.
+        out.trouble = f"{out.stage}: {str(error).strip().splitlines()[0][:200]}"
+
+
+def _measure(wire: Wire, store: Store, rank: int, nodes: dict[str, list[int]], rounds: int, out: Outcome) -> None:
+    out.reach("joining")
+    wire.join(store, rank, sum(len(ranks) for ranks in nodes.values()))
+    names = list(nodes)
+    own = next(name for name in names if rank in nodes[name])
+    lane = nodes[own].index(rank)
+    for number, partners in enumerate(tournament(len(names))[:rounds]):
+        partner = partners[names.index(own)]
+        if partner is None or lane >= len(nodes[names[partner]]):
+            continue
+        out.reach(f"pair round {number + 1} with {names[partner]}")
+        out.links.append(_pair(wire, rank, nodes[names[partner]][lane], names[partner]))
+    out.reach("all-reduce")
+    _reduce(wire, rank, sum(len(ranks) for ranks in nodes.values()), out)
+
+
+def tournament(players: int) -> list[list[int | None]]:
+    """Rounds in which every two of `players` meet once: round -> each one's partner, None when it sits out.
+
+    The circle method: player 0 stays, the others go round it.
+    """
+    seats: list[int | None] = [*range(players), *([None] if players % 2 else [])]
+    rounds = []
+    for _ in range(len(seats) - 1):
+        partners: list[int | None] = [None] * players
+        for left, right in zip(seats, reversed(seats), strict=True):
+            if left is not None:
+                partners[left] = right
+        rounds.append(partners)
+        seats = [seats[0], seats[-1], *seats[1:-1]]
+    return rounds
+
+
+def _pair(wire: Wire, rank: int, other: int, name: str) -> Link:
+    first = rank < other
+    offset, trip = 0.0, float("inf")
+    message = torch.zeros(1, dtype=torch.float64, device=wire.device)
+    # The other one answers with its clock, and then asks for ours.
+    for asking in (first, not first):
+        for _ in range(PINGS):
+            if asking:
+                before = wire.clock()
+                wire.send(message, other)
+                wire.receive(message, other)
+                theirs, after = float(message), wire.clock()
+                if after - before < trip:
+                    offset, trip = theirs - (before + after) / 2, after - before
+            else:
+                wire.receive(message, other)
+                wire.send(message.fill_(wire.clock()), other)
+    payload, arrived = _pattern(rank, wire), torch.empty_like(_pattern(other, wire))
+    best, wrong = float("inf"), False
+    for _ in range(PAYLOADS):
+        wire.settle()
+        start = time.perf_counter()
+        if first:
+            wire.send(payload, other)
+            wire.receive(arrived, other)
+        else:
+            wire.receive(arrived, other)
+            wire.send(payload, other)
+        wire.settle()
+        best = min(best, time.perf_counter() - start)
+        wrong = wrong or not torch.equal(arrived, _pattern(other, wire))
+    return Link(name, 2 * payload.nbytes / best / 1e9, offset, trip, wrong)
+
+
+def _reduce(wire: Wire, rank: int, size: int, out: Outcome) -> None:
+    # Small whole numbers: their sums are exact in fp32 in any order, for up to 60,000 ranks.
+    steps = torch.arange(wire.elements, device=wire.device) % 256
+    expected = (steps * size + sum(each % 16 for each in range(size))).float()
+    best = float("inf")
+    for _ in range(REDUCES):
+        tensor = (steps + rank % 16).float()
+        wire.settle()
+        start = time.perf_counter()
+        wire.all_reduce(tensor)
+        wire.settle()
+        best = min(best, time.perf_counter() - start)
+        out.wrong_sums = out.wrong_sums or not torch.equal(tensor, expected)
+    out.reduce_gb_s = 2 * (size - 1) / size * expected.nbytes / best / 1e9
+
+
+def _pattern(rank: int, wire: Wire) -> torch.Tensor:
+    """Numbers that tell their sender and their place."""
+    return (torch.arange(wire.elements, dtype=torch.int32, device=wire.device) * 31 + rank * 7919) % 65521

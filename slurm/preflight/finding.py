@@ -1,0 +1,64 @@
+"""What the checks produce, and the bounds that they apply."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Limits(BaseModel):
+    """Bounds of preflight; a site sets its own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    free_gib: float = 10
+    """Free space that the run's folder needs."""
+    scratch_gib: float = 1
+    """Free space that each scratch folder needs."""
+    inodes: int = 10_000
+    """Free inodes of the run's folder and of each scratch folder."""
+    idle_gib: float = 2
+    """GPU memory that others may hold."""
+    clock_s: float = 1
+    """How far a node's clock may be from the others'."""
+    slow: float = 1 / 3
+    """A node's best bandwidth to any other, as a part of the other nodes' median, below which it is bad."""
+    rounds: int = 32
+    """Rounds of pairs at the most; N nodes need N - 1 for every pair."""
+    node_s: float = 60
+    """Seconds for the checks that a node makes by itself."""
+    meet_s: float = 180
+    """Seconds for every rank to report, from its own start."""
+    grace_s: float = 10
+    """Seconds for a node to come to where another one is."""
+    shared_s: float = 30
+    """Seconds until a file that one node wrote is seen by all."""
+    fabric_s: float = 120
+    """Seconds for the pairs and the all-reduce."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check on one node."""
+
+    check: str
+    figure: str = ""
+    """What was measured."""
+    reason: str = ""
+    """Why it is bad; empty when it is fine."""
+    own: bool = False
+    """A fault of the machine itself, also where no other node can be compared with."""
+    same: bool = False
+    """The figure must be equal on all nodes."""
+
+
+def within(seconds: float, work: Callable[[], Any]) -> bool:
+    """Whether `work` ended in time; otherwise it goes on in a thread that dies with the process."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()

@@ -1,0 +1,154 @@
+"""What a node can say by itself: folders, space, names, versions, and the site's own command."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from glob import glob
+from importlib import metadata
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from ...recipes import RecipeError, load_recipe
+from .devices import device_findings
+from .finding import Finding, Limits
+from .place import Place
+
+LOOKED_AT = 64
+"""Shards whose size is compared, evenly chosen: a look at each of 100,000 would be a burden itself."""
+
+
+def node_checks(
+    place: Place, run: Path | None, scratch: Sequence[str], command: str | None, limits: Limits
+) -> Iterator[tuple[str, Callable[[], Sequence[Finding]]]]:
+    """(name, check) of everything that this node checks by itself."""
+    yield "GPUs", lambda: device_findings(place.devices, limits.idle_gib)
+    for name, folder in [("temp", tempfile.gettempdir()), *((f"scratch {each}", each) for each in scratch)]:
+        yield name, partial(_local, name, Path(folder), limits)
+    if place.size > 1:
+        yield "own name", lambda: [_resolve("own name", socket.gethostname(), own=True)]
+        yield "rendezvous name", lambda: [_resolve("rendezvous name", place.host)]
+    if command:
+        yield "site command", lambda: [_command(command, limits.node_s / 2)]
+    if run:
+        yield "run folder", lambda: [_folder("run folder", run, limits.free_gib, limits.inodes)]
+        yield "recipe and data", lambda: _recipe(run / "recipe.yaml")
+    yield "versions", _versions
+
+
+def _local(check: str, folder: Path, limits: Limits) -> list[Finding]:
+    return [_folder(check, folder, limits.scratch_gib, limits.inodes, own=True)]
+
+
+def _folder(check: str, folder: Path, gib: float, inodes: int, own: bool = False) -> Finding:
+    if not folder.is_dir():
+        return Finding(check, str(folder), f"{folder} is no folder on this node", own)
+    try:
+        # The content is read back: a full or failing disk may accept the name alone.
+        with tempfile.NamedTemporaryFile(prefix=".preflight-", dir=folder) as file:
+            file.write(b"bifrost" * 1000)
+            file.flush()
+            os.fsync(file.fileno())
+            written = Path(file.name).read_bytes() == b"bifrost" * 1000
+        disk = os.statvfs(folder)
+    except OSError as error:
+        return Finding(check, str(folder), f"{folder} cannot be written: {error.strerror or error}", own)
+    if not written:
+        return Finding(check, str(folder), f"{folder} does not give back what was written", own)
+    free = disk.f_bavail * disk.f_frsize / 2**30
+    figure = f"{folder}: {free:.0f} GiB free"
+    if free < gib:
+        return Finding(check, figure, f"{folder}: {free:.2g} GiB free, {gib:g} wanted", own)
+    # Some file systems do not count inodes: they say 0 of 0.
+    if disk.f_files and disk.f_favail < inodes:
+        return Finding(check, figure, f"{folder}: {disk.f_favail} inodes free, {inodes} wanted", own)
+    return Finding(check, figure)
+
+
+def _resolve(check: str, host: str, own: bool = False) -> Finding:
+    try:
+        return Finding(check, f"{host}: {socket.getaddrinfo(host, None)[0][4][0]}")
+    except OSError as error:
+        return Finding(check, host, f"{host} does not resolve: {error.strerror or error}", own)
+
+
+def _command(command: str, seconds: float) -> Finding:
+    try:
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, errors="replace", timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return Finding("site command", "", f"preflight_command does not end within {seconds:g} s", own=True)
+    if done.returncode == 0:
+        return Finding("site command", "exit code 0")
+    said = next((line.strip() for line in done.stderr.splitlines() if line.strip()), "nothing on stderr")
+    return Finding("site command", f"exit code {done.returncode}", said[:200], own=True)
+
+
+def _recipe(file: Path) -> list[Finding]:
+    """The run's recipe, and the shards that it names; those behind a URL are not looked at."""
+    try:
+        recipe = Finding("recipe", _digest([file.read_text(encoding="utf-8")]), same=True)
+        spec = load_recipe(file).data.shards
+    except OSError as error:
+        return [Finding("recipe", "", f"{file}: {error.strerror}")]
+    except RecipeError as error:
+        return [Finding("recipe", "", str(error))]
+    files: list[str] = []
+    patterns = [each for one in ([spec] if isinstance(spec, str) else spec) for each in braceexpand(one)]
+    local = [pattern for pattern in patterns if "://" not in pattern]
+    for pattern in local:
+        files += glob(pattern) if any(mark in pattern for mark in "*?[") else [pattern]
+    if local and not files:
+        return [recipe, Finding("data", "", f"{local[0]}: nothing there")]
+    files.sort()
+    try:
+        sizes = [str(os.stat(each).st_size) for each in files[:: max(1, len(files) // LOOKED_AT)]]
+    except OSError as error:
+        return [recipe, Finding("data", "", f"{error.filename}: {error.strerror}")]
+    return [recipe, Finding("data", f"{len(files)} shards ({_digest([*files, *sizes])})", same=True)]
+
+
+def _versions() -> list[Finding]:
+    import torch
+    from torch.cuda import nccl
+
+    every = sorted(f"{each.metadata['Name']}=={each.version}" for each in metadata.distributions())
+    versions = {
+        "python": f"{platform.python_version()} {sys.executable}",
+        "torch": torch.__version__,
+        "deepspeed": _version("deepspeed"),
+        "transformers": _version("transformers"),
+        "CUDA": torch.version.cuda or "none",
+        "NCCL": ".".join(map(str, nccl.version())) if torch.cuda.is_available() else "none",
+        "bifrost": f"{_version('bifrost-train')} {_own_code()}",
+        "packages": f"{len(every)} ({_digest(every)})",
+    }
+    return [Finding(name, version, same=True) for name, version in versions.items()]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _own_code() -> str:
+    """A digest of this package's files: also where no version control says which commit it is."""
+    root = Path(__file__).parents[2]
+    rooms = ("kernels", "data", "recipes", "slurm", "trainer")
+    return _digest(file.read_text(encoding="utf-8") for room in rooms for file in sorted((root / room).rglob("*.py")))
+
+
+def _digest(parts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:12]

@@ -1,0 +1,60 @@
+"""What people and the batch script get: the table, verdict.json, and the nodes to leave out."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..codes import DONE, FAILED
+from ..errors import SlurmError
+from ..exclusions import Memory, exclude
+from ..files import write_json
+from .meeting import Folder
+from .verdict import Findings, Verdict
+
+CLAIM_S = 30.0
+"""For another judge, who came first, to write its verdict."""
+
+
+def conclude(findings: Findings, verdict: Verdict, run: Path | None, site: Memory | None, folder: Folder | None) -> int:
+    """Write and print the verdict, unless another process was first; returns the exit code that holds."""
+    if folder and not folder.claim():
+        other = folder.verdict(CLAIM_S)
+        return FAILED if other is None else other["code"]
+    try:
+        if verdict.bad:
+            exclude(verdict.bad, run, site)
+        if folder:
+            plain = {node: [asdict(finding) for finding in found] for node, found in findings.items()}
+            words = {"code": verdict.code, "line": verdict.line, "bad": verdict.bad}
+            write_json(folder.path / "verdict.json", {"time": int(time.time()), **words, "nodes": plain})
+    except (OSError, SlurmError) as error:
+        print(f"preflight: the verdict is not kept: {error}", file=sys.stderr)
+    Console().print(table(findings))
+    print(f"preflight: {verdict.line}" if verdict.code == DONE else f"error: preflight: {verdict.line}", flush=True)
+    return verdict.code
+
+
+def table(findings: Findings) -> Table:
+    """Node, check, result, figure; nodes with the same result are one line."""
+    rows: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for node, found in findings.items():
+        for finding in found:
+            figures = rows.setdefault((finding.check, finding.reason), {})
+            figures.setdefault(finding.figure, []).append(node)
+    shown = Table("check", "node", "result", "figure", title="Preflight")
+    for (check, reason), figures in rows.items():
+        nodes = [node for each in figures.values() for node in each]
+        more = ", …" if len(figures) > 3 else ""
+        shown.add_row(check, _names(nodes), reason or "fine", ", ".join(list(figures)[:3]) + more)
+    return shown
+
+
+def _names(nodes: Sequence[str]) -> str:
+    return ", ".join(nodes) if len(nodes) <= 3 else f"{len(nodes)} nodes"

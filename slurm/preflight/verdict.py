@@ -1,0 +1,176 @@
+"""Who is to blame: a node that differs from most, never one for what all share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+from ..codes import BAD_NODE, DONE, USAGE
+from .fabric import Link, Outcome
+from .finding import Finding, Limits
+from .meeting import findings_of
+
+Findings = Mapping[str, Sequence[Finding]]
+"""Node -> what was found there."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Exit code, the bad nodes with their reasons, and one line for people."""
+
+    code: int
+    bad: dict[str, str]
+    line: str
+
+
+def decide(findings: Findings, in_job: bool) -> Verdict:
+    """A check that fails on some of the nodes that made it makes those bad; one that fails on all blames none of them.
+
+    A node that nothing compares with is bad by its machine's own faults alone, and only in a job, which can be started
+    again elsewhere.
+    """
+    checks: dict[str, dict[str, Finding]] = {}
+    for node, found in findings.items():
+        for finding in found:
+            checks.setdefault(finding.check, {})[node] = finding
+    bad: dict[str, str] = {}
+    common: list[str] = []
+    for check, by_node in checks.items():
+        failing = {node: finding for node, finding in by_node.items() if finding.reason}
+        alone = len(by_node) == 1 and in_job and any(finding.own for finding in failing.values())
+        if len(failing) < len(by_node) or alone:
+            for node, finding in failing.items():
+                bad.setdefault(node, f"{check}: {finding.reason}")
+        elif failing:
+            common.append(f"{check}: {next(iter(failing.values())).reason}")
+    if bad:
+        return Verdict(BAD_NODE, bad, "bad nodes: " + "; ".join(f"{node} ({why})" for node, why in bad.items()))
+    if common:
+        where = "" if len(findings) == 1 else f"on all {len(findings)} nodes: "
+        more = f" (and {len(common) - 1} more)" if len(common) > 1 else ""
+        return Verdict(USAGE, {}, f"{where}{common[0]}{more}")
+    return Verdict(
+        DONE, {}, f"{len(findings)} nodes are fine" if len(findings) > 1 else f"{next(iter(findings))} is fine"
+    )
+
+
+def compare(findings: Findings) -> dict[str, list[Finding]]:
+    """`findings` with a reason wherever a figure that must be the same is not that of most nodes."""
+    figures: dict[str, Counter[str]] = {}
+    for found in findings.values():
+        for finding in found:
+            if finding.same:
+                figures.setdefault(finding.check, Counter())[finding.figure] += 1
+
+    def judged(finding: Finding) -> Finding:
+        if not finding.same:
+            return finding
+        most, times = figures[finding.check].most_common(1)[0]
+        total = sum(figures[finding.check].values())
+        if times == total or (times > total / 2 and finding.figure == most):
+            return finding
+        if times > total / 2:
+            return replace(finding, reason=f"{finding.figure}, most nodes have {most}")
+        return replace(finding, reason=f"differs between nodes: {', '.join(sorted(figures[finding.check]))}")
+
+    return {node: [judged(finding) for finding in found] for node, found in findings.items()}
+
+
+def absent(
+    expected: Sequence[str],
+    present: Mapping[str, Sequence[int]],
+    size: int,
+    files: Mapping[str, Any],
+    waited: str,
+) -> dict[str, list[Finding]]:
+    """Findings of the nodes that did not come: `present` are the ranks of those that did, `files` the reports on disk.
+
+    A node that came with fewer ranks than its share of `size` is one of them.
+    """
+    found: dict[str, list[Finding]] = {}
+    for node in expected:
+        if node in files and node not in present:
+            reason = "its report is in the run folder, but it came no further"
+            found[node] = [*findings_of([files[node]])[node], Finding("present", "", reason, own=True)]
+        elif node not in present:
+            found[node] = [Finding("present", "", waited, own=True)]
+        elif len(present[node]) < size // len(expected):
+            reason = f"{len(present[node])} of {size // len(expected)} ranks came"
+            found[node] = [Finding("present", "", reason, own=True)]
+    return found
+
+
+def shared(seen: Mapping[str, Sequence[str]], folder: str) -> dict[str, Finding]:
+    """A node whose run folder does not show the files of most nodes has another folder under that name."""
+    result = {}
+    for node, others in seen.items():
+        missing = sorted(set(seen) - set(others))
+        reason = f"{folder} does not show what was written on {', '.join(missing[:3])}"
+        fine = 2 * (len(seen) - len(missing)) > len(seen)
+        result[node] = Finding("shared run folder", f"{len(others)} of {len(seen)} nodes seen", "" if fine else reason)
+    return result
+
+
+def fabric(
+    outcomes: Mapping[int, Outcome | None], nodes: Mapping[int, str], limits: Limits
+) -> dict[str, list[Finding]]:
+    """Findings of every node on pairs, clocks and the all-reduce; `outcomes` by rank, None for one that went silent."""
+    ranks: dict[str, list[int]] = {}
+    for rank, node in nodes.items():
+        ranks.setdefault(node, []).append(rank)
+    progress = {node: min(o.steps if (o := outcomes[rank]) else -1 for rank in mine) for node, mine in ranks.items()}
+    if any(outcome is None or outcome.trouble for outcome in outcomes.values()):
+        last = min(progress.values())
+        return {node: [_stopped([outcomes[r] for r in mine], progress[node] == last)] for node, mine in ranks.items()}
+
+    links: dict[str, list[Link]] = {node: [] for node in ranks}
+    best: dict[str, float] = {}
+    for node, mine in ranks.items():
+        each = [outcomes[rank].links for rank in mine if outcomes[rank].links]  # type: ignore[union-attr]
+        links[node] = [link for own in each for link in own]
+        if each:
+            # Of a GPU its best partner, which tells its own fault from a partner's; of a node its worst GPU.
+            best[node] = min(max(link.gb_s for link in own) for own in each)
+    result: dict[str, list[Finding]] = {}
+    for node, mine in ranks.items():
+        found = result[node] = []
+        if links[node]:
+            found += [_data(links[node]), _clock(links[node], limits), _speed(node, best, limits)]
+        sums = [outcomes[rank] for rank in mine]
+        wrong = any(outcome and outcome.wrong_sums for outcome in sums)
+        speed = min(outcome.reduce_gb_s for outcome in sums if outcome)
+        found.append(Finding("all-reduce", f"{speed:.2f} GB/s", "sums are wrong" if wrong else ""))
+    return result
+
+
+def _stopped(outcomes: Sequence[Outcome | None], last: bool) -> Finding:
+    if any(outcome is None for outcome in outcomes):
+        return Finding("fabric", "", "went silent during the check", own=True)
+    troubled = [outcome for outcome in outcomes if outcome and outcome.trouble]
+    if not troubled:
+        return Finding("fabric", "ended")
+    return Finding("fabric", f"got as far as {troubled[0].stage}", troubled[0].trouble if last else "")
+
+
+def _data(links: Sequence[Link]) -> Finding:
+    wrong = [link.partner for link in links if link.wrong]
+    reason = f"data differs to and from {', '.join(wrong[:3])}" if 2 * len(wrong) > len(links) else ""
+    return Finding("pair data", f"{len(links) - len(wrong)} of {len(links)} pairs exact", reason)
+
+
+def _clock(links: Sequence[Link], limits: Limits) -> Finding:
+    # Half of the round trip is how wrong an offset may be.
+    far = [link for link in links if abs(link.offset_s) - link.round_trip_s / 2 > limits.clock_s]
+    nearest = -min((link.offset_s for link in links), key=abs)
+    reason = f"differs from most nodes' by {nearest:+.3g} s" if 2 * len(far) > len(links) else ""
+    return Finding("clock", f"{nearest:+.3f} s", reason)
+
+
+def _speed(node: str, best: Mapping[str, float], limits: Limits) -> Finding:
+    own, others = best[node], [value for name, value in best.items() if name != node]
+    typical = median(others)
+    reason = f"{own:.3g} GB/s, the other nodes' median is {typical:.3g} GB/s" if own < limits.slow * typical else ""
+    return Finding("pair bandwidth", f"{own:.2f} GB/s", reason)

@@ -1,0 +1,130 @@
+"""What one node finds by itself: folders, GPUs by the driver's tool, and a laptop without Slurm."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bifrost.slurm.preflight import Limits, devices, find_place
+from bifrost.slurm.preflight.node import _folder, node_checks
+
+ALONE = """
+import os, sys
+from pathlib import Path
+from bifrost.slurm.preflight import Limits, find_place, preflight
+run = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+limits = Limits(free_gib=0.01, scratch_gib=0.01, inodes=1)
+code = preflight(run, find_place({}), limits=limits)
+sys.stdout.flush()
+os._exit(code)
+"""
+
+
+def alone(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", ALONE, *arguments], capture_output=True, text=True, timeout=300)
+
+
+def test_a_laptop(tmp_path: Path) -> None:
+    done = alone()
+    assert done.returncode == 0, done.stderr
+    assert "all-reduce" in done.stdout and "is fine" in done.stdout
+    (tmp_path / "recipe.yaml").write_text("stage: patch-latents")
+    done = alone(str(tmp_path))
+    assert done.returncode == 2, "its recipe cannot be used"
+    assert "recipe" in done.stdout.splitlines()[-1] and not (tmp_path / "excluded.json").exists()
+    assert len(list((tmp_path / "preflight").glob("*/verdict.json"))) == 1
+
+
+def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _folder("run folder", tmp_path, 0.001, 1).reason == ""
+    assert not os.listdir(tmp_path)
+    assert "GiB free, 1e+09 wanted" in _folder("run folder", tmp_path, 1e9, 1).reason
+    assert "inodes free" in _folder("run folder", tmp_path, 0.001, 2**60).reason
+    assert "no folder" in _folder("run folder", tmp_path / "none", 0, 0).reason
+    # Nothing can be made there, not even by root.
+    assert "cannot be written" in _folder("run folder", Path("/proc"), 0, 0).reason
+
+
+def test_a_shard_that_is_missing_and_nothing_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "hush-hush")
+    (tmp_path / "recipe.yaml").write_text(
+        "{stage: patch-latents, name: x, steps: 1, global_batch: 1, micro_batch: 1, backbone: {path: 'builtin:tiny'},"
+        f" data: {{shards: '{tmp_path}/train-{{00000..00002}}.tar'}}}}"
+    )
+    found = [f for _, check in node_checks(find_place({}), tmp_path, (), None, Limits()) for f in check()]
+    data = next(finding for finding in found if finding.check == "data")
+    assert data.reason == f"{tmp_path}/train-00000.tar: No such file or directory"
+    assert "hush" not in str(found)
+
+
+SMI = """#!/bin/sh
+case "$1" in
+  *memory.used*) {memory} ;;
+  *ecc*) {ecc} ;;
+  *max.sm*) printf '1980\\n1980\\n' ;;
+  *clocks.sm*) printf '345\\n345\\n' ;;
+  *throttle*) {throttle} ;;
+esac
+"""
+FINE = {"memory": "printf '3\\n3\\n'", "ecc": "printf '0\\n0\\n'", "throttle": "printf '0x01\\n0x04\\n'"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "check", "says"),
+    [
+        ({}, None, ""),
+        ({"memory": "printf '3\\n9000\\n'"}, "GPU memory", "GPU 1 has 8.8 GiB in use"),
+        ({"ecc": "printf '0\\n2\\n'"}, "GPU ECC", "GPU 1 has 2 uncorrected"),
+        ({"ecc": "printf '[N/A]\\n[N/A]\\n'"}, None, ""),
+        ({"ecc": "echo 'Field \"ecc\" is not a valid field to query.'; exit 2"}, None, ""),
+        (
+            {"throttle": "printf '0x01\\n0x48\\n'"},
+            "GPU clocks",
+            "GPU 1 is slowed by hardware slowdown, heat (hardware)",
+        ),
+        ({"memory": "echo 'GPU is lost. Reboot the system.'; exit 15"}, "GPU health", "GPU is lost"),
+        ({"memory": "sleep 60"}, "GPU health", "does not answer"),
+    ],
+)
+def test_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: dict, check: str | None, says: str) -> None:
+    """A stand-in for the driver's tool, with the answers that its manual describes."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(SMI.format(**{**FINE, **fault}))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(devices, "PATIENCE_S", 1)
+    found = devices.device_findings(2, 2.0)
+    bad = {finding.check: finding.reason for finding in found if finding.reason}
+    assert list(bad) == ([check] if check else []) and says in str(bad)
+    if "ecc" in fault and check is None:
+        assert {f.check: f.figure for f in found}["GPU ECC"] == "not readable"
+
+
+def test_fewer_gpus_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 7)
+    assert devices.device_findings(8, 2.0)[0].reason == "7 GPUs usable, 8 asked for"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert [finding.reason for finding in devices.device_findings(None, 2.0)] == [""]
+
+
+def test_the_place_of_a_task() -> None:
+    task = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "1",
+        "SLURM_RESTART_COUNT": "2",
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+        "SLURM_NTASKS": "16",
+        "SLURM_STEP_NODELIST": "gpu[007-008]",
+        "SLURMD_NODENAME": "gpu008",
+        "SLURM_GPUS_ON_NODE": "8",
+    }
+    place = find_place(task)
+    assert (place.node, place.rank, place.size, place.leader) == ("gpu008", 9, 16, False)
+    assert (place.nodes, place.host, place.name) == (("gpu007", "gpu008"), "gpu007", "7-2-1")
+    assert place.in_job and place.devices == 8 and not find_place({}).in_job
+    assert json.dumps(place.name)

@@ -1,0 +1,105 @@
+"""Who is blamed: pure functions of what was measured."""
+
+from itertools import combinations
+
+import pytest
+
+from bifrost.slurm.preflight.fabric import Link, Outcome, tournament
+from bifrost.slurm.preflight.finding import Finding, Limits
+from bifrost.slurm.preflight.verdict import compare, decide, fabric
+
+BAD = Finding("disk", "", "full")
+
+
+def outcome(*links: Link, **fields) -> Outcome:
+    return Outcome(steps=9, links=list(links), reduce_gb_s=1.0, done=True, **fields)
+
+
+def link(partner: str, gb_s: float = 10.0, offset: float = 0.0, trip: float = 0.001, wrong: bool = False) -> Link:
+    return Link(partner, gb_s, offset, trip, wrong)
+
+
+def named(outcomes: dict[int, Outcome | None], nodes: dict[int, str]) -> dict[str, str]:
+    return decide(fabric(outcomes, nodes, Limits()), in_job=True).bad
+
+
+@pytest.mark.parametrize("players", range(1, 10))
+def test_every_two_meet_once(players: int) -> None:
+    rounds = tournament(players)
+    assert len(rounds) == (players - 1 if players % 2 == 0 else players)
+    met = []
+    for partners in rounds:
+        for player, partner in enumerate(partners):
+            assert partner is None or (partners[partner] == player and partner != player)
+            met += [(player, partner)] if partner is not None and player < partner else []
+    assert sorted(met) == list(combinations(range(players), 2))
+
+
+def test_some_nodes_are_bad_all_nodes_are_not() -> None:
+    fine = Finding("disk")
+    assert decide({"a": [fine], "b": [BAD]}, True).bad == {"b": "disk: full"}
+    assert decide({"a": [fine], "b": [BAD]}, True).code == 77
+    both = decide({"a": [BAD], "b": [BAD]}, True)
+    assert (both.code, both.bad, both.line) == (2, {}, "on all 2 nodes: disk: full")
+    assert decide({"a": [fine], "b": [fine]}, True).code == 0
+
+
+def test_a_node_without_others_is_bad_by_its_machine_and_in_a_job_alone() -> None:
+    own = Finding("ECC", "", "1 error", own=True)
+    assert decide({"a": [own]}, True).bad == {"a": "ECC: 1 error"}
+    assert decide({"a": [own]}, False).code == decide({"a": [BAD]}, True).code == 2
+
+
+def test_a_bad_node_beside_a_fault_of_all_is_still_left_out() -> None:
+    ecc = [Finding("ECC", "", "1", own=True)]
+    assert decide({"a": [BAD, Finding("ECC")], "b": [BAD, *ecc]}, True).bad == {"b": "ECC: 1"}
+
+
+def test_versions_go_by_most_nodes() -> None:
+    def nodes(*figures: str) -> dict[str, list[Finding]]:
+        return {f"n{i}": [Finding("torch", figure, same=True)] for i, figure in enumerate(figures)}
+
+    assert decide(compare(nodes("2", "1", "2")), True).bad == {"n1": "torch: 1, most nodes have 2"}
+    assert decide(compare(nodes("2", "1")), True).line == "on all 2 nodes: torch: differs between nodes: 1, 2"
+    assert decide(compare(nodes("2", "2")), True).code == 0
+
+
+def test_a_slow_gpu_makes_its_node_bad_and_not_its_partners() -> None:
+    """Two GPUs a node; GPU 1 of node c is slow with everybody."""
+    nodes = {rank: "abc"[rank // 2] for rank in range(6)}
+    outcomes: dict[int, Outcome | None] = {}
+    for rank, name in nodes.items():
+        links = [link(other, 2.0 if rank % 2 and "c" in (name, other) else 10.0) for other in "abc" if other != name]
+        outcomes[rank] = outcome(*links)
+    assert named(outcomes, nodes) == {"c": "pair bandwidth: 2 GB/s, the other nodes' median is 10 GB/s"}
+
+
+def test_a_third_is_slow_enough() -> None:
+    nodes = {0: "a", 1: "b", 2: "c"}
+    for speed, bad in ((3.0, ["c"]), (4.0, [])):
+        outcomes = {
+            0: outcome(link("b"), link("c", speed)),
+            1: outcome(link("a"), link("c", speed)),
+            2: outcome(link("a", speed), link("b", speed)),
+        }
+        assert list(named(outcomes, nodes)) == bad
+
+
+def test_a_clock_is_as_far_off_as_the_round_trip_proves() -> None:
+    nodes = {0: "a", 1: "b", 2: "c"}
+    for trip, bad in ((0.1, ["b"]), (3.0, [])):
+        outcomes = {
+            0: outcome(link("b", offset=2.0, trip=trip), link("c")),
+            1: outcome(link("a", offset=-2.0, trip=trip), link("c", offset=-2.0, trip=trip)),
+            2: outcome(link("a"), link("b", offset=2.0, trip=trip)),
+        }
+        assert list(named(outcomes, nodes)) == bad
+
+
+def test_of_ranks_that_hang_the_one_that_came_least_far_is_named() -> None:
+    nodes = {0: "a", 1: "b", 2: "c"}
+    stuck = [Outcome(steps=steps, stage=f"round {steps}", trouble="no answer") for steps in (3, 2, 3)]
+    assert named(dict(enumerate(stuck)), nodes) == {"b": "fabric: no answer"}
+    assert named({0: stuck[0], 1: stuck[1], 2: None}, nodes) == {"c": "fabric: went silent during the check"}
+    alike = {rank: Outcome(steps=1, trouble="joining: refused") for rank in range(3)}
+    assert named(dict(alike), nodes) == {}
