@@ -1,6 +1,6 @@
 """Kernels: the patch-latent head and loss, and prefix attention. Needs torch (and Triton) alone."""
 
-from .attention import PrefixLayout, Segments, prefix_attention, segment_attention
+from .attention import PrefixLayout, Segments, prefix_attention, segment_attention, short_on_cpu
 from .gather_norm import gather_rms_norm
 from .latent_loss import PatchLatentHead, patch_latent_loss
 from .mask_mix import mask_mix
@@ -14,4 +14,5 @@ __all__ = [
     "patch_latent_loss",
     "prefix_attention",
     "segment_attention",
+    "short_on_cpu",
 ]

@@ -128,7 +128,7 @@ class Optimizer(Section):
 
 class Ema(Section):
     decay: float = Field(default=0.9999, gt=0, lt=1)
-    """Share of the average kept at each step."""
+    """Share of the average kept at each step; at the n-th at most (1 + n) / (10 + n)."""
 
 
 class Zero(Section):

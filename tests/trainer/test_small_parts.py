@@ -31,12 +31,13 @@ def test_constant_keeps_the_peak() -> None:
 
 def test_average_follows_the_formula() -> None:
     masters = {"w": torch.tensor([0.0, 10.0])}
-    ema = Ema(masters, decay=0.9)
-    for value in (1.0, 2.0):
+    ema = Ema(masters, decay=0.2)
+    wanted = torch.tensor([0.0, 10.0])
+    for value, decay in ((1.0, 2 / 11), (2.0, 0.2), (3.0, 0.2)):  # 3 / 12 is above 0.2
         masters["w"].fill_(value)
         ema.update(masters)
-    wanted = [0.9 * (0.9 * start + 0.1) + 0.1 * 2 for start in (0.0, 10.0)]
-    torch.testing.assert_close(ema.slices["w"], torch.tensor(wanted))
+        wanted = decay * wanted + (1 - decay) * value
+    torch.testing.assert_close(ema.slices["w"], wanted)
 
 
 def test_digest_knows_samples_and_history_but_no_ranks() -> None:

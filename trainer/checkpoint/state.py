@@ -58,6 +58,8 @@ def restore(engine: Engine, ema: Ema | None, reader: CheckpointReader, updates: 
             tensor[: hi - lo].copy_(reader.read(source, name, lo, hi))
             tensor[hi - lo :].zero_()
     engine.updates = updates
+    if ema is not None:
+        ema.updates = updates
 
 
 def restore_statistics(statistics: Mapping[str, Tensor], reader: CheckpointReader) -> None:

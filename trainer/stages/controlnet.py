@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...data import DataError, Item
+from ...kernels import short_on_cpu
 from ...recipes import Recipe
 from ...recipes.schema import Flux
 from ..errors import RunError
@@ -112,8 +113,10 @@ class LatentControlNetModel(StageModel):
             "txt_ids": torch.zeros(text.shape[1], 3, device=sigma.device),
         }
         noisy = flow.noisy(latents, noise, sigma)
-        residuals = self.controlnet(noisy, condition, **rest)
-        error = flow.velocity(self.flux.transformer, noisy, residuals, **rest) - flow.target(latents, noise)
+        with short_on_cpu(noise.shape[1] + text.shape[1], noise.device, text.dtype):
+            residuals = self.controlnet(noisy, condition, **rest)
+            predicted = flow.velocity(self.flux.transformer, noisy, residuals, **rest)
+        error = predicted - flow.target(latents, noise)
         squares = error.square().sum(dim=(1, 2))
         # By halves of the noise: at the noisy end the loss is FLUX's own, at the other the ControlNet's to win.
         noisier = (sigma > 0.5).float()
