@@ -159,6 +159,8 @@ class Checkpoint(Section):
     """Steps between saves; the last step and a stop signal save as well."""
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints kept."""
+    max_failed_saves: int = Field(default=3, ge=1)
+    """Saves in a row that the storage may refuse before the run stops; until then training goes on."""
 
 
 class Samples(Section):

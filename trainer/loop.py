@@ -12,6 +12,7 @@ from torch.profiler import record_function
 
 from ..data import BadSamples, Batch
 from ..recipes import Recipe
+from .checkpoint.saver import Saver
 from .ema import Ema
 from .engine import Engine
 from .monitors.console import Console
@@ -52,6 +53,8 @@ class Parts:
     normalizer: Callable[[int], float]
     """Step -> what its backward passes divide the summed loss by."""
     save: Callable[[Progress], None]
+    """Begins to save; `saver` says when, and when it is done."""
+    saver: Saver
     metrics: MetricsFile
     console: Console
     stop: StopSignals
@@ -130,9 +133,11 @@ def run(parts: Parts, progress: Progress) -> bool:
             }
             parts.metrics.write(record)
             parts.console.metrics(record)
-        if last or stops or progress.step % recipe.checkpoint.every == 0:
+        if last or stops or parts.saver.due(progress.step):
             with meter.outside():
                 parts.save(progress)
+                if last or stops:
+                    parts.saver.finish()
         with meter.outside():
             parts.after_step(progress)
         if stops:

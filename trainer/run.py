@@ -23,6 +23,7 @@ from ..recipes import Recipe, to_yaml
 from ..slurm.codes import DONE, STOPPED
 from . import loop
 from .checkpoint.reader import CheckpointReader
+from .checkpoint.saver import Saver
 from .checkpoint.state import CheckpointWeights, capture, restore, restore_statistics
 from .checkpoint.store import Store
 from .ema import Ema
@@ -93,9 +94,11 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
     console.say(_greeting(engine, folder, progress, recipe, ranks))
     mirror = start_mirror(folder) if ranks.first and recipe.tracking.enabled else None
 
+    saver = Saver(
+        store, recipe.checkpoint, capture(engine, ema)[0], metrics.write, ranks.rank, ranks.size, ranks.apart()
+    )
+
     def save(progress: Progress) -> None:
-        begun = time.perf_counter()
-        slots, shapes = capture(engine, ema)
         state = {
             "progress": asdict(progress),
             "updates": engine.updates,
@@ -103,12 +106,7 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
             "backbone": frozen_hash,
             "data": inputs.dataset.fingerprint,
         }
-        store.save(progress.step, ranks.rank, ranks.size, slots, shapes, state, model.statistics(), ranks.gather)
-        if ranks.first:
-            store.prune(recipe.checkpoint.keep)
-        seconds = time.perf_counter() - begun
-        metrics.write({"event": "checkpoint", "step": progress.step, "seconds": seconds})
-        log.info("checkpoint of step %d written in %.2f s", progress.step, seconds)
+        saver.save(progress.step, *capture(engine, ema), state, model.statistics())
 
     draw_samples = _agreed(ranks, lambda: sampler(inputs.stage, engine, inputs.dataset, ranks, folder))
 
@@ -127,6 +125,7 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
         batches=iter(loader),
         normalizer=lambda step: inputs.normalizer(step, passes),
         save=save,
+        saver=saver,
         metrics=metrics,
         console=console,
         stop=stop,
@@ -136,8 +135,10 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
     try:
         finished = loop.run(parts, progress)
         outcome = "finished" if finished else "stopped"
-    except RuntimeError as error:
-        raise worker_death(error, ranks.rank) or error from error
+    except Exception as error:
+        saver.abandon(timeout_s=60)
+        died = worker_death(error, ranks.rank) if isinstance(error, RuntimeError) else None
+        raise died or error from error
     finally:
         loader.close()
         console.close()

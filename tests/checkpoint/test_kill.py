@@ -4,9 +4,14 @@ import os
 import signal
 
 import pytest
+import torch
 
 import boundaries
+from bifrost.recipes.schema import Checkpoint
+from bifrost.trainer.checkpoint.saver import Saver
 from bifrost.trainer.checkpoint.store import Store
+
+SHAPES = {"layer.weight": (5, 3), "layer.bias": (3,), "scale": (), "empty": (0, 4)}
 
 
 def die_at(fatal, work):
@@ -55,6 +60,40 @@ def test_killed_save(tmp_path, save, assert_holds, ranks):
     assert found == sorted(found)  # the new one appears at one moment, the rename
     assert set(found) == {1, 2}
     assert len(found) > 20
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_while_training_goes_on(tmp_path, run_ranks, slices, assert_holds, ranks):
+    """As above, by the background writer: step 2 with what it removes, while the values in memory change already."""
+
+    def work(place):
+        def train(rank, gather):
+            live = slices(rank, ranks)
+            saver = Saver(Store(place), Checkpoint(keep=1), live, lambda event: None, rank, ranks, gather)
+            for step in (1, 2):
+                for slot, values in slices(rank, ranks, seed=step).items():
+                    for name, value in values.items():
+                        live[slot][name].copy_(value)
+                mean = torch.ones(2) * step
+                saver.save(step, live, SHAPES, {"seed": step}, {"mean": mean})
+                for tensor in [mean, *(tensor for values in live.values() for tensor in values.values())]:
+                    tensor.fill_(-1)
+            saver.finish()
+
+        assert run_ranks(ranks, train) == [None] * ranks
+
+    found = []
+    for _, place in deaths(tmp_path, lambda place: None, work):
+        store = Store(place)
+        assert all(store.verify(step) == [] for step in store.steps())
+        reader = store.newest_verified()
+        if reader:
+            assert_holds(reader, reader.step)
+        found.append(reader.step if reader else 0)
+    assert found == sorted(found)
+    assert set(found) == {0, 1, 2}
+    assert len(found) > 40
+    assert os.listdir(place) == ["step-00000002"]
 
 
 def test_killed_save_in_place_of_a_damaged_one(tmp_path, save, assert_holds):

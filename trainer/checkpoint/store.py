@@ -24,6 +24,10 @@ from .reader import BUFFERS, STATE, CheckpointReader, rank_file
 log = logging.getLogger(__name__)
 
 
+class StorageError(RunError):
+    """The disk did not take a save; another try may succeed."""
+
+
 class Store:
     """Checkpoints in `folder` (`RUN/checkpoints`), one folder a step: `step-00000200/`.
 
@@ -56,17 +60,18 @@ class Store:
         state: Mapping[str, Any],
         buffers: Mapping[str, torch.Tensor],
         gather: Gather = alone,
-    ) -> None:
-        """Write the checkpoint of `step`; every rank calls it and all leave together.
+    ) -> int:
+        """Write the checkpoint of `step`; every rank calls it and all leave together. Returns its bytes.
 
         `slots[slot][name]` is this rank's slice of that parameter: 1-D fp32, without padding, possibly empty.
         `shapes` are the whole parameters' shapes. `state` (JSON) and `buffers` are taken from rank 0.
-        A checkpoint of that step that verifies is kept as it is; one that does not is replaced.
-        Raises the same RunError on all ranks when one of them could not write; nothing of the save stays.
+        A checkpoint of that step that verifies is kept as it is, 0 bytes; one that does not is replaced.
+        Raises the same RunError on all ranks when one of them could not write, a StorageError when the cause is the
+        disk's; nothing of the save stays.
         """
         present = _agreed(lambda: self._prepare(step) if rank == 0 else None, "prepare", rank, gather)[0]
         if present and not self._problems(step, rank, ranks, gather):
-            return
+            return 0
         partial = self.root / f".{self.folder(step).name}.partial"
         try:
             written = _agreed(lambda: _write_slices(partial, rank, ranks, slots, shapes), "write", rank, gather)
@@ -87,6 +92,7 @@ class Store:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         self._sound.add(step)
+        return sum(entry.size for _, entry in written)
 
     def verify(self, step: int, share: tuple[int, int] = (0, 1)) -> list[str]:
         """What is wrong with the checkpoint of `step`, each naming a file; empty when it is whole.
@@ -148,9 +154,15 @@ class Store:
         return removed
 
     def sweep(self) -> None:
-        """Remove what killed saves and removals left, for rank 0 of the run that owns the folder. Raises OSError."""
+        """Remove what killed saves and removals left, for rank 0 of the run that owns the folder.
+
+        What cannot be removed, such as a file that a reader on NFS still holds, is logged and left.
+        """
         for path in self.root.glob(".step-*"):
-            shutil.rmtree(path)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                log.warning("%s could not be removed: %s", path, error)
 
     def _prepare(self, step: int) -> bool:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -231,7 +243,8 @@ def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _agreed(action: Callable[[], Any], verb: str, rank: int, gather: Gather) -> list[Any]:
-    """Run `action` on every rank and return all results; what one rank raises becomes the same RunError on all."""
+    """Run `action` on every rank and return all results; what one rank raises becomes the same RunError on all, a
+    StorageError when no rank met anything but the disk's refusal."""
     result = failure = cause = None
     try:
         result = action()
@@ -241,9 +254,10 @@ def _agreed(action: Callable[[], Any], verb: str, rank: int, gather: Gather) -> 
         cause = error
     except Exception as error:  # any other failure must reach the other ranks too, or they wait for this one
         failure, cause = f"rank {rank} could not {verb} the checkpoint: {error}", error
-    outcomes = gather((result, failure))
-    failures = [failure for _, failure in outcomes if failure]
+    outcomes = gather((result, failure, isinstance(cause, OSError)))
+    failures = sorted((storage, rank, text) for rank, (_, text, storage) in enumerate(outcomes) if text)
     if failures:
+        storage, _, text = failures[0]  # one that is not the disk's comes first
         also = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
-        raise RunError(failures[0] + also) from cause
-    return [result for result, _ in outcomes]
+        raise (StorageError if storage else RunError)(text + also) from cause
+    return [result for result, *_ in outcomes]

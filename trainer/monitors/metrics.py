@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +16,12 @@ log = logging.getLogger(__name__)
 
 class MetricsFile:
     """Appends to `metrics.jsonl`. No failure to write stops the run: the first one is logged, lines are lost until
-    the disk takes them again.
+    the disk takes them again. Threads may share it.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._lock = threading.Lock()
         self._failing = False
         self._torn = True  # whether the file may end inside a line
 
@@ -29,6 +31,10 @@ class MetricsFile:
         The file is opened anew each time, so that a line is visible on other nodes once this returns.
         """
         line = json.dumps({"time": time.time(), **record}) + "\n"
+        with self._lock:
+            self._append(line)
+
+    def _append(self, line: str) -> None:
         try:
             with open(self.path, "ab+") as file:
                 if self._torn and file.tell() and _last_byte(file) != b"\n":

@@ -1,0 +1,68 @@
+"""A run whose storage fails: the kernel itself refuses rank 1's bytes, by the limit that it sets on a file's size."""
+
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+
+import ranked
+import runs
+
+pytestmark = [pytest.mark.multi, pytest.mark.slow]
+
+
+def train(arguments: list[str], full_from: int, full_until: int) -> None:
+    """One rank; between the two steps rank 1 cannot write more than 4 KiB into any file."""
+    import torch.distributed as dist
+
+    from bifrost.trainer import cli, run
+
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+    def after_step(progress) -> None:
+        if dist.get_rank() == 1 and progress.step in (full_from, full_until):
+            limit = 1 << 12 if progress.step == full_from else hard
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+    real = run.train
+    run.train = lambda recipe: real(recipe, after_step)
+    sys.argv = ["bifrost", *arguments]
+    cli.main()
+
+
+@pytest.fixture(scope="module")
+def calm(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    folder = tmp_path_factory.mktemp("calm")
+    ended = ranked.bifrost(2, *runs.arguments(shards, folder, "steps=8"))
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    return runs.losses(folder / "tiny-mllm")
+
+
+def test_training_goes_on_while_a_disk_is_full(shards: Path, tmp_path: Path, calm: list[float]) -> None:
+    arguments = runs.arguments(shards, tmp_path, "steps=8", "checkpoint.every=2", "checkpoint.keep=9")
+    ended = ranked.run(train, 2, arguments, 3, 5)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    run = tmp_path / "tiny-mllm"
+    assert runs.losses(run) == calm
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [f"step-{n:08d}" for n in (2, 6, 8)]
+    (failed,) = runs.events(run, "save_failed")
+    assert (failed["step"], failed["in_a_row"]) == (4, 1)
+    assert "rank 1 could not write the checkpoint" in failed["reason"] and "File too large" in failed["reason"]
+    for event in runs.events(run, "checkpoint"):
+        folder = run / f"checkpoints/step-{event['step']:08d}"
+        assert event["bytes"] == sum(file.stat().st_size for file in folder.glob("rank-*.safetensors"))
+        assert 0 < event["blocked_s"] <= event["seconds"]
+    assert "not saved, training goes on" in ended[0].err
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_the_reason(shards: Path, tmp_path: Path) -> None:
+    settings = ("steps=9", "checkpoint.every=2", "checkpoint.max_failed_saves=2")
+    ended = ranked.run(train, 2, runs.arguments(shards, tmp_path, *settings), 3, 100)
+    assert [rank.code for rank in ended] == [1, 1], ended[0].err
+    run = tmp_path / "tiny-mllm"
+    line = ended[0].err.strip().splitlines()[-1]
+    assert line.startswith("error: 2 saves in a row failed, the last at step 6: rank 1 could not write"), line
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    assert runs.steps(run)[-1]["step"] == 6
+    assert runs.events(run, "end")[-1]["outcome"] == "failed"

@@ -1,0 +1,196 @@
+"""Saving while training goes on: a step waits for a copy in host memory, a thread brings that to the disk."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ...recipes.schema import Checkpoint
+from ..errors import Unhealthy
+from ..ranks import Gather, alone
+from .staging import Slots, Staging
+from .store import StorageError, Store
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 5.0
+"""Pause before a save that must succeed is tried again."""
+
+
+@dataclass
+class _Save:
+    """One save, from the copy on."""
+
+    step: int
+    slots: Slots
+    shapes: Mapping[str, tuple[int, ...]]
+    state: Mapping[str, Any]
+    buffers: Mapping[str, Tensor]
+    begun: float
+    blocked: float
+    """Seconds that training waited for it: for the copy, and for a thread that was not done in time."""
+    waited_since: float | None = None
+    """Since when training waits for the thread."""
+    failure: str | None = None
+    """What the storage did not take."""
+    error: BaseException | None = None
+    """Anything else that ended it."""
+
+
+class Saver:
+    """Saves of one run, one at a time; every rank makes one and calls it at the same steps.
+
+    The ranks' threads agree through `gather`, which nothing else may use. `slots` is what will be saved, for the
+    memory to be allocated now. `report` takes events for the metrics file, on rank 0.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        settings: Checkpoint,
+        slots: Slots,
+        report: Callable[[Mapping[str, Any]], None],
+        rank: int = 0,
+        ranks: int = 1,
+        gather: Gather = alone,
+    ) -> None:
+        self.store = store
+        self.settings = settings
+        self.rank = rank
+        self.ranks = ranks
+        self.every = settings.every
+        self._staging = Staging(slots)
+        self._report = report
+        self._gather = gather
+        self._save: _Save | None = None
+        self._thread: threading.Thread | None = None
+        self._failures = 0  # saves in a row that the storage did not take
+        self._told_slow = False
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is one to save at; the last step and a stop signal save as well."""
+        return step % self.every == 0
+
+    def save(
+        self,
+        step: int,
+        slots: Slots,
+        shapes: Mapping[str, tuple[int, ...]],
+        state: Mapping[str, Any],
+        buffers: Mapping[str, Tensor],
+    ) -> None:
+        """Copy what `Store.save` takes and return; it is written in the background. Nothing is waited for but the
+        copy, and the save before, should that still be under way.
+
+        What the storage did not take is logged, reported as an event and tried again at the next save. Raises
+        Unhealthy on every rank after `max_failed_saves` in a row, RunError for what no other try can mend.
+        """
+        if self._thread is not None and self._thread.is_alive() and not self._told_slow:
+            self._told_slow = True
+            log.warning(
+                "the save before step %d is still being written, steps wait for it: raise checkpoint.every (%d)",
+                step,
+                self.every,
+            )
+        self.wait()
+        begun = time.perf_counter()
+        # The state belongs to the loop, the buffers to the model: both go on changing.
+        held = {name: buffer.detach().to("cpu", copy=True).contiguous() for name, buffer in buffers.items()}
+        self._save = _Save(step, self._staging.take(slots), shapes, copy.deepcopy(state), held, begun, 0.0)
+        self._save.blocked = time.perf_counter() - begun
+        self._start()
+        if self._failures + 1 >= self.settings.max_failed_saves:
+            self.wait()  # the last try: no further step is made in vain
+
+    def wait(self) -> None:
+        """Wait until no save is under way. Raises as `save` does, for what that one met."""
+        save = self._join()
+        if save is not None and save.error is not None:
+            raise save.error
+        if self._failures >= self.settings.max_failed_saves:
+            assert save is not None
+            raise Unhealthy(f"{self._failures} saves in a row failed, the last at step {save.step}: {save.failure}")
+
+    def finish(self) -> None:
+        """Wait until the last save is on the disk, trying again as often as `max_failed_saves` allows."""
+        self.wait()
+        while self._save is not None and self._save.failure:
+            time.sleep(RETRY_S)
+            self._save.failure = None
+            self._start()
+            self.wait()
+
+    def abandon(self, timeout_s: float) -> None:
+        """For a run that failed: give the save under way a while, since what it holds is good. Raises nothing."""
+        self._join(timeout_s)
+
+    def _start(self) -> None:
+        # A daemon: a process that fails does not wait for its disk.
+        self._thread = threading.Thread(target=self._write, args=(self._save,), name="save", daemon=True)
+        self._thread.start()
+
+    def _join(self, timeout_s: float | None = None) -> _Save | None:
+        if self._save is not None and self._thread is not None:
+            self._save.waited_since = time.perf_counter()
+            self._thread.join(timeout_s)
+        return self._save
+
+    def _write(self, save: _Save) -> None:
+        try:
+            size = self.store.save(
+                save.step, self.rank, self.ranks, save.slots, save.shapes, save.state, save.buffers, self._gather
+            )
+            self._failures = 0
+            self._tell(save, size)
+        except StorageError as error:
+            self._failures += 1
+            save.failure = str(error)
+            log.error("checkpoint of step %d not saved, training goes on: %s", save.step, error)
+            self._report(
+                {"event": "save_failed", "step": save.step, "reason": save.failure, "in_a_row": self._failures}
+            )
+        except BaseException as error:  # raised in the training thread, at the next save
+            save.error = error
+            log.error("checkpoint of step %d not saved: %s", save.step, error)
+        else:
+            self._prune()
+
+    def _tell(self, save: _Save, size: int) -> None:
+        now = time.perf_counter()
+        if save.waited_since is not None:
+            save.blocked += now - save.waited_since
+        seconds = now - save.begun
+        rate = size / 2**30 / seconds
+        self._report(
+            {
+                "event": "checkpoint",
+                "step": save.step,
+                "seconds": seconds,
+                "blocked_s": save.blocked,
+                "bytes": size,
+                "gib_per_s": rate,
+            }
+        )
+        log.info(
+            "checkpoint of step %d: %.3g GiB in %.2f s (%.2f GiB/s), training waited %.3f s",
+            save.step,
+            size / 2**30,
+            seconds,
+            rate,
+            save.blocked,
+        )
+
+    def _prune(self) -> None:
+        """Remove old checkpoints; nothing that goes wrong there ends the run."""
+        if self.rank == 0:
+            try:
+                self.store.prune(self.settings.keep)
+            except Exception:
+                log.exception("old checkpoints could not be removed, training goes on")

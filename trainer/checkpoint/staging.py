@@ -1,0 +1,61 @@
+"""Host memory that a save is copied to, so that training may go on while it is written."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+Slots = Mapping[str, Mapping[str, Tensor]]
+"""slot -> parameter -> this rank's slice: 1-D fp32."""
+
+
+class Staging:
+    """A second copy of a rank's slices in host memory: allocated once, pinned where they lie on a GPU."""
+
+    def __init__(self, slots: Slots) -> None:
+        slices = [(slot, name, tensor) for slot, held in slots.items() for name, tensor in held.items()]
+        # Filled, so that its pages exist before the first save pays for them.
+        memory = torch.empty(sum(tensor.numel() for *_, tensor in slices)).fill_(0)
+        if any(tensor.is_cuda for *_, tensor in slices):
+            _pin(self, memory)
+        self._copy: dict[str, dict[str, Tensor]] = {slot: {} for slot in slots}
+        start = 0
+        for slot, name, tensor in slices:
+            self._copy[slot][name] = memory[start : start + tensor.numel()]
+            start += tensor.numel()
+
+    def take(self, slots: Slots) -> Slots:
+        """The slices' values as they are now; the result is overwritten by the next call.
+
+        Returns when the copy is whole: the optimizer may change the slices at once.
+        """
+        device = None
+        for slot, held in slots.items():
+            for name, tensor in held.items():
+                self._copy[slot][name].copy_(tensor.detach(), non_blocking=True)
+                device = tensor.device if tensor.is_cuda else device
+        if device is not None:
+            torch.cuda.current_stream(device).synchronize()
+        return self._copy
+
+
+def _pin(owner: Staging, memory: Tensor) -> None:
+    """Pin `memory` for as long as `owner` lives. torch's own pinned allocator would round it up to a power of two."""
+    runtime: Any = torch.cuda.cudart()
+    status = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0) if memory.nbytes else 0
+    if int(status):
+        log.warning(
+            "%.1f GiB of host memory cannot be pinned (CUDA error %d, see `ulimit -l`): saves block steps for longer",
+            memory.nbytes / 2**30,
+            int(status),
+        )
+    elif memory.nbytes:
+        # The registration must end before the memory does, which the arguments keep alive until then.
+        weakref.finalize(owner, lambda held: runtime.cudaHostUnregister(held.data_ptr()), memory)
