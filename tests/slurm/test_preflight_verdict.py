@@ -85,6 +85,10 @@ def test_a_third_is_slow_enough() -> None:
         assert list(named(outcomes, nodes)) == bad
 
 
+def test_of_two_nodes_none_is_slow() -> None:
+    assert named({0: outcome(link("b")), 1: outcome(link("a", 1.0))}, {0: "a", 1: "b"}) == {}
+
+
 def test_a_clock_is_as_far_off_as_the_round_trip_proves() -> None:
     nodes = {0: "a", 1: "b", 2: "c"}
     for trip, bad in ((0.1, ["b"]), (3.0, [])):
