@@ -32,7 +32,10 @@ setup(
     python_requires=">=3.10",
     package_dir=packages(),
     packages=list(packages()),
-    package_data={"bifrost.recipes": ["*.yaml", "architectures/**/*.json", "foundations/**/*"]},
+    package_data={
+        "bifrost.recipes": ["*.yaml", "architectures/**/*.json", "foundations/**/*"],
+        "bifrost.slurm": ["*.jinja"],
+    },
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8",

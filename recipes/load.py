@@ -88,17 +88,21 @@ def _validate(tree: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        problems = error.errors()
-        first = problems[0]
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise RecipeError(f"{where}: {_explain(first)}{more}") from error
+        raise RecipeError(f"{where}: {explain(error, Recipe)}") from error
 
 
-def _explain(problem: Any) -> str:
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """What is wrong with settings that are no `model`, in one line; an unknown key comes with the nearest known one."""
+    problems = error.errors()
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return _explain(problems[0], model) + more
+
+
+def _explain(problem: Any, model: type[BaseModel]) -> str:
     path = [str(part) for part in problem["loc"]]
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
-        section = _section(path[:-1])
+        section = _section(path[:-1], model)
         names = list(section.model_fields) if section else []
         near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"known here: {', '.join(names)}"
@@ -109,8 +113,8 @@ def _explain(problem: Any) -> str:
     return f"{key or 'recipe'}: {message[0].lower()}{message[1:]} (got {problem['input']!r})"
 
 
-def _section(path: list[str]) -> type[BaseModel] | None:
-    section: Any = Recipe
+def _section(path: list[str], model: type[BaseModel]) -> type[BaseModel] | None:
+    section: Any = model
     for part in path:
         if not (isinstance(section, type) and issubclass(section, BaseModel)) or part not in section.model_fields:
             return None

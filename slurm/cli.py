@@ -10,6 +10,10 @@ from typing import Annotated
 
 import typer
 
+from ..recipes import load_recipe
+
+Run = Annotated[Path, typer.Argument(help="Run folder, such as runs/mllm-7b.", show_default=False)]
+
 slurm_app = typer.Typer(no_args_is_help=True)
 
 
@@ -45,9 +49,110 @@ def preflight(
 ) -> None:
     """Check the nodes of this job step, or this machine alone; exit code 2 for a fault of all, 77 for bad nodes."""
     from . import preflight as module
+    from .site import load_site
 
-    code = module.preflight(run, module.find_place())
+    site = load_site()
+    scratch = [folder for folder in [os.environ.get("BIFROST_SCRATCH")] if folder]
+    limits = module.read_limits(site.preflight_limits)
+    code = module.preflight(run, module.find_place(), site, limits, scratch, site.preflight_command)
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads that hang in a dead file system or network would keep the process alive.
     os._exit(code)
+
+
+@slurm_app.command("submit", help="Submit a run: it goes on by itself until its last step or until it cannot.")
+@slurm_app.command("render", help="Print the batch script that submit would hand to Slurm.")
+def submit(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value settings.")] = None,
+    nodes: Annotated[str, typer.Option(help="Nodes, or the fewest and the most, such as 2-8.")] = "1",
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs a node, one rank each; 0 on a CPU cluster.", min=0)] = 8,
+    tasks_per_node: Annotated[int | None, typer.Option(help="Ranks a node, without GPUs.", min=1)] = None,
+    partition: Annotated[str | None, typer.Option(help="Instead of the site file's.")] = None,
+    account: Annotated[str | None, typer.Option(help="Instead of the site file's.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit of a start, instead of the site file's.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Nodes not to use, in Slurm's notation.")] = None,
+    array: Annotated[str | None, typer.Option(help="A chain of jobs, such as 1-10%1, instead of requeues.")] = None,
+) -> None:
+    from . import jobs
+    from .job import parse_nodes
+    from .script import render
+    from .site import load_site
+
+    settings, site = load_recipe(recipe, overrides or []), load_site()
+    job = jobs.describe(
+        settings, site, parse_nodes(nodes), gpus_per_node, tasks_per_node, partition, account, time, exclude, array
+    )
+    if context.info_name == "render":
+        print(render(job, site), end="")
+    else:
+        print(jobs.submit(job, settings, site))
+
+
+@slurm_app.command()
+def resume(run: Run) -> None:
+    """Submit a run again as it was submitted: after a cancel, or after the cause of a stop was mended."""
+    from . import jobs
+    from .job import RECIPE, load_job
+    from .site import load_site
+
+    old, site = load_job(run), load_site()
+    settings = load_recipe(run / RECIPE)
+    os.chdir(old.folder)
+    asked = old.model_dump(include={"nodes", "gpus_per_node", "partition", "account", "time", "exclude", "array"})
+    tasks = None if old.gpus_per_node else old.tasks_per_node
+    print(jobs.submit(jobs.describe(settings, site, tasks_per_node=tasks, **asked), settings, site))
+
+
+@slurm_app.command()
+def status(run: Run) -> None:
+    """The run's job, its starts and why they ended, where the run stands."""
+    from . import jobs
+
+    table = jobs.status(run)
+    width = max(len(name) for name, _ in table)
+    for name, value in table:
+        print(f"{name:<{width}}  {value}")
+
+
+@slurm_app.command()
+def logs(
+    run: Run,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing, until Ctrl-C.")] = False,
+    lines: Annotated[int, typer.Option(help="Lines to begin with.", min=0)] = 50,
+) -> None:
+    """The end of the job's log: what the script and rank 0 said, over all starts."""
+    from . import jobs
+
+    raise typer.Exit(jobs.logs(run, follow, lines))
+
+
+@slurm_app.command()
+def cancel(
+    run: Run,
+    now: Annotated[bool, typer.Option("--now", help="Do not save first.")] = False,
+) -> None:
+    """Stop the run's job for good: it saves, ends and is not started again."""
+    from . import jobs
+
+    print(jobs.cancel(run, now))
+
+
+@slurm_app.command(hidden=True)
+def before(run: Run) -> None:
+    """The batch script's first step: note the start, print the number of nodes to use."""
+    from .requeue import before
+
+    print(before(run))
+
+
+@slurm_app.command(hidden=True)
+def after(run: Run, code: Annotated[int, typer.Option(help="Exit code of the ranks.")]) -> None:
+    """The batch script's last step: done, once more, or not again; ends with the ranks' code."""
+    from .requeue import after
+
+    line, code = after(run, code)
+    print(f"bifrost: {line}", flush=True)
+    raise typer.Exit(code)

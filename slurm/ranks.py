@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 # Above the registered ports and below the ephemeral range that the kernel hands out.
 FIRST_PORT, PORTS = 10_000, 20_000
@@ -26,6 +28,20 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
         "MASTER_PORT": str(FIRST_PORT + int(environ.get("SLURM_JOB_ID", 0)) % PORTS),
     }
     return {name: environ.get(name, value) for name, value in derived.items()}
+
+
+def private_folders(environ: Mapping[str, str]) -> dict[str, str]:
+    """TMPDIR and TRITON_CACHE_DIR of this srun task alone, made if need be; below BIFROST_SCRATCH or TMPDIR.
+
+    Ranks that compile the same kernels at the same moment must not write the same files. The name outlives a requeue,
+    so that a start finds what an earlier one has compiled. Raises OSError.
+    """
+    base = environ.get("BIFROST_SCRATCH") or environ.get("TMPDIR") or tempfile.gettempdir()
+    # Short: sockets are made there.
+    name = "-".join(environ.get(key, "0") for key in ("SLURM_JOB_ID", "SLURMD_NODENAME", "SLURM_LOCALID"))
+    folder = Path(base) / f"bifrost-{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return {"TMPDIR": str(folder), "TRITON_CACHE_DIR": environ.get("TRITON_CACHE_DIR", f"{folder}/triton")}
 
 
 def first_host(nodelist: str) -> str:

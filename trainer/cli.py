@@ -18,11 +18,13 @@ from ..data.cli import app as data_app
 from ..recipes import Recipe, RecipeError, load_recipe, to_yaml
 from ..slurm import SlurmError
 from ..slurm.cli import slurm_app
+from ..slurm.record import record_outcome
 from .checkpoint.cli import app as checkpoint_app
 from .errors import RunError, Unhealthy
 from .evaluate_cli import evaluate
 from .generate_cli import generate
 from .launch import adopt_rank, run_ranks
+from .monitors.stop import hold_signals
 from .monitors.track_cli import app as track_app
 
 app = typer.Typer(
@@ -143,7 +145,9 @@ def export(
 def _on_ranks(recipe: Recipe, ranks: int | None, arguments: list[str], work: Callable[[Recipe], int]) -> NoReturn:
     """Do `work` as the rank that this process is, or run `arguments` as `ranks` processes that will be."""
     if ranks is None and adopt_rank():
-        _leave(work(recipe))
+        code = work(recipe)
+        hold_signals()  # one more, while Python ends, would change the code
+        _leave(code)
     from .inputs import batch_arithmetic
 
     ranks = ranks or _devices()
@@ -200,5 +204,6 @@ def _fail(error: Exception, code: int) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     if rank == "0" or str(error).startswith(f"rank {rank}:"):
         print(f"error: {error}", file=sys.stderr, flush=True)
+    record_outcome(code, str(error))
     # Threads of the process group would keep a failed rank alive.
     os._exit(code)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.processes import die_with_parent
-from ..slurm import rank_environment
+from ..slurm import private_folders, rank_environment
 from .monitors.stop import SIGNALS
 
 GRACE_S = 10.0
@@ -29,6 +29,8 @@ def adopt_rank() -> bool:
     slurm = rank_environment(os.environ)
     if slurm:
         os.environ.update(slurm)
+        os.environ.update(private_folders(os.environ))
+        tempfile.tempdir = None  # asked for before, it would stay the old one
     return slurm is not None
 
 

@@ -37,6 +37,7 @@ from .monitors.console import Console, log_to_file
 from .monitors.metrics import MetricsFile
 from .monitors.stop import StopSignals
 from .monitors.tracking import start_mirror
+from .rank_table import check_ranks
 from .ranks import Ranks, join
 from .samples import sampler
 from .stages import Stage, StageModel
@@ -59,6 +60,9 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
     started = time.time()
     stop = StopSignals()
     ranks = join()
+    hosts = check_ranks(ranks)
+    if ranks.first and (len(hosts) > 1 or "SLURM_STEP_ID" in os.environ):
+        print("\n".join(hosts), flush=True)
     folder = Path(recipe.runs_dir) / recipe.name
     inputs = _agreed(ranks, lambda: open_inputs(recipe, ranks.size))
     store = Store(folder / "checkpoints")
@@ -151,6 +155,8 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
         else f"stopped by {stop.received.name if stop.received else 'another rank'} at step {progress.step}, saved;"
         " start it again and it goes on"
     )
+    # srun ends the other ranks as soon as one has left with a code that is not 0: nobody leaves before all are ready.
+    ranks.barrier()
     return DONE if finished else STOPPED
 
 

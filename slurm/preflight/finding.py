@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ...recipes import explain
+from ..errors import SlurmError
 
 
 class Limits(BaseModel):
@@ -54,6 +57,14 @@ class Finding:
     """A fault of the machine itself, also where no other node can be compared with."""
     same: bool = False
     """The figure must be equal on all nodes."""
+
+
+def read_limits(settings: Mapping[str, float]) -> Limits:
+    """A site's own bounds; SlurmError for an unknown name."""
+    try:
+        return Limits.model_validate(settings)
+    except ValidationError as error:
+        raise SlurmError(f"site file: preflight_limits.{explain(error, Limits)}") from error
 
 
 def within(seconds: float, work: Callable[[], Any]) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from ...recipes import RecipeError, load_recipe
+from ..job import RECIPE
 from .devices import device_findings
 from .finding import Finding, Limits
 from .place import Place
@@ -40,7 +41,7 @@ def node_checks(
         yield "site command", lambda: [_command(command, limits.node_s / 2)]
     if run:
         yield "run folder", lambda: [_folder("run folder", run, limits.free_gib, limits.inodes)]
-        yield "recipe and data", lambda: _recipe(run / "recipe.yaml")
+        yield "recipe and data", lambda: _recipe(_recipe_file(run))
     yield "versions", _versions
 
 
@@ -89,6 +90,12 @@ def _command(command: str, seconds: float) -> Finding:
         return Finding("site command", "exit code 0")
     said = next((line.strip() for line in done.stderr.splitlines() if line.strip()), "nothing on stderr")
     return Finding("site command", f"exit code {done.returncode}", said[:200], own=True)
+
+
+def _recipe_file(run: Path) -> Path:
+    """The recipe that was submitted, or that of a run which was started otherwise."""
+    submitted = run / RECIPE
+    return submitted if submitted.exists() else run / "recipe.yaml"
 
 
 def _recipe(file: Path) -> list[Finding]:

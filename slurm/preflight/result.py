@@ -15,6 +15,7 @@ from ..codes import DONE, FAILED
 from ..errors import SlurmError
 from ..exclusions import Memory, exclude
 from ..files import write_json
+from ..record import record_outcome
 from .meeting import Folder
 from .verdict import Findings, Verdict
 
@@ -36,6 +37,8 @@ def conclude(findings: Findings, verdict: Verdict, run: Path | None, site: Memor
             write_json(folder.path / "verdict.json", {"time": int(time.time()), **words, "nodes": plain})
     except (OSError, SlurmError) as error:
         print(f"preflight: the verdict is not kept: {error}", file=sys.stderr)
+    if verdict.code != DONE:
+        record_outcome(verdict.code, f"preflight: {verdict.line}")
     Console().print(table(findings))
     print(f"preflight: {verdict.line}" if verdict.code == DONE else f"error: preflight: {verdict.line}", flush=True)
     return verdict.code

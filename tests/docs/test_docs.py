@@ -199,13 +199,13 @@ def test_rules_of_going_on_are_the_codes() -> None:
 
 @functools.cache
 def verbs() -> dict[str, click.Command]:
-    """`data verify` -> its command, for every verb."""
+    """`data verify` -> its command, for every verb but the batch script's own."""
     from bifrost.trainer.cli import app
 
     found: dict[str, click.Command] = {}
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         inner = getattr(command, "commands", None)
-        found.update({f"{name} {verb}": c for verb, c in inner.items()} if inner else {name: command})
+        found.update({f"{name} {verb}": c for verb, c in inner.items() if not c.hidden} if inner else {name: command})
     return found
 
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bifrost.slurm import devcluster
+from clusterruns import ClusterRun
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +27,14 @@ def cluster() -> Iterator[Path]:
         os.environ.pop("SLURM_CONF")
         if before:
             os.environ["SLURM_CONF"] = before
+
+
+@pytest.fixture
+def run(cluster: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ClusterRun]:
+    """A run to be submitted, on a site without preflight; its jobs are gone afterwards."""
+    file = tmp_path / "site.yaml"
+    file.write_text(yaml.safe_dump({"preflight": False}))
+    monkeypatch.setenv("BIFROST_SITE", str(file))
+    run = ClusterRun(cluster, shards, tmp_path)
+    yield run
+    run.clear()

@@ -8,6 +8,11 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+def hold_signals() -> None:
+    """Keep stop signals waiting until StopSignals is there: before it they would end the process without a save."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
 class StopSignals:
     """Remembers that a stop signal came. A second SIGINT, an impatient person, interrupts at once."""
 
@@ -15,6 +20,7 @@ class StopSignals:
         self.received: signal.Signals | None = None
         for number in SIGNALS:
             signal.signal(number, self._notice)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:

@@ -1,0 +1,19 @@
+"""`python -m bifrost.slurm`: the Slurm commands without torch, for the batch script's own short steps."""
+
+import os
+import sys
+
+# As in trainer/__main__.py: the working directory's folders must not shadow distributions of those names.
+if sys.path and sys.path[0] in ("", os.getcwd()):
+    del sys.path[0]
+
+from ..recipes import RecipeError
+from .cli import slurm_app
+from .codes import USAGE
+from .errors import SlurmError
+
+try:
+    slurm_app()
+except (RecipeError, SlurmError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(USAGE)

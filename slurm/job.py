@@ -1,0 +1,108 @@
+"""A job of a run: what was asked of Slurm, kept in the run folder as slurm/job.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from ..recipes import Recipe
+from .errors import SlurmError
+from .files import read_json, write_json
+
+RECIPE = "slurm/recipe.yaml"
+SCRIPT = "slurm/job.sh"
+LOG = "slurm/job.log"
+FILE = "slurm/job.json"
+
+
+class Job(BaseModel):
+    """The job of a run; a requeued one keeps its id, a continuation gets a new one."""
+
+    name: str
+    run: str
+    """Absolute path of the run folder."""
+    folder: str
+    """Working directory, to which the recipe's relative paths belong."""
+    nodes: tuple[int, int]
+    """Fewest and most nodes."""
+    gpus_per_node: int
+    tasks_per_node: int
+    """Ranks a node."""
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+    exclude: str | None = None
+    array: str | None = None
+    grace_s: int
+    """Seconds before the time limit at which the ranks are told to save."""
+    id: str | None = None
+    submitted: float = 0.0
+    """Unix time of the submission by a person, which continuations keep."""
+    cancelled: bool = False
+    """Asked to stop by a person: not to be started again."""
+
+    @property
+    def node_range(self) -> str:
+        low, high = self.nodes
+        return str(low) if low == high else f"{low}-{high}"
+
+    @property
+    def path(self) -> Path:
+        return Path(self.run)
+
+    def save(self) -> None:
+        write_json(self.path / FILE, self.model_dump(mode="json"))
+
+
+def load_job(run: Path) -> Job:
+    """The job of a run folder; SlurmError when none was submitted."""
+    try:
+        found = read_json(run / FILE)
+        if found is None:
+            raise SlurmError(f"{run}: no job was submitted for it, there is no {FILE}; see bifrost slurm submit")
+        return Job.model_validate(found)
+    except (ValidationError, ValueError) as error:
+        if isinstance(error, SlurmError):
+            raise
+        raise SlurmError(f"{run / FILE}: not a job's description; submit the run again") from error
+
+
+def parse_nodes(text: str) -> tuple[int, int]:
+    """`4` or `2-8`: fewest and most nodes."""
+    low, _, high = text.partition("-")
+    try:
+        least, most = int(low), int(high or low)
+    except ValueError:
+        raise SlurmError(f"--nodes {text}: write a number, or the fewest and the most, such as 2-8") from None
+    if not 1 <= least <= most:
+        raise SlurmError(f"--nodes {text}: the fewest must be at least 1 and not above the most")
+    return least, most
+
+
+def usable_nodes(recipe: Recipe, tasks_per_node: int, least: int, most: int) -> int:
+    """The most nodes in that range whose ranks divide the global batch; SlurmError when there are none."""
+    for nodes in range(most, least - 1, -1):
+        if recipe.global_batch % (recipe.micro_batch * tasks_per_node * nodes) == 0:
+            return nodes
+    try:
+        recipe.accumulation(tasks_per_node * most)
+    except ValueError as error:
+        raise SlurmError(f"{error}, or take other --nodes") from None
+    raise AssertionError("a batch that divides")
+
+
+def seconds(limit: str) -> int:
+    """A time limit in Slurm's notation: minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s."""
+    days, dash, rest = limit.rpartition("-")
+    try:
+        parts = [int(part) for part in rest.split(":")]
+        if dash:
+            h, m, s = [*parts, 0, 0][:3]
+        elif len(parts) == 3:
+            h, m, s = parts
+        else:
+            h, (m, s) = 0, [*parts, 0][:2]
+        return ((int(days or 0) * 24 + h) * 60 + m) * 60 + s
+    except ValueError:
+        raise SlurmError(f"time limit {limit}: write minutes, hours:minutes:seconds or days-hours") from None

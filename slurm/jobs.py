@@ -1,0 +1,151 @@
+"""Submitting a run, and looking after its job from the run folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+from ..recipes import Recipe, to_yaml
+from . import commands, record
+from .errors import SlurmError
+from .exclusions import read_exclusions
+from .job import LOG, RECIPE, SCRIPT, Job, load_job, seconds, usable_nodes
+from .script import render
+from .site import Site
+
+
+def describe(
+    recipe: Recipe,
+    site: Site,
+    nodes: tuple[int, int],
+    gpus_per_node: int,
+    tasks_per_node: int | None,
+    partition: str | None = None,
+    account: str | None = None,
+    time: str | None = None,
+    exclude: str | None = None,
+    array: str | None = None,
+) -> Job:
+    """A job for `recipe`, checked; nothing is written. SlurmError for what cannot work."""
+    if gpus_per_node and tasks_per_node not in (None, gpus_per_node):
+        raise SlurmError(f"--tasks-per-node {tasks_per_node}: with GPUs there is one task a GPU, leave it out")
+    tasks = gpus_per_node or tasks_per_node
+    if not tasks:
+        raise SlurmError("--gpus-per-node 0 needs --tasks-per-node: how many ranks a node")
+    if array and not array.endswith("%1"):
+        raise SlurmError(f"--array {array}: elements go on one after the other, end it with %1, such as 1-10%1")
+    usable_nodes(recipe, tasks, *nodes)
+    run = (Path(recipe.runs_dir) / recipe.name).resolve()
+    job = Job(
+        name=recipe.name,
+        run=str(run),
+        folder=str(Path.cwd()),
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        tasks_per_node=tasks,
+        partition=partition,
+        account=account,
+        time=time,
+        exclude=exclude,
+        array=array,
+        grace_s=record.grace(run),
+    )
+    limit = job.time or site.time
+    if limit and limit.lower() not in ("unlimited", "infinite") and seconds(limit) <= job.grace_s:
+        raise SlurmError(f"time limit {limit}: {job.grace_s} s of it are kept for a last step and save; ask for more")
+    return job
+
+
+def submit(job: Job, recipe: Recipe, site: Site) -> str:
+    """Write script and recipe into the run folder and hand the script to Slurm; returns the job id.
+
+    SlurmError when a job of this run still waits or runs, or when Slurm refuses.
+    """
+    refuse_second(job.path)
+    (job.path / "slurm").mkdir(parents=True, exist_ok=True)
+    (job.path / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
+    (job.path / SCRIPT).write_text(render(job, site), encoding="utf-8")
+    (job.path / record.STOPPED).unlink(missing_ok=True)
+    job.submitted, job.cancelled = time.time(), False
+    job.save()  # the job may start before its id is known
+    job.id = commands.submit(job.path / SCRIPT)
+    job.save()
+    return job.id
+
+
+def refuse_second(run: Path) -> None:
+    """SlurmError when a job of this run is alive."""
+    try:
+        job = load_job(run)
+    except SlurmError:
+        return
+    state = commands.job_state(job.id) if job.id else None
+    if state and state.alive:
+        raise SlurmError(f"{run}: job {job.id} of this run is {state.state}; end it first: bifrost slurm cancel {run}")
+
+
+def cancel(run: Path, now: bool) -> str:
+    """Stop a run's job: a running one saves first unless `now`; returns a line that says what happens."""
+    job = load_job(run)
+    state = commands.job_state(job.id) if job.id else None
+    if job.id is None or state is None or not state.alive:
+        raise SlurmError(f"{run}: job {job.id} is not waiting or running")
+    job.cancelled = True
+    job.save()
+    if state.state == "RUNNING" and not now:
+        commands.signal_ranks(job.id, "USR1")
+        return f"job {job.id}: its ranks were told to save and stop; --now ends it at once"
+    commands.cancel(job.id)
+    return f"job {job.id}: cancelled"
+
+
+def status(run: Path) -> list[tuple[str, str]]:
+    """What is known of a run and its job, as (what, value)."""
+    job = load_job(run)
+    state = commands.job_state(job.id) if job.id else None
+    shown = state.state if state else "no longer known to Slurm"
+    if state and state.reason != "None":
+        shown += f" ({state.reason})"
+    if state and state.state == "RUNNING":
+        shown += f", {state.elapsed} on {state.nodes}"
+    lines = [("run", str(run)), ("job", f"{job.id} {shown}")]
+    history = record.starts(run)
+    for start in history[-5:]:
+        when = time.strftime("%m-%d %H:%M", time.localtime(start["time"]))
+        ended = f"; {start['decision']}: {start['reason']}" if "decision" in start else ""
+        lines.append(
+            (f"start {start['start']}", f"{when}, {start.get('nodes')} nodes from step {start.get('step')}{ended}")
+        )
+    if last := record.last_metrics(run):
+        steps = f"{last['step']}, newest checkpoint {record.newest_step(run)}, loss {last.get('loss')}"
+        lines.append(("step", f"{steps}, {last.get('samples_per_s', 0):.1f} samples/s"))
+    lines += [("goodput", text) for text in _goodput(run)]
+    for node, entry in read_exclusions(run / "excluded.json").items():
+        lines.append(("excluded", f"{node}: {entry.get('reason')}"))
+    stopped = run / record.STOPPED
+    if stopped.exists():
+        lines.append(("stopped", json.loads(stopped.read_text())["reason"]))
+    return lines
+
+
+def logs(run: Path, follow: bool, lines: int) -> int:
+    """Print the end of the job's log, and what comes if `follow`; returns an exit code."""
+    path = run / LOG
+    if not path.exists():
+        raise SlurmError(f"{path} does not exist yet: see bifrost slurm status {run}")
+    try:
+        return subprocess.run(
+            ["tail", f"--lines={lines}", *(["--follow=name"] if follow else []), str(path)]
+        ).returncode
+    except KeyboardInterrupt:
+        return 0
+
+
+def _goodput(run: Path) -> list[str]:
+    try:
+        found = json.loads((run / "goodput.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return []
+    return [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()]

@@ -1,0 +1,126 @@
+"""What a run folder tells the batch script: its starts, how the last one ended, and where it stands.
+
+`slurm/starts.jsonl` has one object a start and one a decision; `slurm/outcome.json` is what the first rank to fail on
+purpose left; `stopped.json` says why a run is not started again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .files import read_json, write_json
+
+STARTS = "slurm/starts.jsonl"
+OUTCOME = "slurm/outcome.json"
+STOPPED = "stopped.json"
+GRACE_S, LEAST_GRACE_S = 120, 60
+"""Before a step and a save were timed; and what Slurm's timer, which may fire a minute early, makes sense of."""
+
+
+def this_start() -> str:
+    """The start that this process belongs to: job id and how often it was requeued."""
+    return f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+
+
+def record_outcome(code: int, reason: str) -> None:
+    """Leave why this rank ends, in the run folder that BIFROST_RUN names; the first rank to do so is heard.
+
+    srun ends the other ranks when one fails, and its exit code is then that of the ended ones.
+    """
+    run = os.environ.get("BIFROST_RUN")
+    if not run:
+        return
+    try:
+        file = os.open(Path(run) / OUTCOME, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except OSError:  # another rank was first, or there is no way to say it
+        return
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
+    with os.fdopen(file, "w") as out:
+        json.dump({"start": this_start(), "rank": rank, "code": code, "reason": reason}, out)
+
+
+def read_outcome(run: Path) -> dict[str, Any] | None:
+    """What a rank of this start left."""
+    try:
+        found = read_json(run / OUTCOME)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("start") == this_start() else None
+
+
+def newest_step(run: Path) -> int:
+    """Step of the newest checkpoint, 0 without one."""
+    names = [path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def append(run: Path, record: Mapping[str, Any]) -> None:
+    """Add a line to the run's starts."""
+    with open(run / STARTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": time.time(), "start": this_start(), **record}) + "\n")
+
+
+def starts(run: Path, since: float = 0.0) -> list[dict[str, Any]]:
+    """Starts of the run from that Unix time on, oldest first: step, nodes, and code, decision and reason of those that
+    ended by themselves."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in _lines(run / STARTS):
+        if record.get("time", 0.0) >= since:
+            found.setdefault(record.get("start", ""), {}).update(record)
+    return list(found.values())
+
+
+def fruitless(history: Iterable[Mapping[str, Any]], step: int) -> int:
+    """How many starts in a row, the newest included, began at `step`; those that excluded a node are left out."""
+    count = 0
+    for record in reversed(list(history)):
+        if record.get("step") != step:
+            break
+        count += not record.get("excluded")
+    return count
+
+
+def write_stopped(run: Path, code: int, reason: str) -> None:
+    """Say why the run is not started again."""
+    write_json(run / STOPPED, {"time": time.time(), "start": this_start(), "code": code, "reason": reason})
+
+
+def grace(run: Path) -> int:
+    """Seconds that all ranks need to stop: twice a step and a save, as measured by the run; a guess before that."""
+    lines = _lines(run / "metrics.jsonl")
+    steps = [line["step_s"] for line in lines if isinstance(line.get("step_s"), float)][-100:]
+    saves = [
+        line["seconds"]
+        for line in lines
+        if line.get("event") == "checkpoint" and isinstance(line.get("seconds"), float)
+    ][-10:]
+    if not steps or not saves:
+        return GRACE_S
+    return max(LEAST_GRACE_S, round(2 * (statistics.median(steps) + max(saves))))
+
+
+def last_metrics(run: Path) -> dict[str, Any] | None:
+    """The newest metric line of the run."""
+    return next((line for line in reversed(_lines(run / "metrics.jsonl")) if "event" not in line), None)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:  # torn by a crash
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found

@@ -1,0 +1,96 @@
+"""Rendering a job's batch script."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import jinja2
+
+from .exclusions import excluded
+from .job import LOG, RECIPE, Job
+from .site import Site
+
+TEMPLATE = Path(__file__).with_name("job.sh.jinja")
+
+
+def render(job: Job, site: Site) -> str:
+    """The batch script of `job`."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters["quote"] = _quote
+    environment.filters["expandable"] = _expandable
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        job=job,
+        site=site,
+        options=_options(job, site),
+        variables={**_threads(job, site), **site.variables()},
+        # These steps of the script need Slurm's commands, which an image may lack: the Python that submits runs them.
+        python=sys.executable,
+        step_options=_step_options(site),
+        command=_command(site),
+        recipe=RECIPE,
+    )
+    return "\n".join(line for line in text.splitlines() if line.strip()) + "\n"
+
+
+def _quote(value: object) -> str:
+    text = shlex.quote(str(value))
+    # Nothing for the shell, but in a list a comma looks like a slip to shellcheck.
+    return f"'{text}'" if "," in text and "'" not in text else text
+
+
+def _expandable(value: object) -> str:
+    """In double quotes: the shell puts in the values of `$NAME` and nothing else."""
+    return '"' + re.sub(r'(["`\\]|\$\()', lambda match: "\\" + match[0], str(value)) + '"'
+
+
+def _options(job: Job, site: Site) -> list[str]:
+    """Options of sbatch."""
+    left_out = [*([job.exclude] if job.exclude else []), *excluded(job.path, site)]
+    wanted = {
+        "job-name": job.name,
+        "nodes": job.node_range,
+        "gpus-per-node": job.gpus_per_node or None,
+        # One task a node as far as sbatch knows: told of more, it gives a range of nodes no more than its fewest.
+        "cpus-per-task": job.tasks_per_node * (site.cpus_per_task or 1),
+        "partition": job.partition or site.partition,
+        "account": job.account or site.account,
+        "time": job.time or site.time,
+        "exclude": ",".join(left_out) or None,
+        "array": job.array,
+        "chdir": job.folder,
+        "output": f"{job.run}/{LOG}",
+        "signal": f"USR1@{job.grace_s}",
+    }
+    given = [f"--{name}={shlex.quote(str(value))}" for name, value in wanted.items() if value is not None]
+    # An element of an array is no start of the same job: the next element goes on.
+    again = "--requeue" if site.requeue and not job.array else "--no-requeue"
+    return [*given, "--open-mode=append", again, *site.sbatch]
+
+
+def _threads(job: Job, site: Site) -> dict[str, str]:
+    # Ranks without a GPU would each take all cores.
+    known = site.cpus_per_task or (None if job.gpus_per_node else 1)
+    return {"OMP_NUM_THREADS": str(known)} if known else {}
+
+
+def _step_options(site: Site) -> list[str]:
+    options = [f"--cpus-per-task={site.cpus_per_task or 1}"]
+    if site.container and site.container.kind == "pyxis":
+        options.append(f"--container-image={site.container.image}")
+        if site.container.mounts:
+            options.append(f"--container-mounts={','.join(site.container.mounts)}")
+    return options
+
+
+def _command(site: Site) -> list[str]:
+    """Python of a rank."""
+    container = site.container
+    if container is None:
+        return [site.python or sys.executable]
+    if container.kind == "pyxis":
+        return [container.python]
+    binds = [word for mount in container.mounts for word in ("--bind", mount)]
+    return ["apptainer", "exec", "--nv", *binds, container.image, container.python]

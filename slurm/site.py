@@ -1,0 +1,102 @@
+"""The site file: what a cluster wants of every job, written once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from ..recipes import Section, explain
+from .errors import SlurmError
+
+
+class Container(Section):
+    kind: Literal["pyxis", "apptainer"]
+    """`pyxis`: srun starts enroot itself; `apptainer`: every task is run by `apptainer exec`."""
+    image: str
+    """Image, as `--container-image` or `apptainer exec` takes it."""
+    mounts: list[str] = Field(default_factory=list)
+    """`outside:inside` folders: the runs', the shards' and the models'."""
+    python: str = "python3"
+    """Python inside the image, with the package installed."""
+
+
+class Fabric(Section):
+    interface: str | None = None
+    """Network interface that NCCL and gloo use, such as `ib0` (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)."""
+    hca: str | None = None
+    """InfiniBand adapters that NCCL uses, such as `mlx5` (NCCL_IB_HCA)."""
+
+
+class Site(Section):
+    partition: str | None = None
+    """Partition, unless --partition says another."""
+    account: str | None = None
+    """Account, unless --account says another."""
+    time: str | None = None
+    """Time limit in Slurm's notation, unless --time says another."""
+    cpus_per_task: int | None = Field(default=None, ge=1)
+    """Cores a rank: its own thread and those of its loader's workers."""
+    sbatch: list[str] = Field(default_factory=list)
+    """Further sbatch options, such as `--qos=high`."""
+    modules: list[str] = Field(default_factory=list)
+    """Environment modules to load."""
+    setup: list[str] = Field(default_factory=list)
+    """Shell lines run at the start of the job, after the modules."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the job; `$NAME` in a value is put in on the first node."""
+    python: str | None = None
+    """Python on the compute nodes with the package installed; null takes the one that submits."""
+    container: Container | None = None
+    """Container of the ranks; null runs them without."""
+    fabric: Fabric = Fabric()
+    scratch: str | None = None
+    """Folder on each node for temporary files and Triton's cache, such as `/local/$USER`; null takes TMPDIR."""
+    preflight: bool = True
+    """Check the nodes before training."""
+    preflight_command: str | None = None
+    """Shell command that preflight runs on every node; one where it fails is bad."""
+    preflight_limits: dict[str, float] = Field(default_factory=dict)
+    """Preflight's thresholds that differ from those of docs/preflight.md, such as `free_gib: 100`."""
+    requeue: bool = True
+    """Jobs may be requeued; where not, a stopped run goes on as a new job that depends on the old one."""
+    offenders: str | None = None
+    """File on shared storage where all runs remember nodes found bad; null keeps none."""
+    offences: int = Field(default=2, ge=1)
+    """Runs start without a node that was found bad this many times."""
+
+    def variables(self) -> dict[str, str]:
+        """Environment variables of a job, those of fabric and scratch included."""
+        interface, hca = self.fabric.interface, self.fabric.hca
+        return {
+            **({"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface} if interface else {}),
+            **({"NCCL_IB_HCA": hca} if hca else {}),
+            **({"BIFROST_SCRATCH": self.scratch} if self.scratch else {}),
+            **self.environment,
+        }
+
+
+def site_file() -> Path:
+    """BIFROST_SITE, or `~/.config/bifrost/site.yaml`."""
+    named = os.environ.get("BIFROST_SITE")
+    return Path(named).expanduser() if named else Path.home() / ".config" / "bifrost" / "site.yaml"
+
+
+def load_site() -> Site:
+    """The site file's settings; the defaults where there is none. SlurmError for one that cannot be used."""
+    path = site_file()
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if "BIFROST_SITE" in os.environ:
+            raise SlurmError(f"BIFROST_SITE: {path} does not exist") from None
+        return Site()
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SlurmError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        return Site.model_validate(tree or {})
+    except ValidationError as error:
+        raise SlurmError(f"{path}: {explain(error, Site)}") from error

@@ -1,0 +1,159 @@
+"""What becomes of a job, by how its ranks ended: real Slurm, and a line of shell in the place of the ranks."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from bifrost.slurm import SlurmError
+from bifrost.slurm.codes import FAILED, HUNG, LOCKED, STOPPED, USAGE
+from clusterruns import ClusterRun, job, slurm
+
+CHECKPOINT = 'mkdir -p "$BIFROST_RUN/checkpoints/step-0000000{}"'
+
+
+def decisions(run: ClusterRun) -> list[str]:
+    return [start["decision"] for start in run.starts()]
+
+
+def test_starts_again_until_done(run: ClusterRun) -> None:
+    """One rank's code ends the step on all nodes; the job keeps its id through the requeues."""
+    save = CHECKPOINT.format(1)
+    run.stand_in(f"{save}; exit {STOPPED}", f'[ "$SLURM_PROCID" = 1 ] && exit {HUNG}; sleep 60', "true")
+    number = run.submit()
+    run.wait_for_end()
+    assert decisions(run) == ["again", "again", "done"]
+    assert [start["step"] for start in run.starts()] == [0, 1, 1]
+    assert job(number)["Restarts"] == "2" and job(number)["JobState"] == "COMPLETED"
+    assert "stopped by a signal, saved: requeued, from step 1" in run.log()
+    assert "done: all steps are done" in run.bifrost("status", str(run.run))
+
+
+@pytest.mark.parametrize(
+    ("start", "code", "reason"),
+    [
+        (f"exit {USAGE}", USAGE, "a setting to mend"),
+        (f"exit {LOCKED}", LOCKED, "another copy owns the run"),
+        # A rank says what is wrong and is ended by another one's failure: what it said counts.
+        (
+            """[ $SLURM_PROCID = 1 ] && python3 -c 'import json, os; json.dump({"start": os.environ["SLURM_JOB_ID"]"""
+            """ + ".0", "rank": "1", "code": 1, "reason": "too many bad steps"}, open(os.environ["BIFROST_RUN"] +"""
+            """ "/slurm/outcome.json", "w"))'; sleep 1; kill -9 $$""",
+            FAILED,
+            "rank 1: too many bad steps",
+        ),
+    ],
+)
+def test_is_not_started_again(run: ClusterRun, start: str, code: int, reason: str) -> None:
+    run.stand_in(start)
+    number = run.submit()
+    run.wait_for_end()
+    assert decisions(run) == ["stopped"]
+    assert run.stopped()["code"] == code and reason in run.stopped()["reason"]
+    assert job(number)["JobState"] == "FAILED" and job(number)["Restarts"] == "0"
+    assert reason in run.bifrost("status", str(run.run))
+
+
+def test_a_crash_loop_stops(run: ClusterRun) -> None:
+    """Three starts without a new checkpoint; those before the last checkpoint do not count."""
+    run.stand_in("kill -9 $$", f"{CHECKPOINT.format(3)}; kill -9 $$", *["kill -9 $$"] * 5)
+    run.submit()
+    run.wait_for_end()
+    assert [start["step"] for start in run.starts()] == [0, 0, 3, 3, 3]
+    assert decisions(run) == ["again"] * 4 + ["stopped"]
+    assert run.stopped()["reason"].startswith("3 starts without a checkpoint beyond step 3")
+    assert run.stopped()["reason"] in run.bifrost("status", str(run.run))
+    # Mended and submitted again, it counts anew.
+    run.stand_in(*["kill -9 $$"] * 5, "true")
+    run.jobs.append(run.bifrost("resume", str(run.run)).strip())
+    assert not (run.run / "stopped.json").exists()
+    run.wait_for_end()
+    assert decisions(run)[5:] == ["done"]
+
+
+def test_starts_by_slurm_itself_count_too(run: ClusterRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm requeues a job that lost a node without asking the script: the next start knows."""
+    run.stand_in("true")
+    monkeypatch.setenv("SLURM_JOB_ID", run.submit())
+    run.wait_for_end()
+    (run.run / "slurm" / "starts.jsonl").unlink()
+    for restart in range(3):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        assert run.bifrost("before", str(run.run)) == "2\n"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    with pytest.raises(SlurmError, match="3 starts without a checkpoint beyond step 0"):
+        run.bifrost("before", str(run.run))
+    assert "3 starts without" in run.stopped()["reason"]
+
+
+def test_where_requeue_is_off_a_new_job_goes_on(run: ClusterRun) -> None:
+    run.stand_in(f"{CHECKPOINT.format(1)}; exit {STOPPED}", "true", requeue=False)
+    first = run.submit()
+    run.wait_for_end()
+    second = json.loads((run.run / "slurm" / "job.json").read_text())["id"]
+    assert decisions(run) == ["again", "done"] and int(second) == int(first) + 1
+    assert job(second)["JobState"] == "COMPLETED" and job(first)["Restarts"] == "0"
+
+
+def test_an_array_is_a_chain(run: ClusterRun) -> None:
+    run.stand_in(f"{CHECKPOINT.format(1)}; exit {STOPPED}", "true", "true")
+    number = run.submit("--array", "1-4%1")
+    run.wait_for_end()
+    assert decisions(run) == ["again", "done"]
+    states = re.findall(r"ArrayTaskId=(\S+) .*?JobState=(\w+)", slurm("scontrol", "-o", "show", "job", number))
+    assert sorted(states)[:2] == [("1", "FAILED"), ("2", "COMPLETED")]
+    assert {state for _, state in sorted(states)[2:]} == {"CANCELLED"}
+
+
+def test_a_second_job_of_a_run_is_refused(run: ClusterRun) -> None:
+    run.stand_in("sleep 100", "true")
+    number = run.submit()
+    with pytest.raises(SlurmError, match=rf"job {number} of this run is (PENDING|RUNNING); .*cancel"):
+        run.submit()
+    with pytest.raises(SlurmError, match=f"job {number} of this run"):
+        run.bifrost("resume", str(run.run))
+    assert slurm("squeue", "-h", "-o", "%i") == number
+    run.wait("start", run.starts)
+    assert re.search(rf"job +{number} RUNNING, .* on node\[1-2\]", run.bifrost("status", str(run.run)))
+
+
+def test_cancel_saves_and_ends_for_good(run: ClusterRun) -> None:
+    run.stand_in(f"trap 'touch $BIFROST_RUN/saved; exit {STOPPED}' USR1; touch $BIFROST_RUN/going; while :; do :; done")
+    run.submit()
+    run.wait("rank", lambda: (run.run / "going").exists())
+    assert "told to save" in run.bifrost("cancel", str(run.run))
+    run.wait_for_end()
+    assert decisions(run) == ["cancelled"] and (run.run / "saved").exists()
+    with pytest.raises(SlurmError, match="is not waiting or running"):
+        run.bifrost("cancel", str(run.run))
+
+
+def test_cancel_now(run: ClusterRun) -> None:
+    run.stand_in("sleep 100", "true")
+    number = run.submit()
+    run.wait("start", run.starts)
+    run.bifrost("cancel", str(run.run), "--now")
+    run.wait("end", lambda: job(number)["JobState"] == "CANCELLED")
+    assert len(run.starts()) == 1
+
+
+def test_logs(run: ClusterRun, capfd: pytest.CaptureFixture[str]) -> None:
+    run.stand_in("echo said by rank $SLURM_PROCID; sleep 2; echo and again")
+    with pytest.raises(SlurmError, match="no job was submitted"):
+        run.bifrost("status", str(run.run))
+    run.submit()
+    run.wait("word", lambda: "said by" in run.log())
+    command = [sys.executable, "-m", "bifrost.slurm", "logs", str(run.run), "--follow"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout
+        seen = ""
+        while "and again" not in seen:
+            seen += follower.stdout.readline()
+        follower.send_signal(signal.SIGINT)
+    assert "said by rank 1" in seen
+    run.wait_for_end()
+    run.bifrost("logs", str(run.run), "--lines", "1")
+    assert capfd.readouterr().out == "bifrost: done: all steps are done\n"

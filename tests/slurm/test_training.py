@@ -1,0 +1,90 @@
+"""Training on the cluster: what happens to the job, the run takes no notice of."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import ranked
+import runs
+from bifrost.slurm import devcluster
+from clusterruns import ClusterRun, job, slurm
+
+pytestmark = [pytest.mark.multi, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of 30 steps on two ranks that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    ended = ranked.bifrost(2, *runs.arguments(shards, folder, "steps=30"))
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    return runs.losses(folder / "tiny-mllm")
+
+
+def test_a_signal_on_one_node(run: ClusterRun, undisturbed: list[float]) -> None:
+    """One checkpoint at an agreed step, a requeue, and the losses of the undisturbed run, to the bit."""
+    number = run.submit("steps=30", "--time", "60")
+    run.wait_for_step(3)
+    for process in run.ranks_on("node2"):
+        process.send_signal(signal.SIGUSR1)
+    run.wait_for_end()
+    first, second = run.starts()
+    assert first["decision"] == "again" and second["decision"] == "done"
+    assert 0 < first["step"] + second["step"] < 30, "it stopped on the way"
+    assert job(number)["JobState"] == "COMPLETED" and job(number)["Restarts"] == "1"
+    assert runs.losses(run.run) == undisturbed
+    assert run.log().count("ranks         0  node1  1 x cpu\nranks         1  node2  1 x cpu\n") == 2
+
+
+def test_a_time_limit(run: ClusterRun) -> None:
+    """Slurm warns the ranks in time, and the next start goes on where they stopped."""
+    run.submit("steps=100000", "--time", "3")
+    run.wait("requeue", lambda: len(run.starts()) == 2)
+    saved = run.starts()[1]["step"]
+    assert saved > 0 and "stopped by a signal, saved" in run.starts()[0]["reason"]
+    run.wait_for_step(saved + 1)
+    assert [event["step"] for event in runs.events(run.run, "start")] == [0, saved]
+    run.bifrost("cancel", str(run.run))
+
+
+def test_a_lost_node(run: ClusterRun, undisturbed: list[float]) -> None:
+    """Fewer nodes, then all again: the same samples, and the same losses but for the order of sums."""
+    number = run.submit("steps=30", "checkpoint.every=5", nodes="1-2")
+    run.wait_for_step(6)
+    devcluster.kill(devcluster.processes(run.cluster, "node2"))
+    run.wait("start on one node", lambda: [start["nodes"] for start in run.starts()] == [2, 1])
+    devcluster.start_node(run.cluster, "node2")
+    run.wait("returned node", lambda: "down" not in slurm("sinfo", "-h", "-n", "node2", "-o", "%T"))
+    step = run.starts()[1]["step"]
+    assert step >= 5
+    run.wait_for_step(step + 2)
+    slurm("scancel", "--signal=USR1", number)
+    run.wait_for_end()
+    assert [start["nodes"] for start in run.starts()] == [2, 1, 2]
+    assert job(number)["Restarts"] == "2"
+    assert [event["ranks"] for event in runs.events(run.run, "start")] == [2, 1, 2]
+    assert runs.losses(run.run) == pytest.approx(undisturbed, rel=1e-4)
+
+
+def test_a_bad_node(run: ClusterRun) -> None:
+    """A node on which the site's own check fails is named, remembered, and left out of the next start."""
+    run.site(preflight=True, preflight_command='[ "$SLURMD_NODENAME" = node1 ] || { echo no disk >&2; exit 1; }')
+    number = run.submit("steps=2", nodes="1-2")
+    run.wait_for_end()
+    first, second = run.starts()
+    assert first["excluded"] == ["node2"] and "node2" in first["reason"] and "no disk" in first["reason"]
+    assert (first["nodes"], second["nodes"], second["decision"]) == (2, 1, "done")
+    assert list(json.loads((run.run / "excluded.json").read_text())) == ["node2"]
+    assert job(number)["ExcNodeList"] == "node2" and job(number)["Restarts"] == "1"
+    assert "excluded" in run.bifrost("status", str(run.run))
+
+
+def test_a_wrong_setting_ends_it(run: ClusterRun) -> None:
+    """What the ranks refuse is the reason that the run is not started again."""
+    run.submit("data.shards=/nowhere/*.tar")
+    run.wait_for_end()
+    assert run.stopped()["code"] == 2 and "/nowhere" in run.stopped()["reason"]
+    assert len(run.starts()) == 1 and time.time() - run.stopped()["time"] < 60

@@ -1,0 +1,122 @@
+"""A run on the local Slurm cluster, as a person handles it: by the `bifrost slurm` commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import yaml
+from typer.testing import CliRunner
+
+import runs
+from bifrost.slurm import devcluster
+from bifrost.slurm.cli import slurm_app
+
+STAND_IN = """\
+#!/bin/bash
+# In the place of Python: what the ranks of each start are to do, one line a start.
+start=$(grep -c '"hosts"' "$BIFROST_RUN/slurm/starts.jsonl")
+eval "$(sed -n "${start}p" "$BIFROST_RUN/../script")"
+"""
+
+
+class ClusterRun:
+    """The run `tiny-mllm` in a folder of its own."""
+
+    def __init__(self, cluster: Path, shards: Path, folder: Path) -> None:
+        self.cluster = cluster
+        self.folder = folder
+        self.run = folder / "tiny-mllm"
+        self.settings = runs.arguments(shards, folder)[2:]
+        self.jobs: list[str] = []
+
+    def site(self, **settings: object) -> None:
+        """Write the site file: without preflight unless `settings` say otherwise."""
+        Path(os.environ["BIFROST_SITE"]).write_text(yaml.safe_dump({"preflight": False, **settings}))
+
+    def stand_in(self, *starts: str, **site: object) -> None:
+        """Have a line of shell in each start in the place of the ranks' Python."""
+        (self.folder / "script").write_text("\n".join(starts) + "\n")
+        program = self.folder / "python"
+        program.write_text(STAND_IN)
+        program.chmod(0o755)
+        self.site(python=str(program), **site)
+
+    def bifrost(self, *arguments: str) -> str:
+        """A `bifrost slurm` command; what it printed."""
+        ended = CliRunner().invoke(slurm_app, arguments, catch_exceptions=False)
+        assert ended.exit_code == 0, ended.output
+        return ended.output
+
+    def submit(self, *arguments: str, nodes: str = "2") -> str:
+        """Submit with one CPU rank a node; the job id."""
+        common = ["tiny-mllm", *self.settings, "--gpus-per-node", "0", "--tasks-per-node", "1", "--nodes", nodes]
+        self.jobs.append(self.bifrost("submit", *common, *arguments).strip())
+        return self.jobs[-1]
+
+    def wait(self, what: str, condition: Callable[[], object], timeout: float = 240) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, f"no {what} after {timeout:.0f} s\n{self.log()}\n{slurm('squeue')}"
+            # A requeued job waits until Slurm's credential of its last start has expired: nothing to learn from that.
+            for number in slurm("squeue", "-h", "--name=tiny-mllm", "--states=PENDING", "-o", "%i").split():
+                subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], check=False)
+            time.sleep(0.2)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait(f"step {step}", lambda: self.steps() and self.steps()[-1]["step"] >= step)
+
+    def wait_for_end(self) -> None:
+        """Until the run's newest decision is that there will be no other start, and its job is gone."""
+        self.wait(
+            "end", lambda: self.starts() and self.starts()[-1].get("decision") in ("done", "stopped", "cancelled")
+        )
+        self.wait("quiet", self.quiet)
+
+    def quiet(self) -> bool:
+        """Whether all nodes are idle."""
+        return set(slurm("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"}
+
+    def steps(self) -> list[dict]:
+        return runs.steps(self.run) if (self.run / "metrics.jsonl").exists() else []
+
+    def starts(self) -> list[dict]:
+        """The run's starts, with their decisions."""
+        from bifrost.slurm.record import starts
+
+        return starts(self.run)
+
+    def log(self) -> str:
+        path = self.run / "slurm" / "job.log"
+        return path.read_text() if path.exists() else ""
+
+    def stopped(self) -> dict:
+        return json.loads((self.run / "stopped.json").read_text())
+
+    def ranks_on(self, node: str) -> list[psutil.Process]:
+        """Processes of the ranks on a node."""
+        return [p for p in devcluster.processes(self.cluster, node) if "bifrost.trainer" in p.cmdline()]
+
+    def clear(self) -> None:
+        """End all jobs of the run."""
+        slurm("scancel", "--name=tiny-mllm")
+        slurm("scancel", "--name=tiny-mllm", "--signal=KILL", "--full")
+        for node in slurm("sinfo", "-h", "-N", "-t", "down", "-o", "%N").split():
+            devcluster.start_node(self.cluster, node)
+        self.wait("quiet", self.quiet)
+
+
+def slurm(*command: str) -> str:
+    """What one of Slurm's commands prints."""
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def job(number: str) -> dict[str, str]:
+    """Slurm's own account of a job."""
+    shown = slurm("scontrol", "-o", "show", "job", number)
+    return dict(word.split("=", 1) for word in shown.split() if "=" in word)

@@ -1,0 +1,130 @@
+"""Who the ranks are: where each runs, on which device, with which software; a wrong table is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from .errors import RunError
+from .ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's place, as it sees it itself."""
+
+    rank: int
+    host: str
+    device: str
+    """Name and, of a GPU, its identity."""
+    launched: int
+    """Tasks of the step that Slurm counts; the number of ranks elsewhere."""
+    software: str
+    """Hash of Python's version, every installed distribution's, and this package's source."""
+
+
+def check_ranks(ranks: Ranks) -> list[str]:
+    """The table of ranks, one line a host; RunError on all ranks when it is wrong.
+
+    A collective: every rank calls it, first of all.
+    """
+    places = _gather(ranks, here(ranks))
+    if problem := fault(places):
+        raise RunError(problem)
+    if len({place.software for place in places}) > 1:
+        raise RunError(_difference(places, _gather(ranks, _versions())))
+    return table(places)
+
+
+def here(ranks: Ranks) -> Place:
+    """The place of this rank. Nodes of a cluster on one machine have names of their own."""
+    host = os.environ.get("SLURMD_NODENAME") or platform.node()
+    launched = os.environ.get("SLURM_STEP_NUM_TASKS") if "SLURM_STEP_ID" in os.environ else None
+    device = "cpu"
+    if ranks.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(ranks.device)
+        device = f"{properties.name} {properties.uuid}"
+    return Place(ranks.rank, host, device, int(launched or ranks.size), _software())
+
+
+def fault(places: Sequence[Place]) -> str | None:
+    """What is wrong with the ranks, in one line, or None."""
+    size = len(places)
+    for index, place in enumerate(places):
+        if place.rank != index:
+            return (
+                f"rank {place.rank} of {place.host} answers as rank {index}: start the ranks by srun or torchrun alone"
+            )
+        if place.launched != size:
+            return (
+                f"rank {index} of {place.host} was started as one of {place.launched} tasks, the run has {size} ranks:"
+                " unset RANK and WORLD_SIZE before srun"
+            )
+    for (host, device), count in Counter((place.host, place.device) for place in places).items():
+        if count > 1 and device != "cpu":
+            shared = [str(place.rank) for place in places if (place.host, place.device) == (host, device)]
+            return (
+                f"ranks {', '.join(shared)} share one device of {host}, {device}: each task must see all GPUs of its"
+                " node; leave out --gpus-per-task and --gpu-bind"
+            )
+    counts = Counter(place.host for place in places)
+    if len(set(counts.values())) > 1:
+        uneven = ", ".join(f"{host} {count}" for host, count in counts.items())
+        return f"hosts have unequal numbers of ranks ({uneven}): give --ntasks-per-node"
+    return None
+
+
+def table(places: Sequence[Place]) -> list[str]:
+    """One line a host: its ranks and their devices."""
+    lines = []
+    for host in dict.fromkeys(place.host for place in places):
+        mine = [place for place in places if place.host == host]
+        devices = Counter(place.device.split(" GPU-")[0] for place in mine)
+        numbers = f"{mine[0].rank}-{mine[-1].rank}" if len(mine) > 1 else str(mine[0].rank)
+        lines.append(f"ranks {numbers:>9}  {host}  {', '.join(f'{n} x {name}' for name, n in devices.items())}")
+    return lines
+
+
+def _gather(ranks: Ranks, value: object) -> list:
+    """As `ranks.gather`, without NCCL, which would fail on a shared device before we can name it."""
+    if ranks.device.type == "cpu" or ranks.size == 1:
+        return ranks.gather(value)
+    group = dist.new_group(backend="gloo")
+    values: list = [None] * ranks.size
+    dist.all_gather_object(values, value, group=group)
+    dist.destroy_process_group(group)
+    return values
+
+
+def _software() -> str:
+    digest = hashlib.sha256("\n".join(f"{name}=={version}" for name, version in _versions().items()).encode())
+    for folder in sorted(Path(__file__).parents[1].glob("*/")):
+        if folder.name in ("data", "kernels", "recipes", "slurm", "trainer"):
+            for file in sorted(folder.rglob("*.py")):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name}
+    return {"python": platform.python_version(), **dict(sorted(found.items()))}
+
+
+def _difference(places: Sequence[Place], versions: Sequence[dict[str, str]]) -> str:
+    other = next(index for index, place in enumerate(places) if place.software != places[0].software)
+    names = sorted(versions[0].keys() | versions[other].keys())
+    apart = [name for name in names if versions[0].get(name) != versions[other].get(name)]
+    shown = (
+        ", ".join(f"{n} {versions[0].get(n, 'none')} and {versions[other].get(n, 'none')}" for n in apart[:3])
+        or "this package's own source"
+    )
+    return f"{places[0].host} and {places[other].host} have different software: {shown}; install the same on all nodes"
