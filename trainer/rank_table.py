@@ -99,6 +99,7 @@ def _gather(ranks: Ranks, value: object) -> list:
     if ranks.device.type == "cpu" or ranks.size == 1:
         return ranks.gather(value)
     group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
     values: list = [None] * ranks.size
     dist.all_gather_object(values, value, group=group)
     dist.destroy_process_group(group)

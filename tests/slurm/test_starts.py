@@ -70,6 +70,7 @@ def test_a_crash_loop_stops(run: ClusterRun) -> None:
     run.stand_in(*["kill -9 $$"] * 5, "true")
     run.jobs.append(run.bifrost("resume", str(run.run)).strip())
     assert not (run.run / "stopped.json").exists()
+    run.wait("start", lambda: len(run.starts()) == 6)
     run.wait_for_end()
     assert decisions(run)[5:] == ["done"]
 

@@ -1,0 +1,69 @@
+"""The table of ranks: what is refused, and that two real ranks give it."""
+
+from dataclasses import replace
+
+import pytest
+
+import ranked
+from bifrost.trainer.rank_table import Place, fault, table
+
+GPU = "NVIDIA H100 80GB HBM3 GPU-{}"
+EIGHT = [Place(rank, f"gpu{rank // 4}", GPU.format(rank), 8, "same") for rank in range(8)]
+
+
+def test_a_right_table() -> None:
+    assert fault(EIGHT) is None
+    assert table(EIGHT) == [
+        "ranks       0-3  gpu0  4 x NVIDIA H100 80GB HBM3",
+        "ranks       4-7  gpu1  4 x NVIDIA H100 80GB HBM3",
+    ]
+    assert fault([replace(place, device="cpu") for place in EIGHT]) is None, "ranks share a CPU"
+
+
+@pytest.mark.parametrize(
+    ("rank", "change", "problem"),
+    [
+        (5, {"rank": 4}, "rank 4 of gpu1 answers as rank 5"),
+        (5, {"device": EIGHT[6].device}, "ranks 5, 6 share one device of gpu1, NVIDIA H100"),
+        (5, {"host": "gpu0"}, r"unequal numbers of ranks \(gpu0 5, gpu1 3\)"),
+        (5, {"launched": 16}, "rank 5 of gpu1 was started as one of 16 tasks, the run has 8 ranks"),
+    ],
+)
+def test_a_wrong_table_is_refused(rank: int, change: dict, problem: str) -> None:
+    places = [replace(place, **change) if place.rank == rank else place for place in EIGHT]
+    with pytest.raises(AssertionError, match=problem):
+        assert not fault(places), fault(places)
+
+
+def on_two_hosts(other_software: bool) -> list[str]:
+    """The table of this rank's run, each rank on a host of its own."""
+    import os
+
+    from bifrost.trainer import rank_table
+    from bifrost.trainer.errors import RunError
+    from bifrost.trainer.ranks import join
+
+    os.environ["SLURMD_NODENAME"] = f"host{os.environ['RANK']}"
+    if other_software and os.environ["RANK"] == "1":
+        versions = {**rank_table._versions(), "torch": "1.0"}
+        rank_table._versions = lambda: versions
+    try:
+        return rank_table.check_ranks(join())
+    except RunError as error:
+        return [str(error)]
+
+
+@pytest.mark.multi
+def test_two_ranks_agree() -> None:
+    ended = ranked.run(on_two_hosts, 2, False)
+    assert [rank.value for rank in ended] == [
+        ["ranks         0  host0  1 x cpu", "ranks         1  host1  1 x cpu"]
+    ] * 2
+
+
+@pytest.mark.multi
+def test_other_software_is_named() -> None:
+    ended = ranked.run(on_two_hosts, 2, True)
+    assert ended[0].value == ended[1].value
+    (problem,) = ended[0].value
+    assert problem.startswith("host0 and host1 have different software: torch ") and " and 1.0;" in problem
