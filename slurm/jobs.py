@@ -144,8 +144,10 @@ def logs(run: Path, follow: bool, lines: int) -> int:
 
 
 def _goodput(run: Path) -> list[str]:
+    """What the trainer last wrote of where the run's time went."""
     try:
         found = json.loads((run / "goodput.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return []
-    return [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()]
+        shares = ", ".join(f"{kind} {spent / found['wall_s']:.1%}" for kind, spent in found["seconds"].items())
+        return [f"{found['ettr']:.1%} of {found['wall_s']:.0f} s since the first start ({shares})"]
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return []  # not there yet, or of another version: the job's state is what matters here

@@ -29,7 +29,11 @@ def test_starts_again_until_done(run: ClusterRun) -> None:
     assert [start["step"] for start in run.starts()] == [0, 1, 1]
     assert job(number)["Restarts"] == "2" and job(number)["JobState"] == "COMPLETED"
     assert "stopped by a signal, saved: requeued, from step 1" in run.log()
-    assert "done: all steps are done" in run.bifrost("status", str(run.run))
+    goodput = {"ettr": 0.75, "wall_s": 200.0, "seconds": {"step": 150.0, "save": 50.0}}
+    (run.run / "goodput.json").write_text(json.dumps(goodput))
+    status = run.bifrost("status", str(run.run))
+    assert "done: all steps are done" in status
+    assert "75.0% of 200 s since the first start (step 75.0%, save 25.0%)" in status
 
 
 @pytest.mark.parametrize(
