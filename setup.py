@@ -35,6 +35,7 @@ setup(
     package_data={
         "bifrost.recipes": ["*.yaml", "architectures/**/*.json", "foundations/**/*"],
         "bifrost.slurm": ["*.jinja"],
+        "bifrost.trainer.planner": ["devices.yaml"],
     },
     install_requires=[
         "torch>=2.11",

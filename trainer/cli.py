@@ -26,6 +26,7 @@ from .generate_cli import generate
 from .launch import adopt_rank, run_ranks
 from .monitors.stop import hold_signals
 from .monitors.track_cli import app as track_app
+from .plan_cli import plan
 
 app = typer.Typer(
     help="Training system for Bifrost-1.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
@@ -38,6 +39,7 @@ app.add_typer(slurm_app, name="slurm")
 
 app.command()(generate)
 app.command("eval")(evaluate)
+app.command()(plan)
 
 kernels_app = typer.Typer(no_args_is_help=True)
 app.add_typer(kernels_app, name="kernels", help="Triton kernels: compile, check, time.")

@@ -163,6 +163,16 @@ def test_recipes_page_is_up_to_date() -> None:
     assert TEXT[ROOT / "docs" / "recipes.md"] == page(), "run python docs/make_recipes.py"
 
 
+def test_plan_page_is_up_to_date_and_its_anchors_hold() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "make_plan.py"))
+    assert TEXT[ROOT / "docs" / "plan.md"] == made["page"](TEXT[ROOT / "docs" / "plan.md"]), (
+        "run python docs/make_plan.py"
+    )
+    assert all(one.theirs == one.ours for one in made["counts"]())
+    off = {one.what: one.error for one in made["anchors"]() if abs(one.error) > 0.15}
+    assert off.keys() == {one.what for one in made["anchors"]() if one.loose}, off
+
+
 def test_parameter_counts() -> None:
     for recipe, page in (("tiny-mllm", "README.md"), ("mllm-3b", "docs/stage1.md"), ("mllm-7b", "docs/stage1.md")):
         printed = bifrost(ROOT, "train", recipe, "--dry-run")

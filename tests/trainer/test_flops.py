@@ -1,0 +1,138 @@
+"""FLOPs against torch's own counter on real passes, kept activations against what autograd saves."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bifrost.data import Loader
+from bifrost.kernels import PrefixLayout
+from bifrost.recipes import Recipe, load_recipe
+from bifrost.trainer.flops import BRANCH_KEPT, FLUX_KEPT, parts
+from bifrost.trainer.inputs import open_inputs
+from bifrost.trainer.models.backbone import Prefix, locate, read_config
+from bifrost.trainer.models.branch import GenerationBranch
+
+
+def batch_of(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
+    """A loaded model of the recipe, and the arguments of one pass."""
+    inputs = open_inputs(recipe, 1)
+    model = inputs.stage.build()
+    inputs.stage.load(model)
+    size = recipe.micro_batch
+    loader = Loader(
+        inputs.dataset,
+        inputs.plan,
+        inputs.stage.collate(),
+        image_size=inputs.stage.image_sizes,
+        rank=0,
+        ranks=1,
+        global_batch=size,
+        micro_batch=size,
+        stop_step=1,
+    )
+    return model, {**next(iter(loader)).arrays, "normalizer": 1.0}
+
+
+def counted(work: Callable[[], Any]) -> tuple[int, Any]:
+    """FLOPs of matrix products and convolutions alone: attention goes by another name on every device."""
+    with FlopCounterMode(display=False) as counter:
+        result = work()
+    flops = counter.get_flop_counts()["Global"]
+    return sum(n for operator, n in flops.items() if str(operator).split(".")[1] in KINDS), result
+
+
+KINDS = ("mm", "addmm", "convolution", "_convolution", "convolution_backward")
+
+
+@pytest.mark.parametrize("name", ["tiny-mllm", "tiny-controlnet"])
+def test_linear_flops_are_torchs_own(name: str, shards) -> None:
+    small = ["precision=fp32", "global_batch=4", "micro_batch=4", "data.workers=0", "data.block=2"]
+    recipe = load_recipe(name, [*small, f"data.shards={shards}/train-*.tar"])
+    model, batch = batch_of(recipe)
+    text = sum(batch["text_lengths"]) / 4 if "text_lengths" in batch else 0
+    planned = parts(recipe, text)
+    forward, losses = counted(lambda: model(**batch))
+    # One product of FLUX's transposed latents goes by the name of attention's.
+    assert forward == pytest.approx(4 * sum(part.linear for part in planned), rel=2e-3)
+    backward, _ = counted(losses.loss.backward)
+    wanted = 4 * sum(part.backward - part.backward_attention for part in planned)
+    # Inputs of a trained part's first layers need no gradient; in so small a ControlNet these are much of it.
+    assert backward == pytest.approx(wanted, rel=1e-3 if name == "tiny-mllm" else 0.15)
+
+
+def kept(work: Callable[[], Any], own: Iterable[Tensor]) -> int:
+    """Bytes that autograd saves, those of the tensors `own` left out."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in own}
+    found: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = work()
+    assert result is not None
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
+def test_a_branch_layer_keeps_what_is_planned() -> None:
+    config = read_config(locate("builtin:tiny")).text_config
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 256, 1353, 2
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 64
+    config.rope_parameters["mrope_section"] = [8, 12, 12]
+    patches = 64
+    branch = GenerationBranch(config, 8, "learned", False).bfloat16()
+    for parameter in branch.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    layers = list(branch.layers)
+    layout = PrefixLayout.of((10,), patches, torch.device("cpu"))
+    text = tuple(torch.randn(10, 2, 64).bfloat16() for _ in layers)
+    latents, mask = torch.randn(1, patches, 256).bfloat16(), torch.ones(1, patches, dtype=torch.bool)
+
+    def bytes_of(count: int) -> int:
+        branch.layers = nn.ModuleList(layers[:count])
+        return kept(lambda: branch(latents, mask, Prefix(text, text, layout)), [*branch.parameters(), *text, latents])
+
+    hidden, mlp, keys = BRANCH_KEPT
+    planned = 2 * (hidden * 256 + mlp * 1353 + keys * 128)
+    assert (bytes_of(2) - bytes_of(1)) / patches == pytest.approx(planned, rel=0.05)
+
+
+@pytest.mark.parametrize("gradient", ["through", "trained"])
+def test_a_flux_block_keeps_what_is_planned(gradient: str) -> None:
+    def bytes_of(double: int, single: int) -> int:
+        flux = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=double,
+            num_single_layers=single,
+            attention_head_dim=32,
+            num_attention_heads=8,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(8, 12, 12),
+        ).bfloat16()
+        flux.requires_grad_(gradient == "trained")
+        image = torch.randn(1, 64, 16).bfloat16().requires_grad_()
+        inputs = {
+            "hidden_states": image,
+            "encoder_hidden_states": torch.randn(1, 32, 32).bfloat16(),
+            "pooled_projections": torch.randn(1, 16).bfloat16(),
+            "timestep": torch.tensor([0.5]),
+            "guidance": torch.tensor([3.5]),
+            "img_ids": torch.zeros(64, 3),
+            "txt_ids": torch.zeros(32, 3),
+        }
+        return kept(lambda: flux(**inputs, return_dict=False)[0], [*flux.parameters(), image])
+
+    unit = 2 * 96 * 256
+    double, single = FLUX_KEPT[gradient]
+    assert (bytes_of(3, 1) - bytes_of(2, 1)) / unit == pytest.approx(double, rel=0.05)
+    assert (bytes_of(2, 2) - bytes_of(2, 1)) / unit == pytest.approx(single, rel=0.05)

@@ -1,0 +1,273 @@
+"""FLOPs of one sample, part by part: linear maps counted from the modules themselves, attention from its mask.
+
+A FLOP is half a multiply-add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..recipes import Recipe
+from .models.flux import FluxFolder, FluxTokenizers
+from .stages import open_stage
+from .stages.controlnet import ControlNetStage
+from .stages.patch_latents import PatchLatentStage, grid_side, hidden_counts
+
+Gradient = Literal["none", "through", "trained"]
+Count = Callable[[str], float]
+"""Name of a module -> how often a sample applies its weight."""
+
+ATTENTION_BACKWARD = 2.5
+"""FLOPs of attention's backward pass over those of its forward: five products instead of two."""
+
+# Elements that autograd keeps of a token and layer, in units of the widths; tests/trainer/test_flops.py measures them.
+BRANCH_KEPT = (11, 4, 2)
+"""Of a decoder layer: times hidden width (norms in fp32 among them), MLP width, width of the keys."""
+FLUX_KEPT = {"through": (14, 13), "trained": (28, 25)}
+"""Of a double and a single block, times FLUX's hidden width."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the model: what it holds, and what a sample costs in it.
+
+    parameters: elements of every parameter, in order. linear, attention: FLOPs of the forward pass. returned_linear,
+    returned_attention: those of them that gradients flow back through. kept: bytes that autograd keeps of a sample,
+    kept_recomputed: with every layer recomputed, layer: bytes of the one that is, and gradients: of the activations'
+    gradients in flight. place: as in recipes' `Placement`.
+    """
+
+    name: str
+    gradient: Gradient
+    parameters: tuple[int, ...]
+    linear: float
+    attention: float
+    place: str = "sharded"
+    returned_linear: float = 0.0
+    returned_attention: float = 0.0
+    kept: float = 0.0
+    kept_recomputed: float = 0.0
+    layer: float = 0.0
+    gradients: float = 0.0
+
+    @property
+    def size(self) -> int:
+        return sum(self.parameters)
+
+    @property
+    def forward(self) -> float:
+        return self.linear + self.attention
+
+    @property
+    def backward(self) -> float:
+        """2 FLOPs a weight and token for the gradient of the input, and 2 more for that of a trained weight."""
+        products = {"none": 0, "through": 1, "trained": 2}[self.gradient]
+        return products * self.returned_linear + self.backward_attention
+
+    @property
+    def backward_attention(self) -> float:
+        return ATTENTION_BACKWARD * self.returned_attention
+
+    @property
+    def recomputed(self) -> float:
+        """FLOPs of the second forward pass of layers that are recomputed; only with activation checkpointing."""
+        return self.forward if self.layer else 0.0
+
+
+def parts(recipe: Recipe, text_tokens: float = 80) -> list[Part]:
+    """The parts of the recipe's model on `text_tokens` tokens of prompt (stage 1; FLUX pads its text)."""
+    stage = open_stage(recipe, for_counting=True)
+    with torch.device("meta"):
+        model = stage.build()
+    if isinstance(stage, PatchLatentStage):
+        return _patch_latents(stage, model, text_tokens)
+    assert isinstance(stage, ControlNetStage)
+    return _controlnet(stage, model)
+
+
+def linear_flops(module: nn.Module, count: Count) -> float:
+    """FLOPs of all linear maps and convolutions in `module`."""
+    kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Conv3d)
+    return sum(2.0 * m.weight.numel() * count(name) for name, m in module.named_modules() if isinstance(m, kinds))
+
+
+def sizes(module: nn.Module) -> tuple[int, ...]:
+    return tuple(p.numel() for p in module.parameters())
+
+
+def _patch_latents(stage: PatchLatentStage, model: Any, text: float) -> list[Part]:
+    recipe, config = stage.recipe, stage.config.text_config
+    width, layers, patches = config.hidden_size, config.num_hidden_layers, stage.tokens_per_image
+    keys = config.num_key_value_heads * (width // config.num_attention_heads)
+    byte = 2 if recipe.precision == "bf16" else 4
+    hidden, mlp, key = BRANCH_KEPT
+    layer = byte * patches * (hidden * width + mlp * config.intermediate_size + key * keys)
+    constant = byte * layers * 2 * keys * text  # the prefix
+    rows = float(patches)
+    if recipe.branch.loss_tokens == "masked":
+        draws = np.arange(4096)
+        rows = float(hidden_counts(recipe, np.zeros_like(draws), draws, patches).mean())
+    linear = linear_flops(model.branch, lambda name: patches)
+    attention = 4.0 * patches * (text + patches) * width * layers
+    projection = linear_flops(model.head, lambda name: rows)
+    return [
+        _tower(model.backbone.vision, stage.config.vision_config, recipe.data.image_size, "sharded"),
+        Part(
+            "text prefix",
+            "none",
+            sizes(model.backbone.text),
+            linear_flops(model.backbone.text, lambda name: text),
+            2.0 * text * text * width * layers,
+        ),
+        Part(
+            "generation branch",
+            "trained",
+            sizes(model.branch),
+            linear,
+            attention,
+            returned_linear=linear,
+            returned_attention=attention,
+            kept=layers * layer + constant,
+            kept_recomputed=layers * byte * patches * width + constant,
+            layer=layer,
+            gradients=byte * patches * (3 * config.intermediate_size + width),
+        ),
+        Part(
+            "head",
+            "trained",
+            sizes(model.head),
+            projection,
+            0.0,
+            returned_linear=projection,
+            kept=rows * width * (byte + 4),
+            kept_recomputed=rows * width * (byte + 4),
+        ),
+    ]
+
+
+def _tower(vision: nn.Module, config: Any, image_size: int, place: str) -> Part:
+    """Qwen's vision tower on a square image: most layers see windows, a few the whole."""
+    side = image_size // config.patch_size
+    patches = side * side
+    window = config.window_size // config.patch_size
+    edges = [window] * (side // window) + ([side % window] if side % window else [])
+    pairs = len(config.fullatt_block_indexes) * patches**2
+    pairs += (config.depth - len(config.fullatt_block_indexes)) * sum(edge**2 for edge in edges) ** 2
+
+    def count(name: str) -> float:
+        return patches / config.spatial_merge_size**2 if name.startswith("merger") else patches
+
+    return Part(
+        "vision tower", "none", sizes(vision), linear_flops(vision, count), 4.0 * pairs * config.hidden_size, place
+    )
+
+
+def _controlnet(stage: ControlNetStage, model: Any) -> list[Part]:
+    flux, folder, placement = model.flux, stage.folder, stage.flux.placement
+    latents = grid_side(stage.config, stage.recipe.data.image_size) ** 2
+    return [
+        _tower(model.backbone.vision, stage.config.vision_config, stage.recipe.data.image_size, placement.tower),
+        _vae(flux.vae, stage.latents[1], placement.vae),
+        *_text(flux, folder, placement.text),
+        *_flow(flux.transformer, model.controlnet, stage, latents, text_lengths(folder)[0]),
+    ]
+
+
+def text_lengths(folder: FluxFolder) -> tuple[int, int]:
+    """Tokens of T5 and CLIP; a published model's without its tokenizers."""
+    if (folder.path / "tokenizer_2").is_dir():
+        tokenizers = FluxTokenizers(folder)
+        return tokenizers.t5_length, tokenizers.clip_length
+    return 512 if folder.guided else 256, min(77, folder.clip.max_position_embeddings)
+
+
+def _vae(vae: nn.Module, side: int, place: str) -> Part:
+    """The encoder, whose blocks halve the sides down to `side`; the decoder only lies there."""
+    encoder: Any = vae.encoder
+    blocks = len(encoder.down_blocks)
+
+    def count(name: str) -> float:
+        level = 0 if name == "conv_in" else blocks - 1
+        if name.startswith("down_blocks"):
+            block = int(name.split(".")[1])
+            level = block + ("downsamplers" in name)
+        return float(side * 2 ** (blocks - 1 - level)) ** 2
+
+    attention = 4.0 * side**4 * encoder.conv_norm_out.num_channels
+    return Part("VAE encoder", "none", sizes(vae), linear_flops(encoder, count), attention, place)
+
+
+def _text(flux: Any, folder: FluxFolder, place: str) -> list[Part]:
+    t5, clip = text_lengths(folder)
+    settings, other = folder.t5, folder.clip
+    joint = 4.0 * t5 * t5 * settings.num_heads * settings.d_kv * settings.num_layers
+    causal = 2.0 * clip * clip * other.hidden_size * other.num_hidden_layers
+    encoders = ((flux.text_encoder_2, "T5", t5, joint), (flux.text_encoder, "CLIP", clip, causal))
+    return [
+        Part(name, "none", sizes(module), linear_flops(module, lambda _, tokens=tokens: tokens), attention, place)
+        for module, name, tokens, attention in encoders
+    ]
+
+
+def _flow(transformer: Any, controlnet: Any, stage: ControlNetStage, latents: int, text: int) -> list[Part]:
+    """FLUX and its ControlNet: joint attention over image and text."""
+    image = stage.folder.grid(stage.flux.image_size) ** 2
+    width = transformer.inner_dim
+    byte = 2 if stage.recipe.precision == "bf16" else 4
+    token = byte * (image + text) * width
+
+    def count(name: str) -> float:
+        if "norm" in name or name.startswith("time_text_embed"):
+            return 1.0  # modulations: once a sample
+        if name.startswith("single_transformer_blocks"):
+            return image + text
+        if any(word in name for word in ("context", "attn.add_", "attn.to_add")):
+            return text
+        return latents if name.endswith("upconv") else image
+
+    def reached(name: str) -> float:
+        """Nothing before the first residual has a gradient."""
+        first = "transformer_blocks.0." if stage.recipe.controlnet.double else "single_transformer_blocks.0."
+        before = name.startswith((first, "x_embedder", "context_embedder", "time_text_embed"))
+        if not stage.recipe.controlnet.double:
+            before = before or name.startswith("transformer_blocks.")
+        return 0.0 if before else count(name)
+
+    def attention(blocks: int) -> float:
+        return 4.0 * blocks * (image + text) ** 2 * width
+
+    def part(name: str, module: Any, gradient: Gradient, place: str) -> Part:
+        double, single = len(module.transformer_blocks), len(module.single_transformer_blocks)
+        blocks = double + single
+        back = linear_flops(module, count), attention(blocks)
+        if gradient == "through":
+            behind = blocks - 1 if stage.recipe.controlnet.double else single - 1
+            back = linear_flops(module, reached), attention(behind)
+        kept = FLUX_KEPT[gradient]
+        grid = 0.0
+        if gradient == "trained":  # the resampling block's inputs, its norms in fp32 twice
+            grid = 2.0 * byte * (latents + 6 * image) * stage.shape.latent_width
+        return Part(
+            name,
+            gradient,
+            sizes(module),
+            linear_flops(module, count),
+            attention(blocks),
+            place,
+            *back,
+            kept=token * (double * kept[0] + single * kept[1]) + grid,
+            kept_recomputed=token * blocks + grid,
+            layer=token * (kept[0] if double else kept[1]),
+            gradients=5.0 * token,
+        )
+
+    return [
+        part("FLUX", transformer, "through", stage.flux.placement.transformer),
+        part("ControlNet", controlnet, "trained", "sharded"),
+    ]

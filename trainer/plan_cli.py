@@ -1,0 +1,58 @@
+"""`bifrost plan`: what a recipe needs and costs on N GPUs, predicted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..recipes import load_recipe
+from .errors import RunError
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value settings.")] = None,
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs, such as 8,64,256.")] = "8,64,256,512",
+    device: Annotated[str | None, typer.Option(help="h200, h100, a100, …, or a file; default this machine's.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples to cost; default the recipe's whole run.", min=1)] = None,
+    text_tokens: Annotated[float, typer.Option(help="Mean tokens of a stage-1 prompt, template included.")] = 80,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, bytes and seconds.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw throughput from 8 to 512 GPUs into this PNG.")] = None,
+) -> None:
+    """Predict memory, FLOPs, traffic, step time and cost of a recipe on any number of GPUs."""
+    settings = load_recipe(recipe, overrides or [])
+    counts = _counts(gpus)
+    from .planner.devices import find_device, this_device
+
+    chosen = find_device(device) if device else this_device()
+    if plot and (chosen is None or chosen.bf16_tflops is None):
+        raise RunError("--plot: nothing to draw without times; give a --device that has bf16_tflops")
+    from rich.console import Console
+
+    from .flops import parts
+    from .planner.curves import draw
+    from .planner.report import Report
+
+    report = Report(settings, parts(settings, text_tokens), counts, chosen, text_tokens)
+    samples = samples or settings.steps * settings.global_batch
+    if as_json:
+        print(json.dumps(report.as_json(samples), indent=2))
+    else:
+        # Wide tables are for reading in full: a file or a pipe has no width to fold them to.
+        report.show(Console(width=None if sys.stdout.isatty() else 200), samples)
+    if plot and chosen:
+        draw(report.curves, settings, chosen, plot)
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(word) for word in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise RunError(f"--gpus {text}: give whole numbers from 1, such as 8,64,256")
+    return counts

@@ -1,0 +1,161 @@
+"""What a recipe needs and costs on N GPUs, before it is submitted: memory, traffic, time. Every figure is predicted.
+
+`plan` puts together what `flops`, `memory`, `traffic` and `timing` say; `bifrost plan` prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...recipes import Recipe
+from ..errors import RunError
+from ..flops import Part
+from .devices import Device
+from .layout import AS_SET, Layout
+from .memory import Memory, memory
+from .timing import Timing, timing
+from .traffic import Transfer, traffic
+
+NODE = 8
+"""GPUs of a node where no device says so."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The plan for one number of GPUs. times, fits and what depends on them are None without a device that has them."""
+
+    gpus: int
+    layout: Layout
+    micro_batch: int
+    passes: int
+    memory: Memory
+    transfers: list[Transfer]
+    times: Timing | None
+    usable: float | None
+    """Bytes of a GPU that tensors may fill."""
+    largest_micro_batch: int | None
+
+    @property
+    def global_batch(self) -> int:
+        return self.gpus * self.micro_batch * self.passes
+
+    @property
+    def received(self) -> float:
+        """Bytes that a GPU receives in a step."""
+        return sum(one.bytes for one in self.transfers)
+
+    @property
+    def samples_s(self) -> float | None:
+        """Of all GPUs."""
+        return None if self.times is None else self.global_batch / self.times.as_set
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.usable is None else self.memory.peak <= self.usable
+
+
+def batch(recipe: Recipe, gpus: int) -> tuple[int, int]:
+    """micro_batch and passes of the recipe's global batch on `gpus` GPUs: the recipe's own micro_batch, or where that
+    does not divide, the largest smaller one that does. RunError where none does."""
+    for micro_batch in range(recipe.micro_batch, 0, -1):
+        if recipe.global_batch % (micro_batch * gpus) == 0:
+            return micro_batch, recipe.global_batch // (micro_batch * gpus)
+    near = -(-recipe.global_batch // gpus) * gpus
+    raise RunError(
+        f"--gpus {gpus}: global_batch {recipe.global_batch} does not divide over {gpus} GPUs; set global_batch to a"
+        f" multiple of {gpus}, such as {near}"
+    )
+
+
+def plan(
+    parts: Sequence[Part],
+    recipe: Recipe,
+    gpus: int,
+    device: Device | None = None,
+    layout: Layout = AS_SET,
+    weak: bool = False,
+) -> Row:
+    """weak: every GPU keeps `micro_batch` and does one pass a step, so that the global batch grows with the GPUs."""
+    micro_batch, passes = (recipe.micro_batch, 1) if weak else batch(recipe, gpus)
+    node = device.gpus_per_node if device else NODE
+    placed = layout.place(parts)
+    needs = memory(parts, recipe, layout, gpus, node, micro_batch)
+    transfers = traffic(parts, recipe, layout, gpus, node, passes)
+    timed = device is not None and device.bf16_tflops is not None
+    usable = device.hbm_gb * 1e9 * device.usable_memory - device.runtime_gb * 1e9 if device else None
+    return Row(
+        gpus,
+        layout,
+        micro_batch,
+        passes,
+        needs,
+        transfers,
+        timing(placed, recipe, device, transfers, gpus, micro_batch, passes) if device and timed else None,
+        usable,
+        needs.largest_micro_batch(usable, micro_batch) if usable else None,
+    )
+
+
+def checkpoint_bytes(parts: Sequence[Part], recipe: Recipe) -> int:
+    """A checkpoint holds the masters, both moments and the EMA of what is trained, in fp32."""
+    return 4 * (3 + (recipe.ema is not None)) * sum(part.size for part in parts if part.gradient == "trained")
+
+
+def checkpoint_s(size: float, gpus: int, device: Device) -> float:
+    """Seconds to write `size` bytes from all nodes at once."""
+    return size / (1e9 * min(device.nodes(gpus) * device.storage_node_gbs, device.storage_gbs))
+
+
+def cost(row: Row, device: Device, samples: int) -> dict[str, float] | None:
+    """Of training on `samples` samples: hours, GPU-hours, and energy of the GPUs at full power."""
+    if row.samples_s is None:
+        return None
+    hours = samples / row.samples_s / 3600
+    return {
+        "hours": hours,
+        "gpu_hours": hours * row.gpus,
+        "energy_mwh": hours * row.gpus * device.watts / 1e6,
+    }
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    """The row as plain values; bytes and seconds."""
+    found: dict[str, Any] = {
+        "gpus": row.gpus,
+        "layout": row.layout.name,
+        "global_batch": row.global_batch,
+        "micro_batch": row.micro_batch,
+        "passes": row.passes,
+        "memory": {
+            "held": row.memory.held,
+            "pass": row.memory.a_pass,
+            "update": row.memory.update,
+            "static": row.memory.static,
+            "peak": row.memory.peak,
+            "usable": row.usable,
+            "fits": row.fits,
+            "largest_micro_batch": row.largest_micro_batch,
+        },
+        "traffic": [
+            {"kind": t.kind, "bytes": t.bytes, "collectives": t.count, "over": t.scope, "hidden": t.hidden}
+            for t in row.transfers
+        ],
+    }
+    if row.times is not None:
+        t = row.times
+        found["seconds"] = {
+            "compute": t.compute,
+            "transfers_ahead": t.ahead,
+            "transfers_behind": t.behind,
+            "links_within_nodes": t.intra,
+            "links_between_nodes": t.inter,
+            "update": t.update,
+            "data": t.data,
+            "step_serial": t.serial,
+            "step_as_set": t.as_set,
+            "step_overlapped": t.overlapped,
+        }
+        found.update(samples_s=row.samples_s, mfu=t.mfu, hfu=t.hfu, bound=t.bound)
+    return found

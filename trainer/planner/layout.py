@@ -1,0 +1,95 @@
+"""How a plan may lay a model over GPUs: as the recipe says, and what if not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ...recipes import Recipe
+from ..engine import deepspeed_config
+from ..flops import Part
+
+FrozenPlace = Literal["sharded", "node", "replicated"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """frozen: where all frozen parts lie that are on the GPU, None for the recipe's own choice. hpz: a second copy of
+    all weights, cut within a node (ZeRO++ `zero_hpz_partition_size`), which all gathers but the first of a step read.
+    overlap: reduces run beside the backward pass (`overlap_comm`), None for the engine's own choice. prefetch: elements
+    gathered ahead, None for the recipe's.
+    """
+
+    name: str
+    frozen: FrozenPlace | None = None
+    hpz: bool = False
+    overlap: bool | None = None
+    prefetch: int | None = None
+
+    def place(self, parts: Sequence[Part]) -> list[Part]:
+        """The parts where this layout puts them; those in host memory or in a cache stay there."""
+        if self.frozen is None:
+            return list(parts)
+        movable = ("sharded", "replicated")
+        return [
+            replace(part, place=self.frozen) if part.gradient != "trained" and part.place in movable else part
+            for part in parts
+        ]
+
+
+AS_SET = Layout("as the recipe has it")
+LAYOUTS = (
+    AS_SET,
+    Layout("frozen parts cut over all", frozen="sharded"),
+    Layout("frozen parts cut within a node", frozen="node"),
+    Layout("frozen parts whole on every GPU", frozen="replicated"),
+    Layout("hpZ: all weights also cut within a node", hpz=True),
+    Layout("frozen parts whole, hpZ", frozen="replicated", hpz=True),
+    Layout("frozen parts whole, hpZ, overlap", frozen="replicated", hpz=True, overlap=True),
+)
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What DeepSpeed's configuration says that a plan needs; sizes in elements, `bytes` of an element."""
+
+    weight_bytes: int
+    reduce_bytes: int
+    accumulate_bytes: int
+    reduce_bucket: int
+    prefetch_bucket: int
+    max_live: int
+    persistent: int
+    overlap: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Zero:
+        config = deepspeed_config(recipe.model_copy(update={"global_batch": recipe.micro_batch}), 1)
+        zero: dict[str, Any] = config["zero_optimization"]
+        width = {"fp32": 4, "bf16": 2, "fp16": 2}
+        return cls(
+            weight_bytes=2 if config["bf16"]["enabled"] else 4,
+            reduce_bytes=width[config["communication_data_type"]],
+            accumulate_bytes=width[config["data_types"]["grad_accum_dtype"]],
+            reduce_bucket=zero["reduce_bucket_size"],
+            prefetch_bucket=zero["stage3_prefetch_bucket_size"],
+            max_live=zero["stage3_max_live_parameters"],
+            persistent=zero["stage3_param_persistence_threshold"],
+            overlap=zero["overlap_comm"],
+        )
+
+    def under(self, layout: Layout) -> Zero:
+        overlap = self.overlap if layout.overlap is None else layout.overlap
+        prefetch = self.prefetch_bucket if layout.prefetch is None else layout.prefetch
+        return replace(self, overlap=overlap, prefetch_bucket=prefetch)
+
+
+def cut(parameters: Sequence[int], ranks: int) -> int:
+    """Elements of one rank's slices: every parameter is padded to a multiple of the ranks."""
+    return sum(-(-size // ranks) for size in parameters)
+
+
+def small(parameters: Sequence[int], threshold: int) -> int:
+    """Elements of the parameters that stay gathered."""
+    return sum(size for size in parameters if size <= threshold)

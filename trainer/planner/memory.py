@@ -1,0 +1,86 @@
+"""Bytes on one GPU: what DeepSpeed's ZeRO-3 holds all the time, and what a pass or an update needs beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...recipes import Recipe
+from ..flops import Part
+from .layout import Layout, Zero, cut, small
+
+GATHERED_SHARE = 2
+"""A gathered bucket exists twice for a moment: as received, and as the parameters copied from it."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a GPU, by name. held: always. a_pass: at the worst moment of a backward pass, beside `held`; update: in the
+    optimizer step. per_sample: of `a_pass`, what grows with the micro-batch."""
+
+    held: dict[str, float]
+    a_pass: dict[str, float]
+    update: dict[str, float]
+    per_sample: float
+
+    @property
+    def static(self) -> float:
+        return sum(self.held.values())
+
+    @property
+    def peak(self) -> float:
+        return self.static + max(sum(self.a_pass.values()), sum(self.update.values()))
+
+    def largest_micro_batch(self, usable: float, micro_batch: int) -> int:
+        """Samples a pass that `usable` bytes have room for, found from a plan for `micro_batch`; 0 if not even one."""
+        fixed = sum(self.a_pass.values()) - self.per_sample * micro_batch
+        if self.static + sum(self.update.values()) > usable:
+            return 0
+        return max(0, int((usable - self.static - fixed) / self.per_sample))
+
+
+def memory(parts: Sequence[Part], recipe: Recipe, layout: Layout, gpus: int, node: int, micro_batch: int) -> Memory:
+    """Of `parts` laid out by `layout` on `gpus` GPUs, `node` of them in a node."""
+    zero = Zero.of(recipe).under(layout)
+    placed = layout.place(parts)
+    trained = [part for part in placed if part.gradient == "trained"]
+    frozen = [part for part in placed if part.gradient != "trained"]
+    sharded = [part for part in placed if part.place == "sharded"]
+    node = min(node, gpus)
+    own = sum(cut(part.parameters, gpus) for part in trained)
+    weight = zero.weight_bytes
+    lies = {"sharded": gpus, "node": node, "replicated": 1}
+    held: dict[str, float] = {
+        # In fp32 too: DeepSpeed compares a device with its name, and so never shares the slices with the masters.
+        "trained weights": weight * own,
+        "masters": 4 * own,
+        "moments": 8 * own,
+        "gradients": zero.accumulate_bytes * own,
+        "EMA": 4 * own if recipe.ema else 0,
+        "frozen weights": weight * sum(cut(p.parameters, lies[p.place]) for p in frozen if p.place in lies),
+        "small parameters, whole": weight * sum(small(part.parameters, zero.persistent) for part in sharded),
+        "second copy (hpZ)": weight * sum(cut(part.parameters, node) for part in sharded) if layout.hpz else 0,
+        "reduce bucket": zero.reduce_bytes * zero.reduce_bucket,
+    }
+    gathered = [size for part in placed if part.place in ("sharded", "node") for size in part.parameters]
+    largest = max((size for part in placed if part.gradient != "none" for size in part.parameters), default=0)
+    large = sum(size for size in gathered if size > zero.persistent)
+    trainable = sum(part.size for part in trained)
+    kept = sum(part.kept_recomputed if recipe.activation_checkpointing else part.kept for part in placed)
+    layer = max((part.layer for part in placed), default=0.0) if recipe.activation_checkpointing else 0.0
+    flight = max((part.gradients for part in placed), default=0.0)
+    offloaded = max((weight * part.size for part in placed if part.place == "offloaded"), default=0)
+    a_pass = {
+        "gathered weights": weight * min(large, zero.max_live) if gpus > 1 else 0,
+        "gather in flight": GATHERED_SHARE * weight * min(large, zero.prefetch_bucket + largest) if gpus > 1 else 0,
+        "gradients of a layer": 2 * weight * largest,
+        # The bucket is cut into the ranks' shares by a copy before it is sent.
+        "reduce in flight": zero.reduce_bytes * min(zero.reduce_bucket, trainable),
+        "activations": micro_batch * kept,
+        "recomputed layer": micro_batch * layer,
+        "gradients of activations": micro_batch * flight,
+        "at work from host memory": offloaded,
+    }
+    # AdamW's gradient is a flat copy of the accumulated slices, made for one of DeepSpeed's sub-groups at a time.
+    update: dict[str, float] = {"flat gradients": 4 * min(own, 1_000_000_000)}
+    return Memory(held, a_pass, update, kept + layer + flight)

@@ -1,0 +1,253 @@
+"""A plan as tables and as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ...recipes import Recipe
+from ..errors import RunError
+from ..flops import Part
+from . import NODE, Row, as_json, checkpoint_bytes, checkpoint_s, cost, plan
+from .curves import CURVE, curves, retention
+from .devices import Device
+from .layout import LAYOUTS
+from .timing import done_flops, useful_flops
+
+
+class Report:
+    """The plan of one recipe for several numbers of GPUs, and what else the recipe could have.
+
+    GPUs that the global batch does not divide over are left out, with the reason in `left_out`; RunError when none is
+    left.
+    """
+
+    def __init__(
+        self, recipe: Recipe, parts: Sequence[Part], gpus: Sequence[int], device: Device | None, text_tokens: float
+    ) -> None:
+        self.recipe, self.parts, self.device, self.text_tokens = recipe, parts, device, text_tokens
+        self.rows: list[Row] = []
+        self.left_out: list[str] = []
+        for count in gpus:
+            try:
+                self.rows.append(plan(parts, recipe, count, device))
+            except RunError as error:
+                self.left_out.append(str(error))
+        if not self.rows:
+            raise RunError(self.left_out[0])
+        most = max(row.gpus for row in self.rows)
+        self.choices = [plan(parts, recipe, most, device, layout) for layout in LAYOUTS]
+        self.curves = curves(parts, recipe, device)
+
+    @property
+    def timed(self) -> bool:
+        return self.rows[0].times is not None
+
+    def assumptions(self) -> list[str]:
+        """What the figures rest on, a sentence each."""
+        said = [
+            "All figures are predicted; none was measured.",
+            "GB are 10^9 bytes. Activations: what autograd keeps of transformers' and diffusers' own layers,"
+            " attention without a score matrix.",
+            "Not counted: gaps of the allocator beyond usable_memory, stragglers, file systems that stall, start-up.",
+        ]
+        if self.recipe.stage == "patch-latents":
+            said.append(f"Prompts of {self.text_tokens:g} tokens (--text-tokens), packed.")
+        device = self.device
+        if device is None:
+            said.append(f"No --device: no times; nodes of {NODE} GPUs.")
+        elif device.bf16_tflops is None:
+            said.append(f"{device.name} has no bf16_tflops: no times and no MFU.")
+        else:
+            said += [
+                f"{device.name}: {device.bf16_tflops:g} TFLOP/s, of which linear layers reach"
+                f" {device.gemm_efficiency:.0%} and attention {device.attention_efficiency:.0%};"
+                f" {device.hbm_gb:g} GB, of which {device.usable_memory:.0%} are used, less"
+                f" {device.runtime_gb:g} GB of the runtime's own.",
+                f"Links: {device.intra_gbs:g} GB/s a GPU in nodes of {device.gpus_per_node}, {device.inter_gbs:g} GB/s"
+                f" a GPU between nodes, {device.link_efficiency:.0%} of both reached; rings of"
+                f" {device.base_latency_us:g} us and {device.intra_latency_us:g} or {device.inter_latency_us:g} us a"
+                " hop.",
+                f"Data: {self.recipe.data.workers} loader processes a GPU, {device.loader_samples_s:g} samples/s each."
+                f" Storage: {device.storage_node_gbs:g} GB/s a node, {device.storage_gbs:g} GB/s in all."
+                f" Energy: {device.watts:g} W a GPU, nothing else.",
+                "A step as the recipe has it: gathers fetched ahead run beside computation, reduces do not unless"
+                " overlap_comm is on, the loader runs beside everything.",
+            ]
+        return said
+
+    def as_json(self, samples: int) -> dict[str, Any]:
+        size = checkpoint_bytes(self.parts, self.recipe)
+        rows = []
+        for row in self.rows:
+            found = as_json(row)
+            if self.device is not None:
+                found["cost"] = cost(row, self.device, samples)
+                found["checkpoint_s"] = checkpoint_s(size, row.gpus, self.device)
+            rows.append(found)
+        return {
+            "predicted": True,
+            "recipe": self.recipe.name,
+            "device": self.device.model_dump(mode="json") if self.device else None,
+            "assumptions": self.assumptions(),
+            "samples": samples,
+            "parameters": {
+                "trained": sum(part.size for part in self.parts if part.gradient == "trained"),
+                "frozen": sum(part.size for part in self.parts if part.gradient != "trained"),
+            },
+            "flops_per_sample": {
+                "useful": useful_flops(self.parts),
+                "with_recomputation": done_flops(self.parts, self.recipe),
+                "parts": {
+                    part.name: {
+                        "gradient": part.gradient,
+                        "place": part.place,
+                        "parameters": part.size,
+                        "forward": part.forward,
+                        "attention": part.attention,
+                        "backward": part.backward,
+                        "recomputed": part.recomputed if self.recipe.activation_checkpointing else 0.0,
+                    }
+                    for part in self.parts
+                },
+            },
+            "activation_bytes_per_sample": {
+                "kept": sum(part.kept for part in self.parts),
+                "kept_with_checkpointing": sum(part.kept_recomputed for part in self.parts),
+            },
+            "checkpoint_bytes": size,
+            "rows": rows,
+            "left_out": self.left_out,
+            "choices": [as_json(row) for row in self.choices],
+            "weak_scaling": [[as_json(row) for row in curve] for curve in self.curves],
+        }
+
+    def show(self, console: Console, samples: int) -> None:
+        recipe, size = self.recipe, checkpoint_bytes(self.parts, self.recipe)
+        console.print(f"[bold]{recipe.name}[/bold], predicted", highlight=False)
+        console.print(self._parts())
+        kept, recomputed = sum(p.kept for p in self.parts), sum(p.kept_recomputed for p in self.parts)
+        console.print(
+            f"activations kept a sample: {_gb(kept)} GB, with activation checkpointing {_gb(recomputed)} GB"
+            f" ({'on' if recipe.activation_checkpointing else 'off'} in the recipe). A checkpoint: {_gb(size)} GB.",
+            highlight=False,
+        )
+        console.print(self._memory())
+        console.print(self._traffic())
+        if self.timed:
+            console.print(self._times(samples, size))
+        console.print(self._choices())
+        if self.timed:
+            console.print(self._scaling())
+        for row in self.rows:
+            if row.micro_batch != recipe.micro_batch:
+                console.print(
+                    f"{row.gpus} GPUs need micro_batch={row.micro_batch}: with the recipe's {recipe.micro_batch},"
+                    f" global_batch {recipe.global_batch} does not divide over them.",
+                    highlight=False,
+                )
+        for sentence in [*(f"Left out: {reason}" for reason in self.left_out), *self.assumptions()]:
+            console.print(f"- {sentence}", highlight=False, soft_wrap=True)
+
+    def _parts(self) -> Table:
+        again = self.recipe.activation_checkpointing
+        rows = [
+            (
+                part.name,
+                {"none": "frozen", "through": "frozen, gradients pass", "trained": "trained"}[part.gradient],
+                part.place,
+                f"{part.size:,}",
+                *(f"{value / 1e12:.3f}" for value in (part.forward, part.backward, again * part.recomputed)),
+            )
+            for part in self.parts
+        ]
+        useful, done = useful_flops(self.parts), done_flops(self.parts, self.recipe)
+        rows.append(("useful / done", "", "", "", f"{useful / 1e12:.2f}", "", f"{done / 1e12:.2f}"))
+        heads = ("part", "", "place", "parameters", "forward", "backward", "again")
+        return _table("TFLOP a sample", heads, rows)
+
+    def _memory(self) -> Table:
+        """A column a number of GPUs."""
+        names = dict.fromkeys(name for row in self.rows for name in (*row.memory.held, *row.memory.a_pass))
+        lines: list[tuple[str, ...]] = []
+        for name in names:
+            values = [row.memory.held.get(name, row.memory.a_pass.get(name, 0.0)) for row in self.rows]
+            if any(values):
+                lines.append((("" if name in self.rows[0].memory.held else "+ ") + name, *map(_gb, values)))
+        lines.append(("held all the time", *(_gb(row.memory.static) for row in self.rows)))
+        lines.append(("peak", *(_gb(row.memory.peak) for row in self.rows)))
+        if self.device:
+            lines.append(("fits", *("yes" if row.fits else "NO" for row in self.rows)))
+            lines.append(("largest micro_batch", *(str(row.largest_micro_batch) for row in self.rows)))
+        return _table("GB a GPU", ("", *(f"{row.gpus} GPUs" for row in self.rows)), lines)
+
+    def _traffic(self) -> Table:
+        kinds = dict.fromkeys((t.kind, t.scope) for row in self.rows for t in row.transfers)
+        lines: list[tuple[str, ...]] = []
+        for kind, scope in kinds:
+            found = [[t for t in row.transfers if (t.kind, t.scope) == (kind, scope)] for row in self.rows]
+            name = kind + (" (within a node)" if scope == "node" else "")
+            lines.append((name, *(f"{_gb(t[0].bytes)} in {t[0].count}" if t else "-" for t in found)))
+        lines.append(("received", *(_gb(row.received) for row in self.rows)))
+        return _table("GB a GPU and step, collectives", ("", *(f"{row.gpus} GPUs" for row in self.rows)), lines)
+
+    def _times(self, samples: int, size: int) -> Table:
+        assert self.device is not None
+        lines: list[tuple[str, ...]] = []
+        for row in self.rows:
+            times, spent = row.times, cost(row, self.device, samples)
+            assert times is not None and spent is not None
+            lines.append(
+                (
+                    str(row.gpus),
+                    f"{row.micro_batch} x {row.passes}",
+                    *(f"{s:.3f}" for s in (times.compute, times.ahead + times.behind, times.data)),
+                    *(f"{s:.3f}" for s in (times.serial, times.as_set, times.overlapped)),
+                    f"{times.mfu:.1%} / {times.hfu:.1%}",
+                    times.bound,
+                    f"{row.samples_s:.0f}",
+                    f"{checkpoint_s(size, row.gpus, self.device):.1f}",
+                    f"{spent['gpu_hours']:,.0f}",
+                    f"{spent['energy_mwh']:.2f}",
+                )
+            )
+        heads = ("GPUs", "micro x passes", "compute s", "links s", "data s", "step, serial", "step, as set")
+        heads += ("step, overlapped", "MFU / HFU", "bound by", "samples/s", "checkpoint s", "GPU-h", "MWh")
+        return _table(f"Time on {self.device.name}; GPU-hours and energy for {samples:,} samples", heads, lines)
+
+    def _choices(self) -> Table:
+        lines: list[tuple[str, ...]] = []
+        for row in self.choices:
+            held = row.memory.held
+            line = (
+                row.layout.name,
+                _gb(held["frozen weights"] + held["second copy (hpZ)"]),
+                _gb(row.memory.static),
+                _gb(sum(t.bytes for t in row.transfers if t.scope == "all")),
+                _gb(sum(t.bytes for t in row.transfers if t.scope == "node")),
+            )
+            lines.append((*line, f"{row.times.as_set:.3f}", f"{row.times.mfu:.1%}") if row.times else line)
+        heads: tuple[str, ...] = ("what if", "frozen + copy GB", "held GB", "GB over all", "GB within nodes")
+        heads += ("step s", "MFU") if self.timed else ()
+        return _table(f"Other layouts of {self.choices[0].gpus} GPUs", heads, lines)
+
+    def _scaling(self) -> Table:
+        lines = [(curve[0].layout.name, *(f"{value:.1%}" for value in retention(curve))) for curve in self.curves]
+        title = f"Throughput a GPU kept from {CURVE[0]} GPUs on, micro_batch {self.recipe.micro_batch}, one pass a step"
+        return _table(title, ("", *(f"{count} GPUs" for count in CURVE)), lines)
+
+
+def _gb(value: float) -> str:
+    return f"{value / 1e9:.2f}"
+
+
+def _table(title: str, heads: Iterable[str], rows: Iterable[tuple[str, ...]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for at, head in enumerate(heads):
+        table.add_column(head, justify="left" if at == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,126 @@
+"""Seconds of one step on a device, and what they make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ...recipes import Recipe
+from ..flops import Part
+from .devices import Device
+from .layout import cut
+from .traffic import Transfer
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a step on every GPU.
+
+    ahead: transfers issued early enough to run beside computation; behind: the others. intra, inter: all transfers, by
+    the links they are bound by. at_peak, at_peak_done: useful FLOPs, and those really done, at the device's peak.
+    """
+
+    compute: float
+    ahead: float
+    behind: float
+    intra: float
+    inter: float
+    update: float
+    data: float
+    at_peak: float
+    at_peak_done: float
+
+    @property
+    def serial(self) -> float:
+        """One thing after the other."""
+        return self.compute + self.ahead + self.behind + self.update + self.data
+
+    @property
+    def as_set(self) -> float:
+        """What is issued ahead runs beside computation, the loader beside everything."""
+        return max(max(self.compute, self.ahead) + self.behind + self.update, self.data)
+
+    @property
+    def overlapped(self) -> float:
+        """All transfers run beside computation."""
+        return max(max(self.compute, self.ahead + self.behind) + self.update, self.data)
+
+    @property
+    def mfu(self) -> float:
+        """Share of the device's peak that goes into useful FLOPs, with the step as it is set."""
+        return self.at_peak / self.as_set
+
+    @property
+    def hfu(self) -> float:
+        """The same with recomputation."""
+        return self.at_peak_done / self.as_set
+
+    @property
+    def bound(self) -> str:
+        """What takes longest of all that could run at once."""
+        rates = {
+            "compute": self.compute,
+            "links within nodes": self.intra,
+            "links between nodes": self.inter,
+            "data": self.data,
+        }
+        return max(rates, key=lambda name: rates[name])
+
+
+def working(parts: Iterable[Part]) -> list[Part]:
+    """Nothing is computed of what a cache holds."""
+    return [part for part in parts if part.place != "cached"]
+
+
+def useful_flops(parts: Iterable[Part]) -> float:
+    """Of one sample, forward and backward."""
+    return sum(part.forward + part.backward for part in working(parts))
+
+
+def done_flops(parts: Sequence[Part], recipe: Recipe) -> float:
+    """Of one sample, recomputed layers counted twice."""
+    again = sum(part.recomputed for part in working(parts)) if recipe.activation_checkpointing else 0.0
+    return useful_flops(parts) + again
+
+
+def compute_s(parts: Iterable[Part], recipe: Recipe, device: Device) -> float:
+    """Seconds of one sample at the device's assumed efficiencies. The device must have `bf16_tflops`."""
+    assert device.bf16_tflops is not None
+    linear = attention = 0.0
+    for part in working(parts):
+        times = 2 if recipe.activation_checkpointing and part.layer else 1
+        attention += times * part.attention + part.backward_attention
+        linear += times * part.linear + part.backward - part.backward_attention
+    slowed = linear / device.gemm_efficiency + attention / device.attention_efficiency
+    return slowed / (device.bf16_tflops * 1e12)
+
+
+def timing(
+    parts: Sequence[Part],
+    recipe: Recipe,
+    device: Device,
+    transfers: Sequence[Transfer],
+    gpus: int,
+    micro_batch: int,
+    passes: int,
+) -> Timing:
+    """Of `passes` passes over `micro_batch` samples on each of `gpus` GPUs. The device must have `bf16_tflops`."""
+    assert device.bf16_tflops is not None
+    samples = micro_batch * passes
+
+    def seconds(some: Iterable[Transfer]) -> float:
+        return sum(device.collective_s(one.bytes, one.count, one.ranks) for one in some)
+
+    own = sum(cut(part.parameters, gpus) for part in parts if part.gradient == "trained")
+    peak = device.bf16_tflops * 1e12
+    return Timing(
+        compute=samples * compute_s(parts, recipe, device),
+        ahead=seconds(one for one in transfers if one.hidden),
+        behind=seconds(one for one in transfers if not one.hidden),
+        intra=seconds(one for one in transfers if device.nodes(one.ranks) == 1),
+        inter=seconds(one for one in transfers if device.nodes(one.ranks) > 1),
+        update=own * device.optimizer_bytes / (device.hbm_gbs * 1e9),
+        data=samples / (max(recipe.data.workers, 1) * device.loader_samples_s),
+        at_peak=samples * useful_flops(parts) / peak,
+        at_peak_done=samples * done_flops(parts, recipe) / peak,
+    )
