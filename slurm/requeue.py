@@ -23,7 +23,7 @@ REASONS = {
     HUNG: "ended by the watchdog",
     BAD_NODE: "bad nodes",
     LOCKED: "another copy owns the run",
-    128 + signal.SIGKILL: "a rank was killed (SIGKILL), for lack of memory perhaps",
+    128 + signal.SIGKILL: "a rank was ended by SIGKILL, for lack of memory perhaps",
 }
 
 
@@ -53,7 +53,7 @@ def after(run: Path, code: int) -> tuple[str, int]:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     job = load_job(run)
     outcome = record.read_outcome(run)
-    reason = REASONS.get(code, f"exit code {code}")
+    reason = REASONS.get(code) or _signal(code) or f"exit code {code}"
     if outcome:
         code, reason = outcome["code"], f"rank {outcome['rank']}: {outcome['reason']}"
     if code == DONE:
@@ -117,6 +117,13 @@ def _crash_loop(step: int) -> str:
         f"{FRUITLESS_STARTS} starts without a checkpoint beyond step {step}: not started again; see slurm/job.log, mend"
         " the cause, then bifrost slurm resume"
     )
+
+
+def _signal(code: int) -> str | None:
+    try:
+        return f"a rank was ended by {signal.Signals(code - 128).name}"
+    except ValueError:
+        return None
 
 
 def _id() -> str:

@@ -39,13 +39,11 @@ def test_starts_again_until_done(run: ClusterRun) -> None:
 @pytest.mark.parametrize(
     ("start", "code", "reason"),
     [
-        (f"exit {USAGE}", USAGE, "a setting to mend"),
-        (f"exit {LOCKED}", LOCKED, "another copy owns the run"),
-        # A rank says what is wrong and is ended by another one's failure: what it said counts.
+        (f"fail {USAGE} 'no such shards'", USAGE, "no such shards"),
+        (f"fail {LOCKED} 'another copy owns the run'", LOCKED, "another copy owns the run"),
+        # A rank says what is wrong and ends; what becomes of the others for that is not what counts.
         (
-            """[ $SLURM_PROCID = 1 ] && python3 -c 'import json, os; json.dump({"start": os.environ["SLURM_JOB_ID"]"""
-            """ + ".0", "rank": "1", "code": 1, "reason": "too many bad steps"}, open(os.environ["BIFROST_RUN"] +"""
-            """ "/slurm/outcome.json", "w"))'; sleep 1; kill -9 $$""",
+            f"[ $SLURM_PROCID = 1 ] && fail {FAILED} 'too many bad steps'; sleep 5; kill -9 $$",
             FAILED,
             "rank 1: too many bad steps",
         ),

@@ -44,7 +44,9 @@ def test_a_time_limit(run: ClusterRun) -> None:
     run.submit("steps=100000", "--time", "3")
     run.wait("requeue", lambda: len(run.starts()) == 2)
     saved = run.starts()[1]["step"]
-    assert saved > 0 and "stopped by a signal, saved" in run.starts()[0]["reason"]
+    # On a busy machine the limit itself comes while the ranks leave: the job is requeued all the same.
+    assert saved > 0 and run.starts()[0]["decision"] == "again"
+    assert runs.events(run.run, "end")[0]["outcome"] == "stopped"
     run.wait_for_step(saved + 1)
     assert [event["step"] for event in runs.events(run.run, "start")] == [0, saved]
     run.bifrost("cancel", str(run.run))

@@ -17,9 +17,14 @@ import runs
 from bifrost.slurm import devcluster
 from bifrost.slurm.cli import slurm_app
 
-STAND_IN = """\
-#!/bin/bash
+STAND_IN = r"""#!/bin/bash
 # In the place of Python: what the ranks of each start are to do, one line a start.
+fail() { # CODE REASON: as a rank that ends on purpose
+  format='{"start": "%s.%s", "rank": "%s", "code": %d, "reason": "%s"}'
+  (set -C; printf "$format" "$SLURM_JOB_ID" "${SLURM_RESTART_COUNT:-0}" "$SLURM_PROCID" "$1" "$2" \
+    > "$BIFROST_RUN/slurm/outcome.json") 2> /dev/null
+  exit "$1"
+}
 start=$(grep -c '"hosts"' "$BIFROST_RUN/slurm/starts.jsonl")
 eval "$(sed -n "${start}p" "$BIFROST_RUN/../script")"
 """
