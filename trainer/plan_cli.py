@@ -45,7 +45,7 @@ def plan(
         # Wide tables are for reading in full: a file or a pipe has no width to fold them to.
         report.show(Console(width=None if sys.stdout.isatty() else 200), samples)
     if plot and chosen:
-        draw(report.curves, settings, chosen, plot)
+        draw(report.parts, settings, chosen, plot)
 
 
 def _counts(text: str) -> list[int]:

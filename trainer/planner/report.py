@@ -52,7 +52,8 @@ class Report:
             "All figures are predicted; none was measured.",
             "GB are 10^9 bytes. Activations: what autograd keeps of transformers' and diffusers' own layers,"
             " attention without a score matrix.",
-            "Not counted: gaps of the allocator beyond usable_memory, stragglers, file systems that stall, start-up.",
+            "Not counted: gaps of the allocator beyond usable_memory, stragglers, file systems that stall, start-up,"
+            " copies of offloaded parts, reads of cached ones.",
         ]
         if self.recipe.stage == "patch-latents":
             said.append(f"Prompts of {self.text_tokens:g} tokens (--text-tokens), packed.")
