@@ -157,8 +157,14 @@ class Kernels(Section):
 class Checkpoint(Section):
     every: int = Field(default=500, ge=1)
     """Steps between saves; the last step and a stop signal save as well."""
+    interval: Literal["fixed", "auto"] = "fixed"
+    """`auto`: begin with `every`, then the interval that loses least time, by the measured cost and `mtbf_hours`."""
+    mtbf_hours: float = Field(default=1000.0, gt=0)
+    """Mean time between failures of one node, in hours, for `interval: auto`."""
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints kept."""
+    local: str | None = None
+    """Folder on each node's own disk that a save goes to first; a start brings what a crash left there to the run."""
     max_failed_saves: int = Field(default=3, ge=1)
     """Saves in a row that the storage may refuse before the run stops; until then training goes on."""
 

@@ -22,6 +22,7 @@ from ..data import DataError, Loader, worker_death
 from ..recipes import Recipe, to_yaml
 from ..slurm.codes import DONE, STOPPED
 from . import loop
+from .checkpoint.local import LocalParts
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.saver import Saver
 from .checkpoint.state import CheckpointWeights, capture, restore, restore_statistics
@@ -67,6 +68,10 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
     inputs = _agreed(ranks, lambda: open_inputs(recipe, ranks.size))
     store = Store(folder / "checkpoints")
     frozen_hash = _frozen_hash(inputs.stage, ranks)
+    local = None
+    if recipe.checkpoint.local:
+        local = LocalParts(recipe.checkpoint.local, store, recipe.name, ranks.rank, ranks.gather)
+        local.recover(store, ranks.gather)
     reader = _newest(store, inputs, frozen_hash, ranks)
     progress = Progress(**reader.state["progress"]) if reader else Progress()
 
@@ -99,7 +104,16 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
     mirror = start_mirror(folder) if ranks.first and recipe.tracking.enabled else None
 
     saver = Saver(
-        store, recipe.checkpoint, capture(engine, ema)[0], metrics.write, ranks.rank, ranks.size, ranks.apart()
+        store,
+        recipe.checkpoint,
+        capture(engine, ema)[0],
+        metrics.write,
+        ranks.rank,
+        ranks.size,
+        ranks.apart(),
+        local,
+        nodes=len(set(ranks.gather(platform.node()))),
+        every=reader.state.get("save_every") if reader else None,
     )
 
     def save(progress: Progress) -> None:
@@ -109,6 +123,7 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
             "recipe": recipe.model_dump(mode="json"),
             "backbone": frozen_hash,
             "data": inputs.dataset.fingerprint,
+            "save_every": saver.every,
         }
         saver.save(progress.step, *capture(engine, ema), state, model.statistics())
 

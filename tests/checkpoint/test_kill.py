@@ -8,6 +8,7 @@ import torch
 
 import boundaries
 from bifrost.recipes.schema import Checkpoint
+from bifrost.trainer.checkpoint.local import LocalParts
 from bifrost.trainer.checkpoint.saver import Saver
 from bifrost.trainer.checkpoint.store import Store
 
@@ -62,14 +63,20 @@ def test_killed_save(tmp_path, save, assert_holds, ranks):
     assert len(found) > 20
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_while_training_goes_on(tmp_path, run_ranks, slices, assert_holds, ranks):
-    """As above, by the background writer: step 2 with what it removes, while the values in memory change already."""
+@pytest.mark.parametrize(("ranks", "local"), [(1, False), (2, False), (2, True)])
+def test_killed_while_training_goes_on(tmp_path, run_ranks, slices, assert_holds, ranks, local):
+    """As above, by the background writer: step 2 with what it removes, while the values in memory change already.
+
+    Each rank is a node where saves go to the nodes' own disks first, and a start brings what is whole there."""
+
+    def near(place, rank, gather):
+        return LocalParts(place / f"node-{rank}", Store(place), "run", rank, gather) if local else None
 
     def work(place):
         def train(rank, gather):
             live = slices(rank, ranks)
-            saver = Saver(Store(place), Checkpoint(keep=1), live, lambda event: None, rank, ranks, gather)
+            parts = near(place, rank, gather)
+            saver = Saver(Store(place), Checkpoint(keep=1), live, lambda event: None, rank, ranks, gather, parts)
             for step in (1, 2):
                 for slot, values in slices(rank, ranks, seed=step).items():
                     for name, value in values.items():
@@ -82,10 +89,17 @@ def test_killed_while_training_goes_on(tmp_path, run_ranks, slices, assert_holds
 
         assert run_ranks(ranks, train) == [None] * ranks
 
-    found = []
+    found, recovered = [], set()
     for _, place in deaths(tmp_path, lambda place: None, work):
         store = Store(place)
         assert all(store.verify(step) == [] for step in store.steps())
+        if local:
+
+            def recover(rank, gather, place=place):
+                return near(place, rank, gather).recover(Store(place), gather)
+
+            recovered.update(run_ranks(ranks, recover))
+            assert not list(place.glob("node-*/*"))
         reader = store.newest_verified()
         if reader:
             assert_holds(reader, reader.step)
@@ -93,7 +107,8 @@ def test_killed_while_training_goes_on(tmp_path, run_ranks, slices, assert_holds
     assert found == sorted(found)
     assert set(found) == {0, 1, 2}
     assert len(found) > 40
-    assert os.listdir(place) == ["step-00000002"]
+    assert [path.name for path in place.glob("*step-*")] == ["step-00000002"]
+    assert recovered == ({None, 1, 2} if local else set())
 
 
 def test_killed_save_in_place_of_a_damaged_one(tmp_path, save, assert_holds):

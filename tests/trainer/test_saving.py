@@ -2,6 +2,8 @@
 
 import resource
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,33 @@ def train(arguments: list[str], full_from: int, full_until: int) -> None:
     cli.main()
 
 
+def crash_after_a_save_that_shared_storage_refused(arguments: list[str]) -> None:
+    """One rank, whose checkpoints' folder takes nothing from step 4 on; it is gone at step 5."""
+    import os
+
+    from bifrost.trainer import cli, run
+    from bifrost.trainer.checkpoint import part
+
+    real_train, real_write, failing = run.train, part.write_file, []
+
+    def write_file(path, parts):
+        if failing and "tiny-mllm/checkpoints" in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        return real_write(path, parts)
+
+    def after_step(progress) -> None:
+        failing.extend([True] * (progress.step == 3))
+        if progress.step == 5:
+            while any(thread.name == "save" for thread in threading.enumerate()):
+                time.sleep(0.01)
+            os._exit(3)
+
+    part.write_file = write_file
+    run.train = lambda recipe: real_train(recipe, after_step)
+    sys.argv = ["bifrost", *arguments]
+    cli.main()
+
+
 @pytest.fixture(scope="module")
 def calm(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     folder = tmp_path_factory.mktemp("calm")
@@ -51,9 +80,29 @@ def test_training_goes_on_while_a_disk_is_full(shards: Path, tmp_path: Path, cal
     assert "rank 1 could not write the checkpoint" in failed["reason"] and "File too large" in failed["reason"]
     for event in runs.events(run, "checkpoint"):
         folder = run / f"checkpoints/step-{event['step']:08d}"
-        assert event["bytes"] == sum(file.stat().st_size for file in folder.glob("rank-*.safetensors"))
+        assert event["bytes"] == sum(file.stat().st_size for file in folder.glob("[!m]*"))  # all but the manifest
         assert 0 < event["blocked_s"] <= event["seconds"]
     assert "not saved, training goes on" in ended[0].err
+
+
+def test_own_disks_first_and_an_interval_by_cost(shards: Path, tmp_path: Path, calm: list[float]) -> None:
+    """A crash while shared storage fails; the next start goes on from what lies on the nodes' disks."""
+    near, run = tmp_path / "near", tmp_path / "tiny-mllm"
+    settings = (f"checkpoint.local={near}", "checkpoint.interval=auto", "checkpoint.every=2")
+    arguments = runs.arguments(shards, tmp_path, "steps=8", "checkpoint.mtbf_hours=1e-9", *settings)
+    ended = ranked.run(crash_after_a_save_that_shared_storage_refused, 2, arguments)
+    assert [rank.code for rank in ended] == [3, 3], ended[0].err
+    assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000002"]
+    assert len(list(near.glob("*/step-00000004.*"))) == 2
+
+    ended = ranked.bifrost(2, *arguments)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    assert "checkpoint of step 4 brought from the nodes' own disks" in ended[0].err
+    assert [start["step"] for start in runs.events(run, "start")] == [0, 4]
+    assert runs.losses(run) == calm
+    assert list(near.glob("*/*")) == []
+    saves = [event for event in runs.events(run, "checkpoint") if event["step"] > 4]
+    assert all(0 < event["local_s"] <= event["seconds"] for event in saves)
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_the_reason(shards: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> Entry:
                 size += len(view)
             os.fsync(file.fileno())
     except OSError as error:
-        error.filename = str(path)  # a full disk is reported by `write`, which does not know the name
+        error.filename = error.filename or str(path)  # a full disk is reported by `write`, which knows no name
         raise
     return Entry(size, digest.hexdigest())
 

@@ -15,6 +15,9 @@ from torch import Tensor
 from ...recipes.schema import Checkpoint
 from ..errors import Unhealthy
 from ..ranks import Gather, alone
+from .interval import best_interval, settled
+from .local import LocalParts
+from .part import Content
 from .staging import Slots, Staging
 from .store import StorageError, Store
 
@@ -34,8 +37,12 @@ class _Save:
     state: Mapping[str, Any]
     buffers: Mapping[str, Tensor]
     begun: float
+    step_s: float | None
+    """Seconds a step between the save before and this one."""
     blocked: float
     """Seconds that training waited for it: for the copy, and for a thread that was not done in time."""
+    seconds: float = 0.0
+    """Until it was on the disk."""
     waited_since: float | None = None
     """Since when training waits for the thread."""
     failure: str | None = None
@@ -48,7 +55,8 @@ class Saver:
     """Saves of one run, one at a time; every rank makes one and calls it at the same steps.
 
     The ranks' threads agree through `gather`, which nothing else may use. `slots` is what will be saved, for the
-    memory to be allocated now. `report` takes events for the metrics file, on rank 0.
+    memory to be allocated now. `report` takes events for the metrics file, on rank 0. `every` is the interval that an
+    earlier start arrived at, for `interval: auto` on `nodes` nodes.
     """
 
     def __init__(
@@ -60,12 +68,20 @@ class Saver:
         rank: int = 0,
         ranks: int = 1,
         gather: Gather = alone,
+        local: LocalParts | None = None,
+        nodes: int = 1,
+        every: int | None = None,
     ) -> None:
         self.store = store
+        self.local = local
         self.settings = settings
         self.rank = rank
         self.ranks = ranks
-        self.every = settings.every
+        self.automatic = settings.interval == "auto"
+        self.every = every if every and self.automatic else settings.every
+        self._best = self.every
+        self._mtbf_s = settings.mtbf_hours * 3600 / nodes
+        self._last: tuple[int, float] | None = None  # step of the last save, and when training went on from it
         self._staging = Staging(slots)
         self._report = report
         self._gather = gather
@@ -103,8 +119,11 @@ class Saver:
         begun = time.perf_counter()
         # The state belongs to the loop, the buffers to the model: both go on changing.
         held = {name: buffer.detach().to("cpu", copy=True).contiguous() for name, buffer in buffers.items()}
-        self._save = _Save(step, self._staging.take(slots), shapes, copy.deepcopy(state), held, begun, 0.0)
-        self._save.blocked = time.perf_counter() - begun
+        staged = self._staging.take(slots)
+        now = time.perf_counter()
+        step_s = (begun - self._last[1]) / (step - self._last[0]) if self._last and step > self._last[0] else None
+        self._save = _Save(step, staged, shapes, copy.deepcopy(state), held, begun, step_s, now - begun)
+        self._last = step, now
         self._start()
         if self._failures + 1 >= self.settings.max_failed_saves:
             self.wait()  # the last try: no further step is made in vain
@@ -114,6 +133,11 @@ class Saver:
         save = self._join()
         if save is not None and save.error is not None:
             raise save.error
+        if self._best != self.every:
+            # All ranks have waited for the same save, so they change at the same step.
+            log.info("saving every %d steps from now on, instead of every %d", self._best, self.every)
+            self._report({"event": "interval", "step": save.step if save else 0, "every": self._best})
+            self.every = self._best
         if self._failures >= self.settings.max_failed_saves:
             assert save is not None
             raise Unhealthy(f"{self._failures} saves in a row failed, the last at step {save.step}: {save.failure}")
@@ -143,12 +167,18 @@ class Saver:
         return self._save
 
     def _write(self, save: _Save) -> None:
+        content = Content(self.rank, self.ranks, save.slots, save.shapes, save.state, save.buffers)
         try:
-            size = self.store.save(
-                save.step, self.rank, self.ranks, save.slots, save.shapes, save.state, save.buffers, self._gather
-            )
+            near = None
+            if self.local and self.local.save(save.step, content, self._gather):
+                near = time.perf_counter() - save.begun
+            size = self.store.save_content(save.step, content, self._gather)
             self._failures = 0
-            self._tell(save, size)
+            self._tell(save, size, near)
+            if self.local:
+                self.local.clear()
+            if self.automatic and size:
+                self._best = self._gather(self._better(save))[0]
         except StorageError as error:
             self._failures += 1
             save.failure = str(error)
@@ -162,11 +192,11 @@ class Saver:
         else:
             self._prune()
 
-    def _tell(self, save: _Save, size: int) -> None:
+    def _tell(self, save: _Save, size: int, near: float | None) -> None:
         now = time.perf_counter()
         if save.waited_since is not None:
             save.blocked += now - save.waited_since
-        seconds = now - save.begun
+        save.seconds = seconds = now - save.begun
         rate = size / 2**30 / seconds
         self._report(
             {
@@ -176,6 +206,7 @@ class Saver:
                 "blocked_s": save.blocked,
                 "bytes": size,
                 "gib_per_s": rate,
+                **({} if near is None else {"local_s": near}),
             }
         )
         log.info(
@@ -186,6 +217,11 @@ class Saver:
             rate,
             save.blocked,
         )
+
+    def _better(self, save: _Save) -> int:
+        if save.step_s is None:
+            return self.every
+        return settled(self.every, best_interval(save.blocked, save.seconds, save.step_s, self._mtbf_s))
 
     def _prune(self) -> None:
         """Remove old checkpoints; nothing that goes wrong there ends the run."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -12,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as safetensors_bytes
 
 from ..errors import RunError
 from ..ranks import Gather, alone
-from .durable import Entry, Piece, hash_file, safetensors_parts, sync_folder, write_file
-from .layout import local_range
+from .durable import sync_folder
 from .manifest import Manifest, read_manifest
-from .reader import BUFFERS, STATE, CheckpointReader, rank_file
+from .part import Content, Part, file_problem
+from .reader import CheckpointReader
+from .staging import Slots
 
 log = logging.getLogger(__name__)
 
@@ -55,44 +54,50 @@ class Store:
         step: int,
         rank: int,
         ranks: int,
-        slots: Mapping[str, Mapping[str, torch.Tensor]],
+        slots: Slots,
         shapes: Mapping[str, tuple[int, ...]],
         state: Mapping[str, Any],
         buffers: Mapping[str, torch.Tensor],
         gather: Gather = alone,
     ) -> int:
+        """`save_content` of what these make up, see `Content`."""
+        return self.save_content(step, Content(rank, ranks, slots, shapes, state, buffers), gather)
+
+    def save_content(self, step: int, content: Content, gather: Gather = alone) -> int:
         """Write the checkpoint of `step`; every rank calls it and all leave together. Returns its bytes.
 
-        `slots[slot][name]` is this rank's slice of that parameter: 1-D fp32, without padding, possibly empty.
-        `shapes` are the whole parameters' shapes. `state` (JSON) and `buffers` are taken from rank 0.
         A checkpoint of that step that verifies is kept as it is, 0 bytes; one that does not is replaced.
         Raises the same RunError on all ranks when one of them could not write, a StorageError when the cause is the
         disk's; nothing of the save stays.
         """
-        present = _agreed(lambda: self._prepare(step) if rank == 0 else None, "prepare", rank, gather)[0]
-        if present and not self._problems(step, rank, ranks, gather):
+        rank = content.rank
+        present = agreed(lambda: self._prepare(step) if rank == 0 else None, "prepare", rank, gather)[0]
+        if present and not self._problems(step, rank, content.ranks, gather):
             return 0
+        return self._collect(step, content.write, rank, gather)
+
+    def assemble(self, step: int, write: Callable[[Path], Part], rank: int, gather: Gather) -> int:
+        """Like `save`, of files that `write(folder)` puts there: the parts of all ranks make up the checkpoint."""
+        agreed(lambda: self._prepare(step) if rank == 0 else None, "prepare", rank, gather)
+        return self._collect(step, write, rank, gather)
+
+    def _collect(self, step: int, write: Callable[[Path], Part], rank: int, gather: Gather) -> int:
         partial = self.root / f".{self.folder(step).name}.partial"
         try:
-            written = _agreed(lambda: _write_slices(partial, rank, ranks, slots, shapes), "write", rank, gather)
+            parts = agreed(lambda: write(partial), "write", rank, gather)
+            files = {name: entry for part in parts for name, entry in part.files.items()}
 
             def commit() -> None:
-                files = dict(written)
-                files[STATE] = write_file(partial / STATE, [json.dumps(state, indent=1).encode()])
-                if buffers:
-                    files[BUFFERS] = write_file(partial / BUFFERS, [safetensors_bytes(_on_cpu(buffers))])
-                manifest = Manifest(
-                    step=step, ranks=ranks, time=time.time(), slots=list(slots), shapes=dict(shapes), files=files
-                )
-                self._commit(partial, manifest)
+                about = next(part.about for part in parts if part.about)
+                self._commit(partial, Manifest(step=step, time=time.time(), files=files, **about._asdict()))
 
-            _agreed(lambda: commit() if rank == 0 else None, "commit", rank, gather)
+            agreed(lambda: commit() if rank == 0 else None, "commit", rank, gather)
         except RunError:
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         self._sound.add(step)
-        return sum(entry.size for _, entry in written)
+        return sum(entry.size for entry in files.values())
 
     def verify(self, step: int, share: tuple[int, int] = (0, 1)) -> list[str]:
         """What is wrong with the checkpoint of `step`, each naming a file; empty when it is whole.
@@ -106,7 +111,7 @@ class Store:
             return [str(error)]
         problems = [f"{folder.name}/manifest.json: is of step {manifest.step}"] if manifest.step != step else []
         for name, entry in sorted(manifest.files.items())[share[0] :: share[1]]:
-            problem = _file_problem(folder / name, entry, content=True)
+            problem = file_problem(folder / name, entry, content=True)
             if problem:
                 problems.append(f"{folder.name}/{name}: {problem}")
         if share[1] == 1 and not problems:
@@ -121,7 +126,7 @@ class Store:
         Each refused one is logged with the file's name. With `gather` every rank calls it, the hashing is divided
         among them, and all get the same one.
         """
-        steps = _agreed(lambda: self.steps() if rank == 0 else None, "look for", rank, gather)[0]
+        steps = agreed(lambda: self.steps() if rank == 0 else None, "look for", rank, gather)[0]
         for step in reversed(steps):
             if step in skip:
                 continue
@@ -171,7 +176,7 @@ class Store:
 
     def _commit(self, partial: Path, manifest: Manifest) -> None:
         for name, entry in manifest.files.items():
-            problem = _file_problem(partial / name, entry, content=False)
+            problem = file_problem(partial / name, entry, content=False)
             if problem:
                 raise RunError(f"{name} as rank 0 sees it: {problem}; is {self.root} on a disk that all nodes share?")
         manifest.write(partial)
@@ -197,52 +202,7 @@ class Store:
         return list(dict.fromkeys(problem for share in shares for problem in share))
 
 
-def _write_slices(
-    folder: Path,
-    rank: int,
-    ranks: int,
-    slots: Mapping[str, Mapping[str, torch.Tensor]],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> tuple[str, Entry]:
-    pieces = []
-    for slot, slices in slots.items():
-        if slices.keys() != shapes.keys():
-            odd = sorted(slices.keys() ^ shapes.keys())
-            raise RunError(f"slot {slot} and the shapes do not name the same parameters: {', '.join(odd[:5])}")
-        for name, tensor in slices.items():
-            lo, hi = local_range(torch.Size(shapes[name]).numel(), rank, ranks)
-            if tensor.numel() != hi - lo:
-                raise RunError(f"{slot}/{name} has {tensor.numel()} elements, its slice has {hi - lo}")
-            if tensor.dtype != torch.float32 or tensor.dim() != 1:
-                raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not a flat fp32 slice")
-            pieces.append(Piece(f"{slot}/{name}", tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor))
-    folder.mkdir(exist_ok=True)
-    name = rank_file(rank)
-    return name, write_file(folder / name, safetensors_parts(pieces))
-
-
-def _file_problem(path: Path, entry: Entry, content: bool) -> str | None:
-    """What is wrong with a file, or None; its bytes are read only when its size is right and `content` is set."""
-    try:
-        size = path.stat().st_size
-        if size < entry.size:
-            return f"truncated, {size} of {entry.size} bytes"
-        if size > entry.size:
-            return f"too long, {size} bytes where the manifest says {entry.size}"
-        if content and hash_file(path) != entry:
-            return "damaged, its content does not match the manifest's sha256"
-    except FileNotFoundError:
-        return "missing"
-    except OSError as error:
-        return f"unreadable, {error.strerror}"
-    return None
-
-
-def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _agreed(action: Callable[[], Any], verb: str, rank: int, gather: Gather) -> list[Any]:
+def agreed(action: Callable[[], Any], verb: str, rank: int, gather: Gather) -> list[Any]:
     """Run `action` on every rank and return all results; what one rank raises becomes the same RunError on all, a
     StorageError when no rank met anything but the disk's refusal."""
     result = failure = cause = None

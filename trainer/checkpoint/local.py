@@ -1,0 +1,163 @@
+"""Node-local parts of a save: on a disk before shared storage has them all, and brought there after a crash.
+
+Every rank writes its own part, a folder with its files and a manifest of them, into `DIR/RUN-ID/`, where ID is the run
+folder's own. When the shared store has the checkpoint the parts are removed; so what a start finds here is what a crash
+or a failing storage left.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import RunError
+from ..ranks import Gather
+from .durable import sync_folder, write_file
+from .manifest import Manifest, read_manifest
+from .part import About, Content, Part
+from .store import StorageError, Store, agreed
+
+log = logging.getLogger(__name__)
+
+ID = "local-id"
+_NAME = re.compile(r"step-(\d{8,})\.([0-9a-f]+)-[0-9a-f]+\.rank-(\d{5,})-of-(\d{5,})")
+_BLOCK = 1 << 24
+
+
+class LocalParts:
+    """The parts on this rank's node; every rank makes one at the same time, which reads or writes the run's id."""
+
+    def __init__(self, folder: str | Path, store: Store, name: str, rank: int, gather: Gather) -> None:
+        self.rank = rank
+        run_id = agreed(lambda: _run_id(store) if rank == 0 else None, "prepare", rank, gather)[0]
+        self.root = Path(folder).expanduser() / f"{name}-{run_id}"
+
+    def save(self, step: int, content: Content, gather: Gather) -> bool:
+        """Write this rank's part; whether every rank's is on its disk, else none is kept. Older ones are removed."""
+        # Parts of different saves never mix, even of the same step: rank 0 names the save.
+        attempt = gather(f"{int(time.time()):x}-{uuid.uuid4().hex[:8]}")[0]
+        name = f"step-{step:08d}.{attempt}.rank-{content.rank:05d}-of-{content.ranks:05d}"
+        failure = None
+        try:
+            self._write(name, step, content)
+        except OSError as error:
+            failure = f"rank {self.rank}: {error.filename}: {error.strerror}"
+        except Exception as error:  # the others wait for this rank; the shared store meets it again and raises it
+            failure = f"rank {self.rank}: {error}"
+        failures = [text for text in gather(failure) if text]
+        self._remove(keep=name if not failures else None, among=name if failures else None)
+        if failures:
+            log.warning("no local copy of step %d, shared storage alone gets it: %s", step, failures[0])
+        return not failures
+
+    def clear(self) -> None:
+        """Remove this rank's parts: the shared store has the checkpoint."""
+        self._remove()
+
+    def recover(self, store: Store, gather: Gather) -> int | None:
+        """Bring the newest whole set of parts, newer than the store's newest checkpoint, into `store`.
+
+        Every rank of the run calls it, on any number of nodes; a set is whole when each part lies on one of them.
+        Returns its step. The nodes' parts are then removed. Raises StorageError, and removes nothing, where the shared
+        storage does not take them.
+        """
+        held = gather([path.name for path in self.root.glob("step-*")] if self.root.is_dir() else [])
+        step, since = gather(_newest(store))[0]
+        brought = None
+        for (found, made, _), parts in sorted(_sets(held).items(), reverse=True):
+            if found <= step or made < int(since):
+                continue
+            here, of = len(parts), int(next(iter(parts.values()))[0].rpartition("-")[2])
+            if here < of:
+                if self.rank == 0:
+                    log.warning("the nodes hold %d of the %d local parts of step %d: passed over", here, of, found)
+                continue
+            mine = [name for part, (name, seers) in parts.items() if seers[part % len(seers)] == self.rank]
+            try:
+                store.assemble(found, lambda partial, mine=mine: self._copy(mine, partial), self.rank, gather)
+            except StorageError:
+                raise
+            except RunError as error:
+                if self.rank == 0:
+                    log.error("the local parts of step %d are not used: %s", found, error)
+                continue
+            if self.rank == 0:
+                log.warning("checkpoint of step %d brought from the nodes' own disks, where its save had ended", found)
+            brought = found
+            break
+        gather(None)  # no rank removes what another still reads
+        shutil.rmtree(self.root, ignore_errors=True)
+        return brought
+
+    def _write(self, name: str, step: int, content: Content) -> None:
+        partial = self.root / f".{name}"
+        partial.mkdir(parents=True, exist_ok=True)
+        files = content.write(partial).files
+        about = content.about()
+        Manifest(step=step, time=time.time(), files=files, **about._asdict()).write(partial)
+        sync_folder(partial)
+        partial.rename(self.root / name)
+        sync_folder(self.root)
+
+    def _copy(self, names: list[str], partial: Path) -> Part:
+        files, about = {}, None
+        for name in names:
+            manifest = read_manifest(self.root / name)
+            partial.mkdir(exist_ok=True)
+            for file, entry in manifest.files.items():
+                if write_file(partial / file, _blocks(self.root / name / file)) != entry:
+                    raise RunError(f"{name}/{file}: damaged, its content does not match its manifest")
+                files[file] = entry
+            about = About(manifest.ranks, manifest.slots, manifest.shapes)
+        return Part(files, about)
+
+    def _remove(self, keep: str | None = None, among: str | None = None) -> None:
+        suffix = f".rank-{self.rank:05d}-of-"
+        for path in self.root.glob(f"*{suffix}*"):
+            if path.name != keep and (among is None or path.name.lstrip(".") == among):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _run_id(store: Store) -> str:
+    """The id of this run folder, so that a folder moved away takes its local parts' meaning with it."""
+    path = store.root / ID
+    if not path.exists():
+        store.root.mkdir(parents=True, exist_ok=True)
+        write_file(path, [uuid.uuid4().hex[:12].encode()])
+    return path.read_text()
+
+
+def _newest(store: Store) -> tuple[int, float]:
+    """Step and time of the newest checkpoint in the store."""
+    for step in reversed(store.steps()):
+        try:
+            return step, read_manifest(store.folder(step)).time
+        except RunError:
+            continue
+    return -1, 0.0
+
+
+def _sets(held: list[list[str]]) -> dict[tuple[int, int, str], dict[int, tuple[str, list[int]]]]:
+    """(step, time, save) -> part -> its folder's name and the ranks that see it."""
+    sets: dict[tuple[int, int, str], dict[int, tuple[str, list[int]]]] = {}
+    for rank, names in enumerate(held):
+        for name in names:
+            match = _NAME.fullmatch(name)
+            if match:
+                parts = sets.setdefault((int(match[1]), int(match[2], 16), name.partition(".rank")[0]), {})
+                parts.setdefault(int(match[3]), (name, []))[1].append(rank)
+    return sets
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK):
+                yield block
+    except OSError as error:  # not the shared storage's
+        raise RunError(f"{path.parent.name}/{path.name}: unreadable, {error.strerror}") from error
