@@ -185,6 +185,18 @@ class Health(Section):
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
 
 
+class Watchdog(Section):
+    """Bounds on the time from one step's end to the next. A run that exceeds one is ended with all ranks' stacks and
+    exit code 76."""
+
+    step_s: float | None = Field(default=None, gt=0)
+    """Seconds for an ordinary step; null takes 20 usual ones and at least 100 s, once five steps have been timed."""
+    start_s: float = Field(default=1500.0, gt=0)
+    """Seconds for the start, up to the end of its first step."""
+    save_s: float = Field(default=1500.0, gt=0)
+    """Seconds for a step with work beside it: a save, pictures, a roll-back."""
+
+
 class Tracking(Section):
     enabled: bool = True
     """Mirror metrics.jsonl to MLflow from a process of its own."""
@@ -231,6 +243,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     samples: Samples = Samples()
     health: Health = Health()
+    watchdog: Watchdog = Watchdog()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")

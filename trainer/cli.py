@@ -18,12 +18,14 @@ from ..data.cli import app as data_app
 from ..recipes import Recipe, RecipeError, load_recipe, to_yaml
 from ..slurm import SlurmError
 from ..slurm.cli import slurm_app
+from ..slurm.codes import FAILED, LOCKED, USAGE
 from ..slurm.record import record_outcome
 from .checkpoint.cli import app as checkpoint_app
-from .errors import RunError, Unhealthy
+from .errors import Locked, RunError, Unhealthy
 from .evaluate_cli import evaluate
 from .generate_cli import generate
 from .launch import adopt_rank, run_ranks
+from .monitors.goodput_cli import goodput
 from .monitors.stop import hold_signals
 from .monitors.track_cli import app as track_app
 from .plan_cli import plan
@@ -40,6 +42,7 @@ app.add_typer(slurm_app, name="slurm")
 app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(plan)
+app.command()(goodput)
 
 kernels_app = typer.Typer(no_args_is_help=True)
 app.add_typer(kernels_app, name="kernels", help="Triton kernels: compile, check, time.")
@@ -196,9 +199,9 @@ def main() -> None:
     try:
         app()
     except (RecipeError, DataError, RunError, SlurmError) as error:
-        _fail(error, 2)
+        _fail(error, LOCKED if isinstance(error, Locked) else USAGE)
     except Unhealthy as error:
-        _fail(error, 1)
+        _fail(error, FAILED)
 
 
 def _fail(error: Exception, code: int) -> NoReturn:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.profiler import record_function
 
 from ..data import BadSamples, Batch
 from ..recipes import Recipe
@@ -19,7 +18,9 @@ from .monitors.console import Console
 from .monitors.health import Health
 from .monitors.meter import Meter
 from .monitors.metrics import MetricsFile
+from .monitors.sections import Sections
 from .monitors.stop import StopSignals
+from .monitors.stragglers import Stragglers
 from .ranks import Ranks
 from .schedule import learning_rate
 from .sequence import SequenceDigest
@@ -58,6 +59,8 @@ class Parts:
     metrics: MetricsFile
     console: Console
     stop: StopSignals
+    sections: Sections
+    stragglers: Stragglers
     after_step: Callable[[Progress], None]
     """Called at the end of every step, on every rank."""
 
@@ -67,7 +70,7 @@ def run(parts: Parts, progress: Progress) -> bool:
 
     Raises Unhealthy after too many skipped steps, DataError for unreadable data.
     """
-    recipe, ranks, engine = parts.recipe, parts.ranks, parts.engine
+    recipe, ranks, engine, section = parts.recipe, parts.ranks, parts.engine, parts.sections
     accumulation = recipe.accumulation(ranks.size)
     health = Health(recipe.health.max_bad_steps, progress.skipped_steps, progress.bad_in_a_row)
     bad_samples = BadSamples(recipe.data.max_bad_share)
@@ -81,7 +84,7 @@ def run(parts: Parts, progress: Progress) -> bool:
         keys: list[str] = []
         replaced: list[tuple[str, str]] = []
         for row in range(accumulation):
-            with meter.waiting_for_data(), section("data"):
+            with section("data"):
                 batch = next(parts.batches)
             keys += batch.keys
             replaced += batch.replaced
@@ -106,6 +109,7 @@ def run(parts: Parts, progress: Progress) -> bool:
                 parts.ema.update(engine.masters())
 
         progress.step += 1
+        section.step_done(progress.step)
         progress.samples += recipe.global_batch
         progress.digest = sequence.advance(low, high)
         if not result.applied:
@@ -120,6 +124,7 @@ def run(parts: Parts, progress: Progress) -> bool:
 
         last = progress.step == recipe.steps
         if last or progress.step % recipe.log_every == 0:
+            times = section.take()
             record = {
                 "step": progress.step,
                 "samples": progress.samples,
@@ -127,27 +132,22 @@ def run(parts: Parts, progress: Progress) -> bool:
                 **{name: _finite(value) for name, value in parts.stage.report(totals).items()},
                 "grad_norm": _finite(result.grad_norm),
                 "lr": lr,
-                **meter.rates(),
+                **meter.rates(times),
+                **parts.stragglers.look(progress.step, times),
                 "skipped_steps": progress.skipped_steps,
                 "digest": progress.digest,
             }
             parts.metrics.write(record)
             parts.console.metrics(record)
         if last or stops or parts.saver.due(progress.step):
-            with meter.outside():
+            with section("save"):
                 parts.save(progress)
                 if last or stops:
                     parts.saver.finish()
-        with meter.outside():
-            parts.after_step(progress)
+        parts.after_step(progress)
         if stops:
             return last
     return True
-
-
-def section(name: str) -> record_function:
-    """A part of the step, under its name in a profiler's trace."""
-    return record_function(f"bifrost.{name}")
 
 
 def _on_device(batch: Batch, ranks: Ranks) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from torch._C._distributed_c10d import HashStore
 Gather = Callable[[object], list[Any]]
 """All-gather of a Python object: every rank passes one and gets those of all ranks, in rank order."""
 
+APART = "apart"
+"""Description of the process groups of `Ranks.apart`."""
+
 _ALONE = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
@@ -58,7 +61,7 @@ class Ranks:
         """
         if self.size == 1:
             return alone
-        group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=1), group_desc=APART)
 
         def gather(value: object) -> list:
             values: list = [None] * self.size
@@ -66,6 +69,14 @@ class Ranks:
             return values
 
         return gather
+
+    def rows(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's `values`, as many on each, in order of rank: exact, by one sum over the ranks."""
+        width = len(values)
+        slots = [0.0] * (width * self.size)
+        slots[self.rank * width : (self.rank + 1) * width] = values
+        total = self.total(slots)
+        return [total[start : start + width] for start in range(0, len(total), width)]
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -76,8 +87,10 @@ def join(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
     """Join the process group that RANK, WORLD_SIZE and LOCAL_RANK of the environment describe; alone without them.
 
     BIFROST_RENDEZVOUS names a file for ranks of one machine (no port to be taken); otherwise MASTER_ADDR and
-    MASTER_PORT are used.
+    MASTER_PORT are used. `timeout` is that of each collective, this first meeting included.
     """
+    # The last collectives are remembered, for whoever asks why a run hangs (monitors/stacks.py).
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     # DeepSpeed reads these too.
     rank, size, local = (int(os.environ.setdefault(*d)) for d in _ALONE)
     device = torch.device("cpu")

@@ -12,10 +12,12 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 
 from ..data import DataError, Loader, worker_death
@@ -32,12 +34,17 @@ from .engine import Engine, deepspeed_config, partitioned
 from .errors import RunError
 from .inputs import Inputs, check_continuation, open_inputs
 from .kernel_choice import FILE as KERNELS_FILE
+from .lock import BEAT_S, RunLock
 from .loop import Parts, Progress
 from .models.weights import fill, full_shape
 from .monitors.console import Console, log_to_file
-from .monitors.metrics import MetricsFile
+from .monitors.goodput import AccountedMetrics
+from .monitors.heartbeat import Heartbeat
+from .monitors.sections import Sections
 from .monitors.stop import StopSignals
+from .monitors.stragglers import Stragglers
 from .monitors.tracking import start_mirror
+from .monitors.watchdog import Watchdog
 from .rank_table import check_ranks
 from .ranks import Ranks, join
 from .samples import sampler
@@ -58,14 +65,38 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
     RunError and DataError are the user's to mend and are raised on every rank alike; nothing of an earlier run is
     written over before all checks have passed.
     """
-    started = time.time()
     stop = StopSignals()
-    ranks = join()
-    hosts = check_ranks(ranks)
-    if ranks.first and (len(hosts) > 1 or "SLURM_STEP_ID" in os.environ):
-        print("\n".join(hosts), flush=True)
+    sections = Sections()
+    with Watchdog(recipe.watchdog, sections) as watchdog:
+        # The collectives' own time limit comes after the watchdog's: it says more.
+        ranks = join(timedelta(seconds=max(recipe.watchdog.start_s, recipe.watchdog.save_s) + 300))
+        table = check_ranks(ranks)
+        if ranks.first and (len(table) > 1 or "SLURM_STEP_ID" in os.environ):
+            print("\n".join(table), flush=True)
+        inputs = _agreed(ranks, lambda: open_inputs(recipe, ranks.size))
+        with RunLock(Path(recipe.runs_dir) / recipe.name) as lock, Heartbeat(BEAT_S) as heartbeat:
+            before = _agreed(ranks, lambda: lock.acquire() if ranks.first else None)
+            if ranks.first:
+                heartbeat.actions.append(lambda: lock.beat(sections.step))
+            return _train(inputs, ranks, Watch(stop, sections, watchdog, heartbeat, before), after_step)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What looks after a start from its first line on. before: the owner of a lock that its process died with."""
+
+    stop: StopSignals
+    sections: Sections
+    watchdog: Watchdog
+    heartbeat: Heartbeat
+    before: dict[str, Any] | None
+
+
+def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Progress], None]) -> int:
+    """`train`, once the ranks have met, found their inputs and own the run."""
+    recipe, section = inputs.recipe, watch.sections
     folder = Path(recipe.runs_dir) / recipe.name
-    inputs = _agreed(ranks, lambda: open_inputs(recipe, ranks.size))
+    hosts = watch.watchdog.meet(ranks, folder)
     store = Store(folder / "checkpoints")
     frozen_hash = _frozen_hash(inputs.stage, ranks)
     local = None
@@ -83,23 +114,29 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
         restore(engine, ema, reader, reader.state["updates"])
 
     # Every rank passes the same records; those of rank 0 are the run's.
-    metrics = MetricsFile(folder / "metrics.jsonl" if ranks.first else os.devnull)
+    metrics = AccountedMetrics(folder / "metrics.jsonl" if ranks.first else os.devnull)
+    begun = psutil.Process().create_time()
+    section.step = progress.step
 
-    def open_folder() -> None:
+    def open_folder() -> dict[str, float]:
         try:
             if ranks.first:
                 _describe(folder, recipe, ranks, measured)
-                metrics.rewind(progress.step)
             log_to_file(folder / "logs", ranks.rank)
+            return metrics.go_on(progress.step, begun, watch.before)
         except OSError as error:  # a full disk is reported without a name
             remedy = "free disk space or mend the folder's permissions"
             raise RunError(f"{error.filename or folder}: {error.strerror}; {remedy}") from error
 
-    _agreed(ranks, open_folder)
+    past = _agreed(ranks, open_folder)
     for operation, choice in measured.items():
         log.info("%s by %s: %s", operation, choice["provider"], choice["reason"])
     console = Console(recipe.steps, progress.step, shown=ranks.first)
-    metrics.write({"event": "start", "step": progress.step, "ranks": ranks.size, "startup_s": time.time() - started})
+    startup = time.time() - begun
+    metrics.write({"event": "start", "step": progress.step, "ranks": ranks.size, "startup_s": startup, **past})
+    if ranks.first:
+        metrics.store()
+        watch.heartbeat.actions.append(metrics.store)
     console.say(_greeting(engine, folder, progress, recipe, ranks))
     mirror = start_mirror(folder) if ranks.first and recipe.tracking.enabled else None
 
@@ -127,7 +164,7 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
         }
         saver.save(progress.step, *capture(engine, ema), state, model.statistics())
 
-    draw_samples = _agreed(ranks, lambda: sampler(inputs.stage, engine, inputs.dataset, ranks, folder))
+    draw_samples = _agreed(ranks, lambda: sampler(inputs.stage, engine, inputs.dataset, ranks, folder, section))
 
     def at_the_end_of_a_step(progress: Progress) -> None:
         draw_samples(progress)
@@ -147,7 +184,9 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
         saver=saver,
         metrics=metrics,
         console=console,
-        stop=stop,
+        stop=watch.stop,
+        sections=section,
+        stragglers=Stragglers(ranks, hosts, metrics.write),
         after_step=at_the_end_of_a_step,
     )
     outcome = "failed"
@@ -162,12 +201,15 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
         loader.close()
         console.close()
         metrics.write({"event": "end", "step": progress.step, "outcome": outcome})
+        if ranks.first:
+            metrics.store()
         if mirror is not None:
             mirror.finish(timeout_s=60 if outcome == "finished" else 5)
+    stopper = watch.stop.received
     console.say(
         f"done: {progress.step} steps, {progress.samples} samples, run folder {folder}"
         if finished
-        else f"stopped by {stop.received.name if stop.received else 'another rank'} at step {progress.step}, saved;"
+        else f"stopped by {stopper.name if stopper else 'another rank'} at step {progress.step}, saved;"
         " start it again and it goes on"
     )
     # srun ends the other ranks as soon as one has left with a code that is not 0: nobody leaves before all are ready.
@@ -183,9 +225,9 @@ def _agreed(ranks: Ranks, action: Callable[[], T]) -> T:
         result = action()
     except (RunError, DataError) as error:
         failure = error
-    failures = [text for text in ranks.gather(str(failure) if failure else None) if text]
+    failures = [error for error in ranks.gather(failure) if error]
     if failures:
-        raise RunError(failures[0]) from failure
+        raise failures[0]
     return result
 
 

@@ -26,6 +26,7 @@ from .generate import Generator, Settings, load_painter
 from .loop import Progress
 from .models.flux import FluxTokenizers
 from .models.prompt import PromptTemplate
+from .monitors.sections import Sections
 from .ranks import Ranks
 from .sheet import sheet
 from .stages import Stage
@@ -35,7 +36,9 @@ from .stages.patch_latents import PatchLatentStage
 Rows = dict[str, list[Image.Image]]
 
 
-def sampler(stage: Stage, engine: Engine, dataset: Dataset, ranks: Ranks, folder: Path) -> Callable[[Progress], None]:
+def sampler(
+    stage: Stage, engine: Engine, dataset: Dataset, ranks: Ranks, folder: Path, section: Sections
+) -> Callable[[Progress], None]:
     """What makes `samples/step-NNNNNNNN.png` in the run folder at the recipe's steps, and nothing at others."""
     recipe: Recipe = stage.recipe
     every = recipe.samples.every
@@ -47,14 +50,16 @@ def sampler(stage: Stage, engine: Engine, dataset: Dataset, ranks: Ranks, folder
         captions, draw = _pictures(cast(PatchLatentStage, stage), engine, dataset, ranks)
 
     def after_step(progress: Progress) -> None:
-        if progress.step % every:
-            return
-        rows = engine.undisturbed(draw)
+        if progress.step % every == 0:
+            with section("samples"):
+                write(engine.undisturbed(draw), progress.step)
+
+    def write(rows: Rows, step: int) -> None:
         if ranks.first:
             picture = BytesIO()
             sheet(rows, captions).save(picture, "png")
             (folder / "samples").mkdir(exist_ok=True)
-            write_file(folder / "samples" / f"step-{progress.step:08d}.png", [picture.getvalue()])
+            write_file(folder / "samples" / f"step-{step:08d}.png", [picture.getvalue()])
 
     return after_step
 

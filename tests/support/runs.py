@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 SMALL = (
     "precision=fp32",
@@ -40,3 +46,21 @@ def lines(run: Path) -> list[dict]:
 
 def losses(run: Path) -> list[float]:
     return [line["loss"] for line in steps(run)]
+
+
+@contextmanager
+def launched(arguments: list[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """`bifrost` as a process of its own; neither it nor its ranks outlive the block, whatever fails in it."""
+    with subprocess.Popen([sys.executable, "-m", "bifrost.trainer", *arguments], **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for_steps(run: Path, count: int, timeout: float = 300) -> None:
+    """Until the run has logged `count` steps."""
+    deadline = time.monotonic() + timeout
+    while not (run / "metrics.jsonl").exists() or len(steps(run)) < count:
+        assert time.monotonic() < deadline, "the run does not get going"
+        time.sleep(0.05)

@@ -11,6 +11,7 @@ from bifrost.trainer.ema import Ema
 from bifrost.trainer.errors import Unhealthy
 from bifrost.trainer.monitors.health import Health
 from bifrost.trainer.monitors.meter import Meter
+from bifrost.trainer.monitors.sections import Sections
 from bifrost.trainer.schedule import learning_rate
 from bifrost.trainer.sequence import SequenceDigest
 
@@ -55,13 +56,14 @@ def test_digest_knows_samples_and_history_but_no_ranks() -> None:
 
 
 def test_rates_leave_out_what_is_not_the_steps() -> None:
-    meter = Meter(torch.device("cpu"))
-    with meter.outside():
+    meter, section = Meter(torch.device("cpu")), Sections()
+    with section("save"):
         time.sleep(0.2)
-    with meter.waiting_for_data():
+    with section("data"):
         time.sleep(0.05)
     meter.count(10, 100)
-    rates = meter.rates()
+    section.step_done(1)
+    rates = meter.rates(section.take())
     assert rates["data_wait_s"] == pytest.approx(0.05, abs=0.02)
     assert rates["step_s"] < 0.15
     assert rates["tokens_per_s"] == pytest.approx(10 * rates["samples_per_s"])

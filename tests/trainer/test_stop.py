@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,13 +15,6 @@ from bifrost.slurm.codes import STOPPED
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 
 
-def wait_for_steps(run: Path, count: int, timeout: float = 120) -> None:
-    deadline = time.monotonic() + timeout
-    while not (run / "metrics.jsonl").exists() or len(runs.steps(run)) < count:
-        assert time.monotonic() < deadline, "the run does not get going"
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
 def test_a_signal_to_one_rank_stops_all_at_one_step(shards: Path, tmp_path: Path, number: int, rank: int) -> None:
     arguments = runs.arguments(shards, tmp_path, "steps=400", "data.workers=1")
@@ -30,7 +22,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(shards: Path, tmp_path: Path
     folder = tmp_path / "meeting"
     folder.mkdir()
     processes = ranked.start(ranked.command, 2, arguments, folder=folder)
-    wait_for_steps(run, 2)
+    runs.wait_for_steps(run, 2)
     os.kill(processes[rank].pid, number)
     ended = ranked.finish(processes, folder)
     assert [rank.code for rank in ended] == [STOPPED] * 2, ended[0].err
@@ -42,35 +34,73 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(shards: Path, tmp_path: Path
 def test_the_launcher_passes_signals_on_and_leaves_nothing_behind(shards: Path, tmp_path: Path) -> None:
     """Signals that reach every process, loader workers too, as Slurm sends them: still a checkpoint."""
     arguments = runs.arguments(shards, tmp_path, "steps=400", "data.workers=1", "--ranks", "2")
-    command = [sys.executable, "-m", "bifrost.trainer", *arguments]
-    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    with runs.launched(arguments, stdout=pipe, stderr=pipe, text=True) as launcher:
+        run = tmp_path / "tiny-mllm"
+        runs.wait_for_steps(run, 2)
+        family = descendants(launcher.pid)
+        assert len(family) >= 4, "two ranks and their workers"
+        for pid in [launcher.pid, *family]:
+            os.kill(pid, signal.SIGTERM)
+        out, err = launcher.communicate(timeout=300)
+        assert launcher.returncode == STOPPED, err
+        assert "stopped by SIGTERM" in out
+        last = runs.steps(run)[-1]["step"]
+        assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+        assert not any(Path(f"/proc/{pid}").exists() for pid in family)
+
+
+def test_ranks_get_different_signals_with_their_workers(shards: Path, tmp_path: Path) -> None:
+    """As `scancel --signal` on one node and a preemption on another: each rank's whole process group is signalled."""
+    arguments = runs.arguments(shards, tmp_path, "steps=400", "data.workers=2", "--ranks", "2")
+    with runs.launched(arguments, stdout=subprocess.DEVNULL) as launcher:
+        run = tmp_path / "tiny-mllm"
+        runs.wait_for_steps(run, 2)
+        first, second = children(launcher.pid)
+        family = descendants(launcher.pid)
+        assert len(children(second)) >= 2, "its workers"
+        os.killpg(second, signal.SIGUSR1)
+        time.sleep(0.3)
+        os.killpg(first, signal.SIGTERM)
+        assert launcher.wait(timeout=300) == STOPPED
+        last = runs.steps(run)[-1]["step"]
+        assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+        assert not any(Path(f"/proc/{pid}").exists() for pid in family)
+
+
+def test_a_signal_while_a_run_starts(shards: Path, tmp_path: Path) -> None:
+    """It is not lost: one step, one checkpoint."""
+    arguments = runs.arguments(shards, tmp_path, "steps=400")
     run = tmp_path / "tiny-mllm"
-    wait_for_steps(run, 2)
-    family = descendants(launcher.pid)
-    assert len(family) >= 4, "two ranks and their workers"
-    for pid in [launcher.pid, *family]:
-        os.kill(pid, signal.SIGTERM)
-    out, err = launcher.communicate(timeout=120)
-    assert launcher.returncode == STOPPED, err
-    assert "stopped by SIGTERM" in out
-    last = runs.steps(run)[-1]["step"]
-    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{last:08d}"]
-    assert not any(Path(f"/proc/{pid}").exists() for pid in family)
+    folder = tmp_path / "meeting"
+    folder.mkdir()
+    processes = ranked.start(ranked.command, 2, arguments, folder=folder)
+    deadline = time.monotonic() + 300
+    while not (run / "lock.json").exists():
+        assert time.monotonic() < deadline and all(process.is_alive() for process in processes)
+        time.sleep(0.01)
+    os.kill(processes[1].pid or 0, signal.SIGUSR1)
+    ended = ranked.finish(processes, folder)
+    assert [rank.code for rank in ended] == [STOPPED] * 2, ended[0].err
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 def test_a_killed_launcher_takes_its_ranks_along(shards: Path, tmp_path: Path) -> None:
     arguments = runs.arguments(shards, tmp_path, "steps=400", "data.workers=1", "--ranks", "2")
-    launcher = subprocess.Popen([sys.executable, "-m", "bifrost.trainer", *arguments], stdout=subprocess.DEVNULL)
-    wait_for_steps(tmp_path / "tiny-mllm", 1)
-    family = descendants(launcher.pid)
-    launcher.kill()
-    launcher.wait()
-    deadline = time.monotonic() + 10
-    while alive := [pid for pid in family if Path(f"/proc/{pid}").exists()]:
-        assert time.monotonic() < deadline, f"still running: {alive}"
-        time.sleep(0.05)
+    with runs.launched(arguments, stdout=subprocess.DEVNULL) as launcher:
+        runs.wait_for_steps(tmp_path / "tiny-mllm", 1)
+        family = descendants(launcher.pid)
+        launcher.kill()
+        launcher.wait()
+        deadline = time.monotonic() + 10
+        while alive := [pid for pid in family if Path(f"/proc/{pid}").exists()]:
+            assert time.monotonic() < deadline, f"still running: {alive}"
+            time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
 
 
 def descendants(pid: int) -> list[int]:
-    children = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
-    return [*children, *(deeper for child in children for deeper in descendants(child))]
+    return [*children(pid), *(deeper for child in children(pid) for deeper in descendants(child))]

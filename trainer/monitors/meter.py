@@ -5,14 +5,14 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
+from .sections import STEP, Times
+
 
 class Meter:
-    """Counts from one `rates` to the next. Saving is timed apart, so that it does not dilute the rates."""
+    """Counts from one `rates` to the next. Work beside the steps, such as saves, does not dilute the rates."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -20,22 +20,8 @@ class Meter:
 
     def _start(self) -> None:
         self._begun = time.perf_counter()
-        self._waited = self._outside = 0.0
         self._steps = self._samples = 0
         self._tokens = 0.0
-
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - begun
-
-    @contextmanager
-    def outside(self) -> Iterator[None]:
-        """Around work that is not the step's."""
-        begun = time.perf_counter()
-        yield
-        self._outside += time.perf_counter() - begun
 
     def count(self, samples: int, tokens: float) -> None:
         """One step over `samples` samples and `tokens` text tokens and patches, of all ranks."""
@@ -43,15 +29,17 @@ class Meter:
         self._samples += samples
         self._tokens += tokens
 
-    def rates(self) -> dict[str, float]:
-        """Metrics since the last call. `data_wait_s`: this rank's seconds a step; `peak_memory_gib`: this rank's."""
-        elapsed = max(time.perf_counter() - self._begun - self._outside, 1e-9)
+    def rates(self, times: Times) -> dict[str, float]:
+        """Metrics since the last call, over which `times` were taken too. `data_wait_s`: this rank's seconds a step;
+        `peak_memory_gib`: this rank's."""
+        beside = sum(seconds for name, seconds in times.wall.items() if name not in STEP)
+        elapsed = max(time.perf_counter() - self._begun - beside, 1e-9)
         steps = max(self._steps, 1)
         rates = {
             "samples_per_s": self._samples / elapsed,
             "tokens_per_s": self._tokens / elapsed,
             "step_s": elapsed / steps,
-            "data_wait_s": self._waited / steps,
+            "data_wait_s": times.wall.get("data", 0.0) / steps,
             "peak_memory_gib": peak_memory(self.device) / 2**30,
         }
         self._start()

@@ -1,0 +1,163 @@
+"""One live start a run: of many at once exactly one wins, and a dead owner is succeeded."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import ranked
+import runs
+from bifrost.slurm.codes import LOCKED
+from bifrost.trainer.errors import Locked, RunError
+from bifrost.trainer.lock import FILE, RunLock
+
+ACQUIRE = """
+import sys, time
+from pathlib import Path
+from bifrost.trainer.errors import Locked
+from bifrost.trainer.lock import RunLock
+folder, start, elsewhere = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
+lock = RunLock(folder, stale_s=2)
+lock._owner["host"] = elsewhere[0] if elsewhere else lock._owner["host"]
+time.sleep(max(0, start - time.time()))
+try:
+    lock.acquire()
+    print("won", flush=True)
+    while True:
+        time.sleep(0.2)
+        lock.beat(7)
+except Locked as error:
+    print(error, flush=True)
+"""
+
+
+def starts(folder: Path, count: int, hosts: int = 0) -> list[subprocess.Popen]:
+    """`count` processes that try to take the lock at the same moment, as if on `hosts` hosts (0: on this one)."""
+    moment = str(time.time() + 3)
+    environment = {**os.environ, "PYTHONPATH": "", "SLURM_JOB_ID": ""}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", ACQUIRE, str(folder), moment, *([f"node{number % hosts}"] if hosts else [])],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for number in range(count)
+    ]
+
+
+def outcomes(processes: list[subprocess.Popen]) -> list[str]:
+    """The line that each prints; the winner is then killed."""
+    said = [process.stdout.readline().strip() for process in processes if process.stdout]
+    for process in processes:
+        process.kill()
+        process.communicate()
+    return said
+
+
+@pytest.mark.parametrize("hosts", [0, 6])
+def test_of_many_starts_one_wins_also_over_a_dead_owner(tmp_path: Path, hosts: int) -> None:
+    for _ in range(2):  # in the second round all find the lock of the first one's winner, which was killed
+        said = outcomes(starts(tmp_path / "run", 6, hosts))
+        assert said.count("won") == 1, said
+        assert sum("another start of this run is alive: process" in line for line in said) == 5, said
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [FILE]
+
+
+def edited(folder: Path, **changes: object) -> None:
+    """Replace what the lock in `folder` says of its owner."""
+    owner = json.loads((folder / FILE).read_text())
+    (folder / FILE).write_text(json.dumps({**owner, **changes}))
+
+
+def test_a_live_owner_is_named_and_its_lock_stays(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "run") as lock:
+        assert lock.acquire() is None
+        before = (tmp_path / "run" / FILE).read_text()
+        with pytest.raises(Locked, match=rf"process {os.getpid()} on .*, for 0 min \d s; nothing was touched"):
+            RunLock(tmp_path / "run").acquire()
+        assert (tmp_path / "run" / FILE).read_text() == before
+    assert not (tmp_path / "run").exists(), "nothing was written to the run"
+
+
+def test_who_counts_as_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    run = tmp_path / "run"
+
+    def left(**changes: object) -> None:
+        (run / FILE).unlink(missing_ok=True)
+        lock = RunLock(run)
+        lock.acquire()
+        lock.beat(41)
+        edited(run, **changes)
+
+    def taken(stale_s: float = 1000) -> dict | None:
+        with RunLock(run, stale_s) as lock:
+            return lock.acquire()
+
+    left(pid=2**22 - 1)
+    owner = taken()
+    assert owner and owner["step"] == 41 and "its process is gone" in caplog.text
+    left(born=1.0)  # another process has its id now
+    assert taken()
+    left(host="elsewhere")
+    os.utime(run / FILE, (0, time.time() - 1001))
+    assert taken() and "no sign of life for 1001 s" in caplog.text
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    left(host="elsewhere", restarts=0)
+    assert taken() and "an earlier start of this job" in caplog.text
+    for changes in ({"job": "17", "restarts": 1}, {"job": "18", "restarts": 0}):
+        left(host="elsewhere", **changes)
+        begun = time.monotonic()
+        assert taken(stale_s=1.5), "waited for, since it may live"
+        assert time.monotonic() - begun > 1
+    left()
+    (run / FILE).write_text("")  # its creator died before it could write
+    os.utime(run / FILE, (0, time.time() - 1001))
+    assert taken()
+
+
+def test_an_owner_that_lost_its_lock_ends(tmp_path: Path) -> None:
+    """A process that stood still for so long that another start took over must not write any more."""
+    (process,) = starts(tmp_path, 1)
+    assert process.stdout and process.stdout.readline() == "won\n"
+    (tmp_path / "other").write_text("")
+    (tmp_path / "other").replace(tmp_path / FILE)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == LOCKED and "was taken over while this process stood still" in err
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(RunError, match="run cannot be written: File exists"):
+        RunLock(tmp_path / "run").acquire()
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_a_second_start_of_a_run_leaves(shards: Path, tmp_path: Path) -> None:
+    """Fault 12 of the list: all its ranks leave with one line, and the first start goes on as if nothing had been."""
+    arguments = runs.arguments(shards, tmp_path, "steps=4000", "micro_batch=4")
+    folder = tmp_path / "meeting"
+    folder.mkdir()
+    first = ranked.start(ranked.command, 2, arguments, folder=folder)
+    run = tmp_path / "tiny-mllm"
+    deadline = time.monotonic() + 240
+    while not (run / "metrics.jsonl").exists() or not runs.steps(run):
+        assert time.monotonic() < deadline, "the run does not get going"
+        time.sleep(0.05)
+    stamps = {path: path.stat().st_mtime_ns for path in run.rglob("*.json") if path.name not in (FILE, "goodput.json")}
+    second = ranked.bifrost(2, *arguments)
+    assert [rank.code for rank in second] == [LOCKED] * 2, second[0].err
+    assert second[0].err.startswith(f"error: {run}: another start of this run is alive: process {first[0].pid} on ")
+    assert len(second[0].err.splitlines()) == 1 and not second[1].err
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    assert len(runs.events(run, "start")) == 1
+    os.kill(first[1].pid, 15)
+    assert [rank.code for rank in ranked.finish(first, folder)] == [75] * 2
+    assert not (run / FILE).exists()

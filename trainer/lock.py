@@ -1,0 +1,205 @@
+"""One live start a run: `lock.json` in the run folder names its owner and tells when it was last alive.
+
+It needs nothing of the storage but files that are created exclusively and renames that are one move, which network file
+systems have; ages are taken from the storage's own clock, so that those of the nodes may differ.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ..slurm.codes import LOCKED
+from ..slurm.record import record_outcome
+from .errors import Locked, RunError
+
+log = logging.getLogger(__name__)
+
+FILE = "lock.json"
+BEAT_S = 10.0
+"""Between two signs of life."""
+STALE_S = 120.0
+"""Without a sign of life for so long, an owner counts as dead."""
+SIZE = 1024  # bytes of the file: written in place, it must never be seen shorter
+
+
+class RunLock:
+    """The lock of the run in `folder`; released by `release` or at the end of a `with` block, if it is held."""
+
+    def __init__(self, folder: Path, stale_s: float = STALE_S) -> None:
+        self.path = folder / FILE
+        self.stale_s = stale_s
+        self._file: int | None = None
+        self._owner: dict[str, Any] = {
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "space": _pid_space(),
+            "born": psutil.Process().create_time(),
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            "started": time.time(),
+            "token": uuid.uuid4().hex,
+        }
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def acquire(self) -> dict[str, Any] | None:
+        """Take the lock; returns the dead owner that it was taken from, None where there was none.
+
+        An owner whose process is known to live is refused at once, one on another node when it gives a sign of life;
+        without one it is waited for, `stale_s` seconds after its last. Raises Locked, and RunError where the folder
+        cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while not self._create(self.path):
+                owner = _read(self.path)
+                if owner is None:
+                    continue  # released just now
+                reason = self._await_death(owner)
+                if reason is not None and self._take_over(owner):
+                    log.warning("%s: taken over from %s: %s", self.path, describe(owner), reason)
+                    return owner
+        except OSError as error:
+            raise RunError(f"{self.path.parent} cannot be written: {error.strerror}") from error
+        return None
+
+    def beat(self, step: int) -> None:
+        """Give a sign of life, with the steps done. Ends the process where another start has taken the lock, which it
+        does only when this one was silent for too long. No failure to write is raised."""
+        if self._file is None:
+            return
+        with suppress(OSError):  # a storage that is away tells nothing of the owner
+            if os.stat(self.path).st_ino != os.fstat(self._file).st_ino:
+                line = f"{self.path} was taken over while this process stood still"
+                print(f"error: {line}", file=sys.stderr, flush=True)
+                record_outcome(LOCKED, line)
+                os._exit(LOCKED)
+            self._write(step)
+
+    def release(self) -> None:
+        if self._file is None:
+            return
+        with suppress(OSError):
+            if os.stat(self.path).st_ino == os.fstat(self._file).st_ino:
+                self.path.unlink()
+                self.path.parent.rmdir()  # where nothing has been written to the run yet
+        os.close(self._file)
+        self._file = None
+
+    def _create(self, path: Path) -> bool:
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return False
+        self._write(step=None)
+        return True
+
+    def _write(self, step: int | None) -> None:
+        assert self._file is not None
+        text = json.dumps({**self._owner, "beat": time.time(), "step": step})
+        os.pwrite(self._file, text.ljust(SIZE - 1).encode() + b"\n", 0)
+        os.fsync(self._file)
+
+    def _await_death(self, owner: Mapping[str, Any]) -> str | None:
+        """Why `owner` counts as dead; None when the lock has changed hands meanwhile. Raises Locked where it lives."""
+        if all(owner.get(key) == self._owner[key] for key in ("host", "space")):
+            if not _runs(owner):
+                return "its process is gone"
+            raise Locked(self._refusal(owner))
+        job = self._owner["job"]
+        if job and owner.get("job") == job and self._owner["restarts"] > owner["restarts"]:
+            return "it was an earlier start of this job"
+        while (age := _storage_time(self.path.parent) - owner["seen"]) <= self.stale_s:
+            time.sleep(min(1.0, self.stale_s / 10))
+            now = _read(self.path)
+            if now is None or now["token"] != owner["token"]:
+                return None
+            if now["seen"] != owner["seen"]:
+                raise Locked(self._refusal(now))
+        return f"no sign of life for {age:.0f} s"
+
+    def _take_over(self, owner: Mapping[str, Any]) -> bool:
+        """Put this start in the place of `owner`, which is dead; False when another has done so."""
+        # Only one process can create the file that belongs to this very owner, and only it replaces the lock.
+        aside = self.path.with_name(f"{FILE}.after-{owner['token']}")
+        if not self._create(aside):
+            with suppress(OSError):
+                if _storage_time(aside.parent) - aside.stat().st_mtime > self.stale_s:
+                    aside.unlink()  # its creator died between two lines of this function
+            time.sleep(0.05)
+            return False
+        now = _read(self.path)
+        if now is not None and now["token"] == owner["token"]:
+            aside.replace(self.path)
+            return True
+        aside.unlink()
+        os.close(self._file or 0)
+        self._file = None
+        return False
+
+    def _refusal(self, owner: Mapping[str, Any]) -> str:
+        return f"{self.path.parent}: another start of this run is alive: {describe(owner)}; nothing was touched"
+
+
+def describe(owner: Mapping[str, Any]) -> str:
+    """`process 17 on node3, Slurm job 42, for 3 h 20 min`, for a line that names an owner."""
+    job = f", Slurm job {owner['job']}" if owner.get("job") else ""
+    since = max(0, int(time.time() - owner.get("started", time.time())))
+    age = f"{since // 3600} h {since % 3600 // 60} min" if since >= 3600 else f"{since // 60} min {since % 60} s"
+    return f"process {owner.get('pid')} on {owner.get('host')}{job}, for {age}"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The owner, with `seen`, the storage's time of its last sign of life; None where there is no lock."""
+    try:
+        with open(path, "rb") as file:  # opened anew, so that a network file system asks its server
+            status, text = os.fstat(file.fileno()), file.read()
+    except FileNotFoundError:
+        return None
+    try:
+        owner = json.loads(text)
+    except ValueError:  # created a moment ago, or by a process that died at that
+        owner = {"token": f"{status.st_ino}-{status.st_mtime_ns}", "restarts": 0}
+    return {**owner, "seen": status.st_mtime}
+
+
+def _runs(owner: Mapping[str, Any]) -> bool:
+    try:
+        process = psutil.Process(owner["pid"])
+        return abs(process.create_time() - owner["born"]) < 2 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _pid_space() -> str:
+    """What process ids are valid in: containers of one host name may each count their own."""
+    return os.readlink("/proc/self/ns/pid") if sys.platform == "linux" else ""
+
+
+def _storage_time(folder: Path) -> float:
+    """Now, by the clock that dates files in `folder`."""
+    probe = folder / f".now-{uuid.uuid4().hex}"
+    try:
+        with open(probe, "xb") as file:
+            file.write(b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_mtime
+    finally:
+        probe.unlink(missing_ok=True)

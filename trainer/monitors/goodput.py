@@ -1,0 +1,171 @@
+"""Where the time of a run went, over all its starts: computed from `metrics.jsonl` alone.
+
+Kinds of seconds: `step` (productive: steps that count, without their wait for data), `data_wait`, `startup` (the first
+start, up to its first step), `recovery` (from a start's last sign of life to where the next one is ready), `save` (what
+a save kept training waiting for), `lost` (steps that were done and had to be done again), `other` (pictures, the end).
+ETTR, the effective training time ratio, is `step` over all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .metrics import MetricsFile, read_metrics
+
+FILE = "goodput.json"
+KINDS = ("step", "data_wait", "startup", "recovery", "save", "lost", "other")
+
+NOTHING_BEFORE = {"gap_s": 0.0, "kept_s": 0.0, "lost_s": 0.0, "lost_steps": 0}
+"""What the first start says of the time before it."""
+
+
+class Sign(NamedTuple):
+    """A sign of life of an earlier start: Unix time, and the steps done by then."""
+
+    time: float
+    step: int
+
+
+class Ledger:
+    """Adds up a run's records in their order."""
+
+    def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
+        self.starts = self.step = self.lost_steps = 0
+        self._seconds = dict.fromkeys(KINDS[:-1], 0.0)
+        self._begun: float | None = None
+        self._seen = self._idle = 0.0
+        self._finished = False
+        for record in records:
+            self.add(record)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        kind, seconds = record.get("event"), self._seconds
+        if kind == "start":
+            self.starts += 1
+            if self._begun is None:
+                self._begun = record["time"] - record["startup_s"]
+                seconds["startup"] += record["startup_s"]
+            elif self._finished:  # it was done, and got more steps: nobody waited for it
+                self._idle += record.get("gap_s", 0.0)
+                seconds["startup"] += record["startup_s"]
+            else:
+                seconds["recovery"] += record.get("gap_s", 0.0) + record["startup_s"]
+        elif kind == "checkpoint":
+            seconds["save"] += record.get("blocked_s", record["seconds"])
+        elif kind is None and "step_s" in record:
+            steps = record["step"] - self.step
+            seconds["step"] += (record["step_s"] - record["data_wait_s"]) * steps
+            seconds["data_wait"] += record["data_wait_s"] * steps
+            self.step = record["step"]
+        if _goes_on(record):
+            seconds["step"] += record.get("kept_s", 0.0)
+            seconds["lost"] += record.get("lost_s", 0.0)
+            self.lost_steps += record.get("lost_steps", 0)
+            self.step = _step(record)
+        self._finished = record.get("outcome") == "finished"
+        self._seen = max(self._seen, record["time"])
+
+    def summary(self) -> dict[str, Any]:
+        """`wall_s` since the first start began, `ettr`, `seconds` a kind, `starts`, `step`, `lost_steps`; all of them
+        up to the last record, at the Unix time `time`."""
+        wall = max(self._seen - self._begun - self._idle, 1e-9) if self._begun is not None else 1e-9
+        seconds = {**self._seconds, "other": max(0.0, wall - sum(self._seconds.values()))}
+        return {
+            "time": self._seen,
+            "wall_s": wall,
+            "ettr": seconds["step"] / wall,
+            "seconds": seconds,
+            "starts": self.starts,
+            "step": self.step,
+            "lost_steps": self.lost_steps,
+        }
+
+
+def summary(run: str | Path) -> dict[str, Any]:
+    """`Ledger.summary` of a run folder. Raises OSError."""
+    return Ledger(read_metrics(Path(run) / "metrics.jsonl")).summary()
+
+
+class AccountedMetrics(MetricsFile):
+    """A metrics file whose lines carry the `ettr` so far, and the ledger beside it as `goodput.json`."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self._ledger = Ledger()
+        self._writing = threading.Lock()
+
+    def go_on(self, step: int, begun: float, owner: Mapping[str, Any] | None) -> dict[str, float]:
+        """Rewind to `step`, for a start whose process began at the Unix time `begun`, or for a roll-back now; returns
+        what the `start` or `rollback` event says of the time before it. owner: of the lock that the start before left,
+        if it died. Raises OSError."""
+        records = read_metrics(self.path) if self.path.exists() else []
+        fields = _before(records, step, begun, owner)
+        self.rewind(step)
+        self._ledger = Ledger(record for record in records if "event" in record or record.get("step", 0) <= step)
+        return fields
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        with self._writing:  # a save in the background reports from a thread of its own
+            record = {"time": time.time(), **record}
+            self._ledger.add(record)
+            if "event" not in record:
+                record["ettr"] = self._ledger.summary()["ettr"]
+            super().write(record)
+
+    def store(self) -> None:
+        """Write `goodput.json`, whole or not at all: for rank 0, off the training thread. No failure is raised: the
+        metrics file has it all."""
+        path = self.path.with_name(FILE)
+        aside = path.with_name(f"{FILE}.{os.getpid()}.partial")
+        try:
+            aside.write_text(json.dumps(self._ledger.summary(), indent=1))
+            aside.replace(path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+
+
+def _goes_on(record: Mapping[str, Any]) -> bool:
+    """Whether the lines after this one go on from an earlier step: those of a start, or of a roll-back."""
+    return record.get("event") in ("start", "rollback")
+
+
+def _step(record: Mapping[str, Any]) -> int:
+    """Where training stands after this record."""
+    return record.get("to", record["step"])
+
+
+def _before(
+    records: list[dict[str, Any]], step: int, begun: float, owner: Mapping[str, Any] | None
+) -> dict[str, float]:
+    """Of the start before, which went on after `step`: seconds of steps that count though no line tells of them
+    (`kept_s`), seconds and number of steps to be done again, and seconds between its last sign of life and `begun`."""
+    starts = [index for index, record in enumerate(records) if _goes_on(record)]
+    if not starts:
+        return NOTHING_BEFORE
+    told = records[starts[-1]]  # up to here, lines that stay tell where the time went
+    signs = [Sign(told["time"], _step(told))]
+    if owner and owner.get("step") is not None and owner["started"] <= told["time"]:
+        signs.append(Sign(owner["beat"], owner["step"]))
+    for record in records[starts[-1] :]:
+        if "event" not in record and record["step"] <= step:
+            told = record
+        if "step" in record:
+            signs.append(Sign(record["time"], _step(record)))
+    since = [record for record in records if record["time"] > told["time"]]
+    saves = sum(r.get("blocked_s", r["seconds"]) for r in since if r.get("event") == "checkpoint")
+    end = max(sign.time for sign in signs)
+    spent = max(0.0, end - told["time"] - saves)
+    reached = max(step, *(sign.step for sign in signs))
+    lost = (reached - step) / max(reached - _step(told), 1)
+    return {
+        "gap_s": max(0.0, begun - end),
+        "kept_s": spent * (1 - lost) if step > _step(told) else 0.0,
+        "lost_s": spent * lost,
+        "lost_steps": reached - step,
+    }

@@ -1,0 +1,56 @@
+"""`bifrost goodput`: where the time of a run went."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import RunError
+from .goodput import summary
+
+MEANING = {
+    "step": "steps that count",
+    "data_wait": "of them, waiting for data",
+    "startup": "first start, up to its first step",
+    "recovery": "from a start's last sign of life to where the next is ready",
+    "save": "training waited for saves",
+    "lost": "steps that had to be done again",
+    "other": "pictures, the end of a start, what no line tells",
+}
+
+
+def goodput(
+    run: Annotated[Path, typer.Argument(help="Run folder, such as runs/mllm-7b.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Where the time of RUN went, over all its starts."""
+    if not (run / "metrics.jsonl").is_file():
+        raise RunError(f"{run}: no run folder, it holds no metrics.jsonl")
+    found = summary(run)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        _show(found)
+
+
+def _show(found: dict[str, Any]) -> None:
+    table = Table("", "time", "share", "")
+    for kind, seconds in found["seconds"].items():
+        table.add_row(kind, _duration(seconds), f"{seconds / found['wall_s']:.1%}", MEANING[kind])
+    table.add_row("all", _duration(found["wall_s"]), "", f"{found['starts']} starts, {found['step']} steps")
+    terminal = Console()
+    terminal.print(table)
+    lost = f", {found['lost_steps']} steps done twice" if found["lost_steps"] else ""
+    terminal.print(f"effective training time ratio {found['ettr']:.1%}{lost}")
+
+
+def _duration(seconds: float) -> str:
+    whole = int(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{seconds:.1f} s"

@@ -1,0 +1,122 @@
+"""What a rank says of itself when the run hangs, and what the ranks' answers say together.
+
+`RUN/stacks/START/` holds, for each rank, `rank-00000.txt` (Python stacks of all threads), `rank-00000.json` (where it
+is, written last) and `rank-00000.collectives.json` (torch's flight recorder: the last collectives); `report.json` names
+the rank that is furthest behind.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+from torch._C import _distributed_c10d
+
+from ..ranks import APART
+
+OURS = tuple(f"{Path(__file__).parents[2] / room}{os.sep}" for room in ("trainer", "data", "kernels"))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One rank: `entered` and `collectives` count the sections and collectives that it has begun since its start."""
+
+    rank: int
+    host: str
+    pid: int
+    step: int
+    section: str
+    silent_s: float
+    entered: int
+    collectives: int
+    collective: str | None
+    """The last collective, and whether it is finished; None where none is known."""
+    at: str
+    """Innermost line of the training thread in this project's code."""
+
+
+def write_answer(folder: Path, answer: Answer, stacks: TextIO, collectives: bytes | None) -> None:
+    """Write what this rank knows to `folder`; its JSON last, whole or not at all. Raises OSError."""
+    faulthandler.dump_traceback(stacks)
+    if collectives:
+        (folder / f"rank-{answer.rank:05d}.collectives.json").write_bytes(collectives)
+    write_json(folder / f"rank-{answer.rank:05d}.json", asdict(answer))
+
+
+def read_answers(folder: Path) -> list[Answer]:
+    """The answers so far, in order of rank."""
+    return [Answer(**json.loads(path.read_text())) for path in sorted(folder.glob("rank-?????.json"))]
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace `path` in one move. Raises OSError."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    aside.write_text(json.dumps(value, indent=1))
+    aside.replace(path)
+
+
+def culprit(answers: Sequence[Answer], hosts: Sequence[str]) -> tuple[int | None, str]:
+    """The rank that the others wait for, None where none is behind them, and a clause that says why.
+
+    hosts: of every rank. A rank that gave no answer is the first suspect; then the one that has begun the fewest
+    sections, and among equals the fewest collectives.
+    """
+    silent = [rank for rank in range(len(hosts)) if rank not in {answer.rank for answer in answers}]
+    if silent:
+        rest = f" nor do {len(silent) - 1} others" if len(silent) > 1 else ""
+        return silent[
+            0
+        ], f"rank {silent[0]} on {hosts[silent[0]]} does not answer{rest}: it is gone, stopped or blocked"
+    first = min(answers, key=lambda answer: (answer.entered, answer.collectives))
+    behind = [a for a in answers if (a.entered, a.collectives) == (first.entered, first.collectives)]
+    where = f"in {first.section} of step {first.step + 1}, at {first.at}"
+    if len(answers) == 1:
+        return first.rank, f"rank {first.rank} on {first.host} is {where}"
+    if len(behind) == len(answers):
+        return None, f"no rank is behind the others: all are {where}, last collective {first.collective}"
+    others = max(answers, key=lambda answer: (answer.entered, answer.collectives))
+    more = f" with {len(behind) - 1} others as far" if len(behind) > 1 else ""
+    return first.rank, (
+        f"rank {first.rank} on {first.host} is furthest behind{more}: {where}; the others wait in {others.section},"
+        f" last collective {others.collective}"
+    )
+
+
+def innermost(frame: FrameType | None) -> str:
+    """`loop.py:81 run`: the innermost line of a thread that lies in this project, or else its innermost of all."""
+    inner = frame
+    while frame is not None and not frame.f_code.co_filename.startswith(OURS):
+        frame = frame.f_back
+    shown = frame or inner
+    return f"{Path(shown.f_code.co_filename).name}:{shown.f_lineno} {shown.f_code.co_name}" if shown else "its end"
+
+
+def thread_at(thread: int | None) -> str:
+    """`innermost` of a thread that runs now."""
+    return innermost(sys._current_frames().get(thread or 0))
+
+
+def recorded_collectives() -> tuple[bytes | None, int, str | None]:
+    """Torch's flight recorder as JSON, the number of collectives begun, and the last one; (None, 0, None) without."""
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # of NCCL, and of the others
+        try:
+            text: bytes = getattr(_distributed_c10d, name)()
+            # Training's own: what runs beside it may be further on one rank than on another.
+            entries = [e for e in json.loads(text).get("entries", []) if e["process_group"][1] != APART]
+        except Exception:  # a view into torch's inside: whatever it raises, the stacks are worth more
+            continue
+        if entries:
+            groups: dict[int, int] = {}
+            for entry in entries:
+                groups[entry["pg_id"]] = max(groups.get(entry["pg_id"], 0), entry["collective_seq_id"])
+            last = max(entries, key=lambda entry: entry["record_id"])
+            done = last.get("retired") or last.get("state") == "completed"
+            return text, sum(groups.values()), f"{last['profiling_name']} ({'finished' if done else 'under way'})"
+    return None, 0, None
