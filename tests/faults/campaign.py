@@ -91,8 +91,8 @@ class Campaign:
     def met(self) -> dict[str, set[int]]:
         """Every write boundary that a start came past, and the ranks that did."""
         met: dict[str, set[int]] = {}
-        for run in self.runs:
-            for label, ranks in run["boundaries"].items():
+        for seen in [_boundaries(self.undisturbed.parent), *(run["boundaries"] for run in self.runs)]:
+            for label, ranks in seen.items():
                 met.setdefault(label, set()).update(ranks)
         return met
 
@@ -109,8 +109,9 @@ class Campaign:
     def _train_undisturbed(self) -> Path:
         place = self.folder / "undisturbed"
         shutil.rmtree(place, ignore_errors=True)
-        settings = (f"runs_dir={place}", "checkpoint.every=1", f"checkpoint.keep={self.steps}")
-        ended = ranked.bifrost(RANKS, *self.arguments, *settings)
+        place.mkdir()
+        arguments = [*self.arguments, f"runs_dir={place}", "checkpoint.every=1", f"checkpoint.keep={self.steps}"]
+        ended = ranked.run(victim, RANKS, arguments, str(place / self.name), str(place), None)
         assert [rank.code for rank in ended] == [0] * RANKS, ended[0].err
         return place / self.name
 
@@ -156,14 +157,10 @@ class _Run:
             before = start.killed_at
             if len(self._saved() - self.damaged) > 1 and self.chance.random() < 0.04:
                 kills.append(self._damage())
-        met: dict[str, list[int]] = {}
-        for file in self.place.glob("start-*/boundaries-*"):
-            for label in file.read_text().splitlines():
-                met[label] = sorted({*met.get(label, []), int(file.name.rpartition("-")[2])})
         return {
             "settings": self.settings,
             "seconds": time.time() - begun,
-            "boundaries": met,
+            "boundaries": _boundaries(self.place),
             "wrong": differences(self.folder, self.campaign.undisturbed, self.damaged),
             "kills": [asdict(kill) for kill in kills],
         }
@@ -172,8 +169,8 @@ class _Run:
         """Moment, boundary and victims of the next kill. Boundaries that had the fewest come first, those that only
         the first start of a run comes past too."""
         met = self.campaign.met()
-        moments = ["boundary"] * 6 * bool(met) + ["step", "step", "start", "signal"]
-        moment = "boundary" if first and met else self.chance.choice(moments + ["worker"] * 4 * self.workers)
+        moments = ["boundary"] * 6 + ["step", "step", "start", "signal"]
+        moment = "boundary" if first else self.chance.choice(moments + ["worker"] * 4 * self.workers)
         if moment != "boundary":
             return moment, "", self.chance.choice(([0], [1], [0, 1]))
         tries = self.hits if first else self.aims
@@ -297,6 +294,15 @@ def victim(arguments: list[str], run: str, folder: str, doom: tuple[str, int, in
 
     boundaries.install(boundary)
     ranked.command(arguments)
+
+
+def _boundaries(folder: Path) -> dict[str, list[int]]:
+    """What the starts noted that lie in `folder`: write boundary -> ranks that came to it."""
+    met: dict[str, list[int]] = {}
+    for file in folder.rglob("boundaries-?"):
+        for label in file.read_text().splitlines():
+            met[label] = sorted({*met.get(label, []), int(file.name[-1])})
+    return met
 
 
 def differences(run: Path, undisturbed: Path, damaged: Collection[int] = ()) -> list[str]:
