@@ -1,7 +1,12 @@
-"""Run folders that cannot be written: refused with the cause at the start."""
+"""Run folders that cannot be written: refused with the cause at the start, survived in the middle.
+
+Saves that the storage refuses are also tests/trainer/test_saving.py's; here it is everything that a run writes.
+"""
 
 import os
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,3 +63,43 @@ def test_a_read_only_disk_at_the_start(shards: Path, tmp_path: Path, disk: Path)
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     line = refused(runs.arguments(shards, disk, *settings(tmp_path)))
     assert f"{disk}/tiny-mllm: Read-only file system; free disk space or mend" in line
+
+
+def train_while_full(arguments: list[str], disk: str) -> None:
+    """Train; the disk is full from step 3 to step 5."""
+    from bifrost.trainer import cli, run
+
+    def after_step(progress) -> None:
+        if os.environ["RANK"] == "0" and progress.step == 3:
+            with open(f"{disk}/tiny-mllm/metrics.jsonl", "ab") as metrics:  # the rest of its last block would take more
+                metrics.write(b'{"event": "pad"}'.ljust((-metrics.tell() - 18) % 4096 + 17) + b"\n")
+            fill(Path(disk))
+        if os.environ["RANK"] == "0" and progress.step == 5:
+            for thread in threading.enumerate():
+                if thread.name == "save":  # of step 4
+                    thread.join()
+            (Path(disk) / "filler").unlink()
+
+    real = run.train
+    run.train = lambda recipe: real(recipe, after_step)
+    sys.argv = ["bifrost", *arguments]
+    cli.main()
+
+
+def test_a_disk_that_is_full_for_a_while(shards: Path, tmp_path: Path, disk: Path) -> None:
+    """Training goes on; metric lines and a save are lost and said so; the end is the undisturbed run's."""
+    calm = runs.arguments(shards, tmp_path / "calm", *settings(tmp_path))
+    assert [rank.code for rank in ranked.bifrost(2, *calm)] == [0, 0]
+    ended = ranked.run(train_while_full, 2, runs.arguments(shards, disk, *settings(tmp_path)), str(disk))
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    run, undisturbed = disk / "tiny-mllm", tmp_path / "calm" / "tiny-mllm"
+    assert "metrics.jsonl cannot be written, metric lines are lost: No space left on device" in ended[0].err
+    assert "checkpoint of step 4 not saved, training goes on" in ended[0].err
+    lines = [line for line in runs.steps(undisturbed) if line["step"] not in (4, 5)]
+    assert [(line["step"], line["loss"]) for line in runs.steps(run)] == [
+        (line["step"], line["loss"]) for line in lines
+    ]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step-{n:08d}" for n in (2, 6, 8)]
+    for rank in range(2):
+        file = f"checkpoints/step-00000008/rank-{rank:05d}.safetensors"
+        assert (run / file).read_bytes() == (undisturbed / file).read_bytes()
