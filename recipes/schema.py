@@ -181,8 +181,14 @@ class Samples(Section):
 
 
 class Health(Section):
+    spike_zscore: float | None = Field(default=10.0, gt=0)
+    """Robust z-score of loss or gradient norm above which a step is skipped; null skips non-finite ones alone."""
+    window: int = Field(default=128, ge=8)
+    """Steps, skipped ones left out, that a spike is measured against; none is called before there are half as many."""
     max_bad_steps: int = Field(default=5, ge=1)
-    """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+    """Skipped steps in a row after which the run goes back to the last checkpoint before them, past their samples."""
+    max_rollbacks: int = Field(default=3, ge=0)
+    """Times that a run may do so before it stops."""
 
 
 class Watchdog(Section):

@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -84,14 +83,6 @@ def partitioned(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """applied: False where the update was skipped; grad_norm: global, before clipping, inf where skipped."""
-
-    applied: bool
-    grad_norm: float
-
-
 class Engine:
     """A model under ZeRO-3 with AdamW on its trainable parameters."""
 
@@ -136,13 +127,21 @@ class Engine:
         """Close a micro-batch that does not end the step."""
         self._engine.step()
 
-    def step(self, lr: float, finite: bool) -> StepResult:
-        """Close the last micro-batch and update the weights, unless `finite` is False or a gradient is not finite.
+    def grad_norm(self) -> Tensor:
+        """Norm [] of this rank's slices of the reduced gradients, after the last backward pass of a step. The squares
+        of all ranks' add up to that of the global norm, before clipping."""
+        from deepspeed.utils import safe_get_local_grad
 
-        `finite` must be the same on all ranks. A skipped step leaves masters, moments, statistics and step count as
+        return torch.nn.utils.get_total_norm([safe_get_local_grad(p) for p in self.trainable().values()])
+
+    def step(self, lr: float, skip: bool) -> bool:
+        """Close the last micro-batch and update the weights, unless `skip` is set or DeepSpeed finds the gradient norm
+        not finite; returns whether it did.
+
+        `skip` must be the same on all ranks. A skipped step leaves masters, moments, statistics and step count as
         they were.
         """
-        if not finite:
+        if skip:
             self._poison()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
@@ -152,8 +151,11 @@ class Engine:
             for name, buffer in self.model.statistics().items():
                 buffer.copy_(self._before_step[name])
         self._before_step = {}
-        norm = self._engine.get_global_grad_norm()
-        return StepResult(applied, float(norm) if applied and norm is not None else float("inf"))
+        return applied
+
+    def refresh(self) -> None:
+        """Drop what is gathered of the parameters, whose slices were set from outside."""
+        self._engine.empty_partition_cache()
 
     @torch.no_grad()
     def undisturbed(self, work: Callable[[], T]) -> T:

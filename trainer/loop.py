@@ -15,30 +15,17 @@ from .checkpoint.saver import Saver
 from .ema import Ema
 from .engine import Engine
 from .monitors.console import Console
-from .monitors.health import Health
+from .monitors.health import Health, skipped_event
 from .monitors.meter import Meter
-from .monitors.metrics import MetricsFile
+from .monitors.metrics import MetricsFile, finite
 from .monitors.sections import Sections
 from .monitors.stop import StopSignals
 from .monitors.stragglers import Stragglers
+from .progress import Progress
 from .ranks import Ranks
 from .schedule import learning_rate
 from .sequence import SequenceDigest
 from .stages import Stage
-
-
-@dataclass
-class Progress:
-    """Where the run stands: what a checkpoint's JSON holds beside the tensors."""
-
-    step: int = 0
-    """Steps done, skipped ones included."""
-    samples: int = 0
-    """Samples consumed in all."""
-    skipped_steps: int = 0
-    bad_in_a_row: int = 0
-    digest: str = ""
-    """Chain over every sample consumed so far; see `SequenceDigest`."""
 
 
 @dataclass
@@ -50,12 +37,15 @@ class Parts:
     ranks: Ranks
     engine: Engine
     ema: Ema | None
-    batches: Iterator[Batch]
+    batches: Callable[[Progress], Iterator[Batch]]
+    """This rank's micro-batches from where the run stands to its end."""
     normalizer: Callable[[int], float]
-    """Step -> what its backward passes divide the summed loss by."""
+    """Number of a global batch, from 0 -> what its backward passes divide the summed loss by."""
     save: Callable[[Progress], None]
     """Begins to save; `saver` says when, and when it is done."""
     saver: Saver
+    recover: Callable[[Progress], None]
+    """Called after too many skipped steps in a row: goes back to a checkpoint, or raises Unhealthy."""
     metrics: MetricsFile
     console: Console
     stop: StopSignals
@@ -68,24 +58,29 @@ class Parts:
 def run(parts: Parts, progress: Progress) -> bool:
     """Train from `progress` to the recipe's last step, updating it. Returns False when a signal ended it before.
 
-    Raises Unhealthy after too many skipped steps, DataError for unreadable data.
+    Raises Unhealthy when bad numbers do not end, DataError for unreadable data.
     """
     recipe, ranks, engine, section = parts.recipe, parts.ranks, parts.engine, parts.sections
     accumulation = recipe.accumulation(ranks.size)
-    health = Health(recipe.health.max_bad_steps, progress.skipped_steps, progress.bad_in_a_row)
+    health = Health(recipe.health, progress)
     bad_samples = BadSamples(recipe.data.max_bad_share)
-    sequence = SequenceDigest(progress.digest)
     meter = Meter(ranks.device)
+    batches = parts.batches(progress)
 
-    while progress.step < recipe.steps:
+    while health.exhausted or progress.step < recipe.steps:
+        if health.exhausted:
+            with section("rollback"):
+                parts.recover(progress)
+                batches = parts.batches(progress)
         step = progress.step
-        normalizer = parts.normalizer(step)
+        normalizer = parts.normalizer(progress.batch)
         loss_sum, sums = torch.zeros((), device=ranks.device), torch.zeros(parts.stage.sums, device=ranks.device)
         keys: list[str] = []
+        each: list[torch.Tensor] = []
         replaced: list[tuple[str, str]] = []
         for row in range(accumulation):
             with section("data"):
-                batch = next(parts.batches)
+                batch = next(batches)
             keys += batch.keys
             replaced += batch.replaced
             with section("forward"):
@@ -94,28 +89,34 @@ def run(parts: Parts, progress: Progress) -> bool:
                 engine.backward(losses.loss)
             loss_sum = loss_sum + losses.loss.detach()
             sums = sums + losses.sums
+            each.append(losses.each)
             if row + 1 < accumulation:
                 engine.after_pass()
 
         # One exchange a step settles all that the ranks must agree on.
         with section("exchange"):
-            mine = [*torch.cat((loss_sum[None], sums)).tolist(), *sequence.fingerprint(keys), len(replaced)]
-            loss_total, *totals, low, high, bad, stops = ranks.total([*mine, parts.stop.received is not None])
-        loss = loss_total / (ranks.size * accumulation)
+            *mine, norm = torch.cat((loss_sum[None], sums, engine.grad_norm()[None])).tolist()
+            mine += [norm**2, *SequenceDigest.fingerprint(keys), len(replaced), parts.stop.received is not None]
+            loss_total, *totals, norm_squared, low, high, bad, stops = ranks.total(mine)
+        loss, grad_norm = loss_total / (ranks.size * accumulation), math.sqrt(norm_squared)
+        reason = health.judge(loss, grad_norm)
         lr = learning_rate(recipe, step)
         with section("optimizer"):
-            result = engine.step(lr, finite=math.isfinite(loss))
-            if result.applied and parts.ema is not None:
+            applied = engine.step(lr, skip=reason is not None)
+            if applied and parts.ema is not None:
                 parts.ema.update(engine.masters())
+        if not applied and reason is None:  # DeepSpeed adds the squares of the ranks in fp32
+            reason, grad_norm = "gradient norm is beyond fp32", math.inf
 
         progress.step += 1
+        progress.batch += 1
         section.step_done(progress.step)
         progress.samples += recipe.global_batch
-        progress.digest = sequence.advance(low, high)
-        if not result.applied:
-            parts.metrics.write({"event": "skipped", "step": progress.step, "loss": str(loss)})
-        health.record(progress.step, result.applied, loss)
-        progress.skipped_steps, progress.bad_in_a_row = health.skipped, health.in_a_row
+        progress.digest = SequenceDigest(progress.digest).advance(low, high)
+        health.record(not applied, loss, grad_norm)
+        if reason is not None:
+            shares = ranks.gather((keys, torch.cat(each).tolist(), float(loss_sum)))
+            parts.metrics.write(skipped_event(progress, reason, loss, grad_norm, shares))
         if bad:
             replaced = [pair for part in ranks.gather(replaced) for pair in part]
             parts.metrics.write({"event": "replaced", "step": progress.step, "samples": replaced})
@@ -127,10 +128,11 @@ def run(parts: Parts, progress: Progress) -> bool:
             times = section.take()
             record = {
                 "step": progress.step,
+                "batch": progress.batch,
                 "samples": progress.samples,
-                "loss": _finite(loss),
-                **{name: _finite(value) for name, value in parts.stage.report(totals).items()},
-                "grad_norm": _finite(result.grad_norm),
+                "loss": finite(loss),
+                **{name: finite(value) for name, value in parts.stage.report(totals).items()},
+                "grad_norm": finite(grad_norm),
                 "lr": lr,
                 **meter.rates(times),
                 **parts.stragglers.look(progress.step, times),
@@ -146,7 +148,7 @@ def run(parts: Parts, progress: Progress) -> bool:
                     parts.saver.finish()
         parts.after_step(progress)
         if stops:
-            return last
+            return last and not health.exhausted
     return True
 
 
@@ -155,8 +157,3 @@ def _on_device(batch: Batch, ranks: Ranks) -> dict[str, Any]:
         name: value.to(ranks.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in batch.arrays.items()
     }
-
-
-def _finite(value: float) -> float | None:
-    """JSON knows no infinity."""
-    return value if math.isfinite(value) else None

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..recipes import Recipe
 from .errors import RunError
-from .loop import Progress
+from .progress import Progress
 from .run import train
 
 WARMUP = 2

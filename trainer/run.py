@@ -11,7 +11,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from ..data import DataError, Loader, worker_death
+from ..data import Batch, DataError, Loader, worker_death
 from ..recipes import Recipe, to_yaml
 from ..slurm.codes import DONE, STOPPED
 from . import loop
@@ -35,7 +36,7 @@ from .errors import RunError
 from .inputs import Inputs, check_continuation, open_inputs
 from .kernel_choice import FILE as KERNELS_FILE
 from .lock import BEAT_S, RunLock
-from .loop import Parts, Progress
+from .loop import Parts
 from .models.weights import fill, full_shape
 from .monitors.console import Console, log_to_file
 from .monitors.goodput import AccountedMetrics
@@ -45,8 +46,10 @@ from .monitors.stop import StopSignals
 from .monitors.stragglers import Stragglers
 from .monitors.tracking import start_mirror
 from .monitors.watchdog import Watchdog
+from .progress import Progress
 from .rank_table import check_ranks
 from .ranks import Ranks, join
+from .rollback import Recovery
 from .samples import sampler
 from .stages import Stage, StageModel
 
@@ -132,8 +135,9 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
     for operation, choice in measured.items():
         log.info("%s by %s: %s", operation, choice["provider"], choice["reason"])
     console = Console(recipe.steps, progress.step, shown=ranks.first)
+    start = {"event": "start", "step": progress.step, "batch": progress.batch, "ranks": ranks.size}
     startup = time.time() - begun
-    metrics.write({"event": "start", "step": progress.step, "ranks": ranks.size, "startup_s": startup, **past})
+    metrics.write({**start, "micro_batch": recipe.micro_batch, "startup_s": startup, **past})
     if ranks.first:
         metrics.store()
         watch.heartbeat.actions.append(metrics.store)
@@ -162,7 +166,9 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
             "data": inputs.dataset.fingerprint,
             "save_every": saver.every,
         }
-        saver.save(progress.step, *capture(engine, ema), state, model.statistics())
+        # Among bad steps nothing is pruned: the last checkpoint before them may be needed to go back to.
+        prune = not progress.bad_in_a_row
+        saver.save(progress.step, *capture(engine, ema), state, model.statistics(), prune)
 
     draw_samples = _agreed(ranks, lambda: sampler(inputs.stage, engine, inputs.dataset, ranks, folder, section))
 
@@ -170,7 +176,12 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
         draw_samples(progress)
         after_step(progress)
 
-    loader = _loader(inputs, progress, ranks)
+    loaders = ExitStack()
+
+    def batches(progress: Progress) -> Iterator[Batch]:
+        loaders.close()
+        return iter(loaders.enter_context(closing(_loader(inputs, progress, ranks))))
+
     passes = ranks.size * recipe.accumulation(ranks.size)
     parts = Parts(
         recipe=recipe,
@@ -178,10 +189,11 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
         ranks=ranks,
         engine=engine,
         ema=ema,
-        batches=iter(loader),
-        normalizer=lambda step: inputs.normalizer(step, passes),
+        batches=batches,
+        normalizer=lambda batch: inputs.normalizer(batch, passes),
         save=save,
         saver=saver,
+        recover=Recovery(recipe.health, saver, engine, ema, ranks, metrics, console),
         metrics=metrics,
         console=console,
         stop=watch.stop,
@@ -198,7 +210,7 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
         died = worker_death(error, ranks.rank) if isinstance(error, RuntimeError) else None
         raise died or error from error
     finally:
-        loader.close()
+        loaders.close()
         console.close()
         metrics.write({"event": "end", "step": progress.step, "outcome": outcome})
         if ranks.first:
@@ -299,8 +311,8 @@ def _loader(inputs: Inputs, progress: Progress, ranks: Ranks) -> Loader:
         ranks=ranks.size,
         global_batch=recipe.global_batch,
         micro_batch=recipe.micro_batch,
-        start_step=progress.step,
-        stop_step=recipe.steps,
+        start_step=progress.batch,
+        stop_step=progress.batch + recipe.steps - progress.step,
         workers=recipe.data.workers,
         prefetch=recipe.data.prefetch,
         pin_memory=ranks.device.type == "cuda",

@@ -23,10 +23,10 @@ from ..recipes import Recipe
 from .checkpoint.durable import write_file
 from .engine import Engine
 from .generate import Generator, Settings, load_painter
-from .loop import Progress
 from .models.flux import FluxTokenizers
 from .models.prompt import PromptTemplate
 from .monitors.sections import Sections
+from .progress import Progress
 from .ranks import Ranks
 from .sheet import sheet
 from .stages import Stage

@@ -1,4 +1,4 @@
-"""Schedule, average, sequence digest, meter, health: small pure parts."""
+"""Schedule, average, sequence digest, meter: small pure parts."""
 
 import math
 import time
@@ -8,8 +8,6 @@ import torch
 
 from bifrost.recipes import load_recipe
 from bifrost.trainer.ema import Ema
-from bifrost.trainer.errors import Unhealthy
-from bifrost.trainer.monitors.health import Health
 from bifrost.trainer.monitors.meter import Meter
 from bifrost.trainer.monitors.sections import Sections
 from bifrost.trainer.schedule import learning_rate
@@ -68,12 +66,3 @@ def test_rates_leave_out_what_is_not_the_steps() -> None:
     assert rates["step_s"] < 0.15
     assert rates["tokens_per_s"] == pytest.approx(10 * rates["samples_per_s"])
     assert 0.05 < rates["peak_memory_gib"] < 24
-
-
-def test_bad_steps_in_a_row_end_the_run_and_single_ones_do_not() -> None:
-    health = Health(max_bad_steps=3)
-    for step, applied in enumerate([False, False, True, False, False]):
-        health.record(step, applied, float("nan"))
-    assert (health.skipped, health.in_a_row) == (4, 2)
-    with pytest.raises(Unhealthy, match="step 5: 3 steps in a row"):
-        health.record(5, False, float("nan"))

@@ -36,6 +36,7 @@ class _Save:
     shapes: Mapping[str, tuple[int, ...]]
     state: Mapping[str, Any]
     buffers: Mapping[str, Tensor]
+    prune: bool
     begun: float
     step_s: float | None
     """Seconds a step between the save before and this one."""
@@ -101,9 +102,10 @@ class Saver:
         shapes: Mapping[str, tuple[int, ...]],
         state: Mapping[str, Any],
         buffers: Mapping[str, Tensor],
+        prune: bool = True,
     ) -> None:
         """Copy what `Store.save` takes and return; it is written in the background. Nothing is waited for but the
-        copy, and the save before, should that still be under way.
+        copy, and the save before, should that still be under way. prune: old checkpoints may go once it is written.
 
         What the storage did not take is logged, reported as an event and tried again at the next save. Raises
         Unhealthy on every rank after `max_failed_saves` in a row, RunError for what no other try can mend.
@@ -122,7 +124,8 @@ class Saver:
         staged = self._staging.take(slots)
         now = time.perf_counter()
         step_s = (begun - self._last[1]) / (step - self._last[0]) if self._last and step > self._last[0] else None
-        self._save = _Save(step, staged, shapes, copy.deepcopy(state), held, begun, step_s, now - begun)
+        state = copy.deepcopy(state)
+        self._save = _Save(step, staged, shapes, state, held, prune, begun, step_s, now - begun)
         self._last = step, now
         self._start()
         if self._failures + 1 >= self.settings.max_failed_saves:
@@ -190,7 +193,8 @@ class Saver:
             save.error = error
             log.error("checkpoint of step %d not saved: %s", save.step, error)
         else:
-            self._prune()
+            if save.prune:
+                self._prune()
 
     def _tell(self, save: _Save, size: int, near: float | None) -> None:
         now = time.perf_counter()

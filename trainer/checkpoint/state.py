@@ -9,7 +9,7 @@ from torch import Tensor
 from ..ema import Ema
 from ..engine import Engine
 from ..errors import RunError
-from ..models.weights import full_shape, local_slice
+from ..models.weights import fill, full_shape, local_slice
 from .reader import CheckpointReader
 
 
@@ -60,6 +60,14 @@ def restore(engine: Engine, ema: Ema | None, reader: CheckpointReader, updates: 
     engine.updates = updates
     if ema is not None:
         ema.updates = updates
+
+
+def reload(engine: Engine, ema: Ema | None, reader: CheckpointReader) -> None:
+    """Bring a running engine, its model and the average to a checkpoint. Every rank calls it alike."""
+    fill(engine.trainable(), CheckpointWeights(reader), reader.folder)
+    restore_statistics(engine.model.statistics(), reader)
+    restore(engine, ema, reader, reader.state["updates"])
+    engine.refresh()
 
 
 def restore_statistics(statistics: Mapping[str, Tensor], reader: CheckpointReader) -> None:

@@ -158,6 +158,15 @@ class Store:
                 removed.append(step)
         return removed
 
+    def remove_after(self, step: int, rank: int = 0, gather: Gather = alone) -> None:
+        """Remove the checkpoints later than `step`, newest first; every rank calls it. RunError on all when one stays."""
+
+        def remove() -> None:
+            for late in reversed([each for each in self.steps() if each > step]):
+                self._remove(late)
+
+        agreed(lambda: remove() if rank == 0 else None, "remove", rank, gather)
+
     def sweep(self) -> None:
         """Remove what killed saves and removals left, for rank 0 of the run that owns the folder.
 

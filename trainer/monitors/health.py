@@ -1,27 +1,92 @@
-"""Skipped steps: counted, and after too many in a row the run ends with the reason."""
+"""Bad numbers: which steps must not change the weights, and when there were too many of them in a row.
+
+A spike is told by the modified z-score, 0.6745 (x - median) / MAD, where MAD is the median of the absolute deviations
+from the median (Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993); 0.6745 makes it the usual z-score for
+normal numbers. Median and MAD stay where they are while less than half of the window is odd, and a skipped step's
+numbers never enter it.
+"""
 
 from __future__ import annotations
 
-from ..errors import Unhealthy
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ...recipes.schema import Health as Settings
+from ..progress import Progress
+from .metrics import finite
+
+FLOOR = 0.02
+"""Least MAD, as a share of the median: a window of nearly equal values makes no spike of a small step."""
+
+
+def robust_zscore(value: float, window: Sequence[float]) -> float:
+    """Modified z-score of `value` among the finite values of `window`, which are not empty."""
+    median = statistics.median(window)
+    deviation = statistics.median(abs(each - median) for each in window)
+    return 0.6745 * (value - median) / max(deviation, FLOOR * abs(median), sys.float_info.min)
 
 
 class Health:
-    """skipped: steps without an update in the whole run; in_a_row: up to now."""
+    """Judges every step by its loss and gradient norm. Its memory is `progress`, so a resume judges alike.
 
-    def __init__(self, max_bad_steps: int, skipped: int = 0, in_a_row: int = 0) -> None:
-        self.max_bad_steps = max_bad_steps
-        self.skipped = skipped
-        self.in_a_row = in_a_row
+    Its inputs are equal on all ranks, to the bit, and so are its verdicts.
+    """
 
-    def record(self, step: int, applied: bool, loss: float) -> None:
-        """Note whether step `step` changed the weights. Raises Unhealthy at `max_bad_steps` in a row."""
-        if applied:
-            self.in_a_row = 0
+    def __init__(self, settings: Settings, progress: Progress) -> None:
+        self.settings = settings
+        self.progress = progress
+
+    def judge(self, loss: float, grad_norm: float) -> str | None:
+        """Why the step with these numbers must be skipped; None when they are good."""
+        values = {"loss": loss, "gradient norm": grad_norm}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                return f"{name} is {value}"
+        limit, accepted = self.settings.spike_zscore, self.progress.accepted
+        if limit is None or 2 * len(accepted) < self.settings.window:
+            return None
+        for (name, value), window in zip(values.items(), zip(*accepted, strict=True), strict=True):
+            score = robust_zscore(value, window)
+            if score > limit:
+                median = statistics.median(window)
+                return f"{name} {value:.4g} is a spike: z-score {score:.1f}, median {median:.4g} of {len(window)} steps"
+        return None
+
+    def record(self, skipped: bool, loss: float, grad_norm: float) -> None:
+        """Note how a step ended."""
+        progress = self.progress
+        if not skipped:
+            progress.bad_in_a_row = progress.spikes_in_a_row = 0
+            progress.accepted = [*progress.accepted, [loss, grad_norm]][-self.settings.window :]
             return
-        self.skipped += 1
-        self.in_a_row += 1
-        if self.in_a_row >= self.max_bad_steps:
-            raise Unhealthy(
-                f"step {step}: {self.in_a_row} steps in a row were skipped for a non-finite loss ({loss}) or gradient;"
-                " the newest checkpoint is from before them: lower optimizer.lr or look at these steps' samples"
-            )
+        progress.skipped_steps += 1
+        progress.bad_in_a_row += 1
+        progress.spikes_in_a_row += math.isfinite(loss) and math.isfinite(grad_norm)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether so many steps in a row were skipped that something must change."""
+        return self.progress.bad_in_a_row >= self.settings.max_bad_steps
+
+
+def skipped_event(
+    progress: Progress,
+    reason: str,
+    loss: float,
+    grad_norm: float,
+    shares: Sequence[tuple[list[str], list[float], float]],
+) -> dict[str, Any]:
+    """The record of a skipped step. shares: every rank's sample keys, their losses, and the sum over its passes."""
+    return {
+        "event": "skipped",
+        "step": progress.step,
+        "batch": progress.batch,
+        "reason": reason,
+        "loss": finite(loss),
+        "grad_norm": finite(grad_norm),
+        "rank_losses": [finite(total) for _, _, total in shares],
+        "samples": [[key, finite(each)] for keys, losses, _ in shares for key, each in zip(keys, losses, strict=True)],
+    }

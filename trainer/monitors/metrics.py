@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -98,6 +99,11 @@ class Tail:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All records of a metrics file in order; lines that a crash or a full disk tore are left out."""
     return Tail(path).read()
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for what JSON does not know."""
+    return value if math.isfinite(value) else None
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -15,13 +15,15 @@ from ..ranks import Ranks
 
 
 class Losses(NamedTuple):
-    """Of one micro-batch: `loss` [] to differentiate, and `sums` [Stage.sums], detached, for `Stage.report`.
+    """Of one micro-batch: `loss` [] to differentiate, and detached `sums` [Stage.sums], for `Stage.report`, and `each`
+    [B], the share of every sample in `loss`.
 
     A tuple, because ZeRO-3's hooks find tensors in nothing else.
     """
 
     loss: Tensor
     sums: Tensor
+    each: Tensor
 
 
 class StageModel(nn.Module):

@@ -124,7 +124,7 @@ class LatentControlNetModel(StageModel):
         tokens = len(sigma) * (noise.shape[1] + text.shape[1] + condition.shape[1])
         halves = [((squares.detach() * half).sum(), half.sum() * elements) for half in (1 - noisier, noisier)]
         sums = torch.stack([*halves[0], *halves[1], squares.new_tensor(float(tokens))])
-        return Losses(squares.sum() / normalizer, sums)
+        return Losses(squares.sum() / normalizer, sums, squares.detach() / normalizer)
 
 
 class ControlNetCollate:

@@ -101,11 +101,13 @@ class PatchLatentModel(StageModel):
         if self.masked_only:
             loss, squares = self.head(self.branch(latents, mask, prefix, masked), target[masked], None, normalizer)
             error = squares.sum()
+            squares = squares.new_zeros(mask.numel()).index_copy_(0, masked, squares)
         else:
             loss, squares = self.head(self.branch(latents, mask, prefix).flatten(0, 1), target, None, normalizer)
             error = squares[masked].sum()
         tokens = float(mask.numel() + prefix.layout.text.total)
-        return Losses(loss, torch.stack((error, error.new_tensor(float(len(masked))), error.new_tensor(tokens))))
+        sums = torch.stack((error, error.new_tensor(float(len(masked))), error.new_tensor(tokens)))
+        return Losses(loss, sums, squares.view_as(mask).sum(1) / normalizer)
 
 
 def _initial(name: str, parameter: nn.Parameter) -> weights.Distribution:
