@@ -29,6 +29,7 @@ from .monitors.goodput_cli import goodput
 from .monitors.stop import hold_signals
 from .monitors.track_cli import app as track_app
 from .plan_cli import plan
+from .replay_cli import replay
 
 app = typer.Typer(
     help="Training system for Bifrost-1.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
@@ -43,6 +44,7 @@ app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(plan)
 app.command()(goodput)
+app.command()(replay)
 
 kernels_app = typer.Typer(no_args_is_help=True)
 app.add_typer(kernels_app, name="kernels", help="Triton kernels: compile, check, time.")

@@ -34,6 +34,11 @@ def uniform(seed: int, stream: Stream, epoch: IntArray, index: IntArray, lanes: 
     return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
+def chosen(seed: int, stream: Stream, epoch: IntArray, index: IntArray, share: float) -> npt.NDArray[np.bool_]:
+    """Which of the samples [B] fall into `share` of all."""
+    return uniform(seed, stream, epoch, index, 1)[:, 0] < share
+
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 

@@ -28,7 +28,7 @@ from . import loop
 from .checkpoint.local import LocalParts
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.saver import Saver
-from .checkpoint.state import CheckpointWeights, capture, restore, restore_statistics
+from .checkpoint.state import capture, restore, take_from
 from .checkpoint.store import Store
 from .ema import Ema
 from .engine import Engine, deepspeed_config, partitioned
@@ -274,30 +274,25 @@ def _build(inputs: Inputs, reader: CheckpointReader | None, ranks: Ranks) -> Sta
         model = stage.build()
     stage.load(model)
     if reader:
-        _take_from(model, reader)
+        take_from(model, reader)
     elif recipe.init_from:
-        _initialise_from(model, stage, Path(recipe.init_from))
+        initialise_from(model, stage, Path(recipe.init_from))
     return model
 
 
-def _initialise_from(model: StageModel, stage: Stage, path: Path) -> None:
+def initialise_from(model: StageModel, stage: Stage, path: Path) -> None:
     """Weights of an earlier run (its newest checkpoint), or of an export in either layout."""
     if (path / "checkpoints").is_dir():
         reader = Store(path / "checkpoints").newest_verified()
         if reader is None:
             raise RunError(f"init_from={path}: that run has no checkpoint that verifies")
-        _take_from(model, reader)
+        take_from(model, reader)
     elif path.exists():
         source, names = stage.released(path)
         tensors: dict[str, Any] = {**model.trainable(), **model.statistics()}
         fill({names[name]: tensor for name, tensor in tensors.items()}, source, path)
     else:
         raise RunError(f"init_from={path}: no such file or folder")
-
-
-def _take_from(model: StageModel, reader: CheckpointReader) -> None:
-    fill(model.trainable(), CheckpointWeights(reader), reader.folder)
-    restore_statistics(model.statistics(), reader)
 
 
 def _loader(inputs: Inputs, progress: Progress, ranks: Ranks) -> Loader:

@@ -145,8 +145,8 @@ def test_a_new_level_is_taken_for_normal(shards: Path, tmp_path: Path) -> None:
     assert ended[0].code == 0, ended[0].err
     assert [line["to"] for line in runs.events(run, "rollback")] == [8]
     assert [(line["step"], line["rollbacks"]) for line in runs.events(run, "new_level")] == [(11, 2)]
-    assert [line["step"] for line in runs.events(run, "skipped")] == [10, 11, 12, 9, 10, 11]
-    assert runs.steps(run)[-1]["loss"] > 10
+    assert [line["step"] for line in runs.events(run, "skipped")][:6] == [10, 11, 12, 9, 10, 11]
+    assert runs.steps(run)[-1]["loss"] > 10 and runs.steps(run)[-1]["skipped_steps"] < 6
 
 
 def test_bad_numbers_without_end_stop_the_run(shards: Path, tmp_path: Path) -> None:

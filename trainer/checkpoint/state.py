@@ -10,6 +10,7 @@ from ..ema import Ema
 from ..engine import Engine
 from ..errors import RunError
 from ..models.weights import fill, full_shape, local_slice
+from ..stages import StageModel
 from .reader import CheckpointReader
 
 
@@ -64,10 +65,15 @@ def restore(engine: Engine, ema: Ema | None, reader: CheckpointReader, updates: 
 
 def reload(engine: Engine, ema: Ema | None, reader: CheckpointReader) -> None:
     """Bring a running engine, its model and the average to a checkpoint. Every rank calls it alike."""
-    fill(engine.trainable(), CheckpointWeights(reader), reader.folder)
-    restore_statistics(engine.model.statistics(), reader)
+    take_from(engine.model, reader)
     restore(engine, ema, reader, reader.state["updates"])
     engine.refresh()
+
+
+def take_from(model: StageModel, reader: CheckpointReader) -> None:
+    """Give a model the weights that it computes with, and its statistics, from a checkpoint."""
+    fill(model.trainable(), CheckpointWeights(reader), reader.folder)
+    restore_statistics(model.statistics(), reader)
 
 
 def restore_statistics(statistics: Mapping[str, Tensor], reader: CheckpointReader) -> None:

@@ -159,7 +159,7 @@ class Store:
         return removed
 
     def remove_after(self, step: int, rank: int = 0, gather: Gather = alone) -> None:
-        """Remove the checkpoints later than `step`, newest first; every rank calls it. RunError on all when one stays."""
+        """Remove those later than `step`, newest first; every rank calls it. RunError on all when one stays."""
 
         def remove() -> None:
             for late in reversed([each for each in self.steps() if each > step]):

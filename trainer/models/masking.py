@@ -28,5 +28,9 @@ def masked_counts(
 
 def draw_masks(seed: int, epoch: IntArray, index: IntArray, counts: IntArray, tokens: int) -> npt.NDArray[np.bool_]:
     """Masks [B, tokens], True where hidden, with exactly `counts` [B] hidden patches each."""
-    order = uniform(seed, Stream.MASK_ORDER, epoch, index, tokens).argsort(axis=1).argsort(axis=1)
-    return order < counts[:, None]
+    return draw_orders(seed, epoch, index, tokens).argsort(axis=1) < counts[:, None]
+
+
+def draw_orders(seed: int, epoch: IntArray, index: IntArray, tokens: int) -> IntArray:
+    """The order [B, tokens] in which patches are hidden: a mask hides the first ones of it."""
+    return uniform(seed, Stream.MASK_ORDER, epoch, index, tokens).argsort(axis=1)

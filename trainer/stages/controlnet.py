@@ -29,7 +29,7 @@ from ..models import latent_controlnet, weights
 from ..models.backbone import FrozenBackbone, architecture, locate, read_config
 from ..models.flux import PARTS, FluxFolder, FluxTokenizers, Part, Tokens
 from ..models.latent_controlnet import ControlNetConfig, LatentControlNet
-from ..randomness import IntArray, Stream, uniform
+from ..randomness import IntArray, Stream, chosen, uniform
 from ..ranks import Gather, Ranks, alone
 from . import Losses, StageModel
 from .cache import Cache, Kind, cached_kinds, made_by, open_cache
@@ -142,7 +142,7 @@ class ControlNetCollate:
     def __call__(self, items: list[Item]) -> dict[str, Any]:
         epoch = np.array([item.epoch for item in items], dtype=np.int64)
         index = np.array([item.index for item in items], dtype=np.int64)
-        dropped = uniform(self.seed, Stream.CAPTION_DROPOUT, epoch, index, 1)[:, 0] < self.dropout
+        dropped = chosen(self.seed, Stream.CAPTION_DROPOUT, epoch, index, self.dropout)
         channels, height, width = self.latents
 
         def normal(stream: Stream, *shape: int) -> Tensor:

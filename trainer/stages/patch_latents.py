@@ -25,7 +25,7 @@ from ..models.branch import INIT_STD, GenerationBranch
 from ..models.elementwise import use_liger
 from ..models.masking import draw_masks, masked_counts
 from ..models.prompt import PromptTemplate, load_tokenizer
-from ..randomness import IntArray, Stream, uniform
+from ..randomness import IntArray, Stream, chosen
 from ..ranks import Ranks
 from . import Losses, StageModel
 
@@ -133,7 +133,7 @@ class PatchLatentCollate:
         seed = self.recipe.seed
         epoch = np.array([item.epoch for item in items], dtype=np.int64)
         index = np.array([item.index for item in items], dtype=np.int64)
-        dropped = uniform(seed, Stream.CAPTION_DROPOUT, epoch, index, 1)[:, 0] < self.recipe.branch.caption_dropout
+        dropped = chosen(seed, Stream.CAPTION_DROPOUT, epoch, index, self.recipe.branch.caption_dropout)
         captions = ["" if drop else item.caption for drop, item in zip(dropped, items, strict=True)]
         input_ids, text_lengths = self.template.batch(captions)
         mask = draw_masks(seed, epoch, index, hidden_counts(self.recipe, epoch, index, self.tokens), self.tokens)

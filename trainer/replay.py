@@ -1,0 +1,244 @@
+"""One step of a run again, in one process: the very samples, draws and losses, to see what was wrong with them.
+
+Nothing of the run is needed but its folder, shards and frozen weights: which samples a step had is a function of the
+plan, and every draw one of the sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data import Item, Loader
+from ..kernels.attention import unavailable
+from ..recipes import load_recipe
+from .checkpoint.reader import CheckpointReader
+from .checkpoint.state import take_from
+from .checkpoint.store import Store
+from .errors import RunError
+from .history import Place
+from .inputs import Inputs, open_inputs
+from .kernel_choice import KernelChoice
+from .models.flux import sigmas
+from .models.masking import draw_orders
+from .progress import Progress
+from .randomness import Stream, chosen
+from .run import initialise_from
+from .sequence import SequenceDigest
+from .sheet import sheet
+from .stages import Stage, StageModel
+from .stages.controlnet import ControlNetStage
+from .stages.patch_latents import PatchLatentStage
+from .stages.placement import born
+
+GREY = 128
+
+
+@dataclass
+class Replay:
+    """A step's batch, rebuilt."""
+
+    place: Place
+    weights: int
+    """The step whose weights the losses were computed with; 0 is the run's beginning."""
+    exact: bool
+    """Whether these are the weights that the step itself had."""
+    items: list[Item]
+    samples: list[dict[str, Any]]
+    """Of each item what was drawn for it, and its `loss`; their mean is the step's."""
+    masks: torch.Tensor | None
+    """Stage 1: hidden patches [G, N]."""
+    replaced: list[tuple[str, str]]
+    """Planned samples that could not be read, with the reason; their neighbours are among `items`."""
+    digest: str | None
+    """Of all samples up to the step; None where the one before it is not known."""
+
+    @property
+    def loss(self) -> float:
+        return float(np.mean([sample["loss"] for sample in self.samples]))
+
+    def record(self) -> dict[str, Any]:
+        """All of it as JSON; images are on the sheet."""
+        place = self.place
+        return {
+            "step": place.step,
+            "batch": place.batch,
+            "skipped": place.skipped["reason"] if place.skipped else None,
+            "weights_step": self.weights,
+            "weights_exact": self.exact,
+            "loss": self.loss,
+            "logged_loss": (place.line or place.skipped or {}).get("loss"),
+            "digest": self.digest,
+            "logged_digest": (place.line or {}).get("digest"),
+            "replaced": self.replaced,
+            "samples": self.samples,
+        }
+
+    def worst(self, count: int) -> list[int]:
+        """Places in the batch of the samples with the highest losses, those that are not finite first."""
+        losses = np.nan_to_num([sample["loss"] for sample in self.samples], nan=np.inf)
+        return np.argsort(-losses, kind="stable")[:count].tolist()
+
+    def sheet(self, count: int) -> Image.Image:
+        """The worst samples: what the model was shown, and in stage 1 what of it was hidden."""
+        order = self.worst(count)
+        rows = {"image": [Image.fromarray(self.items[i].image) for i in order]}
+        if self.masks is not None:
+            rows["hidden"] = [_hide(self.items[i].image, self.masks[i]) for i in order]
+        return sheet(
+            rows, [f"{self.samples[i]['loss']:.4g} {self.items[i].key}: {self.items[i].caption}" for i in order]
+        )
+
+
+def replay(run: Path, place: Place, weights_step: int | None = None) -> Replay:
+    """The batch at `place` of the run in folder `run`, its losses by the newest weights from before it.
+
+    weights_step: those of this checkpoint instead; 0 is the run's beginning. RunError when the run lacks something, or
+    when the samples are not those that the run's digests say.
+    """
+    recipe = load_recipe(run / "recipe.yaml")
+    inputs = open_inputs(recipe, 1)
+    reader = _checkpoint(run, place, weights_step)
+    if reader and reader.state["data"] != inputs.dataset.fingerprint:
+        raise RunError(f"data.shards={recipe.data.shards}: are not the shards that {run} was trained on; restore them")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _model(inputs.stage, reader, device)
+    # Batch statistics go over the samples of a pass on all ranks: as many here as there were then.
+    together = place.stretch.micro_batch or recipe.micro_batch
+    together *= place.stretch.ranks if model.statistics() else 1
+    items, arrays, replaced, losses = _passes(inputs, model, place.batch - 1, together, device)
+    samples = [
+        {**_identity(item), **drawn, "loss": loss, "caption": item.caption}
+        for item, drawn, loss in zip(items, _draws(inputs.stage, items, arrays), losses, strict=True)
+    ]
+    masks = torch.cat([part["mask"] for part in arrays]) if "mask" in arrays[0] else None
+    at = Progress(**reader.state["progress"]) if reader else Progress()
+    exact = at.step == place.step - 1 and at.batch < place.batch
+    before = at.digest if exact else place.digest_before
+    return Replay(place, at.step, exact, items, samples, masks, replaced, _digest(place, before, items))
+
+
+def _checkpoint(run: Path, place: Place, step: int | None) -> CheckpointReader | None:
+    """The newest checkpoint from before `place`, or that of `step`; None for the run's beginning."""
+    store = Store(run / "checkpoints")
+    if step == 0:
+        return None
+    if step is not None:
+        if step not in store.steps():
+            raise RunError(f"{store.root} holds no checkpoint of step {step}; it holds {store.steps()}")
+        if problems := store.verify(step):
+            raise RunError("; ".join(problems))
+        return CheckpointReader(store.folder(step))
+    # A checkpoint after a rollback may be of an earlier step and yet know later samples.
+    later = [step for step in store.steps() if step >= place.step or _taken(store, step) >= place.batch]
+    return store.newest_verified(later)
+
+
+def _taken(store: Store, step: int) -> int:
+    """Global batches that the checkpoint of `step` has seen; 0 when it cannot be read, which is said elsewhere."""
+    try:
+        return Progress(**CheckpointReader(store.folder(step)).state["progress"]).batch
+    except (RunError, OSError, ValueError):
+        return 0
+
+
+def _model(stage: Any, reader: CheckpointReader | None, device: torch.device) -> StageModel:
+    """The run's model, whole on `device`, in the precision that the run computes in."""
+    dtype = torch.bfloat16 if stage.recipe.precision == "bf16" else torch.float32
+    fast = unavailable("varlen", device, dtype) is None
+    stage.kernels = KernelChoice(attention="varlen" if fast else "sdpa")
+    with born(device, dtype):
+        model = stage.build()
+    stage.load(model)
+    model.to(device)
+    if reader:
+        take_from(model, reader)
+    elif stage.recipe.init_from:
+        initialise_from(model, stage, Path(stage.recipe.init_from))
+    return model
+
+
+def _passes(
+    inputs: Inputs, model: StageModel, number: int, together: int, device: torch.device
+) -> tuple[list[Item], list[dict[str, Any]], list[tuple[str, str]], list[float]]:
+    """Items of global batch `number`, each pass's arrays, replaced samples, and every sample's loss."""
+    batch = inputs.recipe.global_batch
+    collate = inputs.stage.collate()
+    loader = Loader(
+        inputs.dataset,
+        inputs.plan,
+        lambda items: {"items": items, "arrays": collate(items)},
+        image_size=inputs.stage.image_sizes,
+        rank=0,
+        ranks=1,
+        global_batch=batch,
+        micro_batch=together,
+        start_step=number,
+        stop_step=number + 1,
+    )
+    passes = batch // together
+    normalizer = inputs.normalizer(number, passes)
+    items, arrays, replaced, losses = [], [], [], []
+    for part in loader:
+        here = part.arrays["arrays"]
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in here.items()}
+        with torch.no_grad():
+            each = model(**moved, normalizer=normalizer).each
+        items += part.arrays["items"]
+        arrays.append(here)
+        replaced += part.replaced
+        losses += (each.double() * batch / passes).tolist()
+    return items, arrays, replaced, losses
+
+
+def _identity(item: Item) -> dict[str, Any]:
+    return {
+        "key": item.key,
+        "epoch": item.epoch,
+        "index": item.index,
+        "shard": item.origin[0],
+        "number": item.origin[1],
+    }
+
+
+def _draws(stage: Stage, items: Sequence[Item], arrays: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What training draws for each sample from (seed, epoch, index)."""
+    seed = stage.recipe.seed
+    epoch, index = (np.array([getattr(item, name) for item in items], dtype=np.int64) for name in ("epoch", "index"))
+    if isinstance(stage, ControlNetStage):
+        dropped = chosen(seed, Stream.CAPTION_DROPOUT, epoch, index, stage.flux.caption_dropout).tolist()
+        levels = sigmas(torch.cat([part["level"] for part in arrays])).tolist()
+        seeds = [[seed, item.epoch, item.index] for item in items]
+        draws = [{"noise_level": level, "noise_seed": each} for level, each in zip(levels, seeds, strict=True)]
+    else:
+        assert isinstance(stage, PatchLatentStage)
+        dropped = chosen(seed, Stream.CAPTION_DROPOUT, epoch, index, stage.recipe.branch.caption_dropout).tolist()
+        counts = torch.cat([part["mask"] for part in arrays]).sum(1).tolist()
+        orders = draw_orders(seed, epoch, index, stage.tokens_per_image).tolist()
+        draws = [{"mask_rate": n / len(order), "hidden": order[:n]} for n, order in zip(counts, orders, strict=True)]
+    return [{"caption_dropped": drop, **draw} for drop, draw in zip(dropped, draws, strict=True)]
+
+
+def _digest(place: Place, before: str | None, items: Sequence[Item]) -> str | None:
+    if before is None:
+        return None
+    found = SequenceDigest(before).advance(*SequenceDigest.fingerprint(item.key for item in items))
+    logged = (place.line or {}).get("digest", found)
+    if logged != found:
+        raise RunError(f"step {place.step}: the run had other samples, its digest is {logged} and theirs is {found}")
+    return found
+
+
+def _hide(image: np.ndarray, mask: torch.Tensor) -> Image.Image:
+    """The image with its hidden patches grey."""
+    side = math.isqrt(len(mask))
+    unit = len(image) // side
+    hidden = mask.view(side, side).numpy().repeat(unit, 0).repeat(unit, 1)
+    return Image.fromarray(np.where(hidden[..., None], np.uint8(GREY), image))

@@ -1,0 +1,86 @@
+"""`bifrost replay`: a step's batch again, as a table, JSON and a contact sheet."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..data.index import write_atomic
+from .errors import RunError
+from .history import History
+
+if TYPE_CHECKING:
+    from .replay import Replay
+
+RECORD, SHEET = "batch.json", "sheet.png"
+SHOWN = 64
+"""Samples in the table and on the sheet, those with the highest loss."""
+
+
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    step: Annotated[int | None, typer.Option(help="The step, as metrics.jsonl counts.", min=1)] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="The number of a global batch instead, for one that was passed over.", min=1)
+    ] = None,
+    weights_step: Annotated[
+        int | None, typer.Option(help="Losses by the checkpoint of this step; 0: by the initial weights.", min=0)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default replay/ in the run folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all samples as JSON, no table.")] = False,
+) -> None:
+    """Rebuild a step's batch in one process: keys, captions, images, draws, and each sample's loss."""
+    if (step is None) == (batch is None):
+        raise RunError("say which step with --step, or which global batch with --batch")
+    history = History.read(run)
+    place = history.step(step) if step is not None else history.batch(batch or 0)
+
+    from .replay import replay as rebuild
+
+    found = rebuild(run, place, weights_step)
+    out = out or run / "replay" / f"step-{place.step:08d}-batch-{place.batch:08d}"
+    out.mkdir(parents=True, exist_ok=True)
+    record = json.dumps(found.record(), indent=1)
+    write_atomic(out / RECORD, record.encode())
+    picture = io.BytesIO()
+    found.sheet(SHOWN).save(picture, "PNG")
+    write_atomic(out / SHEET, picture.getvalue())
+    if as_json:
+        print(record)
+    else:
+        _print(found, out)
+
+
+def _print(found: Replay, out: Path) -> None:
+    console = Console()
+    place = found.place
+    lines = [f"step {place.step}, global batch {place.batch}: {len(found.samples)} samples, loss {found.loss:.6g}"]
+    if place.line and place.line["loss"] is not None:
+        lines[0] += f", logged {place.line['loss']:.6g}"
+    lines.append(
+        f"weights of step {found.weights}"
+        + (", those that it had" if found.exact else f": no checkpoint is of step {place.step - 1}, so losses differ")
+    )
+    if place.skipped:
+        lines.append(f"it was skipped: {place.skipped['reason']}")
+    if place.others:
+        lines.append(f"before a rollback the step was also tried with --batch {' and '.join(map(str, place.others))}")
+    lines += [f"{key} could not be read, a neighbour came instead: {reason}" for key, reason in found.replaced]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    drawn = [name for name in found.samples[0] if name in ("mask_rate", "noise_level")]
+    table = Table("loss", "key", *(name.replace("_", " ") for name in drawn), "caption")
+    order = found.worst(SHOWN)
+    for sample in (found.samples[i] for i in order):
+        caption = f"(dropped) {sample['caption']}" if sample["caption_dropped"] else sample["caption"]
+        table.add_row(f"{sample['loss']:.4g}", sample["key"], *(f"{sample[name]:.3f}" for name in drawn), caption)
+    console.print(table)
+    if len(order) < len(found.samples):
+        console.print(f"and {len(found.samples) - len(order)} with lower losses, in {RECORD}")
+    console.print(f"{out / RECORD} and {SHEET}", highlight=False, soft_wrap=True)
