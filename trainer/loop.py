@@ -72,6 +72,7 @@ def run(parts: Parts, progress: Progress) -> bool:
             with section("rollback"):
                 parts.recover(progress)
                 batches = parts.batches(progress)
+            continue
         step = progress.step
         normalizer = parts.normalizer(progress.batch)
         loss_sum, sums = torch.zeros((), device=ranks.device), torch.zeros(parts.stage.sums, device=ranks.device)
