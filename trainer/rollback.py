@@ -81,6 +81,8 @@ class Recovery:
         there.rollbacks, there.rolled_back_to = progress.rollbacks + 1, there.step
         # What was saved in between is of a run that is no more; a later save of the same step must not find it.
         self.saver.store.remove_after(there.step, self.ranks.rank, self.ranks.gather)
+        if self.saver.local:
+            self.saver.local.clear()
         past: dict[str, float] = {}
         try:
             past = self.metrics.go_on(there.step, time.time(), None)
