@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -47,6 +47,8 @@ class Sections:
         """Until the next step is done: is it the first one, has there been work beside the step, or neither."""
         self.last_step = time.monotonic()
         """When the last step was done."""
+        self.on_ordinary: Callable[[], None] = lambda: None
+        """Called when the start, or a step with work beside it, is over."""
         self._steps = 0
         self._durations: deque[float] = deque(maxlen=100)
         self._wall: dict[str, float] = defaultdict(float)
@@ -69,10 +71,13 @@ class Sections:
     def step_done(self, step: int) -> None:
         """`step` steps of the run are done: before anything beside the step, such as a save."""
         now = time.monotonic()
-        if self.patience == "step":
+        ordinary = self.patience == "step"
+        if ordinary:
             self._durations.append(now - self.last_step)
         self.step, self.last_step, self.patience = step, now, "step"
         self._steps += 1
+        if not ordinary:
+            self.on_ordinary()
 
     def median_step(self) -> float | None:
         """Seconds that a step usually takes; None while fewer than five are known."""

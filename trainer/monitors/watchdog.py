@@ -52,6 +52,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
+        self.sections.on_ordinary = self._set_timers
         self._thread.start()
         return self
 
@@ -92,11 +93,17 @@ class Watchdog:
             silent, bound = time.monotonic() - self.sections.last_step, self.bound_s()
             if silent > bound or (silent > bound / 2 and self._asked()):
                 self._end(silent, bound)
-            # These fire only if this thread cannot put them off.
-            faulthandler.dump_traceback_later(bound - silent + 2 * POLL_S, file=self._file or sys.stderr)
-            self._exit.set(bound - silent + LAST_S)
+            self._set_timers()
+        self.sections.on_ordinary = lambda: None
         faulthandler.cancel_dump_traceback_later()
         self._exit.cancel()
+
+    def _set_timers(self) -> None:
+        """They go off only if the thread cannot put them off again. A long bound that ends between two of its looks
+        must not stay with them, so the training thread sets them then."""
+        rest = max(0.0, self.bound_s() - (time.monotonic() - self.sections.last_step))
+        faulthandler.dump_traceback_later(rest + 2 * POLL_S, file=self._file or sys.stderr)
+        self._exit.set(rest + LAST_S)
 
     def _asked(self) -> bool:
         """Whether another rank has given up waiting; looked for only when this one waits too."""
