@@ -29,6 +29,8 @@ from .sheet import sheet
 
 MASK_RATES = (0.7, 0.8, 0.9, 1.0)
 GALLERY = 4096
+RECONSTRUCTIONS = {"": "ground_truth", "latents_alone_": "latents_alone"}
+"""Prefix of the figures -> pictures of the true latents, with the caption and with an empty text."""
 ON_SHEET = 8
 """Columns of the contact sheet, of each data set."""
 
@@ -72,26 +74,34 @@ def evaluate(
     chosen = {one.name: one.choose(samples, () if one is sets[0] else known) for one in sets}
     trials = {name: _Trial(generator, name, of, seed, settings, batch, progress) for name, of in chosen.items()}
     own = [(name, sample.index) for name, of in chosen.items() for sample in of]
-    nearest = NearestPixels(torch.cat([_stack(trial.made["ground_truth"]) for trial in trials.values()]), own)
+    nearest = {
+        prefix: NearestPixels(torch.cat([_stack(trial.made[kind]) for trial in trials.values()]), own)
+        for prefix, kind in RECONSTRUCTIONS.items()
+    }
     progress("looking reconstructions up among all images")
     total, count = torch.zeros((), dtype=torch.float64), 0
     for one in sets:
         for part in one.gallery(gallery, 4 * batch, [sample.index for sample in chosen[one.name]]):
-            nearest.add([(one.name, sample.index) for sample in part], _stack([s.original for s in part]))
+            keys, originals = [(one.name, sample.index) for sample in part], _stack([s.original for s in part])
+            for lookup in nearest.values():
+                lookup.add(keys, originals)
             if one.name == "train":
                 total = total + generator.encode(_stack([s.seen for s in part])).double().sum(0).cpu()
                 count += len(part)
-    hits = dict(zip(trials, nearest.hits().double().split(samples), strict=True))
+    found: dict[str, dict[str, float]] = {name: {} for name in trials}
+    for prefix, lookup in nearest.items():
+        for name, hits in zip(trials, lookup.hits().double().split(samples), strict=True):
+            found[name][f"{prefix}r1"] = float(hits.mean())
     figures = {
         name: {
             "latents": trial.latents(total / count),
-            "reconstruction": {**trial.reconstruction(), "r1": float(hits[name].mean())},
+            "reconstruction": {**trial.reconstruction(), **found[name]},
             **trial.matches(),
         }
         for name, trial in trials.items()
     }
     seeds = {name: trial.seeds for name, trial in trials.items()}
-    return Evaluation(figures, chosen, seeds, nearest.seen, _sheet(trials))
+    return Evaluation(figures, chosen, seeds, nearest[""].seen, _sheet(trials))
 
 
 class _Trial:
@@ -170,8 +180,7 @@ class _Trial:
         through = [flux.decode_latents(flux.encode_images(self.originals[p].to(device))).cpu() for p in parts]
         found: dict[str, float] = {}
         compared = {
-            "": _stack(self.made["ground_truth"]),
-            "latents_alone_": _stack(self.made["latents_alone"]),
+            **{prefix: _stack(self.made[kind]) for prefix, kind in RECONSTRUCTIONS.items()},
             "vae_": torch.cat(through),
             "no_controlnet_": _stack(self.made["no_controlnet"]),
         }

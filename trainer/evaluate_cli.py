@@ -126,8 +126,8 @@ def table(found: Evaluation) -> str:
         lines += ["", _row("reconstruction", "PSNR", "SSIM", f"R@1 of {found.gallery:,}")]
         kinds = {"true latents": "", "true latents alone": "latents_alone_", "VAE alone": "vae_"}
         for label, kind in {**kinds, "no ControlNet": "no_controlnet_"}.items():
-            values = f"{row[kind + 'psnr']:.2f} dB", f"{row[kind + 'ssim']:.4f}", "" if kind else f"{row['r1']:.3f}"
-            lines += [_row(f"  {label}", *values)]
+            hits = f"{row[kind + 'r1']:.3f}" if kind + "r1" in row else ""
+            lines += [_row(f"  {label}", f"{row[kind + 'psnr']:.2f} dB", f"{row[kind + 'ssim']:.4f}", hits)]
         lines += ["", _row(f"prompt match of {several}", "R@1", "R@5", "Fréchet distance")]
         for kind, label in LABELS.items():
             if (row := figures["match"].get(kind)) is None:

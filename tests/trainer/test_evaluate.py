@@ -298,7 +298,11 @@ def test_a_faithful_painter_scores_full_marks(generator: Generator, shards: Path
     assert (other["r1"], other["other_r1"], other["other_r5"]) == (0.0, 1.0, 1.0)
     assert all(value == pytest.approx(0, abs=1e-6) for value in figures["frechet"].values())
     found = figures["reconstruction"]
-    assert found["psnr"] == LARGEST_PSNR and found["ssim"] == pytest.approx(1) and found["r1"] == 1
+    assert (
+        found["psnr"] == LARGEST_PSNR
+        and found["ssim"] == pytest.approx(1)
+        and found["r1"] == found["latents_alone_r1"] == 1
+    )
     assert found["no_controlnet_psnr"] == LARGEST_PSNR
     assert found["vae_psnr"] < 30, "that VAE is random"
 
