@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -120,6 +121,40 @@ def test_who_counts_as_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     (run / FILE).write_text("")  # its creator died before it could write
     os.utime(run / FILE, (0, time.time() - 1001))
     assert taken()
+
+
+def test_two_starts_that_find_the_same_dead_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moments that a race rarely hits, one after the other."""
+    run = tmp_path / "run"
+    with RunLock(run) as dead:
+        dead.acquire()
+        edited(run, pid=2**22 - 1)
+        token = json.loads((run / FILE).read_text())["token"]
+        # Another start is about to replace the lock: this one leaves it the time.
+        (run / f"{FILE}.after-{token}").write_text("")
+        late = RunLock(run)
+        waiting = threading.Thread(target=late.acquire, daemon=True)
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive() and json.loads((run / FILE).read_text())["token"] == token
+        (run / f"{FILE}.after-{token}").unlink()
+        waiting.join(30)
+        assert json.loads((run / FILE).read_text())["token"] != token
+        # It has done so, and a start that had judged the old owner before comes too late.
+        edited(run, pid=2**22 - 1, token="old")
+        winner, loser = RunLock(run), RunLock(run)
+        judge = loser._await_death
+
+        def judged_before(owner: dict) -> str | None:
+            reason = judge(owner)
+            winner.acquire()
+            return reason
+
+        monkeypatch.setattr(loser, "_await_death", judged_before)
+        with pytest.raises(Locked):
+            loser.acquire()
+        assert json.loads((run / FILE).read_text())["token"] == winner._owner["token"]
+        assert [path.name for path in run.iterdir()] == [FILE]
 
 
 def test_an_owner_that_lost_its_lock_ends(tmp_path: Path) -> None:
