@@ -194,7 +194,7 @@ def _package(backend: str) -> Callable[..., Tensor]:
     return run
 
 
-def short_on_cpu(longest: int, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+def short_on_cpu(longest: int, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Within, torch's attention over up to `longest` keys is the plain product of matrices where that is faster.
 
     On a CPU the backward pass of flash attention in 16 bits costs over twice as much up to some 128 keys.
