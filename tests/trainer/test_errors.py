@@ -148,14 +148,14 @@ def lose_a_shard(folder: str, arguments: list[str]) -> None:
     step = Engine.step
     done = 0
 
-    def losing(self, lr, finite):
+    def losing(self, lr, skip):
         nonlocal done
         done += 1
         if done == 2:
             self.ranks.barrier()
             for file in Path(folder).glob("*.tar"):
                 file.write_bytes(b"")
-        return step(self, lr, finite)
+        return step(self, lr, skip)
 
     Engine.step = losing
     ranked.command(arguments)

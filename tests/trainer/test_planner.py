@@ -74,7 +74,7 @@ def allocated(recipe_name: str, overrides: list[str]) -> int:
             }
         ).loss
     )
-    assert engine.step(1e-4, True).applied
+    assert engine.step(1e-4, skip=False)
     del mask
     after = storages()
     assert ema is None or ema.slices
