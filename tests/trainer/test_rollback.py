@@ -1,5 +1,6 @@
 """Too many skipped steps in a row: the run goes back, passes over the bad samples, and is a run that never had them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,8 @@ def test_goes_on_as_if_the_samples_had_never_been(shards: Path, tmp_path: Path, 
     assert "back to the checkpoint of step 8, passing over global batches 9 to 12" in ended[0].out
     # The one of step 12 that was saved among the bad steps is gone, the later one is of the new history.
     assert [line["step"] for line in runs.events(run, "checkpoint")] == [4, 8, 12, 12, 14]
+    state = json.loads((run / "checkpoints/step-00000012/state.json").read_text())
+    assert (state["progress"]["batch"], state["progress"]["rollbacks"]) == (16, 1)
 
 
 def test_any_number_of_ranks_decides_alike(shards: Path, tmp_path: Path, without: Path) -> None:
