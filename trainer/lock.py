@@ -76,7 +76,8 @@ class RunLock:
                     log.warning("%s: taken over from %s: %s", self.path, describe(owner), reason)
                     return owner
         except OSError as error:
-            raise RunError(f"{self.path.parent} cannot be written: {error.strerror}") from error
+            remedy = "free disk space or mend the folder's permissions"
+            raise RunError(f"{self.path.parent}: {error.strerror}; {remedy}") from error
         return None
 
     def beat(self, step: int) -> None:

@@ -68,9 +68,6 @@ class ClusterRun:
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, f"no {what} after {timeout:.0f} s\n{self.log()}\n{slurm('squeue')}"
-            # A requeued job waits until Slurm's credential of its last start has expired: nothing to learn from that.
-            for number in slurm("squeue", "-h", "--name=tiny-mllm", "--states=PENDING", "-o", "%i").split():
-                subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], check=False)
             time.sleep(0.2)
 
     def wait_for_step(self, step: int) -> None:

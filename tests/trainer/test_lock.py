@@ -169,7 +169,7 @@ def test_an_owner_that_lost_its_lock_ends(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(RunError, match="run cannot be written: File exists"):
+    with pytest.raises(RunError, match="run: File exists"):
         RunLock(tmp_path / "run").acquire()
 
 
