@@ -57,10 +57,11 @@ class Kill:
 
 
 class Campaign:
-    """Kills over the run that `arguments` of the `bifrost` command make, `steps` steps of recipe `name`."""
+    """Kills over the run that `arguments` of the `bifrost` command make, `steps` steps of recipe `name`; each is left
+    alone after `kills_a_run`."""
 
-    def __init__(self, folder: Path, arguments: list[str], name: str, steps: int) -> None:
-        self.folder, self.name, self.steps = folder, name, steps
+    def __init__(self, folder: Path, arguments: list[str], name: str, steps: int, kills_a_run: int) -> None:
+        self.folder, self.name, self.steps, self.kills_a_run = folder, name, steps, kills_a_run
         self.arguments = [*arguments, f"steps={steps}"]
         self.log = folder / "runs.jsonl"
         self.kills: list[Kill] = []
@@ -131,6 +132,7 @@ class _Run:
         }
         self.workers = self.settings["data.workers"]
         self.damaged: set[int] = set()
+        self.kills: list[Kill] = []
         self.hits = campaign.hits()
         self.aims = Counter(kill.aimed for kill in campaign.kills)
 
@@ -138,11 +140,11 @@ class _Run:
         """The run's record for the log."""
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir()
-        begun, before, kills = time.time(), None, []
+        begun, before = time.time(), None
         while True:
             newest = max(self._saved() - self.damaged, default=0)
-            start = _Start(self, len(kills))
-            kill = start.until_killed(*self._plan(first=not kills))
+            start = _Start(self, len(self.kills))
+            kill = start.until_killed(*self._plan())
             if start.began not in (None, newest):
                 kill.wrong.append(f"resume: from step {start.began} where step {newest} was saved")
             if before is not None and start.first_step_at:
@@ -151,29 +153,31 @@ class _Run:
                 break
             kill.compared = len(self._saved() - self.damaged)
             kill.wrong += self._torn()
-            kills.append(kill)
+            self.kills.append(kill)
             self.hits[kill.detail] += kill.moment == "boundary"
             self.aims[kill.aimed] += 1
             before = start.killed_at
             if len(self._saved() - self.damaged) > 1 and self.chance.random() < 0.04:
-                kills.append(self._damage())
+                self.kills.append(self._damage())
         return {
             "settings": self.settings,
             "seconds": time.time() - begun,
             "boundaries": _boundaries(self.place),
             "wrong": differences(self.folder, self.campaign.undisturbed, self.damaged),
-            "kills": [asdict(kill) for kill in kills],
+            "kills": [asdict(kill) for kill in self.kills],
         }
 
-    def _plan(self, first: bool) -> tuple[str, str, list[int]]:
+    def _plan(self) -> tuple[str, str, list[int]]:
         """Moment, boundary and victims of the next kill. Boundaries that had the fewest come first, those that only
         the first start of a run comes past too."""
+        if len(self.kills) >= self.campaign.kills_a_run:
+            return "none", "", []
         met = self.campaign.met()
         moments = ["boundary"] * 6 + ["step", "step", "start", "signal"]
-        moment = "boundary" if first else self.chance.choice(moments + ["worker"] * 4 * self.workers)
+        moment = "boundary" if not self.kills else self.chance.choice(moments + ["worker"] * 4 * self.workers)
         if moment != "boundary":
             return moment, "", self.chance.choice(([0], [1], [0, 1]))
-        tries = self.hits if first else self.aims
+        tries = self.aims if self.kills else self.hits
         label = min(met, key=lambda label: (tries[label], self.chance.random()))
         dying = self.chance.choice(sorted(met[label]))
         return moment, label, [dying, *([1 - dying] if self.chance.random() < 0.3 else [])]
@@ -227,7 +231,9 @@ class _Start:
             return not all(process.is_alive() for process in processes)
 
         grace, number = GRACE_S, signal.SIGKILL
-        if moment == "start":
+        if moment == "none":
+            _wait(lambda: not any(process.is_alive() for process in processes), 10 * PATIENCE_S)
+        elif moment == "start":
             _wait(over, self.chance.uniform(0, 1.5) * campaign.startup_s)
         else:
             steps = STEPS_A_START if moment == "boundary" else self.chance.choice((1, 1, 2, 4))
@@ -389,7 +395,8 @@ def main() -> None:
     if not (folder / "shards").is_dir():
         small_shards.save(folder / "shards")
     settings = (*small_model.settings(folder / "backbone"), "global_batch=4", "ema.decay=0.9")
-    campaign = Campaign(folder, runs.arguments(folder / "shards", folder, *settings), "tiny-mllm", given.steps)
+    arguments = runs.arguments(folder / "shards", folder, *settings)
+    campaign = Campaign(folder, arguments, "tiny-mllm", given.steps, kills_a_run=30)
     campaign.until(given.kills)
     (given.report or folder / "report.md").write_text(campaign_report.page(campaign, given.hardware))
     if campaign.wrong():
