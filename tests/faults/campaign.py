@@ -131,7 +131,7 @@ class _Run:
             "data.workers": int(self.chance.random() < 0.15),
         }
         self.workers = self.settings["data.workers"]
-        self.damaged: set[int] = set()
+        self.damaged: dict[int, tuple[Path, bytes]] = {}  # step -> its damaged file, and what is in it
         self.kills: list[Kill] = []
         self.hits = campaign.hits()
         self.aims = Counter(kill.aimed for kill in campaign.kills)
@@ -142,7 +142,7 @@ class _Run:
         self.place.mkdir()
         begun, before = time.time(), None
         while True:
-            newest = max(self._saved() - self.damaged, default=0)
+            newest = max(self._whole(), default=0)
             start = _Start(self, len(self.kills))
             kill = start.until_killed(*self._plan())
             if start.began not in (None, newest):
@@ -151,13 +151,13 @@ class _Run:
                 kill.recovery_s = start.first_step_at - before
             if all(code == 0 for code in kill.codes):
                 break
-            kill.compared = len(self._saved() - self.damaged)
+            kill.compared = len(self._whole())
             kill.wrong += self._torn()
             self.kills.append(kill)
             self.hits[kill.detail] += kill.moment == "boundary"
             self.aims[kill.aimed] += 1
             before = start.killed_at
-            if len(self._saved() - self.damaged) > 1 and self.chance.random() < 0.04:
+            if len(self._whole()) > 1 and self.chance.random() < 0.04:
                 self.kills.append(self._damage())
         return {
             "settings": self.settings,
@@ -186,21 +186,27 @@ class _Run:
         folder = self.folder / "checkpoints"
         return {int(path.name[5:]) for path in folder.glob("step-*")} if folder.is_dir() else set()
 
+    def _whole(self) -> set[int]:
+        """Those that we did not damage, or that were replaced since."""
+        for step, (file, content) in list(self.damaged.items()):
+            if not file.exists() or file.read_bytes() != content:
+                del self.damaged[step]
+        return self._saved() - self.damaged.keys()
+
     def _damage(self) -> Kill:
         """Flip one bit of the newest checkpoint."""
         step = max(self._saved())
-        self.damaged.add(step)
         folder = self.folder / f"checkpoints/step-{step:08d}"
         file = self.chance.choice(sorted(folder.iterdir()))
         content = bytearray(file.read_bytes())
         content[self.chance.randrange(len(content))] ^= 1 << self.chance.randrange(8)
         file.write_bytes(content)
+        self.damaged[step] = (file, bytes(content))
         return Kill("damage", boundaries.numberless(f"{folder.name}/{file.name}"), [], "", [], None, 0)
 
     def _torn(self) -> list[str]:
-        found = torn(self.folder, self.campaign.undisturbed)
-        self.damaged &= found.keys()  # the others were replaced since
-        return [text for step, text in found.items() if step not in self.damaged]
+        whole = self._whole()
+        return [text for step, text in torn(self.folder, self.campaign.undisturbed).items() if step in whole]
 
 
 class _Start:
