@@ -142,7 +142,7 @@ class _Run:
         self.place.mkdir()
         begun, before = time.time(), None
         while True:
-            newest = max(self._whole(), default=0)
+            newest = max(self.whole(), default=0)
             start = _Start(self, len(self.kills))
             kill = start.until_killed(*self._plan())
             if start.began not in (None, newest):
@@ -151,13 +151,13 @@ class _Run:
                 kill.recovery_s = start.first_step_at - before
             if all(code == 0 for code in kill.codes):
                 break
-            kill.compared = len(self._whole())
+            kill.compared = len(self.whole())
             kill.wrong += self._torn()
             self.kills.append(kill)
             self.hits[kill.detail] += kill.moment == "boundary"
             self.aims[kill.aimed] += 1
             before = start.killed_at
-            if len(self._whole()) > 1 and self.chance.random() < 0.04:
+            if len(self.whole()) > 1 and self.chance.random() < 0.04:
                 self.kills.append(self._damage())
         return {
             "settings": self.settings,
@@ -186,7 +186,7 @@ class _Run:
         folder = self.folder / "checkpoints"
         return {int(path.name[5:]) for path in folder.glob("step-*")} if folder.is_dir() else set()
 
-    def _whole(self) -> set[int]:
+    def whole(self) -> set[int]:
         """Those that we did not damage, or that were replaced since."""
         for step, (file, content) in list(self.damaged.items()):
             if not file.exists() or file.read_bytes() != content:
@@ -205,7 +205,7 @@ class _Run:
         return Kill("damage", boundaries.numberless(f"{folder.name}/{file.name}"), [], "", [], None, 0)
 
     def _torn(self) -> list[str]:
-        whole = self._whole()
+        whole = self.whole()
         return [text for step, text in torn(self.folder, self.campaign.undisturbed).items() if step in whole]
 
 
@@ -219,6 +219,7 @@ class _Start:
         self.metrics = run.folder / "metrics.jsonl"
         self.began: int | None = None
         self.first_step_at: float | None = None
+        self.last = 0  # step logged
         self.killed_at = 0.0
 
     def until_killed(self, moment: str, detail: str, victims: list[int]) -> Kill:
@@ -270,7 +271,7 @@ class _Start:
             detail = signal.Signals(number).name
         steps = self._steps()
         kill = Kill(moment, detail, victims, aimed, codes, self.began, steps)
-        if moment == "signal" and detail and max(self.run._saved(), default=0) != self.last:
+        if moment == "signal" and detail and self.last not in self.run.whole():
             kill.wrong.append(f"resume: stopped at step {self.last} without having saved it")
         return kill
 
