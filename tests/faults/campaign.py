@@ -76,12 +76,15 @@ class Campaign:
 
     def until(self, kills: int) -> None:
         """Whole runs, until that many kills were sent."""
-        while len(self.kills) < kills:
+        while self.sent() < kills:
             run = _Run(self, len(self.runs)).play()
             with open(self.log, "a") as file:
                 file.write(json.dumps(run) + "\n")
             self._add(run)
-            print(f"{len(self.kills)} kills, {len(self.runs)} runs, {len(self.wrong())} things wrong", flush=True)
+            print(f"{self.sent()} kills, {len(self.runs)} runs, {len(self.wrong())} things wrong", flush=True)
+
+    def sent(self) -> int:
+        return sum(kill.moment != "damage" for kill in self.kills)
 
     def wrong(self) -> list[str]:
         """All that was wrong after a kill or at the end of a run."""
@@ -243,7 +246,9 @@ class _Start:
         elif moment == "start":
             _wait(over, self.chance.uniform(0, 1.5) * campaign.startup_s)
         else:
-            steps = STEPS_A_START if moment == "boundary" else self.chance.choice((1, 1, 2, 4))
+            steps = self.chance.choice((1, 1, 2, 4))
+            if moment == "boundary":  # one that was missed before may lie at a run's end
+                steps = STEPS_A_START if again or self.run.aims[aimed] < 2 else campaign.steps
             _wait(lambda: over() or self._steps() >= steps, PATIENCE_S)
             if moment != "boundary":
                 _wait(over, self.chance.uniform(0, 1.5) * campaign.step_s)

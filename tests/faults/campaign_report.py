@@ -28,7 +28,7 @@ def page(campaign: Campaign, hardware: str) -> str:
     """The report in Markdown."""
     kills, hits, met = campaign.kills, campaign.hits(), campaign.met()
     moments = Counter(kill.moment for kill in kills)
-    sent = len(kills) - moments["damage"]
+    sent = campaign.sent()
     setting = f"""
         {time.strftime("%Y-%m-%d")}, {hardware}: {sent:,} kills in {len(campaign.runs)} runs. Two ranks over gloo
         train a backbone of one layer and width 32 in fp32 for {campaign.steps} steps. They save after each, each

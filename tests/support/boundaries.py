@@ -78,7 +78,8 @@ def die_at(fatal: int) -> None:
 
 
 def numberless(text: str) -> str:
-    return re.sub("[0-9]+", "#", text)
+    """Numbers and random tokens as `#`."""
+    return re.sub("[0-9a-f]{12,}|[0-9]+", "#", text)
 
 
 def label(operation: str, path: str, root: str) -> str | None:
