@@ -21,6 +21,9 @@ class Backbone(Section):
     """Folder or hub id of a Qwen2.5-VL model, or `builtin:tiny`."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) to read; ignored for folders."""
+    placement: Literal["sharded", "replicated"] = "sharded"
+    """Stage 1: whether the frozen text model and vision tower are cut over the ranks or lie whole on every one. No
+    result depends on it beyond rounding, and a run may go on with another."""
 
 
 class MaskRate(Section):
@@ -256,6 +259,8 @@ class Recipe(Section):
     def _complete(self) -> Recipe:
         if self.stage == "controlnet" and self.flux is None:
             raise ValueError("stage controlnet needs flux.path, such as flux.path=black-forest-labs/FLUX.1-dev")
+        if self.stage == "controlnet" and self.backbone.placement != "sharded":
+            raise ValueError("backbone.placement is stage 1's; in stage controlnet set flux.placement.tower")
         if self.stage == "patch-latents" and self.samples.every and not self.samples.controlnet:
             raise ValueError("samples.every in stage patch-latents needs samples.controlnet, which paints the latents")
         return self

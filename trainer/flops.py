@@ -117,13 +117,14 @@ def _patch_latents(stage: PatchLatentStage, model: Any, text: float) -> list[Par
     attention = 4.0 * patches * (text + patches) * width * layers
     projection = linear_flops(model.head, lambda name: rows)
     return [
-        _tower(model.backbone.vision, stage.config.vision_config, recipe.data.image_size, "sharded"),
+        _tower(model.backbone.vision, stage.config.vision_config, recipe.data.image_size, recipe.backbone.placement),
         Part(
             "text prefix",
             "none",
             sizes(model.backbone.text),
             linear_flops(model.backbone.text, lambda name: text),
             2.0 * text * text * width * layers,
+            recipe.backbone.placement,
         ),
         Part(
             "generation branch",

@@ -141,7 +141,7 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
     if ranks.first:
         metrics.store()
         watch.heartbeat.actions.append(metrics.store)
-    console.say(_greeting(engine, folder, progress, recipe, ranks))
+    console.say(_greeting(engine, folder, progress, inputs.stage, ranks))
     mirror = start_mirror(folder) if ranks.first and recipe.tracking.enabled else None
 
     saver = Saver(
@@ -338,9 +338,11 @@ def _environment(ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def _greeting(engine: Engine, folder: Path, progress: Progress, recipe: Recipe, ranks: Ranks) -> str:
+def _greeting(engine: Engine, folder: Path, progress: Progress, stage: Stage, ranks: Ranks) -> str:
+    recipe = stage.recipe
     trainable = sum(math.prod(full_shape(p)) for p in engine.trainable().values())
-    frozen = sum(math.prod(full_shape(p)) for p in engine.model.parameters()) - trainable
+    # By their files: not all of them are parameters of the model that the engine knows.
+    frozen = sum(math.prod(files.shape(name) or ()) for files, names in stage.frozen() for name in names)
     begin = f"continues at step {progress.step}" if progress.step else "begins"
     return (
         f"{recipe.name} {begin} in {folder}: {trainable:,} trainable and {frozen:,} frozen parameters,"

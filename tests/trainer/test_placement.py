@@ -7,11 +7,16 @@ import pytest
 import torch
 from torch import nn
 
+import plain
 import ranked
 import runs
 import tiny_flux
+from bifrost.recipes import load_recipe
+from bifrost.trainer.generate import load_mllm
+from bifrost.trainer.stages.patch_latents import PatchLatentStage
 from bifrost.trainer.stages.placement import offload
 
+CPU = torch.device("cpu"), torch.float32
 REPLICATED = "flux.placement={transformer: replicated, vae: replicated, text: replicated, tower: replicated}"
 OFFLOADED = "flux.placement={transformer: replicated, vae: offloaded, text: offloaded, tower: offloaded}"
 
@@ -32,6 +37,34 @@ def test_no_placement_changes_the_curve_and_a_run_goes_on_with_another(shards: P
     moved = train(shards, flux, tmp_path / "moved", "steps=5", OFFLOADED)
     assert len(set(wanted)) == 5, "the ControlNet learns"
     np.testing.assert_allclose(moved, wanted, rtol=1e-6)
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_stage_1_trains_alike_with_its_frozen_parts_whole(shards: Path, tmp_path: Path) -> None:
+    def train(steps: int, placement: str) -> None:
+        settings = (f"steps={steps}", f"backbone.placement={placement}")
+        ended = ranked.bifrost(2, *runs.arguments(shards, tmp_path, *settings))
+        assert [rank.code for rank in ended] == [0, 0], ended[0].err
+        assert "frozen parameters" in ended[0].out and " 0 frozen" not in ended[0].out
+
+    wanted = plain.losses(load_recipe("tiny-mllm", [*runs.arguments(shards, tmp_path, "steps=6")[2:]]))
+    train(3, "replicated")
+    train(5, "sharded")
+    train(6, "replicated")
+    run = tmp_path / "tiny-mllm"
+    np.testing.assert_allclose(runs.losses(run), wanted, rtol=1e-5)
+    # What is made of the run afterwards does not ask where its frozen parts lay.
+    stage = PatchLatentStage.open(load_recipe(run / "recipe.yaml"))
+    whole, cut = (
+        load_mllm(run, PatchLatentStage.open(load_recipe(run / "recipe.yaml", [f"backbone.placement={place}"])), *CPU)
+        for place in ("replicated", "sharded")
+    )
+    assert stage.recipe.backbone.placement == "replicated" and "backbone" not in dict(whole.named_modules())
+    images = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
+    assert torch.equal(whole.backbone.patch_latents(images), cut.backbone.patch_latents(images))
+    for name, weight in whole.trainable().items():
+        assert torch.equal(weight, cut.trainable()[name]), name
 
 
 class Probe(nn.Linear):

@@ -147,14 +147,6 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def copy_slices(destination: nn.Module, source: nn.Module) -> None:
-    """Make a module's parameters equal to another's of the same structure, slice by slice: parameters of one shape
-    are cut alike, so nothing is gathered and no second copy is held."""
-    sources = dict(source.named_parameters())
-    for name, parameter in destination.named_parameters():
-        local_slice(parameter)[0].copy_(local_slice(sources[name])[0])
-
-
 def backbone_names(part: str, names: Iterable[str], files: WeightFiles) -> dict[str, str]:
     """Our parameter names of `text` or `vision` -> names in a Qwen2.5-VL's files.
 

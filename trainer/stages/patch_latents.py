@@ -6,6 +6,7 @@ Legend: B samples of a micro-batch, N patches, T text tokens, S image side in pi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ..models.prompt import PromptTemplate, load_tokenizer
 from ..randomness import IntArray, Stream, chosen
 from ..ranks import Ranks
 from . import Losses, StageModel
+from .placement import build_whole, hide
 
 
 def grid_side(config: Any, image_size: int) -> int:
@@ -46,11 +48,16 @@ def grid_side(config: Any, image_size: int) -> int:
 class PatchLatentModel(StageModel):
     """Frozen backbone, generation branch and head. `load` fills the weights after construction."""
 
-    def __init__(self, config: Any, recipe: Recipe, kernels: KernelChoice = KernelChoice()) -> None:
+    def __init__(
+        self, config: Any, recipe: Recipe, kernels: KernelChoice = KernelChoice(), place: str = "sharded"
+    ) -> None:
         super().__init__()
         side = grid_side(config, recipe.data.image_size)
         self.masked_only = recipe.branch.loss_tokens == "masked"
-        self.backbone = FrozenBackbone(config, kernels.attention)
+        self.place = place
+        self.build_backbone = partial(FrozenBackbone, config, kernels.attention)
+        if place == "sharded":
+            self.backbone = self.build_backbone()
         self.branch = GenerationBranch(
             config.text_config,
             side,
@@ -60,15 +67,22 @@ class PatchLatentModel(StageModel):
             fused=kernels.head != "reference",
         )
         self.head = PatchLatentHead(config.text_config.hidden_size, kernels.head)
-        if kernels.elementwise == "liger":
+        self.liger = kernels.elementwise == "liger"
+        if self.liger:
             use_liger(self)
 
     def load(self, files: weights.WeightFiles, seed: int) -> None:
         """Fill the backbone from `files`, make the branch's layers and norm its text model's copies, draw the rest."""
+        if self.place != "sharded":
+            hide(self, "backbone", build_whole(self.build_backbone, self.place, next(self.head.parameters())))
+            if self.liger:
+                use_liger(self.backbone)
+        self.restore_rotary()
         self.backbone.load(files)
-        weights.copy_slices(self.branch.layers, self.backbone.text.layers)
-        weights.copy_slices(self.branch.norm, self.backbone.text.norm)
-        fresh = {n: p for n, p in self.trainable().items() if not n.startswith(("branch.layers", "branch.norm"))}
+        names = {f"branch.{name.removeprefix('text.')}": theirs for name, theirs in self.backbone.names(files).items()}
+        trainable = self.trainable()
+        weights.fill({names[n]: p for n, p in trainable.items() if n in names}, files, files.path)
+        fresh = {n: p for n, p in trainable.items() if n not in names}
         weights.fill(fresh, weights.Drawn(seed, {n: _initial(n, p) for n, p in fresh.items()}), "initial weights")
 
     def restore_rotary(self) -> None:
@@ -192,11 +206,12 @@ class PatchLatentStage:
         return record
 
     def build(self) -> PatchLatentModel:
-        return PatchLatentModel(self.config, self.recipe, self.kernels)
+        for_counting = self.files is None
+        place = "sharded" if for_counting else self.recipe.backbone.placement
+        return PatchLatentModel(self.config, self.recipe, self.kernels, place)
 
     def load(self, model: PatchLatentModel) -> None:
         assert self.files is not None
-        model.restore_rotary()
         model.load(self.files, self.recipe.seed)
 
     def frozen(self) -> list[tuple[weights.WeightFiles, list[str]]]:
