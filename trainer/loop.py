@@ -118,6 +118,7 @@ def run(parts: Parts, progress: Progress) -> bool:
         if reason is not None:
             shares = ranks.gather((keys, torch.cat(each).tolist(), float(loss_sum)))
             parts.metrics.write(skipped_event(progress, reason, loss, grad_norm, shares))
+            parts.console.say(f"step {progress.step:>6}  skipped: {reason}")
         if bad:
             replaced = [pair for part in ranks.gather(replaced) for pair in part]
             parts.metrics.write({"event": "replaced", "step": progress.step, "samples": replaced})
