@@ -16,11 +16,13 @@ from .ema import Ema
 from .engine import Engine
 from .monitors.console import Console
 from .monitors.health import Health, skipped_event
+from .monitors.links import Links
 from .monitors.meter import Meter
 from .monitors.metrics import MetricsFile, finite
 from .monitors.sections import Sections
+from .monitors.spread import Spread
 from .monitors.stop import StopSignals
-from .monitors.stragglers import Stragglers
+from .monitors.utilisation import Utilisation
 from .progress import Progress
 from .ranks import Ranks
 from .schedule import learning_rate
@@ -50,7 +52,9 @@ class Parts:
     console: Console
     stop: StopSignals
     sections: Sections
-    stragglers: Stragglers
+    spread: Spread
+    utilisation: Utilisation
+    links: Links
     after_step: Callable[[Progress], None]
     """Called at the end of every step, on every rank."""
 
@@ -64,7 +68,7 @@ def run(parts: Parts, progress: Progress) -> bool:
     accumulation = recipe.accumulation(ranks.size)
     health = Health(recipe.health, progress)
     bad_samples = BadSamples(recipe.data.max_bad_share)
-    meter = Meter(ranks.device)
+    meter = Meter()
     batches = parts.batches(progress)
 
     while health.exhausted or progress.step < recipe.steps:
@@ -128,6 +132,7 @@ def run(parts: Parts, progress: Progress) -> bool:
         last = progress.step == recipe.steps
         if last or progress.step % recipe.log_every == 0:
             times = section.take()
+            rates = meter.rates(times)
             record = {
                 "step": progress.step,
                 "batch": progress.batch,
@@ -136,8 +141,10 @@ def run(parts: Parts, progress: Progress) -> bool:
                 **{name: finite(value) for name, value in parts.stage.report(totals).items()},
                 "grad_norm": finite(grad_norm),
                 "lr": lr,
-                **meter.rates(times),
-                **parts.stragglers.look(progress.step, times),
+                **rates,
+                **parts.utilisation.rates(rates["samples_per_s"], rates["tokens_per_s"], rates["step_s"]),
+                **parts.spread.look(progress.step, times),
+                **parts.links.look(),
                 "skipped_steps": progress.skipped_steps,
                 "digest": progress.digest,
             }

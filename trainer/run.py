@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -41,17 +41,22 @@ from .models.weights import fill, full_shape
 from .monitors.console import Console, log_to_file
 from .monitors.goodput import AccountedMetrics
 from .monitors.heartbeat import Heartbeat
+from .monitors.links import Links
 from .monitors.sections import Sections
+from .monitors.spread import Spread
 from .monitors.stop import StopSignals
 from .monitors.stragglers import Stragglers
 from .monitors.tracking import start_mirror
+from .monitors.utilisation import Utilisation
 from .monitors.watchdog import Watchdog
+from .planner.devices import this_device
 from .progress import Progress
 from .rank_table import check_ranks
 from .ranks import Ranks, join
 from .rollback import Recovery
 from .samples import sampler
 from .stages import Stage, StageModel
+from .stages.patch_latents import PatchLatentStage
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +203,9 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
         console=console,
         stop=watch.stop,
         sections=section,
-        stragglers=Stragglers(ranks, hosts, metrics.write),
+        spread=Spread(ranks, Stragglers(ranks, hosts, metrics.write)),
+        utilisation=_utilisation(inputs, ranks, hosts),
+        links=_links(engine, recipe, ranks, section),
         after_step=at_the_end_of_a_step,
     )
     outcome = "failed"
@@ -312,6 +319,17 @@ def _loader(inputs: Inputs, progress: Progress, ranks: Ranks) -> Loader:
         prefetch=recipe.data.prefetch,
         pin_memory=ranks.device.type == "cuda",
     )
+
+
+def _utilisation(inputs: Inputs, ranks: Ranks, hosts: Sequence[str]) -> Utilisation:
+    patches = inputs.stage.tokens_per_image if isinstance(inputs.stage, PatchLatentStage) else 0
+    return Utilisation(inputs.recipe, ranks.size, hosts.count(hosts[0]), patches, this_device())
+
+
+def _links(engine: Engine, recipe: Recipe, ranks: Ranks, section: Sections) -> Links:
+    parameters = list(engine.model.parameters())
+    elements = min(recipe.zero.prefetch_bucket, sum(math.prod(full_shape(p)) for p in parameters))
+    return Links(ranks, section, elements, parameters[0].dtype)
 
 
 def _describe(folder: Path, recipe: Recipe, ranks: Ranks, kernels: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ def test_digest_knows_samples_and_history_but_no_ranks() -> None:
 
 
 def test_rates_leave_out_what_is_not_the_steps() -> None:
-    meter, section = Meter(torch.device("cpu")), Sections()
+    meter, section = Meter(), Sections()
     with section("save"):
         time.sleep(0.2)
     with section("data"):
@@ -65,4 +65,3 @@ def test_rates_leave_out_what_is_not_the_steps() -> None:
     assert rates["data_wait_s"] == pytest.approx(0.05, abs=0.02)
     assert rates["step_s"] < 0.15
     assert rates["tokens_per_s"] == pytest.approx(10 * rates["samples_per_s"])
-    assert 0.05 < rates["peak_memory_gib"] < 24

@@ -1,12 +1,8 @@
-"""Rates of the loop between two metric lines: samples and tokens a second, time spent waiting for data, memory."""
+"""Rates of the loop between two metric lines: samples and tokens a second, time spent waiting for data."""
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
-
-import torch
 
 from .sections import STEP, Times
 
@@ -14,8 +10,7 @@ from .sections import STEP, Times
 class Meter:
     """Counts from one `rates` to the next. Work beside the steps, such as saves, does not dilute the rates."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self._start()
 
     def _start(self) -> None:
@@ -30,8 +25,7 @@ class Meter:
         self._tokens += tokens
 
     def rates(self, times: Times) -> dict[str, float]:
-        """Metrics since the last call, over which `times` were taken too. `data_wait_s`: this rank's seconds a step;
-        `peak_memory_gib`: this rank's."""
+        """Metrics since the last call, over which `times` were taken too. `data_wait_s`: this rank's seconds a step."""
         beside = sum(seconds for name, seconds in times.wall.items() if name not in STEP)
         elapsed = max(time.perf_counter() - self._begun - beside, 1e-9)
         steps = max(self._steps, 1)
@@ -40,15 +34,6 @@ class Meter:
             "tokens_per_s": self._tokens / elapsed,
             "step_s": elapsed / steps,
             "data_wait_s": times.wall.get("data", 0.0) / steps,
-            "peak_memory_gib": peak_memory(self.device) / 2**30,
         }
         self._start()
         return rates
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes in use at a time since the start: of the device's allocator, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # The kernel counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -29,11 +29,15 @@ class Stragglers:
         self._suspect: int | None = None
         self._lines = 0
 
-    def look(self, step: int, times: Times) -> dict[str, float]:
-        """Metrics of the ranks' own work since the last line, seconds a step. For all ranks, at log lines."""
+    def own_work(self, times: Times) -> list[float]:
+        """This rank's seconds a step in each section of OWN."""
         cpu = self.ranks.device.type == "cpu"
         mine = [times.wall.get("data", 0.0), *(times.cpu.get(name, 0.0) if cpu else 0.0 for name in OWN[1:])]
-        rows = self.ranks.rows([seconds / max(times.steps, 1) for seconds in mine])
+        return [seconds / max(times.steps, 1) for seconds in mine]
+
+    def look(self, step: int, times: Times, rows: Sequence[Sequence[float]]) -> dict[str, float]:
+        """Metrics of the ranks' own work since the last line, seconds a step. rows: every rank's `own_work`. For all
+        ranks, at log lines."""
         own = [sum(row) for row in rows]
         slowest = max(range(len(own)), key=own.__getitem__)
         others = [value for rank, value in enumerate(own) if rank != slowest]

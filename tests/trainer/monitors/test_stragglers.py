@@ -57,22 +57,13 @@ def test_a_slow_rank_is_named_once(shards: Path, tmp_path: Path, section: str) -
     assert all(line["slowest_rank"] == 1 and line["own_s_max"] > 1.2 for line in runs.steps(run))
 
 
-class Told(Ranks):
-    """Rank 0 of four, the others' rows given."""
-
-    given: list[list[float]]
-
-    def rows(self, values):
-        return [list(values), *Told.given]
-
-
 def watch(others: list[list[list[float]]], own: float = 1.0) -> list[dict]:
     """The events of log lines at which rank 0 has `own` seconds of forward and the others these rows."""
     events: list[dict] = []
-    stragglers = Stragglers(Told(0, 4, torch.device("cpu")), ["a", "b", "c", "d"], events.append)  # type: ignore
+    stragglers = Stragglers(Ranks(0, 4, torch.device("cpu")), ["a", "b", "c", "d"], events.append)
+    times = Times({"forward": 2.0}, {"forward": own}, 1)
     for step, rows in enumerate(others):
-        Told.given = rows
-        stragglers.look(step, Times({"forward": 2.0}, {"forward": own}, 1))
+        stragglers.look(step, times, [stragglers.own_work(times), *rows])
     return events
 
 

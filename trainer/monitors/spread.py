@@ -1,0 +1,32 @@
+"""What the ranks tell of themselves at a log line, in one exchange: their own work, wait for data, and memory."""
+
+from __future__ import annotations
+
+from ..ranks import Ranks
+from . import memory
+from .sections import Times
+from .stragglers import OWN, Stragglers
+
+
+class Spread:
+    """stragglers: judges the ranks' own work."""
+
+    def __init__(self, ranks: Ranks, stragglers: Stragglers) -> None:
+        self.ranks, self.stragglers = ranks, stragglers
+
+    def look(self, step: int, times: Times) -> dict[str, float]:
+        """Metrics over the ranks, of the times since the last line. For all ranks, at log lines."""
+        device = self.ranks.device
+        bytes_ = [memory.peak(device), memory.headroom(device), memory.retries(device)]
+        rows = self.ranks.rows([*self.stragglers.own_work(times), *bytes_])
+        own = [row[: len(OWN)] for row in rows]
+        waits, peaks, rooms, retries = zip(*([row[0], *row[len(OWN) :]] for row in rows), strict=True)
+        found = {
+            "data_wait_s_max": max(waits),
+            "peak_memory_gib": max(peaks) / 2**30,
+            "memory_headroom_gib": min(rooms) / 2**30,
+            **self.stragglers.look(step, times, own),
+        }
+        if device.type == "cuda":
+            found["alloc_retries"] = sum(retries)
+        return found

@@ -1,0 +1,50 @@
+"""How much of the hardware the steps use: useful FLOPs a second, their share of the device's peak, weights gathered."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...recipes import Recipe
+from ..flops import parts
+from ..planner.devices import Device
+from ..planner.layout import AS_SET
+from ..planner.timing import done_flops, useful_flops
+from ..planner.traffic import traffic
+
+TEXTS = (0.0, 100.0, 200.0)
+"""Prompt lengths that FLOPs are counted for; attention makes them a polynomial of second degree in the length."""
+
+
+class Utilisation:
+    """patches: of an image, as the stage's tokens count them beside the text; 0 where FLOPs do not depend on the text.
+    node: ranks of a host. device: None when the hardware is not known, and then there is no MFU.
+    """
+
+    def __init__(self, recipe: Recipe, ranks: int, node: int, patches: int, device: Device | None) -> None:
+        self.ranks, self.patches = ranks, patches
+        counted = [parts(recipe, text) for text in TEXTS]
+        self._useful = np.polyfit(TEXTS, [useful_flops(each) for each in counted], 2)
+        self._done = np.polyfit(TEXTS, [done_flops(each, recipe) for each in counted], 2)
+        self.peak = None
+        if device is not None and device.bf16_tflops is not None and recipe.precision == "bf16":
+            self.peak = device.bf16_tflops * 1e12
+        moved = traffic(counted[0], recipe, AS_SET, ranks, node, recipe.accumulation(ranks))
+        self.gathered = sum(one.bytes for one in moved if one.kind.startswith("gather"))
+        """Bytes of weights that a rank receives in a step."""
+
+    def flops(self, tokens: float) -> tuple[float, float]:
+        """FLOPs of a sample of `tokens` text tokens and patches: useful, and done with recomputation."""
+        text = max(tokens - self.patches, 0.0)
+        return float(np.polyval(self._useful, text)), float(np.polyval(self._done, text))
+
+    def rates(self, samples_per_s: float, tokens_per_s: float, step_s: float) -> dict[str, float]:
+        """Metrics from the rates of all ranks together. The mean prompt stands for all: the error is that of attention
+        within the prompt, a ten-thousandth of the whole."""
+        useful, done = self.flops(tokens_per_s / samples_per_s if samples_per_s else 0.0)
+        a_device = samples_per_s / self.ranks
+        found = {"tflops_per_device": useful * a_device / 1e12}
+        if self.peak is not None:
+            found |= {"mfu": useful * a_device / self.peak, "hfu": done * a_device / self.peak}
+        if self.gathered:
+            found["gathered_gb_per_s"] = self.gathered / step_s / 1e9
+        return found
