@@ -20,6 +20,7 @@ from ..slurm import SlurmError
 from ..slurm.cli import slurm_app
 from ..slurm.codes import FAILED, LOCKED, USAGE
 from ..slurm.record import record_outcome
+from .bench.cli import app as bench_app
 from .checkpoint.cli import app as checkpoint_app
 from .errors import Locked, RunError, Unhealthy
 from .evaluate_cli import evaluate
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data", help="Shards: make, check, count.")
 app.add_typer(checkpoint_app, name="checkpoint", help="Checkpoints of a run: list, verify, show.")
+app.add_typer(bench_app, name="bench", help="Measure a recipe on this machine.")
 app.add_typer(track_app, name="track", help="MLflow: send what a tracker missed.")
 
 app.add_typer(slurm_app, name="slurm")

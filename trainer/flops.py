@@ -40,7 +40,8 @@ class Part:
     parameters: elements of every parameter, in order. linear, attention: FLOPs of the forward pass. returned_linear,
     returned_attention: those of them that gradients flow back through. kept: bytes that autograd keeps of a sample,
     kept_recomputed: with every layer recomputed, layer: bytes of the one that is, and gradients: of the activations'
-    gradients in flight. place: as in recipes' `Placement`.
+    gradients in flight. last: FLOPs at the layers' ends, whose results nobody keeps: recomputation stops before them.
+    place: as in recipes' `Placement`.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Part:
     kept_recomputed: float = 0.0
     layer: float = 0.0
     gradients: float = 0.0
+    last: float = 0.0
 
     @property
     def size(self) -> int:
@@ -77,7 +79,7 @@ class Part:
     @property
     def recomputed(self) -> float:
         """FLOPs of the second forward pass of layers that are recomputed; only with activation checkpointing."""
-        return self.forward if self.layer else 0.0
+        return self.forward - self.last if self.layer else 0.0
 
 
 def parts(recipe: Recipe, text_tokens: float = 80) -> list[Part]:
@@ -86,7 +88,7 @@ def parts(recipe: Recipe, text_tokens: float = 80) -> list[Part]:
     with torch.device("meta"):
         model = stage.build()
     if isinstance(stage, PatchLatentStage):
-        return _patch_latents(stage, model, text_tokens)
+        return patch_latent_parts(stage, model, text_tokens)
     assert isinstance(stage, ControlNetStage)
     return _controlnet(stage, model)
 
@@ -101,7 +103,7 @@ def sizes(module: nn.Module) -> tuple[int, ...]:
     return tuple(p.numel() for p in module.parameters())
 
 
-def _patch_latents(stage: PatchLatentStage, model: Any, text: float) -> list[Part]:
+def patch_latent_parts(stage: PatchLatentStage, model: Any, text: float) -> list[Part]:
     recipe, config = stage.recipe, stage.config.text_config
     width, layers, patches = config.hidden_size, config.num_hidden_layers, stage.tokens_per_image
     keys = config.num_key_value_heads * (width // config.num_attention_heads)
@@ -138,6 +140,7 @@ def _patch_latents(stage: PatchLatentStage, model: Any, text: float) -> list[Par
             kept_recomputed=layers * byte * patches * width + constant,
             layer=layer,
             gradients=byte * patches * (3 * config.intermediate_size + width),
+            last=linear_flops(model.branch, lambda name: patches if name.endswith("down_proj") else 0.0),
         ),
         Part(
             "head",

@@ -10,6 +10,7 @@ from transformers import Qwen2_5_VLConfig
 
 from bifrost.kernels import PrefixLayout
 from bifrost.recipes import Recipe
+from bifrost.trainer.bench.dense import DenseStep
 from bifrost.trainer.models.backbone import Prefix
 from bifrost.trainer.models.weights import WeightFiles, fill, public_name
 from bifrost.trainer.stages.patch_latents import PatchLatentModel
@@ -111,6 +112,23 @@ def test_loss_and_every_gradient(case: Case, loss_tokens: str, checkpointing: bo
         assert found[name] is not None, name
         close(found[name], grad)
     assert all(p.grad is None for p in model.backbone.parameters())
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
+def test_the_benchmarks_rival_is_the_release(case: Case, attention: str, checkpointing: bool) -> None:
+    """`bifrost bench step` measures against this formulation: loss and gradients are the release's own."""
+    model = case.model("all")
+    model.branch.activation_checkpointing = checkpointing
+    data = case.data
+    dense = DenseStep(model, attention)
+    loss = dense.loss(data["patch_latents"], data["mask"].bool(), data["input_ids"], data["text_mask"].bool())
+    close(loss, data["loss_all"])
+    loss.backward()
+    found = {public_name(n).removeprefix("vision_language_model."): p.grad for n, p in model.trainable().items()}
+    for name, grad in found.items():
+        assert grad is not None, name
+        close(grad, data[f"grad_all.{name}"])
 
 
 def test_the_text_branch_ignores_images_and_training(case: Case) -> None:

@@ -88,9 +88,11 @@ def compute_s(parts: Iterable[Part], recipe: Recipe, device: Device) -> float:
     assert device.bf16_tflops is not None
     linear = attention = 0.0
     for part in working(parts):
-        times = 2 if recipe.activation_checkpointing and part.layer else 1
-        attention += times * part.attention + part.backward_attention
-        linear += times * part.linear + part.backward - part.backward_attention
+        attention += part.attention + part.backward_attention
+        linear += part.linear + part.backward - part.backward_attention
+        if recipe.activation_checkpointing and part.layer:
+            attention += part.attention
+            linear += part.recomputed - part.attention
     slowed = linear / device.gemm_efficiency + attention / device.attention_efficiency
     return slowed / (device.bf16_tflops * 1e12)
 

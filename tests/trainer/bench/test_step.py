@@ -1,0 +1,137 @@
+"""`bifrost bench step`: the rivals compute the same, what is counted is what they do, and what they gain is claimed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bifrost.recipes import load_recipe
+from bifrost.trainer.bench import step
+from bifrost.trainer.bench.dense import DenseStep
+from bifrost.trainer.bench.shapes import random_model, scaled
+from bifrost.trainer.errors import RunError
+from bifrost.trainer.flops import patch_latent_parts
+from bifrost.trainer.kernel_choice import KernelChoice
+from bifrost.trainer.models.backbone import architecture, read_config
+from bifrost.trainer.planner.timing import useful_flops
+from bifrost.trainer.stages.patch_latents import PatchLatentStage
+
+SMALL = {"layers": 2, "width": None, "samples": 3, "rival": "eager", "rounds": 1}
+CPU = torch.device("cpu")
+
+
+def model_of(recipe: Any, **shape: Any) -> tuple[Any, Any, int]:
+    """A model of the recipe with random weights, its stage, and its patches."""
+    config = scaled(read_config(architecture(recipe.backbone.path)), **shape)
+    tokens = step.grid_side(config, recipe.data.image_size) ** 2
+    stage = PatchLatentStage(recipe, config, tokens, None, None)
+    return random_model(config, recipe, KernelChoice(), CPU, torch.float32), stage, tokens
+
+
+def test_every_case_is_measured_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = step.bench(load_recipe("tiny-mllm"), text_tokens="20,real", out=tmp_path, **SMALL)
+    record = json.loads((tmp_path / "step.json").read_text())
+    assert [case["text_tokens"] for case in record["cases"]] == ["20", "real"]
+    assert record["cases"][1]["padded_text_tokens"] == 64  # the recipe's max_text_tokens
+    for case, row in zip(record["cases"], rows, strict=True):
+        assert case["ratio"] == row.ratio == pytest.approx(row.dense_s / row.routed_s)  # of the one round
+        assert case["activation_ratio"] == case["dense_activation_bytes"] / case["routed_activation_bytes"] > 1
+        assert max(case["loss_error"], case["gradient_error"]) < 1e-5
+        assert sum(case["shares"].values()) == pytest.approx(1)
+        assert case["shares"].keys() == {"tower", "prefix", "branch forward", "head", "branch backward"}
+        assert (case["mfu"], case["hfu"]) == (None, None)  # a CPU's peak is not known
+    printed = capsys.readouterr().out
+    assert f"{rows[0].ratio:.2f}" in printed and "in 64" in printed
+
+
+def test_rivals_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rival that forgets the padding's columns, as a mask of the wrong kind would."""
+    monkeypatch.setattr("bifrost.trainer.bench.dense.additive_mask", lambda real, patches, dtype: torch.zeros(()))
+    with pytest.raises(RunError, match="the rivals differ"):
+        step.bench(load_recipe("tiny-mllm"), text_tokens="real", out=None, **SMALL)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_are_torchs_own(checkpointing: bool) -> None:
+    """Counted by torch over real passes, with attention written out for both."""
+    recipe = load_recipe("tiny-mllm", [f"activation_checkpointing={str(checkpointing).lower()}"])
+    model, stage, tokens = model_of(recipe, layers=2, width=None)
+    model.backbone.attention = model.branch.attention = "reference"
+    (case,) = step.cases("20", 2, 64)
+    batch = step.draw_batch(model, case, tokens, recipe.data.image_size, stage.config, CPU, torch.float32)
+    parts = patch_latent_parts(stage, model, 20)
+
+    def counted(work: Any) -> float:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops() / 2
+
+    dense = counted(lambda: step.dense_step(DenseStep(model), batch))
+    assert step.dense_flops(parts, case, model, "eager") == pytest.approx(dense, rel=2e-3)
+    named = {part.name: part for part in step.step_parts(parts)}
+    branch = named["generation branch"]
+    linear = sum(p.linear + p.backward - p.backward_attention for p in named.values()) + checkpointing * (
+        branch.linear - branch.last
+    )
+    # The reference's scores go over all rows of the batch: its attention is left out by having none counted.
+    with FlopCounterMode(display=False) as counter:
+        step.routed_step(model, batch)
+    products = counter.get_flop_counts()["Global"]
+    found = sum(n for operator, n in products.items() if str(operator).split(".")[1] in ("mm", "addmm")) / 2
+    assert linear == pytest.approx(found, rel=2e-3)
+
+
+@pytest.mark.parametrize(("recipe", "least"), [("mllm-7b", (1.85, 2.4, 2.8)), ("mllm-3b", (1.85, 2.4, 2.8))])
+def test_fewer_flops_by_the_claimed_factors(recipe: str, least: tuple[float, ...]) -> None:
+    """At the real sizes, all layers: 80 and 300 text tokens, and captions of real lengths padded to 300."""
+    settings = load_recipe(recipe, ["activation_checkpointing=false"])
+    stage = PatchLatentStage.open(settings, for_counting=True)
+    with torch.device("meta"):
+        model = stage.build()
+    for case, wanted in zip(step.cases("80,300,real", 16, 300), least, strict=True):
+        flops = [step.step_parts(patch_latent_parts(stage, model, float(length))) for length in case.lengths]
+        ours = sum(useful_flops(sample) for sample in flops) / 16
+        assert step.dense_flops(flops[0], case, model, "eager") / ours > wanted
+
+
+def test_real_lengths_have_their_mean_at_any_number_of_samples() -> None:
+    for samples in (4, 16, 256):
+        lengths = step.real_lengths(samples, 300)
+        assert len(set(lengths)) > samples // 4
+        assert sum(lengths) / samples == pytest.approx(step.MEAN, rel=0.05)
+        assert max(lengths) <= 300
+
+
+def test_a_cut_model_keeps_its_proportions() -> None:
+    config = read_config(architecture("Qwen/Qwen2.5-VL-7B-Instruct"))
+    cut = scaled(config, layers=4, width=1024)
+    text, vision = cut.text_config, cut.vision_config
+    assert (text.hidden_size, text.num_hidden_layers, len(text.layer_types)) == (1024, 4, 4)
+    assert (text.num_attention_heads, text.num_key_value_heads) == (8, 1)
+    assert text.intermediate_size / 1024 == pytest.approx(18944 / 3584, rel=0.02)
+    assert (vision.depth, vision.hidden_size % vision.num_heads, vision.out_hidden_size) == (5, 0, 1024)
+    assert config.text_config.hidden_size == 3584, "the model's own settings stay"
+    whole = scaled(config, layers=None, width=None)
+    assert whole.text_config.num_hidden_layers == 28 and whole.vision_config.fullatt_block_indexes == [7, 15, 23, 31]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_tokens": "80,long"}, "--text-tokens 80,long"),
+        ({"layers": 99}, "--layers 99: the model has 4"),
+        ({"width": 100}, "--width 100: give a multiple of 32"),
+        ({"rival": "flash"}, "--rival flash: give one of eager, sdpa"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        step.bench(load_recipe("tiny-mllm"), out=None, **{"text_tokens": "20", **SMALL, **change})
+
+
+def test_stage_2_is_refused() -> None:
+    with pytest.raises(RunError, match="give a recipe of stage patch-latents"):
+        step.bench(load_recipe("tiny-controlnet"), text_tokens="20", out=None, **SMALL)

@@ -1,0 +1,53 @@
+"""`bifrost bench`: the step, the data and the scaling of a recipe, measured on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...recipes import load_recipe
+
+app = typer.Typer(no_args_is_help=True)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value settings.")]
+
+
+@app.callback()
+def _group() -> None:
+    """A group even while it has a single command."""
+
+
+@app.command("step")
+def bench_step(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    layers: Annotated[int | None, typer.Option(help="Decoder layers; default all on a GPU, 4 on a CPU.", min=1)] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Hidden width, all else in proportion; default the model's own, 768 on a CPU.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples a step; default micro_batch on a GPU, 4 on a CPU.", min=1)
+    ] = None,
+    text_tokens: Annotated[
+        str, typer.Option(help="Prompt lengths, a row each; `real`: of many lengths, mean 80, the rival pads them.")
+    ] = "80,300,real",
+    rival: Annotated[str, typer.Option(help="The dense rival's attention: eager as published, or sdpa.")] = "eager",
+    rounds: Annotated[int, typer.Option(help="Measured steps of each, in turns; the median counts.", min=1)] = 5,
+    out: Annotated[Path | None, typer.Option(help="Folder for step.json.")] = None,
+) -> None:
+    """Time a stage-1 step with random weights: routed by modality, against the public release's dense formulation."""
+    from .step import bench
+
+    bench(
+        load_recipe(recipe, overrides or []),
+        layers=layers,
+        width=width,
+        samples=samples,
+        text_tokens=text_tokens,
+        rival=rival,
+        rounds=rounds,
+        out=out,
+    )

@@ -1,0 +1,71 @@
+"""A recipe's stage-1 model with random weights: its real shapes on a GPU, cut down in proportion on a CPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...recipes import Recipe
+from ..errors import RunError
+from ..kernel_choice import KernelChoice
+from ..stages.patch_latents import PatchLatentModel
+
+VOCABULARY = 4096
+"""Words of a model that is cut down: their embedding costs no FLOPs, only memory."""
+
+
+def scaled(config: Any, layers: int | None, width: int | None) -> Any:
+    """A copy of a Qwen2_5_VLConfig with so many layers and so wide; None leaves the model's own.
+
+    Heads keep their width; MLP, groups of heads and the vision tower, its depth too, shrink in proportion. RunError for
+    what no head divides.
+    """
+    config = copy.deepcopy(config)
+    text, vision = config.text_config, config.vision_config
+    layers = layers or text.num_hidden_layers
+    if layers > text.num_hidden_layers:
+        raise RunError(f"--layers {layers}: the model has {text.num_hidden_layers}")
+    depth = max(1, round(vision.depth * layers / text.num_hidden_layers))
+    ends = {max(0, round((i + 1) * depth / vision.depth) - 1) for i in vision.fullatt_block_indexes}
+    vision.depth, vision.fullatt_block_indexes = depth, sorted(ends)
+    text.num_hidden_layers, text.layer_types = layers, text.layer_types[:layers]
+    if width is None or width == text.hidden_size:
+        return config
+    head, share = text.hidden_size // text.num_attention_heads, width / text.hidden_size
+    if width < head or width % head:
+        raise RunError(f"--width {width}: give a multiple of {head}, the width of a head")
+    heads, group = width // head, text.num_attention_heads // text.num_key_value_heads
+    text.num_key_value_heads = next(n for n in range(max(1, heads // group), heads + 1) if heads % n == 0)
+    text.num_attention_heads, text.hidden_size, text.head_dim = heads, width, head
+    text.intermediate_size = 64 * max(1, round(share * text.intermediate_size / 64))
+    text.vocab_size = min(VOCABULARY, text.vocab_size)
+    head = vision.hidden_size // vision.num_heads
+    vision.num_heads = max(1, round(share * vision.num_heads))
+    vision.hidden_size = head * vision.num_heads
+    vision.intermediate_size = 4 * max(1, round(share * vision.intermediate_size / 4))
+    vision.out_hidden_size = width
+    return config
+
+
+def random_model(
+    config: Any, recipe: Recipe, kernels: KernelChoice, device: torch.device, dtype: torch.dtype
+) -> PatchLatentModel:
+    """The model with random weights, the same ones for the same shapes on the same device."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            model = PatchLatentModel(config, recipe, kernels)
+    finally:
+        torch.set_default_dtype(before)
+    model.restore_rotary()
+    model.to(device)
+    draw = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        scale = nn.init.normal_(parameter, std=0.02, generator=draw)
+        if "norm" in name or name.endswith(("ln_q.weight", "ln_kv.weight")):
+            scale.data.add_(1)
+    return model

@@ -1,0 +1,455 @@
+"""`bifrost bench step`: a stage-1 step, routed by modality, against the public release's dense formulation.
+
+Both rivals have the same weights and get the same batch. Their loss and all gradients of the branch are compared before
+any clock runs; then they take turns, and the medians count. The vision tower, which both need alike, is timed by itself
+and is in none of the ratios; there is no optimizer, and no other rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from ...kernels import PrefixLayout
+from ...recipes import Recipe
+from ..errors import RunError
+from ..flops import Part, patch_latent_parts
+from ..kernel_choice import KernelChoice
+from ..models.backbone import architecture, read_config
+from ..planner.devices import this_device
+from ..planner.timing import done_flops, useful_flops
+from ..stages.patch_latents import PatchLatentModel, PatchLatentStage, grid_side
+from .dense import Attention, DenseStep
+from .shapes import random_model, scaled
+
+CPU_LAYERS, CPU_WIDTH, CPU_SAMPLES = 4, 768, 4
+MEAN, SPREAD = 80, 0.5
+"""Of `--text-tokens real`: mean number of tokens of a prompt, and standard deviation of its logarithm."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""Largest difference of loss and gradients between the rivals, of the size of each."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Prompts of so many tokens each, which the dense rival pads to `padded`."""
+
+    name: str
+    lengths: tuple[int, ...]
+    padded: int
+
+
+@dataclass
+class Batch:
+    """One micro-batch, as both rivals take it."""
+
+    images: Tensor
+    latents: Tensor
+    mask: Tensor
+    masked: Tensor
+    input_ids: Tensor
+    """Padded on the left, [B, T]."""
+    real: Tensor
+    lengths: tuple[int, ...]
+
+
+@dataclass
+class Row:
+    """What a case measured; seconds a step, bytes, FLOPs a sample."""
+
+    text_tokens: str
+    mean_text_tokens: float
+    padded_text_tokens: int
+    routed_s: float
+    dense_s: float
+    ratio: float
+    routed_samples_s: float
+    dense_samples_s: float
+    routed_activation_bytes: int
+    dense_activation_bytes: int
+    activation_ratio: float
+    useful_flops: float
+    routed_flops: float
+    dense_flops: float
+    flops_ratio: float
+    loss_error: float
+    gradient_error: float
+    shares: dict[str, float]
+    """Of the routed step with the tower: each part's share of the time."""
+    mfu: float | None = None
+    """Useful FLOPs over what the device could do; None where its peak is not known."""
+    hfu: float | None = None
+    dense_mfu: float | None = None
+    dense_hfu: float | None = None
+
+
+def bench(
+    recipe: Recipe,
+    *,
+    layers: int | None,
+    width: int | None,
+    samples: int | None,
+    text_tokens: str,
+    rival: str,
+    rounds: int,
+    out: Path | None,
+) -> list[Row]:
+    """Measure every case of `text_tokens`, print the table and write `out`/step.json; see `bifrost bench step`."""
+    if recipe.stage != "patch-latents":
+        raise RunError(f"bench step: {recipe.name} is {recipe.stage}; give a recipe of stage patch-latents")
+    if rival not in get_args(Attention):
+        raise RunError(f"--rival {rival}: give one of {', '.join(get_args(Attention))}")
+    own = read_config(architecture(recipe.backbone.path, recipe.backbone.revision))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        layers = layers or min(CPU_LAYERS, own.text_config.num_hidden_layers)
+        width = width or min(CPU_WIDTH, own.text_config.hidden_size)
+        samples = samples or CPU_SAMPLES
+    samples = samples or recipe.micro_batch
+    dtype = torch.bfloat16 if device.type == "cuda" and recipe.precision == "bf16" else torch.float32
+    update = {"precision": "bf16" if dtype == torch.bfloat16 else "fp32", "micro_batch": samples}
+    branch = recipe.branch.model_copy(update={"loss_tokens": "all"})  # what the release computes
+    recipe = recipe.model_copy(update={**update, "branch": branch})
+    found = cases(text_tokens, samples, recipe.branch.max_text_tokens)
+    config = scaled(own, layers, width)
+    tokens = grid_side(config, recipe.data.image_size) ** 2
+    kernels = chosen_kernels(recipe, config, tokens, device, dtype)
+    model = random_model(config, recipe, kernels, device, dtype)
+    stage = PatchLatentStage(recipe, config, tokens, None, None, kernels)
+    with torch.device("meta"):
+        counted = stage.build()
+    rows = []
+    for case in found:
+        batch = draw_batch(model, case, tokens, recipe.data.image_size, config, device, dtype)
+        flops = [step_parts(patch_latent_parts(stage, counted, float(length))) for length in case.lengths]
+        rows.append(measure(model, batch, case, rival, rounds, recipe, flops))  # type: ignore[arg-type]
+    text = config.text_config
+    record = {
+        "recipe": recipe.name,
+        "layers": text.num_hidden_layers,
+        "width": text.hidden_size,
+        "mlp": text.intermediate_size,
+        "heads": [text.num_attention_heads, text.num_key_value_heads],
+        "patches": tokens,
+        "samples": samples,
+        "rounds": rounds,
+        "precision": recipe.precision,
+        "activation_checkpointing": recipe.activation_checkpointing,
+        "rival": rival,
+        "kernels": asdict(kernels),
+        **hardware(device),
+        "cases": [asdict(row) for row in rows],
+    }
+    print(table(record, rows))
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "step.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return rows
+
+
+def cases(text_tokens: str, samples: int, longest: int) -> list[Case]:
+    """The rows that `--text-tokens` asks for; RunError says what it cannot read."""
+    found = []
+    for word in text_tokens.split(","):
+        if word == "real":
+            lengths = real_lengths(samples, longest)
+            found.append(Case(word, lengths, longest))
+        elif word.isdecimal() and int(word) > 0:
+            found.append(Case(word, (int(word),) * samples, int(word)))
+        else:
+            raise RunError(f"--text-tokens {text_tokens}: give whole numbers and `real`, such as 80,300,real")
+    return found
+
+
+def real_lengths(samples: int, longest: int) -> tuple[int, ...]:
+    """Tokens of prompts as captions have them: evenly spaced quantiles of a lognormal, at most `longest`."""
+    normal = statistics.NormalDist(math.log(MEAN) - SPREAD**2 / 2, SPREAD)
+    drawn = [math.exp(normal.inv_cdf((i + 0.5) / samples)) for i in range(samples)]
+    return tuple(max(1, min(longest, round(length))) for length in drawn)
+
+
+def chosen_kernels(recipe: Recipe, config: Any, tokens: int, device: torch.device, dtype: torch.dtype) -> KernelChoice:
+    """The fastest here, as a run chooses them; what the recipe names is taken."""
+    from ...kernels.providers import choose_attention, choose_loss
+
+    text, asked = config.text_config, recipe.kernels
+    heads = text.num_attention_heads, text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+    head, attention = asked.provider, asked.attention
+    if head == "auto":
+        head = choose_loss(recipe.micro_batch * tokens, text.hidden_size, text.hidden_size, dtype, device).provider
+    if attention == "auto":
+        lengths = real_lengths(recipe.micro_batch, recipe.branch.max_text_tokens)
+        attention = choose_attention(lengths, tokens, heads, dtype, device).provider
+    return KernelChoice(head, attention, asked.elementwise)  # type: ignore[arg-type]
+
+
+def draw_batch(
+    model: PatchLatentModel, case: Case, tokens: int, side: int, config: Any, device: torch.device, dtype: torch.dtype
+) -> Batch:
+    """Random images, latents, masks and prompts."""
+    draw = torch.Generator(device).manual_seed(1)
+    samples, vocabulary = len(case.lengths), config.text_config.vocab_size
+
+    def integers(high: int, *shape: int, kind: torch.dtype = torch.int64) -> Tensor:
+        return torch.randint(0, high, shape, generator=draw, device=device, dtype=kind)
+
+    mask = torch.rand(samples, tokens, generator=draw, device=device) < 0.867  # MAR's mean rate
+    return Batch(
+        images=integers(256, samples, 3, side, side, kind=torch.uint8),
+        latents=torch.randn(samples, tokens, config.text_config.hidden_size, generator=draw, device=device).to(dtype),
+        mask=mask,
+        masked=mask.flatten().nonzero()[:, 0],
+        input_ids=integers(vocabulary, samples, case.padded),
+        real=torch.arange(case.padded, device=device)
+        >= case.padded - torch.tensor(case.lengths, device=device)[:, None],
+        lengths=case.lengths,
+    )
+
+
+class Clock:
+    """Seconds between marks, on the device's own clock: the host is not made to wait in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []
+        self("")
+
+    def __call__(self, name: str) -> None:
+        """`name` is what the device did since the mark before."""
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((name, event))
+        else:
+            self.marks.append((name, time.perf_counter()))
+
+    def seconds(self) -> dict[str, float]:
+        if self.cuda:
+            torch.cuda.synchronize()
+        found: dict[str, float] = defaultdict(float)
+        for (_, begin), (name, end) in zip(self.marks, self.marks[1:], strict=False):
+            found[name] += begin.elapsed_time(end) / 1000 if self.cuda else end - begin
+        return found
+
+
+def routed_step(model: PatchLatentModel, batch: Batch, clock: Clock | None = None) -> Tensor:
+    """Prefix, branch, head and all gradients; returns the loss."""
+    mark: Callable[[str], None] = clock or (lambda name: None)
+    layout = PrefixLayout.of(batch.lengths, batch.mask.shape[1], batch.mask.device)
+    prefix = model.backbone.prefix(batch.input_ids[batch.real], layout)
+    mark("prefix")
+    hidden = model.branch(batch.latents, batch.mask, prefix)
+    mark("branch forward")
+    # The head by itself, so that its backward pass has a time of its own; the numbers are the same.
+    leaf = hidden.detach().flatten(0, 1).requires_grad_()
+    loss, _ = model.head(leaf, batch.latents.flatten(0, 1), None, float(batch.mask.numel()))
+    loss.backward()
+    mark("head")
+    assert leaf.grad is not None
+    hidden.backward(leaf.grad.view_as(hidden))
+    mark("branch backward")
+    return loss.detach()
+
+
+def dense_step(dense: DenseStep, batch: Batch, clock: Clock | None = None) -> Tensor:
+    loss = dense.loss(batch.latents, batch.mask, batch.input_ids, batch.real)
+    loss.backward()
+    if clock:
+        clock("step")
+    return loss.detach()
+
+
+def measure(
+    model: PatchLatentModel,
+    batch: Batch,
+    case: Case,
+    rival: Attention,
+    rounds: int,
+    recipe: Recipe,
+    flops: list[list[Part]],
+) -> Row:
+    """Compare the numbers, count the activations, then time in turns. RunError when the numbers differ."""
+    device = batch.latents.device
+    dense = DenseStep(model, rival)
+    trained = model.trainable()
+
+    def gradients(step: Callable[[], Tensor]) -> tuple[float, dict[str, Tensor]]:
+        loss = float(step())
+        found = {name: p.grad for name, p in trained.items() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return loss, found
+
+    loss, wanted = gradients(lambda: dense_step(dense, batch))
+    ours, found = gradients(lambda: routed_step(model, batch))
+    loss_error = abs(ours - loss) / abs(loss)
+    if found.keys() != wanted.keys():
+        raise RunError(f"bench step: gradients of {sorted(found.keys() ^ wanted.keys())} on one side alone")
+    errors = {n: float((found[n] - wanted[n]).norm() / wanted[n].norm().clamp_min(1e-30)) for n in wanted}
+    worst = max(errors, key=lambda name: errors[name])
+    limit = TOLERANCE[batch.latents.dtype]
+    if not max(loss_error, errors[worst]) <= limit:
+        raise RunError(
+            f"bench step: the rivals differ: loss by {loss_error:.1e}, {worst} by {errors[worst]:.1e}; at most {limit}"
+        )
+    del wanted, found
+    kept = [
+        activation_bytes(model, step, batch)
+        for step in (lambda: routed_step(model, batch), lambda: dense_step(dense, batch))
+    ]
+    routed_times: list[dict[str, float]] = []
+    dense_times: list[float] = []
+    for _ in range(rounds):
+        clock = Clock(device)
+        model.backbone.patch_latents(batch.images)
+        clock("tower")
+        routed_step(model, batch, clock)
+        routed_times.append(clock.seconds())
+        model.zero_grad(set_to_none=True)
+        clock = Clock(device)
+        dense_step(dense, batch, clock)
+        dense_times.append(clock.seconds()["step"])
+        model.zero_grad(set_to_none=True)
+    parts = {name: statistics.median(times[name] for times in routed_times) for name in routed_times[0]}
+    steps = [sum(times.values()) - times["tower"] for times in routed_times]
+    routed_s, dense_s = statistics.median(steps), statistics.median(dense_times)
+    samples = len(case.lengths)
+    useful = sum(useful_flops(sample) for sample in flops) / samples
+    routed_flops = sum(done_flops(sample, recipe) for sample in flops) / samples
+    public = dense_flops(flops[0], case, model, rival)
+    peak = this_device()
+    limit = peak.bf16_tflops * 1e12 if peak and peak.bf16_tflops and batch.latents.dtype == torch.bfloat16 else None
+
+    def share(count: float, seconds: float) -> float | None:
+        return count * samples / seconds / limit if limit else None
+
+    return Row(
+        text_tokens=case.name,
+        mean_text_tokens=sum(case.lengths) / samples,
+        padded_text_tokens=case.padded,
+        routed_s=routed_s,
+        dense_s=dense_s,
+        # Of each round's two neighbours: whatever else the machine does meanwhile slows both.
+        ratio=statistics.median(theirs / own for theirs, own in zip(dense_times, steps, strict=True)),
+        routed_samples_s=samples / routed_s,
+        dense_samples_s=samples / dense_s,
+        routed_activation_bytes=kept[0],
+        dense_activation_bytes=kept[1],
+        activation_ratio=kept[1] / kept[0],
+        useful_flops=useful,
+        routed_flops=routed_flops,
+        dense_flops=public,
+        flops_ratio=public / routed_flops,
+        loss_error=loss_error,
+        gradient_error=errors[worst],
+        shares={name: spent / sum(parts.values()) for name, spent in parts.items()},
+        mfu=share(useful, routed_s),
+        hfu=share(routed_flops, routed_s),
+        dense_mfu=share(useful, dense_s),
+        dense_hfu=share(public, dense_s),
+    )
+
+
+def step_parts(parts: Iterable[Part]) -> list[Part]:
+    """Those of the step: all but the vision tower."""
+    return [part for part in parts if part.name != "vision tower"]
+
+
+def dense_flops(parts: list[Part], case: Case, model: PatchLatentModel, rival: Attention) -> float:
+    """FLOPs a sample that the dense formulation computes: all S tokens through both sets of weights, forward; backward,
+    input gradients of both and weight gradients of the trained one."""
+    config, patches = model.branch.config, model.branch.side**2
+    total = case.padded + patches
+    named = {part.name: part for part in parts}
+    layers = named["generation branch"].linear / patches * total
+    attention = 4.0 * total**2 * config.hidden_size * config.num_hidden_layers
+    backward = (2.5 if rival == "sdpa" else 2.0) * attention
+    head = named["head"]
+    forward = 2 * layers + attention
+    return forward * (1 + model.branch.activation_checkpointing) + 3 * layers + backward + head.forward + head.backward
+
+
+def activation_bytes(model: PatchLatentModel, step: Callable[[], object], batch: Batch) -> int:
+    """Bytes of activations at the worst moment of a step: on a GPU the allocator's peak beyond weights, batch and
+    gradients; on a CPU what autograd keeps for the backward pass, each storage once."""
+    if batch.latents.device.type == "cuda":
+        step()  # the gradients lie there from now on
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        model.zero_grad(set_to_none=True)
+        return torch.cuda.max_memory_allocated() - before
+    own = [*model.parameters(), *model.buffers(), *vars(batch).values()]
+    known = {x.untyped_storage().data_ptr() for x in own if isinstance(x, Tensor)}
+    found: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in known:
+            found[place] = tensor  # alive until the count: no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    model.zero_grad(set_to_none=True)
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
+def hardware(device: torch.device) -> dict[str, str | int]:
+    """What it ran on, for the record."""
+    import transformers
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def table(record: dict[str, Any], rows: list[Row]) -> str:
+    heads, groups = record["heads"]
+    lines = [
+        f"{record['recipe']}: {record['layers']} layers, width {record['width']}, MLP {record['mlp']}, {heads} heads in"
+        f" {groups} groups, {record['patches']} patches; {record['samples']} samples a step, {record['precision']},"
+        f" checkpointing {'on' if record['activation_checkpointing'] else 'off'}",
+        f"{record['device']}, {record['threads']} threads, torch {record['torch']}, transformers"
+        f" {record['transformers']}, {record['date']}; median of {record['rounds']} rounds, rivals in turns;"
+        f" the rival's attention: {record['rival']}",
+        "",
+        f"{'text tokens':>14} {'routed':>11} {'dense':>11} {'ratio':>6} {'of FLOPs':>8} {'activations, MiB':>19}"
+        f" {'ratio':>6} {'largest error':>13} {'MFU':>6} {'HFU':>6}",
+    ]
+    for row in rows:
+        padded = f"{row.mean_text_tokens:.0f} in {row.padded_text_tokens}" if row.text_tokens == "real" else ""
+        mib = f"{row.routed_activation_bytes / 2**20:,.0f} / {row.dense_activation_bytes / 2**20:,.0f}"
+        shares = " ".join(f"{x:>6.1%}" if x is not None else f"{'-':>6}" for x in (row.mfu, row.hfu))
+        lines.append(
+            f"{padded or row.text_tokens:>14} {row.routed_samples_s:>9.2f}/s {row.dense_samples_s:>9.2f}/s"
+            f" {row.ratio:>6.2f} {row.flops_ratio:>8.2f} {mib:>19} {row.activation_ratio:>6.2f}"
+            f" {max(row.loss_error, row.gradient_error):>13.1e} {shares}"
+        )
+    lines += ["", "share of the routed step's time, with the vision tower:"]
+    for row in rows:
+        shares = ", ".join(f"{name} {spent:.1%}" for name, spent in row.shares.items())
+        lines.append(f"{row.text_tokens:>14} {shares}")
+    return "\n".join(lines)
