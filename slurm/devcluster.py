@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from .errors import SlurmError
+from .ranks import PORTS
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 CPUS = 8
@@ -52,6 +53,8 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=2,bf_interval=2
 SlurmdParameters=config_overrides
 JobRequeue=1
+# The port at which ranks meet follows from the job's id: that of another cluster on this machine is another.
+FirstJobId={first_job}
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=10
@@ -169,7 +172,8 @@ def _write_files(folder: Path, names: list[str]) -> Path:
         for name, node_port in zip(names, ports, strict=True)
     )
     conf = folder / "slurm.conf"
-    conf.write_text(CONFIG.format(host=host, port=port, user=getpass.getuser(), folder=folder, nodes="\n".join(lines)))
+    settings = {"host": host, "port": port, "user": getpass.getuser(), "folder": folder, "nodes": "\n".join(lines)}
+    conf.write_text(CONFIG.format(first_job=1 + secrets.randbelow(PORTS), **settings))
     return conf
 
 

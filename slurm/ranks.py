@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,11 +38,22 @@ def private_folders(environ: Mapping[str, str]) -> dict[str, str]:
     so that a start finds what an earlier one has compiled. Raises OSError.
     """
     base = environ.get("BIFROST_SCRATCH") or environ.get("TMPDIR") or tempfile.gettempdir()
-    # Short: sockets are made there.
-    name = "-".join(environ.get(key, "0") for key in ("SLURM_JOB_ID", "SLURMD_NODENAME", "SLURM_LOCALID"))
-    folder = Path(base) / f"bifrost-{name}"
+    folder = Path(base) / _private_name(environ)
     folder.mkdir(parents=True, exist_ok=True)
     return {"TMPDIR": str(folder), "TRITON_CACHE_DIR": environ.get("TRITON_CACHE_DIR", f"{folder}/triton")}
+
+
+def remove_private_folders(environ: Mapping[str, str]) -> None:
+    """Remove what `private_folders` made for this task, whose run needs no other start."""
+    folder = Path(environ.get("TMPDIR", ""))
+    if folder.name == _private_name(environ):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _private_name(environ: Mapping[str, str]) -> str:
+    # Short: sockets are made there.
+    task = "-".join(environ.get(key, "0") for key in ("SLURM_JOB_ID", "SLURMD_NODENAME", "SLURM_LOCALID"))
+    return f"bifrost-{task}"
 
 
 def first_host(nodelist: str) -> str:

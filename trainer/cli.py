@@ -18,7 +18,8 @@ from ..data.cli import app as data_app
 from ..recipes import Recipe, RecipeError, load_recipe, to_yaml
 from ..slurm import SlurmError
 from ..slurm.cli import slurm_app
-from ..slurm.codes import FAILED, LOCKED, USAGE
+from ..slurm.codes import DONE, FAILED, LOCKED, USAGE
+from ..slurm.ranks import remove_private_folders
 from ..slurm.record import record_outcome
 from .bench.cli import app as bench_app
 from .checkpoint.cli import app as checkpoint_app
@@ -156,6 +157,8 @@ def _on_ranks(recipe: Recipe, ranks: int | None, arguments: list[str], work: Cal
     if ranks is None and adopt_rank():
         code = work(recipe)
         hold_signals()  # one more, while Python ends, would change the code
+        if code == DONE:
+            remove_private_folders(os.environ)
         _leave(code)
     from .inputs import batch_arithmetic
 

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from ..slurm.record import this_start
+
 Gather = Callable[[object], list[Any]]
 """All-gather of a Python object: every rank passes one and gets those of all ranks, in rank order."""
 
@@ -99,14 +101,26 @@ def join(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         file = os.environ.get("BIFROST_RENDEZVOUS")
-        method = f"file://{file}" if file else "env://"
-        store = HashStore() if size == 1 else None
+        store = None
+        if size == 1:
+            store = HashStore()
+        elif not file and "SLURM_STEP_ID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+            store = _start_store(rank, size, timeout)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=None if store is not None else method,
+            init_method=(f"file://{file}" if file else "env://") if store is None else None,
             store=store,
             rank=rank,
             world_size=size,
             timeout=timeout,
         )
     return Ranks(rank, size, device)
+
+
+def _start_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """Where the ranks of this start of a Slurm job meet, at MASTER_ADDR and MASTER_PORT, and none of another start.
+
+    A rank of a start that Slurm believes dead, or of a job whose id gives the same port, would pass for one of ours.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore(this_start(), dist.TCPStore(address, port, size, rank == 0, timeout))

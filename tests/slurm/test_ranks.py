@@ -1,9 +1,11 @@
 """Ranks from Slurm's variables."""
 
+from pathlib import Path
+
 import pytest
 
 from bifrost.slurm import rank_environment
-from bifrost.slurm.ranks import expand_hosts, first_host
+from bifrost.slurm.ranks import expand_hosts, first_host, private_folders, remove_private_folders
 
 STEP = {
     "SLURM_STEP_ID": "0",
@@ -54,3 +56,14 @@ def test_all_hosts() -> None:
     assert expand_hosts("gpu[007-008,020],login1") == ["gpu007", "gpu008", "gpu020", "login1"]
     assert expand_hosts("r[1-2]c[09-10]n") == ["r1c09n", "r1c10n", "r2c09n", "r2c10n"]
     assert expand_hosts("n[99-101]") == ["n99", "n100", "n101"]
+
+
+def test_private_folders_go_with_the_run(tmp_path: Path) -> None:
+    """The task's own folder goes; a TMPDIR that is somebody else's stays."""
+    task = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "SLURM_LOCALID": "3", "BIFROST_SCRATCH": str(tmp_path)}
+    own = {**task, **private_folders(task)}
+    assert private_folders(task)["TMPDIR"] == own["TMPDIR"] != private_folders({**task, "SLURM_LOCALID": "2"})["TMPDIR"]
+    remove_private_folders({**task, "TMPDIR": str(tmp_path)})
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_private_folders(own)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["bifrost-7-n1-2"]
