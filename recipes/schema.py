@@ -144,7 +144,13 @@ class Zero(Section):
     max_live_parameters: int = Field(default=1_000_000_000, gt=0)
     """Gathered elements kept before the coordinator frees some."""
     persistence_threshold: int = Field(default=100_000, ge=0)
-    """Parameters up to this many elements stay gathered."""
+    """Parameters up to this many elements stay gathered; a number above the largest keeps all of them gathered from one
+    update to the next, so that passes of one step gather nothing."""
+    hpz: int | None = Field(default=None, ge=2)
+    """Ranks of a node, for ZeRO++ hpZ: all that is cut is cut a second time within each node, and only the first gather
+    after an update leaves the node."""
+    overlap: bool = False
+    """Reduce gradients beside the backward pass, on a GPU stream of their own."""
 
 
 class Kernels(Section):

@@ -65,13 +65,14 @@ def deepspeed_config(recipe: Recipe, ranks: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": zero.stage,
-            # Off until its parity with plain PyTorch is shown: see pitfalls of overlapping buckets (deepspeed#7188).
-            "overlap_comm": False,
+            "overlap_comm": zero.overlap,
             "contiguous_gradients": True,
             "reduce_bucket_size": zero.reduce_bucket,
             "stage3_prefetch_bucket_size": zero.prefetch_bucket,
             "stage3_max_live_parameters": zero.max_live_parameters,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
+            # On one node the copy would be a second one of the very same slices.
+            "zero_hpz_partition_size": zero.hpz if zero.hpz and zero.hpz < ranks else 1,
         },
     }
 
@@ -111,6 +112,7 @@ class Engine:
             dist_init_required=False,
         )
         self._create_moments()
+        self._drop_second_copies()
         self._before_step: dict[str, Tensor] = {}
 
     @property
@@ -163,6 +165,7 @@ class Engine:
     def refresh(self) -> None:
         """Drop what is gathered of the parameters, whose slices were set from outside."""
         self._engine.empty_partition_cache()
+        self._drop_second_copies()
 
     @torch.no_grad()
     def undisturbed(self, work: Callable[[], T]) -> T:
@@ -207,6 +210,12 @@ class Engine:
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
             }
+
+    def _drop_second_copies(self) -> None:
+        """hpZ's copies are made when weights are first released, and DeepSpeed makes new ones only after an update of
+        its own: those of weights that were set from outside are out of date, and of frozen ones would stay so."""
+        for parameter in self.model.parameters():
+            parameter.ds_secondary_tensor = None
 
     def _poison(self) -> None:
         """DeepSpeed discards a step whose gradient norm is not finite, with all its bookkeeping: let it do so."""

@@ -16,16 +16,16 @@ FrozenPlace = Literal["sharded", "node", "replicated"]
 @dataclass(frozen=True)
 class Layout:
     """frozen: where all frozen parts lie that are on the GPU, None for the recipe's own choice. hpz: a second copy of
-    all weights, cut within a node (ZeRO++ `zero_hpz_partition_size`), which all gathers but the first of a step read.
-    overlap: reduces run beside the backward pass (`overlap_comm`), None for the engine's own choice. prefetch: elements
-    gathered ahead, None for the recipe's.
+    all weights, cut within a node (`zero.hpz`), which all gathers but the first after an update read; False leaves that
+    to the recipe. overlap: reduces run beside the backward pass (`zero.overlap`), None for the recipe's own choice.
+    live: elements that may be gathered at a time (`zero.max_live_parameters`), None for the recipe's.
     """
 
     name: str
     frozen: FrozenPlace | None = None
     hpz: bool = False
     overlap: bool | None = None
-    prefetch: int | None = None
+    live: int | None = None
 
     def place(self, parts: Sequence[Part]) -> list[Part]:
         """The parts where this layout puts them; those in host memory or in a cache stay there."""
@@ -36,6 +36,11 @@ class Layout:
             replace(part, place=self.frozen) if part.gradient != "trained" and part.place in movable else part
             for part in parts
         ]
+
+    def second_cut(self, recipe: Recipe, gpus: int, node: int) -> int | None:
+        """GPUs that hpZ's copy is cut over; None without one, as on a single node."""
+        width = recipe.zero.hpz or (node if self.hpz else None)
+        return width if width and width < gpus else None
 
 
 AS_SET = Layout("as the recipe has it")
@@ -81,8 +86,8 @@ class Zero:
 
     def under(self, layout: Layout) -> Zero:
         overlap = self.overlap if layout.overlap is None else layout.overlap
-        prefetch = self.prefetch_bucket if layout.prefetch is None else layout.prefetch
-        return replace(self, overlap=overlap, prefetch_bucket=prefetch)
+        live = self.max_live if layout.live is None else layout.live
+        return replace(self, overlap=overlap, max_live=live)
 
 
 def cut(parameters: Sequence[int], ranks: int) -> int:

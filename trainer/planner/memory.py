@@ -46,6 +46,7 @@ def memory(parts: Sequence[Part], recipe: Recipe, layout: Layout, gpus: int, nod
     trained = [part for part in placed if part.gradient == "trained"]
     frozen = [part for part in placed if part.gradient != "trained"]
     sharded = [part for part in placed if part.place == "sharded"]
+    second = layout.second_cut(recipe, gpus, node)
     node = min(node, gpus)
     own = sum(cut(part.parameters, gpus) for part in trained)
     weight = zero.weight_bytes
@@ -59,7 +60,8 @@ def memory(parts: Sequence[Part], recipe: Recipe, layout: Layout, gpus: int, nod
         "EMA": 4 * own if recipe.ema else 0,
         "frozen weights": weight * sum(cut(p.parameters, lies[p.place]) for p in frozen if p.place in lies),
         "small parameters, whole": weight * sum(small(part.parameters, zero.persistent) for part in sharded),
-        "second copy (hpZ)": weight * sum(cut(part.parameters, node) for part in sharded) if layout.hpz else 0,
+        "second copy (hpZ), frozen": weight
+        * sum(cut(p.parameters, second) for p in frozen if second and p.place == "sharded"),
         "reduce bucket": zero.reduce_bytes * zero.reduce_bucket,
     }
     gathered = [size for part in placed if part.place in ("sharded", "node") for size in part.parameters]
@@ -73,6 +75,8 @@ def memory(parts: Sequence[Part], recipe: Recipe, layout: Layout, gpus: int, nod
     a_pass = {
         "gathered weights": weight * min(large, zero.max_live) if gpus > 1 else 0,
         "gather in flight": GATHERED_SHARE * weight * min(large, zero.prefetch_bucket + largest) if gpus > 1 else 0,
+        # That of what is trained goes with every update.
+        "second copy (hpZ), trained": weight * sum(cut(p.parameters, second) for p in trained if second),
         "gradients of a layer": 2 * weight * largest,
         # The bucket is cut into the ranks' shares by a copy before it is sent.
         "reduce in flight": zero.reduce_bytes * min(zero.reduce_bucket, trainable),

@@ -222,10 +222,12 @@ class Report:
     def _choices(self) -> Table:
         lines: list[tuple[str, ...]] = []
         for row in self.choices:
-            held = row.memory.held
+            held, copies = row.memory.held, {**row.memory.held, **row.memory.a_pass}
             line = (
                 row.layout.name,
-                _gb(held["frozen weights"] + held["second copy (hpZ)"]),
+                _gb(
+                    held["frozen weights"] + sum(copies[f"second copy (hpZ), {kind}"] for kind in ("frozen", "trained"))
+                ),
                 _gb(row.memory.static),
                 _gb(sum(t.bytes for t in row.transfers if t.scope == "all")),
                 _gb(sum(t.bytes for t in row.transfers if t.scope == "node")),

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ...recipes import Recipe
 from ..flops import Part
-from .layout import Layout, Zero, small
+from .layout import Layout, Zero
 
 
 @dataclass(frozen=True)
@@ -29,40 +29,56 @@ class Transfer:
 def traffic(parts: Sequence[Part], recipe: Recipe, layout: Layout, gpus: int, node: int, passes: int) -> list[Transfer]:
     """Of a step with `passes` backward passes; nothing on one GPU."""
     zero = Zero.of(recipe).under(layout)
+    second = layout.second_cut(recipe, gpus, node)
     node = min(node, gpus)
     found: list[Transfer] = []
 
-    def add(kind: str, sizes: Iterable[int], times: int, width: int, bucket: int, local: bool, hidden: bool) -> None:
-        sizes, ranks = list(sizes), node if local else gpus
-        elements = sum(sizes)
-        if not elements or not times or ranks == 1:
-            return
-        received = float(times * width * elements) * (ranks - 1) / ranks
-        scope = "node" if local else "all"
-        found.append(Transfer(kind, received, times * buckets(sizes, bucket), ranks, scope, hidden))
+    def add(kind: str, elements: int, times: int, width: int, count: int, ranks: int, hidden: bool) -> None:
+        if elements and times and ranks > 1:
+            received = float(times * width * elements) * (ranks - 1) / ranks
+            scope = "all" if ranks == gpus else "node"
+            found.append(Transfer(kind, received, times * count, ranks, scope, hidden))
 
-    ahead = zero.prefetch_bucket > 0
+    placed = layout.place(parts)
+    gathered = [part for part in placed if part.place in ("sharded", "node")]
+    large = {part.name: [size for size in part.parameters if size > zero.persistent] for part in gathered}
+    # DeepSpeed fetches ahead up to max_live elements, from there on as much as has been freed: a parameter or so.
+    sizes = [size for part in gathered for size in large[part.name]]
+    bucket = zero.prefetch_bucket if sum(sizes) <= zero.max_live else min(zero.prefetch_bucket, usual(sizes))
 
-    def gather(kind: str, part: Part, times: int, local: bool) -> None:
-        large = [size for size in part.parameters if size > zero.persistent]
-        add(kind, large, times, zero.weight_bytes, zero.prefetch_bucket, local, ahead)
+    def gather(kind: str, sizes: Sequence[int], times: int, ranks: int) -> None:
+        ahead = zero.prefetch_bucket > 0
+        add(kind, sum(sizes), times, zero.weight_bytes, buckets(sizes, bucket), ranks, ahead)
 
-    for part in layout.place(parts):
+    # What is gathered when the backward pass begins stays so for it.
+    live = zero.max_live
+    for part in sorted(gathered, key=lambda part: part.gradient != "through"):
         trained = part.gradient == "trained"
-        if trained:
-            # With hpZ the second copy is cut anew from the first gather after every update.
-            gather("gather trained, forward", part, 1 if layout.hpz else passes, False)
-            gather("gather trained, forward", part, passes - 1 if layout.hpz else 0, True)
-            gather("gather trained, backward", part, passes, layout.hpz)
-            add("reduce gradients", part.parameters, passes, zero.reduce_bytes, zero.reduce_bucket, False, zero.overlap)
-            rest = [small(part.parameters, zero.persistent)]
-            add("gather small parameters", rest, 1, zero.weight_bytes, 0, False, False)
-        elif part.place in ("sharded", "node"):
-            local = part.place == "node" or layout.hpz
-            gather("gather frozen, forward", part, passes, local)
-            if part.gradient == "through":
-                gather("gather frozen, backward", part, passes, local)
+        over = node if part.place == "node" else gpus
+        again = second or over
+        what = "trained" if trained else "frozen"
+        # Copies cut within a node are made anew from the first gather after every update.
+        first = passes if not second else 1 if trained else 0
+        gather(f"gather {what}, forward", large[part.name], first, over)
+        gather(f"gather {what}, forward", large[part.name], passes - first, again)
+        if part.gradient != "none":
+            gather(f"gather {what}, backward", beyond(large[part.name], live), passes, again)
+            live = max(0, live - sum(large[part.name]))
+        kept = [size for size in part.parameters if size <= zero.persistent]
+        add("gather small parameters", sum(kept), 1, zero.weight_bytes, len(kept), over, False)
+    sizes = [size for part in gathered if part.gradient == "trained" for size in part.parameters]
+    add("reduce gradients", sum(sizes), passes, zero.reduce_bytes, packs(sizes, zero.reduce_bucket), gpus, zero.overlap)
     return _joined(found)
+
+
+def beyond(sizes: Sequence[int], live: int) -> list[int]:
+    """What a pass from the last size to the first has to fetch when the last `live` elements are there already."""
+    rest = []
+    for size in reversed(sizes):
+        if size > live:
+            rest.append(size - live)
+        live = max(0, live - size)
+    return rest
 
 
 def buckets(sizes: Iterable[int], limit: int) -> int:
@@ -72,6 +88,26 @@ def buckets(sizes: Iterable[int], limit: int) -> int:
         filled += size
         if filled >= limit:
             count, filled = count + 1, 0
+    return count + (filled > 0)
+
+
+def usual(sizes: Iterable[int]) -> int:
+    """The size that half of all elements are in parameters of, or in smaller ones."""
+    ordered, passed = sorted(sizes), 0
+    for size in ordered:
+        passed += size
+        if 2 * passed >= sum(ordered):
+            return size
+    return 0
+
+
+def packs(sizes: Iterable[int], limit: int) -> int:
+    """Collectives for gradients in order: DeepSpeed sends a bucket off when the next one would not fit."""
+    count = filled = 0
+    for size in sizes:
+        if filled and filled + size > limit:
+            count, filled = count + 1, 0
+        filled += size
     return count + (filled > 0)
 
 
