@@ -16,14 +16,20 @@ from bifrost.trainer.models.latent_controlnet import LatentControlNet
 from bifrost.trainer.planner import Row, checkpoint_bytes, plan
 from bifrost.trainer.planner.curves import CURVE, retention
 from bifrost.trainer.planner.devices import find_device
-from bifrost.trainer.planner.layout import AS_SET, Layout
-from bifrost.trainer.planner.report import Report
+from bifrost.trainer.planner.layout import AS_SET, LAYOUTS, Layout
 from bifrost.trainer.planner.timing import done_flops, useful_flops
 from bifrost.trainer.stages import open_stage
 
 PAGE = Path(__file__).with_name("plan.md")
-RECIPES = ("mllm-3b", "mllm-7b", "flux-controlnet")
-GPUS = (8, 64, 256, 512)
+SIZES: dict[str, dict[int, tuple[str, ...]]] = {
+    "mllm-3b": {8: (), 64: ()},
+    "mllm-3b-256": {256: ()},
+    "mllm-7b": {8: (), 64: ()},
+    "mllm-7b-256": {256: (), 512: ("global_batch=8192", "steps=6250", "optimizer.lr=2.8e-4")},
+    "flux-controlnet": {8: (), 64: ()},
+    "flux-controlnet-256": {256: ()},
+}
+"""Recipe -> GPUs that it is for -> overrides there."""
 DEVICE = "h200"
 
 
@@ -98,7 +104,7 @@ def dense(some: dict[str, Part], text: int) -> float:
 
 def flops() -> list[Anchor]:
     seven, flux = model("mllm-7b"), model("flux-controlnet")
-    recipe7, recipe2 = load_recipe("mllm-7b"), load_recipe("flux-controlnet")
+    recipe7, recipe2 = (load_recipe(name, ["activation_checkpointing=true"]) for name in ("mllm-7b", "flux-controlnet"))
     branch, head, net, big = seven["generation branch"], seven["head"], flux["ControlNet"], flux["FLUX"]
     useful, text = useful_flops(seven.values()), seven["text prefix"].forward
     stage2 = useful_flops(flux.values())
@@ -190,10 +196,11 @@ def _checkpoint(name: str) -> float:
 
 
 def traffic() -> list[Anchor]:
-    """Of one pass; the source reduces in bf16, the engine in fp32, so its bytes are halved here."""
+    """Of one pass; the source reduces in bf16, the engine in fp32, so its bytes are halved here, and it gathers all of
+    the weights a second time."""
     found = []
     for name, what, theirs in (("mllm-7b", "stage 1, 7B", 39.2), ("flux-controlnet", "stage 2", 10.6)):
-        row = bytes_of(name, 256)
+        row = bytes_of(name, 256, Layout("nothing stays gathered", live=0))
         own = {t.kind: t.bytes / row.passes / 1e9 for t in row.transfers}
         gathers = own["gather trained, forward"] + own["gather trained, backward"]
         found.append(
@@ -239,25 +246,22 @@ def anchors_table() -> str:
     return table(("", "counted by hand", "plan", "error"), rows)
 
 
-def report(name: str) -> Report:
-    recipe = load_recipe(name)
-    return Report(recipe, list(model(name).values()), GPUS, find_device(DEVICE), 80)
-
-
 def plans_table() -> str:
-    rows = []
-    for name in RECIPES:
-        for row in report(name).rows:
-            assert row.times is not None
+    rows, device = [], find_device(DEVICE)
+    for name, sizes in SIZES.items():
+        for gpus, overrides in sizes.items():
+            recipe = load_recipe(name, list(overrides))
+            row = plan(list(model(name).values()), recipe, gpus, device)
+            assert row.times is not None and row.fits
             rows.append(
                 (
-                    name,
-                    str(row.gpus),
+                    " ".join((name, *overrides)),
+                    str(gpus),
                     f"{row.micro_batch} x {row.passes}",
                     f"{row.memory.static / 1e9:.1f} / {row.memory.peak / 1e9:.1f}",
                     f"{row.received / 1e9:.0f}",
                     f"{row.times.serial:.2f} / {row.times.as_set:.2f} / {row.times.overlapped:.2f}",
-                    f"{row.times.mfu:.0%} / {row.times.hfu:.0%}",
+                    f"{row.times.mfu:.0%}",
                     row.times.bound,
                     f"{row.samples_s:,.0f}",
                 )
@@ -270,18 +274,25 @@ def plans_table() -> str:
         "GB received a step",
         "step s: serial / as set / overlapped",
     )
-    return table((*heads, "MFU / HFU", "bound by", "samples/s"), rows)
+    return table((*heads, "MFU", "bound by", "samples/s"), rows)
 
 
 def scaling_table() -> str:
-    found = report("mllm-7b")
-    small = Layout("as the recipe has it, but zero.prefetch_bucket=50000000", prefetch=50_000_000)
-    curve = [plan(found.parts, found.recipe, n, found.device, small, weak=True) for n in CURVE]
-    rows = [
-        (c[0].layout.name, *(f"{value:.1%}" for value in retention(c)))
-        for c in (found.curves[0], curve, *found.curves[1:])
+    """Share of 8 GPUs' throughput a GPU, of the recipe as it is and with one thing changed."""
+    found, recipe, device = list(model("mllm-7b-256").values()), load_recipe("mllm-7b-256"), find_device(DEVICE)
+
+    def kept(name: str, layout: Layout = AS_SET, *overrides: str) -> tuple[str, ...]:
+        changed = load_recipe("mllm-7b-256", list(overrides)) if overrides else recipe
+        curve = [plan(found, changed, n, device, layout, weak=True) for n in CURVE]
+        return (name, f"{curve[-1].memory.peak / 1e9:.0f}", *(f"{value:.1%}" for value in retention(curve)))
+
+    rows = [kept(layout.name, layout) for layout in LAYOUTS]
+    rows += [
+        kept("`zero.max_live_parameters=8000000000`", Layout("", live=8_000_000_000)),
+        kept("`zero.persistence_threshold=100000`", AS_SET, "zero.persistence_threshold=100000"),
+        kept("the same, frozen parts cut", Layout("", frozen="sharded"), "zero.persistence_threshold=100000"),
     ]
-    return table(("layout", *(f"{n} GPUs" for n in CURVE)), rows)
+    return table(("layout", "GB a GPU at 512", *(f"{n} GPUs" for n in CURVE)), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -22,9 +22,20 @@ HEAD = """\
 A recipe is a YAML file of the settings below; `bifrost train` takes its path, or the name of a shipped one:
 for stage 1 [tiny-mllm](../recipes/tiny-mllm.yaml), [mllm-3b](../recipes/mllm-3b.yaml) and
 [mllm-7b](../recipes/mllm-7b.yaml), for stage 2 [tiny-controlnet](../recipes/tiny-controlnet.yaml) and
-[flux-controlnet](../recipes/flux-controlnet.yaml).
+[flux-controlnet](../recipes/flux-controlnet.yaml). The large ones are for 8 to 64 GPUs; `mllm-3b-256`,
+`mllm-7b-256` and `flux-controlnet-256` extend them to more: [their plans](plan.md#the-shipped-recipes-on-h200).
 `key.path=value` on the command line overrides one setting and is read as YAML, so that lists, `null` and `3e-4` work. A
 key that is not below is refused with the nearest one.
+
+A recipe with `extends: mllm-7b`, or with the path of another file seen from its folder, holds only what is different
+there:
+
+```yaml
+extends: mllm-7b
+name: mine
+data: {shards: "/data/pairs/*.tar"}
+optimizer: {lr: 5.0e-5}
+```
 
 `--dry-run` prints the recipe with every default filled in, DeepSpeed's configuration and the parameter counts. It reads
 no shards and downloads nothing for the shipped models.

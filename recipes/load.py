@@ -25,21 +25,53 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in `source`, a YAML file or a shipped recipe's name, with `key.path=value` overrides applied."""
+    """The recipe in `source`, a YAML file or a shipped recipe's name, with `key.path=value` overrides applied.
+
+    `extends: NAME` or `extends: FILE`, seen from its folder, names a recipe whose settings hold where it has none.
+    """
+    path = _find(source)
+    return _validate(apply_overrides(_read(path), overrides), str(path))
+
+
+def _find(source: str | Path) -> Path:
+    """The file of a recipe that is given by its path or, shipped, by its name."""
     path = Path(source)
-    if not path.is_file():
-        # A path as the README writes it also works where the package is installed without its checkout.
-        shipped = shipped_recipes().get(path.stem) if path.suffix in ("", ".yaml") else None
-        if shipped is None or path.parent.name not in ("", "recipes"):
-            raise RecipeError(f"{source}: no such recipe; shipped ones are {', '.join(shipped_recipes())}")
-        path = shipped
+    if path.is_file():
+        return path
+    # A path as the README writes it also works where the package is installed without its checkout.
+    shipped = shipped_recipes().get(path.stem) if path.suffix in ("", ".yaml") else None
+    if shipped is None or path.parent.name not in ("", "recipes"):
+        raise RecipeError(f"{source}: no such recipe; shipped ones are {', '.join(shipped_recipes())}")
+    return shipped
+
+
+def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings in a file, put over those of the recipe that it `extends`."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of settings, this is {type(tree).__name__}")
-    return _validate(apply_overrides(tree, overrides), str(path))
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: extends names one recipe, shipped or a file, not {base!r}")
+    beside = path.parent / base
+    found = beside if beside.is_file() else _find(base)
+    if found.resolve() in (*extending, path.resolve()):
+        raise RecipeError(f"{path}: extends {base}, which extends it in turn")
+    return _over(_read(found, (*extending, path.resolve())), tree)
+
+
+def _over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the settings of `tree` in their place, group by group."""
+    merged = dict(base)
+    for key, value in tree.items():
+        old = merged.get(key)
+        merged[key] = _over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

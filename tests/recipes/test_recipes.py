@@ -92,6 +92,28 @@ def test_unreadable_files(tmp_path) -> None:
         load_recipe(tmp_path / "torn.yaml")
 
 
+def test_a_recipe_extends_another(tmp_path) -> None:
+    (tmp_path / "base.yaml").write_text("extends: tiny-mllm\nsteps: 7\noptimizer: {lr: 2e-3}\n")
+    (tmp_path / "mine.yaml").write_text("extends: base.yaml\nname: mine\noptimizer: {warmup_steps: 3}\nema: null\n")
+    mine, shipped = load_recipe(tmp_path / "mine.yaml", ["seed=5"]), load_recipe("tiny-mllm")
+    assert (mine.name, mine.steps, mine.seed, mine.ema) == ("mine", 7, 5, None)
+    changed = {"lr": 2e-3, "warmup_steps": 3}
+    assert mine.optimizer == shipped.optimizer.model_copy(update=changed)
+    assert mine.data == shipped.data
+    assert "extends" not in to_yaml(mine)
+    (tmp_path / "base.yaml").write_text("extends: mine.yaml\n")
+    with pytest.raises(RecipeError, match=r"base.yaml: extends mine.yaml, which extends it in turn"):
+        load_recipe(tmp_path / "mine.yaml")
+    (tmp_path / "base.yaml").write_text("extends: nothing\n")
+    with pytest.raises(RecipeError, match="nothing: no such recipe"):
+        load_recipe(tmp_path / "mine.yaml")
+    (tmp_path / "base.yaml").write_text("extends: [a, b]\n")
+    with pytest.raises(RecipeError, match=r"base\.yaml: extends names one recipe"):
+        load_recipe(tmp_path / "mine.yaml")
+    with pytest.raises(RecipeError, match=r"backbone\.placement is stage 1's; .* set flux\.placement\.tower"):
+        load_recipe("flux-controlnet", ["backbone.placement=replicated"])
+
+
 @pytest.mark.parametrize(("ranks", "micro", "passes"), [(1, 32, 2), (2, 32, 1), (4, 8, 2), (64, 1, 1)])
 def test_accumulation(ranks: int, micro: int, passes: int) -> None:
     assert load_recipe("tiny-mllm", ["global_batch=64", f"micro_batch={micro}"]).accumulation(ranks) == passes

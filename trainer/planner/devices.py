@@ -36,6 +36,10 @@ class Device(BaseModel):
     base_latency_us: float = Field(ge=0)
     intra_latency_us: float = Field(ge=0)
     inter_latency_us: float = Field(ge=0)
+    small_base_latency_us: float = Field(ge=0)
+    small_intra_latency_us: float = Field(ge=0)
+    small_inter_latency_us: float = Field(ge=0)
+    small_bandwidth: float = Field(gt=0, le=1)
     optimizer_bytes: float = Field(ge=0)
     loader_samples_s: float = Field(gt=0)
     storage_node_gbs: float = Field(gt=0)
@@ -49,7 +53,8 @@ class Device(BaseModel):
         receives `received` bytes in all.
 
         A ring enters and leaves every node once; NCCL makes as many rings as a node has network ports, so that a node
-        takes in what its GPUs lack through all of its ports together.
+        takes in what its GPUs lack through all of its ports together. Small messages go by a protocol that trades
+        bandwidth for latency, where that is faster.
         """
         if gpus == 1:
             return 0.0
@@ -58,8 +63,14 @@ class Device(BaseModel):
         whole = received * gpus / (gpus - 1)
         intra = received / (self.intra_gbs * 1e9)
         inter = whole * (nodes - 1) / nodes / (local * self.inter_gbs * 1e9)
-        hops = (gpus - nodes) * self.intra_latency_us + (nodes - 1) * self.inter_latency_us
-        return max(intra, inter) / self.link_efficiency + count * (self.base_latency_us + hops) * 1e-6
+        moved = max(intra, inter) / self.link_efficiency
+
+        def latency(base: float, within: float, between: float) -> float:
+            return count * (base + (gpus - nodes) * within + (nodes - 1) * between) * 1e-6
+
+        large = moved + latency(self.base_latency_us, self.intra_latency_us, self.inter_latency_us)
+        small = latency(self.small_base_latency_us, self.small_intra_latency_us, self.small_inter_latency_us)
+        return min(large, moved / self.small_bandwidth + small)
 
 
 def find_device(name: str) -> Device:

@@ -71,12 +71,13 @@ class Report:
                 f"Links: {device.intra_gbs:g} GB/s a GPU in nodes of {device.gpus_per_node}, {device.inter_gbs:g} GB/s"
                 f" a GPU between nodes, {device.link_efficiency:.0%} of both reached; rings of"
                 f" {device.base_latency_us:g} us and {device.intra_latency_us:g} or {device.inter_latency_us:g} us a"
-                " hop.",
+                f" hop, small messages of {device.small_base_latency_us:g}, {device.small_intra_latency_us:g} and"
+                f" {device.small_inter_latency_us:g} us.",
                 f"Data: {self.recipe.data.workers} loader processes a GPU, {device.loader_samples_s:g} samples/s each."
                 f" Storage: {device.storage_node_gbs:g} GB/s a node, {device.storage_gbs:g} GB/s in all."
                 f" Energy: {device.watts:g} W a GPU, nothing else.",
                 "A step as the recipe has it: gathers fetched ahead run beside computation, reduces do not unless"
-                " overlap_comm is on, the loader runs beside everything.",
+                " zero.overlap is on, the loader runs beside everything.",
             ]
         return said
 
