@@ -27,6 +27,7 @@ STEPS = 6
 # Small enough for everything to be cut, and two passes a step.
 SETTINGS = (
     f"steps={STEPS}",
+    "backbone.placement=sharded",
     "micro_batch=1",
     "activation_checkpointing=true",
     "zero.persistence_threshold=0",

@@ -93,7 +93,8 @@ def allocated(recipe_name: str, overrides: list[str]) -> int:
 )
 def test_held_memory_is_what_deepspeed_allocates(model: str, settings: list[str], tmp_path: Path) -> None:
     path = str(middle_model(tmp_path)) if model == "middle" else model
-    overrides = [f"backbone.path={path}", "global_batch=2", "micro_batch=1", "zero.reduce_bucket=1000000", *settings]
+    overrides = [f"backbone.path={path}", "backbone.placement=sharded", "global_batch=2", "micro_batch=1"]
+    overrides += ["zero.reduce_bucket=1000000", *settings]
     recipe = load_recipe("tiny-mllm", overrides)
     planned = plan(parts(recipe), recipe, 2).memory
     ended = ranked.run(allocated, 2, "tiny-mllm", overrides)
