@@ -12,14 +12,14 @@ from .errors import BadSample, DataError
 
 if TYPE_CHECKING:
     from .plan import Located, Plan, rank_positions
-    from .reader import BadSamples, Batch, Item, Loader, worker_death
+    from .reader import BadSamples, Batch, Item, Loader, stacked, worker_death
     from .shards import Dataset, RawSample, open_dataset
     from .transforms import clean_caption, decode_image
     from .write import index_shards, verify, write_shard
 
 _HOMES = {
     "plan": ("Located", "Plan", "rank_positions"),
-    "reader": ("BadSamples", "Batch", "Item", "Loader", "worker_death"),
+    "reader": ("BadSamples", "Batch", "Item", "Loader", "stacked", "worker_death"),
     "shards": ("Dataset", "RawSample", "open_dataset"),
     "transforms": ("clean_caption", "decode_image"),
     "write": ("index_shards", "verify", "write_shard"),
@@ -42,6 +42,7 @@ __all__ = [
     "index_shards",
     "open_dataset",
     "rank_positions",
+    "stacked",
     "verify",
     "worker_death",
     "write_shard",

@@ -24,31 +24,58 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
 
 def decode_sizes(data: bytes, sizes: Sequence[int]) -> list[np.ndarray]:
     """`decode_image` at each of `sizes`, from one decoding."""
-    largest = max(sizes)
+    square = centre_square(data, max(sizes))
+    return [resized(square, size) for size in sizes]
+
+
+def centre_square(data: bytes, least: int) -> np.ndarray:
+    """The image's centre square in uint8 RGB [side, side, 3], as large as it is stored; a JPEG's may be smaller, down
+    to `least` pixels a side. Raises ValueError like `decode_image`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own limit stands in for Pillow's bomb warning
             image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are above the limit of {MAX_PIXELS}")
-            # JPEG alone: let the decoder drop octaves, but keep twice the target so that the resize still filters.
-            image.draft(None, (2 * largest, 2 * largest))
+            # JPEG alone: the decoder leaves out the frequencies that a half, a quarter or an eighth of the size lacks.
+            image.draft(None, (least, least))
             image.load()
-            image = _rgb(_centre_square(ImageOps.exif_transpose(image)))
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(_rgb(_cropped(image)))
     except ValueError:
         raise
     except Exception as error:  # damaged files make Pillow raise almost anything
         raise ValueError(f"image does not decode: {error}") from None
-    return [np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)) for size in sizes]
 
 
-def _centre_square(image: Image.Image) -> Image.Image:
+def resized(square: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [size, size, 3] of a square of any size, bicubic with Pillow's filter; kept channel by channel in memory.
+
+    Torch computes it in integers, equal to the bit on every processor and within rounding of Pillow, in a fifth of
+    Pillow's time where the processor has AVX2.
+    """
+    import torch  # here: who only opens a data set needs none
+    from torch.nn.functional import interpolate
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the pixels are read-only
+        channels = torch.from_numpy(square).permute(2, 0, 1)[None]
+    if len(square) != size:
+        channels = interpolate(channels, size=(size, size), mode="bicubic", antialias=True)
+    return channels[0].contiguous().numpy().transpose(1, 2, 0)
+
+
+def _cropped(image: Image.Image) -> Image.Image:
     side = min(image.size)
+    if image.width == image.height:
+        return image
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips instead of scaling
         return Image.fromarray((np.asarray(image).astype(np.float64) / 257 + 0.5).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:

@@ -15,11 +15,6 @@ RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value settings.")]
 
 
-@app.callback()
-def _group() -> None:
-    """A group even while it has a single command."""
-
-
 @app.command("step")
 def bench_step(
     recipe: RecipeArgument,
@@ -51,3 +46,19 @@ def bench_step(
         rounds=rounds,
         out=out,
     )
+
+
+@app.command("data")
+def bench_data(
+    source: Annotated[str | None, typer.Argument(help="A recipe, or .tar shards; default generated pictures.")] = None,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(help="Samples a round, from the first shards.", min=1)] = 1024,
+    workers: Annotated[int | None, typer.Option(help="Processes of every rival; default one a core.", min=1)] = None,
+    rounds: Annotated[int, typer.Option(help="Turns of all rivals; medians count.", min=1)] = 5,
+    sides: Annotated[str, typer.Option(help="Least and most pixels of generated pictures' shorter side.")] = "512,1024",
+    out: Annotated[Path | None, typer.Option(help="Folder for data.json.")] = None,
+) -> None:
+    """Time the reader against the machine's decode limit and a plain webdataset pipeline, and say where time goes."""
+    from .data import bench
+
+    bench(source, overrides or [], samples=samples, workers=workers, rounds=rounds, sides=sides, out=out)

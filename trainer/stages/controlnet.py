@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data import DataError, Item
+from ...data import DataError, Item, stacked
 from ...kernels import short_on_cpu
 from ...recipes import Recipe
 from ...recipes.schema import Flux
@@ -150,7 +150,7 @@ class ControlNetCollate:
             return flow.gaussian(torch.from_numpy(draws)).view(len(items), *shape)
 
         return {
-            "images": _pixels([item.image for item in items]),
+            "images": stacked([item.image for item in items]),
             **self._pictures(items),
             **self._text(items, dropped.tolist()),
             "posterior": normal(Stream.POSTERIOR, *self.latents),
@@ -160,7 +160,7 @@ class ControlNetCollate:
 
     def _pictures(self, items: list[Item]) -> dict[str, Tensor]:
         if "vae" not in self.caches:
-            return {"pictures": _pixels([item.others[0] for item in items])}
+            return {"pictures": stacked([item.others[0] for item in items])}
         return _stacked([self.caches["vae"].read(item.origin, item.key) for item in items])
 
     def _text(self, items: list[Item], dropped: list[bool]) -> dict[str, Tensor]:
@@ -173,11 +173,6 @@ class ControlNetCollate:
 
 def _stacked(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-
-def _pixels(images: list[np.ndarray]) -> Tensor:
-    """[B, 3, S, S] of images [S, S, 3]."""
-    return torch.from_numpy(np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)))
 
 
 @dataclass

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ...data import Item
+from ...data import Item, stacked
 from ...kernels import PatchLatentHead, PrefixLayout
 from ...recipes import Recipe
 from ..errors import RunError
@@ -151,9 +151,8 @@ class PatchLatentCollate:
         captions = ["" if drop else item.caption for drop, item in zip(dropped, items, strict=True)]
         input_ids, text_lengths = self.template.batch(captions)
         mask = draw_masks(seed, epoch, index, hidden_counts(self.recipe, epoch, index, self.tokens), self.tokens)
-        images = np.stack([item.image for item in items]).transpose(0, 3, 1, 2)
         return {
-            "images": torch.from_numpy(np.ascontiguousarray(images)),
+            "images": stacked([item.image for item in items]),
             "input_ids": input_ids,
             "text_lengths": text_lengths,
             "mask": torch.from_numpy(mask),

@@ -1,0 +1,122 @@
+"""`bifrost bench data`: rivals do the same work, and the record is made of what was measured."""
+
+from __future__ import annotations
+
+import io
+import json
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from bifrost.data import DataError, bench, open_dataset
+from bifrost.data.photos import make_photos
+from bifrost.data.transforms import decode_sizes
+from bifrost.trainer.cli import app
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """24 pictures in 4 shards, with shorter sides of 64 to 160 px."""
+    return make_photos(tmp_path_factory.mktemp("photos"), 24, 4, (64, 160))
+
+
+def job(spec: str, workers: int = 2) -> bench.Job:
+    return bench.Job(open_dataset(spec), bench.stack, (56,), micro_batch=4, workers=workers)
+
+
+def test_generated_pictures_are_those_that_were_asked_for(photos: str, tmp_path: Path) -> None:
+    dataset = open_dataset(photos)
+    assert dataset.samples_per_shard.tolist() == [6, 6, 6, 6]
+    files = [dataset.read(shard, number).image for shard in range(4) for number in range(6)]
+    images = [Image.open(io.BytesIO(file)) for file in files]
+    assert {image.format for image in images} == {"JPEG"}
+    assert all(64 <= min(image.size) <= 160 for image in images) and len({image.size for image in images}) > 12
+    assert len(set(files)) == 24
+    bits = [8 * len(file) / (image.width * image.height) for file, image in zip(files, images, strict=True)]
+    assert 1 < np.mean(bits) < 5, "about as many bits a pixel as a photo has"
+    assert open_dataset(make_photos(tmp_path, 24, 4, (64, 160))).fingerprint == dataset.fingerprint
+
+
+@pytest.mark.parametrize("own_decoder", [False, True])
+def test_rivals_make_the_same_batches(photos: str, own_decoder: bool) -> None:
+    work = job(photos)
+    ours, theirs = {}, {}
+    for found, batches in ((ours, bench.reader_batches(work)), (theirs, bench.webdataset_batches(work, own_decoder))):
+        for batch in islice(batches, 4 * work.batches):  # endless ones need some epochs until all have come
+            assert batch["images"].shape == (4, 3, 56, 56) and batch["images"].dtype == torch.uint8
+            found.update(zip(batch["captions"], batch["images"], strict=True))
+    assert ours.keys() == theirs.keys() and len(ours) == 24
+    off = [(ours[caption].int() - theirs[caption].int()).abs().float().mean() for caption in ours]
+    assert max(off) == 0 if own_decoder else max(off) < 6, (
+        max(off),
+        "one decodes in full, the other to the needed size",
+    )
+
+
+def test_pillow_alone_computes_what_the_reader_does(photos: str) -> None:
+    for data in job(photos).images:
+        alone, ours = bench.pil_alone(data, (56, 28)), decode_sizes(data, (56, 28))
+        assert [image.shape for image in alone] == [(56, 56, 3), (28, 28, 3)]
+        # Not at the border, where Pillow's box sees what was cut off.
+        inner = [(a[4:-4, 4:-4].astype(int), b[4:-4, 4:-4]) for a, b in zip(alone, ours, strict=True)]
+        assert all(np.abs(a - b).max() <= 1 for a, b in inner)
+
+
+def test_processes_share_the_work_and_a_dead_one_is_an_error() -> None:
+    seconds, results = bench.in_processes(lambda number: number * number, 20, 3)
+    assert seconds > 0 and sorted(results) == [number * number for number in range(20)]
+    with pytest.raises(DataError, match="died"):
+        bench.in_processes(lambda number: 1 // (number - 3), 5, 2)
+
+
+def test_a_rate_leaves_out_the_warm_up(photos: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = job(photos)
+    now = 0.0
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now)
+
+    def batches():
+        nonlocal now
+        for number in range(work.warm + 2 * work.batches):
+            now += 100 if number < work.warm else 2  # a slow start
+            yield {}
+
+    assert bench.rate(work, batches()) == pytest.approx(work.micro_batch / 2)
+
+
+def test_only_the_first_shards_that_are_needed(photos: str) -> None:
+    assert [len(bench.first_shards(photos, *wanted)) for wanted in ((6, 1), (7, 1), (1, 3), (1000, 1))] == [
+        6,
+        12,
+        18,
+        24,
+    ]
+
+
+@pytest.mark.multi
+def test_the_command_reports_ratios_of_its_rounds(photos: str, tmp_path: Path) -> None:
+    arguments = ["bench", "data", photos, "--workers", "2", "--rounds", "2", "--out", str(tmp_path / "out")]
+    ended = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert ended.exit_code == 0
+    record = json.loads((tmp_path / "out" / "data.json").read_text())
+    reader = record["rates"]["our reader"]
+    for name, over in record["reader_over"].items():
+        ratios = [a / b for a, b in zip(reader, record["rates"][name], strict=True)]
+        assert over == pytest.approx(sum(ratios) / 2) and len(ratios) == 2
+        assert name in ended.output and f"{over:.2f}" in ended.output
+    assert record["shorter_side"][0] >= 64 and record["shorter_side"][2] <= 160
+    whole = 2 / np.median(reader)
+    assert sum(record["seconds_a_sample"].values()) == pytest.approx(whole)
+
+
+def test_mistakes_are_one_line(photos: str) -> None:
+    with pytest.raises(DataError, match="5 workers"):
+        job(photos, workers=5)
+    with pytest.raises(DataError, match="fewer than a micro-batch"):
+        bench.Job(open_dataset(photos), bench.stack, (56,), micro_batch=25, workers=1)
+    ended = CliRunner().invoke(app, ["bench", "data", "--sides", "9,3"])
+    assert "--sides 9,3" in str(ended.exception)

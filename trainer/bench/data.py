@@ -1,0 +1,151 @@
+"""`bifrost bench data`: the reader against the decode limit of the machine and against webdataset."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from ...data import bench as rivals
+from ...data.photos import QUALITY, make_photos
+from ...data.transforms import decode_sizes
+from ...recipes import load_recipe
+from ..errors import RunError
+from .machine import cores, machine, told
+
+READER = "our reader"
+OWN, PIL, PLAIN, MIXED = "our decoder alone", "Pillow alone", "webdataset", "webdataset, our decoder"
+LIMITS = (OWN, PIL)
+SHARDS = 16
+"""Of generated pictures."""
+
+
+def bench(
+    source: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    samples: int = 1024,
+    workers: int | None = None,
+    rounds: int = 5,
+    sides: str = "512,1024",
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Measure, print and return the record; `out` is a folder for `data.json`. source: shards, a recipe, or None for
+    generated pictures of `sides`."""
+    workers = workers or cores()
+    with _job(source, overrides, samples, workers, sides) as job:
+        sizes = np.array([_side(data) for data in job.images[:256]])
+        record: dict[str, Any] = {
+            "source": source or f"generated: JPEG, quality {QUALITY}, shorter side {sides.replace(',', ' to ')} px",
+            "samples": job.batches * job.micro_batch,
+            "shorter_side": [int(value) for value in np.percentile(sizes, (0, 50, 100))],
+            "image_bytes": round(statistics.mean(map(len, job.images))),
+            "image_size": list(job.sizes),
+            "micro_batch": job.micro_batch,
+            "processes": workers,
+            "machine": machine("pillow", "webdataset", "numpy"),
+        }
+        measured = [_round(job, number) for number in range(rounds)]
+        # Unbroken by the rivals: the parts are shares of one whole.
+        parts = [rivals.parts(job) for _ in range(rounds)]
+    rates = {name: [one[name] for one in measured] for name in measured[0]}
+    spent = {name: statistics.median(one[name] for one in parts) for name in rivals.PARTS}
+    a_sample = workers / statistics.median(rates[READER])
+    record["rates"] = rates
+    record["samples_per_s"] = {name: statistics.median(values) for name, values in rates.items()}
+    record["reader_over"] = {
+        name: statistics.median(a / b for a, b in zip(rates[READER], values, strict=True))
+        for name, values in rates.items()
+        if name != READER
+    }
+    record["seconds_a_sample"] = {**spent, "queue and the rest": a_sample - sum(spent.values())}
+    _show(record)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "data.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    return record
+
+
+@contextmanager
+def _job(source: str | None, overrides: Sequence[str], samples: int, workers: int, sides: str) -> Iterator[rivals.Job]:
+    if source is None:
+        with tempfile.TemporaryDirectory(prefix="bifrost-") as folder:
+            spec = make_photos(Path(folder), samples, max(SHARDS, workers), _sides(sides))
+            yield rivals.Job(rivals.first_shards(spec, samples, workers), rivals.stack, (448,), 16, workers)
+    elif source.endswith(".tar"):
+        yield rivals.Job(rivals.first_shards(source, samples, workers), rivals.stack, (448,), 16, workers)
+    else:
+        from ..stages import open_stage
+
+        recipe = load_recipe(source, overrides)
+        stage = open_stage(recipe)
+        chosen = rivals.first_shards(recipe.data.shards, samples, workers)
+        batch, data = recipe.micro_batch, recipe.data
+        yield rivals.Job(
+            chosen, stage.collate(), stage.image_sizes, batch, workers, data.prefetch, data.block, recipe.seed
+        )
+
+
+def _round(job: rivals.Job, number: int) -> dict[str, float]:
+    """Samples a second of every rival; who begins changes from round to round."""
+    turns = {
+        OWN: lambda: rivals.decode_rate(job, decode_sizes),
+        READER: lambda: rivals.rate(job, rivals.reader_batches(job)),
+        PLAIN: lambda: rivals.rate(job, rivals.webdataset_batches(job)),
+        PIL: lambda: rivals.decode_rate(job, rivals.pil_alone),
+        MIXED: lambda: rivals.rate(job, rivals.webdataset_batches(job, own_decoder=True)),
+    }
+    names = list(turns)
+    order = names[number % len(names) :] + names[: number % len(names)]
+    found = {name: turns[name]() for name in order}
+    return {name: found[name] for name in (READER, *LIMITS, PLAIN, MIXED)}
+
+
+def _sides(text: str) -> tuple[int, int]:
+    try:
+        least, most = (int(word) for word in text.split(","))
+    except ValueError:
+        least, most = 0, 0
+    if not 0 < least <= most:
+        raise RunError(f"--sides {text}: give the least and the most pixels of the shorter side, such as 512,1024")
+    return least, most
+
+
+def _side(data: bytes) -> int:
+    return min(Image.open(io.BytesIO(data)).size)
+
+
+def _show(record: dict[str, Any]) -> None:
+    console = Console(width=None if os.isatty(1) else 200)
+    low, middle, high = record["shorter_side"]
+    size = ", ".join(map(str, record["image_size"]))
+    console.print(
+        f"{record['samples']:,} samples of {record['source']}: shorter side {low} to {high} px (median {middle}),"
+        f" {record['image_bytes'] / 1000:.0f} kB each; to {size} px, micro_batch {record['micro_batch']},"
+        f" {record['processes']} processes.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table("", "samples/s", "reader / it", "rounds", title="Samples a second, medians", title_justify="left")
+    for name, value in record["samples_per_s"].items():
+        over = record["reader_over"].get(name)
+        each = " ".join(f"{rate:.0f}" for rate in record["rates"][name])
+        table.add_row(name, f"{value:.0f}", "" if over is None else f"{over:.2f}", each)
+    console.print(table)
+    whole = sum(record["seconds_a_sample"].values())
+    table = Table("", "ms a sample", "share", title="Where a process's time goes", title_justify="left")
+    for name, seconds in record["seconds_a_sample"].items():
+        table.add_row(name, f"{1000 * seconds:.3f}", f"{seconds / whole:.1%}")
+    console.print(table)
+    console.print(told(record["machine"]), highlight=False, soft_wrap=True)

@@ -1,0 +1,45 @@
+"""What a benchmark ran on, for its record: nothing that names the machine itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """Processor, cores that this process may use, GPUs, and versions of Python and `packages`."""
+    import torch
+
+    return {
+        "cpu": _processor(),
+        "cores": cores(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", *packages)},
+        },
+    }
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def told(found: dict[str, Any]) -> str:
+    """The record as one line."""
+    devices = [f"{found['cpu']}, {found['cores']} cores", *found["gpus"]]
+    return "; ".join([*devices, ", ".join(f"{name} {version}" for name, version in found["versions"].items())])
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
