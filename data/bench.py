@@ -142,11 +142,11 @@ def reader_batches(job: Job) -> Iterator[dict[str, Any]]:
 def webdataset_batches(job: Job, own_decoder: bool = False) -> Iterator[dict[str, Any]]:
     """Micro-batches of a pipeline as webdataset's documentation writes it, endless: shards shuffled and divided among
     the workers, a shuffle buffer, decoding by Pillow, batches made in the workers. own_decoder: by ours instead."""
-    import webdataset as wds
+    from webdataset.compat import WebDataset, WebLoader
 
     if any(image_type(job.dataset.entry(*place)[1]) == "webp" for place in job.places):
         raise DataError("some images are WebP, which webdataset's decoder does not know; name shards of JPEG or PNG")
-    pipeline = wds.WebDataset(job.dataset.shards, shardshuffle=100, seed=job.seed).repeat().shuffle(SHUFFLE)
+    pipeline = WebDataset(job.dataset.shards, shardshuffle=100, seed=job.seed).repeat().shuffle(SHUFFLE)
     if not own_decoder:
         pipeline = pipeline.decode("pil")
     pipeline = (
@@ -154,7 +154,7 @@ def webdataset_batches(job: Job, own_decoder: bool = False) -> Iterator[dict[str
         .map(partial(_item, job, _own_images if own_decoder else _plain_images))
         .batched(job.micro_batch, collation_fn=job.collate)
     )
-    return iter(wds.WebLoader(pipeline, batch_size=None, num_workers=job.workers, prefetch_factor=job.prefetch))
+    return iter(WebLoader(pipeline, batch_size=None, num_workers=job.workers, prefetch_factor=job.prefetch))
 
 
 def _plain_images(image: Image.Image, sizes: Sequence[int]) -> list[np.ndarray]:
