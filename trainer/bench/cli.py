@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from ...recipes import load_recipe
+from ..launch import adopt_rank
+from ..monitors.stop import hold_signals
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -62,3 +64,38 @@ def bench_data(
     from .data import bench
 
     bench(source, overrides or [], samples=samples, workers=workers, rounds=rounds, sides=sides, out=out)
+
+
+@app.command("scale")
+def bench_scale(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        str, typer.Option(help="Numbers of local ranks; under srun or torchrun theirs counts.")
+    ] = "1,2,4,8",
+    mode: Annotated[
+        str | None, typer.Option(help="weak: micro_batch stays; strong: global_batch; default both.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Measured steps a point, after two others.", min=1)] = 8,
+    out: Annotated[Path, typer.Option(help="Folder for a JSON a point, and scale.png of all.")] = Path("scale"),
+    simulate: Annotated[
+        int | None, typer.Option(help="Go through a run on so many ranks, starting none.", min=1)
+    ] = None,
+) -> None:
+    """Time a few steps on 1, 2, 4, 8 ranks: scaling, communication, stragglers. Or go through a run on 512 of them."""
+    settings = load_recipe(recipe, overrides or [])
+    if simulate:
+        from .simulate import report
+
+        report(settings, simulate, out)
+        return
+    from . import scale
+
+    modes = scale.read_modes(mode)
+    if not adopt_rank():
+        options = [f"--steps={steps}", f"--out={out}"]
+        code = scale.run_points(settings, modes, scale.read_ranks(ranks), out, [recipe, *(overrides or []), *options])
+    else:
+        code = scale.measure(settings, modes[0], steps, out)
+        hold_signals()  # one more, while Python ends, would change the code
+    raise typer.Exit(code)

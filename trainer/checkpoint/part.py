@@ -48,7 +48,7 @@ class Content:
 
     def write(self, folder: Path) -> Part:
         """Write this rank's files into `folder`. Raises OSError, RunError for slices that do not fit the shapes."""
-        pieces = self._pieces()
+        pieces = self.pieces()
         folder.mkdir(exist_ok=True)
         files = {rank_file(self.rank): write_file(folder / rank_file(self.rank), safetensors_parts(pieces))}
         if self.rank:
@@ -63,7 +63,7 @@ class Content:
         """What every rank knows alike of the whole."""
         return About(self.ranks, list(self.slots), dict(self.shapes))
 
-    def _pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Piece]:
         pieces = []
         for slot, slices in self.slots.items():
             if slices.keys() != self.shapes.keys():

@@ -1,0 +1,249 @@
+"""`bifrost bench scale`: a recipe's first steps on several numbers of ranks, and what each costs over one.
+
+Weak: every rank keeps `micro_batch`, one pass a step, so that the global batch grows with the ranks. Strong: the
+recipe's `global_batch` on any number. Each point is a file of its own in the output folder, so that jobs of different
+sizes add theirs; table and plot are of all that lie there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+from ...recipes import Recipe
+from ..errors import RunError
+from ..launch import run_ranks
+from ..planner import batch
+from ..profile import works
+from ..progress import Progress
+from ..run import train
+from .collectives import Clock
+from .machine import cores, machine, told
+
+Mode = Literal["weak", "strong"]
+MODES: tuple[Mode, ...] = ("weak", "strong")
+WARMUP = 2
+"""Steps before the measured ones: the first builds and allocates."""
+
+
+def read_modes(text: str | None) -> Sequence[Mode]:
+    """The modes that `--mode` names; all without one."""
+    if text is None:
+        return MODES
+    chosen: list[Mode] = [mode for mode in MODES if mode == text]
+    if not chosen:
+        raise RunError(f"--mode {text}: give weak or strong")
+    return chosen
+
+
+def read_ranks(text: str) -> list[int]:
+    """The numbers that `--ranks` names."""
+    try:
+        counts = sorted({int(word) for word in text.split(",")})
+    except ValueError:
+        counts = []
+    if not counts or counts[0] < 1:
+        raise RunError(f"--ranks {text}: give whole numbers from 1, such as 1,2,4")
+    return counts
+
+
+def run_points(recipe: Recipe, modes: Sequence[Mode], counts: Sequence[int], out: Path, arguments: list[str]) -> int:
+    """Measure every mode on every number of local ranks, one by one, by `bench scale ARGUMENTS`; then show all points.
+    Returns the exit code of the first that fails."""
+    chosen: list[tuple[Mode, int]] = [(mode, count) for mode in modes for count in counts]
+    for mode, count in chosen:
+        point_recipe(recipe, mode, count, 1, out)  # whether the batch divides is to be known before anything runs
+    for mode, count in chosen:
+        code = run_ranks(count, ["bench", "scale", *arguments, f"--mode={mode}"])
+        if code:
+            return code
+    present(out)
+    return 0
+
+
+def point_recipe(recipe: Recipe, mode: Mode, ranks: int, steps: int, folder: Path) -> Recipe:
+    """The recipe that a point trains. RunError when its batch does not divide."""
+    weak = {"global_batch": recipe.micro_batch * ranks}
+    sizes = weak if mode == "weak" else {"micro_batch": batch(recipe, ranks)[0]}
+    last = WARMUP + steps + 1  # never reached: a last step saves
+    update: dict[str, Any] = {**sizes, "steps": last, "log_every": 1, "runs_dir": str(folder), "init_from": None}
+    update["checkpoint"] = recipe.checkpoint.model_copy(update={"every": last})
+    update["tracking"] = recipe.tracking.model_copy(update={"enabled": False})
+    return recipe.model_copy(update=update)
+
+
+def measure(recipe: Recipe, mode: Mode, steps: int, out: Path) -> int:
+    """Train WARMUP + `steps` steps as one of the ranks; rank 0 writes the point into `out`. Returns the exit code."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    folder = out / f".{mode}-{ranks}"
+    chosen = point_recipe(recipe, mode, ranks, steps, folder)
+    if os.environ.get("RANK", "0") == "0":
+        shutil.rmtree(folder, ignore_errors=True)
+    communication = [0.0, 0.0]
+    gpu = torch.cuda.is_available()
+    profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) if gpu else None
+
+    with Clock().running() as clock:
+
+        def after_step(progress: Progress) -> None:
+            if progress.step == WARMUP:
+                communication[0] = clock.seconds
+                if profiler:
+                    profiler.start()
+            elif progress.step == WARMUP + steps:
+                communication[1] = clock.seconds
+                if profiler:
+                    torch.cuda.synchronize()
+                    profiler.stop()
+                raise _Measured
+
+        try:
+            code = train(chosen, after_step)
+        except _Measured:
+            code = 0
+    spent = communication[1] - communication[0]
+    if profiler:  # a call returns at once there: the kernels' own time counts
+        spent = sum(w.microseconds for w in works(profiler.events() or []) if w.kind == "communication") / 1e6
+    shares = [spent]
+    if ranks > 1:
+        shares = [0.0] * ranks
+        dist.all_gather_object(shares, spent)
+    if dist.get_rank() == 0 and code == 0:
+        lines = (folder / chosen.name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        found = point(chosen, mode, ranks, [json.loads(line) for line in lines], shares)
+        (out / f"{mode}-{ranks:04d}.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        if "BIFROST_LAUNCHER" not in os.environ:  # srun's or torchrun's: nobody else will
+            present(out)
+    return code
+
+
+class _Measured(Exception):
+    """Ends the run after its measured steps, before anything is saved."""
+
+
+def point(
+    recipe: Recipe, mode: Mode, ranks: int, lines: Sequence[dict[str, Any]], communication: Sequence[float]
+) -> dict[str, Any]:
+    """The record of a point from its metric lines and every rank's seconds in collectives over the measured steps."""
+    measured = [line for line in lines if "event" not in line and line["step"] > WARMUP]
+    step_s = statistics.median(line["step_s"] for line in measured)
+    whole = sum(line["step_s"] for line in measured)
+    gpus = torch.cuda.is_available()
+    return {
+        "mode": mode,
+        "recipe": recipe.name,
+        "ranks": ranks,
+        "units": ranks if gpus else min(ranks * max(1, cores() // ranks), cores()),
+        "unit": "GPU" if gpus else "core",
+        "global_batch": recipe.global_batch,
+        "micro_batch": recipe.micro_batch,
+        "passes": recipe.accumulation(ranks),
+        "steps": len(measured),
+        "step_s": step_s,
+        "samples_per_s": recipe.global_batch / step_s,
+        "data_wait_share": sum(line["data_wait_s"] for line in measured) / whole,
+        "communication_share": statistics.mean(communication) / whole,
+        "communication_share_least": min(communication) / whole,
+        "communication_share_most": max(communication) / whole,
+        "straggler": statistics.median(line["own_s_max"] / max(line["own_s_median"], 1e-9) for line in measured),
+        "machine": machine("deepspeed"),
+    }
+
+
+def present(out: Path) -> None:
+    """Print all points of a folder and draw them into its `scale.png`."""
+    modes = read_points(out)
+    show(modes)
+    draw(modes, out / "scale.png")
+
+
+def read_points(out: Path) -> dict[Mode, list[dict[str, Any]]]:
+    """All points of a folder by mode, in order of ranks, each with its `efficiency`: throughput a unit, core or GPU,
+    over that of the mode's first. RunError when they are of different recipes."""
+    found: dict[Mode, list[dict[str, Any]]] = {
+        mode: [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob(f"{mode}-*.json"))]
+        for mode in MODES
+    }
+    names = {one["recipe"] for points in found.values() for one in points}
+    if len(names) > 1:
+        raise RunError(f"--out {out}: holds points of {', '.join(sorted(names))}; take another folder")
+    for points in found.values():
+        for one in points:
+            one["efficiency"] = _a_unit(one) / _a_unit(points[0])
+    return {mode: points for mode, points in found.items() if points}
+
+
+def _a_unit(one: dict[str, Any]) -> float:
+    return one["samples_per_s"] / one["units"]
+
+
+def show(modes: dict[Mode, list[dict[str, Any]]]) -> None:
+    """Print every point."""
+    console = Console(width=None if os.isatty(1) else 200)
+    for mode, points in modes.items():
+        unit = points[0]["unit"]
+        title = {"weak": "Weak scaling: micro_batch a rank stays", "strong": "Strong scaling: global_batch stays"}[mode]
+        heads = ("ranks", f"{unit}s", "micro x passes", "step s", "samples/s", f"a {unit}", f"of the first's a {unit}")
+        table = Table(*heads, "data", "communication", "slowest / median", title=title, title_justify="left")
+        for one in points:
+            least, most = one["communication_share_least"], one["communication_share_most"]
+            table.add_row(
+                str(one["ranks"]),
+                str(one["units"]),
+                f"{one['micro_batch']} x {one['passes']}",
+                f"{one['step_s']:.3f}",
+                f"{one['samples_per_s']:.1f}",
+                f"{_a_unit(one):.1f}",
+                f"{one['efficiency']:.0%}",
+                f"{one['data_wait_share']:.0%}",
+                f"{one['communication_share']:.0%} ({least:.0%} to {most:.0%})",
+                f"{one['straggler']:.2f}",
+            )
+        console.print(table)
+        over = [one["ranks"] for one in points if unit == "core" and one["ranks"] > one["units"]]
+        if over:
+            console.print(
+                f"{', '.join(map(str, over))} ranks share {points[0]['units']} cores: these rows show what more"
+                " processes cost, not what more machines bring.",
+                highlight=False,
+                soft_wrap=True,
+            )
+    console.print(told(next(iter(modes.values()))[0]["machine"]), highlight=False, soft_wrap=True)
+
+
+def draw(modes: dict[Mode, list[dict[str, Any]]], file: Path) -> None:
+    """Throughput, what a core or GPU keeps of it, and communication, over the ranks, as a PNG."""
+    from matplotlib.figure import Figure
+
+    first = next(iter(modes.values()))[0]
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure.suptitle(f"{first['recipe']}, measured: {told(first['machine'])}", fontsize=9)
+    for axes, key, scale, label in zip(
+        figure.subplots(1, 3),
+        ("samples_per_s", "efficiency", "communication_share"),
+        (1, 100, 100),
+        ("samples/s", f"% of the first point's throughput a {first['unit']}", "% of a step in collectives"),
+        strict=True,
+    ):
+        for mode, points in modes.items():
+            axes.plot([p["ranks"] for p in points], [scale * p[key] for p in points], marker="o", label=mode)
+        counts = sorted({p["ranks"] for points in modes.values() for p in points})
+        axes.set(xscale="log", xlabel="ranks", ylabel=label)
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.grid(color="#e2e8f0")
+        axes.legend(frameon=False)
+    figure.savefig(file, format="png", dpi=110)

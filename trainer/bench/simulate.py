@@ -1,0 +1,312 @@
+"""A run on hundreds of ranks, gone through in one process: who holds, reads and writes what, and that all is covered.
+
+What is checked is the code that such a run would use: the slices of a checkpoint, the plan of the data, the files of a
+save, the reads of a resume, the planner. No weight exists, and no rank is started.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...data import Plan, rank_positions
+from ...recipes import Recipe
+from ..checkpoint.durable import Entry, safetensors_parts
+from ..checkpoint.layout import local_range, reads, slice_size
+from ..checkpoint.manifest import Manifest
+from ..checkpoint.part import Content
+from ..checkpoint.reader import rank_file
+from ..errors import Unhealthy
+from ..flops import parts
+from ..planner import batch, plan
+from ..stages import open_stage
+
+SHARDS, SAMPLES = 384, 1000
+"""A data set of no shards at all: their number, and about how many samples each has."""
+SMALLER = (2, 64)
+"""What the number of ranks is divided by for resumes on fewer: 512 -> 256 -> 8."""
+
+
+class Broken(Unhealthy):
+    """Something is not covered, or covered twice."""
+
+
+@dataclass
+class Shapes:
+    """The recipe's parameters: name -> shape."""
+
+    trained: dict[str, tuple[int, ...]]
+    frozen: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Shapes:
+        with torch.device("meta"):
+            model = open_stage(recipe, for_counting=True).build()
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        trained = model.trainable()
+        return cls(
+            {name: shape for name, shape in shapes.items() if name in trained},
+            {name: shape for name, shape in shapes.items() if name not in trained},
+        )
+
+
+@dataclass
+class Simulation:
+    """What was checked, a title and its figures each."""
+
+    recipe: str
+    ranks: int
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def simulate(recipe: Recipe, ranks: int) -> Simulation:
+    """Go through the run's partition, data, checkpoint and memory on `ranks` ranks. Broken says what is not covered
+    exactly once; RunError when the batch does not divide."""
+    micro_batch, passes = batch(recipe, ranks)
+    recipe = recipe.model_copy(update={"micro_batch": micro_batch})
+    found = Simulation(recipe.name, ranks)
+    shapes = Shapes.of(recipe)
+    sizes = fewer(ranks)
+    checks: dict[str, Callable[[], dict[str, Any]]] = {
+        "partition": lambda: partition(shapes, ranks),
+        "data": lambda: data(recipe, ranks, sizes),
+        "checkpoint": lambda: checkpoint(shapes, ranks, recipe.ema is not None),
+        "resume": lambda: {"moves": [move(shapes.trained, a, b) for a, b in zip((ranks, *sizes), sizes, strict=False)]},
+        "memory": lambda: memory(recipe, shapes, ranks),
+    }
+    for title, check in checks.items():
+        begun = time.perf_counter()
+        found.sections[title] = check()
+        found.seconds[title] = time.perf_counter() - begun
+    found.sections["data"].update(micro_batch=micro_batch, passes=passes)
+    return found
+
+
+def fewer(ranks: int) -> list[int]:
+    """The smaller numbers of ranks that a run goes on with."""
+    return [ranks // by for by in SMALLER if ranks % by == 0 and ranks // by]
+
+
+def partition(shapes: Shapes, ranks: int) -> dict[str, Any]:
+    """Every element of every parameter lies on exactly one rank."""
+    found: dict[str, Any] = {}
+    for kind, held in (("trained", shapes.trained), ("frozen", shapes.frozen)):
+        padding = elements = 0
+        own = np.zeros(ranks, dtype=np.int64)
+        for name, shape in held.items():
+            numel, size = math.prod(shape), slice_size(math.prod(shape), ranks)
+            end = 0
+            for rank in range(ranks):
+                lo, hi = local_range(numel, rank, ranks)
+                if lo != end or not 0 <= hi - lo <= size:
+                    raise Broken(f"{name}: rank {rank} of {ranks} holds [{lo}, {hi}), the one before ends at {end}")
+                own[rank] += hi - lo
+                end = hi
+            if end != numel:
+                raise Broken(f"{name}: the slices of {ranks} ranks end at {end} of {numel} elements")
+            elements += numel
+            padding += size * ranks - numel
+        least, most = int(own.min()), int(own.max())
+        found[kind] = {
+            "parameters": len(held),
+            "elements": elements,
+            "a_rank_least": least,
+            "a_rank_most": most,
+            "padding": padding,
+            "padding_share": padding / max(elements, 1),
+        }
+    return found
+
+
+def data(recipe: Recipe, ranks: int, sizes: Sequence[int]) -> dict[str, Any]:
+    """An epoch over ranks x workers: every sample once, and on other numbers of ranks the same global batches."""
+    counts = SAMPLES + np.random.default_rng(0).integers(-SAMPLES // 10, SAMPLES // 10 + 1, SHARDS)
+    order = Plan(counts, recipe.seed, recipe.data.block)
+    size, workers = recipe.global_batch, max(recipe.data.workers, 1)
+    steps = -(-len(order) // size)
+    middle = steps // 2
+    whole = _epoch(recipe, ranks, range(steps), workers)
+    located = order.locate(whole)
+    first = located.epoch == 0
+    seen = np.bincount(located.index[first], minlength=len(order))
+    if len(seen) != len(order) or (seen != 1).any():
+        missing, twice = int((seen == 0).sum()), int((seen > 1).sum())
+        raise Broken(f"an epoch over {ranks} ranks misses {missing} samples and repeats {twice}")
+    other = [_resumed(recipe, number, range(middle, steps), workers) for number in sizes]
+    wanted = np.sort(whole[middle:], axis=1)
+    for number, rows in zip(sizes, other, strict=True):
+        if not np.array_equal(np.sort(rows, axis=1), wanted):
+            raise Broken(f"after step {middle}, {number} ranks get other global batches than {ranks}")
+    shards = [len(np.unique(located.shard[step])) for step in range(steps)]
+    return {
+        "samples": len(order),
+        "shards": SHARDS,
+        "steps": steps,
+        "readers": ranks * workers,
+        "resumed_at": middle,
+        "resumed_on": list(sizes),
+        "shards_a_step_most": max(shards),
+    }
+
+
+def _resumed(recipe: Recipe, ranks: int, steps: range, workers: int) -> np.ndarray:
+    micro_batch, _ = batch(recipe, ranks)
+    return _epoch(recipe.model_copy(update={"micro_batch": micro_batch}), ranks, steps, workers)
+
+
+def _epoch(recipe: Recipe, ranks: int, steps: range, workers: int) -> np.ndarray:
+    """Positions [steps, global_batch] in the order of ranks and of the loader's workers, which take turns."""
+    size, micro_batch = recipe.global_batch, recipe.micro_batch
+    passes = size // (ranks * micro_batch)
+    numbers = np.arange(steps.start * passes, steps.stop * passes)
+    rows: list[list[np.ndarray]] = [[] for _ in steps]
+    for rank in range(ranks):
+        for worker in range(workers):
+            for number in numbers[worker::workers].tolist():
+                step, row = divmod(number, passes)
+                rows[step - steps.start].append(rank_positions(step, rank, ranks, size, micro_batch)[row])
+    return np.array([np.concatenate(row) for row in rows])
+
+
+def checkpoint(shapes: Shapes, ranks: int, ema: bool) -> dict[str, Any]:
+    """The files of a save: bytes of each rank, all of them together, and the manifest."""
+    slots = ("master", "exp_avg", "exp_avg_sq", *(("ema",) if ema else ()))
+    sizes, saved = {}, {name: 0 for name in shapes.trained}
+    for rank in range(ranks):
+        pieces = _content(shapes.trained, slots, rank, ranks).pieces()
+        # The header alone: the tensors behind it are not there.
+        sizes[rank_file(rank)] = len(next(safetensors_parts(pieces))) + sum(piece.size for piece in pieces)
+        for piece in pieces:
+            slot, _, name = piece.name.partition("/")
+            saved[name] += math.prod(piece.shape) if slot == "master" else 0
+    for name, shape in shapes.trained.items():
+        if saved[name] != math.prod(shape):
+            raise Broken(f"{name}: {ranks} files hold {saved[name]} of its {math.prod(shape)} elements")
+    files = {name: Entry(size, "0" * 64) for name, size in sizes.items()}
+    about = _content(shapes.trained, slots, 0, ranks).about()
+    manifest = Manifest(step=1, time=0.0, files=files, **about._asdict()).encode()
+    return {
+        "slots": list(slots),
+        "files": ranks + 2,  # state and manifest
+        "rank_bytes_least": min(sizes.values()),
+        "rank_bytes_most": max(sizes.values()),
+        "bytes": sum(sizes.values()),
+        "manifest_bytes": len(manifest),
+    }
+
+
+def _content(shapes: dict[str, tuple[int, ...]], slots: Sequence[str], rank: int, ranks: int) -> Content:
+    def slices() -> dict[str, torch.Tensor]:
+        held = {}
+        for name, shape in shapes.items():
+            lo, hi = local_range(math.prod(shape), rank, ranks)
+            held[name] = torch.empty(hi - lo, device="meta")
+        return held
+
+    own = slices()
+    return Content(rank, ranks, {slot: own for slot in slots}, shapes, {}, {})
+
+
+def move(shapes: dict[str, tuple[int, ...]], before: int, after: int) -> dict[str, Any]:
+    """A resume on `after` ranks of what `before` saved: what each new rank reads of one slot."""
+    files, elements, count = [], [], 0
+    for rank in range(after):
+        opened: set[int] = set()
+        own = 0
+        for name, shape in shapes.items():
+            numel = math.prod(shape)
+            lo, hi = local_range(numel, rank, after)
+            at = 0
+            for piece in reads(numel, lo, hi, before):
+                first, last = local_range(numel, piece.rank, before)
+                if piece.at != at or first + piece.start != lo + at or first + piece.stop > last:
+                    raise Broken(f"{name}: rank {rank} of {after} reads the wrong piece of rank {piece.rank}'s file")
+                at += piece.stop - piece.start
+                opened.add(piece.rank)
+                count += 1
+            if at != hi - lo:
+                raise Broken(f"{name}: rank {rank} of {after} reads {at} of its {hi - lo} elements")
+            own += at
+        files.append(len(opened))
+        elements.append(own)
+    if sum(elements) != sum(map(math.prod, shapes.values())):
+        raise Broken(f"{after} ranks read {sum(elements)} elements in all")
+    return {
+        "from": before,
+        "to": after,
+        "files_a_rank_most": max(files),
+        "bytes_a_rank_most": 4 * max(elements),
+        "pieces": count,
+    }
+
+
+def memory(recipe: Recipe, shapes: Shapes, ranks: int) -> dict[str, Any]:
+    """The plan's figures, and whether its slices are those of the checkpoint."""
+    row = plan(parts(recipe), recipe, ranks)
+    own = sum(slice_size(math.prod(shape), ranks) for shape in shapes.trained.values())
+    if row.memory.held["masters"] != 4 * own:
+        raise Broken(f"the plan holds {row.memory.held['masters']:.0f} bytes of masters a rank, slices are {4 * own}")
+    return {
+        "held_bytes": row.memory.static,
+        "peak_bytes": row.memory.peak,
+        "masters_bytes": row.memory.held["masters"],
+        "received_bytes_a_step": row.received,
+    }
+
+
+def report(recipe: Recipe, ranks: int, out: Path) -> Simulation:
+    """Simulate, print, and write `simulated-N.json` into `out`."""
+    found = simulate(recipe, ranks)
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"simulated": True, **dataclasses.asdict(found)}, indent=2)
+    (out / f"simulated-{ranks}.json").write_text(text, encoding="utf-8")
+    print(f"{recipe.name} on {ranks} ranks, simulated in one process: nothing was run, everything is covered once.")
+    for title, lines in told(found).items():
+        print(f"{title} ({found.seconds[title]:.1f} s)")
+        for line in lines:
+            print(f"  {line}")
+    return found
+
+
+def told(found: Simulation) -> dict[str, list[str]]:
+    """Every section in sentences."""
+    s, ranks = found.sections, found.ranks
+    cut = [
+        f"{kind}: {p['elements']:,} elements in {p['parameters']} parameters, {p['a_rank_least']:,} to"
+        f" {p['a_rank_most']:,} a rank; padding {p['padding']:,} ({p['padding_share']:.2e})"
+        for kind, p in s["partition"].items()
+    ]
+    d, c, m = s["data"], s["checkpoint"], s["memory"]
+    resumed = ", ".join(map(str, d["resumed_on"]))
+    order = [
+        f"{d['samples']:,} samples of {d['shards']} imagined shards, {d['steps']} steps of {ranks} ranks x"
+        f" {d['micro_batch']} x {d['passes']}, {d['readers']:,} reading processes: every sample once an epoch",
+        f"a step touches {d['shards_a_step_most']} shards at most",
+    ]
+    if resumed:
+        order.append(f"resumed at step {d['resumed_at']} on {resumed} ranks: the same global batches")
+    save = [
+        f"{c['files']} files, {c['bytes'] / 1e9:.2f} GB ({', '.join(c['slots'])}); a rank writes"
+        f" {c['rank_bytes_least'] / 1e6:.1f} to {c['rank_bytes_most'] / 1e6:.1f} MB; manifest"
+        f" {c['manifest_bytes'] / 1e3:.0f} kB"
+    ]
+    moves = [
+        f"{one['from']} -> {one['to']} ranks: a rank opens {one['files_a_rank_most']} files at most and reads"
+        f" {one['bytes_a_rank_most'] / 1e6:.1f} MB of each of {len(c['slots'])} slots; {one['pieces']:,} pieces a slot"
+        for one in s["resume"]["moves"]
+    ]
+    needs = [
+        f"a GPU holds {m['held_bytes'] / 1e9:.2f} GB, {m['peak_bytes'] / 1e9:.2f} GB at its peak, predicted; masters"
+        f" {m['masters_bytes'] / 1e6:.1f} MB, as many as the slices have"
+    ]
+    return {"partition": cut, "data": order, "checkpoint": save, "resume": moves, "memory": needs}
