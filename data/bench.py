@@ -146,7 +146,8 @@ def webdataset_batches(job: Job, own_decoder: bool = False) -> Iterator[dict[str
 
     if any(image_type(job.dataset.entry(*place)[1]) == "webp" for place in job.places):
         raise DataError("some images are WebP, which webdataset's decoder does not know; name shards of JPEG or PNG")
-    pipeline = WebDataset(job.dataset.shards, shardshuffle=100, seed=job.seed).repeat().shuffle(SHUFFLE)
+    pipeline: Any = WebDataset(job.dataset.shards, shardshuffle=100, seed=job.seed)
+    pipeline = pipeline.repeat().shuffle(SHUFFLE)
     if not own_decoder:
         pipeline = pipeline.decode("pil")
     pipeline = (
