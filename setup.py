@@ -36,6 +36,7 @@ setup(
         "bifrost.recipes": ["*.yaml", "architectures/**/*.json", "foundations/**/*"],
         "bifrost.slurm": ["*.jinja"],
         "bifrost.trainer.planner": ["devices.yaml"],
+        "bifrost.trainer.report": ["*.jinja"],
     },
     install_requires=[
         "torch>=2.11",

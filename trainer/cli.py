@@ -32,6 +32,7 @@ from .monitors.stop import hold_signals
 from .monitors.track_cli import app as track_app
 from .plan_cli import plan
 from .replay_cli import replay
+from .report.cli import compare, report
 
 app = typer.Typer(
     help="Training system for Bifrost-1.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
@@ -47,6 +48,8 @@ app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(plan)
 app.command()(goodput)
+app.command()(report)
+app.command()(compare)
 app.command()(replay)
 
 kernels_app = typer.Typer(no_args_is_help=True)

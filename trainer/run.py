@@ -86,18 +86,20 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
             before = _agreed(ranks, lambda: lock.acquire() if ranks.first else None)
             if ranks.first:
                 heartbeat.actions.append(lambda: lock.beat(sections.step))
-            return _train(inputs, ranks, Watch(stop, sections, watchdog, heartbeat, before), after_step)
+            return _train(inputs, ranks, Watch(stop, sections, watchdog, heartbeat, before, table), after_step)
 
 
 @dataclass(frozen=True)
 class Watch:
-    """What looks after a start from its first line on. before: the owner of a lock that its process died with."""
+    """What looks after a start from its first line on. before: the owner of a lock that its process died with.
+    table: the ranks, one line a host."""
 
     stop: StopSignals
     sections: Sections
     watchdog: Watchdog
     heartbeat: Heartbeat
     before: dict[str, Any] | None
+    table: list[str]
 
 
 def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Progress], None]) -> int:
@@ -129,7 +131,7 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
     def open_folder() -> dict[str, float]:
         try:
             if ranks.first:
-                _describe(folder, recipe, ranks, measured)
+                _describe(folder, recipe, ranks, measured, watch.table)
             log_to_file(folder / "logs", ranks.rank)
             return metrics.go_on(progress.step, begun, watch.before)
         except OSError as error:  # a full disk is reported without a name
@@ -332,13 +334,13 @@ def _links(engine: Engine, recipe: Recipe, ranks: Ranks, section: Sections) -> L
     return Links(ranks, section, elements, parameters[0].dtype)
 
 
-def _describe(folder: Path, recipe: Recipe, ranks: Ranks, kernels: dict[str, Any]) -> None:
+def _describe(folder: Path, recipe: Recipe, ranks: Ranks, kernels: dict[str, Any], table: list[str]) -> None:
     """Write what the run is: its recipe, DeepSpeed's configuration, its kernels, and where it runs."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     (folder / "ds_config.json").write_text(json.dumps(deepspeed_config(recipe, ranks.size), indent=2))
     (folder / KERNELS_FILE).write_text(json.dumps(kernels, indent=2))
-    (folder / "environment.json").write_text(json.dumps(_environment(ranks), indent=2))
+    (folder / "environment.json").write_text(json.dumps({**_environment(ranks), "hosts": table}, indent=2))
 
 
 def _environment(ranks: Ranks) -> dict[str, Any]:

@@ -1,0 +1,303 @@
+"""The page of a run and the comparison of several, read back by Python's own HTML parser."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+import ranked
+import runs
+from bifrost.recipes import load_recipe, to_yaml
+from bifrost.trainer.cli import app
+from bifrost.trainer.errors import RunError
+from bifrost.trainer.report.drawing import POINTS, Curve, figure, short, smoothed, thinned
+from bifrost.trainer.report.files import open_run
+from bifrost.trainer.report.page import page
+from bifrost.trainer.report.timeline import Stretch, starts, stretches
+
+VOID = {"meta", "img", "link", "br", "hr", "input"}
+SECTIONS = ["curves", "time", "trouble", "checkpoints", "samples", "ranks", "settings", "environment"]
+
+
+class Page(HTMLParser):
+    """Checks that every element is closed in order; collects the text, its sections, and what it would load."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sections: dict[str, str] = {}
+        self.loads: list[str] = []
+        self.count: dict[str, int] = {}
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.count[tag] = self.count.get(tag, 0) + 1
+        named = dict(attrs)
+        if tag == "section" and named.get("id"):
+            self.sections[named["id"] or ""] = ""
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "data", "action")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.count[tag] = self.count.get(tag, 0) + 1
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes {self.open[-3:]}"
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+            if "section" in self.open and self.sections:
+                self.sections[list(self.sections)[-1]] += data
+
+
+def read(html: str) -> Page:
+    """The page, when it needs nothing from elsewhere."""
+    found = Page(html)
+    assert all(address.startswith("data:image/") for address in found.loads), found.loads
+    assert not re.search(r"@import|url\(|<script|<link", html)
+    assert html.startswith("<!DOCTYPE html>") and 'name="viewport"' in html
+    return found
+
+
+T = 1_780_000_000.0
+
+
+def line(step: int, **rest: object) -> dict:
+    return {
+        "time": T + 20 + 2 * step,
+        "step": step,
+        "batch": step,
+        "samples": 8 * step,
+        "loss": 1 + 4 / step,
+        "loss_masked": 1.1 + 4 / step,
+        "grad_norm": 3 / step,
+        "lr": 1e-4 * step,
+        "samples_per_s": 4.0,
+        "tokens_per_s": 200.0,
+        "step_s": 2.0,
+        "data_wait_s": 0.5,
+        "tflops_per_device": 350.0,
+        "mfu": 0.354,
+        "hfu": 0.4,
+        "peak_memory_gib": 100.0,
+        "memory_headroom_gib": 20.0,
+        "slowest_rank": 1,
+        "skipped_steps": 0,
+        "digest": f"{step:016x}",
+        "ettr": 0.6,
+        **rest,
+    }
+
+
+def make(folder: Path, records: list[dict], *overrides: str) -> Path:
+    """A run folder with these lines of metrics."""
+    folder.mkdir(parents=True)
+    recipe = load_recipe("tiny-mllm", [f"name={folder.name}", "steps=100", *overrides])
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    environment = {"ranks": 2, "device": "NVIDIA H200", "versions": {"torch": "2.13.0"}, "hosts": ["ranks 0-1  n7  2"]}
+    (folder / "environment.json").write_text(json.dumps(environment))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def start(at: float, step: int, **rest: float) -> dict:
+    return {"time": T + at, "event": "start", "step": step, "ranks": 2, "micro_batch": 2, "startup_s": 20.0, **rest}
+
+
+@pytest.fixture
+def eventful(tmp_path: Path) -> Path:
+    """Killed at step 14, gone on from step 10, and running."""
+    lost = {"gap_s": 12.0, "kept_s": 0.0, "lost_s": 8.0, "lost_steps": 4}
+    records = [
+        start(20, 0, gap_s=0.0, kept_s=0.0, lost_s=0.0, lost_steps=0),
+        *(line(step) for step in range(1, 11)),
+        {"time": T + 41, "event": "checkpoint", "step": 10, "seconds": 3.0, "blocked_s": 1.0, "bytes": 2**31},
+        start(80, 10, **lost),
+        *(line(step, time=T + 60 + 2 * step) for step in range(11, 41)),
+        {
+            "time": T + 120,
+            "event": "skipped",
+            "step": 30,
+            "reason": "loss is <spike> & more",
+            "loss": 9.0,
+            "grad_norm": None,
+        },
+        {"time": T + 121, "event": "replaced", "step": 31, "samples": [["a/7", "cannot be decoded"], ["a/8", "torn"]]},
+        {"time": T + 130, "event": "rollback", "step": 35, "to": 30, "passed_over": [31, 35], "lost_steps": 0},
+    ]
+    run = make(tmp_path / "eventful", records, "optimizer.lr=2e-4", "tracking.uri=http://me:secret@tracker")
+    (run / "lock.json").write_text(json.dumps({"beat": T + 150}))
+    (run / "checkpoints" / "step-00000010").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000010" / "manifest.json").write_text("{}")
+    (run / "samples").mkdir()
+    for step in range(1, 6):
+        Image.new("RGB", (2000, 10 * step), "red").save(run / "samples" / f"step-{step:08d}.png")
+    (run / "samples" / "step-00000006.png").write_bytes(b"torn")
+    (run / "excluded.json").write_text(json.dumps({"n3": {"times": 2, "last": T, "reason": "ECC errors"}}))
+    return run
+
+
+def test_a_page_has_it_all(eventful: Path) -> None:
+    html = page(open_run(eventful), now=T + 160)
+    found = read(html)
+    assert list(found.sections) == SECTIONS
+    assert "running, last sign of life 10 s before" in found.text
+    for text in ("40 of 100", "35.4%", "100 GiB", "20 GiB"):
+        assert text in found.text
+    for title in ("loss", "samples a second", "memory, GiB", "learning rate", "gradient norm", "utilisation, %"):
+        assert f"{title} over the step" in html, title
+    assert "4 steps, 8.0 s" in found.sections["time"] and "none so far" in found.sections["time"]
+    assert "loss is <spike> & more (loss 9, grad_norm -)" in found.sections["trouble"]
+    assert "2 samples: a/7: cannot be decoded; a/8: torn" in found.sections["trouble"]
+    assert "back to step 30, global batches 31 to 35 passed over" in found.sections["trouble"]
+    assert "2 GiB" in found.sections["checkpoints"] and "kept" in found.sections["checkpoints"]
+    assert "n3" in found.sections["ranks"] and "ECC errors" in found.sections["ranks"]
+    assert "ranks 0-1  n7" in found.sections["ranks"]
+    settings = dict(re.findall(r"<tr><td.*?>([\w.]+)</td><td.*?>(.*?)</td>", html))
+    assert settings["optimizer.lr"] == "0.0002" and "optimizer.betas" not in settings
+    assert settings["versions.torch"] == "2.13.0"
+    assert settings["tracking.uri"] == "http://tracker" and "secret" not in html
+    pictures = [base64.b64decode(address.split(",")[1]) for address in found.loads]
+    assert [Image.open(io.BytesIO(data)).size for data in pictures] == [(1400, 35), (1400, 28), (1400, 21)]
+    assert len(html) < 60_000
+
+
+def test_states(eventful: Path, tmp_path: Path) -> None:
+    assert "ended without a word" in open_run(eventful).state(now=T + 400)
+    metrics = eventful / "metrics.jsonl"
+    with open(metrics, "a") as file:
+        file.write(json.dumps({"time": T + 170, "event": "end", "step": 40, "outcome": "finished"}) + "\n")
+        file.write('{"time": 17')  # torn
+    assert open_run(eventful).state() == "finished"
+    waiting = tmp_path / "waiting"
+    (waiting / "slurm").mkdir(parents=True)
+    (waiting / "slurm" / "recipe.yaml").write_text(to_yaml(load_recipe("tiny-mllm")))
+    found = read(page(open_run(waiting)))
+    assert list(found.sections) == SECTIONS and "not started yet" in found.text and "64" in found.sections["settings"]
+    begun = read(page(open_run(make(tmp_path / "begun", [start(20, 0)]))))
+    assert "No step is logged yet" in begun.text and "starting" in begun.sections["time"]
+
+
+def test_no_run(tmp_path: Path) -> None:
+    for arguments in (["report", str(tmp_path)], ["compare", str(tmp_path), str(tmp_path)]):
+        result = CliRunner().invoke(app, arguments)
+        assert isinstance(result.exception, RunError) and str(result.exception).count("\n") == 0
+        assert f"{tmp_path}: no run folder" in str(result.exception)
+    (tmp_path / "recipe.yaml").write_text("a: [")
+    assert "not valid YAML" in str(CliRunner().invoke(app, ["report", str(tmp_path)]).exception)
+
+
+def test_the_timeline(eventful: Path) -> None:
+    """By hand: ready at 20; the last sign of the first start is 12 s before the second one's process began at 60."""
+    begun = starts(open_run(eventful).records)
+    assert [(s.step, s.reached, s.lost_steps) for s in begun] == [(0, 10, 4), (10, 40, 0)]
+    at = [Stretch(each.begin - T, each.end - T, each.kind) for each in stretches(begun)]
+    assert at == [
+        Stretch(0, 20, "startup"),
+        Stretch(20, 40, "step"),
+        Stretch(40, 48, "lost"),
+        Stretch(48, 80, "recovery"),
+        Stretch(80, 140, "step"),
+    ]
+
+
+def test_curves() -> None:
+    drawn = figure("loss", [Curve("loss", [(10, 2.0), (20, 1.0), (30, float("nan")), (40, 0.0)], "#123456")], zero=True)
+    assert drawn and not figure("nothing", [Curve("loss", [], "#123456")])
+    ((points,),) = (re.findall(r'points="(.*?)"', str(drawn.svg)),)
+    places = [tuple(map(float, pair.split(","))) for pair in points.split()]
+    labels = {
+        float(text): float(y) - 4 for y, text in re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', drawn.svg)
+    }
+    assert [y for _, y in places] == [labels[2.0], labels[1.0], labels[0.0]]
+    assert places[1][0] - places[0][0] == pytest.approx((places[2][0] - places[0][0]) / 3, abs=0.2)
+    spike = [(float(i), 1.0 + (i == 7777)) for i in range(10_000)]
+    few = thinned(spike)
+    assert len(few) <= POINTS and (7777.0, 2.0) in few and list(few) == sorted(few)
+    assert smoothed([(1, 5.0), (2, 5.0)]) == [(1, 5.0), (2, 5.0)]
+    wavy = smoothed([(i, float(i % 2)) for i in range(2000)])
+    assert all(0.4 < y < 0.6 for _, y in wavy[200:])
+    logarithmic = figure("norm", [Curve("norm", [(1, 1000.0), (2, 10.0), (3, 0.1)], "#123456")])
+    assert logarithmic
+    ys = [float(pair.split(",")[1]) for pair in re.findall(r'points="(.*?)"', logarithmic.svg)[0].split()]
+    assert ys[1] - ys[0] == pytest.approx(ys[2] - ys[1], abs=0.2)
+    assert [short(v) for v in (0, 12_000, 1_500_000, 0.25, 0.0003, 512, 1500)] == [
+        *("0", "12k", "1.5M", "0.25", "3e-4", "512", "1.5k")
+    ]
+
+
+def test_compare_by_hand(tmp_path: Path) -> None:
+    first = [start(20, 0), *(line(step) for step in range(1, 21))]
+    second = [start(20, 0), *(line(step, loss=1 + 4 / step + 0.1 * (step > 5), mfu=0.5) for step in range(1, 17, 1))]
+    for record in second[9:]:
+        record["digest"] = "other"
+    runs_ = [make(tmp_path / "one", first), make(tmp_path / "two", second, "optimizer.lr=5e-4", "seed=3")]
+    environment = json.loads((runs_[1] / "environment.json").read_text())
+    environment["versions"]["torch"] = "2.14.0"
+    (runs_[1] / "environment.json").write_text(json.dumps(environment))
+    out = tmp_path / "compared.html"
+    arguments = ["compare", *map(str, runs_), "--out", str(out)]
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False).output)
+    assert found["runs"] == ["one", "two"]
+    assert found["settings"] == {"seed": [0, 3], "optimizer.lr": [0.003, 0.0005]}
+    assert found["environment"] == {"versions.torch": ["2.13.0", "2.14.0"]}
+    assert found["figures"]["MFU, median"] == [0.354, 0.5] and found["figures"]["steps"] == [20, 16]
+    assert found["figures"]["share waiting for data"] == [0.25, 0.25]
+    (against,) = found["against_first"]
+    assert (against["same_samples_to"], against["other_samples_at"], against["lines"]) == (8, 9, 16)
+    assert against["mean_difference"] == pytest.approx(0.1 * 11 / 16) and not against["equal"]
+    assert against["largest"] == pytest.approx(0.1) and against["last"] == pytest.approx(0.1)
+    window = [1 + 4 / step for step in (12, 13, 14, 15, 16)]
+    mean = sum(window) / 5
+    spread = (sum((x - mean) ** 2 for x in window) / 4) ** 0.5
+    assert found["loss"]["window"] == [12, 16] and found["loss"]["lines"] == [5, 5]
+    assert found["loss"]["mean"] == pytest.approx([mean, mean + 0.1]) and found["loss"]["std"] == pytest.approx(
+        [spread] * 2
+    )
+    html = read(out.read_text())
+    for text in ("optimizer.lr", "2.14.0", "others from step 9 on, the same up to step 8", "loss, steps 12 to 16"):
+        assert text in html.text
+    assert html.count["polyline"] >= 2 * 6 + 1
+    table = CliRunner().invoke(app, arguments, catch_exceptions=False).output
+    assert "optimizer.lr" in table and "optimizer.betas" not in table and str(out) in table
+
+
+def test_compare_what_has_little(tmp_path: Path, eventful: Path) -> None:
+    begun = make(tmp_path / "begun", [start(20, 0)])
+    output = CliRunner().invoke(app, ["compare", str(eventful), str(begun)], catch_exceptions=False).output
+    assert "no step that both logged" in output
+    twin = CliRunner().invoke(app, ["compare", str(eventful), str(eventful)], catch_exceptions=False).output
+    assert "equal to the bit on 40 lines" in twin and "Settings that differ: none" in twin
+    assert "two run folders" in str(CliRunner().invoke(app, ["compare", str(begun)]).exception)
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_two_real_runs(shards: Path, tmp_path: Path) -> None:
+    """Another seed is other samples from the first step on; the page of a run names its settings."""
+    for name, seed in (("one", 0), ("two", 1)):
+        overrides = [f"name={name}", f"seed={seed}", "steps=3", "micro_batch=4"]
+        ended = ranked.run(ranked.command, 2, runs.arguments(shards, tmp_path, *overrides))
+        assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    paths = [str(tmp_path / name) for name in ("one", "two")]
+    found = json.loads(CliRunner().invoke(app, ["compare", *paths, "--json"], catch_exceptions=False).output)
+    assert found["settings"] == {"seed": [0, 1]} and found["environment"] == {}
+    (against,) = found["against_first"]
+    assert against["other_samples_at"] == 1 and against["lines"] == 3 and not against["equal"]
+    CliRunner().invoke(app, ["report", paths[0]], catch_exceptions=False)
+    html = read((tmp_path / "one" / "report.html").read_text())
+    assert list(html.sections) == SECTIONS and "finished" in html.text and "3 of 3" in html.text
+    lines = yaml.safe_load((tmp_path / "one" / "environment.json").read_text())["hosts"]
+    assert len(lines) == 1 and lines[0] in html.sections["ranks"]

@@ -1,0 +1,77 @@
+"""`bifrost report` and `bifrost compare`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import RunError
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder, such as runs/mllm-7b.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="Where the page goes; default report.html in RUN.", show_default=False)
+    ] = None,
+) -> None:
+    """Write one HTML page of RUN: curves, starts and stops, what went wrong, samples, settings, environment."""
+    from .files import open_run
+    from .page import page
+
+    write(out or run / "report.html", page(open_run(run)))
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, two or more.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write an HTML page, with curves.", show_default=False)] = None,
+) -> None:
+    """What differs between RUNs: settings, environment, losses of the same steps, samples, speed, memory."""
+    from .compare import compare as compared
+    from .compare import page, tables
+    from .files import open_run
+
+    if len(runs) < 2:
+        raise RunError("bifrost compare: give two run folders or more")
+    names = [folder.resolve().name for folder in runs]
+    shown = names if len(set(names)) == len(names) else [str(folder) for folder in runs]
+    opened = [open_run(folder, name) for folder, name in zip(runs, shown, strict=True)]
+    found = compared(opened)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        show(tables(found))
+    if out:
+        write(out, page(opened, found), quiet=as_json)
+
+
+def show(tables: dict[str, tuple[list[str], list[list[str]]]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    # A file or a pipe has no width to fold the tables to.
+    terminal = Console(width=None if sys.stdout.isatty() else 200)
+    for title, (heads, rows) in tables.items():
+        if not rows:
+            terminal.print(f"{title}: none", highlight=False)
+            continue
+        table = Table(*heads, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        terminal.print(table)
+
+
+def write(file: Path, text: str, quiet: bool = False) -> None:
+    """The page at `file`, whole or not at all. Raises RunError."""
+    aside = file.with_name(f"{file.name}.partial")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(file)
+    except OSError as error:
+        raise RunError(f"{file}: cannot be written: {error.strerror}; give another --out") from None
+    if not quiet:
+        print(file)

@@ -1,0 +1,109 @@
+"""A run as its folder tells it. Nothing here needs the run to be over, or to have made a step."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import RunError
+from ..lock import STALE_S
+from ..monitors.goodput import Ledger
+from ..monitors.metrics import read_metrics
+
+RECIPES = ("recipe.yaml", "slurm/recipe.yaml")
+"""As resolved by a start; as handed to Slurm, before the first one."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """name: as shown; recipe, environment, kernels: content of the files of these names, {} without; records: all of
+    metrics.jsonl."""
+
+    name: str
+    folder: Path
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    kernels: dict[str, Any]
+    records: list[dict[str, Any]] = field(repr=False)
+
+    @cached_property
+    def steps(self) -> list[dict[str, Any]]:
+        """The metric lines, events left out."""
+        return [record for record in self.records if "event" not in record and isinstance(record.get("step"), int)]
+
+    def events(self, *kinds: str) -> list[dict[str, Any]]:
+        return [record for record in self.records if record.get("event") in kinds]
+
+    def column(self, key: str) -> list[tuple[float, float]]:
+        """(step, value) of every line that has a number there."""
+        return [(line["step"], line[key]) for line in self.steps if isinstance(line.get(key), (int, float))]
+
+    @cached_property
+    def goodput(self) -> dict[str, Any] | None:
+        """As `bifrost goodput` has it; None before the first start."""
+        return Ledger(self.records).summary() if self.events("start") else None
+
+    def state(self, now: float | None = None) -> str:
+        """What the run is doing or how it ended, in a few words."""
+        said = self.events("start", "end", "hung")
+        if not said:
+            return "not started yet"
+        last = said[-1]
+        if last["event"] == "hung":
+            return "hung, ended by the watchdog"
+        if last["event"] == "end":
+            return "stopped by a signal, to go on" if last["outcome"] == "stopped" else last["outcome"]
+        owner = read_json(self.folder / "lock.json") or {}
+        beat = owner.get("beat", 0.0)
+        silent = (time.time() if now is None else now) - beat
+        if silent <= STALE_S:
+            return f"running, last sign of life {max(silent, 0):.0f} s before this page"
+        return "ended without a word: killed, or its node was lost"
+
+
+def open_run(folder: Path, name: str | None = None) -> RunFiles:
+    """The run in `folder`; RunError when there is none."""
+    recipe = next((file for place in RECIPES if (file := folder / place).is_file()), None)
+    metrics = folder / "metrics.jsonl"
+    if recipe is None and not metrics.is_file():
+        raise RunError(f"{folder}: no run folder, it holds neither recipe.yaml nor metrics.jsonl")
+    try:
+        # Pages are passed on: a password in an address stays behind.
+        text = re.sub(r"//[^/\s@]+@", "//", recipe.read_text(encoding="utf-8")) if recipe else ""
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RunError(f"{recipe}: not valid YAML: {' '.join(str(error).split())}") from None
+    return RunFiles(
+        name or folder.resolve().name,
+        folder,
+        settings if isinstance(settings, dict) else {},
+        read_json(folder / "environment.json") or {},
+        read_json(folder / "kernels.json") or {},
+        read_metrics(metrics) if metrics.is_file() else [],
+    )
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The object in `file`; None where there is none, or half of one."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of each leaf."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from flat(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree

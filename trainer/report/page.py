@@ -1,0 +1,333 @@
+"""One page of a run: everything its folder tells, in one file that needs no server."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+from pydantic import BaseModel
+
+from ...recipes import Recipe
+from ...slurm.exclusions import EXCLUDED
+from ...slurm.record import STOPPED
+from .drawing import COLOURS, Curve, Figure, bands, figure, smoothed
+from .files import RunFiles, flat, read_json
+from .timeline import KINDS, Start, starts, stretches
+
+SHOWN = 40
+"""Rows of a table of events; of more, the newest."""
+PICTURES, WIDEST = 3, 1400
+"""Newest sheets of samples shown, and the pixels they may be wide."""
+TROUBLE = ("skipped", "rollback", "new_level", "replaced", "save_failed", "straggler", "hung")
+
+
+def page(run: RunFiles, now: float | None = None) -> str:
+    """The page as HTML."""
+    now = time.time() if now is None else now
+    begun = starts(run.records)
+    sections = {
+        "run": run,
+        "state": run.state(now),
+        "made": moment(now),
+        "tiles": tiles(run),
+        "figures": figures(run),
+        "strip": strip(run, begun),
+        "goodput": _goodput(run),
+        "starts": _starts(begun),
+        "trouble": _trouble(run),
+        "counts": Counter(event["event"] for event in run.events(*TROUBLE)),
+        "checkpoints": _checkpoints(run),
+        "pictures": _pictures(run.folder / "samples"),
+        "slowest": _slowest(run),
+        "excluded": _excluded(run.folder),
+        "stopped": (read_json(run.folder / STOPPED) or {}).get("reason"),
+        "settings": _settings(run.recipe),
+        "recipe": yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=100) if run.recipe else "",
+        "environment": [[key, value] for key, value in flat(run.environment) if key != "hosts"],
+        "kernels": [[name, each.get("provider"), each.get("reason")] for name, each in _objects(run.kernels)],
+    }
+    return template("page").render(sections)
+
+
+def template(name: str) -> Any:
+    """The template of a page, with what all of them use."""
+    environment = Environment(
+        loader=PackageLoader(__package__ or "", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(duration=duration, text=_text, zip=zip)
+    return environment.get_template(f"{name}.html.jinja")
+
+
+def tiles(run: RunFiles) -> list[tuple[str, str]]:
+    """The few figures that somebody looks for first."""
+    if not run.steps:
+        return []
+    last = run.steps[-1]
+    wanted = run.recipe.get("steps")
+    found = [("step", f"{last['step']:,}" + (f" of {wanted:,}" if isinstance(wanted, int) else ""))]
+    if loss := smoothed(run.column("loss")):
+        found.append(("loss, smoothed", f"{loss[-1][1]:.4g}"))
+    known = {
+        "samples_per_s": ("samples/s", "{:.4g}"),
+        "mfu": ("MFU", "{:.1%}"),
+        "tflops_per_device": ("TFLOP/s a device", "{:.3g}"),
+        "peak_memory_gib": ("peak memory", "{:.3g} GiB"),
+        "memory_headroom_gib": ("head-room", "{:.3g} GiB"),
+        "ettr": ("effective training time", "{:.1%}"),
+        "skipped_steps": ("steps skipped", "{:,}"),
+    }
+    found += [
+        (name, form.format(last[key])) for key, (name, form) in known.items() if isinstance(last.get(key), (int, float))
+    ]
+    return found
+
+
+def figures(run: RunFiles) -> list[Figure]:
+    """The charts that the run has numbers for."""
+    column = run.column
+    loss = column("loss")
+    parts = [key for key in _keys(run) if key.startswith("loss_")]
+    wait = [
+        (line["step"], 100 * line["data_wait_s"] / line["step_s"])
+        for line in run.steps
+        if line.get("step_s") and "data_wait_s" in line
+    ]
+    drawn = [
+        figure(
+            "loss",
+            [
+                Curve("as logged", loss, COLOURS[0], faint=True),
+                Curve("loss", smoothed(loss), COLOURS[0]),
+                *(
+                    Curve(key.removeprefix("loss_").replace("_", " "), smoothed(column(key)), colour)
+                    for key, colour in zip(parts, COLOURS[1:], strict=False)
+                ),
+            ],
+            "Smoothed over a twentieth of the lines; faint: as logged.",
+        ),
+        figure("samples a second", [Curve("samples/s", column("samples_per_s"), COLOURS[0])], zero=True),
+        figure(
+            "memory, GiB",
+            [
+                Curve("peak", column("peak_memory_gib"), COLOURS[1]),
+                Curve("head-room", column("memory_headroom_gib"), COLOURS[2]),
+            ],
+            zero=True,
+        ),
+        figure("learning rate", [Curve("learning rate", column("lr"), COLOURS[0])], zero=True),
+        figure("gradient norm", [Curve("before clipping", column("grad_norm"), COLOURS[0])]),
+        figure(
+            "utilisation, %",
+            [
+                Curve(key.upper(), [(x, 100 * y) for x, y in column(key)], colour)
+                for key, colour in (("mfu", COLOURS[0]), ("hfu", COLOURS[5]))
+            ],
+            zero=True,
+        ),
+        figure("useful TFLOP/s a device", [Curve("TFLOP/s", column("tflops_per_device"), COLOURS[0])], zero=True),
+        figure("waiting for data, % of the step", [Curve("rank 0", wait, COLOURS[0])], zero=True),
+        figure(
+            "own work of the ranks, s a step",
+            [
+                Curve("most", column("own_s_max"), COLOURS[1]),
+                Curve("median", column("own_s_median"), COLOURS[0]),
+            ],
+            zero=True,
+        ),
+        figure(
+            "weights gathered, GB/s a device",
+            [
+                Curve("over the step", column("gathered_gb_per_s"), COLOURS[0]),
+                Curve("with nothing beside it", column("gather_peak_gb_per_s"), COLOURS[1]),
+            ],
+            zero=True,
+        ),
+        figure("allocator retries", [Curve("since the start", column("alloc_retries"), COLOURS[1])], zero=True),
+    ]
+    return [each for each in drawn if each is not None]
+
+
+def strip(run: RunFiles, begun: list[Start]) -> dict[str, Any] | None:
+    """The timeline: a strip of stretches, with a line for every checkpoint."""
+    spans = stretches(begun)
+    if not spans:
+        return None
+    first, last = spans[0].begin, spans[-1].end
+    width = max(last - first, 1e-9)
+    saved = [(event["time"] - first) / width for event in run.events("checkpoint")]
+    drawn = [
+        (
+            (each.begin - first) / width,
+            (each.end - first) / width,
+            KINDS[each.kind][0],
+            f"{KINDS[each.kind][1]}: {duration(each.end - each.begin)} from {moment(each.begin)}",
+        )
+        for each in spans
+    ]
+    legend = [(text, colour) for kind, (colour, text) in KINDS.items() if kind in {each.kind for each in spans}]
+    return {"svg": bands(drawn, ticks=saved), "legend": legend, "begin": moment(first), "end": moment(last)}
+
+
+def duration(seconds: float) -> str:
+    """`3 d 4 h`, `2 h 05 min`, `3 min 20 s`, `4.2 s`."""
+    whole = int(seconds)
+    if whole >= 86400:
+        return f"{whole // 86400} d {whole % 86400 // 3600} h"
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{seconds:.1f} s"
+
+
+def moment(when: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
+
+
+def _keys(run: RunFiles) -> list[str]:
+    return list(dict.fromkeys(key for line in run.steps for key in line))
+
+
+def _goodput(run: RunFiles) -> dict[str, Any] | None:
+    """Seconds and share of each kind, and a bar of them."""
+    found = run.goodput
+    if found is None:
+        return None
+    at, spans = 0.0, []
+    for kind, seconds in found["seconds"].items():
+        share = seconds / found["wall_s"]
+        spans.append((at, at + share, KINDS[kind][0], f"{KINDS[kind][1]}: {share:.1%}"))
+        at += share
+    whole = max(at, 1.0)
+    rows = [
+        (KINDS[kind][0], KINDS[kind][1], duration(seconds), f"{seconds / found['wall_s']:.1%}")
+        for kind, seconds in found["seconds"].items()
+    ]
+    bar = bands([(a / whole, b / whole, colour, text) for a, b, colour, text in spans if b > a])
+    return {**found, "bar": bar, "rows": rows}
+
+
+def _starts(begun: list[Start]) -> list[list[Any]]:
+    rows = []
+    for number, start in enumerate(begun, 1):
+        lost = f"{start.lost_steps:,} steps, {duration(start.lost_s)}" if start.lost_steps else ""
+        down = duration(start.ready - begun[number - 2].seen if number > 1 else start.ready - start.begin)
+        span = f"{start.step:,} to {start.reached:,}"
+        worked = duration(max(0.0, start.seen - start.ready))
+        outcome = start.outcome if number < len(begun) or start.outcome != "no word" else "none so far"
+        rows.append([number, moment(start.begin), start.ranks, span, down, worked, lost, outcome])
+    return rows
+
+
+def _trouble(run: RunFiles) -> list[list[str]]:
+    """What went wrong, newest last: when, step, what, and what is known of it."""
+    rows = []
+    for event in run.events(*TROUBLE)[-SHOWN:]:
+        known = {key: value for key, value in event.items() if key not in ("time", "event", "step")}
+        rows.append([moment(event["time"]), f"{event.get('step', ''):,}", event["event"], _told(event["event"], known)])
+    return rows
+
+
+def _told(kind: str, known: dict[str, Any]) -> str:
+    if kind == "skipped":
+        numbers = ", ".join(f"{key} {_text(known.get(key))}" for key in ("loss", "grad_norm"))
+        return f"{known.get('reason')} ({numbers})"
+    if kind == "rollback":
+        first, last = known.get("passed_over") or ("?", "?")
+        return f"back to step {known.get('to')}, global batches {first} to {last} passed over"
+    if kind == "replaced":
+        samples = known.get("samples") or []
+        listed = "; ".join(f"{key}: {reason}" for key, reason in samples[:3])
+        return f"{len(samples)} samples: {listed}" + (" …" if len(samples) > 3 else "")
+    return ", ".join(f"{key} {_text(value)}" for key, value in known.items())
+
+
+def _checkpoints(run: RunFiles) -> list[list[Any]]:
+    """Saves, newest last; kept: whether it still stands on the disk."""
+    rows = []
+    for event in run.events("checkpoint")[-SHOWN:]:
+        kept = (run.folder / "checkpoints" / f"step-{event['step']:08d}" / "manifest.json").is_file()
+        size, seconds = event.get("bytes"), event.get("seconds", 0.0)
+        rows.append(
+            [
+                f"{event['step']:,}",
+                moment(event["time"]),
+                f"{seconds:.1f} s",
+                f"{event.get('blocked_s', seconds):.1f} s",
+                f"{size / 2**30:.3g} GiB" if size else "",
+                "kept" if kept else "",
+            ]
+        )
+    return rows
+
+
+def _pictures(folder: Path) -> list[tuple[str, Markup]]:
+    """Name and address, with the content in it, of the newest sheets; newest first."""
+    found = []
+    for file in sorted(folder.glob("step-*.png"), reverse=True):
+        if len(found) == PICTURES:
+            break
+        try:
+            with Image.open(file) as picture:
+                picture.thumbnail((WIDEST, 4 * WIDEST))
+                data = io.BytesIO()
+                picture.convert("RGB").save(data, "webp", quality=85)
+        except OSError:  # being written, or torn
+            continue
+        found.append((file.stem, Markup("data:image/webp;base64," + base64.b64encode(data.getvalue()).decode())))
+    return found
+
+
+def _slowest(run: RunFiles) -> list[list[Any]]:
+    """Rank, and the share of the lines on which it had most work of its own; the first few."""
+    told = Counter(line["slowest_rank"] for line in run.steps if "slowest_rank" in line)
+    return [[rank, f"{count / told.total():.0%}"] for rank, count in told.most_common(8)]
+
+
+def _excluded(folder: Path) -> list[list[Any]]:
+    return [
+        [node, entry.get("times"), moment(entry.get("last", 0)), entry.get("reason")]
+        for node, entry in _objects(read_json(folder / EXCLUDED) or {})
+    ]
+
+
+def _settings(recipe: dict[str, Any]) -> list[list[Any]]:
+    """Settings other than their default: key, value, default."""
+    usual = dict(flat(_defaults(Recipe)))
+    return [[key, value, usual.get(key)] for key, value in flat(recipe) if value != usual.get(key)]
+
+
+def _defaults(model: type[BaseModel]) -> dict[str, Any]:
+    """As a recipe is written; None where a value must be given."""
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        value = None if field.is_required() else field.get_default(call_default_factory=True)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            value = _defaults(field.annotation)
+        found[name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def _objects(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, each) for name, each in found.items() if isinstance(each, dict)]
+
+
+def _text(value: Any) -> str:
+    """A setting or a number as a person reads it."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return ", ".join(map(_text, value)) if isinstance(value, (list, tuple)) else str(value)
