@@ -146,6 +146,12 @@ def eventful(tmp_path: Path) -> Path:
         Image.new("RGB", (2000, 10 * step), "red").save(run / "samples" / f"step-{step:08d}.png")
     (run / "samples" / "step-00000006.png").write_bytes(b"torn")
     (run / "excluded.json").write_text(json.dumps({"n3": {"times": 2, "last": T, "reason": "ECC errors"}}))
+    (run / "slurm").mkdir()
+    jobs = [
+        {"time": T, "start": "17.0", "hosts": "n[7-8]"},
+        {"time": T + 50, "start": "17.0", "code": 76, "reason": "hung"},
+    ]
+    (run / "slurm" / "starts.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
     return run
 
 
@@ -163,6 +169,7 @@ def test_a_page_has_it_all(eventful: Path) -> None:
     assert "2 samples: a/7: cannot be decoded; a/8: torn" in found.sections["trouble"]
     assert "back to step 30, global batches 31 to 35 passed over" in found.sections["trouble"]
     assert "2 GiB" in found.sections["checkpoints"] and "kept" in found.sections["checkpoints"]
+    assert re.search(r"17\.0.*n\[7-8\]76-hung", found.sections["time"])
     assert "n3" in found.sections["ranks"] and "ECC errors" in found.sections["ranks"]
     assert "ranks 0-1  n7" in found.sections["ranks"]
     settings = dict(re.findall(r"<tr><td.*?>([\w.]+)</td><td.*?>(.*?)</td>", html))

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from ...recipes import Recipe
 from ...slurm.exclusions import EXCLUDED
 from ...slurm.record import STOPPED
+from ...slurm.record import starts as slurm_starts
 from .drawing import COLOURS, Curve, Figure, bands, figure, smoothed
 from .files import RunFiles, flat, read_json
 from .timeline import KINDS, Start, starts, stretches
@@ -42,6 +43,7 @@ def page(run: RunFiles, now: float | None = None) -> str:
         "strip": strip(run, begun),
         "goodput": _goodput(run),
         "starts": _starts(begun),
+        "jobs": _jobs(run.folder),
         "trouble": _trouble(run),
         "counts": Counter(event["event"] for event in run.events(*TROUBLE)),
         "checkpoints": _checkpoints(run),
@@ -227,6 +229,21 @@ def _starts(begun: list[Start]) -> list[list[Any]]:
         outcome = start.outcome if number < len(begun) or start.outcome != "no word" else "none so far"
         rows.append([number, moment(start.begin), start.ranks, span, down, worked, lost, outcome])
     return rows
+
+
+def _jobs(folder: Path) -> list[list[Any]]:
+    """The starts as Slurm's batch script saw them."""
+    return [
+        [
+            each.get("start"),
+            moment(each["time"]),
+            each.get("hosts"),
+            each.get("code"),
+            each.get("decision"),
+            each.get("reason"),
+        ]
+        for each in slurm_starts(folder)[-SHOWN:]
+    ]
 
 
 def _trouble(run: RunFiles) -> list[list[str]]:

@@ -22,7 +22,8 @@ PATCHES = 16
 
 
 def by_hand(text: int) -> tuple[float, float]:
-    """FLOPs of a sample of the tiny stage 1, useful and with every layer of the branch computed twice."""
+    """FLOPs of a sample of the tiny stage 1: useful, and with every layer of the branch computed again up to its last
+    projection, whose result nobody keeps."""
     config = read_config(locate("builtin:tiny"))
     lm, vision = config.text_config, config.vision_config
     width, keys = lm.hidden_size, lm.num_key_value_heads * lm.hidden_size // lm.num_attention_heads
@@ -40,7 +41,7 @@ def by_hand(text: int) -> tuple[float, float]:
     whole = len(vision.fullatt_block_indexes)
     pairs = whole * seen**2 + (vision.depth - whole) * (side // window) ** 2 * window**4
     useful = prefix + branch + head + tower + 4 * pairs * v
-    return useful, useful + 2 * PATCHES * weights + attention
+    return useful, useful + 2 * PATCHES * (weights - layers * width * lm.intermediate_size) + attention
 
 
 def test_mfu_by_hand() -> None:
