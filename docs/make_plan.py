@@ -182,7 +182,7 @@ def memory() -> list[Anchor]:
             "GB",
             1.41,
             kept[0].kept / 1e9,
-            "the source leaves out what the norms keep in fp32, which autograd was seen to keep",
+            "here norms and SiLU(gate) * up are computed again: see kernels.md",
         ),
         Anchor("with activation checkpointing, prefix included", "MB", 51.4 + 4.6, kept[0].kept_recomputed / 1e6),
         Anchor("activations kept a sample through FLUX", "GB", 6.5, kept[1].kept / 1e9),

@@ -97,15 +97,29 @@ def prefix_attention(
     query [B N, H, C]; key, value [B N, G, C] of the patches; text_key, text_value [sum T, G, C]. Returns [B N, H, C].
     Differentiable in query, key and value, and in the text's where that is asked for.
     """
-    keys, values = _interleaved(text_key, key, layout), _interleaved(text_value, value, layout)
+    keys: Any = _Interleaved.apply(text_key, key, layout)
+    values: Any = _Interleaved.apply(text_value, value, layout)
     return segment_attention(query, keys, values, layout.image, layout.both, False, scale, backend)
 
 
-def _interleaved(text: Tensor, image: Tensor, layout: PrefixLayout) -> Tensor:
-    """Text and patches of each sample behind one another, [sum T + B N, G, C]."""
-    # Every row is written once: nothing of the empty tensor is left, and the gradient is a plain gather.
-    both = text.new_empty(layout.both.total, *text.shape[1:])
-    return both.index_copy_(0, layout.text_rows, text).index_copy_(0, layout.image_rows, image)
+class _Interleaved(torch.autograd.Function):
+    """Text and patches of each sample behind one another, [sum T + B N, G, C]. Keeps none of them for the gradient,
+    which is a plain gather; `index_copy` would keep its source."""
+
+    @staticmethod
+    def forward(ctx: Any, text: Tensor, image: Tensor, layout: PrefixLayout) -> Tensor:
+        ctx.layout = layout
+        both = text.new_empty(layout.both.total, *text.shape[1:])  # every row is written once
+        return both.index_copy_(0, layout.text_rows, text).index_copy_(0, layout.image_rows, image)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (gradient,), (for_text, for_image, _) = gradients, ctx.needs_input_grad
+        return (
+            gradient.index_select(0, ctx.layout.text_rows) if for_text else None,
+            gradient.index_select(0, ctx.layout.image_rows) if for_image else None,
+            None,
+        )
 
 
 def segment_attention(

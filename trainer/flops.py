@@ -27,8 +27,10 @@ ATTENTION_BACKWARD = 2.5
 """FLOPs of attention's backward pass over those of its forward: five products instead of two."""
 
 # Elements that autograd keeps of a token and layer, in units of the widths; tests/trainer/test_flops.py measures them.
-BRANCH_KEPT = (11, 4, 2)
-"""Of a decoder layer: times hidden width (norms in fp32 among them), MLP width, width of the keys."""
+BRANCH_KEPT = (6, 2, 2)
+"""Of a decoder layer: times hidden width, MLP width, width of the keys (these of the text's rows too)."""
+BRANCH_RECOMPUTED = (6, 4, 2)
+"""The same of a layer that is recomputed, while it is."""
 FLUX_KEPT = {"through": (14, 13), "trained": (28, 25)}
 """Of a double and a single block, times FLUX's hidden width."""
 
@@ -108,8 +110,10 @@ def patch_latent_parts(stage: PatchLatentStage, model: Any, text: float) -> list
     width, layers, patches = config.hidden_size, config.num_hidden_layers, stage.tokens_per_image
     keys = config.num_key_value_heads * (width // config.num_attention_heads)
     byte = 2 if recipe.precision == "bf16" else 4
-    hidden, mlp, key = BRANCH_KEPT
-    layer = byte * patches * (hidden * width + mlp * config.intermediate_size + key * keys)
+    layer, recomputed = (
+        byte * (patches * (hidden * width + mlp * config.intermediate_size) + key * keys * (patches + text))
+        for hidden, mlp, key in (BRANCH_KEPT, BRANCH_RECOMPUTED)
+    )
     constant = byte * layers * 2 * keys * text  # the prefix
     rows = float(patches)
     if recipe.branch.loss_tokens == "masked":
@@ -118,14 +122,19 @@ def patch_latent_parts(stage: PatchLatentStage, model: Any, text: float) -> list
     linear = linear_flops(model.branch, lambda name: patches)
     attention = 4.0 * patches * (text + patches) * width * layers
     projection = linear_flops(model.head, lambda name: rows)
+
+    def read(name: str) -> float:
+        """Of the last layer, keys and values alone."""
+        return text if not name.startswith(f"layers.{layers - 1}.") or name.endswith(("k_proj", "v_proj")) else 0.0
+
     return [
         _tower(model.backbone.vision, stage.config.vision_config, recipe.data.image_size, recipe.backbone.placement),
         Part(
             "text prefix",
             "none",
             sizes(model.backbone.text),
-            linear_flops(model.backbone.text, lambda name: text),
-            2.0 * text * text * width * layers,
+            linear_flops(model.backbone.text, read),
+            2.0 * text * text * width * (layers - 1),
             recipe.backbone.placement,
         ),
         Part(
@@ -138,7 +147,7 @@ def patch_latent_parts(stage: PatchLatentStage, model: Any, text: float) -> list
             returned_attention=attention,
             kept=layers * layer + constant,
             kept_recomputed=layers * byte * patches * width + constant,
-            layer=layer,
+            layer=recomputed,
             gradients=byte * patches * (3 * config.intermediate_size + width),
             last=linear_flops(model.branch, lambda name: patches if name.endswith("down_proj") else 0.0),
         ),

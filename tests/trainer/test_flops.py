@@ -100,8 +100,8 @@ def test_a_branch_layer_keeps_what_is_planned() -> None:
         return kept(lambda: branch(latents, mask, Prefix(text, text, layout)), [*branch.parameters(), *text, latents])
 
     hidden, mlp, keys = BRANCH_KEPT
-    planned = 2 * (hidden * 256 + mlp * 1353 + keys * 128)
-    assert (bytes_of(2) - bytes_of(1)) / patches == pytest.approx(planned, rel=0.05)
+    planned = 2 * (patches * (hidden * 256 + mlp * 1353) + keys * (patches + 10) * 128)
+    assert bytes_of(2) - bytes_of(1) == pytest.approx(planned, rel=0.02)
 
 
 @pytest.mark.parametrize("gradient", ["through", "trained"])

@@ -57,7 +57,9 @@ def logits_and_hash_around_training(arguments: list[str]) -> list:
 @pytest.mark.multi
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_backbone_is_unchanged(shards: Path, tmp_path: Path, precision: str) -> None:
-    arguments = runs.arguments(shards, tmp_path, "steps=5", f"precision={precision}", "optimizer.lr=0.01")
+    arguments = runs.arguments(
+        shards, tmp_path, "steps=5", f"precision={precision}", "optimizer.lr=0.01", "backbone.placement=sharded"
+    )
     ended = ranked.run(logits_and_hash_around_training, 2, arguments)
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
     for rank in ended:

@@ -112,7 +112,7 @@ def _norm(pair: Any, hidden: Tensor, patches: Tensor) -> Tensor:
 
     def normed(norm: Any) -> Tensor:
         exact = hidden.float()
-        exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + pair[0].variance_epsilon)
         return norm.weight * exact.to(hidden.dtype)
 
     return _blend([normed(norm) for norm in pair], patches)

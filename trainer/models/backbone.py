@@ -163,11 +163,41 @@ class FrozenBackbone(nn.Module):
         )
         return out.last_hidden_state[0], out.past_key_values
 
+    @torch.no_grad()
     def prefix(self, input_ids: Tensor, layout: PrefixLayout) -> Prefix:
-        """Keys and values of the prompts input_ids [sum T]."""
-        _, cache = self.read(input_ids, layout)
-        packed = [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in cache.layers]
+        """Keys and values of the prompts input_ids [sum T].
+
+        Of the last layer nothing else is wanted: its queries, attention and MLP are not computed, nor their weights
+        gathered.
+        """
+        hidden = self.text.embed_tokens(input_ids[None])
+        rotation = self.text.rotary_emb(hidden, layout.positions.expand(3, 1, -1))
+        cache = DynamicCache()
+        for layer in self.text.layers[:-1]:
+            hidden = layer(
+                hidden,
+                position_embeddings=rotation,
+                past_key_values=cache,
+                use_cache=True,
+                layout=layout,
+                backend=self.attention,
+            )
+        last: Any = self.text.layers[-1]
+        hidden = last.input_layernorm(hidden)
+        key, value = (
+            project(hidden)[0].unflatten(-1, (-1, last.self_attn.head_dim))
+            for project in (last.self_attn.k_proj, last.self_attn.v_proj)
+        )
+        layers: Any = cache.layers
+        packed = [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in layers]
+        packed.append((rotated(key[None], *rotation)[0], value))
         return Prefix(tuple(k for k, _ in packed), tuple(v for _, v in packed), layout)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, S, heads, C] turned by the angles of its positions, whose cosines and sines are [B, S, C]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(-2) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(-2)
 
 
 def pixel_patches(images: Tensor, patch: int, temporal: int, merge: int) -> Tensor:

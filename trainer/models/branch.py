@@ -12,18 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.initialization import no_init_weights
-from transformers.modeling_utils import AttentionInterface
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VLDecoderLayer,
-    Qwen2_5_VLRMSNorm,
-    Qwen2_5_VLRotaryEmbedding,
-)
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 
-from ...kernels import gather_rms_norm, mask_mix, prefix_attention
+from ...kernels import gather_rms_norm, mask_mix
 from ...kernels.attention import Backend
 from .backbone import Prefix
+from .layers import BranchLayer, RmsNorm
 
-PREFIX_ATTENTION = "bifrost_prefix"
 INIT_STD = 0.02
 """Standard deviation of mask token and position table at the start (MAR). Zeros, as in the public release, would enter
 RMSNorm at its steepest point and multiply their first gradients by about a thousand."""
@@ -52,11 +47,9 @@ class GenerationBranch(nn.Module):
         self.attention: Backend = attention
         self.fused = fused
         self.config = copy.deepcopy(config)
-        self.config._attn_implementation = PREFIX_ATTENTION
         width = config.hidden_size
         with no_init_weights():
-            layers = [Qwen2_5_VLDecoderLayer(self.config, i) for i in range(config.num_hidden_layers)]
-            self.layers = nn.ModuleList(layers)
+            self.layers = nn.ModuleList([BranchLayer(config, i) for i in range(config.num_hidden_layers)])
             self.norm = FinalNorm(width, config.rms_norm_eps, fused)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         if positions == "learned":
@@ -87,17 +80,17 @@ class GenerationBranch(nn.Module):
         rows: int64 [R], of the B N patches those that are wanted; the result is then [R, D].
         """
         hidden = mask_mix(latents, mask, self.mask_token, self.positions, "triton" if self.fused else "reference")
-        rotation = self.rotary_embedding(hidden, self.position_ids(prefix.layout.text.ends.diff()))
+        rotation = None
+        if self.rotary:
+            rotation = self.rotary_embedding(hidden, self.position_ids(prefix.layout.text.ends.diff()))
+        recomputed = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:
-            settings = {"position_embeddings": rotation, "prefix": prefix, "backend": self.attention}
-            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, use_reentrant=False, **settings)
-            else:
-                hidden = layer(hidden, **settings)
+            settings = hidden, prefix, rotation, self.attention, recomputed
+            hidden = checkpoint(layer, *settings, use_reentrant=False) if recomputed else layer(*settings)
         return self.norm(hidden, rows)
 
 
-class FinalNorm(Qwen2_5_VLRMSNorm):
+class FinalNorm(RmsNorm):
     """Qwen's RMSNorm, which can leave out the rows that nobody asks for."""
 
     def __init__(self, width: int, eps: float, fused: bool) -> None:
@@ -109,25 +102,4 @@ class FinalNorm(Qwen2_5_VLRMSNorm):
         if rows is None:
             return super().forward(hidden)
         provider = "triton" if self.fused else "reference"
-        return gather_rms_norm(hidden.flatten(0, 1), rows, self.weight, self.variance_epsilon, provider)
-
-
-def _attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    scaling: float,
-    prefix: Prefix,
-    backend: Backend,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """query [B, H, N, C], key and value [B, G, N, C] of the patches -> [B, N, H, C]."""
-    samples, layer = query.shape[0], module.layer_idx
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    out = prefix_attention(q, k, v, prefix.keys[layer], prefix.values[layer], prefix.layout, scaling, backend)
-    return out.unflatten(0, (samples, -1)), None
-
-
-AttentionInterface.register(PREFIX_ATTENTION, _attention)
+        return gather_rms_norm(hidden.flatten(0, 1), rows, self.weight, self.eps, provider)

@@ -1,8 +1,11 @@
-"""Norms and SwiGLU of Qwen's layers, by torch or by Liger's fused kernels.
+"""Norms and SwiGLU, which keep for the backward pass what matrix products need anyway, and nothing more.
 
-Liger's own patch of transformers replaces classes by name, for every model of the process, and switches on a fused
-cross-entropy; here its functions are put into one model's layers alone. Rotary embedding stays torch's: transformers
-calls it as a global function, and the published recipe does not rotate patches at all.
+A norm is computed again from its input, and SiLU(gate) * up, of all that a layer would keep the largest, from gate and
+up. That costs a few element-wise passes and no matrix product, and a layer keeps about half.
+
+By torch or by Liger's fused kernels. Liger's own patch of transformers replaces classes by name, for every model of the
+process, and switches on a fused cross-entropy; here its functions are put into one model's layers alone. Rotary
+embedding stays torch's: the published recipe does not rotate patches at all.
 """
 
 from __future__ import annotations
@@ -13,9 +16,96 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
 Provider = Literal["torch", "liger"]
+
+
+class _Norm(torch.autograd.Function):
+    """weight * n with n = x s rounded to the dtype of x, s = rsqrt(mean x^2 + eps) in fp32 or the inputs' fp64: Qwen's
+    casts. Keeps x and s."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+        exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        scale = torch.rsqrt(exact.square().mean(-1, keepdim=True).add_(eps))
+        ctx.save_for_backward(hidden, weight, scale)
+        return weight * (exact * scale).to(hidden.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        """dx = s (g - n mean(g n)) with g the gradient of n; dweight = the result's gradient times n, over all rows."""
+        hidden, weight, scale = ctx.saved_tensors
+        normed = hidden * scale
+        product = gradient * normed
+        d_weight = product.flatten(0, -2).sum(0)
+        mean = (product @ weight.to(product.dtype)).unsqueeze(-1) / weight.numel()
+        d_hidden = (gradient * weight.to(scale.dtype)).sub_(normed.mul_(mean)).mul_(scale)
+        return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), None
+
+
+class RmsNorm(nn.Module):
+    """Qwen's RMSNorm over the last dimension."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return _Norm.apply(hidden, self.weight, self.eps)  # type: ignore[return-value]
+
+
+class SwiGlu:
+    """SiLU(gate) * up by torch."""
+
+    @staticmethod
+    def apply(gate: Tensor, up: Tensor) -> Tensor:
+        """For autograd."""
+        return F.silu(gate) * up
+
+    @staticmethod
+    def forward(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of gate and up; all three arguments may be overwritten."""
+        d_up = F.silu(gate).mul_(gradient)
+        return torch.ops.aten.silu_backward(gradient.mul_(up), gate), d_up
+
+
+class _GatedDown(torch.autograd.Function):
+    """(SiLU(gate) * up) weight^T. Keeps gate and up, not their product."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, product: type[SwiGlu]) -> Tensor:
+        # The parameter itself, never a copy: under ZeRO-3 it is empty between forward and backward, and gathered again.
+        ctx.save_for_backward(gate, up, weight)
+        ctx.product = product
+        return F.linear(product.forward(gate, up), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        gate, up, weight = ctx.saved_tensors
+        d_weight = gradient.flatten(0, -2).T @ ctx.product.forward(gate, up).flatten(0, -2)
+        return *ctx.product.backward(gradient @ weight, gate, up), d_weight, None
+
+
+class GatedDown(nn.Linear):
+    """The MLP's last linear map, over SiLU(gate) * up."""
+
+    product: type[SwiGlu] = SwiGlu
+
+    def forward(self, gate: Tensor, up: Tensor, recomputed: bool) -> Tensor:  # type: ignore[override]
+        """recomputed: the layer is, by activation checkpointing, which stops before this map only if it is torch's."""
+        if recomputed:
+            return F.linear(self.product.apply(gate, up), self.weight)
+        return _GatedDown.apply(gate, up, self.weight, self.product)  # type: ignore[return-value]
 
 
 def unavailable(provider: Provider, device: torch.device) -> str | None:
@@ -32,24 +122,42 @@ def unavailable(provider: Provider, device: torch.device) -> str | None:
 
 
 def use_liger(model: nn.Module) -> None:
-    """Let every RMSNorm and SwiGLU below `model` compute by Liger, out of place: their gradients have other readers."""
+    """Let every RMSNorm and SwiGLU below `model` compute by Liger, norms out of place: their gradients have other
+    readers."""
     norm, product = _liger()
 
     def normalized(self: Any, hidden: Tensor) -> Tensor:
+        eps = self.eps if isinstance(self, RmsNorm) else self.variance_epsilon
         # Offset 0, Llama's casts (rounded before the weight multiplies), not in place.
-        return norm.apply(hidden, self.weight, self.variance_epsilon, 0.0, "llama", False)
+        return norm.apply(hidden, self.weight, eps, 0.0, "llama", False)
 
     def gated(self: Any, hidden: Tensor) -> Tensor:
         return self.down_proj(product.apply(self.gate_proj(hidden), self.up_proj(hidden)))
 
     for module in model.modules():
-        if type(module) is qwen.Qwen2_5_VLRMSNorm:
+        if type(module) in (RmsNorm, qwen.Qwen2_5_VLRMSNorm):
             module.forward = MethodType(normalized, module)
         elif type(module) in (qwen.Qwen2MLP, qwen.Qwen2_5_VLMLP):
             module.forward = MethodType(gated, module)
+        elif isinstance(module, GatedDown):
+            module.product = product
 
 
-def _liger() -> tuple[Any, Any]:
-    """Liger's autograd functions: RMSNorm, SiLU(a) * b."""
+def _liger() -> tuple[Any, type[SwiGlu]]:
+    """Liger's autograd function of RMSNorm, and its SwiGLU."""
     operations = importlib.import_module("liger_kernel.ops")
-    return operations.LigerRMSNormFunction, operations.LigerSiLUMulFunction
+    swiglu = importlib.import_module("liger_kernel.ops.swiglu")
+
+    class Product(SwiGlu):
+        apply = operations.LigerSiLUMulFunction.apply
+
+        @staticmethod
+        def forward(gate: Tensor, up: Tensor) -> Tensor:
+            return swiglu.swiglu_forward(gate, up)[-1]
+
+        @staticmethod
+        def backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+            d_gate, d_up = swiglu.swiglu_backward(gate, up, gradient)
+            return d_gate.view_as(gate), d_up.view_as(up)
+
+    return operations.LigerRMSNormFunction, Product

@@ -1,0 +1,74 @@
+"""The branch's decoder layer: Qwen's mathematics and parameter names, for patches over a constant prefix.
+
+transformers' own layer also rotates what stands at position 0, and keeps more for the backward pass; see `elementwise`.
+
+Legend: B samples, N patches, D hidden width, C width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...kernels import prefix_attention
+from ...kernels.attention import Backend
+from .backbone import Prefix, rotated
+from .elementwise import GatedDown, RmsNorm
+
+Rotation = tuple[Tensor, Tensor] | None
+"""Cosines and sines [B, N, C] of the patches' positions; None where all of these are zero, which turns nothing."""
+
+
+class BranchLayer(nn.Module):
+    """Layer `index` of a Qwen2_5_VLTextConfig, hidden [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, config: Any, index: int) -> None:
+        super().__init__()
+        # In the order of transformers' layer, whose weights these begin as.
+        self.self_attn = PrefixAttention(config, index)
+        self.mlp = Mlp(config)
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, prefix: Prefix, rotation: Rotation, backend: Backend, recomputed: bool) -> Tensor:
+        """recomputed: by activation checkpointing, in the backward pass."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), prefix, rotation, backend)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden), recomputed)
+
+
+class PrefixAttention(nn.Module):
+    """Every patch sees its sample's text and patches."""
+
+    def __init__(self, config: Any, index: int) -> None:
+        super().__init__()
+        width, self.index = config.hidden_size, index
+        self.head_dim = width // config.num_attention_heads
+        keys = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, keys)
+        self.v_proj = nn.Linear(width, keys)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, hidden: Tensor, prefix: Prefix, rotation: Rotation, backend: Backend) -> Tensor:
+        projections = self.q_proj, self.k_proj, self.v_proj
+        query, key, value = (project(hidden).unflatten(-1, (-1, self.head_dim)) for project in projections)
+        if rotation is not None:
+            query, key = rotated(query, *rotation), rotated(key, *rotation)
+        query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+        texts, layout = (prefix.keys[self.index], prefix.values[self.index]), prefix.layout
+        out = prefix_attention(query, key, value, *texts, layout, self.head_dim**-0.5, backend)
+        return self.o_proj(out.reshape(hidden.shape))
+
+
+class Mlp(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = GatedDown(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor, recomputed: bool = False) -> Tensor:
+        return self.down_proj(self.gate_proj(hidden), self.up_proj(hidden), recomputed)
