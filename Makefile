@@ -1,5 +1,5 @@
 # make setup   a virtual environment in .venv with everything in it
-# make demo    both stages on 1,800 drawings, two ranks, and a sheet of what they paint: some 12 minutes
+# make demo    both stages on 1,800 drawings, two ranks, and a sheet of what they paint: some 11 minutes
 # make test    the whole test suite
 # make lint    ruff and pyright
 # make faults  random kills, N=50 of them, and what they found in runs/faults/report.md or $(REPORT)
