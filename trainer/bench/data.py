@@ -22,7 +22,7 @@ from ...data.photos import QUALITY, make_photos
 from ...data.transforms import decode_sizes
 from ...recipes import load_recipe
 from ..errors import RunError
-from .machine import cores, machine, told
+from .machine import machine, told, usable_cores
 
 READER = "our reader"
 OWN, PIL, PLAIN, MIXED = "our decoder alone", "Pillow alone", "webdataset", "webdataset, our decoder"
@@ -43,7 +43,7 @@ def bench(
 ) -> dict[str, Any]:
     """Measure, print and return the record; `out` is a folder for `data.json`. source: shards, a recipe, or None for
     generated pictures of `sides`."""
-    workers = workers or cores()
+    workers = workers or len(usable_cores())
     with _job(source, overrides, samples, workers, sides) as job:
         sizes = np.array([_side(data) for data in job.images[:256]])
         record: dict[str, Any] = {

@@ -16,7 +16,7 @@ def machine(*packages: str) -> dict[str, Any]:
 
     return {
         "cpu": _processor(),
-        "cores": cores(),
+        "cores": len(usable_cores()),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "versions": {
             "python": platform.python_version(),
@@ -25,9 +25,9 @@ def machine(*packages: str) -> dict[str, Any]:
     }
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+def usable_cores() -> list[int]:
+    """Numbers of the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count() or 1))
 
 
 def told(found: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from ..profile import works
 from ..progress import Progress
 from ..run import train
 from .collectives import Clock
-from .machine import cores, machine, told
+from .machine import machine, told, usable_cores
 
 Mode = Literal["weak", "strong"]
 MODES: tuple[Mode, ...] = ("weak", "strong")
@@ -64,6 +65,7 @@ def run_points(recipe: Recipe, modes: Sequence[Mode], counts: Sequence[int], out
     chosen: list[tuple[Mode, int]] = [(mode, count) for mode in modes for count in counts]
     for mode, count in chosen:
         point_recipe(recipe, mode, count, 1, out)  # whether the batch divides is to be known before anything runs
+    os.environ["OMP_NUM_THREADS"] = "1"  # a core a rank: more would count for less, and differently at every number
     for mode, count in chosen:
         code = run_ranks(count, ["bench", "scale", *arguments, f"--mode={mode}"])
         if code:
@@ -115,14 +117,15 @@ def measure(recipe: Recipe, mode: Mode, steps: int, out: Path) -> int:
     spent = communication[1] - communication[0]
     if profiler:  # a call returns at once there: the kernels' own time counts
         spent = sum(w.microseconds for w in works(profiler.events() or []) if w.kind == "communication") / 1e6
-    shares = [spent]
+    mine: Rank = (socket.gethostname(), usable_cores(), spent)
+    found = [mine]
     if ranks > 1:
-        shares = [0.0] * ranks
-        dist.all_gather_object(shares, spent)
+        found = [mine] * ranks
+        dist.all_gather_object(found, mine)
     if dist.get_rank() == 0 and code == 0:
         lines = (folder / chosen.name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        found = point(chosen, mode, ranks, [json.loads(line) for line in lines], shares)
-        (out / f"{mode}-{ranks:04d}.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
+        one = point(chosen, mode, found, [json.loads(line) for line in lines])
+        (out / f"{mode}-{ranks:04d}.json").write_text(json.dumps(one, indent=2), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         if "BIFROST_LAUNCHER" not in os.environ:  # srun's or torchrun's: nobody else will
             present(out)
@@ -133,10 +136,13 @@ class _Measured(Exception):
     """Ends the run after its measured steps, before anything is saved."""
 
 
-def point(
-    recipe: Recipe, mode: Mode, ranks: int, lines: Sequence[dict[str, Any]], communication: Sequence[float]
-) -> dict[str, Any]:
-    """The record of a point from its metric lines and every rank's seconds in collectives over the measured steps."""
+Rank = tuple[str, Sequence[int], float]
+"""A rank's host, the cores that it may use there, and its seconds in collectives over the measured steps."""
+
+
+def point(recipe: Recipe, mode: Mode, found: Sequence[Rank], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The record of a point from its ranks and its metric lines."""
+    ranks, communication = len(found), [spent for *_, spent in found]
     measured = [line for line in lines if "event" not in line and line["step"] > WARMUP]
     step_s = statistics.median(line["step_s"] for line in measured)
     whole = sum(line["step_s"] for line in measured)
@@ -145,7 +151,7 @@ def point(
         "mode": mode,
         "recipe": recipe.name,
         "ranks": ranks,
-        "units": ranks if gpus else min(ranks * max(1, cores() // ranks), cores()),
+        "units": ranks if gpus else cores_in_use(found),
         "unit": "GPU" if gpus else "core",
         "global_batch": recipe.global_batch,
         "micro_batch": recipe.micro_batch,
@@ -167,6 +173,14 @@ def present(out: Path) -> None:
     modes = read_points(out)
     show(modes)
     draw(modes, out / "scale.png")
+
+
+def cores_in_use(found: Sequence[Rank]) -> int:
+    """Cores that the ranks keep busy: one each, as far as their hosts have them."""
+    hosts: dict[str, list[Sequence[int]]] = {}
+    for host, own, _ in found:
+        hosts.setdefault(host, []).append(own)
+    return sum(min(len(each), len({core for own in each for core in own})) for each in hosts.values())
 
 
 def read_points(out: Path) -> dict[Mode, list[dict[str, Any]]]:

@@ -37,7 +37,8 @@ def lines(*step_s: float) -> list[dict]:
 
 def test_a_point_leaves_out_the_warm_up() -> None:
     recipe = load_recipe("tiny-mllm", ["global_batch=32", "micro_batch=4"])
-    found = scale.point(recipe, "strong", 4, lines(100, 100, 2, 4, 2), [2.0, 6.0, 2.0, 2.0])
+    ranks = [("here", [0, 1], spent) for spent in (2.0, 6.0, 2.0, 2.0)]
+    found = scale.point(recipe, "strong", ranks, lines(100, 100, 2, 4, 2))
     assert (found["steps"], found["step_s"], found["samples_per_s"], found["passes"]) == (3, 2, 16, 2)
     assert found["communication_share"] == pytest.approx(3 / 8)
     assert (found["communication_share_least"], found["communication_share_most"]) == (2 / 8, 6 / 8)
@@ -46,18 +47,27 @@ def test_a_point_leaves_out_the_warm_up() -> None:
 
 def test_efficiency_is_throughput_a_core(tmp_path: Path) -> None:
     recipe = load_recipe("tiny-mllm", ["global_batch=32", "micro_batch=4"])
-    for ranks, step_s, units in ((1, 4.0, 2), (2, 2.5, 2), (8, 5.0, 4)):
-        one = scale.point(recipe, "strong", ranks, lines(9, 9, step_s), [0.0] * ranks) | {"units": units}
+    for ranks, step_s in ((1, 4.0), (2, 2.5), (8, 5.0)):
+        one = scale.point(recipe, "strong", [("here", [4, 5], 0.0)] * ranks, lines(9, 9, step_s))
         (tmp_path / f"strong-{ranks:04d}.json").write_text(json.dumps(one))
     (tmp_path / "simulated-512.json").write_text("{}")
     (points,) = scale.read_points(tmp_path).values()
-    # 8, 12.8 and 6.4 samples/s on 2, 2 and 4 cores.
-    assert [one["efficiency"] for one in points] == pytest.approx([1, 1.6, 0.4])
+    # 8, 12.8 and 6.4 samples/s on one core, two, and two for eight ranks.
+    assert [one["efficiency"] for one in points] == pytest.approx([1, 0.8, 0.4])
     scale.present(tmp_path)
     assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "weak-0001.json").write_text(json.dumps(points[0] | {"recipe": "other"}))
     with pytest.raises(RunError, match="holds points of other, tiny-mllm"):
         scale.read_points(tmp_path)
+
+
+def test_cores_are_counted_once_a_host() -> None:
+    def ranks(*each: tuple[str, list[int]]) -> int:
+        return scale.cores_in_use([(host, own, 0.0) for host, own in each])
+
+    assert ranks(("a", [0, 1])) == 1, "a rank is one thread"
+    assert ranks(*[("a", [0, 1])] * 3) == 2
+    assert ranks(("a", [0]), ("a", [1]), ("b", [0]), ("b", [1])) == 4, "as Slurm binds tasks"
 
 
 def test_batches_of_weak_and_strong_scaling(tmp_path: Path) -> None:
