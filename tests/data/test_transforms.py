@@ -69,7 +69,8 @@ def test_a_jpeg_decoded_small_stays_near_a_full_decode(tmp_path, side):
         exact = np.asarray(square.resize((448, 448), Image.Resampling.BICUBIC))
         got = decode_image(data, 448)
         assert len(centre_square(data, 448)) == -(-side // part)
-        assert psnr(got, exact) > 40
+        bilinear = np.asarray(square.resize((448, 448), Image.Resampling.BILINEAR))
+        assert psnr(got, exact) > max(40, psnr(bilinear, exact) - 4)
         assert got.std() > 0.99 * exact.std(), "no detail is lost"
 
 

@@ -129,6 +129,7 @@ def measure(recipe: Recipe, mode: Mode, steps: int, out: Path) -> int:
         shutil.rmtree(folder, ignore_errors=True)
         if "BIFROST_LAUNCHER" not in os.environ:  # srun's or torchrun's: nobody else will
             present(out)
+    dist.destroy_process_group()  # its threads may abort a process that ends while they run
     return code
 
 
