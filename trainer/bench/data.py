@@ -44,6 +44,8 @@ def bench(
     """Measure, print and return the record; `out` is a folder for `data.json`. source: shards, a recipe, or None for
     generated pictures of `sides`."""
     workers = workers or len(usable_cores())
+    if overrides and source and source.endswith(".tar"):
+        raise RunError(f"{overrides[0]}: settings are of a recipe, {source} are shards; name a recipe or leave it out")
     with _job(source, overrides, samples, workers, sides) as job:
         sizes = np.array([_side(data) for data in job.images[:256]])
         record: dict[str, Any] = {

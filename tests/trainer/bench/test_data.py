@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from bifrost.data import DataError, bench, open_dataset
 from bifrost.data.photos import make_photos
 from bifrost.data.transforms import decode_sizes
+from bifrost.trainer.bench import data
 from bifrost.trainer.cli import app
 
 
@@ -59,8 +60,8 @@ def test_rivals_make_the_same_batches(photos: str, own_decoder: bool) -> None:
 
 
 def test_pillow_alone_computes_what_the_reader_does(photos: str) -> None:
-    for data in job(photos).images:
-        alone, ours = bench.pil_alone(data, (56, 28)), decode_sizes(data, (56, 28))
+    for stored in job(photos).images:
+        alone, ours = bench.pil_alone(stored, (56, 28)), decode_sizes(stored, (56, 28))
         assert [image.shape for image in alone] == [(56, 56, 3), (28, 28, 3)]
         # Not at the border, where Pillow's box sees what was cut off.
         inner = [(a[4:-4, 4:-4].astype(int), b[4:-4, 4:-4]) for a, b in zip(alone, ours, strict=True)]
@@ -113,10 +114,21 @@ def test_the_command_reports_ratios_of_its_rounds(photos: str, tmp_path: Path) -
     assert sum(record["seconds_a_sample"].values()) == pytest.approx(whole)
 
 
+def test_a_recipe_brings_its_sizes_and_collate(shards: Path) -> None:
+    settings = [f"data.shards={shards}/train-*.tar", "global_batch=8", "micro_batch=4", "data.block=2"]
+    with data._job("tiny-mllm", settings, samples=20, workers=1, sides="") as work:
+        assert (work.sizes, work.micro_batch, work.block, len(work.dataset.shards)) == ((112,), 4, 2, 2)
+        ours, theirs = (next(iter(rival(work))) for rival in (bench.reader_batches, bench.webdataset_batches))
+    assert ours.keys() == theirs.keys() >= {"images", "input_ids", "mask"}
+    assert ours["images"].shape == theirs["images"].shape == (4, 3, 112, 112)
+
+
 def test_mistakes_are_one_line(photos: str) -> None:
     with pytest.raises(DataError, match="5 workers"):
         job(photos, workers=5)
     with pytest.raises(DataError, match="fewer than a micro-batch"):
         bench.Job(open_dataset(photos), bench.stack, (56,), micro_batch=25, workers=1)
+    ended = CliRunner().invoke(app, ["bench", "data", photos, "data.workers=3"])
+    assert "settings are of a recipe" in str(ended.exception)
     ended = CliRunner().invoke(app, ["bench", "data", "--sides", "9,3"])
     assert "--sides 9,3" in str(ended.exception)
