@@ -236,6 +236,10 @@ def test_curves() -> None:
     assert smoothed([(1, 5.0), (2, 5.0)]) == [(1, 5.0), (2, 5.0)]
     wavy = smoothed([(i, float(i % 2)) for i in range(2000)])
     assert all(0.4 < y < 0.6 for _, y in wavy[200:])
+    high = [(float(i), 40.0 if i == 0 else 1.0) for i in range(200)]
+    for falls, shown in ((False, "40"), (True, "1")):
+        cut = figure("loss", [Curve("loss", high, "#123456")], falls=falls)
+        assert cut and (f">{shown}<" in cut.svg) and (">40<" in cut.svg) is (not falls)
     logarithmic = figure("norm", [Curve("norm", [(1, 1000.0), (2, 10.0), (3, 0.1)], "#123456")])
     assert logarithmic
     ys = [float(pair.split(",")[1]) for pair in re.findall(r'points="(.*?)"', logarithmic.svg)[0].split()]

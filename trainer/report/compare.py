@@ -111,7 +111,7 @@ def curves(runs: Sequence[RunFiles]) -> list[Figure]:
     for key, title in CURVES.items():
         even: Callable[..., Any] = smoothed if key in SMOOTH else list
         each = [Curve(run.name, even(run.column(key)), _colour(i)) for i, run in enumerate(runs)]
-        drawn.append(figure(title, each, zero=key not in SMOOTH))
+        drawn.append(figure(title, each, zero=key not in SMOOTH, falls=key in SMOOTH))
     base = dict(runs[0].column("loss"))
     apart = [
         Curve(run.name, [(step, loss - base[step]) for step, loss in run.column("loss") if step in base], _colour(i))

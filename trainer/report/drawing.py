@@ -13,6 +13,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00", "#56b4e9", "#4
 """Okabe and Ito's: told apart by all eyes."""
 WIDTH, HEIGHT = 400, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 24
+EARLY = 0.03
+"""Share of a long run's steps that a chart's axis need not reach: a loss falls from a height that says little."""
 POINTS = 400
 """A curve of more points is drawn by the least and the most of each of half as many stretches."""
 
@@ -51,21 +53,29 @@ def smoothed(points: Points) -> list[tuple[float, float]]:
     return found
 
 
-def figure(title: str, curves: Iterable[Curve], note: str = "", zero: bool = False) -> Figure | None:
+def noisy(name: str, points: Points, colour: str) -> list[Curve]:
+    """The curve smoothed, and faint behind it as it is."""
+    return [Curve(name, points, colour, faint=True), Curve(name, smoothed(points), colour)]
+
+
+def figure(
+    title: str, curves: Iterable[Curve], note: str = "", zero: bool = False, falls: bool = False
+) -> Figure | None:
     """A chart of the curves over the step; None when none has a point. zero: the axis begins at 0. It is logarithmic
-    where all values are positive and span a factor of 50."""
+    where all values are positive and span a factor of 50. falls: the first steps of a long run may leave the chart."""
     drawn = [Curve(c.name, [p for p in c.points if math.isfinite(p[1])], c.colour, c.faint) for c in curves]
     drawn = [curve for curve in drawn if curve.points]
     if not drawn:
         return None
-    values = [y for curve in drawn for _, y in curve.points]
     steps = [x for curve in drawn for x, _ in curve.points]
+    left, right = min(steps), max(steps)
+    early = left + EARLY * (right - left) if falls and len(drawn[0].points) > 100 else left
+    values = [y for curve in drawn for x, y in curve.points if x >= early]
     low, high = min(values), max(values)
     logarithmic = not zero and low > 0 and high / low > 50
     ticks = _decades(low, high) if logarithmic else _ticks(0.0 if zero else low, high)
     low, high = min(ticks[0], low), max(ticks[-1], high)
     scale = math.log10 if logarithmic else float
-    left, right = min(steps), max(steps)
 
     def across(x: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * ((x - left) / (right - left) if right > left else 0.5)
@@ -83,6 +93,9 @@ def figure(title: str, curves: Iterable[Curve], note: str = "", zero: bool = Fal
         if left <= tick <= right and tick == int(tick):
             place = f'x="{across(tick):.1f}" y="{HEIGHT - 7}"'
             parts.append(f'<text {place} text-anchor="middle">{short(tick)}</text>')
+    # An inner SVG cuts off what leaves it.
+    inside = LEFT - 2, TOP - 2, WIDTH - LEFT - RIGHT + 4, HEIGHT - TOP - BOTTOM + 4
+    parts.append('<svg x="{0}" y="{1}" width="{2}" height="{3}" viewBox="{0} {1} {2} {3}">'.format(*inside))
     for curve in sorted(drawn, key=lambda curve: not curve.faint):
         style = f'stroke="{curve.colour}"' + (' stroke-width="1" opacity="0.35"' if curve.faint else "")
         places = [(across(x), down(y)) for x, y in thinned(curve.points)]
@@ -94,7 +107,7 @@ def figure(title: str, curves: Iterable[Curve], note: str = "", zero: bool = Fal
     label = escape(f"{title} over the step")
     head = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
     legend = [(curve.name, curve.colour) for curve in drawn if not curve.faint]
-    return Figure(title, Markup(head + "".join(parts) + "</svg>"), legend, note)
+    return Figure(title, Markup(head + "".join(parts) + "</svg></svg>"), legend, note)
 
 
 def thinned(points: Points) -> Points:

@@ -19,7 +19,7 @@ from ...recipes import Recipe
 from ...slurm.exclusions import EXCLUDED
 from ...slurm.record import STOPPED
 from ...slurm.record import starts as slurm_starts
-from .drawing import COLOURS, Curve, Figure, bands, figure, smoothed
+from .drawing import COLOURS, Curve, Figure, bands, figure, noisy, smoothed
 from .files import RunFiles, flat, read_json
 from .timeline import KINDS, Start, starts, stretches
 
@@ -110,16 +110,16 @@ def figures(run: RunFiles) -> list[Figure]:
         figure(
             "loss",
             [
-                Curve("as logged", loss, COLOURS[0], faint=True),
-                Curve("loss", smoothed(loss), COLOURS[0]),
+                *noisy("loss", loss, COLOURS[0]),
                 *(
                     Curve(key.removeprefix("loss_").replace("_", " "), smoothed(column(key)), colour)
                     for key, colour in zip(parts, COLOURS[1:], strict=False)
                 ),
             ],
             "Smoothed over a twentieth of the lines; faint: as logged.",
+            falls=True,
         ),
-        figure("samples a second", [Curve("samples/s", column("samples_per_s"), COLOURS[0])], zero=True),
+        figure("samples a second", noisy("samples/s", column("samples_per_s"), COLOURS[0]), zero=True),
         figure(
             "memory, GiB",
             [
@@ -129,7 +129,7 @@ def figures(run: RunFiles) -> list[Figure]:
             zero=True,
         ),
         figure("learning rate", [Curve("learning rate", column("lr"), COLOURS[0])], zero=True),
-        figure("gradient norm", [Curve("before clipping", column("grad_norm"), COLOURS[0])]),
+        figure("gradient norm", noisy("before clipping", column("grad_norm"), COLOURS[0]), falls=True),
         figure(
             "utilisation, %",
             [
@@ -138,8 +138,8 @@ def figures(run: RunFiles) -> list[Figure]:
             ],
             zero=True,
         ),
-        figure("useful TFLOP/s a device", [Curve("TFLOP/s", column("tflops_per_device"), COLOURS[0])], zero=True),
-        figure("waiting for data, % of the step", [Curve("rank 0", wait, COLOURS[0])], zero=True),
+        figure("useful TFLOP/s a device", noisy("TFLOP/s", column("tflops_per_device"), COLOURS[0]), zero=True),
+        figure("waiting for data, % of the step", noisy("rank 0", wait, COLOURS[0]), zero=True),
         figure(
             "own work of the ranks, s a step",
             [
