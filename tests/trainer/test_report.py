@@ -218,6 +218,8 @@ def test_the_timeline(eventful: Path) -> None:
         Stretch(48, 80, "recovery"),
         Stretch(80, 140, "step"),
     ]
+    begun[0].outcome = "finished"
+    assert "other" in {each.kind for each in stretches(begun)}, "more steps were asked for, later"
 
 
 def test_curves() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,14 +70,15 @@ def starts(records: Iterable[Mapping[str, Any]]) -> list[Start]:
     return found
 
 
-def stretches(all_starts: Iterable[Start]) -> list[Stretch]:
-    """Starting, steps, what of them was lost (drawn at their end), and the time between two starts."""
+def stretches(all_starts: Sequence[Start]) -> list[Stretch]:
+    """Starting, steps, what of them was lost (drawn at their end), and the time between two starts, which is nobody's
+    loss where the one before had finished."""
     found: list[Stretch] = []
-    for start in all_starts:
-        if found:
-            found.append(Stretch(found[-1].end, start.ready, "recovery"))
-        else:
+    for before, start in zip([None, *all_starts], all_starts, strict=False):
+        if before is None:
             found.append(Stretch(start.begin, start.ready, "startup"))
+        else:
+            found.append(Stretch(before.seen, start.ready, "other" if before.outcome == "finished" else "recovery"))
         good = max(start.ready, start.seen - start.lost_s)
         found.append(Stretch(start.ready, good, "step"))
         found.append(Stretch(good, start.seen, "lost"))
