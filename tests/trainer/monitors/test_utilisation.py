@@ -29,7 +29,8 @@ def by_hand(text: int) -> tuple[float, float]:
     width, keys = lm.hidden_size, lm.num_key_value_heads * lm.hidden_size // lm.num_attention_heads
     layers = lm.num_hidden_layers
     weights = layers * (2 * width * width + 2 * width * keys + 3 * width * lm.intermediate_size)
-    prefix = 2 * text * weights + 2 * text * text * width * layers  # causal: half of all pairs
+    # Of the prefix's last layer keys and values alone; causal: half of all pairs.
+    prefix = 2 * text * (weights * (layers - 1) / layers + 2 * width * keys) + 2 * text**2 * width * (layers - 1)
     attention = 4 * PATCHES * (text + PATCHES) * width * layers
     branch = 6 * PATCHES * weights + 3.5 * attention
     head = 6 * PATCHES * width * width
