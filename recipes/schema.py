@@ -151,6 +151,10 @@ class Zero(Section):
     after an update leaves the node."""
     overlap: bool = False
     """Reduce gradients beside the backward pass, on a GPU stream of their own."""
+    quantized_weights: bool = False
+    """Send weights in 8 bits (ZeRO++ qwZ): half the bytes, weights rounded; on GPUs where DeepSpeed's kernels build."""
+    quantized_gradients: bool = False
+    """Send gradients in 4 bits (ZeRO++ qgZ); refused, with the reason, where DeepSpeed cannot do so rightly."""
 
 
 class Kernels(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -73,6 +74,7 @@ def deepspeed_config(recipe: Recipe, ranks: int) -> dict[str, Any]:
             "stage3_param_persistence_threshold": zero.persistence_threshold,
             # On one node the copy would be a second one of the very same slices.
             "zero_hpz_partition_size": zero.hpz if zero.hpz and zero.hpz < ranks else 1,
+            "zero_quantized_weights": zero.quantized_weights,
         },
     }
 
@@ -84,11 +86,37 @@ def _not_about_a_skip(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def partitioned(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
-    """Inside, every module is cut over the ranks as soon as it is built (`zero.Init`), in the recipe's precision."""
+    """Inside, every module is cut over the ranks as soon as it is built (`zero.Init`), in the recipe's precision.
+
+    RunError where the recipe wants quantized transfers that cannot be had.
+    """
     deepspeed = import_deepspeed(ranks.device)
+    require_quantizer(recipe, ranks.device)
     # The dtype comes from the configuration: given as an argument it is ignored where there is no fp16 (0.19.8).
     with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(recipe, ranks.size)):
         yield
+
+
+def require_quantizer(recipe: Recipe, device: torch.device) -> None:
+    """RunError unless DeepSpeed can send what the recipe wants quantized."""
+    if recipe.zero.quantized_gradients:
+        version = importlib.metadata.version("deepspeed")
+        raise RunError(
+            f"zero.quantized_gradients: deepspeed {version} reads all gradients as fp16;"
+            " these are fp32, so that training would run on noise; leave it off"
+        )
+    if not recipe.zero.quantized_weights:
+        return
+    if device.type != "cuda":
+        raise RunError(f"zero.quantized_weights: DeepSpeed quantizes on CUDA alone, not on {device.type}; leave it off")
+    try:
+        importlib.import_module("deepspeed.ops.op_builder").QuantizerBuilder().load()
+    except Exception as error:  # a compiler's or loader's failure, of many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(
+            f"zero.quantized_weights: DeepSpeed's quantizer cannot be built here ({reason}); install CUDA's compiler"
+            " and ninja, or leave it off"
+        ) from error
 
 
 class Engine:
@@ -111,8 +139,12 @@ class Engine:
             config=deepspeed_config(recipe, ranks.size),
             dist_init_required=False,
         )
+        self._quantized = recipe.zero.quantized_weights
+        if self._quantized:
+            self._require_whole_blocks()
         self._create_moments()
         self._drop_second_copies()
+        self._gather_small()
         self._before_step: dict[str, Tensor] = {}
 
     @property
@@ -159,6 +191,7 @@ class Engine:
         if not applied:
             for name, buffer in self.model.statistics().items():
                 buffer.copy_(self._before_step[name])
+            self._gather_small()
         self._before_step = {}
         return applied
 
@@ -166,6 +199,7 @@ class Engine:
         """Drop what is gathered of the parameters, whose slices were set from outside."""
         self._engine.empty_partition_cache()
         self._drop_second_copies()
+        self._gather_small()
 
     @torch.no_grad()
     def undisturbed(self, work: Callable[[], T]) -> T:
@@ -216,6 +250,21 @@ class Engine:
         its own: those of weights that were set from outside are out of date, and of frozen ones would stay so."""
         for parameter in self.model.parameters():
             parameter.ds_secondary_tensor = None
+
+    def _require_whole_blocks(self) -> None:
+        """RunError unless every slice that is sent quantized is a number of whole blocks of 8."""
+        for name, parameter in self.model.named_parameters():
+            if not parameter.ds_persist and (parameter.ds_numel % (8 * self.ranks.size)):
+                raise RunError(
+                    f"zero.quantized_weights: {name} has {parameter.ds_numel} elements, no multiple of 8 on each of"
+                    f" {self.ranks.size} ranks; raise zero.persistence_threshold, or keep the frozen parts whole"
+                )
+
+    def _gather_small(self) -> None:
+        """Gather the parameters that stay gathered, as DeepSpeed does after an update of its own. Left to the forward
+        pass they would be quantized, for which they are too small."""
+        if self._quantized and (small := self._engine.optimizer.persistent_parameters):
+            small[0].all_gather(small)
 
     def _poison(self) -> None:
         """DeepSpeed discards a step whose gradient norm is not finite, with all its bookkeeping: let it do so."""

@@ -217,6 +217,7 @@ def test_what_stays_gathered_is_not_fetched_again(models: dict[str, list[Part]])
     trained = 6.539391488
     assert fetched()["gather trained, backward"][0] == pytest.approx(trained - 1)
     assert fetched("zero.max_live_parameters=3000000000")["gather trained, backward"][0] == pytest.approx(trained - 3)
+    assert fetched("zero.quantized_weights=true")["gather trained, backward"][0] == pytest.approx((trained - 1) / 2)
     whole = fetched("zero.max_live_parameters=20000000000")
     assert "gather trained, backward" not in whole
     assert whole["gather trained, forward"][0] == pytest.approx(trained)

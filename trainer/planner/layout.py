@@ -60,6 +60,7 @@ class Zero:
     """What DeepSpeed's configuration says that a plan needs; sizes in elements, `bytes` of an element."""
 
     weight_bytes: int
+    gather_bytes: int
     reduce_bytes: int
     accumulate_bytes: int
     reduce_bucket: int
@@ -73,8 +74,10 @@ class Zero:
         config = deepspeed_config(recipe.model_copy(update={"global_batch": recipe.micro_batch}), 1)
         zero: dict[str, Any] = config["zero_optimization"]
         width = {"fp32": 4, "bf16": 2, "fp16": 2}
+        weight = 2 if config["bf16"]["enabled"] else 4
         return cls(
-            weight_bytes=2 if config["bf16"]["enabled"] else 4,
+            weight_bytes=weight,
+            gather_bytes=1 if zero["zero_quantized_weights"] else weight,
             reduce_bytes=width[config["communication_data_type"]],
             accumulate_bytes=width[config["data_types"]["grad_accum_dtype"]],
             reduce_bucket=zero["reduce_bucket_size"],

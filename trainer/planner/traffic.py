@@ -48,7 +48,7 @@ def traffic(parts: Sequence[Part], recipe: Recipe, layout: Layout, gpus: int, no
 
     def gather(kind: str, sizes: Sequence[int], times: int, ranks: int) -> None:
         ahead = zero.prefetch_bucket > 0
-        add(kind, sum(sizes), times, zero.weight_bytes, buckets(sizes, bucket), ranks, ahead)
+        add(kind, sum(sizes), times, zero.gather_bytes, buckets(sizes, bucket), ranks, ahead)
 
     # What is gathered when the backward pass begins stays so for it.
     live = zero.max_live
