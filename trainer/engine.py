@@ -86,19 +86,15 @@ def _not_about_a_skip(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def partitioned(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
-    """Inside, every module is cut over the ranks as soon as it is built (`zero.Init`), in the recipe's precision.
-
-    RunError where the recipe wants quantized transfers that cannot be had.
-    """
+    """Inside, every module is cut over the ranks as soon as it is built (`zero.Init`), in the recipe's precision."""
     deepspeed = import_deepspeed(ranks.device)
-    require_quantizer(recipe, ranks.device)
     # The dtype comes from the configuration: given as an argument it is ignored where there is no fp16 (0.19.8).
     with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(recipe, ranks.size)):
         yield
 
 
 def require_quantizer(recipe: Recipe, device: torch.device) -> None:
-    """RunError unless DeepSpeed can send what the recipe wants quantized."""
+    """RunError unless DeepSpeed can send what the recipe wants quantized, by the ranks that have met."""
     if recipe.zero.quantized_gradients:
         version = importlib.metadata.version("deepspeed")
         raise RunError(
@@ -109,6 +105,7 @@ def require_quantizer(recipe: Recipe, device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise RunError(f"zero.quantized_weights: DeepSpeed quantizes on CUDA alone, not on {device.type}; leave it off")
+    import_deepspeed(device)
     try:
         importlib.import_module("deepspeed.ops.op_builder").QuantizerBuilder().load()
     except Exception as error:  # a compiler's or loader's failure, of many kinds

@@ -31,7 +31,7 @@ from .checkpoint.saver import Saver
 from .checkpoint.state import capture, restore, take_from
 from .checkpoint.store import Store
 from .ema import Ema
-from .engine import Engine, deepspeed_config, partitioned
+from .engine import Engine, deepspeed_config, partitioned, require_quantizer
 from .errors import RunError
 from .inputs import Inputs, check_continuation, open_inputs
 from .kernel_choice import FILE as KERNELS_FILE
@@ -117,6 +117,7 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
     progress = Progress(**reader.state["progress"]) if reader else Progress()
 
     measured = inputs.stage.choose_kernels(ranks, folder)
+    _agreed(ranks, lambda: require_quantizer(recipe, ranks.device))
     model = _build(inputs, reader, ranks)
     engine = Engine(model, recipe, ranks)
     ema = Ema(engine.masters(), recipe.ema.decay) if recipe.ema else None

@@ -108,6 +108,15 @@ def test_goes_on_as_if_the_samples_had_never_been(shards: Path, tmp_path: Path, 
     run, ended = train(shards, tmp_path, 2, factor=factor)
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
     assert same(run, without)
+
+
+def test_copies_within_nodes_go_back_too(shards: Path, tmp_path: Path) -> None:
+    """hpZ's copies of the weights given up are there when the run goes back."""
+    nodes = ("zero.hpz=2", "zero.persistence_threshold=0", "micro_batch=1")
+    run, ended = train(shards, tmp_path / "bad", 4, *nodes)
+    wanted, _ = train(shards, tmp_path / "without", 4, *nodes, bad=[], cut=[8, 4])
+    assert [rank.code for rank in ended] == [0] * 4, ended[0].err
+    assert same(run, wanted)
     assert [line["batch"] for line in runs.steps(run)] == [*range(1, 9), *range(13, 19)]
     assert [(line["step"], line["batch"]) for line in runs.events(run, "skipped")] == [(10, 10), (11, 11), (12, 12)]
     [event] = runs.events(run, "rollback")
