@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from ..slurm.record import this_start
 
@@ -117,10 +117,10 @@ def join(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
     return Ranks(rank, size, device)
 
 
-def _start_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+def _start_store(rank: int, size: int, timeout: timedelta) -> Store:
     """Where the ranks of this start of a Slurm job meet, at MASTER_ADDR and MASTER_PORT, and none of another start.
 
     A rank of a start that Slurm believes dead, or of a job whose id gives the same port, would pass for one of ours.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.PrefixStore(this_start(), dist.TCPStore(address, port, size, rank == 0, timeout))
+    return PrefixStore(this_start(), TCPStore(address, port, size, rank == 0, timeout))
