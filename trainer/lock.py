@@ -71,8 +71,8 @@ class RunLock:
                 owner = _read(self.path)
                 if owner is None:
                     continue  # released just now
-                reason = self._await_death(owner)
-                if reason is not None and self._take_over(owner):
+                reason = self._await_death(self.path, owner)
+                if reason is not None and self._take_over(self.path, owner):
                     log.warning("%s: taken over from %s: %s", self.path, describe(owner), reason)
                     return owner
         except OSError as error:
@@ -117,8 +117,8 @@ class RunLock:
         os.pwrite(self._file, text.ljust(SIZE - 1).encode() + b"\n", 0)
         os.fsync(self._file)
 
-    def _await_death(self, owner: Mapping[str, Any]) -> str | None:
-        """Why `owner` counts as dead; None when the lock has changed hands meanwhile. Raises Locked where it lives."""
+    def _await_death(self, path: Path, owner: Mapping[str, Any]) -> str | None:
+        """Why `owner` of the file counts as dead; None when it changed hands meanwhile. Raises Locked where it lives."""
         if all(owner.get(key) == self._owner[key] for key in ("host", "space")):
             if not _runs(owner):
                 return "its process is gone"
@@ -128,28 +128,27 @@ class RunLock:
             return "it was an earlier start of this job"
         while (age := _storage_time(self.path.parent) - owner["seen"]) <= self.stale_s:
             time.sleep(min(1.0, self.stale_s / 10))
-            now = _read(self.path)
+            now = _read(path)
             if now is None or now["token"] != owner["token"]:
                 return None
             if now["seen"] != owner["seen"]:
                 raise Locked(self._refusal(now))
         return f"no sign of life for {age:.0f} s"
 
-    def _take_over(self, owner: Mapping[str, Any]) -> bool:
-        """Put this start in the place of `owner`, which is dead; False when another has done so."""
-        # Only one process can create the file that belongs to this very owner, and only it replaces the lock.
-        aside = self.path.with_name(f"{FILE}.after-{owner['token']}")
-        if not self._create(aside):
-            with suppress(OSError):
-                if _storage_time(aside.parent) - aside.stat().st_mtime > self.stale_s:
-                    aside.unlink()  # its creator died between two lines of this function
-            time.sleep(0.05)
-            return False
-        now = _read(self.path)
+    def _take_over(self, path: Path, owner: Mapping[str, Any]) -> bool:
+        """Put this start in the place of `owner` of the file, which is dead; False when another has done so."""
+        # Only one process can create the file that belongs to this very owner, and only it replaces the owner's. One
+        # that died in between is replaced in the same way.
+        claim = self.path.with_name(f"{FILE}.after-{owner['token']}")
+        if not self._create(claim):
+            other = _read(claim)
+            if other is None or self._await_death(claim, other) is None or not self._take_over(claim, other):
+                return False
+        now = _read(path)
         if now is not None and now["token"] == owner["token"]:
-            aside.replace(self.path)
+            claim.replace(path)
             return True
-        aside.unlink()
+        claim.unlink()
         os.close(self._file or 0)
         self._file = None
         return False

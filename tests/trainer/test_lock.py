@@ -145,8 +145,8 @@ def test_two_starts_that_find_the_same_dead_owner(tmp_path: Path, monkeypatch: p
         winner, loser = RunLock(run), RunLock(run)
         judge = loser._await_death
 
-        def judged_before(owner: dict) -> str | None:
-            reason = judge(owner)
+        def judged_before(path: Path, owner: dict) -> str | None:
+            reason = judge(path, owner)
             winner.acquire()
             return reason
 
@@ -155,6 +155,23 @@ def test_two_starts_that_find_the_same_dead_owner(tmp_path: Path, monkeypatch: p
             loser.acquire()
         assert json.loads((run / FILE).read_text())["token"] == winner._owner["token"]
         assert [path.name for path in run.iterdir()] == [FILE]
+
+
+def test_starts_that_died_while_they_took_over(tmp_path: Path) -> None:
+    """Found by the campaign of kills: what they leave is succeeded at once, too, not after two minutes."""
+    run, before = tmp_path / "run", FILE
+    for number in range(3):  # each dies in the place of the one before
+        RunLock(run).acquire() if number == 0 else (run / before).write_text((run / FILE).read_text())
+        owner = json.loads((run / before).read_text())
+        (run / before).write_text(json.dumps({**owner, "pid": 2**22 - 1, "token": f"{number}" * 32}))
+        before = f"{FILE}.after-{f'{number}' * 32}"
+    begun = time.monotonic()
+    with RunLock(run) as lock:
+        owner = lock.acquire()
+        assert owner and owner["token"] == "0" * 32
+        assert json.loads((run / FILE).read_text())["token"] == lock._owner["token"]
+        assert [path.name for path in run.iterdir()] == [FILE]
+    assert time.monotonic() - begun < 1
 
 
 def test_an_owner_that_lost_its_lock_ends(tmp_path: Path) -> None:
