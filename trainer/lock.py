@@ -118,7 +118,7 @@ class RunLock:
         os.fsync(self._file)
 
     def _await_death(self, path: Path, owner: Mapping[str, Any]) -> str | None:
-        """Why `owner` of the file counts as dead; None when it changed hands meanwhile. Raises Locked where it lives."""
+        """Why the file's `owner` counts as dead; None when it changed hands meanwhile. Raises Locked where it lives."""
         if all(owner.get(key) == self._owner[key] for key in ("host", "space")):
             if not _runs(owner):
                 return "its process is gone"

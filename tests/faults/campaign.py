@@ -17,7 +17,7 @@ import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ RANKS = 2
 GRACE_S = 3.0  # for ranks that lost another; the launcher gives them 10
 PATIENCE_S = 120.0  # for anything that should happen
 STEPS_A_START = 5  # a start whose fault has not come by then is killed as it is
+WAYS = ("go", "stop", "end")
 EXACT = ("step", "samples", "loss", "grad_norm", "lr", "digest", "skipped_steps")
 
 
@@ -39,11 +40,16 @@ class Kill:
     """One start, how it was ended, and what was wrong afterwards."""
 
     moment: str
-    """boundary, step, start, worker, signal; `damage`: no kill, a byte of the newest checkpoint was flipped."""
+    """boundary, step, start, worker, signal. No kills: `damage`, a bit of the newest checkpoint was flipped; `none`, to
+    the last step."""
     detail: str
     victims: list[int]
     aimed: str
     """The boundary that it was to die at; another moment when the start did not come there."""
+    way: str
+    """How the start was to go on to that: `go`, a few steps; `stop`, a SIGTERM after them; `end`, to the last step."""
+    before: str
+    """How the start before it was ended: the boundary, or else the moment."""
     codes: list[int | None]
     began: int | None
     """Step that it went on from; None when it was killed before it could say so."""
@@ -51,6 +57,8 @@ class Kill:
     """Steps that it logged."""
     compared: int = 0
     """Checkpoints compared with the undisturbed run's afterwards."""
+    met: dict[str, list[int]] = field(default_factory=dict)
+    """Write boundaries that the start came to, and the ranks that did."""
     wrong: list[str] = field(default_factory=list)
     recovery_s: float | None = None
     """From the kill before this start to this start's first new step."""
@@ -84,7 +92,7 @@ class Campaign:
             print(f"{self.sent()} kills, {len(self.runs)} runs, {len(self.wrong())} things wrong", flush=True)
 
     def sent(self) -> int:
-        return sum(kill.moment != "damage" for kill in self.kills)
+        return sum(kill.moment not in ("damage", "none") for kill in self.kills)
 
     def wrong(self) -> list[str]:
         """All that was wrong after a kill or at the end of a run."""
@@ -93,12 +101,8 @@ class Campaign:
         ]
 
     def met(self) -> dict[str, set[int]]:
-        """Every write boundary that a start came past, and the ranks that did."""
-        met: dict[str, set[int]] = {}
-        for seen in [_boundaries(self.undisturbed.parent), *(run["boundaries"] for run in self.runs)]:
-            for label, ranks in seen.items():
-                met.setdefault(label, set()).update(ranks)
-        return met
+        """Every write boundary that a start came to, and the ranks that did."""
+        return _united([_boundaries(self.undisturbed.parent), *(kill.met for kill in self.kills)])
 
     def hits(self) -> Counter[str]:
         """Kills at each write boundary that a start came past."""
@@ -136,8 +140,6 @@ class _Run:
         self.workers = self.settings["data.workers"]
         self.damaged: dict[int, tuple[Path, bytes]] = {}  # step -> its damaged file, and what is in it
         self.kills: list[Kill] = []
-        self.hits = campaign.hits()
-        self.aims = Counter(kill.aimed for kill in campaign.kills)
 
     def play(self) -> dict[str, Any]:
         """The run's record for the log."""
@@ -148,42 +150,53 @@ class _Run:
             newest = max(self.whole(), default=0)
             start = _Start(self, len(self.kills))
             kill = start.until_killed(*self._plan())
+            kill.met = _boundaries(start.folder)
             if start.began not in (None, newest):
                 kill.wrong.append(f"resume: from step {start.began} where step {newest} was saved")
             if before is not None and start.first_step_at:
                 kill.recovery_s = start.first_step_at - before
-            if all(code == 0 for code in kill.codes):
+            self.kills.append(kill)
+            if kill.moment == "none":
                 break
             kill.compared = len(self.whole())
             kill.wrong += self._torn()
-            self.kills.append(kill)
-            self.hits[kill.detail] += kill.moment == "boundary"
-            self.aims[kill.aimed] += 1
             before = start.killed_at
             if len(self.whole()) > 1 and self.chance.random() < 0.04:
                 self.kills.append(self._damage())
         return {
             "settings": self.settings,
             "seconds": time.time() - begun,
-            "boundaries": _boundaries(self.place),
             "wrong": differences(self.folder, self.campaign.undisturbed, self.damaged),
             "kills": [asdict(kill) for kill in self.kills],
         }
 
-    def _plan(self) -> tuple[str, str, list[int]]:
-        """Moment, boundary and victims of the next kill. Boundaries that had the fewest come first, those that only
-        the first start of a run comes past too."""
+    def _plan(self) -> tuple[str, str, str, list[int]]:
+        """Moment of the next kill; for one at a boundary the way to it and which; victims.
+
+        A start comes to a boundary or not by what the one before it left behind, and some only when it stops or ends:
+        where the same has been seen before, one of those that it came to then, the least hit first."""
         if len(self.kills) >= self.campaign.kills_a_run:
-            return "none", "", []
-        met = self.campaign.met()
+            return "none", "end", "", []
         moments = ["boundary"] * 6 + ["step", "step", "start", "signal"]
         moment = "boundary" if not self.kills else self.chance.choice(moments + ["worker"] * 4 * self.workers)
         if moment != "boundary":
-            return moment, "", self.chance.choice(([0], [1], [0, 1]))
-        tries = self.aims if self.kills else self.hits
-        label = min(met, key=lambda label: (tries[label], self.chance.random()))
-        dying = self.chance.choice(sorted(met[label]))
-        return moment, label, [dying, *([1 - dying] if self.chance.random() < 0.3 else [])]
+            return moment, "stop" if moment == "signal" else "go", "", self.chance.choice(([0], [1], [0, 1]))
+        so_far, before = [*self.campaign.kills, *self.kills], self.before()
+        hits = Counter(kill.detail for kill in so_far if kill.moment == "boundary")
+        missed = Counter(
+            (kill.way, kill.aimed) for kill in so_far if kill.before == before and kill.aimed != kill.detail
+        )
+        alike = {way: _united(kill.met for kill in so_far if (kill.before, kill.way) == (before, way)) for way in WAYS}
+        known = {(way, label): ranks for way in WAYS for label, ranks in alike[way].items()}
+        known = known or {("go", label): ranks for label, ranks in self.campaign.met().items()}
+        way, label = min(known, key=lambda to: (hits[to[1]] + missed[to], WAYS.index(to[0]), self.chance.random()))
+        dying = self.chance.choice(sorted(known[way, label]))
+        return moment, way, label, [dying, *([1 - dying] if self.chance.random() < 0.3 else [])]
+
+    def before(self) -> str:
+        """How the newest start was ended."""
+        kills = [kill for kill in self.kills if kill.moment != "damage"]
+        return kills[-1].detail or kills[-1].moment if kills else ""
 
     def _saved(self) -> set[int]:
         folder = self.folder / "checkpoints"
@@ -205,7 +218,7 @@ class _Run:
         content[self.chance.randrange(len(content))] ^= 1 << self.chance.randrange(8)
         file.write_bytes(content)
         self.damaged[step] = (file, bytes(content))
-        return Kill("damage", boundaries.numberless(f"{folder.name}/{file.name}"), [], "", [], None, 0)
+        return Kill("damage", boundaries.numberless(f"{folder.name}/{file.name}"), [], "", "", "", [], None, 0)
 
     def _torn(self) -> list[str]:
         whole = self.whole()
@@ -225,60 +238,80 @@ class _Start:
         self.last = 0  # step logged
         self.killed_at = 0.0
 
-    def until_killed(self, moment: str, detail: str, victims: list[int]) -> Kill:
+    def until_killed(self, moment: str, way: str, aimed: str, victims: list[int]) -> Kill:
         """Start, wait for the fault's moment, let it happen, end what is left as the launcher would."""
-        campaign, aimed = self.run.campaign, detail
-        again = self.run.hits[detail] > 0
-        doom = (detail, victims[0], self.chance.choice((1, 2, 3, 7)) if again else 1) if detail else None
+        campaign = self.run.campaign
+        again = way == "go" and " checkpoints/" in aimed  # a start comes there with every save
+        doom = (aimed, victims[0], self.chance.choice((1, 1, 2, 3)) if again else 1) if aimed else None
         arguments = [*campaign.arguments, f"runs_dir={self.run.place}"]
         arguments += [f"{key}={value}" for key, value in self.run.settings.items()]
         self.begun = time.time()
         processes = ranked.start(
             victim, RANKS, arguments, str(self.run.folder), str(self.folder), doom, folder=self.folder
         )
+        wrong: list[str] = []
 
         def over() -> bool:
             return not all(process.is_alive() for process in processes)
 
-        grace, number = GRACE_S, signal.SIGKILL
+        def within(seconds: float, true: Callable[[], bool]) -> None:
+            if not _wait(true, seconds):
+                wrong.append(f"hang: {moment} {aimed}: nothing for {seconds:.0f} s\n{self._errors()}")
+
+        def ended() -> bool:
+            return not any(process.is_alive() for process in processes)
+
+        number, detail = signal.SIGKILL, ""
         if moment == "none":
-            _wait(lambda: not any(process.is_alive() for process in processes), 10 * PATIENCE_S)
+            within(10 * PATIENCE_S, ended)
         elif moment == "start":
             _wait(over, self.chance.uniform(0, 1.5) * campaign.startup_s)
+        elif way == "end":
+            within(10 * PATIENCE_S, over)
         else:
-            steps = self.chance.choice((1, 1, 2, 4))
-            if moment == "boundary":  # one that was missed before may lie at a run's end
-                steps = STEPS_A_START if again or self.run.aims[aimed] < 2 else campaign.steps
-            _wait(lambda: over() or self._steps() >= steps, PATIENCE_S)
+            steps = STEPS_A_START if (moment, way) == ("boundary", "go") else self.chance.choice((1, 1, 2, 4))
+            within(PATIENCE_S, lambda: over() or self._steps() >= steps)
             if moment != "boundary":
                 _wait(over, self.chance.uniform(0, 1.5) * campaign.step_s)
-        if over():  # by the fault, or with its last step: anything else is not our doing
-            _wait(lambda: not any(process.is_alive() for process in processes), 0.5)
-            ended = [process.exitcode for process in processes]
-            meant = 0 in ended or (moment == "boundary" and ended[victims[0]] == -signal.SIGKILL)
-            assert meant, f"{moment} {detail}: ended by itself with {ended}\n{self._errors()}"
-        if moment == "boundary" and not over():
-            moment, detail = "step", ""  # the start did not come there: nothing to remove yet, say
-        if moment == "signal":
-            number, grace = self.chance.choice((signal.SIGTERM, signal.SIGUSR1)), PATIENCE_S
-        pids = [processes[rank].pid for rank in victims]
-        if moment == "worker" and (worker := _child(pids[0])):
-            pids, grace = [worker], PATIENCE_S
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-        self.killed_at = time.time()
-        _wait(lambda: not any(process.is_alive() for process in processes), grace)
+        if way == "stop":
+            number = self.chance.choice((signal.SIGTERM, signal.SIGUSR1))
+            self._send(number, [processes[rank] for rank in victims])
+            within(PATIENCE_S, over)
+        if over():  # by the fault, by the signal or with its last step: anything else is not our doing
+            _wait(lambda: not processes[victims[0]].is_alive() if aimed else ended(), GRACE_S)
+            codes = [process.exitcode for process in processes]
+            dead = aimed and codes[victims[0]] == -signal.SIGKILL
+            meant = dead or 0 in codes or (way == "stop" and {75, -number} & {*codes})
+            assert meant, f"{moment} {aimed}: ended by itself with {codes}\n{self._errors()}"
+            if dead:
+                detail = aimed
+        elif moment == "worker" and (worker := _child(processes[victims[0]].pid)):
+            os.kill(worker, signal.SIGKILL)
+            self.killed_at = time.time()
+            within(PATIENCE_S, ended)
+        if aimed and not detail:  # the start did not come there: nothing to remove yet, say
+            moment = "signal" if way == "stop" else "step"
+        if moment in ("boundary", "step", "start", "worker"):
+            self._send(signal.SIGKILL, [processes[rank] for rank in victims])
+        _wait(ended, PATIENCE_S if moment == "signal" else GRACE_S)
         for process in processes:
             process.kill()
         codes = [rank.code for rank in ranked.finish(processes, self.folder)]
+        if codes == [0] * RANKS:
+            moment = "none"
         if moment == "signal" and codes == [75] * RANKS:
             detail = signal.Signals(number).name
         steps = self._steps()
-        kill = Kill(moment, detail, victims, aimed, codes, self.began, steps)
         if moment == "signal" and detail and self.last not in self.run.whole():
-            kill.wrong.append(f"resume: stopped at step {self.last} without having saved it")
-        return kill
+            wrong.append(f"resume: stopped at step {self.last} without having saved it")
+        return Kill(moment, detail, victims, aimed, way, self.run.before(), codes, self.began, steps, wrong=wrong)
+
+    def _send(self, number: int, processes: list[Any]) -> None:
+        for process in processes:
+            if process.is_alive():
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
+        self.killed_at = self.killed_at or time.time()
 
     def _errors(self) -> str:
         return "\n".join(file.read_text()[-2000:] for file in sorted(self.folder.glob("*.err")))
@@ -371,10 +404,22 @@ def _content(file: Path) -> Any:
         return "damaged"
 
 
-def _wait(true: Callable[[], bool], seconds: float) -> None:
+def _united(seen: Iterable[Mapping[str, Iterable[int]]]) -> dict[str, set[int]]:
+    united: dict[str, set[int]] = {}
+    for met in seen:
+        for label, ranks in met.items():
+            united.setdefault(label, set()).update(ranks)
+    return united
+
+
+def _wait(true: Callable[[], bool], seconds: float) -> bool:
+    """Whether it came true in time."""
     limit = time.monotonic() + seconds
-    while not true() and time.monotonic() < limit:
+    while not true():
+        if time.monotonic() >= limit:
+            return False
         time.sleep(0.005)
+    return True
 
 
 def _child(pid: int) -> int | None:

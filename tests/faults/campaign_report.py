@@ -85,6 +85,10 @@ def _found(campaign: Campaign) -> list[tuple[str, ...]]:
             "steps compared at the ends of runs, of which lost, repeated, on other samples or with another loss",
             f"{steps:,}, {wrong['line']}",
         ),
+        (
+            "starts, of which neither ended nor made a step within two minutes",
+            f"{sum(bool(kill.codes) for kill in kills):,}, {wrong['hang']}",
+        ),
         ("write boundaries met, of which killed at", f"{len(hits)}, {sum(count > 0 for count in hits.values())}"),
         (
             "stop signals, of which answered by both ranks with one checkpoint and code 75",
@@ -97,7 +101,7 @@ def _found(campaign: Campaign) -> list[tuple[str, ...]]:
         ),
         (
             "share of time in steps that stayed (ETTR)",
-            f"{steps * campaign.step_s / seconds:.0%}, with a kill every {seconds / len(kills):.1f} s",
+            f"{steps * campaign.step_s / seconds:.0%}, with a kill every {seconds / campaign.sent():.1f} s",
         ),
     ]
 

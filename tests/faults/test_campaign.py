@@ -23,11 +23,11 @@ def test_killed_runs_end_like_undisturbed_ones(shards: Path, tmp_path: Path, rec
     campaign = Campaign(tmp_path / "campaign", arguments, recipe, steps, kills_a_run=5)
     campaign.until(4)
     assert campaign.wrong() == []
-    assert sum(bool(kill.codes) for kill in campaign.kills) >= 2
+    assert campaign.sent() >= 4
     assert len(campaign.met()) > 30
     campaign = Campaign(tmp_path / "campaign", arguments, recipe, steps, kills_a_run=5)  # as after an interruption
     text = page(campaign, "a machine")
-    assert f"{sum(bool(kill.codes) for kill in campaign.kills)} kills in {len(campaign.runs)} runs" in text
+    assert f"{campaign.sent()} kills in {len(campaign.runs)} runs" in text
 
     # The comparison at the end would have told.
     run, undisturbed = tmp_path / "campaign" / "shaken" / recipe, campaign.undisturbed
