@@ -31,16 +31,16 @@ SIZES: dict[str, dict[int, tuple[str, ...]]] = {
 }
 """Recipe -> GPUs that it is for -> overrides there."""
 DEVICE = "h200"
+LAYERS = 28  # of the 7B model
 
 
 class Anchor(NamedTuple):
-    """A figure from elsewhere and the plan's own. loose: why it is off by more than 15 %."""
+    """A figure from elsewhere and the plan's own."""
 
     what: str
     unit: str
     theirs: float
     ours: float
-    loose: str = ""
 
     @property
     def error(self) -> float:
@@ -177,13 +177,8 @@ def memory() -> list[Anchor]:
     found += [
         Anchor("stage 2, frozen, whole, text cached (the source leaves out T5 alone)", "GB", 25.57, cached / 1e9),
         Anchor("stage 1, 7B: a checkpoint's masters and moments", "GB", 78.5, _checkpoint("mllm-7b")),
-        Anchor(
-            "activations kept a sample, stage 1, 7B",
-            "GB",
-            1.41,
-            kept[0].kept / 1e9,
-            "here norms and SiLU(gate) * up are computed again: see kernels.md",
-        ),
+        # The source's layers keep what each operation reads, as one that is recomputed does here.
+        Anchor("activations kept a sample, stage 1, 7B, every layer whole", "GB", 1.41, LAYERS * kept[0].layer / 1e9),
         Anchor("with activation checkpointing, prefix included", "MB", 51.4 + 4.6, kept[0].kept_recomputed / 1e6),
         Anchor("activations kept a sample through FLUX", "GB", 6.5, kept[1].kept / 1e9),
         Anchor("with activation checkpointing", "GB", 0.54, kept[1].kept_recomputed / 1e9),
@@ -236,7 +231,7 @@ def counts_table() -> str:
 def anchors_table() -> str:
     rows = [
         (
-            one.what + (f" ({one.loose})" if one.loose else ""),
+            one.what,
             f"{one.theirs:g} {one.unit}",
             f"{one.ours:.4g}",
             f"{one.error:+.1%}",
