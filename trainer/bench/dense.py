@@ -11,6 +11,7 @@ width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..flops import Part
 from ..stages.patch_latents import PatchLatentModel
 
 Attention = Literal["eager", "sdpa"]
@@ -56,6 +58,17 @@ class DenseStep:
                 hidden = self._layer(pair, hidden, patches, seen, rotation)
         hidden = _norm((text.norm, branch.norm), hidden, patches)[:, begin:]
         return F.mse_loss(F.linear(hidden, head.weight, head.bias).float(), latents.float())
+
+    def flops(self, parts: Sequence[Part], text: int) -> float:
+        """FLOPs a sample with `text` tokens, padding included: all S rows through both sets of weights, forward;
+        backward, gradients of the inputs of both and of the trained weights. parts: the routed step's."""
+        branch, named = self.routed.branch, {part.name: part for part in parts}
+        total, head = text + branch.side**2, named["head"]
+        layers = named["generation branch"].linear / branch.side**2 * total
+        attention = 4.0 * total**2 * branch.config.hidden_size * branch.config.num_hidden_layers
+        forward = (2 * layers + attention) * (1 + branch.activation_checkpointing)
+        backward = 3 * layers + (2.5 if self.fused else 2.0) * attention
+        return forward + backward + head.forward + head.backward
 
     def _layer(
         self, pair: tuple[Any, Any], hidden: Tensor, patches: Tensor, seen: Tensor, rotation: tuple[Tensor, Tensor]

@@ -8,13 +8,11 @@ and is in none of the ratios; there is no optimizer, and no other rank.
 from __future__ import annotations
 
 import json
-import math
-import platform
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,66 +29,14 @@ from ..planner.devices import this_device
 from ..planner.timing import done_flops, useful_flops
 from ..stages.patch_latents import PatchLatentModel, PatchLatentStage, grid_side
 from .dense import Attention, DenseStep
+from .machine import machine
+from .prompts import Batch, Case, cases, draw_batch, real_lengths
 from .shapes import random_model, scaled
+from .step_table import Row, table
 
 CPU_LAYERS, CPU_WIDTH, CPU_SAMPLES = 4, 768, 4
-MEAN, SPREAD = 80, 0.5
-"""Of `--text-tokens real`: mean number of tokens of a prompt, and standard deviation of its logarithm."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Largest difference of loss and gradients between the rivals, of the size of each."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """Prompts of so many tokens each, which the dense rival pads to `padded`."""
-
-    name: str
-    lengths: tuple[int, ...]
-    padded: int
-
-
-@dataclass
-class Batch:
-    """One micro-batch, as both rivals take it."""
-
-    images: Tensor
-    latents: Tensor
-    mask: Tensor
-    masked: Tensor
-    input_ids: Tensor
-    """Padded on the left, [B, T]."""
-    real: Tensor
-    lengths: tuple[int, ...]
-
-
-@dataclass
-class Row:
-    """What a case measured; seconds a step, bytes, FLOPs a sample."""
-
-    text_tokens: str
-    mean_text_tokens: float
-    padded_text_tokens: int
-    routed_s: float
-    dense_s: float
-    ratio: float
-    routed_samples_s: float
-    dense_samples_s: float
-    routed_activation_bytes: int
-    dense_activation_bytes: int
-    activation_ratio: float
-    useful_flops: float
-    routed_flops: float
-    dense_flops: float
-    flops_ratio: float
-    loss_error: float
-    gradient_error: float
-    shares: dict[str, float]
-    """Of the routed step with the tower: each part's share of the time."""
-    mfu: float | None = None
-    """Useful FLOPs over what the device could do; None where its peak is not known."""
-    hfu: float | None = None
-    dense_mfu: float | None = None
-    dense_hfu: float | None = None
 
 
 def bench(
@@ -130,7 +76,7 @@ def bench(
         counted = stage.build()
     rows = []
     for case in found:
-        batch = draw_batch(model, case, tokens, recipe.data.image_size, config, device, dtype)
+        batch = draw_batch(case, tokens, recipe.data.image_size, config, device, dtype)
         flops = [step_parts(patch_latent_parts(stage, counted, float(length))) for length in case.lengths]
         rows.append(measure(model, batch, case, rival, rounds, recipe, flops))  # type: ignore[arg-type]
     text = config.text_config
@@ -147,7 +93,9 @@ def bench(
         "activation_checkpointing": recipe.activation_checkpointing,
         "rival": rival,
         "kernels": asdict(kernels),
-        **hardware(device),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": machine("transformers"),
         "cases": [asdict(row) for row in rows],
     }
     print(table(record, rows))
@@ -155,27 +103,6 @@ def bench(
         out.mkdir(parents=True, exist_ok=True)
         (out / "step.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return rows
-
-
-def cases(text_tokens: str, samples: int, longest: int) -> list[Case]:
-    """The rows that `--text-tokens` asks for; RunError says what it cannot read."""
-    found = []
-    for word in text_tokens.split(","):
-        if word == "real":
-            lengths = real_lengths(samples, longest)
-            found.append(Case(word, lengths, longest))
-        elif word.isdecimal() and int(word) > 0:
-            found.append(Case(word, (int(word),) * samples, int(word)))
-        else:
-            raise RunError(f"--text-tokens {text_tokens}: give whole numbers and `real`, such as 80,300,real")
-    return found
-
-
-def real_lengths(samples: int, longest: int) -> tuple[int, ...]:
-    """Tokens of prompts as captions have them: evenly spaced quantiles of a lognormal, at most `longest`."""
-    normal = statistics.NormalDist(math.log(MEAN) - SPREAD**2 / 2, SPREAD)
-    drawn = [math.exp(normal.inv_cdf((i + 0.5) / samples)) for i in range(samples)]
-    return tuple(max(1, min(longest, round(length))) for length in drawn)
 
 
 def chosen_kernels(recipe: Recipe, config: Any, tokens: int, device: torch.device, dtype: torch.dtype) -> KernelChoice:
@@ -191,29 +118,6 @@ def chosen_kernels(recipe: Recipe, config: Any, tokens: int, device: torch.devic
         lengths = real_lengths(recipe.micro_batch, recipe.branch.max_text_tokens)
         attention = choose_attention(lengths, tokens, heads, dtype, device).provider
     return KernelChoice(head, attention, asked.elementwise)  # type: ignore[arg-type]
-
-
-def draw_batch(
-    model: PatchLatentModel, case: Case, tokens: int, side: int, config: Any, device: torch.device, dtype: torch.dtype
-) -> Batch:
-    """Random images, latents, masks and prompts."""
-    draw = torch.Generator(device).manual_seed(1)
-    samples, vocabulary = len(case.lengths), config.text_config.vocab_size
-
-    def integers(high: int, *shape: int, kind: torch.dtype = torch.int64) -> Tensor:
-        return torch.randint(0, high, shape, generator=draw, device=device, dtype=kind)
-
-    mask = torch.rand(samples, tokens, generator=draw, device=device) < 0.867  # MAR's mean rate
-    return Batch(
-        images=integers(256, samples, 3, side, side, kind=torch.uint8),
-        latents=torch.randn(samples, tokens, config.text_config.hidden_size, generator=draw, device=device).to(dtype),
-        mask=mask,
-        masked=mask.flatten().nonzero()[:, 0],
-        input_ids=integers(vocabulary, samples, case.padded),
-        real=torch.arange(case.padded, device=device)
-        >= case.padded - torch.tensor(case.lengths, device=device)[:, None],
-        lengths=case.lengths,
-    )
 
 
 class Clock:
@@ -325,7 +229,7 @@ def measure(
     samples = len(case.lengths)
     useful = sum(useful_flops(sample) for sample in flops) / samples
     routed_flops = sum(done_flops(sample, recipe) for sample in flops) / samples
-    public = dense_flops(flops[0], case, model, rival)
+    public = dense.flops(flops[0], case.padded)
     peak = this_device()
     limit = peak.bf16_tflops * 1e12 if peak and peak.bf16_tflops and batch.latents.dtype == torch.bfloat16 else None
 
@@ -364,20 +268,6 @@ def step_parts(parts: Iterable[Part]) -> list[Part]:
     return [part for part in parts if part.name != "vision tower"]
 
 
-def dense_flops(parts: list[Part], case: Case, model: PatchLatentModel, rival: Attention) -> float:
-    """FLOPs a sample that the dense formulation computes: all S tokens through both sets of weights, forward; backward,
-    input gradients of both and weight gradients of the trained one."""
-    config, patches = model.branch.config, model.branch.side**2
-    total = case.padded + patches
-    named = {part.name: part for part in parts}
-    layers = named["generation branch"].linear / patches * total
-    attention = 4.0 * total**2 * config.hidden_size * config.num_hidden_layers
-    backward = (2.5 if rival == "sdpa" else 2.0) * attention
-    head = named["head"]
-    forward = 2 * layers + attention
-    return forward * (1 + model.branch.activation_checkpointing) + 3 * layers + backward + head.forward + head.backward
-
-
 def activation_bytes(model: PatchLatentModel, step: Callable[[], object], batch: Batch) -> int:
     """Bytes of activations at the worst moment of a step: on a GPU the allocator's peak beyond weights, batch and
     gradients; on a CPU what autograd keeps for the backward pass, each storage once."""
@@ -402,54 +292,3 @@ def activation_bytes(model: PatchLatentModel, step: Callable[[], object], batch:
         step()
     model.zero_grad(set_to_none=True)
     return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
-
-
-def hardware(device: torch.device) -> dict[str, str | int]:
-    """What it ran on, for the record."""
-    import transformers
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def table(record: dict[str, Any], rows: list[Row]) -> str:
-    heads, groups = record["heads"]
-    lines = [
-        f"{record['recipe']}: {record['layers']} layers, width {record['width']}, MLP {record['mlp']}, {heads} heads in"
-        f" {groups} groups, {record['patches']} patches; {record['samples']} samples a step, {record['precision']},"
-        f" checkpointing {'on' if record['activation_checkpointing'] else 'off'}",
-        f"{record['device']}, {record['threads']} threads, torch {record['torch']}, transformers"
-        f" {record['transformers']}, {record['date']}; median of {record['rounds']} rounds, rivals in turns;"
-        f" the rival's attention: {record['rival']}",
-        "",
-        f"{'text tokens':>14} {'routed':>11} {'dense':>11} {'ratio':>6} {'of FLOPs':>8} {'activations, MiB':>19}"
-        f" {'ratio':>6} {'largest error':>13} {'MFU':>6} {'HFU':>6}",
-    ]
-    for row in rows:
-        padded = f"{row.mean_text_tokens:.0f} in {row.padded_text_tokens}" if row.text_tokens == "real" else ""
-        mib = f"{row.routed_activation_bytes / 2**20:,.0f} / {row.dense_activation_bytes / 2**20:,.0f}"
-        shares = " ".join(f"{x:>6.1%}" if x is not None else f"{'-':>6}" for x in (row.mfu, row.hfu))
-        lines.append(
-            f"{padded or row.text_tokens:>14} {row.routed_samples_s:>9.2f}/s {row.dense_samples_s:>9.2f}/s"
-            f" {row.ratio:>6.2f} {row.flops_ratio:>8.2f} {mib:>19} {row.activation_ratio:>6.2f}"
-            f" {max(row.loss_error, row.gradient_error):>13.1e} {shares}"
-        )
-    lines += ["", "share of the routed step's time, with the vision tower:"]
-    for row in rows:
-        shares = ", ".join(f"{name} {spent:.1%}" for name, spent in row.shares.items())
-        lines.append(f"{row.text_tokens:>14} {shares}")
-    return "\n".join(lines)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bifrost.recipes import load_recipe
-from bifrost.trainer.bench import step
+from bifrost.trainer.bench import prompts, step
 from bifrost.trainer.bench.dense import DenseStep
 from bifrost.trainer.bench.shapes import random_model, scaled
 from bifrost.trainer.errors import RunError
@@ -60,8 +60,8 @@ def test_flops_are_torchs_own(checkpointing: bool) -> None:
     recipe = load_recipe("tiny-mllm", [f"activation_checkpointing={str(checkpointing).lower()}"])
     model, stage, tokens = model_of(recipe, layers=2, width=None)
     model.backbone.attention = model.branch.attention = "reference"
-    (case,) = step.cases("20", 2, 64)
-    batch = step.draw_batch(model, case, tokens, recipe.data.image_size, stage.config, CPU, torch.float32)
+    (case,) = prompts.cases("20", 2, 64)
+    batch = prompts.draw_batch(case, tokens, recipe.data.image_size, stage.config, CPU, torch.float32)
     parts = patch_latent_parts(stage, model, 20)
 
     def counted(work: Any) -> float:
@@ -70,7 +70,7 @@ def test_flops_are_torchs_own(checkpointing: bool) -> None:
         return counter.get_total_flops() / 2
 
     dense = counted(lambda: step.dense_step(DenseStep(model), batch))
-    assert step.dense_flops(parts, case, model, "eager") == pytest.approx(dense, rel=2e-3)
+    assert DenseStep(model).flops(parts, case.padded) == pytest.approx(dense, rel=2e-3)
     named = {part.name: part for part in step.step_parts(parts)}
     branch = named["generation branch"]
     linear = sum(p.linear + p.backward - p.backward_attention for p in named.values()) + checkpointing * (
@@ -91,17 +91,17 @@ def test_fewer_flops_by_the_claimed_factors(recipe: str, least: tuple[float, ...
     stage = PatchLatentStage.open(settings, for_counting=True)
     with torch.device("meta"):
         model = stage.build()
-    for case, wanted in zip(step.cases("80,300,real", 16, 300), least, strict=True):
+    for case, wanted in zip(prompts.cases("80,300,real", 16, 300), least, strict=True):
         flops = [step.step_parts(patch_latent_parts(stage, model, float(length))) for length in case.lengths]
         ours = sum(useful_flops(sample) for sample in flops) / 16
-        assert step.dense_flops(flops[0], case, model, "eager") / ours > wanted
+        assert DenseStep(model).flops(flops[0], case.padded) / ours > wanted
 
 
 def test_real_lengths_have_their_mean_at_any_number_of_samples() -> None:
     for samples in (4, 16, 256):
-        lengths = step.real_lengths(samples, 300)
+        lengths = prompts.real_lengths(samples, 300)
         assert len(set(lengths)) > samples // 4
-        assert sum(lengths) / samples == pytest.approx(step.MEAN, rel=0.05)
+        assert sum(lengths) / samples == pytest.approx(prompts.MEAN, rel=0.05)
         assert max(lengths) <= 300
 
 

@@ -1,0 +1,81 @@
+"""What a step is timed on: prompts of given or of real lengths, and random images beside them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RunError
+
+MEAN, SPREAD = 80, 0.5
+"""Of `--text-tokens real`: mean number of tokens of a prompt, and standard deviation of its logarithm."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Prompts of so many tokens each, which the dense rival pads to `padded`."""
+
+    name: str
+    lengths: tuple[int, ...]
+    padded: int
+
+
+@dataclass
+class Batch:
+    """One micro-batch, as both rivals take it."""
+
+    images: Tensor
+    latents: Tensor
+    mask: Tensor
+    masked: Tensor
+    input_ids: Tensor
+    """Padded on the left, [B, T]."""
+    real: Tensor
+    lengths: tuple[int, ...]
+
+
+def cases(text_tokens: str, samples: int, longest: int) -> list[Case]:
+    """The rows that `--text-tokens` asks for; RunError says what it cannot read."""
+    found = []
+    for word in text_tokens.split(","):
+        if word == "real":
+            lengths = real_lengths(samples, longest)
+            found.append(Case(word, lengths, longest))
+        elif word.isdecimal() and int(word) > 0:
+            found.append(Case(word, (int(word),) * samples, int(word)))
+        else:
+            raise RunError(f"--text-tokens {text_tokens}: give whole numbers and `real`, such as 80,300,real")
+    return found
+
+
+def real_lengths(samples: int, longest: int) -> tuple[int, ...]:
+    """Tokens of prompts as captions have them: evenly spaced quantiles of a lognormal, at most `longest`."""
+    normal = statistics.NormalDist(math.log(MEAN) - SPREAD**2 / 2, SPREAD)
+    drawn = [math.exp(normal.inv_cdf((i + 0.5) / samples)) for i in range(samples)]
+    return tuple(max(1, min(longest, round(length))) for length in drawn)
+
+
+def draw_batch(case: Case, tokens: int, side: int, config: Any, device: torch.device, dtype: torch.dtype) -> Batch:
+    """Random images, latents, masks and prompts."""
+    draw = torch.Generator(device).manual_seed(1)
+    samples, vocabulary = len(case.lengths), config.text_config.vocab_size
+
+    def integers(high: int, *shape: int, kind: torch.dtype = torch.int64) -> Tensor:
+        return torch.randint(0, high, shape, generator=draw, device=device, dtype=kind)
+
+    mask = torch.rand(samples, tokens, generator=draw, device=device) < 0.867  # MAR's mean rate
+    return Batch(
+        images=integers(256, samples, 3, side, side, kind=torch.uint8),
+        latents=torch.randn(samples, tokens, config.text_config.hidden_size, generator=draw, device=device).to(dtype),
+        mask=mask,
+        masked=mask.flatten().nonzero()[:, 0],
+        input_ids=integers(vocabulary, samples, case.padded),
+        real=torch.arange(case.padded, device=device)
+        >= case.padded - torch.tensor(case.lengths, device=device)[:, None],
+        lengths=case.lengths,
+    )
