@@ -31,7 +31,9 @@ def bench_step(
     text_tokens: Annotated[
         str, typer.Option(help="Prompt lengths, a row each; `real`: of many lengths, mean 80, the rival pads them.")
     ] = "80,300,real",
-    rival: Annotated[str, typer.Option(help="The dense rival's attention: eager as published, or sdpa.")] = "eager",
+    rival: Annotated[
+        str, typer.Option(help="eager: dense, as published; sdpa: dense, fused attention; compiled: ours, by torch.")
+    ] = "eager",
     rounds: Annotated[int, typer.Option(help="Measured steps of each, in turns; the median counts.", min=1)] = 5,
     out: Annotated[Path | None, typer.Option(help="Folder for step.json.")] = None,
 ) -> None:

@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..flops import Part
 from ..stages.patch_latents import PatchLatentModel
+from .prompts import Batch
+from .routed import Mark
 
 Attention = Literal["eager", "sdpa"]
 """`eager` writes all scores out, as the release does; `sdpa` is torch's fused attention over the same mask."""
@@ -59,10 +61,17 @@ class DenseStep:
         hidden = _norm((text.norm, branch.norm), hidden, patches)[:, begin:]
         return F.mse_loss(F.linear(hidden, head.weight, head.bias).float(), latents.float())
 
-    def flops(self, parts: Sequence[Part], text: int) -> float:
+    def step(self, batch: Batch, mark: Mark = lambda name: None) -> Tensor:
+        """Loss and all gradients."""
+        loss = self.loss(batch.latents, batch.mask, batch.input_ids, batch.real)
+        loss.backward()
+        mark("step")
+        return loss.detach()
+
+    def flops(self, samples: Sequence[Sequence[Part]], text: int) -> float:
         """FLOPs a sample with `text` tokens, padding included: all S rows through both sets of weights, forward;
-        backward, gradients of the inputs of both and of the trained weights. parts: the routed step's."""
-        branch, named = self.routed.branch, {part.name: part for part in parts}
+        backward, gradients of the inputs of both and of the trained weights. samples: the routed step's parts."""
+        branch, named = self.routed.branch, {part.name: part for part in samples[0]}
         total, head = text + branch.side**2, named["head"]
         layers = named["generation branch"].linear / branch.side**2 * total
         attention = 4.0 * total**2 * branch.config.hidden_size * branch.config.num_hidden_layers

@@ -1,4 +1,5 @@
-"""`bifrost bench step`: a stage-1 step, routed by modality, against the public release's dense formulation.
+"""`bifrost bench step`: a stage-1 step, routed by modality, against a rival: the dense formulation of the
+public release, or itself with compiled layers.
 
 Both rivals have the same weights and get the same batch. Their loss and all gradients of the branch are compared before
 any clock runs; then they take turns, and the medians count. The vision tower, which both need alike, is timed by itself
@@ -10,16 +11,14 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...kernels import PrefixLayout
 from ...recipes import Recipe
 from ..errors import RunError
 from ..flops import Part, patch_latent_parts
@@ -28,15 +27,17 @@ from ..models.backbone import architecture, read_config
 from ..planner.devices import this_device
 from ..planner.timing import done_flops, useful_flops
 from ..stages.patch_latents import PatchLatentModel, PatchLatentStage, grid_side
-from .dense import Attention, DenseStep
+from .dense import DenseStep
 from .machine import machine
 from .prompts import Batch, Case, cases, draw_batch, real_lengths
+from .routed import Clock, CompiledStep, routed_step
 from .shapes import random_model, scaled
 from .step_table import Row, table
 
 CPU_LAYERS, CPU_WIDTH, CPU_SAMPLES = 4, 768, 4
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Largest difference of loss and gradients between the rivals, of the size of each."""
+RIVALS = ("eager", "sdpa", "compiled")
 
 
 def bench(
@@ -53,8 +54,8 @@ def bench(
     """Measure every case of `text_tokens`, print the table and write `out`/step.json; see `bifrost bench step`."""
     if recipe.stage != "patch-latents":
         raise RunError(f"bench step: {recipe.name} is {recipe.stage}; give a recipe of stage patch-latents")
-    if rival not in get_args(Attention):
-        raise RunError(f"--rival {rival}: give one of {', '.join(get_args(Attention))}")
+    if rival not in RIVALS:
+        raise RunError(f"--rival {rival}: give one of {', '.join(RIVALS)}")
     own = read_config(architecture(recipe.backbone.path, recipe.backbone.revision))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -74,11 +75,12 @@ def bench(
     stage = PatchLatentStage(recipe, config, tokens, None, None, kernels)
     with torch.device("meta"):
         counted = stage.build()
+    opponent = CompiledStep(model, recipe) if rival == "compiled" else DenseStep(model, rival)  # type: ignore[arg-type]
     rows = []
     for case in found:
         batch = draw_batch(case, tokens, recipe.data.image_size, config, device, dtype)
         flops = [step_parts(patch_latent_parts(stage, counted, float(length))) for length in case.lengths]
-        rows.append(measure(model, batch, case, rival, rounds, recipe, flops))  # type: ignore[arg-type]
+        rows.append(measure(model, batch, case, opponent, rounds, recipe, flops))
     text = config.text_config
     record = {
         "recipe": recipe.name,
@@ -120,71 +122,17 @@ def chosen_kernels(recipe: Recipe, config: Any, tokens: int, device: torch.devic
     return KernelChoice(head, attention, asked.elementwise)  # type: ignore[arg-type]
 
 
-class Clock:
-    """Seconds between marks, on the device's own clock: the host is not made to wait in between."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.marks: list[tuple[str, Any]] = []
-        self("")
-
-    def __call__(self, name: str) -> None:
-        """`name` is what the device did since the mark before."""
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append((name, event))
-        else:
-            self.marks.append((name, time.perf_counter()))
-
-    def seconds(self) -> dict[str, float]:
-        if self.cuda:
-            torch.cuda.synchronize()
-        found: dict[str, float] = defaultdict(float)
-        for (_, begin), (name, end) in zip(self.marks, self.marks[1:], strict=False):
-            found[name] += begin.elapsed_time(end) / 1000 if self.cuda else end - begin
-        return found
-
-
-def routed_step(model: PatchLatentModel, batch: Batch, clock: Clock | None = None) -> Tensor:
-    """Prefix, branch, head and all gradients; returns the loss."""
-    mark: Callable[[str], None] = clock or (lambda name: None)
-    layout = PrefixLayout.of(batch.lengths, batch.mask.shape[1], batch.mask.device)
-    prefix = model.backbone.prefix(batch.input_ids[batch.real], layout)
-    mark("prefix")
-    hidden = model.branch(batch.latents, batch.mask, prefix)
-    mark("branch forward")
-    # The head by itself, so that its backward pass has a time of its own; the numbers are the same.
-    leaf = hidden.detach().flatten(0, 1).requires_grad_()
-    loss, _ = model.head(leaf, batch.latents.flatten(0, 1), None, float(batch.mask.numel()))
-    loss.backward()
-    mark("head")
-    assert leaf.grad is not None
-    hidden.backward(leaf.grad.view_as(hidden))
-    mark("branch backward")
-    return loss.detach()
-
-
-def dense_step(dense: DenseStep, batch: Batch, clock: Clock | None = None) -> Tensor:
-    loss = dense.loss(batch.latents, batch.mask, batch.input_ids, batch.real)
-    loss.backward()
-    if clock:
-        clock("step")
-    return loss.detach()
-
-
 def measure(
     model: PatchLatentModel,
     batch: Batch,
     case: Case,
-    rival: Attention,
+    rival: DenseStep | CompiledStep,
     rounds: int,
     recipe: Recipe,
     flops: list[list[Part]],
 ) -> Row:
     """Compare the numbers, count the activations, then time in turns. RunError when the numbers differ."""
     device = batch.latents.device
-    dense = DenseStep(model, rival)
     trained = model.trainable()
 
     def gradients(step: Callable[[], Tensor]) -> tuple[float, dict[str, Tensor]]:
@@ -193,7 +141,7 @@ def measure(
         model.zero_grad(set_to_none=True)
         return loss, found
 
-    loss, wanted = gradients(lambda: dense_step(dense, batch))
+    loss, wanted = gradients(lambda: rival.step(batch))
     ours, found = gradients(lambda: routed_step(model, batch))
     loss_error = abs(ours - loss) / abs(loss)
     if found.keys() != wanted.keys():
@@ -207,11 +155,10 @@ def measure(
         )
     del wanted, found
     kept = [
-        activation_bytes(model, step, batch)
-        for step in (lambda: routed_step(model, batch), lambda: dense_step(dense, batch))
+        activation_bytes(model, step, batch) for step in (lambda: routed_step(model, batch), lambda: rival.step(batch))
     ]
     routed_times: list[dict[str, float]] = []
-    dense_times: list[float] = []
+    rival_times: list[float] = []
     for _ in range(rounds):
         clock = Clock(device)
         model.backbone.patch_latents(batch.images)
@@ -220,16 +167,16 @@ def measure(
         routed_times.append(clock.seconds())
         model.zero_grad(set_to_none=True)
         clock = Clock(device)
-        dense_step(dense, batch, clock)
-        dense_times.append(clock.seconds()["step"])
+        rival.step(batch, clock)
+        rival_times.append(clock.seconds()["step"])
         model.zero_grad(set_to_none=True)
     parts = {name: statistics.median(times[name] for times in routed_times) for name in routed_times[0]}
     steps = [sum(times.values()) - times["tower"] for times in routed_times]
-    routed_s, dense_s = statistics.median(steps), statistics.median(dense_times)
+    routed_s, rival_s = statistics.median(steps), statistics.median(rival_times)
     samples = len(case.lengths)
     useful = sum(useful_flops(sample) for sample in flops) / samples
     routed_flops = sum(done_flops(sample, recipe) for sample in flops) / samples
-    public = dense.flops(flops[0], case.padded)
+    rival_flops = rival.flops(flops, case.padded)
     peak = this_device()
     limit = peak.bf16_tflops * 1e12 if peak and peak.bf16_tflops and batch.latents.dtype == torch.bfloat16 else None
 
@@ -241,25 +188,25 @@ def measure(
         mean_text_tokens=sum(case.lengths) / samples,
         padded_text_tokens=case.padded,
         routed_s=routed_s,
-        dense_s=dense_s,
+        rival_s=rival_s,
         # Of each round's two neighbours: whatever else the machine does meanwhile slows both.
-        ratio=statistics.median(theirs / own for theirs, own in zip(dense_times, steps, strict=True)),
+        ratio=statistics.median(theirs / own for theirs, own in zip(rival_times, steps, strict=True)),
         routed_samples_s=samples / routed_s,
-        dense_samples_s=samples / dense_s,
+        rival_samples_s=samples / rival_s,
         routed_activation_bytes=kept[0],
-        dense_activation_bytes=kept[1],
+        rival_activation_bytes=kept[1],
         activation_ratio=kept[1] / kept[0],
         useful_flops=useful,
         routed_flops=routed_flops,
-        dense_flops=public,
-        flops_ratio=public / routed_flops,
+        rival_flops=rival_flops,
+        flops_ratio=rival_flops / routed_flops,
         loss_error=loss_error,
         gradient_error=errors[worst],
         shares={name: spent / sum(parts.values()) for name, spent in parts.items()},
         mfu=share(useful, routed_s),
         hfu=share(routed_flops, routed_s),
-        dense_mfu=share(useful, dense_s),
-        dense_hfu=share(public, dense_s),
+        rival_mfu=share(useful, rival_s),
+        rival_hfu=share(rival_flops, rival_s),
     )
 
 

@@ -1,6 +1,7 @@
 """`bifrost bench step`: the rivals compute the same, what is counted is what they do, and what they gain is claimed."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bifrost.recipes import load_recipe
 from bifrost.trainer.bench import prompts, step
 from bifrost.trainer.bench.dense import DenseStep
+from bifrost.trainer.bench.routed import routed_step
 from bifrost.trainer.bench.shapes import random_model, scaled
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.flops import patch_latent_parts
@@ -37,14 +39,22 @@ def test_every_case_is_measured_and_recorded(tmp_path: Path, capsys: pytest.Capt
     assert [case["text_tokens"] for case in record["cases"]] == ["20", "real"]
     assert record["cases"][1]["padded_text_tokens"] == 64  # the recipe's max_text_tokens
     for case, row in zip(record["cases"], rows, strict=True):
-        assert case["ratio"] == row.ratio == pytest.approx(row.dense_s / row.routed_s)  # of the one round
-        assert case["activation_ratio"] == case["dense_activation_bytes"] / case["routed_activation_bytes"] > 1
+        assert case["ratio"] == row.ratio == pytest.approx(row.rival_s / row.routed_s)  # of the one round
+        assert case["activation_ratio"] == case["rival_activation_bytes"] / case["routed_activation_bytes"] > 1
         assert max(case["loss_error"], case["gradient_error"]) < 1e-5
         assert sum(case["shares"].values()) == pytest.approx(1)
         assert case["shares"].keys() == {"tower", "prefix", "branch forward", "head", "branch backward"}
         assert (case["mfu"], case["hfu"]) == (None, None)  # a CPU's peak is not known
     printed = capsys.readouterr().out
     assert f"{rows[0].ratio:.2f}" in printed and "in 64" in printed
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_layers_are_a_rival_with_the_same_numbers() -> None:
+    (row,) = step.bench(
+        load_recipe("tiny-mllm"), text_tokens="20", out=None, **{**SMALL, "layers": 1, "rival": "compiled"}
+    )
+    assert row.flops_ratio == 1 and max(row.loss_error, row.gradient_error) < 1e-5
 
 
 def test_rivals_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,8 +79,8 @@ def test_flops_are_torchs_own(checkpointing: bool) -> None:
             work()
         return counter.get_total_flops() / 2
 
-    dense = counted(lambda: step.dense_step(DenseStep(model), batch))
-    assert DenseStep(model).flops(parts, case.padded) == pytest.approx(dense, rel=2e-3)
+    dense = counted(lambda: DenseStep(model).step(batch))
+    assert DenseStep(model).flops([parts], case.padded) == pytest.approx(dense, rel=2e-3)
     named = {part.name: part for part in step.step_parts(parts)}
     branch = named["generation branch"]
     linear = sum(p.linear + p.backward - p.backward_attention for p in named.values()) + checkpointing * (
@@ -78,7 +88,7 @@ def test_flops_are_torchs_own(checkpointing: bool) -> None:
     )
     # The reference's scores go over all rows of the batch: its attention is left out by having none counted.
     with FlopCounterMode(display=False) as counter:
-        step.routed_step(model, batch)
+        routed_step(model, batch)
     products = counter.get_flop_counts()["Global"]
     found = sum(n for operator, n in products.items() if str(operator).split(".")[1] in ("mm", "addmm")) / 2
     assert linear == pytest.approx(found, rel=2e-3)
@@ -94,7 +104,7 @@ def test_fewer_flops_by_the_claimed_factors(recipe: str, least: tuple[float, ...
     for case, wanted in zip(prompts.cases("80,300,real", 16, 300), least, strict=True):
         flops = [step.step_parts(patch_latent_parts(stage, model, float(length))) for length in case.lengths]
         ours = sum(useful_flops(sample) for sample in flops) / 16
-        assert DenseStep(model).flops(flops[0], case.padded) / ours > wanted
+        assert DenseStep(model).flops(flops, case.padded) / ours > wanted
 
 
 def test_real_lengths_have_their_mean_at_any_number_of_samples() -> None:
@@ -124,7 +134,7 @@ def test_a_cut_model_keeps_its_proportions() -> None:
         ({"text_tokens": "80,long"}, "--text-tokens 80,long"),
         ({"layers": 99}, "--layers 99: the model has 4"),
         ({"width": 100}, "--width 100: give a multiple of 32"),
-        ({"rival": "flash"}, "--rival flash: give one of eager, sdpa"),
+        ({"rival": "flash"}, "--rival flash: give one of eager, sdpa, compiled"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:

@@ -1,0 +1,97 @@
+"""The routed step, as it trains and, for comparison, with its layers compiled by torch; and a clock for both."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels import PrefixLayout
+from ...recipes import Recipe
+from ..flops import Part
+from ..planner.timing import done_flops
+from ..stages.patch_latents import PatchLatentModel
+from .prompts import Batch
+
+Mark = Callable[[str], None]
+
+
+class Clock:
+    """Seconds between marks, on the device's own clock: the host is not made to wait in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []
+        self("")
+
+    def __call__(self, name: str) -> None:
+        """`name` is what the device did since the mark before."""
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((name, event))
+        else:
+            self.marks.append((name, time.perf_counter()))
+
+    def seconds(self) -> dict[str, float]:
+        if self.cuda:
+            torch.cuda.synchronize()
+        found: dict[str, float] = defaultdict(float)
+        for (_, begin), (name, end) in zip(self.marks, self.marks[1:], strict=False):
+            found[name] += begin.elapsed_time(end) / 1000 if self.cuda else end - begin
+        return found
+
+
+def routed_step(model: PatchLatentModel, batch: Batch, mark: Mark = lambda name: None) -> Tensor:
+    """Prefix, branch, head and all gradients; returns the loss."""
+    layout = PrefixLayout.of(batch.lengths, batch.mask.shape[1], batch.mask.device)
+    prefix = model.backbone.prefix(batch.input_ids[batch.real], layout)
+    mark("prefix")
+    hidden = model.branch(batch.latents, batch.mask, prefix)
+    mark("branch forward")
+    # The head by itself, so that its backward pass has a time of its own; the numbers are the same.
+    leaf = hidden.detach().flatten(0, 1).requires_grad_()
+    loss, _ = model.head(leaf, batch.latents.flatten(0, 1), None, float(batch.mask.numel()))
+    loss.backward()
+    mark("head")
+    assert leaf.grad is not None
+    hidden.backward(leaf.grad.view_as(hidden))
+    mark("branch backward")
+    return loss.detach()
+
+
+class CompiledStep:
+    """The same with every layer of the branch through torch.compile: what ZeRO-3, whose hooks gather the weights inside
+    a layer, does not allow as it stands."""
+
+    def __init__(self, model: PatchLatentModel, recipe: Recipe) -> None:
+        self.model, self.recipe, self.eager = model, recipe, model.branch.layers
+        # One graph a layer: all are of one class, for which torch makes eight at most.
+        torch._dynamo.config.recompile_limit = max(8, 2 * len(self.eager))
+        self.layers = nn.ModuleList([_Compiled(layer) for layer in self.eager])
+
+    def step(self, batch: Batch, mark: Mark = lambda name: None) -> Tensor:
+        self.model.branch.layers = self.layers
+        try:
+            loss = routed_step(self.model, batch)
+        finally:
+            self.model.branch.layers = self.eager
+        mark("step")
+        return loss
+
+    def flops(self, samples: Sequence[Sequence[Part]], text: int) -> float:
+        """A sample's, like those of the step that is not compiled."""
+        return sum(done_flops(list(parts), self.recipe) for parts in samples) / len(samples)
+
+
+class _Compiled(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.compiled = torch.compile(layer)
+
+    def forward(self, *inputs: Any) -> Tensor:
+        return self.compiled(*inputs)
