@@ -38,10 +38,11 @@ lint: $(READY)
 N ?= 50
 FOLDER ?= runs/faults
 REPORT ?= $(FOLDER)/report.md
+HARDWARE ?= this machine
 
 faults: $(READY)
 	PYTHONPATH="$(CURDIR)/tests/support" $(BIN)/python tests/faults/campaign.py --kills $(N) --folder $(FOLDER) \
-	  --report $(REPORT)
+	  --report $(REPORT) --hardware "$(HARDWARE)"
 
 # On a GPU machine the torch that fits its driver is there already: the package goes beside it, into a folder of its
 # own, without its dependencies and without a network. pip builds it with the setuptools (77 or later) of $(PYTHON).

@@ -455,7 +455,7 @@ def main() -> None:
     arguments = runs.arguments(folder / "shards", folder, *settings)
     campaign = Campaign(folder, arguments, "tiny-mllm", given.steps, kills_a_run=30)
     campaign.until(given.kills)
-    (given.report or folder / "report.md").write_text(campaign_report.page(campaign, given.hardware))
+    (given.report or folder / "report.md").write_text(campaign_report.page(campaign, given.kills, given.hardware))
     if campaign.wrong():
         raise SystemExit("\n".join(campaign.wrong()))
 

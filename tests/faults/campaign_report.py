@@ -24,8 +24,8 @@ FAILURES = 20_000  # simulated
 MTBF_H = {"24 h": 24.0, "99 h": 16384 / 512 * 54 * 24 / 419}
 
 
-def page(campaign: Campaign, hardware: str) -> str:
-    """The report in Markdown."""
+def page(campaign: Campaign, asked: int, hardware: str) -> str:
+    """The report in Markdown. asked: for so many kills."""
     kills, hits, met = campaign.kills, campaign.hits(), campaign.met()
     moments = Counter(kill.moment for kill in kills)
     sent = campaign.sent()
@@ -53,7 +53,7 @@ def page(campaign: Campaign, hardware: str) -> str:
     return "\n".join(
         [
             "# The campaign of random kills\n",
-            f"```text\nmake faults N={sent}\n```\n",
+            f"```text\nmake faults N={asked}\n```\n",
             *(_paragraph(text) for text in (setting, check, limit)),
             "## What was found\n",
             _table(("", ""), _found(campaign)),

@@ -26,7 +26,7 @@ def test_killed_runs_end_like_undisturbed_ones(shards: Path, tmp_path: Path, rec
     assert campaign.sent() >= 4
     assert len(campaign.met()) > 30
     campaign = Campaign(tmp_path / "campaign", arguments, recipe, steps, kills_a_run=5)  # as after an interruption
-    text = page(campaign, "a machine")
+    text = page(campaign, 4, "a machine")
     assert f"{campaign.sent()} kills in {len(campaign.runs)} runs" in text
 
     # The comparison at the end would have told.
