@@ -28,10 +28,11 @@ def this_start() -> str:
     return f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
-def record_outcome(code: int, reason: str) -> None:
+def record_outcome(code: int, reason: str, host: str | None = None) -> None:
     """Leave why this rank ends, in the run folder that BIFROST_RUN names; the first rank to do so is heard.
 
-    srun ends the other ranks when one fails, and its exit code is then that of the ended ones.
+    host: the node that is to blame, where one is. srun ends the other ranks when one fails, and its exit code is then
+    that of the ended ones.
     """
     run = os.environ.get("BIFROST_RUN")
     if not run:
@@ -42,7 +43,7 @@ def record_outcome(code: int, reason: str) -> None:
         return
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
     with os.fdopen(file, "w") as out:
-        json.dump({"start": this_start(), "rank": rank, "code": code, "reason": reason}, out)
+        json.dump({"start": this_start(), "rank": rank, "code": code, "reason": reason, "host": host}, out)
 
 
 def read_outcome(run: Path) -> dict[str, Any] | None:
