@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from .errors import BadSample, DataError
+from .errors import BadSample, DataError, DataLost
 
 if TYPE_CHECKING:
     from .plan import Located, Plan, rank_positions
@@ -31,6 +31,7 @@ __all__ = [
     "BadSamples",
     "Batch",
     "DataError",
+    "DataLost",
     "Dataset",
     "Item",
     "Loader",

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import track
 
 from .errors import DataError
-from .index import load_index, write_atomic
+from .files import write_atomic
+from .index import load_index
 from .processes import in_processes, sole_owner
 from .write import preload, write_shard
 

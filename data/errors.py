@@ -1,10 +1,14 @@
-"""The two errors of the data plane."""
+"""The errors of the data plane."""
 
 from __future__ import annotations
 
 
 class DataError(ValueError):
     """Something the user can put right. The message is one line: what is wrong, where, what to do."""
+
+
+class DataLost(DataError):
+    """What was there cannot be read any more, or who read it was killed: another start may well go on."""
 
 
 class BadSample(ValueError):

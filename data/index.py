@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import IO
 
-import fsspec
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
-
 from .errors import DataError
+from .files import filesystem, is_local, write_atomic
 from .transforms import clean_caption
 
 VERSION = 1
@@ -123,8 +118,9 @@ def build_index(shard: str) -> Index:
     Raises DataError when the tar is missing, damaged or cut short.
     """
     lines, lengths, images = [], [], 0
+    fs, path = filesystem(shard)
     try:
-        with fsspec.open(shard, "rb") as raw:
+        with fs.open(path, "rb") as raw:
             stream = _Hashing(raw)  # pyright: ignore[reportArgumentType]
             with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as tar:  # pyright: ignore
                 for key, members, texts in group_members(tar):
@@ -151,23 +147,26 @@ def build_index(shard: str) -> Index:
 
 
 def save_index(shard: str, index: Index) -> None:
-    """Write the index beside its shard, whole or not at all."""
-    fs, path = url_to_fs(index_path(shard))
-    if is_local(shard):
-        write_atomic(path, index.to_bytes())
-    else:
-        fs.pipe_file(path, index.to_bytes())
+    """Write the index beside its shard, whole or not at all. DataError where nothing can be written."""
+    fs, path = filesystem(index_path(shard))
+    try:
+        if is_local(shard):
+            write_atomic(path, index.to_bytes())
+        else:
+            fs.pipe_file(path, index.to_bytes())
+    except OSError as error:
+        raise DataError(f"{index_path(shard)}: {error.strerror or error}; an index lies beside its shard") from None
 
 
 def load_header(shard: str) -> Header:
     """The header of a shard's index. FileNotFoundError without an index, DataError when it is damaged."""
-    fs, path = url_to_fs(index_path(shard))
+    fs, path = filesystem(index_path(shard))
     return _parse_header(shard, fs.cat_file(path, start=0, end=HEADER_LIMIT))
 
 
 def load_index(shard: str) -> Index:
     """The whole index of a shard; raises like `load_header`."""
-    fs, path = url_to_fs(index_path(shard))
+    fs, path = filesystem(index_path(shard))
     data = fs.cat_file(path)
     header, lines = _parse_header(shard, data), data.splitlines()[1:]
     if len(lines) != header.samples:
@@ -190,31 +189,3 @@ def _parse_header(shard: str, data: bytes) -> Header:
 def damaged(shard: str) -> DataError:
     """The error for an index that does not parse."""
     return DataError(f"{index_path(shard)}: damaged index; run `bifrost data index {shard}`")
-
-
-def is_local(url: str) -> bool:
-    """Whether a path or URL lies on this machine's file systems."""
-    return isinstance(url_to_fs(url)[0], LocalFileSystem)
-
-
-def write_atomic(path: str | os.PathLike, data: bytes) -> None:
-    """Write a local file so that a reader, or a crash, sees the old one or the whole new one."""
-    temporary = f"{os.fspath(path)}.tmp-{os.getpid()}"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-        commit(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)  # only there still when the disk is full, say
-
-
-def commit(temporary: str, path: str | os.PathLike) -> None:
-    """Bring a finished temporary file to disk and give it its name; then bring the name to disk."""
-    for target in (temporary, os.path.dirname(os.path.abspath(path))):
-        handle = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        if target is temporary:
-            os.replace(temporary, path)

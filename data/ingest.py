@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .errors import DataError
-from .index import CAPTION_TYPE, image_type, index_path, write_atomic
+from .files import write_atomic
+from .index import CAPTION_TYPE, image_type, index_path
 from .processes import in_processes, sole_owner
 from .sources import Candidate, Piece, list_source
 from .transforms import clean_caption, decode_image

@@ -65,8 +65,12 @@ def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], processe
 def sole_owner(folder: Path) -> Iterator[None]:
     """Make the folder and hold it for this process alone; DataError when another one does. Also clears what a killed
     predecessor left half-written there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}; name a folder that can be written") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

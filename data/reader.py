@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
-from .errors import BadSample, DataError
+from .errors import BadSample, DataError, DataLost
 from .plan import Plan, rank_positions
 from .processes import START_METHOD, die_with_starter
 from .shards import Dataset, RawSample
@@ -69,7 +69,7 @@ class Loader:
     side, or several, of which the first is `Item.image`'s. The sequence depends on the data set, the plan and the batch
     sizes alone, never on `workers` (0 reads in the calling process) or `prefetch` (micro-batches each worker prepares).
     Every `iter` starts again at `start_step`.
-    Raises DataError when a shard cannot be read or a worker dies.
+    Raises DataLost when a shard cannot be read any more or a worker dies, DataError for what the user has to mend.
     """
 
     def __init__(
@@ -91,7 +91,8 @@ class Loader:
     ) -> None:
         if not np.array_equal(plan.samples_per_shard, dataset.samples_per_shard):
             raise DataError("the plan was made for other shards; make it from dataset.samples_per_shard")
-        dataset.max_open = max(dataset.max_open, 2 * plan.block)  # a group and the next, or every read opens a shard
+        # A group and the next, or every read opens a shard.
+        dataset.opened.max_open = max(dataset.opened.max_open, 2 * plan.block)
         sizes = (image_size,) if isinstance(image_size, int) else tuple(image_size)
         accumulation = len(rank_positions(0, rank, ranks, global_batch, micro_batch))
         self.rank = rank
@@ -138,7 +139,7 @@ class Loader:
             except RuntimeError as error:
                 raise worker_death(error, self.rank) or error from error
             if isinstance(batch, DataError):
-                raise DataError(f"rank {self.rank}: {batch}")
+                raise type(batch)(f"rank {self.rank}: {batch}")
             yield batch
 
     def close(self) -> None:
@@ -163,13 +164,13 @@ def stacked(images: Sequence[np.ndarray]) -> torch.Tensor:
     return default_collate([torch.from_numpy(image.transpose(2, 0, 1)) for image in images])
 
 
-def worker_death(error: RuntimeError, rank: int) -> DataError | None:
+def worker_death(error: RuntimeError, rank: int) -> DataLost | None:
     """What a dead worker's error means; None for any other. Torch raises it in a signal handler, wherever the process
     then happens to be."""
     if "DataLoader worker" not in str(error):
         return None
     first = str(error).partition("\n")[0].rstrip(". ")
-    return DataError(f"rank {rank}: {first}; look for out-of-memory kills, or lower data.workers")
+    return DataLost(f"rank {rank}: {first}; look for out-of-memory kills, or lower data.workers")
 
 
 def _start_worker(worker: int) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from braceexpand import braceexpand
-from fsspec.core import url_to_fs
 
-from .errors import BadSample, DataError
+from .errors import BadSample, DataError, DataLost
+from .files import File, OpenShards, filesystem, is_local, open_file
 from .index import (
     CAPTION_TYPE,
     Header,
@@ -21,13 +21,15 @@ from .index import (
     damaged,
     image_type,
     index_path,
-    is_local,
     load_header,
     load_index,
 )
 from .transforms import clean_caption
 
 THREADS = 32  # opening is waiting for the file system
+Gather = Callable[[Any], list[Any]]
+"""A value of every rank, in order of rank."""
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,12 @@ class RawSample:
     image: bytes
     """The image file as stored."""
     caption: str
-    extras: dict[str, bytes]
-    """Members other than the image and the caption, by extension."""
+
+
+@dataclass(frozen=True)
+class _Shard:
+    index: Index
+    file: File
 
 
 def expand(spec: str | list[str]) -> list[str]:
@@ -65,7 +71,7 @@ def expand(spec: str | list[str]) -> list[str]:
 
 
 def _glob(pattern: str) -> list[str]:
-    fs, path = url_to_fs(pattern)
+    fs, path = filesystem(pattern)
     found = [str(match) for match in fs.glob(path) if str(match).endswith(".tar")]
     if not found:
         raise DataError(f"{pattern}: no .tar matches; check the path, or make shards with `bifrost data ingest`")
@@ -78,19 +84,26 @@ def told(shards: list[str]) -> str:
 
 
 def exists(url: str) -> bool:
-    fs, path = url_to_fs(url)
+    fs, path = filesystem(url)
     return fs.exists(path)
 
 
-def open_dataset(spec: str | list[str], max_open: int = 64) -> Dataset:
+def open_dataset(
+    spec: str | list[str],
+    max_open: int = 64,
+    *,
+    rank: int = 0,
+    gather: Gather = lambda value: [value],
+) -> Dataset:
     """Open indexed shards for reading.
 
     spec: path or fsspec URL, or several; `{00000..02047}` and wildcards are expanded. max_open: shards kept open.
-    Raises DataError when a shard or its index is missing or does not fit, or when no shard holds a caption.
+    rank, gather: of ranks that open the same, and every rank's value in their order: each then looks at its share of
+    the shards. Raises DataError, on all of them, when a shard or its index is missing or does not fit, or when no shard
+    holds a caption.
     """
-    shards = expand(spec)
-    with ThreadPoolExecutor(THREADS) as pool:
-        headers = list(pool.map(_open_header, shards))
+    shards: list[str] = shared(lambda: expand(spec) if rank == 0 else [], gather)[0]
+    headers = spread(_open_header, shards, rank, gather)
     if not any(header.samples for header in headers):
         raise DataError(f"{told(shards)}: no images; name shards that hold some")
     if not any(header.captions for header in headers):
@@ -101,12 +114,43 @@ def open_dataset(spec: str | list[str], max_open: int = 64) -> Dataset:
     return Dataset(shards, headers, max_open)
 
 
+def spread(work: Callable[[str], Result], shards: list[str], rank: int, gather: Gather) -> list[Result]:
+    """`work` on every shard, a share on each rank; what fails on one is raised on all."""
+    ranks = len(gather(None))
+
+    def mine() -> list[Result]:
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(work, shards[rank::ranks]))
+
+    found = shared(mine, gather)
+    return [found[number % ranks][number // ranks] for number in range(len(shards))]
+
+
+def shared(work: Callable[[], Result], gather: Gather) -> list[Result]:
+    """What `work` returned on each rank; the first DataError of any is raised on all."""
+    try:
+        found, failure = work(), None
+    except DataError as error:
+        found, failure = None, error
+    except OSError as error:
+        found, failure = None, DataLost(f"{error}; check the storage")
+    outcomes = gather((found, failure))
+    for _, failed in outcomes:
+        if failed is not None:
+            raise failed
+    return [result for result, _ in outcomes]
+
+
 def _open_header(shard: str) -> Header:
-    fs, path = url_to_fs(shard)
+    fs, path = filesystem(shard)
     try:
         size = fs.size(path)
     except FileNotFoundError:
         raise DataError(f"{shard}: no such shard; check the path, or make it with `bifrost data ingest`") from None
+    except PermissionError as error:
+        raise DataError(f"{shard}: {error.strerror or error}; check who may read it, or your credentials") from None
+    except OSError as error:
+        raise DataLost(f"{shard}: cannot be opened ({error}); check the storage") from None
     try:
         header = load_header(shard)
     except FileNotFoundError:
@@ -120,32 +164,26 @@ def _open_header(shard: str) -> Header:
 
 
 class Dataset:
-    """Random access to the samples of many shards.
-
-    Local shards are read by position and remote ones by range, both without a shared cursor, so a fork may go on
-    using what its parent opened.
-    """
+    """Random access to the samples of many shards; a fork may go on using what its parent opened."""
 
     def __init__(self, shards: list[str], headers: list[Header], max_open: int = 64) -> None:
         self.shards = shards
         self.headers = headers
-        self.max_open = max_open
         self.samples_per_shard = np.array([header.samples for header in headers], dtype=np.int64)
         """Sample counts, int64 [S]."""
         self.fingerprint = hashlib.sha256("".join(header.sha256 for header in headers).encode()).hexdigest()
         """Hash over the shards' content hashes in order: the same samples in the same order, wherever they lie."""
-        self._open: OrderedDict[int, tuple[Index, File]] = OrderedDict()
+        self.opened = OpenShards(shards, self._open, max_open)
 
     def __len__(self) -> int:
         return int(self.samples_per_shard.sum())
 
     def entry(self, shard: int, sample: int) -> tuple[str, Members]:
         """Key and members of one sample; raises DataError like `read`."""
-        index, _ = self._opened(shard)
         try:
-            return index.entry(sample)
-        except ValueError:
-            raise damaged(self.shards[shard]) from None
+            return self.opened.read(shard, lambda opened: opened.index.entry(sample))
+        except ValueError as error:
+            raise error if isinstance(error, DataError) else damaged(self.shards[shard]) from None
 
     def read(self, shard: int, sample: int) -> RawSample:
         """One sample, by numbers within the data set and the shard.
@@ -154,78 +192,26 @@ class Dataset:
         when the shard cannot be read at all.
         """
         key, members = self.entry(shard, sample)
-        file = self._opened(shard)[1]
-        start = min(offset for offset, _ in members.values())
-        end = max(offset + size for offset, size in members.values())
-        try:
-            span = file.read(start, end - start)
-        except OSError as error:
-            raise DataError(f"{self.shards[shard]}: cannot be read ({error}); check the storage") from None
-        if len(span) < end - start:
-            raise BadSample(key, "the shard ends inside it")
-        parts = {kind: span[offset - start : offset - start + size] for kind, (offset, size) in members.items()}
         image = image_type(members)
         assert image is not None, "only samples with an image are indexed"
+        wanted = {kind: members[kind] for kind in (image, CAPTION_TYPE) if kind in members}
+        start = min(offset for offset, _ in wanted.values())
+        end = max(offset + size for offset, size in wanted.values())
+        span = self.opened.read(shard, lambda opened: opened.file.read(start, end - start))
+        if len(span) < end - start:
+            raise BadSample(key, "the shard ends inside it")
+        parts = {kind: span[offset - start : offset - start + size] for kind, (offset, size) in wanted.items()}
         if CAPTION_TYPE not in parts:
             raise BadSample(key, "no caption")
         try:
             caption = clean_caption(parts[CAPTION_TYPE])
         except ValueError as error:
             raise BadSample(key, str(error)) from None
-        extras = {kind: part for kind, part in parts.items() if kind not in (image, CAPTION_TYPE)}
-        return RawSample(key, parts[image], caption, extras)
+        return RawSample(key, parts[image], caption)
 
-    def close(self) -> None:
-        """Close every open shard; reading opens them again."""
-        while self._open:
-            self._open.popitem()[1][1].close()
-
-    def _opened(self, shard: int) -> tuple[Index, File]:
-        if shard not in self._open:
-            url = self.shards[shard]
-            try:
-                index, file = load_index(url), open_file(url)
-            except OSError as error:
-                raise DataError(f"{url}: cannot be opened any more ({error}); check the storage") from None
-            if index.header != self.headers[shard]:
-                file.close()
-                raise DataError(f"{index_path(url)}: changed since the data set was opened; start again")
-            self._open[shard] = index, file
-            if len(self._open) > self.max_open:
-                self._open.popitem(last=False)[1][1].close()
-        self._open.move_to_end(shard)
-        return self._open[shard]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": OrderedDict()}  # descriptors do not travel
-
-
-class _LocalFile:
-    def __init__(self, path: str) -> None:
-        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 closed by the cache, or with the data set
-
-    def read(self, start: int, size: int) -> bytes:
-        return os.pread(self.file.fileno(), size, start)
-
-    def close(self) -> None:
-        self.file.close()
-
-
-class _RemoteFile:
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def read(self, start: int, size: int) -> bytes:
-        fs, path = url_to_fs(self.url)  # cached by fsspec, a fresh one after a fork
-        return fs.cat_file(path, start=start, end=start + size)
-
-    def close(self) -> None:
-        pass
-
-
-File = _LocalFile | _RemoteFile
-
-
-def open_file(url: str) -> File:
-    """A file to read by position."""
-    return _LocalFile(url_to_fs(url)[1]) if is_local(url) else _RemoteFile(url)
+    def _open(self, shard: int) -> _Shard:
+        url = self.shards[shard]
+        index = load_index(url)
+        if index.header != self.headers[shard]:
+            raise DataError(f"{index_path(url)}: changed since the data set was opened; start again")
+        return _Shard(index, open_file(url))

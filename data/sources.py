@@ -15,10 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fsspec.core import url_to_fs
-
 from .errors import DataError
-from .index import CAPTION_TYPE, IMAGE_TYPES, group_members, image_type, is_local
+from .files import filesystem, is_local
+from .index import CAPTION_TYPE, IMAGE_TYPES, group_members, image_type
 from .shards import expand, told
 
 IMAGE_COLUMNS = ("file", "file_name", "filename", "image", "path")
@@ -37,9 +36,9 @@ class Piece:
     def read(self) -> bytes:
         """The bytes; raises OSError."""
         if not is_local(self.url):
-            fs, path = url_to_fs(self.url)
+            fs, path = filesystem(self.url)
             return fs.cat_file(path, start=self.offset, end=None if self.size is None else self.offset + self.size)
-        with open(url_to_fs(self.url)[1], "rb") as file:
+        with open(filesystem(self.url)[1], "rb") as file:
             file.seek(self.offset)
             return file.read(-1 if self.size is None else self.size)
 
@@ -237,7 +236,7 @@ def _tars(tars: list[str], caption_column: str | None) -> Source:
 def _samples_of(tar: str) -> tuple[str, list[tuple[str, dict[str, Piece]]], str | None]:
     """State of a tar, its samples, and what is wrong with its rest."""
     samples, damage = [], None
-    fs, path = url_to_fs(tar)
+    fs, path = filesystem(tar)
     try:
         state = fs.ukey(path)
         with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as opened:

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import track
 
 from .errors import DataError
-from .index import Header, build_index, commit, index_path, load_index, save_index
+from .files import commit, temporary_name
+from .index import Header, build_index, index_path, load_index, save_index
 from .shards import exists, expand
 
 Sample = dict[str, bytes]
@@ -36,7 +37,7 @@ def write_shard(path: str | os.PathLike, samples: Iterable[tuple[str, Sample]]) 
     if path.suffix != ".tar":
         raise DataError(f"{path}: a shard's name ends in .tar; rename it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = Path(temporary_name(path))
     try:
         with open(temporary, "wb") as file, TarWriter(file, encoder=False, keep_meta=True, mtime=0) as tar:
             for key, members in samples:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..recipes import load_recipe
 from . import commands, record
-from .codes import BAD_NODE, DONE, FAILED, HUNG, LOCKED, STOPPED, USAGE
+from .codes import BAD_NODE, DONE, FAILED, HUNG, LOCKED, LOST, STOPPED, USAGE
 from .errors import SlurmError
 from .exclusions import excluded
 from .job import RECIPE, SCRIPT, Job, load_job, usable_nodes
@@ -19,6 +19,7 @@ FRUITLESS_STARTS = 3
 REASONS = {
     FAILED: "exit code 1 of unknown cause",
     USAGE: "exit code 2, a setting to mend",
+    LOST: "storage failed, or a loader's worker was killed",
     STOPPED: "stopped by a signal, saved",
     HUNG: "ended by the watchdog",
     BAD_NODE: "bad nodes",

@@ -13,12 +13,12 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ..data import DataError
+from ..data import DataError, DataLost
 from ..data.cli import app as data_app
 from ..recipes import Recipe, RecipeError, load_recipe, to_yaml
 from ..slurm import SlurmError
 from ..slurm.cli import slurm_app
-from ..slurm.codes import DONE, FAILED, LOCKED, USAGE
+from ..slurm.codes import DONE, FAILED, LOCKED, LOST, USAGE
 from ..slurm.ranks import remove_private_folders
 from ..slurm.record import record_outcome
 from .bench.cli import app as bench_app
@@ -28,7 +28,7 @@ from .evaluate_cli import evaluate
 from .generate_cli import generate
 from .launch import adopt_rank, run_ranks
 from .monitors.goodput_cli import goodput
-from .monitors.stop import hold_signals
+from .monitors.stop import ignore_signals
 from .monitors.track_cli import app as track_app
 from .plan_cli import plan
 from .replay_cli import replay
@@ -159,7 +159,7 @@ def _on_ranks(recipe: Recipe, ranks: int | None, arguments: list[str], work: Cal
     """Do `work` as the rank that this process is, or run `arguments` as `ranks` processes that will be."""
     if ranks is None and adopt_rank():
         code = work(recipe)
-        hold_signals()  # one more, while Python ends, would change the code
+        ignore_signals()
         if code == DONE:
             remove_private_folders(os.environ)
         _leave(code)
@@ -209,7 +209,8 @@ def main() -> None:
     try:
         app()
     except (RecipeError, DataError, RunError, SlurmError) as error:
-        _fail(error, LOCKED if isinstance(error, Locked) else USAGE)
+        passing = isinstance(error, DataLost) or (isinstance(error, RunError) and error.passing)
+        _fail(error, LOCKED if isinstance(error, Locked) else LOST if passing else USAGE)
     except Unhealthy as error:
         _fail(error, FAILED)
 

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save
 
 from ..data import DataError, Dataset, open_dataset
-from ..data.index import group_members, is_local, load_header, write_atomic
+from ..data.files import is_local, write_atomic
+from ..data.index import group_members, load_header
 from ..data.transforms import decode_image
 from ..data.write import write_shard
 from ..recipes import Recipe

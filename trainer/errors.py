@@ -1,8 +1,34 @@
-"""The trainer's error for its users."""
+"""The trainer's errors for its users."""
+
+import errno
+
+MAY_PASS = {
+    errno.EAGAIN,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EIO,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+"""What storage answers while it is away, a network file system's server above all."""
 
 
 class RunError(ValueError):
     """Bad input or state that the user can mend; the message is one line: what, where, what to do."""
+
+    passing = False
+    """Whether another start may well go on with nothing mended."""
+
+    @classmethod
+    def of_storage(cls, where: object, error: OSError) -> "RunError":
+        """What an operating system's error at `where` means for a run."""
+        passing = error.errno in MAY_PASS
+        remedy = "check the storage" if passing else "free disk space or mend the folder's permissions"
+        found = cls(f"{where}: {error.strerror}; {remedy}")
+        found.passing = passing
+        return found
 
 
 class Locked(RunError):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..data.index import write_atomic
+from ..data.files import write_atomic
 from ..data.shards import open_dataset
 from .errors import RunError
 from .generate_cli import Reveal

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..data.index import commit, write_atomic
+from ..data.files import commit, write_atomic
 from ..data.transforms import clean_caption
 from .errors import RunError
 from .sheet import sheet

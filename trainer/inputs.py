@@ -11,6 +11,7 @@ import numpy as np
 from ..data import Dataset, Plan, open_dataset
 from ..recipes import Recipe
 from .errors import RunError
+from .ranks import Gather, alone
 from .stages import Stage, open_stage
 
 
@@ -30,10 +31,11 @@ class Inputs:
         return self.stage.normalizer(located.epoch, located.index, passes)
 
 
-def open_inputs(recipe: Recipe, ranks: int) -> Inputs:
-    """Open everything that `recipe` names. RunError or DataError says what cannot be used, where, and what to do."""
+def open_inputs(recipe: Recipe, ranks: int, rank: int = 0, gather: Gather = alone) -> Inputs:
+    """Open everything that `recipe` names, the shards shared out over the ranks that `gather` joins. RunError or
+    DataError says what cannot be used, where, and what to do."""
     batch_arithmetic(recipe, ranks)
-    dataset = open_dataset(recipe.data.shards)
+    dataset = open_dataset(recipe.data.shards, rank=rank, gather=gather)
     if len(dataset) < recipe.global_batch:
         raise RunError(
             f"data.shards hold {len(dataset)} samples in {len(dataset.shards)} shards, fewer than one global_batch"

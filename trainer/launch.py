@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..data.processes import die_with_parent
 from ..slurm import private_folders, rank_environment
+from ..slurm.codes import DONE, FAILED
 from .monitors.stop import SIGNALS
 
 GRACE_S = 10.0
@@ -86,8 +87,8 @@ def _wait(processes: Sequence[subprocess.Popen]) -> int:
         codes = [process.poll() for process in processes]
         failed = [code for code in codes if code]
         if None not in codes or (deadline and time.monotonic() > deadline):
-            # A rank that died of a signal explains the others' failures.
-            return min(failed, default=0) if failed and min(failed) < 0 else (failed[0] if failed else 0)
+            # A rank that died of a signal explains the others' failures, and so does one that left on purpose.
+            return min(failed, key=lambda code: (code > 0, code == FAILED), default=DONE)
         if failed and deadline is None:
             deadline = time.monotonic() + GRACE_S
         time.sleep(0.05)

@@ -76,8 +76,7 @@ class RunLock:
                     log.warning("%s: taken over from %s: %s", self.path, describe(owner), reason)
                     return owner
         except OSError as error:
-            remedy = "free disk space or mend the folder's permissions"
-            raise RunError(f"{self.path.parent}: {error.strerror}; {remedy}") from error
+            raise RunError.of_storage(self.path.parent, error) from error
         return None
 
     def beat(self, step: int) -> None:

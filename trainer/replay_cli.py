@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..data.index import write_atomic
+from ..data.files import write_atomic
 from .errors import RunError
 from .history import History
 

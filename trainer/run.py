@@ -70,8 +70,8 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
 
     after_step: called at the end of every step, on every rank.
 
-    RunError and DataError are the user's to mend and are raised on every rank alike; nothing of an earlier run is
-    written over before all checks have passed.
+    RunError and DataError are raised on every rank alike; nothing of an earlier run is written over before all checks
+    have passed.
     """
     stop = StopSignals()
     sections = Sections()
@@ -81,7 +81,7 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
         table = check_ranks(ranks)
         if ranks.first and (len(table) > 1 or "SLURM_STEP_ID" in os.environ):
             print("\n".join(table), flush=True)
-        inputs = _agreed(ranks, lambda: open_inputs(recipe, ranks.size))
+        inputs = _agreed(ranks, lambda: open_inputs(recipe, ranks.size, ranks.rank, ranks.gather))
         with RunLock(Path(recipe.runs_dir) / recipe.name) as lock, Heartbeat(BEAT_S) as heartbeat:
             before = _agreed(ranks, lambda: lock.acquire() if ranks.first else None)
             if ranks.first:
@@ -136,8 +136,7 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
             log_to_file(folder / "logs", ranks.rank)
             return metrics.go_on(progress.step, begun, watch.before)
         except OSError as error:  # a full disk is reported without a name
-            remedy = "free disk space or mend the folder's permissions"
-            raise RunError(f"{error.filename or folder}: {error.strerror}; {remedy}") from error
+            raise RunError.of_storage(error.filename or folder, error) from error
 
     past = _agreed(ranks, open_folder)
     for operation, choice in measured.items():

@@ -6,6 +6,7 @@ depends on moves: no random state is drawn from, and no statistics are taken.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,6 +34,8 @@ from .stages import Stage
 from .stages.controlnet import ControlNetStage
 from .stages.patch_latents import PatchLatentStage
 
+log = logging.getLogger(__name__)
+
 Rows = dict[str, list[Image.Image]]
 
 
@@ -58,8 +61,11 @@ def sampler(
         if ranks.first:
             picture = BytesIO()
             sheet(rows, captions).save(picture, "png")
-            (folder / "samples").mkdir(exist_ok=True)
-            write_file(folder / "samples" / f"step-{step:08d}.png", [picture.getvalue()])
+            try:
+                (folder / "samples").mkdir(exist_ok=True)
+                write_file(folder / "samples" / f"step-{step:08d}.png", [picture.getvalue()])
+            except OSError as error:  # a picture is not worth the run
+                log.error("the samples of step %d are not written: %s", step, error)
 
     return after_step
 

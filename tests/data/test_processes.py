@@ -64,3 +64,6 @@ def test_a_folder_has_one_owner(tmp_path):
             pass
     with sole_owner(tmp_path):
         assert not (tmp_path / "x.tar.tmp-1").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="file: File exists; name a folder"), sole_owner(tmp_path / "file"):
+        pass

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import pickle
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import numpy as np
 import pytest
 
-from bifrost.data import BadSample, DataError, open_dataset, write_shard
+from bifrost.data import BadSample, DataError, DataLost, files, open_dataset, shards, write_shard
 from bifrost.data.shards import expand
 
 
@@ -36,7 +39,7 @@ def test_reading_gives_each_sample(make_shards, picture):
     for shard, count in enumerate([3, 2]):
         for sample in range(count):
             raw = dataset.read(shard, sample)
-            assert (raw.key, raw.caption, raw.extras) == (f"key-{number:04d}", f"caption {number}", {})
+            assert (raw.key, raw.caption) == (f"key-{number:04d}", f"caption {number}")
             assert raw.image == picture(number)
             number += 1
 
@@ -86,10 +89,6 @@ def test_few_shards_stay_open_and_all_stay_readable(make_shards, tmp_path):
             dataset.read(shard, 0)
             assert open_files() <= 3
     assert pickle.loads(pickle.dumps(dataset)).read(5, 0).key == "key-0005"
-    dataset.close()
-    assert open_files() == 0
-    assert dataset.read(2, 0).key == "key-0002"
-    dataset.close()
 
 
 def test_a_forked_child_reads_while_its_parent_does(make_shards):
@@ -153,8 +152,72 @@ def test_bad_samples_say_why(tmp_path, picture):
         dataset.read(0, 4)
 
 
-def test_a_shard_that_goes_away_is_named(make_shards, tmp_path):
+@pytest.mark.parametrize("url", ["nothing://bucket/{0..3}.tar", "nothing://bucket/*.tar"])
+def test_an_address_that_nobody_serves_is_named(url):
+    with pytest.raises(DataError, match=r"nothing://bucket/.*\.tar: Protocol not known: nothing; check the address"):
+        open_dataset(url)
+
+
+def in_ranks(work, ranks):
+    """`work(rank, gather)` on so many threads that meet as ranks do."""
+    told, meeting = [None] * ranks, threading.Barrier(ranks, timeout=30)
+
+    def run(rank):
+        def gather(value):
+            told[rank] = value
+            meeting.wait()
+            found = list(told)
+            meeting.wait()
+            return found
+
+        return work(rank, gather)
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(run, range(ranks)))
+
+
+def test_ranks_share_the_opening_of_shards(make_shards, tmp_path, monkeypatch):
+    whole = make_shards([2, 3, 4, 5, 6])
+    looked, real = [], shards._open_header
+    monkeypatch.setattr(shards, "_open_header", lambda shard: looked.append(shard) or real(shard))
+    spec = str(tmp_path / "s-*.tar")
+    for dataset in in_ranks(lambda rank, gather: open_dataset(spec, rank=rank, gather=gather), 3):
+        assert (dataset.shards, dataset.headers) == (whole.shards, whole.headers)
+        assert dataset.fingerprint == whole.fingerprint
+    assert sorted(looked) == whole.shards, "each once"
+
+    def refused(rank, gather):
+        with pytest.raises(DataError, match=r"s-00003\.tar: no index beside it"):
+            open_dataset(spec, rank=rank, gather=gather)
+        return True
+
+    (tmp_path / "s-00003.index.jsonl").unlink()
+    assert in_ranks(refused, 3) == [True] * 3
+
+
+def test_a_shard_that_goes_away_is_named(make_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PAUSES_S", (0, 0))
     dataset = make_shards([2, 2])
     (tmp_path / "s-00001.tar").unlink()
-    with pytest.raises(DataError, match=r"s-00001\.tar: cannot be opened any more"):
+    with pytest.raises(DataLost, match=r"s-00001\.tar: cannot be read any more"):
         dataset.read(1, 0)
+
+
+def test_storage_that_fails_for_a_moment_is_read_again(make_shards, monkeypatch, caplog):
+    """Through a file opened anew: a stale handle of a network file system stays stale."""
+    monkeypatch.setattr(files, "PAUSES_S", (0, 0))
+    dataset = make_shards([2, 2])
+    assert dataset.read(1, 0).key == "key-0002"
+    real, failures = os.pread, [errno.ESTALE, errno.EIO]
+    handles = []
+
+    def failing(handle, size, start):
+        handles.append(handle)
+        if failures:
+            os.dup2(os.open("/dev/null", os.O_RDONLY), handle)  # what reads through it from now on finds nothing
+            raise OSError(failures.pop(), "the storage fails")
+        return real(handle, size, start)
+
+    monkeypatch.setattr(os, "pread", failing)
+    assert dataset.read(1, 1).key == "key-0003"
+    assert len(handles) == 3 and caplog.text.count("the storage fails; reading again") == 2

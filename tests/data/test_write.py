@@ -81,8 +81,17 @@ def test_a_foreign_tar_is_indexed_without_touching_it(tmp_path, picture, form):
     assert path.read_bytes() == before
     assert (header.samples, header.captions, header.caption_chars) == (2, 1, (7, 7, 7))
     raw = open_dataset(str(path)).read(0, 0)
-    assert (raw.key, raw.image, raw.caption, raw.extras) == (long, members[0][1], "ein Bär", {"seg.png": b"mask"})
+    assert (raw.key, raw.image, raw.caption) == (long, members[0][1], "ein Bär")
     assert verify(str(path)) == []
+
+
+def test_a_folder_that_takes_no_index_is_named(shard, monkeypatch):
+    def refused(path, data):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("bifrost.data.index.write_atomic", refused)
+    with pytest.raises(DataError, match=r"\.index\.jsonl: Permission denied; an index lies beside its shard"):
+        index_shards(str(shard[0]))
 
 
 def test_only_missing_leaves_the_others_alone(shard, tmp_path):

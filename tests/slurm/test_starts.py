@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from bifrost.slurm import SlurmError
-from bifrost.slurm.codes import FAILED, HUNG, LOCKED, STOPPED, USAGE
+from bifrost.slurm.codes import FAILED, HUNG, LOCKED, LOST, STOPPED, USAGE
 from clusterruns import ClusterRun, job, slurm
 
 CHECKPOINT = 'mkdir -p "$BIFROST_RUN/checkpoints/step-0000000{}"'
@@ -23,13 +23,15 @@ def test_starts_again_until_done(run: ClusterRun) -> None:
     """One rank's code ends the step on all nodes; the job keeps its id through the requeues."""
     # Slurm ends the step with the first rank that leaves. The other does not mind, as in training: it leaves, too.
     save = "trap '' TERM; " + CHECKPOINT.format(1)
-    run.stand_in(f"{save}; exit {STOPPED}", f'[ "$SLURM_PROCID" = 1 ] && exit {HUNG}; sleep 60', "true")
+    hung = f'[ "$SLURM_PROCID" = 1 ] && exit {HUNG}; sleep 60'
+    run.stand_in(f"{save}; exit {STOPPED}", hung, f"fail {LOST} 'the storage is away'", "true")
     number = run.submit()
     run.wait_for_end()
-    assert decisions(run) == ["again", "again", "done"]
-    assert [start["step"] for start in run.starts()] == [0, 1, 1]
-    assert job(number)["Restarts"] == "2" and job(number)["JobState"] == "COMPLETED"
+    assert decisions(run) == ["again", "again", "again", "done"]
+    assert [start["step"] for start in run.starts()] == [0, 1, 1, 1]
+    assert job(number)["Restarts"] == "3" and job(number)["JobState"] == "COMPLETED"
     assert "stopped by a signal, saved: requeued, from step 1" in run.log()
+    assert "the storage is away: requeued, from step 1" in run.log()
     goodput = {"ettr": 0.75, "wall_s": 200.0, "seconds": {"step": 150.0, "save": 50.0}}
     (run.run / "goodput.json").write_text(json.dumps(goodput))
     status = run.bifrost("status", str(run.run))

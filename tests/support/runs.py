@@ -58,6 +58,11 @@ def launched(arguments: list[str], **options: Any) -> Iterator[subprocess.Popen]
             process.kill()
 
 
+def children(pid: int) -> list[int]:
+    """Child processes, of all its threads."""
+    return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+
+
 def wait_for_steps(run: Path, count: int, timeout: float = 300) -> None:
     """Until the run has logged `count` steps."""
     deadline = time.monotonic() + timeout

@@ -1,5 +1,6 @@
 """One live start a run: of many at once exactly one wins, and a dead owner is succeeded."""
 
+import errno
 import json
 import os
 import subprocess
@@ -186,8 +187,19 @@ def test_an_owner_that_lost_its_lock_ends(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(RunError, match="run: File exists"):
+    with pytest.raises(RunError, match="run: File exists; free disk space or mend") as caught:
         RunLock(tmp_path / "run").acquire()
+    assert not caught.value.passing
+
+
+def test_storage_that_is_away_is_no_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(self: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "mkdir", stale)
+    with pytest.raises(RunError, match="Stale file handle; check the storage") as caught:
+        RunLock(tmp_path / "run").acquire()
+    assert caught.value.passing
 
 
 @pytest.mark.multi

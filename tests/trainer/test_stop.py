@@ -56,9 +56,9 @@ def test_ranks_get_different_signals_with_their_workers(shards: Path, tmp_path: 
     with runs.launched(arguments, stdout=subprocess.DEVNULL) as launcher:
         run = tmp_path / "tiny-mllm"
         runs.wait_for_steps(run, 2)
-        first, second = children(launcher.pid)
+        first, second = runs.children(launcher.pid)
         family = descendants(launcher.pid)
-        assert len(children(second)) >= 2, "its workers"
+        assert len(runs.children(second)) >= 2, "its workers"
         os.killpg(second, signal.SIGUSR1)
         time.sleep(0.3)
         os.killpg(first, signal.SIGTERM)
@@ -98,9 +98,5 @@ def test_a_killed_launcher_takes_its_ranks_along(shards: Path, tmp_path: Path) -
             time.sleep(0.05)
 
 
-def children(pid: int) -> list[int]:
-    return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
-
-
 def descendants(pid: int) -> list[int]:
-    return [*children(pid), *(deeper for child in children(pid) for deeper in descendants(child))]
+    return [*runs.children(pid), *(deeper for child in runs.children(pid) for deeper in descendants(child))]

@@ -9,7 +9,7 @@ import typer
 
 from ...recipes import load_recipe
 from ..launch import adopt_rank
-from ..monitors.stop import hold_signals
+from ..monitors.stop import ignore_signals
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -99,5 +99,5 @@ def bench_scale(
         code = scale.run_points(settings, modes, scale.read_ranks(ranks), out, [recipe, *(overrides or []), *options])
     else:
         code = scale.measure(settings, modes[0], steps, out)
-        hold_signals()  # one more, while Python ends, would change the code
+        ignore_signals()
     raise typer.Exit(code)

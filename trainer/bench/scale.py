@@ -230,8 +230,8 @@ def show(modes: dict[Mode, list[dict[str, Any]]]) -> None:
         over = [one["ranks"] for one in points if unit == "core" and one["ranks"] > one["units"]]
         if over:
             console.print(
-                f"{', '.join(map(str, over))} ranks share {points[0]['units']} cores: these rows show what more"
-                " processes cost, not what more machines bring.",
+                f"{', '.join(map(str, over))} ranks share {max(one['units'] for one in points)} cores: these rows show"
+                " what more processes cost, not what more machines bring.",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -218,15 +218,16 @@ def agreed(action: Callable[[], Any], verb: str, rank: int, gather: Gather) -> l
     try:
         result = action()
     except OSError as error:
-        remedy = "free disk space or mend the folder's permissions"
-        failure = f"rank {rank} could not {verb} the checkpoint: {error.filename}: {error.strerror}; {remedy}"
         cause = error
+        failure = RunError.of_storage(f"rank {rank} could not {verb} the checkpoint: {error.filename}", error)
     except Exception as error:  # any other failure must reach the other ranks too, or they wait for this one
-        failure, cause = f"rank {rank} could not {verb} the checkpoint: {error}", error
+        failure, cause = RunError(f"rank {rank} could not {verb} the checkpoint: {error}"), error
     outcomes = gather((result, failure, isinstance(cause, OSError)))
-    failures = sorted((storage, rank, text) for rank, (_, text, storage) in enumerate(outcomes) if text)
+    failures = sorted((storage, rank) for rank, (_, failure, storage) in enumerate(outcomes) if failure)
     if failures:
-        storage, _, text = failures[0]  # one that is not the disk's comes first
+        storage, first = failures[0]  # one that is not the disk's comes first
         also = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
-        raise (StorageError if storage else RunError)(text + also) from cause
+        raised = (StorageError if storage else RunError)(f"{outcomes[first][1]}{also}")
+        raised.passing = outcomes[first][1].passing
+        raise raised from cause
     return [result for result, *_ in outcomes]

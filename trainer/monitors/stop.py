@@ -13,6 +13,13 @@ def hold_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
+def ignore_signals() -> None:
+    """The run is over: one more stop signal changes nothing, its exit code above all. Blocked, one would still reach
+    another thread while Python, as it ends, gives signals their deadly default back."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopSignals:
     """Remembers that a stop signal came. A second SIGINT, an impatient person, interrupts at once."""
 

@@ -13,20 +13,18 @@ import json
 import os
 import posixpath
 import zlib
-from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from fsspec.core import url_to_fs
 from safetensors.torch import load
 from torch import Tensor
 
 from ...data import DataError
-from ...data.index import load_header
-from ...data.shards import THREADS, File, expand, open_file
+from ...data.files import File, OpenShards, filesystem, open_file
+from ...data.index import HEADER_LIMIT, load_header
+from ...data.shards import expand, shared, spread
 from ...recipes import Recipe
 from ..errors import RunError
 from ..models.flux import SPACE_TO_DEPTH_KEY, FluxFolder, FluxTokenizers, Part
@@ -35,7 +33,6 @@ from ..ranks import Gather, alone
 Kind = Literal["vae", "text"]
 PARTS: dict[Kind, tuple[Part, ...]] = {"vae": ("vae",), "text": ("text_encoder", "text_encoder_2")}
 VERSION = 1
-HEADER_LIMIT = 4096  # bytes; headers are about 300
 AGAIN = "run `bifrost data encode` with this recipe"
 
 
@@ -106,7 +103,7 @@ def lines_path(tar: str) -> str:
 
 def read_header(tar: str) -> Header | None:
     """The header of a cache's shard; None where it is missing or does not parse."""
-    fs, path = url_to_fs(lines_path(tar))
+    fs, path = filesystem(lines_path(tar))
     try:
         return Header(**json.loads(fs.cat_file(path, start=0, end=HEADER_LIMIT).partition(b"\n")[0]))
     except (FileNotFoundError, ValueError, TypeError):
@@ -116,7 +113,7 @@ def read_header(tar: str) -> Header | None:
 def problem_of(shard: str, tar: str, made: str) -> str | None:
     """Why the cache's `tar` of an original shard cannot be used, from header and size; None if it can."""
     header = read_header(tar)
-    fs, path = url_to_fs(tar)
+    fs, path = filesystem(tar)
     if header is None or not fs.exists(path):
         return "missing"
     if header.made != made:
@@ -128,12 +125,13 @@ def problem_of(shard: str, tar: str, made: str) -> str | None:
     return None
 
 
-def open_cache(kind: Kind, recipe: Recipe, made: dict[str, Any]) -> Cache:
-    """The cache that the recipe needs; RunError when it is missing, not whole, or made by or of anything else."""
-    shards, name = expand(recipe.data.shards), digest(made)
+def open_cache(kind: Kind, recipe: Recipe, made: dict[str, Any], rank: int = 0, gather: Gather = alone) -> Cache:
+    """The cache that the recipe needs; RunError when it is missing, not whole, or made by or of anything else. Each
+    rank looks at its share of it."""
+    shards: list[str] = shared(lambda: expand(recipe.data.shards) if rank == 0 else [], gather)[0]
+    name = digest(made)
     tars = [place_of(shard, kind, name) for shard in shards]
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda shard, tar: problem_of(shard, tar, name), shards, tars))
+    found = spread(lambda shard: problem_of(shard, place_of(shard, kind, name), name), shards, rank, gather)
     problems = [(tar, problem) for tar, problem in zip(tars, found, strict=True) if problem]
     if not problems:
         return Cache(tars, max_open=max(64, 2 * recipe.data.block))
@@ -148,7 +146,7 @@ def open_cache(kind: Kind, recipe: Recipe, made: dict[str, Any]) -> Cache:
 
 def _difference(shard: str, kind: Kind, made: dict[str, Any]) -> str | None:
     """What tells another cache beside `shard` from the one that is needed."""
-    fs, folder = url_to_fs(posixpath.dirname(shard) or ".")
+    fs, folder = filesystem(posixpath.dirname(shard) or ".")
     for file in sorted(fs.glob(f"{folder}/cache-{kind}-*/made.json")):
         theirs = json.loads(fs.cat_file(file))
         fields = [name for name in made if theirs.get(name) != made[name]]
@@ -162,13 +160,18 @@ def _short(value: object) -> str:
     return value[:12] if isinstance(value, str) else json.dumps(value)
 
 
+@dataclass(frozen=True)
+class _Shard:
+    lines: list[bytes]
+    file: File
+
+
 class Cache:
     """One kind's stored tensors, read sample by sample; every read is checked."""
 
     def __init__(self, tars: Sequence[str], max_open: int = 64) -> None:
         self.tars = list(tars)
-        self.max_open = max_open
-        self._open: OrderedDict[int, tuple[list[bytes], File]] = OrderedDict()
+        self.opened = OpenShards(self.tars, self._open, max_open)
 
     def read(self, origin: tuple[int, int], key: str) -> dict[str, Tensor]:
         """Tensors of the sample with number `origin[1]` in shard `origin[0]`, which must be `key`'s."""
@@ -179,35 +182,24 @@ class Cache:
         return self._read(shard, -1, "")
 
     def _read(self, shard: int, line: int, key: str) -> dict[str, Tensor]:
-        lines, file = self._opened(shard)
         try:
-            found, *place = json.loads(lines[line])
+            found, *place = json.loads(self.opened.read(shard, lambda opened: opened.lines[line]))
             if found == key:
                 offset, size, check = place
-                content = file.read(offset, size)
+                content = self.opened.read(shard, lambda opened: opened.file.read(offset, size))
                 if zlib.crc32(content) == check:
                     return load(content)
-        except (OSError, ValueError, IndexError):
+        except DataError:
+            raise
+        except (ValueError, IndexError):
             pass
         what = f"sample {key}" if key else "the empty caption"
         raise DataError(f"{self.tars[shard]}: damaged or incomplete at {what}; {AGAIN}")
 
-    def _opened(self, shard: int) -> tuple[list[bytes], File]:
-        if shard not in self._open:
-            tar = self.tars[shard]
-            fs, path = url_to_fs(lines_path(tar))
-            try:
-                lines, file = fs.cat_file(path).splitlines()[1:], open_file(tar)
-            except OSError as error:
-                raise DataError(f"{tar}: cannot be opened any more ({error}); check the storage") from None
-            self._open[shard] = lines, file
-            if len(self._open) > self.max_open:
-                self._open.popitem(last=False)[1][1].close()
-        self._open.move_to_end(shard)
-        return self._open[shard]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": OrderedDict()}  # descriptors do not travel
+    def _open(self, shard: int) -> _Shard:
+        tar = self.tars[shard]
+        fs, path = filesystem(lines_path(tar))
+        return _Shard(fs.cat_file(path).splitlines()[1:], open_file(tar))
 
 
 def same_content(tar: str, header: Header) -> bool:

@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data import DataError, Item, stacked
+from ...data import Item, stacked
 from ...kernels import short_on_cpu
 from ...recipes import Recipe
 from ...recipes.schema import Flux
-from ..errors import RunError
 from ..kernel_choice import KernelChoice, choose_kernels
 from ..models import flux as flow
 from ..models import latent_controlnet, weights
@@ -249,17 +248,11 @@ class ControlNetStage:
         return {"prefix_attention": record["prefix_attention"]}
 
     def open_caches(self, rank: int = 0, ranks: int = 1, gather: Gather = alone) -> dict[Kind, Cache]:
-        """Open what the recipe wants cached; RunError, on all ranks alike, when it is not this recipe's."""
+        """Open what the recipe wants cached; an error, on all ranks alike, when it is not this recipe's."""
         self.caches = {}
         for kind in cached_kinds(self.recipe):
             made = made_by(kind, self.recipe, self.folder, rank, ranks, gather)
-            failure = None
-            try:
-                self.caches[kind] = open_cache(kind, self.recipe, made)
-            except (RunError, DataError) as error:
-                failure = str(error)
-            if failures := [text for text in gather(failure) if text]:
-                raise RunError(failures[0])
+            self.caches[kind] = open_cache(kind, self.recipe, made, rank, gather)
         return self.caches
 
     def build(self) -> LatentControlNetModel:
