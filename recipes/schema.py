@@ -211,7 +211,7 @@ class Watchdog(Section):
     step_s: float | None = Field(default=None, gt=0)
     """Seconds for an ordinary step; null takes 20 usual ones and at least 100 s, once five steps have been timed."""
     start_s: float = Field(default=1500.0, gt=0)
-    """Seconds for the start, up to the end of its first step."""
+    """Seconds for the start, up to the end of its first step; all ranks have to come within a fifth of it."""
     save_s: float = Field(default=1500.0, gt=0)
     """Seconds for a step with work beside it: a save, pictures, a roll-back."""
 

@@ -18,12 +18,12 @@ from ..data.cli import app as data_app
 from ..recipes import Recipe, RecipeError, load_recipe, to_yaml
 from ..slurm import SlurmError
 from ..slurm.cli import slurm_app
-from ..slurm.codes import DONE, FAILED, LOCKED, LOST, USAGE
+from ..slurm.codes import DONE, FAILED, HUNG, LOCKED, LOST, USAGE
 from ..slurm.ranks import remove_private_folders
 from ..slurm.record import record_outcome
 from .bench.cli import app as bench_app
 from .checkpoint.cli import app as checkpoint_app
-from .errors import Locked, RunError, Unhealthy
+from .errors import Locked, RunError, Unhealthy, Unmet
 from .evaluate_cli import evaluate
 from .generate_cli import generate
 from .launch import adopt_rank, run_ranks
@@ -213,6 +213,8 @@ def main() -> None:
         _fail(error, LOCKED if isinstance(error, Locked) else LOST if passing else USAGE)
     except Unhealthy as error:
         _fail(error, FAILED)
+    except Unmet as error:
+        _fail(error, HUNG)
 
 
 def _fail(error: Exception, code: int) -> NoReturn:

@@ -37,3 +37,7 @@ class Locked(RunError):
 
 class Unhealthy(RuntimeError):
     """Training cannot usefully go on; the message is one line with the reason."""
+
+
+class Unmet(RuntimeError):
+    """A rank of this start did not come; the message is one line that names it. To be started again."""

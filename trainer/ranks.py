@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import HashStore
 
-from ..slurm.record import this_start
+from .meeting import come, meet
 
 Gather = Callable[[object], list[Any]]
 """All-gather of a Python object: every rank passes one and gets those of all ranks, in rank order."""
@@ -85,42 +85,36 @@ class Ranks:
             dist.barrier()
 
 
-def join(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
+def join(timeout: timedelta = timedelta(minutes=30), wait_s: float = 300) -> Ranks:
     """Join the process group that RANK, WORLD_SIZE and LOCAL_RANK of the environment describe; alone without them.
 
-    BIFROST_RENDEZVOUS names a file for ranks of one machine (no port to be taken); otherwise MASTER_ADDR and
-    MASTER_PORT are used. `timeout` is that of each collective, this first meeting included.
+    timeout: of each collective. wait_s: seconds in which all ranks have to come; Unmet on each names who did not.
     """
     # The last collectives are remembered, for whoever asks why a run hangs (monitors/stacks.py).
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     # DeepSpeed reads these too.
     rank, size, local = (int(os.environ.setdefault(*d)) for d in _ALONE)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        file = os.environ.get("BIFROST_RENDEZVOUS")
-        store = None
-        if size == 1:
-            store = HashStore()
-        elif not file and "SLURM_STEP_ID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-            store = _start_store(rank, size, timeout)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=(f"file://{file}" if file else "env://") if store is None else None,
-            store=store,
-            rank=rank,
-            world_size=size,
-            timeout=timeout,
-        )
+    if dist.is_initialized():
+        return Ranks(rank, size, _device(local))
+    if size == 1:
+        device, store = _device(local), HashStore()
+    elif "TORCHELASTIC_RUN_ID" in os.environ and "BIFROST_RENDEZVOUS" not in os.environ:
+        # torchrun has met already, in a store that may still hold the words of an earlier attempt.
+        device, store = _device(local), None
+    else:
+        # Before the device is touched: a broken one may never answer.
+        store = come(rank, size, wait_s)
+        device = _device(local)
+        meet(store, rank, size, wait_s)
+        store.set_timeout(timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return Ranks(rank, size, device)
 
 
-def _start_store(rank: int, size: int, timeout: timedelta) -> Store:
-    """Where the ranks of this start of a Slurm job meet, at MASTER_ADDR and MASTER_PORT, and none of another start.
-
-    A rank of a start that Slurm believes dead, or of a job whose id gives the same port, would pass for one of ours.
-    """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return PrefixStore(this_start(), TCPStore(address, port, size, rank == 0, timeout))
+def _device(local: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device

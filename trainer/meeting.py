@@ -1,0 +1,113 @@
+"""Where the ranks of one start meet, and which of them never came.
+
+Each rank says in a store that it has come, and once more when its device has answered. Rank 0 waits for all, for so
+long and no longer, and says the verdict to the others.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
+
+from ..slurm.codes import HUNG
+from ..slurm.ranks import expand_hosts
+from ..slurm.record import record_outcome, this_start
+from .errors import Unmet
+
+
+def this_host() -> str:
+    """Name of this machine. Nodes of a cluster on one machine have names of their own."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
+def come(rank: int, size: int, wait_s: float) -> Store:
+    """The store of this start, in which this rank has said that it has come; Unmet when rank 0 opens none.
+
+    BIFROST_RENDEZVOUS names a file for ranks of one machine (no port to be taken); otherwise rank 0 opens a store at
+    MASTER_ADDR and MASTER_PORT.
+    """
+    if file := os.environ.get("BIFROST_RENDEZVOUS"):
+        store: Store = FileStore(file, size)
+    else:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            opened = TCPStore(address, port, size, rank == 0, timedelta(seconds=wait_s), wait_for_workers=False)
+        except RuntimeError as error:
+            if rank == 0:
+                raise
+            raise Unmet(f"rank {rank}: rank 0 cannot be reached at {address}:{port} within {wait_s:.0f} s") from error
+        # A rank of a start that Slurm believes dead, or of a job whose id gives the same port, would pass for ours.
+        store = PrefixStore(this_start(), opened)
+    store.set(f"came-{rank}", this_host())
+    return store
+
+
+def meet(store: Store, rank: int, size: int, wait_s: float) -> None:
+    """This rank's device has answered: wait for the others. Unmet on every rank, with who is missing, where one is."""
+    store.set(f"ready-{rank}", "")
+    if rank == 0:
+        verdict, host = _missing(store, size, wait_s)
+        if verdict:
+            record_outcome(HUNG, verdict, host=host)
+        store.set("met", verdict)
+    else:
+        try:
+            # It decides so long after its own coming, which may be later than this rank's.
+            store.wait(["met"], timedelta(seconds=2 * wait_s))
+            verdict = store.get("met").decode()
+        except RuntimeError as error:
+            raise Unmet(f"rank {rank}: rank 0 has not come, or has left or stands still before all had met") from error
+    if verdict:
+        raise Unmet(verdict)
+
+
+def _missing(store: Store, size: int, wait_s: float) -> tuple[str, str | None]:
+    """Who is not ready within `wait_s`, in one line, and the host if it is a single one; nothing to say if all are."""
+    try:
+        store.wait([f"ready-{rank}" for rank in range(size)], timedelta(seconds=wait_s))
+        return "", None
+    except RuntimeError:
+        came = {rank: store.get(f"came-{rank}").decode() for rank in range(size) if store.check([f"came-{rank}"])}
+        ready = {rank for rank in came if store.check([f"ready-{rank}"])}
+        # The last one may have come just now.
+        return ("", None) if len(ready) == size else absence(size, wait_s, came, ready, _nodes())
+
+
+def absence(
+    size: int, wait_s: float, came: Mapping[int, str], ready: set[int], nodes: Sequence[str]
+) -> tuple[str, str | None]:
+    """A line on the ranks that are not ready, and their host if it is a single one.
+
+    came: hosts of the ranks that have come. nodes: of the whole step, empty where nobody knows them.
+    """
+    blocked = {rank: host for rank, host in came.items() if rank not in ready}
+    if len(came) == size:
+        hosts = list(dict.fromkeys(blocked.values()))
+        line = f"{_some(list(blocked))} of {size} came, but no device answered there within {wait_s:.0f} s"
+    else:
+        counts = Counter(came.values())
+        # As many ranks on each node: the launchers start them so, and the table of ranks refuses others.
+        hosts = [] if not nodes or size % len(nodes) else [n for n in nodes if counts[n] < size // len(nodes)]
+        line = (
+            f"{_some([rank for rank in range(size) if rank not in came])} of {size} did not come within {wait_s:.0f} s"
+        )
+    where = f", on {_listed(hosts)}" if hosts else ""
+    return f"{line}{where}", hosts[0] if len(hosts) == 1 else None
+
+
+def _some(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {_listed([str(rank) for rank in ranks])}"
+
+
+def _listed(names: Sequence[str], shown: int = 8) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def _nodes() -> list[str]:
+    listed = os.environ.get("SLURM_STEP_NODELIST") if "SLURM_STEP_ID" in os.environ else None
+    return expand_hosts(listed) if listed else []
