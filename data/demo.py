@@ -48,7 +48,7 @@ def make_demo(out: str | Path) -> Demo:
 
     A twentieth of the names is held out. Shards that are there already stay, so a killed run goes on where it was.
     """
-    out, console = Path(out), Console(stderr=True)
+    out, console = Path(out), Console(stderr=True, markup=False, emoji=False)
     drawings = _drawings()
     held = {name for name in drawings if int(hashlib.md5(name.encode()).hexdigest(), 16) % 20 == 0}
     parts = {

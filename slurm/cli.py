@@ -66,7 +66,9 @@ def preflight(
 def submit(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value settings.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.path=value settings, such as optimizer.lr=3e-4.")
+    ] = None,
     nodes: Annotated[str, typer.Option(help="Nodes, or the fewest and the most, such as 2-8.")] = "1",
     gpus_per_node: Annotated[int, typer.Option(help="GPUs a node, one rank each; 0 on a CPU cluster.", min=0)] = 8,
     tasks_per_node: Annotated[int | None, typer.Option(help="Ranks a node, without GPUs.", min=1)] = None,

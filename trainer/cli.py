@@ -30,6 +30,7 @@ from .launch import adopt_rank, run_ranks
 from .monitors.goodput_cli import goodput
 from .monitors.stop import ignore_signals
 from .monitors.track_cli import app as track_app
+from .options import Overrides, RanksOption, RecipeArgument
 from .plan_cli import plan
 from .replay_cli import replay
 from .report.cli import compare, report
@@ -54,10 +55,6 @@ app.command()(replay)
 
 kernels_app = typer.Typer(no_args_is_help=True)
 app.add_typer(kernels_app, name="kernels", help="Triton kernels: compile, check, time.")
-
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
-RanksOption = Annotated[int | None, typer.Option(help="Processes on this machine; default one a GPU.", min=1)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value settings, such as optimizer.lr=3e-4.")]
 
 
 @app.command()

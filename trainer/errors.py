@@ -1,6 +1,11 @@
 """The trainer's errors for its users."""
 
+from __future__ import annotations
+
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 MAY_PASS = {
     errno.EAGAIN,
@@ -22,7 +27,7 @@ class RunError(ValueError):
     """Whether another start may well go on with nothing mended."""
 
     @classmethod
-    def of_storage(cls, where: object, error: OSError) -> "RunError":
+    def of_storage(cls, where: object, error: OSError) -> RunError:
         """What an operating system's error at `where` means for a run."""
         passing = error.errno in MAY_PASS
         remedy = "check the storage" if passing else "free disk space or mend the folder's permissions"
@@ -41,3 +46,12 @@ class Unhealthy(RuntimeError):
 
 class Unmet(RuntimeError):
     """A rank of this start did not come; the message is one line that names it. To be started again."""
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Around what writes a command's result to `place`: that it cannot is a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{place}: cannot be written ({error}); mend that or name another place") from error

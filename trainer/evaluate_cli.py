@@ -15,7 +15,7 @@ import typer
 
 from ..data.files import write_atomic
 from ..data.shards import open_dataset
-from .errors import RunError
+from .errors import RunError, writing
 from .generate_cli import Reveal
 
 if TYPE_CHECKING:
@@ -101,13 +101,11 @@ def evaluate(
     text = table(found)
     picture = io.BytesIO()
     found.sheet.save(picture, "PNG")
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / SHEET, picture.getvalue())
         write_atomic(out / TABLE, text.encode())
         write_atomic(out / METRICS, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
-    except OSError as error:
-        raise RunError(f"{out}: {error}; name a folder that can be written") from error
     print(text, end="")
     print(f"{out}: {METRICS}, {TABLE}, {SHEET}")
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor
 
 from ..kernels import PrefixLayout
 from ..kernels.attention import unavailable
-from ..recipes import Recipe, load_recipe
+from ..recipes import Recipe, explain, load_recipe
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.state import CheckpointWeights, restore_statistics
 from .checkpoint.store import Store
@@ -229,13 +230,22 @@ def _recipe(path: Path, stage: str) -> Recipe:
     exported = path / "config.json"
     if (path / RECIPE).is_file():
         recipe = load_recipe(path / RECIPE)
-    elif exported.is_file() and isinstance(found := json.loads(exported.read_text()), dict) and "recipe" in found:
-        recipe = Recipe.model_validate(found["recipe"])
-    else:
+    elif (recipe := _exported(exported) if exported.is_file() else None) is None:
         raise RunError(f"{path}: neither a run folder nor an export of one: no {RECIPE}, and none in config.json")
     if recipe.stage != stage:
         raise RunError(f"{path}: is a {recipe.stage} run, here a {stage} run is needed")
     return recipe
+
+
+def _exported(file: Path) -> Recipe | None:
+    """The recipe in an export's `config.json`; None in one of something else."""
+    try:
+        found = json.loads(file.read_bytes())
+        return Recipe.model_validate(found["recipe"]) if isinstance(found, dict) and "recipe" in found else None
+    except ValidationError as error:
+        raise RunError(f"{file}: {explain(error, Recipe)}; mend that there, or export the run again") from error
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: is not JSON ({error}); export the run again") from error
 
 
 def _checkpoint(path: Path) -> CheckpointReader:

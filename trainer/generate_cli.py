@@ -33,6 +33,7 @@ from .generate_files import (
     write,
 )
 from .launch import adopt_rank, run_ranks
+from .options import RanksOption
 
 if TYPE_CHECKING:
     from .generate import Generator, Settings
@@ -71,7 +72,7 @@ def generate(
     no_controlnet: Annotated[bool, typer.Option("--no-controlnet", help="A control: FLUX by its text alone.")] = False,
     empty_prompt: Annotated[bool, typer.Option("--empty-prompt", help="A control: FLUX without its text.")] = False,
     batch: Annotated[int, typer.Option(help="Images made together.", min=1)] = 8,
-    ranks: Annotated[int | None, typer.Option(help="Processes on this machine; default one a GPU.", min=1)] = None,
+    ranks: RanksOption = None,
 ) -> None:
     """Make images of prompts through both stages: a file each, a contact sheet, and what they were made with."""
     if latents_from is not None and no_controlnet:
@@ -160,7 +161,7 @@ def _arguments(context: typer.Context) -> list[str]:
         value = context.params[str(parameter.name)]
         if parameter.param_type_name == "argument":
             last = ["--", *(value or [])]
-        elif parameter.name != "ranks" and value not in (None, False):
+        elif parameter.name != "ranks" and value is not None and value is not False:
             plain = value.value if isinstance(value, Enum) else value
             arguments.append(parameter.opts[0] if value is True else f"{parameter.opts[0]}={plain}")
     return arguments + last

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..data.files import commit, write_atomic
 from ..data.transforms import clean_caption
-from .errors import RunError
+from .errors import RunError, writing
 from .sheet import sheet
 
 RECORD, SHEET = "prompts.jsonl", "sheet.png"
@@ -119,9 +119,10 @@ def check(out: Path, wanted: bytes) -> None:
 def begin(out: Path, wanted: bytes) -> None:
     """Write the record, unless another command took the folder in the meantime."""
     check(out, wanted)
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / RECORD).exists():
-        write_atomic(out / RECORD, wanted)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / RECORD).exists():
+            write_atomic(out / RECORD, wanted)
 
 
 def write(out: Path, picture: Picture, images: Sequence[Image.Image], layout: Layout) -> None:
@@ -164,7 +165,9 @@ def draw_sheet(out: Path, pictures: Sequence[Picture]) -> None:
     for row in range(len(shown[0])):
         label = "" if len(shown[0]) == 1 else f"sample {row}"
         rows[label] = [Image.open(out / column[row].file) for column in shown]
-    write_atomic(out / SHEET, _png(sheet(rows, [column[0].prompt.text for column in shown])))
+    picture = _png(sheet(rows, [column[0].prompt.text for column in shown]))
+    with writing(out):
+        write_atomic(out / SHEET, picture)
 
 
 def clean(text: str) -> str:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..recipes import load_recipe
-from .errors import RunError
+from .errors import RunError, writing
+from .options import Overrides, RecipeArgument
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value settings.")] = None,
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
     gpus: Annotated[str, typer.Option(help="Numbers of GPUs, such as 8,64,256.")] = "8,64,256,512",
     device: Annotated[str | None, typer.Option(help="h200, h100, a100, …, or a file; default this machine's.")] = None,
     samples: Annotated[int | None, typer.Option(help="Samples to cost; default the recipe's whole run.", min=1)] = None,
@@ -31,21 +31,20 @@ def plan(
     chosen = find_device(device) if device else this_device()
     if plot and (chosen is None or chosen.bf16_tflops is None):
         raise RunError("--plot: nothing to draw without times; give a --device that has bf16_tflops")
-    from rich.console import Console
-
     from .flops import parts
     from .planner.curves import draw
     from .planner.report import Report
+    from .terminal import terminal
 
     report = Report(settings, parts(settings, text_tokens), counts, chosen, text_tokens)
     samples = samples or settings.steps * settings.global_batch
     if as_json:
         print(json.dumps(report.as_json(samples), indent=2))
     else:
-        # Wide tables are for reading in full: a file or a pipe has no width to fold them to.
-        report.show(Console(width=None if sys.stdout.isatty() else 200), samples)
+        report.show(terminal(), samples)
     if plot and chosen:
-        draw(report.parts, settings, chosen, plot)
+        with writing(plot):
+            draw(report.parts, settings, chosen, plot)
 
 
 def _counts(text: str) -> list[int]:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..data.files import write_atomic
-from .errors import RunError
+from .errors import RunError, writing
 from .history import History
+from .terminal import terminal
 
 if TYPE_CHECKING:
     from .replay import Replay
@@ -45,12 +45,13 @@ def replay(
 
     found = rebuild(run, place, weights_step)
     out = out or run / "replay" / f"step-{place.step:08d}-batch-{place.batch:08d}"
-    out.mkdir(parents=True, exist_ok=True)
     record = json.dumps(found.record(), indent=1)
-    write_atomic(out / RECORD, record.encode())
     picture = io.BytesIO()
     found.sheet(SHOWN).save(picture, "PNG")
-    write_atomic(out / SHEET, picture.getvalue())
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / RECORD, record.encode())
+        write_atomic(out / SHEET, picture.getvalue())
     if as_json:
         print(record)
     else:
@@ -58,7 +59,7 @@ def replay(
 
 
 def _print(found: Replay, out: Path) -> None:
-    console = Console()
+    console = terminal()
     place = found.place
     lines = [f"step {place.step}, global batch {place.batch}: {len(found.samples)} samples, loss {found.loss:.6g}"]
     if place.line and place.line["loss"] is not None:
@@ -73,7 +74,7 @@ def _print(found: Replay, out: Path) -> None:
         lines.append(f"before a rollback the step was also tried with --batch {' and '.join(map(str, place.others))}")
     lines += [f"{key} could not be read, a neighbour came instead: {reason}" for key, reason in found.replaced]
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     drawn = [name for name in found.samples[0] if name in ("mask_rate", "noise_level")]
     table = Table("loss", "key", *(name.replace("_", " ") for name in drawn), "caption")
     order = found.worst(SHOWN)
@@ -83,4 +84,4 @@ def _print(found: Replay, out: Path) -> None:
     console.print(table)
     if len(order) < len(found.samples):
         console.print(f"and {len(found.samples) - len(order)} with lower losses, in {RECORD}")
-    console.print(f"{out / RECORD} and {SHEET}", highlight=False, soft_wrap=True)
+    console.print(f"{out / RECORD} and {SHEET}", soft_wrap=True)

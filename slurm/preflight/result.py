@@ -39,7 +39,7 @@ def conclude(findings: Findings, verdict: Verdict, run: Path | None, site: Memor
         print(f"preflight: the verdict is not kept: {error}", file=sys.stderr)
     if verdict.code != DONE:
         record_outcome(verdict.code, f"preflight: {verdict.line}")
-    Console().print(table(findings))
+    Console(markup=False, emoji=False).print(table(findings))
     print(f"preflight: {verdict.line}" if verdict.code == DONE else f"error: preflight: {verdict.line}", flush=True)
     return verdict.code
 

@@ -10,11 +10,9 @@ import typer
 from ...recipes import load_recipe
 from ..launch import adopt_rank
 from ..monitors.stop import ignore_signals
+from ..options import Overrides, RecipeArgument
 
 app = typer.Typer(no_args_is_help=True)
-
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value settings.")]
 
 
 @app.command("step")

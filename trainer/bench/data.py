@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,14 +13,14 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
 from ...data import bench as rivals
 from ...data.photos import QUALITY, make_photos
 from ...data.transforms import decode_sizes
 from ...recipes import load_recipe
-from ..errors import RunError
+from ..errors import RunError, writing
+from ..terminal import terminal
 from .machine import machine, told, usable_cores
 
 READER = "our reader"
@@ -74,8 +73,9 @@ def bench(
     record["seconds_a_sample"] = {**spent, "queue and the rest": a_sample - sum(spent.values())}
     _show(record)
     if out:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "data.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "data.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     return record
 
 
@@ -129,14 +129,13 @@ def _side(data: bytes) -> int:
 
 
 def _show(record: dict[str, Any]) -> None:
-    console = Console(width=None if os.isatty(1) else 200)
+    console = terminal()
     low, middle, high = record["shorter_side"]
     size = ", ".join(map(str, record["image_size"]))
     console.print(
         f"{record['samples']:,} samples of {record['source']}: shorter side {low} to {high} px (median {middle}),"
         f" {record['image_bytes'] / 1000:.0f} kB each; to {size} px, micro_batch {record['micro_batch']},"
         f" {record['processes']} processes.",
-        highlight=False,
         soft_wrap=True,
     )
     table = Table("", "samples/s", "reader / it", "rounds", title="Samples a second, medians", title_justify="left")
@@ -150,4 +149,4 @@ def _show(record: dict[str, Any]) -> None:
     for name, seconds in record["seconds_a_sample"].items():
         table.add_row(name, f"{1000 * seconds:.3f}", f"{seconds / whole:.1%}")
     console.print(table)
-    console.print(told(record["machine"]), highlight=False, soft_wrap=True)
+    console.print(told(record["machine"]), soft_wrap=True)

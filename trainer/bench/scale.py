@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
@@ -29,6 +28,7 @@ from ..planner import batch
 from ..profile import works
 from ..progress import Progress
 from ..run import train
+from ..terminal import terminal
 from .collectives import Clock
 from .machine import machine, told, usable_cores
 
@@ -206,7 +206,7 @@ def _a_unit(one: dict[str, Any]) -> float:
 
 def show(modes: dict[Mode, list[dict[str, Any]]]) -> None:
     """Print every point."""
-    console = Console(width=None if os.isatty(1) else 200)
+    console = terminal()
     for mode, points in modes.items():
         unit = points[0]["unit"]
         title = {"weak": "Weak scaling: micro_batch a rank stays", "strong": "Strong scaling: global_batch stays"}[mode]
@@ -232,10 +232,9 @@ def show(modes: dict[Mode, list[dict[str, Any]]]) -> None:
             console.print(
                 f"{', '.join(map(str, over))} ranks share {max(one['units'] for one in points)} cores: these rows show"
                 " what more processes cost, not what more machines bring.",
-                highlight=False,
                 soft_wrap=True,
             )
-    console.print(told(next(iter(modes.values()))[0]["machine"]), highlight=False, soft_wrap=True)
+    console.print(told(next(iter(modes.values()))[0]["machine"]), soft_wrap=True)
 
 
 def draw(modes: dict[Mode, list[dict[str, Any]]], file: Path) -> None:

@@ -25,7 +25,7 @@ from ..checkpoint.layout import local_range, reads, slice_size
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.part import Content
 from ..checkpoint.reader import rank_file
-from ..errors import Unhealthy
+from ..errors import Unhealthy, writing
 from ..flops import parts
 from ..planner import batch, plan
 from ..stages import open_stage
@@ -267,9 +267,10 @@ def memory(recipe: Recipe, shapes: Shapes, ranks: int) -> dict[str, Any]:
 def report(recipe: Recipe, ranks: int, out: Path) -> Simulation:
     """Simulate, print, and write `simulated-N.json` into `out`."""
     found = simulate(recipe, ranks)
-    out.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"simulated": True, **dataclasses.asdict(found)}, indent=2)
-    (out / f"simulated-{ranks}.json").write_text(text, encoding="utf-8")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"simulated-{ranks}.json").write_text(text, encoding="utf-8")
     print(f"{recipe.name} on {ranks} ranks, simulated in one process: nothing was run, everything is covered once.")
     for title, lines in told(found).items():
         print(f"{title} ({found.seconds[title]:.1f} s)")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...recipes import Recipe
-from ..errors import RunError
+from ..errors import RunError, writing
 from ..flops import Part, patch_latent_parts
 from ..kernel_choice import KernelChoice
 from ..models.backbone import architecture, read_config
@@ -102,8 +102,9 @@ def bench(
     }
     print(table(record, rows))
     if out:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "step.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "step.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return rows
 
 

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..errors import RunError
+from ..terminal import terminal
 from .manifest import Manifest, read_manifest
 from .reader import CheckpointReader
 from .store import Store
 
 app = typer.Typer(help="List, verify and show the checkpoints of a run.", no_args_is_help=True)
-console = Console()
 
 Run = Annotated[Path, typer.Argument(help="Run folder, such as runs/mllm-7b.", show_default=False)]
 Step = Annotated[int | None, typer.Option(help="Step of the checkpoint.", show_default=False)]
@@ -28,7 +27,7 @@ Step = Annotated[int | None, typer.Option(help="Step of the checkpoint.", show_d
 @app.command("list")
 def list_checkpoints(run: Run) -> None:
     """One line a checkpoint: step, time, ranks, size, and whether every file matches its hash."""
-    store = _store(run)
+    store, console = _store(run), terminal()
     table = Table("step", "saved", "ranks", "size", "verified")
     refused = []
     for step in store.steps():
@@ -44,19 +43,19 @@ def list_checkpoints(run: Run) -> None:
             table.add_row(str(step), saved, str(manifest.ranks), _size(manifest), verdict)
     console.print(table)
     for line in refused:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 @app.command()
 def verify(run: Run, step: Step = None) -> None:
     """Read every file of one checkpoint, or of all, and compare it with its hash; exit code 1 names each bad file."""
-    store = _store(run)
+    store, console = _store(run), terminal()
     bad = False
     for each in store.steps() if step is None else [_existing(store, step)]:
         problems = _problems(store, each)
         bad = bad or bool(problems)
         for line in problems or [f"{store.folder(each).name}: verified"]:
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
     if bad:
         raise typer.Exit(1)
 
@@ -64,13 +63,13 @@ def verify(run: Run, step: Step = None) -> None:
 @app.command()
 def show(run: Run, step: Step = None) -> None:
     """State, parameters and sizes of one checkpoint, the newest unless `--step` says which. Nothing is verified."""
-    store = _store(run)
+    store, console = _store(run), terminal()
     steps = store.steps()
     if step is None and not steps:
         raise RunError(f"{store.root} holds no checkpoint yet")
     reader = CheckpointReader(store.folder(_existing(store, steps[-1] if step is None else step)))
     line = f"{reader.folder}: saved by {reader.ranks} ranks, {_size(reader.manifest)}, slots {', '.join(reader.slots)}"
-    console.print(line, highlight=False, soft_wrap=True)
+    console.print(line, soft_wrap=True)
     state = Table("state", "value")
     for key, value in reader.state.items():
         state.add_row(key, str(value))

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from ...recipes import Recipe, load_recipe
-from ..errors import RunError
+from ..errors import RunError, writing
 from ..models.backbone import locate, read_config
 from ..models.latent_controlnet import write_config
 from ..models.weights import WeightFiles, public_name
@@ -46,12 +46,13 @@ def export(
         raise RunError(f"{run}: keeps no average of its weights (recipe key ema), leave --ema out")
     recipe = load_recipe(run / "recipe.yaml")
     pieces = {name: _piece(reader, slot, name, dtype) for name in reader.shapes}
-    if recipe.stage == "controlnet":
-        _write_controlnet(out, recipe, pieces, reader)
-    else:
-        _write_branch(out, recipe, layout, pieces, reader)
-        config = {"step": reader.step, "weights": slot, "recipe": recipe.model_dump(mode="json")}
-        (out / "config.json").write_text(json.dumps(config, indent=2))
+    with writing(out):
+        if recipe.stage == "controlnet":
+            _write_controlnet(out, recipe, pieces, reader)
+        else:
+            _write_branch(out, recipe, layout, pieces, reader)
+            config = {"step": reader.step, "weights": slot, "recipe": recipe.model_dump(mode="json")}
+            (out / "config.json").write_text(json.dumps(config, indent=2))
     return reader.step
 
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..terminal import terminal
 
 log = logging.getLogger("bifrost")
 
@@ -22,7 +23,7 @@ class Console:
         self._bar: Progress | None = None
         if shown and sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Terminal())
+            self._bar = Progress(*columns, console=terminal())
             self._task = self._bar.add_task("training", total=steps, completed=done)
             self._bar.start()
 
@@ -41,7 +42,7 @@ class Console:
     def say(self, line: str) -> None:
         log.info(line)
         if self._bar is not None:
-            self._bar.console.print(line, highlight=False)
+            self._bar.console.print(line)
         elif self.shown:
             print(line, flush=True)
 

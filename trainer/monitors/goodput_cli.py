@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..errors import RunError
+from ..terminal import terminal
 from .goodput import summary
 
 MEANING = {
@@ -43,10 +43,10 @@ def _show(found: dict[str, Any]) -> None:
     for kind, seconds in found["seconds"].items():
         table.add_row(kind, _duration(seconds), f"{seconds / found['wall_s']:.1%}", MEANING[kind])
     table.add_row("all", _duration(found["wall_s"]), "", f"{found['starts']} starts, {found['step']} steps")
-    terminal = Console()
-    terminal.print(table)
+    console = terminal()
+    console.print(table)
     lost = f", {found['lost_steps']} steps done twice" if found["lost_steps"] else ""
-    terminal.print(f"effective training time ratio {found['ettr']:.1%}{lost}")
+    console.print(f"effective training time ratio {found['ettr']:.1%}{lost}")
 
 
 def _duration(seconds: float) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...data.files import write_atomic
 from ...recipes import Recipe
 from ..flops import Part
 from . import Row, plan
@@ -63,4 +65,6 @@ def draw(parts: Sequence[Part], recipe: Recipe, device: Device, file: Path) -> N
     total.set_yscale("log")
     kept.set_ylim(0, 105)
     total.legend(frameon=False, fontsize=7)
-    figure.savefig(file, format="png", dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomic(file, picture.getvalue())

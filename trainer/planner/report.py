@@ -129,13 +129,12 @@ class Report:
 
     def show(self, console: Console, samples: int) -> None:
         recipe, size = self.recipe, checkpoint_bytes(self.parts, self.recipe)
-        console.print(f"[bold]{recipe.name}[/bold], predicted", highlight=False)
+        console.print(f"{recipe.name}, predicted", style="bold")
         console.print(self._parts())
         kept, recomputed = sum(p.kept for p in self.parts), sum(p.kept_recomputed for p in self.parts)
         console.print(
             f"activations kept a sample: {_gb(kept)} GB, with activation checkpointing {_gb(recomputed)} GB"
             f" ({'on' if recipe.activation_checkpointing else 'off'} in the recipe). A checkpoint: {_gb(size)} GB.",
-            highlight=False,
         )
         console.print(self._memory())
         console.print(self._traffic())
@@ -149,10 +148,9 @@ class Report:
                 console.print(
                     f"{row.gpus} GPUs need micro_batch={row.micro_batch}: with the recipe's {recipe.micro_batch},"
                     f" global_batch {recipe.global_batch} does not divide over them.",
-                    highlight=False,
                 )
         for sentence in [*(f"Left out: {reason}" for reason in self.left_out), *self.assumptions()]:
-            console.print(f"- {sentence}", highlight=False, soft_wrap=True)
+            console.print(f"- {sentence}", soft_wrap=True)
 
     def _parts(self) -> Table:
         again = self.recipe.activation_checkpointing

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import RunError
+from ...data.files import write_atomic
+from ..errors import RunError, writing
 
 
 def report(
@@ -50,28 +50,24 @@ def compare(
 
 
 def show(tables: dict[str, tuple[list[str], list[list[str]]]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    # A file or a pipe has no width to fold the tables to.
-    terminal = Console(width=None if sys.stdout.isatty() else 200)
+    from ..terminal import terminal
+
+    console = terminal()
     for title, (heads, rows) in tables.items():
         if not rows:
-            terminal.print(f"{title}: none", highlight=False)
+            console.print(f"{title}: none")
             continue
         table = Table(*heads, title=title, title_justify="left")
         for row in rows:
             table.add_row(*row)
-        terminal.print(table)
+        console.print(table)
 
 
 def write(file: Path, text: str, quiet: bool = False) -> None:
     """The page at `file`, whole or not at all. Raises RunError."""
-    aside = file.with_name(f"{file.name}.partial")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(file)
-    except OSError as error:
-        raise RunError(f"{file}: cannot be written: {error.strerror}; give another --out") from None
+    with writing(file):
+        write_atomic(file, text.encode())
     if not quiet:
         print(file)
