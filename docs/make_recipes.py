@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -24,8 +24,9 @@ for stage 1 [tiny-mllm](../recipes/tiny-mllm.yaml), [mllm-3b](../recipes/mllm-3b
 [mllm-7b](../recipes/mllm-7b.yaml), for stage 2 [tiny-controlnet](../recipes/tiny-controlnet.yaml) and
 [flux-controlnet](../recipes/flux-controlnet.yaml). The large ones are for 8 to 64 GPUs; `mllm-3b-256`,
 `mllm-7b-256` and `flux-controlnet-256` extend them to more: [their plans](plan.md#the-shipped-recipes-on-h200).
-`key.path=value` on the command line overrides one setting and is read as YAML, so that lists, `null` and `3e-4` work. A
-key that is not below is refused with the nearest one.
+`key.path=value` on the command line overrides one setting and is read as YAML, so that lists, `null` and `3e-4` work;
+what is not YAML, such as `*.tar`, is text. A key that is not below is refused with the nearest one, and a value of
+another type is refused as well, such as `true` or `"7"` for a number.
 
 A recipe with `extends: mllm-7b`, or with the path of another file seen from its folder, holds only what is different
 there:
@@ -89,6 +90,8 @@ def _kind(annotation: Any) -> str:
         return " or ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(_kind(option) for option in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return _kind(get_args(annotation)[0])
     if get_origin(annotation) in (list, tuple):
         return f"list of {_kind(get_args(annotation)[0])}"
     names = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}

@@ -1,6 +1,6 @@
 """Recipes: the typed description of a run, its loader, and one YAML file a published run."""
 
-from .load import FOLDER, RecipeError, apply_overrides, explain, load_recipe, shipped_recipes, to_yaml
+from .load import FOLDER, RecipeError, apply_overrides, explain, load_recipe, read_yaml, shipped_recipes, to_yaml
 from .schema import Recipe, Section
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "apply_overrides",
     "explain",
     "load_recipe",
+    "read_yaml",
     "shipped_recipes",
     "to_yaml",
 ]

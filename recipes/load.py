@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,39 @@ from pydantic import BaseModel, ValidationError
 from .schema import Recipe
 
 FOLDER = Path(__file__).parent
+FLOAT = "tag:yaml.org,2002:float"
 
 
 class RecipeError(ValueError):
     """A recipe or an override that cannot be used; the message says which, where and what to do."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes `3e-4` for text; here it is the number that its writer meant, and `1e5` or `5.0` an integer."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts text that the loader would take for a number in quotes."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(FLOAT, re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    value = loader.construct_yaml_float(node)
+    return int(value) if value.is_integer() else value
+
+
+_Loader.add_constructor(FLOAT, _number)
+
+
+def read_yaml(text: str) -> Any:
+    """What YAML `text` says. ValueError when it is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -48,9 +78,9 @@ def _find(source: str | Path) -> Path:
 def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The settings in a file, put over those of the recipe that it `extends`."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        tree = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of settings, this is {type(tree).__name__}")
     base = tree.pop("extends", None)
@@ -75,45 +105,30 @@ def _over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`tree` with each `key.path=value` set; values are read as YAML."""
-    tree = _numbers(tree)
+    """`tree` with each `key.path=value` set; values are read as YAML, or else, such as `*.tar`, are text."""
+    tree = dict(tree)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise RecipeError(f"override {override!r}: write key.path=value, such as optimizer.lr=3e-4")
         try:
-            value = _numbers(yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise RecipeError(f"override {override!r}: the value is not valid YAML") from error
+            value = read_yaml(text)
+        except ValueError:
+            value = text
         *parents, leaf = key.split(".")
         node = tree
         for depth, part in enumerate(parents):
-            if node.get(part) is None:
-                node[part] = {}
-            node = node[part]
-            if not isinstance(node, dict):
+            group = {} if node.get(part) is None else node[part]
+            if not isinstance(group, dict):
                 raise RecipeError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is not a group of settings")
+            node[part] = node = dict(group)
         node[leaf] = value
     return tree
 
 
 def to_yaml(recipe: Recipe) -> str:
     """The recipe with every default filled in, as YAML that `load_recipe` reads back."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-
-
-def _numbers(node: Any) -> Any:
-    """YAML 1.1 reads `3e-4` as a string: make it the number that its writer meant."""
-    if isinstance(node, dict):
-        return {key: _numbers(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_numbers(value) for value in node]
-    if isinstance(node, str) and node[:1] in "+-.0123456789" and "e" in node.lower():
-        try:
-            return float(node)
-        except ValueError:
-            return node
-    return node
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _validate(tree: dict[str, Any], where: str) -> Recipe:
@@ -142,7 +157,9 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
     if problem["type"] == "missing":
         return f"{key} is not set; add it to the recipe or give {key}=value"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key or 'recipe'}: {message[0].lower()}{message[1:]} (got {problem['input']!r})"
+    # Our own validators say what is wrong with which values; their input is a whole group, or the whole recipe.
+    got = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
+    return f"{key or 'recipe'}: {message[0].lower()}{message[1:]}{got}"
 
 
 def _section(path: list[str], model: type[BaseModel]) -> type[BaseModel] | None:

@@ -5,15 +5,17 @@ Names and nesting are the contract with cluster scripts. Nothing here touches a 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
-    """A group of settings: unknown keys are refused, values are never coerced from the wrong type silently."""
+    """A group of settings: unknown keys are refused, and so are values of another type; an integer is a number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Backbone(Section):
@@ -35,7 +37,7 @@ class MaskRate(Section):
     """Standard deviation of the normal before truncation."""
     low: float = Field(default=0.7, ge=0, le=1)
     """Smallest share of patches masked."""
-    high: float = Field(default=1.0, ge=0, le=1)
+    high: float = Field(default=1.0, gt=0, le=1)
     """Largest share of patches masked."""
 
     @model_validator(mode="after")
@@ -112,10 +114,14 @@ class Data(Section):
     """Largest share of unreadable samples before the run stops with their list."""
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(Section):
     lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    # Not strict: a pair is a list in YAML and JSON. What is in it is.
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), strict=False)
     """Decay rates of AdamW's two moments."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's denominator offset."""

@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
-from ..recipes import Section, explain
+from ..recipes import Section, explain, read_yaml
 from .errors import SlurmError
 
 
@@ -89,13 +88,13 @@ def load_site() -> Site:
     """The site file's settings; the defaults where there is none. SlurmError for one that cannot be used."""
     path = site_file()
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if "BIFROST_SITE" in os.environ:
             raise SlurmError(f"BIFROST_SITE: {path} does not exist") from None
         return Site()
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SlurmError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise SlurmError(f"{path}: not valid YAML: {error}") from error
     try:
         return Site.model_validate(tree or {})
     except ValidationError as error:

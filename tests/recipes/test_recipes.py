@@ -4,7 +4,7 @@ import pytest
 from pydantic import BaseModel
 
 import ranked
-from bifrost.recipes import Recipe, RecipeError, load_recipe, shipped_recipes, to_yaml
+from bifrost.recipes import Recipe, RecipeError, apply_overrides, load_recipe, shipped_recipes, to_yaml
 
 
 def test_shipped() -> None:
@@ -62,6 +62,19 @@ def dry_run(arguments: list[str]) -> None:
         ("seed", ["key.path=value"]),
         ("name.deep=1", ["name is not a group"]),
         ("zero.stage=2", ["zero.stage"]),
+        ("checkpoint.every=yes", ["checkpoint.every", "valid integer", "got True"]),
+        ("data.workers=true", ["data.workers", "valid integer", "got True"]),
+        ("watchdog.step_s=on", ["watchdog.step_s", "valid number", "got True"]),
+        ("steps='7'", ["steps", "valid integer", "got '7'"]),
+        ("steps=7.5", ["steps", "valid integer", "got 7.5"]),
+        ("optimizer.lr='3e-4'", ["optimizer.lr", "valid number", "got '3e-4'"]),
+        ("optimizer.lr=.inf", ["optimizer.lr", "finite"]),
+        ("branch.mask_rate.mean=.nan", ["branch.mask_rate.mean", "finite"]),
+        ("zero.overlap=1", ["zero.overlap", "valid boolean", "got 1"]),
+        ("optimizer.betas=[0.9, 1.5]", ["optimizer.betas.1", "less than 1", "got 1.5"]),
+        ("optimizer.betas=[0.9, true]", ["optimizer.betas.1", "valid number", "got True"]),
+        ("optimizer.betas=[0.9", ["optimizer.betas", "got '[0.9'"]),
+        ("branch.mask_rate={low: 0, high: 0}", ["branch.mask_rate.high", "greater than 0"]),
     ],
 )
 def test_mistakes_are_named(override: str, words: list[str]) -> None:
@@ -69,6 +82,63 @@ def test_mistakes_are_named(override: str, words: list[str]) -> None:
         load_recipe("tiny-mllm", [override])
     assert all(word in str(caught.value) for word in words), caught.value
     assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_of_the_whole_does_not_print_the_whole() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("tiny-mllm", ["samples.every=5"])
+    assert str(caught.value).endswith(
+        "recipe: samples.every in stage patch-latents needs samples.controlnet, which paints the latents"
+    )
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [
+        "*.tar",
+        "*a.tar",
+        "{0..3}.tar",
+        "{a,b}-[0-9].tar",
+        "[a-f]*.tar",
+        "/data/train-{00000..00099}.tar",
+        "s3://b/*.tar",
+    ],
+)
+def test_shards_need_no_quotes_of_yaml(shards: str) -> None:
+    assert load_recipe("tiny-mllm", [f"data.shards={shards}"]).data.shards == shards
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("3e-4", 3e-4), ("3E-4", 3e-4), ("1.e-3", 1e-3), (".5e-1", 0.05), ("3.0e-4", 3e-4), ("1e+0", 1), ("1", 1)],
+)
+def test_numbers_as_people_write_them(written: str, value: float, tmp_path) -> None:
+    assert load_recipe("tiny-mllm", [f"optimizer.lr={written}"]).optimizer.lr == value
+    (tmp_path / "mine.yaml").write_text(f"extends: tiny-mllm\noptimizer: {{lr: {written}, betas: [0, {written}]}}\n")
+    if value < 1:
+        assert load_recipe(tmp_path / "mine.yaml").optimizer.betas == (0, value)
+
+
+@pytest.mark.parametrize("written", ["100000", "1e5", "1E+5", "1.0e5", "100000.0"])
+def test_whole_numbers(written: str) -> None:
+    steps = load_recipe("tiny-mllm", [f"steps={written}"]).steps
+    assert steps == 100_000 and isinstance(steps, int)
+
+
+def test_text_that_looks_like_a_number_stays_text(tmp_path) -> None:
+    for name in ("1e5", "7", "0.5", "2e-3"):
+        recipe = load_recipe("tiny-mllm", [f"name='{name}'"])
+        assert recipe.name == name
+        (tmp_path / "again.yaml").write_text(to_yaml(recipe))
+        assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+def test_overrides_leave_what_they_do_not_name() -> None:
+    """An anchor makes two groups one: an override is of the one that it names."""
+    tree = {"a": {"x": 1, "y": {"z": 2}}}
+    tree["b"] = tree["a"]
+    assert apply_overrides(tree, ["a.y.z=3", "c.d=4"]) == {"a": {"x": 1, "y": {"z": 3}}, "b": tree["b"], "c": {"d": 4}}
+    assert tree == {"a": {"x": 1, "y": {"z": 2}}, "b": {"x": 1, "y": {"z": 2}}}
 
 
 def test_overrides_are_yaml() -> None:

@@ -107,12 +107,18 @@ def test_containers(site: Path) -> None:
         ({"particion": "gpu"}, "unknown key particion; did you mean partition"),
         ({"container": {"kind": "pyxis", "imag": "x", "image": "y"}}, r"unknown key container\.imag; did you mean"),
         ({"offences": 0}, "offences: "),
+        ({"requeue": "yes"}, r"requeue: input should be a valid boolean \(got 'yes'\)"),
     ],
 )
 def test_a_wrong_site_file_is_refused(site: Path, settings: dict, problem: str) -> None:
     site.write_text(yaml.safe_dump(settings))
     with pytest.raises(SlurmError, match=rf"site\.yaml: {problem}"):
         load_site()
+
+
+def test_limits_as_people_write_them(site: Path) -> None:
+    site.write_text("preflight_limits: {slow: 2e-1, free_gib: 100}")
+    assert load_site().preflight_limits == {"slow": 0.2, "free_gib": 100}
 
 
 @pytest.mark.parametrize(

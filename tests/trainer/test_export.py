@@ -81,6 +81,8 @@ def test_refusals(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no checkpoint that verifies"):
         export(tmp_path / "nothing", tmp_path / "out", "public")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(RunError, match=r"x/out: cannot be written"):
+        export(run, tmp_path / "full" / "x" / "out", "hf")
 
 
 def test_memory_is_a_few_tensors(run: Path, tmp_path: Path) -> None:

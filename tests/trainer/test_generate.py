@@ -303,7 +303,8 @@ def test_dpg_bench(mllm: Path, controlnet: Path, generator: Generator, tmp_path:
 def test_ranks_get_the_whole_command(mllm: Path, controlnet: Path, tmp_path: Path, monkeypatch) -> None:
     started = []
     monkeypatch.setattr(generate_cli, "run_ranks", lambda ranks, arguments: started.append((ranks, arguments)) or 0)
-    command = ("--mllm", mllm, "--controlnet", controlnet, *QUICK, "--schedule", "linear", "--empty-prompt")
+    zeros = ("--guidance", 0, "--flux-guidance", 0.0, "--conditioning-scale", 0)
+    command = ("--mllm", mllm, "--controlnet", controlnet, *QUICK, "--schedule", "linear", "--empty-prompt", *zeros)
     bifrost(*command, "--out", tmp_path / "a", "--ranks", 3, "--", "-moon", "a=b")
     ((ranks, arguments),) = started
     assert ranks == 3 and not (tmp_path / "a").exists()
@@ -311,6 +312,8 @@ def test_ranks_get_the_whole_command(mllm: Path, controlnet: Path, tmp_path: Pat
     bifrost(*command, "--out", tmp_path / "b", "--", "-moon", "a=b")
     one, other = ((tmp_path / name / "prompts.jsonl").read_text() for name in "ab")
     assert one == other and '"linear"' in one and '"empty_prompt": true' in one and '"-moon"' in one
+    settings = json.loads(one.splitlines()[0])["settings"]
+    assert settings["guidance"] == settings["flux"]["guidance"] == settings["flux"]["conditioning_scale"] == 0
 
 
 @pytest.mark.multi
@@ -342,6 +345,16 @@ def test_wrong_inputs_are_one_line_and_leave_nothing(
     refused("is a controlnet run, here a patch-latents run is needed", "moon", mllm=controlnet)
     refused("is a patch-latents run, here a controlnet run is needed", "moon", controlnet=mllm)
     refused("neither a run folder nor an export", "moon", mllm=flux)
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    recipe = load_recipe(mllm / "recipe.yaml").model_dump(mode="json")
+    for content, told in (
+        (json.dumps({"recipe": recipe})[:-9], "config.json: is not JSON"),
+        (json.dumps({"recipe": {**recipe, "stepz": 3}}), "config.json: unknown key stepz; did you mean steps?; mend"),
+        ("[]", "neither a run folder nor an export"),
+    ):
+        (exported / "config.json").write_text(content)
+        refused(told, "moon", mllm=exported)
     refused("no such file of prompts", prompts=missing)
     refused("no prompts: give some")
     refused("prompt 'a\\udcff': caption is not UTF-8", "a\udcff")

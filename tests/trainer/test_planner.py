@@ -305,6 +305,8 @@ def test_the_command(tmp_path: Path) -> None:
     printed = bifrost("plan", "mllm-3b", "--gpus", "8", "--device", "H200", "--plot", str(picture))
     assert "predicted" in printed and "bound by" in printed and "micro_batch" in printed
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    with pytest.raises(RunError, match=r"missing/plan\.png: cannot be written"):
+        bifrost("plan", "mllm-3b", "--gpus", "8", "--device", "H200", "--plot", str(tmp_path / "missing" / "plan.png"))
 
 
 def test_without_a_peak_there_are_no_times(tmp_path: Path) -> None:
