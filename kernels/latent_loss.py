@@ -220,6 +220,7 @@ def _(hidden, weight, bias, target, token_weight, provider, keep, sum_columns):
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # those of the unused outputs would be zeros as large as d
     hidden, weight, *_ = inputs
     _, squares, d, columns = output
     # The parameter itself, never a copy: under ZeRO-3 it is empty between forward and backward, and gathered again.
@@ -232,6 +233,8 @@ def _backward(ctx, total_gradient, *unused):
     s stays on the device and meets D x K tensors: nothing of size T x D is rescaled, the host never waits. It is
     multiplied in the accumulator's type, because beside a 16-bit tensor PyTorch would round it to 16 bits first.
     """
+    if total_gradient is None:  # the loss had no part in what is differentiated
+        return (None,) * 8
     hidden, weight, d, squares, columns = ctx.saved_tensors
     need_hidden, need_weight, need_bias, need_target, need_token_weight, *_ = ctx.needs_input_grad
     scale = 2 * total_gradient / weight.shape[0]

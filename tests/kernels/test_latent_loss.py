@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bifrost.kernels import PatchLatentHead, latent_loss, patch_latent_loss
 from bifrost.kernels.latent_loss import PROVIDERS, _fused, unavailable
@@ -190,6 +191,27 @@ def test_repeats_to_the_bit_and_rows_do_not_know_their_batch(provider) -> None:
         torch.testing.assert_close(whole[64:128], part, rtol=1e-4, atol=0)
     else:
         assert torch.equal(whole[64:128], part)
+
+
+@fused
+def test_backward_makes_no_gradient_of_what_nobody_uses(provider) -> None:
+    """Autograd would fill zeros for the residual, [T, D], if it were let."""
+    tokens, width, latents = 12, 16, 24
+    tensors = make(tokens, width, latents, torch.float32)
+    loss = by(provider)(*(t.requires_grad_() for t in tensors), 3.0)
+    filled: list[tuple[int, ...]] = []
+
+    class Filled(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), settings=None):
+            result = operator(*arguments, **(settings or {}))
+            if "zero" in str(operator):
+                filled.append(tuple(result.shape))
+            return result
+
+    with Filled():
+        loss.backward()
+        torch.zeros(1)
+    assert filled == [(1,)]
 
 
 @fused

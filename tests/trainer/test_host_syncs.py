@@ -21,11 +21,15 @@ import runs
 from bifrost.kernels import PrefixLayout
 from bifrost.recipes import load_recipe
 from bifrost.trainer.models.backbone import locate, read_config
+from bifrost.trainer.models.flux import FluxTokenizers
 from bifrost.trainer.models.weights import WeightFiles
+from bifrost.trainer.stages.controlnet import ControlNetStage, LatentControlNetModel
 from bifrost.trainer.stages.patch_latents import PatchLatentModel
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
 """Operators whose result, or its shape, the host needs before it goes on."""
+COPIES = "lift_fresh"
+"""What `torch.tensor(values)` and `new_tensor(values)` end in: on a device, after a copy that the host waits for."""
 
 
 class Syncs(TorchDispatchMode):
@@ -64,7 +68,8 @@ class Syncs(TorchDispatchMode):
         inside = any(_storage(x) in self.device for x in inputs)
         name = str(operator).split(".")[1]
         lengths = name == "repeat_interleave" and (settings or {}).get("output_size") is None
-        if inside and (name in WAITS or lengths):
+        copied = name == COPIES and any(x.numel() for x in inputs)
+        if copied or (inside and (name in WAITS or lengths)):
             self.found.append(name)
         result = operator(*arguments, **(settings or {}))
         made = {_storage(x) for x in tree_leaves(result) if isinstance(x, Tensor)}
@@ -107,7 +112,9 @@ def test_no_micro_batch_waits(settings: tuple[str, ...], monkeypatch: pytest.Mon
     of = PrefixLayout.of
 
     def layout(*arguments: Any) -> PrefixLayout:
+        found = list(syncs.found)
         made = of(*arguments)
+        syncs.found = found  # made on the host, and sent without waiting
         syncs.add(made.text.ends, made.image.ends, made.both.ends, made.text_rows, made.image_rows, made.positions)
         return made
 
@@ -121,8 +128,36 @@ def test_no_micro_batch_waits(settings: tuple[str, ...], monkeypatch: pytest.Mon
             losses.sums.tolist(),
             batch["mask"].nonzero(),
             bool(model.head.bias.grad.isnan().any()),
+            losses.loss.new_tensor(1.0),
         )
-    assert syncs.found == ["_local_scalar_dense", "tolist", "nonzero", "_local_scalar_dense"], "it would have seen them"
+    seen = ["_local_scalar_dense", "tolist", "nonzero", "_local_scalar_dense", COPIES]
+    assert syncs.found == seen, "it would have seen them"
+
+
+def controlnet_and_batch(device: str = "cpu") -> tuple[LatentControlNetModel, dict[str, Any]]:
+    sharded = "flux.placement={transformer: sharded, vae: sharded, text: sharded, tower: sharded}"
+    stage = ControlNetStage.open(load_recipe("tiny-controlnet", ["precision=fp32", sharded]))
+    model = stage.build()
+    stage.load(model)
+    draw = torch.Generator().manual_seed(0)
+    channels, height, width = stage.latents
+    batch = {
+        "images": torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8, generator=draw),
+        "pictures": torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=draw),
+        "posterior": torch.randn(2, *stage.latents, generator=draw),
+        "noise": torch.randn(2, height * width // 4, 4 * channels, generator=draw),
+        "level": torch.randn(2, generator=draw),
+        **FluxTokenizers(stage.folder)(["a red circle", ""])._asdict(),
+    }
+    return model.to(device), {**{name: x.to(device) for name, x in batch.items()}, "normalizer": 2.0}
+
+
+def test_no_controlnet_micro_batch_waits() -> None:
+    model, batch = controlnet_and_batch()
+    model(**batch)  # the tower's tables are made once a run
+    with Syncs(batch, list(model.parameters()), list(model.buffers())) as syncs:
+        model(**batch).loss.backward()
+    assert syncs.found == []
 
 
 @pytest.mark.gpu
@@ -130,6 +165,16 @@ def test_no_micro_batch_waits(settings: tuple[str, ...], monkeypatch: pytest.Mon
 @pytest.mark.parametrize("settings", VARIANTS, ids=["all-learned", "masked-mrope-recomputed"])
 def test_cuda_sees_no_micro_batch_wait(settings: tuple[str, ...]) -> None:
     model, batch = model_and_batch(*settings, device="cuda")
+    backward_without_wait(model, batch)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_sees_no_controlnet_micro_batch_wait() -> None:
+    backward_without_wait(*controlnet_and_batch("cuda"))
+
+
+def backward_without_wait(model: torch.nn.Module, batch: dict[str, Any]) -> None:
     model(**batch).loss.backward()  # libraries begin, tables are made
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

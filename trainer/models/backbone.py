@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import DynamicCache, Qwen2_5_VLConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import AttentionInterface
@@ -107,6 +108,7 @@ class FrozenBackbone(nn.Module):
                 self.text = Qwen2_5_VLTextModel._from_config(config.text_config)
                 self.text.config._attn_implementation = TEXT_ATTENTION
             self.vision = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
+        self.vision.patch_embed.proj.__class__ = _PatchProjection
         self.vision.config._attn_implementation = TOWER_ATTENTION
         self.attention: Backend = attention
         self.requires_grad_(False)
@@ -194,6 +196,15 @@ class FrozenBackbone(nn.Module):
         return Prefix(tuple(k for k, _ in packed), tuple(v for _, v in packed), layout)
 
 
+class _PatchProjection(nn.Conv3d):
+    """The tower's patch embedding as the product that it is: its kernel covers a patch once. cuDNN has no good bf16
+    algorithm for a convolution of that shape. Name, shape and hooks of the weight stay the convolution's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Patches [P, 3, t, p, p] -> [P, D]."""
+        return F.linear(input.flatten(1), self.weight.flatten(1), self.bias)
+
+
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, S, heads, C] turned by the angles of its positions, whose cosines and sines are [B, S, C]."""
     first, second = x.chunk(2, dim=-1)
@@ -206,8 +217,7 @@ def pixel_patches(images: Tensor, patch: int, temporal: int, merge: int) -> Tens
     Returns [B * (S / patch)^2, 3 * temporal * patch * patch]: patches of one merge block stand together, a still image
     is repeated over the temporal axis.
     """
-    mean = torch.tensor(_PIXEL_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(_PIXEL_STD, device=images.device).view(3, 1, 1)
+    mean, std = _pixel_statistics(images.device)
     pixels = (images.float() / 255 - mean) / std
     samples, channels, side, _ = pixels.shape
     blocks = side // patch // merge
@@ -215,6 +225,13 @@ def pixel_patches(images: Tensor, patch: int, temporal: int, merge: int) -> Tens
     pixels = pixels.permute(0, 2, 5, 3, 6, 1, 4, 7)  # sample, block row, block col, row, col, channel, y, x
     pixels = pixels.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, temporal, -1, -1)
     return pixels.reshape(samples * (blocks * merge) ** 2, -1)
+
+
+@lru_cache
+def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, [3, 1, 1] each. Made once: the host waits for the device when it copies values."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (_PIXEL_MEAN, _PIXEL_STD))
+    return mean, std
 
 
 def _tower_attention(

@@ -59,8 +59,8 @@ class GenerationBranch(nn.Module):
         self.restore_rotary()
 
     def restore_rotary(self) -> None:
-        """See `FrozenBackbone.restore_rotary`."""
-        self.rotary_embedding = Qwen2_5_VLRotaryEmbedding(self.config)
+        """See `FrozenBackbone.restore_rotary`. DeepSpeed moves no buffer of a model built under `zero.Init`."""
+        self.rotary_embedding = Qwen2_5_VLRotaryEmbedding(self.config).to(self.mask_token.device)
 
     def position_ids(self, lengths: Tensor) -> Tensor:
         """Rotary positions (t, h, w) of the patches, [3, B, N], after `lengths` [B] text tokens.

@@ -122,7 +122,7 @@ class LatentControlNetModel(StageModel):
         elements = noise[0].numel()
         tokens = len(sigma) * (noise.shape[1] + text.shape[1] + condition.shape[1])
         halves = [((squares.detach() * half).sum(), half.sum() * elements) for half in (1 - noisier, noisier)]
-        sums = torch.stack([*halves[0], *halves[1], squares.new_tensor(float(tokens))])
+        sums = torch.stack([*halves[0], *halves[1], squares.new_full((), tokens)])
         return Losses(squares.sum() / normalizer, sums, squares.detach() / normalizer)
 
 

@@ -119,8 +119,8 @@ class PatchLatentModel(StageModel):
         else:
             loss, squares = self.head(self.branch(latents, mask, prefix).flatten(0, 1), target, None, normalizer)
             error = squares[masked].sum()
-        tokens = float(mask.numel() + prefix.layout.text.total)
-        sums = torch.stack((error, error.new_tensor(float(len(masked))), error.new_tensor(tokens)))
+        tokens = mask.numel() + prefix.layout.text.total
+        sums = torch.stack((error, error.new_full((), len(masked)), error.new_full((), tokens)))
         return Losses(loss, sums, squares.view_as(mask).sum(1) / normalizer)
 
 

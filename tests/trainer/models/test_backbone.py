@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import ranked
@@ -51,6 +52,30 @@ def test_latents_equal_transformers_own_tower(
     with torch.no_grad():
         wanted = vanilla.model.visual(patches, grid_thw=torch.tensor([[1, 8, 8]] * 3)).pooler_output
     torch.testing.assert_close(backbone.patch_latents(batch).flatten(0, 1), wanted, atol=1e-5, rtol=0)
+
+
+def test_the_patch_embedding_is_no_convolution(
+    backbone: FrozenBackbone, vanilla: Qwen2_5_VLForConditionalGeneration
+) -> None:
+    """Same numbers and the same name and shape of the weight, but nothing of cuDNN's."""
+    called: set[str] = set()
+
+    class Called(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), settings=None):
+            called.add(str(operator).split(".")[1])
+            return operator(*arguments, **(settings or {}))
+
+    wanted, ours = vanilla.model.visual.patch_embed, backbone.vision.patch_embed
+    patches = pixel_patches(images(2), 14, 2, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(patches), wanted(patches), atol=1e-5, rtol=1e-5)
+    with Called():
+        backbone.patch_latents(images(2))
+    assert not {name for name in called if "conv" in name}
+    assert "mm" in called
+    assert isinstance(ours.proj, torch.nn.Conv3d), "counted as one by flops.py"
+    (name, weight), (theirs, like) = *ours.named_parameters(), *wanted.named_parameters()
+    assert (name, weight.shape) == (theirs, like.shape)
 
 
 def test_the_tower_is_linear_in_the_batch(backbone: FrozenBackbone, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,13 @@ def test_copies_equal_their_source_and_are_their_own() -> None:
         assert not text[f"layers.{name}"].requires_grad
 
 
+def test_rotary_tables_lie_where_the_weights_do() -> None:
+    """They are made again after the model is built, by then without `zero.Init`, which places tensors."""
+    model = build("branch.positions=mrope").to("meta")
+    model.branch.restore_rotary()
+    assert {buffer.device.type for buffer in model.branch.buffers()} == {"meta"}
+
+
 def test_fresh_weights_follow_the_seed_and_mar() -> None:
     first, again = build("branch.positions=learned"), build("branch.positions=learned")
     for name in ("branch.mask_token", "branch.positions", "head.weight", "head.bias"):
