@@ -3,7 +3,7 @@
 # make test    the whole test suite
 # make lint    ruff and pyright
 # make faults  random kills, N=50 of them, and what they found in runs/faults/report.md or $(REPORT)
-# make test-gpu    the tests that need a GPU, with the torch, Triton and pytest of $(PYTHON) alone
+# make test-gpu    the tests that need a GPU, with the torch, Triton and pytest of $(PYTHON); the trainer's where it has more
 # make bench-gpu   times of the kernels on this machine's GPU, into $(OUT)
 
 PYTHON ?= python3
@@ -55,7 +55,7 @@ gpu-package:
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target "$(GPU_PACKAGE)" .
 
 test-gpu: gpu-package
-	$(GPU_PYTHON) -m pytest tests/kernels/test_gpu*.py -m gpu
+	$(GPU_PYTHON) -m pytest tests/kernels/test_gpu*.py tests/trainer -m gpu
 
 bench-gpu: gpu-package
 	$(GPU_PYTHON) -m bifrost.kernels.bench --kernel all --csv "$(OUT)/bench.csv" --json "$(OUT)/bench.json" --plots "$(OUT)"

@@ -13,11 +13,13 @@ sys.path[:] = [entry for entry in sys.path if entry not in ("", str(ROOT))]
 # For processes that tests start: what they import, and that nothing is asked of the network.
 os.environ["PYTHONPATH"] = str(ROOT / "tests" / "support")
 os.environ["PYTHONSAFEPATH"] = "1"
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Whichever test imports Triton first, kernels are interpreted; tests that compile them start processes of their own.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.setdefault("TRITON_INTERPRET", "1") != "0":
+    # On a GPU machine too, the suite is that of a CPU; `make test-gpu` runs the tests that need a GPU.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def pytest_addoption(parser):

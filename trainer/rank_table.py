@@ -52,7 +52,7 @@ def here(ranks: Ranks) -> Place:
     device = "cpu"
     if ranks.device.type == "cuda":
         properties = torch.cuda.get_device_properties(ranks.device)
-        device = f"{properties.name} {properties.uuid}"
+        device = f"{properties.name} GPU-{properties.uuid}"  # as nvidia-smi writes it
     return Place(ranks.rank, host, device, int(launched or ranks.size), _software())
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,16 @@ def test_the_trainer_imports_it_in_time() -> None:
     program = "import bifrost.trainer.run; from bifrost.kernels.runtime import INTERPRETED; print(INTERPRETED)"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=CLEAN)
     assert ended.stdout.strip() == "True", ended.stderr
+
+
+@pytest.mark.parametrize(("interpreted", "seen"), [(None, ""), ("1", ""), ("0", "3")])
+def test_the_suite_sees_gpus_only_where_kernels_are_compiled(interpreted: str | None, seen: str) -> None:
+    """Interpreted kernels would pass for compiled ones, and ranks on the CPU would take NCCL."""
+    program = "import os, runpy, sys; runpy.run_path(sys.argv[1]); print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    environment = {**CLEAN, "CUDA_VISIBLE_DEVICES": "3"} | ({"TRITON_INTERPRET": interpreted} if interpreted else {})
+    command = [sys.executable, "-c", program, str(Path(__file__).parents[1] / "conftest.py")]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ended.stdout.strip("\n") == seen, ended.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is interpreted")

@@ -1,11 +1,14 @@
 """The table of ranks: what is refused, and that two real ranks give it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import ranked
-from bifrost.trainer.rank_table import Place, fault, table
+from bifrost.trainer.rank_table import Place, fault, here, table
+from bifrost.trainer.ranks import Ranks
 
 GPU = "NVIDIA H100 80GB HBM3 GPU-{}"
 EIGHT = [Place(rank, f"gpu{rank // 4}", GPU.format(rank), 8, "same") for rank in range(8)]
@@ -18,6 +21,17 @@ def test_a_right_table() -> None:
         "ranks       4-7  gpu1  4 x NVIDIA H100 80GB HBM3",
     ]
     assert fault([replace(place, device="cpu") for place in EIGHT]) is None, "ranks share a CPU"
+
+
+def test_a_gpu_is_named_by_its_model_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gives the identity without the prefix that nvidia-smi writes."""
+    uuid = "8a4f6b1e-0000-0000-0000-000000000001"
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", uuid=uuid)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    place = here(Ranks(0, 1, torch.device("cuda", 0)))
+    assert place.device == GPU.format(uuid)
+    (line,) = table([place])
+    assert line.endswith("1 x NVIDIA H100 80GB HBM3")
 
 
 @pytest.mark.parametrize(
