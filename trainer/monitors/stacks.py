@@ -1,8 +1,8 @@
 """What a rank says of itself when the run hangs, and what the ranks' answers say together.
 
 `RUN/stacks/START/` holds, for each rank, `rank-00000.txt` (Python stacks of all threads), `rank-00000.json` (where it
-is, written last) and `rank-00000.collectives.json` (torch's flight recorder: the last collectives); `report.json` names
-the rank that is furthest behind.
+is) and, last, `rank-00000.collectives.json` (torch's flight recorder: the last collectives, some 1 MB); `report.json`
+names the rank that is furthest behind.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -43,22 +44,33 @@ class Answer:
 
 
 def write_answer(folder: Path, answer: Answer, stacks: TextIO, collectives: bytes | None) -> None:
-    """Write what this rank knows to `folder`; its JSON last, whole or not at all. Raises OSError."""
+    """Write what this rank knows to `folder`, the large part last, each file whole or not at all. Raises OSError."""
     faulthandler.dump_traceback(stacks)
+    name = f"rank-{answer.rank:05d}"
+    write_json(folder / f"{name}.json", asdict(answer))
     if collectives:
-        (folder / f"rank-{answer.rank:05d}.collectives.json").write_bytes(collectives)
-    write_json(folder / f"rank-{answer.rank:05d}.json", asdict(answer))
+        _replace(folder / f"{name}.collectives.json", collectives)
+
+
+def listed(folder: Path, ending: str = ".json") -> list[int]:
+    """The ranks whose file with that ending is there, in order."""
+    named = re.compile(rf"rank-(\d+){re.escape(ending)}")
+    return sorted(int(found[1]) for found in map(named.fullmatch, os.listdir(folder)) if found)
 
 
 def read_answers(folder: Path) -> list[Answer]:
     """The answers so far, in order of rank."""
-    return [Answer(**json.loads(path.read_text())) for path in sorted(folder.glob("rank-?????.json"))]
+    return [Answer(**json.loads((folder / f"rank-{rank:05d}.json").read_bytes())) for rank in listed(folder)]
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace `path` in one move. Raises OSError."""
+    _replace(path, json.dumps(value, indent=1).encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    aside.write_text(json.dumps(value, indent=1))
+    aside.write_bytes(content)
     aside.replace(path)
 
 

@@ -1,0 +1,139 @@
+"""The end of a run that hangs, at several hundred ranks: little work for each, and none blamed for being slow."""
+
+import json
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from bifrost.trainer.monitors import hang, stacks
+from bifrost.trainer.monitors.hang import Hang, answer_s, last_s
+from bifrost.trainer.monitors.sections import Sections
+from bifrost.trainer.monitors.stacks import Answer, write_answer, write_json
+
+_accesses: Counter[tuple[int, str]] | None = None
+
+
+def _audit(event: str, arguments: tuple) -> None:
+    if _accesses is not None and event in ("open", "os.listdir", "os.scandir") and "/stacks/" in str(arguments[0]):
+        _accesses[threading.get_ident(), event] += 1
+
+
+sys.addaudithook(_audit)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "run" / "stacks" / "start"
+    place.mkdir(parents=True)
+    (tmp_path / "run" / "slurm").mkdir()
+    monkeypatch.setenv("BIFROST_RUN", str(tmp_path / "run"))
+    return place
+
+
+def answer(rank: int, entered: int = 40, collective: str | None = None) -> dict:
+    return asdict(Answer(rank, f"node{rank}", 1, 6, "forward", 70.0, entered, 0, collective, "a:1 f"))
+
+
+def give_up(folder: Path, rank: int, ranks: int) -> threading.Thread:
+    """That rank gives up, as far on as those of `answer`."""
+
+    def answering() -> None:
+        with open(folder / f"rank-{rank:05d}.txt", "w") as file:
+            hosts = [f"node{rank}" for rank in range(ranks)]
+            Hang(rank, hosts, folder, sections, threading.get_ident(), file, 70.0, 60.0).answer_and_report()
+
+    sections = Sections()
+    sections.step, sections.entered = 6, 40
+    thread = threading.Thread(target=answering)
+    thread.start()
+    return thread
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_the_work_of_all_ranks_grows_with_their_number(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hang, "ANSWER_S", 4.0)
+    for rank in range(4, 400):
+        write_json(folder / f"rank-{rank:05d}.json", answer(rank, entered=39 if rank == 7 else 40))
+    global _accesses
+    _accesses = Counter()
+    try:
+        others = [give_up(folder, rank, 400) for rank in (1, 2, 3)]
+        time.sleep(1)
+        first = give_up(folder, 0, 400)
+        for thread in (first, *others):
+            thread.join()
+        accesses = _accesses
+    finally:
+        _accesses = None
+    assert 400 <= accesses[first.ident or 0, "open"] < 410
+    for thread in others:
+        assert sum(count for (ident, _), count in accesses.items() if ident == thread.ident) < 10
+    assert (report(folder)["rank"], report(folder)["host"]) == (7, "node7")
+    assert capfd.readouterr().err.count("rank 7 on node7 is furthest behind") == 1
+    outcome = json.loads((folder.parents[1] / "slurm" / "outcome.json").read_text())
+    assert outcome["host"] == "node7" and "furthest behind" in outcome["reason"]
+
+
+def test_slow_answers_of_many_ranks_are_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hang, "ANSWER_S", 1.0)
+
+    def write(*ranks: int) -> None:
+        for rank in ranks:
+            write_json(folder / f"rank-{rank:05d}.json", answer(rank, entered=39 if rank == 7 else 40))
+
+    write(*range(1, 256))
+    late = threading.Timer(1.5, write, range(256, 512))
+    late.start()
+    give_up(folder, 0, 512).join()
+    late.join()
+    assert report(folder)["rank"] == 7 and "does not answer" not in report(folder)["reason"]
+
+
+def test_without_rank_0_the_lowest_one_reports(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    monkeypatch.setattr(hang, "ANSWER_S", 1.0)
+    for rank in range(5, 200):
+        write_json(folder / f"rank-{rank:05d}.json", answer(rank))
+    for thread in [give_up(folder, rank, 200) for rank in (2, 3, 4)]:
+        thread.join()
+    assert report(folder)["rank"] == 0 and "nor do 1 others" in report(folder)["reason"]
+    assert (folder / "reporter").read_text() == "2\n"
+    assert capfd.readouterr().err.count("error: ") == 1
+
+
+def test_the_ranks_leave_when_all_collectives_are_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hang, "ANSWER_S", 20.0)
+    write_json(folder / "rank-00001.json", answer(1, collective="gloo:all_reduce (under way)"))
+    thread = give_up(folder, 0, 2)
+    while not (folder.parents[1] / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    time.sleep(2)
+    assert thread.is_alive() and not (folder / "report.json").exists()
+    (folder / "rank-00001.collectives.json").write_text("{}")
+    thread.join(15)
+    assert not thread.is_alive() and report(folder)["event"] == "hung"
+
+
+def test_an_answer_comes_before_its_collectives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(path: Path, content: bytes) -> None:
+        written.append(path.name)
+
+    written: list[str] = []
+    monkeypatch.setattr(stacks, "_replace", write)
+    with open(folder / "rank-00003.txt", "w") as file:
+        write_answer(folder, Answer(**answer(3)), file, b"{}")
+    assert written == ["rank-00003.json", "rank-00003.collectives.json"]
+
+
+def test_time_for_answers() -> None:
+    assert [answer_s(ranks) for ranks in (1, 128, 512)] == [10, 10, 40]
+    assert [last_s(ranks) for ranks in (2, 128, 512)] == [30, 30, 120]
