@@ -38,6 +38,7 @@ class Outcome:
     """How far one rank came, and what it measured; filled while it goes."""
 
     steps: int = 0
+    """1 joining, 2 the first round of pairs, and so on, whether or not this rank plays in a round."""
     stage: str = "the start"
     trouble: str = ""
     links: list[Link] = field(default_factory=list)
@@ -46,8 +47,8 @@ class Outcome:
     wrong_sums: bool = False
     done: bool = False
 
-    def reach(self, stage: str) -> None:
-        self.steps, self.stage = self.steps + 1, stage
+    def reach(self, steps: int, stage: str) -> None:
+        self.steps, self.stage = steps, stage
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,18 +101,19 @@ def measure(wire: Wire, store: Store, rank: int, nodes: dict[str, list[int]], ro
 
 
 def _measure(wire: Wire, store: Store, rank: int, nodes: dict[str, list[int]], rounds: int, out: Outcome) -> None:
-    out.reach("joining")
+    out.reach(1, "joining")
     wire.join(store, rank, sum(len(ranks) for ranks in nodes.values()))
     names = list(nodes)
     own = next(name for name in names if rank in nodes[name])
     lane = nodes[own].index(rank)
-    for number, partners in enumerate(tournament(len(names))[:rounds]):
+    played = tournament(len(names))[:rounds]
+    for number, partners in enumerate(played):
         partner = partners[names.index(own)]
         if partner is None or lane >= len(nodes[names[partner]]):
             continue
-        out.reach(f"pair round {number + 1} with {names[partner]}")
+        out.reach(number + 2, f"pair round {number + 1} with {names[partner]}")
         out.links.append(_pair(wire, rank, nodes[names[partner]][lane], names[partner]))
-    out.reach("all-reduce")
+    out.reach(len(played) + 2, "all-reduce")
     _reduce(wire, rank, sum(len(ranks) for ranks in nodes.values()), out)
 
 

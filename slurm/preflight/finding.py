@@ -55,6 +55,8 @@ class Finding:
     """Why it is bad; empty when it is fine."""
     own: bool = False
     """A fault of the machine itself, also where no other node can be compared with."""
+    silent: bool = False
+    """The reason is that nothing was heard of the node, and not what it said."""
     same: bool = False
     """The figure must be equal on all nodes."""
 

@@ -142,11 +142,13 @@ class _Session:
         board.put("go", go)
         if go:
             outcomes: dict[int, Outcome | None] = dict.fromkeys(range(size))
+            begun = time.monotonic()
             outcomes[0] = self._measure(board.for_group(), nodes)
+            # Where this rank has failed at once, the others still wait for it: they are silent only after their time.
+            rest = max(0.0, self.limits.fabric_s - (time.monotonic() - begun))
             keys = {rank: f"fabric/{rank}" for rank in range(1, size)}
-            outcomes.update(
-                {rank: Outcome.of(plain) for rank, plain in board.collect(keys, self.limits.grace_s).items()}
-            )
+            heard = board.collect(keys, rest + self.limits.grace_s)
+            outcomes.update({rank: Outcome.of(plain) for rank, plain in heard.items()})
             names = {rank: node for node, ranks in nodes.items() for rank in ranks}
             for node, measured in fabric(outcomes, names, self.limits).items():
                 findings[node] = [*findings[node], *measured]

@@ -13,6 +13,9 @@ from .fabric import Link, Outcome
 from .finding import Finding, Limits
 from .meeting import findings_of
 
+SILENT = 1 / 4
+"""Part of the nodes, above one node, that may be left out for their silence."""
+
 Findings = Mapping[str, Sequence[Finding]]
 """Node -> what was found there."""
 
@@ -29,8 +32,9 @@ class Verdict:
 def decide(findings: Findings, in_job: bool) -> Verdict:
     """A check that fails on some of the nodes that made it makes those bad; one that fails on all blames none of them.
 
-    A node that nothing compares with is bad by its machine's own faults alone, and only in a job, which can be started
-    again elsewhere.
+    Nor is a node to blame for its silence where many are silent: the fault may be the network's or the judge's. A node
+    that nothing compares with is bad by its machine's own faults alone, and only in a job, which can be started again
+    elsewhere.
     """
     checks: dict[str, dict[str, Finding]] = {}
     for node, found in findings.items():
@@ -40,18 +44,28 @@ def decide(findings: Findings, in_job: bool) -> Verdict:
     common: list[str] = []
     for check, by_node in checks.items():
         failing = {node: finding for node, finding in by_node.items() if finding.reason}
+        silent = [node for node, finding in failing.items() if finding.silent]
         alone = len(by_node) == 1 and in_job and any(finding.own for finding in failing.values())
-        if len(failing) < len(by_node) or alone:
+        if len(silent) > max(1, SILENT * len(findings)):
+            some = ", ".join(silent[:3]) + (", …" if len(silent) > 3 else "")
+            heard = next((node for node in findings if node not in silent), "")
+            common.append(
+                f"{check}: nothing was heard of {len(silent)} of {len(findings)} nodes ({some}), too many to leave them"
+                f" out: look at the network, and at {heard}"
+            )
+        elif silent:
+            bad |= {node: f"{check}: {failing[node].reason}" for node in silent if node not in bad}
+        elif len(failing) < len(by_node) or alone:
             for node, finding in failing.items():
                 bad.setdefault(node, f"{check}: {finding.reason}")
         elif failing:
-            common.append(f"{check}: {next(iter(failing.values())).reason}")
+            where = "" if len(findings) == 1 else f"on all {len(findings)} nodes: "
+            common.append(f"{where}{check}: {next(iter(failing.values())).reason}")
     if bad:
         return Verdict(BAD_NODE, bad, "bad nodes: " + "; ".join(f"{node} ({why})" for node, why in bad.items()))
     if common:
-        where = "" if len(findings) == 1 else f"on all {len(findings)} nodes: "
         more = f" (and {len(common) - 1} more)" if len(common) > 1 else ""
-        return Verdict(USAGE, {}, f"{where}{common[0]}{more}")
+        return Verdict(USAGE, {}, f"{common[0]}{more}")
     return Verdict(
         DONE, {}, f"{len(findings)} nodes are fine" if len(findings) > 1 else f"{next(iter(findings))} is fine"
     )
@@ -94,12 +108,12 @@ def absent(
     for node in expected:
         if node in files and node not in present:
             reason = "its report is in the run folder, but it came no further"
-            found[node] = [*findings_of([files[node]])[node], Finding("present", "", reason, own=True)]
+            found[node] = [*findings_of([files[node]])[node], Finding("present", "", reason, own=True, silent=True)]
         elif node not in present:
-            found[node] = [Finding("present", "", waited, own=True)]
+            found[node] = [Finding("present", "", waited, own=True, silent=True)]
         elif len(present[node]) < size // len(expected):
             reason = f"{len(present[node])} of {size // len(expected)} ranks came"
-            found[node] = [Finding("present", "", reason, own=True)]
+            found[node] = [Finding("present", "", reason, own=True, silent=True)]
     return found
 
 
@@ -148,7 +162,7 @@ def fabric(
 
 def _stopped(outcomes: Sequence[Outcome | None], last: bool) -> Finding:
     if any(outcome is None for outcome in outcomes):
-        return Finding("fabric", "", "went silent during the check", own=True)
+        return Finding("fabric", "", "went silent during the check", own=True, silent=True)
     troubled = [outcome for outcome in outcomes if outcome and outcome.trouble]
     if not troubled:
         return Finding("fabric", "ended")

@@ -47,6 +47,8 @@ def task(folder: str, size: int, port: int, case: dict) -> int:
                 tensor[12345] += 1
 
         def send(self, tensor, rank):
+            if mine.get("fails"):
+                raise RuntimeError("no route to host")
             if tensor.numel() > 1:
                 time.sleep(mine.get("slow", 0))
             super().send(tensor, rank)
@@ -163,6 +165,16 @@ def test_a_node_that_dies_in_the_fabric_is_named(folder: Path) -> None:
     ranks = step(folder, 3, n2={"dies": True}, limits={"fabric_s": 10})
     assert codes(ranks) == [77, 77, None]
     assert list(bad(folder)) == ["node3"] and "silent" in bad(folder)["node3"]
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize(("faulty", "partner"), [(0, "node3"), (2, "node2")])
+def test_a_node_that_fails_at_once_while_the_others_wait(folder: Path, faulty: int, partner: str) -> None:
+    """The first one meets node3 while node2 sits out, the third node2 while node1 does: of a pair both have stopped."""
+    limits = {"fabric_s": 12, "grace_s": 2}
+    assert codes(step(folder, 3, **{f"n{faulty}": {"fails": True}}, limits=limits)) == [77] * 3
+    assert set(bad(folder)) == {node(faulty), partner}
+    assert "no route to host" in bad(folder)[node(faulty)] and "no answer within 12 s" in bad(folder)[partner]
 
 
 @pytest.mark.multi

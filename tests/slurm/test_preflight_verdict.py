@@ -6,7 +6,7 @@ import pytest
 
 from bifrost.slurm.preflight.fabric import Link, Outcome, tournament
 from bifrost.slurm.preflight.finding import Finding, Limits
-from bifrost.slurm.preflight.verdict import compare, decide, fabric
+from bifrost.slurm.preflight.verdict import absent, compare, decide, fabric
 
 BAD = Finding("disk", "", "full")
 
@@ -107,3 +107,19 @@ def test_of_ranks_that_hang_the_one_that_came_least_far_is_named() -> None:
     assert named({0: stuck[0], 1: stuck[1], 2: None}, nodes) == {"c": "fabric: went silent during the check"}
     alike = {rank: Outcome(steps=1, trouble="joining: refused") for rank in range(3)}
     assert named(dict(alike), nodes) == {}
+
+
+@pytest.mark.parametrize(
+    ("size", "silent", "code"), [(2, 1, 77), (3, 1, 77), (3, 2, 2), (8, 2, 77), (8, 3, 2), (64, 63, 2)]
+)
+def test_many_silent_nodes_are_not_left_out(size: int, silent: int, code: int) -> None:
+    """The judge's own network may be the one that is broken."""
+    nodes = {rank: f"n{rank}" for rank in range(size)}
+    judge = Outcome(steps=2, stage="pair round 1", trouble="refused")
+    outcomes = {rank: judge if rank < size - silent else None for rank in nodes}
+    present = {f"n{rank}": [rank] for rank in range(size - silent)}
+    came = {node: [Finding("torch", "2")] for node in present} | absent(list(nodes.values()), present, size, {}, "none")
+    for found in (decide(fabric(outcomes, nodes, Limits()), in_job=True), decide(came, in_job=True)):
+        assert found.code == code and len(found.bad) == (silent if code == 77 else 0)
+        assert code == 77 or f"nothing was heard of {silent} of {size} nodes" in found.line
+        assert "\n" not in found.line and len(found.line) < 300
