@@ -10,7 +10,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,12 @@ def grace(run: Path) -> int:
         for line in lines
         if line.get("event") == "checkpoint" and isinstance(line.get("seconds"), float)
     ][-10:]
-    if not steps or not saves:
-        return GRACE_S
-    return max(LEAST_GRACE_S, round(2 * (statistics.median(steps) + max(saves))))
+    return round(stop_s(statistics.median(steps) if steps else None, saves) or GRACE_S)
+
+
+def stop_s(step_s: float | None, saves: Sequence[float]) -> float | None:
+    """Seconds to keep for a stop: twice a step and the longest of the saves; None before both were timed."""
+    return None if step_s is None or not saves else max(LEAST_GRACE_S, 2 * (step_s + max(saves)))
 
 
 def last_metrics(run: Path) -> dict[str, Any] | None:

@@ -101,7 +101,7 @@ def run(parts: Parts, progress: Progress) -> bool:
         # One exchange a step settles all that the ranks must agree on.
         with section("exchange"):
             *mine, norm = torch.cat((loss_sum[None], sums, engine.grad_norm()[None])).tolist()
-            mine += [norm**2, *SequenceDigest.fingerprint(keys), len(replaced), parts.stop.received is not None]
+            mine += [norm**2, *SequenceDigest.fingerprint(keys), len(replaced), parts.stop.asked() is not None]
             loss_total, *totals, norm_squared, low, high, bad, stops = ranks.total(mine)
         loss, grad_norm = loss_total / (ranks.size * accumulation), math.sqrt(norm_squared)
         reason = health.judge(loss, grad_norm)

@@ -24,6 +24,7 @@ import torch
 from ..data import Batch, DataError, Loader, worker_death
 from ..recipes import Recipe, to_yaml
 from ..slurm.codes import DONE, STOPPED
+from ..slurm.record import grace, stop_s
 from . import loop
 from .checkpoint.local import LocalParts
 from .checkpoint.reader import CheckpointReader
@@ -62,6 +63,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+ENDS_AT = "BIFROST_ENDS_AT"
 VERSIONS = ("torch", "deepspeed", "transformers", "triton", "webdataset", "mlflow", "numpy")
 
 
@@ -74,6 +76,7 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
     have passed.
     """
     stop = StopSignals()
+    ends_at = _ends_at()
     sections = Sections()
     with Watchdog(recipe.watchdog, sections) as watchdog:
         # The collectives' own time limit comes after the watchdog's: it says more.
@@ -87,15 +90,16 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
             before = _agreed(ranks, lambda: lock.acquire() if ranks.first else None)
             if ranks.first:
                 heartbeat.actions.append(lambda: lock.beat(sections.step))
-            return _train(inputs, ranks, Watch(stop, sections, watchdog, heartbeat, before, table), after_step)
+            return _train(inputs, ranks, Watch(stop, ends_at, sections, watchdog, heartbeat, before, table), after_step)
 
 
 @dataclass(frozen=True)
 class Watch:
-    """What looks after a start from its first line on. before: the owner of a lock that its process died with.
-    table: the ranks, one line a host."""
+    """What looks after a start from its first line on. ends_at: Unix time of the job's limit. before: the owner of a
+    lock that its process died with. table: the ranks, one line a host."""
 
     stop: StopSignals
+    ends_at: float
     sections: Sections
     watchdog: Watchdog
     heartbeat: Heartbeat
@@ -165,6 +169,10 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
         every=reader.state.get("save_every") if reader else None,
     )
 
+    if ranks.first:
+        guess = grace(folder)
+        watch.stop.end_before(watch.ends_at, lambda: stop_s(section.median_step(), list(saver.seconds)) or guess)
+
     def save(progress: Progress) -> None:
         state = {
             "progress": asdict(progress),
@@ -227,16 +235,24 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
             metrics.store()
         if mirror is not None:
             mirror.finish(timeout_s=60 if outcome == "finished" else 5)
-    stopper = watch.stop.received
     console.say(
         f"done: {progress.step} steps, {progress.samples} samples, run folder {folder}"
         if finished
-        else f"stopped by {stopper.name if stopper else 'another rank'} at step {progress.step}, saved;"
+        else f"stopped by {watch.stop.asked() or 'another rank'} at step {progress.step}, saved;"
         " start it again and it goes on"
     )
     # srun ends the other ranks as soon as one has left with a code that is not 0: nobody leaves before all are ready.
     ranks.barrier()
     return DONE if finished else STOPPED
+
+
+def _ends_at() -> float:
+    """Unix time at which the job is ended, as the batch script tells; infinity where nobody does."""
+    text = os.environ.get(ENDS_AT)
+    try:
+        return float(text or "inf")
+    except ValueError:
+        raise RunError(f"{ENDS_AT}={text}: want the Unix time of the job's end, or nothing") from None
 
 
 def _agreed(ranks: Ranks, action: Callable[[], T]) -> T:

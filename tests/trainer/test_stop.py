@@ -31,6 +31,21 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(shards: Path, tmp_path: Path
     assert runs.events(run, "end")[-1]["outcome"] == "stopped"
 
 
+def test_the_time_limit_stops_all_at_one_step(shards: Path, tmp_path: Path) -> None:
+    """Before anything is timed two minutes are kept: the first steps are the last ones."""
+    arguments = runs.arguments(shards, tmp_path, "steps=100000", "--ranks", "2")
+    pipe = subprocess.PIPE
+    environment = os.environ | {"BIFROST_ENDS_AT": str(time.time() + 125)}
+    with runs.launched(arguments, stdout=pipe, stderr=pipe, text=True, env=environment) as launcher:
+        out, err = launcher.communicate(timeout=240)
+    assert launcher.returncode == STOPPED, err
+    assert "stopped by the job's time limit" in out
+    run = tmp_path / "tiny-mllm"
+    last = runs.steps(run)[-1]["step"]
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+    assert runs.events(run, "end")[-1]["outcome"] == "stopped"
+
+
 def test_the_launcher_passes_signals_on_and_leaves_nothing_behind(shards: Path, tmp_path: Path) -> None:
     """Signals that reach every process, loader workers too, as Slurm sends them: still a checkpoint."""
     arguments = runs.arguments(shards, tmp_path, "steps=400", "data.workers=1", "--ranks", "2")

@@ -6,6 +6,7 @@ import copy
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,8 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failures = 0  # saves in a row that the storage did not take
         self._told_slow = False
+        self.seconds: deque[float] = deque(maxlen=10)
+        """How long the last saves took, until they were on the disk."""
 
     def due(self, step: int) -> bool:
         """Whether `step` is one to save at; the last step and a stop signal save as well."""
@@ -201,6 +204,7 @@ class Saver:
         if save.waited_since is not None:
             save.blocked += now - save.waited_since
         save.seconds = seconds = now - save.begun
+        self.seconds.append(seconds)
         rate = size / 2**30 / seconds
         self._report(
             {
