@@ -51,7 +51,7 @@ def preflight(
     from . import preflight as module
     from .site import load_site
 
-    site = load_site()
+    site = load_site(run)
     scratch = [folder for folder in [os.environ.get("BIFROST_SCRATCH")] if folder]
     limits = module.read_limits(site.preflight_limits)
     code = module.preflight(run, module.find_place(), site, limits, scratch, site.preflight_command)
@@ -144,17 +144,18 @@ def cancel(
 
 @slurm_app.command(hidden=True)
 def before(run: Run) -> None:
-    """The batch script's first step: note the start, print the number of nodes to use."""
+    """The batch script's first step: note the start, print the number of nodes to use and when the job ends."""
     from .requeue import before
 
-    print(before(run))
+    nodes, ends_at = before(run)
+    print(nodes, *([int(ends_at)] if ends_at else []))
 
 
 @slurm_app.command(hidden=True)
 def after(run: Run, code: Annotated[int, typer.Option(help="Exit code of the ranks.")]) -> None:
-    """The batch script's last step: done, once more, or not again; ends with the ranks' code."""
+    """The batch script's last step: done, once more, or not again; prints the job's exit code."""
     from .requeue import after
 
     line, code = after(run, code)
-    print(f"bifrost: {line}", flush=True)
-    raise typer.Exit(code)
+    print(f"bifrost: {line}", file=sys.stderr, flush=True)
+    print(code)

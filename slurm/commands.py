@@ -5,12 +5,23 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from .errors import SlurmError
 
 ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD")
+
+PAUSES_S = (1, 2, 5, 10, 20, 40, 80, 120)
+"""Before Slurm is asked again: a controller that the end of a large job keeps busy answers within minutes."""
+REFUSED = re.compile(
+    "invalid|denied|disabled|not permitted|pending execution|already complet|configuration|not found", re.I
+)
+"""Answers that no other try changes."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,10 @@ class JobState:
     nodes: str
     """Its nodes in Slurm's notation, empty while it waits."""
     elapsed: str
+    excluded: str
+    """Nodes that it may not use, in Slurm's notation."""
+    ends_at: float | None
+    """Unix time of its limit, or of its end; `None` without one."""
 
     @property
     def alive(self) -> bool:
@@ -32,8 +47,18 @@ class JobState:
 
 def submit(script: Path, after: str | None = None) -> str:
     """Submit a script; returns the job id. With `after`, it waits for the end of that job."""
-    dependency = [f"--dependency=afterany:{after}"] if after else []
-    return _slurm("sbatch", "--parsable", *dependency, str(script)).split(";")[0].strip()
+    if after is None:  # a person is there, who sees whether Slurm has taken it
+        answer = _once("sbatch", "--parsable", str(script))
+    else:
+        command = ("sbatch", "--parsable", f"--dependency=afterany:{after}", str(script))
+        answer = _slurm(*command, done=lambda: _successor(after))
+    return answer.split(";")[0].strip()
+
+
+def _successor(job: str) -> str | None:
+    """The job that waits for the end of `job`: Slurm may have taken it without being able to say so."""
+    lines = _slurm("squeue", "--noheader", "--states=PENDING", "--format=%i %E").splitlines()
+    return next((line.split()[0] for line in lines if re.search(rf"afterany:{job}\b", line)), None)
 
 
 def job_state(job: str) -> JobState | None:
@@ -46,20 +71,26 @@ def job_state(job: str) -> JobState | None:
         raise
     states = []
     for line in shown.splitlines():
-        fields = dict(re.findall(r"(?:^|(?<= ))(JobState|Reason|NodeList|RunTime)=(\S+)", line))
-        if fields:
-            nodes = fields.get("NodeList", "").replace("(null)", "")
-            states.append(JobState(fields["JobState"], fields.get("Reason", "None"), nodes, fields.get("RunTime", "")))
+        found = dict(re.findall(r"(?:^|(?<= ))(JobState|Reason|NodeList|ExcNodeList|RunTime|EndTime)=(\S+)", line))
+        if found:
+            fields = {name: value.replace("(null)", "") for name, value in found.items()}
+            nodes, excluded = fields.get("NodeList", ""), fields.get("ExcNodeList", "")
+            end, elapsed = _unix(fields.get("EndTime", "")), fields.get("RunTime", "")
+            states.append(JobState(fields["JobState"], fields.get("Reason", "None"), nodes, elapsed, excluded, end))
     running = sorted((state for state in states if state.alive), key=lambda state: state.state == "PENDING")
     return next(iter([*running, *states]), None)
 
 
 def requeue(job: str) -> None:
-    _slurm("scontrol", "requeue", job)
+    try:
+        _slurm("scontrol", "requeue", job)
+    except SlurmError as error:
+        if "pending execution" not in str(error):  # an earlier try was heard
+            raise
 
 
 def exclude_nodes(job: str, nodes: list[str]) -> None:
-    """Let a waiting job start on none of `nodes`."""
+    """Let a waiting job start on none of `nodes`, and on all others."""
     _slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
 
 
@@ -72,7 +103,24 @@ def cancel(job: str, waiting_only: bool = False) -> None:
     _slurm("scancel", *(["--state=PENDING"] if waiting_only else []), job)
 
 
-def _slurm(*command: str) -> str:
+def _slurm(*command: str, done: Callable[[], str | None] = lambda: None) -> str:
+    """What a command prints. One that Slurm does not answer is tried again for some minutes, unless `done` says what
+    an earlier try has brought about; SlurmError when it is refused, or never answered."""
+    for pause in PAUSES_S:
+        try:
+            return _once(*command)
+        except SlurmError as error:
+            if REFUSED.search(str(error)):
+                raise
+            if pause == PAUSES_S[0]:
+                print(f"bifrost: {error}; asking again, for {sum(PAUSES_S):.0f} s", file=sys.stderr, flush=True)
+        time.sleep(pause)
+        if answer := done():
+            return answer
+    return _once(*command)
+
+
+def _once(*command: str) -> str:
     # A job that is submitted from within a job must not take that one's variables for options.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
     try:
@@ -83,3 +131,11 @@ def _slurm(*command: str) -> str:
         problem = " ".join(ended.stderr.split()).removeprefix(f"{command[0]}: ").removeprefix("error: ")
         raise SlurmError(f"{command[0]}: {problem or f'exit code {ended.returncode}'}")
     return ended.stdout
+
+
+def _unix(when: str) -> float | None:
+    """Unix time of Slurm's local one; None for `Unknown`."""
+    try:
+        return datetime.fromisoformat(when).timestamp()
+    except ValueError:
+        return None

@@ -1,11 +1,14 @@
-"""Nodes not to be used: what preflight and watchdog found, remembered by run, and by the site for repeat offenders.
+"""Nodes not to be used: found bad by preflight, or named in two hung starts; remembered by run, and by the site for
+repeat offenders.
 
 Both files hold {"node": {"times": n, "last": unix time, "reason": "…"}}. Deleting an entry brings a node back.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +20,11 @@ from .files import read_json, write_json
 
 EXCLUDED = "excluded.json"
 
+log = logging.getLogger(__name__)
+
 LOCK_S = 30.0
-"""How long a writer waits for another one, and for a file system without locks."""
+"""How long a writer waits for another one."""
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class Memory(Protocol):
@@ -73,7 +79,8 @@ def read_exclusions(file: Path) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def _alone(file: Path) -> Iterator[None]:
-    """One writer at a time: jobs of several runs may find bad nodes at the same moment."""
+    """One writer at a time: jobs of several runs may find bad nodes at the same moment. Where the file system has no
+    locks, writers take that chance."""
     deadline = time.monotonic() + LOCK_S
     with open(file.with_name(f".{file.name}.lock"), "a") as lock:
         while True:
@@ -81,6 +88,9 @@ def _alone(file: Path) -> Iterator[None]:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
+                if error.errno in NO_LOCKS:
+                    log.warning("%s: written without a lock (%s)", file, error.strerror)
+                    break
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"{file}: no lock within {LOCK_S:.0f} s ({error.strerror})") from error
             time.sleep(0.02)

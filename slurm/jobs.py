@@ -11,9 +11,10 @@ from ..recipes import Recipe, to_yaml
 from . import commands, record
 from .errors import SlurmError
 from .exclusions import read_exclusions
+from .files import write_json
 from .job import LOG, RECIPE, SCRIPT, Job, load_job, seconds, usable_nodes
 from .script import render
-from .site import Site
+from .site import COPY, Site
 
 
 def describe(
@@ -66,6 +67,7 @@ def submit(job: Job, recipe: Recipe, site: Site) -> str:
     refuse_second(job.path)
     (job.path / "slurm").mkdir(parents=True, exist_ok=True)
     (job.path / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
+    write_json(job.path / COPY, site.model_dump(mode="json"))
     (job.path / SCRIPT).write_text(render(job, site), encoding="utf-8")
     (job.path / record.STOPPED).unlink(missing_ok=True)
     job.submitted, job.cancelled = time.time(), False

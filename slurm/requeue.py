@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
-from ..recipes import load_recipe
+from ..recipes import RecipeError, load_recipe
 from . import commands, record
 from .codes import BAD_NODE, DONE, FAILED, HUNG, LOCKED, LOST, STOPPED, USAGE
 from .errors import SlurmError
-from .exclusions import excluded
+from .exclusions import exclude, excluded
 from .job import RECIPE, SCRIPT, Job, load_job, usable_nodes
+from .ranks import expand_hosts
 from .site import load_site
 
 FRUITLESS_STARTS = 3
 """Starts without a new checkpoint after which a run is no longer started again."""
+HUNG_STARTS = 2
+"""Hung starts after which the node that they name is left out."""
+UNABLE = "slurm/unable"
+"""The batch script's note that these steps could not run on its host, a line a start."""
 REASONS = {
     FAILED: "exit code 1 of unknown cause",
     USAGE: "exit code 2, a setting to mend",
@@ -28,21 +34,41 @@ REASONS = {
 }
 
 
-def before(run: Path) -> int:
-    """Note this start; returns the number of nodes to run on. SlurmError when the run is not to be started again."""
+def before(run: Path) -> tuple[int, float | None]:
+    """Note this start; returns the number of nodes to run on, and the Unix time of the job's limit where it has one.
+
+    SlurmError or RecipeError when the run is not to be started again.
+    """
+    try:
+        nodes = _begin(run)
+    except (RecipeError, SlurmError) as error:
+        record.write_stopped(run, USAGE, str(error))
+        raise
+    for sign in (UNABLE, record.STOPPED):
+        (run / sign).unlink(missing_ok=True)
+    return nodes, _ends_at()
+
+
+def _begin(run: Path) -> int:
     job = load_job(run)
     recipe = load_recipe(run / RECIPE)
     (run / record.OUTCOME).unlink(missing_ok=True)
     step = record.newest_step(run)
     # A lost node or a preemption has the job started by Slurm itself: then nobody has counted before.
     if record.fruitless(record.starts(run, job.submitted), step) >= FRUITLESS_STARTS:
-        reason = _crash_loop(step)
-        record.write_stopped(run, FAILED, reason)
-        raise SlurmError(reason)
+        raise SlurmError(_crash_loop(step))
     got = int(os.environ.get("SLURM_JOB_NUM_NODES", job.nodes[1]))
     nodes = usable_nodes(recipe, job.tasks_per_node, min(job.nodes[0], got), got)
     record.append(run, {"step": step, "nodes": nodes, "hosts": os.environ.get("SLURM_JOB_NODELIST")})
     return nodes
+
+
+def _ends_at() -> float | None:
+    known = os.environ.get("SLURM_JOB_END_TIME")  # Slurm 23.02 and later
+    if known:
+        return float(known)
+    state = _state()
+    return state.ends_at if state and state.state == "RUNNING" else None
 
 
 def after(run: Path, code: int) -> tuple[str, int]:
@@ -63,17 +89,25 @@ def after(run: Path, code: int) -> tuple[str, int]:
         return _stop(job, code, reason)
     if job.cancelled:
         return _end(job, "cancelled", "stopped by bifrost slurm cancel"), DONE
-    state = commands.job_state(_id())
+    state = _state()
     if state and state.state != "RUNNING" and state.reason != "TimeLimit":
         # Somebody has ended or requeued it, or Slurm has.
         record.append(run, {"code": code, "decision": "left", "reason": state.state})
         return f"the job is {state.state}: left to Slurm", code
-    return _start_again(job, code, reason)
+    return _start_again(job, code, reason, outcome.get("host") if outcome else None, state)
 
 
-def _start_again(job: Job, code: int, reason: str) -> tuple[str, int]:
-    left_out = _nodes_to_leave_out(job) if code == BAD_NODE else []
-    record.append(job.path, {"code": code, "decision": "again", "reason": reason, "excluded": left_out})
+def _start_again(
+    job: Job, code: int, reason: str, host: str | None, state: commands.JobState | None
+) -> tuple[str, int]:
+    history = record.starts(job.path, job.submitted)
+    hung = 1 + sum(start.get("code") == HUNG and start.get("host") == host for start in history)
+    bad = {host: f"hung in {hung} starts: {reason}"} if host and code == HUNG and hung >= HUNG_STARTS else {}
+    left_out = _nodes_to_leave_out(job, bad)
+    # A start that found a new bad node has not failed in vain.
+    known = {node for start in history for node in start.get("excluded", [])}
+    found = left_out if (code == BAD_NODE or bad) and left_out and set(left_out) - known else []
+    record.append(job.path, {"code": code, "decision": "again", "reason": reason, "host": host, "excluded": found})
     step = record.newest_step(job.path)
     if record.fruitless(record.starts(job.path, job.submitted), step) >= FRUITLESS_STARTS:
         return _stop(job, code, f"{_crash_loop(step)}; the last one: {reason}")
@@ -85,20 +119,40 @@ def _start_again(job: Job, code: int, reason: str) -> tuple[str, int]:
             commands.requeue(_id())
             waiting, again = _id(), "requeued"
         except SlurmError as error:
-            job.id = waiting = commands.submit(job.path / SCRIPT, after=_id())
+            try:
+                job.id = waiting = commands.submit(job.path / SCRIPT, after=_id())
+            except SlurmError as refusal:
+                return _stop(job, code, f"{reason}; not to be started again by Slurm: {error}; {refusal}")
             job.save()
-            again = f"goes on as job {waiting} ({error})"
-    if left_out:
-        commands.exclude_nodes(waiting, [*([job.exclude] if job.exclude else []), *left_out])
-        again += f" without {', '.join(left_out)}"
+            state, again = None, f"goes on as job {waiting} ({error})"
+    if left_out is not None:
+        again += _set_excluded(waiting, [*expand_hosts(job.exclude or ""), *left_out], state)
     return f"{reason}: {again}, from step {step}", code
 
 
-def _nodes_to_leave_out(job: Job) -> list[str]:
-    """Nodes found bad; empty when the job was to run without all of them already."""
-    known = {node for start in record.starts(job.path, job.submitted) for node in start.get("excluded", [])}
-    found = excluded(job.path, load_site())
-    return found if set(found) - known else []
+def _nodes_to_leave_out(job: Job, bad: dict[str, str]) -> list[str] | None:
+    """All nodes that run and site leave out, `bad` from now on too; None, and a line, when that cannot be told: a run
+    is not given up for it."""
+    try:
+        site = load_site(job.path)
+        if bad:
+            exclude(bad, job.path, site)
+        return excluded(job.path, site)
+    except (OSError, SlurmError) as error:
+        print(f"bifrost: nodes to leave out: {error}", file=sys.stderr, flush=True)
+        return None
+
+
+def _set_excluded(job: str, nodes: list[str], state: commands.JobState | None) -> str:
+    """Have the waiting `job` leave out `nodes` and no others, unless `state` says that it does; words on what was
+    done."""
+    if state and set(expand_hosts(state.excluded)) == set(nodes):
+        return ""
+    try:
+        commands.exclude_nodes(job, nodes)
+    except SlurmError as error:
+        return f", but not without {', '.join(nodes)} ({error})"
+    return f" without {', '.join(nodes)}" if nodes else ""
 
 
 def _stop(job: Job, code: int, reason: str) -> tuple[str, int]:
@@ -124,6 +178,15 @@ def _signal(code: int) -> str | None:
     try:
         return f"a rank was ended by {signal.Signals(code - 128).name}"
     except ValueError:
+        return None
+
+
+def _state() -> commands.JobState | None:
+    """What Slurm says of this job; None when it does not."""
+    try:
+        return commands.job_state(_id())
+    except SlurmError as error:
+        print(f"bifrost: {error}", file=sys.stderr, flush=True)
         return None
 
 

@@ -6,10 +6,13 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from ..recipes import Section, explain, read_yaml
 from .errors import SlurmError
+
+COPY = "slurm/site.json"
+"""In the run folder, as submitted: the site file may lie where the nodes, or a container, do not see it."""
 
 
 class Container(Section):
@@ -67,6 +70,11 @@ class Site(Section):
     offences: int = Field(default=2, ge=1)
     """Runs start without a node that was found bad this many times."""
 
+    @field_validator("offenders")
+    @classmethod
+    def _of_whoever_submits(cls, file: str | None) -> str | None:
+        return str(Path(file).expanduser()) if file else None
+
     def variables(self) -> dict[str, str]:
         """Environment variables of a job, those of fabric and scratch included."""
         interface, hca = self.fabric.interface, self.fabric.hca
@@ -84,9 +92,12 @@ def site_file() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".config" / "bifrost" / "site.yaml"
 
 
-def load_site() -> Site:
-    """The site file's settings; the defaults where there is none. SlurmError for one that cannot be used."""
+def load_site(run: Path | None = None) -> Site:
+    """The settings with which `run` was submitted, else the site file's; the defaults where there is none. SlurmError
+    for a file that cannot be used."""
     path = site_file()
+    if run and (run / COPY).exists():
+        path = run / COPY
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,15 +1,15 @@
-"""A real Slurm cluster of two nodes for the tests of this folder; one a test process."""
+"""A real Slurm cluster of two nodes for the tests of this folder, one a test process; stand-ins for its commands."""
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from bifrost.slurm import devcluster
-from clusterruns import ClusterRun
+from bifrost.slurm import commands, devcluster
+from clusterruns import ClusterRun, Stand
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +39,24 @@ def run(cluster: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     yield run
     run.clear()
     print(*run.starts(), run.log(), sep="\n")  # shown where a test fails
+
+
+@pytest.fixture
+def stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stand:
+    """stand("scontrol", script of the first call, …) puts a program into PATH, whose last script stays; returns what it
+    was called with, a line a call."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(commands, "PAUSES_S", (0.0, 0.0, 0.0))
+
+    def put(name: str, *scripts: str) -> Callable[[], list[str]]:
+        calls = tmp_path / f"{name}.calls"
+        cases = "\n".join(f"{number}) {script};;" for number, script in enumerate(scripts, 1))
+        program = tmp_path / name
+        program.write_text(
+            f'#!/bin/bash\necho "$*" >> {calls}\nn=$(wc -l < {calls})\n'
+            f"case $((n < {len(scripts)} ? n : {len(scripts)})) in\n{cases}\nesac\n"
+        )
+        program.chmod(0o755)
+        return lambda: calls.read_text().splitlines() if calls.exists() else []
+
+    return put

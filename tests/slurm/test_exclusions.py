@@ -1,5 +1,6 @@
 """Nodes that are left out: by run, and by site after repeated offences."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -67,3 +68,23 @@ def test_a_damaged_file_is_named_and_kept(tmp_path: Path, text: str) -> None:
         with pytest.raises(SlurmError, match=r"excluded\.json"):
             attempt()
     assert file.read_text() == text
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int) -> None:
+    def no_lock(*_: object) -> None:
+        raise OSError(reason, "no locks")
+
+    monkeypatch.setattr("fcntl.lockf", no_lock)
+    exclude({"node1": "x"}, tmp_path, None)
+    assert excluded(tmp_path, None) == ["node1"]
+
+
+def test_a_lock_that_stays_taken_is_not_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(*_: object) -> None:
+        raise OSError(errno.EAGAIN, "taken")
+
+    monkeypatch.setattr("fcntl.lockf", taken)
+    monkeypatch.setattr("bifrost.slurm.exclusions.LOCK_S", 0.1)
+    with pytest.raises(TimeoutError, match="no lock within"):
+        exclude({"node1": "x"}, tmp_path, None)

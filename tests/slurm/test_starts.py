@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -24,14 +25,20 @@ def test_starts_again_until_done(run: ClusterRun) -> None:
     # Slurm ends the step with the first rank that leaves. The other does not mind, as in training: it leaves, too.
     save = "trap '' TERM; " + CHECKPOINT.format(1)
     hung = f'[ "$SLURM_PROCID" = 1 ] && exit {HUNG}; sleep 60'
-    run.stand_in(f"{save}; exit {STOPPED}", hung, f"fail {LOST} 'the storage is away'", "true")
-    number = run.submit()
+    run.stand_in(
+        f"{save}; exit {STOPPED}",
+        hung,
+        f"fail {LOST} 'the storage is away'",
+        "echo $BIFROST_ENDS_AT > $BIFROST_RUN/end",
+    )
+    number = run.submit("--time", "60")
     run.wait_for_end()
+    assert 3000 < float((run.run / "end").read_text()) - time.time() <= 3600
     assert decisions(run) == ["again", "again", "again", "done"]
     assert [start["step"] for start in run.starts()] == [0, 1, 1, 1]
     assert job(number)["Restarts"] == "3" and job(number)["JobState"] == "COMPLETED"
     assert "stopped by a signal, saved: requeued, from step 1" in run.log()
-    assert "the storage is away: requeued, from step 1" in run.log()
+    assert "the storage is away: requeued, from step 1" in run.log() and "pending execution" not in run.log()
     goodput = {"ettr": 0.75, "wall_s": 200.0, "seconds": {"step": 150.0, "save": 50.0}}
     (run.run / "goodput.json").write_text(json.dumps(goodput))
     status = run.bifrost("status", str(run.run))

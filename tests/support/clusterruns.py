@@ -17,6 +17,9 @@ import runs
 from bifrost.slurm import devcluster
 from bifrost.slurm.cli import slurm_app
 
+Stand = Callable[..., Callable[[], list[str]]]
+"""Type of the fixture `stand`."""
+
 STAND_IN = r"""#!/bin/bash
 # In the place of Python: what the ranks of each start are to do, one line a start.
 fail() { # CODE REASON: as a rank that ends on purpose
@@ -122,3 +125,8 @@ def job(number: str) -> dict[str, str]:
     """Slurm's own account of a job."""
     shown = slurm("scontrol", "-o", "show", "job", number)
     return dict(word.split("=", 1) for word in shown.split() if "=" in word)
+
+
+def failing(words: str) -> str:
+    """A line of shell that ends as a command of Slurm does that says `words`."""
+    return f"echo '{words}' >&2; exit 1"
