@@ -29,6 +29,8 @@ class Job(BaseModel):
     gpus_per_node: int
     tasks_per_node: int
     """Ranks a node."""
+    cpus_per_task: int = 1
+    """Cores a rank."""
     partition: str | None = None
     account: str | None = None
     time: str | None = None

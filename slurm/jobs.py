@@ -46,6 +46,8 @@ def describe(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         tasks_per_node=tasks,
+        # Beside a GPU: the rank's own thread, one for its communication, and the loader's workers.
+        cpus_per_task=site.cpus_per_task or (recipe.data.workers + 2 if gpus_per_node else 1),
         partition=partition,
         account=account,
         time=time,

@@ -28,7 +28,7 @@ def render(job: Job, site: Site) -> str:
         variables={**_threads(job, site), **site.variables()},
         # These steps of the script need Slurm's commands, which an image may lack: the Python that submits runs them.
         python=sys.executable,
-        step_options=_step_options(site),
+        step_options=_step_options(job, site),
         command=_command(site),
         recipe=RECIPE,
     )
@@ -54,7 +54,7 @@ def _options(job: Job, site: Site) -> list[str]:
         "nodes": job.node_range,
         "gpus-per-node": job.gpus_per_node or None,
         # One task a node as far as sbatch knows: told of more, it gives a range of nodes no more than its fewest.
-        "cpus-per-task": job.tasks_per_node * (site.cpus_per_task or 1),
+        "cpus-per-task": job.tasks_per_node * job.cpus_per_task,
         "partition": job.partition or site.partition,
         "account": job.account or site.account,
         "time": job.time or site.time,
@@ -76,8 +76,8 @@ def _threads(job: Job, site: Site) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(known)} if known else {}
 
 
-def _step_options(site: Site) -> list[str]:
-    options = [f"--cpus-per-task={site.cpus_per_task or 1}"]
+def _step_options(job: Job, site: Site) -> list[str]:
+    options = [f"--cpus-per-task={job.cpus_per_task}"]
     if site.container and site.container.kind == "pyxis":
         options.append(f"--container-image={site.container.image}")
         if site.container.mounts:

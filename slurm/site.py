@@ -41,7 +41,7 @@ class Site(Section):
     time: str | None = None
     """Time limit in Slurm's notation, unless --time says another."""
     cpus_per_task: int | None = Field(default=None, ge=1)
-    """Cores a rank: its own thread and those of its loader's workers."""
+    """Cores a rank, for its thread and its loader's workers; null: data.workers + 2 with GPUs, 1 without."""
     sbatch: list[str] = Field(default_factory=list)
     """Further sbatch options, such as `--qos=high`."""
     modules: list[str] = Field(default_factory=list)

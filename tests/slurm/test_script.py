@@ -92,6 +92,13 @@ def test_what_a_script_says(site: Path) -> None:
     assert out.stdout == "it's \"me\"'s `id` \\ $(id) ib0 mlx5 /local/me\n"
 
 
+def test_cores_follow_the_workers(site: Path) -> None:
+    site.write_text("{}")
+    script = rendered("mllm-7b", "--nodes", "4", "--gpus-per-node", "8", "data.workers=5")
+    assert "#SBATCH --cpus-per-task=56\n" in script, "a rank's thread, its communication's, its workers'"
+    assert "--ntasks-per-node=8 --cpus-per-task=7" in script
+
+
 def test_containers(site: Path) -> None:
     site.write_text(yaml.safe_dump(SITES["pyxis"]))
     pyxis = rendered("mllm-7b")
