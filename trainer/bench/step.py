@@ -76,13 +76,8 @@ def bench(
     with torch.device("meta"):
         counted = stage.build()
     opponent = CompiledStep(model, recipe) if rival == "compiled" else DenseStep(model, rival)  # type: ignore[arg-type]
-    rows = []
-    for case in found:
-        batch = draw_batch(case, tokens, recipe.data.image_size, config, device, dtype)
-        flops = [step_parts(patch_latent_parts(stage, counted, float(length))) for length in case.lengths]
-        rows.append(measure(model, batch, case, opponent, rounds, recipe, flops))
     text = config.text_config
-    record = {
+    record: dict[str, Any] = {
         "recipe": recipe.name,
         "layers": text.num_hidden_layers,
         "width": text.hidden_size,
@@ -98,13 +93,27 @@ def bench(
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": machine("transformers"),
-        "cases": [asdict(row) for row in rows],
     }
+    rows: list[Row] = []
+    for case in found:
+        batch = draw_batch(case, tokens, recipe.data.image_size, config, device, dtype)
+        flops = [step_parts(patch_latent_parts(stage, counted, float(length))) for length in case.lengths]
+        for against in (opponent, None):  # the rival alone may not fit
+            try:
+                rows.append(measure(model, batch, case, against, rounds, recipe, flops))
+                break
+            except torch.OutOfMemoryError:
+                model.zero_grad(set_to_none=True)
+                which = "the routed step" if against is None else f"the rival ({rival})"
+                print(f"{case.name} text tokens: {which} does not fit in the memory of this device", flush=True)
+        record["cases"] = [asdict(row) for row in rows]
+        if out:
+            with writing(out):
+                out.mkdir(parents=True, exist_ok=True)
+                (out / "step.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if not rows:
+        raise RunError("bench step: no case fits in the memory of this device; give fewer --samples")
     print(table(record, rows))
-    if out:
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "step.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return rows
 
 
@@ -127,12 +136,15 @@ def measure(
     model: PatchLatentModel,
     batch: Batch,
     case: Case,
-    rival: DenseStep | CompiledStep,
+    rival: DenseStep | CompiledStep | None,
     rounds: int,
     recipe: Recipe,
     flops: list[list[Part]],
 ) -> Row:
-    """Compare the numbers, count the activations, then time in turns. RunError when the numbers differ."""
+    """Compare the numbers, count the activations, then time in turns. RunError when the numbers differ.
+
+    Without a rival, the routed step by itself.
+    """
     device = batch.latents.device
     trained = model.trainable()
 
@@ -142,22 +154,25 @@ def measure(
         model.zero_grad(set_to_none=True)
         return loss, found
 
-    loss, wanted = gradients(lambda: rival.step(batch))
-    ours, found = gradients(lambda: routed_step(model, batch))
-    loss_error = abs(ours - loss) / abs(loss)
-    if found.keys() != wanted.keys():
-        raise RunError(f"bench step: gradients of {sorted(found.keys() ^ wanted.keys())} on one side alone")
-    errors = {n: float((found[n] - wanted[n]).norm() / wanted[n].norm().clamp_min(1e-30)) for n in wanted}
-    worst = max(errors, key=lambda name: errors[name])
-    limit = TOLERANCE[batch.latents.dtype]
-    if not max(loss_error, errors[worst]) <= limit:
-        raise RunError(
-            f"bench step: the rivals differ: loss by {loss_error:.1e}, {worst} by {errors[worst]:.1e}; at most {limit}"
-        )
-    del wanted, found
-    kept = [
-        activation_bytes(model, step, batch) for step in (lambda: routed_step(model, batch), lambda: rival.step(batch))
-    ]
+    loss_error = gradient_error = rival_kept = None
+    if rival:
+        loss, wanted = gradients(lambda: rival.step(batch))
+        ours, found = gradients(lambda: routed_step(model, batch))
+        loss_error = abs(ours - loss) / abs(loss)
+        if found.keys() != wanted.keys():
+            raise RunError(f"bench step: gradients of {sorted(found.keys() ^ wanted.keys())} on one side alone")
+        errors = {n: float((found[n] - wanted[n]).norm() / wanted[n].norm().clamp_min(1e-30)) for n in wanted}
+        worst = max(errors, key=lambda name: errors[name])
+        gradient_error = errors[worst]
+        limit = TOLERANCE[batch.latents.dtype]
+        if not max(loss_error, gradient_error) <= limit:
+            raise RunError(
+                f"bench step: the rivals differ: loss by {loss_error:.1e}, {worst} by {gradient_error:.1e};"
+                f" at most {limit}"
+            )
+        del wanted, found
+        rival_kept = activation_bytes(model, lambda: rival.step(batch), batch)
+    kept = activation_bytes(model, lambda: routed_step(model, batch), batch)
     routed_times: list[dict[str, float]] = []
     rival_times: list[float] = []
     for _ in range(rounds):
@@ -167,22 +182,23 @@ def measure(
         routed_step(model, batch, clock)
         routed_times.append(clock.seconds())
         model.zero_grad(set_to_none=True)
-        clock = Clock(device)
-        rival.step(batch, clock)
-        rival_times.append(clock.seconds()["step"])
-        model.zero_grad(set_to_none=True)
+        if rival:
+            clock = Clock(device)
+            rival.step(batch, clock)
+            rival_times.append(clock.seconds()["step"])
+            model.zero_grad(set_to_none=True)
     parts = {name: statistics.median(times[name] for times in routed_times) for name in routed_times[0]}
     steps = [sum(times.values()) - times["tower"] for times in routed_times]
-    routed_s, rival_s = statistics.median(steps), statistics.median(rival_times)
+    routed_s, rival_s = statistics.median(steps), statistics.median(rival_times) if rival else None
     samples = len(case.lengths)
     useful = sum(useful_flops(sample) for sample in flops) / samples
     routed_flops = sum(done_flops(sample, recipe) for sample in flops) / samples
-    rival_flops = rival.flops(flops, case.padded)
+    rival_flops = rival.flops(flops, case.padded) if rival else None
     peak = this_device()
     limit = peak.bf16_tflops * 1e12 if peak and peak.bf16_tflops and batch.latents.dtype == torch.bfloat16 else None
 
-    def share(count: float, seconds: float) -> float | None:
-        return count * samples / seconds / limit if limit else None
+    def share(count: float | None, seconds: float | None) -> float | None:
+        return count * samples / seconds / limit if limit and count and seconds else None
 
     return Row(
         text_tokens=case.name,
@@ -191,18 +207,18 @@ def measure(
         routed_s=routed_s,
         rival_s=rival_s,
         # Of each round's two neighbours: whatever else the machine does meanwhile slows both.
-        ratio=statistics.median(theirs / own for theirs, own in zip(rival_times, steps, strict=True)),
+        ratio=statistics.median(t / own for t, own in zip(rival_times, steps, strict=True)) if rival else None,
         routed_samples_s=samples / routed_s,
-        rival_samples_s=samples / rival_s,
-        routed_activation_bytes=kept[0],
-        rival_activation_bytes=kept[1],
-        activation_ratio=kept[1] / kept[0],
+        rival_samples_s=samples / rival_s if rival_s else None,
+        routed_activation_bytes=kept,
+        rival_activation_bytes=rival_kept,
+        activation_ratio=rival_kept / kept if rival_kept else None,
         useful_flops=useful,
         routed_flops=routed_flops,
         rival_flops=rival_flops,
-        flops_ratio=rival_flops / routed_flops,
+        flops_ratio=rival_flops / routed_flops if rival_flops else None,
         loss_error=loss_error,
-        gradient_error=errors[worst],
+        gradient_error=gradient_error,
         shares={name: spent / sum(parts.values()) for name, spent in parts.items()},
         mfu=share(useful, routed_s),
         hfu=share(routed_flops, routed_s),

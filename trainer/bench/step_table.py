@@ -10,25 +10,26 @@ from .machine import told
 
 @dataclass
 class Row:
-    """What a case measured; seconds a step, bytes, FLOPs a sample."""
+    """What a case measured; seconds a step, bytes, FLOPs a sample. What the rival has part in is None where it does not
+    fit in memory."""
 
     text_tokens: str
     mean_text_tokens: float
     padded_text_tokens: int
     routed_s: float
-    rival_s: float
-    ratio: float
+    rival_s: float | None
+    ratio: float | None
     routed_samples_s: float
-    rival_samples_s: float
+    rival_samples_s: float | None
     routed_activation_bytes: int
-    rival_activation_bytes: int
-    activation_ratio: float
+    rival_activation_bytes: int | None
+    activation_ratio: float | None
     useful_flops: float
     routed_flops: float
-    rival_flops: float
-    flops_ratio: float
-    loss_error: float
-    gradient_error: float
+    rival_flops: float | None
+    flops_ratio: float | None
+    loss_error: float | None
+    gradient_error: float | None
     shares: dict[str, float]
     """Of the routed step with the tower: each part's share of the time."""
     mfu: float | None = None
@@ -52,15 +53,24 @@ def table(record: dict[str, Any], rows: list[Row]) -> str:
     ]
     for row in rows:
         padded = f"{row.mean_text_tokens:.0f} in {row.padded_text_tokens}" if row.text_tokens == "real" else ""
-        mib = f"{row.routed_activation_bytes / 2**20:,.0f} / {row.rival_activation_bytes / 2**20:,.0f}"
-        shares = " ".join(f"{x:>6.1%}" if x is not None else f"{'-':>6}" for x in (row.mfu, row.hfu))
+        mib = " / ".join(
+            _shown(x and x / 2**20, ",.0f") for x in (row.routed_activation_bytes, row.rival_activation_bytes)
+        )
+        error = (
+            None if row.loss_error is None or row.gradient_error is None else max(row.loss_error, row.gradient_error)
+        )
+        shares = " ".join(f"{_shown(x, '.1%'):>6}" for x in (row.mfu, row.hfu))
         lines.append(
-            f"{padded or row.text_tokens:>14} {row.routed_samples_s:>9.2f}/s {row.rival_samples_s:>9.2f}/s"
-            f" {row.ratio:>6.2f} {row.flops_ratio:>8.2f} {mib:>19} {row.activation_ratio:>6.2f}"
-            f" {max(row.loss_error, row.gradient_error):>13.1e} {shares}"
+            f"{padded or row.text_tokens:>14} {row.routed_samples_s:>9.2f}/s {_shown(row.rival_samples_s, '.2f'):>9}/s"
+            f" {_shown(row.ratio, '.2f'):>6} {_shown(row.flops_ratio, '.2f'):>8} {mib:>19}"
+            f" {_shown(row.activation_ratio, '.2f'):>6} {_shown(error, '.1e'):>13} {shares}"
         )
     lines += ["", "share of the routed step's time, with the vision tower:"]
     for row in rows:
         shares = ", ".join(f"{name} {spent:.1%}" for name, spent in row.shares.items())
         lines.append(f"{row.text_tokens:>14} {shares}")
     return "\n".join(lines)
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

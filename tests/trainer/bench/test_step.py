@@ -49,6 +49,40 @@ def test_every_case_is_measured_and_recorded(tmp_path: Path, capsys: pytest.Capt
     assert f"{rows[0].ratio:.2f}" in printed and "in 64" in printed
 
 
+def test_what_does_not_fit_costs_no_other_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rival runs out of memory in the first case, both in the second; the third is whole."""
+    dense, routed, draw, cases = DenseStep.step, step.routed_step, step.draw_batch, []
+
+    def drawn(case: Any, *rest: Any) -> Any:
+        cases.append(case.name)
+        return draw(case, *rest)
+
+    def within(limits: tuple[str, ...], work: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            if cases[-1] in limits:
+                raise torch.OutOfMemoryError
+            return work(*arguments)
+
+        return run
+
+    monkeypatch.setattr(step, "draw_batch", drawn)
+    monkeypatch.setattr(DenseStep, "step", within(("20", "30"), dense))
+    monkeypatch.setattr(step, "routed_step", within(("30",), routed))
+    rows = step.bench(load_recipe("tiny-mllm"), text_tokens="20,30,40", out=tmp_path, **{**SMALL, "layers": 1})
+    assert [case["text_tokens"] for case in json.loads((tmp_path / "step.json").read_text())["cases"]] == ["20", "40"]
+    alone, whole = rows
+    assert alone.routed_s > 0 and (alone.ratio, alone.rival_s, alone.activation_ratio, alone.loss_error) == (None,) * 4
+    assert whole.ratio and whole.loss_error is not None
+    printed = capsys.readouterr().out
+    assert "20 text tokens: the rival (eager) does not fit" in printed
+    assert "30 text tokens: the routed step does not fit" in printed
+    monkeypatch.setattr(step, "routed_step", within(("20",), routed))
+    with pytest.raises(RunError, match="no case fits"):
+        step.bench(load_recipe("tiny-mllm"), text_tokens="20", out=None, **{**SMALL, "layers": 1})
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_layers_are_a_rival_with_the_same_numbers() -> None:
     (row,) = step.bench(
