@@ -44,7 +44,7 @@ class Segments:
 
     @property
     def longest(self) -> int:
-        return max(self.lengths, default=0)
+        return max(self.lengths) if self.lengths else 0  # torch.compile cannot trace max's default
 
     @property
     def total(self) -> int:
@@ -139,6 +139,8 @@ def segment_attention(
     assert not causal or queries.lengths == keys.lengths, "causal attention needs as many keys as queries"
     if not query.shape[0]:
         return query.new_empty(query.shape)
+    if backend not in _RUN:
+        _resolve(backend)
     return _RUN[backend](query, key, value, queries, keys, causal, scale)
 
 
@@ -175,23 +177,23 @@ def _varlen_function(backend: str) -> Callable[..., Any] | str:
         return f"{backend}: {module}.{name} cannot be imported ({type(error).__name__}: {error})"
 
 
-def _varlen(query, key, value, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
-    function = _varlen_function("varlen")
-    assert callable(function), function
-    known = inspect.signature(function).parameters
-    settings: dict[str, Any] = {"scale": scale, "window_size": (-1, 0 if causal else -1)}
-    if query.shape[1] != key.shape[1]:  # torch 2.11 takes no groups
-        if "enable_gqa" in known:
-            settings["enable_gqa"] = True
-        else:
-            key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
-    return function(query, key, value, queries.ends, keys.ends, queries.longest, keys.longest, **settings)
+def _varlen(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    groups = "enable_gqa" in inspect.signature(function).parameters  # torch 2.11 takes none
 
-
-def _package(backend: str) -> Callable[..., Tensor]:
     def run(query, key, value, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
-        function = _varlen_function(backend)
-        assert callable(function), function
+        settings: dict[str, Any] = {"scale": scale, "window_size": (-1, 0 if causal else -1)}
+        if query.shape[1] != key.shape[1]:
+            if groups:
+                settings["enable_gqa"] = True
+            else:
+                key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+        return function(query, key, value, queries.ends, keys.ends, queries.longest, keys.longest, **settings)
+
+    return run
+
+
+def _package(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    def run(query, key, value, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
         out = function(
             query,
             key,
@@ -263,9 +265,11 @@ def _places(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor]:
     return sample, torch.arange(len(sample), device=device) - (lengths.cumsum(0) - lengths)[sample]
 
 
-_RUN: dict[str, Callable[..., Tensor]] = {
-    "varlen": _varlen,
-    "sdpa": _sdpa,
-    "reference": _reference,
-    **{name: _package(name) for name in ("flash-attn-4", "flash-attn-3", "flash-attn-2")},
-}
+_RUN: dict[str, Callable[..., Tensor]] = {"sdpa": _sdpa, "reference": _reference}
+"""Those of libraries are added when they are first asked for: torch.compile sees a finished function."""
+
+
+def _resolve(backend: Backend) -> None:
+    function = _varlen_function(backend)
+    assert callable(function), function
+    _RUN[backend] = _varlen(function) if backend == "varlen" else _package(function)

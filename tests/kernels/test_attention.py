@@ -1,12 +1,16 @@
 """The two packed calls against one dense attention under the public release's hybrid mask, in fp64."""
 
+import sys
+from functools import lru_cache
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bifrost.kernels import PrefixLayout, Segments, prefix_attention, segment_attention
+from bifrost.kernels import PrefixLayout, Segments, attention, prefix_attention, segment_attention
 from bifrost.kernels.attention import BACKENDS, unavailable
 
 SCALE = 0.3
@@ -99,11 +103,11 @@ def test_layout() -> None:
 def test_nothing_padded_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores computed: exactly those of the real rows, for texts of very different lengths."""
     computed = []
-    attention = torch.nn.functional.scaled_dot_product_attention
+    original = torch.nn.functional.scaled_dot_product_attention
 
     def counted(query, key, value, **rest):
         computed.append(query.shape[0] * query.shape[2] * key.shape[2])
-        return attention(query, key, value, **rest)
+        return original(query, key, value, **rest)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     lengths = [100, 1, 7]
@@ -115,6 +119,31 @@ def test_nothing_padded_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_empty_batch() -> None:
     empty, none = torch.empty(0, 2, 8), Segments.of([])
     assert segment_attention(empty, empty, empty, none, none, True, SCALE).shape == (0, 2, 8)
+
+
+@pytest.mark.parametrize("backend", ["varlen", "flash-attn-3"])
+def test_a_librarys_attention_is_traced_as_one_graph(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once its first call has imported the library; plain sums stand in for what that computes."""
+
+    def library(query, key, value, *rest, enable_gqa=False, **settings):
+        groups = query.shape[1] // key.shape[1]
+        return query * (key.sum(0) + value.sum(0)).repeat_interleave(groups, dim=0)
+
+    module = ModuleType("stand_in")
+    module.__dict__["library"] = library
+    monkeypatch.setitem(sys.modules, "stand_in", module)
+    monkeypatch.setitem(attention._SOURCES, backend, ("stand_in", "library"))
+    monkeypatch.setattr(attention, "_varlen_function", lru_cache(attention._varlen_function.__wrapped__))
+    monkeypatch.setattr(attention, "_RUN", dict(attention._RUN))
+    tensors = [draw(rows, heads, 8) for rows, heads in ((8, 4), (8, 2), (8, 2), (5, 2), (5, 2))]
+    layout = PrefixLayout.of([3, 2], 4)
+    wanted = prefix_attention(*tensors, layout, SCALE, backend)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(prefix_attention)(*tensors, layout, SCALE, backend)
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+    torch.testing.assert_close(
+        torch.compile(prefix_attention, backend="eager")(*tensors, layout, SCALE, backend), wanted
+    )
 
 
 def test_backends_that_cannot_run_say_why() -> None:
