@@ -89,9 +89,14 @@ def unavailable(provider: Provider, device: torch.device, dtype: torch.dtype) ->
             return f"{provider} computes in bf16 and fp16: fp32 does not run on tensor cores"
         if capability[0] not in (9, 10) or torch.version.hip:  # 12.x has half of the shared memory that the tiles take
             return f"{provider} needs compute capability 9.0 or 10.x, this GPU has {capability[0]}.{capability[1]}"
-        if provider == "triton-ws" and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        if provider == "triton-ws" and not halves_epilogue():
             return f"{provider} needs Triton 3.7, whose compiler can halve the epilogue; this is {triton.__version__}"
     return None
+
+
+def halves_epilogue() -> bool:
+    """Whether Triton's compiler can, which triton-ws needs."""
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 
 
 def _accumulator(hidden: Tensor) -> torch.dtype:

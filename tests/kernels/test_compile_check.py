@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from bifrost.kernels import compile_check
+
 COMPILED = {**os.environ, "TRITON_INTERPRET": "0"}
 
 PLANTED = """
@@ -43,6 +45,25 @@ def test_every_kernel_compiles_and_fits() -> None:
         "sm_90",
         "sm_100",
     }
+
+
+def test_what_an_older_triton_does_not_run_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    built = []
+
+    def build(case: compile_check.Case, arch: int) -> compile_check.Build:
+        built.append(case.name)
+        return compile_check.Build(case, arch, 1, 0, 0, case.warps_expected or case.warps, 1)
+
+    monkeypatch.setattr(compile_check, "build", build)
+    for version, fits in (("3.6.0", False), ("3.7.0", True)):
+        built.clear()
+        monkeypatch.setattr(compile_check.triton, "__version__", version)
+        assert compile_check.main() == 0
+        assert any(name.startswith("triton-ws") for name in built) == fits
+        assert ("left out: needs Triton 3.7, this is 3.6.0" in capsys.readouterr().out) != fits
+    assert len(built) >= 50
 
 
 @pytest.mark.slow
