@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import RunError
+from .meeting import this_host
 from .ranks import Ranks
 
 
@@ -46,14 +47,13 @@ def check_ranks(ranks: Ranks) -> list[str]:
 
 
 def here(ranks: Ranks) -> Place:
-    """The place of this rank. Nodes of a cluster on one machine have names of their own."""
-    host = os.environ.get("SLURMD_NODENAME") or platform.node()
+    """The place of this rank."""
     launched = os.environ.get("SLURM_STEP_NUM_TASKS") if "SLURM_STEP_ID" in os.environ else None
     device = "cpu"
     if ranks.device.type == "cuda":
         properties = torch.cuda.get_device_properties(ranks.device)
         device = f"{properties.name} GPU-{properties.uuid}"  # as nvidia-smi writes it
-    return Place(ranks.rank, host, device, int(launched or ranks.size), _software())
+    return Place(ranks.rank, this_host(), device, int(launched or ranks.size), _software())
 
 
 def fault(places: Sequence[Place]) -> str | None:
