@@ -1,0 +1,92 @@
+"""Progress of long work, with the time that is left: a bar on a terminal, a plain line every half minute elsewhere.
+
+Everything goes to standard error, so that what a command prints can be piped.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+
+QUIET_S = 1.5
+"""Work that takes less shows nothing."""
+LINE_EVERY_S = 30.0
+"""Between two lines where standard error is no terminal."""
+BAR_EVERY_S = 0.2
+
+
+class progress:
+    """Reports work inside a `with` block, from a thread of its own: also while a single step of it takes minutes.
+
+    what: the work, such as `verifying`. total: how many of `unit` there are; None where nothing is counted, and the
+    time so far is shown. done: how many of them an earlier attempt has left. shown: False on all ranks but the first.
+    """
+
+    def __init__(self, what: str, total: int | None = None, unit: str = "", done: int = 0, shown: bool = True) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.done = self._before = done
+        self._begun = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._show, name="progress", daemon=True) if shown else None
+
+    def __enter__(self) -> progress:
+        if self._thread:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread:
+            self._thread.join()
+
+    def advance(self, more: int = 1) -> None:
+        """So many more are done."""
+        self.done += more
+
+    def line(self) -> str:
+        """`verifying: 120 of 400 shards, 2 min 10 s left`."""
+        elapsed, new = time.monotonic() - self._begun, self.done - self._before
+        if self.total is None:
+            return f"{self.what}: {duration(elapsed)} so far"
+        left = f"{duration(elapsed / new * (self.total - self.done))} left" if new else f"{duration(elapsed)} so far"
+        return f"{self.what}: {self.done:,} of {self.total:,} {self.unit}".rstrip() + f", {left}"
+
+    def _show(self) -> None:
+        if not sys.stderr.isatty():
+            while not self._over.wait(LINE_EVERY_S):
+                print(self.line(), file=sys.stderr, flush=True)
+        elif not self._over.wait(QUIET_S):
+            count = () if self.total is None else (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (TextColumn("{task.description}"), *count, TimeElapsedColumn())
+            # Results on a redirected standard output stay there.
+            redirect = sys.stdout.isatty()
+            console = Console(stderr=True, markup=False, emoji=False)
+            with Progress(*columns, console=console, transient=True, redirect_stdout=redirect) as bar:
+                label = f"{self.what} {self.unit}".rstrip()
+                task = bar.add_task(label, total=self.total, completed=self._before)
+                while not self._over.wait(BAR_EVERY_S):
+                    bar.update(task, completed=self.done)
+
+
+def track(items: Iterable[Item], what: str, total: int, unit: str, done: int = 0) -> Iterator[Item]:
+    """The `items`, with `progress` of their being taken."""
+    with progress(what, total, unit, done) as shown:
+        for item in items:
+            yield item
+            shown.advance()
+
+
+def duration(seconds: float) -> str:
+    """`2 h 05 min`, `3 min 20 s`, `12 s`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{whole} s"
