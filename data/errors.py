@@ -6,9 +6,14 @@ from __future__ import annotations
 class DataError(ValueError):
     """Something the user can put right. The message is one line: what is wrong, where, what to do."""
 
+    passing = False
+    """Whether another attempt may succeed with nothing changed."""
+
 
 class DataLost(DataError):
     """What was there cannot be read any more, or who read it was killed: another start may well go on."""
+
+    passing = True
 
 
 class BadSample(ValueError):

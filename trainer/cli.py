@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ..data import DataError, DataLost
+from ..data import DataError
 from ..data.cli import app as data_app
 from ..recipes import Recipe, RecipeError, load_recipe, to_yaml
 from ..slurm import SlurmError
@@ -206,7 +206,7 @@ def main() -> None:
     try:
         app()
     except (RecipeError, DataError, RunError, SlurmError) as error:
-        passing = isinstance(error, DataLost) or (isinstance(error, RunError) and error.passing)
+        passing = getattr(error, "passing", False)
         _fail(error, LOCKED if isinstance(error, Locked) else LOST if passing else USAGE)
     except Unhealthy as error:
         _fail(error, FAILED)

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-MAY_PASS = {
-    errno.EAGAIN,
-    errno.ECONNRESET,
-    errno.EHOSTDOWN,
-    errno.EIO,
-    errno.ENOTCONN,
-    errno.ESHUTDOWN,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-}
-"""What storage answers while it is away, a network file system's server above all."""
+from ..data.retry import failure
 
 
 class RunError(ValueError):
     """Bad input or state that the user can mend; the message is one line: what, where, what to do."""
 
     passing = False
-    """Whether another start may well go on with nothing mended."""
+    """Whether another attempt may succeed with nothing changed."""
 
     @classmethod
-    def of_storage(cls, where: object, error: OSError) -> RunError:
-        """What an operating system's error at `where` means for a run."""
-        passing = error.errno in MAY_PASS
-        remedy = "check the storage" if passing else "free disk space or mend the folder's permissions"
-        found = cls(f"{where}: {error.strerror}; {remedy}")
-        found.passing = passing
+    def of_storage(cls, where: object, error: BaseException) -> RunError:
+        """What an error of storage, network or a service at `where` means for a run."""
+        told = failure(where, error)
+        found = cls(str(told))
+        found.passing = told.passing
         return found
 
 

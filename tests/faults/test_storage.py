@@ -62,7 +62,7 @@ def test_a_full_disk_at_the_start(shards: Path, tmp_path: Path, disk: Path) -> N
 def test_a_read_only_disk_at_the_start(shards: Path, tmp_path: Path, disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     line = refused(runs.arguments(shards, disk, *settings(tmp_path)))
-    assert f"{disk}/tiny-mllm: Read-only file system; free disk space or mend" in line
+    assert f"{disk}/tiny-mllm: Read-only file system; name a folder that can be written" in line
 
 
 def train_while_full(arguments: list[str], disk: str) -> None:

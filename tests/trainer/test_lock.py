@@ -187,7 +187,7 @@ def test_an_owner_that_lost_its_lock_ends(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(RunError, match="run: File exists; free disk space or mend") as caught:
+    with pytest.raises(RunError, match="run: File exists; move what is in its place") as caught:
         RunLock(tmp_path / "run").acquire()
     assert not caught.value.passing
 

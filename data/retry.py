@@ -1,0 +1,170 @@
+"""One policy for everything that is asked of storage, network and services: transient errors are asked again."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import socket
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from typing import TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception
+
+from .errors import DataError, DataLost
+from .transience import causes, judged, lacks_credentials, status, verdict
+
+log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+
+PATIENCE_S = 10.0
+"""Seconds of pauses in all before a transient error is given up on."""
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+RETRY_AFTER_LIMIT_S = 60.0
+"""The longest pause that a server may ask for (Retry-After)."""
+SHOWN_CHARACTERS = 300
+"""Of an error's text: some clients quote a whole page."""
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether what raised `error` may succeed later with nothing changed: storage or a service that is away, busy or
+    cut off in the middle. Its causes are searched. False for missing files, permissions, credentials, full disks and
+    for errors that are none of storage's."""
+    return verdict(error) is True
+
+
+def retrying(action: Callable[[], Answer], where: object, patience_s: float | None = None) -> Answer:
+    """What `action` returns; a transient error has it called again, with growing, jittered pauses of `patience_s`
+    (None: PATIENCE_S) seconds in all. One warning names `where` when asking again begins. The last error is raised as
+    it came, and one of our own, which was retried where it arose, at once."""
+    patience = PATIENCE_S if patience_s is None else patience_s
+
+    def pause_s(state: RetryCallState) -> float:
+        error = _error(state)
+        growing = min(FIRST_PAUSE_S, patience / 20) * 2 ** (state.attempt_number - 1)
+        pause = min(growing, LONGEST_PAUSE_S) * random.uniform(0.75, 1.25)  # ranks that fail together come back apart
+        pause = min(pause, patience - state.idle_for)
+        return max(pause, min(_retry_after_s(error), RETRY_AFTER_LIMIT_S))
+
+    def say(state: RetryCallState) -> None:
+        if state.attempt_number == 1:
+            log.warning("%s: %s; asking again for up to %g s", where, described(_error(state)), patience)
+
+    for attempt in Retrying(
+        retry=retry_if_exception(lambda error: is_transient(error) and not hasattr(error, "passing")),
+        wait=pause_s,
+        stop=lambda state: state.idle_for >= patience,
+        before_sleep=say,
+        sleep=_sleep,
+        reraise=True,
+    ):
+        with attempt:
+            return action()
+    raise AssertionError("tenacity returns or raises")
+
+
+def call(action: Callable[[], Answer], where: object, patience_s: float | None = None) -> Answer:
+    """`retrying`, with the errors of storage, network and services as this project's own.
+
+    Raises DataLost when a transient error outlasts the patience, DataError when somebody has to change something;
+    all other errors, bugs among them, as they came.
+    """
+    try:
+        return retrying(action, where, patience_s)
+    except Exception as error:
+        if hasattr(error, "passing") or verdict(error) is None:
+            raise
+        raise failure(where, error) from error
+
+
+def failure(where: object, error: BaseException) -> DataError:
+    """One line for an error of storage, network or a service at `where`: DataLost for a transient one, else DataError
+    with what to do."""
+    kind = DataLost if is_transient(error) else DataError
+    return kind(f"{where}: {described(error)}; {remedy(error)}")
+
+
+def described(error: BaseException) -> str:
+    """What happened, as one line of bounded length: of an error that wraps others, the one that the verdict on it
+    rests on; its class where it has no text."""
+    _, link = judged(error)
+    text = getattr(link, "strerror", None) if isinstance(link, OSError) else None
+    text = " ".join(str(text or link).split()) or type(link).__name__
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+
+
+def remedy(error: BaseException) -> str:
+    """What to do about an error of storage, network or a service."""
+    links = list(causes(error))
+    statuses = {status(link) for link in links}
+    errnos = {link.errno for link in links if isinstance(link, OSError)}
+    if is_transient(error):
+        return "check the storage or the network; another attempt may succeed"
+    if lacks_credentials(error):
+        return "set the credentials that its client expects, or renew them"
+    if 403 in statuses or errnos & {errno.EACCES, errno.EPERM} or _any(links, PermissionError):
+        return "check the permissions, or your credentials"
+    if any(isinstance(link, socket.gaierror) for link in links):
+        return "no such host; check the address"
+    if any(isinstance(link, ssl.SSLError) for link in links):
+        return "check the address and this machine's certificates"
+    if statuses & {404, 410} or errno.ENOENT in errnos or _any(links, FileNotFoundError):
+        return "check the path"
+    if statuses & {507} or errnos & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return "free disk space, or raise the quota"
+    if errnos & {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}:
+        return "move what is in its place, or name another path"
+    if errno.EROFS in errnos:
+        return "name a folder that can be written"
+    if errnos & {errno.EMFILE, errno.ENFILE}:
+        return "raise the limit of open files (ulimit -n)"
+    return "check the address and the storage"
+
+
+def _any(links: list[BaseException], kind: type[BaseException]) -> bool:
+    return any(isinstance(link, kind) for link in links)
+
+
+def _error(state: RetryCallState) -> BaseException:
+    assert state.outcome is not None
+    error = state.outcome.exception()
+    assert error is not None
+    return error
+
+
+def _sleep(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def _retry_after_s(error: BaseException) -> float:
+    """Seconds that the server asked to wait, 0 when it did not."""
+    for link in causes(error):
+        response = getattr(link, "response", None)
+        if isinstance(response, dict):
+            headers = response.get("ResponseMetadata", {}).get("HTTPHeaders")
+        else:
+            headers = getattr(response, "headers", None) or getattr(link, "headers", None)
+        if not isinstance(headers, Mapping):
+            continue
+        for name, value in headers.items():
+            if str(name).lower() == "retry-after":
+                return _seconds(str(value))
+    return 0.0
+
+
+def _seconds(value: str) -> float:
+    """A Retry-After header's seconds or date (RFC 9110), 0 when it is neither."""
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        when = parsedate_to_datetime(value)
+    except ValueError:
+        return 0.0
+    return max(0.0, (when - datetime.now(when.tzinfo or timezone.utc)).total_seconds())
