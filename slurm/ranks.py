@@ -1,34 +1,177 @@
-"""Ranks of an srun step: one task a GPU, rank and size from Slurm's own variables."""
+"""Which rank of a run this process is, by the variables of srun, torchrun, our own launcher or a person."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
-# Above the registered ports and below the ephemeral range that the kernel hands out.
+from .errors import SlurmError
+
+# Below the ephemeral range that the kernel hands out.
 FIRST_PORT, PORTS = 10_000, 20_000
+STEP_STRIDE = 997
+"""Between the ports of two steps of a job."""
+INTERACTIVE_STEP = str(2**32 - 6)
+"""Number of the step in which salloc runs its shell, on sites that have it run on a node."""
+
+UNBIND = "each task must see all GPUs of its node; leave out --gpus-per-task, --tres-per-task and --gpu-bind"
+
+Launcher = Literal["bifrost", "torchrun", "slurm", "environment"]
+
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "ROLE_NAME",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS",
+    "TORCHELASTIC_USE_AGENT_STORE",
+    "TORCHELASTIC_ERROR_FILE",
+    "BIFROST_LAUNCHER",
+    "BIFROST_RENDEZVOUS",
+)
+"""What launchers set for their ranks, and what means nothing to any other process."""
+
+
+def launched_by(environ: Mapping[str, str]) -> Launcher | None:
+    """What started this process as one of the ranks of a run; None for a process that is not one.
+
+    Slurm's task count is compared with WORLD_SIZE only in a step of several tasks: a task may itself start ranks
+    (torchrun, `bifrost train --ranks`). Raises SlurmError where the variables contradict each other.
+    """
+    if "BIFROST_LAUNCHER" in environ:
+        return "bifrost"
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return "torchrun"
+    tasks, given = step_tasks(environ), [name for name in ("RANK", "WORLD_SIZE") if environ.get(name)]
+    if tasks > 1:
+        task = int(environ["SLURM_PROCID"])
+        if "SLURM_PTY_PORT" in environ and not _started_by_slurm():
+            raise SlurmError(
+                f"this shell is task {task} of {tasks} of an interactive step: start all tasks with srun, or give"
+                " --ranks to start ranks on this node alone"
+            )
+        if len(given) < 2:
+            return "slurm"
+        rank, size = _rank_and_size(environ)
+        if size == tasks:
+            return "slurm"
+        if size % tasks or rank // (size // tasks) != task:
+            raise SlurmError(
+                f"RANK={rank} and WORLD_SIZE={size} are set, but Slurm runs this as task {task} of {tasks}: they are"
+                f" left over from another launcher; unset {_names(environ)}"
+            )
+        return "environment"  # of something that every task runs
+    if len(given) == 1:
+        raise SlurmError(
+            f"{given[0]} is set without {'RANK' if given[0] == 'WORLD_SIZE' else 'WORLD_SIZE'}: unset"
+            f" {_names(environ)}, which an earlier launcher may have left, or set all that a rank needs"
+        )
+    if given:
+        return "environment"
+    # In a submitted job the number of ranks is settled; elsewhere a single task may start one rank per GPU.
+    return "slurm" if tasks and "BIFROST_RUN" in environ else None
 
 
 def rank_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this srun task; None outside an srun step.
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this process, checked; None for one that is no rank.
 
-    The rendezvous is the step's first node; the port comes from the job id, so that two jobs on a node differ. Values
-    already set by the user stay.
+    Of an srun task the first three are Slurm's, whatever else is set. Its rendezvous is the step's first node, and the
+    port follows from job and step, so that those that share a node differ; both stay where they are set already.
+    Raises SlurmError for variables that are missing, or no numbers, or contradict each other.
     """
-    if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ:
+    launcher = launched_by(environ)
+    if launcher is None:
         return None
-    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
-    derived = {
-        "RANK": environ["SLURM_PROCID"],
-        "WORLD_SIZE": environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"],
-        "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
-        "MASTER_ADDR": first_host(nodes),
-        "MASTER_PORT": str(FIRST_PORT + int(environ.get("SLURM_JOB_ID", 0)) % PORTS),
-    }
-    return {name: environ.get(name, value) for name, value in derived.items()}
+    if launcher == "slurm":
+        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+        number = int(environ.get("SLURM_JOB_ID", 0)) + STEP_STRIDE * int(environ["SLURM_STEP_ID"])
+        environ = {
+            **environ,
+            "RANK": environ["SLURM_PROCID"],
+            "WORLD_SIZE": str(step_tasks(environ)),
+            "LOCAL_RANK": environ["SLURM_LOCALID"],
+            "MASTER_ADDR": environ.get("MASTER_ADDR") or first_host(nodes),
+            "MASTER_PORT": environ.get("MASTER_PORT") or str(FIRST_PORT + number % PORTS),
+        }
+    rank, size = _rank_and_size(environ)
+    wanted = ["LOCAL_RANK"] if size > 1 else []
+    if size > 1 and "BIFROST_RENDEZVOUS" not in environ:
+        wanted += ["MASTER_ADDR", "MASTER_PORT"]
+    if missing := [name for name in wanted if not environ.get(name)]:
+        raise SlurmError(
+            f"RANK={rank} and WORLD_SIZE={size} are set without {', '.join(missing)}: unset {_names(environ)}, which an"
+            " earlier launcher may have left, or set all that a rank needs"
+        )
+    local = _number(environ, "LOCAL_RANK") if environ.get("LOCAL_RANK") else 0
+    if not 0 <= local < size:
+        raise SlurmError(f"LOCAL_RANK={local} with WORLD_SIZE={size}: want 0 to {size - 1}")
+    found = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local)}
+    if environ.get("MASTER_ADDR") and environ.get("MASTER_PORT"):
+        if not 0 < _number(environ, "MASTER_PORT") < 2**16:
+            raise SlurmError(f"MASTER_PORT={environ['MASTER_PORT']}: want a port, 1 to 65535")
+        found |= {name: environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
+    return found
+
+
+def step_tasks(environ: Mapping[str, str]) -> int:
+    """Tasks of the srun step that this process belongs to; 0 outside of one, as in a batch script."""
+    if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ:
+        return 0
+    return int(environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"])
+
+
+def idle_nodes(environ: Mapping[str, str]) -> int:
+    """Nodes of the job that are left idle by what starts here without srun: by a batch script, or by salloc's shell."""
+    shell = step_tasks(environ) == 0 or environ.get("SLURM_STEP_ID") == INTERACTIVE_STEP
+    nodes = environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or "1"
+    return int(nodes) - 1 if shell else 0
+
+
+def _rank_and_size(environ: Mapping[str, str]) -> tuple[int, int]:
+    rank, size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
+    if not 0 <= rank < size:
+        raise SlurmError(f"RANK={rank} with WORLD_SIZE={size}: want a rank of 0 to WORLD_SIZE - 1; {_remedy(environ)}")
+    return rank, size
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environ[name])
+    except KeyError:
+        raise SlurmError(f"{name} is not set; {_remedy(environ)}") from None
+    except ValueError:
+        raise SlurmError(f"{name}={environ[name]}: want a number; {_remedy(environ)}") from None
+
+
+def _remedy(environ: Mapping[str, str]) -> str:
+    return f"unset {_names(environ)} unless a launcher sets them"
+
+
+def _names(environ: Mapping[str, str]) -> str:
+    """The variables to unset, as a shell takes them."""
+    return " ".join(name for name in LAUNCHER_VARIABLES if name in environ)
+
+
+def _started_by_slurm() -> bool:
+    """Whether Slurm started this process itself: one that is typed into a task's shell has that shell for a parent."""
+    try:
+        return Path(f"/proc/{os.getppid()}/comm").read_text().startswith("slurmstepd")
+    except OSError:
+        return True
 
 
 def private_folders(environ: Mapping[str, str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ import jinja2
 
 from .exclusions import excluded
 from .job import LOG, RECIPE, Job
+from .ranks import LAUNCHER_VARIABLES
 from .site import Site
 
 TEMPLATE = Path(__file__).with_name("job.sh.jinja")
@@ -31,6 +32,7 @@ def render(job: Job, site: Site) -> str:
         step_options=_step_options(job, site),
         command=_command(site),
         recipe=RECIPE,
+        leftovers=LAUNCHER_VARIABLES,
     )
     return "\n".join(line for line in text.splitlines() if line.strip()) + "\n"
 

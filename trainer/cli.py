@@ -19,7 +19,7 @@ from ..recipes import Recipe, RecipeError, load_recipe, to_yaml
 from ..slurm import SlurmError
 from ..slurm.cli import slurm_app
 from ..slurm.codes import DONE, FAILED, HUNG, LOCKED, LOST, USAGE
-from ..slurm.ranks import remove_private_folders
+from ..slurm.ranks import idle_nodes, remove_private_folders
 from ..slurm.record import record_outcome
 from .bench.cli import app as bench_app
 from .checkpoint.cli import app as checkpoint_app
@@ -82,8 +82,9 @@ def train(
 def data_encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: RanksOption = None) -> None:
     """Store what the frozen parts compute that the recipe wants cached (flux.placement), beside the shards."""
     settings = load_recipe(recipe, overrides or [])
-    ranks = ranks or (None if adopt_rank() else _devices())
-    if ranks is None or ranks == 1:
+    adopted = adopt_rank(ranks)
+    ranks = ranks or _devices()
+    if adopted or ranks == 1:
         from .encode import encode
 
         _leave(encode(settings))
@@ -154,12 +155,17 @@ def export(
 
 def _on_ranks(recipe: Recipe, ranks: int | None, arguments: list[str], work: Callable[[Recipe], int]) -> NoReturn:
     """Do `work` as the rank that this process is, or run `arguments` as `ranks` processes that will be."""
-    if ranks is None and adopt_rank():
+    if adopt_rank(ranks):
         code = work(recipe)
         ignore_signals()
         if code == DONE:
             remove_private_folders(os.environ)
         _leave(code)
+    if ranks is None and (idle := idle_nodes(os.environ)):
+        raise RunError(
+            f"this Slurm job has {idle + 1} nodes, and bifrost was started on one of them alone: put `srun"
+            " --ntasks-per-node=N` before it (N: GPUs per node), or give --ranks to use this machine alone"
+        )
     from .inputs import batch_arithmetic
 
     ranks = ranks or _devices()

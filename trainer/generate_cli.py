@@ -85,7 +85,7 @@ def generate(
 
     import torch
 
-    if not (ranks is None and adopt_rank()):
+    if not adopt_rank(ranks):
         ranks = ranks or max(1, torch.cuda.device_count())
         if ranks > 1:
             raise typer.Exit(run_ranks(ranks, _arguments(context)))

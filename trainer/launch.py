@@ -12,27 +12,33 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.processes import die_with_parent
-from ..slurm import private_folders, rank_environment
+from ..slurm import launched_by, private_folders, rank_environment
 from ..slurm.codes import DONE, FAILED
+from ..slurm.ranks import LAUNCHER_VARIABLES
 from .monitors.stop import SIGNALS
 
 GRACE_S = 10.0
 """After one rank has failed, how long the others may take to leave by themselves."""
 
 
-def adopt_rank() -> bool:
-    """Whether this process is one of several ranks, by torchrun's variables or Slurm's, which it then adopts."""
-    launcher = os.environ.get("BIFROST_LAUNCHER")
-    if launcher:
-        die_with_parent(int(launcher))
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return True
-    slurm = rank_environment(os.environ)
-    if slurm:
-        os.environ.update(slurm)
+def adopt_rank(ranks: int | None = None) -> bool:
+    """Whether this process is one of the ranks that a launcher started, whose variables it then adopts.
+
+    ranks: what --ranks says. With it, or where no launcher is, this process is none, and forgets what an earlier
+    launcher may have left in its environment. Raises SlurmError for variables that contradict each other.
+    """
+    launcher = launched_by(os.environ) if ranks is None else None
+    if launcher is None:
+        for name in LAUNCHER_VARIABLES:
+            os.environ.pop(name, None)
+        return False
+    if launcher == "bifrost":
+        die_with_parent(int(os.environ["BIFROST_LAUNCHER"]))
+    os.environ.update(rank_environment(os.environ) or {})
+    if launcher == "slurm":
         os.environ.update(private_folders(os.environ))
         tempfile.tempdir = None  # asked for before, it would stay the old one
-    return slurm is not None
+    return True
 
 
 def run_ranks(ranks: int, arguments: Sequence[str]) -> int:
@@ -49,6 +55,8 @@ def run_ranks(ranks: int, arguments: Sequence[str]) -> int:
                     process.send_signal(number)
 
         before = {number: signal.signal(number, forward) for number in SIGNALS}
+        # In an srun step they have been held back since the first import.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
             return _wait(processes)
         finally:
@@ -63,10 +71,10 @@ def _start(rank: int, ranks: int, arguments: Sequence[str], folder: Path) -> sub
     threads = max(1, (os.cpu_count() or 1) // ranks)
     environment = {
         "OMP_NUM_THREADS": str(threads),
-        # Local ranks meet at a file and talk over loopback: no port to be taken, no host name to resolve.
-        "BIFROST_RENDEZVOUS": str(folder / "rendezvous"),
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         **os.environ,
+        # Local ranks meet at a file and talk over loopback: no port to be taken, no host name to resolve.
+        "BIFROST_RENDEZVOUS": str(folder / "rendezvous"),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -17,7 +19,10 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 from ..slurm.codes import HUNG
 from ..slurm.ranks import expand_hosts
 from ..slurm.record import record_outcome, this_start
-from .errors import Unmet
+from .errors import RunError, Unmet
+
+AGENT_S = 10.0
+"""How long a rank tries to reach torchrun's agent."""
 
 
 def this_host() -> str:
@@ -39,7 +44,7 @@ def come(rank: int, size: int, wait_s: float) -> Store:
             opened = TCPStore(address, port, size, rank == 0, timedelta(seconds=wait_s), wait_for_workers=False)
         except RuntimeError as error:
             if rank == 0:
-                raise
+                raise Unmet(f"rank 0: port {port} of {this_host()} is taken: {_first_line(error)}") from error
             raise Unmet(f"rank {rank}: rank 0 cannot be reached at {address}:{port} within {wait_s:.0f} s") from error
         # A rank of a start that Slurm believes dead, or of a job whose id gives the same port, would pass for ours.
         store = PrefixStore(this_start(), opened)
@@ -47,8 +52,13 @@ def come(rank: int, size: int, wait_s: float) -> Store:
     return store
 
 
-def meet(store: Store, rank: int, size: int, wait_s: float) -> None:
-    """This rank's device has answered: wait for the others. Unmet on every rank, with who is missing, where one is."""
+def meet(store: Store, rank: int, size: int, wait_s: float, problem: str = "") -> None:
+    """This rank's device has answered: wait for the others. Unmet on every rank, with who is missing, where one is.
+
+    problem: why this rank cannot use its device; RunError on every rank with one of these.
+    """
+    if problem:
+        store.set("problem", problem)
     store.set(f"ready-{rank}", "")
     if rank == 0:
         verdict, host = _missing(store, size, wait_s)
@@ -64,6 +74,33 @@ def meet(store: Store, rank: int, size: int, wait_s: float) -> None:
             raise Unmet(f"rank {rank}: rank 0 has not come, or has left or stands still before all had met") from error
     if verdict:
         raise Unmet(verdict)
+    if store.check(["problem"]):
+        raise RunError(store.get("problem").decode())
+
+
+def require_agent(rank: int) -> None:
+    """RunError where torchrun's variables are set, and nobody listens where its agent would: an earlier one left them.
+    The agent is there before any of its ranks."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    deadline = time.monotonic() + AGENT_S
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=AGENT_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"rank {rank}: torchrun's variables are set, but nothing answers at {address}:{port}"
+                    f" ({error.strerror or error}): unset TORCHELASTIC_RUN_ID RANK WORLD_SIZE LOCAL_RANK if an earlier"
+                    " torchrun left them"
+                ) from error
+        time.sleep(0.5)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]
 
 
 def _missing(store: Store, size: int, wait_s: float) -> tuple[str, str | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..slurm.ranks import UNBIND
 from .errors import RunError
 from .meeting import this_host
 from .ranks import Ranks
@@ -27,8 +27,6 @@ class Place:
     host: str
     device: str
     """Name and, of a GPU, its identity."""
-    launched: int
-    """Tasks of the step that Slurm counts; the number of ranks elsewhere."""
     software: str
     """Hash of Python's version, every installed distribution's, and this package's source."""
 
@@ -48,34 +46,24 @@ def check_ranks(ranks: Ranks) -> list[str]:
 
 def here(ranks: Ranks) -> Place:
     """The place of this rank."""
-    launched = os.environ.get("SLURM_STEP_NUM_TASKS") if "SLURM_STEP_ID" in os.environ else None
     device = "cpu"
     if ranks.device.type == "cuda":
         properties = torch.cuda.get_device_properties(ranks.device)
         device = f"{properties.name} GPU-{properties.uuid}"  # as nvidia-smi writes it
-    return Place(ranks.rank, this_host(), device, int(launched or ranks.size), _software())
+    return Place(ranks.rank, this_host(), device, _software())
 
 
 def fault(places: Sequence[Place]) -> str | None:
     """What is wrong with the ranks, in one line, or None."""
-    size = len(places)
     for index, place in enumerate(places):
         if place.rank != index:
             return (
                 f"rank {place.rank} of {place.host} answers as rank {index}: start the ranks by srun or torchrun alone"
             )
-        if place.launched != size:
-            return (
-                f"rank {index} of {place.host} was started as one of {place.launched} tasks, the run has {size} ranks:"
-                " unset RANK and WORLD_SIZE before srun"
-            )
     for (host, device), count in Counter((place.host, place.device) for place in places).items():
         if count > 1 and device != "cpu":
             shared = [str(place.rank) for place in places if (place.host, place.device) == (host, device)]
-            return (
-                f"ranks {', '.join(shared)} share one device of {host}, {device}: each task must see all GPUs of its"
-                " node; leave out --gpus-per-task and --gpu-bind"
-            )
+            return f"ranks {', '.join(shared)} share one device of {host}, {device}: {UNBIND}"
     counts = Counter(place.host for place in places)
     if len(set(counts.values())) > 1:
         uneven = ", ".join(f"{host} {count}" for host, count in counts.items())

@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from .meeting import come, meet
+from ..slurm.ranks import UNBIND
+from .errors import RunError
+from .meeting import come, meet, require_agent, this_host
 
 Gather = Callable[[object], list[Any]]
 """All-gather of a Python object: every rank passes one and gets those of all ranks, in rank order."""
@@ -95,26 +97,35 @@ def join(timeout: timedelta = timedelta(minutes=30), wait_s: float = 300) -> Ran
     # DeepSpeed reads these too.
     rank, size, local = (int(os.environ.setdefault(*d)) for d in _ALONE)
     if dist.is_initialized():
-        return Ranks(rank, size, _device(local))
+        return Ranks(rank, size, _device(rank, local))
     if size == 1:
-        device, store = _device(local), HashStore()
+        device, store = _device(rank, local), HashStore()
     elif "TORCHELASTIC_RUN_ID" in os.environ and "BIFROST_RENDEZVOUS" not in os.environ:
         # torchrun has met already, in a store that may still hold the words of an earlier attempt.
-        device, store = _device(local), None
+        require_agent(rank)
+        device, store = _device(rank, local), None
     else:
         # Before the device is touched: a broken one may never answer.
         store = come(rank, size, wait_s)
-        device = _device(local)
-        meet(store, rank, size, wait_s)
+        problem = ""
+        try:
+            device = _device(rank, local)
+        except RunError as error:
+            device, problem = torch.device("cpu"), str(error)
+        meet(store, rank, size, wait_s, problem)
         store.set_timeout(timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return Ranks(rank, size, device)
 
 
-def _device(local: int) -> torch.device:
+def _device(rank: int, local: int) -> torch.device:
+    """The device of local rank `local`; RunError where this process does not see it."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    if local >= (seen := torch.cuda.device_count()):
+        gpus = "1 GPU" if seen == 1 else f"{seen} GPUs"
+        raise RunError(f"rank {rank} on {this_host()} is number {local} there and sees {gpus}: {UNBIND}")
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     return device

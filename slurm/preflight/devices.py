@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 
+from ..ranks import UNBIND
 from .finding import Finding
 
 FIELDS = {
@@ -22,11 +23,16 @@ PATIENCE_S = 30
 UNREADABLE = "not readable"
 
 
-def device_findings(asked: int | None, idle_gib: float) -> list[Finding]:
-    """Findings on the GPUs that this process may use; `asked` is how many the job asked for, None when not known."""
+def device_findings(asked: int | None, idle_gib: float, bound: bool = False) -> list[Finding]:
+    """Findings on the GPUs that this process may use; `asked` is how many the job asked for, None when not known.
+
+    `bound`: the job binds GPUs to tasks, so that fewer of them are no fault of the machine.
+    """
     import torch
 
     seen = torch.cuda.device_count()
+    if bound and asked is not None and seen < asked:
+        return [Finding("GPUs", str(seen), f"a task sees {seen} of its node's {asked} GPUs: {UNBIND}")]
     if asked is not None and seen != asked:
         return [Finding("GPUs", str(seen), f"{seen} GPUs usable, {asked} asked for", own=True)]
     findings = [Finding("GPUs", str(seen))]

@@ -61,7 +61,7 @@ class Outcome:
 class Wire:
     """What moves the data: torch.distributed, on this rank's device."""
 
-    def __init__(self, local: int = 0) -> None:
+    def __init__(self, local: int) -> None:
         self.gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", local) if self.gpu else torch.device("cpu")
         # Long enough that the payload and not the start of a message is what is timed.

@@ -31,7 +31,7 @@ def node_checks(
     place: Place, run: Path | None, scratch: Sequence[str], command: str | None, limits: Limits
 ) -> Iterator[tuple[str, Callable[[], Sequence[Finding]]]]:
     """(name, check) of everything that this node checks by itself."""
-    yield "GPUs", lambda: device_findings(place.devices, limits.idle_gib)
+    yield "GPUs", lambda: device_findings(place.devices, limits.idle_gib, place.bound)
     for name, folder in [("temp", tempfile.gettempdir()), *((f"scratch {each}", each) for each in scratch)]:
         yield name, partial(_local, name, Path(folder), limits)
     if place.size > 1:

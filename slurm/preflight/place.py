@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from ..ranks import expand_hosts, rank_environment
 
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -18,8 +20,8 @@ class Place:
     node: str
     rank: int
     size: int
-    leader: bool
-    """Makes the checks of its node."""
+    local: int
+    """Number of this rank on its node, and of its GPU there."""
     nodes: tuple[str, ...]
     """All nodes of the step, in Slurm's order."""
     host: str
@@ -31,26 +33,41 @@ class Place:
     """A node can be left out by starting again."""
     devices: int | None
     """GPUs a node that the job asked for, where Slurm tells."""
+    bound: bool
+    """The job binds GPUs to tasks, so that a task does not see all of its node."""
+
+    @property
+    def leader(self) -> bool:
+        """Whether this rank makes the checks of its node."""
+        return self.local == 0
 
 
 def find_place(environ: Mapping[str, str] = os.environ) -> Place:
     """The place of an srun task, or that of a process that is alone."""
-    environ = {**(rank_environment(environ) or {}), **environ}
+    environ = {**environ, **(rank_environment(environ) or ALONE)}
     node = environ.get("SLURMD_NODENAME") or socket.gethostname()
-    size = int(environ.get("WORLD_SIZE", 1))
+    size = int(environ["WORLD_SIZE"])
     nodes = environ.get("SLURM_STEP_NODELIST") if size > 1 else None
     asked = environ.get("SLURM_GPUS_ON_NODE")
     job = environ.get("SLURM_JOB_ID")
     start = f"{environ.get('SLURM_RESTART_COUNT', '0')}-{environ.get('SLURM_STEP_ID', '0')}"
     return Place(
         node=node,
-        rank=int(environ.get("RANK", 0)),
+        rank=int(environ["RANK"]),
         size=size,
-        leader=environ.get("LOCAL_RANK", "0") == "0",
+        local=int(environ["LOCAL_RANK"]),
         nodes=tuple(expand_hosts(nodes)) if nodes else (node,),
         host=environ.get("MASTER_ADDR", "127.0.0.1"),
         port=int(environ.get("MASTER_PORT", 0)),
         name=f"{job}-{start}" if job else f"alone-{node}-{int(time.time())}",
         in_job=job is not None,
         devices=int(asked) if asked and asked.isdigit() else None,
+        bound=_bound(environ),
     )
+
+
+def _bound(environ: Mapping[str, str]) -> bool:
+    """Whether --gpus-per-task, --ntasks-per-gpu, --tres-per-task or --gpu-bind was given."""
+    per_task = environ.get("SLURM_GPUS_PER_TASK") or environ.get("SLURM_NTASKS_PER_GPU")
+    bind = environ.get("SLURM_GPU_BIND", "none")
+    return bool(per_task) or "gpu" in environ.get("SLURM_TRES_PER_TASK", "") or bind not in ("", "none")

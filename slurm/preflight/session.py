@@ -38,7 +38,7 @@ def preflight(
     and writes RUN/preflight/<job>-<restart>-<step>/verdict.json and RUN/excluded.json. The caller has to leave by
     `os._exit`: threads that hang in a dead file system or network would keep the process alive.
     """
-    session = _Session(run, place, site, limits or Limits(), wire or Wire())
+    session = _Session(run, place, site, limits or Limits(), wire or Wire(place.local))
     findings = session.look(scratch, command) if place.leader else []
     return session.alone(findings) if place.size == 1 else session.together(findings)
 

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch._C._distributed_c10d import HashStore
 
-from bifrost.slurm.preflight import Limits, devices, find_place
+from bifrost.slurm.preflight import Limits, devices, find_place, preflight, session
 from bifrost.slurm.preflight.node import _folder, node_checks
+from bifrost.slurm.preflight.verdict import decide
 
 ALONE = """
 import os, sys
@@ -109,6 +111,41 @@ def test_fewer_gpus_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.device_findings(8, 2.0)[0].reason == "7 GPUs usable, 8 asked for"
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert [finding.reason for finding in devices.device_findings(None, 2.0)] == [""]
+
+
+def test_gpus_bound_to_tasks_are_no_fault_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    task = {"SLURM_GPUS_ON_NODE": "2", "SLURM_GPUS_PER_TASK": "1"}
+    place = find_place(task)
+    (finding,) = devices.device_findings(place.devices, 2.0, place.bound)
+    assert "--gpus-per-task" in finding.reason and "sees 1 of its node's 2 GPUs" in finding.reason
+    assert decide({"node1": [finding]}, in_job=True).code == 2, "a setting to fix, where a bad node would be left out"
+    for other in ({"SLURM_TRES_PER_TASK": "cpu=4,gres/gpu=1"}, {"SLURM_GPU_BIND": "single:1"}):
+        assert find_place(other).bound
+    assert not find_place({"SLURM_TRES_PER_TASK": "cpu=4", "SLURM_GPU_BIND": "none"}).bound
+
+
+@pytest.mark.parametrize("gpus", [True, False])
+def test_every_rank_of_a_node_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, gpus: bool) -> None:
+    """Two nodes of two ranks: the device on which preflight joins the group, as torch is asked for it."""
+    asked: list[str] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: asked.append(str(device)))
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(session._Session, "look", lambda *_: [])
+
+    def joined(session: session._Session, _: object) -> int:
+        session.wire.join(HashStore(), session.place.rank, session.place.size)
+        asked.append(f"{session.place.rank} {session.wire.device}")
+        return 0
+
+    monkeypatch.setattr(session._Session, "together", joined)
+    for rank in range(4):
+        task = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % 2)}
+        # Where they are left over from one process that torchrun started, say.
+        preflight(None, find_place({**task, "LOCAL_RANK": "0", "RANK": "0"}))
+    on_gpus = ["cuda:0", "0 cuda:0", "cuda:1", "1 cuda:1", "cuda:0", "2 cuda:0", "cuda:1", "3 cuda:1"]
+    assert asked == (on_gpus if gpus else ["0 cpu", "1 cpu", "2 cpu", "3 cpu"])
 
 
 def test_the_place_of_a_task() -> None:

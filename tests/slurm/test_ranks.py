@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bifrost.slurm import rank_environment
-from bifrost.slurm.ranks import expand_hosts, first_host, private_folders, remove_private_folders
+from bifrost.slurm import SlurmError, launched_by, rank_environment
+from bifrost.slurm.ranks import expand_hosts, first_host, idle_nodes, private_folders, remove_private_folders
 
 STEP = {
     "SLURM_STEP_ID": "0",
@@ -28,14 +28,95 @@ def test_a_task_of_a_step() -> None:
     }
 
 
+ONE = {**STEP, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}
+"""A step of one task."""
+FULL = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
 def test_what_the_user_set_stays() -> None:
     assert (rank_environment({**STEP, "MASTER_ADDR": "10.0.0.1"}) or {})["MASTER_ADDR"] == "10.0.0.1"
+
+
+def test_steps_of_a_job_at_the_same_time_meet_at_ports_of_their_own() -> None:
+    ports = {(rank_environment({**STEP, "SLURM_STEP_ID": str(step)}) or {})["MASTER_PORT"] for step in range(20)}
+    assert len(ports) == 20 and all(10_000 <= int(port) < 30_000 for port in ports)
 
 
 def test_a_batch_script_is_no_rank() -> None:
     """Its shell has SLURM_PROCID too: only srun's tasks have a step."""
     assert rank_environment({k: v for k, v in STEP.items() if not k.startswith("SLURM_STEP")}) is None
     assert rank_environment({}) is None
+
+
+@pytest.mark.parametrize(
+    ("environ", "launcher", "rank", "size", "local"),
+    [
+        (FULL, "environment", 1, 2, 1),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "environment", 0, 1, 0),
+        ({**FULL, "BIFROST_LAUNCHER": "7"}, "bifrost", 1, 2, 1),
+        # Started by a task: Slurm counts that one.
+        ({**ONE, **FULL}, "environment", 1, 2, 1),
+        ({**ONE, **FULL, "TORCHELASTIC_RUN_ID": "none"}, "torchrun", 1, 2, 1),
+        ({**ONE, **FULL, "BIFROST_LAUNCHER": "7"}, "bifrost", 1, 2, 1),
+        ({**STEP, **FULL, "TORCHELASTIC_RUN_ID": "none", "RANK": "19", "WORLD_SIZE": "24"}, "torchrun", 19, 24, 1),
+        # Task 9 of 12 starts ranks 18 and 19 of 24, as a launcher per task does.
+        ({**STEP, **FULL, "RANK": "19", "WORLD_SIZE": "24"}, "environment", 19, 24, 1),
+        # Left over: Slurm knows better.
+        ({**STEP, "RANK": "0"}, "slurm", 9, 12, 1),
+        ({**STEP, "WORLD_SIZE": "1"}, "slurm", 9, 12, 1),
+        ({**STEP, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, "slurm", 9, 12, 1),
+        ({**STEP, **FULL, "WORLD_SIZE": "12"}, "slurm", 9, 12, 1),
+        ({**STEP, "RANK": "", "WORLD_SIZE": ""}, "slurm", 9, 12, 1),
+        # How many ranks a submitted job has was settled then.
+        ({**ONE, "BIFROST_RUN": "/runs/a"}, "slurm", 0, 1, 0),
+    ],
+)
+def test_who_started_a_rank(environ: dict, launcher: str, rank: int, size: int, local: int) -> None:
+    found = rank_environment(environ)
+    assert found and (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == (str(rank), str(size), str(local))
+    assert launched_by(environ) == launcher
+    assert rank_environment({**environ, **found}) == found, "asked again, it stays so"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [ONE, {"LOCAL_RANK": "3"}, {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}, {"RANK": "", "WORLD_SIZE": ""}],
+)
+def test_what_makes_no_rank(environ: dict) -> None:
+    """A step of one task may start a rank per GPU."""
+    assert rank_environment(environ) is None
+
+
+@pytest.mark.parametrize(
+    ("environ", "problem"),
+    [
+        ({"RANK": "0"}, "RANK is set without WORLD_SIZE: unset RANK,"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "1"}, "WORLD_SIZE is set without RANK: unset WORLD_SIZE MASTER_PORT,"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0 and WORLD_SIZE=2 are set without LOCAL_RANK, MASTER_ADDR, MASTER_P"),
+        ({**FULL, "LOCAL_RANK": ""}, "set without LOCAL_RANK: unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR"),
+        ({**FULL, "RANK": "2"}, "RANK=2 with WORLD_SIZE=2: want a rank of 0 to"),
+        ({**FULL, "RANK": "-1"}, "RANK=-1 with WORLD_SIZE=2"),
+        ({**FULL, "RANK": "one"}, "RANK=one: want a number"),
+        ({**FULL, "WORLD_SIZE": "2.0"}, r"WORLD_SIZE=2\.0: want a number"),
+        ({**FULL, "LOCAL_RANK": "2"}, "LOCAL_RANK=2 with WORLD_SIZE=2"),
+        ({**FULL, "MASTER_PORT": "http"}, "MASTER_PORT=http: want a number"),
+        ({**FULL, "MASTER_PORT": "70000"}, "MASTER_PORT=70000: want a port"),
+        ({**STEP, **FULL}, "RANK=1 and WORLD_SIZE=2 are set, but Slurm runs this as task 9 of 12: .* unset RANK WORLD"),
+        ({**STEP, **FULL, "RANK": "0", "WORLD_SIZE": "24"}, "RANK=0 and WORLD_SIZE=24 are set, but Slurm"),
+        ({**STEP, "SLURM_PTY_PORT": "4000"}, "this shell is task 9 of 12 of an interactive step"),
+    ],
+)
+def test_variables_that_contradict_each_other_are_refused(environ: dict, problem: str) -> None:
+    with pytest.raises(SlurmError, match=problem) as refused:
+        rank_environment(environ)
+    assert "\n" not in str(refused.value)
+
+
+def test_nodes_left_idle_without_srun() -> None:
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4", "SLURM_PROCID": "0"}
+    assert idle_nodes(job) == 3 and idle_nodes({}) == 0
+    assert idle_nodes({**job, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}) == 3, "salloc's own shell"
+    assert idle_nodes({**job, **ONE}) == 0, "asked for one task"
 
 
 @pytest.mark.parametrize(

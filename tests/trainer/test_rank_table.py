@@ -11,7 +11,7 @@ from bifrost.trainer.rank_table import Place, fault, here, table
 from bifrost.trainer.ranks import Ranks
 
 GPU = "NVIDIA H100 80GB HBM3 GPU-{}"
-EIGHT = [Place(rank, f"gpu{rank // 4}", GPU.format(rank), 8, "same") for rank in range(8)]
+EIGHT = [Place(rank, f"gpu{rank // 4}", GPU.format(rank), "same") for rank in range(8)]
 
 
 def test_a_right_table() -> None:
@@ -40,7 +40,6 @@ def test_a_gpu_is_named_by_its_model_in_the_table(monkeypatch: pytest.MonkeyPatc
         (5, {"rank": 4}, "rank 4 of gpu1 answers as rank 5"),
         (5, {"device": EIGHT[6].device}, "ranks 5, 6 share one device of gpu1, NVIDIA H100"),
         (5, {"host": "gpu0"}, r"unequal numbers of ranks \(gpu0 5, gpu1 3\)"),
-        (5, {"launched": 16}, "rank 5 of gpu1 was started as one of 16 tasks, the run has 8 ranks"),
     ],
 )
 def test_a_wrong_table_is_refused(rank: int, change: dict, problem: str) -> None:

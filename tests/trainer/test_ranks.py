@@ -7,10 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import ranked
 import runs
 from bifrost.slurm.codes import HUNG
+from bifrost.trainer import meeting, ranks
+from bifrost.trainer.cli import app
+from bifrost.trainer.errors import RunError
+from bifrost.trainer.launch import adopt_rank
 from bifrost.trainer.meeting import absence
 
 MEET = """
@@ -20,13 +25,16 @@ import torch
 from bifrost.trainer.ranks import join
 if os.environ["DEVICE"] == "blocked":
     torch.cuda.is_available = lambda: time.sleep(600)
+if os.environ["DEVICE"] == "bound":
+    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+    torch.cuda.set_device = lambda device: print("set", device)
 print(join(timedelta(seconds=60), wait_s=float(os.environ["WAIT"])).gather("here"))
 torch.distributed.destroy_process_group()
 """
 
 
 def meet(
-    *restarts: str | None, wait_s: float = 10, blocked: int | None = None, **variables: str
+    *restarts: str | None, wait_s: float = 10, blocked: int | None = None, bound: bool = False, **variables: str
 ) -> list[subprocess.CompletedProcess[str]]:
     """Ranks that each take themselves for one of that start of the same job, on the same port; None never comes."""
     with socket.socket() as free:
@@ -44,7 +52,7 @@ def meet(
                 "LOCAL_RANK": str(rank),
                 "SLURM_RESTART_COUNT": restart,
                 "SLURMD_NODENAME": f"node{rank}",
-                "DEVICE": "blocked" if rank == blocked else "well",
+                "DEVICE": "blocked" if rank == blocked else "bound" if bound else "well",
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -91,6 +99,63 @@ def test_nobody_opens_the_meeting() -> None:
 def test_a_rank_whose_device_never_answers_is_named() -> None:
     (first,) = meet("1", "1", blocked=1)
     assert "Unmet: rank 1 of 2 came, but no device answered there within 10 s, on node1\n" in first.stderr, first.stderr
+
+
+@pytest.mark.multi
+def test_gpus_bound_to_tasks_are_refused_on_every_rank() -> None:
+    for rank in meet("1", "1", bound=True):
+        expected = "RunError: rank 1 on node1 is number 1 there and sees 1 GPU: each task must see all GPUs of its node"
+        assert rank.returncode and expected in rank.stderr, rank.stderr
+        assert "here" not in rank.stdout
+
+
+def test_a_rank_uses_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: asked.append(str(device)))
+    assert [str(ranks._device(rank, rank % 2)) for rank in range(4)] == asked == ["cuda:0", "cuda:1"] * 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0 and WORLD_SIZE=2 are set without LOCAL_RANK"),
+        (
+            {"SLURM_JOB_NUM_NODES": "2", "SLURM_PROCID": "0"},
+            "this Slurm job has 2 nodes, and bifrost was started",
+        ),
+    ],
+)
+def test_a_start_that_its_environment_spoils(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], problem: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=problem):
+        CliRunner().invoke(app, runs.arguments(tmp_path, tmp_path), catch_exceptions=False)
+
+
+def test_what_an_earlier_launcher_left_does_not_reach_ranks_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "5", "TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "gone"}
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert adopt_rank(1) is False
+    assert not left.keys() & os.environ.keys()
+
+
+def test_a_torchrun_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        port = str(taken.getsockname()[1])
+        left = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        for name, value in left.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(meeting, "AGENT_S", 0.1)
+        with pytest.raises(RunError, match=f"nothing answers at 127.0.0.1:{port}.*unset TORCHELASTIC_RUN_ID RANK"):
+            meeting.require_agent(0)
+        taken.listen()
+        meeting.require_agent(0)
 
 
 def train_without(missing: str, arguments: list[str]) -> None:
