@@ -114,6 +114,7 @@ def test_commands(folder: Path) -> None:
 
 
 def check(command: str, folder: Path) -> None:
+    """Run `command` small, or see that what it would run is there."""
     words = shlex.split(command)
     program = words[0].removeprefix(".venv/bin/")
     if program == "bifrost":
@@ -130,8 +131,11 @@ def check(command: str, folder: Path) -> None:
         }[words[1]]
         assert any(needed in line for line in recipe_of_make(words[1]))
     elif program == "srun":  # no Slurm here: its ranks are tests/slurm's, the command is run dry
-        assert all(re.match(r"--(ntasks-per-node|gpus-per-node|signal)=", w) for w in words[1 : words.index("bifrost")])
-        bifrost(folder, *words[words.index("bifrost") + 1 :], "--dry-run")
+        first = next(index for index, word in enumerate(words) if word in ("bifrost", "torchrun"))
+        assert all(re.match(r"--(ntasks|ntasks-per-node|gpus|gpus-per-node|signal)=", word) for word in words[1:first])
+        if words[first] == "torchrun":
+            return check(shlex.join(words[first:]), folder)
+        bifrost(folder, *words[first + 1 :], "--dry-run")
     elif program == "torchrun":  # several nodes: torchrun's own parser reads the line, the command is run dry
         from torch.distributed.run import get_args_parser
 
