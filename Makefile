@@ -1,22 +1,27 @@
-# make setup   a virtual environment in .venv with everything in it
+# make setup   a virtual environment in .venv with everything in it; TORCH=cpu takes torch's CPU build, gigabytes less
 # make demo    both stages on 1,800 drawings, two ranks, and a sheet of what they paint: some 11 minutes
 # make test    the whole test suite
 # make lint    ruff and pyright
 # make faults  random kills, N=50 of them, and what they found in runs/faults/report.md or $(REPORT)
 # make test-gpu    the tests that need a GPU, with the torch, Triton and pytest of $(PYTHON); the trainer's where it has more
 # make bench-gpu   times of the kernels on this machine's GPU, into $(OUT)
+# make clean       deletes .venv and what was built; make clean-runs deletes runs/ and demo/: every run trained here
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: setup demo test lint faults test-gpu bench-gpu gpu-package clean
+# PyPI's torch for Linux brings CUDA. The CPU build is on PyTorch's own index, as version X+cpu, which pip takes for newer than X.
+TORCH ?= cuda
+INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
+
+.PHONY: setup demo test lint faults test-gpu bench-gpu gpu-package clean clean-runs
 
 setup: $(READY)
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
+	$(BIN)/pip install --disable-pip-version-check $(INDEX) -c constraints.txt -e ".[test,lint]"
 	@touch $@
 
 demo: $(READY)
@@ -61,4 +66,7 @@ bench-gpu: gpu-package
 	$(GPU_PYTHON) -m bifrost.kernels.bench --kernel all --csv "$(OUT)/bench.csv" --json "$(OUT)/bench.json" --plots "$(OUT)"
 
 clean:
-	rm -rf .venv build *.egg-info demo runs
+	rm -rf .venv build *.egg-info
+
+clean-runs:
+	rm -rf demo runs

