@@ -81,7 +81,7 @@ setup(
         "flash-attn": ["flash-attn>=2.8"],
         "flash-attn-4": ["flash-attn-4>=4.0.0b36"],
     },
-    entry_points={"console_scripts": ["bifrost=bifrost.trainer.cli:main"]},
+    entry_points={"console_scripts": ["bifrost=bifrost.trainer.__main__:start"]},
     classifiers=[
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",

@@ -15,3 +15,5 @@ BAD_NODE = 77
 """Preflight found a bad node: start it again without that node."""
 LOCKED = 78
 """Another live copy owns the run: leave it alone."""
+INTERRUPTED = 130
+"""Ended by Ctrl-C, without a save."""

@@ -8,12 +8,22 @@ import sys
 if sys.path and sys.path[0] in ("", os.getcwd()):
     del sys.path[0]
 
+from .interrupt import end_on_interrupt
 from .monitors.stop import hold_signals
 
-# A rank takes seconds to import what it needs: a signal that comes then is for the run that follows.
-if "SLURM_STEP_ID" in os.environ and sys.argv[1:2] == ["train"]:
-    hold_signals()
+RANK_OF = {"BIFROST_LAUNCHER", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID"}
 
-from .cli import main
 
-main()
+def start() -> None:
+    """Run the command, with Ctrl-C answered while its imports, which take seconds, are under way."""
+    end_on_interrupt()
+    # A rank takes seconds to import what it needs: a signal that comes then is for the run that follows.
+    if sys.argv[1:2] == ["train"] and RANK_OF & os.environ.keys():
+        hold_signals()
+    from .cli import main
+
+    main()
+
+
+if __name__ == "__main__":
+    start()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from enum import Enum
@@ -21,12 +20,13 @@ from ..slurm.cli import slurm_app
 from ..slurm.codes import DONE, FAILED, HUNG, LOCKED, LOST, USAGE
 from ..slurm.ranks import idle_nodes, remove_private_folders
 from ..slurm.record import record_outcome
+from .batch import batch_arithmetic
 from .bench.cli import app as bench_app
 from .checkpoint.cli import app as checkpoint_app
 from .errors import Locked, RunError, Unhealthy, Unmet
 from .evaluate_cli import evaluate
 from .generate_cli import generate
-from .launch import adopt_rank, run_ranks
+from .launch import adopt_rank, devices, run_child, run_ranks
 from .monitors.goodput_cli import goodput
 from .monitors.stop import ignore_signals
 from .monitors.track_cli import app as track_app
@@ -75,7 +75,7 @@ def train(
 
         return train_rank(recipe)
 
-    _on_ranks(settings, ranks, ["train", recipe, *(overrides or [])], trained)
+    _on_ranks(settings, ranks, ["train", recipe, *(overrides or [])], trained, trains=True)
 
 
 @data_app.command("encode")
@@ -83,7 +83,7 @@ def data_encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: Rank
     """Store what the frozen parts compute that the recipe wants cached (flux.placement), beside the shards."""
     settings = load_recipe(recipe, overrides or [])
     adopted = adopt_rank(ranks)
-    ranks = ranks or _devices()
+    ranks = ranks or devices()
     if adopted or ranks == 1:
         from .encode import encode
 
@@ -94,9 +94,8 @@ def data_encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: Rank
 @kernels_app.command("check")
 def kernels_check() -> None:
     """Compile every kernel for sm_80, sm_90 and sm_100, without a GPU; exit code 1 when one spills or does not fit."""
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     # A process of its own: on a machine without a GPU this one has Triton's interpreter.
-    _leave(subprocess.run([sys.executable, "-m", "bifrost.kernels.compile_check"], env=environment).returncode)
+    _leave(run_child("bifrost.kernels.compile_check"))
 
 
 @kernels_app.command("profile")
@@ -126,9 +125,8 @@ def kernels_profile(
 )
 def kernels_bench(context: typer.Context) -> None:
     """Time the kernels against PyTorch and a floor measured in the same run; --help lists the options."""
-    command = [sys.executable, "-m", "bifrost.kernels.bench", *context.args]
     # A process of its own: this one has Triton's interpreter on a machine without a GPU, and much else in its memory.
-    _leave(subprocess.run(command, env={**os.environ, "PYTHONSAFEPATH": "1"}).returncode)
+    _leave(run_child("bifrost.kernels.bench", *context.args))
 
 
 class Layout(str, Enum):
@@ -153,7 +151,9 @@ def export(
     print(f"{out}: step {taken} of {run} in the {layout.value} layout")
 
 
-def _on_ranks(recipe: Recipe, ranks: int | None, arguments: list[str], work: Callable[[Recipe], int]) -> NoReturn:
+def _on_ranks(
+    recipe: Recipe, ranks: int | None, arguments: list[str], work: Callable[[Recipe], int], trains: bool = False
+) -> NoReturn:
     """Do `work` as the rank that this process is, or run `arguments` as `ranks` processes that will be."""
     if adopt_rank(ranks):
         code = work(recipe)
@@ -166,21 +166,18 @@ def _on_ranks(recipe: Recipe, ranks: int | None, arguments: list[str], work: Cal
             f"this Slurm job has {idle + 1} nodes, and bifrost was started on one of them alone: put `srun"
             " --ntasks-per-node=N` before it (N: GPUs per node), or give --ranks to use this machine alone"
         )
-    from .inputs import batch_arithmetic
-
-    ranks = ranks or _devices()
+    ranks = ranks or devices()
     batch_arithmetic(recipe, ranks)
-    _leave(work(recipe) if ranks == 1 else run_ranks(ranks, arguments))
+    _leave(run_ranks(ranks, arguments, trains))
 
 
 def _show(recipe: Recipe, ranks: int | None) -> None:
     import torch
 
     from .engine import deepspeed_config
-    from .inputs import batch_arithmetic
     from .stages import open_stage
 
-    ranks = ranks or _devices()
+    ranks = ranks or devices()
     passes = batch_arithmetic(recipe, ranks)
     with torch.device("meta"):
         model = open_stage(recipe, for_counting=True).build()
@@ -195,12 +192,6 @@ def _show(recipe: Recipe, ranks: int | None) -> None:
         f"global batch {recipe.global_batch} = {ranks} ranks x micro batch {recipe.micro_batch}"
         f" x {passes} backward passes; {recipe.steps} steps = {recipe.steps * recipe.global_batch:,} samples"
     )
-
-
-def _devices() -> int:
-    import torch
-
-    return max(1, torch.cuda.device_count())
 
 
 def _leave(code: int) -> NoReturn:

@@ -32,7 +32,7 @@ from .generate_files import (
     record,
     write,
 )
-from .launch import adopt_rank, run_ranks
+from .launch import adopt_rank, devices, run_ranks
 from .options import RanksOption
 
 if TYPE_CHECKING:
@@ -83,12 +83,12 @@ def generate(
         asked = [Prompt("", re.sub(r"[^\w-]+", "-", latents_from.stem))]
     pictures = plan(asked, listed, seed, layout)
 
-    import torch
-
     if not adopt_rank(ranks):
-        ranks = ranks or max(1, torch.cuda.device_count())
+        ranks = ranks or devices()
         if ranks > 1:
             raise typer.Exit(run_ranks(ranks, _arguments(context)))
+    import torch
+
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
     from .generate import Generator, Settings, origin

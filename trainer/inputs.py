@@ -10,6 +10,7 @@ import numpy as np
 
 from ..data import Dataset, Plan, open_dataset
 from ..recipes import Recipe
+from .batch import batch_arithmetic
 from .errors import RunError
 from .ranks import Gather, alone
 from .stages import Stage, open_stage
@@ -43,16 +44,6 @@ def open_inputs(recipe: Recipe, ranks: int, rank: int = 0, gather: Gather = alon
         )
     stage = open_stage(recipe)
     return Inputs(recipe, dataset, Plan(dataset.samples_per_shard, recipe.seed, recipe.data.block), stage)
-
-
-def batch_arithmetic(recipe: Recipe, ranks: int) -> int:
-    """Backward passes a step; RunError when the batch does not divide over the ranks, or they over nodes."""
-    if (node := recipe.zero.hpz) and ranks > node and ranks % node:
-        raise RunError(f"zero.hpz {node}: {ranks} ranks are no whole number of nodes of {node}; set zero.hpz=null")
-    try:
-        return recipe.accumulation(ranks)
-    except ValueError as error:
-        raise RunError(str(error)) from None
 
 
 # Settings that decide what is trained and on which sequence: a run that goes on must not change them.

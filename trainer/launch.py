@@ -1,4 +1,8 @@
-"""Ranks: which one this process is, or starting N of them on this machine."""
+"""Ranks: which one this process is, or starting N of them on this machine.
+
+The process that a person starts only looks after its ranks, a single one too: whatever these are at, it answers Ctrl-C
+at once. It imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from types import FrameType
 
 from ..data.processes import die_with_parent
 from ..slurm import launched_by, private_folders, rank_environment
-from ..slurm.codes import DONE, FAILED
+from ..slurm.codes import DONE, FAILED, INTERRUPTED
 from ..slurm.ranks import LAUNCHER_VARIABLES
-from .monitors.stop import SIGNALS
+from .interrupt import say
+from .monitors.stop import ENDING, PHASE_FILE, SAVED, SAVING, SIGNALS, STARTING, farewell
 
 GRACE_S = 10.0
 """After one rank has failed, how long the others may take to leave by themselves."""
+QUIT_S = 0.5
+"""After Ctrl-C that saves nothing, the same."""
+GPU_FILES = ("nvidia[0-9]*", "kfd", "dxg")
+"""What the drivers of GPUs put into /dev."""
 
 
 def adopt_rank(ranks: int | None = None) -> bool:
@@ -41,62 +52,126 @@ def adopt_rank(ranks: int | None = None) -> bool:
     return True
 
 
-def run_ranks(ranks: int, arguments: Sequence[str]) -> int:
+def devices() -> int:
+    """GPUs of this machine, or 1 where there is none."""
+    if sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in GPU_FILES):
+        return 1
+    # Only torch knows which of them it can use.
+    asked = "import torch; print(torch.cuda.device_count())"
+    found = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, env=_safe_path())
+    return max(1, int(found.stdout or 0))
+
+
+def run_ranks(ranks: int, arguments: Sequence[str], trains: bool = False) -> int:
     """Run `python -m bifrost.trainer ARGUMENTS` as `ranks` ranks on this machine; returns their exit code.
 
-    Stop signals are passed on to every rank. When one rank fails the others are ended, and its code is returned.
+    When one rank fails the others are ended, and its code is returned. SIGTERM and SIGUSR1 are passed on to every
+    rank. Ctrl-C ends them, with INTERRUPTED; ranks that train save first, unless there is nothing to save or it is
+    pressed again.
     """
     with tempfile.TemporaryDirectory(prefix="bifrost-") as folder:
-        processes = [_start(rank, ranks, arguments, Path(folder)) for rank in range(ranks)]
-
-        def forward(number: int, _: object) -> None:
-            for process in processes:
-                if process.poll() is None:
-                    process.send_signal(number)
-
-        before = {number: signal.signal(number, forward) for number in SIGNALS}
-        # In an srun step they have been held back since the first import.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        family = _Family(Path(folder), trains)
+        # They pass on to what is started here: a training rank wants no signal before it can save.
+        before = {number: signal.signal(number, family.notice) for number in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_BLOCK if trains else signal.SIG_UNBLOCK, SIGNALS)
         try:
-            return _wait(processes)
+            family.processes = [_start(rank, ranks, arguments, family) for rank in range(ranks)]
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            return family.wait()
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            for process in processes:
+            for process in family.processes:
                 process.kill()
                 process.wait()
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
-def _start(rank: int, ranks: int, arguments: Sequence[str], folder: Path) -> subprocess.Popen:
+def run_child(module: str, *arguments: str) -> int:
+    """Run `python -m MODULE ARGUMENTS` as a process that never outlives this one; returns its exit code."""
+    # A session of its own: a Ctrl-C on the terminal is for this process to answer.
+    with subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        env=_safe_path(),
+        start_new_session=True,
+        preexec_fn=partial(die_with_parent, os.getpid()),
+    ) as child:
+        try:
+            return child.wait()
+        finally:
+            child.kill()
+
+
+class _Family:
+    """Ranks that this process has started, and what becomes of them on a signal. folder: of their rendezvous."""
+
+    def __init__(self, folder: Path, trains: bool) -> None:
+        self.folder = folder
+        self.trains = trains
+        self.processes: list[subprocess.Popen] = []
+        self._pressed_in: str | None = None
+        self._quit_at: float | None = None
+
+    @property
+    def phase_file(self) -> Path:
+        return self.folder / "phase"
+
+    def notice(self, number: int, frame: FrameType | None) -> None:
+        """Handle a stop signal."""
+        if number == signal.SIGINT:
+            # Noted before anything is said: the next press may interrupt this.
+            phase, before = self._phase(), self._pressed_in
+            self._pressed_in = phase
+            if self.trains and phase not in (STARTING, before):
+                say(SAVED if phase == ENDING else SAVING)
+            elif self._quit_at is None:
+                self._quit_at = time.monotonic() + (QUIT_S if self.trains else 0)
+                say(farewell(phase) if self.trains else "interrupted")
+        for process in self.processes:
+            if process.poll() is None and (self.trains or number != signal.SIGINT):
+                process.send_signal(number)
+
+    def wait(self) -> int:
+        """The exit code of all ranks: wait for them, or after the first failure for GRACE_S."""
+        deadline = None
+        while True:
+            codes = [process.poll() for process in self.processes]
+            if self._quit_at and (None not in codes or time.monotonic() > self._quit_at):
+                return INTERRUPTED
+            failed = [code for code in codes if code]
+            if None not in codes or (deadline and time.monotonic() > deadline):
+                # A rank that died of a signal explains the others' failures, and so does one that left on purpose.
+                return min(failed, key=lambda code: (code > 0, code == FAILED), default=DONE)
+            if failed and deadline is None:
+                deadline = time.monotonic() + GRACE_S
+            time.sleep(0.05)
+
+    def _phase(self) -> str:
+        try:
+            return self.phase_file.read_text() or STARTING
+        except OSError:
+            return STARTING
+
+
+def _safe_path() -> dict[str, str]:
+    # The checkout's `kernels/` and `data/` must not shadow distributions of those names.
+    return {**os.environ, "PYTHONSAFEPATH": "1"}
+
+
+def _start(rank: int, ranks: int, arguments: Sequence[str], family: _Family) -> subprocess.Popen:
     threads = max(1, (os.cpu_count() or 1) // ranks)
     environment = {
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-        **os.environ,
+        **_safe_path(),
         # Local ranks meet at a file and talk over loopback: no port to be taken, no host name to resolve.
-        "BIFROST_RENDEZVOUS": str(folder / "rendezvous"),
+        "BIFROST_RENDEZVOUS": str(family.folder / "rendezvous"),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "BIFROST_LAUNCHER": str(os.getpid()),
-        # The checkout's `kernels/` and `data/` must not shadow distributions of those names.
-        "PYTHONSAFEPATH": "1",
+        PHASE_FILE: str(family.phase_file),
     }
     # A session of its own: a Ctrl-C on the terminal reaches the ranks once, through us.
     return subprocess.Popen(
         [sys.executable, "-m", "bifrost.trainer", *arguments], env=environment, start_new_session=True
     )
-
-
-def _wait(processes: Sequence[subprocess.Popen]) -> int:
-    """Wait for all ranks, or after the first failure for GRACE_S."""
-    deadline = None
-    while True:
-        codes = [process.poll() for process in processes]
-        failed = [code for code in codes if code]
-        if None not in codes or (deadline and time.monotonic() > deadline):
-            # A rank that died of a signal explains the others' failures, and so does one that left on purpose.
-            return min(failed, key=lambda code: (code > 0, code == FAILED), default=DONE)
-        if failed and deadline is None:
-            deadline = time.monotonic() + GRACE_S
-        time.sleep(0.05)

@@ -45,7 +45,7 @@ from .monitors.heartbeat import Heartbeat
 from .monitors.links import Links
 from .monitors.sections import Sections
 from .monitors.spread import Spread
-from .monitors.stop import StopSignals
+from .monitors.stop import ENDING, TRAINING, StopSignals
 from .monitors.stragglers import Stragglers
 from .monitors.tracking import start_mirror
 from .monitors.utilisation import Utilisation
@@ -87,6 +87,7 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
             print("\n".join(table), flush=True)
         inputs = _agreed(ranks, lambda: open_inputs(recipe, ranks.size, ranks.rank, ranks.gather))
         with RunLock(Path(recipe.runs_dir) / recipe.name) as lock, Heartbeat(BEAT_S) as heartbeat:
+            stop.at_quit += [lock.release, watchdog.leave_nothing]
             before = _agreed(ranks, lambda: lock.acquire() if ranks.first else None)
             if ranks.first:
                 heartbeat.actions.append(lambda: lock.beat(sections.step))
@@ -186,7 +187,11 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
         prune = not progress.bad_in_a_row
         saver.save(progress.step, *capture(engine, ema), state, model.statistics(), prune)
 
+    watch.stop.phase = TRAINING
     draw_samples = _agreed(ranks, lambda: sampler(inputs.stage, engine, inputs.dataset, ranks, folder, section))
+
+    if ranks.first:
+        watch.stop.announce()
 
     def at_the_end_of_a_step(progress: Progress) -> None:
         draw_samples(progress)
@@ -228,13 +233,18 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
         died = worker_death(error, ranks.rank) if isinstance(error, RuntimeError) else None
         raise died or error from error
     finally:
+        if outcome != "failed":
+            watch.stop.phase = ENDING
+            if ranks.first:
+                watch.stop.announce()
         loaders.close()
         console.close()
         metrics.write({"event": "end", "step": progress.step, "outcome": outcome})
         if ranks.first:
             metrics.store()
         if mirror is not None:
-            mirror.finish(timeout_s=60 if outcome == "finished" else 5)
+            with watch.stop.waiting():
+                mirror.finish(timeout_s=60 if outcome == "finished" else 5)
     console.say(
         f"done: {progress.step} steps, {progress.samples} samples, run folder {folder}"
         if finished

@@ -7,16 +7,17 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from ..errors import RunError
 from ..terminal import terminal
-from .manifest import Manifest, read_manifest
-from .reader import CheckpointReader
-from .store import Store
+
+if TYPE_CHECKING:  # torch stands behind them, which other commands do not need
+    from .manifest import Manifest
+    from .store import Store
 
 app = typer.Typer(help="List, verify and show the checkpoints of a run.", no_args_is_help=True)
 
@@ -27,6 +28,8 @@ Step = Annotated[int | None, typer.Option(help="Step of the checkpoint.", show_d
 @app.command("list")
 def list_checkpoints(run: Run) -> None:
     """One line a checkpoint: step, time, ranks, size, and whether every file matches its hash."""
+    from .manifest import read_manifest
+
     store, console = _store(run), terminal()
     table = Table("step", "saved", "ranks", "size", "verified")
     refused = []
@@ -63,6 +66,8 @@ def verify(run: Run, step: Step = None) -> None:
 @app.command()
 def show(run: Run, step: Step = None) -> None:
     """State, parameters and sizes of one checkpoint, the newest unless `--step` says which. Nothing is verified."""
+    from .reader import CheckpointReader
+
     store, console = _store(run), terminal()
     steps = store.steps()
     if step is None and not steps:
@@ -86,6 +91,8 @@ def _store(run: Path) -> Store:
     folder = run / "checkpoints"
     if not folder.is_dir():
         raise RunError(f"{folder} does not exist: give a run's folder, which holds recipe.yaml and checkpoints/")
+    from .store import Store
+
     return Store(folder)
 
 

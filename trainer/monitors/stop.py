@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
+from ...slurm.codes import INTERRUPTED
+from ..interrupt import say
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+STARTING, TRAINING, ENDING = "starting", "training", "ending"
+"""What a start has to lose by an interruption: nothing yet, its steps since the last save, nothing any more."""
+PHASE_FILE = "BIFROST_PHASE"
+"""Variable with the file in which rank 0 leaves the phase for its launcher."""
+SAVING = "saving; press Ctrl-C again to quit without saving"
+NOTHING_YET = "interrupted before the first step; there was nothing to save"
+QUIT = "quit without saving; the same command continues from the last checkpoint"
+SAVED = "all is saved; not waiting for MLflow any longer"
+QUIT_SAVED = "quit; all is saved"
+
+
+def farewell(phase: str) -> str:
+    """What is said when a start is ended at once."""
+    return {STARTING: NOTHING_YET, ENDING: QUIT_SAVED}.get(phase, QUIT)
 
 
 def hold_signals() -> None:
@@ -24,12 +45,21 @@ def ignore_signals() -> None:
 
 
 class StopSignals:
-    """Remembers that a stop signal came. A second SIGINT, an impatient person, interrupts at once."""
+    """Remembers that a stop signal came. Ctrl-C is answered at once; a second one ends the process without a
+    save, and so does the first one on a launched rank that has not begun to train. Once all is saved, the first one
+    ends the wait for MLflow."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.phase = STARTING
+        self.at_quit: list[Callable[[], None]] = []
+        """What is done before the process ends without a save: quick, and possible from a signal handler."""
         self._ends_at = math.inf
         self._needed_s: Callable[[], float] = lambda: 0.0
+        self._pressed_in: str | None = None  # the phase of the last Ctrl-C
+        self._waiting = False
+        self._launched = "BIFROST_LAUNCHER" in os.environ
+        self._speaks = not self._launched and os.environ.get("RANK", "0") == "0"
         for number in SIGNALS:
             signal.signal(number, self._notice)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -47,7 +77,36 @@ class StopSignals:
         self._ends_at = -math.inf  # once it is too late, it stays so
         return "the job's time limit"
 
+    def announce(self) -> None:
+        """Let the launcher know the phase, which all ranks have reached; for rank 0."""
+        if place := os.environ.get(PHASE_FILE):
+            with suppress(OSError):  # Ctrl-C is then answered as if nothing were to be saved yet
+                Path(place).write_text(self.phase)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what Ctrl-C may cut short, after all is saved."""
+        self._waiting = True
+        with suppress(KeyboardInterrupt):
+            yield
+        self._waiting = False
+
     def _notice(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            if self._pressed_in == self.phase or (self._launched and self.phase == STARTING):
+                self._quit()
+            self._pressed_in = self.phase
+            if self._speaks:
+                say(SAVED if self.phase == ENDING else SAVING)
         self.received = signal.Signals(number)
+        if number == signal.SIGINT and self._waiting:
+            self._waiting = False
+            raise KeyboardInterrupt
+
+    def _quit(self) -> None:
+        if self._speaks:
+            say(farewell(self.phase))
+        for action in self.at_quit:
+            with suppress(OSError):
+                action()
+        os._exit(INTERRUPTED)

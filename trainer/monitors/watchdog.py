@@ -66,6 +66,10 @@ class Watchdog:
         """The run is over. Ranks that had nothing to say leave nothing in the run folder."""
         self._over.set()
         self._thread.join()
+        self.leave_nothing()
+
+    def leave_nothing(self) -> None:
+        """Remove this rank's stacks file, into which nothing was written."""
         if self._folder and self._file:
             self._file.close()
             with suppress(OSError):

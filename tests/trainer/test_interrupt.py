@@ -1,0 +1,180 @@
+"""Ctrl-C: answered at once in every phase, one line, exit code 130 where nothing is saved, nobody left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import runs
+from bifrost.slurm.codes import INTERRUPTED, STOPPED
+
+# A launcher whose two ranks never look at Ctrl-C: whatever it does, it does alone.
+LAUNCHER = """
+import os, subprocess, sys
+from bifrost.trainer import launch
+
+RANK = '''
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+if sys.argv[2]:
+    open(sys.argv[1], "w").write(sys.argv[2])
+os.write(1, (str(os.getpid()) + os.linesep).encode())  # one write: the ranks share a pipe
+time.sleep(60)
+'''
+phase, trains = sys.argv[1], sys.argv[2] == "trains"
+launch._start = lambda rank, ranks, arguments, family: subprocess.Popen(
+    [sys.executable, "-c", RANK, str(family.phase_file), phase], start_new_session=True)
+sys.exit(launch.run_ranks(2, [], trains))
+"""
+
+
+class Started:
+    """A process with its standard error as it comes, and the two ranks that it has started."""
+
+    def __init__(self, phase: str, trains: str = "trains") -> None:
+        pipe = subprocess.PIPE
+        command = [sys.executable, "-c", LAUNCHER, phase, trains]
+        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+        self.ranks = [int(self.process.stdout.readline()) for _ in range(2)]
+
+    def press(self) -> str:
+        """The line that Ctrl-C is answered with, within a fraction of a second."""
+        begun = time.monotonic()
+        self.process.send_signal(signal.SIGINT)
+        line = self.process.stderr.readline().strip()
+        assert time.monotonic() - begun < 1
+        return line
+
+    def ended(self, within_s: float = 3) -> int:
+        """The exit code; nothing more is said, and no rank is left."""
+        begun = time.monotonic()
+        out, err = self.process.communicate(timeout=30)
+        assert (out, err) == ("", "") and time.monotonic() - begun < within_s
+        assert not any(Path(f"/proc/{rank}").exists() for rank in self.ranks)
+        return self.process.returncode
+
+
+def test_before_the_first_step_ctrl_c_ends_at_once() -> None:
+    started = Started("")
+    assert started.press() == "interrupted before the first step; there was nothing to save"
+    assert started.ended() == INTERRUPTED
+
+
+def test_while_training_the_first_ctrl_c_saves_and_the_second_ends() -> None:
+    started = Started("training")
+    assert started.press() == "saving; press Ctrl-C again to quit without saving"
+    with pytest.raises(subprocess.TimeoutExpired):
+        started.process.wait(1.5)  # a save may take as long as it likes
+    assert started.press() == "quit without saving; the same command continues from the last checkpoint"
+    assert started.ended() == INTERRUPTED
+
+
+def test_when_all_is_saved_ctrl_c_says_so() -> None:
+    started = Started("ending")
+    assert started.press() == "all is saved; not waiting for MLflow any longer"
+    assert started.press() == "quit; all is saved"
+    assert started.ended() == INTERRUPTED
+
+
+def test_ranks_that_save_nothing_end_with_the_first() -> None:
+    started = Started("training", "does not train")
+    assert started.press() == "interrupted"
+    assert started.ended() == INTERRUPTED
+
+
+def test_other_stop_signals_are_the_ranks_to_act_on() -> None:
+    started = Started("training")
+    started.process.send_signal(signal.SIGTERM)
+    assert started.ended() == STOPPED
+
+
+STUBBORN = """
+import os, sys, threading, time
+sys.argv = ["bifrost", *sys.argv[1:]]
+from bifrost.trainer.interrupt import end_on_interrupt
+end_on_interrupt()
+threading.Thread(target=time.sleep, args=(60,)).start()
+child = os.fork() == 0
+os.write(1, b"ready\\n")
+if child:
+    time.sleep(60)
+while True:
+    try:
+        time.sleep(0.01)
+    except BaseException:
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("eval --out x", "interrupted"),
+        ("data verify x", "interrupted"),
+        ("data ingest a b", "interrupted; the same command continues where it stopped"),
+        ("generate --out x", "interrupted; the same command continues where it stopped"),
+    ],
+)
+def test_a_command_ends_within_a_second_whatever_it_is_at(arguments: str, line: str) -> None:
+    """Threads that go on, code that swallows every exception, forked processes that get the same Ctrl-C."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUBBORN, *arguments.split()],
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+    )
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    begun = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
+    assert process.stderr.readline() == line + "\n"
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (INTERRUPTED, "", "") and time.monotonic() - begun < 3
+
+
+@pytest.mark.slow
+def test_an_interrupted_ingest_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    with runs.launched(["data", "demo", str(out)], stdout=-1, stderr=-1, text=True, start_new_session=True) as process:
+        while not list(out.glob("*.tmp-*")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        family = runs.children(process.pid)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == INTERRUPTED
+    *_, line = err.splitlines()
+    assert line == "interrupted; the same command continues where it stopped"
+    time.sleep(0.2)
+    assert family and not any(Path(f"/proc/{pid}").exists() for pid in family)
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_a_run_is_quit_in_the_middle_of_training(shards: Path, tmp_path: Path) -> None:
+    """Twice Ctrl-C: the checkpoint before it stays, and neither lock nor process is left."""
+    arguments = runs.arguments(shards, tmp_path, "steps=4000", "checkpoint.every=1", "data.workers=1", "--ranks", "2")
+    run = tmp_path / "tiny-mllm"
+    with runs.launched(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as launcher:
+        runs.wait_for_steps(run, 3)
+        ranks = runs.children(launcher.pid)
+        family = [*ranks, *(worker for rank in ranks for worker in runs.children(rank))]
+        assert len(family) >= 4
+        launcher.send_signal(signal.SIGINT)
+        assert launcher.stderr and "press Ctrl-C again" in launcher.stderr.readline()
+        launcher.send_signal(signal.SIGINT)
+        begun = time.monotonic()
+        _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == INTERRUPTED and err.startswith("quit without saving") and err.count("\n") == 1
+    assert time.monotonic() - begun < 5
+    assert not any(Path(f"/proc/{pid}").exists() for pid in family)
+    assert not (run / "lock.json").exists()
+    saved = [path for path in (run / "checkpoints").iterdir() if path.name.startswith("step-")]
+    assert saved and all((path / "manifest.json").exists() for path in saved)

@@ -1,0 +1,50 @@
+"""Ctrl-C on a command that has nothing to save: one line at once, exit code 130 within a second, no traceback.
+
+A training rank has `monitors/stop.py` instead, and a launcher of ranks `launch.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+from ..slurm.codes import INTERRUPTED
+from .monitors.exit_timer import ExitTimer
+
+UNWIND_S = 0.7
+"""For which a command may tidy up after Ctrl-C."""
+CONTINUED = {("data", "demo"), ("data", "ingest"), ("data", "encode"), ("generate",)}
+"""Commands that, given again, leave alone what they have done."""
+SHOW_CURSOR = "\x1b[?25h"
+
+
+def end_on_interrupt() -> None:
+    """From now on Ctrl-C ends this process: what is open is closed, for UNWIND_S at most."""
+    process, timer = os.getpid(), ExitTimer(INTERRUPTED)
+    words = tuple(sys.argv[1:3])
+    continued = words in CONTINUED or words[:1] in CONTINUED
+    line = "interrupted" + ("; the same command continues where it stopped" if continued else "")
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+        if os.getpid() != process:  # forked: the process that this one works for says it
+            os._exit(INTERRUPTED)
+        say(line)
+        timer.set(UNWIND_S)  # threads and what swallows exceptions hold nobody up
+        raise SystemExit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def say(line: str) -> None:
+    """Print on standard error from a signal handler: past Python's buffers, which it may have interrupted. The cursor
+    that a progress bar has hidden comes back."""
+    # On a terminal the line begins after the ^C that it shows.
+    text = f"{SHOW_CURSOR}\n{line}\n" if os.isatty(2) else f"{line}\n"
+    try:
+        os.write(2, text.encode())
+    except OSError:  # the terminal is gone
+        return
