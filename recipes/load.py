@@ -68,6 +68,11 @@ def _find(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
         return path
+    if (path / "recipe.yaml").is_file():
+        raise RecipeError(
+            f"{source}: is a run folder, no recipe: `bifrost resume {source}` continues it, its recipe is"
+            f" {path / 'recipe.yaml'}"
+        )
     # A path as the README writes it also works where the package is installed without its checkout.
     shipped = shipped_recipes().get(path.stem) if path.suffix in ("", ".yaml") else None
     if shipped is None or path.parent.name not in ("", "recipes"):

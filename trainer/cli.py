@@ -22,6 +22,7 @@ from ..slurm.ranks import idle_nodes, remove_private_folders
 from ..slurm.record import record_outcome
 from .batch import batch_arithmetic
 from .bench.cli import app as bench_app
+from .changes import finished
 from .checkpoint.cli import app as checkpoint_app
 from .errors import Locked, RunError, Unhealthy, Unmet
 from .evaluate_cli import evaluate
@@ -34,6 +35,7 @@ from .options import Overrides, RanksOption, RecipeArgument
 from .plan_cli import plan
 from .replay_cli import replay
 from .report.cli import compare, report
+from .resume import check_run, placed, ranks_of
 
 app = typer.Typer(
     help="Training system for Bifrost-1.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
@@ -70,12 +72,21 @@ def train(
         _show(settings, ranks)
         return
 
-    def trained(recipe: Recipe) -> int:
-        from .run import train as train_rank
+    _on_ranks(settings, ranks, ["train", recipe, *(overrides or [])], _train, trains=True)
 
-        return train_rank(recipe)
 
-    _on_ranks(settings, ranks, ["train", recipe, *(overrides or [])], trained, trains=True)
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="A run folder, such as runs/mllm-7b.")],
+    overrides: Overrides = None,
+    ranks: Annotated[int | None, typer.Option(help="Processes; default as many as the run had.", min=1)] = None,
+) -> None:
+    """Continue a run from its newest checkpoint, with the settings that it has, or with some of them changed."""
+    check_run(run)
+    source, place = str(run / "recipe.yaml"), placed(run, overrides or [])
+    settings = load_recipe(source, [*(overrides or []), *place])
+    arguments = ["train", source, *(overrides or []), *place]
+    _on_ranks(settings, ranks, arguments, _train, trains=True, usual=lambda: ranks_of(run) or devices())
 
 
 @data_app.command("encode")
@@ -152,9 +163,15 @@ def export(
 
 
 def _on_ranks(
-    recipe: Recipe, ranks: int | None, arguments: list[str], work: Callable[[Recipe], int], trains: bool = False
+    recipe: Recipe,
+    ranks: int | None,
+    arguments: list[str],
+    work: Callable[[Recipe], int],
+    trains: bool = False,
+    usual: Callable[[], int] = devices,
 ) -> NoReturn:
-    """Do `work` as the rank that this process is, or run `arguments` as `ranks` processes that will be."""
+    """Do `work` as the rank that this process is, or run `arguments` as `ranks` processes that will be, or `usual()`
+    where no number is given. trains: whether ranks save when they are stopped."""
     if adopt_rank(ranks):
         code = work(recipe)
         ignore_signals()
@@ -166,9 +183,21 @@ def _on_ranks(
             f"this Slurm job has {idle + 1} nodes, and bifrost was started on one of them alone: put `srun"
             " --ntasks-per-node=N` before it (N: GPUs per node), or give --ranks to use this machine alone"
         )
-    ranks = ranks or devices()
+    if trains and (steps := finished(recipe)):
+        folder = Path(recipe.runs_dir) / recipe.name
+        print(
+            f"{recipe.name} is finished: {steps} steps in {folder}; more steps continue it, such as steps={2 * steps}"
+        )
+        _leave(DONE)
+    ranks = ranks or usual()
     batch_arithmetic(recipe, ranks)
     _leave(run_ranks(ranks, arguments, trains))
+
+
+def _train(recipe: Recipe) -> int:
+    from .run import train as train_rank
+
+    return train_rank(recipe)
 
 
 def _show(recipe: Recipe, ranks: int | None) -> None:

@@ -86,9 +86,11 @@ class History:
         return history
 
     def step(self, step: int) -> Place:
-        """Where `step` lies: in the last stretch that did it, or, not done yet, where it will."""
-        if step < 1:
-            raise RunError(f"step {step}: steps count from 1")
+        """Where `step` lies: in the last stretch that did it. RunError for one that was not reached."""
+        reached = max(each.reached for each in self.stretches)
+        if not 1 <= step <= reached:
+            known = f"give 1 to {reached}" if reached else "no step has been logged yet"
+            raise RunError(f"step {step}: the run has reached step {reached}; {known}")
         begun = [each for each in self.stretches if each.step < step]
         if not begun:
             raise RunError(f"step {step}: metrics.jsonl has lost its beginning, it starts at {self.stretches[0].step}")

@@ -60,6 +60,12 @@ IDENTITY = (
 def check_continuation(inputs: Inputs, backbone_hash: str, state: dict[str, Any], folder: Path) -> None:
     """RunError when the checkpoint in `folder`, with JSON `state`, is not of this run."""
     name = inputs.recipe.name
+    stage = state["recipe"]["stage"]
+    if stage != inputs.recipe.stage:  # of another one everything differs, the frozen weights above all
+        raise RunError(
+            f"{folder}: the run {name} is of stage {stage}, this recipe of stage {inputs.recipe.stage}: give it another"
+            " name, such as name=mine"
+        )
     if state["backbone"] != backbone_hash:
         raise RunError(
             f"{folder}: was trained on other frozen weights than {inputs.stage.source} (content hash"

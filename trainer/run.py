@@ -22,10 +22,12 @@ import psutil
 import torch
 
 from ..data import Batch, DataError, Loader, worker_death
+from ..data.files import write_atomic
 from ..recipes import Recipe, to_yaml
 from ..slurm.codes import DONE, STOPPED
 from ..slurm.record import grace, stop_s
 from . import loop
+from .changes import changes, describe, last_settings
 from .checkpoint.local import LocalParts
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.saver import Saver
@@ -144,6 +146,9 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
         except OSError as error:  # a full disk is reported without a name
             raise RunError.of_storage(error.filename or folder, error) from error
 
+    # Before the folder describes this attempt.
+    settings = recipe.model_dump(mode="json")
+    changed = changes(settings, last_settings(folder), reader.state["recipe"] if reader else None)
     past = _agreed(ranks, open_folder)
     for operation, choice in measured.items():
         log.info("%s by %s: %s", operation, choice["provider"], choice["reason"])
@@ -151,10 +156,14 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
     start = {"event": "start", "step": progress.step, "batch": progress.batch, "ranks": ranks.size}
     startup = time.time() - begun
     metrics.write({**start, "micro_batch": recipe.micro_batch, "startup_s": startup, **past})
+    if changed:
+        metrics.write({"event": "settings_changed", "step": progress.step, "changes": changed})
     if ranks.first:
         metrics.store()
         watch.heartbeat.actions.append(metrics.store)
     console.say(_greeting(engine, folder, progress, inputs.stage, ranks))
+    if changed:
+        console.say(f"settings changed since {'the checkpoint' if reader else 'the last attempt'}: {describe(changed)}")
     mirror = start_mirror(folder) if ranks.first and recipe.tracking.enabled else None
 
     saver = Saver(
@@ -178,7 +187,7 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
         state = {
             "progress": asdict(progress),
             "updates": engine.updates,
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": settings,
             "backbone": frozen_hash,
             "data": inputs.dataset.fingerprint,
             "save_every": saver.every,
@@ -364,7 +373,7 @@ def _links(engine: Engine, recipe: Recipe, ranks: Ranks, section: Sections) -> L
 def _describe(folder: Path, recipe: Recipe, ranks: Ranks, kernels: dict[str, Any], table: list[str]) -> None:
     """Write what the run is: its recipe, DeepSpeed's configuration, its kernels, and where it runs."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+    write_atomic(folder / "recipe.yaml", to_yaml(recipe).encode())  # an attempt that dies here leaves a recipe
     (folder / "ds_config.json").write_text(json.dumps(deepspeed_config(recipe, ranks.size), indent=2))
     (folder / KERNELS_FILE).write_text(json.dumps(kernels, indent=2))
     (folder / "environment.json").write_text(json.dumps({**_environment(ranks), "hosts": table}, indent=2))

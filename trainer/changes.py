@@ -1,0 +1,83 @@
+"""Which settings an attempt has changed, and whether a run needs another attempt at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..recipes import Recipe, RecipeError, load_recipe
+from .report.files import flat, read_json
+
+Changes = dict[str, tuple[Any, Any]]
+"""Dotted key -> value before and now."""
+
+
+def last_settings(run: Path) -> dict[str, Any] | None:
+    """Settings of the last attempt, from the run folder; None where there was none, or of another version."""
+    try:
+        return load_recipe(run / "recipe.yaml").model_dump(mode="json")
+    except RecipeError:
+        return None
+
+
+def changes(now: dict[str, Any], *before: dict[str, Any] | None) -> Changes:
+    """Settings that differ from one of `before`; the value of the first that differs is the one before. Where the run
+    folder lies (`runs_dir`) is none of them."""
+    found: Changes = {}
+    current = dict(flat(now))
+    for other in before:
+        if other is not None:
+            earlier = dict(flat(other))
+            for key in sorted(current.keys() | earlier.keys()):
+                pair = earlier.get(key), current.get(key)
+                if pair[0] != pair[1] and key != "runs_dir":
+                    found.setdefault(key, pair)
+    return found
+
+
+def describe(found: Changes) -> str:
+    """`optimizer.lr 0.003 -> 0.1, micro_batch 8 -> 4`"""
+    return ", ".join(f"{key} {_text(before)} -> {_text(now)}" for key, (before, now) in found.items())
+
+
+def finished(recipe: Recipe) -> int | None:
+    """Steps of the run that `recipe` names, if it has done them all with these settings and nobody is at it; else None.
+
+    Only small files are read. What this cannot tell, such as whether the checkpoint is whole, a start checks.
+    """
+    folder = Path(recipe.runs_dir) / recipe.name
+    if (folder / "lock.json").exists():
+        return None
+    last = _last_record(folder / "metrics.jsonl")
+    if last.get("event") != "end" or last.get("outcome") != "finished" or last.get("step", 0) < recipe.steps:
+        return None
+    checkpoint = folder / "checkpoints" / f"step-{last['step']:08d}"
+    state, manifest = read_json(checkpoint / "state.json"), read_json(checkpoint / "manifest.json")
+    if state is None or manifest is None:
+        return None
+    try:
+        sizes = all(os.stat(checkpoint / name).st_size == entry["size"] for name, entry in manifest["files"].items())
+    except (OSError, KeyError, TypeError, AttributeError):
+        return None
+    changed = changes(recipe.model_dump(mode="json"), state.get("recipe"))
+    return last["step"] if sizes and not changed.keys() - {"steps"} else None
+
+
+def _last_record(path: Path) -> dict[str, Any]:
+    """The last line of a metrics file; empty where there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.stat(path).st_size - 65536))
+            lines = file.read().splitlines()
+        found = json.loads(lines[-1])
+    except (OSError, ValueError, IndexError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text(value: Any) -> str:
+    return (
+        json.dumps(value, ensure_ascii=False) if isinstance(value, (str, list, dict)) or value is None else str(value)
+    )
