@@ -183,15 +183,13 @@ def _on_ranks(
             f"this Slurm job has {idle + 1} nodes, and bifrost was started on one of them alone: put `srun"
             " --ntasks-per-node=N` before it (N: GPUs per node), or give --ranks to use this machine alone"
         )
+    run = Path(recipe.runs_dir) / recipe.name
     if trains and (steps := finished(recipe)):
-        folder = Path(recipe.runs_dir) / recipe.name
-        print(
-            f"{recipe.name} is finished: {steps} steps in {folder}; more steps continue it, such as steps={2 * steps}"
-        )
+        print(f"{recipe.name} is finished: {steps} steps in {run}; more steps continue it, such as steps={2 * steps}")
         _leave(DONE)
     ranks = ranks or usual()
     batch_arithmetic(recipe, ranks)
-    _leave(run_ranks(ranks, arguments, trains))
+    _leave(run_ranks(ranks, arguments, run if trains else None))
 
 
 def _train(recipe: Recipe) -> int:

@@ -22,6 +22,7 @@ from ..slurm import launched_by, private_folders, rank_environment
 from ..slurm.codes import DONE, FAILED, INTERRUPTED
 from ..slurm.ranks import LAUNCHER_VARIABLES
 from .interrupt import say
+from .lock import remove_lock_of
 from .monitors.stop import ENDING, PHASE_FILE, SAVED, SAVING, SIGNALS, STARTING, farewell
 
 GRACE_S = 10.0
@@ -62,18 +63,18 @@ def devices() -> int:
     return max(1, int(found.stdout or 0))
 
 
-def run_ranks(ranks: int, arguments: Sequence[str], trains: bool = False) -> int:
+def run_ranks(ranks: int, arguments: Sequence[str], run: Path | None = None) -> int:
     """Run `python -m bifrost.trainer ARGUMENTS` as `ranks` ranks on this machine; returns their exit code.
 
     When one rank fails the others are ended, and its code is returned. SIGTERM and SIGUSR1 are passed on to every
-    rank. Ctrl-C ends them, with INTERRUPTED; ranks that train save first, unless there is nothing to save or it is
-    pressed again.
+    rank. Ctrl-C ends them, with INTERRUPTED; ranks that train the run in folder `run` save first, unless there is
+    nothing to save or it is pressed again.
     """
     with tempfile.TemporaryDirectory(prefix="bifrost-") as folder:
-        family = _Family(Path(folder), trains)
+        family = _Family(Path(folder), trains=run is not None)
         # They pass on to what is started here: a training rank wants no signal before it can save.
         before = {number: signal.signal(number, family.notice) for number in SIGNALS}
-        signal.pthread_sigmask(signal.SIG_BLOCK if trains else signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK if family.trains else signal.SIG_UNBLOCK, SIGNALS)
         try:
             family.processes = [_start(rank, ranks, arguments, family) for rank in range(ranks)]
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -82,6 +83,8 @@ def run_ranks(ranks: int, arguments: Sequence[str], trains: bool = False) -> int
             for process in family.processes:
                 process.kill()
                 process.wait()
+            if run is not None:
+                remove_lock_of(run, [process.pid for process in family.processes])
             for number, handler in before.items():
                 signal.signal(number, handler)
 

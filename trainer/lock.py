@@ -13,7 +13,7 @@ import platform
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,15 @@ class RunLock:
 
     def _refusal(self, owner: Mapping[str, Any]) -> str:
         return f"{self.path.parent}: another start of this run is alive: {describe(owner)}; nothing was touched"
+
+
+def remove_lock_of(folder: Path, processes: Collection[int]) -> None:
+    """Remove the lock of the run in `folder` if one of these processes of this host, which have ended, holds it."""
+    with suppress(OSError):
+        owner = _read(folder / FILE) or {}
+        if (owner.get("host"), owner.get("space")) == (platform.node(), _pid_space()) and owner["pid"] in processes:
+            (folder / FILE).unlink()
+            folder.rmdir()  # where nothing has been written to the run yet
 
 
 def describe(owner: Mapping[str, Any]) -> str:
