@@ -18,7 +18,7 @@ def start() -> None:
     """Run the command, with Ctrl-C answered while its imports, which take seconds, are under way."""
     end_on_interrupt()
     # A rank takes seconds to import what it needs: a signal that comes then is for the run that follows.
-    if sys.argv[1:2] == ["train"] and RANK_OF & os.environ.keys():
+    if sys.argv[1:2] in (["train"], ["resume"]) and RANK_OF & os.environ.keys():
         hold_signals()
     from .cli import main
 

@@ -83,7 +83,7 @@ def run_ranks(ranks: int, arguments: Sequence[str], run: Path | None = None) -> 
             for process in family.processes:
                 process.kill()
                 process.wait()
-            if run is not None:
+            if run is not None and family.quit_at:  # else the next attempt learns from it when this one died
                 remove_lock_of(run, [process.pid for process in family.processes])
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -111,8 +111,9 @@ class _Family:
         self.folder = folder
         self.trains = trains
         self.processes: list[subprocess.Popen] = []
+        self.quit_at: float | None = None
+        """`time.monotonic()` at which they are ended, once Ctrl-C has asked for that."""
         self._pressed_in: str | None = None
-        self._quit_at: float | None = None
 
     @property
     def phase_file(self) -> Path:
@@ -126,8 +127,8 @@ class _Family:
             self._pressed_in = phase
             if self.trains and phase not in (STARTING, before):
                 say(SAVED if phase == ENDING else SAVING)
-            elif self._quit_at is None:
-                self._quit_at = time.monotonic() + (QUIT_S if self.trains else 0)
+            elif self.quit_at is None:
+                self.quit_at = time.monotonic() + (QUIT_S if self.trains else 0)
                 say(farewell(phase) if self.trains else "interrupted")
         for process in self.processes:
             if process.poll() is None and (self.trains or number != signal.SIGINT):
@@ -138,7 +139,7 @@ class _Family:
         deadline = None
         while True:
             codes = [process.poll() for process in self.processes]
-            if self._quit_at and (None not in codes or time.monotonic() > self._quit_at):
+            if self.quit_at and (None not in codes or time.monotonic() > self.quit_at):
                 return INTERRUPTED
             failed = [code for code in codes if code]
             if None not in codes or (deadline and time.monotonic() > deadline):
