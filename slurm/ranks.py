@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -178,18 +180,46 @@ def private_folders(environ: Mapping[str, str]) -> dict[str, str]:
     """TMPDIR and TRITON_CACHE_DIR of this srun task alone, made if need be; below BIFROST_SCRATCH or TMPDIR.
 
     Ranks that compile the same kernels at the same moment must not write the same files. The name outlives a requeue,
-    so that a start finds what an earlier one has compiled. Raises OSError.
+    so that a start finds what an earlier one has compiled. Raises SlurmError where it cannot be made, or is not safe.
     """
     base = environ.get("BIFROST_SCRATCH") or environ.get("TMPDIR") or tempfile.gettempdir()
     folder = Path(base) / _private_name(environ)
-    folder.mkdir(parents=True, exist_ok=True)
-    return {"TMPDIR": str(folder), "TRITON_CACHE_DIR": environ.get("TRITON_CACHE_DIR", f"{folder}/triton")}
+    make_private(folder)
+    found = {"TMPDIR": str(folder), "TRITON_CACHE_DIR": environ.get("TRITON_CACHE_DIR", "")}
+    if not found["TRITON_CACHE_DIR"]:
+        make_private(folder / "triton")
+        found["TRITON_CACHE_DIR"] = str(folder / "triton")
+    return found
+
+
+def make_private(folder: Path) -> None:
+    """Make `folder`, for this user alone, or check that the one there is: compiled code is loaded from it.
+
+    SlurmError for a symbolic link or a file, a folder of another user, and one that others may write to: in a place
+    like /tmp anybody can put one under a name that can be guessed.
+    """
+    remedy = f"remove it, or set BIFROST_SCRATCH to a folder of your own instead of {folder.parent}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir(0o700)
+        found = folder.lstat()
+    except OSError as error:
+        raise SlurmError(f"{folder}: {error.strerror}; set BIFROST_SCRATCH to a folder that can be written") from error
+    if not stat.S_ISDIR(found.st_mode):
+        what = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no folder"
+        raise SlurmError(f"{folder} is {what}, and code is loaded from it: {remedy}")
+    if found.st_uid != os.getuid():
+        raise SlurmError(f"{folder} belongs to user {found.st_uid}, and code is loaded from it: {remedy}")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = stat.filemode(found.st_mode)
+        raise SlurmError(f"{folder} can be written by others ({mode}), and code is loaded from it: {remedy}")
 
 
 def remove_private_folders(environ: Mapping[str, str]) -> None:
     """Remove what `private_folders` made for this task, whose run needs no other start."""
     folder = Path(environ.get("TMPDIR", ""))
-    if folder.name == _private_name(environ):
+    if folder.name == _private_name(environ) and not folder.is_symlink():
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,5 +1,7 @@
 """Ranks from Slurm's variables."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -148,3 +150,72 @@ def test_private_folders_go_with_the_run(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
     remove_private_folders(own)
     assert [folder.name for folder in tmp_path.iterdir()] == ["bifrost-7-n1-2"]
+
+
+TASK = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "node1", "SLURM_LOCALID": "0"}
+NAME = "bifrost-7-node1-0"
+
+
+def test_private_folders_are_closed_to_others(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        own = private_folders({**TASK, "TMPDIR": str(tmp_path)})
+    finally:
+        os.umask(before)
+    assert own["TMPDIR"] == f"{tmp_path}/{NAME}" and own["TRITON_CACHE_DIR"] == f"{tmp_path}/{NAME}/triton"
+    assert [Path(folder).stat().st_mode & 0o777 for folder in own.values()] == [0o700, 0o700]
+
+
+def _link(folder: Path) -> None:
+    elsewhere = folder.with_name("elsewhere")
+    elsewhere.mkdir(0o700)
+    folder.symlink_to(elsewhere)
+
+
+def _writable(folder: Path, mode: int) -> None:
+    folder.mkdir()
+    folder.chmod(mode)
+
+
+@pytest.mark.parametrize(
+    ("put", "what"),
+    [
+        (_link, "is a symbolic link"),
+        (lambda folder: folder.symlink_to("nowhere"), "is a symbolic link"),
+        (Path.touch, "is no folder"),
+        (lambda folder: _writable(folder, 0o775), r"can be written by others \(drwxrwxr-x\)"),
+        (lambda folder: _writable(folder, 0o1777), "can be written by others"),
+    ],
+)
+@pytest.mark.parametrize("inner", [False, True], ids=["temporary", "triton"])
+def test_a_folder_that_another_may_have_put_there_is_refused(
+    tmp_path: Path, put: Callable[[Path], None], what: str, inner: bool
+) -> None:
+    folder = tmp_path / NAME
+    if inner:
+        folder.mkdir(0o700)
+    put(folder / "triton" if inner else folder)
+    with pytest.raises(SlurmError, match=f"{what}.*BIFROST_SCRATCH"):
+        private_folders({**TASK, "TMPDIR": str(tmp_path)})
+    assert not (tmp_path / "elsewhere" / "triton").exists()
+
+
+def test_another_user_s_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / NAME).mkdir(0o700)
+    owner = (tmp_path / NAME).stat().st_uid
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    with pytest.raises(SlurmError, match=f"{NAME} belongs to user {owner}"):
+        private_folders({**TASK, "TMPDIR": str(tmp_path)})
+
+
+def test_a_temporary_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SlurmError, match="set BIFROST_SCRATCH"):
+        private_folders({**TASK, "BIFROST_SCRATCH": str(tmp_path / "file" / "scratch")})
+
+
+def test_what_a_link_points_to_is_not_removed(tmp_path: Path) -> None:
+    _link(tmp_path / NAME)
+    (tmp_path / "elsewhere" / "kept").touch()
+    remove_private_folders({**TASK, "TMPDIR": str(tmp_path / NAME)})
+    assert (tmp_path / "elsewhere" / "kept").exists()
