@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from .schema import Recipe
+from .secrets import redact
 
 FOLDER = Path(__file__).parent
 FLOAT = "tag:yaml.org,2002:float"
@@ -125,7 +126,9 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         for depth, part in enumerate(parents):
             group = {} if node.get(part) is None else node[part]
             if not isinstance(group, dict):
-                raise RecipeError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is not a group of settings")
+                raise RecipeError(
+                    redact(f"override {override!r}: {'.'.join(parents[: depth + 1])} is not a group of settings")
+                )
             node[part] = node = dict(group)
         node[leaf] = value
     return tree
@@ -140,7 +143,7 @@ def _validate(tree: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {explain(error, Recipe)}") from error
+        raise RecipeError(redact(f"{where}: {explain(error, Recipe)}")) from error
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

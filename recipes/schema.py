@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .secrets import stored_secret
+
 
 class Section(BaseModel):
     """A group of settings: unknown keys are refused, and so are values of another type; an integer is a number."""
@@ -226,7 +228,7 @@ class Tracking(Section):
     enabled: bool = True
     """Mirror metrics.jsonl to MLflow from a process of its own."""
     uri: str | None = None
-    """MLflow tracking URI; null takes MLFLOW_TRACKING_URI, or else a SQLite file in `runs_dir`."""
+    """MLflow tracking URI, without a login; null takes MLFLOW_TRACKING_URI, or else a SQLite file in `runs_dir`."""
     experiment: str = "bifrost"
     """MLflow experiment."""
 
@@ -270,6 +272,12 @@ class Recipe(Section):
     health: Health = Health()
     watchdog: Watchdog = Watchdog()
     tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _without_secrets(self) -> Recipe:
+        if problem := stored_secret(self.model_dump(mode="json")):
+            raise ValueError(problem)
+        return self
 
     @model_validator(mode="after")
     def _complete(self) -> Recipe:

@@ -81,6 +81,12 @@ def job_state(job: str) -> JobState | None:
     return next(iter([*running, *states]), None)
 
 
+def waiting_jobs() -> dict[str, str]:
+    """Id of every job that waits, of an array its own, and why. SlurmError where Slurm does not answer."""
+    lines = _once("squeue", "--noheader", "--states=PENDING,REQUEUED,REQUEUE_HOLD", "--format=%F %r").splitlines()
+    return dict(line.split(maxsplit=1) for line in lines if " " in line.strip())
+
+
 def requeue(job: str) -> None:
     try:
         _slurm("scontrol", "requeue", job)

@@ -6,8 +6,10 @@ import json
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 from ..recipes import Recipe, to_yaml
+from ..recipes.secrets import redact
 from . import commands, record
 from .errors import SlurmError
 from .exclusions import read_exclusions
@@ -68,7 +70,10 @@ def submit(job: Job, recipe: Recipe, site: Site) -> str:
     """
     refuse_second(job.path)
     (job.path / "slurm").mkdir(parents=True, exist_ok=True)
-    (job.path / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
+    settings = to_yaml(recipe)
+    (job.path / RECIPE).touch()
+    (job.path / RECIPE).chmod(0o644 if redact(settings) == settings else 0o600)  # the job needs what is secret in it
+    (job.path / RECIPE).write_text(settings, encoding="utf-8")
     write_json(job.path / COPY, site.model_dump(mode="json"))
     (job.path / SCRIPT).write_text(render(job, site), encoding="utf-8")
     (job.path / record.STOPPED).unlink(missing_ok=True)
@@ -123,7 +128,7 @@ def status(run: Path) -> list[tuple[str, str]]:
             (f"start {start['start']}", f"{when}, {start.get('nodes')} nodes from step {start.get('step')}{ended}")
         )
     if last := record.last_metrics(run):
-        steps = f"{last['step']}, newest checkpoint {record.newest_step(run)}, loss {last.get('loss')}"
+        steps = f"{last['step']}, newest checkpoint {record.newest_step(run)}, loss {_rounded(last.get('loss'))}"
         lines.append(("step", f"{steps}, {last.get('samples_per_s', 0):.1f} samples/s"))
     lines += [("goodput", text) for text in _goodput(run)]
     for node, entry in read_exclusions(run / "excluded.json").items():
@@ -145,6 +150,10 @@ def logs(run: Path, follow: bool, lines: int) -> int:
         ).returncode
     except KeyboardInterrupt:
         return 0
+
+
+def _rounded(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) else "not finite"
 
 
 def _goodput(run: Path) -> list[str]:

@@ -15,6 +15,7 @@ import typer
 from ..data import DataError
 from ..data.cli import app as data_app
 from ..recipes import Recipe, RecipeError, load_recipe, to_yaml
+from ..recipes.secrets import redact
 from ..slurm import SlurmError
 from ..slurm.cli import slurm_app
 from ..slurm.codes import DONE, FAILED, HUNG, LOCKED, LOST, USAGE
@@ -36,6 +37,7 @@ from .plan_cli import plan
 from .replay_cli import replay
 from .report.cli import compare, report
 from .resume import check_run, placed, ranks_of
+from .runs_cli import runs
 
 app = typer.Typer(
     help="Training system for Bifrost-1.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
@@ -51,6 +53,7 @@ app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(plan)
 app.command()(goodput)
+app.command()(runs)
 app.command()(report)
 app.command()(compare)
 app.command()(replay)
@@ -240,9 +243,9 @@ def main() -> None:
 
 def _fail(error: Exception, code: int) -> NoReturn:
     # What all ranks raise alike is said once; a loss on one rank alone names it.
-    rank = os.environ.get("RANK", "0")
-    if rank == "0" or str(error).startswith(f"rank {rank}:"):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    record_outcome(code, str(error))
+    rank, text = os.environ.get("RANK", "0"), redact(str(error))
+    if rank == "0" or text.startswith(f"rank {rank}:"):
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    record_outcome(code, text)
     # Threads of the process group would keep a failed rank alive.
     os._exit(code)

@@ -15,8 +15,10 @@ import typer
 
 from ..data.files import write_atomic
 from ..data.shards import open_dataset
+from ..slurm.record import newest_step
 from .errors import RunError, writing
 from .generate_cli import Reveal
+from .monitors.evaluations import note_evaluation
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
@@ -106,6 +108,9 @@ def evaluate(
         write_atomic(out / SHEET, picture.getvalue())
         write_atomic(out / TABLE, text.encode())
         write_atomic(out / METRICS, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+    for run in (mllm, controlnet):
+        if problem := note_evaluation(run, newest_step(run), found.figures):
+            _say(problem)
     print(text, end="")
     print(f"{out}: {METRICS}, {TABLE}, {SHEET}")
 

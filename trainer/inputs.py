@@ -10,6 +10,7 @@ import numpy as np
 
 from ..data import Dataset, Plan, open_dataset
 from ..recipes import Recipe
+from ..recipes.secrets import HIDDEN
 from .batch import batch_arithmetic
 from .errors import RunError
 from .ranks import Gather, alone
@@ -36,6 +37,8 @@ def open_inputs(recipe: Recipe, ranks: int, rank: int = 0, gather: Gather = alon
     """Open everything that `recipe` names, the shards shared out over the ranks that `gather` joins. RunError or
     DataError says what cannot be used, where, and what to do."""
     batch_arithmetic(recipe, ranks)
+    if HIDDEN in str(recipe.data.shards):
+        raise RunError("data.shards was stored without the signature of its address: give it again, data.shards=…")
     dataset = open_dataset(recipe.data.shards, rank=rank, gather=gather)
     if len(dataset) < recipe.global_batch:
         raise RunError(

@@ -24,6 +24,7 @@ import torch
 from ..data import Batch, DataError, Loader, worker_death
 from ..data.files import write_atomic
 from ..recipes import Recipe, to_yaml
+from ..recipes.secrets import redact
 from ..slurm.codes import DONE, STOPPED
 from ..slurm.record import grace, stop_s
 from . import loop
@@ -140,14 +141,14 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
     def open_folder() -> dict[str, float]:
         try:
             if ranks.first:
-                _describe(folder, recipe, ranks, measured, watch.table)
+                _describe(folder, inputs, ranks, measured, watch.table)
             log_to_file(folder / "logs", ranks.rank)
             return metrics.go_on(progress.step, begun, watch.before)
         except OSError as error:  # a full disk is reported without a name
             raise RunError.of_storage(error.filename or folder, error) from error
 
     # Before the folder describes this attempt.
-    settings = recipe.model_dump(mode="json")
+    settings = json.loads(redact(recipe.model_dump_json()))
     changed = changes(settings, last_settings(folder), reader.state["recipe"] if reader else None)
     past = _agreed(ranks, open_folder)
     for operation, choice in measured.items():
@@ -164,7 +165,7 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
     console.say(_greeting(engine, folder, progress, inputs.stage, ranks))
     if changed:
         console.say(f"settings changed since {'the checkpoint' if reader else 'the last attempt'}: {describe(changed)}")
-    mirror = start_mirror(folder) if ranks.first and recipe.tracking.enabled else None
+    mirror = start_mirror(folder, console.say) if ranks.first and recipe.tracking.enabled else None
 
     saver = Saver(
         store,
@@ -370,13 +371,18 @@ def _links(engine: Engine, recipe: Recipe, ranks: Ranks, section: Sections) -> L
     return Links(ranks, section, elements, parameters[0].dtype)
 
 
-def _describe(folder: Path, recipe: Recipe, ranks: Ranks, kernels: dict[str, Any], table: list[str]) -> None:
-    """Write what the run is: its recipe, DeepSpeed's configuration, its kernels, and where it runs."""
+def _describe(folder: Path, inputs: Inputs, ranks: Ranks, kernels: dict[str, Any], table: list[str]) -> None:
+    """Write what the run is: its recipe, DeepSpeed's configuration, its kernels, its data, and where it runs."""
+    recipe, data = inputs.recipe, inputs.dataset
+    dataset = {"shards": len(data.shards), "samples": len(data), "fingerprint": data.fingerprint}
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "recipe.yaml", to_yaml(recipe).encode())  # an attempt that dies here leaves a recipe
+    # An attempt that dies here leaves a recipe.
+    write_atomic(folder / "recipe.yaml", redact(to_yaml(recipe)).encode())
     (folder / "ds_config.json").write_text(json.dumps(deepspeed_config(recipe, ranks.size), indent=2))
     (folder / KERNELS_FILE).write_text(json.dumps(kernels, indent=2))
-    (folder / "environment.json").write_text(json.dumps({**_environment(ranks), "hosts": table}, indent=2))
+    (folder / "environment.json").write_text(
+        json.dumps({**_environment(ranks), "dataset": dataset, "hosts": table}, indent=2)
+    )
 
 
 def _environment(ranks: Ranks) -> dict[str, Any]:

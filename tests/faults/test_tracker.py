@@ -63,7 +63,7 @@ def test_a_server_that_hangs_and_then_dies(shards: Path, tmp_path: Path) -> None
 
     client = MlflowClient(server.uri)
     (found,) = client.search_runs([client.get_experiment_by_name("bifrost").experiment_id])
-    sent = sorted((point.step, point.value) for point in client.get_metric_history(found.info.run_id, "loss"))
+    sent = sorted((point.step, point.value) for point in client.get_metric_history(found.info.run_id, "train/loss"))
     assert sent == [(line["step"], line["loss"]) for line in lines]
     assert found.info.status == "KILLED"
     server.kill()

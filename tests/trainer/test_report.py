@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from PIL import Image
+from PIL import Image, ImageFont
 from typer.testing import CliRunner
 
 import ranked
@@ -21,6 +21,7 @@ from bifrost.trainer.report.drawing import POINTS, Curve, figure, short, smoothe
 from bifrost.trainer.report.files import open_run
 from bifrost.trainer.report.page import page
 from bifrost.trainer.report.timeline import Stretch, starts, stretches
+from bifrost.trainer.sheet import font_for
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 SECTIONS = ["curves", "time", "trouble", "checkpoints", "samples", "ranks", "settings", "environment"]
@@ -137,7 +138,9 @@ def eventful(tmp_path: Path) -> Path:
         {"time": T + 121, "event": "replaced", "step": 31, "samples": [["a/7", "cannot be decoded"], ["a/8", "torn"]]},
         {"time": T + 130, "event": "rollback", "step": 35, "to": 30, "passed_over": [31, 35], "lost_steps": 0},
     ]
-    run = make(tmp_path / "eventful", records, "optimizer.lr=2e-4", "tracking.uri=http://me:secret@tracker")
+    run = make(tmp_path / "eventful", records, "optimizer.lr=2e-4", "tracking.uri=http://tracker")
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("http://", "http://me:secret@"))  # as older versions took it
     (run / "lock.json").write_text(json.dumps({"beat": T + 150}))
     (run / "checkpoints" / "step-00000010").mkdir(parents=True)
     (run / "checkpoints" / "step-00000010" / "manifest.json").write_text("{}")
@@ -175,10 +178,12 @@ def test_a_page_has_it_all(eventful: Path) -> None:
     settings = dict(re.findall(r"<tr><td.*?>([\w.]+)</td><td.*?>(.*?)</td>", html))
     assert settings["optimizer.lr"] == "0.0002" and "optimizer.betas" not in settings
     assert settings["versions.torch"] == "2.13.0"
-    assert settings["tracking.uri"] == "http://tracker" and "secret" not in html
+    assert settings["tracking.uri"] == "http://REDACTED@tracker" and "secret" not in html
     pictures = [base64.b64decode(address.split(",")[1]) for address in found.loads]
     assert [Image.open(io.BytesIO(data)).size for data in pictures] == [(1400, 35), (1400, 28), (1400, 21)]
     assert len(html) < 60_000
+    ettr = f"{open_run(eventful).goodput['ettr']:.1%}"
+    assert ettr != "60.0%" and found.text.count(ettr) >= 2 and "60.0%" not in found.text
 
 
 def test_states(eventful: Path, tmp_path: Path) -> None:
@@ -249,6 +254,20 @@ def test_curves() -> None:
     assert [short(v) for v in (0, 12_000, 1_500_000, 0.25, 0.0003, 512, 1500)] == [
         *("0", "12k", "1.5M", "0.25", "3e-4", "512", "1.5k")
     ]
+
+
+@pytest.mark.parametrize(("left", "right"), [(20, 400), (0, 50_000), (0, 12_500), (3, 7)])
+def test_labels_are_whole(left: int, right: int) -> None:
+    drawn = figure("loss", [Curve("a", [(left, 0.0001), (right, 1e9)], "red")])
+    assert drawn is not None
+    width = int(re.search(r'viewBox="0 0 (\d+)', drawn.svg)[1])
+    labels = re.findall(r'<text x="([\d.-]+)" y="[\d.]+" text-anchor="(\w+)">([^<]+)<', drawn.svg)
+    assert len(labels) > 4
+    font = ImageFont.truetype(font_for("0").path, 11)
+    for x, anchor, text in labels:
+        share = {"start": 0, "middle": 0.5, "end": 1}[anchor]
+        begin = float(x) - share * font.getlength(text)
+        assert begin >= 0 and begin + font.getlength(text) <= width, (x, anchor, text)
 
 
 def test_compare_by_hand(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ...recipes.secrets import redact
 from ..terminal import terminal
 
 log = logging.getLogger("bifrost")
@@ -28,21 +29,19 @@ class Console:
             self._bar.start()
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        parts = {key[5:].replace("_", " "): value for key, value in record.items() if key.startswith("loss_")}
-        line = (
-            f"step {record['step']:>6}  loss {_number(record['loss'])}"
-            f"{''.join(f'  {name} {_number(value)}' for name, value in parts.items())}"
-            f"  grad {_number(record['grad_norm'])}  lr {record['lr']:.2e}  {record['samples_per_s']:.1f} samples/s"
-            f"  wait {record['data_wait_s'] * 1000:.0f} ms  skipped {record['skipped_steps']}"
-        )
+        fields = step_fields(record)
+        log.info("  ".join(fields))
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], description=f"loss {_number(record['loss'])}")
-        self.say(line)
+            width = self._bar.console.width
+            self._bar.console.print(fitting(fields, width), no_wrap=True, overflow="ellipsis", crop=True)
+        elif self.shown:
+            print("  ".join(fields), flush=True)
 
     def say(self, line: str) -> None:
         log.info(line)
         if self._bar is not None:
-            self._bar.console.print(line)
+            self._bar.console.print(line, soft_wrap=True)
         elif self.shown:
             print(line, flush=True)
 
@@ -51,11 +50,42 @@ class Console:
             self._bar.stop()
 
 
+class WithoutSecrets(logging.Formatter):
+    """Hides logins and signatures in the addresses that errors of storage and services quote."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def step_fields(record: Mapping[str, Any]) -> list[str]:
+    """What a step line shows, the most wanted first."""
+    parts = {key[5:].replace("_", " "): value for key, value in record.items() if key.startswith("loss_")}
+    return [
+        f"step {record['step']:>6}",
+        f"loss {_number(record['loss'])}",
+        *(f"{name} {_number(value)}" for name, value in parts.items()),
+        f"grad {_number(record['grad_norm'])}",
+        f"lr {record['lr']:.2e}",
+        f"{record['samples_per_s']:.1f} samples/s",
+        f"wait {record['data_wait_s'] * 1000:.0f} ms",
+        f"skipped {record['skipped_steps']}",
+    ]
+
+
+def fitting(fields: Sequence[str], width: int) -> str:
+    """A line of `width` characters at most: what is wanted least is left out; metrics.jsonl and the log have it all."""
+    kept = list(fields)
+    for least in ("wait", "skipped", "lr", "grad"):
+        if len("  ".join(kept)) > width:
+            kept = [field for field in kept if not field.startswith(least)]
+    return "  ".join(kept)
+
+
 def log_to_file(folder: Path, rank: int) -> None:
     """Send this rank's log records to `folder/rank-00000.log`, warnings also to stderr on rank 0."""
     folder.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(folder / f"rank-{rank:05d}.log", delay=True)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.setFormatter(WithoutSecrets("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(file)
     for name in ("bifrost", "bifrost.kernels", "bifrost.trainer", "bifrost.data"):
@@ -63,7 +93,7 @@ def log_to_file(folder: Path, rank: int) -> None:
     if rank == 0:
         screen = logging.StreamHandler(sys.stderr)
         screen.setLevel(logging.WARNING)
-        screen.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        screen.setFormatter(WithoutSecrets("%(levelname)s: %(message)s"))
         root.addHandler(screen)
 
 

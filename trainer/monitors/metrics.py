@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...recipes.secrets import redact
+
 log = logging.getLogger(__name__)
 
 
@@ -31,7 +33,7 @@ class MetricsFile:
 
         The file is opened anew each time, so that a line is visible on other nodes once this returns.
         """
-        line = json.dumps({"time": time.time(), **record}) + "\n"
+        line = redact(json.dumps({"time": time.time(), **record})) + "\n"
         with self._lock:
             self._append(line)
 
@@ -93,7 +95,7 @@ class Tail:
             data = file.read()
         data = data[: data.rfind(b"\n") + 1]
         self._position += len(data)
-        return [record for line in data.splitlines() if (record := _parse(line)) is not None]
+        return [record for line in data.splitlines() if (record := parse_line(line)) is not None]
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -106,7 +108,8 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The record of one line; None where a crash or a full disk tore it."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -115,7 +118,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _stays(line: bytes, step: int) -> bool:
-    record = _parse(line) if line.endswith(b"\n") else None
+    record = parse_line(line) if line.endswith(b"\n") else None
     return record is not None and ("event" in record or record.get("step", 0) <= step)
 
 

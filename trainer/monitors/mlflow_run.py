@@ -1,4 +1,4 @@
-"""The MLflow run of a training run: its points, settings and files. The one file that imports MLflow."""
+"""The MLflow run of a training run: its points, settings and files."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import fcntl
 import json
 import logging
 import os
-import re
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 
+from ...recipes.secrets import redact
 from ..errors import RunError
+from .evaluations import FILE as EVALUATIONS
 from .metrics import Tail, read_metrics
+from .mlflow_errors import is_missing, one_line
+from .mlflow_series import LONGEST_TAG, milliseconds, parameters, series, series_name
+from .mlflow_store import ensure_store, is_database, require_current
+from .mlflow_tags import EXPERIMENT_TAGS, dataset_input, run_tags
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +28,11 @@ FILES_EVERY_S = 30.0  # seconds between two looks for new files while the run go
 POINTS, PARAMS = 1000, 100  # that MLflow takes in one batch
 DOCUMENTS = ("recipe.yaml", "environment.json", "ds_config.json")
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+LOSS = series_name("loss", None)
+AS_TRAINING = "workflowType=machine_learning"
+"""In an address, has MLflow 3 show its pages for model training instead of those for language model applications."""
+HARMLESS = ("tracking.", "checkpoint.", "watchdog.", "samples.", "log_every", "runs_dir", "data.workers")
+"""Settings that no logged number depends on."""
 
 # MLflow's own defaults retry one request for minutes; retries here are the mirror's, so that it can end in time.
 SETTINGS = {
@@ -39,7 +47,10 @@ SETTINGS = {
 class MlflowRun:
     """The MLflow run of a training run: one for all its restarts, its id kept in `tracking.json`.
 
-    Which points the server has is asked of the server, on every connection: no crash can make the two differ.
+    Which points the server has is asked of the server, on every connection: no crash can make the two differ. MLflow
+    cannot delete points. Where the run dropped steps that it has, and did not repeat them as they were, a new MLflow
+    run takes the place of the old one.
+
     `live` says that the training run starts now, for the first time or again.
     RunError when `run_dir` holds no recipe or another process is sending it; OSError when it cannot be written.
     """
@@ -72,7 +83,10 @@ class MlflowRun:
             if self._client is None:
                 self._connect()
             records = self._tail.read()
-            self._send_points(records)
+            while any(record.get("event") == "rollback" for record in records) and self._rollbacks_to_see():
+                self._connect()
+                records = self._tail.read()
+            self._send_points([*records, *self._evaluations.read()])
         except Exception:
             self._client = None  # what of the batch has arrived is unknown: the next connection asks
             raise
@@ -82,11 +96,21 @@ class MlflowRun:
             self._files_due = time.monotonic() + FILES_EVERY_S
 
     def end(self, otherwise: str | None) -> None:
-        """Set the run's status from the `end` event when that is the last line, else to `otherwise` unless None."""
-        last = (read_metrics(self.metrics) or [{}])[-1]
+        """Set the run's status from its newest `end` event unless it started again since, else to `otherwise` unless
+        None."""
+        turns = [record for record in read_metrics(self.metrics) if record.get("event") in ("start", "end")]
+        last = turns[-1] if turns else {}
         status = STATUS.get(last.get("outcome", ""), "FINISHED") if last.get("event") == "end" else otherwise
         if status:
-            self._client.set_terminated(self._state["run_id"], status, end_time=_milliseconds(last))
+            time_of = last if last.get("event") == "end" else {}
+            self._client.set_terminated(self._state["run_id"], status, end_time=milliseconds(time_of))
+
+    def address(self) -> str:
+        """Where a person finds the run, once something was sent."""
+        place = f"#/experiments/{self._experiment}/runs/{self._state['run_id']}?{AS_TRAINING}"
+        if self.server.startswith("http"):
+            return f"{self.server.rstrip('/')}/{place}"
+        return f"`mlflow ui --backend-store-uri {self.server}`, then http://127.0.0.1:5000/{place}"
 
     def _load(self) -> dict[str, Any]:
         path = self.folder / "tracking.json"
@@ -98,11 +122,11 @@ class MlflowRun:
         given = (self.recipe.get("tracking") or {}).get("uri") or os.environ.get("MLFLOW_TRACKING_URI")
         # A shell without the variable still finds the server that the run was sent to.
         self._uri = given or state.get("uri") or f"sqlite:///{self.folder.parent / 'mlflow.db'}"
-        remembered = _without_password(self._uri) if given or state.get("uri") else None
-        self.server = remembered or self._uri
+        self.server = redact(self._uri).replace("REDACTED@", "")
+        remembered = self.server if given or state.get("uri") else None
         if "run_id" not in state or state["uri"] != remembered:
             state |= {"uri": remembered, "run_id": None, "files": {}}
-        return state
+        return {"rollbacks": 0, "replaced": [], **state}
 
     def _store(self) -> None:
         aside = self.folder / "tracking.json.partial"
@@ -115,48 +139,158 @@ class MlflowRun:
     def _connect(self) -> None:
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
+        ensure_store(self._uri)
         from mlflow import MlflowClient
-        from mlflow.entities import Param
 
+        if is_database(self._uri):
+            require_current(self._uri)
         client = MlflowClient(self._uri)
-        if self._state["run_id"] is None:
-            self._store()  # the key, before there is a run that carries it
-            self._state["run_id"] = self._find_or_create(client)
-            self._store()
-        run = client.get_run(self._state["run_id"])
-        new = [Param(key, text) for key, text in _flat(self.recipe) if key not in run.data.params]
-        for start in range(0, len(new), PARAMS):
-            client.log_batch(run.info.run_id, params=new[start : start + PARAMS])
-        if self._live:
-            client.set_tag(run.info.run_id, "bifrost.restarts", str(self._state["starts"] - 1))
-            client.update_run(run.info.run_id, status="RUNNING")
+        records = read_metrics(self.metrics)
+        run = self._run(client, _begun(records))
+        history = client.get_metric_history(run.info.run_id, LOSS) if LOSS in run.data.metrics else []
+        if self._dropped(records, max((point.step for point in history), default=0), run.data.params):
+            self._state |= {"key": uuid.uuid4().hex, "run_id": None, "files": {}}
+            self._state["replaced"].append(run.info.run_id)
+            run = self._run(client, run.info.start_time)
+        self._state["rollbacks"] = _rollbacks(records)
+        self._store()
+        self._mark_replaced(client)
+        self._send_settings(client, run, records)
         histories = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
         self._reached = {key: max(point.step for point in history) for key, history in histories.items()}
-        self._tail = Tail(self.metrics)
+        self._seen = {(key, p.step, p.timestamp) for key, history in histories.items() for p in history}
+        self._tail, self._evaluations = Tail(self.metrics), Tail(self.folder / EVALUATIONS)
         self._new_events = False
         self._client = client
 
-    def _find_or_create(self, client: Any) -> str:
+    def _run(self, client: Any, start_time: int) -> Any:
+        """The run on the server, found or created. RunError when it was deleted there."""
+        from mlflow.exceptions import MlflowException
+
+        run = None
+        if self._state["run_id"] is not None:
+            try:
+                run = client.get_run(self._state["run_id"])
+            except MlflowException as error:
+                if not is_missing(error):
+                    raise
+                log.warning("%s no longer has run %s: a new one is begun", self.server, self._state["run_id"])
+                self._state |= {"run_id": None, "files": {}}
+        if run is None:
+            self._store()  # the key, before there is a run that carries it
+            run = self._find_or_create(client, start_time)
+            self._state["run_id"] = run.info.run_id
+            self._store()
+        self._experiment = run.info.experiment_id
+        if run.info.lifecycle_stage == "deleted":
+            self._require_active(client.get_experiment(run.info.experiment_id))
+            command = f"MLFLOW_TRACKING_URI={self.server} mlflow runs restore --run-id {run.info.run_id}"
+            raise RunError(
+                f"the run was deleted in MLflow: `{command}` brings it back; or remove"
+                f" {self.folder / 'tracking.json'}, and it is sent to a new one"
+            )
+        return run
+
+    def _require_active(self, experiment: Any) -> None:
+        if experiment.lifecycle_stage == "deleted":
+            command = f"MLFLOW_TRACKING_URI={self.server} mlflow experiments restore -x {experiment.experiment_id}"
+            raise RunError(
+                f"the experiment {experiment.name} was deleted in MLflow: `{command}` brings it back; or set another"
+                " tracking.experiment"
+            )
+
+    def _find_or_create(self, client: Any, start_time: int) -> Any:
+        from mlflow.exceptions import MlflowException
+
         name = (self.recipe.get("tracking") or {}).get("experiment", "bifrost")
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             beside = None if self._state["uri"] else (self.folder.parent / "mlartifacts").as_uri()
-            experiment = client.get_experiment(client.create_experiment(name, artifact_location=beside))
+            try:
+                client.create_experiment(name, artifact_location=beside, tags=EXPERIMENT_TAGS)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            experiment = client.get_experiment_by_name(name)
+        self._require_active(experiment)
         key = self._state["key"]
         found = client.search_runs([experiment.experiment_id], f"tags.`bifrost.key` = '{key}'", max_results=1)
-        tags = {"bifrost.key": key, "bifrost.folder": str(self.folder)}
-        run = found[0] if found else client.create_run(experiment.experiment_id, tags=tags, run_name=self.folder.name)
-        return run.info.run_id
+        if found:
+            return found[0]
+        tags = {**run_tags(self.folder, self.recipe), "bifrost.key": key}
+        return client.create_run(experiment.experiment_id, start_time, tags=tags, run_name=self.folder.name)
+
+    def _dropped(self, records: list[dict[str, Any]], reached: int, params: dict[str, str]) -> bool:
+        """Whether the server has points, up to step `reached`, of steps that the run dropped and does otherwise now: a
+        rollback passes over samples, and a start with other settings repeats no step as it was."""
+        rollbacks = [record for record in records if record.get("event") == "rollback"][self._state["rollbacks"] :]
+        if any(reached > record["to"] for record in rollbacks):
+            return True
+        started = [record["step"] for record in records if record.get("event") == "start"]
+        return self._live and bool(started) and reached > started[-1] and bool(self._changed(params))
+
+    def _changed(self, params: dict[str, str]) -> dict[str, tuple[str, str]]:
+        """Settings other than on the server: there, here."""
+        here = dict(parameters(self.recipe))
+        return {
+            key: (params[key], text)
+            for key, text in here.items()
+            if params.get(key, text) != text and not key.startswith(HARMLESS)
+        }
+
+    def _rollbacks_to_see(self) -> bool:
+        return _rollbacks(read_metrics(self.metrics)) > self._state["rollbacks"]
+
+    def _mark_replaced(self, client: Any) -> None:
+        """Say on the runs that this one took the place of that they are not the training run's story any more."""
+        for old in self._state["replaced"]:
+            note = f"Ends with steps that were dropped. Run {self._state['run_id']} has the whole course without them."
+            try:
+                client.set_tag(old, "bifrost.replaced_by", self._state["run_id"])
+                client.set_tag(old, "mlflow.note.content", note)
+                client.update_run(old, name=f"{self.folder.name} (dropped)")
+                client.set_terminated(old, "KILLED")
+            except Exception as error:  # it may have been deleted; the new run is what counts
+                log.warning("run %s could not be marked as replaced: %s", old, one_line(error))
+        if self._state["replaced"]:
+            client.set_tag(self._state["run_id"], "bifrost.continues", self._state["replaced"][-1])
+            self._state["replaced"] = []
+            self._store()
+
+    def _send_settings(self, client: Any, run: Any, records: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Param
+
+        run_id = run.info.run_id
+        new = [Param(key, text) for key, text in parameters(self.recipe) if key not in run.data.params]
+        for start in range(0, len(new), PARAMS):
+            client.log_batch(run_id, params=new[start : start + PARAMS])
+        if not run.inputs.dataset_inputs and (data := dataset_input(self.folder, self.recipe)):
+            client.log_inputs(run_id, [data])
+        if not self._live:
+            return
+        tags = {"bifrost.restarts": str(self._state["starts"] - 1)}
+        step = max((record["step"] for record in records if record.get("event") == "start"), default=0)
+        for key, (there, here) in self._changed(run.data.params).items():
+            tags[f"bifrost.changed.{key}"] = f"{there} -> {here}, step {step}"[:LONGEST_TAG]
+        for key, text in tags.items():
+            client.set_tag(run_id, key, text)
+        client.update_run(run_id, status="RUNNING")
 
     def _send_points(self, records: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
 
         points = []
         for record in records:
-            for key, value in _series(record):
-                if record["step"] > self._reached.get(key, -1):
-                    self._reached[key] = record["step"]
-                    points.append(Metric(key, value, _milliseconds(record), record["step"]))
+            when = milliseconds(record)
+            for key, value in series(record):
+                if "event" in record:  # several may be of one step, or of an earlier one
+                    fresh = (key, record["step"], when) not in self._seen
+                else:
+                    fresh = record["step"] > self._reached.get(key, -1)
+                    self._reached[key] = max(record["step"], self._reached.get(key, -1))
+                if fresh:
+                    self._seen.add((key, record["step"], when))
+                    points.append(Metric(key, value, when, record["step"]))
         for start in range(0, len(points), POINTS):
             batch = points[start : start + POINTS]
             self._client.log_batch(self._state["run_id"], metrics=batch)
@@ -185,37 +319,14 @@ class MlflowRun:
             self.file_error = one_line(error)
 
 
-def _series(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Name and value of each number in a record with a step; an event's numbers are named `event/number`."""
-    prefix = f"{record['event']}/" if "event" in record else ""
-    if isinstance(record.get("step"), int):
-        for key, value in record.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in ("step", "time"):
-                yield re.sub(r"[^\w\-. /]", "_", prefix + key), float(value)
+def _begun(records: list[dict[str, Any]]) -> int:
+    """When the run began, in milliseconds: it may be sent long afterwards."""
+    first = records[0] if records else {}
+    return milliseconds(first) - int(1000 * first.get("startup_s", 0.0))
 
 
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted key and text of each setting."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, json.dumps(value)[:6000] if not isinstance(value, str) else value[:6000]
-
-
-def _milliseconds(record: dict[str, Any]) -> int:
-    return int(record.get("time", time.time()) * 1000)
-
-
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.netloc else uri
-
-
-def one_line(error: Exception) -> str:
-    """Kind and first line of an error, without the password that an address in it may hold."""
-    first = str(error).strip().partition("\n")[0]
-    return re.sub(r"//[^/\s]*@", "//", f"{type(error).__name__}: {first}")
+def _rollbacks(records: list[dict[str, Any]]) -> int:
+    return sum(record.get("event") == "rollback" for record in records)
 
 
 def _lock(path: Path) -> Any:
@@ -225,7 +336,9 @@ def _lock(path: Path) -> Any:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise RunError(f"{path.parent} is being sent by another process, its mirror: wait until that ends") from None
+        busy = RunError(f"{path.parent} is being sent by another process, its mirror: wait until that ends")
+        busy.passing = True
+        raise busy from None
     except OSError as error:  # a file system without locks
         log.warning("%s cannot be locked: %s", path, error)
     return file

@@ -1,11 +1,12 @@
 """Mirror of a run's metrics file to MLflow, from a process of its own: whatever the server does, training never waits.
 
 `python -m bifrost.trainer.monitors.tracking RUN_DIR PID` follows `metrics.jsonl` until process PID, its parent, says
-that the run ended or is gone.
+that the run ended or is gone. What a person should know it writes to standard output, a line each.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import os
@@ -13,47 +14,77 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import RunError
-from .mlflow_run import MlflowRun, one_line
+from .console import WithoutSecrets
+from .mlflow_errors import explain
+from .mlflow_run import MlflowRun
 
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0  # between two looks at the metrics file
 LONGEST_WAIT_S = 60.0  # between two attempts at a server that fails
 DRAIN_S = 60.0  # for which the mirror of a dead run still tries to send
+QUIET_S = 2.0  # for which the end of a run waits without a word
 
 
 class Mirror:
-    """Handle of a mirror process; without a process when it could not be started."""
+    """Handle of a mirror process; without a process when it could not be started. say: prints a line."""
 
-    def __init__(self, process: subprocess.Popen[bytes] | None):
+    def __init__(self, process: subprocess.Popen[bytes] | None, say: Callable[[str], None]):
         self.process = process
+        self.say = say
+        if process is not None:
+            threading.Thread(target=self._listen, name="tracking", daemon=True).start()
 
     def finish(self, timeout_s: float = 30.0) -> bool:
         """Say that the run ended and wait at most `timeout_s` seconds until all is sent; returns whether it was.
 
-        A mirror that takes longer is killed: the metrics file is whole, `bifrost track sync` sends the rest.
+        A mirror that takes longer is killed: the metrics file is whole, `bifrost track sync` sends the rest. So is the
+        store's set-up, which is a process of its own that goes on.
         """
-        if self.process is None:
+        process = self.process
+        if process is None:
             return False
+        assert process.stdin is not None
+        with suppress(OSError):  # it ended before
+            process.stdin.write(b"end")
+            process.stdin.close()
         try:
-            self.process.communicate(b"end", timeout=timeout_s)
+            process.wait(min(QUIET_S, timeout_s))
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        if self.process.returncode:
-            log.warning("the tracking server lacks the end of this run; `bifrost track sync` sends it")
-        return self.process.returncode == 0
+            try:
+                if timeout_s > QUIET_S:
+                    self.say(f"sending the end of the run to MLflow, {timeout_s:g} s at most")
+                    process.wait(timeout_s - QUIET_S)
+                else:
+                    raise
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if process.returncode:
+            log.warning("MLflow lacks the end of this run; `bifrost track sync` sends it")
+        return process.returncode == 0
+
+    def _listen(self) -> None:
+        assert self.process is not None and self.process.stdout is not None
+        for line in self.process.stdout:
+            self.say(line.decode(errors="replace").rstrip())
 
 
-def start_mirror(run_dir: str | Path) -> Mirror:
+def start_mirror(run_dir: str | Path, say: Callable[[str], None] = print) -> Mirror:
     """Start the mirror of `run_dir` and return at once: for rank 0, after `MetricsFile.rewind`. Never raises OSError.
 
-    Its log is `logs/tracking.log`.
+    Its log is `logs/tracking.log`; say: prints the few lines of it that matter while training.
     """
+    if importlib.util.find_spec("mlflow") is None:
+        say("no tracking, mlflow is not installed: `pip install mlflow`, or set tracking.enabled=false")
+        return Mirror(None, say)
     run_dir = Path(run_dir).resolve()
     command = [sys.executable, "-m", __name__, str(run_dir), str(os.getpid())]
     try:
@@ -62,15 +93,15 @@ def start_mirror(run_dir: str | Path) -> Mirror:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
-                stdout=output,
+                stdout=subprocess.PIPE,
                 stderr=output,
                 env={**os.environ, "PYTHONSAFEPATH": "1"},
                 start_new_session=True,
             )
     except OSError as error:
         log.error("no tracking, its process could not be started: %s", error)
-        return Mirror(None)
-    return Mirror(process)
+        return Mirror(None, say)
+    return Mirror(process, say)
 
 
 def sync(run_dir: str | Path) -> int:
@@ -78,14 +109,15 @@ def sync(run_dir: str | Path) -> int:
 
     RunError when the folder is no run's, its mirror is at work, or the server did not take everything.
     """
+    target = MlflowRun(Path(run_dir).resolve(), live=False)
     try:
-        target = MlflowRun(Path(run_dir).resolve(), live=False)
         target.push(last=True)
         target.end(otherwise=None)
-    except RunError:
-        raise
     except Exception as error:  # MLflow, its database, the network and the disk raise a wide range
-        raise RunError(f"{run_dir} could not be sent to MLflow: {one_line(error)}; try again") from error
+        reason, permanent = explain(error, target.server)
+        raise RunError(
+            f"{run_dir} could not be sent to MLflow: {reason}{'' if permanent else '; try again'}"
+        ) from error
     if target.file_error:
         raise RunError(f"{target.server} has every point of {run_dir} but not its files: {target.file_error}")
     return target.sent
@@ -109,9 +141,12 @@ class _Parent:
             self.over = True
 
 
-def mirror(run_dir: Path, parent: _Parent) -> bool:
-    """Send until the run is over and everything is sent; returns False when that did not succeed in time."""
-    target, failures, deadline = None, 0, math.inf
+def mirror(run_dir: Path, parent: _Parent, say: Callable[[str], None]) -> bool:
+    """Send until the run is over and everything is sent; returns False when that did not succeed in time.
+
+    No error ends it before: a login may be granted, and what was deleted be restored, while the run goes on.
+    """
+    target, failures, deadline, place = None, 0, math.inf, ""
     while True:
         over = parent.over  # taken before the file is read, so that nothing written before the end is missed
         if over:
@@ -119,20 +154,30 @@ def mirror(run_dir: Path, parent: _Parent) -> bool:
         try:
             target = target or MlflowRun(run_dir, live=True)
             target.push(last=over)
+            if place != (place := target.address()):
+                say(f"MLflow: {place}")
             if over:
                 target.end(otherwise="FAILED")
                 return target.file_error is None
             if failures:
                 log.info("sending again after %d failed attempts", failures)
+                say("MLflow has everything again")
             failures = 0
         except Exception as error:  # server, network, disk: none may end the mirror
+            reason, permanent = explain(error, target.server if target else "MLflow")
             failures += 1
             if failures == 1:
-                log.error("not sent, will be tried again: %s", one_line(error))
-            if time.monotonic() > deadline:
+                log.error("not sent, will be tried again: %s", reason)
+                say(f"not sent to MLflow, training goes on: {reason}")
+            if over and (permanent or time.monotonic() > deadline):
                 log.error("gave up: `bifrost track sync %s` sends the rest", run_dir)
                 return False
         parent.wait(POLL_S if over or not failures else min(2.0**failures, LONGEST_WAIT_S))
+
+
+def _to_parent(line: str) -> None:
+    with suppress(OSError):  # it is gone
+        print(line, flush=True)
 
 
 def main(arguments: list[str]) -> int:
@@ -142,8 +187,10 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     os.nice(10)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    return 0 if mirror(run_dir, _Parent(pid)) else 1
+    output = logging.StreamHandler()
+    output.setFormatter(WithoutSecrets("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[output])
+    return 0 if mirror(run_dir, _Parent(pid), _to_parent) else 1
 
 
 if __name__ == "__main__":

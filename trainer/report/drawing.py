@@ -13,6 +13,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00", "#56b4e9", "#4
 """Okabe and Ito's: told apart by all eyes."""
 WIDTH, HEIGHT = 400, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 24
+CHARACTER = 6.5
+"""Width of a digit of a label, at most."""
 EARLY = 0.03
 """Share of a long run's steps that a chart's axis need not reach: a loss falls from a height that says little."""
 POINTS = 400
@@ -91,8 +93,7 @@ def figure(
         parts.append(f'<text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
     for tick in _ticks(left, right):
         if left <= tick <= right and tick == int(tick):
-            place = f'x="{across(tick):.1f}" y="{HEIGHT - 7}"'
-            parts.append(f'<text {place} text-anchor="middle">{short(tick)}</text>')
+            parts.append(_below(across(tick), short(tick)))
     # An inner SVG cuts off what leaves it.
     inside = LEFT - 2, TOP - 2, WIDTH - LEFT - RIGHT + 4, HEIGHT - TOP - BOTTOM + 4
     parts.append('<svg x="{0}" y="{1}" width="{2}" height="{3}" viewBox="{0} {1} {2} {3}">'.format(*inside))
@@ -108,6 +109,13 @@ def figure(
     head = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
     legend = [(curve.name, curve.colour) for curve in drawn if not curve.faint]
     return Figure(title, Markup(head + "".join(parts) + "</svg></svg>"), legend, note)
+
+
+def _below(x: float, label: str) -> str:
+    """A label under the axis at `x`, wholly inside of the chart."""
+    half = CHARACTER * len(label) / 2
+    anchor, place = ("end", WIDTH - 1.0) if x + half > WIDTH - 1 else ("middle", x)
+    return f'<text x="{place:.1f}" y="{HEIGHT - 7}" text-anchor="{anchor}">{label}</text>'
 
 
 def thinned(points: Points) -> Points:

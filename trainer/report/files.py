@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from ...recipes.secrets import redact
 from ..errors import RunError
 from ..lock import STALE_S
 from ..monitors.goodput import Ledger
@@ -53,20 +53,27 @@ class RunFiles:
 
     def state(self, now: float | None = None) -> str:
         """What the run is doing or how it ended, in a few words."""
-        said = self.events("start", "end", "hung")
-        if not said:
-            return "not started yet"
-        last = said[-1]
-        if last["event"] == "hung":
-            return "hung, ended by the watchdog"
-        if last["event"] == "end":
-            return "stopped by a signal, to go on" if last["outcome"] == "stopped" else last["outcome"]
-        owner = read_json(self.folder / "lock.json") or {}
-        beat = owner.get("beat", 0.0)
-        silent = (time.time() if now is None else now) - beat
-        if silent <= STALE_S:
-            return f"running, last sign of life {max(silent, 0):.0f} s before this page"
-        return "ended without a word: killed, or its node was lost"
+        return run_state(self.records, self.folder, time.time() if now is None else now)[1]
+
+
+def run_state(records: list[dict[str, Any]], folder: Path, now: float) -> tuple[str, str]:
+    """What a run is doing or how it ended, by its newest records: `new`, `running`, `stopped`, `finished` or `failed`,
+    and a few words on it."""
+    turns = [record for record in records if record.get("event") in ("start", "end", "hung")]
+    # Of a long run the newest records may hold no turn: then it has run since.
+    last = turns[-1] if turns else {"event": "start"} if records else None
+    owner = read_json(folder / "lock.json") or {}
+    silent = now - owner.get("beat", 0.0)
+    if last is None:
+        return ("running", "starting") if silent <= STALE_S else ("new", "not started yet")
+    if last["event"] == "hung":
+        return "failed", "hung, ended by the watchdog"
+    if last["event"] == "end":
+        outcome = last["outcome"]
+        return outcome, "stopped by a signal, to go on" if outcome == "stopped" else outcome
+    if silent <= STALE_S:
+        return "running", f"running, last sign of life {max(silent, 0):.0f} s before this page"
+    return "failed", "ended without a word: killed, or its node was lost"
 
 
 def open_run(folder: Path, name: str | None = None) -> RunFiles:
@@ -77,7 +84,7 @@ def open_run(folder: Path, name: str | None = None) -> RunFiles:
         raise RunError(f"{folder}: no run folder, it holds neither recipe.yaml nor metrics.jsonl")
     try:
         # Pages are passed on: a password in an address stays behind.
-        text = re.sub(r"//[^/\s@]+@", "//", recipe.read_text(encoding="utf-8")) if recipe else ""
+        text = redact(recipe.read_text(encoding="utf-8")) if recipe else ""
         settings = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RunError(f"{recipe}: not valid YAML: {' '.join(str(error).split())}") from None

@@ -87,12 +87,13 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
         "tflops_per_device": ("TFLOP/s a device", "{:.3g}"),
         "peak_memory_gib": ("peak memory", "{:.3g} GiB"),
         "memory_headroom_gib": ("head-room", "{:.3g} GiB"),
-        "ettr": ("effective training time", "{:.1%}"),
         "skipped_steps": ("steps skipped", "{:,}"),
     }
     found += [
         (name, form.format(last[key])) for key, (name, form) in known.items() if isinstance(last.get(key), (int, float))
     ]
+    if run.goodput:  # to the last record, as the section on goodput has it; a line's own is of its moment
+        found.append(("effective training time", f"{run.goodput['ettr']:.1%}"))
     return found
 
 

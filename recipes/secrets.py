@@ -1,0 +1,52 @@
+"""Secrets in addresses: recipes are stored with their run, logged and sent to trackers, where none may arrive."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+HIDDEN = "REDACTED"
+"""What is written in a secret's place; a recipe that holds it lacks something."""
+_LOGIN = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<login>[^/\s?'\"]+)@")
+# Amazon's, Google's and Azure's signed addresses, and what others call a key. `sig` and `token` stand as whole names.
+_QUERY = re.compile(
+    r"(?P<before>[?&;](?P<name>[^=&;\s?]*(?:signature|credential|security-token|password|passwd|secret|api[-_]?key|access[-_]?key"
+    r"|googleaccessid|auth[-_]?token|access[-_]?token)[^=&;\s?]*|sig|se?token|token|key|auth|pwd)=)(?P<value>[^&;\s'\"]+)",
+    re.IGNORECASE,
+)
+
+
+def redact(text: str) -> str:
+    """`text` with the logins and secret query values of all addresses in it hidden."""
+    text = _LOGIN.sub(lambda found: f"{found['scheme']}{HIDDEN}@", text)
+    return _QUERY.sub(lambda found: found["before"] + HIDDEN, text)
+
+
+def stored_secret(recipe: Any, key: str = "") -> str | None:
+    """Which setting of a recipe would store a login, and where that belongs instead; None when none does. Signatures in
+    the addresses of shards are no logins: they run out, and are hidden where the recipe is stored."""
+    if isinstance(recipe, dict):
+        found = (stored_secret(value, f"{key}.{name}" if key else str(name)) for name, value in recipe.items())
+        return next((problem for problem in found if problem), None)
+    if isinstance(recipe, (list, tuple)):
+        return next((problem for value in recipe if (problem := stored_secret(value, key))), None)
+    if not isinstance(recipe, str):
+        return None
+    logins = [found for found in _LOGIN.finditer(recipe) if found["login"] != HIDDEN]
+    tracker = key == "tracking.uri"
+    database = tracker and not recipe.startswith("http")
+    if tracker and (names := [found["name"] for found in _QUERY.finditer(recipe)]):
+        remedy = _DATABASE if database else _TRACKER
+        return f"{key}: {names[0]} in the address would be stored with the run: {remedy}"
+    if not any(":" in found["login"] for found in logins) if database else not logins:
+        return None
+    remedy = _DATABASE if database else _TRACKER if tracker else _STORAGE
+    return f"{key}: the login in the address would be stored with the run: {remedy}"
+
+
+_TRACKER = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, instead"
+_DATABASE = "set the whole address in MLFLOW_TRACKING_URI, or the password in the database's own way, instead"
+_STORAGE = (
+    'put it into ~/.netrc, and set FSSPEC_HTTPS=\'{"client_kwargs": {"trust_env": true}}\' (FSSPEC_HTTP for http),'
+    " or into the variables of the storage, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+)

@@ -1,0 +1,43 @@
+"""What `bifrost eval` measured of a run, kept with it and mirrored to MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import RunError
+from .metrics import MetricsFile
+
+FILE = "evaluations.jsonl"
+"""Next to metrics.jsonl, which a trainer on another node may be writing."""
+
+
+def note_evaluation(run: Path, step: int, figures: dict[str, Any]) -> str | None:
+    """Add an evaluation of the checkpoint of `step` to a run folder and send it to MLflow, where the run is mirrored.
+
+    Returns a line on what did not work, None when all did, or `run` is an export.
+    """
+    if not (run / "metrics.jsonl").is_file():
+        return None
+    numbers = dict(_numbers(figures))
+    MetricsFile(run / FILE).write({"event": "eval", "step": step, **numbers})
+    if not (run / "tracking.json").is_file():
+        return None
+    from .tracking import sync
+
+    try:
+        sync(run)
+    except RunError as error:
+        busy = error.passing  # the run's own mirror is at work, and sends it
+        return None if busy else f"the evaluation is not in MLflow yet, `bifrost track sync {run}` sends it: {error}"
+    return None
+
+
+def _numbers(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in tree.items():
+        name = f"{path}/{key}" if path else str(key)
+        if isinstance(value, dict):
+            yield from _numbers(value, name)
+        elif isinstance(value, (int, float)):
+            yield name, float(value)

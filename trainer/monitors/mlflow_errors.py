@@ -1,0 +1,43 @@
+"""What an error on the way to MLflow means for a person."""
+
+from __future__ import annotations
+
+import re
+
+from ...data.transience import verdict
+from ...recipes.secrets import redact
+from ..errors import RunError
+
+
+def explain(error: Exception, server: str) -> tuple[str, bool]:
+    """One line, and whether trying again is of no use until a person has done something."""
+    if isinstance(error, RunError):
+        return str(error), not error.passing
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed: `pip install mlflow`, or set tracking.enabled=false", True
+    status = _status(error)
+    if status in (401, 403):
+        login = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        return f"{server} refuses access (HTTP {status}): set {login}", True
+    if status == 404 and not is_missing(error):
+        return f"{server} is no MLflow server (HTTP 404): set tracking.uri or MLFLOW_TRACKING_URI", True
+    return one_line(error), verdict(error) is False
+
+
+def is_missing(error: Exception) -> bool:
+    """Whether MLflow says that what was asked for does not exist, and not that the address is wrong."""
+    return getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
+
+
+def one_line(error: Exception) -> str:
+    """Kind and first line of an error, without secrets."""
+    first = str(error).strip().partition("\n")[0]
+    return re.sub(r"REDACTED@", "", redact(f"{type(error).__name__}: {first}"))
+
+
+def _status(error: Exception) -> int | None:
+    """Of HTTP, as MLflow has it for every error of its own, a database's too."""
+    if (found := re.search(r"failed with error code (\d{3})", str(error))) is not None:
+        return int(found[1])
+    ask = getattr(error, "get_http_status_code", None)
+    return ask() if callable(ask) else None

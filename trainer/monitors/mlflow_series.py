@@ -1,0 +1,44 @@
+"""What a run's records are called in MLflow: its charts are grouped by what stands before the slash."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ...recipes.secrets import redact
+
+PERFORMANCE = re.compile(r"_s($|_)|tflops|^mfu$|^hfu$|^ettr$|slowest")
+MEMORY = re.compile(r"memory|alloc_")
+LONGEST_VALUE = 6000  # characters of a parameter that MLflow takes
+LONGEST_TAG = 500
+
+
+def series_name(key: str, event: str | None) -> str:
+    """`train/`, `perf/` or `memory/` and the key of a step line; the kind of an event and its key, as in `eval/fid`."""
+    group = event or ("memory" if MEMORY.search(key) else "perf" if PERFORMANCE.search(key) else "train")
+    return re.sub(r"[^\w\-. /]", "_", f"{group}/{key}")
+
+
+def series(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Name and value of each number in a record with a step."""
+    if isinstance(record.get("step"), int):
+        for key, value in record.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in ("step", "time"):
+                yield series_name(key, record.get("event")), float(value)
+
+
+def parameters(recipe: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted key and text of each setting, without secrets."""
+    if isinstance(recipe, dict):
+        for key, inner in recipe.items():
+            yield from parameters(inner, f"{path}.{key}" if path else str(key))
+    else:
+        text = recipe if isinstance(recipe, str) else json.dumps(recipe)
+        yield path, redact(text)[:LONGEST_VALUE]
+
+
+def milliseconds(record: Mapping[str, Any]) -> int:
+    return int(record.get("time", time.time()) * 1000)

@@ -1,0 +1,69 @@
+"""What MLflow shows of a run next to its numbers: kind, source, user, commit, stage, and the data that it trains on."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ...recipes.secrets import redact
+
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Without it, MLflow 3 guesses from the content what kind of experiment it is."""
+
+
+def run_tags(folder: Path, recipe: dict[str, Any]) -> dict[str, str]:
+    """Tags of a new run. MLflow's own ones name what the columns Source, User and Version show."""
+    environment = _environment(folder)
+    tags = {
+        "mlflow.source.name": f"bifrost train {recipe.get('name', folder.name)}",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.user": _user(),
+        "mlflow.source.git.commit": environment.get("commit"),
+        "bifrost.folder": str(folder),
+        "bifrost.stage": recipe.get("stage"),
+        "bifrost.ranks": environment.get("ranks"),
+        "bifrost.device": environment.get("device"),
+        "bifrost.slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+    return {key: str(value) for key, value in tags.items() if value}
+
+
+def dataset_input(folder: Path, recipe: dict[str, Any]) -> Any:
+    """The shards as an input of the run; None before their digest is known."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    known = _environment(folder).get("dataset")
+    shards = (recipe.get("data") or {}).get("shards")
+    if not known or not shards:
+        return None
+    address = redact(shards if isinstance(shards, str) else ", ".join(map(str, shards)))
+    profile = {"num_rows": known["samples"], "num_shards": known["shards"]}
+    source_type = address.partition("://")[0] if "://" in address else "local"
+    dataset = Dataset(
+        name=address[:LONGEST_NAME],
+        digest=known["fingerprint"][:LONGEST_DIGEST],
+        source_type=source_type,
+        source=json.dumps({"uri": address}),
+        profile=json.dumps(profile),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+
+
+LONGEST_NAME, LONGEST_DIGEST = 400, 16  # characters; MLflow takes 500 and 36
+
+
+def _environment(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's number without a name
+        return str(os.getuid())

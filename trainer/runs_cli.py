@@ -1,0 +1,176 @@
+"""`bifrost runs`: all runs of a folder, one line each."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..recipes.load import read_yaml
+from ..slurm import SlurmError
+from ..slurm.commands import waiting_jobs
+from ..slurm.job import FILE as JOB
+from ..slurm.record import STOPPED
+from .errors import RunError
+from .monitors.metrics import parse_line
+from .report.files import RECIPES, read_json, run_state
+from .terminal import terminal
+
+NEWEST = 2**18
+"""Bytes from the end of a metrics file that are read: the newest lines, of a long run too."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder shows it. steps: of its recipe; active: Unix time of the last line or sign of life; bytes: of
+    all its checkpoints; reason: why it failed, or what it waits for."""
+
+    name: str
+    stage: str | None
+    state: str
+    step: int
+    steps: int | None
+    loss: float | None
+    active: float | None
+    host: str | None
+    ranks: int | None
+    bytes: int
+    reason: str | None
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder of runs; a recipe's runs_dir.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """All runs in FOLDER: stage, state, step, loss, last activity, where, size of the checkpoints."""
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such folder; name the one that holds the run folders, a recipe's runs_dir")
+    found = find_runs(folder)
+    if as_json:
+        print(json.dumps([asdict(run) for run in found], indent=1))
+        return
+    if not found:
+        raise RunError(f"{folder}: holds no run; name the folder that holds the run folders, a recipe's runs_dir")
+    _show(found, time.time())
+
+
+def find_runs(folder: Path, now: float | None = None) -> list[Run]:
+    """The runs in `folder`, the one that was active last at the end."""
+    now = time.time() if now is None else now
+    folders = [
+        path for path in folder.iterdir() if any((path / name).is_file() for name in (*RECIPES, "metrics.jsonl"))
+    ]
+    jobs = {path: str((read_json(path / JOB) or {}).get("id")) for path in folders}
+    waiting: Mapping[str, str] = {}
+    if any(job != "None" for job in jobs.values()):
+        with suppress(SlurmError):  # looked at from elsewhere
+            waiting = waiting_jobs()
+    found = [_read(path, waiting.get(jobs[path]), now) for path in folders]
+    return sorted(found, key=lambda run: (run.active or 0.0, run.name))
+
+
+def _read(folder: Path, waits_for: str | None, now: float) -> Run:
+    records = _newest(folder / "metrics.jsonl")
+    recipe = next((_recipe(file) for name in RECIPES if (file := folder / name).is_file()), {})
+    environment = read_json(folder / "environment.json") or {}
+    lines = [record for record in records if "event" not in record and isinstance(record.get("step"), int)]
+    state, reason = run_state(records, folder, now)
+    beat = (read_json(folder / "lock.json") or {}).get("beat")
+    if waits_for is not None and state != "running":
+        state, reason = "waiting in Slurm", waits_for
+    elif state == "failed" and (told := (read_json(folder / STOPPED) or {}).get("reason")):
+        reason = told
+    times = [record["time"] for record in records if isinstance(record.get("time"), (int, float))]
+    steps = [record["step"] for record in records if isinstance(record.get("step"), int)]
+    return Run(
+        name=folder.name,
+        stage=recipe.get("stage"),
+        state=state,
+        step=lines[-1]["step"] if lines else max(steps, default=0),
+        steps=recipe.get("steps"),
+        loss=lines[-1].get("loss") if lines else None,
+        active=max([*times, *([beat] if isinstance(beat, (int, float)) else [])], default=None),
+        host=environment.get("host"),
+        ranks=environment.get("ranks"),
+        bytes=_size(folder / "checkpoints"),
+        reason=reason if state in ("failed", "waiting in Slurm") else None,
+    )
+
+
+def _newest(file: Path) -> list[dict[str, Any]]:
+    """The last records of a metrics file."""
+    try:
+        with open(file, "rb") as opened:
+            begin = max(0, os.fstat(opened.fileno()).st_size - NEWEST)
+            opened.seek(begin)
+            lines = opened.read().splitlines()
+    except OSError:
+        return []
+    return [record for line in lines[begin > 0 :] if (record := parse_line(line)) is not None]
+
+
+def _recipe(file: Path) -> dict[str, Any]:
+    try:
+        found = read_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # being written, or damaged: the other columns still say something
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files below `folder`; of what is removed meanwhile, none."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(place, name)).st_size
+            except OSError:
+                continue
+    return total
+
+
+def _show(found: list[Run], now: float) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for head, justify in (("run", "left"), ("stage", "left"), ("state", "left"), ("step", "right"), ("loss", "right")):
+        table.add_column(head, justify=justify)  # type: ignore[arg-type]
+    for head in ("active", "ranks", "checkpoints"):
+        table.add_column(head, justify="right" if head == "checkpoints" else "left")
+    for run in found:
+        table.add_row(
+            run.name,
+            run.stage or "",
+            run.state,
+            f"{run.step}/{run.steps}" if run.steps else str(run.step),
+            "" if run.loss is None else f"{run.loss:.4g}",
+            "" if run.active is None else _ago(now - run.active),
+            f"{run.ranks} on {run.host}" if run.ranks else "",
+            _bytes(run.bytes) if run.bytes else "",
+        )
+    console = terminal()
+    console.print(table)
+    for run in found:
+        if run.reason:
+            console.print(f"{run.name}: {run.reason}", soft_wrap=True)
+
+
+def _ago(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"
