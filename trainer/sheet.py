@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.ImageFont import FreeTypeFont
 
 GAP, TEXT = 6, 13
 LINES = 3
@@ -20,9 +22,8 @@ def sheet(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str], acr
     More columns than `across` go on in a block below.
     """
     assert rows and columns and all(len(images) == len(columns) for images in rows.values())
-    font = ImageFont.load_default(TEXT)
     side = _side(max(max(image.size) for images in rows.values() for image in images))
-    margin = max(int(font.getlength(label)) for label in rows)
+    margin = max(int(font_for(label).getlength(label)) for label in rows)
     margin += 2 * GAP if margin else GAP
     heading = LINES * (TEXT + 3) + GAP if any(columns) else GAP
     across = min(across, len(columns))
@@ -32,14 +33,57 @@ def sheet(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str], acr
     pen = ImageDraw.Draw(canvas)
     for number, caption in enumerate(columns):
         left, top = margin + number % across * (side + GAP), number // across * block + GAP
-        lines = textwrap.wrap(caption, max(6, int(side / font.getlength("n"))), max_lines=LINES, placeholder="…")
+        font = font_for(caption)
+        lines = _wrapped(caption, side, font)
         pen.multiline_text((left, top), "\n".join(lines), fill="black", font=font, spacing=2)
         for place, (label, images) in enumerate(rows.items()):
             y = number // across * block + heading + place * (side + GAP)
             canvas.paste(_fit(images[number], side), (left, y))
             if left == margin:
-                pen.text((GAP, y + side // 2), label, fill="black", font=font, anchor="lm")
+                pen.text((GAP, y + side // 2), label, fill="black", font=font_for(label), anchor="lm")
     return canvas
+
+
+def font_for(text: str) -> FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings; where it lacks a character of `text`, a font of this machine that has all
+    of them, if there is one."""
+    return _font(frozenset(ord(one) for one in text if one.isprintable()) - _covered(_dejavu()))
+
+
+@functools.lru_cache(maxsize=256)
+def _font(missing: frozenset[int]) -> FreeTypeFont:
+    file = _dejavu()
+    if missing:
+        from matplotlib.font_manager import fontManager
+
+        # "Last Resort", which matplotlib brings too, has a box for every character.
+        others = sorted({entry.fname for entry in fontManager.ttflist if "Last Resort" not in entry.name})
+        file = next((other for other in others if missing <= _covered(other)), file)
+    return ImageFont.truetype(file, TEXT)
+
+
+def _dejavu() -> str:
+    import matplotlib
+
+    return f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+
+
+@functools.lru_cache(maxsize=512)
+def _covered(file: str) -> frozenset[int]:
+    """Code points that a font has a glyph for."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return frozenset(FT2Font(file).get_charmap())
+    except (OSError, RuntimeError):  # removed since matplotlib looked, or of a kind that FreeType cannot open
+        return frozenset()
+
+
+def _wrapped(caption: str, width: int, font: FreeTypeFont) -> list[str]:
+    """The caption in lines of at most `width` pixels, as nearly as characters of different widths allow."""
+    average = font.getlength(caption) / len(caption) if caption else 1.0
+    characters = max(6, int(width / max(average, font.getlength("n"))))
+    return textwrap.wrap(caption, characters, max_lines=LINES, placeholder="…")
 
 
 def _side(largest: int) -> int:

@@ -3,7 +3,7 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from bifrost.trainer.checkpoint.cli import app
+from bifrost.trainer.checkpoint.cli import app, shown
 from bifrost.trainer.errors import RunError
 
 
@@ -61,6 +61,14 @@ def test_show(run_folder):
     ):
         assert text in result.output
     assert "step-00000100" in invoke("show", run_folder, "--step", 100).output
+
+
+def test_a_state_is_shown_for_people():
+    window = [[0.1 + 0.01 * i, 2.0 - 0.01 * i] for i in range(100)]
+    assert shown(window) == "100 entries, 0.1 to 2"
+    assert shown([0.9, 0.95]) == "0.9, 0.95" and shown([]) == "none"
+    assert (shown(0.123456789012), shown(None), shown(True), shown(64)) == ("0.123457", "-", "yes", "64")
+    assert shown(["a.tar", "b.tar"]) == "a.tar, b.tar"
 
 
 def test_wrong_folder_and_step(run_folder, tmp_path):

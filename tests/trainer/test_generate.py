@@ -20,7 +20,7 @@ from bifrost.trainer.errors import RunError
 from bifrost.trainer.generate import Generator, Settings
 from bifrost.trainer.models.latent_controlnet import LatentControlNet, write_config
 from bifrost.trainer.sampler import Sampling
-from bifrost.trainer.sheet import sheet
+from bifrost.trainer.sheet import font_for, sheet
 from bifrost.trainer.stages import StageModel, open_stage
 
 FAST = Sampling(steps=3)
@@ -412,3 +412,12 @@ def test_contact_sheet() -> None:
     for colour in ((255, 0, 0), (0, 128, 0), (0, 0, 255)):
         assert (pixels == colour).all(axis=1).sum() == 128 * 128  # at twice their size
     assert 2 * 128 < width < 2 * 128 + 100 and 4 * 128 < height < 4 * 128 + 200
+
+
+def test_captions_are_drawn_and_not_boxes() -> None:
+    """A character that a font lacks is drawn as its `.notdef` glyph, which U+FFFF gets too."""
+    for text in ("€", "é", "→", "ß", "я", "λ", "ﬁ", "½", "\u2013", "…"):
+        font = font_for(text)
+        assert bytes(font.getmask(text)) != bytes(font.getmask("\uffff")), text
+    assert font_for("a\n\tb").path == font_for("a").path
+    assert font_for("猫 and more").getmask("a").getbbox()  # no box for what the usual font has

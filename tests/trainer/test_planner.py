@@ -1,6 +1,7 @@
 """The plan: memory against DeepSpeed's, arithmetic, devices, and the command."""
 
 import gc
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from bifrost.trainer.errors import RunError
 from bifrost.trainer.flops import Part, parts
 from bifrost.trainer.models.backbone import locate
 from bifrost.trainer.planner import batch, plan
-from bifrost.trainer.planner.curves import CURVE, retention
+from bifrost.trainer.planner.curves import CURVE, curves, distinct, retention
 from bifrost.trainer.planner.devices import FILE, find_device, load
 from bifrost.trainer.planner.layout import LAYOUTS, Layout
 from bifrost.trainer.planner.traffic import buckets, packs
@@ -307,6 +308,17 @@ def test_the_command(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
     with pytest.raises(RunError, match=r"missing/plan\.png: cannot be written"):
         bifrost("plan", "mllm-3b", "--gpus", "8", "--device", "H200", "--plot", str(tmp_path / "missing" / "plan.png"))
+
+
+def test_curves_that_nobody_can_tell_apart_are_drawn_once(models: dict) -> None:
+    recipe, device = load_recipe("mllm-7b-256"), find_device("h200")
+    found = curves(models["mllm-7b"], recipe, device)
+    drawn = distinct(found)
+    assert 1 < len(drawn) < len(found)
+    named = [name for _, names in drawn for name in names.split("\n")]
+    assert sorted(named) == sorted(rows[0].layout.name for rows in found)
+    for one, other in itertools.combinations([rows for rows, _ in drawn], 2):
+        assert any(abs(a.samples_s / b.samples_s - 1) > 0.009 for a, b in zip(one, other, strict=True))
 
 
 def test_without_a_peak_there_are_no_times(tmp_path: Path) -> None:

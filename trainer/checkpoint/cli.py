@@ -7,12 +7,13 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from ..errors import RunError
+from ..report.files import flat
 from ..terminal import terminal
 
 if TYPE_CHECKING:  # torch stands behind them, which other commands do not need
@@ -76,8 +77,8 @@ def show(run: Run, step: Step = None) -> None:
     line = f"{reader.folder}: saved by {reader.ranks} ranks, {_size(reader.manifest)}, slots {', '.join(reader.slots)}"
     console.print(line, soft_wrap=True)
     state = Table("state", "value")
-    for key, value in reader.state.items():
-        state.add_row(key, str(value))
+    for key, value in flat(reader.state):
+        state.add_row(key, shown(value))
     parameters = Table("parameter", "shape", "elements")
     for name, shape in reader.shapes.items():
         parameters.add_row(name, " x ".join(map(str, shape)) or "scalar", f"{math.prod(shape):,}")
@@ -85,6 +86,19 @@ def show(run: Run, step: Step = None) -> None:
     total = sum(math.prod(shape) for shape in reader.shapes.values())
     parameters.add_row(f"{len(reader.shapes)} parameters", "", f"{total:,}")
     console.print(state, parameters)
+
+
+def shown(value: Any) -> str:
+    """A value of the state as a person reads it; of a long list, such as the losses that health judges by, how long it
+    is and its range."""
+    if isinstance(value, (list, tuple)):
+        numbers = [one for row in value for one in (row if isinstance(row, (list, tuple)) else [row])]
+        if len(value) > 4 and all(isinstance(one, (int, float)) for one in numbers):
+            return f"{len(value)} entries, {min(numbers):.4g} to {max(numbers):.4g}"
+        return ", ".join(map(shown, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _store(run: Path) -> Store:

@@ -27,6 +27,11 @@ def fixed_batch(parts: Sequence[Part], recipe: Recipe, device: Device | None) ->
     return [plan(parts, recipe, count, device) for count in CURVE if recipe.global_batch % count == 0]
 
 
+SAME = 0.01
+"""Relative difference below which two curves are drawn as one."""
+MARKERS = "osD^vP*X<>"
+
+
 def retention(curve: Sequence[Row]) -> list[float]:
     """Samples a second and GPU, over those of the first row."""
     a_gpu = [(row.samples_s or 0.0) / row.gpus for row in curve]
@@ -37,34 +42,42 @@ def draw(parts: Sequence[Part], recipe: Recipe, device: Device, file: Path) -> N
     """Throughput, and the share of it that a GPU keeps, as a PNG. The device must have `bf16_tflops`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    title = f"{recipe.name} on {device.name}, predicted: micro_batch {recipe.micro_batch}, one pass a step"
+    figure = Figure(figsize=(11, 5.4), layout="constrained")
+    title = f"{recipe.name} on {device.name}, predicted: micro_batch {recipe.micro_batch}, one pass per step"
     figure.suptitle(title, fontsize=10)
-    total, kept = figure.subplots(1, 2)
-    styles = [
-        # Curves lie on each other: the later ones are thinner, so that all are seen.
-        *(
-            (curve, curve[0].layout.name, {"linewidth": 9 - 1.2 * at})
-            for at, curve in enumerate(curves(parts, recipe, device))
-        ),
-        (
-            fixed_batch(parts, recipe, device),
-            f"global_batch {recipe.global_batch} at all sizes",
-            {"color": "black", "linestyle": ":"},
-        ),
+    rate, kept = figure.subplots(1, 2)
+    lines = [
+        (rows, name, {"marker": marker})
+        for (rows, name), marker in zip(distinct(curves(parts, recipe, device)), MARKERS, strict=False)
     ]
-    for curve, name, style in styles:
-        counts = [row.gpus for row in curve]
-        total.plot(counts, [row.samples_s for row in curve], label=name, **style)
-        kept.plot(counts, [100 * value for value in retention(curve)], **style)
-    for axes, label in ((total, "samples/s"), (kept, "% of a GPU's throughput at 8")):
+    fixed = {"color": "black", "linestyle": ":", "marker": "."}
+    lines.append((fixed_batch(parts, recipe, device), f"global_batch {recipe.global_batch} at all sizes", fixed))
+    for rows, name, style in lines:
+        counts = [row.gpus for row in rows]
+        rate.plot(counts, [(row.samples_s or 0.0) / row.gpus for row in rows], label=name, **style)
+        kept.plot(counts, [100 * value for value in retention(rows)], **style)
+    for axes, label in ((rate, "samples/s per GPU"), (kept, "% of a GPU's throughput at 8 GPUs")):
         axes.set(xscale="log", xlabel="GPUs", ylabel=label)
         axes.set_xticks(CURVE, [str(count) for count in CURVE])
         axes.minorticks_off()
         axes.grid(color="#e2e8f0")
-    total.set_yscale("log")
-    kept.set_ylim(0, 105)
-    total.legend(frameon=False, fontsize=7)
+        axes.set_ylim(bottom=0)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     write_atomic(file, picture.getvalue())
+
+
+def distinct(found: Sequence[Sequence[Row]]) -> list[tuple[Sequence[Row], str]]:
+    """Curves and names; those that no eye could tell apart are one curve with all their names."""
+    groups: list[list[Sequence[Row]]] = []
+    for rows in found:
+        rates = [row.samples_s or 0.0 for row in rows]
+        for group in groups:
+            first = [row.samples_s or 0.0 for row in group[0]]
+            if all(abs(a - b) <= SAME * a for a, b in zip(first, rates, strict=True)):
+                group.append(rows)
+                break
+        else:
+            groups.append([rows])
+    return [(group[0], "\n".join(rows[0].layout.name for rows in group)) for group in groups]
