@@ -8,18 +8,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from .errors import BadSample, DataError, DataLost
+from .errors import BadSample, DataError, DataLost, DataMissing
 
 if TYPE_CHECKING:
     from .plan import Located, Plan, rank_positions
-    from .reader import BadSamples, Batch, Item, Loader, stacked, worker_death
+    from .reader import BadSamples, Batch, Item, Loader, stacked, worker_failure
     from .shards import Dataset, RawSample, open_dataset
     from .transforms import clean_caption, decode_image
     from .write import index_shards, verify, write_shard
 
 _HOMES = {
     "plan": ("Located", "Plan", "rank_positions"),
-    "reader": ("BadSamples", "Batch", "Item", "Loader", "stacked", "worker_death"),
+    "reader": ("BadSamples", "Batch", "Item", "Loader", "stacked", "worker_failure"),
     "shards": ("Dataset", "RawSample", "open_dataset"),
     "transforms": ("clean_caption", "decode_image"),
     "write": ("index_shards", "verify", "write_shard"),
@@ -32,6 +32,7 @@ __all__ = [
     "Batch",
     "DataError",
     "DataLost",
+    "DataMissing",
     "Dataset",
     "Item",
     "Loader",
@@ -45,7 +46,7 @@ __all__ = [
     "rank_positions",
     "stacked",
     "verify",
-    "worker_death",
+    "worker_failure",
     "write_shard",
 ]
 

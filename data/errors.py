@@ -10,6 +10,10 @@ class DataError(ValueError):
     """Whether another attempt may succeed with nothing changed."""
 
 
+class DataMissing(DataError):
+    """There is no such file or object."""
+
+
 class DataLost(DataError):
     """What was there cannot be read any more, or who read it was killed: another start may well go on."""
 

@@ -2,68 +2,110 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
-import time
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from .errors import DataError, DataLost
+from .errors import DataLost, DataMissing
+from .remote import RemoteFile, filesystem, read_start, size_of
+from .retry import call
+from .transience import verdict
 
-log = logging.getLogger(__name__)
-
-PAUSES_S = (0.5, 2.0, 8.0)
-"""Before asking storage again for what it failed to give."""
-
-
-def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system and the path in it, of a path or URL; DataError when none can be used here."""
-    try:
-        return url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise DataError(f"{url}: {error}; check the address, or install the package that serves it") from None
+STREAM_BLOCK = 8 << 20
 
 
 def is_local(url: str) -> bool:
-    """Whether a path or URL lies on this machine's file systems."""
+    """Whether a path or URL is on this machine's file systems."""
     return isinstance(filesystem(url)[0], LocalFileSystem)
 
 
 class _LocalFile:
     def __init__(self, path: str) -> None:
-        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 closed by `OpenShards`
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 closed by `OpenShards` or `Stream`
 
     def read(self, start: int, size: int) -> bytes:
-        return os.pread(self.file.fileno(), size, start)
+        parts, missing = [], size
+        while missing and (part := os.pread(self.file.fileno(), missing, start + size - missing)):
+            parts.append(part)  # network file systems may give less than is there
+            missing -= len(part)
+        return b"".join(parts)
 
     def close(self) -> None:
         self.file.close()
 
 
-class _RemoteFile:
+File = _LocalFile | RemoteFile
+
+
+def open_file(url: str, total: int | None = None) -> File:
+    """A file to read by position: `read(start, size)` gives less only where the file ends. total: its size in bytes,
+    where it is known."""
+    return _LocalFile(filesystem(url)[1]) if is_local(url) else RemoteFile(url, total)
+
+
+def exists(url: str) -> bool:
+    """Whether there is such a file or object; DataLost or DataError when that cannot be found out."""
+    try:
+        call(lambda: size_of(url), url)
+    except DataMissing:
+        return False
+    return True
+
+
+def content(url: str, limit: int | None = None) -> bytes:
+    """A whole small file or object, or its first `limit` bytes. Raises DataMissing, DataLost or DataError."""
+
+    def read() -> bytes:
+        if is_local(url):
+            with closing(_LocalFile(filesystem(url)[1])) as file:
+                return file.read(0, os.fstat(file.file.fileno()).st_size if limit is None else limit)
+        return read_start(url) if limit is None else read_start(url, limit)
+
+    return call(read, url)
+
+
+class Stream:
+    """A file or object from its start to its end, in order; storage that fails is asked again from where it was."""
+
     def __init__(self, url: str) -> None:
         self.url = url
+        self._file: File | None = None
+        self._position = 0
+        self._block = b""
+        self._taken = 0
 
-    def read(self, start: int, size: int) -> bytes:
-        fs, path = filesystem(self.url)  # cached by fsspec, a fresh one after a fork
-        return fs.cat_file(path, start=start, end=start + size)
+    def __enter__(self) -> Stream:
+        return self
 
-    def close(self) -> None:
-        pass
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes, none at the end. Raises DataMissing, DataLost or DataError."""
+        if self._taken == len(self._block):
+            self._block, self._taken = call(self._next, self.url), 0
+            self._position += len(self._block)
+        part = self._block[self._taken : self._taken + size]
+        self._taken += len(part)
+        return part
 
-File = _LocalFile | _RemoteFile
-
-
-def open_file(url: str) -> File:
-    """A file to read by position."""
-    return _LocalFile(filesystem(url)[1]) if is_local(url) else _RemoteFile(url)
+    def _next(self) -> bytes:
+        self._file = self._file or open_file(self.url)
+        try:
+            return self._file.read(self._position, STREAM_BLOCK)
+        except OSError:
+            if isinstance(self._file, _LocalFile):  # the handle of a network file system may never recover
+                self._file.close()
+                self._file = None
+            raise
 
 
 class _Opened(Protocol):
@@ -75,46 +117,99 @@ Opened = TypeVar("Opened", bound=_Opened)
 Found = TypeVar("Found")
 
 
+class _Held(Generic[Opened]):
+    """An open shard, and how many threads read from it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        """Held while it is opened."""
+        self.opened: Opened | None = None
+        self.readers = 0
+        self.dropped = False
+
+
 class OpenShards(Generic[Opened]):
     """The shards that were read last, at most `max_open` of them kept open; `opened` opens shard number i.
 
-    Local files are read by position and remote ones by range, both without a shared cursor, so a fork may go on using
-    what its parent opened.
+    Threads may share it: what one reads from is not closed by another. Local files are read by position and remote ones
+    by range, both without a shared cursor, so a fork may go on using what its parent opened.
     """
 
     def __init__(self, urls: Sequence[str], opened: Callable[[int], Opened], max_open: int) -> None:
         self.urls = urls
         self.max_open = max_open
         self._opened = opened
-        self._open: OrderedDict[int, Opened] = OrderedDict()
+        self._renew()
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, _Held[Opened]] = OrderedDict()
+        self._pid = os.getpid()
 
     def read(self, shard: int, action: Callable[[Opened], Found]) -> Found:
-        """What `action` finds in a shard. Storage that fails is asked again over some ten seconds, each time by a file
-        opened anew, since the handle of a network file system may never recover; then DataLost."""
-        for pause in (*PAUSES_S, None):
-            try:
-                return action(self._get(shard))
-            except OSError as error:
-                if shard in self._open:
-                    self._open.pop(shard).file.close()
-                if pause is None:
-                    raise DataLost(
-                        f"{self.urls[shard]}: cannot be read any more ({error}); check the storage"
-                    ) from None
-                log.warning("%s: %s; reading again in %g s", self.urls[shard], error, pause)
-                time.sleep(pause)
-        raise AssertionError
+        """What `action` finds in a shard. Storage that fails is asked again, each time by a file opened anew, since the
+        handle of a network file system may never recover; then DataLost."""
+        try:
+            return call(lambda: self._once(shard, action), self.urls[shard])
+        except DataMissing as error:  # it was there when the data set was opened: a mount may have gone
+            raise DataLost(f"{self.urls[shard]}: cannot be read any more; check the storage") from error
 
-    def _get(self, shard: int) -> Opened:
-        if shard not in self._open:
-            self._open[shard] = self._opened(shard)
-            if len(self._open) > self.max_open:
-                self._open.popitem(last=False)[1].file.close()
-        self._open.move_to_end(shard)
-        return self._open[shard]
+    def _once(self, shard: int, action: Callable[[Opened], Found]) -> Found:
+        held = self._take(shard)
+        try:
+            with held.lock:
+                if held.opened is None:
+                    held.opened = self._opened(shard)
+            return action(held.opened)
+        except BaseException as error:
+            if verdict(error) is not None and not (held.opened and isinstance(held.opened.file, RemoteFile)):
+                self._drop(shard, held)  # a remote file has no handle, and remembers which object it reads
+            raise
+        finally:
+            self._give_back(held)
+
+    def _take(self, shard: int) -> _Held[Opened]:
+        if self._pid != os.getpid():  # a fork: the parent's other threads, which may have held the lock, are not here
+            before = self._open
+            self._renew()
+            for number, held in before.items():
+                if held.opened is not None and isinstance(held.opened.file, _LocalFile):
+                    self._open[number] = _Held()
+                    self._open[number].opened = held.opened
+        with self._lock:
+            held = self._open.setdefault(shard, _Held())
+            held.readers += 1
+            self._open.move_to_end(shard)
+            while len(self._open) > self.max_open:
+                _, oldest = self._open.popitem(last=False)
+                self._close(oldest)
+            return held
+
+    def _drop(self, shard: int, held: _Held[Opened]) -> None:
+        with self._lock:
+            if self._open.get(shard) is held:
+                del self._open[shard]
+                self._close(held)
+
+    def _give_back(self, held: _Held[Opened]) -> None:
+        with self._lock:
+            held.readers -= 1
+            if held.dropped:
+                self._close(held)
+
+    def _close(self, held: _Held[Opened]) -> None:
+        """Close a shard that is no longer listed, once nobody reads from it."""
+        held.dropped = True
+        if not held.readers and held.opened is not None:
+            held.opened.file.close()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": OrderedDict()}  # descriptors do not travel
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_open", "_pid")}
+        return state  # neither descriptors nor locks travel
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._renew()
 
 
 def temporary_name(path: str | os.PathLike) -> str:

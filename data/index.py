@@ -15,8 +15,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import IO
 
-from .errors import DataError
-from .files import filesystem, is_local, write_atomic
+from .errors import DataError, DataMissing
+from .files import Stream, content, is_local, write_atomic
+from .remote import filesystem
+from .retry import call
 from .transforms import clean_caption
 
 VERSION = 1
@@ -118,9 +120,8 @@ def build_index(shard: str) -> Index:
     Raises DataError when the tar is missing, damaged or cut short.
     """
     lines, lengths, images = [], [], 0
-    fs, path = filesystem(shard)
     try:
-        with fs.open(path, "rb") as raw:
+        with Stream(shard) as raw:
             stream = _Hashing(raw)  # pyright: ignore[reportArgumentType]
             with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as tar:  # pyright: ignore
                 for key, members, texts in group_members(tar):
@@ -135,7 +136,7 @@ def build_index(shard: str) -> Index:
                         continue
             while stream.read(1 << 20):
                 pass
-    except FileNotFoundError:
+    except DataMissing:
         raise DataError(f"{shard}: no such shard; check the path") from None
     except (tarfile.TarError, EOFError) as error:
         raise DataError(f"{shard}: truncated or not a plain tar ({error}); copy it again or leave it out") from None
@@ -147,27 +148,22 @@ def build_index(shard: str) -> Index:
 
 
 def save_index(shard: str, index: Index) -> None:
-    """Write the index beside its shard, whole or not at all. DataError where nothing can be written."""
-    fs, path = filesystem(index_path(shard))
-    try:
-        if is_local(shard):
-            write_atomic(path, index.to_bytes())
-        else:
-            fs.pipe_file(path, index.to_bytes())
-    except OSError as error:
-        raise DataError(f"{index_path(shard)}: {error.strerror or error}; an index lies beside its shard") from None
+    """Write the index beside its shard, whole or not at all. DataError or DataLost where nothing can be written."""
+    url = index_path(shard)
+    fs, path = filesystem(url)
+    data = index.to_bytes()
+    call(lambda: write_atomic(path, data) if is_local(shard) else fs.pipe_file(path, data), url)
 
 
 def load_header(shard: str) -> Header:
-    """The header of a shard's index. FileNotFoundError without an index, DataError when it is damaged."""
-    fs, path = filesystem(index_path(shard))
-    return _parse_header(shard, fs.cat_file(path, start=0, end=HEADER_LIMIT))
+    """The header of a shard's index. DataMissing without an index, DataLost when storage is away, DataError when the
+    index is damaged."""
+    return _parse_header(shard, content(index_path(shard), HEADER_LIMIT))
 
 
 def load_index(shard: str) -> Index:
     """The whole index of a shard; raises like `load_header`."""
-    fs, path = filesystem(index_path(shard))
-    data = fs.cat_file(path)
+    data = content(index_path(shard))
     header, lines = _parse_header(shard, data), data.splitlines()[1:]
     if len(lines) != header.samples:
         raise damaged(shard)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import logging
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +21,12 @@ from torch.utils.data import Dataset as TorchDataset
 from .errors import BadSample, DataError, DataLost
 from .plan import Plan, rank_positions
 from .processes import START_METHOD, die_with_starter
+from .retry import failure
 from .shards import Dataset, RawSample
 from .transforms import decode_sizes
+from .transience import verdict
+
+log = logging.getLogger(__name__)
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 GRACE_S = 2.0  # for workers to finish their micro-batch when the loader is closed
@@ -136,8 +142,8 @@ class Loader:
                 batch = next(running)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                raise worker_death(error, self.rank) or error from error
+            except Exception as error:
+                raise worker_failure(error, self.rank) or error from error
             if isinstance(batch, DataError):
                 raise type(batch)(f"rank {self.rank}: {batch}")
             yield batch
@@ -164,13 +170,39 @@ def stacked(images: Sequence[np.ndarray]) -> torch.Tensor:
     return default_collate([torch.from_numpy(image.transpose(2, 0, 1)) for image in images])
 
 
-def worker_death(error: RuntimeError, rank: int) -> DataLost | None:
-    """What a dead worker's error means; None for any other. Torch raises it in a signal handler, wherever the process
-    then happens to be."""
-    if "DataLoader worker" not in str(error):
+def worker_failure(error: Exception, rank: int) -> DataError | None:
+    """What torch's error about a loader worker means, in one line; None for an error of anything else. Torch raises a
+    worker's death in a signal handler, wherever the process then happens to be.
+
+    Only a worker that was killed is lost and may succeed in another attempt: shared memory that is full stays full, and
+    whatever else a worker raised, it raises again. The original text is kept, a traceback in the log.
+    """
+    text = str(error)
+    if isinstance(error, DataError) or not re.search("DataLoader worker|</torch_", text):
         return None
-    first = str(error).partition("\n")[0].rstrip(". ")
-    return DataLost(f"rank {rank}: {first}; look for out-of-memory kills, or lower data.workers")
+    if SHARED_MEMORY.search(text):
+        return DataError(
+            f"rank {rank}: a loader worker found no room in shared memory ({_last_line(text)}); enlarge /dev/shm (in"
+            " containers --shm-size or --ipc=host), or lower data.workers or data.prefetch"
+        )
+    if "in DataLoader worker process" in text:
+        log.error("rank %d: a loader worker failed:\n%s", rank, text)
+        return DataError(f"rank {rank}: a loader worker failed: {_last_line(text)}; its traceback is in the log")
+    first = text.partition("\n")[0].rstrip(". ")
+    killed = re.search(r"killed by signal: ([\w ]+)", first)
+    if killed is None or killed.group(1).strip() == "Killed":
+        return DataLost(f"rank {rank}: {first}; look for out-of-memory kills, or lower data.workers")
+    return DataError(f"rank {rank}: {first}; data.workers=0 shows where it happens")
+
+
+SHARED_MEMORY = re.compile(
+    r"Bus error|shared memory|</torch_\d|/dev/shm|received 0 items of ancdata|unable to mmap|unable to write to file"
+)
+"""In torch's errors when tensors on their way from a worker find no room."""
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), text)
 
 
 def _start_worker(worker: int) -> None:
@@ -210,8 +242,12 @@ class _MicroBatches(TorchDataset):
                 origin, raw, (image, *others) = self._read(shard, sample, replaced)
                 items.append(Item(epoch, index, raw.key, image, raw.caption, tuple(others), origin))
             return Batch(self.collate(items), [item.key for item in items], replaced)
-        except DataError as error:
-            return error  # raised in a worker it would reach the caller wrapped in a traceback's text
+        except Exception as error:  # raised in a worker it would reach the caller as a traceback's text
+            if isinstance(error, DataError):
+                return error
+            if verdict(error) is None:
+                raise
+            return failure("a loader worker", error)
 
     def _read(
         self, shard: int, sample: int, replaced: list[tuple[str, str]]

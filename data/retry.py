@@ -15,8 +15,8 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception
 
-from .errors import DataError, DataLost
-from .transience import causes, judged, lacks_credentials, status, verdict
+from .errors import DataError, DataLost, DataMissing
+from .transience import causes, is_missing, judged, lacks_credentials, status, verdict
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -71,8 +71,8 @@ def retrying(action: Callable[[], Answer], where: object, patience_s: float | No
 def call(action: Callable[[], Answer], where: object, patience_s: float | None = None) -> Answer:
     """`retrying`, with the errors of storage, network and services as this project's own.
 
-    Raises DataLost when a transient error outlasts the patience, DataError when somebody has to change something;
-    all other errors, bugs among them, as they came.
+    Raises DataLost when a transient error outlasts the patience, DataMissing when there is no such file or object,
+    DataError when somebody has to change something else; all other errors, bugs among them, as they came.
     """
     try:
         return retrying(action, where, patience_s)
@@ -83,9 +83,9 @@ def call(action: Callable[[], Answer], where: object, patience_s: float | None =
 
 
 def failure(where: object, error: BaseException) -> DataError:
-    """One line for an error of storage, network or a service at `where`: DataLost for a transient one, else DataError
-    with what to do."""
-    kind = DataLost if is_transient(error) else DataError
+    """One line for an error of storage, network or a service at `where`: DataLost for a transient one, DataMissing
+    where there is nothing, else DataError with what to do."""
+    kind = DataLost if is_transient(error) else DataMissing if is_missing(error) else DataError
     return kind(f"{where}: {described(error)}; {remedy(error)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from typing import Any, TypeVar
 import numpy as np
 from braceexpand import braceexpand
 
-from .errors import BadSample, DataError, DataLost
-from .files import File, OpenShards, filesystem, is_local, open_file
+from .errors import BadSample, DataError, DataLost, DataMissing
+from .files import File, OpenShards, is_local, open_file
 from .index import (
     CAPTION_TYPE,
     Header,
@@ -24,7 +25,11 @@ from .index import (
     load_header,
     load_index,
 )
+from .remote import RemoteFile, filesystem, size_of
+from .retry import call
+from .retry import failure as storage_failure
 from .transforms import clean_caption
+from .transience import verdict
 
 THREADS = 32  # opening is waiting for the file system
 Gather = Callable[[Any], list[Any]]
@@ -44,6 +49,10 @@ class RawSample:
 class _Shard:
     index: Index
     file: File
+
+
+class _WrongBytes(ConnectionError):
+    pass
 
 
 def expand(spec: str | list[str]) -> list[str]:
@@ -72,7 +81,7 @@ def expand(spec: str | list[str]) -> list[str]:
 
 def _glob(pattern: str) -> list[str]:
     fs, path = filesystem(pattern)
-    found = [str(match) for match in fs.glob(path) if str(match).endswith(".tar")]
+    found = [str(match) for match in call(lambda: fs.glob(path), pattern) if str(match).endswith(".tar")]
     if not found:
         raise DataError(f"{pattern}: no .tar matches; check the path, or make shards with `bifrost data ingest`")
     return found if is_local(pattern) else [fs.unstrip_protocol(match) for match in found]
@@ -81,11 +90,6 @@ def _glob(pattern: str) -> list[str]:
 def told(shards: list[str]) -> str:
     """Shards as an error names them."""
     return shards[0] if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1} more"
-
-
-def exists(url: str) -> bool:
-    fs, path = filesystem(url)
-    return fs.exists(path)
 
 
 def open_dataset(
@@ -132,8 +136,10 @@ def shared(work: Callable[[], Result], gather: Gather) -> list[Result]:
         found, failure = work(), None
     except DataError as error:
         found, failure = None, error
-    except OSError as error:
-        found, failure = None, DataLost(f"{error}; check the storage")
+    except Exception as error:
+        if verdict(error) is None:
+            raise
+        found, failure = None, storage_failure("data.shards", error)
     outcomes = gather((found, failure))
     for _, failed in outcomes:
         if failed is not None:
@@ -142,20 +148,15 @@ def shared(work: Callable[[], Result], gather: Gather) -> list[Result]:
 
 
 def _open_header(shard: str) -> Header:
-    fs, path = filesystem(shard)
     try:
-        size = fs.size(path)
-    except FileNotFoundError:
+        size = call(lambda: size_of(shard), shard)
+    except DataMissing:
         raise DataError(f"{shard}: no such shard; check the path, or make it with `bifrost data ingest`") from None
-    except PermissionError as error:
-        raise DataError(f"{shard}: {error.strerror or error}; check who may read it, or your credentials") from None
-    except OSError as error:
-        raise DataLost(f"{shard}: cannot be opened ({error}); check the storage") from None
     try:
         header = load_header(shard)
-    except FileNotFoundError:
+    except DataMissing:
         raise DataError(f"{shard}: no index beside it; run `bifrost data index {shard}`") from None
-    if size != header.bytes:
+    if size is not None and size != header.bytes:  # some HTTP servers do not state it; reading then tells
         raise DataError(
             f"{shard}: {size} bytes, indexed as {header.bytes}: truncated or altered; restore it, or run"
             f" `bifrost data index {shard}` to accept it"
@@ -195,11 +196,31 @@ class Dataset:
         image = image_type(members)
         assert image is not None, "only samples with an image are indexed"
         wanted = {kind: members[kind] for kind in (image, CAPTION_TYPE) if kind in members}
-        start = min(offset for offset, _ in wanted.values())
+        start = min(offset for offset, _ in wanted.values()) - tarfile.BLOCKSIZE
         end = max(offset + size for offset, size in wanted.values())
-        span = self.opened.read(shard, lambda opened: opened.file.read(start, end - start))
+
+        def read(opened: _Shard) -> bytes:
+            span = opened.file.read(start, end - start)
+            misplaced = any(not _is_member(span, offset - start, size) for offset, size in wanted.values())
+            if misplaced and len(span) == end - start and isinstance(opened.file, RemoteFile):
+                raise _WrongBytes(
+                    "other bytes came than its index names"
+                )  # asked again: a proxy may have mixed them up
+            return span
+
+        try:
+            span = self.opened.read(shard, read)
+        except DataLost as error:
+            if isinstance(error.__cause__, _WrongBytes):
+                raise DataError(
+                    f"{self.shards[shard]}: sample {key} is not where its index says; run `bifrost data verify`, then"
+                    " restore the shard or index it again"
+                ) from error
+            raise
         if len(span) < end - start:
             raise BadSample(key, "the shard ends inside it")
+        if not all(_is_member(span, offset - start, size) for offset, size in wanted.values()):
+            raise BadSample(key, "it is not where its index says")
         parts = {kind: span[offset - start : offset - start + size] for kind, (offset, size) in wanted.items()}
         if CAPTION_TYPE not in parts:
             raise BadSample(key, "no caption")
@@ -214,4 +235,14 @@ class Dataset:
         index = load_index(url)
         if index.header != self.headers[shard]:
             raise DataError(f"{index_path(url)}: changed since the data set was opened; start again")
-        return _Shard(index, open_file(url))
+        return _Shard(index, open_file(url, index.header.bytes))
+
+
+def _is_member(span: bytes, offset: int, size: int) -> bool:
+    """Whether the tar header before `offset` in a stretch of a shard is one of a member of `size` bytes."""
+    try:
+        return (
+            tarfile.TarInfo.frombuf(span[offset - tarfile.BLOCKSIZE : offset], "utf-8", "surrogateescape").size == size
+        )
+    except tarfile.HeaderError:
+        return False

@@ -136,6 +136,7 @@ _CLASSES: dict[str, dict[str, bool]] = {
         "BotoCoreError": False,
         "ChecksumError": True,
         "ConnectionError": True,
+        "FlexibleChecksumError": True,  # the body was cut or altered on its way
         "HTTPClientError": True,
         "IncompleteReadError": True,
         "ResponseParserError": True,  # a limiting server's answer may be no XML
@@ -239,6 +240,18 @@ def status(error: BaseException) -> int | None:
     if isinstance(found, int) or (isinstance(found, str) and found.isdigit()):
         return int(found) if 100 <= int(found) < 600 else None
     return None
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether an error says that there is no such file or object, and not merely that it could not be reached."""
+    found, link = judged(error)
+    if found is not False:
+        return False
+    return (
+        status(link) in (404, 410)
+        or (isinstance(link, OSError) and link.errno == errno.ENOENT)
+        or (isinstance(link, FileNotFoundError))
+    )
 
 
 def lacks_credentials(error: BaseException) -> bool:

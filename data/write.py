@@ -11,10 +11,10 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import track
 
-from .errors import DataError
-from .files import commit, temporary_name
+from .errors import DataError, DataLost, DataMissing
+from .files import commit, exists, temporary_name
 from .index import Header, build_index, index_path, load_index, save_index
-from .shards import exists, expand
+from .shards import expand
 
 Sample = dict[str, bytes]
 Result = TypeVar("Result")
@@ -84,10 +84,12 @@ def _check(shard: str) -> str | None:
     try:
         found = build_index(shard)
         stored = load_index(shard)
+    except DataMissing:
+        return f"{shard}: unindexed; run `bifrost data index {shard}`"
+    except DataLost:
+        raise  # a shard that cannot be reached is no damaged shard
     except DataError as error:
         return str(error)
-    except FileNotFoundError:
-        return f"{shard}: unindexed; run `bifrost data index {shard}`"
     if found.header.bytes != stored.header.bytes:
         return (
             f"{shard}: altered ({found.header.bytes} bytes, indexed as {stored.header.bytes}); restore it, or run"

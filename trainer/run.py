@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from ..data import Batch, DataError, Loader, worker_death
+from ..data import Batch, DataError, Loader, worker_failure
 from ..data.files import write_atomic
 from ..recipes import Recipe, to_yaml
 from ..recipes.secrets import redact
@@ -240,8 +240,7 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
         outcome = "finished" if finished else "stopped"
     except Exception as error:
         saver.abandon(timeout_s=60)
-        died = worker_death(error, ranks.rank) if isinstance(error, RuntimeError) else None
-        raise died or error from error
+        raise worker_failure(error, ranks.rank) or error from error
     finally:
         if outcome != "failed":
             watch.stop.phase = ENDING

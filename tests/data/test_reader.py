@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from bifrost.data import BadSamples, DataError, DataLost, Loader, Plan, files, write_shard
+from bifrost.data import BadSamples, DataError, DataLost, Loader, Plan, worker_failure, write_shard
 
 SIZE = 8
 
@@ -254,8 +256,7 @@ def test_a_plan_for_other_shards_is_refused(make_shards):
         )
 
 
-def test_a_vanished_shard_is_named(make_shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PAUSES_S", (0,))
+def test_a_vanished_shard_is_named(make_shards, tmp_path):
     dataset = make_shards([4, 4])
     (tmp_path / "s-00001.tar").unlink()
     with pytest.raises(DataLost, match=r"rank 0: .*s-00001\.tar: cannot be read any more"):
@@ -286,3 +287,67 @@ def test_many_open_shards_do_not_thrash(tmp_path, picture):
     dataset = open_dataset(str(tmp_path / "w-*.tar"), max_open=1)
     make_loader(dataset, global_batch=6)
     assert dataset.opened.max_open == 4, "two blocks"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "line"),
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Killed. ", DataLost, "look for out-of-memory kills"),
+        ("DataLoader worker (pid(s) 7) exited unexpectedly", DataLost, "look for out-of-memory kills"),
+        ("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ", DataError, "Segmentation fault; data"),
+        (
+            "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out"
+            " of shared memory. Please try to raise your shared memory limit.",
+            DataError,
+            "enlarge /dev/shm",
+        ),
+        (
+            "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\n"
+            "RuntimeError: unable to write to file </torch_12_34_0>: No space left on device (28)\n",
+            DataError,
+            r"unable to write to file </torch_12_34_0>: No space left on device \(28\)\); enlarge /dev/shm",
+        ),
+        (
+            "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\n"
+            "RuntimeError: stack expects each tensor to be equal size\n",
+            DataError,
+            "a loader worker failed: RuntimeError: stack expects each tensor to be equal size; its traceback",
+        ),
+    ],
+)
+def test_what_becomes_of_a_worker_is_told_apart(text, kind, line, caplog):
+    found = worker_failure(RuntimeError(text), 3)
+    assert type(found) is kind and re.match(f"rank 3: .*{line}", str(found)) and "\n" not in str(found)
+    assert ("Original Traceback" in caplog.text) == ("failed:" in str(found))
+
+
+def test_errors_of_others_are_no_workers():
+    assert worker_failure(DataLost("rank 0: DataLoader worker (pid 7) is killed by signal: Killed"), 0) is None
+    assert worker_failure(RuntimeError("CUDA out of memory"), 0) is None
+    assert worker_failure(ValueError("x"), 0) is None
+
+
+class Failing:
+    """A collate function that fails in the worker."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, items):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "line"),
+    [
+        (RuntimeError("shapes differ"), DataError, "rank 0: a loader worker failed: RuntimeError: shapes differ"),
+        (KeyError("column"), DataError, "rank 0: a loader worker failed: KeyError: 'column'"),
+        (OSError(errno.ESTALE, "Stale file handle"), DataLost, "rank 0: a loader worker: Stale file handle; check the"),
+        (OSError(errno.EMFILE, "Too many open files"), DataError, "raise the limit of open files"),
+    ],
+)
+def test_a_workers_own_error_reaches_the_caller(make_shards, error, kind, line):
+    loader = make_loader(make_shards([4]), made_by=Failing(error), global_batch=2, steps=(0, 1), workers=1)
+    with pytest.raises(DataError, match=line) as caught:
+        list(loader)
+    assert type(caught.value) is kind

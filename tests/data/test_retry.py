@@ -107,6 +107,7 @@ TRANSIENT = [
     botocore.exceptions.EndpointConnectionError(endpoint_url="http://h"),
     botocore.exceptions.ReadTimeoutError(endpoint_url="http://h"),
     botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2),
+    botocore.exceptions.FlexibleChecksumError(error_msg="m"),
     requests.ConnectionError(urllib3.exceptions.ProtocolError("aborted", http.client.RemoteDisconnected())),
     requests.ReadTimeout(),
     requests.exceptions.ChunkedEncodingError(),

@@ -5,14 +5,16 @@ import hashlib
 import os
 import pickle
 import shutil
+import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 
 import fsspec
 import numpy as np
 import pytest
 
-from bifrost.data import BadSample, DataError, DataLost, files, open_dataset, shards, write_shard
+from bifrost.data import BadSample, DataError, DataLost, open_dataset, retry, shards, write_shard
 from bifrost.data.shards import expand
 
 
@@ -195,8 +197,7 @@ def test_ranks_share_the_opening_of_shards(make_shards, tmp_path, monkeypatch):
     assert in_ranks(refused, 3) == [True] * 3
 
 
-def test_a_shard_that_goes_away_is_named(make_shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PAUSES_S", (0, 0))
+def test_a_shard_that_goes_away_is_named(make_shards, tmp_path):
     dataset = make_shards([2, 2])
     (tmp_path / "s-00001.tar").unlink()
     with pytest.raises(DataLost, match=r"s-00001\.tar: cannot be read any more"):
@@ -205,13 +206,15 @@ def test_a_shard_that_goes_away_is_named(make_shards, tmp_path, monkeypatch):
 
 def test_storage_that_fails_for_a_moment_is_read_again(make_shards, monkeypatch, caplog):
     """Through a file opened anew: a stale handle of a network file system stays stale."""
-    monkeypatch.setattr(files, "PAUSES_S", (0, 0))
+    monkeypatch.setattr(retry, "_sleep", lambda seconds: None)
     dataset = make_shards([2, 2])
     assert dataset.read(1, 0).key == "key-0002"
     real, failures = os.pread, [errno.ESTALE, errno.EIO]
     handles = []
 
     def failing(handle, size, start):
+        if not os.readlink(f"/proc/self/fd/{handle}").endswith(".tar"):
+            return real(handle, size, start)
         handles.append(handle)
         if failures:
             os.dup2(os.open("/dev/null", os.O_RDONLY), handle)  # what reads through it from now on finds nothing
@@ -220,4 +223,46 @@ def test_storage_that_fails_for_a_moment_is_read_again(make_shards, monkeypatch,
 
     monkeypatch.setattr(os, "pread", failing)
     assert dataset.read(1, 1).key == "key-0003"
-    assert len(handles) == 3 and caplog.text.count("the storage fails; reading again") == 2
+    assert len(handles) == 3 and caplog.text.count("the storage fails; asking again") == 1
+
+
+def test_threads_share_open_shards(make_shards, picture):
+    """Shards that others push out stay open while they are read from; each sample is its own, no file is left open."""
+    dataset = open_dataset(str(make_shards([3] * 8).shards[0]).replace("00000", "*"), max_open=2)
+    wanted = [(shard, sample) for shard in range(8) for sample in range(3)] * 30
+    np.random.default_rng(0).shuffle(wanted)
+
+    def check(place):
+        shard, sample = place
+        return dataset.read(shard, sample).image == picture(3 * shard + sample)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            assert all(pool.map(check, wanted))
+    finally:
+        sys.setswitchinterval(5e-3)
+    folder = os.path.dirname(dataset.shards[0])
+    links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    opened = [os.readlink(link) for link in links if os.path.lexists(link)]
+    assert sum(target.startswith(folder) and target.endswith(".tar") for target in opened) <= 2
+
+
+def test_a_fork_reads_on_while_another_thread_reads(make_shards, picture):
+    dataset = make_shards([3, 3])
+    assert dataset.read(0, 0).image == picture(0)
+    _INHERITED.append(dataset)
+    dataset.opened._lock.acquire()  # as a thread that the fork does not have
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+            assert pool.submit(_read_inherited).result(20) == [picture(1), picture(4)]
+    finally:
+        dataset.opened._lock.release()
+        _INHERITED.clear()
+
+
+_INHERITED = []
+
+
+def _read_inherited():
+    return [_INHERITED[0].read(0, 1).image, _INHERITED[0].read(1, 1).image]

@@ -90,7 +90,7 @@ def test_a_folder_that_takes_no_index_is_named(shard, monkeypatch):
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr("bifrost.data.index.write_atomic", refused)
-    with pytest.raises(DataError, match=r"\.index\.jsonl: Permission denied; an index lies beside its shard"):
+    with pytest.raises(DataError, match=r"\.index\.jsonl: Permission denied; check the permissions"):
         index_shards(str(shard[0]))
 
 

@@ -15,15 +15,18 @@ import posixpath
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from ...data import DataError
-from ...data.files import File, OpenShards, filesystem, open_file
+from ...data import DataError, DataMissing
+from ...data.files import File, OpenShards, content, open_file
 from ...data.index import HEADER_LIMIT, load_header
+from ...data.remote import filesystem, size_of
+from ...data.retry import call
 from ...data.shards import expand, shared, spread
 from ...recipes import Recipe
 from ..errors import RunError
@@ -103,24 +106,30 @@ def lines_path(tar: str) -> str:
 
 def read_header(tar: str) -> Header | None:
     """The header of a cache's shard; None where it is missing or does not parse."""
-    fs, path = filesystem(lines_path(tar))
     try:
-        return Header(**json.loads(fs.cat_file(path, start=0, end=HEADER_LIMIT).partition(b"\n")[0]))
-    except (FileNotFoundError, ValueError, TypeError):
+        found = content(lines_path(tar), HEADER_LIMIT)
+    except DataMissing:
+        return None
+    try:
+        return Header(**json.loads(found.partition(b"\n")[0]))
+    except (ValueError, TypeError):
         return None
 
 
 def problem_of(shard: str, tar: str, made: str) -> str | None:
     """Why the cache's `tar` of an original shard cannot be used, from header and size; None if it can."""
     header = read_header(tar)
-    fs, path = filesystem(tar)
-    if header is None or not fs.exists(path):
+    if header is None:
+        return "missing"
+    try:
+        size = call(lambda: size_of(tar), tar)
+    except DataMissing:
         return "missing"
     if header.made != made:
         return "made by other weights or settings than its folder's name says"
     if header.source != load_header(shard).sha256:
         return f"made of another {posixpath.basename(shard)}"
-    if (size := fs.size(path)) != header.bytes:
+    if size != header.bytes:
         return f"damaged ({size} bytes instead of {header.bytes})"
     return None
 
@@ -147,8 +156,8 @@ def open_cache(kind: Kind, recipe: Recipe, made: dict[str, Any], rank: int = 0, 
 def _difference(shard: str, kind: Kind, made: dict[str, Any]) -> str | None:
     """What tells another cache beside `shard` from the one that is needed."""
     fs, folder = filesystem(posixpath.dirname(shard) or ".")
-    for file in sorted(fs.glob(f"{folder}/cache-{kind}-*/made.json")):
-        theirs = json.loads(fs.cat_file(file))
+    for file in sorted(call(lambda: fs.glob(f"{folder}/cache-{kind}-*/made.json"), shard)):
+        theirs = json.loads(call(partial(fs.cat_file, file), file))
         fields = [name for name in made if theirs.get(name) != made[name]]
         if fields:
             values = [f"{name} {_short(theirs.get(name))}, here {_short(made[name])}" for name in fields]
@@ -198,8 +207,7 @@ class Cache:
 
     def _open(self, shard: int) -> _Shard:
         tar = self.tars[shard]
-        fs, path = filesystem(lines_path(tar))
-        return _Shard(fs.cat_file(path).splitlines()[1:], open_file(tar))
+        return _Shard(content(lines_path(tar)).splitlines()[1:], open_file(tar))
 
 
 def same_content(tar: str, header: Header) -> bool:

@@ -1,0 +1,261 @@
+"""Shards behind HTTP and S3 servers that fail: what is read is what was written, or an error says what is wrong."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import faulty_server
+import fsspec
+import object_store
+import pytest
+from faulty_server import Plan, Rule
+
+from bifrost.data import DataError, DataLost, index_shards, open_dataset, remote, retry, verify
+from bifrost.data.files import Stream, content, exists
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with object_store.serving() as address:
+        yield address
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Pauses of some hundredths of a second, as many as ever."""
+    monkeypatch.setattr(retry, "_sleep", lambda seconds: time.sleep(min(seconds, 0.02)))
+    fsspec.filesystem("http").clear_instance_cache()
+    yield
+    fsspec.filesystem("http").clear_instance_cache()
+
+
+@pytest.fixture
+def folder(make_shards, tmp_path) -> Path:
+    make_shards([5, 4, 3], folder=tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(params=["http", "s3"])
+def served(request, folder, monkeypatch):
+    """(plan of the server, address of its shards without their numbers)."""
+    plan = Plan()
+    if request.param == "http":
+        with faulty_server.serving(folder, plan) as (address, _):
+            yield plan, f"{address}/s-"
+        return
+    import s3fs
+
+    moto = request.getfixturevalue("s3")
+    object_store.fill(moto, "bucket", folder)
+    with faulty_server.serving(moto, plan) as (address, _):
+        for name, value in object_store.environment(address).items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield plan, "s3://bucket/s-"
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def samples(dataset) -> list[tuple[str, bytes, str]]:
+    raws = [dataset.read(s, n) for s, count in enumerate(dataset.samples_per_shard) for n in range(count)]
+    return [(raw.key, raw.image, raw.caption) for raw in raws]
+
+
+def test_what_is_read_is_what_was_written(served, folder) -> None:
+    plan, address = served
+    expected = samples(open_dataset(str(folder / "s-*.tar")))
+    assert samples(open_dataset(address + "{00000..00002}.tar")) == expected
+    assert samples(open_dataset(address + "*.tar")) == expected
+    assert verify(address + "{00000..00002}.tar") == []
+    assert not plan.fired
+
+
+@pytest.mark.parametrize("fault", faulty_server.FAULTS)
+def test_each_fault_is_survived(served, folder, fault, caplog) -> None:
+    """Twice on every object, index and shard: nothing is lost and nothing else is read."""
+    plan, address = served
+    expected = samples(open_dataset(str(folder / "s-*.tar")))
+    plan.rules += [Rule(fault, f"s-0000{n}.{kind}", 2) for n in range(3) for kind in ("tar", "index")]
+    dataset = open_dataset(address + "{00000..00002}.tar")
+    plan.rules += [Rule(fault, f"s-0000{n}.{kind}", 2) for n in range(3) for kind in ("tar", "index")]
+    assert samples(dataset) == expected
+    plan.rules += [Rule(fault, f"s-0000{n}.tar", 2) for n in range(3)]
+    assert verify(address + "{00000..00002}.tar") == []
+    assert plan.fired[fault] >= 6
+
+
+def test_a_server_that_is_down_is_lost_and_not_missing(folder, monkeypatch) -> None:
+    port = faulty_server.free_port()
+    for name, value in object_store.environment(f"http://127.0.0.1:{port}").items():
+        monkeypatch.setenv(name, value)
+    for address in (f"http://127.0.0.1:{port}/s-00000.tar", "s3://bucket/s-00000.tar", "s3://bucket/s-*.tar"):
+        for work in (open_dataset, verify, index_shards):
+            with pytest.raises(DataLost, match="check the storage or the network") as caught:
+                work(address)
+            assert "no such shard" not in str(caught.value)
+    with pytest.raises(DataLost):
+        exists(f"http://127.0.0.1:{port}/s-00000.tar")
+
+
+def test_a_server_that_comes_up_late(folder, monkeypatch) -> None:
+    port = faulty_server.free_port()
+    opened: list = []
+    monkeypatch.setattr(retry, "_sleep", lambda seconds: time.sleep(min(seconds, 0.3)))
+    reader = threading.Thread(
+        target=lambda: opened.append(open_dataset(f"http://127.0.0.1:{port}/s-{{00000..00002}}.tar"))
+    )
+    reader.start()
+    time.sleep(0.4)
+    with faulty_server.serving(folder, port=port):
+        reader.join(20)
+        assert samples(opened[0]) == samples(open_dataset(str(folder / "s-*.tar")))
+
+
+def test_what_is_missing_is_missing(served) -> None:
+    _, address = served
+    with pytest.raises(DataError, match=r"s-00009\.tar: no such shard"):
+        open_dataset(address + "00009.tar")
+    assert not exists(address + "00009.tar") and exists(address + "00001.tar")
+    with pytest.raises(DataError, match="no such shard"):
+        index_shards(address + "00009.tar")
+
+
+def test_missing_credentials_are_one_line(monkeypatch, folder) -> None:
+    import s3fs
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(folder / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(folder / "none"))
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(DataError, match=r"^s3://bucket/a\.tar: Unable to locate credentials; set") as caught:
+        open_dataset("s3://bucket/a.tar")
+    assert not isinstance(caught.value, DataLost)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_forbidden_object(folder) -> None:
+    plan = Plan([Rule("500", "index", 0)])
+    with faulty_server.serving(folder, plan) as (address, _):
+        plan.next = lambda *_: "403"  # type: ignore[method-assign]
+        source = faulty_server._Handler._answer
+
+        def refuse(self, status, headers, body, **kwargs):
+            source(self, 403, {}, b"no")
+
+        faulty_server._Handler._answer, before = refuse, source
+        try:
+            with pytest.raises(DataError, match="check the permissions, or your credentials") as caught:
+                open_dataset(f"{address}/s-00000.tar")
+        finally:
+            faulty_server._Handler._answer = before
+    assert not isinstance(caught.value, DataLost)
+
+
+def test_a_server_without_ranges(folder, caplog) -> None:
+    """Each shard is fetched once, said once, and read right."""
+    plan = Plan(ranges=False)
+    with faulty_server.serving(folder, plan) as (address, _):
+        dataset = open_dataset(f"{address}/s-{{00000..00002}}.tar")
+        plan.asked.clear()
+        assert samples(dataset) == samples(open_dataset(str(folder / "s-*.tar")))
+        assert len([path for method, path, _ in plan.asked if method == "GET" and path.endswith(".tar")]) == 3
+        assert caplog.text.count("the server ignores byte ranges") == 3
+        assert verify(f"{address}/s-{{00000..00002}}.tar") == []
+        in_all = remote._Kept._in_all
+        for shard in range(3):
+            dataset.opened._open[shard].opened.file.close()
+        assert in_all - remote._Kept._in_all == sum((folder / f"s-0000{n}.tar").stat().st_size for n in range(3))
+
+
+def test_a_server_without_ranges_and_too_much_to_keep(folder, monkeypatch) -> None:
+    kept = remote._Kept._in_all
+    monkeypatch.setattr(remote, "WHOLE_LIMIT", kept + 8000)
+    with faulty_server.serving(folder, Plan(ranges=False)) as (address, _):
+        dataset = open_dataset(f"{address}/s-00000.tar")
+        with pytest.raises(DataError, match=r"s-00000\.tar: the server ignores byte ranges, and whole") as caught:
+            samples(dataset)
+    assert not isinstance(caught.value, DataLost) and remote._Kept._in_all == kept
+
+
+def test_empty_objects_and_empty_ranges(served, folder) -> None:
+    plan, address = served
+    assert content(address + "00000.index.jsonl", 10) == (folder / "s-00000.index.jsonl").read_bytes()[:10]
+    plan.asked.clear()
+    with_size = remote.RemoteFile(address + "00000.tar")
+    assert with_size.read(100, 0) == b"" and plan.asked == []
+    size = (folder / "s-00000.tar").stat().st_size
+    assert with_size.read(size - 10, 100) == (folder / "s-00000.tar").read_bytes()[-10:]
+    assert with_size.read(size, 10) == b""
+
+
+def test_an_empty_object_is_a_damaged_index(s3, folder, monkeypatch) -> None:
+    import s3fs
+
+    (folder / "s-00000.index.jsonl").write_bytes(b"")
+    object_store.fill(s3, "empty", folder)
+    for name, value in object_store.environment(s3).items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(DataError, match="damaged index"):
+        open_dataset("s3://empty/s-00000.tar")
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_shard_that_is_replaced_while_it_is_read(served, folder, make_shards, tmp_path, s3) -> None:
+    _, address = served
+    dataset = open_dataset(address + "00000.tar")
+    dataset.read(0, 0)
+    for content_of, message in [
+        (lambda data: data[:-512] + b"\1" * 512, "was replaced while it was read"),  # of the same size
+        (lambda data: data + bytes(512), "bytes, expected"),
+    ]:
+        data = (folder / "s-00000.tar").read_bytes()
+        (folder / "s-00000.tar").write_bytes(content_of(data))
+        if address.startswith("s3"):
+            object_store.fill(s3, "bucket", folder, "s-00000.tar")
+        with pytest.raises(DataError, match=message) as caught:
+            dataset.read(0, 1)
+        assert not isinstance(caught.value, DataLost)
+
+
+def test_another_shard_of_the_same_size_is_noticed(folder, tmp_path) -> None:
+    """Without an ETag, by the tar's own headers."""
+    shutil.copytree(folder, tmp_path / "web")
+    web = tmp_path / "web"
+    with faulty_server.serving(web) as (address, _):
+        dataset = open_dataset(f"{address}/s-00000.tar")
+        data = (web / "s-00000.tar").read_bytes()
+        (web / "s-00000.tar").write_bytes(data[512:] + bytes(512))
+        with pytest.raises(DataError, match=r"sample .* is not where its index says; run `bifrost data verify`"):
+            dataset.read(0, 1)
+
+
+def test_indexes_are_made_of_what_is_there(served, folder, s3) -> None:
+    """In blocks, over faults, to the true end, equal to the local index to the byte; S3 takes it."""
+    plan, address = served
+    plan.rules.append(Rule("cut", "s-00000.tar", 2))
+    with Stream(address + "00000.tar") as stream:
+        parts = []
+        while part := stream.read(1000):
+            parts.append(part)
+    assert b"".join(parts) == (folder / "s-00000.tar").read_bytes()
+    if address.startswith("s3"):
+        fs = fsspec.filesystem("s3")
+        fs.rm_file("bucket/s-00001.index.jsonl")
+        plan.rules.append(Rule("503", "s-00001.index.jsonl", 2))
+        index_shards(address + "{00000..00002}.tar", only_missing=True)
+        assert fs.cat_file("bucket/s-00001.index.jsonl") == (folder / "s-00001.index.jsonl").read_bytes()
+
+
+def test_a_cut_object_is_damage(served, folder, s3) -> None:
+    _, address = served
+    data = (folder / "s-00000.tar").read_bytes()
+    (folder / "s-00000.tar").write_bytes(data[: len(data) // 2])
+    if address.startswith("s3"):
+        object_store.fill(s3, "bucket", folder, "s-00000.tar")
+    (problem,) = verify(address + "{00000..00002}.tar")
+    assert "s-00000.tar: truncated" in problem

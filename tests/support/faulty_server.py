@@ -1,0 +1,218 @@
+"""A web server on loopback that serves a folder, or stands before another server, and fails as it is told to.
+
+Every fault is bounded: a rule fires a number of times and is then spent. Answers carry what a sound server's would
+(ETag, Content-Range), so that a reader can tell the faulty ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import random
+import re
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+FAULTS = ("503", "429", "500", "reset", "cut", "cut-unstated", "ignore-range", "wrong-range", "slow", "short-206")
+"""503, 429, 500: statuses (429 with Retry-After). reset: the connection ends before an answer. cut: the body ends
+early. cut-unstated: the same without a Content-Length. ignore-range: the whole file with status 200. wrong-range: other
+bytes than asked for, stated in Content-Range. short-206: fewer bytes than asked for, stated so. slow: a late answer."""
+
+
+@dataclass
+class Rule:
+    """Fires `times` times on requests whose path matches `path`."""
+
+    fault: str
+    path: str = ""
+    times: int = 1
+
+
+@dataclass
+class Plan:
+    """What a server does wrong."""
+
+    rules: list[Rule] = field(default_factory=list)
+    chance: float = 0.0
+    """Of a random fault on a request, never more than `in_a_row` on one path."""
+    in_a_row: int = 2
+    faults: tuple[str, ...] = FAULTS
+    seed: int = 0
+    ranges: bool = True
+    """Whether the server knows ranges at all."""
+
+    def __post_init__(self) -> None:
+        self.lock = threading.Lock()
+        self.random = random.Random(self.seed)
+        self.running: Counter[str] = Counter()
+        self.fired: Counter[str] = Counter()
+        self.asked: list[tuple[str, str, str | None]] = []
+        """Method, path and Range of every request."""
+
+    def next(self, method: str, path: str, asked_range: str | None) -> str | None:
+        """The fault of this request, if any."""
+        with self.lock:
+            self.asked.append((method, path, asked_range))
+            fault = None
+            for rule in self.rules:
+                if rule.times and re.search(rule.path, path):
+                    rule.times -= 1
+                    fault = rule.fault
+                    break
+            else:
+                if self.chance and self.running[path] < self.in_a_row and self.random.random() < self.chance:
+                    fault = self.random.choice(self.faults)
+            self.running[path] = self.running[path] + 1 if fault else 0
+            if fault:
+                self.fired[fault] += 1
+            return fault
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            super().handle()
+
+    def _any(self) -> None:
+        fault = self.server.plan.next(self.command, self.path, self.headers.get("Range"))
+        length = int(self.headers.get("Content-Length", 0))
+        sent = self.rfile.read(length) if length else b""
+        if fault == "slow":
+            time.sleep(0.3)
+        elif fault in ("503", "429", "500"):
+            body = b"<html>busy</html>"
+            self._answer(int(fault), {"Retry-After": "1"} if fault == "429" else {}, body)
+            return
+        elif fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            self.connection.close()
+            self.close_connection = True
+            return
+        status, headers, body = self.server.source(self, sent, fault)
+        if fault in ("cut", "cut-unstated") and self.command == "GET" and len(body) > 1:
+            self._answer(status, headers, body, cut=True, stated=fault == "cut")
+            return
+        self._answer(status, headers, body)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _any
+
+    def _answer(
+        self, status: int, headers: dict[str, str], body: bytes, cut: bool = False, stated: bool = True
+    ) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if "Content-Length" not in headers and stated:
+            self.send_header("Content-Length", str(len(body)))
+        if cut:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[: len(body) // 2] if cut else body)
+        if cut:
+            self.close_connection = True
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+    plan: Plan
+    source: Callable[[_Handler, bytes, str | None], tuple[int, dict[str, str], bytes]]
+
+    def handle_error(self, *_: object) -> None:
+        pass
+
+
+def _folder(folder: Path) -> Callable[[_Handler, bytes, str | None], tuple[int, dict[str, str], bytes]]:
+    def answer(handler: _Handler, sent: bytes, fault: str | None) -> tuple[int, dict[str, str], bytes]:
+        path = folder / handler.path.lstrip("/").partition("?")[0]
+        if path.is_dir():
+            names = sorted(entry.name for entry in path.iterdir())
+            page = "".join(f'<a href="{name}">{name}</a>\n' for name in names).encode()
+            return 200, {"Content-Type": "text/html"}, page
+        if not path.is_file():
+            return 404, {}, b"none"
+        data = path.read_bytes()
+        headers = {"ETag": f'"{hashlib.md5(data).hexdigest()}"', "Content-Type": "application/x-tar"}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("Range", ""))
+        if asked is None or fault == "ignore-range" or not handler.server.plan.ranges:
+            return 200, headers, data
+        first, last = int(asked.group(1)), min(int(asked.group(2)), len(data) - 1)
+        if first >= len(data):
+            return 416, {"Content-Range": f"bytes */{len(data)}"}, b""
+        if fault == "wrong-range":
+            first = first + 512 if first + 512 <= last else max(0, first - 512)
+        if fault == "short-206":
+            last = (first + last) // 2
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+        return 206, headers, data[first : last + 1]
+
+    return answer
+
+
+def _proxy(host: str, port: int) -> Callable[[_Handler, bytes, str | None], tuple[int, dict[str, str], bytes]]:
+    def answer(handler: _Handler, sent: bytes, fault: str | None) -> tuple[int, dict[str, str], bytes]:
+        headers = {name: value for name, value in handler.headers.items() if name.lower() != "connection"}
+        if fault == "ignore-range":
+            headers.pop("Range", None)
+        if fault in ("wrong-range", "short-206") and (
+            asked := re.fullmatch(r"bytes=(\d+)-(\d+)", headers.get("Range", ""))
+        ):
+            first, last = int(asked.group(1)), int(asked.group(2))
+            first, last = (first, (first + last) // 2) if fault == "short-206" else (max(0, first - 512), last)
+            headers["Range"] = f"bytes={first}-{last}"
+        connection = http.client.HTTPConnection(host, port, timeout=30)
+        try:
+            connection.request(handler.command, handler.path, sent or None, headers)
+            response = connection.getresponse()
+            body = response.read()
+            kept = {
+                name: value
+                for name, value in response.getheaders()
+                if name.lower() not in ("connection", "transfer-encoding", "server", "date")
+                and (name.lower() != "content-length" or handler.command == "HEAD")
+            }
+            return response.status, kept, body
+        finally:
+            connection.close()
+
+    return answer
+
+
+@contextlib.contextmanager
+def serving(source: Path | str, plan: Plan | None = None, port: int = 0) -> Iterator[tuple[str, Plan]]:
+    """A server of a folder, or before the server at an `http://host:port` address; yields its own address and plan."""
+    plan = plan or Plan()
+    server = _Server(("127.0.0.1", port), _Handler)
+    server.plan = plan
+    if isinstance(source, Path):
+        server.source = _folder(source)
+    else:
+        host, _, number = source.removeprefix("http://").partition(":")
+        server.source = _proxy(host, int(number))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", plan
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,45 @@
+"""moto's S3 server on loopback, and the settings with which fsspec and botocore find it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[str]:
+    """An S3 server; yields its address."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
+
+
+def environment(endpoint: str) -> dict[str, str]:
+    """Variables for processes that are to use the server at `endpoint`."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+def fill(endpoint: str, bucket: str, folder: Path, pattern: str = "*") -> None:
+    """Put a folder's files into a bucket, made anew."""
+    import boto3
+
+    client = boto3.client(
+        "s3", endpoint_url=endpoint, aws_access_key_id="key", aws_secret_access_key="secret", region_name="us-east-1"
+    )
+    with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
+        client.create_bucket(Bucket=bucket)
+    for file in sorted(folder.glob(pattern)):
+        client.put_object(Bucket=bucket, Key=file.name, Body=file.read_bytes())
