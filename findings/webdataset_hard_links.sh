@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# webdataset 1.0.2 leaves out tar members that are hard links, without a word.
+#
+# GNU tar stores a file whose inode it has archived already as a link to the earlier member, for example where identical
+# images of a data set were replaced by hard links to save space. Extracting the tar gives all files.
+#
+# Expected: two samples, each with jpg and txt. What happens: the second sample has its txt alone, no warning.
+# Exits 0 while that is so, 1 when the behaviour has changed.
+set -euo pipefail
+
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+python3 -m venv "$folder/venv"
+"$folder/venv/bin/pip" install --quiet --disable-pip-version-check webdataset==1.0.2
+cd "$folder"
+
+printf 'the same image' > a.jpg
+ln a.jpg b.jpg
+printf 'first' > a.txt
+printf 'second' > b.txt
+tar -cf pairs.tar a.jpg a.txt b.jpg b.txt
+mkdir extracted
+tar -xf pairs.tar -C extracted
+cmp a.jpg extracted/b.jpg
+
+"$folder/venv/bin/python" - <<'PYTHON'
+import webdataset
+
+samples = list(webdataset.WebDataset("file:pairs.tar", shardshuffle=False))
+found = [(sample["__key__"], "jpg" in sample, "txt" in sample) for sample in samples]
+print(found)
+raise SystemExit(found != [("a", True, True), ("b", False, True)])
+PYTHON
