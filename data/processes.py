@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
+import logging
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +18,16 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
+
 from .errors import DataError
+
+log = logging.getLogger(__name__)
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+"""How file systems without locks answer flock."""
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
@@ -64,7 +73,11 @@ def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], processe
 @contextmanager
 def sole_owner(folder: Path) -> Iterator[None]:
     """Make the folder and hold it for this process alone; DataError when another one does. Also clears what a killed
-    predecessor left half-written there."""
+    predecessor left half-written there.
+
+    A file system without locks (Lustre without `-o flock`, some NFS and FUSE mounts) is used unlocked, with a warning:
+    whatever is written there is renamed into place whole. Only what is known to be no living process's is cleared.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115
@@ -75,6 +88,24 @@ def sole_owner(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(f"{folder}: another process writes here; wait for it or end it") from None
-        for leftover in folder.glob("*.tmp-*"):
-            leftover.unlink()
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise DataError(f"{folder}: cannot be locked ({error.strerror}); name another folder") from None
+            _warn_of_no_locks(folder)
+            for leftover in folder.glob(f"*.tmp-{platform.node()}-*"):
+                if not psutil.pid_exists(int(leftover.name.rpartition("-")[2])):
+                    leftover.unlink(missing_ok=True)
+        else:
+            for leftover in folder.glob("*.tmp-*"):
+                leftover.unlink()
         yield
+
+
+_warned: set[int] = set()
+
+
+def _warn_of_no_locks(folder: Path) -> None:
+    device = folder.stat().st_dev
+    if device not in _warned:
+        _warned.add(device)
+        log.warning("%s: the file system has no locks; see to it that no other process writes into this folder", folder)
