@@ -5,10 +5,25 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+PNG = b"\x89PNG\r\n\x1a\n"
+OTHER_FILES = {
+    b"GIF8": "a GIF",
+    b"BM": "a BMP",
+    b"II*\0": "a TIFF",
+    b"MM\0*": "a TIFF",
+    b"\0\0\0\x0cjP": "a JPEG 2000",
+    b"%PDF": "a PDF",
+    b"<": "HTML, SVG or XML",
+    b"\x1f\x8b": "a gzip file",
+    b"PK\x03\x04": "a zip file",
+    b"version https://git-lfs": "a Git LFS pointer: fetch the files with `git lfs pull`",
+}
+"""What images turn out to be that were named or downloaded wrongly, by their first bytes."""
 MAX_PIXELS = 1 << 27
 """Largest image that is decoded: 134 million pixels, 11585 px squared."""
 
@@ -32,20 +47,63 @@ def centre_square(data: bytes, least: int) -> np.ndarray:
     """The image's centre square in uint8 RGB [side, side, 3], as large as it is stored; a JPEG's may be smaller, down
     to `least` pixels a side. Raises ValueError like `decode_image`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # our own limit stands in for Pillow's bomb warning
-            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are above the limit of {MAX_PIXELS}")
-            # JPEG alone: the decoder leaves out the frequencies that a half, a quarter or an eighth of the size lacks.
-            image.draft(None, (least, least))
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(_rgb(_cropped(image)))
-    except ValueError:
+        return _decoded(data, least)
+    except _TooLarge:
         raise
     except Exception as error:  # damaged files make Pillow raise almost anything
-        raise ValueError(f"image does not decode: {error}") from None
+        if data.startswith(PNG) and (plain := _without_text(data)) != data:
+            return centre_square(plain, least)
+        if not isinstance(error, UnidentifiedImageError):
+            raise ValueError(f"image does not decode: {error}") from None
+        image_kind(data)  # Pillow's own message is the address of the object that it was given
+        raise ValueError("image does not decode: its header is damaged") from None
+
+
+class _TooLarge(ValueError):
+    pass
+
+
+def _decoded(data: bytes, least: int) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # our own limit stands in for Pillow's bomb warning
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+        if image.width * image.height > MAX_PIXELS:
+            raise _TooLarge(f"{image.width} x {image.height} pixels are above the limit of {MAX_PIXELS}")
+        # JPEG alone: the decoder leaves out the frequencies that a half, a quarter or an eighth of the size lacks.
+        image.draft(None, (least, least))
+        image.load()
+        if image.format in ("JPEG", "MPO") and not _ends(data):
+            raise ValueError("its end marker is missing, as where a download was cut short")
+        with suppress(Exception):  # EXIF that does not parse costs the turn, not the image
+            ImageOps.exif_transpose(image, in_place=True)
+        return np.asarray(_rgb(_cropped(image)))
+
+
+def _ends(jpeg: bytes) -> bool:
+    """Whether a JPEG's last scan is followed by the end marker. Zeros in place of the rest decode to grey."""
+    start_of_scan, end_of_image = b"\xff\xda", b"\xff\xd9"
+    return jpeg.endswith(end_of_image) or jpeg.rfind(end_of_image) > jpeg.rfind(start_of_scan)
+
+
+def _kind(data: bytes) -> str:
+    """What bytes are that are no image for training, by how they begin."""
+    if data[4:8] == b"ftyp":
+        return f"an {data[8:12].decode('ascii', 'replace').strip().upper()} file"
+    return next((name for start, name in OTHER_FILES.items() if data.startswith(start)), "no known kind of image")
+
+
+def _without_text(png: bytes) -> bytes:
+    """A PNG without texts and colour profile: Pillow refuses an image whose metadata is damaged or above a megabyte.
+
+    Chunks: PNG specification (third edition), section 5.3. Unchanged where they do not add up.
+    """
+    parts, at = [PNG], len(PNG)
+    while at + 12 <= len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4], "big")
+        if png[at + 4 : at + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            parts.append(png[at:end])
+        at = end
+    return b"".join([*parts, png[at:]])
 
 
 def resized(square: np.ndarray, size: int) -> np.ndarray:
@@ -63,6 +121,17 @@ def resized(square: np.ndarray, size: int) -> np.ndarray:
     if len(square) != size:
         channels = interpolate(channels, size=(size, size), mode="bicubic", antialias=True)
     return channels[0].contiguous().numpy().transpose(1, 2, 0)
+
+
+def image_kind(data: bytes) -> str:
+    """Extension of an image by its first bytes; ValueError where they are none's that is read."""
+    if data.startswith(PNG):
+        return "png"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "webp"
+    raise ValueError(f"image does not decode: it is {_kind(data)}, not a JPEG, PNG or WebP")
 
 
 def _cropped(image: Image.Image) -> Image.Image:
