@@ -9,8 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .errors import DataError
+
 app = typer.Typer(help="Make, index, check and describe shards.", no_args_is_help=True)
-Shards = Annotated[list[str], typer.Argument(help="Paths or URLs; braces and wildcards are expanded.")]
+Shards = Annotated[list[str], typer.Argument(help="Paths, folders or URLs; braces and wildcards are expanded.")]
 Out = Annotated[Path, typer.Argument(help="Folder for the shards.")]
 
 
@@ -24,13 +26,17 @@ def demo(out: Out) -> None:
 
 @app.command()
 def ingest(
-    src: Annotated[str, typer.Argument(help="Folder of images, or WebDataset tars.")],
+    src: Annotated[str, typer.Argument(help="Folder of images, table of images, or WebDataset tars.")],
     out: Out,
     table: Annotated[Path | None, typer.Option(help="CSV, JSONL or Parquet file naming images and captions.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="The table's column of file names.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="The table's or JSON member's caption field.")] = None,
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="Images a shard.")] = 1000,
-    processes: Annotated[int | None, typer.Option(min=1, help="Worker processes; one a core by default.")] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="The table's column of images, or their extension in tars.")
+    ] = None,
+    caption_column: Annotated[
+        str | None, typer.Option(help="The table's column of captions, or their extension or .json field in tars.")
+    ] = None,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Images per shard.")] = 1000,
+    processes: Annotated[int | None, typer.Option(min=1, help="Worker processes; one per core by default.")] = None,
 ) -> None:
     """Make indexed shards from images and captions; run it again to go on after an interruption."""
     from . import ingest as module
@@ -44,8 +50,11 @@ def ingest(
         samples_per_shard=samples_per_shard,
         processes=processes,
     )
-    aside = f", {made.rejected:,} set aside in {out / 'rejected.jsonl'}" if made.rejected else ""
-    typer.echo(f"{out}: {made.samples:,} samples in {made.shards:,} shards{aside}")
+    read = made.samples + made.rejected
+    aside = f", {made.rejected:,} set aside in {out / 'rejected.jsonl'}" if made.rejected else ", none set aside"
+    typer.echo(f"{out}: {read:,} read: {made.samples:,} samples in {made.shards:,} shards{aside}")
+    for reason, count in module.reasons(out).most_common(5):
+        typer.echo(f"  {count:,} set aside: {reason}")
 
 
 @app.command()
@@ -54,11 +63,21 @@ def index(
     only_missing: Annotated[bool, typer.Option("--only-missing", help="Leave shards alone that have one.")] = False,
 ) -> None:
     """Index existing WebDataset tars in place."""
-    from .write import index_shards
+    from .write import index_all
 
-    done = index_shards(shards, only_missing)
-    samples, captions = (sum(getattr(header, name) for _, header in done) for name in ("samples", "captions"))
-    typer.echo(f"{len(done):,} shards indexed: {samples:,} samples, {captions:,} of them with a caption")
+    found = index_all(shards, only_missing)
+    headers = [header for _, header in found.done]
+    samples, captions = (sum(getattr(header, name) for header in headers) for name in ("samples", "captions"))
+    left_out = found.left_out.total()
+    read = f"{samples + left_out:,} read, {left_out:,} of them no samples" if left_out else f"{samples:,} read"
+    typer.echo(f"{len(headers):,} shards indexed: {samples:,} samples, {captions:,} of them with a caption ({read})")
+    for reason, count in found.left_out.most_common(5):
+        typer.echo(f"  {count:,} left out: {reason}")
+    if empty := sum(not header.samples for header in headers):
+        typer.echo(f"  {empty:,} of the shards are empty")
+    if found.problems:
+        typer.echo(f"  {len(found.problems):,} shards could not be indexed")
+        raise DataError("\n".join(found.problems))
 
 
 @app.command()
@@ -80,7 +99,7 @@ def stats(shards: Shards) -> None:
     """Counts, sizes and caption lengths, from the indexes alone."""
     from .shards import open_dataset
 
-    dataset = open_dataset(shards)
+    dataset = open_dataset(shards, mixed=True)
     headers = dataset.headers
     captions = sum(header.captions for header in headers)
     captioned = [header.caption_chars for header in headers if header.captions]

@@ -11,14 +11,15 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import IO
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 from .errors import DataError, DataMissing
 from .files import Stream, content, is_local, write_atomic
 from .remote import filesystem
 from .retry import call
+from .tars import ManyZeros, Member, TarInput, scan
 from .transforms import clean_caption
 
 VERSION = 1
@@ -52,6 +53,8 @@ class Index:
     header: Header
     lines: list[bytes]
     """One JSON line a sample; parsed when asked for, which keeps ten thousand samples at a megabyte."""
+    left_out: list[tuple[str, str]] = field(default_factory=list, compare=False)
+    """Key and reason of what is in the tar and no sample; not stored."""
 
     def entry(self, sample: int) -> tuple[str, Members]:
         """Key and members of one sample."""
@@ -78,73 +81,121 @@ def image_type(members: Mapping[str, object]) -> str | None:
     return next((kind for kind in IMAGE_TYPES if kind in members), None)
 
 
-def group_members(tar: tarfile.TarFile) -> Iterator[tuple[str, Members, dict[str, bytes]]]:
-    """Samples of an open tar: (key, members, captions read on the way), consecutive members of one key together."""
-    key, members, texts = "", {}, {}
-    for info in tar:
-        split = split_key(info.name) if info.isreg() and not info.issparse() else None
+class Group(NamedTuple):
+    """Members of a tar that have one key."""
+
+    key: str
+    members: Members
+    texts: dict[str, bytes]
+    """Captions that were read on the way, by extension."""
+    problem: str | None = None
+    """Why no sample can be made of them."""
+    twice: bool = False
+    """Whether that is a member that comes twice."""
+
+
+def group_members(found: Iterable[Member]) -> list[Group]:
+    """Samples of a tar's members, in the order of their first ones.
+
+    Consecutive members of one key are a sample, by WebDataset's rule. Members of that key which follow further down
+    (`tar cf x.tar *.jpg *.txt`) are the same sample's, unless an extension comes twice: then each run is a sample.
+    """
+    runs: list[Group] = []
+    for member in found:
+        split = split_key(member.name)
         if split is None:
             continue
-        if split[0] != key and members:
-            yield key, members, texts
-            members, texts = {}, {}
         key, kind = split
-        if kind in members:
-            raise tarfile.ReadError(f"member {info.name} appears twice")
-        members[kind] = (info.offset_data, info.size)
-        if kind == CAPTION_TYPE:
-            stream = tar.extractfile(info)
-            assert stream is not None, "a regular member has data"
-            texts[kind] = stream.read()
-    if members:
-        yield key, members, texts
+        if not runs or runs[-1].key != key:
+            runs.append(Group(key, {}, {}))
+        run = runs[-1]
+        if kind in run.members:
+            before, _ = run.members[kind]
+            what = f"member {member.name} comes twice, at bytes {before} and {member.offset}"
+            runs[-1] = run._replace(problem=what, twice=True)
+            continue
+        if member.problem and (kind == CAPTION_TYPE or kind.rpartition(".")[2] in IMAGE_TYPES):
+            runs[-1] = run._replace(problem=run.problem or f"member {member.name}: {member.problem}")
+            continue
+        run.members[kind] = (member.offset, member.size)
+        if member.content is not None:
+            run.texts[kind] = member.content
+    return _joined(runs)
 
 
-class _Hashing:
-    """A read-only stream that hashes what passes and remembers its end."""
+def _joined(runs: list[Group]) -> list[Group]:
+    by_key: dict[str, list[Group]] = {}
+    for run in runs:
+        by_key.setdefault(run.key, []).append(run)
+    if len(by_key) == len(runs):
+        return runs
+    groups = []
+    for run in runs:
+        same = by_key[run.key]
+        kinds = [kind for each in same for kind in each.members]
+        if len(same) > 1 and len(set(kinds)) == len(kinds):
+            if run is same[0]:
+                members = {kind: place for each in same for kind, place in each.members.items()}
+                texts = {kind: text for each in same for kind, text in each.texts.items()}
+                problem = next((each.problem for each in same if each.problem), None)
+                groups.append(Group(run.key, members, texts, problem, any(each.twice for each in same)))
+        else:
+            groups.append(run)
+    return groups
 
-    def __init__(self, raw: IO[bytes]) -> None:
-        self.raw, self.hash, self.size, self.tail = raw, hashlib.sha256(), 0, b""
 
-    def read(self, size: int) -> bytes:
-        data = self.raw.read(size)
-        self.hash.update(data)
-        self.size += len(data)
-        self.tail = (self.tail + data)[-1024:]
-        return data
+def why_no_image(group: Group) -> str:
+    """Why a group without an image is no sample. Extensions such as .input.jpg, which are images too, are named."""
+    if group.problem:
+        return group.problem
+    longer = sorted(kind for kind in group.members if kind.rpartition(".")[2] in IMAGE_TYPES)
+    return f"no image: its image is .{longer[0]}" if longer else "no image"
 
 
 def build_index(shard: str) -> Index:
     """Index of an existing tar, in one pass over it; nothing is written.
 
-    Raises DataError when the tar is missing, damaged or cut short.
+    Raises DataError when the tar is missing, not readable, damaged or cut short, or when a member comes twice; DataLost
+    when storage is away.
     """
-    lines, lengths, images = [], [], 0
+    lines, lengths, images, left_out = [], [], 0, []
+    digest = hashlib.sha256()
     try:
         with Stream(shard) as raw:
-            stream = _Hashing(raw)  # pyright: ignore[reportArgumentType]
-            with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as tar:  # pyright: ignore
-                for key, members, texts in group_members(tar):
-                    kind = image_type(members)
-                    if kind is None:
-                        continue
-                    lines.append(json.dumps([key, members]).encode())
-                    images += members[kind][1]
-                    try:
-                        lengths.append(len(clean_caption(texts.get(CAPTION_TYPE, b""))))
-                    except ValueError:
-                        continue
-            while stream.read(1 << 20):
-                pass
+            stream = TarInput(raw, digest)
+            groups = group_members(scan(stream, read_all=True, wanted=_is_caption))
     except DataMissing:
         raise DataError(f"{shard}: no such shard; check the path") from None
-    except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{shard}: truncated or not a plain tar ({error}); copy it again or leave it out") from None
-    if stream.tail.strip(b"\0") or stream.size < 1024:
-        raise DataError(f"{shard}: truncated (no end-of-archive mark); copy it again or leave it out")
+    except ManyZeros as error:
+        raise DataError(
+            f"{shard}: {error} Copy it again; if another blocking factor or `tar --concatenate` left them, make shards"
+            " from it with `bifrost data ingest`"
+        ) from None
+    except tarfile.TarError as error:
+        raise DataError(
+            f"{shard}: truncated, damaged or not a plain tar ({error}); copy it again or leave it out"
+        ) from None
+    for group in groups:
+        kind = image_type(group.members)
+        if group.twice:
+            raise DataError(f"{shard}: {group.problem}; keep one, or make new shards with `bifrost data ingest`")
+        if group.problem or kind is None:
+            left_out.append((group.key, why_no_image(group)))
+            continue
+        lines.append(json.dumps([group.key, group.members]).encode())
+        images += group.members[kind][1]
+        try:
+            lengths.append(len(clean_caption(group.texts.get(CAPTION_TYPE, b""))))
+        except ValueError:
+            continue
     chars = (min(lengths, default=0), max(lengths, default=0), sum(lengths))
-    header = Header(VERSION, stream.size, stream.hash.hexdigest(), len(lines), len(lengths), chars, images)
-    return Index(header, lines)
+    header = Header(VERSION, stream.position, digest.hexdigest(), len(lines), len(lengths), chars, images)
+    return Index(header, lines, left_out)
+
+
+def _is_caption(name: str) -> bool:
+    split = split_key(name)
+    return split is not None and split[1] == CAPTION_TYPE
 
 
 def save_index(shard: str, index: Index) -> None:

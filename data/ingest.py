@@ -7,19 +7,23 @@ its report lies in `OUT/.ingest`, which is written after shard and index; all th
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from .errors import DataError
+from .candidates import Candidate, Piece
+from .captions import caption_of
+from .errors import DataError, DataLost
 from .files import write_atomic
 from .index import CAPTION_TYPE, image_type, index_path
 from .processes import in_processes, sole_owner
-from .sources import Candidate, Piece, list_source
-from .transforms import clean_caption, decode_image
+from .progress import progress
+from .retry import described, is_transient
+from .sources import list_source
+from .transforms import clean_caption, decode_image, image_kind
+from .transience import verdict
 from .write import Sample, preload, write_shard
 
 CHECKED_AT = 64  # pixels; decoding to a small size still reads the whole file
@@ -51,16 +55,22 @@ def ingest(
 ) -> Summary:
     """Write the images and captions of `src` to `out` as `train-*.tar` with indexes; images are copied byte for byte.
 
-    src: folder of images with NAME.txt beside each, or with a table (`table`, or `metadata.csv|jsonl|parquet` in it),
-    or WebDataset tars. Items that cannot be trained on go to `out/rejected.jsonl` with their reason.
+    src: folder of images with NAME.txt next to each, or with a table (`table`, or `metadata.csv|jsonl|parquet` in it),
+    or WebDataset tars, or a table, or a folder of Parquet files that hold images. image_column, caption_column: columns
+    of the table; of tars the extensions of the members, or the caption's field in KEY.json. Everything read becomes a
+    sample or goes to `out/rejected.jsonl` with its reason.
     Raises DataError when the source holds nothing to ingest, or is not the one that `out` was begun from.
     """
     src, out = str(src), Path(out)
     if samples_per_shard < 1:
         raise DataError(f"samples_per_shard is {samples_per_shard}; set it to 1 or more")
-    source = list_source(src, str(table) if table else None, image_column, caption_column)
+    if "://" not in src and out.resolve() == (Path(src) if os.path.isdir(src) else Path(src).parent).resolve():
+        raise DataError(f"{out}: the source itself; name another folder for the shards")
+    source = list_source(src, str(table) if table else None, image_column, caption_column, out)
+    for damage in source.damaged:
+        print(f"damaged: {damage}", file=sys.stderr, flush=True)
     journal = {
-        "version": 1,
+        "version": 2,
         "source": src if "://" in src else str(Path(src).resolve()),
         "table": str(Path(table).resolve()) if table else None,
         "image_column": image_column,
@@ -87,9 +97,9 @@ def ingest(
 def _agree(out: Path, path: Path, journal: dict) -> None:
     """Take up the folder for this source and these options, or refuse it."""
     if not path.exists():
-        taken = next(out.glob("*.tar"), None)
-        if taken:
-            raise DataError(f"{taken}: not made by this ingest; name a folder without shards")
+        foreign = next((found for found in sorted(out.iterdir()) if not found.name.startswith(".")), None)
+        if foreign:
+            raise DataError(f"{foreign}: not made by this ingest; name a new or an empty folder for the shards")
         write_atomic(path, json.dumps(journal, indent=1).encode())
         return
     before = json.loads(path.read_bytes())
@@ -102,15 +112,13 @@ def _agree(out: Path, path: Path, journal: dict) -> None:
 
 def _work(tasks: list[_Task], processes: int | None) -> None:
     missing = [task for task in tasks if not _done(task)]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        images = sum(len(task.candidates) for task in tasks)
-        bar = progress.add_task("images", total=images)
-        progress.advance(bar, images - sum(len(task.candidates) for task in missing))
-        if missing:
-            preload()
-            for advanced in in_processes(_make_shard, missing, processes):
-                progress.advance(bar, advanced)
+    images, left = (sum(len(task.candidates) for task in some) for some in (tasks, missing))
+    if not missing:
+        return
+    preload()
+    with progress("ingesting", images, "images", done=images - left) as shown:
+        for advanced in in_processes(_make_shard, missing, processes):
+            shown.advance(advanced)
 
 
 def _done(task: _Task) -> bool:
@@ -120,43 +128,71 @@ def _done(task: _Task) -> bool:
 def _make_shard(task: _Task) -> int:
     """Write one shard, its index and its report; returns the number of its candidates."""
     rejected: list[tuple[str, str]] = []
+    unused = 0
 
     def samples():
+        nonlocal unused
         for candidate in task.candidates:
             try:
-                yield candidate.key, _load(candidate)
+                sample, more = _load(candidate)
             except (ValueError, FileNotFoundError, PermissionError) as error:
+                if isinstance(error, DataError) or is_transient(error) or _folder_is_gone(error):
+                    raise  # the storage's fault and not the item's
                 rejected.append((candidate.key, str(error)))
+            else:
+                unused += more
+                yield candidate.key, sample
 
     try:
         header = write_shard(task.shard, samples())
-        write_atomic(task.report, json.dumps({"samples": header.samples, "rejected": rejected}).encode())
-    except OSError as error:
-        raise DataError(f"{task.shard}: {error}; put it right and run the same command again, it goes on") from None
+        assert header.samples + len(rejected) == len(task.candidates), "every candidate is one or the other"
+        report = {"samples": header.samples, "rejected": rejected, "unused_captions": unused}
+        write_atomic(task.report, json.dumps(report).encode())
+    except DataError:
+        raise
+    except Exception as error:
+        if verdict(error) is None and not isinstance(error, OSError):
+            raise
+        kind = DataLost if is_transient(error) else DataError
+        again = "put it right and run the same command again, it goes on"
+        raise kind(f"{task.shard}: {described(error)}; {again}") from None
     return len(task.candidates)
 
 
-def _load(candidate: Candidate) -> Sample:
-    """The members of a sample. ValueError with the reason when it cannot be trained on."""
-    caption = clean_caption(_caption(candidate))
+def _folder_is_gone(error: Exception) -> bool:
+    """Whether a file that was listed is missing together with all of its folder, as when a mount goes away."""
+    if not isinstance(error, FileNotFoundError) or not error.filename:
+        return False
+    folder = os.path.dirname(os.path.abspath(error.filename))
+    return not os.path.isdir(folder) or not os.listdir(folder)
+
+
+def _load(candidate: Candidate) -> tuple[Sample, int]:
+    """The members of a sample, and how many captions of its list are not used. ValueError with the reason when it
+    cannot be trained on."""
+    text, unused = _caption(candidate)
+    caption = clean_caption(text)
     members = {kind: piece.read() for kind, piece in candidate.members.items()}
-    kind = image_type(candidate.members)
+    if candidate.image:
+        data = candidate.image.read()
+        members[image_kind(data)] = data
+    kind = image_type(members)
     assert kind is not None, "a candidate has an image"
     decode_image(members[kind], CHECKED_AT)
-    return {**members, CAPTION_TYPE: caption.encode()}
+    return {**members, CAPTION_TYPE: caption.encode()}, unused
 
 
-def _caption(candidate: Candidate) -> bytes | str:
-    text = candidate.caption.read() if isinstance(candidate.caption, Piece) else candidate.caption
+def _caption(candidate: Candidate) -> tuple[bytes | str, int]:
+    found = candidate.caption.read() if isinstance(candidate.caption, Piece) else candidate.caption
     if not candidate.caption_fields:
-        return text
+        return caption_of(found)
     try:
-        described = json.loads(text)
-    except ValueError:
+        described = json.loads(found)
+    except (ValueError, RecursionError):
         raise ValueError("its .json does not parse") from None
     for name in candidate.caption_fields if isinstance(described, dict) else ():
-        if isinstance(described.get(name), str):
-            return described[name]
+        if described.get(name) is not None:
+            return caption_of(described[name])
     raise ValueError(f"its .json has no text under {' or '.join(candidate.caption_fields)}")
 
 
@@ -166,8 +202,16 @@ def _conclude(out: Path, tasks: list[_Task], unlisted: list[tuple[str, str]]) ->
     rejected = [*unlisted, *(tuple(item) for report in reports for item in report["rejected"])]
     lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in rejected]
     write_atomic(out / "rejected.jsonl", "".join(lines).encode())
-    samples = sum(report["samples"] for report in reports)
+    samples, unused = (sum(report[name] for report in reports) for name in ("samples", "unused_captions"))
+    if unused:
+        print(f"{out}: of lists of captions the first was taken, {unused:,} further ones were not", file=sys.stderr)
     if not samples:
         reason, count = Counter(reason for _, reason in rejected).most_common(1)[0]
         raise DataError(f"{out}: nothing was usable, {count} times because: {reason}; see {out / 'rejected.jsonl'}")
     return Summary(len(tasks), samples, len(rejected))
+
+
+def reasons(out: Path) -> Counter[str]:
+    """Why items were set aside, without the names in each reason, and how often."""
+    lines = (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    return Counter(json.loads(line)["reason"].partition(": ")[0] for line in lines)

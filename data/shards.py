@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import posixpath
+import re
 import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +33,10 @@ from .retry import failure as storage_failure
 from .transforms import clean_caption
 from .transience import verdict
 
+HELD_OUT = ("dev", "eval", "heldout", "test", "val", "valid", "validation")
+"""How shards that are not trained on begin."""
+NEAR = 1 << 20
+"""Bytes between an image and its caption up to which one read of both is cheaper than two."""
 THREADS = 32  # opening is waiting for the file system
 Gather = Callable[[Any], list[Any]]
 """A value of every rank, in order of rank."""
@@ -55,10 +61,11 @@ class _WrongBytes(ConnectionError):
     pass
 
 
-def expand(spec: str | list[str]) -> list[str]:
-    """Shards that a path, URL or list of them names, sorted: braces are counted out, wildcards matched.
+def expand(spec: str | list[str], mixed: bool = True) -> list[str]:
+    """Shards that a path, folder, URL or list of them names, sorted: braces are counted out, wildcards matched.
 
-    Raises DataError when a wildcard matches nothing or a shard is named twice.
+    A folder stands for the shards in it, those below it left out. mixed: whether a folder may hold held-out shards as
+    well as others. Raises DataError when a folder or wildcard holds no shard or a shard is named twice.
     """
     shards: list[str] = []
     for one in [spec] if isinstance(spec, str) else spec:
@@ -67,7 +74,7 @@ def expand(spec: str | list[str]) -> list[str]:
         except ValueError as error:
             raise DataError(f"{one}: {error}; write ranges as {{00000..02047}}") from None
         for pattern in patterns:
-            shards += _glob(pattern) if any(mark in pattern for mark in "*?[") else [pattern]
+            shards += call(lambda pattern=pattern: _matches(pattern, mixed), pattern)
     if not shards:
         raise DataError("no shards named; give a path such as /data/train-{00000..00099}.tar")
     shards.sort()
@@ -75,16 +82,43 @@ def expand(spec: str | list[str]) -> list[str]:
         if shard == after:
             raise DataError(f"{shard}: named twice; name each shard once")
         if not shard.endswith(".tar"):
-            raise DataError(f"{shard}: not a shard; name plain .tar files, with braces or wildcards")
+            raise DataError(
+                f"{shard}: not a shard and no folder; name plain .tar files, with braces or wildcards, or their folder"
+            )
     return shards
 
 
-def _glob(pattern: str) -> list[str]:
+def _matches(pattern: str, mixed: bool) -> list[str]:
     fs, path = filesystem(pattern)
-    found = [str(match) for match in call(lambda: fs.glob(path), pattern) if str(match).endswith(".tar")]
-    if not found:
-        raise DataError(f"{pattern}: no .tar matches; check the path, or make shards with `bifrost data ingest`")
-    return found if is_local(pattern) else [fs.unstrip_protocol(match) for match in found]
+    if any(mark in pattern for mark in "*?["):
+        found, nothing = fs.glob(path, detail=True), "no .tar matches"
+    elif not pattern.endswith(".tar") and fs.isdir(path):
+        found, nothing = {item["name"]: item for item in fs.ls(path, detail=True)}, "a folder without .tar files"
+        if not mixed:
+            _refuse_mixture(pattern, list(found))
+    else:
+        return [pattern]
+    shards = [
+        str(name)
+        for name, item in found.items()
+        if str(name).endswith(".tar")
+        and item["type"] != "directory"
+        and not posixpath.basename(str(name)).startswith(".")
+    ]
+    if not shards:
+        raise DataError(f"{pattern}: {nothing}; check the path, or make shards with `bifrost data ingest`")
+    return shards if is_local(pattern) else [fs.unstrip_protocol(shard) for shard in shards]
+
+
+def _refuse_mixture(folder: str, names: list[str]) -> None:
+    """DataError for a folder that holds held-out shards and others: trained on, they would be held out no longer."""
+    shards = [posixpath.basename(name) for name in names if name.endswith(".tar")]
+    stems = [re.split(r"[-_.0-9]", shard)[0].lower() for shard in shards if not shard.startswith(".")]
+    held_out = sorted({stem for stem in stems if stem in HELD_OUT})
+    if held_out and len(others := sorted(set(stems))) > 1:
+        sets = ", ".join(f"{stem}*.tar" for stem in others)
+        example = f"{folder.rstrip('/')}/{others[-1]}*.tar"
+        raise DataError(f"{folder}: holds several sets of shards ({sets}); name one, such as '{example}'")
 
 
 def told(shards: list[str]) -> str:
@@ -98,15 +132,17 @@ def open_dataset(
     *,
     rank: int = 0,
     gather: Gather = lambda value: [value],
+    mixed: bool = False,
 ) -> Dataset:
     """Open indexed shards for reading.
 
-    spec: path or fsspec URL, or several; `{00000..02047}` and wildcards are expanded. max_open: shards kept open.
-    rank, gather: of ranks that open the same, and every rank's value in their order: each then looks at its share of
+    spec: path, folder or fsspec URL, or several; `{00000..02047}` and wildcards are expanded. max_open: shards kept
+    open. mixed: whether a folder may hold held-out shards as well as others. rank, gather: of ranks that open the same,
+    and every rank's value in their order: each then looks at its share of
     the shards. Raises DataError, on all of them, when a shard or its index is missing or does not fit, or when no shard
     holds a caption.
     """
-    shards: list[str] = shared(lambda: expand(spec) if rank == 0 else [], gather)[0]
+    shards: list[str] = shared(lambda: expand(spec, mixed) if rank == 0 else [], gather)[0]
     headers = spread(_open_header, shards, rank, gather)
     if not any(header.samples for header in headers):
         raise DataError(f"{told(shards)}: no images; name shards that hold some")
@@ -196,6 +232,26 @@ class Dataset:
         image = image_type(members)
         assert image is not None, "only samples with an image are indexed"
         wanted = {kind: members[kind] for kind in (image, CAPTION_TYPE) if kind in members}
+        start = min(offset for offset, _ in wanted.values())
+        end = max(offset + size for offset, size in wanted.values())
+        if end - start <= sum(size for _, size in wanted.values()) + NEAR:
+            parts = self._members(shard, key, wanted)
+        else:  # all images of the tar come before all captions, or one of them is a link
+            parts = {
+                kind: part
+                for kind, place in wanted.items()
+                for part in self._members(shard, key, {kind: place}).values()
+            }
+        if CAPTION_TYPE not in parts:
+            raise BadSample(key, "no caption")
+        try:
+            caption = clean_caption(parts[CAPTION_TYPE])
+        except ValueError as error:
+            raise BadSample(key, str(error)) from None
+        return RawSample(key, parts[image], caption)
+
+    def _members(self, shard: int, key: str, wanted: Members) -> dict[str, bytes]:
+        """Content of members that lie close together, from one read; each is checked by the header before it."""
         start = min(offset for offset, _ in wanted.values()) - tarfile.BLOCKSIZE
         end = max(offset + size for offset, size in wanted.values())
 
@@ -221,14 +277,7 @@ class Dataset:
             raise BadSample(key, "the shard ends inside it")
         if not all(_is_member(span, offset - start, size) for offset, size in wanted.values()):
             raise BadSample(key, "it is not where its index says")
-        parts = {kind: span[offset - start : offset - start + size] for kind, (offset, size) in wanted.items()}
-        if CAPTION_TYPE not in parts:
-            raise BadSample(key, "no caption")
-        try:
-            caption = clean_caption(parts[CAPTION_TYPE])
-        except ValueError as error:
-            raise BadSample(key, str(error)) from None
-        return RawSample(key, parts[image], caption)
+        return {kind: span[offset - start : offset - start + size] for kind, (offset, size) in wanted.items()}
 
     def _open(self, shard: int) -> _Shard:
         url = self.shards[shard]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
-
-from rich.console import Console
-from rich.progress import track
+from typing import NamedTuple, TypeVar
 
 from .errors import DataError, DataLost, DataMissing
-from .files import commit, exists, temporary_name
-from .index import Header, build_index, index_path, load_index, save_index
+from .files import commit, exists, is_local, temporary_name
+from .index import Header, Index, build_index, index_path, load_index, save_index
+from .progress import progress
+from .remote import filesystem
 from .shards import expand
 
 Sample = dict[str, bytes]
@@ -51,20 +51,72 @@ def write_shard(path: str | os.PathLike, samples: Iterable[tuple[str, Sample]]) 
     return index.header
 
 
-def index_shards(spec: str | list[str], only_missing: bool = False) -> list[tuple[str, Header]]:
-    """Index existing tars, beside them, without touching them; returns each shard with its header."""
+class Indexed(NamedTuple):
+    """What came of indexing shards."""
+
+    done: list[tuple[str, Header]]
+    """Each shard with its header."""
+    left_out: Counter[str]
+    """Reason -> number of keys that are no samples."""
+    problems: list[str]
+    """A line for each shard that got no index."""
+
+
+def index_all(spec: str | list[str], only_missing: bool = False) -> Indexed:
+    """Index existing tars, beside them, without touching them; one that cannot be indexed costs no other its index.
+
+    DataError when a folder cannot be written, before anything is read.
+    """
     shards = expand(spec)
     if only_missing:
         shards = [shard for shard in shards if not exists(index_path(shard))]
+    for folder in {os.path.dirname(os.path.abspath(filesystem(shard)[1])) for shard in shards if is_local(shard)}:
+        if os.path.isdir(folder) and not os.access(folder, os.W_OK):
+            raise DataError(
+                f"{folder}: not writable, and an index is stored next to its shard; change the folder's permissions, or"
+                " make shards of your own from these with `bifrost data ingest`"
+            )
 
-    def index_one(shard: str) -> tuple[str, Header]:
-        index = build_index(shard)
-        if not index.header.samples:
-            raise DataError(f"{shard}: no member ends in .jpg, .jpeg, .png or .webp; name shards that hold images")
-        save_index(shard, index)
-        return shard, index.header
+    def index_one(shard: str) -> tuple[str, Index | None, str | None]:
+        try:
+            index = build_index(shard)
+            if index.left_out and not index.header.samples:
+                raise DataError(f"{shard}: {_no_images(index)}")
+            save_index(shard, index)
+        except DataLost:
+            raise
+        except DataError as error:
+            return shard, None, str(error)
+        return shard, index, None
 
-    return list(_in_threads(index_one, shards, "indexing"))
+    found = Indexed([], Counter(), [])
+    for shard, index, problem in _in_threads(index_one, shards, "indexing"):
+        if index is None:
+            found.problems.append(problem or "")
+            continue
+        found.done.append((shard, index.header))
+        found.left_out.update(reason for _, reason in index.left_out)
+    return found
+
+
+def index_shards(spec: str | list[str], only_missing: bool = False) -> list[tuple[str, Header]]:
+    """`index_all`; returns each shard with its header. DataError names, once all others are indexed, every shard that
+    cannot be."""
+    found = index_all(spec, only_missing)
+    if found.problems:
+        raise DataError("\n".join(found.problems))
+    return found.done
+
+
+def _no_images(index: Index) -> str:
+    kinds = Counter(reason for _, reason in index.left_out)
+    longer = next((reason for reason in kinds if "its image is ." in reason), None)
+    if longer:
+        return (
+            f"{longer}, and the trainer reads KEY.jpg, .jpeg, .png or .webp; make shards with `bifrost data ingest"
+            " SRC OUT --image-column EXTENSION --caption-column EXTENSION`"
+        )
+    return "no member ends in .jpg, .jpeg, .png or .webp; name shards that hold images"
 
 
 def verify(spec: str | list[str]) -> list[str]:
@@ -73,11 +125,15 @@ def verify(spec: str | list[str]) -> list[str]:
 
 
 def _in_threads(work: Callable[[str], Result], shards: list[str], label: str) -> Iterator[Result]:
-    """Results of `work` in the shards' order; a terminal sees the progress."""
-    console = Console(stderr=True)
-    with ThreadPoolExecutor(THREADS) as pool:
-        results = pool.map(work, shards)
-        yield from track(results, label, len(shards), console=console, disable=not console.is_terminal)
+    """Results of `work` in the shards' order, with progress on standard error."""
+    with ThreadPoolExecutor(THREADS) as pool, progress(label, len(shards), "shards") as shown:
+
+        def counted(shard: str) -> Result:
+            result = work(shard)
+            shown.advance()
+            return result
+
+        yield from pool.map(counted, shards)
 
 
 def _check(shard: str) -> str | None:

@@ -103,7 +103,7 @@ class ControlNet(Section):
 
 class Data(Section):
     shards: str | list[str]
-    """Training shards: a path or URL, braces and wildcards expanded; several as a list."""
+    """Training shards: a path, folder or URL, braces and wildcards expanded; several as a list."""
     image_size: int = Field(default=448, gt=0)
     """Side of the square the vision tower sees, in pixels; a multiple of patch size x merge size (28)."""
     workers: int = Field(default=4, ge=0)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tarfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,8 @@ from safetensors.torch import save
 
 from ..data import DataError, Dataset, open_dataset
 from ..data.files import is_local, write_atomic
-from ..data.index import group_members, load_header
+from ..data.index import load_header
+from ..data.tars import TarInput, scan
 from ..data.transforms import decode_image
 from ..data.write import write_shard
 from ..recipes import Recipe
@@ -97,8 +97,8 @@ class _Encoder:
             left.unlink()
         entries: list[list] = []
         written = write_shard(tar, self._members(number, entries))
-        with tarfile.open(tar) as file:
-            places = iter([place for _, members, _ in group_members(file) for place in members.values()])
+        with tar.open("rb") as file:
+            places = iter([(member.offset, member.size) for member in scan(TarInput(file), read_all=False)])
         entries = [[key, *next(places), *check] if check else [key] for key, *check in entries]
         samples = self.dataset.headers[number].samples
         header = cache.Header(

@@ -111,6 +111,8 @@ def _recipe(file: Path) -> list[Finding]:
     patterns = [each for one in ([spec] if isinstance(spec, str) else spec) for each in braceexpand(one)]
     local = [pattern for pattern in patterns if "://" not in pattern]
     for pattern in local:
+        if os.path.isdir(pattern):
+            pattern = os.path.join(pattern, "*.tar")
         files += glob(pattern) if any(mark in pattern for mark in "*?[") else [pattern]
     if local and not files:
         return [recipe, Finding("data", "", f"{local[0]}: nothing there")]

@@ -144,13 +144,14 @@ def test_existing_tars(tmp_path, picture):
         ("b2", {"png": picture(2), "json": b"{"}),
         ("b3", {"png": picture(3)}),
         ("b4", {"txt": b"no image"}),
-        ("a0", {"png": picture(5), "txt": b"comes twice"}),
+        ("a0", {"png": picture(5), "txt": b"another of that key"}),
     ]
     write_shard(source / "b.tar", described)
-    assert ingest(source, tmp_path / "out", samples_per_shard=4, processes=1) == (2, 6, 5)
+    assert ingest(source, tmp_path / "out", samples_per_shard=4, processes=1) == (3, 7, 4)
     expected = {f"a{i}": (picture(i, "jpg"), "by text") for i in range(5)}
-    assert contents(tmp_path / "out") == {**expected, "b0": (picture(0), "by json")}
-    assert set(rejects(tmp_path / "out")) == {"b1", "b2", "b3", "b4", "a0"}
+    expected |= {"b0": (picture(0), "by json"), "b/a0": (picture(5), "another of that key")}
+    assert contents(tmp_path / "out") == expected
+    assert set(rejects(tmp_path / "out")) == {"b1", "b2", "b3", "b4"}
     with tarfile.open(tmp_path / "out" / "train-00001.tar") as tar:
         kept = tar.extractfile("b0.json")
         assert kept and kept.read() == described[0][1]["json"]

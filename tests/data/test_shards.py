@@ -112,7 +112,7 @@ def test_errors_name_the_place_and_the_remedy(make_shards, tmp_path, picture):
         (str(tmp_path / "s-{00000..00003}.tar"), r"s-00002\.tar: no such shard.*bifrost data ingest"),
         (str(tmp_path / "other-*.tar"), r"no \.tar matches.*bifrost data ingest"),
         ([first, first], "named twice"),
-        (str(tmp_path), "not a shard"),
+        (str(tmp_path / "none"), "not a shard and no folder"),
         ([], "no shards named"),
         ("x{0..", "write ranges as"),
         (str(tmp_path / "mute/*.tar"), "no captions.*bifrost data ingest"),

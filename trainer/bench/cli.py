@@ -52,7 +52,7 @@ def bench_step(
 
 @app.command("data")
 def bench_data(
-    source: Annotated[str | None, typer.Argument(help="A recipe, or .tar shards; default generated pictures.")] = None,
+    source: Annotated[str | None, typer.Argument(help="A recipe, shards or their folder; none: made images.")] = None,
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(help="Samples a round, from the first shards.", min=1)] = 1024,
     workers: Annotated[int | None, typer.Option(help="Processes of every rival; default one a core.", min=1)] = None,

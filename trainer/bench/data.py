@@ -43,7 +43,7 @@ def bench(
     """Measure, print and return the record; `out` is a folder for `data.json`. source: shards, a recipe, or None for
     generated pictures of `sides`."""
     workers = workers or len(usable_cores())
-    if overrides and source and source.endswith(".tar"):
+    if overrides and source and _names_shards(source):
         raise RunError(f"{overrides[0]}: settings are of a recipe, {source} are shards; name a recipe or leave it out")
     with _job(source, overrides, samples, workers, sides) as job:
         sizes = np.array([_side(data) for data in job.images[:256]])
@@ -79,13 +79,18 @@ def bench(
     return record
 
 
+def _names_shards(source: str) -> bool:
+    """Whether a source is shards, or a folder of them, and no recipe."""
+    return source.endswith((".tar", "*")) or "://" in source or any(Path(source).glob("*.tar"))
+
+
 @contextmanager
 def _job(source: str | None, overrides: Sequence[str], samples: int, workers: int, sides: str) -> Iterator[rivals.Job]:
     if source is None:
         with tempfile.TemporaryDirectory(prefix="bifrost-") as folder:
             spec = make_photos(Path(folder), samples, max(SHARDS, workers), _sides(sides))
             yield rivals.Job(rivals.first_shards(spec, samples, workers), rivals.stack, (448,), 16, workers)
-    elif source.endswith(".tar"):
+    elif _names_shards(source):
         yield rivals.Job(rivals.first_shards(source, samples, workers), rivals.stack, (448,), 16, workers)
     else:
         from ..stages import open_stage

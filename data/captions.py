@@ -1,0 +1,30 @@
+"""The caption among what tables and JSON files hold in its place: text, bytes, lists of them, objects with a text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CAPTION_COLUMNS = ("caption", "text")
+"""Names that a caption has where the user gives none."""
+
+
+def caption_of(value: Any) -> tuple[str | bytes, int]:
+    """The caption in a value, and how many further ones it holds that are not used: of a list the first counts.
+
+    Raises ValueError with the reason where there is no text.
+    """
+    if value is None:
+        return "", 0
+    if isinstance(value, str | bytes):
+        return value, 0
+    if isinstance(value, list):
+        texts = [each for each in map(caption_of, value) if each[0].strip()]
+        return (texts[0][0], sum(more for _, more in texts) + len(texts) - 1) if texts else ("", 0)
+    if isinstance(value, dict):
+        known = [name for name in CAPTION_COLUMNS if value.get(name) is not None]
+        texts = [name for name, each in value.items() if isinstance(each, str)]
+        name = known[0] if known else texts[0] if len(texts) == 1 else None
+        if name is None:
+            raise ValueError(f"the caption is an object without {' or '.join(CAPTION_COLUMNS)}: {', '.join(value)}")
+        return caption_of(value[name])
+    raise ValueError(f"the caption is no text but {value!r:.40}")

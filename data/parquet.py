@@ -1,0 +1,163 @@
+"""Parquet tables: file names and captions, or the images themselves, as Hugging Face stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from pyarrow.parquet import ParquetFile
+
+from .errors import DataError
+from .tables import IMAGE_COLUMNS, Columns, Row
+
+ROWS = 32
+"""Read at a time where they hold images."""
+
+
+@dataclass(frozen=True)
+class RowBytes:
+    """The image that a row holds: a binary column, or the field `bytes` of a struct."""
+
+    table: str
+    group: int
+    row: int
+    """Within the row group."""
+    column: str
+    name: str | None = None
+    """File name that the row gives it."""
+
+    def read(self) -> bytes:
+        """The image's bytes. ValueError with the reason when the row has none or does not read."""
+        try:
+            value = _reader(self.table, self.group, self.column).value(self.row)
+        except FileNotFoundError:
+            raise
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"its row does not read: {_first_line(error)}") from None
+        value = value.get("bytes") if isinstance(value, dict) else value
+        if not value:
+            raise ValueError("its row holds no image bytes")
+        return value
+
+
+class _Reader:
+    """Values of one column of a row group. Read front to back: a row group may be larger than memory."""
+
+    def __init__(self, place: tuple[str, int, str]) -> None:
+        self.place = place
+        self._begin()
+
+    def _begin(self) -> None:
+        table, group, column = self.place
+        self.start, self.batch = 0, None
+        self.batches = ParquetFile(table).iter_batches(
+            ROWS,
+            row_groups=[group],
+            columns=[column],
+            use_threads=False,  # threads do not survive a fork
+        )
+
+    def value(self, row: int) -> Any:
+        if row < self.start:
+            self._begin()
+        while self.batch is None or row >= self.start + len(self.batch):
+            self.start += len(self.batch) if self.batch is not None else 0
+            self.batch = next(self.batches)
+        return self.batch.column(0)[row - self.start].as_py()
+
+
+_last: _Reader | None = None
+
+
+def _reader(*place: Any) -> _Reader:
+    global _last
+    if _last is None or _last.place != place:
+        _last = _Reader(place)
+    return _last
+
+
+def read_parquet(table: Path, columns: Columns) -> Iterator[Row]:
+    """Rows of a Parquet table; images in it are not read yet. DataError where it is none, lacks a column, or has an
+    image column of a type that holds neither file names nor images."""
+    try:
+        file = ParquetFile(table)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{table}: not a Parquet file ({_first_line(error)}); check it") from None
+    names = file.schema_arrow.names
+    if columns.image is None:  # of several customary names the one that holds images
+        holding = [name for name in IMAGE_COLUMNS if name in names and _holds_images(_type(file, name))]
+        columns = columns._replace(image=next(iter(holding), None))
+    image, caption = columns.choose(table, names)
+    kind = _type(file, image)
+    if not (_holds_images(kind) or _is_text(kind) or _has_path(kind)):
+        raise DataError(f"{table}: column {image} holds {kind}, not file names or images; name one with --image-column")
+    return _rows(table, file, image, caption, kind)
+
+
+def _rows(table: Path, file: ParquetFile, image: str, caption: str, kind: pyarrow.DataType) -> Iterator[Row]:
+    before = 0
+    # The images themselves stay where they are: only their names are read.
+    wanted = [caption] + ([f"{image}.path"] if _has_path(kind) else [image] if _is_text(kind) else [])
+    for group in range(file.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        try:
+            found = file.read_row_group(group, columns=wanted, use_threads=False)
+            captions = found.column(caption).to_pylist()
+            named = found.column(image).to_pylist() if image in found.column_names else [None] * rows
+        except (pyarrow.ArrowException, OSError) as error:
+            problem = f"its row group does not read: {_first_line(error)}"
+            yield from (Row(f"{table.name} row {before + row + 1}", None, None, problem) for row in range(rows))
+            before += rows
+            continue
+        embedded = _holds_images(kind) and not _all_null(file, group, f"{image}.bytes")
+        for row in range(rows):
+            name = named[row]["path"] if isinstance(named[row], dict) else named[row]
+            value = RowBytes(str(table), group, row, image, name) if embedded else name
+            yield Row(f"{table.name} row {before + row + 1}", value, captions[row])
+        before += rows
+
+
+def _type(file: ParquetFile, column: str) -> pyarrow.DataType:
+    kind = file.schema_arrow.field(column).type
+    return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    return str(kind) in ("string", "large_string", "string_view")
+
+
+def _is_binary(kind: pyarrow.DataType) -> bool:
+    return str(kind) in ("binary", "large_binary", "binary_view")
+
+
+def _fields(kind: pyarrow.DataType) -> dict[str, pyarrow.DataType]:
+    """Fields of a struct; none of any other type."""
+    if not pyarrow.types.is_struct(kind):
+        return {}
+    return {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+
+
+def _holds_images(kind: pyarrow.DataType) -> bool:
+    return _is_binary(kind) or any(name == "bytes" and _is_binary(each) for name, each in _fields(kind).items())
+
+
+def _has_path(kind: pyarrow.DataType) -> bool:
+    return any(name == "path" and _is_text(each) for name, each in _fields(kind).items())
+
+
+def _all_null(file: ParquetFile, group: int, column: str) -> bool:
+    """Whether no row of the group has bytes: then the table names files."""
+    described = file.metadata.row_group(group)
+    for number in range(described.num_columns):
+        found = described.column(number)
+        if found.path_in_schema == column:
+            statistics = found.statistics
+            return statistics is not None and statistics.has_null_count and statistics.null_count == found.num_values
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

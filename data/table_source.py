@@ -1,0 +1,84 @@
+"""Tables as a source of an ingest: of file names in a folder, or of the images themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .candidates import WRONG_TYPE, Candidate, Piece, Source, key_of, note, state_of
+from .errors import DataError
+from .index import IMAGE_TYPES
+from .tables import Columns, read_table
+
+if TYPE_CHECKING:
+    from .parquet import RowBytes
+
+
+def one_split(root: Path, tables: list[Path]) -> list[Path]:
+    """Parquet files of one split, as Hugging Face names them (`train-00000-of-00003.parquet`)."""
+    splits = sorted(
+        {re.sub(r"-\d+-of-\d+$", "", table.stem) for table in tables if re.search(r"-\d+-of-\d+$", table.stem)}
+    )
+    if len(splits) > 1:
+        folder = os.path.commonpath([table.parent for table in tables])
+        raise DataError(
+            f"{root}: holds the splits {', '.join(splits)}; name one, such as '{folder}/{splits[-1]}-*.parquet'"
+        )
+    return tables
+
+
+def table_source(root: Path, tables: list[Path], columns: Columns) -> Source:
+    source, seen, captions, read, url = Source(), hashlib.sha256(), 0, 0, None
+    for table in tables:
+        rows = read_table(table, columns)
+        seen.update(state_of(table).encode() if table.suffix == ".parquet" else table.read_bytes())
+        for row in rows:
+            read += 1
+            if row.problem:
+                source.rejected.append((row.where, row.problem))
+                continue
+            captions += row.caption not in (None, "", b"")
+            name = row.image
+            if isinstance(name, dict):  # the form of Hugging Face's images in JSON
+                name = name.get("path")
+            if hasattr(name, "read"):
+                source.candidates.append(_embedded(table, row.where, name, row.caption))
+                continue
+            if not isinstance(name, str) or not name.strip():
+                source.rejected.append((row.where, "no file name in its image column"))
+                continue
+            url = url or (name if "://" in name else None)
+            path = os.path.join(root, name)
+            kind = name.rpartition(".")[2].lower()
+            key = key_of(os.path.relpath(path, root)) if "\0" not in name else row.where
+            if kind not in IMAGE_TYPES:
+                source.rejected.append((key, f"{WRONG_TYPE}: {name}"))
+            elif not os.path.isfile(path):
+                source.rejected.append((key, f"no such file: {name}"))
+            elif problem := note(seen, path):
+                source.rejected.append((key, problem))
+            else:
+                source.candidates.append(Candidate(key, {kind: Piece(path)}, row.caption))
+    first = tables[0] if len(tables) == 1 else tables[0].parent
+    if not read:
+        raise DataError(f"{first}: no rows; give a table that names images")
+    if not source.candidates:
+        if url:
+            raise DataError(f"{first}: holds addresses ({url}) and no files; download the images first")
+        key, reason = source.rejected[0]
+        raise DataError(
+            f"{first}: none of the images of its {read} rows lies in {root} ({key}: {reason}); check SRC and the column"
+        )
+    if not captions:
+        raise DataError(f"{first}: no captions in the caption column; name another column with --caption-column")
+    source.state = seen.hexdigest()
+    return source
+
+
+def _embedded(table: Path, where: str, image: RowBytes, caption: Any) -> Candidate:
+    number = f"{table.stem}/{int(where.rpartition(' ')[2]) - 1:08d}"
+    key = key_of(os.path.basename(image.name)) if image.name else number
+    return Candidate(key, {}, caption, image=image, other_key=number)

@@ -1,0 +1,240 @@
+"""Tables of images and captions: CSV, JSON lines, Parquet. No row is passed over: one that cannot be read says why."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .captions import CAPTION_COLUMNS
+from .errors import DataError
+from .index import IMAGE_TYPES
+
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+IMAGE_COLUMNS = ("file", "file_name", "filename", "image", "path")
+DELIMITERS = (",", "\t", ";", "|")
+LONGEST_FIELD = 1 << 30  # characters; csv's own limit of 131,072 is less than some captions
+MOST_LINES = 1000
+"""Of a row whose quoted field runs over several lines; a quote that is open for longer was never closed."""
+
+
+class Row(NamedTuple):
+    """A row of a table."""
+
+    where: str
+    """`metadata.csv line 7`"""
+    image: Any
+    """File name, or object with it, or a `RowBytes`."""
+    caption: Any
+    problem: str | None = None
+    """Why the row cannot be used."""
+
+
+class Columns(NamedTuple):
+    """The columns to read, as the user named them; None for the customary names."""
+
+    image: str | None
+    caption: str | None
+
+    def choose(self, table: Path, names: Sequence[str]) -> tuple[str, str]:
+        """Names of the image and the caption column. DataError where one is missing or comes twice."""
+        return (
+            _column(table, names, self.image, IMAGE_COLUMNS, "--image-column"),
+            _column(table, names, self.caption, CAPTION_COLUMNS, "--caption-column"),
+        )
+
+
+def _column(table: Path, names: Sequence[str], wanted: str | None, guesses: tuple[str, ...], option: str) -> str:
+    found = next((name for name in ([wanted] if wanted else guesses) if name in names), None)
+    if found is None:
+        missing = f"no column {wanted}" if wanted else f"no column is called {' or '.join(guesses)}"
+        raise DataError(f"{table}: {missing}; its columns are {', '.join(names) or 'none'}: name one with {option}")
+    if (count := list(names).count(found)) > 1:
+        raise DataError(f"{table}: {count} columns are called {found}; rename all but the one to read")
+    return found
+
+
+def read_table(table: Path, columns: Columns) -> Iterator[Row]:
+    """Rows of a table in their order; blank lines are none. DataError when it is no table or lacks a column."""
+    if not table.is_file():
+        raise DataError(f"{table}: no such table; give a {', '.join(TABLES[:-1])} or {TABLES[-1]} file with --table")
+    kind = table.suffix.lower()
+    if kind not in TABLES:
+        raise DataError(f"{table}: not a table; give a {', '.join(TABLES[:-1])} or {TABLES[-1]} file")
+    if kind == ".parquet":
+        from .parquet import read_parquet  # imports pyarrow, which the other tables do without
+
+        return read_parquet(table, columns)
+    try:
+        return _read_csv(table, columns) if kind in (".csv", ".tsv") else _read_jsonl(table, columns)
+    except OSError as error:
+        raise DataError(f"{table}: {error.strerror or error}; check the path and who may read it") from None
+
+
+def _lines(table: Path) -> Iterator[str]:
+    """Lines with their ends. A byte that is not UTF-8 becomes a lone surrogate: it must cost its row, not the table."""
+    with table.open("rb") as file:
+        wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding, errors = ("utf-16", "strict") if wide else ("utf-8-sig", "surrogateescape")
+    try:
+        with table.open(encoding=encoding, errors=errors, newline="") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise DataError(f"{table}: not the UTF-16 that it begins as ({error}); save it as UTF-8") from None
+
+
+class _Unclosed(Exception):
+    pass
+
+
+class _Numbered:
+    """Lines with their numbers, from 1; those that were taken can be given back."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.lines = iter(lines)
+        self.given_back: list[str] = []
+        self.number = 0
+        """Of the line that was taken last."""
+
+    def take(self) -> str | None:
+        line = self.given_back.pop() if self.given_back else next(self.lines, None)
+        self.number += line is not None
+        return line
+
+    def give_back(self, lines: Sequence[str]) -> None:
+        self.given_back += reversed(lines)
+        self.number -= len(lines)
+
+
+def _read_csv(table: Path, columns: Columns) -> Iterator[Row]:
+    lines = _Numbered(_lines(table))
+    first = lines.take()
+    while first is not None and not first.strip():
+        first = lines.take()
+    if first is None:
+        raise DataError(f"{table}: empty; its first line must name the columns")
+    delimiter = _delimiter(first, columns, "\t" if table.suffix.lower() == ".tsv" else ",")
+    header = [name.strip() for name in _fields(first, delimiter)]
+    names = columns.choose(table, header)
+    return _csv_rows(table.name, lines, delimiter, len(header), *(header.index(name) for name in names))
+
+
+def _csv_rows(name: str, lines: _Numbered, delimiter: str, width: int, image: int, caption: int) -> Iterator[Row]:
+    def is_row(line: str) -> bool:
+        fields = _fields(line, delimiter)
+        return len(fields) == width and fields[image].rpartition(".")[2].strip().lower() in IMAGE_TYPES
+
+    limit = csv.field_size_limit(LONGEST_FIELD)
+    try:
+        while (line := lines.take()) is not None:
+            where = f"{name} line {lines.number}"
+            if not line.strip("\r\n"):
+                continue
+            if "\0" in line:
+                yield Row(where, None, None, "it holds NUL bytes: a damaged copy?")
+                continue
+            fields, problem = _record(line, lines, delimiter, is_row)
+            while len(fields) > width and not fields[-1].strip():
+                fields.pop()
+            if not problem and len(fields) != width:
+                problem = (
+                    f"{len(fields)} fields, and the header names {width}: quote a text that contains {delimiter!r}"
+                )
+            yield Row(where, None, None, problem) if problem else Row(where, fields[image], fields[caption])
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _record(line: str, lines: _Numbered, delimiter: str, is_row: Any) -> tuple[list[str], str | None]:
+    """Fields of the row that begins with `line`. Where its quotes do not close, that one line is lost and no other."""
+    if '"' not in line:
+        return [field.lstrip(" ") for field in line.rstrip("\r\n").split(delimiter)], None
+    more: list[str] = []
+
+    def following() -> Iterator[str]:
+        yield line
+        while (next_line := lines.take()) is not None:
+            more.append(next_line)
+            if is_row(next_line) or len(more) > MOST_LINES:
+                raise _Unclosed
+            yield next_line
+
+    try:
+        return next(csv.reader(following(), delimiter=delimiter, strict=True, skipinitialspace=True)), None
+    except _Unclosed:
+        problem = "a quote that opens in it is not closed"
+    except csv.Error as error:
+        problem = f"its quotes do not fit ({error}): within a quoted text a quote is written twice"
+    lines.give_back(more)
+    return [], problem
+
+
+def _fields(line: str, delimiter: str) -> list[str]:
+    """The fields of one line, whatever its quotes."""
+    try:
+        return next(csv.reader([line.replace("\0", "")], delimiter=delimiter, skipinitialspace=True), [])
+    except csv.Error:
+        return []
+
+
+def _delimiter(header: str, columns: Columns, usual: str) -> str:
+    """The delimiter by which the header names an image and a caption column."""
+    for delimiter in (usual, *DELIMITERS):
+        names = [name.strip() for name in _fields(header, delimiter)]
+        wanted = (
+            [columns.image] if columns.image else IMAGE_COLUMNS,
+            [columns.caption] if columns.caption else CAPTION_COLUMNS,
+        )
+        if all(any(name in names for name in guesses) for guesses in wanted):
+            return delimiter
+    return max((usual, *DELIMITERS), key=lambda delimiter: len(_fields(header, delimiter)))
+
+
+_TWICE = object()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    found: dict[Any, Any] = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        found[_TWICE] = {name for name in names if names.count(name) > 1}
+    return found
+
+
+def _read_jsonl(table: Path, columns: Columns) -> Iterator[Row]:
+    kept = {name for name in (columns.image, columns.caption) if name} | {*IMAGE_COLUMNS, *CAPTION_COLUMNS}
+    names: dict[str, None] = {}
+    rows: list[tuple[int, dict | str]] = []
+    for number, line in enumerate(_lines(table), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=_object)
+        except (ValueError, RecursionError) as error:
+            rows.append((number, f"not JSON ({error!s:.80})"))
+            continue
+        if not isinstance(row, dict):
+            rows.append((number, "not a JSON object"))
+            continue
+        names.update((name, None) for name in row if isinstance(name, str))
+        rows.append((number, {name: value for name, value in row.items() if name in kept or name is _TWICE}))
+    if rows and not names:
+        raise DataError(
+            f"{table}: no line is a JSON object, line {rows[0][0]}: {rows[0][1]}; write one object per line"
+        )
+    image, caption = columns.choose(table, list(names))
+    return _jsonl_rows(table.name, rows, image, caption)
+
+
+def _jsonl_rows(name: str, rows: list[tuple[int, dict | str]], image: str, caption: str) -> Iterator[Row]:
+    for number, row in rows:
+        where = f"{name} line {number}"
+        if isinstance(row, str):
+            yield Row(where, None, None, row)
+        elif twice := row.get(_TWICE, set()) & {image, caption}:
+            yield Row(where, None, None, f"it names {' and '.join(sorted(twice))} twice")
+        else:
+            yield Row(where, row.get(image), row.get(caption))

@@ -1,0 +1,180 @@
+"""The members of a tar, read so that nothing of it is passed over.
+
+Python's tarfile takes a damaged header in the middle for the end of the archive and never looks behind the end mark;
+both lose samples in silence. Here each is a tarfile.ReadError that names the byte.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import IO, Any, NamedTuple
+
+from .errors import DataError
+
+BLOCK = 512  # bytes of a header, and the unit that contents are padded to
+END_MARK = 2 * BLOCK
+RECORD = 20 * BLOCK
+"""What tar programs pad an archive to, unless they are told otherwise. More zeros are a download cut short, or padding
+after all: of `tar --concatenate`, up to two records, or of another blocking factor. Nothing in the file tells which."""
+NEVER_END_IN_ZERO = (".json", ".png", ".txt")
+CHUNK = 1 << 20
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf\x27\x1c": "7-Zip",
+}
+"""First bytes of files that are often named .tar."""
+
+
+class Member(NamedTuple):
+    """A file in a tar."""
+
+    name: str
+    offset: int
+    """Of its content, in bytes from the start of the tar; a link has the content of what it points to."""
+    size: int
+    content: bytes | None
+    """The content, where it was asked for."""
+    problem: str | None
+    """Why its content cannot be used in place."""
+
+
+class ManyZeros(tarfile.ReadError):
+    """More zeros at the end than padding, while the last member before them is whole."""
+
+
+class TarInput:
+    """A file read front to back, which remembers what its end looks like. digest: updated with all that is read."""
+
+    def __init__(self, raw: IO[bytes], digest: Any = None) -> None:
+        self.raw, self.digest = raw, digest
+        self.position, self.head = 0, b""
+        self.content_end = 0
+        """Bytes up to the last one that is not zero, of what was read."""
+
+    def read(self, size: int) -> bytes:
+        data = self.raw.read(size)
+        if self.position == 0:
+            self.head += data[: 8 - len(self.head)]
+        if self.digest is not None:
+            self.digest.update(data)
+        if content := len(data.rstrip(b"\0")):
+            self.content_end = max(self.content_end, self.position + content)
+        self.position += len(data)
+        return data
+
+    def seek(self, position: int) -> int:
+        self.position = self.raw.seek(position)
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+
+class _Info(tarfile.TarInfo):
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> Any:
+        at = tarfile.fileobj.tell()
+        try:
+            info = super().fromtarfile(tarfile)
+        except _EndMark:
+            tarfile.end_mark = at
+            raise
+        except _Empty:
+            raise _damage(at, "no end-of-archive mark") from None
+        except _Header as error:
+            raise _damage(at, f"no valid header ({error})") from None
+        if info.size < 0:  # tarfile would go back and read the same headers for ever
+            raise _damage(at, "a negative size")
+        return info
+
+
+class _Tar(tarfile.TarFile):
+    tarinfo = _Info
+    end_mark: int | None = None
+    """Where the block of zeros lies at which tarfile stopped."""
+
+
+_Header: Any = tarfile.HeaderError
+_EndMark: Any = tarfile.EOFHeaderError  # pyright: ignore[reportAttributeAccessIssue]
+_Empty: Any = tarfile.EmptyHeaderError  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _damage(at: int, what: str) -> tarfile.ReadError:
+    return tarfile.ReadError(f"byte {at}: {what}")
+
+
+def scan(file: TarInput, read_all: bool, wanted: Callable[[str], bool] = lambda name: False) -> Iterator[Member]:
+    """Files of a tar in their order; links to earlier members count as files.
+
+    read_all: read every byte in order instead of seeking from header to header. wanted: whether a member's content is
+    given, by its name; needs `read_all`. Raises tarfile.ReadError, which names a byte, after the last member before any
+    damage: a header that does not parse, a missing end mark, anything but zeros behind it, or more zeros than padding.
+    """
+    places: dict[str, tuple[int, int, bytes | None]] = {}
+    at, last = 0, None
+    try:
+        # A stream is what tarfile never seeks in.
+        tar: _Tar = _Tar.open(fileobj=file, mode="r|" if read_all else "r:", bufsize=CHUNK)  # pyright: ignore
+        for info in tar:
+            at = info.offset_data
+            if info.isdir():
+                continue
+            problem, place = None, None
+            if info.issparse():
+                problem = "it is stored as a sparse file; write the tar without --sparse"
+            elif info.isreg():
+                stream = tar.extractfile(info) if wanted(info.name) else None
+                content = stream.read() if stream else None
+                place = places[posixpath.normpath(info.name)] = info.offset_data, info.size, content
+            elif info.islnk() or info.issym():
+                folder = posixpath.dirname(info.name) if info.issym() else ""
+                place = places.get(posixpath.normpath(posixpath.join(folder, info.linkname)))
+                problem = None if place else f"it is a link to {info.linkname}, which is no file further up in the tar"
+            else:
+                problem = "it is neither a file nor a link"
+            last = Member(info.name, *(place or (0, 0, None)), problem)
+            yield last
+    except tarfile.ReadError as error:
+        name = next((name for mark, name in COMPRESSED.items() if file.head.startswith(mark)), None)
+        if name and at == 0:
+            raise tarfile.ReadError(f"not a plain tar but {name}: samples are read in place, so unpack it") from None
+        if str(error).startswith("byte "):
+            raise
+        raise _damage(at, str(error)) from None
+    except DataError:  # of the storage
+        raise
+    except (EOFError, ValueError, OverflowError, tarfile.TarError) as error:  # numbers that no tar has
+        raise _damage(at, str(error)) from None
+    assert tar.end_mark is not None, "without one the last header is none"
+    _check_end(file, tar.end_mark, last, read_all)
+
+
+def _check_end(file: TarInput, mark: int, last: Member | None, read_all: bool) -> None:
+    end = last.offset + last.size if last and last.size else 0
+    if not read_all:
+        file.seek(max(0, end - 1))
+        file.read(1)
+        file.seek(mark)
+    while file.read(CHUNK):
+        pass
+    size = file.position
+    if file.content_end > mark:
+        raise _damage(
+            mark,
+            f"zeros that end the archive, and more content up to byte {file.content_end}: overwritten, or tars that"
+            " were joined without `tar --concatenate`",
+        )
+    if size - mark < END_MARK:
+        raise _damage(mark, "no end-of-archive mark")
+    if last and file.content_end < end and last.name.lower().endswith(NEVER_END_IN_ZERO):
+        raise _damage(file.content_end, f"zeros to the end of the file, also in {last.name}: a download cut short")
+    if size - mark >= END_MARK + RECORD:
+        what = f"{size - mark} zeros to the end of the file, more than the padding of a tar: a download cut short?"
+        raise (ManyZeros if file.content_end >= end else tarfile.ReadError)(f"byte {mark}: {what}")
