@@ -2,6 +2,7 @@
 
 from .load import FOLDER, RecipeError, apply_overrides, explain, load_recipe, read_yaml, shipped_recipes, to_yaml
 from .schema import Recipe, Section
+from .template import template
 
 __all__ = [
     "FOLDER",
@@ -13,5 +14,6 @@ __all__ = [
     "load_recipe",
     "read_yaml",
     "shipped_recipes",
+    "template",
     "to_yaml",
 ]

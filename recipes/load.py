@@ -26,11 +26,11 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 takes `3e-4` for text; here it is the number that its writer meant, and `1e5` or `5.0` an integer."""
 
 
-class _Dumper(yaml.SafeDumper):
+class Dumper(yaml.SafeDumper):
     """Puts text that the loader would take for a number in quotes."""
 
 
-for _class in (_Loader, _Dumper):
+for _class in (_Loader, Dumper):
     _class.add_implicit_resolver(FLOAT, re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
@@ -60,11 +60,11 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     `extends: NAME` or `extends: FILE`, seen from its folder, names a recipe whose settings hold where it has none.
     """
-    path = _find(source)
+    path = find_recipe(source)
     return _validate(apply_overrides(_read(path), overrides), str(path))
 
 
-def _find(source: str | Path) -> Path:
+def find_recipe(source: str | Path) -> Path:
     """The file of a recipe that is given by its path or, shipped, by its name."""
     path = Path(source)
     if path.is_file():
@@ -95,7 +95,7 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str):
         raise RecipeError(f"{path}: extends names one recipe, shipped or a file, not {base!r}")
     beside = path.parent / base
-    found = beside if beside.is_file() else _find(base)
+    found = beside if beside.is_file() else find_recipe(base)
     if found.resolve() in (*extending, path.resolve()):
         raise RecipeError(f"{path}: extends {base}, which extends it in turn")
     return _over(_read(found, (*extending, path.resolve())), tree)
@@ -136,7 +136,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 def to_yaml(recipe: Recipe) -> str:
     """The recipe with every default filled in, as YAML that `load_recipe` reads back."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _validate(tree: dict[str, Any], where: str) -> Recipe:
@@ -164,6 +164,8 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
         return f"unknown key {key}; {hint}"
     if problem["type"] == "missing":
         return f"{key} is not set; add it to the recipe or give {key}=value"
+    if problem["type"] == "string_pattern_mismatch":
+        return f"{key}: {problem['input']!r} cannot be a folder's name here; use letters, digits, `.`, `_` and `-`"
     message = problem["msg"].removeprefix("Value error, ")
     # Our own validators say what is wrong with which values; their input is a whole group, or the whole recipe.
     got = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"

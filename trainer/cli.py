@@ -28,6 +28,7 @@ from .checkpoint.cli import app as checkpoint_app
 from .errors import Locked, RunError, Unhealthy, Unmet
 from .evaluate_cli import evaluate
 from .generate_cli import generate
+from .init_cli import init
 from .launch import adopt_rank, devices, run_child, run_ranks
 from .monitors.goodput_cli import goodput
 from .monitors.stop import ignore_signals
@@ -49,6 +50,7 @@ app.add_typer(track_app, name="track", help="MLflow: send what a tracker missed.
 
 app.add_typer(slurm_app, name="slurm")
 
+app.command()(init)
 app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(plan)

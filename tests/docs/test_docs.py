@@ -19,6 +19,7 @@ import pytest
 import torch
 import typer
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 import ranked
@@ -99,11 +100,22 @@ def folder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     make, *trains, evaluate = (shlex.split(line)[1:] for line in lines if line.startswith("bifrost "))
     assert make == ["data", "demo", "demo"]
     (folder / "demo").symlink_to(shards)
+    own_images(folder / "photos")
     for train in trains:
         bifrost(folder, *train)
     assert evaluate[:5] == ["eval", "--mllm", "runs/tiny-mllm", "--controlnet", "runs/tiny-controlnet"]
     bifrost(folder, *evaluate)
     return folder
+
+
+def own_images(photos: Path) -> None:
+    """What the page on one's own images begins with: pictures, and the table whose first lines it shows."""
+    photos.mkdir()
+    (shown,) = [block for block in blocks(ROOT / "docs" / "own-images.md", "text") if block.startswith("file,caption")]
+    names = [f"cat-{number:02}.jpg" for number in range(1, 13)]
+    (photos / "captions.csv").write_text(shown + "".join(f"{name},a cat\n" for name in names[2:]))
+    for number, name in enumerate(names):
+        Image.new("RGB", (80, 60), (20 * number, 100, 0)).save(photos / name)
 
 
 @pytest.mark.multi
@@ -187,6 +199,12 @@ def test_the_recipe_shown_is_the_demo_recipe() -> None:
 def test_recipes_page_is_up_to_date() -> None:
     page = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))["page"]
     assert TEXT[ROOT / "docs" / "recipes.md"] == page(), "run python docs/make_recipes.py"
+
+
+def test_the_table_of_own_images_is_the_plans() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "make_own_images.py"))["page"]
+    text = TEXT[ROOT / "docs" / "own-images.md"]
+    assert text == page(text), "run python docs/make_own_images.py"
 
 
 def test_plan_page_is_up_to_date_and_its_anchors_hold() -> None:

@@ -1,0 +1,112 @@
+"""A recipe of one's own: a shipped one written out, with every setting explained, for `bifrost init`."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from .load import Dumper, find_recipe, load_recipe, read_yaml
+from .schema import Recipe
+
+WIDTH = 100
+OF_THE_OTHER_STAGE = {"patch-latents": {"flux", "controlnet"}, "controlnet": {"branch"}}
+"""Stage -> groups of settings that it does not read."""
+HEAD = """\
+# Settings with a # right before them have the value that is shown; remove it to change one.
+# key.path=value on the command line overrides any of them: bifrost train {file} optimizer.lr=3e-4
+"""
+
+
+def template(source: str | Path, name: str, shards: str | None, file: str) -> str:
+    """YAML of the recipe `source` under the name `name`, on `shards` where given, to be saved as `file`.
+
+    Loaded, it equals `source` in all other settings. RecipeError when `source` or `name` cannot be used.
+    """
+    given = [f"name={json.dumps(name)}", *([f"data.shards={json.dumps(shards)}"] if shards else [])]
+    recipe = load_recipe(source, given)
+    head, notes = _comments(find_recipe(source))
+    lines = [*head, "", *HEAD.format(file=file).splitlines(), ""]
+    skipped = OF_THE_OTHER_STAGE[recipe.stage] - recipe.model_fields_set
+    for key, field in Recipe.model_fields.items():
+        if key not in skipped:
+            gap = [""] if _section_of(field) else []
+            lines += [*gap, *(f"# {note}" for note in notes.get(key, [])), *_setting(recipe, key, field, "")]
+    return "\n".join(lines) + "\n"
+
+
+def _setting(section: BaseModel, key: str, field: FieldInfo, indent: str) -> Iterator[str]:
+    """The lines of one setting, or of a group of them."""
+    value, inner = getattr(section, key), _section_of(field)
+    given = key in section.model_fields_set
+    if inner is None:
+        yield from _explained(field.description, indent)
+        yield f"{indent}{'' if given else '#'}{key}: {_yaml(value)}"
+        return
+    yield from _explained(field.description or inner.__doc__, indent)
+    if given and value is not None:
+        yield f"{indent}{key}:"
+        for name, each in inner.model_fields.items():
+            yield from _setting(value, name, each, indent + "  ")
+    else:
+        yield from _defaults(inner, key, indent)
+
+
+def _defaults(section: type[BaseModel], key: str, indent: str) -> Iterator[str]:
+    """A group that the recipe leaves at its defaults."""
+    yield f"{indent}#{key}:"
+    for name, field in section.model_fields.items():
+        if inner := _section_of(field):
+            yield from _defaults(inner, name, indent + "  ")
+        else:
+            yield from _explained(field.description, indent + "  ")
+            value = field.get_default(call_default_factory=True)
+            yield f"{indent}  #{name}: {'' if value is PydanticUndefined else _yaml(value)}"
+
+
+def _explained(text: str | None, indent: str) -> list[str]:
+    return textwrap.wrap(
+        " ".join((text or "").split()), WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+    )
+
+
+def _section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The group of settings that a field is; of an optional one, too."""
+    options = [field.annotation, *get_args(field.annotation)]
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def _yaml(value: Any) -> str:
+    value = list(value) if isinstance(value, tuple) else value
+    text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=10_000, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
+def _comments(path: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """The comment that a recipe file begins with, and by top-level key those above its line and at its end; of what it
+    `extends`, too, where it has none."""
+    text = path.read_text(encoding="utf-8")
+    first, *_ = re.split(r"^(?=\w)", text, maxsplit=1, flags=re.M)
+    head = [line for line in first.splitlines() if line.startswith("#")]
+    notes: dict[str, list[str]] = {}
+    above: list[str] = []
+    for line in text[len(first) :].splitlines():
+        if line.startswith("#"):
+            above.append(line.removeprefix("#").strip())
+        elif found := re.match(r"(\w+):", line):
+            after = re.search(r"\s#\s+(.*)$", line)
+            if kept := [*above, *([after[1]] if after else [])]:
+                notes[found[1]] = kept
+            above = []
+    if base := read_yaml(text).get("extends"):
+        beside = path.parent / base
+        notes = {**_comments(beside if beside.is_file() else find_recipe(base))[1], **notes}
+    return head, notes

@@ -1,0 +1,69 @@
+"""`bifrost init`: the file loads as the recipe that it was made from, and explains every setting."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bifrost.recipes import Recipe, RecipeError, load_recipe, read_yaml, shipped_recipes, template
+from bifrost.trainer.cli import app
+from bifrost.trainer.errors import RunError
+
+
+@pytest.mark.parametrize("source", shipped_recipes())
+def test_the_file_is_the_shipped_recipe_under_another_name(source: str, tmp_path: Path) -> None:
+    file = tmp_path / "cats.yaml"
+    file.write_text(template(source, "cats", "/mine/*.tar", str(file)), encoding="utf-8")
+    assert load_recipe(file) == load_recipe(source, ["name=cats", "data.shards=/mine/*.tar"])
+    file.write_text(template(source, "007", None, str(file)), encoding="utf-8")
+    shipped = load_recipe(source)
+    assert load_recipe(file) == shipped.model_copy(update={"name": "007"})
+
+
+@pytest.mark.parametrize("source", ["tiny-mllm", "flux-controlnet-256"])
+def test_every_line_with_a_setting_can_be_uncommented(source: str, tmp_path: Path) -> None:
+    text = template(source, "cats", None, "cats.yaml")
+    whole = re.sub(r"^( *)#(?=\w)", r"\1", text, flags=re.M)
+    (tmp_path / "cats.yaml").write_text(whole, encoding="utf-8")
+    found, shipped = load_recipe(tmp_path / "cats.yaml"), load_recipe(source, ["name=cats"])
+    assert found.model_copy(update={"ema": None}) == shipped.model_copy(update={"ema": None})
+    other = {"patch-latents": {"flux", "controlnet"}, "controlnet": {"branch"}}[shipped.stage]
+    assert Recipe.model_fields.keys() - other == read_yaml(whole).keys()
+
+
+def test_comments_are_the_schemas_and_the_recipes_own() -> None:
+    text = " ".join(template("mllm-7b-256", "cats", None, "cats.yaml").replace("#", "").split())
+    assert Recipe.model_fields["global_batch"].description in text
+    for own in ("mllm-7b for 256 GPUs and more", "256 GPUs x 16", "Few and large collectives"):  # the last its base's
+        assert own in text
+
+
+def test_init_writes_prints_what_is_next_and_keeps_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(app, ["init", "cats", "--from", "tiny-mllm", "--data", "shards/*.tar"])
+    assert ended.exit_code == 0 and "bifrost train cats.yaml --ranks 2" in ended.output
+    before = Path("cats.yaml").read_text()
+    ended = CliRunner().invoke(app, ["init", "cats", "--from", "mllm-7b"])
+    assert isinstance(ended.exception, RunError) and "cats.yaml: exists" in str(ended.exception)
+    assert Path("cats.yaml").read_text() == before
+    assert CliRunner().invoke(app, ["init", "cats", "--from", "mllm-7b", "--out", "dogs.yaml"]).exit_code == 0
+
+
+@pytest.mark.parametrize(("name", "source", "said"), [("cats", "mllm-8b", "mllm-7b"), ("my cats", "mllm-7b", "name")])
+def test_what_cannot_be_is_one_line_and_writes_nothing(
+    name: str, source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(app, ["init", name, "--from", source])
+    assert isinstance(ended.exception, RecipeError) and said in str(ended.exception)
+    assert "\n" not in str(ended.exception) and not list(tmp_path.iterdir())
+
+
+def test_choices_are_in_the_help_and_in_the_error_without_one() -> None:
+    told = CliRunner().invoke(app, ["init", "--help"], env={"COLUMNS": "200"}).output
+    assert all(name in told for name in shipped_recipes())
+    ended = CliRunner().invoke(app, ["init", "cats"])
+    assert isinstance(ended.exception, RunError) and all(name in str(ended.exception) for name in shipped_recipes())

@@ -1,0 +1,47 @@
+"""`bifrost init`: a commented recipe to begin with."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..recipes import load_recipe, shipped_recipes, template
+from .errors import RunError, writing
+
+CHOICES = ", ".join(shipped_recipes())
+
+
+def init(
+    name: Annotated[str, typer.Argument(help="Name of the run: letters, digits, . _ and -.")],
+    source: Annotated[
+        str | None,
+        typer.Option("--from", help=f"The recipe to begin with: {CHOICES}, or a file.", show_default=False),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Your shards, braces and wildcards in quotes.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The file; default NAME.yaml here.")] = None,
+) -> None:
+    """Write a recipe of your own: a shipped one with every setting explained."""
+    if source is None:
+        raise RunError(f"say which recipe to begin with, such as --from tiny-mllm; there are {CHOICES}")
+    file = out or Path(f"{name}.yaml")
+    text = template(source, name, data, str(file))
+    with writing(file):
+        try:
+            with open(file, "x", encoding="utf-8") as opened:
+                opened.write(text)
+        except FileExistsError:
+            raise RunError(f"{file}: exists and stays as it is; choose another NAME or --out") from None
+    recipe = load_recipe(file)
+    tiny = recipe.backbone.path.startswith("builtin:")
+    shards = recipe.data.shards if isinstance(recipe.data.shards, str) else recipe.data.shards[0]
+    print(f"{file}: stage {recipe.stage}, as {source}. Next:")
+    if data is None:
+        folder = os.path.dirname(shards) or "."
+        print(f"  bifrost data ingest IMAGES {folder}    # makes the shards that it names")
+    print(f"  bifrost plan {file} --device h100     # memory, hours and cost")
+    print(f"  bifrost train {file}{' --ranks 2' if tiny else ''}")
+    if not tiny:
+        print(f"  bifrost slurm submit {file} --nodes 1 --gpus-per-node 8")
