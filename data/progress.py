@@ -76,12 +76,12 @@ class progress:
                     bar.update(task, completed=self.done)
 
 
-def track(items: Iterable[Item], what: str, total: int, unit: str, done: int = 0) -> Iterator[Item]:
+def track(items: Iterable[Item], what: str, total: int, unit: str, shown: bool = True) -> Iterator[Item]:
     """The `items`, with `progress` of their being taken."""
-    with progress(what, total, unit, done) as shown:
+    with progress(what, total, unit, shown=shown) as taken:
         for item in items:
             yield item
-            shown.advance()
+            taken.advance()
 
 
 def duration(seconds: float) -> str:

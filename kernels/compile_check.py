@@ -242,26 +242,31 @@ def _number(pattern: str, text: str) -> int:
 
 
 def main() -> int:
-    """Print a line a build; 1 when one is refused."""
-    print(f"{'kernel':<44} {'target':>6} {'regs':>5} {'spill':>6} {'shared':>8} {'warps':>6} {'matrix':>7}")
+    """Print how many builds there are and a line for each, as soon as it is made; 1 when one is refused."""
+    total = sum(len(case.arches) for case in cases())
+    print(
+        f"{f'{total} builds':<44} {'target':>6} {'regs':>5} {'spill':>6} {'shared':>8} {'warps':>6} {'matrix':>7}",
+        flush=True,
+    )
     refused = 0
     for case in cases():
         for arch in case.arches:
             label = f"{case.name:<44} {'sm_' + str(arch):>6}"
             if case.name.startswith("triton-ws") and not halves_epilogue():
-                print(f"{label}  left out: needs Triton 3.7, this is {triton.__version__}")
+                print(f"{label}  left out: needs Triton 3.7, this is {triton.__version__}", flush=True)
                 continue
             try:
                 made = build(case, arch)
             except Exception as error:  # whatever the compiler raises: the others are still looked at
                 refused += 1
-                print(f"{label}  REFUSED: does not compile: {str(error).splitlines()[0]}")
+                print(f"{label}  REFUSED: does not compile: {str(error).splitlines()[0]}", flush=True)
                 continue
             verdict = "; ".join(made.problems)
             refused += bool(verdict)
             print(
                 f"{label} {made.registers:>5} {made.spilled:>6} {made.shared:>8}"
-                f" {made.warps:>6} {made.matrix_instructions:>7}  {'REFUSED: ' + verdict if verdict else 'ok'}"
+                f" {made.warps:>6} {made.matrix_instructions:>7}  {'REFUSED: ' + verdict if verdict else 'ok'}",
+                flush=True,
             )
     return 1 if refused else 0
 

@@ -14,6 +14,7 @@ import typer
 
 from ..data import DataError
 from ..data.cli import app as data_app
+from ..data.progress import progress
 from ..recipes import Recipe, RecipeError, load_recipe, to_yaml
 from ..recipes.secrets import redact
 from ..slurm import SlurmError
@@ -111,7 +112,7 @@ def data_encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: Rank
 def kernels_check() -> None:
     """Compile every kernel for sm_80, sm_90 and sm_100, without a GPU; exit code 1 when one spills or does not fit."""
     # A process of its own: on a machine without a GPU this one has Triton's interpreter.
-    _leave(run_child("bifrost.kernels.compile_check"))
+    _leave(run_child("bifrost.kernels.compile_check", counts="kernels"))
 
 
 @kernels_app.command("profile")
@@ -163,7 +164,8 @@ def export(
     """Write a run's trained weights as safetensors in bf16."""
     from .checkpoint.export import export as write
 
-    taken = write(run, out, layout.value, ema=ema, step=step)
+    with progress("exporting"):
+        taken = write(run, out, layout.value, ema=ema, step=step)
     print(f"{out}: step {taken} of {run} in the {layout.value} layout")
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from ..data import DataError, Dataset, open_dataset
 from ..data.files import is_local, write_atomic
 from ..data.index import load_header
+from ..data.progress import track
 from ..data.tars import TarInput, scan
 from ..data.transforms import decode_image
 from ..data.write import write_shard
@@ -73,7 +74,8 @@ class _Encoder:
     def run(self, rank: int, ranks: int) -> str:
         """Encode shards `rank`, `rank` + `ranks`, …; a line that tells what was done."""
         done = kept = samples = bad = 0
-        for shard in range(rank, len(self.dataset.shards), ranks):
+        mine = range(rank, len(self.dataset.shards), ranks)
+        for shard in track(mine, f"encoding {self.kind}", len(mine), "shards", shown=rank == 0):
             counts = self._encode(shard)
             kept, done = kept + (counts is None), done + (counts is not None)
             samples, bad = (total + more for total, more in zip((samples, bad), counts or (0, 0), strict=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data import Dataset
+from ..data.progress import progress
 from ..kernels import PrefixLayout
 from .evaluate_samples import Sample, SampleSet
 from .generate import Generator, Settings
@@ -58,7 +59,6 @@ def evaluate(
     settings: Settings = Settings(),
     batch: int = 8,
     gallery: int = GALLERY,
-    progress: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
     """Figures over `samples` captions of each data set; the same ones for the same seed.
 
@@ -72,22 +72,26 @@ def evaluate(
         sets.append(SampleSet("heldout", heldout, seed, sizes))
     known = sets[0].image_hashes(gallery) if heldout is not None else set()
     chosen = {one.name: one.choose(samples, () if one is sets[0] else known) for one in sets}
-    trials = {name: _Trial(generator, name, of, seed, settings, batch, progress) for name, of in chosen.items()}
+    kinds = sum(_Trial.KINDS[name] for name in chosen)
+    with progress("making", kinds * samples, "pictures") as shown:
+        trials = {
+            name: _Trial(generator, name, of, seed, settings, batch, shown.advance) for name, of in chosen.items()
+        }
     own = [(name, sample.index) for name, of in chosen.items() for sample in of]
     nearest = {
         prefix: NearestPixels(torch.cat([_stack(trial.made[kind]) for trial in trials.values()]), own)
         for prefix, kind in RECONSTRUCTIONS.items()
     }
-    progress("looking reconstructions up among all images")
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for one in sets:
-        for part in one.gallery(gallery, 4 * batch, [sample.index for sample in chosen[one.name]]):
-            keys, originals = [(one.name, sample.index) for sample in part], _stack([s.original for s in part])
-            for lookup in nearest.values():
-                lookup.add(keys, originals)
-            if one.name == "train":
-                total = total + generator.encode(_stack([s.seen for s in part])).double().sum(0).cpu()
-                count += len(part)
+    with progress("looking reconstructions up among all images"):
+        for one in sets:
+            for part in one.gallery(gallery, 4 * batch, [sample.index for sample in chosen[one.name]]):
+                keys, originals = [(one.name, sample.index) for sample in part], _stack([s.original for s in part])
+                for lookup in nearest.values():
+                    lookup.add(keys, originals)
+                if one.name == "train":
+                    total = total + generator.encode(_stack([s.seen for s in part])).double().sum(0).cpu()
+                    count += len(part)
     found: dict[str, dict[str, float]] = {name: {} for name in trials}
     for prefix, lookup in nearest.items():
         for name, hits in zip(trials, lookup.hits().double().split(samples), strict=True):
@@ -107,6 +111,9 @@ def evaluate(
 class _Trial:
     """The pictures of one data set's captions, and what they are worth. Figures are taken in fp32 or more."""
 
+    KINDS: ClassVar = {"train": 7, "heldout": 4}
+    """Pictures of each caption."""
+
     def __init__(
         self,
         generator: Generator,
@@ -115,7 +122,7 @@ class _Trial:
         seed: int,
         settings: Settings,
         batch: int,
-        progress: Callable[[str], None],
+        made: Callable[[int], None],
     ) -> None:
         self.generator, self.name, self.batch, self.seed = generator, name, batch, seed
         self.indices = np.array([sample.index for sample in samples], dtype=np.int64)
@@ -138,8 +145,8 @@ class _Trial:
             plans["random_latents"] = settings, self._random_latents()
         self.made: dict[str, list[Image.Image]] = {}
         for kind, (how, latents) in plans.items():
-            progress(f"{name}: {len(samples)} pictures, {kind}")
-            self.made[kind] = generator.generate(self.captions, self.seeds, how, latents, batch)
+            self.made[kind] = generator.generate(self.captions, self.seeds, how, latents, batch, made)
+        assert len(plans) == self.KINDS[name]
 
     def latents(self, mean: Tensor) -> dict[str, dict[str, float]]:
         """By mask rate: mean squared error and cosine of the branch's predictions on hidden patches.

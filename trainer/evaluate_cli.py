@@ -6,7 +6,6 @@ import importlib.metadata
 import io
 import json
 import platform
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..data.files import write_atomic
+from ..data.progress import progress
 from ..data.shards import open_dataset
 from ..slurm.record import newest_step
 from .errors import RunError, writing
@@ -71,9 +71,10 @@ def evaluate(
         steps, schedule.value, guidance, flux=Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
     )
     made_with = {"mllm": origin(mllm), "controlnet": origin(controlnet)}
-    generator = Generator.load(mllm, controlnet, flux)
+    with progress("loading the models"):
+        generator = Generator.load(mllm, controlnet, flux)
     reveal_counts(generator.mllm.branch.side**2, steps, settings.schedule)  # refuses more steps than patches
-    found = module.evaluate(generator, train, other, samples, seed, settings, batch, gallery, _say)
+    found = module.evaluate(generator, train, other, samples, seed, settings, batch, gallery)
     record: dict[str, Any] = {
         "figures": found.figures,
         "samples": samples,
@@ -154,7 +155,3 @@ def _check(out: Path) -> None:
     others = sorted({path.name for path in out.iterdir()} - {METRICS, TABLE, SHEET}) if out.is_dir() else []
     if others:
         raise RunError(f"{out}: is not empty ({others[0]}) and was not made by `bifrost eval`; name a new folder")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

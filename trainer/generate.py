@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,10 +102,11 @@ class Generator:
         settings: Settings = Settings(),
         latents: Tensor | None = None,
         batch: int = 8,
+        made: Callable[[int], None] = lambda count: None,
     ) -> list[Image.Image]:
         """An image for every prompt and its seed, whatever the others are.
 
-        latents [B, N, D]: painted instead of decoded ones.
+        latents [B, N, D]: painted instead of decoded ones. made: called with the number of images of each batch.
         """
         assert len(prompts) == len(seeds)
         images = []
@@ -116,6 +117,7 @@ class Generator:
                 given = self.latents(prompts[part], seeds[part], settings)
             pixels = self.paint(prompts[part], seeds[part], settings, given)
             images += [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()]
+            made(len(pixels))
         return images
 
     @torch.no_grad()

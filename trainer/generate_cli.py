@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from PIL import Image
 
+from ..data.progress import progress
 from ..data.transforms import decode_image
 from .errors import RunError
 from .generate_files import (
@@ -111,12 +112,16 @@ def generate(
     missing = [picture for picture in share if not (out / picture.file).exists()]
     if missing:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-        generator = Generator.load(mllm, controlnet, flux, device)
+        with progress("loading the models", shown=rank == 0):
+            generator = Generator.load(mllm, controlnet, flux, device)
         # Refuses more steps than there are patches, before the folder is begun.
         reveal_counts(generator.mllm.branch.side**2, steps, settings.schedule)
         begin(out, entries)
-        for picture, images in _made(generator, missing, settings, image, batch):
-            write(out, picture, images, layout)
+        made, there = _made(generator, missing, settings, image, batch), len(share) - len(missing)
+        with progress("making", len(share), "pictures", there, shown=rank == 0) as shown:
+            for picture, images in made:
+                write(out, picture, images, layout)
+                shown.advance()
     if all((out / picture.file).exists() for picture in pictures):
         draw_sheet(out, pictures)
     print(f"{out}: {len(missing)} pictures made, {len(share) - len(missing)} were there")

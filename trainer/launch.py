@@ -7,6 +7,7 @@ at once. It imports no torch.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from ..data.processes import die_with_parent
+from ..data.progress import progress
 from ..slurm import launched_by, private_folders, rank_environment
 from ..slurm.codes import DONE, FAILED, INTERRUPTED
 from ..slurm.ranks import LAUNCHER_VARIABLES
@@ -89,16 +91,29 @@ def run_ranks(ranks: int, arguments: Sequence[str], run: Path | None = None) -> 
                 signal.signal(number, handler)
 
 
-def run_child(module: str, *arguments: str) -> int:
-    """Run `python -m MODULE ARGUMENTS` as a process that never outlives this one; returns its exit code."""
+def run_child(module: str, *arguments: str, counts: str | None = None) -> int:
+    """Run `python -m MODULE ARGUMENTS` as a process that never outlives this one; returns its exit code.
+
+    counts: what it has a line for each of, after a first one that begins with their number; they show as progress.
+    """
     # A session of its own: a Ctrl-C on the terminal is for this process to answer.
     with subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         env=_safe_path(),
         start_new_session=True,
         preexec_fn=partial(die_with_parent, os.getpid()),
+        stdout=subprocess.PIPE if counts else None,
+        text=True,
     ) as child:
         try:
+            if counts and child.stdout:
+                first = child.stdout.readline()
+                print(first, end="", flush=True)
+                total = int(number[0]) if (number := re.match(r"\d+", first)) else None
+                with progress("compiling", total, counts) as shown:
+                    for line in child.stdout:
+                        print(line, end="", flush=True)
+                        shown.advance()
             return child.wait()
         finally:
             child.kill()

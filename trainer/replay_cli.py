@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from ..data.files import write_atomic
+from ..data.progress import progress
 from .errors import RunError, writing
 from .history import History
 from .terminal import terminal
@@ -43,7 +44,8 @@ def replay(
 
     from .replay import replay as rebuild
 
-    found = rebuild(run, place, weights_step)
+    with progress("rebuilding the step"):
+        found = rebuild(run, place, weights_step)
     out = out or run / "replay" / f"step-{place.step:08d}-batch-{place.batch:08d}"
     record = json.dumps(found.record(), indent=1)
     picture = io.BytesIO()

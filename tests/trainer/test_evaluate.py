@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -274,6 +274,7 @@ class Faithful(Generator):
         settings: Settings = FAST,
         latents: torch.Tensor | None = None,
         batch: int = 8,
+        made: Callable[[int], None] = lambda count: None,
     ) -> list[Image.Image]:
         images = []
         for number, prompt in enumerate(prompts):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from ...data.progress import progress
 from ..errors import RunError
 from ..report.files import flat
 from ..terminal import terminal
@@ -19,6 +20,8 @@ from ..terminal import terminal
 if TYPE_CHECKING:  # torch stands behind them, which other commands do not need
     from .manifest import Manifest
     from .store import Store
+
+MB = 10**6
 
 app = typer.Typer(help="List, verify and show the checkpoints of a run.", no_args_is_help=True)
 
@@ -119,10 +122,22 @@ def _existing(store: Store, step: int) -> int:
 
 def _problems(store: Store, step: int) -> list[str]:
     """Like `store.verify`, one thread a CPU: hashing releases Python's lock."""
-    shares = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(shares) as pool:
-        found = pool.map(lambda share: store.verify(step, (share, shares)), range(shares))
-    return list(dict.fromkeys(problem for problems in found for problem in problems))
+    from .manifest import read_manifest
+
+    try:
+        sizes = [entry.size for _, entry in sorted(read_manifest(store.folder(step)).files.items())] or [0]
+    except RunError as error:
+        return [str(error)]
+    label = f"verifying {store.folder(step).name}"
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, progress(label, sum(sizes) // MB, "MB") as shown:
+
+        def check(number: int) -> list[str]:
+            found = store.verify(step, (number, len(sizes)))
+            shown.advance(sizes[number] // MB)
+            return found
+
+        problems = list(pool.map(check, range(len(sizes))))
+    return list(dict.fromkeys(problem for found in problems for problem in found))
 
 
 def _size(manifest: Manifest) -> str:
