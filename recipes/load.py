@@ -23,7 +23,17 @@ class RecipeError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes `3e-4` for text; here it is the number that its writer meant, and `1e5` or `5.0` an integer."""
+    """YAML 1.1 takes `3e-4` for text; here it is the number that its writer meant, and `1e5` or `5.0` an integer. A key
+    that comes twice is refused, where YAML's other readers keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value]
+        earlier = [str(key.value) for key in keys]
+        if twice := next((key for at, key in enumerate(keys) if str(key.value) in earlier[:at]), None):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice.value} comes twice; remove one", twice.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
 class Dumper(yaml.SafeDumper):
@@ -46,7 +56,11 @@ def read_yaml(text: str) -> Any:
     """What YAML `text` says. ValueError when it is none."""
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except yaml.MarkedYAMLError as error:
+        at, problem = error.problem_mark or error.context_mark, " ".join((error.problem or str(error)).split())
+        remedy = "; indent with spaces" if "'\\t'" in problem else ""
+        raise ValueError(f"line {at.line + 1}: {problem}{remedy}" if at else problem) from error
+    except yaml.YAMLError as error:  # a character that no YAML has
         raise ValueError(" ".join(str(error).split())) from error
 
 
@@ -61,7 +75,24 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     `extends: NAME` or `extends: FILE`, seen from its folder, names a recipe whose settings hold where it has none.
     """
     path = find_recipe(source)
-    return _validate(apply_overrides(_read(path), overrides), str(path))
+    tree = apply_overrides(_read(path), overrides)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        where = _override(overrides, error.errors()[0]["loc"]) or str(path)
+        raise RecipeError(redact(f"{where}: {explain(error, Recipe)}")) from error
+
+
+def _override(overrides: Sequence[str], place: Sequence[int | str]) -> str | None:
+    """The override that a fault at `place` comes from, None where it is the file's."""
+    key = [str(part) for part in place]
+    found = []
+    for each in overrides:
+        named = each.partition("=")[0].split(".")
+        shared = min(len(named), len(key))
+        if shared and named[:shared] == key[:shared]:
+            found.append(each)
+    return f"override {found[-1]!r}" if found else None
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -74,28 +105,40 @@ def find_recipe(source: str | Path) -> Path:
             f"{source}: is a run folder, no recipe: `bifrost resume {source}` continues it, its recipe is"
             f" {path / 'recipe.yaml'}"
         )
+    if path.is_dir():
+        raise RecipeError(f"{source}: is a folder; name a recipe file, or one of {', '.join(shipped_recipes())}")
     # A path as the README writes it also works where the package is installed without its checkout.
     shipped = shipped_recipes().get(path.stem) if path.suffix in ("", ".yaml") else None
     if shipped is None or path.parent.name not in ("", "recipes"):
-        raise RecipeError(f"{source}: no such recipe; shipped ones are {', '.join(shipped_recipes())}")
+        near = difflib.get_close_matches(path.stem, shipped_recipes(), n=1, cutoff=0.7)
+        hint = f"did you mean {near[0]}?" if near else f"shipped ones are {', '.join(shipped_recipes())}"
+        raise RecipeError(f"{source}: no such recipe; {hint}")
     return shipped
 
 
 def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The settings in a file, put over those of the recipe that it `extends`."""
     try:
-        tree = read_yaml(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not UTF-8 text; save it as that") from error
     except ValueError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of settings, this is {type(tree).__name__}")
+        what = "is empty" if tree is None else "has none"
+        raise RecipeError(f"{path}: {what}; a recipe is a mapping of settings, such as `steps: 100`")
     base = tree.pop("extends", None)
     if base is None:
         return tree
     if not isinstance(base, str):
         raise RecipeError(f"{path}: extends names one recipe, shipped or a file, not {base!r}")
     beside = path.parent / base
-    found = beside if beside.is_file() else find_recipe(base)
+    try:
+        found = beside if beside.is_file() else find_recipe(base)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: extends {error}") from error
     if found.resolve() in (*extending, path.resolve()):
         raise RecipeError(f"{path}: extends {base}, which extends it in turn")
     return _over(_read(found, (*extending, path.resolve())), tree)
@@ -139,13 +182,6 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _validate(tree: dict[str, Any], where: str) -> Recipe:
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise RecipeError(redact(f"{where}: {explain(error, Recipe)}")) from error
-
-
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """What is wrong with settings that are no `model`, in one line; an unknown key comes with the nearest known one."""
     problems = error.errors()
@@ -166,9 +202,15 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
         return f"{key} is not set; add it to the recipe or give {key}=value"
     if problem["type"] == "string_pattern_mismatch":
         return f"{key}: {problem['input']!r} cannot be a folder's name here; use letters, digits, `.`, `_` and `-`"
+    if problem["type"] == "model_type":
+        section = _section(path, model)
+        names = ", ".join(f"{key}.{name}" for name in list(section.model_fields)[:3]) if section else ""
+        return f"{key}: is a group of settings (got {problem['input']!r}); set one of them, such as {names}"
     message = problem["msg"].removeprefix("Value error, ")
     # Our own validators say what is wrong with which values; their input is a whole group, or the whole recipe.
     got = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
+    if problem["type"] in ("int_type", "float_type") and re.fullmatch(r"[-+.\deE]+", str(problem["input"])):
+        got += "; leave the quotes out"
     return f"{key or 'recipe'}: {message[0].lower()}{message[1:]}{got}"
 
 

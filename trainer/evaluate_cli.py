@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import json
 import platform
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -111,7 +112,7 @@ def evaluate(
         write_atomic(out / METRICS, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
     for run in (mllm, controlnet):
         if problem := note_evaluation(run, newest_step(run), found.figures):
-            _say(problem)
+            print(problem, file=sys.stderr)
     print(text, end="")
     print(f"{out}: {METRICS}, {TABLE}, {SHEET}")
 

@@ -209,3 +209,64 @@ def test_every_setting_is_documented() -> None:
         return missing
 
     assert undocumented(Recipe, "") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("stage: patch-latents\n\tname: x\n", "line 2: found character '\\t' that cannot start any token; indent with"),
+        ("stage: patch-latents\nname: [x\n", "line 3: expected ',' or ']'"),
+        ("extends: tiny-mllm\nname: a\nsteps: 3\nname: b\n", "line 4: the key name comes twice"),
+        ("extends: tiny-mllm\noptimizer: {lr: 1e-3, clip: 1, lr: 2e-3}\n", "line 2: the key lr comes twice"),
+        ('extends: tiny-mllm\nsteps: "100"\n', "steps: input should be a valid integer (got '100'); leave the quotes"),
+        (
+            "extends: tiny-mllm\noptimizer: 3\n",
+            "optimizer: is a group of settings (got 3); set one of them, such as optim",
+        ),
+        ("extends: nope\n", "mine.yaml: extends nope: no such recipe"),
+        ("", "mine.yaml: is empty; a recipe is a mapping"),
+        ("just words", "mine.yaml: has none; a recipe is a mapping"),
+    ],
+)
+def test_mistakes_in_a_file_are_one_line_with_the_place(tmp_path, text: str, said: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "mine.yaml")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_of_other_systems(tmp_path) -> None:
+    (tmp_path / "windows.yaml").write_bytes(b"\xef\xbb\xbfextends: tiny-mllm\r\nname: mine\r\n")
+    assert load_recipe(tmp_path / "windows.yaml").name == "mine"
+    (tmp_path / "utf16.yaml").write_text("extends: tiny-mllm\n", encoding="utf-16")
+    with pytest.raises(RecipeError, match=r"utf16\.yaml: is not UTF-8 text"):
+        load_recipe(tmp_path / "utf16.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimizer.lr=-1", "override 'optimizer.lr=-1': optimizer.lr: input should be greater than 0"),
+        ("optimzer.lr=1", "override 'optimzer.lr=1': unknown key optimzer; did you mean optimizer?"),
+        ("ema={decay: 2}", "override 'ema={decay: 2}': ema.decay: input should be less than 1"),
+        ("steps=0", "override 'steps=0': steps: "),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(tmp_path, override: str, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("tiny-mllm", ["seed=1", override])
+    assert str(caught.value).startswith(said)
+    (tmp_path / "mine.yaml").write_text("extends: tiny-mllm\nsteps: 0\n")
+    with pytest.raises(RecipeError, match=r"mine\.yaml: steps"):
+        load_recipe(tmp_path / "mine.yaml", ["seed=1"])
+
+
+@pytest.mark.parametrize("wrong", ["tiny_mllm", "tiny-mllm.yml", "mllm7b", "recipes/tiny-mlm.yaml"])
+def test_a_name_with_a_slip_gets_the_nearest(wrong: str) -> None:
+    with pytest.raises(RecipeError, match=r"no such recipe; did you mean (tiny-mllm|mllm-7b)\?"):
+        load_recipe(wrong)
+
+
+def test_a_folder_is_called_one(tmp_path) -> None:
+    with pytest.raises(RecipeError, match="is a folder; name a recipe file"):
+        load_recipe(tmp_path)
