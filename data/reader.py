@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
+import os
 import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
+from multiprocessing import get_context
+from multiprocessing.queues import Queue, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -23,12 +28,15 @@ from .plan import Plan, rank_positions
 from .processes import START_METHOD, die_with_starter
 from .retry import failure
 from .shards import Dataset, RawSample
+from .sockets import make_socket_folder
 from .transforms import decode_sizes
 from .transience import verdict
 
 log = logging.getLogger(__name__)
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+FAILED_TO_SEND = 71
+"""Exit code of a worker that cannot pass a batch on."""
 GRACE_S = 2.0  # for workers to finish their micro-batch when the loader is closed
 
 
@@ -102,6 +110,8 @@ class Loader:
         sizes = (image_size,) if isinstance(image_size, int) else tuple(image_size)
         accumulation = len(rank_positions(0, rank, ranks, global_batch, micro_batch))
         self.rank = rank
+        if workers:
+            make_socket_folder()
         self._micro_batches = range(start_step * accumulation, stop_step * accumulation)
         self._loader = DataLoader(
             _MicroBatches(dataset, plan, collate, sizes, (rank, ranks, global_batch, micro_batch), accumulation),
@@ -111,7 +121,7 @@ class Loader:
             collate_fn=_as_is,
             pin_memory=pin_memory,
             prefetch_factor=prefetch if workers else None,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, reports=_reports()) if workers else None,
             multiprocessing_context=START_METHOD if workers else None,
             generator=torch.Generator(),  # else every start of workers draws from the caller's random state
         )
@@ -180,10 +190,17 @@ def worker_failure(error: Exception, rank: int) -> DataError | None:
     text = str(error)
     if isinstance(error, DataError) or not re.search("DataLoader worker|</torch_", text):
         return None
+    reported = "" if (reports := _reports()).empty() else reports.get()
+    text = reported or text
     if SHARED_MEMORY.search(text):
         return DataError(
             f"rank {rank}: a loader worker found no room in shared memory ({_last_line(text)}); enlarge /dev/shm (in"
             " containers --shm-size or --ipc=host), or lower data.workers or data.prefetch"
+        )
+    if reported:
+        return DataError(
+            f"rank {rank}: a loader worker cannot pass its batches on: {reported}; raise the limit of open files"
+            " (ulimit -n) if that is it, or set data.workers=0"
         )
     if "in DataLoader worker process" in text:
         log.error("rank %d: a loader worker failed:\n%s", rank, text)
@@ -205,8 +222,23 @@ def _last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), text)
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(worker: int, reports: SimpleQueue) -> None:
+    """Run first in a worker; `reports` takes a line of why it ends itself."""
     die_with_starter()
+
+    def give_up(error: BaseException, batch: object) -> None:
+        # In the thread that feeds the queue. It would print the error, drop the batch and go on, and whoever iterates
+        # would wait for that batch for ever: no descriptor left (EMFILE), no socket, nothing that pickles.
+        reports.put(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        os._exit(FAILED_TO_SEND)
+
+    Queue._on_queue_feeder_error = staticmethod(give_up)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _reports() -> SimpleQueue:
+    """Lines of this process's workers."""
+    return get_context(START_METHOD).SimpleQueue()
 
 
 def _as_is(batch: Any) -> Any:

@@ -1,0 +1,85 @@
+"""Workers pass tensors over sockets: where these are made, and what becomes of a batch that cannot be passed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from multiprocessing import current_process, util
+from pathlib import Path
+
+import pytest
+import torch
+
+from bifrost.data import DataError, Loader, Plan, sockets
+
+
+@pytest.fixture(autouse=True)
+def no_folder_yet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a new process; and a test that would wait for ever is ended."""
+    monkeypatch.setattr(
+        current_process(), "_config", {k: v for k, v in current_process()._config.items() if k != "tempdir"}
+    )
+
+    def late(*_: object) -> None:
+        raise TimeoutError("it waits for ever")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def images(items: list) -> dict:
+    return {"image": torch.stack([torch.from_numpy(item.image) for item in items])}
+
+
+def unpicklable(items: list) -> dict:
+    return {"image": lambda: items}
+
+
+def loader(dataset, collate, workers: int = 1) -> Loader:
+    return Loader(
+        dataset,
+        Plan(dataset.samples_per_shard, seed=3, block=2),
+        collate,
+        image_size=8,
+        rank=0,
+        ranks=1,
+        global_batch=4,
+        micro_batch=2,
+        stop_step=2,
+        workers=workers,
+    )
+
+
+@pytest.mark.parametrize("length", [76, 160, 250])
+def test_a_long_temporary_folder(make_shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    folder = Path(f"{tempfile.gettempdir()}/{os.getpid()}-".ljust(length, "x"))
+    folder.mkdir()
+    try:
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        assert [batch.arrays["image"].shape for batch in loader(make_shards([4, 4]), images)] == [(2, 8, 8, 3)] * 4
+        made = Path(util.get_temp_dir())
+        assert made.stat().st_mode & 0o777 == 0o700 and made.parent == Path("/tmp")
+        assert tempfile.gettempdir() == str(folder), "for everything else it stays"
+    finally:
+        folder.rmdir()
+
+
+def test_no_short_folder_is_one_line(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets, "SHORT", ("/nowhere",))
+    folder = tempfile.mkdtemp(prefix="x" * 100)
+    monkeypatch.setattr(tempfile, "tempdir", folder)
+    with pytest.raises(DataError, match=r"^TMPDIR=/.*: the loader's workers make sockets there.* at most 75 bytes"):
+        loader(make_shards([4, 4]), images)
+    assert len(list(loader(make_shards([4, 4]), images, workers=0))) == 4
+
+
+def test_a_batch_that_cannot_be_passed_on_ends_the_loop(make_shards) -> None:
+    """multiprocessing prints such an error and drops what it was about: whoever waits for it waits for ever."""
+    with pytest.raises(DataError, match=r"^rank 0: a loader worker cannot pass its batches on: .*[Pp]ickle") as failed:
+        list(loader(make_shards([4, 4]), unpicklable))
+    assert "\n" not in str(failed.value)
