@@ -90,11 +90,16 @@ def up(folder: Path, nodes: int) -> Path:
     folder = folder.resolve()
     if len(str(folder)) > 80 or " " in str(folder):
         raise SlurmError(f"--folder {folder}: sockets are made there, take a path of at most 80 letters, no spaces")
+    if folder.exists() and not (folder.is_dir() and (_made_here(folder) or not any(folder.iterdir()))):
+        raise SlurmError(f"--folder {folder}: holds something else; name a new folder, or an empty one")
     if processes(folder):
         raise SlurmError(f"a cluster runs in {folder} already: bifrost slurm devcluster down --folder {folder}")
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "state").mkdir(parents=True)
-    folder.chmod(0o755)
+    try:
+        _clear(folder)
+        (folder / "state").mkdir(parents=True)
+        folder.chmod(0o755)
+    except OSError as error:
+        raise SlurmError(f"--folder {folder}: {error.strerror}; name a folder that can be written") from error
     names = [f"node{number + 1}" for number in range(nodes)]
     conf = _write_files(folder, names)
     # Forced: a home that is closed to others is no fault here.
@@ -117,6 +122,21 @@ MUNGE_FILES = {
     "log-file": "munged.log",
     "seed-file": "munged.seed",
 }
+
+
+LEFT = (
+    "state",
+    "spool.*",
+    "node*.log",
+    "node*.pid",
+    "slurmctld.log",
+    "slurmctld.pid",
+    "munge.*",
+    "munged.*",
+    "slurm.conf",
+    "task_prolog.sh",
+)
+"""What a cluster makes in its folder."""
 
 
 def start_node(folder: Path, name: str) -> None:
@@ -142,7 +162,12 @@ def processes(folder: Path, node: str | None = None) -> list[psutil.Process]:
 
 
 def down(folder: Path) -> int:
-    """End the cluster in `folder`, its jobs too; returns how many processes that took. The folder's logs stay."""
+    """End the cluster in `folder`, its jobs too; returns how many processes that took. The folder's logs stay.
+
+    SlurmError for a folder of something else: a site's own Slurm may have its logs there.
+    """
+    if not _made_here(folder):
+        raise SlurmError(f"--folder {folder}: holds no cluster that `devcluster up` made")
     return kill(processes(folder))
 
 
@@ -156,6 +181,24 @@ def kill(family: Iterable[psutil.Process]) -> int:
             continue
     psutil.wait_procs(family, timeout=10)
     return len(family)
+
+
+def _made_here(folder: Path) -> bool:
+    """Whether `up` made this folder."""
+    try:
+        return (folder / "slurm.conf").read_text(errors="replace").startswith(CONFIG.partition("\n")[0] + "\n")
+    except OSError:
+        return False
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier cluster left in the folder, and nothing else."""
+    for pattern in LEFT:
+        for path in folder.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _write_files(folder: Path, names: list[str]) -> Path:
@@ -197,9 +240,18 @@ def _start(program: str, *arguments: str) -> None:
     assert path
     # Jobs must not inherit what belongs to a job that this may run in.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    ended = subprocess.run(
-        [path, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment, check=False
-    )
+    try:
+        ended = subprocess.run(
+            [path, *arguments],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            check=False,
+            timeout=START_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{program} does not start within {START_S:.0f} s") from None
     if ended.returncode:
         raise SlurmError(f"{program} does not start: {' '.join((ended.stderr or ended.stdout).split())}")
 
@@ -207,14 +259,18 @@ def _start(program: str, *arguments: str) -> None:
 def _wait_until_idle(conf: Path, nodes: int) -> None:
     deadline = time.monotonic() + START_S
     shown = ""
-    while time.monotonic() < deadline:
-        ended = subprocess.run(
-            ["sinfo", "-h", "-N", "-o", "%N %T"],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "SLURM_CONF": str(conf)},
-            check=False,
-        )
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            ended = subprocess.run(
+                ["sinfo", "-h", "-N", "-o", "%N %T"],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "SLURM_CONF": str(conf)},
+                check=False,
+                timeout=left,
+            )
+        except subprocess.TimeoutExpired:
+            break
         shown = ended.stdout or ended.stderr
         if [line.split()[-1] for line in ended.stdout.splitlines()] == ["idle"] * nodes:
             return

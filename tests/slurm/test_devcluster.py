@@ -42,6 +42,29 @@ def test_up_and_down_beside_another_cluster(cluster: Path, tmp_path_factory: pyt
     assert devcluster.processes(cluster), "the other cluster stays"
 
 
+@pytest.mark.parametrize("found", ["notes.txt", "slurm.conf"])
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, found: str) -> None:
+    """A site's own slurm.conf, too; and `down` ends nobody's daemons that have their logs there."""
+    (tmp_path / found).write_text("ClusterName=site\n")
+    with pytest.raises(SlurmError, match="holds something else; name a new folder"):
+        devcluster.up(tmp_path, 2)
+    with pytest.raises(SlurmError, match="holds no cluster"):
+        devcluster.down(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [found]
+    with pytest.raises(SlurmError, match="holds something else"):
+        devcluster.up(tmp_path / found, 2)
+
+
+def test_what_others_put_into_a_clusters_folder_stays(tmp_path: Path) -> None:
+    for name in ("state/jobs", "spool.node1/cred", "node1.log", "mine.txt", "runs/a"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "slurm.conf").write_text("ClusterName=bifrost\n")
+    assert devcluster._made_here(tmp_path)
+    devcluster._clear(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"mine.txt", "runs"}
+
+
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devcluster, "PROGRAMS", ("no-such-munged", "sh"))
     with pytest.raises(SlurmError, match=r"^no-such-munged not found: .*apt-get install slurm-wlm munge$"):
