@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..recipes import load_recipe
+from ..recipes import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from .job import Job
+    from .site import Site
 
 Run = Annotated[Path, typer.Argument(help="Run folder, such as runs/mllm-7b.", show_default=False)]
 
@@ -90,7 +95,7 @@ def submit(
     if context.info_name == "render":
         print(render(job, site), end="")
     else:
-        print(jobs.submit(job, settings, site))
+        _submit(job, settings, site)
 
 
 @slurm_app.command()
@@ -105,7 +110,18 @@ def resume(run: Run) -> None:
     os.chdir(old.folder)
     asked = old.model_dump(include={"nodes", "gpus_per_node", "partition", "account", "time", "exclude", "array"})
     tasks = None if old.gpus_per_node else old.tasks_per_node
-    print(jobs.submit(jobs.describe(settings, site, tasks_per_node=tasks, **asked), settings, site))
+    _submit(jobs.describe(settings, site, tasks_per_node=tasks, **asked), settings, site)
+
+
+def _submit(job: Job, recipe: Recipe, site: Site) -> None:
+    """Submit, and print the job id: on stderr, since scripts take the id, what to type next."""
+    from . import jobs
+
+    print(jobs.submit(job, recipe, site), flush=True)
+    run = shlex.quote(os.path.relpath(job.run) if Path(job.run).is_relative_to(Path.cwd()) else job.run)
+    print(
+        f"log:    bifrost slurm logs {run} --follow", f"status: bifrost slurm status {run}", sep="\n", file=sys.stderr
+    )
 
 
 @slurm_app.command()
@@ -144,11 +160,13 @@ def cancel(
 
 @slurm_app.command(hidden=True)
 def before(run: Run) -> None:
-    """The batch script's first step: note the start, print the number of nodes to use and when the job ends."""
+    """The batch script's first step: note the start, print the number of nodes to use, a free port of this host (the
+    first of them), and when the job ends."""
+    from .ranks import free_port
     from .requeue import before
 
     nodes, ends_at = before(run)
-    print(nodes, *([int(ends_at)] if ends_at else []))
+    print(nodes, free_port(int(os.environ.get("SLURM_JOB_ID", "0"))), *([int(ends_at)] if ends_at else []))
 
 
 @slurm_app.command(hidden=True)

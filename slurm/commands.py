@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from ..data.retry import retrying
 from .errors import SlurmError
 
 ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD")
 
-PAUSES_S = (1, 2, 5, 10, 20, 40, 80, 120)
-"""Before Slurm is asked again: a controller that the end of a large job keeps busy answers within minutes."""
+ANSWER_S = 100.0
+"""For one answer: longer than Slurm's own time limit of a message, also where a large site has raised that."""
+PATIENCE_S = 280.0
+"""Seconds of pauses in all before Slurm is given up on: a controller that the end of a large job keeps busy answers
+within minutes."""
+GIVE_UP_S = 600.0
+"""The most for all tries at a command, those included that ANSWER_S ended."""
 REFUSED = re.compile(
-    "invalid|denied|disabled|not permitted|pending execution|already complet|configuration|not found", re.I
+    "invalid|denied|disabled|not permitted|pending execution|already complet|configuration|not found"
+    "|allocation failure|exceed|violates|more processors|must specify|unable to open file",
+    re.I,
 )
 """Answers that no other try changes."""
+UNAVAILABLE = "node configuration is not available"
+AWAY = ("down", "drain", "fail", "maint", "reboot", "unknown", "power")
+"""States of nodes that may come back."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,33 @@ class JobState:
         return self.state in ALIVE
 
 
+def check_request(script: str, partition: str | None, least: int) -> None:
+    """SlurmError when Slurm would take a job with this script's text and never start it, or refuses it.
+
+    partition: what the script asks for, None: the default. least: nodes without which it does not start. Where nodes
+    of the partition are down or drained, a job may wait for them.
+    """
+    try:
+        _once("sbatch", "--test-only", stdin=script)
+    except SlurmError as error:
+        if UNAVAILABLE in str(error):
+            counts = _node_counts(partition)
+            away = sum(count for state, count in counts if state.startswith(AWAY))
+            if not away or sum(count for _, count in counts) < least:
+                raise SlurmError(f"{error}; it would wait for ever: see sinfo, and ask for less") from error
+            log.warning("%s: %d nodes of the partition are down or drained, the job waits for them", error, away)
+        elif REFUSED.search(str(error)):
+            raise
+        # Else it does not answer: the submission itself says so.
+
+
+def _node_counts(partition: str | None) -> list[tuple[str, int]]:
+    """State and number of the nodes of a partition, None: the default one."""
+    words = [line.split() for line in _once("sinfo", "--noheader", "--format=%P %T %D").splitlines()]
+    mine = [row for row in words if (row[0].rstrip("*") == partition if partition else row[0].endswith("*"))]
+    return [(state, int(count)) for _, state, count in mine]
+
+
 def submit(script: Path, after: str | None = None) -> str:
     """Submit a script; returns the job id. With `after`, it waits for the end of that job."""
     if after is None:  # a person is there, who sees whether Slurm has taken it
@@ -57,7 +97,7 @@ def submit(script: Path, after: str | None = None) -> str:
 
 def _successor(job: str) -> str | None:
     """The job that waits for the end of `job`: Slurm may have taken it without being able to say so."""
-    lines = _slurm("squeue", "--noheader", "--states=PENDING", "--format=%i %E").splitlines()
+    lines = _once("squeue", "--noheader", "--states=PENDING", "--format=%i %E").splitlines()
     return next((line.split()[0] for line in lines if re.search(rf"afterany:{job}\b", line)), None)
 
 
@@ -112,30 +152,40 @@ def cancel(job: str, waiting_only: bool = False) -> None:
 def _slurm(*command: str, done: Callable[[], str | None] = lambda: None) -> str:
     """What a command prints. One that Slurm does not answer is tried again for some minutes, unless `done` says what
     an earlier try has brought about; SlurmError when it is refused, or never answered."""
-    for pause in PAUSES_S:
+    begun, tries = time.monotonic(), 0
+
+    def ask() -> str:
+        nonlocal tries
+        tries += 1
+        if tries > 1 and (answer := done()):
+            return answer
         try:
             return _once(*command)
         except SlurmError as error:
-            if REFUSED.search(str(error)):
-                raise
-            if pause == PAUSES_S[0]:
-                print(f"bifrost: {error}; asking again, for {sum(PAUSES_S):.0f} s", file=sys.stderr, flush=True)
-        time.sleep(pause)
-        if answer := done():
-            return answer
-    return _once(*command)
+            if time.monotonic() - begun > GIVE_UP_S:
+                raise SlurmError(str(error)) from None
+            raise
+
+    return retrying(ask, "Slurm", PATIENCE_S)
 
 
-def _once(*command: str) -> str:
+def _once(*command: str, stdin: str | None = None) -> str:
+    """What a command prints; SlurmError, which a ConnectionError has caused unless another try changes nothing."""
     # A job that is submitted from within a job must not take that one's variables for options.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        ended = subprocess.run(
+            command, input=stdin, capture_output=True, text=True, env=environment, check=False, timeout=ANSWER_S
+        )
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} not found: run this where Slurm's commands are") from None
+    except subprocess.TimeoutExpired:
+        problem = f"{command[0]}: no answer within {ANSWER_S:.0f} s; see scontrol ping"
+        raise SlurmError(problem) from ConnectionError(problem)
     if ended.returncode:
         problem = " ".join(ended.stderr.split()).removeprefix(f"{command[0]}: ").removeprefix("error: ")
-        raise SlurmError(f"{command[0]}: {problem or f'exit code {ended.returncode}'}")
+        problem = f"{command[0]}: {problem or f'exit code {ended.returncode}'}"
+        raise SlurmError(problem) from None if REFUSED.search(problem) else ConnectionError(problem)
     return ended.stdout
 
 

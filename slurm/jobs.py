@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -15,8 +16,13 @@ from .errors import SlurmError
 from .exclusions import read_exclusions
 from .files import write_json
 from .job import LOG, RECIPE, SCRIPT, Job, load_job, seconds, usable_nodes
+from .pending import explained
+from .ranks import UNBIND
 from .script import render
 from .site import COPY, Site
+
+BINDING = re.compile("--(gpus-per-task|gpu-bind|tres-per-task=.*gpu|ntasks-per-gpu)")
+"""Options of sbatch that hide a node's GPUs from its tasks."""
 
 
 def describe(
@@ -39,6 +45,8 @@ def describe(
         raise SlurmError("--gpus-per-node 0 needs --tasks-per-node: how many ranks a node")
     if array and not array.endswith("%1"):
         raise SlurmError(f"--array {array}: elements go on one after the other, end it with %1, such as 1-10%1")
+    if bound := next((option for option in site.sbatch if BINDING.match(option)), None):
+        raise SlurmError(f"site file: sbatch: {bound}: {UNBIND}")
     usable_nodes(recipe, tasks, *nodes)
     run = (Path(recipe.runs_dir) / recipe.name).resolve()
     job = Job(
@@ -69,13 +77,15 @@ def submit(job: Job, recipe: Recipe, site: Site) -> str:
     SlurmError when a job of this run still waits or runs, or when Slurm refuses.
     """
     refuse_second(job.path)
+    script = render(job, site)
+    commands.check_request(script, job.partition or site.partition, job.nodes[0])
     (job.path / "slurm").mkdir(parents=True, exist_ok=True)
     settings = to_yaml(recipe)
     (job.path / RECIPE).touch()
     (job.path / RECIPE).chmod(0o644 if redact(settings) == settings else 0o600)  # the job needs what is secret in it
     (job.path / RECIPE).write_text(settings, encoding="utf-8")
     write_json(job.path / COPY, site.model_dump(mode="json"))
-    (job.path / SCRIPT).write_text(render(job, site), encoding="utf-8")
+    (job.path / SCRIPT).write_text(script, encoding="utf-8")
     (job.path / record.STOPPED).unlink(missing_ok=True)
     job.submitted, job.cancelled = time.time(), False
     job.save()  # the job may start before its id is known
@@ -116,7 +126,7 @@ def status(run: Path) -> list[tuple[str, str]]:
     state = commands.job_state(job.id) if job.id else None
     shown = state.state if state else "no longer known to Slurm"
     if state and state.reason != "None":
-        shown += f" ({state.reason})"
+        shown += f" ({explained(state.reason)})"
     if state and state.state == "RUNNING":
         shown += f", {state.elapsed} on {state.nodes}"
     lines = [("run", str(run)), ("job", f"{job.id} {shown}")]

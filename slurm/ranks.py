@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import stat
 import tempfile
 from collections.abc import Mapping
@@ -127,6 +128,22 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
             raise SlurmError(f"MASTER_PORT={environ['MASTER_PORT']}: want a port, 1 to 65535")
         found |= {name: environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
     return found
+
+
+def free_port(seed: int) -> int:
+    """A port that nobody has on this host, from the range of rendezvous ports; where to look first follows from `seed`.
+    Ports that a connection may get by chance are left out: it may be a while until it is used."""
+    for attempt in range(PORTS):
+        port = FIRST_PORT + (seed + STEP_STRIDE * attempt) % PORTS
+        with socket.socket() as probe:
+            # As the store binds: what an earlier rendezvous left in TIME_WAIT does not count.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+                return port
+            except OSError:
+                continue
+    raise SlurmError(f"no port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} is free on this host")
 
 
 def step_tasks(environ: Mapping[str, str]) -> int:

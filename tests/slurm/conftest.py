@@ -46,7 +46,7 @@ def stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stand:
     """stand("scontrol", script of the first call, …) puts a program into PATH, whose last script stays; returns what it
     was called with, a line a call."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(commands, "PAUSES_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(commands, "PATIENCE_S", 0.02)
 
     def put(name: str, *scripts: str) -> Callable[[], list[str]]:
         calls = tmp_path / f"{name}.calls"

@@ -1,13 +1,14 @@
 """Ranks from Slurm's variables."""
 
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from bifrost.slurm import SlurmError, launched_by, rank_environment
-from bifrost.slurm.ranks import expand_hosts, first_host, idle_nodes, private_folders, remove_private_folders
+from bifrost.slurm.ranks import expand_hosts, first_host, free_port, idle_nodes, private_folders, remove_private_folders
 
 STEP = {
     "SLURM_STEP_ID": "0",
@@ -112,6 +113,15 @@ def test_variables_that_contradict_each_other_are_refused(environ: dict, problem
     with pytest.raises(SlurmError, match=problem) as refused:
         rank_environment(environ)
     assert "\n" not in str(refused.value)
+
+
+def test_a_port_that_is_taken_is_not_chosen() -> None:
+    first = free_port(7)
+    with socket.socket() as taken:
+        taken.bind(("", first))
+        taken.listen()
+        assert free_port(7) != first
+    assert free_port(7) == first and 10_000 <= first < 30_000
 
 
 def test_nodes_left_idle_without_srun() -> None:

@@ -86,7 +86,9 @@ def test_what_a_script_says(site: Path) -> None:
     assert "--ntasks-per-node=8 --cpus-per-task=12)" in script
     assert "preflight" not in script and "--kill-on-bad-exit=1" in script
     # The shell reads the variables as they were written.
-    exports = "\n".join(line for line in script.splitlines() if line.startswith("export") and "$run" not in line)
+    exports = "\n".join(
+        line for line in script.splitlines() if line.startswith("export") and not re.search(r"\$run|\$port", line)
+    )
     shell = f'WHO=me\n{exports}\necho "$NOTE $NCCL_SOCKET_IFNAME $NCCL_IB_HCA $BIFROST_SCRATCH"'
     out = subprocess.run(["bash", "-uc", shell], capture_output=True, text=True, check=True)
     assert out.stdout == "it's \"me\"'s `id` \\ $(id) ib0 mlx5 /local/me\n"
@@ -144,6 +146,13 @@ def test_limits_as_people_write_them(site: Path) -> None:
 def test_a_wrong_request_is_refused(site: Path, arguments: list[str], problem: str) -> None:
     with pytest.raises(SlurmError, match=problem):
         CliRunner().invoke(slurm_app, ["submit", "mllm-7b", *arguments], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("option", ["--gpus-per-task=1", "--gpu-bind=single:1", "--tres-per-task=cpu=4,gres/gpu=1"])
+def test_a_site_that_binds_gpus_to_tasks_is_refused(site: Path, option: str) -> None:
+    site.write_text(yaml.safe_dump({"sbatch": ["--qos=high", option]}))
+    with pytest.raises(SlurmError, match=f"site file: sbatch: {option}: each task must see all GPUs"):
+        CliRunner().invoke(slurm_app, ["render", "mllm-7b"], catch_exceptions=False)
 
 
 def test_the_page_lists_every_setting_of_a_site() -> None:

@@ -95,7 +95,7 @@ def test_starts_by_slurm_itself_count_too(run: ClusterRun, monkeypatch: pytest.M
     (run.run / "slurm" / "starts.jsonl").unlink()
     for restart in range(3):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
-        assert run.bifrost("before", str(run.run)) == "2\n"
+        assert run.bifrost("before", str(run.run)).startswith("2 ")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     with pytest.raises(SlurmError, match="3 starts without a checkpoint beyond step 0"):
         run.bifrost("before", str(run.run))
@@ -131,6 +131,24 @@ def test_a_second_job_of_a_run_is_refused(run: ClusterRun) -> None:
     assert slurm("squeue", "-h", "-o", "%i") == number
     run.wait("start", run.starts)
     assert re.search(rf"job +{number} RUNNING, .* on node\[1-2\]", run.bifrost("status", str(run.run)))
+
+
+def test_what_the_partition_never_gives_is_refused_before_anything_is_written(run: ClusterRun) -> None:
+    run.stand_in("true")
+    with pytest.raises(SlurmError, match=r"sbatch: allocation failure: .* it would wait for ever"):
+        run.submit("micro_batch=1", nodes="4")
+    assert not run.run.exists() and not slurm("squeue", "-h")
+
+
+def test_what_an_earlier_launcher_left_does_not_reach_the_job(run: ClusterRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.stand_in('echo "$SLURM_PROCID: ${RANK-}${WORLD_SIZE-}${LOCAL_RANK-} $MASTER_ADDR" >> $BIFROST_RUN/left')
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "gone"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SBATCH_EXPORT", "ALL")
+    run.submit()
+    run.wait_for_end()
+    # The cluster's own prolog names this machine.
+    assert sorted((run.run / "left").read_text().splitlines()) == [f"{task}:  127.0.0.1" for task in range(4)]
 
 
 def test_cancel_saves_and_ends_for_good(run: ClusterRun) -> None:

@@ -59,11 +59,11 @@ class ClusterRun:
         """A `bifrost slurm` command; what it printed."""
         ended = CliRunner().invoke(slurm_app, arguments, catch_exceptions=False)
         assert ended.exit_code == 0, ended.output
-        return ended.output
+        return ended.stdout
 
     def submit(self, *arguments: str, nodes: str = "2") -> str:
-        """Submit with one CPU rank a node; the job id."""
-        common = ["tiny-mllm", *self.settings, "--gpus-per-node", "0", "--tasks-per-node", "1", "--nodes", nodes]
+        """Submit with two CPU ranks per node; the job id."""
+        common = ["tiny-mllm", *self.settings, "--gpus-per-node", "0", "--tasks-per-node", "2", "--nodes", nodes]
         self.jobs.append(self.bifrost("submit", *common, *arguments).strip())
         return self.jobs[-1]
 
