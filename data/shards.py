@@ -102,7 +102,7 @@ def _matches(pattern: str, mixed: bool) -> list[str]:
         str(name)
         for name, item in found.items()
         if str(name).endswith(".tar")
-        and item["type"] != "directory"
+        and (item["type"] == "file" or item.get("islink"))  # a FIFO would be waited for
         and not posixpath.basename(str(name)).startswith(".")
     ]
     if not shards:

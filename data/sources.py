@@ -72,7 +72,7 @@ def _tables(src: str) -> list[str]:
 
 
 def _local_folder(root: Path, columns: Columns, out: Path | None) -> Source:
-    tars = sorted(str(tar) for tar in root.glob("*.tar") if not tar.is_dir())
+    tars = sorted(str(tar) for tar in root.glob("*.tar") if tar.is_file() or tar.is_symlink())
     tables = [root / f"metadata{kind}" for kind in TABLES if (root / f"metadata{kind}").is_file()]
     if len(tables) > 1 or (tars and tables):
         names = [*(path.name for path in tables), *(["*.tar"] if tars else [])]
@@ -136,7 +136,7 @@ def _identity(path: str | Path) -> tuple[int, int]:
 
 
 def _folder(root: Path, columns: Columns, out: Path | None) -> Source:
-    source, seen, images, tables = Source(), hashlib.sha256(), 0, []
+    source, seen, images, tables, tar = Source(), hashlib.sha256(), 0, [], None
     for folder, names in _walk(root, out, source.rejected):
         texts = {(stem, kind.lower()): name for name in names for stem, _, kind in [name.rpartition(".")]}
         for name in names:
@@ -144,6 +144,7 @@ def _folder(root: Path, columns: Columns, out: Path | None) -> Source:
             path = os.path.join(folder, name)
             if name.endswith(".parquet"):
                 tables.append(Path(path))
+            tar = tar or (folder if name.endswith(".tar") else None)
             if not dot or kind.lower() not in (*IMAGE_TYPES, *OTHER_IMAGES):
                 continue
             images += 1
@@ -164,6 +165,7 @@ def _folder(root: Path, columns: Columns, out: Path | None) -> Source:
     if not images:
         packed = next((path.name for path in sorted(root.iterdir()) if path.suffix in PACKED), None)
         hint = f"it holds {packed}: unpack that" if packed else "check the path"
+        hint = f"name the tars below it as '{tar}/*.tar'" if tar else hint
         raise DataError(f"{root}: no images (.jpg, .jpeg, .png, .webp) in it or below; {hint}")
     if not source.candidates:
         reasons = Counter(re.sub(r":.*", "", reason) for _, reason in source.rejected)

@@ -41,7 +41,7 @@ def table_source(root: Path, tables: list[Path], columns: Columns) -> Source:
                 source.rejected.append((row.where, row.problem))
                 continue
             captions += row.caption not in (None, "", b"")
-            name = row.image
+            name: Any = row.image
             if isinstance(name, dict):  # the form of Hugging Face's images in JSON
                 name = name.get("path")
             if hasattr(name, "read"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import posixpath
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from .errors import DataError
 
@@ -52,7 +52,7 @@ class ManyZeros(tarfile.ReadError):
 class TarInput:
     """A file read front to back, which remembers what its end looks like. digest: updated with all that is read."""
 
-    def __init__(self, raw: IO[bytes], digest: Any = None) -> None:
+    def __init__(self, raw: Any, digest: Any = None) -> None:
         self.raw, self.digest = raw, digest
         self.position, self.head = 0, b""
         self.content_end = 0

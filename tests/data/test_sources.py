@@ -141,6 +141,20 @@ def test_options_without_effect_and_mixed_folders_are_refused(tmp_path, picture)
     assert not (tmp_path / "out").exists()
 
 
+def test_folders_without_images_say_what_is_in_them(tmp_path):
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed/images.tar.gz").touch()
+    (tmp_path / "deep/data").mkdir(parents=True)
+    (tmp_path / "deep/data/0.tar").touch()
+    for folder, message in {
+        "packed": r"it holds images\.tar\.gz: unpack that",
+        "deep": "name the tars below it as '.*/deep/data/\\*\\.tar'",
+        "packed/images.tar.gz": r"neither a folder, a table .* nor a plain \.tar; unpack it",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            ingest(tmp_path / folder, tmp_path / "out")
+
+
 def test_an_explicit_caption_field_is_used_even_where_there_is_a_text(tmp_path, picture):
     root = tmp_path / "in"
     described = {"png": picture(1), "txt": b"by text", "json": b'{"title": ["by title", "two"]}'}
@@ -187,6 +201,7 @@ def test_all_good_shards_are_indexed_and_all_bad_ones_named(tmp_path, picture):
     (tmp_path / "1.tar").write_bytes(b"")
     os.truncate(tmp_path / "3.tar", 700)
     (tmp_path / "folder.tar").mkdir()
+    os.mkfifo(tmp_path / "fifo.tar")
     with pytest.raises(DataError) as caught:
         index_shards(str(tmp_path))
     lines = str(caught.value).splitlines()
