@@ -163,13 +163,23 @@ def _record(line: str, lines: _Numbered, delimiter: str, is_row: Any) -> tuple[l
             yield next_line
 
     try:
-        return next(csv.reader(following(), delimiter=delimiter, strict=True, skipinitialspace=True)), None
+        fields = next(csv.reader(following(), delimiter=delimiter, strict=True, skipinitialspace=True))
+        inner = [line for field in fields if len(lines_in := field.splitlines()) > 1 for line in lines_in]
+        if any(_names_image(line, delimiter) for line in inner):
+            raise _Unclosed  # a later row's quote closed it
+        return fields, None
     except _Unclosed:
         problem = "a quote that opens in it is not closed"
     except csv.Error as error:
         problem = f"its quotes do not fit ({error}): within a quoted text a quote is written twice"
     lines.give_back(more)
     return [], problem
+
+
+def _names_image(line: str, delimiter: str) -> bool:
+    """Whether a line within a quoted text has an image's file name for a field, and so is a row."""
+    fields = [field.strip(' "\r') for field in line.split(delimiter)]
+    return len(fields) > 1 and any("." in field and field.rpartition(".")[2].lower() in IMAGE_TYPES for field in fields)
 
 
 def _fields(line: str, delimiter: str) -> list[str]:

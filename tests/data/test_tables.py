@@ -69,6 +69,15 @@ def test_csv_rows_are_samples_or_named_by_line(images, tmp_path, text, captions,
         assert words in reasons[f"metadata.csv line {line}"]
 
 
+def test_a_quote_that_a_later_row_closes_is_seen_in_any_order_of_columns(images, tmp_path):
+    (images / "metadata.csv").write_text(
+        'text,file_name\n"open, more,a.png\n",b.png\nthree,c.png\n"two\nlines, x",d.png\n'
+    )
+    found, reasons = made(images, tmp_path / "out")
+    assert found == {"c": "three", "d": "two lines, x"}
+    assert [key for key in reasons if "line 2" in key or "line 3" in key] == list(reasons)
+
+
 def test_csv_columns_and_encodings(images, tmp_path):
     table = images / "metadata.csv"
     for number, (header, message) in enumerate(
