@@ -11,9 +11,12 @@ import torch
 from bifrost.recipes.schema import Checkpoint
 from bifrost.trainer.checkpoint import local as local_module
 from bifrost.trainer.checkpoint import part as part_module
+from bifrost.trainer.checkpoint.durable import Entry
 from bifrost.trainer.checkpoint.local import LocalParts
+from bifrost.trainer.checkpoint.manifest import Manifest, read_manifest
 from bifrost.trainer.checkpoint.saver import Saver
 from bifrost.trainer.checkpoint.store import StorageError, Store
+from bifrost.trainer.errors import RunError
 
 SHAPES = {"layer.weight": (5, 3), "layer.bias": (3,), "scale": (), "empty": (0, 4)}
 
@@ -181,3 +184,25 @@ def test_no_thread_is_left(start):
     before = threading.active_count()
     start([1])
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("name", ["../stolen", "/tmp/stolen", "a/b", "..", "", "a\\b", "manifest.json", "line\nbreak"])
+def test_a_manifest_that_names_a_file_outside_of_its_folder_is_refused(tmp_path, name):
+    """Its own hash is right: whoever may write to the node's disk can make one."""
+    files = {"rank-00000.safetensors": Entry(1, "0" * 64)}
+    whole = Manifest(step=1, ranks=1, time=0.0, slots=["master"], shapes={}, files=files)
+    whole.write(tmp_path)
+    assert read_manifest(tmp_path) == whole
+    # As `write` would write it, without the check of its making.
+    Manifest.model_construct(**{**dict(whole), "files": {name: files["rank-00000.safetensors"]}}).write(tmp_path)
+    with pytest.raises(RunError, match=r"manifest\.json: damaged, it is not a manifest$"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["../../home", "", "abc"])
+def test_an_id_that_is_none_makes_no_folder(tmp_path, start, text):
+    """The folder whose name is made of it is removed in the end."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "local-id").write_text(text)
+    for raised in start([]):
+        assert isinstance(raised, RunError) and "local-id: not the id of a run's local parts" in str(raised)

@@ -129,7 +129,10 @@ def _run_id(store: Store) -> str:
     if not path.exists():
         store.root.mkdir(parents=True, exist_ok=True)
         write_file(path, [uuid.uuid4().hex[:12].encode()])
-    return path.read_text()
+    found = path.read_text(errors="replace").strip()
+    if not re.fullmatch("[0-9a-f]{12}", found):  # a folder's name is made of it, which is removed in the end
+        raise RunError(f"{path}: not the id of a run's local parts; delete the file, and the parts with it")
+    return found
 
 
 def _newest(store: Store) -> tuple[int, float]:

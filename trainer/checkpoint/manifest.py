@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ..errors import RunError
 from .durable import Entry, write_file
@@ -33,6 +34,15 @@ class Manifest(BaseModel):
     """Shape of every parameter by name."""
     files: dict[str, Entry]
     """Size and hash of every other file in the folder."""
+
+    @field_validator("files")
+    @classmethod
+    def _in_the_folder(cls, files: dict[str, Entry]) -> dict[str, Entry]:
+        """Names are joined to folders, to read from one and to write to another: none may lead out of them."""
+        for name in files:
+            if not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII) or name == MANIFEST:
+                raise ValueError(f"{name!r} is no name of a file in the folder")
+        return files
 
     def encode(self) -> bytes:
         """Readable JSON that ends with a hash of all that comes before it."""
