@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,8 +165,8 @@ def _record(line: str, lines: _Numbered, delimiter: str, is_row: Any) -> tuple[l
 
     try:
         fields = next(csv.reader(following(), delimiter=delimiter, strict=True, skipinitialspace=True))
-        inner = [line for field in fields if len(lines_in := field.splitlines()) > 1 for line in lines_in]
-        if any(_names_image(line, delimiter) for line in inner):
+        texts = [field for field in fields if "\n" in field or "\r" in field]
+        if any(_names_image(line, delimiter) for text in texts for line in re.split(r"[\r\n]+", text)):
             raise _Unclosed  # a later row's quote closed it
         return fields, None
     except _Unclosed:
