@@ -65,7 +65,7 @@ def test_show(run_folder):
 
 def test_a_state_is_shown_for_people():
     window = [[0.1 + 0.01 * i, 2.0 - 0.01 * i] for i in range(100)]
-    assert shown(window) == "100 entries, 0.1 to 2"
+    assert shown(window) == "100 entries, 0.1 to 1.09, 1.01 to 2"
     assert shown([0.9, 0.95]) == "0.9, 0.95" and shown([]) == "none"
     assert (shown(0.123456789012), shown(None), shown(True), shown(64)) == ("0.123457", "-", "yes", "64")
     assert shown(["a.tar", "b.tar"]) == "a.tar, b.tar"

@@ -95,9 +95,11 @@ def shown(value: Any) -> str:
     """A value of the state as a person reads it; of a long list, such as the losses that health judges by, how long it
     is and its range."""
     if isinstance(value, (list, tuple)):
-        numbers = [one for row in value for one in (row if isinstance(row, (list, tuple)) else [row])]
-        if len(value) > 4 and all(isinstance(one, (int, float)) for one in numbers):
-            return f"{len(value)} entries, {min(numbers):.4g} to {max(numbers):.4g}"
+        rows = [row if isinstance(row, (list, tuple)) else [row] for row in value]
+        alike = len({len(row) for row in rows}) == 1
+        if len(rows) > 4 and alike and all(isinstance(one, (int, float)) for row in rows for one in row):
+            ranges = (f"{min(column):.4g} to {max(column):.4g}" for column in zip(*rows, strict=True))
+            return f"{len(rows)} entries, {', '.join(ranges)}"
         return ", ".join(map(shown, value)) or "none"
     if value is None or isinstance(value, bool):
         return {None: "-", True: "yes", False: "no"}[value]
