@@ -25,6 +25,7 @@ from bifrost.trainer.evaluate_samples import SampleSet
 from bifrost.trainer.generate import Generator, Settings
 from bifrost.trainer.image_metrics import LARGEST_PSNR, NearestPixels, centred_cosine, frechet, psnr, recall, ssim
 from bifrost.trainer.models.masking import draw_masks
+from bifrost.trainer.monitors.metrics import read_metrics
 from bifrost.trainer.sampler import Sampling
 from bifrost.trainer.stages import open_stage
 
@@ -316,6 +317,7 @@ def bifrost(*arguments: object) -> None:
 
 def test_the_command(mllm: Path, controlnet: Path, shards: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
+    (mllm / "metrics.jsonl").touch()  # it is a run, the other one an export
     usual = ("--mllm", mllm, "--controlnet", controlnet, "--data", train_shards(shards), *QUICK)
     bifrost(*usual, "--heldout", heldout_shards(shards), "--out", out, "--seed", 9)
     shown = capsys.readouterr().out
@@ -329,10 +331,16 @@ def test_the_command(mllm: Path, controlnet: Path, shards: Path, tmp_path: Path,
     assert (record["seed"], record["samples"], record["gallery"]) == (9, 4, 60)
     index = [int(key.removeprefix("pattern-")) for key in record["data"]["train"]["keys"]]
     assert record["data"]["train"]["image_seeds"] == [9 + number for number in index]
+    (noted,) = read_metrics(mllm / "evaluations.jsonl")
+    assert (noted["event"], noted["step"]) == ("eval", 7)
+    assert noted["heldout/match/full/r1"] == record["figures"]["heldout"]["match"]["full"]["r1"]
+    assert not (controlnet / "evaluations.jsonl").exists()
     width, height = Image.open(out / "sheet.png").size
     assert 8 * 128 < width < 8 * 128 + 200 and 5 * 128 < height < 5 * 128 + 150
     bifrost(*usual, "--heldout", heldout_shards(shards), "--out", out, "--seed", 9)
     assert (out / "metrics.json").read_bytes() == first
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        (mllm / name).unlink()
 
 
 def test_wrong_inputs_are_one_line_and_leave_nothing(mllm: Path, controlnet: Path, shards: Path, tmp_path: Path):

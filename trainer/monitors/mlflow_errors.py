@@ -15,6 +15,8 @@ def explain(error: Exception, server: str) -> tuple[str, bool]:
         return str(error), not error.passing
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed: `pip install mlflow`, or set tracking.enabled=false", True
+    if isinstance(error, ImportError):
+        return f"mlflow cannot be imported ({one_line(error)}): install it again, or set tracking.enabled=false", True
     status = _status(error)
     if status in (401, 403):
         login = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"

@@ -36,7 +36,8 @@ QUIET_S = 2.0  # for which the end of a run waits without a word
 class Mirror:
     """Handle of a mirror process; without a process when it could not be started. say: prints a line."""
 
-    def __init__(self, process: subprocess.Popen[bytes] | None, say: Callable[[str], None]):
+    def __init__(self, run_dir: Path, process: subprocess.Popen[bytes] | None, say: Callable[[str], None]):
+        self.run_dir = run_dir
         self.process = process
         self.say = say
         if process is not None:
@@ -68,7 +69,7 @@ class Mirror:
                 process.kill()
                 process.wait()
         if process.returncode:
-            log.warning("MLflow lacks the end of this run; `bifrost track sync` sends it")
+            log.warning("MLflow lacks the end of this run; `bifrost track sync %s` sends it", self.run_dir)
         return process.returncode == 0
 
     def _listen(self) -> None:
@@ -84,7 +85,7 @@ def start_mirror(run_dir: str | Path, say: Callable[[str], None] = print) -> Mir
     """
     if importlib.util.find_spec("mlflow") is None:
         say("no tracking, mlflow is not installed: `pip install mlflow`, or set tracking.enabled=false")
-        return Mirror(None, say)
+        return Mirror(Path(run_dir), None, say)
     run_dir = Path(run_dir).resolve()
     command = [sys.executable, "-m", __name__, str(run_dir), str(os.getpid())]
     try:
@@ -100,8 +101,8 @@ def start_mirror(run_dir: str | Path, say: Callable[[str], None] = print) -> Mir
             )
     except OSError as error:
         log.error("no tracking, its process could not be started: %s", error)
-        return Mirror(None, say)
-    return Mirror(process, say)
+        return Mirror(run_dir, None, say)
+    return Mirror(run_dir, process, say)
 
 
 def sync(run_dir: str | Path) -> int:
