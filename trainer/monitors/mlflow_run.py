@@ -18,6 +18,7 @@ from ..errors import RunError
 from .evaluations import FILE as EVALUATIONS
 from .metrics import Tail, read_metrics
 from .mlflow_errors import is_missing, one_line
+from .mlflow_files import send_files
 from .mlflow_series import LONGEST_TAG, milliseconds, parameters, series, series_name
 from .mlflow_store import ensure_store, is_database, require_current
 from .mlflow_tags import EXPERIMENT_TAGS, dataset_input, run_tags
@@ -26,13 +27,15 @@ log = logging.getLogger(__name__)
 
 FILES_EVERY_S = 30.0  # seconds between two looks for new files while the run goes on
 POINTS, PARAMS = 1000, 100  # that MLflow takes in one batch
-DOCUMENTS = ("recipe.yaml", "environment.json", "ds_config.json")
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 LOSS = series_name("loss", None)
 AS_TRAINING = "workflowType=machine_learning"
 """In an address, has MLflow 3 show its pages for model training instead of those for language model applications."""
-HARMLESS = ("tracking.", "checkpoint.", "watchdog.", "samples.", "log_every", "runs_dir", "data.workers")
-"""Settings that no logged number depends on."""
+HARMLESS = (
+    *("tracking.", "checkpoint.", "watchdog.", "samples.", "log_every", "runs_dir", "data.workers"),
+    *("micro_batch", "activation_checkpointing", "zero."),
+)
+"""Settings that no logged loss depends on."""
 
 # MLflow's own defaults retry one request for minutes; retries here are the mirror's, so that it can end in time.
 SETTINGS = {
@@ -92,7 +95,12 @@ class MlflowRun:
             raise
         self._new_events = self._new_events or any("event" in record for record in records)
         if last or time.monotonic() >= self._files_due:
-            self._send_files()
+            run_id, sent = self._state["run_id"], self._state["files"]
+            problem = send_files(self._client, run_id, self.folder, sent, self._store, self._new_events)
+            if problem and self.file_error is None:
+                log.error("files not sent, points are; will be tried again: %s", problem)
+            self._new_events = self._new_events and problem is not None
+            self.file_error = problem
             self._files_due = time.monotonic() + FILES_EVERY_S
 
     def end(self, otherwise: str | None) -> None:
@@ -295,28 +303,6 @@ class MlflowRun:
             batch = points[start : start + POINTS]
             self._client.log_batch(self._state["run_id"], metrics=batch)
             self.sent += len(batch)
-
-    def _send_files(self) -> None:
-        try:
-            for path in [self.folder / name for name in DOCUMENTS] + sorted((self.folder / "samples").rglob("*.*")):
-                if not path.is_file():
-                    continue
-                name, status = path.relative_to(self.folder), path.stat()
-                mark = [status.st_size, status.st_mtime_ns]
-                if self._state["files"].get(str(name)) != mark:
-                    place = None if name.parent == Path() else str(name.parent)
-                    self._client.log_artifact(self._state["run_id"], str(path), place)
-                    self._state["files"][str(name)] = mark
-                    self._store()
-            if self._new_events:
-                events = [json.dumps(record) + "\n" for record in read_metrics(self.metrics) if "event" in record]
-                self._client.log_text(self._state["run_id"], "".join(events), "events.jsonl")
-                self._new_events = False
-            self.file_error = None
-        except Exception as error:  # a server may take points and have no room for files
-            if self.file_error is None:
-                log.error("files not sent, points are; will be tried again: %s", one_line(error))
-            self.file_error = one_line(error)
 
 
 def _begun(records: list[dict[str, Any]]) -> int:

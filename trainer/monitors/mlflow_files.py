@@ -1,0 +1,40 @@
+"""The files of a run folder that MLflow keeps with its run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .metrics import read_metrics
+from .mlflow_errors import one_line
+
+DOCUMENTS = ("recipe.yaml", "environment.json", "ds_config.json")
+
+
+def send_files(
+    client: Any, run_id: str, folder: Path, sent: dict[str, list[int]], note: Callable[[], None], events: bool
+) -> str | None:
+    """Send the files that are new or have changed, and with `events` all events as one; returns why it did not.
+
+    sent: size and time of each file when it was sent, updated here; note: called after each one.
+    """
+    try:
+        for path in [folder / name for name in DOCUMENTS] + sorted((folder / "samples").rglob("*.*")):
+            if not path.is_file():
+                continue
+            name, status = path.relative_to(folder), path.stat()
+            mark = [status.st_size, status.st_mtime_ns]
+            if sent.get(str(name)) != mark:
+                client.log_artifact(run_id, str(path), None if name.parent == Path() else str(name.parent))
+                sent[str(name)] = mark
+                note()
+        if events:
+            lines = [
+                json.dumps(record) + "\n" for record in read_metrics(folder / "metrics.jsonl") if "event" in record
+            ]
+            client.log_text(run_id, "".join(lines), "events.jsonl")
+    except Exception as error:  # a server may take points and have no room for files
+        return one_line(error)
+    return None
