@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
+from ...data.retry import described
 from ...data.transience import verdict
-from ...recipes.secrets import redact
+from ...recipes.secrets import HIDDEN, redact
 from ..errors import RunError
 
 
@@ -14,7 +15,8 @@ def explain(error: Exception, server: str) -> tuple[str, bool]:
     if isinstance(error, RunError):
         return str(error), not error.passing
     if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed: `pip install mlflow`, or set tracking.enabled=false", True
+        package = "mlflow" if error.name in ("mlflow", "sqlalchemy", "alembic") else error.name
+        return f"{error.name} is not installed: `pip install {package}`, or set tracking.enabled=false", True
     if isinstance(error, ImportError):
         return f"mlflow cannot be imported ({one_line(error)}): install it again, or set tracking.enabled=false", True
     status = _status(error)
@@ -23,7 +25,8 @@ def explain(error: Exception, server: str) -> tuple[str, bool]:
         return f"{server} refuses access (HTTP {status}): set {login}", True
     if status == 404 and not is_missing(error):
         return f"{server} is no MLflow server (HTTP 404): set tracking.uri or MLFLOW_TRACKING_URI", True
-    return one_line(error), verdict(error) is False
+    found = verdict(error)
+    return f"{server} is not available: {one_line(error)}" if found else f"{server}: {one_line(error)}", found is False
 
 
 def is_missing(error: Exception) -> bool:
@@ -32,9 +35,8 @@ def is_missing(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """Kind and first line of an error, without secrets."""
-    first = str(error).strip().partition("\n")[0]
-    return re.sub(r"REDACTED@", "", redact(f"{type(error).__name__}: {first}"))
+    """Kind of an error and what happened, in one line of bounded length and without secrets."""
+    return redact(f"{type(error).__name__}: {described(error)}").replace(f"{HIDDEN}@", "")
 
 
 def _status(error: Exception) -> int | None:

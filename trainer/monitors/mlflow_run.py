@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ...recipes.secrets import redact
+from ...recipes.secrets import HIDDEN, redact
 from ..errors import RunError
 from .evaluations import FILE as EVALUATIONS
 from .metrics import Tail, read_metrics
@@ -130,7 +130,7 @@ class MlflowRun:
         given = (self.recipe.get("tracking") or {}).get("uri") or os.environ.get("MLFLOW_TRACKING_URI")
         # A shell without the variable still finds the server that the run was sent to.
         self._uri = given or state.get("uri") or f"sqlite:///{self.folder.parent / 'mlflow.db'}"
-        self.server = redact(self._uri).replace("REDACTED@", "")
+        self.server = redact(self._uri).replace(f"{HIDDEN}@", "")
         remembered = self.server if given or state.get("uri") else None
         if "run_id" not in state or state["uri"] != remembered:
             state |= {"uri": remembered, "run_id": None, "files": {}}
