@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import track
 
 from .errors import DataError
 from .files import write_atomic
 from .index import load_index
 from .processes import in_processes, sole_owner
+from .progress import track
 from .write import preload, write_shard
 
 PIXELS = 256
@@ -68,7 +68,7 @@ def make_demo(out: str | Path) -> Demo:
         if missing:
             preload()
             work = in_processes(_render_shard, missing, None)
-            for _ in track(work, "rendering shards", len(missing), console=console):
+            for _ in track(work, "rendering", len(missing), "shards"):
                 pass
     train, heldout = len(parts["train"]), len(parts["heldout"])
     state = "written" if missing else "already complete"

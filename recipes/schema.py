@@ -106,7 +106,7 @@ class Data(Section):
     """Training shards: a path, folder or URL, braces and wildcards expanded; several as a list."""
     image_size: int = Field(default=448, gt=0)
     """Side of the square the vision tower sees, in pixels; a multiple of patch size x merge size (28)."""
-    workers: int = Field(default=4, ge=0)
+    workers: int = Field(default=4, ge=0, le=128)
     """Loader processes a rank; 0 reads in the training process."""
     prefetch: int = Field(default=2, ge=1)
     """Micro-batches each worker prepares ahead."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -235,7 +235,7 @@ def _leave(code: int) -> NoReturn:
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2, a run that cannot go on exit code 1."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except (RecipeError, DataError, RunError, SlurmError) as error:
         passing = getattr(error, "passing", False)
         _fail(error, LOCKED if isinstance(error, Locked) else LOST if passing else USAGE)
@@ -243,6 +243,21 @@ def main() -> None:
         _fail(error, FAILED)
     except Unmet as error:
         _fail(error, HUNG)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # of a wrong command line: typer may bring a click of its own
+            raise
+        _refuse(error)
+    sys.exit(code if isinstance(code, int) else DONE)
+
+
+def _refuse(error: Any) -> NoReturn:
+    """Say in one line what is wrong with the command line; a command without its words gets its help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        sys.exit(USAGE)
+    text = " ".join(error.format_message().split()).replace("Value error, ", "").rstrip(".")
+    usage = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
+    _fail(RunError(f"{text[:1].lower()}{text[1:]}{usage}"), USAGE)
 
 
 def _fail(error: Exception, code: int) -> NoReturn:

@@ -6,6 +6,7 @@ without that of the operators that they call.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections import defaultdict
@@ -19,7 +20,6 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ..recipes import Recipe
-from .errors import RunError
 from .progress import Progress
 from .run import train
 
@@ -71,9 +71,9 @@ def profile_steps(recipe: Recipe, steps: int, out: Path) -> int:
             profiler.stop()
             raise _Profiled
 
-    folder = out / "run"
-    if folder.exists():
-        raise RunError(f"{folder}: holds a run; take another --out, or remove it")
+    folder = out / ".run"
+    if os.environ.get("RANK", "0") == "0":  # what an interrupted one has left
+        shutil.rmtree(folder, ignore_errors=True)
     last = WARMUP + steps + 1  # never reached: a last step saves
     update: dict[str, Any] = {"steps": last, "log_every": last, "runs_dir": str(folder), "init_from": None}
     update["checkpoint"] = recipe.checkpoint.model_copy(update={"every": last})

@@ -78,11 +78,33 @@ def test_refusals(run: Path, tmp_path: Path) -> None:
     (tmp_path / "full" / "x").touch()
     with pytest.raises(RunError, match="not empty"):
         export(run, tmp_path / "full", "public")
-    with pytest.raises(RunError, match="no checkpoint that verifies"):
+    with pytest.raises(RunError, match="nothing: is no run folder"):
         export(tmp_path / "nothing", tmp_path / "out", "public")
     assert not (tmp_path / "out").exists()
     with pytest.raises(RunError, match=r"x/out: cannot be written"):
         export(run, tmp_path / "full" / "x" / "out", "hf")
+
+
+def test_an_export_that_is_cut_short_is_written_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle: nothing is there under the folder's name, and the same command does it all."""
+
+    def interrupted(path: Path, parts: object) -> None:
+        path.write_bytes(b"half")
+        raise SystemExit(130)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bifrost.trainer.checkpoint.export.write_file", interrupted)
+        with pytest.raises(SystemExit):
+            export(run, tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()
+    assert export(run, tmp_path / "out", "hf") == export(run, tmp_path / "whole", "hf")
+    contents = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("out", "whole")]
+    assert contents[0] == contents[1] and {p.name for p in tmp_path.iterdir()} == {"out", "whole"}
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="is a file"):
+        export(run, tmp_path / "file", "hf")
 
 
 def test_memory_is_a_few_tensors(run: Path, tmp_path: Path) -> None:

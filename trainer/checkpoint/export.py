@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -38,21 +39,25 @@ def export(
     which is both. One tensor is in memory at a time. RunError
     when `out` is not empty, or the run has no such checkpoint or no average.
     """
-    if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out}: is not empty, choose a new folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out}: is {'not empty' if out.is_dir() else 'a file'}, choose a new folder")
     reader = _checkpoint(run, step)
     slot = "ema" if ema else "master"
     if slot not in reader.slots:
         raise RunError(f"{run}: keeps no average of its weights (recipe key ema), leave --ema out")
     recipe = load_recipe(run / "recipe.yaml")
     pieces = {name: _piece(reader, slot, name, dtype) for name in reader.shapes}
+    # Under its name only when complete; what an interrupted one has left is written over.
+    partial = out.resolve().with_name(f".{out.resolve().name}.partial")
     with writing(out):
+        shutil.rmtree(partial, ignore_errors=True)
         if recipe.stage == "controlnet":
-            _write_controlnet(out, recipe, pieces, reader)
+            _write_controlnet(partial, recipe, pieces, reader)
         else:
-            _write_branch(out, recipe, layout, pieces, reader)
+            _write_branch(partial, recipe, layout, pieces, reader)
             config = {"step": reader.step, "weights": slot, "recipe": recipe.model_dump(mode="json")}
-            (out / "config.json").write_text(json.dumps(config, indent=2))
+            (partial / "config.json").write_text(json.dumps(config, indent=2))
+        partial.replace(out)
     return reader.step
 
 
@@ -87,6 +92,8 @@ def _write_controlnet(out: Path, recipe: Recipe, pieces: dict[str, Piece], reade
 
 def _checkpoint(run: Path, step: int | None) -> CheckpointReader:
     store = Store(run / "checkpoints")
+    if not store.root.is_dir():
+        raise RunError(f"{run}: is no run folder, or its run has saved nothing yet")
     if step is None:
         reader = store.newest_verified()
         if reader is None:

@@ -1,0 +1,57 @@
+"""A wrong command line: one line that names the fault and where to read on, exit code 2."""
+
+import sys
+
+import pytest
+
+from bifrost.trainer import cli
+
+
+class Left(Exception):
+    """Stands for `os._exit`, which would end the tests."""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train", "error: missing argument 'recipe'; see `bifrost train --help`"),
+        ("trian tiny-mllm", "error: no such command 'trian'. Did you mean 'train', 'track'?; see `bifrost --help`"),
+        (
+            "train tiny-mllm --rank 2",
+            "error: no such option: --rank (Possible options: --ranks); see `bifrost train --help`",
+        ),
+        ("train tiny-mllm --ranks 0", "error: invalid value for '--ranks': "),
+        (
+            "generate --layout x",
+            "error: invalid value for '--layout': 'x' is not one of 'plain', 'geneval', 'dpg'; see",
+        ),
+        ("plan tiny-mllm --gpus", "error: option '--gpus' requires an argument"),
+        ("init cats", "error: say which recipe to begin with, such as --from tiny-mllm; there are flux-controlnet"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(
+    words: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    codes = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        raise Left
+
+    monkeypatch.setattr(cli.os, "_exit", leave)
+    monkeypatch.setattr(sys, "argv", ["bifrost", *words.split()])
+    with pytest.raises(Left):
+        cli.main()
+    out, err = capsys.readouterr()
+    assert codes == [2] and out == "" and err.count("\n") == 1 and err.startswith(said)
+
+
+@pytest.mark.parametrize(("words", "code"), [("", 2), ("data", 2), ("--help", 0), ("train --help", 0)])
+def test_a_command_without_its_words_prints_its_help(
+    words: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bifrost", *words.split()])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    printed = "".join(capsys.readouterr())
+    assert left.value.code == code and printed.count("Usage:") == 1 and "--help" in printed
