@@ -136,7 +136,10 @@ def _scanned(tar: str) -> tuple[str, list[Group], str | None]:
             for member in scan(TarInput(file), read_all=not local):
                 members.append(member)
     except ManyZeros as error:
-        return state, (groups := group_members(members)), f"after {len(groups)} samples at {error}"
+        groups = group_members(members)
+        if len(groups) > 1 and set(groups[-1].members) != set(groups[-2].members):
+            groups[-1] = groups[-1]._replace(problem="the tar may be cut off within it")
+        return state, groups, f"after {len(groups)} samples at {error}"
     except tarfile.TarError as error:
         damage = str(error)
     groups = group_members(members)

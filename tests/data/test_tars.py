@@ -114,6 +114,19 @@ def test_a_tail_of_zeros_is_no_padding(small, tmp_path):
         build_index(str(path))
 
 
+def test_an_ingest_takes_no_half_of_a_sample_before_a_tail_of_zeros(tmp_path, picture):
+    path, out = tmp_path / "in/p.tar", tmp_path / "out"
+    image, description = picture(0, "png", (40, 40)), b'{"text": "another caption"}'
+    write_shard(path, [(f"k{i}", {"png": image, "json": description, "txt": b"the caption"}) for i in range(9)])
+    data = path.read_bytes()
+    index = build_index(str(path))
+    at, _ = index.entry(4)[1]["txt"]
+    path.write_bytes(data[: at - 512] + bytes(len(data) - at + 512))
+    assert ingest(path.parent, out, processes=1) == (1, 4, 2)
+    dataset = open_dataset(str(out))
+    assert {dataset.read(0, number).caption for number in range(4)} == {"the caption"}
+
+
 @pytest.mark.parametrize("padded", [True, False])
 def test_joined_tars_lose_nothing_unnamed(tmp_path, picture, padded):
     for number in range(2):
