@@ -10,7 +10,7 @@ import pytest
 from torch._C._distributed_c10d import HashStore
 
 from bifrost.slurm.preflight import Limits, devices, find_place, preflight, session
-from bifrost.slurm.preflight.node import _folder, node_checks
+from bifrost.slurm.preflight.node import _folder, _recipe, node_checks
 from bifrost.slurm.preflight.verdict import decide
 
 ALONE = """
@@ -60,6 +60,18 @@ def test_a_shard_that_is_missing_and_nothing_secret(tmp_path: Path, monkeypatch:
     data = next(finding for finding in found if finding.check == "data")
     assert data.reason == f"{tmp_path}/train-00000.tar: No such file or directory"
     assert "hush" not in str(found)
+
+
+def test_a_folder_of_shards_is_looked_into(tmp_path: Path) -> None:
+    for name in ("0.tar", "1.tar", "notes.txt"):
+        (tmp_path / name).touch()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "{stage: patch-latents, name: x, steps: 1, global_batch: 1, micro_batch: 1, backbone: {path: 'builtin:tiny'},"
+        f" data: {{shards: '{tmp_path}'}}}}"
+    )
+    data = next(finding for finding in _recipe(recipe) if finding.check == "data")
+    assert data.figure.startswith("2 shards (")
 
 
 SMI = """#!/bin/sh

@@ -123,6 +123,14 @@ def test_a_recipe_brings_its_sizes_and_collate(shards: Path) -> None:
     assert ours["images"].shape == theirs["images"].shape == (4, 3, 112, 112)
 
 
+def test_a_folder_of_shards_is_no_recipe(photos: str) -> None:
+    folder = str(Path(photos).parent)
+    with data._job(folder, [], samples=17, workers=2, sides="") as work:
+        assert len(work.dataset.shards) == 3
+    ended = CliRunner().invoke(app, ["bench", "data", folder, "data.workers=3"])
+    assert "settings are of a recipe" in str(ended.exception)
+
+
 def test_mistakes_are_one_line(photos: str) -> None:
     with pytest.raises(DataError, match="5 workers"):
         job(photos, workers=5)
