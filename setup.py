@@ -1,4 +1,4 @@
-"""Packaging: each top-level folder is installed as `bifrost.<folder>`.
+"""Packaging: each top-level folder is installed as `bifrost.<folder>`, and `package/` as `bifrost` itself.
 
 The folders carry short names that other projects use too (`kernels` is a Hugging Face distribution), so none of them
 is importable at top level.
@@ -12,8 +12,8 @@ ROOMS = ["kernels", "data", "recipes", "slurm", "trainer"]
 
 
 def packages() -> dict[str, str]:
-    """Package name -> folder, for every room and its sub-packages."""
-    found = {}
+    """Package name -> folder, for the top, every room and its sub-packages."""
+    found = {"bifrost": "package"}
     for room in ROOMS:
         found[f"bifrost.{room}"] = room
         for sub in find_packages(room):

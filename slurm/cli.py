@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 Run = Annotated[Path, typer.Argument(help="Run folder, such as runs/mllm-7b.", show_default=False)]
 
-slurm_app = typer.Typer(no_args_is_help=True)
+slurm_app = typer.Typer(
+    no_args_is_help=True, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
 
 
 @slurm_app.callback()

@@ -26,8 +26,10 @@ from .batch import batch_arithmetic
 from .bench.cli import app as bench_app
 from .changes import finished
 from .checkpoint.cli import app as checkpoint_app
+from .doctor.cli import doctor
 from .errors import Locked, RunError, Unhealthy, Unmet
 from .evaluate_cli import evaluate
+from .examples import add_examples
 from .generate_cli import generate
 from .init_cli import init
 from .launch import adopt_rank, devices, run_child, run_ranks
@@ -40,9 +42,13 @@ from .replay_cli import replay
 from .report.cli import compare, report
 from .resume import check_run, placed, ranks_of
 from .runs_cli import runs
+from .versions import DISTRIBUTION, how_to_install, version
 
 app = typer.Typer(
-    help="Training system for Bifrost-1.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+    help="Training system for Bifrost-1.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data", help="Shards: make, check, count.")
 app.add_typer(checkpoint_app, name="checkpoint", help="Checkpoints of a run: list, verify, show.")
@@ -60,6 +66,23 @@ app.command()(runs)
 app.command()(report)
 app.command()(compare)
 app.command()(replay)
+app.command()(doctor)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"bifrost {version(DISTRIBUTION) or 'from a folder, not installed'}")
+        raise typer.Exit
+
+
+@app.callback()
+def bifrost(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version, and stop.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
 
 kernels_app = typer.Typer(no_args_is_help=True)
 app.add_typer(kernels_app, name="kernels", help="Triton kernels: compile, check, time.")
@@ -232,6 +255,9 @@ def _leave(code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+add_examples(app)
+
+
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2, a run that cannot go on exit code 1."""
     try:
@@ -241,6 +267,10 @@ def main() -> None:
         _fail(error, LOCKED if isinstance(error, Locked) else LOST if passing else USAGE)
     except Unhealthy as error:
         _fail(error, FAILED)
+    except ModuleNotFoundError as error:
+        if (line := how_to_install(error)) is None:
+            raise
+        _fail(RunError(line), USAGE)
     except Unmet as error:
         _fail(error, HUNG)
     except Exception as error:

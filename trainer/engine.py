@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import logging
 import os
 import warnings
@@ -18,6 +17,7 @@ from ..recipes import Recipe
 from .errors import RunError
 from .ranks import Ranks
 from .stages import StageModel
+from .versions import version
 
 T = TypeVar("T")
 
@@ -28,7 +28,9 @@ DEEPSPEED_FLOOR = "0.19.8"
 
 def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, checked and quietened. RunError when it is too old."""
-    found = importlib.metadata.version("deepspeed")
+    found = version("deepspeed")
+    if found is None:
+        raise RunError(f"deepspeed is not installed: pip install 'deepspeed>={DEEPSPEED_FLOOR}'")
     if _version(found) < _version(DEEPSPEED_FLOOR):
         raise RunError(
             f"deepspeed {found} is installed, {DEEPSPEED_FLOOR} or newer is needed: pip install -U deepspeed"
@@ -96,9 +98,8 @@ def partitioned(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
 def require_quantizer(recipe: Recipe, device: torch.device) -> None:
     """RunError unless DeepSpeed can send what the recipe wants quantized, by the ranks that have met."""
     if recipe.zero.quantized_gradients:
-        version = importlib.metadata.version("deepspeed")
         raise RunError(
-            f"zero.quantized_gradients: deepspeed {version} reads all gradients as fp16;"
+            f"zero.quantized_gradients: deepspeed {version('deepspeed')} reads all gradients as fp16;"
             " these are fp32, so that training would run on noise; leave it off"
         )
     if not recipe.zero.quantized_weights:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import json
 import platform
@@ -20,6 +19,7 @@ from ..slurm.record import newest_step
 from .errors import RunError, writing
 from .generate_cli import Reveal
 from .monitors.evaluations import note_evaluation
+from .versions import versions
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
@@ -100,7 +100,7 @@ def evaluate(
         "device": str(generator.device),
         "dtype": str(next(generator.mllm.parameters()).dtype).removeprefix("torch."),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "versions": versions(VERSIONS),
     }
     text = table(found)
     picture = io.BytesIO()

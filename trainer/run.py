@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import math
@@ -61,6 +60,7 @@ from .rollback import Recovery
 from .samples import sampler
 from .stages import Stage, StageModel
 from .stages.patch_latents import PatchLatentStage
+from .versions import versions
 
 log = logging.getLogger(__name__)
 
@@ -395,7 +395,7 @@ def _environment(ranks: Ranks) -> dict[str, Any]:
         "host": platform.node(),
         "python": platform.python_version(),
         "commit": commit.stdout.strip() or None,
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "versions": versions(VERSIONS),
     }
 
 

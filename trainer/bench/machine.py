@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import sys
 from pathlib import Path
 from typing import Any
+
+from ..versions import versions
 
 
 def machine(*packages: str) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def machine(*packages: str) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", *packages)},
+            **versions(("torch", *packages)),
         },
     }
 

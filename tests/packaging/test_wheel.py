@@ -1,0 +1,57 @@
+"""The built wheel is whole: installed elsewhere, it trains the demo's recipe from another folder."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import runs
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = {"package": "", "kernels": "kernels", "data": "data", "recipes": "recipes", "slurm": "slurm"}
+FOLDERS["trainer"] = "trainer"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the wheel of this tree is installed, without its dependencies."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # a build leaves files in the tree
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "--no-compile"]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, "--target", str(folder / "site"), str(source)], check=True
+    )
+    return folder / "site"
+
+
+def test_every_file_is_in_the_wheel(site: Path) -> None:
+    for folder, installed in FOLDERS.items():
+        files = {file.relative_to(ROOT / folder) for file in (ROOT / folder).rglob("*") if file.is_file()}
+        wanted = {file for file in files if "__pycache__" not in file.parts}
+        assert len(wanted) >= 2
+        missing = [file for file in wanted if not (site / "bifrost" / installed / file).is_file()]
+        assert not missing, f"{folder}: add these to package_data in setup.py: {missing}"
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_from_another_folder(site: Path, shards: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
+    arguments = runs.arguments(shards, tmp_path, "steps=2")
+    with_origin = "import bifrost, sys; print(bifrost.__file__); from bifrost.trainer.__main__ import start; start()"
+    ended = subprocess.run(
+        [sys.executable, "-c", with_origin, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.splitlines()[0] == str(site / "bifrost" / "__init__.py")
+    assert [line["step"] for line in runs.steps(tmp_path / "tiny-mllm")] == [1, 2]
+    script = subprocess.run(
+        [site / "bin" / "bifrost", "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert script.stdout.startswith("bifrost ") and script.returncode == 0, script.stderr

@@ -1,0 +1,65 @@
+"""One or two examples for every command, which its --help ends with."""
+
+from __future__ import annotations
+
+import typer
+
+RUNS = "--mllm runs/tiny-mllm --controlnet runs/tiny-controlnet"
+EXAMPLES = {
+    "train": ("bifrost train recipes/tiny-mllm.yaml --ranks 2", "bifrost train mllm-7b --ranks 64 --dry-run"),
+    "resume": ("bifrost resume runs/tiny-mllm", "bifrost resume runs/tiny-mllm steps=800"),
+    "init": ("bifrost init birds --from mllm-7b", "bifrost init sketch --from tiny"),
+    "runs": ("bifrost runs", "bifrost runs runs"),
+    "doctor": ("bifrost doctor", "bifrost doctor --folder runs --uri http://tracker:5000"),
+    "generate": (f"bifrost generate {RUNS} --out images 'red apple' 'grinning cat'",),
+    "eval": (f"bifrost eval {RUNS} --data 'demo/train-*.tar' --out runs/demo",),
+    "plan": ("bifrost plan mllm-7b --gpus 8,64 --device h200", "bifrost plan flux-controlnet --gpus 16 micro_batch=2"),
+    "goodput": ("bifrost goodput runs/tiny-mllm",),
+    "report": ("bifrost report runs/tiny-mllm",),
+    "compare": ("bifrost compare runs/tiny-mllm runs/faster",),
+    "replay": ("bifrost replay runs/tiny-mllm --step 120",),
+    "export": ("bifrost export runs/tiny-mllm exported --ema", "bifrost export runs/tiny-mllm part --format hf"),
+    "data demo": ("bifrost data demo demo",),
+    "data ingest": (
+        "bifrost data ingest photos shards",
+        "bifrost data ingest photos shards --table captions.csv --caption-column text",
+    ),
+    "data index": ("bifrost data index '/data/pairs/*.tar' --only-missing",),
+    "data verify": ("bifrost data verify '/data/pairs/{00000..00127}.tar'",),
+    "data stats": ("bifrost data stats 'demo/train-*.tar'",),
+    "data encode": ("bifrost data encode flux-controlnet flux.placement=cached",),
+    "checkpoint list": ("bifrost checkpoint list runs/tiny-mllm",),
+    "checkpoint verify": ("bifrost checkpoint verify runs/tiny-mllm",),
+    "checkpoint show": ("bifrost checkpoint show runs/tiny-mllm",),
+    "bench step": ("bifrost bench step mllm-3b",),
+    "bench data": ("bifrost bench data 'demo/train-*.tar'",),
+    "bench scale": ("bifrost bench scale tiny-mllm",),
+    "track sync": ("bifrost track sync runs/tiny-mllm",),
+    "slurm devcluster": ("bifrost slurm devcluster up --nodes 2", "bifrost slurm devcluster down"),
+    "slurm preflight": ("srun --ntasks-per-node 8 bifrost slurm preflight", "bifrost slurm preflight runs/mllm-7b"),
+    "slurm render": ("bifrost slurm render mllm-7b --nodes 4 --gpus-per-node 8",),
+    "slurm submit": (
+        "bifrost slurm submit mllm-7b --nodes 4 data.shards='/data/pairs/*.tar'",
+        "bifrost slurm submit mllm-7b --nodes 2-8 --time 1-00:00:00",
+    ),
+    "slurm resume": ("bifrost slurm resume runs/mllm-7b",),
+    "slurm status": ("bifrost slurm status runs/mllm-7b",),
+    "slurm logs": ("bifrost slurm logs runs/mllm-7b --follow",),
+    "slurm cancel": ("bifrost slurm cancel runs/mllm-7b",),
+    "kernels check": ("bifrost kernels check",),
+    "kernels profile": ("bifrost kernels profile tiny-mllm --steps 3 --out profile",),
+    "kernels bench": ("bifrost kernels bench --kernel all", "bifrost kernels bench --help"),
+}
+"""Command -> what to type."""
+
+
+def add_examples(app: typer.Typer, group: str = "") -> None:
+    """Have the help of every command in `app` end with its examples."""
+    for info in app.registered_commands:
+        name = info.name or (info.callback.__name__ if info.callback else "")
+        if lines := EXAMPLES.get(f"{group}{name}"):
+            # A blank line apart: typer joins the others to one paragraph.
+            info.epilog = "\n\n".join(["For example:", *lines])
+    for inner in app.registered_groups:
+        if inner.typer_instance is not None and inner.name:
+            add_examples(inner.typer_instance, f"{inner.name} ")
