@@ -42,7 +42,7 @@ from .replay_cli import replay
 from .report.cli import compare, report
 from .resume import check_run, placed, ranks_of
 from .runs_cli import runs
-from .versions import DISTRIBUTION, how_to_install, version
+from .versions import DISTRIBUTION, how_to_install, require, version
 
 app = typer.Typer(
     help="Training system for Bifrost-1.",
@@ -134,6 +134,7 @@ def data_encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: Rank
 @kernels_app.command("check")
 def kernels_check() -> None:
     """Compile every kernel for sm_80, sm_90 and sm_100, without a GPU; exit code 1 when one spills or does not fit."""
+    require("triton")
     # A process of its own: on a machine without a GPU this one has Triton's interpreter.
     _leave(run_child("bifrost.kernels.compile_check", counts="kernels"))
 
@@ -165,6 +166,7 @@ def kernels_profile(
 )
 def kernels_bench(context: typer.Context) -> None:
     """Time the kernels against PyTorch and a floor measured in the same run; --help lists the options."""
+    require("triton")
     # A process of its own: this one has Triton's interpreter on a machine without a GPU, and much else in its memory.
     _leave(run_child("bifrost.kernels.bench", *context.args))
 

@@ -31,6 +31,12 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+def require(module: str) -> None:
+    """ModuleNotFoundError unless `module` is installed: for commands that another process runs."""
+    if not installed(module):
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+
 def how_to_install(error: ModuleNotFoundError) -> str | None:
     """A line for a package that is not installed; None where it is, or is this one, and the error is another's bug."""
     module = (error.name or "").partition(".")[0]

@@ -66,6 +66,26 @@ def test_ci_requires_what_the_tests_need() -> None:
     assert re.search(r"^\.venv/bin/python \.ci/resolve\.py$", script, flags=re.M)
 
 
+def test_ci_ends_where_slurm_is_missing_and_cannot_be_installed(tmp_path: Path) -> None:
+    """With nothing on the PATH but a shell's own tools and a Slurm that lacks one program."""
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    script = (tmp_path / ".ci" / "run").read_text()
+    (tmp_path / ".ci" / "run").write_text(script.replace('PATH="$PATH:/usr/sbin:/sbin"', ""))
+    for name in ("slurmctld", "slurmd", "munged", "shellcheck", "g++", "make"):
+        (tmp_path / name).write_text("#!/bin/sh\necho made\n")
+    (tmp_path / "apt-get").write_text("#!/bin/sh\nexit 100\n")
+    for file in tmp_path.iterdir():
+        file.chmod(0o755)
+    for name in ("bash", "dirname", "id", "tr", "sh"):
+        (tmp_path / name).symlink_to(shutil.which(name) or "")
+    ended = subprocess.run(
+        ["bash", ".ci/run"], cwd=tmp_path, env={"PATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "error: not installed, and tests need it: sbatch \n"
+
+
 def test_a_dependency_without_a_pin_is_named() -> None:
     unpinned = runpy.run_path(str(ROOT / ".ci" / "resolve.py"))["unpinned"]
     pins = "Flask==3.1.3\ntorch==2.13.0; python_version >= '3.11'\n"

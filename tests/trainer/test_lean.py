@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import runs
 
 HIDE = '''
@@ -63,10 +65,13 @@ def test_a_run_needs_neither_mlflow_nor_webdataset(shards: Path, tmp_path: Path)
     assert len(lines) == 1 and "pip install mlflow" in lines[0] and "tracking.enabled=false" in lines[0], lines
 
 
-def test_what_a_command_cannot_do_without_is_one_line(tmp_path: Path) -> None:
-    ended = without("emoji", tmp_path, "-m", "bifrost.trainer", "data", "demo", "demo")
+@pytest.mark.parametrize(
+    ("package", "command"), [("emoji", "data demo demo"), ("triton", "kernels check"), ("triton", "kernels bench")]
+)
+def test_what_a_command_cannot_do_without_is_one_line(package: str, command: str, tmp_path: Path) -> None:
+    ended = without(package, tmp_path, "-m", "bifrost.trainer", *command.split())
     assert ended.returncode == 2
-    assert ended.stderr == "error: emoji is not installed, and this needs it: pip install emoji\n"
+    assert ended.stderr == f"error: {package} is not installed, and this needs it: pip install {package}\n"
 
 
 def test_a_run_without_deepspeed_is_one_line(shards: Path, tmp_path: Path) -> None:
