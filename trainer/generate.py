@@ -37,6 +37,8 @@ from .stages.patch_latents import PatchLatentModel, PatchLatentStage
 from .stages.placement import born
 
 RECIPE = "recipe.yaml"
+SLOTS = ("ema", "master")
+"""What is loaded of a checkpoint: the average, or else the weights as they are."""
 
 
 @dataclass(frozen=True)
@@ -178,10 +180,15 @@ def load_painter(
 ) -> tuple[FrozenFlux, LatentControlNet, FluxTokenizers, int]:
     """What paints patch latents [B, side^2, width]: a FLUX, its ControlNet, its tokenizers, and pixels of a side."""
     network, folder, size = load_controlnet(path, flux, width, side, device, dtype)
+    return load_flux(folder, device, dtype), network, folder.tokenizers, size
+
+
+def load_flux(folder: FluxFolder, device: torch.device, dtype: torch.dtype) -> FrozenFlux:
+    """All parts of a FLUX on `device`."""
     with born(device, dtype):
         frozen = FrozenFlux(folder)
     frozen.load()
-    return frozen, network, FluxTokenizers(folder), size
+    return frozen
 
 
 def load_controlnet(
@@ -199,23 +206,24 @@ def load_controlnet(
             recipe = recipe.model_copy(update={"flux": recipe.flux.model_copy(update={"path": flux, "revision": None})})
         stage = ControlNetStage.open(recipe)
         shape, folder, size = stage.shape, stage.folder, stage.flux.image_size
-        reader = _checkpoint(path)
-        source, prefix = _trained(reader), "controlnet."
+        source = trained = _trained(_checkpoint(path))
     else:
         shape, source = latent_controlnet.read_config(path)
         if flux is None:
             raise RunError(f"{path}: names no FLUX; say which it was trained on, such as --flux FOLDER")
         folder = FluxFolder.open(locate(flux, None, "--flux", "*/*.safetensors"))
         size = 2 * folder.stride * {"up": 2 * side, "none": side, "down": side // 2}[shape.resampling]
-        reader, prefix = None, ""
+        trained = None
     shape.require(folder.transformer, width, side, folder.grid(size))
     with born(device, dtype):
         network = LatentControlNet(shape).eval().requires_grad_(False)
-    if reader is None:
+    if trained is None:
         network.load(source, path)
         return network, folder, size
+    prefix = "controlnet."
     fill({prefix + name: parameter for name, parameter in network.named_parameters()}, source, path)
-    restore_statistics({prefix + name: buffer for name, buffer in network.statistics().items()}, reader)
+    statistics = {prefix + name: buffer for name, buffer in network.statistics().items()}
+    restore_statistics(statistics, trained.reader, trained.slot)
     return network, folder, size
 
 
@@ -251,11 +259,11 @@ def _exported(file: Path) -> Recipe | None:
 
 
 def _checkpoint(path: Path) -> CheckpointReader:
-    reader = Store(path / "checkpoints").newest_verified()
+    reader = Store(path / "checkpoints").newest_verified(slots=SLOTS)
     if reader is None:
         raise RunError(f"{path}: has no checkpoint that verifies")
     return reader
 
 
 def _trained(reader: CheckpointReader) -> CheckpointWeights:
-    return CheckpointWeights(reader, "ema" if "ema" in reader.slots else "master")
+    return CheckpointWeights(reader, next(slot for slot in SLOTS if slot in reader.slots))

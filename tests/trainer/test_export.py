@@ -1,19 +1,20 @@
 """Exports: the public layout loads where the public checkpoint does, to the bit; memory is a few tensors'."""
 
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ranked
 import runs
-from bifrost.trainer.checkpoint.export import export
+from bifrost.trainer.checkpoint.export import _base, export
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.backbone import locate
-from bifrost.trainer.models.weights import WeightFiles, public_name
+from bifrost.trainer.models.weights import WeightFiles, is_trained, public_name
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +137,34 @@ def own_memory() -> int:
     """Bytes of this process that no file backs: mapped files come and go with the page cache."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+
+
+def test_a_base_in_the_public_layout_keeps_its_names(run: Path, tmp_path: Path) -> None:
+    """The backbone of an earlier export, or of the public release: its names are public already, its branch is old."""
+    export(run, tmp_path / "first", "public", dtype=torch.float32)
+    base = tmp_path / "base"
+    shutil.copytree(locate("builtin:tiny"), base, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = load_file(tmp_path / "first" / "model.safetensors")
+    stale = {name: torch.zeros_like(t) if is_trained(name) else t for name, t in tensors.items()}
+    save_file(stale, base / "model.safetensors")
+    again = tmp_path / "run"
+    again.mkdir()
+    (again / "checkpoints").symlink_to(run / "checkpoints")
+    recipe = (run / "recipe.yaml").read_text()
+    assert recipe.count("builtin:tiny") == 1
+    (again / "recipe.yaml").write_text(recipe.replace("builtin:tiny", str(base)))
+    export(again, tmp_path / "out", "public", dtype=torch.float32)
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert exported.keys() == tensors.keys()
+    assert all(torch.equal(exported[name], tensors[name]) for name in tensors)
+
+
+def test_a_quantized_base_is_exported_as_plain_weights(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "fixtures" / "quantized" / "bitsandbytes-int8"
+    expected = load_file(folder / "expected.safetensors")
+    pieces = list(_base(WeightFiles(folder), torch.bfloat16, set()))
+    assert {piece.name for piece in pieces} == {f"vision_language_model.{name}" for name in expected}
+    for piece in pieces:
+        assert piece.dtype == torch.bfloat16
+        wanted = expected[piece.name.removeprefix("vision_language_model.")]
+        assert torch.equal(piece.read().to(piece.dtype), wanted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from ...recipes import Recipe, load_recipe
 from ..errors import RunError, writing
 from ..models.backbone import locate, read_config
 from ..models.latent_controlnet import write_config
-from ..models.weights import WeightFiles, public_name
+from ..models.weights import WeightFiles, is_trained, public_base_name, public_name
 from ..stages.controlnet import ControlNetStage
 from ..stages.patch_latents import grid_side
 from .durable import Piece, safetensors_parts, write_file
@@ -41,8 +41,8 @@ def export(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: is {'not empty' if out.is_dir() else 'a file'}, choose a new folder")
-    reader = _checkpoint(run, step)
     slot = "ema" if ema else "master"
+    reader = _checkpoint(run, step, slot)
     if slot not in reader.slots:
         raise RunError(f"{run}: keeps no average of its weights (recipe key ema), leave --ema out")
     recipe = load_recipe(run / "recipe.yaml")
@@ -52,9 +52,9 @@ def export(
     with writing(out):
         shutil.rmtree(partial, ignore_errors=True)
         if recipe.stage == "controlnet":
-            _write_controlnet(partial, recipe, pieces, reader)
+            _write_controlnet(partial, recipe, pieces, reader.buffers(slot))
         else:
-            _write_branch(partial, recipe, layout, pieces, reader)
+            _write_branch(partial, recipe, layout, pieces, reader, dtype)
             config = {"step": reader.step, "weights": slot, "recipe": recipe.model_dump(mode="json")}
             (partial / "config.json").write_text(json.dumps(config, indent=2))
         partial.replace(out)
@@ -65,56 +65,65 @@ def _piece(reader: CheckpointReader, slot: str, name: str, dtype: torch.dtype) -
     return Piece(name, tuple(reader.shapes[name]), dtype, lambda: reader.full(slot, name))
 
 
-def _write_branch(out: Path, recipe: Recipe, layout: str, pieces: dict[str, Piece], reader: CheckpointReader) -> None:
+def _write_branch(
+    out: Path,
+    recipe: Recipe,
+    layout: str,
+    pieces: dict[str, Piece],
+    reader: CheckpointReader,
+    dtype: torch.dtype,
+) -> None:
     tensors = list(pieces.values())
     if layout == "public":
         tensors = [piece._replace(name=public_name(name)) for name, piece in pieces.items()]
         folder = locate(recipe.backbone.path, recipe.backbone.revision)
-        tensors += _base(WeightFiles(folder))
+        tensors += _base(WeightFiles(folder), dtype, {tensor.name for tensor in tensors})
         if recipe.branch.positions == "mrope":
             # The public model always has the table; with mRoPE it adds nothing.
             width, side = reader.shapes["head.bias"][0], grid_side(read_config(folder), recipe.data.image_size)
             shape = (1, side * side, width)
-            dtype = tensors[0].dtype
             tensors.append(Piece("learnable_pos_emb", shape, dtype, lambda: torch.zeros(shape)))
     _write(out, tensors)
 
 
-def _write_controlnet(out: Path, recipe: Recipe, pieces: dict[str, Piece], reader: CheckpointReader) -> None:
+def _write_controlnet(out: Path, recipe: Recipe, pieces: dict[str, Piece], buffers: dict[str, torch.Tensor]) -> None:
     """diffusers' folder, which is the public `flux_controlnet`: both layouts are one. Statistics stay fp32."""
     tensors = [piece._replace(name=name.removeprefix("controlnet.")) for name, piece in pieces.items()]
-    for name, buffer in reader.buffers().items():
+    for name, buffer in buffers.items():
         shape, dtype = tuple(buffer.shape), buffer.dtype
         tensors.append(Piece(name.removeprefix("controlnet."), shape, dtype, lambda buffer=buffer: buffer))
     _write(out, tensors, "diffusion_pytorch_model")
     write_config(out, ControlNetStage.open(recipe, for_counting=True).shape)
 
 
-def _checkpoint(run: Path, step: int | None) -> CheckpointReader:
+def _checkpoint(run: Path, step: int | None, slot: str) -> CheckpointReader:
+    """The run's checkpoint, with `slot` of it verified where it is there."""
     store = Store(run / "checkpoints")
     if not store.root.is_dir():
         raise RunError(f"{run}: is no run folder, or its run has saved nothing yet")
     if step is None:
-        reader = store.newest_verified()
+        reader = store.newest_verified(slots=(slot,))
         if reader is None:
             raise RunError(f"{run}: has no checkpoint that verifies")
         return reader
     if step not in store.steps():
         raise RunError(f"{run}: has no checkpoint of step {step}, there are {store.steps()}")
-    problems = store.verify(step)
+    problems = store.verify(step, slots=(slot,))
     if problems:
         raise RunError("; ".join(problems))
     return CheckpointReader(store.folder(step))
 
 
-def _base(files: WeightFiles) -> Iterator[Piece]:
-    """The frozen base under the public prefix, as stored: hub names, whether saved by an older or a newer library."""
+def _base(files: WeightFiles, dtype: torch.dtype, trained: Collection[str]) -> Iterator[Piece]:
+    """The frozen base under the public names, as stored: of a hub's folder of any age, or of an earlier export, whose
+    `trained` part is left out. Quantized weights become plain ones of `dtype`."""
     for name in files.names:
-        public = name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
-        tensor = files.full(name)
-        yield Piece(
-            f"vision_language_model.{public}", tuple(tensor.shape), tensor.dtype, lambda name=name: files.full(name)
-        )
+        public = public_base_name(name)
+        if public in trained or is_trained(public):
+            continue
+        shape = files.shape(name)
+        assert shape is not None
+        yield Piece(public, shape, files.dtype(name) or dtype, lambda name=name: files.full(name))
 
 
 def _write(out: Path, tensors: list[Piece], stem: str = "model") -> None:

@@ -29,7 +29,7 @@ from ...kernels import PrefixLayout, Segments, segment_attention
 from ...kernels.attention import Backend
 from ...recipes import FOLDER as RECIPES
 from ..errors import RunError
-from .weights import WeightFiles, backbone_names, fill
+from .weights import WeightFiles, backbone_names, fill, read_json
 
 # transformers hands an attention function the segment lengths only if "flash" is part of its name.
 TOWER_ATTENTION = "bifrost_flash_tower"
@@ -78,10 +78,30 @@ def read_config(folder: Path) -> Any:  # a Qwen2_5_VLConfig, whose annotations p
     file = folder / "config.json"
     if not file.is_file():
         raise RunError(f"{folder}: no config.json; backbone.path must be a Qwen2.5-VL model folder")
-    config = Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
-    if config.model_type != "qwen2_5_vl":
-        raise RunError(f"{file}: model_type is {config.model_type}, a qwen2_5_vl is needed")
+    stated = read_json(file)
+    if (kind := stated.get("model_type")) != "qwen2_5_vl":
+        raise RunError(f"{file}: model_type is {kind}, a qwen2_5_vl is needed")
+    try:
+        config = Qwen2_5_VLConfig.from_dict(stated)
+    except Exception as error:  # its checks raise many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(f"{file}: is no configuration of a Qwen2.5-VL ({reason}); fetch it again") from error
+    _require_pixels(folder)
     return config
+
+
+def _require_pixels(folder: Path) -> None:
+    """RunError when the image processor normalises pixels otherwise than `pixel_patches`. One that is missing is
+    not missed."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if not (file := folder / name).is_file():
+            continue
+        stated = read_json(file)
+        stated = stated.get("image_processor", stated)
+        for key, ours in (("image_mean", _PIXEL_MEAN), ("image_std", _PIXEL_STD)):
+            theirs = stated.get(key, ours)
+            if len(theirs) != 3 or max(abs(a - b) for a, b in zip(theirs, ours, strict=True)) > 1e-4:
+                raise RunError(f"{file}: {key} is {theirs}, this trains with {list(ours)}, Qwen2.5-VL's own")
 
 
 @dataclass(frozen=True)
@@ -103,11 +123,12 @@ class FrozenBackbone(nn.Module):
     def __init__(self, config: Any, attention: Backend = "sdpa", text: bool = True) -> None:
         super().__init__()
         config = copy.deepcopy(config)
+        dtype = torch.get_default_dtype()  # not the config's, which states how the weights are stored
         with no_init_weights():
             if text:
-                self.text = Qwen2_5_VLTextModel._from_config(config.text_config)
+                self.text = Qwen2_5_VLTextModel._from_config(config.text_config, dtype=dtype)
                 self.text.config._attn_implementation = TEXT_ATTENTION
-            self.vision = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
+            self.vision = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config, dtype=dtype)
         self.vision.patch_embed.proj.__class__ = _PatchProjection
         self.vision.config._attn_implementation = TOWER_ATTENTION
         self.attention: Backend = attention

@@ -6,9 +6,9 @@ channels, L text tokens of width E, P pooled text width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -17,12 +17,14 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from transformers.initialization import no_init_weights
 
 from ..errors import RunError
 from . import weights
 from .latent_controlnet import Residuals
+from .safetensors_files import instead
+from .tokenizers import open_tokenizer
 
 Part = Literal["transformer", "vae", "text_encoder", "text_encoder_2"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -117,7 +119,8 @@ class FluxTokenizers:
     """Prompts -> Tokens, in a loader's workers."""
 
     def __init__(self, folder: FluxFolder) -> None:
-        self.t5, self.clip = (_tokenizer(folder.path / name) for name in ("tokenizer_2", "tokenizer"))
+        self.t5 = open_tokenizer(folder.path / "tokenizer_2", folder.t5.vocab_size)
+        self.clip = open_tokenizer(folder.path / "tokenizer", folder.clip.vocab_size)
         # The lengths that dev and schnell were trained with; a smaller model's tokenizer states its own.
         self.t5_length = min(self.t5.model_max_length, 512 if folder.guided else 256)
         self.clip_length = min(self.clip.model_max_length, folder.clip.max_position_embeddings)
@@ -129,13 +132,6 @@ class FluxTokenizers:
 def _ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
     settings = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
     return tokenizer(list(prompts), **settings).input_ids
-
-
-def _tokenizer(folder: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # its many readers raise many kinds
-        raise RunError(f"{folder}: no tokenizer can be read there; fetch FLUX's folder again") from error
 
 
 @dataclass(frozen=True)
@@ -156,6 +152,9 @@ class FluxFolder:
             needed += ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/*", "tokenizer_2/*"]
             needed += [f"{part}/*.safetensors" for part in PARTS]
         missing = [name for name in needed if not any(path.glob(name))]
+        for name in missing:
+            if name.endswith(".safetensors") and (other := instead((path / name).parent)):
+                raise RunError(f"{(path / name).parent}: no safetensors files there{other}")
         if missing:
             raise RunError(f"{path}: not a complete FLUX folder: {', '.join(missing)} missing; fetch it again")
         transformer, vae, clip, t5 = (_read(path / part / "config.json") for part in PARTS)
@@ -174,7 +173,15 @@ class FluxFolder:
                 f"{path}/vae/config.json: in_channels {vae['in_channels']} are not 3 x {folder.depth} x {folder.depth}"
                 f" ({SPACE_TO_DEPTH_KEY})"
             )
+        if not for_counting:
+            assert folder.tokenizers  # refused here, before anything is built, and so are files of weights
+            for part in PARTS:
+                weights.weight_files(path / part)
         return folder
+
+    @cached_property
+    def tokenizers(self) -> FluxTokenizers:
+        return FluxTokenizers(self)
 
     @property
     def guided(self) -> bool:
@@ -224,6 +231,13 @@ class FluxFolder:
             names["shared.weight"] = "encoder.embed_tokens.weight"
         return names
 
+    def require_weights(self) -> None:
+        """RunError unless every part's files hold its weights; nothing is read of them."""
+        for part in PARTS:
+            files = self.files(part)
+            with torch.device("meta"):
+                files.require(list(self.names(part, self.build(part), files).values()))
+
     def fill(self, part: Part, module: nn.Module) -> None:
         """Set a built part's weights from its files."""
         files, parameters = self.files(part), dict(module.named_parameters())
@@ -238,10 +252,7 @@ _REQUIRED = {
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(file.read_text())
-    except ValueError as error:
-        raise RunError(f"{file}: is not JSON ({error}); fetch it again") from error
+    settings = weights.read_json(file)
     if missing := [name for name in _REQUIRED.get(file.parent.name, ()) if name not in settings]:
         raise RunError(f"{file}: {', '.join(missing)} missing; fetch it again")
     return settings

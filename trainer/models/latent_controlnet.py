@@ -10,6 +10,7 @@ text width, H FLUX's hidden width.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,6 +83,20 @@ class ControlNetConfig:
         shared = {name: transformer[name] for name in _SHARED if name in transformer}
         return cls(shared, latent_width, resampling(grid_in, grid_out), double, single, norm)
 
+    def require_use(self, transformer: Mapping[str, Any]) -> None:
+        """RunError when a FLUX of these settings adds some residual nowhere: its block would never learn."""
+        for kind, count, blocks in (
+            ("double", self.double, transformer["num_layers"]),
+            ("single", self.single, transformer["num_single_layers"]),
+        ):
+            if count and (added := residuals_added(count, blocks)) < count:
+                fits = [n for n in range(1, blocks + 1) if residuals_added(n, blocks) == n]
+                near = [max(n for n in fits if n < count), min(n for n in fits if n > count)]
+                raise RunError(
+                    f"controlnet.{kind}={count}: a FLUX of {blocks} {kind} blocks adds the first {added} residuals"
+                    f" alone, the other blocks would never learn; set {near[0]} or {near[1]}"
+                )
+
     def public(self) -> dict[str, Any]:
         """`config.json` of a `flux_controlnet` folder. Width, resampling and norm show in the weights alone."""
         return {
@@ -111,6 +126,12 @@ class ControlNetConfig:
             there = transformer.get(name, value)
             if _plain(there) != _plain(value):
                 raise RunError(f"the ControlNet is for a FLUX with {name} {value}, this one has {there}")
+
+
+def residuals_added(count: int, blocks: int) -> int:
+    """How many of `count` residuals a FLUX of `blocks` blocks adds: after block i that of i // ceil(blocks / count), as
+    diffusers' FluxTransformer2DModel has it."""
+    return (blocks - 1) // math.ceil(blocks / count) + 1
 
 
 def _plain(value: Any) -> Any:
@@ -229,10 +250,7 @@ def read_config(folder: Path) -> tuple[ControlNetConfig, weights.WeightFiles]:
     file = folder / "config.json"
     if not file.is_file():
         raise RunError(f"{folder}: no config.json; give a folder with a FLUX ControlNet, such as `flux_controlnet`")
-    try:
-        settings = json.loads(file.read_text())
-    except ValueError as error:
-        raise RunError(f"{file}: is not JSON ({error}); fetch it again") from error
+    settings = weights.read_json(file)
     if settings.get("_class_name") != "FluxControlNetModel":
         raise RunError(f"{file}: _class_name is {settings.get('_class_name')}, a FluxControlNetModel is needed")
     for name in ("num_mode", "conditioning_embedding_channels"):

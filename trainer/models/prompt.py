@@ -8,23 +8,35 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import RunError
+from .backbone import read_config
+from .tokenizers import open_tokenizer
 
 INSTRUCTION = "Generate an image of {caption}"
 IMAGE_START = "<|vision_start|>"
+IMAGE = "<|image_pad|>"
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder; RunError when its files or Qwen's markers are missing."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{folder}: no tokenizer can be read there; download the model's tokenizer files") from error
-    if tokenizer.convert_tokens_to_ids(IMAGE_START) in (None, tokenizer.unk_token_id):
-        raise RunError(f"{folder}: the tokenizer has no {IMAGE_START}; a Qwen2.5-VL tokenizer is needed")
+    """The tokenizer in a Qwen2.5-VL's folder; RunError when it is not whole, or another model's."""
+    config = read_config(folder)
+    tokenizer = open_tokenizer(folder, config.text_config.vocab_size)
+    for token, wanted in ((IMAGE_START, config.vision_start_token_id), (IMAGE, config.image_token_id)):
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found in (None, tokenizer.unk_token_id):
+            raise RunError(f"{folder}: the tokenizer has no {token}; a Qwen2.5-VL tokenizer is needed")
+        if found != wanted:
+            raise RunError(
+                f"{folder}: {token} is token {found} of the tokenizer and {wanted} in config.json; fetch this model's"
+                " own tokenizer"
+            )
+    if not tokenizer.chat_template:
+        raise RunError(
+            f"{folder}: the tokenizer has no chat template; fetch tokenizer_config.json or chat_template.jinja"
+        )
     return tokenizer
 
 
@@ -42,6 +54,8 @@ class PromptTemplate:
         turn = [{"role": "user", "content": INSTRUCTION.format(caption=_MARK)}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         assert isinstance(text, str)
+        if text.count(_MARK) != 1:
+            raise RunError(f"{tokenizer.name_or_path}: its chat template leaves out what the user says; fetch it again")
         self.head, self.tail = (text + IMAGE_START).split(_MARK)
         self.suffix: list[int] = tokenizer.encode(self.tail, add_special_tokens=False)
         shortest = len(self._encode(""))

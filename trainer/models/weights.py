@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import RunError
 from ..ranks import Gather, alone
+from .quantization import FLOAT, REMEDY, hidden, quantized
+from .safetensors_files import StoredTensors, weight_files
 
 
 class Source(Protocol):
@@ -32,53 +34,91 @@ class Source(Protocol):
 
 
 class WeightFiles:
-    """The safetensors files of a model folder, or one file, read lazily."""
+    """The weights of a model folder, or of one safetensors file, read lazily.
+
+    Weights that are stored quantized are read as the floats that they stand for; see `quantization`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        index = path / "model.safetensors.index.json"
-        if path.is_file():
-            files = [path]
-        elif index.is_file():
-            names = json.loads(index.read_text())["weight_map"].values()
-            files = [path / name for name in sorted(set(names))]
-        else:
-            files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise RunError(f"{path}: no safetensors files there")
-        self._files: dict[str, safe_open] = {}
-        for file in files:
-            try:
-                opened = safe_open(file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise RunError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from error
-            self._files.update(dict.fromkeys(opened.keys(), opened))
+        self._stored = StoredTensors(weight_files(path))
+        self._quantized = quantized(self._stored, _config(path), path)
 
     @property
     def names(self) -> list[str]:
-        return sorted(self._files)
+        if not self._quantized:
+            return sorted(self._stored)
+        return sorted({name for name in self._stored if not hidden(name)} | self._quantized.keys())
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        file = self._files.get(name)
-        return None if file is None else tuple(file.get_slice(name).get_shape())
+        if how := self._quantized.get(name):
+            return self._stored.shape(how.data)
+        return self._stored.shape(name) if name in self._stored else None
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """As stored; None for a weight that is stored quantized and read as floats."""
+        return None if name in self._quantized else self._stored.dtype(name)
 
     def full(self, name: str) -> Tensor:
-        """The tensor, memory-mapped: only what is touched is read."""
-        return self._files[name].get_tensor(name)
+        """The tensor, memory-mapped: only what is touched is read. One that is stored quantized is in memory."""
+        if name in self._quantized:
+            shape = self.shape(name)
+            assert shape is not None
+            return self.flat(name, 0, math.prod(shape)).view(shape)
+        return self._stored.tensor(name)
 
     def flat(self, name: str, lo: int, hi: int) -> Tensor:
-        return self.full(name).flatten()[lo:hi]
+        if how := self._quantized.get(name):
+            return how.flat(self._stored, lo, hi)
+        return self._stored.tensor(name).flatten()[lo:hi]
+
+    def require(self, names: Iterable[str]) -> None:
+        """RunError unless all `names` are there as floats, or are read as such."""
+        missing = [name for name in names if self.shape(name) is None]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise RunError(f"{self.path}: {missing[0]}{more} missing; fetch it again")
+        for name in names:
+            if name not in self._quantized and (dtype := self._stored.dtype(name)) not in FLOAT:
+                raise _no_float(self.path, name, dtype)
 
     def content_hash(self, names: Iterable[str], rank: int = 0, ranks: int = 1, gather: Gather = alone) -> str:
-        """sha256 over names, types, shapes and bytes of `names`; the work is spread over the ranks."""
+        """sha256 over names, types, shapes and bytes of `names` as stored; the work is spread over the ranks."""
+        stored = {part for name in names for part in self._parts(name)}
         digests: dict[str, str] = {}
-        for name in sorted(names)[rank::ranks]:
-            tensor = self.full(name).contiguous()
+        for name in sorted(stored)[rank::ranks]:
+            tensor = self._stored.tensor(name).contiguous()
             digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.flatten().view(torch.uint8).numpy().data)
             digests[name] = digest.hexdigest()
         merged = {name: value for part in gather(digests) for name, value in part.items()}
         return hashlib.sha256(json.dumps(sorted(merged.items())).encode()).hexdigest()
+
+    def _parts(self, name: str) -> tuple[str, ...]:
+        how = self._quantized.get(name)
+        return how.stored if how else (name,)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The config.json of a model folder; empty where there is none."""
+    file = path / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The settings in a JSON file of a model; RunError unless it is an object."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{file}: is not JSON ({error}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{file}: is no JSON object; fetch it again")
+    return found
+
+
+def _no_float(where: object, name: str, dtype: torch.dtype | None) -> RunError:
+    kind = str(dtype).removeprefix("torch.") if dtype else "a type of fewer than 8 bits"
+    return RunError(f"{where}: {name} is stored as {kind}, without the scales that make it a weight; {REMEDY}")
 
 
 class Distribution(NamedTuple):
@@ -114,7 +154,7 @@ class Drawn:
 def fill(parameters: Mapping[str, nn.Parameter], source: Source, where: object) -> None:
     """Set every parameter, named as in `source`, from it: this rank's slice, or all of it without ZeRO.
 
-    RunError names the tensors that are missing or of another shape.
+    RunError names the tensors that are missing, of another shape, or no floats where the parameter is one.
     """
     missing = [name for name in parameters if source.shape(name) is None]
     if missing:
@@ -124,8 +164,11 @@ def fill(parameters: Mapping[str, nn.Parameter], source: Source, where: object) 
         if wanted != found:
             raise RunError(f"{where}: {name} has shape {found}, this model needs {wanted}; another model's weights?")
         destination, lo, hi = local_slice(parameter)
+        values = source.flat(name, lo, hi)
+        if destination.is_floating_point() and values.dtype not in FLOAT:
+            raise _no_float(where, name, values.dtype)
         destination[hi - lo :].zero_()
-        destination[: hi - lo].copy_(source.flat(name, lo, hi))
+        destination[: hi - lo].copy_(values)
 
 
 def local_slice(parameter: nn.Parameter) -> tuple[Tensor, int, int]:
@@ -163,6 +206,7 @@ def backbone_names(part: str, names: Iterable[str], files: WeightFiles) -> dict[
 
 
 _COPIED = re.compile(r"branch\.(?P<stem>(layers\.\d+\.)?(self_attn\.)?)(?P<rest>.+)")
+_PUBLIC_PREFIX = "vision_language_model."
 _PUBLIC_NAMES = {
     "branch.mask_token": "mask_token",
     "branch.positions": "learnable_pos_emb",
@@ -180,4 +224,18 @@ def public_name(name: str) -> str:
         return _PUBLIC_NAMES[name]
     found = _COPIED.fullmatch(name)
     assert found, name
-    return f"vision_language_model.model.{found['stem']}vision_branch_{found['rest']}"
+    return f"{_PUBLIC_PREFIX}model.{found['stem']}vision_branch_{found['rest']}"
+
+
+def public_base_name(name: str) -> str:
+    """A frozen tensor's name in the public checkpoint's layout, from that of a hub's file, old or new, or that one."""
+    name = name.removeprefix(_PUBLIC_PREFIX)
+    if is_trained(name):
+        return name
+    name = name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
+    return _PUBLIC_PREFIX + name
+
+
+def is_trained(name: str) -> bool:
+    """Whether a name of the public layout is of the trained part."""
+    return name in _PUBLIC_NAMES.values() or "vision_branch_" in name

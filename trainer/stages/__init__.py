@@ -102,4 +102,6 @@ def open_stage(recipe: Recipe, for_counting: bool = False) -> Stage:
         return PatchLatentStage.open(recipe, for_counting)
     from .controlnet import ControlNetStage
 
-    return ControlNetStage.open(recipe, for_counting)
+    stage = ControlNetStage.open(recipe, for_counting)
+    stage.shape.require_use(stage.folder.transformer)
+    return stage

@@ -30,7 +30,7 @@ from ...data.retry import call
 from ...data.shards import expand, shared, spread
 from ...recipes import Recipe
 from ..errors import RunError
-from ..models.flux import SPACE_TO_DEPTH_KEY, FluxFolder, FluxTokenizers, Part
+from ..models.flux import SPACE_TO_DEPTH_KEY, FluxFolder, Part
 from ..ranks import Gather, alone
 
 Kind = Literal["vae", "text"]
@@ -72,8 +72,7 @@ def made_by(
         files = folder.files(part)
         with torch.device("meta"):
             names = list(folder.names(part, folder.build(part), files).values())
-        if missing := [name for name in names if files.shape(name) is None]:
-            raise RunError(f"{files.path}: {len(missing)} tensors are missing, such as {missing[0]}; fetch it again")
+        files.require(names)
         made[f"{part} weights"] = files.content_hash(names, rank, ranks, gather)
     if kind == "vae":
         about = ("_class_name", "_diffusers_version", "_name_or_path", "scaling_factor", "shift_factor")
@@ -81,7 +80,7 @@ def made_by(
         made["vae config"][SPACE_TO_DEPTH_KEY] = folder.depth
         made["flux.image_size"] = recipe.flux.image_size
     else:
-        tokenizers = FluxTokenizers(folder)
+        tokenizers = folder.tokenizers
         made["tokens"] = [tokenizers.t5_length, tokenizers.clip_length]
         for name in ("tokenizer", "tokenizer_2"):
             files = sorted(file for file in (folder.path / name).iterdir() if file.is_file())

@@ -26,7 +26,7 @@ from ..kernel_choice import KernelChoice, choose_kernels
 from ..models import flux as flow
 from ..models import latent_controlnet, weights
 from ..models.backbone import FrozenBackbone, architecture, locate, read_config
-from ..models.flux import PARTS, FluxFolder, FluxTokenizers, Part, Tokens
+from ..models.flux import PARTS, FluxFolder, Part, Tokens
 from ..models.latent_controlnet import ControlNetConfig, LatentControlNet
 from ..randomness import IntArray, Stream, chosen, uniform
 from ..ranks import Gather, Ranks, alone
@@ -135,7 +135,7 @@ class ControlNetCollate:
     def __init__(self, stage: ControlNetStage) -> None:
         self.seed, self.dropout = stage.recipe.seed, stage.flux.caption_dropout
         self.caches = stage.caches if stage.caches is not None else stage.open_caches()
-        self.tokenizers = FluxTokenizers(stage.folder)
+        self.tokenizers = stage.folder.tokenizers
         self.latents = stage.latents
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The frozen tower and text model: patches as Qwen's processor makes them, cost linear in the batch, exact prefix."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import ranked
 from bifrost.kernels import PrefixLayout
 from bifrost.kernels import attention as attention_module
+from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.backbone import FrozenBackbone, locate, pixel_patches, read_config
 from bifrost.trainer.models.weights import WeightFiles, backbone_names, fill
+from bifrost.trainer.stages.placement import build_whole
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +164,39 @@ def test_rotary_frequencies_stay_fp32_in_a_bf16_model() -> None:
     """zero.Init creates every tensor in bf16; frequencies rounded to it would turn far positions by whole radians."""
     (rank,) = ranked.run(rotary_tables_under_zero_init, 1)
     assert rank.value == [0.0, 1.0], rank.err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stated", ["bfloat16", "float32", None])
+def test_a_replicated_backbone_has_the_runs_precision(dtype: torch.dtype, stated: str | None) -> None:
+    """Whatever its config says of the stored weights: all published ones say bfloat16, for every part."""
+    config = read_config(locate("builtin:tiny"))
+    config.dtype = config.text_config.dtype = config.vision_config.dtype = stated and getattr(torch, stated)
+    like = torch.nn.Parameter(torch.empty(1, dtype=dtype))
+    made = build_whole(partial(FrozenBackbone, config), "replicated", like)
+    assert {parameter.dtype for parameter in made.parameters()} == {dtype}
+    made.restore_rotary()
+    made.load(WeightFiles(locate("builtin:tiny")))
+    assert made.patch_latents(images(1)).dtype == dtype
+    layout = PrefixLayout.of((3,), 4)
+    assert {part.dtype for part in made.prefix(torch.tensor([7, 8, 9]), layout).keys} == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", "{", r"config\.json: is not JSON"),
+        ("config.json", "[]", r"config\.json: is no JSON object"),
+        ("config.json", '{"model_type": "qwen3_vl"}', "model_type is qwen3_vl"),
+        ("config.json", '{"model_type": "qwen2_5_vl", "text_config": 3}', "is no configuration of a Qwen2.5-VL"),
+        ("preprocessor_config.json", '{"image_mean": [0.5, 0.5, 0.5]}', r"image_mean is \[0\.5, 0\.5, 0\.5\]"),
+        ("processor_config.json", '{"image_processor": {"image_std": [1, 1, 1]}}', r"image_std is \[1, 1, 1\]"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_one_line(tmp_path, name: str, content: str, words: str) -> None:
+    (tmp_path / "config.json").write_bytes((locate("builtin:tiny") / "config.json").read_bytes())
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.48145466, 0.4578275, 0.40821073]}')
+    read_config(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RunError, match=words):
+        read_config(tmp_path)

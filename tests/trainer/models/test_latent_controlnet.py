@@ -13,9 +13,17 @@ import ranked
 from bifrost.recipes import FOLDER, load_recipe
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.flux import FluxFolder, image_ids, velocity
-from bifrost.trainer.models.latent_controlnet import ControlNetConfig, LatentControlNet, read_config, write_config
+from bifrost.trainer.models.latent_controlnet import (
+    ControlNetConfig,
+    LatentControlNet,
+    Residuals,
+    read_config,
+    residuals_added,
+    write_config,
+)
 from bifrost.trainer.models.resampler import SyncedBatchNorm, resampling
 from bifrost.trainer.models.weights import WeightFiles
+from bifrost.trainer.stages import open_stage
 
 FLUX = {
     "patch_size": 1,
@@ -330,3 +338,49 @@ def test_every_rank_fills_its_own_slice(tmp_path: Path) -> None:
     save_file(flux().state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
     for rank in ranked.run(slices_under_zero_init, 2, str(tmp_path)):
         assert rank.value == [True, True], rank.err
+
+
+def test_idle_blocks_are_refused_with_the_nearest_that_learn() -> None:
+    """Against diffusers' own forward pass: a residual that it adds nowhere has no gradient."""
+    double, single = 7, 9
+    settings = {**FLUX, "num_layers": double, "num_single_layers": single, "num_attention_heads": 1}
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(**settings).requires_grad_(False)
+    noisy, _, conditions = inputs()
+    for count in range(1, single + 1):
+        residuals = Residuals(
+            tuple(torch.zeros(2, 16, 16, requires_grad=True) for _ in range(min(count, double))),
+            tuple(torch.zeros(2, 16, 16, requires_grad=True) for _ in range(count)),
+        )
+        velocity(transformer, noisy, residuals, *conditions).square().sum().backward()
+        for kind, blocks, made in (("double", double, residuals.double), ("single", single, residuals.single)):
+            used = sum(tensor.grad is not None and bool(tensor.grad.any()) for tensor in made)
+            assert residuals_added(len(made), blocks) == used
+            other = {"single" if kind == "double" else "double": 1}
+            shaped = ControlNetConfig.of(settings, WIDTH, 2, 4, **{kind: len(made)}, **other)
+            if used == len(made):
+                shaped.require_use(settings)
+            else:
+                with pytest.raises(
+                    RunError, match=rf"controlnet\.{kind}={len(made)}: .*; set (\d+) or (\d+)"
+                ) as refused:
+                    shaped.require_use(settings)
+                near = [int(word) for word in str(refused.value).split("; set ")[1].split(" or ")]
+                assert near[0] < len(made) < near[1]
+                assert all(residuals_added(number, blocks) == number for number in near)
+
+
+def test_published_flux_and_idle_blocks() -> None:
+    """As found for FLUX.1-dev by hand: 19 double and 38 single blocks."""
+    idle = [count for count in range(1, 20) if residuals_added(count, 19) < count]
+    assert idle == [6, 8, 9, *range(11, 19)]
+    idle = [count for count in range(1, 39) if residuals_added(count, 38) < count]
+    assert idle == [9, 11, 12, *range(14, 19), *range(20, 38)]
+
+
+def test_a_recipe_with_idle_blocks_is_refused() -> None:
+    recipe = load_recipe("flux-controlnet", ["controlnet.double=6"])
+    with pytest.raises(
+        RunError, match=r"controlnet\.double=6: a FLUX of 19 double blocks adds the first 5 .*set 5 or 7"
+    ):
+        open_stage(recipe, for_counting=True)

@@ -1,0 +1,136 @@
+"""A tokenizer that gives every caption the same tokens, or is another model's, is refused before training."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+import tiny_flux
+from bifrost.recipes import FOLDER
+from bifrost.trainer.errors import RunError
+from bifrost.trainer.models import tokenizers
+from bifrost.trainer.models.flux import FluxFolder
+from bifrost.trainer.models.prompt import load_tokenizer
+from bifrost.trainer.models.tokenizers import open_tokenizer
+
+TINY = FOLDER / "foundations" / "tiny"
+ROWS = 1536
+
+
+@pytest.fixture
+def qwen(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(TINY, tmp_path / "qwen", ignore=shutil.ignore_patterns("*.safetensors")))
+
+
+def change(file: Path, **settings: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+@pytest.mark.parametrize("path", ["tiny", "tiny-flux/tokenizer", "tiny-flux/tokenizer_2"])
+def test_whole_tokenizers_are_taken(path: str) -> None:
+    assert len(open_tokenizer(FOLDER / "foundations" / path, ROWS)) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("kind", "files"),
+    [
+        ("Qwen2Tokenizer", "tokenizer.json or vocab.json and merges.txt"),
+        ("CLIPTokenizer", "tokenizer.json or vocab.json and merges.txt"),
+        ("T5Tokenizer", "tokenizer.json or spiece.model"),
+    ],
+)
+def test_no_vocabulary_names_the_missing_files(tmp_path: Path, kind: str, files: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    made = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert made("the sea").input_ids == made("red cat").input_ids, "the library accepts it"
+    with pytest.raises(RunError, match=f"{tmp_path}: .* has no vocabulary: .*; fetch {files}"):
+        open_tokenizer(tmp_path, len(made))
+
+
+def test_a_vocabulary_without_its_merges(qwen: Path) -> None:
+    """Every caption has other tokens then, but none that the model knows as words."""
+    file = qwen / "tokenizer.json"
+    made = json.loads(file.read_text())
+    assert made["model"]["merges"]
+    made["model"]["merges"] = []
+    file.write_text(json.dumps(made))
+    assert Tokenizer.from_file(str(file)).decode(Tokenizer.from_file(str(file)).encode("a red apple").ids)
+    with pytest.raises(RunError, match=r"into 11 tokens, its merges are missing; fetch tokenizer\.json again"):
+        load_tokenizer(qwen)
+    vocabulary = made["model"]["vocab"]
+    file.unlink()
+    (qwen / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
+    (qwen / "vocab.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(RunError, match=r"no tokenizer can be read there; fetch"):
+        load_tokenizer(qwen)
+
+
+def test_another_models_tokenizer(qwen: Path) -> None:
+    for rows in (ROWS - 1, ROWS * 2):
+        with pytest.raises(RunError, match=f"has {ROWS} tokens and the model's embedding {rows} rows"):
+            open_tokenizer(qwen, rows)
+    open_tokenizer(qwen, ROWS + 20)  # embeddings are padded
+
+
+BREAK: dict[str, Callable[[Path], None]] = {
+    "no chat template": lambda folder: (folder / "chat_template.jinja").unlink(),
+    "is token 3 of the tokenizer and 9": lambda folder: change(folder / "config.json", vision_start_token_id=9),
+    "is token 5 of the tokenizer and 9": lambda folder: change(folder / "config.json", image_token_id=9),
+    "(has no vocabulary|no tokenizer can be read there).*fetch": lambda folder: (folder / "tokenizer.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("reason", BREAK)
+def test_a_qwen_whose_files_do_not_fit(qwen: Path, reason: str) -> None:
+    load_tokenizer(qwen)
+    BREAK[reason](qwen)
+    with pytest.raises(RunError, match=reason):
+        load_tokenizer(qwen)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
+def test_flux_is_refused_when_it_is_opened(tmp_path: Path, name: str) -> None:
+    folder = tiny_flux.save(tiny_flux.pipeline(), tmp_path)
+    FluxFolder.open(folder)
+    (folder / name / "tokenizer.json").unlink()
+    with pytest.raises(RunError, match=f"{name}: .*fetch"):
+        FluxFolder.open(folder)
+    FluxFolder.open(folder, for_counting=True)
+
+
+@pytest.fixture(scope="module")
+def spiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 tokenizer of spiece.model alone, as some hub folders have it."""
+    folder = tmp_path_factory.mktemp("spiece")
+    lines = ["a red apple on a table", "the moon over the sea", "red apple", "a red apple"] * 40
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=23,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
+    return folder
+
+
+def test_spiece_without_its_package_is_named(spiece: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unread(*_: object, **__: object) -> None:
+        raise ValueError("Couldn't instantiate the backend tokenizer from one of: …")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", unread)
+    monkeypatch.setattr(tokenizers, "_installed", lambda package: package != "sentencepiece")
+    with pytest.raises(RunError, match=r"spiece\.model needs the package sentencepiece \(pip install sentencepiece\)"):
+        open_tokenizer(spiece, 23)
+    monkeypatch.setattr(tokenizers, "_installed", lambda package: True)
+    with pytest.raises(RunError, match="Couldn't instantiate"):
+        open_tokenizer(spiece, 23)

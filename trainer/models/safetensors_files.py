@@ -1,0 +1,160 @@
+"""Which safetensors files make up a model, and the tensors in them, memory-mapped."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import RunError
+
+_SINGLE_FIRST = "model"
+"""transformers takes `model.safetensors` before an index, which a folder that is saved again as one file keeps."""
+_INDEX_FIRST = "diffusion_pytorch_model"
+"""diffusers takes the index first; saving again as one file removes the shards and leaves the index."""
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_OTHERS = {
+    ".gguf": "GGUF, which is quantized: take the model's safetensors files",
+    ".bin": "PyTorch pickles: convert them (save_pretrained of the library that reads them writes safetensors)",
+    ".pt": "PyTorch pickles: convert them to safetensors",
+    ".pth": "PyTorch pickles: convert them to safetensors",
+    ".ckpt": "PyTorch pickles: convert them to safetensors",
+    ".msgpack": "Flax weights: take the model's safetensors files",
+    ".h5": "TensorFlow weights: take the model's safetensors files",
+    ".onnx": "an ONNX graph: take the model's safetensors files",
+}
+"""What else weights are stored in, and what to do about it."""
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+}
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model folder, as transformers and diffusers choose them, or the one file `path`.
+
+    RunError says which file is missing, or what the folder holds instead.
+    """
+    if path.is_file():
+        return [path]
+    single, index = path / f"{_SINGLE_FIRST}.safetensors", path / f"{_SINGLE_FIRST}.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file() and (files := _indexed(index)):
+        return files
+    single, index = path / f"{_INDEX_FIRST}.safetensors", path / f"{_INDEX_FIRST}.safetensors.index.json"
+    if index.is_file():
+        try:
+            if files := _indexed(index):
+                return files
+        except RunError:
+            if not single.is_file():  # the index of an earlier save, whose shards were removed
+                raise
+    if single.is_file():
+        return [single]
+    found = sorted(path.glob("*.safetensors"))
+    variants = [file for file in found if re.match(rf"({_SINGLE_FIRST}|{_INDEX_FIRST})\.", file.name)]
+    if found and len(variants) == len(found):
+        plain = variants[0].name.split(".")[0] + ".safetensors"
+        raise RunError(
+            f"{path}: holds a variant alone, {variants[0].name}; fetch {plain}, or rename the variant to that"
+        )
+    if not found:
+        raise RunError(f"{path}: no safetensors files there{instead(path)}")
+    found = [file for file in found if file not in variants]
+    for shard in filter(None, (_SHARD.fullmatch(file.name) for file in found)):
+        stem, _, count = shard.groups()
+        for number in range(1, int(count) + 1):
+            if not (file := path / f"{stem}-{number:05d}-of-{count}.safetensors").is_file():
+                raise RunError(f"{file}: is missing, one of {int(count)} files of the model; fetch it again")
+    return found
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names, none for one that says nothing."""
+    try:
+        stated = json.loads(index.read_text(encoding="utf-8"))
+        where: list[str] = list(stated.get("weight_map", {}).values())
+    except (ValueError, AttributeError) as error:
+        raise RunError(f"{index}: is no index of weights ({error}); fetch it again") from error
+    names = sorted(set(where))
+    for name in names:
+        # An index is data from outside: it names files beside it and nothing else.
+        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name or name in ("", ".."):
+            raise RunError(f"{index}: names {name!r}, which is no file beside it; fetch the model again")
+        if not (index.parent / name).is_file():
+            raise RunError(
+                f"{index.parent}: {where.count(name)} tensors are missing: {name} is not there, and {index.name} names"
+                " it; fetch it again"
+            )
+    return [index.parent / name for name in names]
+
+
+def instead(path: Path) -> str:
+    """What weights a folder holds in another format and what to do about it; empty where it holds none."""
+    if not path.is_dir():
+        return ""
+    for file in sorted(path.iterdir()):
+        if (what := _OTHERS.get(file.suffix)) and file.name != "training_args.bin":
+            return f"; {file.name} is {what}"
+    return ""
+
+
+class StoredTensors:
+    """Tensors of safetensors files by name, as they are stored; what is touched of them is read."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files: dict[str, safe_open] = {}
+        self._opened: list[safe_open] = []
+        for file in files:
+            try:
+                opened = safe_open(file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise RunError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from error
+            self._opened.append(opened)
+            self._files.update(dict.fromkeys(opened.keys(), opened))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """None for a type that torch has not, such as four-bit floats."""
+        return _DTYPES.get(self._slice(name).get_dtype())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor, memory-mapped: only what is touched is read."""
+        return self._files[name].get_tensor(name)
+
+    def metadata(self) -> Iterator[Mapping[str, str]]:
+        """The headers' free text, file by file."""
+        return (opened.metadata() or {} for opened in self._opened)
+
+    def _slice(self, name: str) -> Any:
+        return self._files[name].get_slice(name)
