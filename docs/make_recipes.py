@@ -46,7 +46,8 @@ bifrost train tiny-mllm --dry-run optimizer.lr=3e-4 'optimizer.betas=[0.9, 0.99]
 ```
 
 `global_batch` = ranks x `micro_batch` x backward passes. It fixes what a step is, so it stays when the number of ranks
-changes; `micro_batch` is what fits in memory and changes no result beyond rounding.
+changes; `micro_batch` is what fits in memory and changes no result beyond rounding, except in stage 2 with
+`controlnet.norm: batch`, whose statistics go over `micro_batch` x ranks samples.
 """
 
 

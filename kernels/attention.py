@@ -156,7 +156,11 @@ def unavailable(backend: Backend, device: torch.device, dtype: torch.dtype) -> s
     if capability < (8, 0):
         return f"{backend} needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
     found = _varlen_function(backend)
-    return found if isinstance(found, str) else None
+    if isinstance(found, str):
+        return found
+    if torch.are_deterministic_algorithms_enabled() and backend != "varlen" and not _takes(found, "deterministic"):
+        return f"{backend}: this version's backward pass cannot be made deterministic"
+    return None
 
 
 _SOURCES = {
@@ -177,8 +181,12 @@ def _varlen_function(backend: str) -> Callable[..., Any] | str:
         return f"{backend}: {module}.{name} cannot be imported ({type(error).__name__}: {error})"
 
 
+def _takes(function: Callable[..., Any], setting: str) -> bool:
+    return setting in inspect.signature(function).parameters
+
+
 def _varlen(function: Callable[..., Any]) -> Callable[..., Tensor]:
-    groups = "enable_gqa" in inspect.signature(function).parameters  # torch 2.11 takes none
+    groups = _takes(function, "enable_gqa")  # torch 2.11 takes none
 
     def run(query, key, value, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
         settings: dict[str, Any] = {"scale": scale, "window_size": (-1, 0 if causal else -1)}
@@ -193,7 +201,12 @@ def _varlen(function: Callable[..., Any]) -> Callable[..., Tensor]:
 
 
 def _package(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Torch's own attention obeys torch's switch for deterministic algorithms by itself, these packages an argument."""
+    switch = _takes(function, "deterministic")
+
     def run(query, key, value, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        assert switch or not deterministic, "refused by `unavailable`"
         out = function(
             query,
             key,
@@ -204,6 +217,7 @@ def _package(function: Callable[..., Any]) -> Callable[..., Tensor]:
             max_seqlen_k=keys.longest,
             softmax_scale=scale,
             causal=causal,
+            **({"deterministic": deterministic} if switch else {}),
         )
         return out[0] if isinstance(out, tuple) else out
 

@@ -173,6 +173,9 @@ class Kernels(Section):
     """What computes attention: torch's own FlashAttention, that of a package, or plain torch; `auto` as above."""
     elementwise: Literal["torch", "liger"] = "torch"
     """What computes the layers' norms and SwiGLU: torch, or Liger's kernels (on a GPU, pip install liger-kernel)."""
+    deterministic: bool = False
+    """On a GPU, add up in a fixed order everywhere, attention's backward pass above all, so that a resumed run equals
+    an undisturbed one to the bit; slower. See docs/kernels.md."""
 
 
 class Checkpoint(Section):

@@ -7,6 +7,7 @@ same device, computes with the same kernels and so to the same bits, whatever a 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,19 @@ class KernelChoice:
     head: Provider = "reference"
     attention: Backend = "sdpa"
     elementwise: elementwise.Provider = "torch"
+
+
+def make_deterministic() -> None:
+    """Have this process add up in a fixed order, on a GPU too; before anything has been computed there.
+
+    Attention obeys: torch's own reads the switch, the packages of `kernels.attention` are passed it. An operation that
+    has no deterministic form raises RuntimeError with its name.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may split a product by what is free
+    torch.use_deterministic_algorithms(True)
+    # Memory that is allocated is written before it is read here: filling it would cost a pass over all of it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    torch.backends.cudnn.benchmark = False
 
 
 def choose_kernels(

@@ -1,6 +1,7 @@
 """The two packed calls against one dense attention under the public release's hybrid mask, in fp64."""
 
 import sys
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from types import ModuleType
 
@@ -152,3 +153,50 @@ def test_backends_that_cannot_run_say_why() -> None:
         reason = unavailable(backend, cpu, torch.bfloat16)
         assert (reason is None) == (backend in ("sdpa", "reference"))
         assert reason is None or ("CUDA" in reason and "\n" not in reason)
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, backend: str, library: Callable) -> None:
+    """`library` in place of the package's function."""
+    module = ModuleType("stand_in")
+    module.library = library  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "stand_in", module)
+    monkeypatch.setitem(attention._SOURCES, backend, ("stand_in", "library"))
+    monkeypatch.setattr(attention, "_varlen_function", lru_cache(attention._varlen_function.__wrapped__))
+    monkeypatch.setattr(attention, "_RUN", dict(attention._RUN))
+
+
+@pytest.mark.parametrize("backend", ["flash-attn-2", "flash-attn-3", "flash-attn-4"])
+def test_a_package_is_asked_for_a_deterministic_backward_pass(backend, monkeypatch, request) -> None:
+    asked = []
+
+    def library(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, **rest):
+        raise AssertionError("a signature without the argument")
+
+    def newer(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, deterministic=False
+    ):
+        asked.append(deterministic)
+        return q
+
+    segments = Segments.of([2, 3])
+    rows = draw(5, 1, 8)
+    stand_in(monkeypatch, backend, newer)
+    segment_attention(rows, rows, rows, segments, segments, False, SCALE, backend)
+    request.getfixturevalue("deterministic")
+    segment_attention(rows, rows, rows, segments, segments, False, SCALE, backend)
+    assert asked == [False, True]
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu = torch.device("cuda")
+    assert unavailable(backend, gpu, torch.bfloat16) is None
+    stand_in(monkeypatch, backend, library)
+    assert "cannot be made deterministic" in str(unavailable(backend, gpu, torch.bfloat16))
+    torch.use_deterministic_algorithms(False)
+    assert unavailable(backend, gpu, torch.bfloat16) is None

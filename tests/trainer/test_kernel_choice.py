@@ -1,6 +1,7 @@
 """Which kernels a run takes: the same on every rank, kept over restarts, and refused where they cannot run."""
 
 import json
+import os
 import typing
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from bifrost.recipes import load_recipe
 from bifrost.recipes.schema import Kernels
 from bifrost.trainer import kernel_choice
 from bifrost.trainer.errors import RunError
+from bifrost.trainer.kernel_choice import make_deterministic
 from bifrost.trainer.models.backbone import locate, read_config
 from bifrost.trainer.ranks import Ranks
 
@@ -90,3 +92,18 @@ def test_a_run_logs_and_keeps_its_choice(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "tiny-mllm"
     assert json.loads((run / "kernels.json").read_text())["patch_latent_loss"]["provider"] == "reference"
     assert (run / "logs" / "rank-00000.log").read_text().count("patch_latent_loss by reference") == 1
+
+
+def test_a_deterministic_run_sets_torchs_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention reads it: torch's own by itself, that of packages through `kernels.attention`."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        make_deterministic()
+        assert torch.are_deterministic_algorithms_enabled()
+        # With warnings alone FlashAttention stays as it is.
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8", "cuBLAS raises without it"
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
