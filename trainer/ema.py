@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -13,17 +14,28 @@ class Ema:
 
     The warm-up, as in diffusers' EMAModel, lets go of the initial weights: without it their share after n steps is
     decay^n, which for a ControlNet means zeros where it meets FLUX.
+
+    statistics: buffers that belong to the weights, such as BatchNorm's running mean and variance. Averaged weights have
+    other activations than the live ones, so these are averaged alike; a count is taken over as it is.
     """
 
-    def __init__(self, masters: Mapping[str, Tensor], decay: float) -> None:
+    def __init__(
+        self, masters: Mapping[str, Tensor], decay: float, statistics: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
         self.decay = decay
         self.updates = 0
         self.slices = {name: master.detach().clone() for name, master in masters.items()}
+        self.statistics = {name: buffer.detach().clone() for name, buffer in statistics.items()}
 
     @torch.no_grad()
-    def update(self, masters: Mapping[str, Tensor]) -> None:
-        """Move towards `masters`, the same slices as at construction."""
+    def update(self, masters: Mapping[str, Tensor], statistics: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Move towards `masters` and `statistics`, the same slices and buffers as at construction."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, average in self.slices.items():
             average.lerp_(masters[name], 1 - decay)
+        for name, average in self.statistics.items():
+            if average.is_floating_point():
+                average.lerp_(statistics[name], 1 - decay)
+            else:
+                average.copy_(statistics[name])

@@ -109,7 +109,7 @@ def run(parts: Parts, progress: Progress) -> bool:
         with section("optimizer"):
             applied = engine.step(lr, skip=reason is not None)
             if applied and parts.ema is not None:
-                parts.ema.update(engine.masters())
+                parts.ema.update(engine.masters(), engine.model.statistics())
         if not applied and reason is None:  # DeepSpeed adds the squares of the ranks in fp32
             reason, grad_norm = "gradient norm is beyond fp32", math.inf
 

@@ -31,13 +31,14 @@ from .changes import changes, describe, last_settings
 from .checkpoint.local import LocalParts
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.saver import Saver
-from .checkpoint.state import capture, restore, take_from
+from .checkpoint.state import capture, capture_statistics, restore, take_from
 from .checkpoint.store import Store
 from .ema import Ema
 from .engine import Engine, deepspeed_config, partitioned, require_quantizer
 from .errors import RunError
 from .inputs import Inputs, check_continuation, open_inputs
 from .kernel_choice import FILE as KERNELS_FILE
+from .kernel_choice import make_deterministic
 from .lock import BEAT_S, RunLock
 from .loop import Parts
 from .models.weights import fill, full_shape
@@ -78,6 +79,8 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
     RunError and DataError are raised on every rank alike; nothing of an earlier run is written over before all checks
     have passed.
     """
+    if recipe.kernels.deterministic:
+        make_deterministic()
     stop = StopSignals()
     ends_at = _ends_at()
     sections = Sections()
@@ -129,7 +132,7 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
     _agreed(ranks, lambda: require_quantizer(recipe, ranks.device))
     model = _build(inputs, reader, ranks)
     engine = Engine(model, recipe, ranks)
-    ema = Ema(engine.masters(), recipe.ema.decay) if recipe.ema else None
+    ema = Ema(engine.masters(), recipe.ema.decay, engine.model.statistics()) if recipe.ema else None
     if reader:
         restore(engine, ema, reader, reader.state["updates"])
 
@@ -165,6 +168,8 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
     console.say(_greeting(engine, folder, progress, inputs.stage, ranks))
     if changed:
         console.say(f"settings changed since {'the checkpoint' if reader else 'the last attempt'}: {describe(changed)}")
+    if reader and (warning := _other_statistics(model, reader, recipe, ranks)):
+        console.say(warning)
     mirror = start_mirror(folder, console.say) if ranks.first and recipe.tracking.enabled else None
 
     saver = Saver(
@@ -195,7 +200,7 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
         }
         # Among bad steps nothing is pruned: the last checkpoint before them may be needed to go back to.
         prune = not progress.bad_in_a_row
-        saver.save(progress.step, *capture(engine, ema), state, model.statistics(), prune)
+        saver.save(progress.step, *capture(engine, ema), state, capture_statistics(engine, ema), prune)
 
     watch.stop.phase = TRAINING
     draw_samples = _agreed(ranks, lambda: sampler(inputs.stage, engine, inputs.dataset, ranks, folder, section))
@@ -292,9 +297,7 @@ def _frozen_hash(stage: Stage, ranks: Ranks) -> str:
     """Content hash of the frozen weights that the run uses."""
     parts = []
     for files, names in stage.frozen():
-        missing = [name for name in names if files.shape(name) is None]
-        if missing:
-            raise RunError(f"{files.path}: {len(missing)} tensors are missing, such as {missing[0]}; fetch it again")
+        files.require(names)
         parts.append(files.content_hash(names, ranks.rank, ranks.size, ranks.gather))
     return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
@@ -312,6 +315,18 @@ def _newest(store: Store, inputs: Inputs, frozen_hash: str, ranks: Ranks) -> Che
     return reader
 
 
+def _other_statistics(model: StageModel, reader: CheckpointReader, recipe: Recipe, ranks: Ranks) -> str | None:
+    """A warning where a run with BatchNorm continues with other statistics than it began with."""
+    before, now = reader.state["recipe"]["micro_batch"] * reader.ranks, recipe.micro_batch * ranks.size
+    if not model.statistics() or before == now:
+        return None
+    return (
+        f"warning: controlnet.norm=batch: BatchNorm's statistics now go over {now} samples (micro_batch x ranks),"
+        f" {before} before: losses differ by more than rounding; set micro_batch so that it is {before} again, if it is"
+        " to be the same training"
+    )
+
+
 def _build(inputs: Inputs, reader: CheckpointReader | None, ranks: Ranks) -> StageModel:
     """The model, cut over the ranks, with its stage's weights, then `init_from`'s, then the checkpoint's."""
     recipe, stage = inputs.recipe, inputs.stage
@@ -321,14 +336,17 @@ def _build(inputs: Inputs, reader: CheckpointReader | None, ranks: Ranks) -> Sta
     if reader:
         take_from(model, reader)
     elif recipe.init_from:
-        initialise_from(model, stage, Path(recipe.init_from))
+        initialise_from(model, stage, Path(recipe.init_from), ranks)
     return model
 
 
-def initialise_from(model: StageModel, stage: Stage, path: Path) -> None:
-    """Weights of an earlier run (its newest checkpoint), or of an export in either layout."""
+def initialise_from(model: StageModel, stage: Stage, path: Path, ranks: Ranks | None = None) -> None:
+    """Weights of an earlier run (its newest checkpoint), or of an export in either layout. Every rank of
+    `ranks` calls it."""
     if (path / "checkpoints").is_dir():
-        reader = Store(path / "checkpoints").newest_verified()
+        store = Store(path / "checkpoints")
+        ranks = ranks or Ranks(0, 1, torch.device("cpu"))
+        reader = store.newest_verified((), ranks.rank, ranks.size, ranks.gather, slots=("master",))
         if reader is None:
             raise RunError(f"init_from={path}: that run has no checkpoint that verifies")
         take_from(model, reader)

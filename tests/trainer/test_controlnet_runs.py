@@ -82,6 +82,25 @@ def test_any_number_of_ranks(shards: Path, flux: Path, tmp_path: Path) -> None:
     assert any(buffer.std() > 0.01 for name, buffer in one.items() if name.endswith("running_mean")), "never moved"
 
 
+def test_batch_statistics_depend_on_micro_batch_times_ranks_alone(shards: Path, flux: Path, tmp_path: Path) -> None:
+    """What stage 2 promises: however 8 samples are divided, the same training; with 4 at a time another, said once."""
+    whole = train(shards, flux, tmp_path / "whole", 1, "steps=4")
+    begun = train(shards, flux, tmp_path / "begun", 1, "steps=2")
+    other = Path(shutil.copytree(begun, tmp_path / "other" / "tiny-controlnet")).parent
+    word = "statistics now go over 4 samples (micro_batch x ranks), 8 before"
+    (ended, *_) = ranked.bifrost(2, *arguments(shards, flux, begun.parent, 2, "steps=4"))
+    assert ended.code == 0 and "statistics now" not in ended.out
+    np.testing.assert_allclose(runs.losses(begun), runs.losses(whole), rtol=0, atol=1e-5)
+    (ended,) = ranked.bifrost(1, *arguments(shards, flux, other, 2, "steps=4"))
+    assert ended.code == 0 and ended.out.count(word) == 1
+    apart = np.abs(np.subtract(runs.losses(other / "tiny-controlnet"), runs.losses(whole)))
+    assert apart[:2].max() < 1e-5 < apart[2:].min(), "the same weights, normalised over other samples"
+    group = "controlnet.norm=group"
+    train(shards, flux, tmp_path / "group", 1, "steps=1", group)
+    (ended,) = ranked.bifrost(1, *arguments(shards, flux, tmp_path / "group", 2, "steps=2", group))
+    assert ended.code == 0 and "statistics now" not in ended.out
+
+
 def test_export_is_the_public_folder_and_starts_another_run(shards: Path, flux: Path, tmp_path: Path) -> None:
     run = train(shards, flux, tmp_path, 2, "steps=2")
     out = tmp_path / "flux_controlnet"

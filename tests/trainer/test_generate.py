@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import ranked
 import tiny_flux
@@ -17,7 +18,7 @@ from bifrost.trainer import cli, generate_cli
 from bifrost.trainer.checkpoint.export import export
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.generate import Generator, Settings
+from bifrost.trainer.generate import Generator, Settings, load_controlnet
 from bifrost.trainer.models.latent_controlnet import LatentControlNet, write_config
 from bifrost.trainer.sampler import Sampling
 from bifrost.trainer.sheet import font_for, sheet
@@ -123,6 +124,35 @@ def test_weights_are_the_average_where_a_run_keeps_one(generator: Generator, mll
     buffers = dict(generator.controlnet.named_buffers())
     assert buffers and all(torch.equal(buffers[n.removeprefix("controlnet.")], b) for n, b in trained.buffers().items())
     assert not any(module.training for part in (generator.mllm, generator.controlnet) for module in part.modules())
+
+
+def test_averaged_weights_have_averaged_statistics(mllm: Path, flux: Path, tmp_path: Path, caplog) -> None:
+    """generate and export alike; a checkpoint from before they were kept gives the live ones, with a logged line."""
+    recipe = load_recipe("tiny-controlnet", [f"flux.path={flux}"])
+    run = make_run(tmp_path / "run", recipe, ("master", "ema"), 3)
+    reader = Store(run / "checkpoints").newest_verified()
+    assert reader
+    live = reader.buffers()
+    where = torch.device("cpu"), torch.float32
+
+    def taken(path: Path) -> dict[str, torch.Tensor]:
+        return {f"controlnet.{n}": b for n, b in load_controlnet(path, None, 192, 4, *where)[0].named_buffers()}
+
+    assert all(torch.equal(buffer, live[name]) for name, buffer in taken(run).items())
+    assert "no averaged BatchNorm statistics" in caplog.text
+    caplog.clear()
+
+    slots = {slot: {n: reader.full(slot, n).flatten() for n in reader.shapes} for slot in reader.slots}
+    averaged = {name: (buffer * 2).to(buffer.dtype) for name, buffer in live.items()}
+    held = {**live, **{f"ema/{name}": buffer for name, buffer in averaged.items()}}
+    Store(run / "checkpoints").save(8, 0, 1, slots, reader.shapes, {}, held)
+    assert all(torch.equal(buffer, averaged[name]) for name, buffer in taken(run).items())
+    for ema, wanted in ((True, averaged), (False, live)):
+        export(run, tmp_path / str(ema), "public", ema=ema)
+        exported = load_file(tmp_path / str(ema) / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(exported[n.removeprefix("controlnet.")], b) for n, b in wanted.items())
+        assert not [name for name in exported if "ema" in name]
+    assert not caplog.text
 
 
 def test_same_prompt_and_seed_same_image_alone_and_in_a_batch(generator: Generator) -> None:

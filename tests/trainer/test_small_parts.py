@@ -39,6 +39,18 @@ def test_average_follows_the_formula() -> None:
     torch.testing.assert_close(ema.slices["w"], wanted)
 
 
+def test_statistics_are_averaged_like_the_weights() -> None:
+    live = {"mean": torch.tensor([4.0]), "count": torch.tensor(3)}
+    ema = Ema({}, 0.5, live)
+    for value, decay in ((1.0, 2 / 11), (2.0, 3 / 12), (6.0, 4 / 13)):
+        before = ema.statistics["mean"].clone()
+        live["mean"].fill_(value)
+        live["count"] += 1
+        ema.update({}, live)
+        torch.testing.assert_close(ema.statistics["mean"], decay * before + (1 - decay) * value)
+    assert ema.statistics["count"] == 6 and ema.statistics["count"].dtype == torch.int64
+
+
 def test_digest_knows_samples_and_history_but_no_ranks() -> None:
     def after(*steps: list[list[str]]) -> str:
         digest = SequenceDigest()

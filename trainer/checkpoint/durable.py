@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +19,23 @@ _BLOCK = 1 << 24  # bytes hashed and written at a time
 
 
 @dataclass(frozen=True)
+class Span:
+    """A part of a file: where it starts, its size in bytes and its content's SHA-256 in hex."""
+
+    start: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Entry:
     """What a file must be: its size in bytes and its content's SHA-256 in hex."""
 
     size: int
     sha256: str
+    spans: dict[str, Span] | None = field(default=None, compare=False)
+    """Parts that are verified alone, by name; None in files that have none, and in checkpoints from before there were
+    any."""
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> Entry:
@@ -56,6 +69,36 @@ def hash_file(path: Path) -> Entry:
         while block := file.read(_BLOCK):
             digest.update(block)
         return Entry(file.tell(), digest.hexdigest())
+
+
+def hash_span(path: Path, start: int, size: int) -> str:
+    """Hash of a part of what the disk holds; nothing else is read. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while size > 0 and (block := file.read(min(_BLOCK, size))):
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest()
+
+
+class Spans:
+    """Hashes parts of a file while it is written: `found` has them, by name, once `over` is exhausted."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Span] = {}
+
+    def over(self, names: Iterable[str], parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+        """`parts`, each of the span that `names` gives; those of one span follow one another."""
+        start = 0
+        for name, group in itertools.groupby(zip(names, parts, strict=True), key=lambda pair: pair[0]):
+            digest, size = hashlib.sha256(), 0
+            for _, part in group:
+                digest.update(part)
+                size += memoryview(part).nbytes
+                yield part
+            self.found[name] = Span(start, size, digest.hexdigest())
+            start += size
 
 
 def sync_folder(path: Path) -> None:

@@ -46,7 +46,7 @@ class Manifest(BaseModel):
 
     def encode(self) -> bytes:
         """Readable JSON that ends with a hash of all that comes before it."""
-        body = self.model_dump(mode="json")
+        body = self.model_dump(mode="json", exclude_none=True)  # as manifests were before files had spans
         digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
         return (json.dumps({**body, "sha256": digest}, indent=1) + "\n").encode()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +13,13 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from ..errors import RunError
-from .durable import Entry, Piece, hash_file, safetensors_parts, write_file
+from .durable import Entry, Piece, Spans, hash_file, hash_span, safetensors_parts, write_file
 from .layout import local_range
 from .reader import BUFFERS, STATE, rank_file
 from .staging import Slots
+
+HEADER = "header"
+"""Name of the span in front of the slots in a rank's file."""
 
 
 class About(NamedTuple):
@@ -50,7 +53,10 @@ class Content:
         """Write this rank's files into `folder`. Raises OSError, RunError for slices that do not fit the shapes."""
         pieces = self.pieces()
         folder.mkdir(exist_ok=True)
-        files = {rank_file(self.rank): write_file(folder / rank_file(self.rank), safetensors_parts(pieces))}
+        spans = Spans()
+        names = [HEADER, *(piece.name.partition("/")[0] for piece in pieces)]
+        entry = write_file(folder / rank_file(self.rank), spans.over(names, safetensors_parts(pieces)))
+        files = {rank_file(self.rank): replace(entry, spans=spans.found)}
         if self.rank:
             return Part(files, None)
         files[STATE] = write_file(folder / STATE, [json.dumps(self.state, indent=1).encode()])
@@ -79,15 +85,25 @@ class Content:
         return pieces
 
 
-def file_problem(path: Path, entry: Entry, content: bool) -> str | None:
-    """What is wrong with a file, or None; its bytes are read only when its size is right and `content` is set."""
+def _same(path: Path, entry: Entry, slot: str | None) -> bool:
+    if slot is None or not entry.spans or slot not in entry.spans:
+        return hash_file(path) == entry
+    spans = (entry.spans[HEADER], entry.spans[slot])
+    return all(hash_span(path, span.start, span.size) == span.sha256 for span in spans)
+
+
+def file_problem(path: Path, entry: Entry, content: bool, slot: str | None = None) -> str | None:
+    """What is wrong with a file, or None; its bytes are read only when its size is right and `content` is set.
+
+    slot: of a rank's file only the header and this slot are read, where the manifest knows their hashes.
+    """
     try:
         size = path.stat().st_size
         if size < entry.size:
             return f"truncated, {size} of {entry.size} bytes"
         if size > entry.size:
             return f"too long, {size} bytes where the manifest says {entry.size}"
-        if content and hash_file(path) != entry:
+        if content and not _same(path, entry, slot):
             return "damaged, its content does not match the manifest's sha256"
     except FileNotFoundError:
         return "missing"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,10 @@ from .manifest import read_manifest
 
 STATE = "state.json"
 BUFFERS = "buffers.safetensors"
+AVERAGED = "ema/"
+"""Begin of the names of buffers that belong to the averaged weights."""
+
+log = logging.getLogger(__name__)
 
 
 def rank_file(rank: int) -> str:
@@ -66,10 +71,20 @@ class CheckpointReader:
         shape = self.shapes[name]
         return self.read(slot, name, 0, math.prod(shape)).view(shape)
 
-    def buffers(self) -> dict[str, torch.Tensor]:
-        """Saved buffers by name, on the CPU."""
+    def buffers(self, slot: str = "master") -> dict[str, torch.Tensor]:
+        """Saved buffers by name, on the CPU: those of the live weights, or with slot `ema` of the averaged ones.
+
+        A checkpoint from before averaged weights had their own gives the live ones, and says so in the log.
+        """
         path = self.folder / BUFFERS
-        return load_file(path) if BUFFERS in self.manifest.files else {}
+        held = load_file(path) if BUFFERS in self.manifest.files else {}
+        live = {name: buffer for name, buffer in held.items() if not name.startswith(AVERAGED)}
+        if slot != "ema":
+            return live
+        if live and len(live) == len(held):
+            log.warning("%s holds no averaged BatchNorm statistics: those of the live weights are taken", self.folder)
+            return live
+        return {name.removeprefix(AVERAGED): buffer for name, buffer in held.items() if name.startswith(AVERAGED)}
 
     def _file(self, rank: int) -> Any:
         if rank not in self._files:

@@ -11,7 +11,7 @@ from ..engine import Engine
 from ..errors import RunError
 from ..models.weights import fill, full_shape, local_slice
 from ..stages import StageModel
-from .reader import CheckpointReader
+from .reader import AVERAGED, CheckpointReader
 
 
 class CheckpointWeights:
@@ -42,6 +42,12 @@ def capture(engine: Engine, ema: Ema | None) -> tuple[dict[str, dict[str, Tensor
     return slots, {name: full_shape(parameter) for name, parameter in parameters.items()}
 
 
+def capture_statistics(engine: Engine, ema: Ema | None) -> dict[str, Tensor]:
+    """Buffers to save: the model's, and the average's under a prefix."""
+    averaged = ema.statistics if ema is not None else {}
+    return {**engine.model.statistics(), **{AVERAGED + name: buffer for name, buffer in averaged.items()}}
+
+
 def restore(engine: Engine, ema: Ema | None, reader: CheckpointReader, updates: int) -> None:
     """Set masters, moments, EMA and AdamW's step count from a checkpoint of any number of ranks.
 
@@ -61,6 +67,7 @@ def restore(engine: Engine, ema: Ema | None, reader: CheckpointReader, updates: 
     engine.updates = updates
     if ema is not None:
         ema.updates = updates
+        restore_statistics(ema.statistics, reader, "ema" if "ema" in reader.slots else "master")
 
 
 def reload(engine: Engine, ema: Ema | None, reader: CheckpointReader) -> None:
@@ -76,9 +83,10 @@ def take_from(model: StageModel, reader: CheckpointReader) -> None:
     restore_statistics(model.statistics(), reader)
 
 
-def restore_statistics(statistics: Mapping[str, Tensor], reader: CheckpointReader) -> None:
-    """Set buffers, by their names in the run's model, from a checkpoint; RunError when it lacks one."""
-    saved = reader.buffers()
+def restore_statistics(statistics: Mapping[str, Tensor], reader: CheckpointReader, slot: str = "master") -> None:
+    """Set buffers, by their names in the run's model, from a checkpoint; RunError when it lacks one. slot: of which
+    weights, `ema` for the average's."""
+    saved = reader.buffers(slot)
     for name, buffer in statistics.items():
         if name not in saved:
             raise RunError(f"{reader.folder}: holds no statistics {name}; was it saved by another recipe?")

@@ -6,7 +6,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,11 @@ class Store:
         self._sound.add(step)
         return sum(entry.size for entry in files.values())
 
-    def verify(self, step: int, share: tuple[int, int] = (0, 1)) -> list[str]:
+    def verify(self, step: int, share: tuple[int, int] = (0, 1), slots: Sequence[str] = ()) -> list[str]:
         """What is wrong with the checkpoint of `step`, each naming a file; empty when it is whole.
 
-        `share` (rank, ranks) checks every `ranks`-th file only, so that ranks divide the hashing among them.
+        `share` (rank, ranks) checks every `ranks`-th file only, so that ranks divide the hashing among them. slots:
+        only the first of these that the checkpoint holds is read, for those who load no other.
         """
         folder = self.folder(step)
         try:
@@ -110,27 +111,33 @@ class Store:
         except RunError as error:
             return [str(error)]
         problems = [f"{folder.name}/manifest.json: is of step {manifest.step}"] if manifest.step != step else []
+        slot = next((slot for slot in slots if slot in manifest.slots), None)
         for name, entry in sorted(manifest.files.items())[share[0] :: share[1]]:
-            problem = file_problem(folder / name, entry, content=True)
+            problem = file_problem(folder / name, entry, content=True, slot=slot)
             if problem:
                 problems.append(f"{folder.name}/{name}: {problem}")
-        if share[1] == 1 and not problems:
+        if share[1] == 1 and slot is None and not problems:
             self._sound.add(step)
         return problems
 
     def newest_verified(
-        self, skip: Collection[int] = (), rank: int = 0, ranks: int = 1, gather: Gather = alone
+        self,
+        skip: Collection[int] = (),
+        rank: int = 0,
+        ranks: int = 1,
+        gather: Gather = alone,
+        slots: Sequence[str] = (),
     ) -> CheckpointReader | None:
         """The newest checkpoint that is whole, `skip` left out; None when there is none.
 
         Each refused one is logged with the file's name. With `gather` every rank calls it, the hashing is divided
-        among them, and all get the same one.
+        among them, and all get the same one. slots: see `verify`.
         """
         steps = agreed(lambda: self.steps() if rank == 0 else None, "look for", rank, gather)[0]
         for step in reversed(steps):
             if step in skip:
                 continue
-            problems = self._problems(step, rank, ranks, gather)
+            problems = self._problems(step, rank, ranks, gather, slots)
             if not problems:
                 return CheckpointReader(self.folder(step))
             if rank == 0:
@@ -206,8 +213,8 @@ class Store:
     def _is_sound(self, step: int) -> bool:
         return step in self._sound or not self.verify(step)
 
-    def _problems(self, step: int, rank: int, ranks: int, gather: Gather) -> list[str]:
-        shares = gather(self.verify(step, (rank, ranks)))
+    def _problems(self, step: int, rank: int, ranks: int, gather: Gather, slots: Sequence[str] = ()) -> list[str]:
+        shares = gather(self.verify(step, (rank, ranks), slots))
         return list(dict.fromkeys(problem for share in shares for problem in share))
 
 

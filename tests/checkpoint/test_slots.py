@@ -1,0 +1,94 @@
+"""Who loads one slot reads and verifies one slot, and the ranks share that: counted in bytes that the process read."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bifrost.trainer.checkpoint.layout import local_range
+from bifrost.trainer.checkpoint.manifest import read_manifest
+from bifrost.trainer.checkpoint.store import Store
+
+SLOTS = ("master", "exp_avg", "exp_avg_sq", "ema")
+NUMBERS = 1_000_000
+SLOT_BYTES = 4 * NUMBERS
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, run_ranks) -> Path:
+    """Four slots of 4 MB, saved by four ranks."""
+    folder = tmp_path_factory.mktemp("run")
+    values = torch.arange(NUMBERS).float()
+
+    def save(rank, gather):
+        mine = values[slice(*local_range(NUMBERS, rank, 4))]
+        slots = {slot: {"w": mine + place} for place, slot in enumerate(SLOTS)}
+        Store(folder).save(1, rank, 4, slots, {"w": (NUMBERS,)}, {}, {"mean": torch.ones(2)}, gather)
+
+    assert run_ranks(4, save) == [None] * 4
+    return folder
+
+
+def bytes_read() -> int:
+    """By this process's read calls; memory-mapped files do not count."""
+    line = next(line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar"))
+    return int(line.split()[1])
+
+
+def reading(work) -> float:
+    """Slots' worth of bytes that `work` reads."""
+    before = bytes_read()
+    work()
+    return (bytes_read() - before) / SLOT_BYTES
+
+
+def test_one_slot_is_verified_alone(checkpoint: Path) -> None:
+    assert reading(lambda: Store(checkpoint).newest_verified()) == pytest.approx(4, abs=0.05)
+    for slots in (("master",), ("ema", "master"), ("absent", "exp_avg")):
+        assert reading(lambda slots=slots: Store(checkpoint).newest_verified(slots=slots)) == pytest.approx(1, abs=0.05)
+
+
+def test_ranks_share_the_work(checkpoint: Path, run_ranks) -> None:
+    """Four ranks together read one slot once, whatever each of them loads."""
+
+    def find(rank, gather):
+        return Store(checkpoint).newest_verified((), rank, 4, gather, ("master",)).step
+
+    assert reading(lambda: run_ranks(4, find)) == pytest.approx(1, abs=0.05)
+    assert run_ranks(4, find) == [1] * 4
+
+
+@pytest.mark.parametrize("slot", ["header", *SLOTS])
+def test_damage_is_seen_where_it_is_loaded(checkpoint: Path, tmp_path: Path, slot: str) -> None:
+    file = "rank-00002.safetensors"
+    span = read_manifest(checkpoint / "step-00000001").files[file].spans[slot]  # type: ignore[index]
+    place = tmp_path / "step-00000001"
+    place.mkdir()
+    for one in (checkpoint / "step-00000001").iterdir():
+        (place / one.name).write_bytes(one.read_bytes())
+    content = bytearray((place / file).read_bytes())
+    content[span.start + span.size // 2] ^= 1
+    (place / file).write_bytes(content)
+    (problem,) = Store(tmp_path).verify(1)
+    assert problem.startswith(f"step-00000001/{file}: damaged")
+    for wanted in SLOTS:
+        seen = bool(Store(tmp_path).verify(1, slots=(wanted,)))
+        assert seen == (slot in ("header", wanted))
+    half_seen = Store(tmp_path)
+    if slot != "master":
+        assert (half_seen.verify(1, slots=("master",)) == []) == (slot != "header")
+    assert half_seen.verify(1), "what was verified in part is not taken for whole"
+
+
+def test_a_manifest_from_before_there_were_spans(checkpoint: Path, tmp_path: Path) -> None:
+    place = tmp_path / "step-00000001"
+    place.mkdir()
+    for one in (checkpoint / "step-00000001").iterdir():
+        (place / one.name).write_bytes(one.read_bytes())
+    manifest = read_manifest(place)
+    files = {name: {"size": entry.size, "sha256": entry.sha256} for name, entry in manifest.files.items()}
+    (place / "manifest.json").write_bytes(manifest.model_validate({**manifest.model_dump(), "files": files}).encode())
+    assert "spans" not in (place / "manifest.json").read_text()
+    assert json.loads((place / "manifest.json").read_bytes())["files"] == files
+    assert reading(lambda: Store(tmp_path).newest_verified(slots=("master",))) == pytest.approx(4, abs=0.05)
