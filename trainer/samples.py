@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
@@ -21,10 +22,11 @@ from PIL import Image
 from ..data import Dataset
 from ..data.transforms import decode_sizes
 from ..recipes import Recipe
+from ..recipes.schema import Samples
 from .checkpoint.durable import write_file
 from .engine import Engine
-from .generate import Generator, Settings, load_painter
-from .models.flux import FluxTokenizers
+from .errors import RunError
+from .generate import Generator, Settings, load_controlnet, load_flux
 from .models.prompt import PromptTemplate
 from .monitors.sections import Sections
 from .progress import Progress
@@ -58,7 +60,7 @@ def sampler(
                 write(engine.undisturbed(draw), progress.step)
 
     def write(rows: Rows, step: int) -> None:
-        if ranks.first:
+        if ranks.first and rows:
             picture = BytesIO()
             sheet(rows, captions).save(picture, "png")
             try:
@@ -82,7 +84,7 @@ def _reconstructions(
         stage.recipe.data.image_size,
         model.flux,
         model.controlnet,
-        FluxTokenizers(stage.folder),
+        stage.folder.tokenizers,
         stage.flux.image_size,
         ranks.device,
     )
@@ -103,21 +105,53 @@ def _pictures(
     model: Any = engine.model
     width, side = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
     assert settings.controlnet and stage.tokenizer, "the recipe's schema asks for it"
-    painter: Any = (None, None, None, 0)
-    if ranks.first:
-        dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-        painter = load_painter(Path(settings.controlnet), settings.flux, width, side, ranks.device, dtype)
     template = PromptTemplate(stage.tokenizer, stage.recipe.branch.max_text_tokens)
-    generator = Generator(model, template, stage.image_sizes[0], *painter, ranks.device)  # pyright: ignore
+    unpainted: Any = (None, None, None, 0)
+    generator = Generator(model, template, stage.image_sizes[0], *unpainted, ranks.device)  # pyright: ignore
+    painter = _Painter(settings, width, side, ranks.device) if ranks.first else None
 
     def draw() -> Rows:
         latents = generator.latents(captions, range(len(captions)), Settings())
-        if not ranks.first:
+        if painter is None:
             return {}
-        made = generator.generate(captions, range(len(captions)), Settings(), latents.float())
+        try:
+            made = painter.paint(generator, captions, latents.float())
+        except (RunError, OSError, torch.OutOfMemoryError) as error:  # the other ranks go on, and so must this one
+            log.error("the samples are not painted: %s", error)
+            return {}
         return {"original": [Image.fromarray(image) for image in images], "generated": made}
 
     return captions, draw
+
+
+class _Painter:
+    """What paints latents on rank 0 beside its share of a run: the ControlNet waits in host memory, FLUX in its files.
+
+    A preview brings both to the device and frees them again, so that a step has the memory that the plan gives it.
+    """
+
+    def __init__(self, settings: Samples, width: int, side: int, device: torch.device) -> None:
+        """Everything is opened and checked here, where the run has not begun yet."""
+        assert settings.controlnet
+        self.device = device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        where = Path(settings.controlnet), settings.flux, width, side, torch.device("cpu"), self.dtype
+        network, self.folder, self.size = load_controlnet(*where)
+        self.controlnet: Any = network  # diffusers' wrapped `to` has an annotation that no call fits
+        self.folder.require_weights()
+
+    def paint(self, generator: Generator, captions: list[str], latents: torch.Tensor) -> list[Image.Image]:
+        """Images of patch latents [B, N, D]."""
+        try:
+            flux = load_flux(self.folder, self.device, self.dtype)
+            network, tokenizers = self.controlnet.to(self.device), self.folder.tokenizers
+            whole = replace(generator, flux=flux, controlnet=network, tokenizers=tokenizers, flux_size=self.size)
+            return whole.generate(captions, range(len(captions)), Settings(), latents)
+        finally:
+            flux = whole = None
+            self.controlnet.to("cpu")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 def _first(dataset: Dataset, count: int, sizes: tuple[int, ...]) -> tuple[list[str], torch.Tensor, list[np.ndarray]]:

@@ -76,12 +76,14 @@ def plan(
     device: Device | None = None,
     layout: Layout = AS_SET,
     weak: bool = False,
+    previews: float = 0.0,
 ) -> Row:
-    """weak: every GPU keeps `micro_batch` and does one pass a step, so that the global batch grows with the GPUs."""
+    """weak: every GPU keeps `micro_batch` and does one pass a step, so that the global batch grows with the GPUs.
+    previews: bytes of what paints previews on rank 0."""
     micro_batch, passes = (recipe.micro_batch, 1) if weak else batch(recipe, gpus)
     node = device.gpus_per_node if device else NODE
     placed = layout.place(parts)
-    needs = memory(parts, recipe, layout, gpus, node, micro_batch)
+    needs = memory(parts, recipe, layout, gpus, node, micro_batch, previews)
     transfers = traffic(parts, recipe, layout, gpus, node, passes)
     timed = device is not None and device.bf16_tflops is not None
     usable = device.hbm_gb * 1e9 * device.usable_memory - device.runtime_gb * 1e9 if device else None
@@ -132,6 +134,7 @@ def as_json(row: Row) -> dict[str, Any]:
             "held": row.memory.held,
             "pass": row.memory.a_pass,
             "update": row.memory.update,
+            "previews": row.memory.previews,
             "static": row.memory.static,
             "peak": row.memory.peak,
             "usable": row.usable,

@@ -22,6 +22,8 @@ class Memory:
     a_pass: dict[str, float]
     update: dict[str, float]
     per_sample: float
+    previews: float = 0.0
+    """On rank 0's GPU alone, between steps: what paints stage 1's previews."""
 
     @property
     def static(self) -> float:
@@ -29,18 +31,26 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        return self.static + max(sum(self.a_pass.values()), sum(self.update.values()))
+        return self.static + max(sum(self.a_pass.values()), sum(self.update.values()), self.previews)
 
     def largest_micro_batch(self, usable: float, micro_batch: int) -> int:
         """Samples a pass that `usable` bytes have room for, found from a plan for `micro_batch`; 0 if not even one."""
         fixed = sum(self.a_pass.values()) - self.per_sample * micro_batch
-        if self.static + sum(self.update.values()) > usable:
+        if self.static + max(sum(self.update.values()), self.previews) > usable:
             return 0
         return max(0, int((usable - self.static - fixed) / self.per_sample))
 
 
-def memory(parts: Sequence[Part], recipe: Recipe, layout: Layout, gpus: int, node: int, micro_batch: int) -> Memory:
-    """Of `parts` laid out by `layout` on `gpus` GPUs, `node` of them in a node."""
+def memory(
+    parts: Sequence[Part],
+    recipe: Recipe,
+    layout: Layout,
+    gpus: int,
+    node: int,
+    micro_batch: int,
+    previews: float = 0.0,
+) -> Memory:
+    """Of `parts` laid out by `layout` on `gpus` GPUs, `node` of them in a node. previews: see `Memory`."""
     zero = Zero.of(recipe).under(layout)
     placed = layout.place(parts)
     trained = [part for part in placed if part.gradient == "trained"]
@@ -87,4 +97,4 @@ def memory(parts: Sequence[Part], recipe: Recipe, layout: Layout, gpus: int, nod
     }
     # AdamW's gradient is a flat copy of the accumulated slices, made for one of DeepSpeed's sub-groups at a time.
     update: dict[str, float] = {"flat gradients": 4 * min(own, 1_000_000_000)}
-    return Memory(held, a_pass, update, kept + layer + flight)
+    return Memory(held, a_pass, update, kept + layer + flight, previews)

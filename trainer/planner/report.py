@@ -26,20 +26,26 @@ class Report:
     """
 
     def __init__(
-        self, recipe: Recipe, parts: Sequence[Part], gpus: Sequence[int], device: Device | None, text_tokens: float
+        self,
+        recipe: Recipe,
+        parts: Sequence[Part],
+        gpus: Sequence[int],
+        device: Device | None,
+        text_tokens: float,
+        previews: float = 0.0,
     ) -> None:
         self.recipe, self.parts, self.device, self.text_tokens = recipe, parts, device, text_tokens
         self.rows: list[Row] = []
         self.left_out: list[str] = []
         for count in gpus:
             try:
-                self.rows.append(plan(parts, recipe, count, device))
+                self.rows.append(plan(parts, recipe, count, device, previews=previews))
             except RunError as error:
                 self.left_out.append(str(error))
         if not self.rows:
             raise RunError(self.left_out[0])
         most = max(row.gpus for row in self.rows)
-        self.choices = [plan(parts, recipe, most, device, layout) for layout in LAYOUTS]
+        self.choices = [plan(parts, recipe, most, device, layout, previews=previews) for layout in LAYOUTS]
         self.curves = curves(parts, recipe, device)
 
     @property
@@ -177,6 +183,8 @@ class Report:
             values = [row.memory.held.get(name, row.memory.a_pass.get(name, 0.0)) for row in self.rows]
             if any(values):
                 lines.append((("" if name in self.rows[0].memory.held else "+ ") + name, *map(_gb, values)))
+        if any(row.memory.previews for row in self.rows):
+            lines.append(("+ previews, rank 0", *(_gb(row.memory.previews) for row in self.rows)))
         lines.append(("held all the time", *(_gb(row.memory.static) for row in self.rows)))
         lines.append(("peak", *(_gb(row.memory.peak) for row in self.rows)))
         if self.device:

@@ -1,0 +1,87 @@
+"""Stage 1's previews: what paints them is on rank 0's device for the preview alone, and in the plan."""
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import tiny_flux
+from bifrost.recipes import load_recipe
+from bifrost.recipes.schema import Samples
+from bifrost.trainer import samples
+from bifrost.trainer.errors import RunError
+from bifrost.trainer.flops import parts
+from bifrost.trainer.generate import Generator
+from bifrost.trainer.models.flux import FluxFolder
+from bifrost.trainer.models.latent_controlnet import ControlNetConfig, LatentControlNet, write_config
+from bifrost.trainer.planner import plan
+from bifrost.trainer.planner.previews import painter_bytes
+
+WIDTH, SIDE = 6, 4
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Samples:
+    place = tmp_path_factory.mktemp("painter")
+    flux = FluxFolder.open(tiny_flux.save(tiny_flux.pipeline(), place / "flux"))
+    network = LatentControlNet(ControlNetConfig.of(flux.transformer, WIDTH, SIDE, 2 * SIDE, 1, 1))
+    network.initialise(flux.files("transformer"), "flux", 0)
+    write_config(place / "controlnet", network.shape)
+    save_file(network.state_dict(), place / "controlnet" / "diffusion_pytorch_model.safetensors")
+    return Samples(every=1, controlnet=str(place / "controlnet"), flux=str(place / "flux"))
+
+
+def test_flux_is_loaded_for_a_preview_and_freed(settings: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref] = []
+
+    def load(*arguments: Any) -> Any:
+        assert not [one for one in loaded if one() is not None], "one at a time"
+        found = real(*arguments)
+        loaded.append(weakref.ref(found))
+        return found
+
+    real = samples.load_flux
+    monkeypatch.setattr(samples, "load_flux", load)
+    painter = samples._Painter(settings, WIDTH, SIDE, CPU)
+    assert not loaded, "nothing of FLUX is in memory before there is something to paint"
+    nothing: Any = None
+    generator = Generator(nothing, nothing, 112, nothing, nothing, nothing, 0, CPU)
+    draw = torch.Generator().manual_seed(0)
+    for count in (1, 2):
+        images = painter.paint(generator, ["a red apple"], torch.randn(1, SIDE**2, WIDTH, generator=draw))
+        assert [image.size for image in images] == [(64, 64)]
+        gc.collect()
+        assert len(loaded) == count and all(one() is None for one in loaded)
+
+
+def test_what_cannot_paint_is_refused_before_the_run_begins(settings: Samples, tmp_path: Path) -> None:
+    flux = tiny_flux.save(tiny_flux.pipeline(), tmp_path)
+    save_file({"x": torch.zeros(1)}, flux / "text_encoder" / "model.safetensors")
+    with pytest.raises(RunError, match=r"text_encoder: .* missing"):
+        samples._Painter(settings.model_copy(update={"flux": str(flux)}), WIDTH, SIDE, CPU)
+
+
+@pytest.mark.parametrize("missing", ["/nowhere", "here"])
+def test_the_plan_counts_them(settings: Samples, missing: str) -> None:
+    painting = f"samples.controlnet={settings.controlnet if missing == 'here' else missing}"
+    own = [f"samples.flux={settings.flux}"] if missing == "here" else []
+    recipe = load_recipe("tiny-mllm", ["samples.every=100", painting, *own])
+    found = painter_bytes(recipe)
+    if missing == "here":
+        files = [
+            *Path(str(settings.controlnet)).glob("*.safetensors"),
+            *Path(str(settings.flux)).glob("*/*.safetensors"),
+        ]
+        assert found == pytest.approx(sum(file.stat().st_size for file in files) / 2, rel=0.1), "fp32 there, bf16 here"
+    else:
+        # FLUX.1-dev, T5, CLIP and the VAE, and a ControlNet of 4 double and 1 single blocks: spec 7.1.
+        assert found == pytest.approx(2 * (11.901e9 + 4.762e9 + 0.123e9 + 0.0838e9 + 1.771e9), rel=0.01)
+    without, counted = (plan(parts(recipe), recipe, 2, previews=bytes_) for bytes_ in (0.0, found))
+    assert counted.memory.peak == max(without.memory.peak, without.memory.static + found)
+    assert painter_bytes(load_recipe("tiny-mllm")) == 0
+    assert painter_bytes(load_recipe("tiny-controlnet", ["samples.every=5"])) == 0
