@@ -292,9 +292,11 @@ def test_geneval_on_two_ranks(mllm: Path, controlnet: Path, generator: Generator
     """The layout of djghosh13/geneval's README."""
     prompts, out = tmp_path / "evaluation_metadata.jsonl", tmp_path / "out"
     prompts.write_text("".join(json.dumps(line) + "\n" for line in GENEVAL))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)  # as a launcher does
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         options = ("--seed", 10, "--layout", "geneval", "--prompts", prompts, *QUICK)
         bifrost("--mllm", mllm, "--controlnet", controlnet, "--out", out, *options)
         assert len(list(out.rglob("samples/*.png"))) == (8 if rank == "0" else 4)
