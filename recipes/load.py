@@ -16,6 +16,7 @@ from .secrets import redact
 
 FOLDER = Path(__file__).parent
 FLOAT = "tag:yaml.org,2002:float"
+NO_NAME = "cannot be a run's name, which is its folder's; use letters, digits, `.`, `_` and `-`"
 
 
 class RecipeError(ValueError):
@@ -201,7 +202,7 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
     if problem["type"] == "missing":
         return f"{key} is not set; add it to the recipe or give {key}=value"
     if problem["type"] == "string_pattern_mismatch":
-        return f"{key}: {problem['input']!r} cannot be a folder's name here; use letters, digits, `.`, `_` and `-`"
+        return f"{key}: {problem['input']!r} {NO_NAME}"
     if problem["type"] == "model_type":
         section = _section(path, model)
         names = ", ".join(f"{key}.{name}" for name in list(section.model_fields)[:3]) if section else ""

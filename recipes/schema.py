@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .secrets import stored_secret
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""A run's name, which is its folder's."""
+
 
 class Section(BaseModel):
     """A group of settings: unknown keys are refused, and so are values of another type; an integer is a number."""
@@ -239,7 +242,7 @@ class Tracking(Section):
 class Recipe(Section):
     stage: Literal["patch-latents", "controlnet"]
     """What is trained: `patch-latents`, the MLLM's visual generation branch, or `controlnet`, the latent ControlNet."""
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     """Name of the run and of its folder under `runs_dir`."""
     seed: int = Field(default=0, ge=0)
     """Seed of sample order, masks, caption dropout and initialisation."""

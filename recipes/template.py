@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from .load import Dumper, find_recipe, load_recipe, read_yaml
-from .schema import Recipe
+from .load import NO_NAME, Dumper, RecipeError, find_recipe, load_recipe, read_yaml
+from .schema import NAME, Recipe
 
 WIDTH = 100
 OF_THE_OTHER_STAGE = {"patch-latents": {"flux", "controlnet"}, "controlnet": {"branch"}}
@@ -31,6 +31,8 @@ def template(source: str | Path, name: str, shards: str | None, file: str) -> st
 
     Loaded, it equals `source` in all other settings. RecipeError when `source` or `name` cannot be used.
     """
+    if not re.match(NAME, name):
+        raise RecipeError(f"{name!r} {NO_NAME}")
     given = [f"name={json.dumps(name)}", *([f"data.shards={json.dumps(shards)}"] if shards else [])]
     recipe = load_recipe(source, given)
     head, notes = _comments(find_recipe(source))

@@ -275,6 +275,11 @@ def main() -> None:
         _fail(RunError(line), USAGE)
     except Unmet as error:
         _fail(error, HUNG)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        failure = RunError.of_storage(error.filename, error)
+        _fail(failure, LOST if failure.passing else USAGE)
     except Exception as error:
         if not hasattr(error, "format_message"):  # of a wrong command line: typer may bring a click of its own
             raise

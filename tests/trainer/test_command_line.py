@@ -1,6 +1,7 @@
 """A wrong command line: one line that names the fault and where to read on, exit code 2."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,13 +27,27 @@ class Left(Exception):
             "error: invalid value for '--layout': 'x' is not one of 'plain', 'geneval', 'dpg'; see",
         ),
         ("plan tiny-mllm --gpus", "error: option '--gpus' requires an argument"),
+        (
+            "init my/cats --from tiny-mllm",
+            "error: 'my/cats' cannot be a run's name, which is its folder's; use letters",
+        ),
+        ("replay FILE --step 1", "error: FILE/metrics.jsonl: Not a directory"),
+        ("track sync FILE", "error: FILE/recipe.yaml: Not a directory"),
+        ("slurm status FILE", "error: FILE/slurm/job.json: Not a directory"),
+        ("checkpoint show FILE", "error: FILE/checkpoints does not exist: give a run's folder"),
+        ("report FILE", "error: FILE: no run folder"),
+        ("export FILE out", "error: FILE: is no run folder"),
         ("init cats", "error: say which recipe to begin with, such as --from tiny-mllm; there are flux-controlnet"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(
-    words: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    words: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
+    """FILE stands for a file where a folder is wanted."""
     codes = []
+    file = tmp_path / "file"
+    file.touch()
+    words, said = words.replace("FILE", str(file)), said.replace("FILE", str(file))
 
     def leave(code: int) -> None:
         codes.append(code)
