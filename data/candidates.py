@@ -85,7 +85,7 @@ class Source:
 def key_of(relative: str) -> str:
     """Path below the source -> key: no extension, and no dot in the base name, where WebDataset would end the key."""
     folder, name = os.path.split(re.sub(r"^(\.{0,2}/)+", "", relative))
-    name = name.rpartition(".")[0].replace("%", "%25").replace(".", "%2E")
+    name = (name.rpartition(".")[0] or name).replace("%", "%25").replace(".", "%2E")
     return f"{folder}/{name}" if folder else name
 
 

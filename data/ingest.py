@@ -66,7 +66,8 @@ def ingest(
         raise DataError(f"samples_per_shard is {samples_per_shard}; set it to 1 or more")
     if "://" not in src and out.resolve() == (Path(src) if os.path.isdir(src) else Path(src).parent).resolve():
         raise DataError(f"{out}: the source itself; name another folder for the shards")
-    source = list_source(src, str(table) if table else None, image_column, caption_column, out)
+    with progress("listing the source"):
+        source = list_source(src, str(table) if table else None, image_column, caption_column, out)
     for damage in source.damaged:
         print(f"damaged: {damage}", file=sys.stderr, flush=True)
     journal = {

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from .errors import DataError, DataLost, DataMissing
 from .files import commit, exists, is_local, temporary_name
-from .index import Header, Index, build_index, index_path, load_index, save_index
+from .index import Header, Index, build_index, index_path, load_index, save_index, split_key
 from .progress import progress
 from .remote import filesystem
 from .shards import expand
@@ -41,6 +41,12 @@ def write_shard(path: str | os.PathLike, samples: Iterable[tuple[str, Sample]]) 
     try:
         with open(temporary, "wb") as file, TarWriter(file, encoder=False, keep_meta=True, mtime=0) as tar:
             for key, members in samples:
+                for kind in members:
+                    if split_key(f"{key}.{kind}") != (key, kind):  # it would come back under another key
+                        raise DataError(
+                            f"{path}: key {key!r}, extension {kind!r}: a key ends at the first dot of its base name,"
+                            " and extensions are lower-case; write a dot in a key as %2E"
+                        )
                 tar.write({"__key__": key, **members})
         index = build_index(str(temporary))
         Path(index_path(str(path))).unlink(missing_ok=True)  # never an index beside another tar than its own

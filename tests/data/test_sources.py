@@ -91,7 +91,9 @@ def test_links_and_special_files_in_a_folder(tmp_path, picture, monkeypatch):
 def test_hidden_names_are_no_one_elses(tmp_path, picture):
     for name in ("a.png", ".a.png", "x/..a.png"):
         pair(tmp_path / "in" / name, picture(1))
-    assert ingest(tmp_path / "in", tmp_path / "out", processes=1) == (1, 3, 0)
+    (tmp_path / "in/.png").write_bytes(picture(1))
+    (tmp_path / "in/.txt").write_text("no name at all")
+    assert ingest(tmp_path / "in", tmp_path / "out", processes=1) == (1, 4, 0)
 
 
 def test_the_folder_of_the_shards_is_no_source(tmp_path, picture):

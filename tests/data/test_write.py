@@ -56,6 +56,13 @@ def test_a_failed_write_leaves_nothing(tmp_path, picture):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("key", "kind"), [("a.b", "png"), ("d/.a", "png"), ("", "png"), ("a", "PNG")])
+def test_a_key_that_would_come_back_as_another_is_refused(tmp_path, picture, key, kind):
+    with pytest.raises(DataError, match="a key ends at the first dot of its base name"):
+        write_shard(tmp_path / "x.tar", [("d.e/f", {"png": picture(0)}), (key, {kind: picture(0)})])
+    assert list(tmp_path.iterdir()) == []
+
+
 def foreign_tar(path, members, **options):
     with tarfile.open(path, "w", **options) as tar:
         for name, data in members:
