@@ -1,7 +1,11 @@
 """A real MLflow server, and a door in front of it that can be shut or stuck."""
 
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -96,3 +100,25 @@ def make_run(tmp_path):
         return SimpleNamespace(folder=folder, metrics=MetricsFile(folder / "metrics.jsonl"))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def whole_store(tmp_path_factory) -> bytes:
+    """Content of a store that was set up, by a caller that is killed as soon as its set-up works."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    script = "import sys; from bifrost.trainer.monitors.mlflow_store import ensure_store; ensure_store(sys.argv[1])"
+    caller = subprocess.Popen([sys.executable, "-c", script, f"sqlite:///{path}"])
+    _wait_until(lambda: any(path.parent.glob(".mlflow.db.*.partial")))
+    assert not path.exists()
+    caller.send_signal(signal.SIGKILL)
+    caller.wait()
+    _wait_until(path.exists)
+    assert [file.name for file in path.parent.iterdir() if not file.name.endswith(".lock")] == ["mlflow.db"]
+    return path.read_bytes()
+
+
+def _wait_until(true, seconds=60):
+    limit = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < limit
+        time.sleep(0.02)

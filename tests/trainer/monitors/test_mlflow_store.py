@@ -29,41 +29,19 @@ MlflowClient(sys.argv[1]).search_experiments()
 """MLflow's set-up in place, killed between its first tables and its migrations."""
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Content of a store that was set up, by a caller that is killed as soon as its set-up works."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    script = "import sys; from bifrost.trainer.monitors.mlflow_store import ensure_store; ensure_store(sys.argv[1])"
-    caller = subprocess.Popen([sys.executable, "-c", script, f"sqlite:///{path}"])
-    wait_until(lambda: any(path.parent.glob(".mlflow.db.*.partial")))
-    assert not path.exists()
-    caller.send_signal(signal.SIGKILL)
-    caller.wait()
-    wait_until(path.exists)
-    assert [file.name for file in path.parent.iterdir() if not file.name.endswith(".lock")] == ["mlflow.db"]
-    return path.read_bytes()
-
-
 @pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch, whole: bytes):
+def build(monkeypatch: pytest.MonkeyPatch, whole_store: bytes):
     """The slow part, MLflow's own set-up of a new file, as a copy; counts its calls."""
     calls = []
 
     def copied(_uri: str, aside: Path) -> None:
         calls.append(aside)
         time.sleep(0.3)
-        aside.write_bytes(whole)
+        aside.write_bytes(whole_store)
 
     monkeypatch.setattr(mlflow_store, "_build", copied)
     monkeypatch.setattr(mlflow_store, "QUIET_S", 0.5)
     return calls
-
-
-def wait_until(true, seconds=60) -> None:
-    limit = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < limit
-        time.sleep(0.02)
 
 
 def tables(path: Path) -> set[str]:
@@ -71,29 +49,29 @@ def tables(path: Path) -> set[str]:
         return {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
 
 
-def test_a_caller_that_is_killed_leaves_a_whole_store(whole: bytes, tmp_path: Path) -> None:
+def test_a_caller_that_is_killed_leaves_a_whole_store(whole_store: bytes, tmp_path: Path) -> None:
     path = tmp_path / "copy.db"
-    path.write_bytes(whole)
+    path.write_bytes(whole_store)
     assert mlflow_store.is_set_up(path)
     mlflow_store.require_current(f"sqlite:///{path}")
 
 
-def test_what_mlflow_left_half_made_is_made_anew(tmp_path: Path, whole: bytes, build) -> None:
+def test_what_mlflow_left_half_made_is_made_anew(tmp_path: Path, whole_store: bytes, build) -> None:
     path = tmp_path / "mlflow.db"
     done = subprocess.run([sys.executable, "-c", OWN_SET_UP, f"sqlite:///{path}"], check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert "runs" in tables(path) and "alembic_version" not in tables(path)
     (tmp_path / "mlflow.db-journal").write_bytes(b"left")
     mlflow_store.set_up(f"sqlite:///{path}")
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == whole_store
     assert [file.name for file in tmp_path.iterdir() if not file.name.startswith(".")] == ["mlflow.db"]
 
 
-def test_a_set_up_that_died_leaves_nothing_that_matters(tmp_path: Path, whole: bytes, build) -> None:
+def test_a_set_up_that_died_leaves_nothing_that_matters(tmp_path: Path, whole_store: bytes, build) -> None:
     path = tmp_path / "mlflow.db"
-    (tmp_path / ".mlflow.db.0123.partial").write_bytes(whole[:5000])
+    (tmp_path / ".mlflow.db.0123.partial").write_bytes(whole_store[:5000])
     mlflow_store.set_up(f"sqlite:///{path}")
-    assert path.read_bytes() == whole and not list(tmp_path.glob(".*partial*"))
+    assert path.read_bytes() == whole_store and not list(tmp_path.glob(".*partial*"))
 
 
 def test_two_first_runs_at_once_set_up_one_store(tmp_path: Path, build) -> None:
@@ -106,7 +84,7 @@ def test_two_first_runs_at_once_set_up_one_store(tmp_path: Path, build) -> None:
     assert len(build) == 1 and mlflow_store.is_set_up(path)
 
 
-def test_another_program_at_the_same_work_is_left_to_it(tmp_path: Path, whole: bytes, build) -> None:
+def test_another_program_at_the_same_work_is_left_to_it(tmp_path: Path, whole_store: bytes, build) -> None:
     path = tmp_path / "mlflow.db"
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE experiments (experiment_id)")
@@ -118,7 +96,7 @@ def test_another_program_at_the_same_work_is_left_to_it(tmp_path: Path, whole: b
         connection.execute("INSERT INTO experiments VALUES (0)")
         connection.commit()
         worker.join()
-    assert "t7" in tables(path) and path.read_bytes() != whole
+    assert "t7" in tables(path) and path.read_bytes() != whole_store
 
 
 @pytest.mark.parametrize(
@@ -128,10 +106,10 @@ def test_another_program_at_the_same_work_is_left_to_it(tmp_path: Path, whole: b
         ("ffffffffffff", r"was written by a newer MLflow than MLflow 3"),
     ],
 )
-def test_the_schema_of_another_version_is_left_as_it_is(make_run, whole: bytes, version: str, said: str) -> None:
+def test_the_schema_of_another_version_is_left_as_it_is(make_run, whole_store: bytes, version: str, said: str) -> None:
     run = make_run()
     path = run.folder.parent / "mlflow.db"
-    path.write_bytes(whole)
+    path.write_bytes(whole_store)
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("UPDATE alembic_version SET version_num = ?", (version,))
         connection.execute("DROP TABLE trace_info")  # as an older version, which has none: MLflow would migrate
@@ -148,10 +126,10 @@ def test_a_set_up_that_fails_says_why(tmp_path: Path) -> None:
         mlflow_store.ensure_store(f"sqlite:///{tmp_path}/file/mlflow.db")
 
 
-def test_stop_signals_do_not_end_a_set_up(tmp_path: Path, whole: bytes) -> None:
+def test_stop_signals_do_not_end_a_set_up(tmp_path: Path, whole_store: bytes) -> None:
     """Slurm sends them to every process of a job."""
     path = tmp_path / "mlflow.db"
-    path.write_bytes(whole)
+    path.write_bytes(whole_store)
     ready = "from bifrost.trainer.monitors import mlflow_store as m"
     ready += "; m.set_up = lambda uri: print('on', flush=True) or input()"
     process = subprocess.Popen(
