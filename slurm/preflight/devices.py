@@ -1,16 +1,14 @@
-"""GPUs of a node before anything runs on them: number, memory, ECC, clocks. What is not readable is no fault."""
+"""GPUs of a node before anything runs on them: number, memory, ECC, clocks, NVLink. Not readable is no fault."""
 
 from __future__ import annotations
 
-import csv
-import os
-import shutil
-import subprocess
-
 from ..ranks import UNBIND
+from .figures import figures_of
 from .finding import Finding
+from .smi import nvlinks, query, uses_mig
 
 FIELDS = {
+    "name": "name",
     "memory": "memory.used",
     "ecc": "ecc.errors.uncorrected.volatile.total",
     "clock": "clocks.sm",
@@ -19,7 +17,8 @@ FIELDS = {
 }
 SLOWED = {0x8: "hardware slowdown", 0x20: "heat (driver)", 0x40: "heat (hardware)", 0x80: "power brake"}
 """Reasons to run slowly that are a fault; being idle or at the power cap is none."""
-PATIENCE_S = 30
+NVLINK_GBS = 200
+"""What no PCIe reaches: a kind of GPU with more has NVLink."""
 UNREADABLE = "not readable"
 
 
@@ -33,20 +32,25 @@ def device_findings(asked: int | None, idle_gib: float, bound: bool = False) -> 
     seen = torch.cuda.device_count()
     if bound and asked is not None and seen < asked:
         return [Finding("GPUs", str(seen), f"a task sees {seen} of its node's {asked} GPUs: {UNBIND}")]
+    if asked is not None and seen < asked and uses_mig():
+        return [Finding("GPUs", str(seen), f"a process uses one MIG instance, {asked} asked for: ask for whole GPUs")]
     if asked is not None and seen != asked:
         return [Finding("GPUs", str(seen), f"{seen} GPUs usable, {asked} asked for", own=True)]
     findings = [Finding("GPUs", str(seen))]
     if not seen:
         return findings
     try:
-        columns = {name: _query(field) for name, field in FIELDS.items()}
+        columns = {name: query(field) for name, field in FIELDS.items()}
+        links = [] if uses_mig() else nvlinks()
     except RuntimeError as error:
         return [*findings, Finding("GPU health", "", str(error), own=True)]
     return [
         *findings,
-        _memory(columns["memory"], idle_gib),
+        # The memory of the whole GPU is also that of its other instances' users.
+        Finding("GPU memory", UNREADABLE) if uses_mig() else _memory(columns["memory"], idle_gib),
         _errors(columns["ecc"]),
         _clocks(columns["clock"], columns["fastest"], columns["throttle"]),
+        _nvlink(links, columns["name"]),
     ]
 
 
@@ -68,6 +72,24 @@ def _errors(counts: list[str]) -> Finding:
     return Finding("GPU ECC", f"{sum(errors)} uncorrected", reason, own=True)
 
 
+def _nvlink(links: list[list[float]], names: list[str]) -> Finding:
+    """GPUs of a node have the same links; a GPU that is sold with NVLink has some, where it has neighbours."""
+    speeds = [sum(gpu) for gpu in links]
+    active = [sum(speed > 0 for speed in gpu) for gpu in links]
+    if not any(speeds):
+        known = figures_of(names[0]) if names else None
+        down = len(links) > 1 and known is not None and known.intra_gbs >= NVLINK_GBS
+        reason = f"no link of any GPU is up, {names[0]} has NVLink: look at the fabric manager" if down else ""
+        return Finding("NVLink", "none" if links else UNREADABLE, reason, own=True)
+    worst = speeds.index(min(speeds))
+    reason = ""
+    if speeds[worst] < 0.99 * max(speeds):
+        best = speeds.index(max(speeds))
+        reason = f"GPU {worst} has {active[worst]} links ({speeds[worst]:.0f} GB/s), GPU {best} {active[best]}"
+        reason += f" ({speeds[best]:.0f} GB/s)"
+    return Finding("NVLink", f"{min(active)} links, {min(speeds):.0f} GB/s", reason, own=True, same=not reason)
+
+
 def _clocks(now: list[str], fastest: list[str], throttle: list[str]) -> Finding:
     for device, value in enumerate(throttle):
         active = int(value, 16) if value.startswith("0x") else 0
@@ -76,26 +98,6 @@ def _clocks(now: list[str], fastest: list[str], throttle: list[str]) -> Finding:
             return Finding("GPU clocks", value, f"GPU {device} is slowed by {', '.join(reasons)}", own=True)
     mhz = [f"{a}/{b}" for a, b in zip(now, fastest, strict=False) if _number(a) and _number(b)]
     return Finding("GPU clocks", f"{', '.join(dict.fromkeys(mhz))} MHz" if mhz else UNREADABLE)
-
-
-def _query(field: str) -> list[str]:
-    """One value a GPU; none where there is no nvidia-smi or it does not know the field. RuntimeError on a sick GPU."""
-    if not shutil.which("nvidia-smi"):
-        return []
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible:
-        command.append(f"--id={visible}")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"nvidia-smi does not answer within {PATIENCE_S} s") from None
-    if done.returncode:
-        said = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
-        if "not a valid field" in said[0]:
-            return []
-        raise RuntimeError(f"nvidia-smi: {said[0][:200]}")
-    return [row[0].strip() for row in csv.reader(done.stdout.splitlines()) if row]
 
 
 def _number(value: str) -> bool:

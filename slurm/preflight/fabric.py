@@ -8,6 +8,7 @@ and back.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 PINGS, PAYLOADS, REDUCES = 5, 4, 3
+PRODUCT, COPY, TRIES = 8192, 2**30, 6
+"""Side of the matrices, bytes of the copy, tries at each."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,16 @@ class Outcome:
     """How far one rank came, and what it measured; filled while it goes."""
 
     steps: int = 0
-    """1 joining, 2 the first round of pairs, and so on, whether or not this rank plays in a round."""
+    """0 its own GPU, 1 joining, 2 the first round of pairs, and so on, whether or not this rank plays in a round."""
     stage: str = "the start"
     trouble: str = ""
     links: list[Link] = field(default_factory=list)
+    device: str = ""
+    """Name of the rank's GPU; empty on a CPU, which is not measured."""
+    product_tflops: float = 0.0
+    copy_gb_s: float = 0.0
+    wrong_products: bool = False
+    """The same product came out in two ways."""
     reduce_gb_s: float = 0.0
     """Bus bandwidth: 2 (n - 1) / n of the payload over time."""
     wrong_sums: bool = False
@@ -66,6 +75,31 @@ class Wire:
         self.device = torch.device("cuda", local) if self.gpu else torch.device("cpu")
         # Long enough that the payload and not the start of a message is what is timed.
         self.elements = (16 if self.gpu else 1) * 2**20
+
+    def speeds(self, out: Outcome) -> None:
+        """Measure this rank's GPU by itself: a bf16 product, and a copy in its memory (bytes read and written)."""
+        if not self.gpu:
+            return
+        torch.cuda.set_device(self.device)
+        out.device = torch.cuda.get_device_name(self.device)
+        factor = torch.randn(PRODUCT, PRODUCT, dtype=torch.bfloat16, device=self.device)
+        first = factor @ factor
+        out.product_tflops = 2 * PRODUCT**3 / self._best(lambda: factor @ factor) / 1e12
+        out.wrong_products = not torch.equal(first, factor @ factor)
+        source = torch.ones(COPY, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        out.copy_gb_s = 2 * COPY / self._best(lambda: target.copy_(source)) / 1e9
+
+    def _best(self, work: Callable[[], object]) -> float:
+        """Seconds of the fastest of some tries, the first left out."""
+        times = []
+        for _ in range(TRIES):
+            self.settle()
+            start = time.perf_counter()
+            work()
+            self.settle()
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
 
     def join(self, store: Store, rank: int, size: int) -> None:
         if self.gpu:
@@ -101,6 +135,8 @@ def measure(wire: Wire, store: Store, rank: int, nodes: dict[str, list[int]], ro
 
 
 def _measure(wire: Wire, store: Store, rank: int, nodes: dict[str, list[int]], rounds: int, out: Outcome) -> None:
+    out.reach(0, "the GPU alone")
+    wire.speeds(out)
     out.reach(1, "joining")
     wire.join(store, rank, sum(len(ranks) for ranks in nodes.values()))
     names = list(nodes)

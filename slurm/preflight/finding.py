@@ -30,6 +30,14 @@ class Limits(BaseModel):
     """How far a node's clock may be from the others'."""
     slow: float = 1 / 3
     """A node's best bandwidth to any other, as a part of the other nodes' median, below which it is bad."""
+    pair_share: float = 0.05
+    """The same as a part of the port's bandwidth, of GPUs that devices.yaml knows: below it every node is slow."""
+    product_share: float = 0.4
+    """A GPU's bf16 product, as a part of the peak of those that devices.yaml knows, below which its node is bad."""
+    copy_share: float = 0.5
+    """A copy in a GPU's memory, as a part of the memory's bandwidth of those that devices.yaml knows."""
+    gpu_slow: float = 0.75
+    """A GPU's product or copy, as a part of the median of all, below which its node is bad."""
     rounds: int = 32
     """Rounds of pairs at the most; N nodes need N - 1 for every pair."""
     node_s: float = 60

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..codes import BAD_NODE, DONE, USAGE
 from .fabric import Link, Outcome
+from .figures import Figures, figures_of
 from .finding import Finding, Limits
 from .meeting import findings_of
 
@@ -152,7 +153,9 @@ def fabric(
     for node, mine in ranks.items():
         found = result[node] = []
         if links[node]:
-            found += [_data(links[node]), _clock(links[node], limits), _speed(node, best, limits)]
+            known = figures_of(outcomes[mine[0]].device)  # type: ignore[union-attr]
+            found += [_data(links[node]), _clock(links[node], limits), _speed(node, best, limits, known)]
+        found += _gpus([o for rank in mine if (o := outcomes[rank])], [o for o in outcomes.values() if o], limits)
         sums = [outcomes[rank] for rank in mine]
         wrong = any(outcome and outcome.wrong_sums for outcome in sums)
         speed = min(outcome.reduce_gb_s for outcome in sums if outcome)
@@ -183,10 +186,40 @@ def _clock(links: Sequence[Link], limits: Limits) -> Finding:
     return Finding("clock", f"{nearest:+.3f} s", reason)
 
 
-def _speed(node: str, best: Mapping[str, float], limits: Limits) -> Finding:
+def _gpus(mine: Sequence[Outcome], every: Sequence[Outcome], limits: Limits) -> list[Finding]:
+    """Of a node's GPUs: the slowest product and copy, against the vendor's figures and against all other GPUs."""
+    gpus, others = [each for each in mine if each.device], [each for each in every if each.device]
+    if not gpus:
+        return []
+    known = figures_of(gpus[0].device)
+    checks = {
+        "GPU product": ("product_tflops", "TFLOP/s", known and limits.product_share * known.bf16_tflops),
+        "GPU copy": ("copy_gb_s", "GB/s", known and limits.copy_share * known.hbm_gbs),
+    }
+    found = []
+    for check, (field, unit, bound) in checks.items():
+        values = [getattr(each, field) for each in gpus]
+        worst, typical = min(values), median(getattr(each, field) for each in others)
+        gpu, reason = values.index(worst), ""
+        if check == "GPU product" and any(each.wrong_products for each in gpus):
+            reason = f"GPU {[each.wrong_products for each in gpus].index(True)}: the same product twice differs"
+        elif bound and worst < bound:
+            reason = f"GPU {gpu}: {worst:.3g} {unit}, at least {bound:.3g} expected of {gpus[0].device}"
+        elif worst < limits.gpu_slow * typical:
+            reason = f"GPU {gpu}: {worst:.3g} {unit}, the median of all GPUs is {typical:.3g}"
+        found.append(Finding(check, f"{worst:.3g} {unit}", reason, own=True))
+    return found
+
+
+def _speed(node: str, best: Mapping[str, float], limits: Limits, known: Figures | None) -> Finding:
     own, others = best[node], [value for name, value in best.items() if name != node]
     typical = median(others)
     # Of two nodes both have measured the same exchange.
     slow = len(others) > 1 and own < limits.slow * typical
     reason = f"{own:.3g} GB/s, the other nodes' median is {typical:.3g} GB/s" if slow else ""
+    if known and own < limits.pair_share * known.inter_gbs:
+        reason = (
+            f"{own:.3g} GB/s, at least {limits.pair_share * known.inter_gbs:.3g} expected of {known.name}: NCCL may use"
+            " TCP; see fabric.interface and fabric.hca of the site file, or lower preflight_limits.pair_share"
+        )
     return Finding("pair bandwidth", f"{own:.2f} GB/s", reason)

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch._C._distributed_c10d import HashStore
 
-from bifrost.slurm.preflight import Limits, devices, find_place, preflight, session
+from bifrost.slurm.preflight import Limits, devices, fabric, find_place, preflight, session, smi
 from bifrost.slurm.preflight.node import _folder, _recipe, node_checks
 from bifrost.slurm.preflight.verdict import decide
 
@@ -81,9 +82,28 @@ case "$1" in
   *max.sm*) printf '1980\\n1980\\n' ;;
   *clocks.sm*) printf '345\\n345\\n' ;;
   *throttle*) {throttle} ;;
+  *name*) printf 'NVIDIA H200\\nNVIDIA H200\\n' ;;
+  nvlink) {links} ;;
 esac
 """
-FINE = {"memory": "printf '3\\n3\\n'", "ecc": "printf '0\\n0\\n'", "throttle": "printf '0x01\\n0x04\\n'"}
+
+
+def status(*gpus: str) -> str:
+    """What `nvidia-smi nvlink --status` prints of GPUs whose links are as the letters say: u(p), h(alf), d(own)."""
+    words = {"u": "26.562 GB/s", "h": "13.281 GB/s", "d": "<inactive>", "s": "<sleep>"}
+    lines = []
+    for number, links in enumerate(gpus):
+        lines.append(f"GPU {number}: NVIDIA H200 (UUID: GPU-00{number})")
+        lines += [f"\t Link {index}: {words[state]}" for index, state in enumerate(links)]
+    return "printf '%s\\n' " + " ".join(f"'{line}'" for line in lines)
+
+
+FINE = {
+    "links": status("uu", "uu"),
+    "memory": "printf '3\\n3\\n'",
+    "ecc": "printf '0\\n0\\n'",
+    "throttle": "printf '0x01\\n0x04\\n'",
+}
 
 
 @pytest.mark.parametrize(
@@ -99,6 +119,12 @@ FINE = {"memory": "printf '3\\n3\\n'", "ecc": "printf '0\\n0\\n'", "throttle": "
             "GPU clocks",
             "GPU 1 is slowed by hardware slowdown, heat (hardware)",
         ),
+        ({"links": status("uu", "ud")}, "NVLink", "GPU 1 has 1 links (27 GB/s), GPU 0 2 (53 GB/s)"),
+        ({"links": status("hu", "uu")}, "NVLink", "GPU 0 has 2 links (40 GB/s)"),
+        ({"links": status("dd", "dd")}, "NVLink", "no link of any GPU is up, NVIDIA H200 has NVLink"),
+        ({"links": status("", "")}, "NVLink", "no link of any GPU is up"),
+        ({"links": status("ss", "ss")}, None, ""),
+        ({"links": "echo 'ERROR: Option nvlink is not recognized.'; exit 2"}, None, ""),
         ({"memory": "echo 'GPU is lost. Reboot the system.'; exit 15"}, "GPU health", "GPU is lost"),
         ({"memory": "sleep 60"}, "GPU health", "does not answer"),
     ],
@@ -110,12 +136,51 @@ def test_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: dict, chec
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr(devices, "PATIENCE_S", 1)
+    monkeypatch.setattr(smi, "PATIENCE_S", 1)
     found = devices.device_findings(2, 2.0)
     bad = {finding.check: finding.reason for finding in found if finding.reason}
     assert list(bad) == ([check] if check else []) and says in str(bad)
     if "ecc" in fault and check is None:
         assert {f.check: f.figure for f in found}["GPU ECC"] == "not readable"
+
+
+LISTED = """
+GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-aaa-1)
+  MIG 3g.40gb     Device  0: (UUID: MIG-111-1)
+  MIG 3g.40gb     Device  1: (UUID: MIG-111-2)
+GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-bbb-2)
+  MIG 3g.40gb     Device  0: (UUID: MIG-222-1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "asked"),
+    [
+        (None, ""),
+        ("", ""),
+        ("0,1", "--id=0,1"),
+        ("GPU-bbb", "--id=GPU-bbb-2"),
+        ("MIG-111-2,MIG-111-1", "--id=GPU-aaa-1"),
+        ("MIG-GPU-bbb-2/1/0", "--id=GPU-bbb-2"),
+        ("1,GPU-aaa-1", "--id=1,GPU-aaa-1"),
+        # Nothing to do with a GPU here: all are asked about.
+        ("NoDevFiles", ""),
+    ],
+)
+def test_the_gpus_that_nvidia_smi_is_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, asked: str
+) -> None:
+    """It refuses the identity of a MIG instance, and one that is not whole."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\ncase $1 in -L) cat <<'END'{LISTED}END\n;; *) echo $3;; esac\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert ",".join(smi._chosen()) == asked.removeprefix("--id=")
+    assert smi.query("memory.used") == ([asked.split(",")[0]] if asked else [])
 
 
 def test_fewer_gpus_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,3 +242,24 @@ def test_the_place_of_a_task() -> None:
     assert (place.nodes, place.host, place.name) == (("gpu007", "gpu008"), "gpu007", "7-2-1")
     assert place.in_job and place.devices == 8 and not find_place({}).in_job
     assert json.dumps(place.name)
+
+
+def test_a_gpu_is_measured_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU in a GPU's place: the counts are those of the work, and a product that changes is noticed."""
+    for name, answer in {"is_available": True, "get_device_name": "A GPU", "set_device": None}.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, answer=answer: answer)
+    wire = fabric.Wire(1)
+    assert str(wire.device) == "cuda:1"
+    wire.device = torch.device("cpu")
+    monkeypatch.setattr(fabric, "PRODUCT", 64)
+    monkeypatch.setattr(fabric, "COPY", 1000)
+    monkeypatch.setattr(fabric.Wire, "settle", lambda self: None)
+    monkeypatch.setattr(fabric.Wire, "_best", lambda self, work: work() is None or 1e-6)
+    out = fabric.Outcome()
+    wire.speeds(out)
+    assert (out.device, out.wrong_products) == ("A GPU", False)
+    assert out.product_tflops == pytest.approx(2 * 64**3 * 1e-6) and out.copy_gb_s == pytest.approx(2.0)
+    monkeypatch.setattr("torch.equal", lambda *_: False)
+    wire.speeds(out)
+    assert out.wrong_products
+    assert fabric.Outcome.of(out.plain()) == out, "it travels as JSON"

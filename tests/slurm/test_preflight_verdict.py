@@ -1,5 +1,6 @@
 """Who is blamed: pure functions of what was measured."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -107,6 +108,47 @@ def test_of_ranks_that_hang_the_one_that_came_least_far_is_named() -> None:
     assert named({0: stuck[0], 1: stuck[1], 2: None}, nodes) == {"c": "fabric: went silent during the check"}
     alike = {rank: Outcome(steps=1, trouble="joining: refused") for rank in range(3)}
     assert named(dict(alike), nodes) == {}
+
+
+H200 = {"device": "NVIDIA H200", "product_tflops": 650.0, "copy_gb_s": 4000.0}
+
+
+@pytest.mark.parametrize(
+    ("slow", "says"),
+    [
+        ({}, None),
+        # Of a kind that is known: the vendor's figures, 989 TFLOP/s and 4,800 GB/s.
+        ({"product_tflops": 390.0}, "GPU product: GPU 1: 390 TFLOP/s, at least 396 expected of NVIDIA H200"),
+        ({"copy_gb_s": 2300.0}, "GPU copy: GPU 1: 2.3e+03 GB/s, at least 2.4e+03 expected of NVIDIA H200"),
+        ({"product_tflops": 480.0}, "GPU product: GPU 1: 480 TFLOP/s, the median of all GPUs is 650"),
+        ({"wrong_products": True}, "GPU product: GPU 1: the same product twice differs"),
+    ],
+)
+def test_a_gpu_that_is_slow_by_itself(slow: dict, says: str | None) -> None:
+    nodes = {rank: "abc"[rank // 2] for rank in range(6)}
+    outcomes: dict[int, Outcome | None] = {}
+    for rank, name in nodes.items():
+        links = [link(other, 40.0) for other in "abc" if other != name]
+        outcomes[rank] = outcome(*links, **{**H200, **(slow if rank == 3 else {})})
+    assert named(outcomes, nodes) == ({"b": says} if says else {})
+    other = {rank: replace(each, device="Brand new") for rank, each in outcomes.items() if each}
+    assert bool(named(dict(other), nodes)) == bool(slow), "others of its kind tell, too"
+
+
+def test_a_whole_cluster_on_a_slow_network_does_not_pass() -> None:
+    """No node differs from the others: none is bad, and the figure of the port is what tells."""
+    nodes = {rank: "abc"[rank] for rank in range(3)}
+    for speed, code in ((1.0, 2), (30.0, 0)):
+        outcomes: dict[int, Outcome | None] = {
+            rank: outcome(*(link(other, speed) for other in "abc" if other != name), **H200)
+            for rank, name in nodes.items()
+        }
+        found = decide(fabric(outcomes, nodes, Limits()), in_job=True)
+        assert found.code == code and not found.bad
+        if code:
+            assert "on all 3 nodes: pair bandwidth: 1 GB/s, at least 2.5 expected of NVIDIA H200" in found.line
+            assert "NCCL may use TCP" in found.line and "pair_share" in found.line
+            assert decide(fabric(outcomes, nodes, Limits(pair_share=0.01)), in_job=True).code == 0
 
 
 @pytest.mark.parametrize(
