@@ -77,7 +77,13 @@ def task(folder: str, size: int, port: int, case: dict) -> int:
     limits |= {"shared_s": 5, "grace_s": 5, **case.get("limits", {}), **mine.get("limits", {})}
     site = SimpleNamespace(offenders=case.get("offenders"), offences=3)
     return preflight(
-        Path(mine.get("run", folder)), find_place(), site, Limits(**limits), (), mine.get("command"), Faulty()
+        Path(mine.get("run", folder)),
+        find_place(),
+        site,
+        Limits(**limits),
+        (),
+        mine.get("command"),
+        Faulty(int(os.environ["LOCAL_RANK"])),
     )
 
 
