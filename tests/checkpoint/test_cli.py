@@ -1,4 +1,6 @@
+import os
 import re
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -80,3 +82,24 @@ def test_wrong_folder_and_step(run_folder, tmp_path):
         error = invoke(*args).exception
         assert isinstance(error, RunError)
         assert text in str(error)
+
+
+def test_verify_says_how_far_it_is(run_folder, monkeypatch, capfd):
+    """Nothing while it is quick; a line with what is left where it takes long and the output is no terminal."""
+    from bifrost.data import progress
+    from bifrost.trainer.checkpoint import cli, store
+
+    invoke("verify", run_folder)
+    assert "verifying" not in capfd.readouterr().err
+    hashed = store.file_problem
+
+    def slowly(*args, **options):
+        time.sleep(0.05)
+        return hashed(*args, **options)
+
+    monkeypatch.setattr(store, "file_problem", slowly)
+    monkeypatch.setattr(cli, "MB", 1)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.03)
+    monkeypatch.setattr(progress.sys, "stderr", open(os.dup(2), "w"))  # noqa: SIM115
+    assert not cli._problems(store.Store(run_folder / "checkpoints"), 200)
+    assert "verifying step-00000200: " in (said := capfd.readouterr().err) and " MB" in said

@@ -1,11 +1,14 @@
 """When a rank asks for a stop; what the ranks make of it is shown by tests/trainer/test_stop.py."""
 
+import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from bifrost.slurm.record import stop_s
-from bifrost.trainer.monitors.stop import StopSignals
+from bifrost.trainer.monitors.stop import QUIT, QUIT_SAVED, SAVED, SAVING, StopSignals
 
 
 @pytest.fixture
@@ -36,3 +39,41 @@ def test_time_is_kept_for_a_stop_as_long_as_it_was_measured(stop: StopSignals, m
 
 def test_no_less_is_kept_than_slurm_makes_sense_of() -> None:
     assert stop_s(0.1, [0.1]) == 60 and stop_s(None, [1.0]) is stop_s(1.0, []) is None
+
+
+ALONE = """
+import os, signal, sys, time
+from bifrost.trainer.monitors import stop
+signals = stop.StopSignals()
+signals.phase = sys.argv[1]
+signals.at_quit.append(lambda: os.write(1, b"lock released"))
+begun = time.monotonic()
+with signals.waiting() if signals.phase == stop.ENDING else stop.suppress():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.3 if signals.phase == stop.ENDING else 0)
+assert time.monotonic() - begun < 0.3 and signals.asked() == "SIGINT"
+if sys.argv[2] == "again":
+    os.kill(os.getpid(), signal.SIGINT)
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize(
+    ("phase", "again", "code", "out", "err"),
+    [
+        ("training", "once", 75, "", [SAVING]),
+        ("training", "again", 130, "lock released", [SAVING, QUIT]),
+        ("ending", "once", 75, "", [SAVED]),
+        ("ending", "again", 130, "lock released", [SAVED, QUIT_SAVED]),
+    ],
+)
+def test_a_rank_without_a_launcher_answers_ctrl_c_itself(
+    phase: str, again: str, code: int, out: str, err: list[str]
+) -> None:
+    """As under torchrun: rank 0 speaks, a wait for MLflow is cut short, the second one releases the lock and ends."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "BIFROST_LAUNCHER")}
+    command = [sys.executable, "-c", ALONE, phase, again]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (ended.returncode, ended.stdout, ended.stderr.splitlines()) == (code, out, err)
+    other = subprocess.run(command, capture_output=True, text=True, env={**environment, "RANK": "1"})
+    assert (other.returncode, other.stdout, other.stderr) == (code, out, "")

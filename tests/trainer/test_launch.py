@@ -1,0 +1,57 @@
+"""A module that a command runs in a process of its own: its lines, its progress, its end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bifrost.data import progress
+from bifrost.slurm.codes import INTERRUPTED
+from bifrost.trainer.launch import run_child
+
+COUNTING = """
+import sys, time
+print("3 builds of kernels", flush=True)
+for number in range(3):
+    time.sleep(0.1)
+    print("built", number, flush=True)
+sys.exit(7)
+"""
+
+
+def test_its_lines_come_as_they_are_and_count_as_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "counting.py").write_text(COUNTING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.04)
+    assert run_child("counting", counts="kernels") == 7
+    out, err = capfd.readouterr()
+    assert out.splitlines() == ["3 builds of kernels", "built 0", "built 1", "built 2"]
+    assert "compiling: 1 of 3 kernels, " in err and " left" in err
+
+
+RUNNING = """
+import sys
+from bifrost.trainer.interrupt import end_on_interrupt
+from bifrost.trainer.launch import run_child
+end_on_interrupt()
+sys.exit(run_child("sleeping"))
+"""
+
+
+def test_ctrl_c_ends_it_with_the_command(tmp_path: Path) -> None:
+    (tmp_path / "sleeping.py").write_text("import os, time; os.write(1, b'%d\\n' % os.getpid()); time.sleep(60)")
+    pipe = subprocess.PIPE
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = subprocess.Popen([sys.executable, "-c", RUNNING], stdout=pipe, stderr=pipe, text=True, env=environment)
+    assert command.stdout
+    child = int(command.stdout.readline())
+    begun = time.monotonic()
+    command.send_signal(signal.SIGINT)
+    assert command.communicate(timeout=30) == ("", "interrupted\n") and command.returncode == INTERRUPTED
+    assert time.monotonic() - begun < 3 and not Path(f"/proc/{child}").exists()
