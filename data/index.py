@@ -163,7 +163,7 @@ def build_index(shard: str) -> Index:
     try:
         with Stream(shard) as raw:
             stream = TarInput(raw, digest)
-            groups = group_members(scan(stream, read_all=True, wanted=_is_caption))
+            found = list(scan(stream, read_all=True, wanted=_is_caption))
     except DataMissing:
         raise DataError(f"{shard}: no such shard; check the path") from None
     except ManyZeros as error:
@@ -175,6 +175,9 @@ def build_index(shard: str) -> Index:
         raise DataError(
             f"{shard}: truncated, damaged or not a plain tar ({error}); copy it again or leave it out"
         ) from None
+    groups = group_members(found)
+    if found and not groups:
+        left_out.append((found[0].name, "no image"))
     for group in groups:
         kind = image_type(group.members)
         if group.twice:

@@ -245,6 +245,14 @@ def test_a_key_that_comes_again_is_another_sample(tmp_path, picture):
     assert found.samples + found.rejected == 7
 
 
+def test_a_tar_of_names_without_extensions_is_not_empty(tmp_path, picture):
+    path = tmp_path / "names.tar"
+    with tarfile.open(path, "w") as tar:
+        add(tar, "photo", picture(1))
+    with pytest.raises(DataError, match=r"no member ends in \.jpg"):
+        index_shards(str(path))
+
+
 def test_a_member_that_comes_twice_is_called_so(tmp_path, picture):
     path = tmp_path / "in/twice.tar"
     path.parent.mkdir()
