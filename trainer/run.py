@@ -263,7 +263,7 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
         f"done: {progress.step} steps, {progress.samples} samples, run folder {folder}"
         if finished
         else f"stopped by {watch.stop.asked() or 'another rank'} at step {progress.step}, saved;"
-        " start it again and it goes on"
+        f" the same command or `bifrost resume {folder}` continues it"
     )
     # srun ends the other ranks as soon as one has left with a code that is not 0: nobody leaves before all are ready.
     ranks.barrier()

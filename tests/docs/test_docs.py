@@ -233,7 +233,9 @@ def test_metrics_page_lists_every_key(folder: Path) -> None:
     for line in lines:
         if "event" in line:
             assert set(re.findall(r"`(\w+)`", rows[line["event"]])) == line.keys() - {"event", "time"}
-    source = "".join(file.read_text() for file in (ROOT / "trainer").rglob("*.py"))
+    # An evaluation's event is in a file of its own, which docs/tracking.md describes.
+    files = [file for file in (ROOT / "trainer").rglob("*.py") if file.name != "evaluations.py"]
+    source = "".join(file.read_text() for file in files)
     assert set(re.findall(r'"event": "(\w+)"', source)) == rows.keys()
 
 
