@@ -168,10 +168,12 @@ def _folder(root: Path, columns: Columns, out: Path | None) -> Source:
         hint = f"name the tars below it as '{tar}/*.tar'" if tar else hint
         raise DataError(f"{root}: no images (.jpg, .jpeg, .png, .webp) in it or below; {hint}")
     if not source.candidates:
+        table = next((f" {path}" for path in sorted(root.iterdir()) if path.suffix.lower() in TABLES), "")
         reasons = Counter(re.sub(r":.*", "", reason) for _, reason in source.rejected)
         reason = reasons.most_common(1)[0][0]
         raise DataError(
-            f"{root}: {images} images and no captions; put NAME.txt beside each image, or give a table with --table"
+            f"{root}: {images} images and no captions; put NAME.txt beside each image, or give a table with"
+            f" --table{table}"
             if reason == "no caption"
             else f"{root}: none of {images} images is usable, most of them: {reason}"
         )

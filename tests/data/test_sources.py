@@ -157,6 +157,18 @@ def test_folders_without_images_say_what_is_in_them(tmp_path):
             ingest(tmp_path / folder, tmp_path / "out")
 
 
+def test_a_table_that_was_not_named_is_pointed_out(tmp_path, picture):
+    root = tmp_path / "in"
+    root.mkdir()
+    (root / "a.png").write_bytes(picture(1))
+    (root / "labels.csv").write_text("image,caption\na.png,x\n")
+    with pytest.raises(
+        DataError, match=r"1 images and no captions; .* or give a table with --table .*/in/labels\.csv$"
+    ):
+        ingest(root, tmp_path / "out")
+    assert ingest(root, tmp_path / "out", table=root / "labels.csv", processes=1) == (1, 1, 0)
+
+
 def test_an_explicit_caption_field_is_used_even_where_there_is_a_text(tmp_path, picture):
     root = tmp_path / "in"
     described = {"png": picture(1), "txt": b"by text", "json": b'{"title": ["by title", "two"]}'}
