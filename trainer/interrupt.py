@@ -23,20 +23,24 @@ SHOW_CURSOR = "\x1b[?25h"
 def end_on_interrupt() -> None:
     """From now on Ctrl-C ends this process: what is open is closed, for UNWIND_S at most."""
     process, timer = os.getpid(), ExitTimer(INTERRUPTED)
-    words = tuple(sys.argv[1:3])
-    continued = words in CONTINUED or words[:1] in CONTINUED
-    line = "interrupted" + ("; the same command continues where it stopped" if continued else "")
 
     def end(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
         if os.getpid() != process:  # forked: the process that this one works for says it
             os._exit(INTERRUPTED)
-        say(line)
+        say(interrupted())
         timer.set(UNWIND_S)  # threads and what swallows exceptions hold nobody up
         raise SystemExit(INTERRUPTED)
 
     signal.signal(signal.SIGINT, end)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def interrupted() -> str:
+    """What is said to that, by the command that this process runs."""
+    words = tuple(sys.argv[1:3])
+    continued = words in CONTINUED or words[:1] in CONTINUED
+    return "interrupted" + ("; the same command continues where it stopped" if continued else "")
 
 
 def say(line: str) -> None:

@@ -23,7 +23,7 @@ from ..data.progress import progress
 from ..slurm import launched_by, private_folders, rank_environment
 from ..slurm.codes import DONE, FAILED, INTERRUPTED
 from ..slurm.ranks import LAUNCHER_VARIABLES
-from .interrupt import say
+from .interrupt import interrupted, say
 from .lock import remove_lock_of
 from .monitors.stop import ENDING, PHASE_FILE, SAVED, SAVING, SIGNALS, STARTING, farewell
 
@@ -144,7 +144,7 @@ class _Family:
                 say(SAVED if phase == ENDING else SAVING)
             elif self.quit_at is None:
                 self.quit_at = time.monotonic() + (QUIT_S if self.trains else 0)
-                say(farewell(phase) if self.trains else "interrupted")
+                say(farewell(phase) if self.trains else interrupted())
         for process in self.processes:
             if process.poll() is None and (self.trains or number != signal.SIGINT):
                 process.send_signal(number)
