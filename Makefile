@@ -3,6 +3,7 @@
 # make test    the whole test suite
 # make lint    ruff and pyright
 # make faults  random kills, N=50 of them, and what they found in runs/faults/report.md or $(REPORT)
+# make faults-storage  N=200 runs on HTTP and S3 servers that fail at random, report likewise
 # make test-gpu    the tests that need a GPU, with the torch, Triton and pytest of $(PYTHON); the trainer's where it has more
 # make bench-gpu   times of the kernels on this machine's GPU, into $(OUT)
 # make clean       deletes .venv and what was built; make clean-runs deletes runs/ and demo/: every run trained here
@@ -15,7 +16,7 @@ READY := .venv/.installed
 TORCH ?= cuda
 INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: setup demo test lint faults test-gpu bench-gpu gpu-package clean clean-runs
+.PHONY: setup demo test lint faults faults-storage test-gpu bench-gpu gpu-package clean clean-runs
 
 setup: $(READY)
 
@@ -47,6 +48,12 @@ HARDWARE ?= this machine
 
 faults: $(READY)
 	PYTHONPATH="$(CURDIR)/tests/support" $(BIN)/python tests/faults/campaign.py --kills $(N) --folder $(FOLDER) \
+	  --report $(REPORT) --hardware "$(HARDWARE)"
+
+faults-storage: N = 200
+faults-storage: FOLDER = runs/faults-storage
+faults-storage: $(READY)
+	PYTHONPATH="$(CURDIR)/tests/support" $(BIN)/python tests/faults/storage_campaign.py --runs $(N) --folder $(FOLDER) \
 	  --report $(REPORT) --hardware "$(HARDWARE)"
 
 # On a GPU machine the torch that fits its driver is there already: the package goes beside it, into a folder of its

@@ -26,7 +26,7 @@ PATIENCE_S = 10.0
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 RETRY_AFTER_LIMIT_S = 60.0
-"""The longest pause that a server may ask for (Retry-After)."""
+"""What a server may add to the patience, in all, by asking for longer pauses (Retry-After)."""
 SHOWN_CHARACTERS = 300
 """Of an error's text: some clients quote a whole page."""
 
@@ -43,13 +43,17 @@ def retrying(action: Callable[[], Answer], where: object, patience_s: float | No
     (None: PATIENCE_S) seconds in all. One warning names `where` when asking again begins. The last error is raised as
     it came, and one of our own, which was retried where it arose, at once."""
     patience = PATIENCE_S if patience_s is None else patience_s
+    own = spent = 0.0  # seconds of pauses without what servers asked for: with the one to come, and before it
 
     def pause_s(state: RetryCallState) -> float:
-        error = _error(state)
+        nonlocal own, spent
+        spent = own
+        left_to_servers = RETRY_AFTER_LIMIT_S - (state.idle_for - own)
         growing = min(FIRST_PAUSE_S, patience / 20) * 2 ** (state.attempt_number - 1)
         pause = min(growing, LONGEST_PAUSE_S) * random.uniform(0.75, 1.25)  # ranks that fail together come back apart
-        pause = min(pause, patience - state.idle_for)
-        return max(pause, min(_retry_after_s(error), RETRY_AFTER_LIMIT_S))
+        pause = min(pause, patience - own)
+        own += pause
+        return max(pause, min(_retry_after_s(_error(state)), left_to_servers))
 
     def say(state: RetryCallState) -> None:
         if state.attempt_number == 1:
@@ -58,7 +62,7 @@ def retrying(action: Callable[[], Answer], where: object, patience_s: float | No
     for attempt in Retrying(
         retry=retry_if_exception(lambda error: is_transient(error) and not hasattr(error, "passing")),
         wait=pause_s,
-        stop=lambda state: state.idle_for >= patience,
+        stop=lambda state: spent >= patience,
         before_sleep=say,
         sleep=_sleep,
         reraise=True,

@@ -7,14 +7,14 @@ import threading
 import time
 from pathlib import Path
 
-import faulty_server
 import fsspec
-import object_store
 import pytest
-from faulty_server import Plan, Rule
 
+import faulty_server
+import object_store
 from bifrost.data import DataError, DataLost, index_shards, open_dataset, remote, retry, verify
 from bifrost.data.files import Stream, content, exists
+from faulty_server import Plan, Rule
 
 
 @pytest.fixture(scope="module")

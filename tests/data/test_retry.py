@@ -278,6 +278,12 @@ def test_a_servers_wish_to_wait(pauses: list[float]) -> None:
         pauses.clear()
         assert call(Action(error), "x") == "done"
         assert pauses == [pytest.approx(wished, abs=1.5)]
+    # It does not use up the patience, and may not stretch it for ever.
+    pauses.clear()
+    action = Action(*(http_answer(503, {"Retry-After": "20"}) for _ in range(50)))
+    with pytest.raises(DataLost):
+        call(action, "x")
+    assert action.calls >= 5 and 60 <= sum(pauses) <= 71 and pauses[:2] == [20, 20]
     pauses.clear()
     call(Action(http_answer(503, {"Retry-After": "soon"})), "x")
     assert pauses[0] < 1

@@ -21,9 +21,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 FAULTS = ("503", "429", "500", "reset", "cut", "cut-unstated", "ignore-range", "wrong-range", "slow", "short-206")
-"""503, 429, 500: statuses (429 with Retry-After). reset: the connection ends before an answer. cut: the body ends
-early. cut-unstated: the same without a Content-Length. ignore-range: the whole file with status 200. wrong-range: other
-bytes than asked for, stated in Content-Range. short-206: fewer bytes than asked for, stated so. slow: a late answer."""
+FAULTS_MEAN = """503, 429, 500: the status, 429 with Retry-After. reset: the connection ends before an answer. cut:
+the body ends early. cut-unstated: the same without a Content-Length. ignore-range: the whole file with status 200.
+wrong-range: other bytes than asked for, stated in Content-Range. short-206: fewer bytes than asked for, stated so.
+slow: a late answer.
+"""
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Plan:
 
     rules: list[Rule] = field(default_factory=list)
     chance: float = 0.0
-    """Of a random fault on a request, never more than `in_a_row` on one path."""
+    """Of a random fault on a request, never more than `in_a_row` on equal requests."""
     in_a_row: int = 2
     faults: tuple[str, ...] = FAULTS
     seed: int = 0
@@ -58,6 +60,7 @@ class Plan:
 
     def next(self, method: str, path: str, asked_range: str | None) -> str | None:
         """The fault of this request, if any."""
+        request = f"{method} {path} {asked_range}"
         with self.lock:
             self.asked.append((method, path, asked_range))
             fault = None
@@ -67,9 +70,9 @@ class Plan:
                     fault = rule.fault
                     break
             else:
-                if self.chance and self.running[path] < self.in_a_row and self.random.random() < self.chance:
+                if self.chance and self.running[request] < self.in_a_row and self.random.random() < self.chance:
                     fault = self.random.choice(self.faults)
-            self.running[path] = self.running[path] + 1 if fault else 0
+            self.running[request] = self.running[request] + 1 if fault else 0
             if fault:
                 self.fired[fault] += 1
             return fault
