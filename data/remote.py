@@ -113,6 +113,7 @@ def read_start(url: str, limit: int = LONGEST) -> bytes:
     if answer.whole is None:
         return answer.body
     with closing(answer.whole):
+        _require(answer.whole, answer.total or size_of(url))
         return answer.whole.read(0, min(limit, answer.whole.size))
 
 
@@ -140,10 +141,8 @@ class RemoteFile:
         if whole is None:
             answer = fetch(self.url, start, size)
             with self._lock:
-                if answer.whole and self.total not in (None, answer.whole.size) and answer.total is None:
-                    came = answer.whole.size
-                    answer.whole.close()
-                    raise ConnectionError(f"{came} of {self.total} bytes came")
+                if answer.whole and answer.total is None:  # its end was the connection's
+                    _require(answer.whole, self.total or size_of(self.url))
                 self._same(answer)
                 if answer.whole is None:
                     return self._complete(answer, start, size)
@@ -248,6 +247,13 @@ def _exact(body: bytes, length: int | None) -> bytes:
     if length is not None and len(body) != length:
         raise ConnectionError(f"{len(body)} of {length} bytes came")
     return body
+
+
+def _require(whole: _Kept, size: int | None) -> None:
+    if size not in (None, whole.size):
+        came = whole.size
+        whole.close()
+        raise ConnectionError(f"{came} of {size} bytes came")
 
 
 def _strong(tag: str | None) -> str | None:

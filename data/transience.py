@@ -308,6 +308,9 @@ def _by_misleading_class(error: BaseException) -> bool | None:
 
 
 def _by_errno(error: BaseException) -> bool | None:
+    rust = re.search(r"\(os error (\d+)\)", str(error))
+    if rust and not isinstance(error, OSError):  # how safetensors, tokenizers and hf_xet quote one
+        return _ERRNOS.get(int(rust.group(1)))
     if not isinstance(error, OSError) or _module(error) == "s3fs":
         return None
     return _ERRNOS.get(error.errno) if error.errno is not None else None

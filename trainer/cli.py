@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from .bench.cli import app as bench_app
 from .changes import finished
 from .checkpoint.cli import app as checkpoint_app
 from .doctor.cli import doctor
-from .errors import Locked, RunError, Unhealthy, Unmet
+from .errors import Locked, RunError, Unhealthy, Unmet, foreseen, renamed
 from .evaluate_cli import evaluate
 from .examples import add_examples
 from .generate_cli import generate
@@ -275,15 +276,15 @@ def main() -> None:
         _fail(RunError(line), USAGE)
     except Unmet as error:
         _fail(error, HUNG)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        failure = RunError.of_storage(error.filename, error)
-        _fail(failure, LOST if failure.passing else USAGE)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # of a wrong command line: typer may bring a click of its own
+        if hasattr(error, "format_message"):  # of a wrong command line: typer may bring a click of its own
+            _refuse(error)
+        if (found := foreseen(error)) is None:
             raise
-        _refuse(error)
+        logging.getLogger(__name__).debug("%s", found, exc_info=error)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # it came on this rank alone: the others do not say it
+            found = renamed(found, f"rank {os.environ.get('RANK', '0')}: {found}")
+        _fail(found, LOST if getattr(found, "passing", False) else USAGE)
     sys.exit(code if isinstance(code, int) else DONE)
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..data import DataError
 from ..data.retry import failure
+from ..data.transience import causes, verdict
 
 
 class RunError(ValueError):
@@ -34,6 +39,55 @@ class Unhealthy(RuntimeError):
 
 class Unmet(RuntimeError):
     """A rank of this start did not come; the message is one line that names it. To be started again."""
+
+
+_DEVICE_FULL = re.compile(
+    r"CUDA out of memory|CUDA error: out of memory|CUDA driver error: out of memory|HIP out of memory|"
+    r"(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
+)
+_HOST_FULL = re.compile(r"DefaultCPUAllocator: (can't|not enough)|\[enforce fail at alloc_cpu")
+
+
+def foreseen(error: BaseException) -> Exception | None:
+    """One line with what to do, as an exception that says whether another attempt may succeed, for an error that no
+    bug need be behind: storage, network, a service, memory. None for any other. Our own errors are returned as they
+    are."""
+    if isinstance(error, (RunError, DataError, Unhealthy, Unmet)):
+        return error
+    links = list(causes(error))
+    if any(_DEVICE_FULL.search(str(link)) or type(link).__name__ == "OutOfMemoryError" for link in links):
+        line = next(str(link) for link in links if _DEVICE_FULL.search(str(link)) or link is error)
+        return RunError(
+            f"the GPU's memory is full ({_sentence(line)}); lower micro_batch, take more ranks or offload, see"
+            " `bifrost plan`, and look for other processes on the GPU"
+        )
+    full = any(isinstance(link, OSError) and link.errno == errno.ENOMEM for link in links)
+    if full or isinstance(error, MemoryError) or any(_HOST_FULL.search(str(link)) for link in links):
+        return RunError(
+            f"this machine's memory is full ({_sentence(str(error)) or type(error).__name__}); lower micro_batch,"
+            " data.workers or data.prefetch, or ask for more memory"
+        )
+    if verdict(error) is None:
+        return None
+    return failure(_place(links), error)
+
+
+def renamed(error: Exception, text: str) -> Exception:
+    """The same error with another text."""
+    found = type(error)(text)
+    vars(found).update(vars(error))
+    return found
+
+
+def _place(links: list[BaseException]) -> str:
+    """The file that an error is about, or its kind."""
+    names = [link.filename for link in links if isinstance(link, OSError) and link.filename is not None]
+    return os.fsdecode(names[0]) if names and not isinstance(names[0], int) else type(links[0]).__name__
+
+
+def _sentence(text: str) -> str:
+    """The first sentence of an error's text."""
+    return re.split(r"(?<=[a-z\d])\.\s|\n", " ".join(text.split()))[0][:200].rstrip(".")
 
 
 @contextmanager

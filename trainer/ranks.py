@@ -6,16 +6,17 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from ..slurm.ranks import UNBIND
-from .errors import RunError
+from .errors import RunError, Unhealthy, foreseen, renamed
 from .meeting import come, meet, require_agent, this_host
 
+T = TypeVar("T")
 Gather = Callable[[object], list[Any]]
 """All-gather of a Python object: every rank passes one and gets those of all ranks, in rank order."""
 
@@ -43,12 +44,48 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: object) -> list:
-        """Every rank's `value`, in order of rank."""
-        if self.size == 1:
-            return [value]
-        values: list = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        """Every rank's `value`, in order of rank. Where another rank's `agreed` has failed, that failure is raised."""
+        return self._exchange(value, None)
+
+    def _exchange(self, value: object, failure: Exception | None) -> list:
+        if self.size > 1:
+            answers: list = [None] * self.size
+            dist.all_gather_object(answers, (value, failure))
+        else:
+            answers = [(value, failure)]
+        for _, failed in answers:
+            if failed is not None:
+                failed.agreed = True
+                raise failed
+        return [each for each, _ in answers]
+
+    def agreed(self, action: Callable[[], T]) -> T:
+        """The result of `action`, which may gather; what fails on one rank is raised on all, so that none waits for it.
+
+        A rank that fails says so in the next gather, whichever the others are in by then: all of them raise it there.
+        Other collectives (DeepSpeed's, sums, barriers) do not carry it: what has them inside is not for `agreed`. An
+        error that nobody foresaw is raised as it is where it happened, and as Unhealthy elsewhere.
+        """
+        try:
+            result = action()
+        except Exception as error:
+            if getattr(error, "agreed", False):
+                raise
+            told = foreseen(error)
+            if told is None:
+                what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                told = Unhealthy(f"rank {self.rank}: failed at the start with {what}; its traceback is in its output")
+            elif told is not error and self.size > 1:
+                told = renamed(told, f"rank {self.rank}: {told}")
+            try:
+                self._exchange(None, told)
+            except Exception as first:
+                if first is error or (isinstance(told, Unhealthy) and not isinstance(error, Unhealthy)):
+                    raise error from None
+                raise first from (error if str(first) == str(told) else None)
+            raise
+        self._exchange(None, None)
+        return result
 
     def total(self, values: Sequence[float]) -> list[float]:
         """Element-wise sums over the ranks, in fp64: exact for counts and for integers below 2^53."""

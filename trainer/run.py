@@ -15,12 +15,12 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
 
-from ..data import Batch, DataError, Loader, worker_failure
+from ..data import Batch, Loader, worker_failure
 from ..data.files import write_atomic
 from ..recipes import Recipe, to_yaml
 from ..recipes.secrets import redact
@@ -65,8 +65,6 @@ from .versions import versions
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 ENDS_AT = "BIFROST_ENDS_AT"
 VERSIONS = ("torch", "deepspeed", "transformers", "triton", "webdataset", "mlflow", "numpy")
 
@@ -91,10 +89,10 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
         table = check_ranks(ranks)
         if ranks.first and (len(table) > 1 or "SLURM_STEP_ID" in os.environ):
             print("\n".join(table), flush=True)
-        inputs = _agreed(ranks, lambda: open_inputs(recipe, ranks.size, ranks.rank, ranks.gather))
+        inputs = ranks.agreed(lambda: open_inputs(recipe, ranks.size, ranks.rank, ranks.gather))
         with RunLock(Path(recipe.runs_dir) / recipe.name) as lock, Heartbeat(BEAT_S) as heartbeat:
             stop.at_quit += [lock.release, watchdog.leave_nothing]
-            before = _agreed(ranks, lambda: lock.acquire() if ranks.first else None)
+            before = ranks.agreed(lambda: lock.acquire() if ranks.first else None)
             if ranks.first:
                 heartbeat.actions.append(lambda: lock.beat(sections.step))
             return _train(inputs, ranks, Watch(stop, ends_at, sections, watchdog, heartbeat, before, table), after_step)
@@ -118,23 +116,20 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
     """`train`, once the ranks have met, found their inputs and own the run."""
     recipe, section = inputs.recipe, watch.sections
     folder = Path(recipe.runs_dir) / recipe.name
-    hosts = watch.watchdog.meet(ranks, folder)
+    hosts = ranks.agreed(lambda: watch.watchdog.meet(ranks, folder))
     store = Store(folder / "checkpoints")
-    frozen_hash = _frozen_hash(inputs.stage, ranks)
-    local = None
-    if recipe.checkpoint.local:
-        local = LocalParts(recipe.checkpoint.local, store, recipe.name, ranks.rank, ranks.gather)
-        local.recover(store, ranks.gather)
-    reader = _newest(store, inputs, frozen_hash, ranks)
+    frozen_hash = ranks.agreed(lambda: _frozen_hash(inputs.stage, ranks))
+    local = ranks.agreed(lambda: _local(recipe, store, ranks))
+    reader = ranks.agreed(lambda: _newest(store, inputs, frozen_hash, ranks))
     progress = Progress(**reader.state["progress"]) if reader else Progress()
 
-    measured = inputs.stage.choose_kernels(ranks, folder)
-    _agreed(ranks, lambda: require_quantizer(recipe, ranks.device))
+    measured = ranks.agreed(lambda: inputs.stage.choose_kernels(ranks, folder))
+    ranks.agreed(lambda: require_quantizer(recipe, ranks.device))
     model = _build(inputs, reader, ranks)
     engine = Engine(model, recipe, ranks)
     ema = Ema(engine.masters(), recipe.ema.decay, engine.model.statistics()) if recipe.ema else None
     if reader:
-        restore(engine, ema, reader, reader.state["updates"])
+        ranks.agreed(lambda: restore(engine, ema, reader, reader.state["updates"]))
 
     # Every rank passes the same records; those of rank 0 are the run's.
     metrics = AccountedMetrics(folder / "metrics.jsonl" if ranks.first else os.devnull)
@@ -152,8 +147,9 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
 
     # Before the folder describes this attempt.
     settings = json.loads(redact(recipe.model_dump_json()))
-    changed = changes(settings, last_settings(folder), reader.state["recipe"] if reader else None)
-    past = _agreed(ranks, open_folder)
+    last = ranks.agreed(lambda: last_settings(folder))
+    changed = changes(settings, last, reader.state["recipe"] if reader else None)
+    past = ranks.agreed(open_folder)
     for operation, choice in measured.items():
         log.info("%s by %s: %s", operation, choice["provider"], choice["reason"])
     console = Console(recipe.steps, progress.step, shown=ranks.first)
@@ -170,7 +166,8 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
         console.say(f"settings changed since {'the checkpoint' if reader else 'the last attempt'}: {describe(changed)}")
     if reader and (warning := _other_statistics(model, reader, recipe, ranks)):
         console.say(warning)
-    mirror = start_mirror(folder, console.say) if ranks.first and recipe.tracking.enabled else None
+    tracked = ranks.first and recipe.tracking.enabled
+    mirror = ranks.agreed(lambda: start_mirror(folder, console.say) if tracked else None)
 
     saver = Saver(
         store,
@@ -203,7 +200,7 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
         saver.save(progress.step, *capture(engine, ema), state, capture_statistics(engine, ema), prune)
 
     watch.stop.phase = TRAINING
-    draw_samples = _agreed(ranks, lambda: sampler(inputs.stage, engine, inputs.dataset, ranks, folder, section))
+    draw_samples = ranks.agreed(lambda: sampler(inputs.stage, engine, inputs.dataset, ranks, folder, section))
 
     if ranks.first:
         watch.stop.announce()
@@ -279,20 +276,6 @@ def _ends_at() -> float:
         raise RunError(f"{ENDS_AT}={text}: want the Unix time of the job's end, or nothing") from None
 
 
-def _agreed(ranks: Ranks, action: Callable[[], T]) -> T:
-    """The result of `action`; what is wrong on one rank is raised on all, so that none waits for it."""
-    result: Any = None
-    failure: RunError | DataError | None = None
-    try:
-        result = action()
-    except (RunError, DataError) as error:
-        failure = error
-    failures = [error for error in ranks.gather(failure) if error]
-    if failures:
-        raise failures[0]
-    return result
-
-
 def _frozen_hash(stage: Stage, ranks: Ranks) -> str:
     """Content hash of the frozen weights that the run uses."""
     parts = []
@@ -300,6 +283,15 @@ def _frozen_hash(stage: Stage, ranks: Ranks) -> str:
         files.require(names)
         parts.append(files.content_hash(names, ranks.rank, ranks.size, ranks.gather))
     return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def _local(recipe: Recipe, store: Store, ranks: Ranks) -> LocalParts | None:
+    """The checkpoints on the nodes' own disks, brought together where nodes were exchanged."""
+    if not recipe.checkpoint.local:
+        return None
+    local = LocalParts(recipe.checkpoint.local, store, recipe.name, ranks.rank, ranks.gather)
+    local.recover(store, ranks.gather)
+    return local
 
 
 def _newest(store: Store, inputs: Inputs, frozen_hash: str, ranks: Ranks) -> CheckpointReader | None:
@@ -330,13 +322,17 @@ def _other_statistics(model: StageModel, reader: CheckpointReader, recipe: Recip
 def _build(inputs: Inputs, reader: CheckpointReader | None, ranks: Ranks) -> StageModel:
     """The model, cut over the ranks, with its stage's weights, then `init_from`'s, then the checkpoint's."""
     recipe, stage = inputs.recipe, inputs.stage
-    with partitioned(recipe, ranks):
+    with partitioned(recipe, ranks):  # with collectives: who fails here leaves, and is not waited for
         model = stage.build()
-    stage.load(model)
-    if reader:
-        take_from(model, reader)
-    elif recipe.init_from:
-        initialise_from(model, stage, Path(recipe.init_from), ranks)
+
+    def load() -> None:
+        stage.load(model)
+        if reader:
+            take_from(model, reader)
+        elif recipe.init_from:
+            initialise_from(model, stage, Path(recipe.init_from), ranks)
+
+    ranks.agreed(load)
     return model
 
 

@@ -171,6 +171,18 @@ def test_a_server_without_ranges(folder, caplog) -> None:
         assert in_all - remote._Kept._in_all == sum((folder / f"s-0000{n}.tar").stat().st_size for n in range(3))
 
 
+@pytest.mark.parametrize("fault", ["cut", "cut-unstated", "503", "reset"])
+def test_a_server_without_ranges_that_fails(folder, fault) -> None:
+    """Also where only the connection's end says that an index or a shard is over."""
+    plan = Plan([Rule(fault, f"s-0000{n}.{kind}", 2) for n in range(3) for kind in ("tar", "index")], ranges=False)
+    with faulty_server.serving(folder, plan) as (address, _):
+        dataset = open_dataset(f"{address}/s-{{00000..00002}}.tar")
+        plan.rules += [Rule(fault, f"s-0000{n}.{kind}", 2) for n in range(3) for kind in ("tar", "index")]
+        assert samples(dataset) == samples(open_dataset(str(folder / "s-*.tar")))
+        plan.rules += [Rule(fault, f"s-0000{n}.{kind}", 2) for n in range(3) for kind in ("tar", "index")]
+        assert verify(f"{address}/s-{{00000..00002}}.tar") == []
+
+
 def test_a_server_without_ranges_and_too_much_to_keep(folder, monkeypatch) -> None:
     kept = remote._Kept._in_all
     monkeypatch.setattr(remote, "WHOLE_LIMIT", kept + 8000)
