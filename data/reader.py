@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from multiprocessing import get_context
@@ -67,10 +67,12 @@ class Batch:
     keys: list[str]
     replaced: list[tuple[str, str]]
     """Key and reason of every planned sample that could not be used and gave way to a neighbour."""
+    names: list[str] = field(default_factory=list)
+    """`Dataset.name` of the samples that were read."""
 
     def pin_memory(self) -> Batch:
         pinned = {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in self.arrays.items()}
-        return Batch(pinned, self.keys, self.replaced)
+        return Batch(pinned, self.keys, self.replaced, self.names)
 
 
 Collate = Callable[[list[Item]], dict[str, Any]]
@@ -273,7 +275,8 @@ class _MicroBatches(TorchDataset):
             for epoch, shard, sample, index in zip(*(part.tolist() for part in located), strict=True):
                 origin, raw, (image, *others) = self._read(shard, sample, replaced)
                 items.append(Item(epoch, index, raw.key, image, raw.caption, tuple(others), origin))
-            return Batch(self.collate(items), [item.key for item in items], replaced)
+            names = [self.dataset.name(item.origin[0], item.key) for item in items]
+            return Batch(self.collate(items), [item.key for item in items], replaced, names)
         except Exception as error:  # raised in a worker it would reach the caller as a traceback's text
             if isinstance(error, DataError):
                 return error

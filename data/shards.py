@@ -215,6 +215,10 @@ class Dataset:
     def __len__(self) -> int:
         return int(self.samples_per_shard.sum())
 
+    def name(self, shard: int, key: str) -> str:
+        """A sample's name among all data sets: its shard, by content, and its key, which other shards may use too."""
+        return f"{self.headers[shard].sha256} {key}"
+
     def entry(self, shard: int, sample: int) -> tuple[str, Members]:
         """Key and members of one sample; raises DataError like `read`."""
         try:

@@ -81,12 +81,14 @@ def run(parts: Parts, progress: Progress) -> bool:
         normalizer = parts.normalizer(progress.batch)
         loss_sum, sums = torch.zeros((), device=ranks.device), torch.zeros(parts.stage.sums, device=ranks.device)
         keys: list[str] = []
+        names: list[str] = []
         each: list[torch.Tensor] = []
         replaced: list[tuple[str, str]] = []
         for row in range(accumulation):
             with section("data"):
                 batch = next(batches)
             keys += batch.keys
+            names += batch.names
             replaced += batch.replaced
             with section("forward"):
                 losses = engine.forward(_on_device(batch, ranks) | {"normalizer": normalizer})
@@ -101,7 +103,7 @@ def run(parts: Parts, progress: Progress) -> bool:
         # One exchange a step settles all that the ranks must agree on.
         with section("exchange"):
             *mine, norm = torch.cat((loss_sum[None], sums, engine.grad_norm()[None])).tolist()
-            mine += [norm**2, *SequenceDigest.fingerprint(keys), len(replaced), parts.stop.asked() is not None]
+            mine += [norm**2, *SequenceDigest.fingerprint(names), len(replaced), parts.stop.asked() is not None]
             loss_total, *totals, norm_squared, low, high, bad, stops = ranks.total(mine)
         loss, grad_norm = loss_total / (ranks.size * accumulation), math.sqrt(norm_squared)
         reason = health.judge(loss, grad_norm)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data import Item, Loader
+from ..data import Dataset, Item, Loader
 from ..kernels.attention import unavailable
 from ..recipes import load_recipe
 from .checkpoint.reader import CheckpointReader
@@ -31,7 +31,7 @@ from .models.masking import draw_orders
 from .progress import Progress
 from .randomness import Stream, chosen
 from .run import initialise_from
-from .sequence import SequenceDigest
+from .sequence import SequenceDigest, version
 from .sheet import sheet
 from .stages import Stage, StageModel
 from .stages.controlnet import ControlNetStage
@@ -122,7 +122,7 @@ def replay(run: Path, place: Place, weights_step: int | None = None) -> Replay:
     at = Progress(**reader.state["progress"]) if reader else Progress()
     exact = at.step == place.step - 1 and at.batch < place.batch
     before = at.digest if exact else place.digest_before
-    return Replay(place, at.step, exact, items, samples, masks, replaced, _digest(place, before, items))
+    return Replay(place, at.step, exact, items, samples, masks, replaced, _digest(place, before, inputs.dataset, items))
 
 
 def _checkpoint(run: Path, place: Place, step: int | None) -> CheckpointReader | None:
@@ -226,11 +226,14 @@ def _draws(stage: Stage, items: Sequence[Item], arrays: Sequence[dict[str, Any]]
     return [{"caption_dropped": drop, **draw} for drop, draw in zip(dropped, draws, strict=True)]
 
 
-def _digest(place: Place, before: str | None, items: Sequence[Item]) -> str | None:
+def _digest(place: Place, before: str | None, dataset: Dataset, items: Sequence[Item]) -> str | None:
     if before is None:
         return None
-    found = SequenceDigest(before).advance(*SequenceDigest.fingerprint(item.key for item in items))
+    names = (dataset.name(item.origin[0], item.key) for item in items)
+    found = SequenceDigest(before).advance(*SequenceDigest.fingerprint(names))
     logged = (place.line or {}).get("digest", found)
+    if version(logged) == "1":  # logged before digests knew shards
+        return logged
     if logged != found:
         raise RunError(f"step {place.step}: the run had other samples, its digest is {logged} and theirs is {found}")
     return found

@@ -183,7 +183,7 @@ def test_every_command_says_them_in_one_line(monkeypatch, capsys, tmp_path, erro
 STEPS = {
     "base model": "stages.patch_latents.load_tokenizer",
     "watchdog": "monitors.watchdog:Watchdog.meet",
-    "frozen weights": "models.weights:WeightFiles.full",
+    "frozen weights": "models.weights:WeightFiles.content_hash",
     "checkpoints": "run.check_continuation",
     "kernels": "stages.patch_latents:PatchLatentStage.choose_kernels",
     "weights": "stages.patch_latents:PatchLatentStage.load",

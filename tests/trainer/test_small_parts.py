@@ -1,17 +1,19 @@
 """Schedule, average, sequence digest, meter: small pure parts."""
 
 import math
+import shutil
 import time
 
 import pytest
 import torch
 
+from bifrost.data import open_dataset, write_shard
 from bifrost.recipes import load_recipe
 from bifrost.trainer.ema import Ema
 from bifrost.trainer.monitors.meter import Meter
 from bifrost.trainer.monitors.sections import Sections
 from bifrost.trainer.schedule import learning_rate
-from bifrost.trainer.sequence import SequenceDigest
+from bifrost.trainer.sequence import SequenceDigest, comparable
 
 
 def test_warm_up_then_cosine() -> None:
@@ -63,6 +65,30 @@ def test_digest_knows_samples_and_history_but_no_ranks() -> None:
     assert after([["a", "b"]]) != after([["a", "c"]])
     assert after([["a", "b"]]) != after([["a", "b", "b"]])
     assert after([["a"]], [["b"]]) != after([["b"]], [["a"]])
+    assert after([["a"]]).startswith("2:")
+
+
+def test_samples_of_two_shards_with_one_key_are_two(tmp_path) -> None:
+    """Keys that start anew in every tar are the commonest: a run that read the one is not one that read the other."""
+    for number, caption in enumerate((b"one", b"other")):
+        write_shard(tmp_path / f"s-{number}.tar", [("000000", {"png": b"x", "txt": caption})])
+    dataset = open_dataset(str(tmp_path / "s-*.tar"))
+    key = dataset.entry(0, 0)[0]
+    assert key == dataset.entry(1, 0)[0] == "000000"
+    first, second = (SequenceDigest.fingerprint([dataset.name(shard, key)]) for shard in range(2))
+    assert first != second
+    shutil.copytree(tmp_path, tmp_path / "moved")
+    assert open_dataset(str(tmp_path / "moved")).name(1, key) == dataset.name(1, key)
+
+
+def test_digests_of_earlier_releases_are_continued_and_not_compared() -> None:
+    old, new = "0123456789abcdef", SequenceDigest().advance(1, 2)
+    continued = SequenceDigest(old).advance(1, 2)
+    assert continued.startswith("1+2:") and SequenceDigest(continued).advance(1, 2).startswith("1+2:")
+    assert continued != SequenceDigest("f" * 16).advance(1, 2)
+    assert comparable(new, SequenceDigest().advance(2, 1)) and comparable(old, "f" * 16)
+    assert not comparable(old, new) and not comparable(continued, new) and not comparable(None, new)
+    assert comparable(continued, continued) and not comparable(continued, SequenceDigest(continued).advance(1, 1))
 
 
 def test_rates_leave_out_what_is_not_the_steps() -> None:

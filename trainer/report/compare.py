@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..sequence import comparable
 from .drawing import COLOURS, Curve, Figure, figure, smoothed
 from .files import RunFiles, flat
 from .page import template
@@ -81,7 +82,7 @@ def samples(first: RunFiles, other: RunFiles) -> dict[str, Any]:
     """The last logged step up to which both consumed the same samples, and the first at which they had not; None where
     there is no such line."""
     before, after = ({line["step"]: line.get("digest") for line in run.steps} for run in (first, other))
-    both = sorted(step for step in before.keys() & after.keys() if before[step] and after[step])
+    both = sorted(step for step in before.keys() & after.keys() if comparable(before[step], after[step]))
     apart = next((step for step in both if before[step] != after[step]), None)
     same = [step for step in both if apart is None or step < apart]
     return {"same_samples_to": same[-1] if same else None, "other_samples_at": apart}
