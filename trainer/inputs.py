@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,14 @@ def open_inputs(recipe: Recipe, ranks: int, rank: int = 0, gather: Gather = alon
             f"data.shards hold {len(dataset)} samples in {len(dataset.shards)} shards, fewer than one global_batch"
             f" of {recipe.global_batch}: lower global_batch or add shards"
         )
-    stage = open_stage(recipe)
+    # The first rank of each node asks the hub for models, the others read what it has fetched.
+    stage = open_stage(recipe) if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    gather(None)
+    if stage is None:
+        from .models.backbone import from_cache
+
+        with from_cache():
+            stage = open_stage(recipe)
     return Inputs(recipe, dataset, Plan(dataset.samples_per_shard, recipe.seed, recipe.data.block), stage)
 
 

@@ -6,6 +6,8 @@ Legend: B samples, T text tokens of one, N patches after the tower's merger, D h
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +27,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
+from ...data.retry import described, failure, is_transient, retrying
 from ...kernels import PrefixLayout, Segments, segment_attention
 from ...kernels.attention import Backend
 from ...recipes import FOLDER as RECIPES
@@ -57,14 +60,39 @@ def locate(
         return Path(path)
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise RunError(f"{setting}={path}: no such folder, and not a hub id (owner/name)")
+    asked = (path, revision, weights)
+    if asked not in _fetched:
+        _fetched[asked] = _fetch(*asked, f"{setting}={path}")
+    return _fetched[asked]
+
+
+_fetched: dict[tuple[str, str | None, str], Path] = {}
+"""Snapshots that this process has asked the hub for: once is enough."""
+_cache_only = False
+
+
+@contextmanager
+def from_cache() -> Iterator[None]:
+    """Within it, models of the hub are taken from the cache that another process of this machine has filled."""
+    global _cache_only
+    before, _cache_only = _cache_only, True
+    try:
+        yield
+    finally:
+        _cache_only = before
+
+
+def _fetch(path: str, revision: str | None, weights: str, where: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    wanted = [weights, "*.json", "*.txt", "*.jinja", "*.model"]
+    options = {"revision": revision, "allow_patterns": wanted, "local_files_only": _cache_only}
     try:
-        wanted = [weights, "*.json", "*.txt", "*.jinja", "*.model"]
-        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
+        return Path(retrying(lambda: snapshot_download(path, **options), where))
     except Exception as error:  # the hub's client raises many kinds; all mean that the model is not to be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RunError(f"{setting}={path}: cannot be downloaded ({reason}); give a local folder instead") from error
+        if is_transient(error):
+            raise failure(where, error) from error
+        raise RunError(f"{where}: cannot be downloaded ({described(error)}); give a local folder instead") from error
 
 
 def architecture(path: str, revision: str | None = None, setting: str = "backbone.path") -> Path:
