@@ -110,7 +110,7 @@ def cases() -> list[Case]:
         )
     )
     for width in (2048, 3584):
-        block_d = triton.next_power_of_2(width)
+        block_d = int(triton.next_power_of_2(width))
         warps = norm_warps(block_d)
         found.append(
             _case(

@@ -114,7 +114,7 @@ def _fused(hidden, rows, weight, eps):
     output = hidden.new_empty((len(rows), width), dtype=torch.promote_types(hidden.dtype, weight.dtype))
     if output.numel():
         hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-        block_d = triton.next_power_of_2(width)
+        block_d = int(triton.next_power_of_2(width))
         _forward_kernel[(len(rows),)](
             hidden, rows.contiguous(), weight.contiguous(), output, eps, width, hidden.stride(0),
             ACCUMULATE=tl.float64 if hidden.dtype == torch.float64 else tl.float32, BLOCK_D=block_d,
@@ -144,7 +144,7 @@ def _fused_backward(gradient, hidden, rows, weight, eps, need_hidden, need_weigh
     partials = hidden.new_empty((tiles, width) if need_weight else (0, 0), dtype=accumulate)
     if selected and width and (need_hidden or need_weight):
         gradient, hidden = (x if x.stride(1) == 1 else x.contiguous() for x in (gradient, hidden))
-        block_d = triton.next_power_of_2(width)
+        block_d = int(triton.next_power_of_2(width))
         _backward_kernel[(tiles,)](
             gradient, hidden, rows.contiguous(), weight.contiguous(), d_hidden, partials,
             eps, selected, width, gradient.stride(0), hidden.stride(0),

@@ -156,7 +156,7 @@ def _launch(
     (tokens, width), latents, accumulate = hidden.shape, weight.shape[0], _accumulator(hidden)
     capability = 0 if INTERPRETED else torch.cuda.get_device_capability(hidden.device)[0]
     tile = tiles(provider, hidden.element_size(), capability)
-    row_tiles, column_tiles = triton.cdiv(tokens, tile.rows), triton.cdiv(latents, tile.columns)
+    row_tiles, column_tiles = -(-tokens // tile.rows), -(-latents // tile.columns)
     row_sums = hidden.new_empty((column_tiles, tokens), dtype=accumulate)
     column_sums = hidden.new_empty((row_tiles, latents) if sum_columns else 0, dtype=accumulate)
     stored = accumulate if INTERPRETED else hidden.dtype  # the interpreter truncates to bf16 where a GPU rounds

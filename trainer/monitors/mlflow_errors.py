@@ -41,7 +41,8 @@ def one_line(error: Exception) -> str:
 
 def _status(error: Exception) -> int | None:
     """Of HTTP, as MLflow has it for every error of its own, a database's too."""
-    if (found := re.search(r"failed with error code (\d{3})", str(error))) is not None:
-        return int(found[1])
+    if (written := re.search(r"failed with error code (\d{3})", str(error))) is not None:
+        return int(written[1])
     ask = getattr(error, "get_http_status_code", None)
-    return ask() if callable(ask) else None
+    found = ask() if callable(ask) else None
+    return found if isinstance(found, int) else None
