@@ -21,7 +21,6 @@ import setuptools  # noqa: F401  # isort: skip  # first: it brings distutils, wh
 from distutils.core import run_setup  # isort: skip
 
 ROOT = Path(__file__).resolve().parents[1]
-INDEX = "https://pypi.org/simple"
 PLATFORM = "x86_64-manylinux_2_28"
 EXTRAS = ("test", "lint", "s3")
 SOURCE_ONLY = ("antlr4-python3-runtime", "deepspeed")
@@ -64,7 +63,7 @@ def check(folder: Path, python: str, build: str, pins: str) -> str:
     """Resolve folder/wanted.txt; returns the conflict, what is not pinned, or nothing."""
     resolved = folder / f"{python}-{build}.txt"
     command = [Path(sys.executable).parent / "uv", "pip", "compile", folder / "wanted.txt"]
-    command += ["--config-file", folder / f"{build}.toml", "--default-index", INDEX]
+    command += ["--config-file", folder / f"{build}.toml"]
     command += ["--python-version", python, "--python-platform", PLATFORM, "-c", ROOT / "constraints.txt"]
     command += ["--only-binary", ":all:", *(word for name in SOURCE_ONLY for word in ("--no-binary", name))]
     command += ["--no-annotate", "--no-header", "--quiet", "-o", resolved]
