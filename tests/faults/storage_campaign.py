@@ -210,7 +210,7 @@ def page(campaign: StorageCampaign, asked: int, hardware: str) -> str:
         `bifrost train` of {STEPS} steps with the usual ones.
     """
     check = """
-        Every sample has to come once, with the pixels and the caption that were written, and in its own place. Every
+        Every sample has to come once, with the pixels and the caption that were written. Every
         training has to end with the lines (loss, gradient norm, digest) and the last checkpoint of one that read local
         files, to the bit.
     """
