@@ -1,5 +1,7 @@
 """Recipes: every shipped one loads and dry-runs with the published sizes; mistakes are named."""
 
+import re
+
 import pytest
 from pydantic import BaseModel
 
@@ -23,6 +25,14 @@ def test_loads_and_survives_a_round_trip(name: str, tmp_path) -> None:
 def test_nothing_assumes_a_place(name: str) -> None:
     shards = load_recipe(name).data.shards
     assert not any(spec.startswith(("/", "~")) for spec in ([shards] if isinstance(shards, str) else shards))
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_models_of_the_hub_are_those_of_one_commit(name: str) -> None:
+    recipe = load_recipe(name)
+    for model in (recipe.backbone, recipe.flux):
+        if model is not None and not model.path.startswith("builtin:"):
+            assert re.fullmatch("[0-9a-f]{40}", model.revision or ""), model.path
 
 
 @pytest.mark.parametrize(
