@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import posixpath
 import re
 import tarfile
@@ -70,7 +71,8 @@ def expand(spec: str | list[str], mixed: bool = True) -> list[str]:
     shards: list[str] = []
     for one in [spec] if isinstance(spec, str) else spec:
         try:
-            patterns = list(braceexpand(one))
+            # A shell leaves `~` alone in quotes, which wildcards need.
+            patterns = [os.path.expanduser(pattern) for pattern in braceexpand(one)]
         except ValueError as error:
             raise DataError(f"{one}: {error}; write ranges as {{00000..02047}}") from None
         for pattern in patterns:

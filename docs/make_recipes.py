@@ -26,7 +26,8 @@ for stage 1 [tiny-mllm](../recipes/tiny-mllm.yaml), [mllm-3b](../recipes/mllm-3b
 `mllm-7b-256` and `flux-controlnet-256` extend them to more: [their plans](plan.md#the-shipped-recipes-on-h200).
 `key.path=value` on the command line overrides one setting and is read as YAML, so that lists, `null` and `3e-4` work;
 what is not YAML, such as `*.tar`, is text. A key that is not below is refused with the nearest one, and a value of
-another type is refused as well, such as `true` or `"7"` for a number.
+another type is refused as well, such as `true` or `"7"` for a number. `~` at the beginning of a path is the home
+folder; a path that begins with a variable, such as `$SCRATCH`, is refused.
 
 A recipe with `extends: mllm-7b`, or with the path of another file seen from its folder, holds only what is different
 there:

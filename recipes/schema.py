@@ -5,14 +5,38 @@ Names and nesting are the contract with cluster scripts. Nothing here touches a 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import os
+import re
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from .secrets import stored_secret
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """A run's name, which is its folder's."""
+
+
+Value = TypeVar("Value", str, str | None, str | list[str])
+
+
+def _place(value: Value) -> Value:
+    """Paths with `~` expanded. A shell does so only at the beginning of a word, not in `data.shards=~/x`, and nothing
+    does in YAML; whoever removes a folder that is named `~` may remove their home."""
+    if isinstance(value, list):
+        return [_place(one) for one in value]
+    if value is None:
+        return None
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        raise ValueError(f"{value}: no home folder is known for {value.split('/')[0]}; write the path out")
+    if variable := re.match(r"\$\{?\w+\}?", path):
+        raise ValueError(f"{value}: {variable[0]} is not expanded in a recipe; write the path out")
+    return path
+
+
+Place = Annotated[str, AfterValidator(_place)]
+OptionalPlace = Annotated[str | None, AfterValidator(_place)]
 
 
 class Section(BaseModel):
@@ -24,7 +48,7 @@ class Section(BaseModel):
 
 
 class Backbone(Section):
-    path: str
+    path: Place
     """Folder or hub id of a Qwen2.5-VL model, or `builtin:tiny`."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) to read; ignored for folders."""
@@ -81,7 +105,7 @@ class Placement(Section):
 
 
 class Flux(Section):
-    path: str
+    path: Place
     """Folder or hub id of a FLUX.1 model as diffusers lays it out, or `builtin:tiny-flux`."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) to read; ignored for folders."""
@@ -105,7 +129,7 @@ class ControlNet(Section):
 
 
 class Data(Section):
-    shards: str | list[str]
+    shards: Annotated[str | list[str], AfterValidator(_place)]
     """Training shards: a path, folder or URL, braces and wildcards expanded; several as a list."""
     image_size: int = Field(default=448, gt=0)
     """Side of the square the vision tower sees, in pixels; a multiple of patch size x merge size (28)."""
@@ -190,7 +214,7 @@ class Checkpoint(Section):
     """Mean time between failures of one node, in hours, for `interval: auto`."""
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints kept."""
-    local: str | None = None
+    local: OptionalPlace = None
     """Folder on each node's own disk that a save goes to first; a start brings what a crash left there to the run."""
     max_failed_saves: int = Field(default=3, ge=1)
     """Saves in a row that the storage may refuse before the run stops; until then training goes on."""
@@ -201,9 +225,9 @@ class Samples(Section):
     """Steps between pictures of a fixed set, written to `samples/` in the run folder; null makes none."""
     count: int = Field(default=4, ge=1)
     """Pictures: of the first samples of the data."""
-    controlnet: str | None = None
+    controlnet: OptionalPlace = None
     """Stage 1 alone: the stage-2 run or `flux_controlnet` folder that paints the predicted latents."""
-    flux: str | None = None
+    flux: OptionalPlace = None
     """Stage 1 alone: the FLUX of a `flux_controlnet` folder."""
 
 
@@ -233,7 +257,7 @@ class Watchdog(Section):
 class Tracking(Section):
     enabled: bool = True
     """Mirror metrics.jsonl to MLflow from a process of its own."""
-    uri: str | None = None
+    uri: OptionalPlace = None
     """MLflow tracking URI, without a login; null takes MLFLOW_TRACKING_URI, or else a SQLite file in `runs_dir`."""
     experiment: str = "bifrost"
     """MLflow experiment."""
@@ -256,11 +280,11 @@ class Recipe(Section):
     """Compute precision; masters and moments are fp32 in both."""
     activation_checkpointing: bool = True
     """Recompute each layer's activations in the backward pass."""
-    runs_dir: str = "runs"
+    runs_dir: Place = "runs"
     """Folder that holds the run folders."""
     log_every: int = Field(default=10, ge=1)
     """Steps between metric lines."""
-    init_from: str | None = None
+    init_from: OptionalPlace = None
     """Start from these weights: a checkpoint in the public layout, or an earlier run's folder."""
     backbone: Backbone
     branch: Branch = Branch()

@@ -18,7 +18,7 @@ from ..data.cli import app as data_app
 from ..data.progress import progress
 from ..recipes import Recipe, RecipeError, load_recipe, to_yaml
 from ..recipes.secrets import redact
-from ..slurm import SlurmError
+from ..slurm import SlurmError, rank_environment
 from ..slurm.cli import slurm_app
 from ..slurm.codes import DONE, FAILED, HUNG, LOCKED, LOST, USAGE
 from ..slurm.ranks import idle_nodes, remove_private_folders
@@ -68,6 +68,9 @@ app.command()(report)
 app.command()(compare)
 app.command()(replay)
 app.command()(doctor)
+
+RANKED = [["train"], ["resume"], ["generate"], ["data", "encode"], ["kernels", "profile"], ["bench", "scale"]]
+"""Commands that launchers start as the ranks of a run."""
 
 
 def _print_version(asked: bool) -> None:
@@ -264,7 +267,7 @@ add_examples(app)
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2, a run that cannot go on exit code 1."""
     try:
-        code = app(standalone_mode=False)
+        code = app([_with_home(word) for word in sys.argv[1:]], standalone_mode=False)
     except (RecipeError, DataError, RunError, SlurmError) as error:
         passing = getattr(error, "passing", False)
         _fail(error, LOCKED if isinstance(error, Locked) else LOST if passing else USAGE)
@@ -282,10 +285,18 @@ def main() -> None:
         if (found := foreseen(error)) is None:
             raise
         logging.getLogger(__name__).debug("%s", found, exc_info=error)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # it came on this rank alone: the others do not say it
-            found = renamed(found, f"rank {os.environ.get('RANK', '0')}: {found}")
+        if (rank := _rank()) is not None:  # it came on this rank alone: the others do not say it
+            found = renamed(found, f"rank {rank}: {found}")
         _fail(found, LOST if getattr(found, "passing", False) else USAGE)
     sys.exit(code if isinstance(code, int) else DONE)
+
+
+def _with_home(word: str) -> str:
+    """`--out=~/x` as the shell would have handed over `--out ~/x`, instead of a folder that is called `~`."""
+    option, separator, value = word.partition("=~")
+    if not separator or not option.startswith("--"):
+        return word
+    return f"{option}={os.path.expanduser(f'~{value}')}"
 
 
 def _refuse(error: Any) -> NoReturn:
@@ -298,10 +309,24 @@ def _refuse(error: Any) -> NoReturn:
     _fail(RunError(f"{text[:1].lower()}{text[1:]}{usage}"), USAGE)
 
 
+def _rank() -> int | None:
+    """Which of several ranks this process is; None for one that is alone, whatever an earlier launcher has left in its
+    environment: its errors are said by nobody else."""
+    words = sys.argv[1:]
+    ranked = any(words[: len(verb)] == verb for verb in RANKED)
+    if not ranked or "RANK" not in os.environ or any(word.startswith("--ranks") for word in words):
+        return None
+    try:
+        found = rank_environment(os.environ)
+    except SlurmError:
+        return None
+    return int(found["RANK"]) if found and found["WORLD_SIZE"] != "1" else None
+
+
 def _fail(error: Exception, code: int) -> NoReturn:
     # What all ranks raise alike is said once; a loss on one rank alone names it.
-    rank, text = os.environ.get("RANK", "0"), redact(str(error))
-    if rank == "0" or text.startswith(f"rank {rank}:"):
+    rank, text = _rank(), redact(str(error))
+    if rank in (None, 0) or text.startswith(f"rank {rank}:"):
         print(f"error: {text}", file=sys.stderr, flush=True)
     record_outcome(code, text)
     # Threads of the process group would keep a failed rank alive.

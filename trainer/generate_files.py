@@ -195,7 +195,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RunError(f"{path}: is not UTF-8 text") from error
+        raise RunError(f"{path}: is not UTF-8 text; save it as that") from error
 
 
 def _png(image: Image.Image) -> bytes:

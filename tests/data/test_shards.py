@@ -35,6 +35,13 @@ def test_specs_expand_to_sorted_shards(make_shards, tmp_path):
     assert expand("x{08..10}.tar") == ["x08.tar", "x09.tar", "x10.tar"]
 
 
+def test_the_home_folder_is_found_in_quotes(make_shards, tmp_path, monkeypatch):
+    make_shards([2, 3])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = [str(tmp_path / f"s-{i:05d}.tar") for i in range(2)]
+    assert expand("~/*.tar") == expand("~") == expand("~/s-{00000..00001}.tar") == names
+
+
 def test_reading_gives_each_sample(make_shards, picture):
     dataset = make_shards([3, 2])
     number = 0

@@ -1,6 +1,7 @@
 """Recipes: every shipped one loads and dry-runs with the published sizes; mistakes are named."""
 
 import re
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -251,6 +252,41 @@ def test_files_of_other_systems(tmp_path) -> None:
     (tmp_path / "utf16.yaml").write_text("extends: tiny-mllm\n", encoding="utf-16")
     with pytest.raises(RecipeError, match=r"utf16\.yaml: is not UTF-8 text"):
         load_recipe(tmp_path / "utf16.yaml")
+
+
+PLACES = [
+    "runs_dir",
+    "init_from",
+    "data.shards",
+    "backbone.path",
+    "flux.path",
+    "checkpoint.local",
+    "samples.controlnet",
+    "samples.flux",
+    "tracking.uri",
+]
+
+
+@pytest.mark.parametrize("key", PLACES)
+def test_the_home_folder_is_no_folder_called_tilde(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    value: Any = load_recipe("tiny-mllm", [f"{key}=~/mine"])
+    for part in key.split("."):
+        value = getattr(value, part)
+    assert value == "/home/me/mine"
+    for written, said in (
+        ("$SCRATCH/mine", r"\$SCRATCH/mine: \$SCRATCH is not expanded in a recipe; write the path out"),
+        ("${HOME}/mine", r"\$\{HOME\} is not expanded"),
+        ("~nobody-here/mine", "no home folder is known for ~nobody-here; write the path out"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            load_recipe("tiny-mllm", [f"{key}={written}"])
+
+
+def test_the_home_folder_in_a_list_of_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = load_recipe("tiny-mllm", ["data.shards=[~/a.tar, s3://b/~/c.tar, d/~e.tar]"])
+    assert recipe.data.shards == ["/home/me/a.tar", "s3://b/~/c.tar", "d/~e.tar"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from bifrost.slurm.ranks import LAUNCHER_VARIABLES
 from bifrost.trainer import cli
+
+MET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 class Left(Exception):
@@ -59,6 +62,47 @@ def test_a_wrong_command_line_is_one_line(
         cli.main()
     out, err = capsys.readouterr()
     assert codes == [2] and out == "" and err.count("\n") == 1 and err.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("words", "left_over", "said"),
+    [
+        ("runs nowhere", {"RANK": "3"}, "nowhere: no such folder"),
+        ("runs nowhere", {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", **MET}, "nowhere: no such folder"),
+        ("train nowhere", {"RANK": "3", "WORLD_SIZE": "8"}, "nowhere: no such recipe"),
+        ("train nowhere --ranks 2", {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", **MET}, "nowhere: no such"),
+        ("train tiny-mllm", {"RANK": "3", "WORLD_SIZE": "8"}, "RANK=3 and WORLD_SIZE=8 are set without LOCAL_RANK"),
+        ("train tiny-mllm", {"RANK": "x", "WORLD_SIZE": "8"}, "RANK=x: want a number"),
+        ("train nowhere", {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", **MET}, None),
+    ],
+)
+def test_only_one_of_several_ranks_leaves_the_line_to_another(
+    words: str, left_over: dict[str, str], said: str | None, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """What an earlier launcher has left in a shell makes no command end without a word."""
+    monkeypatch.setattr(cli.os, "_exit", lambda code: sys.exit(code))
+    monkeypatch.setattr(sys, "argv", ["bifrost", *words.split()])
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    printed = capsys.readouterr().err
+    assert left.value.code == 2
+    assert printed.startswith(f"error: {said}") if said else not printed
+
+
+def test_the_home_folder_in_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells expand `--out ~/x`, not `--out=~/x`."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bifrost", "init", "cats", "--from", "tiny-mllm", "--out=~/made/cats.yaml"])
+    (tmp_path / "home" / "made").mkdir(parents=True)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 0
+    assert (tmp_path / "home" / "made" / "cats.yaml").is_file() and not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize(("words", "code"), [("", 2), ("data", 2), ("--help", 0), ("train --help", 0)])

@@ -35,7 +35,7 @@ class LocalParts:
     def __init__(self, folder: str | Path, store: Store, name: str, rank: int, gather: Gather) -> None:
         self.rank = rank
         run_id = agreed(lambda: _run_id(store) if rank == 0 else None, "prepare", rank, gather)[0]
-        self.root = Path(folder).expanduser() / f"{name}-{run_id}"
+        self.root = Path(folder) / f"{name}-{run_id}"
 
     def save(self, step: int, content: Content, gather: Gather) -> bool:
         """Write this rank's part; whether every rank's is on its disk, else none is kept. Older ones are removed."""
