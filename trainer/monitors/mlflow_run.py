@@ -127,6 +127,10 @@ class MlflowRun:
             state = json.loads(path.read_text()) if path.exists() else {"key": uuid.uuid4().hex, "starts": 0}
         except json.JSONDecodeError:
             raise RunError(f"{path} is damaged: remove it, and the run is sent to a new MLflow run") from None
+        if _is_copy(state, self.folder):
+            log.info("%s is a copy of %s: it gets an MLflow run of its own", self.folder, state["folder"])
+            state = {"key": uuid.uuid4().hex, "starts": 0, "uri": state.get("uri")}
+        state["folder"] = str(self.folder.resolve())
         given = (self.recipe.get("tracking") or {}).get("uri") or os.environ.get("MLFLOW_TRACKING_URI")
         # A shell without the variable still finds the server that the run was sent to.
         self._uri = given or state.get("uri") or f"sqlite:///{self.folder.parent / 'mlflow.db'}"
@@ -276,7 +280,7 @@ class MlflowRun:
             client.log_inputs(run_id, [data])
         if not self._live:
             return
-        tags = {"bifrost.restarts": str(self._state["starts"] - 1)}
+        tags = {"bifrost.restarts": str(self._state["starts"] - 1), "bifrost.folder": str(self.folder)}
         step = max((record["step"] for record in records if record.get("event") == "start"), default=0)
         for key, (there, here) in self._changed(run.data.params).items():
             tags[f"bifrost.changed.{key}"] = f"{there} -> {here}, step {step}"[:LONGEST_TAG]
@@ -303,6 +307,17 @@ class MlflowRun:
             batch = points[start : start + POINTS]
             self._client.log_batch(self._state["run_id"], metrics=batch)
             self.sent += len(batch)
+
+
+def _is_copy(state: dict[str, Any], folder: Path) -> bool:
+    """Whether `state` came to `folder` with a copy of a run that still exists elsewhere, and not because it moved."""
+    original = Path(state.get("folder", folder))
+    try:
+        if original.samefile(folder):
+            return False
+        return json.loads((original / "tracking.json").read_text())["key"] == state["key"]
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _begun(records: list[dict[str, Any]]) -> int:

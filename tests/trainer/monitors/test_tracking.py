@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,26 @@ def test_a_start_with_other_settings(server, client, make_run, saved, same):
     found = client.get_run(run_id(run)).data
     assert found.params["optimizer.lr"] == ("0.1" if same else "0.2")
     assert found.tags.get("bifrost.changed.optimizer.lr") == ("0.1 -> 0.2, step 30" if same else None)
+
+
+def test_a_copied_run_gets_a_run_of_its_own_and_a_moved_one_keeps_it(server, client, make_run):
+    run = make_run(server)
+    log_steps(run, (10, 20))
+    MlflowRun(run.folder, live=True).push(last=True)
+    first, copy = run_id(run), run.folder.parent / "other"
+    shutil.copytree(run.folder, copy)
+    with open(copy / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 30, "loss": 9.0}\n')
+    MlflowRun(copy, live=True).push(last=True)
+    copied = json.loads((copy / "tracking.json").read_text())["run_id"]
+    points = {each: [p.step for p in client.get_metric_history(each, "train/loss")] for each in (first, copied)}
+    assert points == {first: [10, 20], copied: [10, 20, 30]}
+    assert client.get_run(copied).info.run_name == "other"
+
+    moved = copy.rename(run.folder.parent / "moved")
+    MlflowRun(moved, live=True).push(last=True)
+    assert json.loads((moved / "tracking.json").read_text())["run_id"] == copied
+    assert client.get_run(copied).data.tags["bifrost.folder"] == str(moved)
 
 
 def test_what_an_mlflow_user_looks_for(server, client, make_run, monkeypatch):
