@@ -88,10 +88,10 @@ def up(folder: Path, nodes: int) -> Path:
     if missing := missing_programs():
         raise SlurmError(f"{', '.join(missing)} not found: on Debian or Ubuntu, apt-get install slurm-wlm munge")
     folder = folder.resolve()
-    if len(str(folder)) > 80 or " " in str(folder):
-        raise SlurmError(f"--folder {folder}: sockets are made there, take a path of at most 80 letters, no spaces")
     if folder.exists() and not (folder.is_dir() and (_made_here(folder) or not any(folder.iterdir()))):
         raise SlurmError(f"--folder {folder}: holds something else; name a new folder, or an empty one")
+    if len(str(folder)) > 80 or " " in str(folder):
+        raise SlurmError(f"--folder {folder}: sockets are made there, take a path of at most 80 letters, no spaces")
     if processes(folder):
         raise SlurmError(f"a cluster runs in {folder} already: bifrost slurm devcluster down --folder {folder}")
     try:

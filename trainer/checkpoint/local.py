@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...data.files import write_atomic
 from ..errors import RunError
 from ..ranks import Gather
 from .durable import sync_folder, write_file
@@ -128,7 +129,7 @@ def _run_id(store: Store) -> str:
     path = store.root / ID
     if not path.exists():
         store.root.mkdir(parents=True, exist_ok=True)
-        write_file(path, [uuid.uuid4().hex[:12].encode()])
+        write_atomic(path, uuid.uuid4().hex[:12].encode())
     found = path.read_text(errors="replace").strip()
     if not re.fullmatch("[0-9a-f]{12}", found):  # a folder's name is made of it, which is removed in the end
         raise RunError(f"{path}: not the id of a run's local parts; delete the file, and the parts with it")
