@@ -50,7 +50,7 @@ def test_in_ci_nothing_but_gpu_tests_is_skipped(tmp_path: Path, required: str) -
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "."],
         cwd=tmp_path,
-        env={**os.environ, "REQUIRE_TESTS": required},
+        env={**os.environ, "REQUIRE_TESTS": required, "PYTEST_ADDOPTS": "", "CI": ""},
         capture_output=True,
         text=True,
     )
