@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +34,33 @@ class Console:
         log.info("  ".join(fields))
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], description=f"loss {_number(record['loss'])}")
-            width = self._bar.console.width
-            self._bar.console.print(fitting(fields, width), no_wrap=True, overflow="ellipsis", crop=True)
+            console, line = self._bar.console, fitting(fields, self._bar.console.width)
+            self._show(lambda: console.print(line, no_wrap=True, overflow="ellipsis", crop=True))
         elif self.shown:
-            print("  ".join(fields), flush=True)
+            self._show(lambda: print("  ".join(fields), flush=True))
 
     def say(self, line: str) -> None:
         log.info(line)
         if self._bar is not None:
-            self._bar.console.print(line, soft_wrap=True)
+            console = self._bar.console
+            self._show(lambda: console.print(line, soft_wrap=True))
         elif self.shown:
-            print(line, flush=True)
+            self._show(lambda: print(line, flush=True))
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            self._show(self._bar.stop)
+
+    def _show(self, write: Callable[[], None]) -> None:
+        """`write` to standard output, without which a run goes on: Ctrl-C also ends the `tee` behind it."""
+        try:
+            write()
+        except OSError as error:
+            # Neither the next line nor what is left in the buffer at exit may fail again.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+            log.warning("standard output is gone (%s): the run goes on without it, its lines are in logs/", error)
 
 
 class WithoutSecrets(logging.Formatter):

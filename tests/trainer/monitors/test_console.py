@@ -1,6 +1,7 @@
 """Step lines: whole in files and logs, and never folded on a terminal."""
 
 import logging
+import os
 import re
 import sys
 
@@ -60,3 +61,16 @@ def test_lines_of_a_terminal_are_not_folded(
 def test_logs_hold_no_logins() -> None:
     record = logging.LogRecord("x", logging.ERROR, "", 1, "%s failed", ("https://me:pw@host/a?sig=abc",), None)
     assert WithoutSecrets("%(message)s").format(record) == "https://REDACTED@host/a?sig=REDACTED failed"
+
+
+def test_a_run_outlives_who_reads_its_output(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Ctrl-C in a terminal ends the `tee` that a run is piped to, before the run has saved."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        console = Console(100, 0, shown=True)
+        console.say("stopped by SIGINT")
+        console.metrics(RECORD)
+        console.close()
+    assert caplog.text.count("standard output is gone") == 1
