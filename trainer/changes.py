@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ..recipes import Recipe, RecipeError, load_recipe
 from .report.files import flat, read_json
 
@@ -29,12 +31,20 @@ def changes(now: dict[str, Any], *before: dict[str, Any] | None) -> Changes:
     current = dict(flat(now))
     for other in before:
         if other is not None:
-            earlier = dict(flat(other))
+            earlier = dict(flat(_complete(other)))
             for key in sorted(current.keys() | earlier.keys()):
                 pair = earlier.get(key), current.get(key)
                 if pair[0] != pair[1] and key != "runs_dir":
                     found.setdefault(key, pair)
     return found
+
+
+def _complete(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a version that did not know all of today's wrote them, with the defaults in their place."""
+    try:
+        return Recipe.model_validate(settings).model_dump(mode="json")
+    except ValidationError:
+        return settings
 
 
 def describe(found: Changes) -> str:
@@ -79,5 +89,7 @@ def _last_record(path: Path) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     return (
-        json.dumps(value, ensure_ascii=False) if isinstance(value, (str, list, dict)) or value is None else str(value)
+        json.dumps(value, ensure_ascii=False)
+        if isinstance(value, (str, list, dict, bool)) or value is None
+        else str(value)
     )

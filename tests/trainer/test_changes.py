@@ -144,3 +144,13 @@ def test_a_continued_run_says_what_has_changed(shards: Path, tmp_path: Path) -> 
     ended = ranked.bifrost(1, *other)[0]
     assert ended.code == 2 and ended.err.count("\n") == 1
     assert "the run tiny-mllm is of stage patch-latents, this recipe of stage controlnet" in ended.err
+
+
+def test_a_setting_that_an_older_version_did_not_know_has_not_changed() -> None:
+    """A checkpoint holds the settings that there were when it was written."""
+    now = load_recipe("tiny-mllm").model_dump(mode="json")
+    before = json.loads(json.dumps(now))
+    del before["kernels"]["deterministic"]
+    assert changes(now, before) == {}
+    now["kernels"]["deterministic"] = True
+    assert describe(changes(now, before)) == "kernels.deterministic false -> true"
