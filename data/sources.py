@@ -146,6 +146,10 @@ def _folder(root: Path, columns: Columns, out: Path | None) -> Source:
                 tables.append(Path(path))
             tar = tar or (folder if name.endswith(".tar") else None)
             if not dot or kind.lower() not in (*IMAGE_TYPES, *OTHER_IMAGES):
+                if os.path.islink(path) and not os.path.exists(path) and kind.lower() != CAPTION_TYPE:
+                    # Perhaps a folder of images on a disk that is not mounted.
+                    target = os.readlink(path)
+                    source.rejected.append((os.path.relpath(path, root), f"a link to {target}, which is not there"))
                 continue
             images += 1
             key = key_of(os.path.relpath(path, root))

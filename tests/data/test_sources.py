@@ -20,6 +20,7 @@ from bifrost.data import DataError, decode_image, index_shards, open_dataset, ve
 from bifrost.data.index import index_path
 from bifrost.data.ingest import ingest
 from bifrost.data.shards import expand
+from bifrost.data.sources import list_source
 
 
 def captions(out: Path) -> dict[str, str]:
@@ -322,3 +323,14 @@ def test_other_formats_are_named(picture):
     }.items():
         with pytest.raises(ValueError, match=words):
             decode_image(data, 16)
+
+
+def test_a_link_to_a_folder_that_is_not_there_is_set_aside(tmp_path, picture):
+    """Such as a folder of images on a disk that is not mounted: it must not be passed over without a word."""
+    pair(tmp_path / "a.png", picture(1))
+    (tmp_path / "more").symlink_to(tmp_path / "disk")
+    (tmp_path / "more.2").symlink_to(tmp_path / "disk")
+    source = list_source(str(tmp_path))
+    assert [candidate.key for candidate in source.candidates] == ["a"]
+    why = f"a link to {tmp_path / 'disk'}, which is not there"
+    assert source.rejected == [("more", why), ("more.2", why)]
