@@ -117,8 +117,10 @@ def remedy(error: BaseException) -> str:
         return "no such host; check the address"
     if any(isinstance(link, ssl.SSLError) for link in links):
         return "check the address and this machine's certificates"
-    if statuses & {404, 410} or errno.ENOENT in errnos or _any(links, FileNotFoundError):
+    if is_missing(error):
         return "check the path"
+    if 400 in statuses:  # what S3 says to a HEAD request with an expired token
+        return "check the address, its region and your credentials, which may have expired"
     if statuses & {507} or errnos & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return "free disk space, or raise the quota"
     if errnos & {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}:

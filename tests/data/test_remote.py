@@ -171,6 +171,14 @@ def test_a_server_without_ranges(folder, caplog) -> None:
         assert in_all - remote._Kept._in_all == sum((folder / f"s-0000{n}.tar").stat().st_size for n in range(3))
 
 
+def test_a_server_that_compresses_unasked(folder) -> None:
+    """Its Content-Length is that of the packed bytes."""
+    with faulty_server.serving(folder, Plan(ranges=False, packed=True)) as (address, _):
+        dataset = open_dataset(f"{address}/s-{{00000..00002}}.tar")
+        assert samples(dataset) == samples(open_dataset(str(folder / "s-*.tar")))
+        assert verify(f"{address}/s-{{00000..00002}}.tar") == []
+
+
 @pytest.mark.parametrize("fault", ["cut", "cut-unstated", "503", "reset"])
 def test_a_server_without_ranges_that_fails(folder, fault) -> None:
     """Also where only the connection's end says that an index or a shard is over."""

@@ -241,6 +241,8 @@ def test_lasting_errors_are_not_asked_again(pauses: list[float]) -> None:
         (os_error(errno.ENOSPC), "^x: text; free disk space, or raise the quota$"),
         (os_error(errno.EROFS), "^x: text; name a folder that can be written$"),
         (http_answer(404), "^x: 404.*; check the path$"),
+        (http_answer(400), "credentials, which may have expired$"),
+        (raised(FileNotFoundError("x"), http_answer(507)), "; free disk space, or raise the quota$"),
         (client("AccessDenied", 403), "^x: .*; check the permissions, or your credentials$"),
         (botocore.exceptions.NoCredentialsError(), "^x: Unable to locate credentials; set the credentials"),
         (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "no such host; check the address$"),

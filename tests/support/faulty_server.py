@@ -7,6 +7,7 @@ Every fault is bounded: a rule fires a number of times and is then spent. Answer
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import http.client
 import random
@@ -49,6 +50,8 @@ class Plan:
     seed: int = 0
     ranges: bool = True
     """Whether the server knows ranges at all."""
+    packed: bool = False
+    """Whether whole files come compressed by gzip, though nobody asked for that."""
 
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
@@ -152,6 +155,8 @@ def _folder(folder: Path) -> Callable[[_Handler, bytes, str | None], tuple[int, 
         headers = {"ETag": f'"{hashlib.md5(data).hexdigest()}"', "Content-Type": "application/x-tar"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("Range", ""))
         if asked is None or fault == "ignore-range" or not handler.server.plan.ranges:
+            if handler.server.plan.packed:
+                return 200, {**headers, "Content-Encoding": "gzip"}, gzip.compress(data)
             return 200, headers, data
         first, last = int(asked.group(1)), min(int(asked.group(2)), len(data) - 1)
         if first >= len(data):
