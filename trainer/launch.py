@@ -159,7 +159,10 @@ class _Family:
             failed = [code for code in codes if code]
             if None not in codes or (deadline and time.monotonic() > deadline):
                 # A rank that died of a signal explains the others' failures, and so does one that left on purpose.
-                return min(failed, key=lambda code: (code > 0, code == FAILED), default=DONE)
+                code = min(failed, key=lambda code: (code > 0, code == FAILED), default=DONE)
+                if code < 0:  # it could not say so itself
+                    say(_death(codes.index(code), -code, self.trains))
+                return code
             if failed and deadline is None:
                 deadline = time.monotonic() + GRACE_S
             time.sleep(0.05)
@@ -169,6 +172,14 @@ class _Family:
             return self.phase_file.read_text() or STARTING
         except OSError:
             return STARTING
+
+
+def _death(rank: int, number: int, trains: bool) -> str:
+    """What is said of a rank that died of signal `number`."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    cause = ", mostly for lack of memory: lower micro_batch or data.workers" if number == signal.SIGKILL else ""
+    remedy = "; the same command continues from the last checkpoint" if trains else ""
+    return f"error: rank {rank} was ended by {name}{cause}{remedy}"
 
 
 def _safe_path() -> dict[str, str]:

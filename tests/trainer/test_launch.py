@@ -11,6 +11,7 @@ import pytest
 
 from bifrost.data import progress
 from bifrost.slurm.codes import INTERRUPTED
+from bifrost.trainer import launch
 from bifrost.trainer.launch import run_child
 
 COUNTING = """
@@ -38,6 +39,7 @@ def test_its_lines_come_as_they_are_and_count_as_progress(
 RUNNING = """
 import sys
 from bifrost.trainer.interrupt import end_on_interrupt
+from bifrost.trainer import launch
 from bifrost.trainer.launch import run_child
 end_on_interrupt()
 sys.exit(run_child("sleeping"))
@@ -55,3 +57,30 @@ def test_ctrl_c_ends_it_with_the_command(tmp_path: Path) -> None:
     command.send_signal(signal.SIGINT)
     assert command.communicate(timeout=30) == ("", "interrupted\n") and command.returncode == INTERRUPTED
     assert time.monotonic() - begun < 3 and not Path(f"/proc/{child}").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "trains", "said"),
+    [
+        (
+            signal.SIGKILL,
+            True,
+            "SIGKILL, mostly for lack of memory: lower micro_batch or data.workers; the same command",
+        ),
+        (signal.SIGSEGV, True, "SIGSEGV; the same command continues from the last checkpoint"),
+        (signal.SIGKILL, False, "SIGKILL, mostly for lack of memory: lower micro_batch or data.workers\n"),
+        (signal.SIGRTMIN + 1, False, f"signal {signal.SIGRTMIN + 1}\n"),
+    ],
+)
+def test_a_rank_that_dies_of_a_signal_is_named(
+    number: int, trains: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """The others' errors are of lost connections, which name nobody."""
+
+    def start(rank: int, *_: object) -> subprocess.Popen:
+        end = f"os.kill(os.getpid(), {int(number)})" if rank == 1 else "sys.exit(1)"
+        return subprocess.Popen([sys.executable, "-c", f"import os, sys; {end}"])
+
+    monkeypatch.setattr(launch, "_start", start)
+    assert launch.run_ranks(2, [], tmp_path if trains else None) == -number
+    assert f"error: rank 1 was ended by {said}" in capfd.readouterr().err
