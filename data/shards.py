@@ -108,8 +108,15 @@ def _matches(pattern: str, mixed: bool) -> list[str]:
         and not posixpath.basename(str(name)).startswith(".")
     ]
     if not shards:
-        raise DataError(f"{pattern}: {nothing}; check the path, or make shards with `bifrost data ingest`")
+        raise DataError(
+            f"{pattern}: {nothing}{_seen_from(pattern)}; check the path, or make shards with `bifrost data ingest`"
+        )
     return shards if is_local(pattern) else [fs.unstrip_protocol(shard) for shard in shards]
+
+
+def _seen_from(path: str) -> str:
+    """Where a relative path begins: a run may be continued from another folder than it was begun in."""
+    return "" if not is_local(path) or os.path.isabs(path) else f", seen from {os.getcwd()}"
 
 
 def _refuse_mixture(folder: str, names: list[str]) -> None:
@@ -189,7 +196,9 @@ def _open_header(shard: str) -> Header:
     try:
         size = call(lambda: size_of(shard), shard)
     except DataMissing:
-        raise DataError(f"{shard}: no such shard; check the path, or make it with `bifrost data ingest`") from None
+        raise DataError(
+            f"{shard}: no such shard{_seen_from(shard)}; check the path, or make it with `bifrost data ingest`"
+        ) from None
     try:
         header = load_header(shard)
     except DataMissing:

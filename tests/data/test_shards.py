@@ -35,6 +35,17 @@ def test_specs_expand_to_sorted_shards(make_shards, tmp_path):
     assert expand("x{08..10}.tar") == ["x08.tar", "x09.tar", "x10.tar"]
 
 
+@pytest.mark.parametrize("spec", ["mine/*.tar", "mine/s-00000.tar", "empty"])
+def test_a_relative_path_says_where_it_begins(spec, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f", seen from {tmp_path}; check the path"):
+        open_dataset(spec)
+    with pytest.raises(DataError) as caught:
+        open_dataset(str(tmp_path / spec))
+    assert "seen from" not in str(caught.value)
+
+
 def test_the_home_folder_is_found_in_quotes(make_shards, tmp_path, monkeypatch):
     make_shards([2, 3])
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -116,9 +116,9 @@ def sync(run_dir: str | Path) -> int:
         target.end(otherwise=None)
     except Exception as error:  # MLflow, its database, the network and the disk raise a wide range
         reason, permanent = explain(error, target.server)
-        raise RunError(
-            f"{run_dir} could not be sent to MLflow: {reason}{'' if permanent else '; try again'}"
-        ) from error
+        refused = RunError(f"{run_dir} could not be sent to MLflow: {reason}{'' if permanent else '; try again'}")
+        refused.passing = not permanent
+        raise refused from error
     if target.file_error:
         raise RunError(f"{target.server} has every point of {run_dir} but not its files: {target.file_error}")
     return target.sent
