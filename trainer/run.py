@@ -46,6 +46,7 @@ from .monitors.console import Console, log_to_file
 from .monitors.goodput import AccountedMetrics
 from .monitors.heartbeat import Heartbeat
 from .monitors.links import Links
+from .monitors.metrics import read_metrics
 from .monitors.sections import Sections
 from .monitors.spread import Spread
 from .monitors.stop import ENDING, TRAINING, StopSignals
@@ -304,7 +305,19 @@ def _newest(store: Store, inputs: Inputs, frozen_hash: str, ranks: Ranks) -> Che
         )
     if reader is not None:
         check_continuation(inputs, frozen_hash, reader.state, reader.folder)
+    elif saved := ranks.gather(_last_saved(store.root.parent) if ranks.first else 0)[0]:
+        raise RunError(
+            f"{store.root}: holds no checkpoint, but this run saved one at step {saved}; put it back, or move"
+            f" {store.root.parent} away to begin anew"
+        )
     return reader
+
+
+def _last_saved(folder: Path) -> int:
+    """The newest step that the run in `folder` noted a save of; 0 where it noted none."""
+    path = folder / "metrics.jsonl"
+    saves = [record for record in read_metrics(path) if record.get("event") == "checkpoint"] if path.exists() else []
+    return saves[-1]["step"] if saves else 0
 
 
 def _other_statistics(model: StageModel, reader: CheckpointReader, recipe: Recipe, ranks: Ranks) -> str | None:

@@ -121,6 +121,11 @@ def test_a_run_goes_on_only_as_itself(shards: Path, tmp_path: Path) -> None:
     assert "none of its 1 checkpoints verifies" in line
     damaged.write_bytes(before["checkpoints/step-00000001/rank-00000.safetensors"])
     assert contents(run) == before
+    aside = (run / "checkpoints/step-00000001").rename(tmp_path / "aside")
+    line = refused(2, *runs.arguments(shards, tmp_path, "steps=2"))
+    assert "checkpoints: holds no checkpoint, but this run saved one at step 1; put it back, or move" in line
+    aside.rename(run / "checkpoints/step-00000001")
+    assert contents(run) == before
     assert json.loads(before["checkpoints/step-00000001/state.json"])["progress"]["step"] == 1
 
 
