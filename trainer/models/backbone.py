@@ -28,6 +28,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from ...data.retry import described, failure, is_transient, retrying
+from ...data.transience import causes, status
 from ...kernels import PrefixLayout, Segments, segment_attention
 from ...kernels.attention import Backend
 from ...recipes import FOLDER as RECIPES
@@ -92,6 +93,18 @@ def _fetch(path: str, revision: str | None, weights: str, where: str) -> Path:
     except Exception as error:  # the hub's client raises many kinds; all mean that the model is not to be had
         if is_transient(error):
             raise failure(where, error) from error
+        kinds = {cls.__name__ for link in causes(error) for cls in type(link).__mro__}
+        if revision is not None and "RevisionNotFoundError" in kinds:
+            setting = where.partition("=")[0].removesuffix(".path")
+            raise RunError(
+                f"{where}: {setting}.revision={revision} does not exist there; set {setting}.revision=null, or to a"
+                " commit of this model"
+            ) from error
+        if "GatedRepoError" in kinds or {status(link) for link in causes(error)} & {401, 403}:
+            raise RunError(
+                f"{where}: may not be read, or does not exist ({described(error)}); check the name, accept its licence"
+                " on the hub, and set HF_TOKEN"
+            ) from error
         raise RunError(f"{where}: cannot be downloaded ({described(error)}); give a local folder instead") from error
 
 

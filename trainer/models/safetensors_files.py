@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...data import DataError
+from ...data.retry import call
 from ..errors import RunError
 
 _SINGLE_FIRST = "model"
@@ -94,8 +96,10 @@ def weight_files(path: Path) -> list[Path]:
 def _indexed(index: Path) -> list[Path]:
     """The files that an index names, none for one that says nothing."""
     try:
-        stated = json.loads(index.read_text(encoding="utf-8"))
+        stated = json.loads(call(lambda: index.read_text(encoding="utf-8"), index))
         where: list[str] = list(stated.get("weight_map", {}).values())
+    except DataError:  # of the storage
+        raise
     except (ValueError, AttributeError) as error:
         raise RunError(f"{index}: is no index of weights ({error}); fetch it again") from error
     names = sorted(set(where))
@@ -129,7 +133,11 @@ class StoredTensors:
         self._opened: list[safe_open] = []
         for file in files:
             try:
-                opened = safe_open(file, framework="pt")
+                opened = call(lambda file=file: safe_open(file, framework="pt"), file)
+            except DataError as error:
+                if error.passing:
+                    raise
+                raise RunError(str(error)) from error
             except (OSError, SafetensorError) as error:
                 raise RunError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from error
             self._opened.append(opened)

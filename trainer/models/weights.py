@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ...data import DataError
+from ...data.retry import call
 from ..errors import RunError
 from ..ranks import Gather, alone
 from .quantization import FLOAT, REMEDY, hidden, quantized
@@ -108,7 +110,9 @@ def _config(path: Path) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     """The settings in a JSON file of a model; RunError unless it is an object."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(call(lambda: file.read_text(encoding="utf-8"), file))
+    except DataError:  # of the storage
+        raise
     except ValueError as error:
         raise RunError(f"{file}: is not JSON ({error}); fetch it again") from error
     if not isinstance(found, dict):

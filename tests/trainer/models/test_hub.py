@@ -3,7 +3,13 @@
 import huggingface_hub
 import pytest
 import requests
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from bifrost.data import DataLost, retry
 from bifrost.recipes import load_recipe
@@ -86,3 +92,30 @@ def test_one_rank_of_each_node_asks_the_hub(hub, monkeypatch, shards, local):
     assert {only_cache for _, _, only_cache in asked} == {local > 0}
     if local:
         assert order.index("gather") < len(order) - 1 and order[-1] != "gather", "after the first rank"
+
+
+def test_a_revision_of_another_model_says_what_to_set(hub):
+    """As with a recipe's own, when its `backbone.path` alone is overridden."""
+    _, errors = hub
+    for setting in ("backbone", "flux"):
+        errors.append(RevisionNotFoundError("404 Client Error", response=Response(404)))
+        with pytest.raises(RunError) as caught:
+            backbone.locate("owner/name", "66285546", f"{setting}.path")
+        assert str(caught.value) == (
+            f"{setting}.path=owner/name: {setting}.revision=66285546 does not exist there; set {setting}.revision=null,"
+            " or to a commit of this model"
+        )
+        assert not caught.value.passing
+
+
+@pytest.mark.parametrize(
+    "error", [GatedRepoError("gated", response=Response(403)), HfHubHTTPError("401", response=Response(401))]
+)
+def test_a_model_that_is_gated_says_what_to_do(hub, error):
+    asked, errors = hub
+    errors.append(wrapped(error))
+    with pytest.raises(
+        RunError, match=r"^backbone\.path=owner/name: .*accept its licence on the hub, and set HF_TOKEN$"
+    ):
+        backbone.locate("owner/name")
+    assert len(asked) == 1
