@@ -6,18 +6,21 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from .errors import DataLost, DataMissing
 from .files import is_local
 from .remote import RemoteFile, filesystem
-from .retry import retrying
+from .retry import call, failure, is_transient, retrying
 
 if TYPE_CHECKING:
     from .parquet import RowBytes
 
+Found = TypeVar("Found")
 
 WRONG_TYPE = "not a .jpg, .jpeg, .png or .webp; convert it"
 """Reason of what is an image, though none that is read."""
@@ -36,12 +39,17 @@ class Piece:
     size: int | None = None
 
     def read(self) -> bytes:
-        """The bytes; storage that fails is asked again, then its error raised. ValueError where the file ends before
-        them."""
+        """The bytes; storage that fails is asked again. ValueError where the file ends before them. Of a file of its
+        own an error that lasts comes as it is; that a tar, which was read before, gives no more is a DataError."""
         if self.size == 0:  # some servers answer an empty range with the whole file
             return b""
-        data = retrying(self._read, self.url)
-        if self.size is not None and len(data) != self.size:
+        if self.size is None:
+            return asked(self._read, self.url)
+        try:
+            data = call(self._read, self.url)
+        except DataMissing as error:
+            raise DataLost(f"{self.url}: cannot be read any more; check the storage") from error
+        if len(data) != self.size:
             raise ValueError(f"the file ends inside it, at byte {self.offset + len(data)}")
         return data
 
@@ -89,10 +97,30 @@ def key_of(relative: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
+def asked(action: Callable[[], Found], where: object) -> Found:
+    """What `action` returns; storage that fails is asked again, then DataLost. Other errors come as they are."""
+    try:
+        return retrying(action, where)
+    except Exception as error:
+        if is_transient(error) and not hasattr(error, "passing"):
+            raise failure(where, error) from error
+        raise
+
+
+def is_kind(path: str | Path, kind: Callable[[int], bool]) -> bool:
+    """Whether there is such a file or folder, by a test of its mode. `os.path` takes storage that fails for a no."""
+    try:
+        return kind(asked(lambda: os.stat(path), path).st_mode)
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataLost):
+            raise
+        return False
+
+
 def note(seen: hashlib._Hash, path: str) -> str | None:
     """Enters a file's size and time; why it cannot be read, if it cannot."""
     try:
-        found = os.stat(path)
+        found = asked(lambda: os.stat(path), path)
     except OSError as error:
         return f"a link to {os.readlink(path)}, which is not there" if os.path.islink(path) else f"{error.strerror}"
     if not stat.S_ISREG(found.st_mode):  # opening a FIFO would wait for ever
@@ -102,7 +130,7 @@ def note(seen: hashlib._Hash, path: str) -> str | None:
 
 
 def state_of(path: Path) -> str:
-    return described(str(path), os.stat(path))
+    return described(str(path), asked(lambda: os.stat(path), path))
 
 
 def described(path: str, found: os.stat_result) -> str:

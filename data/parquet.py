@@ -10,7 +10,9 @@ from typing import Any
 import pyarrow
 from pyarrow.parquet import ParquetFile
 
+from .candidates import asked
 from .errors import DataError
+from .retry import is_transient
 from .tables import IMAGE_COLUMNS, Columns, Row
 
 ROWS = 32
@@ -30,9 +32,10 @@ class RowBytes:
     """File name that the row gives it."""
 
     def read(self) -> bytes:
-        """The image's bytes. ValueError with the reason when the row has none or does not read."""
+        """The image's bytes; storage that fails is asked again, then DataLost. ValueError with the reason when the row
+        has none or does not read."""
         try:
-            value = _reader(self.table, self.group, self.column).value(self.row)
+            value = asked(self._value, self.table)
         except FileNotFoundError:
             raise
         except (pyarrow.ArrowException, OSError) as error:
@@ -41,6 +44,14 @@ class RowBytes:
         if not value:
             raise ValueError("its row holds no image bytes")
         return value
+
+    def _value(self) -> Any:
+        global _last
+        try:
+            return _reader(self.table, self.group, self.column).value(self.row)
+        except OSError:
+            _last = None  # the handle of a network file system may never recover
+            raise
 
 
 class _Reader:
@@ -85,6 +96,8 @@ def read_parquet(table: Path, columns: Columns) -> Iterator[Row]:
     try:
         file = ParquetFile(table)
     except (pyarrow.ArrowException, OSError) as error:
+        if is_transient(error):
+            raise
         raise DataError(f"{table}: not a Parquet file ({_first_line(error)}); check it") from None
     names = file.schema_arrow.names
     if columns.image is None:  # of several customary names the one that holds images
@@ -108,6 +121,8 @@ def _rows(table: Path, file: ParquetFile, image: str, caption: str, kind: pyarro
             captions = found.column(caption).to_pylist()
             named = found.column(image).to_pylist() if image in found.column_names else [None] * rows
         except (pyarrow.ArrowException, OSError) as error:
+            if is_transient(error):
+                raise
             problem = f"its row group does not read: {_first_line(error)}"
             yield from (Row(f"{table.name} row {before + row + 1}", None, None, problem) for row in range(rows))
             before += rows

@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from .candidates import WRONG_TYPE, Candidate, Piece, Source, key_of, note
+from .candidates import WRONG_TYPE, Candidate, Piece, Source, is_kind, key_of, note
 from .errors import DataError
 from .index import CAPTION_TYPE, IMAGE_TYPES
+from .retry import call, is_transient
 from .shards import expand
 from .table_source import one_split, table_source
 from .tables import TABLES, Columns
@@ -40,18 +42,18 @@ def list_source(
     """
     columns = Columns(image_column, caption_column)
     if table is not None:
-        if not os.path.isdir(src):
+        if not is_kind(src, stat.S_ISDIR):
             raise DataError(
                 f"{src}: no such folder, and the file names in a table are relative to one; give its images"
             )
-        source = table_source(Path(src), [Path(table)], columns)
-    elif os.path.isdir(src):
-        source = _local_folder(Path(src), columns, out)
+        source = call(lambda: table_source(Path(src), [Path(table)], columns), table)
+    elif is_kind(src, stat.S_ISDIR):
+        source = call(lambda: _local_folder(Path(src), columns, out), src)
     elif src.lower().endswith(TABLES):
         if "://" in src:
             raise DataError(f"{src}: a table is read from a local folder; download it and its images first")
         tables = [Path(each) for each in _tables(src)]
-        source = table_source(tables[0].parent, tables, columns)
+        source = call(lambda: table_source(tables[0].parent, tables, columns), src)
     elif src.endswith((".tar", "*", "]", "}")) or "://" in src:
         source = tar_source(expand(src), columns)
     elif os.path.exists(src):
@@ -117,6 +119,8 @@ def _walk(root: Path, out: Path | None, rejected: list[tuple[str, str]]) -> Iter
     """Folders below `root` with the names in them; links to folders are followed, each folder comes once."""
 
     def unreadable(error: OSError) -> None:
+        if is_transient(error):
+            raise error
         rejected.append((os.path.relpath(error.filename, root), f"the folder cannot be read: {error.strerror}"))
 
     seen = {_identity(out)} if out and out.exists() else set()

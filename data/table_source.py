@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .candidates import WRONG_TYPE, Candidate, Piece, Source, key_of, note, state_of
+from .candidates import WRONG_TYPE, Candidate, Piece, Source, asked, is_kind, key_of, note, state_of
 from .errors import DataError
 from .index import IMAGE_TYPES
 from .tables import Columns, read_table
@@ -34,7 +35,7 @@ def table_source(root: Path, tables: list[Path], columns: Columns) -> Source:
     source, seen, captions, read, url = Source(), hashlib.sha256(), 0, 0, None
     for table in tables:
         rows = read_table(table, columns)
-        seen.update(state_of(table).encode() if table.suffix == ".parquet" else table.read_bytes())
+        seen.update(state_of(table).encode() if table.suffix == ".parquet" else asked(table.read_bytes, table))
         for row in rows:
             read += 1
             if row.problem:
@@ -56,7 +57,7 @@ def table_source(root: Path, tables: list[Path], columns: Columns) -> Source:
             key = key_of(os.path.relpath(path, root)) if "\0" not in name else row.where
             if kind not in IMAGE_TYPES:
                 source.rejected.append((key, f"{WRONG_TYPE}: {name}"))
-            elif not os.path.isfile(path):
+            elif not is_kind(path, stat.S_ISREG):
                 source.rejected.append((key, f"no such file: {name}"))
             elif problem := note(seen, path):
                 source.rejected.append((key, problem))

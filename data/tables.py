@@ -6,13 +6,16 @@ import codecs
 import csv
 import json
 import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .candidates import is_kind
 from .captions import CAPTION_COLUMNS
 from .errors import DataError
 from .index import IMAGE_TYPES
+from .retry import is_transient
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 IMAGE_COLUMNS = ("file", "file_name", "filename", "image", "path")
@@ -60,7 +63,7 @@ def _column(table: Path, names: Sequence[str], wanted: str | None, guesses: tupl
 
 def read_table(table: Path, columns: Columns) -> Iterator[Row]:
     """Rows of a table in their order; blank lines are none. DataError when it is no table or lacks a column."""
-    if not table.is_file():
+    if not is_kind(table, stat.S_ISREG):
         raise DataError(f"{table}: no such table; give a {', '.join(TABLES[:-1])} or {TABLES[-1]} file with --table")
     kind = table.suffix.lower()
     if kind not in TABLES:
@@ -72,6 +75,8 @@ def read_table(table: Path, columns: Columns) -> Iterator[Row]:
     try:
         return _read_csv(table, columns) if kind in (".csv", ".tsv") else _read_jsonl(table, columns)
     except OSError as error:
+        if is_transient(error):
+            raise
         raise DataError(f"{table}: {error.strerror or error}; check the path and who may read it") from None
 
 

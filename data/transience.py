@@ -243,9 +243,11 @@ def status(error: BaseException) -> int | None:
 
 
 def is_missing(error: BaseException) -> bool:
-    """Whether an error says that there is no such file or object, and not merely that it could not be reached."""
+    """Whether an error says that there is no such file or object, and not merely that it could not be reached, nor that
+    there is no such bucket, where whatever is asked for is missing."""
     found, link = judged(error)
-    if found is not False:
+    response = getattr(link, "response", None)
+    if found is not False or (isinstance(response, dict) and response.get("Error", {}).get("Code") == "NoSuchBucket"):
         return False
     return (
         status(link) in (404, 410)

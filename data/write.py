@@ -15,6 +15,7 @@ from .index import Header, Index, build_index, index_path, load_index, save_inde
 from .progress import progress
 from .remote import filesystem
 from .shards import expand
+from .transience import verdict
 
 Sample = dict[str, bytes]
 Result = TypeVar("Result")
@@ -71,7 +72,7 @@ class Indexed(NamedTuple):
 def index_all(spec: str | list[str], only_missing: bool = False) -> Indexed:
     """Index existing tars, beside them, without touching them; one that cannot be indexed costs no other its index.
 
-    DataError when a folder cannot be written, before anything is read.
+    DataError when a folder cannot be written, before anything is read, or a server refuses to give or take anything.
     """
     shards = expand(spec)
     if only_missing:
@@ -92,6 +93,8 @@ def index_all(spec: str | list[str], only_missing: bool = False) -> Indexed:
         except DataLost:
             raise
         except DataError as error:
+            if _refused(shard, error):
+                raise
             return shard, None, str(error)
         return shard, index, None
 
@@ -126,7 +129,8 @@ def _no_images(index: Index) -> str:
 
 
 def verify(spec: str | list[str]) -> list[str]:
-    """Read every shard and compare it with its index; one line a problem, none when all is well."""
+    """Read every shard and compare it with its index; one line a problem, none when all is well. DataError where the
+    server of the shards refuses to give or take anything, DataLost when storage is away."""
     return [problem for problem in _in_threads(_check, expand(spec), "verifying") if problem]
 
 
@@ -142,6 +146,11 @@ def _in_threads(work: Callable[[str], Result], shards: list[str], label: str) ->
         yield from pool.map(counted, shards)
 
 
+def _refused(shard: str, error: DataError) -> bool:
+    """Whether a server refuses what is asked of it, as without credentials: so it is with all of its shards."""
+    return not is_local(shard) and error.__cause__ is not None and verdict(error.__cause__) is False
+
+
 def _check(shard: str) -> str | None:
     try:
         found = build_index(shard)
@@ -151,6 +160,8 @@ def _check(shard: str) -> str | None:
     except DataLost:
         raise  # a shard that cannot be reached is no damaged shard
     except DataError as error:
+        if _refused(shard, error):
+            raise
         return str(error)
     if found.header.bytes != stored.header.bytes:
         return (

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bifrost.data import DataError, decode_image, index_shards, open_dataset, verify, write_shard
+from bifrost.data import DataError, DataLost, decode_image, index_shards, open_dataset, retry, verify, write_shard
 from bifrost.data.index import index_path
 from bifrost.data.ingest import ingest
 from bifrost.data.shards import expand
@@ -334,3 +334,28 @@ def test_a_link_to_a_folder_that_is_not_there_is_set_aside(tmp_path, picture):
     assert [candidate.key for candidate in source.candidates] == ["a"]
     why = f"a link to {tmp_path / 'disk'}, which is not there"
     assert source.rejected == [("more", why), ("more.2", why)]
+
+
+@pytest.mark.parametrize("name", ["1.png", "1.txt", "in"])
+def test_a_mount_that_fails_for_a_moment_costs_no_image(tmp_path, picture, monkeypatch, name):
+    """Nor is what it holds set aside when it stays away."""
+    root = tmp_path / "in"
+    root.mkdir()
+    for number in range(3):
+        (root / f"{number}.png").write_bytes(picture(number))
+        (root / f"{number}.txt").write_text("x")
+    left, stat = [2], os.stat
+
+    def stale(path, **options):
+        if left[0] and isinstance(path, (str, Path)) and Path(path).name == name:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(retry, "_sleep", lambda seconds: None)
+    monkeypatch.setattr(os, "stat", stale)
+    found = list_source(str(root))
+    assert len(found.candidates) == 3 and not found.rejected and left == [0]
+    left[0] = 1000
+    with pytest.raises(DataLost, match="Stale file handle; check the storage"):
+        list_source(str(root))

@@ -22,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 FAULTS = ("503", "429", "500", "reset", "cut", "cut-unstated", "ignore-range", "wrong-range", "slow", "short-206")
+"""Those that pass. A rule may also have another status, such as 403."""
 FAULTS_MEAN = """503, 429, 500: the status, 429 with Retry-After. reset: the connection ends before an answer. cut:
 the body ends early. cut-unstated: the same without a Content-Length. ignore-range: the whole file with status 200.
 wrong-range: other bytes than asked for, stated in Content-Range. short-206: fewer bytes than asked for, stated so.
@@ -35,7 +36,8 @@ class Rule:
 
     fault: str
     path: str = ""
-    times: int = 1
+    times: float = 1
+    """math.inf: always."""
 
 
 @dataclass
@@ -98,8 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
         sent = self.rfile.read(length) if length else b""
         if fault == "slow":
             time.sleep(0.3)
-        elif fault in ("503", "429", "500"):
-            body = b"<html>busy</html>"
+        elif fault and fault.isdigit():
+            body = b"<html>no</html>"
             self._answer(int(fault), {"Retry-After": "1"} if fault == "429" else {}, body)
             return
         elif fault == "reset":
@@ -144,6 +146,8 @@ class _Server(ThreadingHTTPServer):
 
 def _folder(folder: Path) -> Callable[[_Handler, bytes, str | None], tuple[int, dict[str, str], bytes]]:
     def answer(handler: _Handler, sent: bytes, fault: str | None) -> tuple[int, dict[str, str], bytes]:
+        if handler.command not in ("GET", "HEAD"):
+            return 405, {}, b"a folder that is only read"
         path = folder / handler.path.lstrip("/").partition("?")[0]
         if path.is_dir():
             names = sorted(entry.name for entry in path.iterdir())
