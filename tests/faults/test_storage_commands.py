@@ -18,7 +18,7 @@ import object_store
 import ranked
 import runs
 import small_model
-from bifrost.data import open_dataset, retry
+from bifrost.data import ingest, open_dataset, retry
 from bifrost.trainer import cli
 from faulty_server import Plan, Rule
 
@@ -174,17 +174,23 @@ def test_an_endpoint_that_is_down_for_good_is_lost(tmp_path, bifrost, monkeypatc
 
 def test_a_server_that_stops_while_an_ingest_reads(shards, tmp_path, bifrost, monkeypatch) -> None:
     """Images are neither set aside nor lost: the same command goes on where the last one was."""
-    plan = Plan()
+    plan, rules, agree = Plan(), [], ingest._agree
+
+    def listed(*arguments) -> None:
+        agree(*arguments)
+        plan.rules = list(rules)
+
     monkeypatch.setattr(retry, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(ingest, "_agree", listed)
     with faulty_server.serving(shards, plan) as (address, _):
         words = ("data", "ingest", f"{address}/{SHARDS}", tmp_path / "out", "--samples-per-shard", 15)
         for fault, code in (("503", 74), ("403", 2)):
-            # The listing reads every tar in one answer; the images come after that.
-            plan.rules = [Rule("slow", "00002", 1), Rule(fault, "train-00002.tar", math.inf)]
+            plan.rules, rules = [], [Rule(fault, "train-00002.tar", math.inf)]
             found, _, err = bifrost(*words, "--processes", 1)
             assert found == code and "train-00002.tar: " in err[-1], err
+            assert (tmp_path / "out" / "train-00000.tar").exists(), "the listing was done"
             assert not (tmp_path / "out" / "rejected.jsonl").exists()
-        plan.rules = []
+        plan.rules, rules = [], []
         found, out, err = bifrost(*words, "--processes", 1)
         assert found == 0 and "60 samples in 4 shards, none set aside" in out, err
 
