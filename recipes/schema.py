@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -17,16 +17,13 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """A run's name, which is its folder's."""
 
 
-Value = TypeVar("Value", str, str | None, str | list[str])
+def _places(value: str | list[str]) -> str | list[str]:
+    return _place(value) if isinstance(value, str) else [_place(one) for one in value]
 
 
-def _place(value: Value) -> Value:
-    """Paths with `~` expanded. A shell does so only at the beginning of a word, not in `data.shards=~/x`, and nothing
+def _place(value: str) -> str:
+    """A path with `~` expanded. A shell does so only at the beginning of a word, not in `data.shards=~/x`, and nothing
     does in YAML; whoever removes a folder that is named `~` may remove their home."""
-    if isinstance(value, list):
-        return [_place(one) for one in value]
-    if value is None:
-        return None
     path = os.path.expanduser(value)
     if path.startswith("~"):
         raise ValueError(f"{value}: no home folder is known for {value.split('/')[0]}; write the path out")
@@ -36,7 +33,7 @@ def _place(value: Value) -> Value:
 
 
 Place = Annotated[str, AfterValidator(_place)]
-OptionalPlace = Annotated[str | None, AfterValidator(_place)]
+OptionalPlace = Place | None
 
 
 class Section(BaseModel):
@@ -129,7 +126,7 @@ class ControlNet(Section):
 
 
 class Data(Section):
-    shards: Annotated[str | list[str], AfterValidator(_place)]
+    shards: Annotated[str | list[str], AfterValidator(_places)]
     """Training shards: a path, folder or URL, braces and wildcards expanded; several as a list."""
     image_size: int = Field(default=448, gt=0)
     """Side of the square the vision tower sees, in pixels; a multiple of patch size x merge size (28)."""

@@ -33,6 +33,18 @@ class Locked(RunError):
     """Another start of the run is alive."""
 
 
+class Unreachable(RunError):
+    """A service did not answer; another attempt may succeed."""
+
+    passing = True
+
+
+class Busy(RunError):
+    """Another process does the same at this moment."""
+
+    passing = True
+
+
 class Unhealthy(RuntimeError):
     """Training cannot usefully go on; the message is one line with the reason."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ...recipes.secrets import HIDDEN, redact
-from ..errors import RunError
+from ..errors import Busy, RunError
 from .evaluations import FILE as EVALUATIONS
 from .metrics import Tail, read_metrics
 from .mlflow_errors import is_missing, one_line
@@ -337,9 +337,7 @@ def _lock(path: Path) -> Any:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        busy = RunError(f"{path.parent} is being sent by another process, its mirror: wait until that ends")
-        busy.passing = True
-        raise busy from None
+        raise Busy(f"{path.parent} is being sent by another process, its mirror: wait until that ends") from None
     except OSError as error:  # a file system without locks
         log.warning("%s cannot be locked: %s", path, error)
     return file

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import RunError
+from ..errors import RunError, Unreachable
 from .console import WithoutSecrets
 from .mlflow_errors import explain
 from .mlflow_run import MlflowRun
@@ -116,9 +116,8 @@ def sync(run_dir: str | Path) -> int:
         target.end(otherwise=None)
     except Exception as error:  # MLflow, its database, the network and the disk raise a wide range
         reason, permanent = explain(error, target.server)
-        refused = RunError(f"{run_dir} could not be sent to MLflow: {reason}{'' if permanent else '; try again'}")
-        refused.passing = not permanent
-        raise refused from error
+        kind = RunError if permanent else Unreachable
+        raise kind(f"{run_dir} could not be sent to MLflow: {reason}{'' if permanent else '; try again'}") from error
     if target.file_error:
         raise RunError(f"{target.server} has every point of {run_dir} but not its files: {target.file_error}")
     return target.sent
