@@ -75,7 +75,6 @@ setup(
             "moto[server]>=5.1",
             "s3fs>=2024.6",
             "sentencepiece>=0.2",
-            "bitsandbytes>=0.48",
             "compressed-tensors>=0.12; python_version >= '3.11'",
             "liger-kernel>=0.5",
         ],

@@ -182,7 +182,7 @@ def test_scales_of_activations_change_no_weight(tmp_path: Path) -> None:
 
 def test_the_installed_libraries_agree(tmp_path: Path) -> None:
     """Against the libraries themselves, where they are: other shapes, and scales of other types."""
-    functional = pytest.importorskip("bitsandbytes.functional")
+    functional = pytest.importorskip("bitsandbytes.functional", reason="optional package bitsandbytes is not installed")
     weight = torch.randn(5, 12)
     data, scale, _ = functional.int8_vectorwise_quant(weight.half())
     save_file({"l.weight": data, "l.SCB": scale}, tmp_path / "model.safetensors")
