@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..recipes import Recipe, RecipeError, load_recipe
+from .monitors.metrics import last_lines, parse_line
 from .report.files import flat, read_json
 
 Changes = dict[str, tuple[Any, Any]]
@@ -78,13 +79,9 @@ def finished(recipe: Recipe) -> int | None:
 def _last_record(path: Path) -> dict[str, Any]:
     """The last line of a metrics file; empty where there is none."""
     try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.stat(path).st_size - 65536))
-            lines = file.read().splitlines()
-        found = json.loads(lines[-1])
-    except (OSError, ValueError, IndexError):
+        return parse_line(last_lines(path, 65536)[-1]) or {}
+    except (OSError, IndexError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _text(value: Any) -> str:

@@ -20,9 +20,9 @@ from ..slurm.commands import waiting_jobs
 from ..slurm.job import FILE as JOB
 from ..slurm.record import STOPPED
 from .errors import RunError
-from .monitors.metrics import parse_line
+from .monitors.metrics import last_lines, parse_line
 from .report.files import RECIPES, read_json, run_state
-from .terminal import terminal
+from .terminal import format_bytes, terminal
 
 NEWEST = 2**18
 """Bytes from the end of a metrics file that are read: the newest lines, of a long run too."""
@@ -108,13 +108,10 @@ def _read(folder: Path, waits_for: str | None, now: float) -> Run:
 def _newest(file: Path) -> list[dict[str, Any]]:
     """The last records of a metrics file."""
     try:
-        with open(file, "rb") as opened:
-            begin = max(0, os.fstat(opened.fileno()).st_size - NEWEST)
-            opened.seek(begin)
-            lines = opened.read().splitlines()
+        lines = last_lines(file, NEWEST)
     except OSError:
         return []
-    return [record for line in lines[begin > 0 :] if (record := parse_line(line)) is not None]
+    return [record for line in lines if (record := parse_line(line)) is not None]
 
 
 def _recipe(file: Path) -> dict[str, Any]:
@@ -152,7 +149,7 @@ def _show(found: list[Run], now: float) -> None:
             "" if run.loss is None else f"{run.loss:.4g}",
             "" if run.active is None else _ago(now - run.active),
             f"{run.ranks} on {run.host}" if run.ranks else "",
-            _bytes(run.bytes) if run.bytes else "",
+            format_bytes(run.bytes, 3) if run.bytes else "",
         )
     console = terminal()
     console.print(table)
@@ -166,11 +163,3 @@ def _ago(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit} ago"
     return f"{max(seconds, 0):.0f} s ago"
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:.3g} TiB"

@@ -15,7 +15,7 @@ from rich.table import Table
 from ...data.progress import progress
 from ..errors import RunError
 from ..report.files import flat
-from ..terminal import terminal
+from ..terminal import format_bytes, terminal
 
 if TYPE_CHECKING:  # torch stands behind them, which other commands do not need
     from .manifest import Manifest
@@ -143,9 +143,4 @@ def _problems(store: Store, step: int) -> list[str]:
 
 
 def _size(manifest: Manifest) -> str:
-    size = float(sum(entry.size for entry in manifest.files.values()))
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
+    return format_bytes(sum(entry.size for entry in manifest.files.values()), 4)

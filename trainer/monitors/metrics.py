@@ -103,6 +103,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return Tail(path).read()
 
 
+def last_lines(path: str | Path, size: int) -> list[bytes]:
+    """The lines that begin within the last `size` bytes of a metrics file; the last one may be torn. Raises OSError."""
+    with open(path, "rb") as file:
+        begin = max(0, os.fstat(file.fileno()).st_size - size)
+        file.seek(begin)
+        return file.read().splitlines()[begin > 0 :]
+
+
 def finite(value: float) -> float | None:
     """The value, or None for what JSON does not know."""
     return value if math.isfinite(value) else None
