@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,12 @@ def pytest_make_collect_report(collector):
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory) -> Path:
-    """A folder with 60 small image-caption pairs in four shards, train-00000.tar …"""
+def shards(tmp_path_factory) -> Iterator[Path]:
+    """A folder with 60 small image-caption pairs in four shards, train-00000.tar …, for every test to read and none to
+    write in: one that does fails the last test of its process."""
     import small_shards  # here, not above: the tests on a GPU run without what it imports
 
-    return small_shards.save(tmp_path_factory.mktemp("shards"))
+    folder = small_shards.save(tmp_path_factory.mktemp("shards"))
+    made = sorted(folder.rglob("*"))
+    yield folder
+    assert sorted(folder.rglob("*")) == made

@@ -164,7 +164,7 @@ def test_bugs_are_not_foreseen() -> None:
     ],
 )
 def test_every_command_says_them_in_one_line(monkeypatch, capsys, tmp_path, error, code, line) -> None:
-    def command(**_):
+    def command(*_, **__):
         raise eval(error, {"torch": torch})
 
     def leave(code):

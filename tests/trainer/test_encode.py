@@ -38,7 +38,7 @@ def flux(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def data(shards: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(shards, tmp_path / "data", ignore=shutil.ignore_patterns("cache-*")))
+    return Path(shutil.copytree(shards, tmp_path / "data"))
 
 
 def settings(data: Path, flux: Path, *more: str) -> list[str]:
