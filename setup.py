@@ -4,6 +4,7 @@ The folders carry short names that other projects use too (`kernels` is a Huggin
 is importable at top level.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -21,14 +22,20 @@ def packages() -> dict[str, str]:
     return found
 
 
+def version() -> str:
+    """The version in `package/__init__.py`, without importing it: what it imports may not be installed yet."""
+    text = Path("package/__init__.py").read_text(encoding="utf-8")
+    return re.findall(r'^__version__ = "(.+)"$', text, flags=re.MULTILINE)[0]
+
+
 setup(
     name="bifrost-train",
-    version="0.1.0",
+    version=version(),
     description="Training system for Bifrost-1, which bridges a multimodal LLM and a diffusion model",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    license_files=["LICENSE"],
+    license="Apache-2.0 AND CC-BY-SA-4.0",
+    license_files=["LICENSE", "recipes/foundations/*/LICENSE.txt"],
     python_requires=">=3.10",
     package_dir=packages(),
     packages=list(packages()),

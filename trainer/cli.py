@@ -43,7 +43,7 @@ from .replay_cli import replay
 from .report.cli import compare, report
 from .resume import check_run, placed, ranks_of
 from .runs_cli import runs
-from .versions import DISTRIBUTION, how_to_install, require, version
+from .versions import BIFROST, how_to_install, require
 
 app = typer.Typer(
     help="Training system for Bifrost-1.",
@@ -75,7 +75,7 @@ RANKED = [["train"], ["resume"], ["generate"], ["data", "encode"], ["kernels", "
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"bifrost {version(DISTRIBUTION) or 'from a folder, not installed'}")
+        print(f"bifrost {BIFROST}")
         raise typer.Exit
 
 

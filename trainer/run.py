@@ -62,12 +62,12 @@ from .rollback import Recovery
 from .samples import sampler
 from .stages import Stage, StageModel
 from .stages.patch_latents import PatchLatentStage
-from .versions import versions
+from .versions import DISTRIBUTION, versions
 
 log = logging.getLogger(__name__)
 
 ENDS_AT = "BIFROST_ENDS_AT"
-VERSIONS = ("torch", "deepspeed", "transformers", "triton", "webdataset", "mlflow", "numpy")
+VERSIONS = (DISTRIBUTION, "torch", "deepspeed", "transformers", "triton", "webdataset", "mlflow", "numpy")
 
 
 def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progress: None) -> int:

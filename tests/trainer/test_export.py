@@ -1,13 +1,17 @@
 """Exports: the public layout loads where the public checkpoint does, to the bit; memory is a few tensors'."""
 
+import json
 import shutil
 import threading
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+import bifrost
 import ranked
 import runs
 from bifrost.trainer.checkpoint.export import _base, export
@@ -35,6 +39,20 @@ def test_public_layout_is_complete_and_exact(run: Path, tmp_path: Path) -> None:
     base = load_file(locate("builtin:tiny") / "model.safetensors")
     assert exported.keys() == {f"vision_language_model.{name}" for name in base}
     assert all(torch.equal(exported[f"vision_language_model.{name}"], base[name]) for name in base)
+
+
+@pytest.mark.parametrize("layout", ["public", "hf"])
+def test_the_model_card_is_of_this_run(run: Path, tmp_path: Path, layout: Literal["public", "hf"]) -> None:
+    """tests/checkpoint/test_model_card.py has the licences of other bases."""
+    export(run, tmp_path / "out", layout)
+    found = ModelCard.load(tmp_path / "out" / "README.md")
+    assert found.data.license == "cc-by-sa-4.0"
+    versions = json.loads((run / "environment.json").read_text())["versions"]
+    assert versions["bifrost-train"] == bifrost.__version__
+    assert f"torch {versions['torch']}" in found.text and f"bifrost {bifrost.__version__}" in found.text
+    assert f"`{runs.steps(run)[-1]['digest']}`" in found.text
+    assert "| step | 3 |" in found.text and "| samples | 24 |" in found.text
+    assert ("contain weights of" in found.text) == (layout == "public")
 
 
 def test_average_and_bf16(run: Path, tmp_path: Path) -> None:

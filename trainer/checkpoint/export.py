@@ -18,6 +18,7 @@ from ..models.weights import WeightFiles, is_trained, public_base_name, public_n
 from ..stages.controlnet import ControlNetStage
 from ..stages.patch_latents import grid_side
 from .durable import Piece, safetensors_parts, write_file
+from .model_card import CARD, card
 from .reader import CheckpointReader
 from .store import Store
 
@@ -36,7 +37,7 @@ def export(
 
     Stage 1, public: frozen base and trained part under the public release's names; hf: the trained part alone, its
     modules named as transformers names them, with the recipe as `config.json`. Stage 2: the `flux_controlnet` folder,
-    which is both. One tensor is in memory at a time. RunError
+    which is both. Each has a model card with the licences of its bases. One tensor is in memory at a time. RunError
     when `out` is not empty, or the run has no such checkpoint or no average.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -57,6 +58,9 @@ def export(
             _write_branch(partial, recipe, layout, pieces, reader, dtype)
             config = {"step": reader.step, "weights": slot, "recipe": recipe.model_dump(mode="json")}
             (partial / "config.json").write_text(json.dumps(config, indent=2))
+        with_base = recipe.stage != "controlnet" and layout == "public"
+        text = card(run, recipe, reader, slot, str(dtype).removeprefix("torch."), with_base)
+        (partial / CARD).write_text(text, encoding="utf-8")
         partial.replace(out)
     return reader.step
 

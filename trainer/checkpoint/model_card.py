@@ -1,0 +1,189 @@
+"""The model card of an export: what the weights are, what they were trained from, and under which licences.
+
+A card is the `README.md` of a model folder, with the metadata that the Hugging Face hub reads at its top.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ...recipes import Recipe, to_yaml
+from ...recipes.secrets import redact
+from ..report.files import read_json
+from ..versions import BIFROST
+from .reader import CheckpointReader
+
+CARD = "README.md"
+PAPER = "https://arxiv.org/abs/2508.05954"
+
+log = logging.getLogger(__name__)
+
+
+class Licence(NamedTuple):
+    """name: in words. id: as the hub's metadata has it, one of its own or a name. link: to the text."""
+
+    name: str
+    id: str
+    link: str
+    common: bool = False
+    """Whether `id` is one of the hub's own licence ids."""
+
+
+APACHE = Licence("Apache License 2.0", "apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0", common=True)
+LICENCES = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": Licence(
+        "Qwen Research License (no commercial use)",
+        "qwen-research",
+        "https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct/blob/main/LICENSE",
+    ),
+    "Qwen/Qwen2.5-VL-7B-Instruct": APACHE,
+    "black-forest-labs/FLUX.1-dev": Licence(
+        "FLUX.1 [dev] Non-Commercial License",
+        "flux-1-dev-non-commercial-license",
+        "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
+    ),
+}
+"""By hub id: those of the bases that the shipped recipes name, as their model cards state them."""
+OPENMOJI = Licence(
+    "CC BY-SA 4.0: trained on drawings of OpenMoji (https://openmoji.org)",
+    "cc-by-sa-4.0",
+    "https://creativecommons.org/licenses/by-sa/4.0/",
+    common=True,
+)
+"""Of the models that come with the package, `builtin:NAME`."""
+
+
+def licence_of(path: str) -> Licence | None:
+    """Licence of the base at `path`: `builtin:NAME`, a hub id, or a folder with a model card. None where unknown.
+
+    Nothing is downloaded. A card that cannot be read is logged and counts as none.
+    """
+    if path.startswith("builtin:"):
+        return OPENMOJI
+    card = Path(path) / CARD
+    if path in LICENCES or not card.is_file():
+        return LICENCES.get(path)
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        metadata = metadata_load(card) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        log.warning("%s: its licence cannot be read (%s); state it in the new card yourself", card, error)
+        return None
+    found = metadata.get("license")
+    if not isinstance(found, str):
+        return None
+    if found != "other":
+        return Licence(found, found, str(metadata.get("license_link") or f"the card of {Path(path).name}"), common=True)
+    name = str(metadata.get("license_name") or "other")
+    return Licence(name, name, str(metadata.get("license_link") or f"the card of {Path(path).name}"))
+
+
+def card(run: Path, recipe: Recipe, reader: CheckpointReader, slot: str, dtype: str, with_base: bool) -> str:
+    """Text of the card of weights exported from `reader`, a checkpoint of the run in folder `run`.
+
+    slot: `master` or `ema`. with_base: whether the frozen base is in the folder too.
+    """
+    state: dict[str, Any] = reader.state
+    progress = state.get("progress", {})
+    environment = read_json(run / "environment.json") or {}
+    trained = environment.get("versions", {})
+    rows = [
+        ("recipe", f"`{recipe.name}`, stage `{recipe.stage}`"),
+        ("step", f"{reader.step:,}"),
+        ("samples", f"{progress['samples']:,}" if "samples" in progress else "unknown"),
+        ("weights", f"{'moving average (EMA)' if slot == 'ema' else 'as trained'}, {dtype}"),
+        ("data digest", f"`{progress.get('digest') or 'unknown'}`"),
+        ("shards fingerprint", f"`{state.get('data') or 'unknown'}`"),
+        ("frozen base, SHA-256", f"`{state.get('backbone') or 'unknown'}`"),
+        ("trained with", ", ".join(f"{name} {version}" for name, version in trained.items()) or "unknown"),
+        ("exported with", f"bifrost {BIFROST}"),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    settings = redact(to_yaml(recipe)).strip()
+    return f"""---
+{_metadata(recipe)}
+---
+
+# {recipe.name}
+
+{_what(recipe, with_base)}
+Method: [Bifrost-1]({PAPER}).
+
+## Training
+
+| | |
+|---|---|
+{table}
+
+Equal data digests mean the same training samples in the same order.
+
+## Licences
+
+{_licences(recipe, with_base)}
+
+## Recipe
+
+```yaml
+{settings}
+```
+"""
+
+
+def bases(recipe: Recipe) -> dict[str, str]:
+    """Role -> path of the models that the weights were trained from, that whose layers were copied first."""
+    backbone = {"multimodal LLM": recipe.backbone.path}
+    if recipe.stage != "controlnet":
+        return backbone
+    assert recipe.flux is not None  # the stage requires it
+    return {"image generator": recipe.flux.path, **backbone}
+
+
+def _what(recipe: Recipe, with_base: bool) -> str:
+    if recipe.stage == "controlnet":
+        return (
+            "Stage 2 of Bifrost-1: the latent ControlNet, which conditions a frozen FLUX on the patch latents of a"
+            " multimodal LLM's vision encoder. Use it with `bifrost generate --controlnet THIS_FOLDER`."
+        )
+    content = "with the frozen multimodal LLM that it extends" if with_base else "without the multimodal LLM"
+    return (
+        f"Stage 1 of Bifrost-1: the visual generation branch, which predicts the patch latents of an image from its"
+        f" caption, {content}. Use it with `bifrost generate --mllm THIS_FOLDER`."
+    )
+
+
+def _metadata(recipe: Recipe) -> str:
+    from huggingface_hub import ModelCardData
+
+    paths = list(bases(recipe).values())
+    found = licence_of(paths[0])
+    on_hub = [path for path in paths if path.count("/") == 1 and not Path(path).is_dir()]
+    data = ModelCardData(
+        base_model=on_hub or None,
+        license=(found.id if found.common else "other") if found else None,
+        license_name=found.id if found and not found.common else None,
+        license_link=found.link if found and not found.common else None,
+        pipeline_tag="text-to-image",
+        tags=["bifrost-1", "latent-controlnet" if recipe.stage == "controlnet" else "visual-generation-branch"],
+    )
+    return data.to_yaml().strip()
+
+
+def _licences(recipe: Recipe, with_base: bool) -> str:
+    lines = []
+    for role, path in bases(recipe).items():
+        found = licence_of(path)
+        name = Path(path).name if Path(path).is_dir() else path  # the folders above are nobody's business
+        known = f"{found.name}, {found.link}" if found else "unknown to Bifrost; see its own model card"
+        lines.append(f"- {role} `{name}`: {known}")
+    kind = "contain weights of, and are trained from," if with_base else "are trained from"
+    return (
+        f"These weights {kind} the following models, whose licences apply to them:\n\n"
+        + "\n".join(lines)
+        + "\n- training images and captions: not recorded; their owners' terms may apply as well\n\n"
+        "The software is licensed under Apache-2.0; that licence does not cover the weights."
+    )
