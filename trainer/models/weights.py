@@ -23,6 +23,7 @@ from ..errors import RunError
 from ..ranks import Gather, alone
 from .quantization import FLOAT, REMEDY, hidden, quantized
 from .safetensors_files import StoredTensors, weight_files
+from .unread import unread_neighbours
 
 
 class Source(Protocol):
@@ -75,7 +76,8 @@ class WeightFiles:
         return self._stored.tensor(name).flatten()[lo:hi]
 
     def require(self, names: Iterable[str]) -> None:
-        """RunError unless all `names` are there as floats, or are read as such."""
+        """RunError unless all `names` are there as floats, or read as such, and nothing next to them is left over."""
+        names = list(names)
         missing = [name for name in names if self.shape(name) is None]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -83,6 +85,19 @@ class WeightFiles:
         for name in names:
             if name not in self._quantized and (dtype := self._stored.dtype(name)) not in FLOAT:
                 raise _no_float(self.path, name, dtype)
+        self.refuse_unread(names)
+
+    def refuse_unread(self, names: Iterable[str]) -> None:
+        """RunError for a stored tensor next to `names`, which are read, that nothing reads."""
+        read = {part for name in names for part in (name, *self._parts(name))}
+        if not (found := unread_neighbours(self._stored, read)):
+            return
+        name, weight = found[0]
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise RunError(
+            f"{self.path}: {name}{more} is stored next to {weight}, and nothing here reads it. A scale of quantized"
+            f" weights: {REMEDY}; an adapter: merge it into the weights; else these are another model's weights"
+        )
 
     def content_hash(self, names: Iterable[str], rank: int = 0, ranks: int = 1, gather: Gather = alone) -> str:
         """sha256 over names, types, shapes and bytes of `names` as stored; the work is spread over the ranks."""
@@ -158,11 +173,14 @@ class Drawn:
 def fill(parameters: Mapping[str, nn.Parameter], source: Source, where: object) -> None:
     """Set every parameter, named as in `source`, from it: this rank's slice, or all of it without ZeRO.
 
-    RunError names the tensors that are missing, of another shape, or no floats where the parameter is one.
+    RunError names the tensors that are missing, of another shape, no floats where the parameter is one, or stored next
+    to those in a model's files and not read.
     """
     missing = [name for name in parameters if source.shape(name) is None]
     if missing:
         raise RunError(f"{where}: {len(missing)} tensors are missing, {', '.join(missing[:3])} …; is it complete?")
+    if isinstance(source, WeightFiles):
+        source.refuse_unread(parameters)
     for name, parameter in parameters.items():
         wanted, found = full_shape(parameter), source.shape(name)
         if wanted != found:

@@ -4,6 +4,7 @@ The fixtures and what is expected of them come from the libraries (tests/support
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,11 @@ def test_every_weight_equals_the_librarys_to_the_bit(folder: Path) -> None:
     for name, wanted in expected.items():
         assert files.shape(name) == wanted.shape
         assert torch.equal(files.full(name).to(torch.bfloat16), wanted), name
-        parameter = nn.Parameter(torch.empty(wanted.shape, dtype=torch.bfloat16), requires_grad=False)
-        fill({name: parameter}, files, folder)
-        assert torch.equal(parameter, wanted)
+    parameters = {
+        name: nn.Parameter(torch.empty_like(wanted), requires_grad=False) for name, wanted in expected.items()
+    }
+    fill(parameters, files, folder)
+    assert all(torch.equal(parameters[name], wanted) for name, wanted in expected.items())
 
 
 def test_each_rank_reads_its_own_slice(folder: Path) -> None:
@@ -172,6 +175,79 @@ def test_a_parameter_that_is_no_float_is_refused(tmp_path: Path, dtype: torch.dt
     save_file({"weight": torch.tensor([7, 7])}, tmp_path / "model.safetensors")
     fill({"weight": counter}, WeightFiles(tmp_path), tmp_path)  # type: ignore[dict-item]  # a buffer that counts
     assert counter.tolist() == [7, 7]
+
+
+UNKNOWN = (
+    "model.layers.0.mlp.up_proj.scale",
+    "model.layers.0.mlp.up_proj.weight_amax",
+    "model.layers.0.mlp.up_proj._amax",
+    "model.layers.0.mlp.up_proj.input_scale_inv",
+    "model.layers.0.mlp.up_proj.weight.factor",
+    "model.layers.0.mlp.up_proj.weight_quantizer._amax",
+    "model.layers.0.mlp.up_proj.lora_A.default.weight",
+    "model.layers.0.mlp.up_proj.bias",
+    "model.layers.0.mlp.up_proj_scale",
+    "model.layers.0.mlp.smooth",
+    "x_embedder_scale",
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_tensor_next_to_a_weight_that_nothing_reads_is_refused(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    weights = {each: torch.ones(2, 2).to(dtype) for each in ("model.layers.0.mlp.up_proj.weight", "x_embedder.weight")}
+    save_file({**weights, name: torch.full((1,), 3e-3)}, tmp_path / "model.safetensors")
+    files = WeightFiles(tmp_path)
+    parameters = {each: nn.Parameter(torch.zeros(2, 2), requires_grad=False) for each in weights}
+    wanted = re.escape(name) + ".*next to .*weight, .*unquantized" if dtype is torch.bfloat16 else "stored (as|next to)"
+    for read in (lambda: files.require(weights), lambda: fill(parameters, files, tmp_path)):
+        with pytest.raises(RunError, match=wanted):
+            read()
+    assert not any(parameter.any() for parameter in parameters.values())
+
+
+HARMLESS = (
+    "model.layers.0.self_attn.rotary_emb.inv_freq",  # Llama and Qwen of older transformers
+    "visual.rotary_pos_emb.inv_freq",
+    "lm_head.weight",
+    "text_model.embeddings.position_ids",  # CLIP: in the hub's clip-vit-large-patch14
+    "logit_scale",
+    "text_projection.weight",
+    "vision_model.embeddings.class_embedding",
+    "encoder.embed_tokens.weight",  # T5: its table, stored twice
+    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+    "model.layers.0.mlp.up_proj.input_scale",  # of activations
+)
+
+
+def test_what_real_checkpoints_hold_beside_is_accepted(tmp_path: Path) -> None:
+    read = (
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.norm.weight",
+        "visual.patch_embed.proj.weight",
+        "text_model.embeddings.position_embedding.weight",
+        "text_model.final_layer_norm.weight",
+        "encoder.block.0.layer.0.SelfAttention.q.weight",
+        "encoder.final_layer_norm.weight",
+        "shared.weight",
+        "mask_token",
+    )
+    tensors = {name: torch.ones(2, 2) for name in (*read, *HARMLESS, "learnable_pos_emb")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    files = WeightFiles(tmp_path)
+    files.require(read)
+    fill({name: nn.Parameter(torch.zeros(2, 2), requires_grad=False) for name in read}, files, tmp_path)
+
+
+def test_a_scale_that_a_known_scheme_has_not_is_refused(folder: Path) -> None:
+    tensors, expected = load_file(folder / "model.safetensors"), load_file(folder / "expected.safetensors")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        about = file.metadata()
+    extra = {"visual.blocks.0.attn.qkv.second_scale": torch.ones(1)}
+    save_file({**tensors, **extra}, folder / "model.safetensors", about)
+    with pytest.raises(RunError, match=r"qkv\.second_scale is stored next to"):
+        WeightFiles(folder).require(expected)
 
 
 def test_scales_of_activations_change_no_weight(tmp_path: Path) -> None:
