@@ -25,6 +25,8 @@ def caption_of(value: Any) -> tuple[str | bytes, int]:
         texts = [name for name, each in value.items() if isinstance(each, str)]
         name = known[0] if known else texts[0] if len(texts) == 1 else None
         if name is None:
-            raise ValueError(f"the caption is an object without {' or '.join(CAPTION_COLUMNS)}: {', '.join(value)}")
+            raise ValueError(
+                f"the caption is an object without {' or '.join(CAPTION_COLUMNS)}: {', '.join(value) or 'it is empty'}"
+            )
         return caption_of(value[name])
     raise ValueError(f"the caption is no text but {value!r:.40}")

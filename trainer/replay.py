@@ -132,7 +132,7 @@ def _checkpoint(run: Path, place: Place, step: int | None) -> CheckpointReader |
         return None
     if step is not None:
         if step not in store.steps():
-            raise RunError(f"{store.root} holds no checkpoint of step {step}; it holds {store.steps()}")
+            raise RunError(f"{store.root} holds no checkpoint of step {step}; it holds {store.steps() or 'none'}")
         if problems := store.verify(step):
             raise RunError("; ".join(problems))
         return CheckpointReader(store.folder(step))

@@ -111,7 +111,7 @@ def _checkpoint(run: Path, step: int | None, slot: str) -> CheckpointReader:
             raise RunError(f"{run}: has no checkpoint that verifies")
         return reader
     if step not in store.steps():
-        raise RunError(f"{run}: has no checkpoint of step {step}, there are {store.steps()}")
+        raise RunError(f"{run}: has no checkpoint of step {step}, there are {store.steps() or 'none'}")
     problems = store.verify(step, slots=(slot,))
     if problems:
         raise RunError("; ".join(problems))

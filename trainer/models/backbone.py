@@ -125,8 +125,7 @@ def read_config(folder: Path) -> Any:  # a Qwen2_5_VLConfig, whose annotations p
     try:
         config = Qwen2_5_VLConfig.from_dict(stated)
     except Exception as error:  # its checks raise many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunError(f"{file}: is no configuration of a Qwen2.5-VL ({reason}); fetch it again") from error
+        raise RunError(f"{file}: is no configuration of a Qwen2.5-VL ({described(error)}); fetch it again") from error
     _require_pixels(folder)
     return config
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from ...data.retry import described
 from ..errors import RunError
 
 SENTENCE = "a red apple"
@@ -60,8 +61,9 @@ def _remedy(folder: Path, error: Exception) -> str:
             if not _installed(package):
                 name = package.removeprefix("google.")
                 return f"spiece.model needs the package {name} (pip install {name}), or fetch tokenizer.json"
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"fetch the model's tokenizer files again ({reason[:200]})"
+    if not (folder / "tokenizer.json").is_file():
+        return f"fetch tokenizer.json, which is missing ({described(error)})"
+    return f"fetch the model's tokenizer files again ({described(error)})"
 
 
 def _installed(package: str) -> bool:

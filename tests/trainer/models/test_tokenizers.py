@@ -1,6 +1,7 @@
 """A tokenizer that gives every caption the same tokens, or is another model's, is refused before training."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,28 @@ def test_a_qwen_whose_files_do_not_fit(qwen: Path, reason: str) -> None:
     BREAK[reason](qwen)
     with pytest.raises(RunError, match=reason):
         load_tokenizer(qwen)
+
+
+def test_a_missing_tokenizer_json_is_named_in_one_whole_line(qwen: Path) -> None:
+    """transformers' own message goes over several lines, the first of which ends in "from one of:"."""
+    (qwen / "tokenizer.json").unlink()
+    with pytest.raises(RunError) as caught:
+        load_tokenizer(qwen)
+    line = str(caught.value)
+    assert "\n" not in line and "fetch" in line and "tokenizer.json" in line, line
+    assert not re.search(r": *\)", line) and len(line) < 500, line
+
+
+def test_the_whole_reason_of_a_reader_is_quoted(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unread(*_: object, **__: object) -> None:
+        raise ValueError("Couldn't instantiate the backend tokenizer from one of: \n(1) a library file, \n(2) another.")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", unread)
+    with pytest.raises(RunError, match=r"files again \(Couldn't .* from one of: \(1\) a library file, \(2\) another"):
+        open_tokenizer(qwen, ROWS)
+    (qwen / "tokenizer.json").unlink()
+    with pytest.raises(RunError, match=r"fetch tokenizer\.json, which is missing \(Couldn't .* \(2\) another"):
+        open_tokenizer(qwen, ROWS)
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
