@@ -134,17 +134,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
+Source = Callable[[_Handler, bytes, "str | None"], tuple[int, dict[str, str], bytes]]
+"""(request, its body, fault of this request) -> status, headers, body."""
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
     plan: Plan
-    source: Callable[[_Handler, bytes, str | None], tuple[int, dict[str, str], bytes]]
+    source: Source
 
     def handle_error(self, *_: object) -> None:
         pass
 
 
-def _folder(folder: Path) -> Callable[[_Handler, bytes, str | None], tuple[int, dict[str, str], bytes]]:
+def _folder(folder: Path) -> Source:
     def answer(handler: _Handler, sent: bytes, fault: str | None) -> tuple[int, dict[str, str], bytes]:
         if handler.command not in ("GET", "HEAD"):
             return 405, {}, b"a folder that is only read"
@@ -175,7 +179,7 @@ def _folder(folder: Path) -> Callable[[_Handler, bytes, str | None], tuple[int, 
     return answer
 
 
-def _proxy(host: str, port: int) -> Callable[[_Handler, bytes, str | None], tuple[int, dict[str, str], bytes]]:
+def _proxy(host: str, port: int) -> Source:
     def answer(handler: _Handler, sent: bytes, fault: str | None) -> tuple[int, dict[str, str], bytes]:
         headers = {name: value for name, value in handler.headers.items() if name.lower() != "connection"}
         if fault == "ignore-range":
@@ -205,13 +209,16 @@ def _proxy(host: str, port: int) -> Callable[[_Handler, bytes, str | None], tupl
 
 
 @contextlib.contextmanager
-def serving(source: Path | str, plan: Plan | None = None, port: int = 0) -> Iterator[tuple[str, Plan]]:
-    """A server of a folder, or before the server at an `http://host:port` address; yields its own address and plan."""
+def serving(source: Path | str | Source, plan: Plan | None = None, port: int = 0) -> Iterator[tuple[str, Plan]]:
+    """A server of a folder, of what a function answers, or before the server at an `http://host:port` address; yields
+    its own address and plan."""
     plan = plan or Plan()
     server = _Server(("127.0.0.1", port), _Handler)
     server.plan = plan
     if isinstance(source, Path):
         server.source = _folder(source)
+    elif callable(source):
+        server.source = source
     else:
         host, _, number = source.removeprefix("http://").partition(":")
         server.source = _proxy(host, int(number))

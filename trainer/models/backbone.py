@@ -6,6 +6,7 @@ Legend: B samples, T text tokens of one, N patches after the tower's merger, D h
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,12 +85,10 @@ def from_cache() -> Iterator[None]:
 
 
 def _fetch(path: str, revision: str | None, weights: str, where: str) -> Path:
-    from huggingface_hub import snapshot_download
-
     wanted = [weights, "*.json", "*.txt", "*.jinja", "*.model"]
     options = {"revision": revision, "allow_patterns": wanted, "local_files_only": _cache_only}
     try:
-        return Path(retrying(lambda: snapshot_download(path, **options), where))
+        return Path(retrying(lambda: _snapshot(path, **options), where))
     except Exception as error:  # the hub's client raises many kinds; all mean that the model is not to be had
         if is_transient(error):
             raise failure(where, error) from error
@@ -106,6 +105,21 @@ def _fetch(path: str, revision: str | None, weights: str, where: str) -> Path:
                 " on the hub, and set HF_TOKEN"
             ) from error
         raise RunError(f"{where}: cannot be downloaded ({described(error)}); give a local folder instead") from error
+
+
+def _snapshot(path: str, **options: Any) -> str:
+    """huggingface_hub's `snapshot_download`, with answers that end early as what they are: where no length was stated
+    it raises the error of a JSON reader, or an OSError without a number that only its text tells from a full disk."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(path, **options)
+    except json.JSONDecodeError as error:
+        raise ConnectionError(f"an answer ended early or is not the hub's ({error})") from error
+    except OSError as error:
+        if "Consistency check failed" not in str(error):
+            raise
+        raise ConnectionError("a file ended early") from error
 
 
 def architecture(path: str, revision: str | None = None, setting: str = "backbone.path") -> Path:

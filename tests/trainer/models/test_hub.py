@@ -1,85 +1,154 @@
-"""Models of the hub: asked for by one rank per node, once per process; what may pass is asked again."""
+"""Models of the hub: asked for by one rank per node, once per process; what may pass is asked again.
 
+The hub is a server on loopback, and its client the real huggingface_hub.
+"""
+
+import hashlib
+import math
+import os
+import re
+import sys
+import time
+import types
+from collections import Counter
+
+import hub_server
 import huggingface_hub
 import pytest
-import requests
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, file_download
+from huggingface_hub.utils import _http
 
 from bifrost.data import DataLost, retry
 from bifrost.recipes import load_recipe
-from bifrost.trainer import inputs
+from bifrost.trainer import cli, inputs
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models import backbone
+from faulty_server import Rule, free_port
 
-
-class Response:
-    headers = {}  # noqa: RUF012
-    request = None
-
-    def __init__(self, status):
-        self.status_code = status
-
-
-def wrapped(error):
-    """As the hub's client raises it where its cache is empty."""
-    outer = LocalEntryNotFoundError("An error happened while trying to locate the file on the Hub")
-    outer.__cause__ = error
-    return outer
+FILES = {
+    "config.json": b'{"model_type": "qwen2_5_vl"}',
+    "model.safetensors": bytes(range(256)) * 40,
+    "notes.md": b"not asked for",
+}
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """Replaces the hub's client: raises each error in turn, then answers; what it was asked."""
-    asked, errors = [], []
+    """The plan of a hub that has the models owner/name and owner/gated."""
+    with hub_server.hub({"owner/name": FILES, "owner/gated": FILES}, gated="owner/gated") as (address, plan):
+        use(monkeypatch, address, tmp_path)
+        yield plan
 
-    def snapshot_download(path, **options):
-        asked.append((path, options["revision"], options["local_files_only"]))
-        if errors:
-            raise errors.pop(0)
-        return str(tmp_path)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(backbone, "_fetched", {})
+def use(monkeypatch, address, tmp_path):
+    """What HF_ENDPOINT=address, HF_HUB_OFFLINE=0 and an HF_HUB_CACHE set when the client is imported. No pauses."""
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    quick = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    for module in (_http, file_download):
+        monkeypatch.setattr(module, "time", quick)
     monkeypatch.setattr(retry, "_sleep", lambda seconds: None)
-    return asked, errors
+    monkeypatch.setattr(backbone, "_fetched", {})
 
 
-def test_what_may_pass_is_asked_again(hub, tmp_path):
-    asked, errors = hub
-    errors += [HfHubHTTPError("503", response=Response(503)), wrapped(requests.ConnectionError("refused"))]
-    assert backbone.locate("owner/name", "abc") == tmp_path
-    assert asked == [("owner/name", "abc", False)] * 3
-    backbone.locate("owner/name", "abc")
-    assert len(asked) == 3, "once per process"
-    backbone.locate("owner/name", "def")
-    assert asked[3] == ("owner/name", "def", False)
+def held(folder):
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
-def test_a_hub_that_is_away_is_lost(hub):
-    _, errors = hub
-    errors += [wrapped(HfHubHTTPError("503 Service Unavailable", response=Response(503))) for _ in range(50)]
-    with pytest.raises(DataLost, match=r"^backbone\.path=owner/name: 503 Service Unavailable; check the storage"):
+WANTED = {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items() if name != "notes.md"}
+
+
+@pytest.mark.parametrize("fault", ["503", "429", "500", "reset", "cut", "cut-unstated"])
+@pytest.mark.parametrize("path", ["/revision/", "/tree/", "config.json", "model.safetensors"])
+def test_what_may_pass_is_asked_again_and_the_bytes_are_right(hub, fault, path):
+    hub.rules.append(Rule(fault, path, times=2))
+    assert held(backbone.locate("owner/name")) == WANTED
+    assert hub.fired[fault] == 2
+
+
+def test_a_model_is_asked_for_once_per_process(hub):
+    backbone.locate("owner/name", hub_server.COMMIT)
+    asked = len(hub.asked)
+    backbone.locate("owner/name", hub_server.COMMIT)
+    assert len(hub.asked) == asked
+    backbone.locate("owner/name", "main")
+    assert len(hub.asked) > asked
+
+
+@pytest.mark.parametrize("fault", ["503", "429", "reset", "cut", "cut-unstated"])
+@pytest.mark.parametrize("path", ["/revision/", "model.safetensors"])
+def test_a_hub_that_is_away_is_lost(hub, fault, path):
+    hub.rules.append(Rule(fault, path, math.inf))
+    with pytest.raises(DataLost, match=r"^backbone\.path=owner/name: .*; check the storage") as caught:
+        backbone.locate("owner/name")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_does_not_answer_is_lost(monkeypatch, tmp_path):
+    use(monkeypatch, f"http://127.0.0.1:{free_port()}", tmp_path)
+    with pytest.raises(DataLost, match=r"^backbone\.path=owner/name: .*; check the storage or the network"):
         backbone.locate("owner/name")
 
 
 def test_a_model_that_is_not_there_is_refused(hub):
-    asked, errors = hub
-    errors.append(RepositoryNotFoundError("404 Client Error", response=Response(404)))
-    with pytest.raises(RunError, match=r"cannot be downloaded \(404 Client Error\); give a local folder") as caught:
-        backbone.locate("owner/name")
-    assert len(asked) == 1 and not caught.value.passing
+    with pytest.raises(RunError, match=r"^backbone\.path=owner/none: .*404.*; give a local folder") as caught:
+        backbone.locate("owner/none")
+    assert "\n" not in str(caught.value) and not caught.value.passing
+    assert max(Counter(hub.asked).values()) == 1, "asked again"
+
+
+@pytest.mark.parametrize("revision", ["66285546", "f" * 40])
+def test_a_revision_of_another_model_says_what_to_set(hub, revision):
+    """As with a recipe's own, when its `backbone.path` alone is overridden."""
+    for setting in ("backbone", "flux"):
+        with pytest.raises(RunError) as caught:
+            backbone.locate("owner/name", revision, f"{setting}.path")
+        assert str(caught.value) == (
+            f"{setting}.path=owner/name: {setting}.revision={revision} does not exist there; set {setting}.revision="
+            "null, or to a commit of this model"
+        )
+        assert not caught.value.passing
+
+
+@pytest.mark.parametrize("status", ["401", "403", "gated"])
+def test_a_model_that_is_closed_says_what_to_do(hub, status):
+    if status != "gated":
+        hub.rules.append(Rule(status, times=math.inf))
+    name = "owner/gated" if status == "gated" else "owner/name"
+    with pytest.raises(
+        RunError, match=rf"^backbone\.path={name}: .*accept its licence on the hub, and set HF_TOKEN$"
+    ) as caught:
+        backbone.locate(name)
+    assert "\n" not in str(caught.value) and max(Counter(hub.asked).values()) == 1
+
+
+@pytest.mark.parametrize(("fault", "code"), [("503", 74), ("401", 2), ("404", 2)])
+def test_the_command_ends_with_the_code_of_its_error(hub, monkeypatch, capsys, fault, code):
+    hub.rules.append(Rule(fault, times=math.inf))
+    monkeypatch.setattr(sys, "argv", ["bifrost", "train", "tiny-mllm", "--dry-run", "backbone.path=owner/name"])
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    assert len(re.findall("^error: .*backbone.path=owner/name: .*$", capsys.readouterr().err, re.M)) == 1
 
 
 @pytest.mark.parametrize("local", [0, 1])
 def test_one_rank_of_each_node_asks_the_hub(hub, monkeypatch, shards, local):
-    asked, _ = hub
-    order = []
+    order, only_cache = [], []
+    download = huggingface_hub.snapshot_download
+
+    def seen(path, **options):
+        only_cache.append(options["local_files_only"])
+        return download(path, **options)
+
+    backbone.locate("owner/name")
+    monkeypatch.setattr(backbone, "_fetched", {})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", seen)
     monkeypatch.setenv("LOCAL_RANK", str(local))
     monkeypatch.setattr(inputs, "open_stage", lambda recipe: order.append(backbone.locate("owner/name")))
     recipe = load_recipe("tiny-mllm", [f"data.shards={shards}/train-*.tar", "global_batch=4", "micro_batch=2"])
@@ -88,34 +157,9 @@ def test_one_rank_of_each_node_asks_the_hub(hub, monkeypatch, shards, local):
         order.append("gather")
         return [value]
 
+    before = len(hub.asked)
     inputs.open_inputs(recipe, 2, gather=gather)
-    assert {only_cache for _, _, only_cache in asked} == {local > 0}
+    assert set(only_cache) == {local > 0}
     if local:
+        assert len(hub.asked) == before
         assert order.index("gather") < len(order) - 1 and order[-1] != "gather", "after the first rank"
-
-
-def test_a_revision_of_another_model_says_what_to_set(hub):
-    """As with a recipe's own, when its `backbone.path` alone is overridden."""
-    _, errors = hub
-    for setting in ("backbone", "flux"):
-        errors.append(RevisionNotFoundError("404 Client Error", response=Response(404)))
-        with pytest.raises(RunError) as caught:
-            backbone.locate("owner/name", "66285546", f"{setting}.path")
-        assert str(caught.value) == (
-            f"{setting}.path=owner/name: {setting}.revision=66285546 does not exist there; set {setting}.revision=null,"
-            " or to a commit of this model"
-        )
-        assert not caught.value.passing
-
-
-@pytest.mark.parametrize(
-    "error", [GatedRepoError("gated", response=Response(403)), HfHubHTTPError("401", response=Response(401))]
-)
-def test_a_model_that_is_gated_says_what_to_do(hub, error):
-    asked, errors = hub
-    errors.append(wrapped(error))
-    with pytest.raises(
-        RunError, match=r"^backbone\.path=owner/name: .*accept its licence on the hub, and set HF_TOKEN$"
-    ):
-        backbone.locate("owner/name")
-    assert len(asked) == 1
