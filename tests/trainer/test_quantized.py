@@ -59,11 +59,12 @@ def trained(arguments: list[str]) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("zero.hpz=2",), ("backbone.placement=replicated",)])
 def test_weights_in_8_bits_train_nearly_alike(more: tuple[str, ...], shards: Path, tmp_path: Path) -> None:
-    settings = ("steps=8", "micro_batch=1", "zero.persistence_threshold=1000", *more)
+    ranks = 4 if "zero.hpz=2" in more else 2  # 4: two nodes of two
+    settings = ("steps=5", "micro_batch=1", "zero.persistence_threshold=1000", *more)
     losses = {}
     for name, ends in {"whole": (), "rounded": (WEIGHTS,)}.items():
-        ended = ranked.run(trained, 4, runs.arguments(shards, tmp_path / name, *settings, *ends)[2:])
-        assert [rank.code for rank in ended] == [0] * 4, ended[0].err
+        ended = ranked.run(trained, ranks, runs.arguments(shards, tmp_path / name, *settings, *ends)[2:])
+        assert [rank.code for rank in ended] == [0] * ranks, ended[0].err
         assert (ended[0].value > 0) == (name == "rounded")
         losses[name] = runs.losses(tmp_path / name / "tiny-mllm")
     assert losses["rounded"] != losses["whole"]

@@ -1,8 +1,6 @@
 """A step's batch rebuilt in one process is the one that the ranks trained on, sample by sample."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +17,9 @@ pytestmark = [pytest.mark.multi, pytest.mark.slow]
 
 
 def replay(run: Path, *arguments: str) -> dict:
-    printed = subprocess.run(
-        [sys.executable, "-m", "bifrost.trainer", "replay", str(run), "--json", *arguments],
-        capture_output=True,
-        text=True,
-    )
-    assert printed.returncode == 0, printed.stderr
-    return json.loads(printed.stdout)
+    (ended,) = ranked.bifrost(1, "replay", str(run), "--json", *arguments)
+    assert ended.code == 0, ended.err
+    return json.loads(ended.out)
 
 
 def train_and_keep(arguments: list[str], step: int, spike: float | None) -> list[dict]:
