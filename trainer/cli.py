@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -28,14 +29,14 @@ from .bench.cli import app as bench_app
 from .changes import finished
 from .checkpoint.cli import app as checkpoint_app
 from .doctor.cli import doctor
-from .errors import Locked, RunError, Unhealthy, Unmet, foreseen, renamed
+from .errors import Locked, RunError, Unhealthy, Unmet, foreseen, lost_rank, renamed
 from .evaluate_cli import evaluate
 from .examples import add_examples
 from .generate_cli import generate
 from .init_cli import init
-from .launch import adopt_rank, devices, run_child, run_ranks
+from .launch import adopt_rank, devices, lost_file, run_child, run_ranks
 from .monitors.goodput_cli import goodput
-from .monitors.stop import ignore_signals
+from .monitors.stop import PHASE_FILE, ignore_signals
 from .monitors.track_cli import app as track_app
 from .options import Overrides, RanksOption, RecipeArgument
 from .plan_cli import plan
@@ -283,7 +284,9 @@ def main() -> None:
         if hasattr(error, "format_message"):  # of a wrong command line: typer may bring a click of its own
             _refuse(error)
         if (found := foreseen(error)) is None:
-            raise
+            if (line := lost_rank(error)) is None or (rank := _rank()) is None:
+                raise
+            _leave_lost(error, rank, line)
         logging.getLogger(__name__).debug("%s", found, exc_info=error)
         if (rank := _rank()) is not None:  # it came on this rank alone: the others do not say it
             found = renamed(found, f"rank {rank}: {found}")
@@ -321,6 +324,24 @@ def _rank() -> int | None:
     except SlurmError:
         return None
     return int(found["RANK"]) if found and found["WORLD_SIZE"] != "1" else None
+
+
+def _leave_lost(error: Exception, rank: int, line: str) -> NoReturn:
+    """End a rank that lost another one: the traceback goes to its log, or is reduced to its place before there is one.
+    No outcome is recorded: the cause is the other rank's."""
+    logging.getLogger(__name__).info("%s", line, exc_info=error)
+    logs = [each.baseFilename for each in logging.getLogger().handlers if isinstance(each, logging.FileHandler)]
+    last = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if str(Path(__file__).parent) in frame.filename
+    ]
+    place = f"traceback in {logs[0]}" if logs else f"raised in {last[-1].filename}:{last[-1].lineno}"
+    text = redact(f"error: rank {rank}: {line}; {place}")
+    # The launcher knows which rank ended first, and prints one line for all of them.
+    if phase_file := os.environ.get(PHASE_FILE):
+        lost_file(Path(phase_file), rank).write_text(text)
+    else:
+        print(text, file=sys.stderr, flush=True)
+    os._exit(FAILED)
 
 
 def _fail(error: Exception, code: int) -> NoReturn:

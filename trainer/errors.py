@@ -53,6 +53,14 @@ class Unmet(RuntimeError):
     """A rank of this start did not come; the message is one line that names it. To be started again."""
 
 
+_DISTRIBUTED = {"RuntimeError", "DistError", "DistBackendError", "DistNetworkError", "DistStoreError"}
+"""Classes of the errors that torch.distributed raises; gloo's are plain RuntimeErrors."""
+_LOST_RANK = re.compile(
+    r"Connection (closed|reset) by (remote )?peer|Connection was likely closed|Broken pipe|Connection refused|"
+    r"gloo/.*(Timed out|timeout|Socket closed)|connectFullMesh failed|wait timeout after|Socket Timeout|"
+    r"ncclRemoteError|remote process exited|NCCL communicator was aborted",
+    re.DOTALL,
+)
 _DEVICE_FULL = re.compile(
     r"CUDA out of memory|CUDA error: out of memory|CUDA driver error: out of memory|HIP out of memory|"
     r"(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
@@ -82,6 +90,17 @@ def foreseen(error: BaseException) -> Exception | None:
     if verdict(error) is None:
         return None
     return failure(_place(links), error)
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """One line on a collective or a store that broke because another rank is gone; None for any other error, and where
+    another one is behind it."""
+    for link in causes(error):
+        if type(link).__name__ not in _DISTRIBUTED or not _LOST_RANK.search(str(link)):
+            return None
+    # gloo begins with the place in its own source.
+    text = re.sub(r"^\[\S*?:\d+\] ", "", _sentence(str(error)))
+    return f"lost the connection to another rank ({text}); the output of the rank that ended first has the cause"
 
 
 def renamed(error: Exception, text: str) -> Exception:

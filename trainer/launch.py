@@ -21,11 +21,11 @@ from types import FrameType
 from ..data.processes import die_with_parent
 from ..data.progress import progress
 from ..slurm import launched_by, private_folders, rank_environment
-from ..slurm.codes import DONE, FAILED, INTERRUPTED
+from ..slurm.codes import DONE, FAILED, INTERRUPTED, STOPPED
 from ..slurm.ranks import LAUNCHER_VARIABLES
 from .interrupt import interrupted, say
 from .lock import remove_lock_of
-from .monitors.stop import ENDING, PHASE_FILE, SAVED, SAVING, SIGNALS, STARTING, farewell
+from .monitors.stop import ENDING, NOT_BEGUN, PHASE_FILE, SAVED, SAVING, SIGNALS, STARTING, farewell
 
 GRACE_S = 10.0
 """After one rank has failed, how long the others may take to leave by themselves."""
@@ -128,6 +128,8 @@ class _Family:
         self.processes: list[subprocess.Popen] = []
         self.quit_at: float | None = None
         """`time.monotonic()` at which they are ended, once Ctrl-C has asked for that."""
+        self.stopped_by: str | None = None
+        """Name of the last stop signal other than Ctrl-C."""
         self._pressed_in: str | None = None
 
     @property
@@ -145,6 +147,8 @@ class _Family:
             elif self.quit_at is None:
                 self.quit_at = time.monotonic() + (QUIT_S if self.trains else 0)
                 say(farewell(phase) if self.trains else interrupted())
+        else:
+            self.stopped_by = signal.Signals(number).name
         for process in self.processes:
             if process.poll() is None and (self.trains or number != signal.SIGINT):
                 process.send_signal(number)
@@ -159,19 +163,34 @@ class _Family:
             failed = [code for code in codes if code]
             if None not in codes or (deadline and time.monotonic() > deadline):
                 # A rank that died of a signal explains the others' failures, and so does one that left on purpose.
-                code = min(failed, key=lambda code: (code > 0, code == FAILED), default=DONE)
+                # NCCL aborts ranks that lose another one.
+                code = min(failed, key=lambda code: (code > 0, code in (FAILED, -signal.SIGABRT)), default=DONE)
                 if code < 0:  # it could not say so itself
                     say(_death(codes.index(code), -code, self.trains))
+                elif code == FAILED and (line := self._lost(codes)):
+                    say(line)
+                elif code == STOPPED and self.stopped_by and self._phase() == STARTING:
+                    say(NOT_BEGUN.format(self.stopped_by))
                 return code
             if failed and deadline is None:
                 deadline = time.monotonic() + GRACE_S
             time.sleep(0.05)
+
+    def _lost(self, codes: Sequence[int | None]) -> str | None:
+        """The line of a rank that lost another one, where no rank failed otherwise: nobody else has printed one."""
+        failed = [lost_file(self.phase_file, rank) for rank, code in enumerate(codes) if code]
+        return failed[0].read_text() if all(file.exists() for file in failed) else None
 
     def _phase(self) -> str:
         try:
             return self.phase_file.read_text() or STARTING
         except OSError:
             return STARTING
+
+
+def lost_file(phase_file: Path, rank: int) -> Path:
+    """Where `rank` leaves its line for its launcher when it has lost another rank."""
+    return phase_file.with_name(f"lost-{rank}")
 
 
 def _death(rank: int, number: int, trains: bool) -> str:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 import platform
 import socket
+import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
+from typing import TypeVar
 
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
@@ -21,6 +24,8 @@ from ..slurm.ranks import expand_hosts
 from ..slurm.record import record_outcome, this_start
 from .errors import RunError, Unmet
 
+T = TypeVar("T")
+
 AGENT_S = 10.0
 """How long a rank tries to reach torchrun's agent."""
 
@@ -28,6 +33,21 @@ AGENT_S = 10.0
 def this_host() -> str:
     """Name of this machine. Nodes of a cluster on one machine have names of their own."""
     return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
+def interruptible(wait: Callable[[], T]) -> T:
+    """The result of `wait`, which runs in a thread of its own, so that signal handlers run in this one meanwhile:
+    torch's waits for other ranks return to Python only when they are over."""
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(wait())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="rendezvous", daemon=True).start()
+    return result.result()
 
 
 def come(rank: int, size: int, wait_s: float) -> Store:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch._C._distributed_c10d import HashStore
 
 from ..slurm.ranks import UNBIND
 from .errors import RunError, Unhealthy, foreseen, renamed
-from .meeting import come, meet, require_agent, this_host
+from .meeting import come, interruptible, meet, require_agent, this_host
 
 T = TypeVar("T")
 Gather = Callable[[object], list[Any]]
@@ -143,16 +144,17 @@ def join(timeout: timedelta = timedelta(minutes=30), wait_s: float = 300) -> Ran
         device, store = _device(rank, local), None
     else:
         # Before the device is touched: a broken one may never answer.
-        store = come(rank, size, wait_s)
+        store = interruptible(partial(come, rank, size, wait_s))
         problem = ""
         try:
             device = _device(rank, local)
         except RunError as error:
             device, problem = torch.device("cpu"), str(error)
-        meet(store, rank, size, wait_s, problem)
+        interruptible(partial(meet, store, rank, size, wait_s, problem))
         store.set_timeout(timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    start = partial(dist.init_process_group, backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    start() if size == 1 else interruptible(start)
     return Ranks(rank, size, device)
 
 

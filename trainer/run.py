@@ -87,6 +87,7 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
         # The collectives' own time limit comes after the watchdog's: it says more.
         bounds = recipe.watchdog
         ranks = join(timedelta(seconds=max(bounds.start_s, bounds.save_s) + 300), bounds.start_s / 5)
+        stop.met = True
         table = check_ranks(ranks)
         if ranks.first and (len(table) > 1 or "SLURM_STEP_ID" in os.environ):
             print("\n".join(table), flush=True)

@@ -84,3 +84,46 @@ def test_a_rank_that_dies_of_a_signal_is_named(
     monkeypatch.setattr(launch, "_start", start)
     assert launch.run_ranks(2, [], tmp_path if trains else None) == -number
     assert f"error: rank 1 was ended by {said}" in capfd.readouterr().err
+
+
+def ended_as(monkeypatch: pytest.MonkeyPatch, *ends: str) -> int:
+    """The launcher's exit code for ranks that run these lines of Python."""
+
+    def start(rank: int, ranks: int, arguments: object, family: launch._Family) -> subprocess.Popen:
+        lost = launch.lost_file(family.phase_file, rank)
+        return subprocess.Popen([sys.executable, "-c", f"import os, sys; lost = {str(lost)!r}; {ends[rank]}"])
+
+    monkeypatch.setattr(launch, "_start", start)
+    return launch.run_ranks(len(ends), [], Path("none"))
+
+
+LOSES = "open(lost, 'w').write('lost a rank'); sys.exit(1)"
+
+
+def test_ranks_that_lost_each_other_are_reported_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    assert ended_as(monkeypatch, LOSES, LOSES) == 1
+    assert capfd.readouterr().err == "lost a rank\n"
+
+
+def test_a_rank_that_failed_by_itself_has_said_why(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    assert ended_as(monkeypatch, LOSES, "sys.exit('its own error')") == 1
+    assert capfd.readouterr().err == "its own error\n"
+
+
+def test_ranks_that_nccl_aborts_do_not_hide_the_one_that_was_killed(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    assert ended_as(monkeypatch, "os.abort()", "os.kill(os.getpid(), 9)", LOSES) == -signal.SIGKILL
+    assert capfd.readouterr().err.startswith("error: rank 1 was ended by SIGKILL")
+
+
+def test_a_signal_before_training_began_is_reported_by_the_launcher(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """Ranks that leave the rendezvous cannot know which of them may print the line."""
+    assert ended_as(monkeypatch, "os.kill(os.getppid(), 15); sys.exit(75)", "sys.exit(75)") == 75
+    assert capfd.readouterr().err.startswith("stopped by SIGTERM before training began; there was nothing to save")

@@ -1,9 +1,12 @@
 """Who meets whom when ranks start, and who is named that does not come."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,12 +14,15 @@ from typer.testing import CliRunner
 
 import ranked
 import runs
-from bifrost.slurm.codes import HUNG
-from bifrost.trainer import meeting, ranks
+from bifrost.slurm.codes import FAILED, HUNG, INTERRUPTED, STOPPED
+from bifrost.trainer import cli, meeting, ranks
 from bifrost.trainer.cli import app
-from bifrost.trainer.errors import RunError
+from bifrost.trainer.errors import RunError, lost_rank
+from bifrost.trainer.interrupt import end_on_interrupt
 from bifrost.trainer.launch import adopt_rank
 from bifrost.trainer.meeting import absence
+from bifrost.trainer.monitors.console import log_to_file
+from bifrost.trainer.monitors.stop import StopSignals
 
 MEET = """
 import os, time
@@ -189,3 +195,112 @@ def test_who_is_missing() -> None:
     assert "ranks 4, 5, 6, 7, 8, 9, 10, 11 and 4 more of 16" in many and many.endswith("on b, c, d") and host is None
     line, host = absence(16, 300, hosts, set(hosts) - {13}, nodes)
     assert line == "rank 13 of 16 came, but no device answered there within 300 s, on d" and host == "d"
+
+
+def wait_alone(rank: str, route: str, trains: bool) -> None:
+    """This rank waits for another one, which never comes, wherever `route` has it wait."""
+    if os.environ["RANK"] != rank:
+        return
+    if route != "file":
+        del os.environ["BIFROST_RENDEZVOUS"]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    if route == "torchrun":
+        os.environ["TORCHELASTIC_RUN_ID"] = "1"
+    StopSignals() if trains else end_on_interrupt()
+    print("waits", flush=True)
+    ranks.join(timedelta(seconds=60), wait_s=60)
+
+
+NOTHING = "there was nothing to save"
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize(
+    ("rank", "route", "trains", "number", "code", "line"),
+    [
+        (0, "file", True, signal.SIGTERM, STOPPED, f"stopped by SIGTERM before training began; {NOTHING}, the same"),
+        (1, "file", True, signal.SIGINT, INTERRUPTED, f"rank 1: interrupted before the first step; {NOTHING}"),
+        (0, "tcp", True, signal.SIGINT, INTERRUPTED, f"interrupted before the first step; {NOTHING}"),
+        (1, "tcp", True, signal.SIGTERM, STOPPED, f"rank 1: stopped by SIGTERM before training began; {NOTHING}"),
+        (0, "torchrun", True, signal.SIGUSR1, STOPPED, f"stopped by SIGUSR1 before training began; {NOTHING}"),
+        (1, "torchrun", True, signal.SIGTERM, STOPPED, f"rank 1: stopped by SIGTERM before training began; {NOTHING}"),
+        (0, "tcp", False, signal.SIGINT, INTERRUPTED, "interrupted"),
+        (1, "tcp", False, signal.SIGINT, INTERRUPTED, "interrupted"),
+    ],
+)
+def test_a_rank_that_waits_for_others_answers_signals(
+    tmp_path: Path, rank: int, route: str, trains: bool, number: signal.Signals, code: int, line: str
+) -> None:
+    processes = ranked.start(wait_alone, 2, str(rank), route, trains, folder=tmp_path)
+    out = tmp_path / f"{rank}.out"
+    while not (out.exists() and "waits" in out.read_text()):
+        assert processes[rank].is_alive()
+        time.sleep(0.02)
+    time.sleep(0.3)
+    begun = time.monotonic()
+    os.kill(processes[rank].pid or 0, number)
+    processes[rank].join(30)
+    assert time.monotonic() - begun < 2
+    ended = ranked.finish(processes, tmp_path)[rank]
+    assert ended.code == code and ended.err.startswith(line) and ended.err.count("\n") == 1, ended.err
+
+
+def lose_a_rank(folder: str) -> None:
+    """`bifrost train`, as far as this is about: rank 1 is killed while the others sum."""
+
+    def work(*_: object, **__: object) -> None:
+        here = ranks.join(timedelta(seconds=60))
+        if folder:
+            log_to_file(Path(folder), here.rank)
+        here.barrier()
+        if here.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        here.total([1.0])
+
+    cli.app, sys.argv = work, ["bifrost", "train"]
+    cli.main()
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("logged", [True, False])
+def test_a_rank_that_lost_another_prints_one_line_and_logs_the_traceback(tmp_path: Path, logged: bool) -> None:
+    first, second = ranked.run(lose_a_rank, 2, str(tmp_path) if logged else "")
+    assert (first.code, second.code) == (FAILED, -signal.SIGKILL)
+    assert first.err.startswith("error: rank 0: lost the connection to another rank (") and first.err.count("\n") == 1
+    log = tmp_path / "rank-00000.log"
+    if logged:
+        assert f"traceback in {log}\n" in first.err
+        assert "Traceback (most recent call last)" in log.read_text() and "in all_reduce" in log.read_text()
+    else:
+        assert "raised in " in first.err and "trainer/ranks.py:" in first.err
+
+
+class DistBackendError(RuntimeError):
+    """As torch.distributed's is called."""
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (
+            RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:27. This is"),
+            True,
+        ),
+        (RuntimeError("[x/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1000ms for recv operation"), True),
+        (RuntimeError("Gloo connectFullMesh failed with [x/gloo/transport/tcp/pair.cc:144] no error"), True),
+        (DistBackendError("NCCL error in: x.cpp:94, remote process exited or there was a network error"), True),
+        (DistBackendError("NCCL communicator was aborted on rank 0."), True),
+        (RuntimeError("wait timeout after 300000ms, keys: /met"), True),
+        (DistBackendError("NCCL error in: x.cpp:94, invalid usage, ncclInvalidUsage: Duplicate GPU detected"), False),
+        (DistBackendError("NCCL error: unhandled cuda error"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (KeyError("Connection closed by peer"), False),
+    ],
+)
+def test_only_a_lost_connection_passes_for_a_lost_rank(error: Exception, lost: bool) -> None:
+    assert (lost_rank(error) is not None) == lost
+    if lost:  # met while an error of this rank's own was being handled, which must not be hidden
+        error.__context__ = KeyError("weight")
+        assert lost_rank(error) is None

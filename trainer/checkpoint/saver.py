@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ...recipes.schema import Checkpoint
-from ..errors import Unhealthy
+from ..errors import Unhealthy, lost_rank
 from ..ranks import Gather, alone
 from .interval import best_interval, settled
 from .local import LocalParts
@@ -194,7 +194,9 @@ class Saver:
             )
         except BaseException as error:  # raised in the training thread, at the next save
             save.error = error
-            log.error("checkpoint of step %d not saved: %s", save.step, error)
+            # A lost rank is reported once for the whole run.
+            level = logging.INFO if lost_rank(error) else logging.ERROR
+            log.log(level, "checkpoint of step %d not saved: %s", save.step, error)
         else:
             if save.prune:
                 self._prune()

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from ...slurm.codes import INTERRUPTED
+from ...slurm.codes import INTERRUPTED, STOPPED
 from ..interrupt import say
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -23,6 +23,7 @@ PHASE_FILE = "BIFROST_PHASE"
 SAVING = "saving; press Ctrl-C again to quit without saving"
 NOTHING_YET = "interrupted before the first step; there was nothing to save"
 QUIT = "quit without saving; the same command continues from the last checkpoint"
+NOT_BEGUN = "stopped by {} before training began; there was nothing to save, the same command starts it again"
 SAVED = "all is saved; not waiting for MLflow any longer"
 QUIT_SAVED = "quit; all is saved"
 
@@ -52,6 +53,9 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.phase = STARTING
+        self.met = False
+        """Whether all ranks have joined. Before that, which may take minutes when one is missing, any stop signal ends
+        the process: there is nothing to save, and other ranks cannot be asked."""
         self.at_quit: list[Callable[[], None]] = []
         """What is done before the process ends without a save: quick, and possible from a signal handler."""
         self._ends_at = math.inf
@@ -92,6 +96,8 @@ class StopSignals:
         self._waiting = False
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
+        if not self.met:
+            self._leave(signal.Signals(number))
         if number == signal.SIGINT:
             if self._pressed_in == self.phase or (self._launched and self.phase == STARTING):
                 self._quit()
@@ -102,6 +108,14 @@ class StopSignals:
         if number == signal.SIGINT and self._waiting:
             self._waiting = False
             raise KeyboardInterrupt
+
+    def _leave(self, number: signal.Signals) -> None:
+        """End this rank, which may be the only one to know of the signal: without our launcher, each prints a line."""
+        if not self._launched:
+            rank = os.environ.get("RANK", "0")
+            line = NOTHING_YET if number == signal.SIGINT else NOT_BEGUN.format(number.name)
+            say(line if rank == "0" else f"rank {rank}: {line}")
+        os._exit(INTERRUPTED if number == signal.SIGINT else STOPPED)
 
     def _quit(self) -> None:
         if self._speaks:
