@@ -25,19 +25,14 @@ def last_settings(run: Path) -> dict[str, Any] | None:
         return None
 
 
-def changes(now: dict[str, Any], *before: dict[str, Any] | None) -> Changes:
-    """Settings that differ from one of `before`; the value of the first that differs is the one before. Where the run
-    folder lies (`runs_dir`) is none of them."""
-    found: Changes = {}
-    current = dict(flat(now))
-    for other in before:
-        if other is not None:
-            earlier = dict(flat(_complete(other)))
-            for key in sorted(current.keys() | earlier.keys()):
-                pair = earlier.get(key), current.get(key)
-                if pair[0] != pair[1] and key != "runs_dir":
-                    found.setdefault(key, pair)
-    return found
+def changes(now: dict[str, Any], before: dict[str, Any] | None) -> Changes:
+    """Settings that differ from those `before`, none without any. The folder of runs (`runs_dir`) does not count."""
+    if before is None:
+        return {}
+    current, earlier = dict(flat(now)), dict(flat(_complete(before)))
+    keys = sorted((current.keys() | earlier.keys()) - {"runs_dir"})
+    pairs = {key: (earlier.get(key), current.get(key)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _complete(settings: dict[str, Any]) -> dict[str, Any]:

@@ -150,7 +150,8 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
     # Before the folder describes this attempt.
     settings = json.loads(redact(recipe.model_dump_json()))
     last = ranks.agreed(lambda: last_settings(folder))
-    changed = changes(settings, last, reader.state["recipe"] if reader else None)
+    # An attempt that was killed before its first save has left settings in the folder that nothing was trained with.
+    changed = changes(settings, reader.state["recipe"] if reader else last)
     past = ranks.agreed(open_folder)
     for operation, choice in measured.items():
         log.info("%s by %s: %s", operation, choice["provider"], choice["reason"])
