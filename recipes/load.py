@@ -76,24 +76,34 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     `extends: NAME` or `extends: FILE`, seen from its folder, names a recipe whose settings hold where it has none.
     """
     path = find_recipe(source)
-    tree = apply_overrides(_read(path), overrides)
+    tree = _read(path)
     try:
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate(apply_overrides(tree, overrides))
     except ValidationError as error:
-        where = _override(overrides, error.errors()[0]["loc"]) or str(path)
+        where = _cause(tree, overrides, error) or str(path)
         raise RecipeError(redact(f"{where}: {explain(error, Recipe)}")) from error
 
 
-def _override(overrides: Sequence[str], place: Sequence[int | str]) -> str | None:
-    """The override that a fault at `place` comes from, None where it is the file's."""
-    key = [str(part) for part in place]
-    found = []
-    for each in overrides:
-        named = each.partition("=")[0].split(".")
-        shared = min(len(named), len(key))
-        if shared and named[:shared] == key[:shared]:
-            found.append(each)
-    return f"override {found[-1]!r}" if found else None
+def _cause(tree: dict[str, Any], overrides: Sequence[str], error: ValidationError) -> str | None:
+    """The override without which settings `tree` would not have the first fault of `error`, None where they have it
+    without any. A fault of several settings together, such as a stage without its model, carries no key."""
+    fault, count = _fault(error.errors()[0]), len(overrides)
+    while count:
+        try:
+            Recipe.model_validate(apply_overrides(tree, overrides[: count - 1]))
+        except ValidationError as earlier:
+            if fault in map(_fault, earlier.errors()):
+                count -= 1
+                continue
+        return f"override {overrides[count - 1]!r}"
+    return None
+
+
+def _fault(problem: Any) -> tuple[Any, ...]:
+    """What makes a fault the same one among other settings: where it is, what it is, and the value, not that of a
+    whole group."""
+    value = problem["input"]
+    return problem["loc"], problem["type"], problem["msg"], None if isinstance(value, dict) else repr(value)
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -212,7 +222,8 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
     got = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
     if problem["type"] in ("int_type", "float_type") and re.fullmatch(r"[-+.\deE]+", str(problem["input"])):
         got += "; leave the quotes out"
-    return f"{key or 'recipe'}: {message[0].lower()}{message[1:]}{got}"
+    # What is wrong with several settings together begins with their names.
+    return f"{key}: {message[0].lower()}{message[1:]}{got}" if key else message
 
 
 def _section(path: list[str], model: type[BaseModel]) -> type[BaseModel] | None:

@@ -26,22 +26,34 @@ def stored_secret(recipe: Any, key: str = "") -> str | None:
     """Which setting of a recipe would store a login, and where that belongs instead; None when none does. Signatures in
     the addresses of shards are no logins: they run out, and are hidden where the recipe is stored."""
     if isinstance(recipe, dict):
-        found = (stored_secret(value, f"{key}.{name}" if key else str(name)) for name, value in recipe.items())
-        return next((problem for problem in found if problem), None)
+        problems = (stored_secret(value, f"{key}.{name}" if key else str(name)) for name, value in recipe.items())
+        return next((problem for problem in problems if problem), None)
     if isinstance(recipe, (list, tuple)):
         return next((problem for value in recipe if (problem := stored_secret(value, key))), None)
     if not isinstance(recipe, str):
         return None
-    logins = [found for found in _LOGIN.finditer(recipe) if found["login"] != HIDDEN]
-    tracker = key == "tracking.uri"
-    database = tracker and not recipe.startswith("http")
-    if tracker and (names := [found["name"] for found in _QUERY.finditer(recipe)]):
-        remedy = _DATABASE if database else _TRACKER
-        return f"{key}: {names[0]} in the address would be stored with the run: {remedy}"
-    if not any(":" in found["login"] for found in logins) if database else not logins:
+    if key == "tracking.uri":
+        found = tracker_secret(recipe)
+        return f"{key}: {found[0]} in the address would be stored with the run: {found[1]}" if found else None
+    if not _logins(recipe):
         return None
-    remedy = _DATABASE if database else _TRACKER if tracker else _STORAGE
-    return f"{key}: the login in the address would be stored with the run: {remedy}"
+    return f"{key}: the login in the address would be stored with the run: {_STORAGE}"
+
+
+def tracker_secret(uri: str) -> tuple[str, str] | None:
+    """What is secret in a tracking URI, its login or a value of its query, and where that belongs instead; None when
+    nothing is. A database's user without a password is no secret."""
+    database = not uri.startswith("http")
+    remedy = _DATABASE if database else _TRACKER
+    if names := [found["name"] for found in _QUERY.finditer(uri)]:
+        return names[0], remedy
+    if any(":" in login or not database for login in _logins(uri)):
+        return "the login", remedy
+    return None
+
+
+def _logins(text: str) -> list[str]:
+    return [found["login"] for found in _LOGIN.finditer(text) if found["login"] != HIDDEN]
 
 
 _TRACKER = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, instead"

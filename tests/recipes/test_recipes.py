@@ -99,7 +99,7 @@ def test_a_mistake_of_the_whole_does_not_print_the_whole() -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe("tiny-mllm", ["samples.every=5"])
     assert str(caught.value).endswith(
-        "recipe: samples.every in stage patch-latents needs samples.controlnet, which paints the latents"
+        "samples.every in stage patch-latents needs samples.controlnet, which paints the latents"
     )
 
 
@@ -296,6 +296,9 @@ def test_the_home_folder_in_a_list_of_shards(monkeypatch: pytest.MonkeyPatch) ->
         ("optimzer.lr=1", "override 'optimzer.lr=1': unknown key optimzer; did you mean optimizer?"),
         ("ema={decay: 2}", "override 'ema={decay: 2}': ema.decay: input should be less than 1"),
         ("steps=0", "override 'steps=0': steps: "),
+        ("stage=controlnet", "override 'stage=controlnet': stage controlnet needs flux.path"),
+        ("tracking.uri=http://a:b@h", "override 'tracking.uri=http://REDACTED@h': tracking.uri: the login in"),
+        ("data.shards=https://a:b@h/c.tar", "override 'data.shards=https://REDACTED@h/c.tar': data.shards: the login"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(tmp_path, override: str, said: str) -> None:
@@ -305,6 +308,14 @@ def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(tmp_path, overr
     (tmp_path / "mine.yaml").write_text("extends: tiny-mllm\nsteps: 0\n")
     with pytest.raises(RecipeError, match=r"mine\.yaml: steps"):
         load_recipe(tmp_path / "mine.yaml", ["seed=1"])
+
+
+def test_a_mistake_in_the_file_is_not_blamed_on_an_override_beside_it(tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: tiny-mllm\nbranch: {mask_rate: {low: 0.9, high: 0.8}}\n")
+    with pytest.raises(RecipeError, match=r"mine\.yaml: branch.mask_rate: low \(0.9\) is above high"):
+        load_recipe(tmp_path / "mine.yaml", ["branch.mask_rate.mean=0.9"])
+    with pytest.raises(RecipeError, match=r"override 'branch.mask_rate.high=0.1': branch.mask_rate: low \(0.7\)"):
+        load_recipe("tiny-mllm", ["branch.mask_rate.high=0.1", "branch.mask_rate.mean=0.9"])
 
 
 @pytest.mark.parametrize("wrong", ["tiny_mllm", "tiny-mllm.yml", "mllm7b", "recipes/tiny-mlm.yaml"])

@@ -264,6 +264,12 @@ def test_mlflow(tmp_path: Path) -> None:
     assert row.verdict == "missing" and "Connection refused" in row.remedy
     row = tracker.mlflow(tmp_path, f"http://me:secret@127.0.0.1:{server.server_port}")[0]
     assert row.verdict == "missing" and "secret" not in "".join(row)
+    for uri in ("http://h:5000/?token=secret", "https://secret@h", "postgresql://h/mlflow?user=a&password=secret"):
+        row = tracker.mlflow(tmp_path, uri)[0]
+        assert row.verdict == "missing" and "secret" not in "".join(row) and "in the address: set " in row.remedy
+    for uri in ("postgresql://me:secret@h/mlflow", "mysql://h/mlflow?password=secret"):
+        row = tracker.mlflow(tmp_path, None, uri)[0]  # from MLFLOW_TRACKING_URI, as a recipe with it is answered
+        assert row.verdict == "ok" and "secret" not in "".join(row)
     assert tracker.mlflow(tmp_path, None)[0].verdict == "ok"
     assert tracker.mlflow(tmp_path, f"sqlite:///{tmp_path}/x/mlflow.db")[0].verdict == "ok"
     assert tracker.mlflow(tmp_path, "file:///old")[0].verdict == "warning"

@@ -48,7 +48,7 @@ def examine(folder: Path, uri: str | None) -> list[Finding]:
         ("cache", places.cache),
         ("shared memory", places.shared_memory),
         ("Slurm", _slurm),
-        ("MLflow", partial(mlflow, folder, uri or os.environ.get("MLFLOW_TRACKING_URI"))),
+        ("MLflow", partial(mlflow, folder, uri, os.environ.get("MLFLOW_TRACKING_URI"))),
     ]
     return run_checks(checks)
 

@@ -8,6 +8,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ...recipes.secrets import HIDDEN, redact, tracker_secret
 from .finding import Finding
 from .places import runs_folder
 
@@ -15,14 +16,16 @@ SERVER_S = 5.0
 """How long a server may take to answer."""
 
 
-def mlflow(folder: Path, uri: str | None) -> list[Finding]:
-    """The store at `uri`, or without one the file in the folder of runs."""
+def mlflow(folder: Path, uri: str | None, variable: str | None = None) -> list[Finding]:
+    """The store at `uri`, else at that of MLFLOW_TRACKING_URI, `variable`, or without one the file in the folder of
+    runs. A database's whole address may be in the variable, and nowhere else."""
+    given, uri = uri, uri or variable
     if not uri:
         return [Finding("MLflow", f"{folder / 'mlflow.db'}, no server asked for")]
     parts = urlsplit(uri)
-    if "@" in parts.netloc:
-        remedy = "no password in the address: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        return [Finding("MLflow", uri.replace(parts.netloc, parts.netloc.rpartition("@")[2]), "missing", remedy)]
+    shown = redact(uri).replace(f"{HIDDEN}@", "")
+    if (secret := tracker_secret(uri)) and (given or uri.startswith("http")):
+        return [Finding("MLflow", shown, "missing", f"{secret[0]} is in the address: {secret[1]}")]
     if parts.scheme in ("http", "https"):
         return [_server(uri)]
     if parts.scheme == "sqlite":
@@ -31,7 +34,7 @@ def mlflow(folder: Path, uri: str | None) -> list[Finding]:
     if parts.scheme in ("", "file"):
         remedy = "MLflow no longer takes folders: sqlite:///FILE, or a server's http://HOST:PORT"
         return [Finding("MLflow", uri, "warning", remedy)]
-    return [Finding("MLflow", f"{uri}, not asked")]
+    return [Finding("MLflow", f"{shown}, not asked")]
 
 
 def _server(uri: str) -> Finding:
