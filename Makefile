@@ -2,6 +2,7 @@
 # make demo    both stages on 1,800 drawings, two ranks, and a sheet of what they paint: some 11 minutes
 # make test    the whole test suite
 # make lint    ruff and pyright
+# make docs    the documentation site in build/docs; a warning, such as a link that leads nowhere, is an error
 # make faults  random kills, N=50 of them, and what they found in runs/faults/report.md or $(REPORT)
 # make faults-storage  N=200 runs on HTTP and S3 servers that fail at random, report likewise
 # make test-gpu    the tests that need a GPU, with the torch, Triton and pytest of $(PYTHON); the trainer's where it has more
@@ -16,13 +17,13 @@ READY := .venv/.installed
 TORCH ?= cuda
 INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: setup demo test lint faults faults-storage test-gpu bench-gpu gpu-package clean clean-runs
+.PHONY: setup demo test lint docs faults faults-storage test-gpu bench-gpu gpu-package clean clean-runs
 
 setup: $(READY)
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check $(INDEX) -c constraints.txt -e ".[test,lint]"
+	$(BIN)/pip install --disable-pip-version-check $(INDEX) -c constraints.txt -e ".[test,lint,docs]"
 	@touch $@
 
 demo: $(READY)
@@ -39,6 +40,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: $(READY)
+	rm -rf build/docs build/doctrees
+	$(BIN)/python -m sphinx --quiet --nitpicky --fail-on-warning --keep-going -d build/doctrees docs build/docs
 
 # What was interrupted goes on in the same FOLDER.
 N ?= 50

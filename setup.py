@@ -86,6 +86,7 @@ setup(
             "liger-kernel>=0.5",
         ],
         "lint": ["ruff>=0.12", "pyright>=1.1.400", "uv>=0.9"],
+        "docs": ["furo>=2024.8", "myst-parser>=4", "sphinx>=8"],
         "liger": ["liger-kernel>=0.5"],
         "flash-attn": ["flash-attn>=2.8"],
         "flash-attn-4": ["flash-attn-4>=4.0.0b36"],

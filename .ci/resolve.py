@@ -2,8 +2,8 @@
 
     .venv/bin/python .ci/resolve.py
 
-What `pip install -c constraints.txt -e ".[test,lint]"` would choose on Linux, found by uv from the releases' metadata:
-a few megabytes, and no interpreter but this one. Settings of pip and uv on this machine are left out of account. Exit
+What `pip install -c constraints.txt -e ".[test,lint,docs]"` would choose on Linux, found by uv from the metadata of
+releases: a few megabytes, and no interpreter but this one. Settings of pip and uv on this machine are ignored. Exit
 code 1 names the Python, the build of torch and the conflict.
 """
 
@@ -22,7 +22,7 @@ from distutils.core import run_setup  # isort: skip
 
 ROOT = Path(__file__).resolve().parents[1]
 PLATFORM = "x86_64-manylinux_2_28"
-EXTRAS = ("test", "lint", "s3")
+EXTRAS = ("test", "lint", "docs", "s3")
 SOURCE_ONLY = ("antlr4-python3-runtime", "deepspeed")
 """Dependencies that PyPI has no wheel of; whatever else would have to be compiled is a conflict."""
 CPU_TORCH_REQUIRES = ("filelock", "typing-extensions>=4.10", "setuptools", "sympy", "networkx", "jinja2", "fsspec")

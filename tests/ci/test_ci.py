@@ -64,6 +64,9 @@ def test_ci_requires_what_the_tests_need() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     assert re.search(r"^REQUIRE_TESTS=1 make test$", script, flags=re.M)
     assert re.search(r"^\.venv/bin/python \.ci/resolve\.py$", script, flags=re.M)
+    assert re.search(r"^make lint\nmake docs$", script, flags=re.M)
+    makefile = (ROOT / "Makefile").read_text()
+    assert "--fail-on-warning" in makefile.split("\ndocs:")[1].split("\n\n")[0], "a broken link must fail"
 
 
 def test_ci_ends_where_slurm_is_missing_and_cannot_be_installed(tmp_path: Path) -> None:
