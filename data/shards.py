@@ -38,6 +38,7 @@ HELD_OUT = ("dev", "eval", "heldout", "test", "val", "valid", "validation")
 """How shards that are not trained on begin."""
 NEAR = 1 << 20
 """Bytes between an image and its caption up to which one read of both is cheaper than two."""
+NOTHING_NAMED = "no shards named; give a path such as /data/train-{00000..00099}.tar"
 THREADS = 32  # opening is waiting for the file system
 Gather = Callable[[Any], list[Any]]
 """A value of every rank, in order of rank."""
@@ -70,6 +71,8 @@ def expand(spec: str | list[str], mixed: bool = True) -> list[str]:
     """
     shards: list[str] = []
     for one in [spec] if isinstance(spec, str) else spec:
+        if not one.strip():  # fsspec takes it for the current folder
+            raise DataError(NOTHING_NAMED)
         try:
             # A shell leaves `~` alone in quotes, which wildcards need.
             patterns = [os.path.expanduser(pattern) for pattern in braceexpand(one)]
@@ -78,7 +81,7 @@ def expand(spec: str | list[str], mixed: bool = True) -> list[str]:
         for pattern in patterns:
             shards += call(lambda pattern=pattern: _matches(pattern, mixed), pattern)
     if not shards:
-        raise DataError("no shards named; give a path such as /data/train-{00000..00099}.tar")
+        raise DataError(NOTHING_NAMED)
     shards.sort()
     for shard, after in zip(shards, [*shards[1:], None], strict=True):
         if shard == after:

@@ -46,6 +46,8 @@ def decode_sizes(data: bytes, sizes: Sequence[int]) -> list[np.ndarray]:
 def centre_square(data: bytes, least: int) -> np.ndarray:
     """The image's centre square in uint8 RGB [side, side, 3], as large as it is stored; a JPEG's may be smaller, down
     to `least` pixels a side. Raises ValueError like `decode_image`."""
+    if not data:
+        raise ValueError("empty file (0 bytes)")
     try:
         return _decoded(data, least)
     except _TooLarge:

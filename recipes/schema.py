@@ -9,7 +9,8 @@ import os
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from braceexpand import braceexpand
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from .secrets import stored_secret
 
@@ -17,7 +18,20 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """A run's name, which is its folder's."""
 
 
-def _places(value: str | list[str]) -> str | list[str]:
+def _given(value: object) -> object:
+    return "" if value is None else value  # YAML's reading of `data.shards=`
+
+
+def _shards(value: str | list[str]) -> str | list[str]:
+    """Shards as they can be named; whether there are any is for those to find out who read them."""
+    every = [value] if isinstance(value, str) else value
+    if not every or not all(one.strip() for one in every):
+        raise ValueError("no shards named; give a path such as /data/train-{00000..00099}.tar")
+    for one in every:
+        try:
+            next(braceexpand(one))
+        except ValueError as error:
+            raise ValueError(f"{one}: {error}; write ranges as {{00000..02047}}") from None
     return _place(value) if isinstance(value, str) else [_place(one) for one in value]
 
 
@@ -126,7 +140,7 @@ class ControlNet(Section):
 
 
 class Data(Section):
-    shards: Annotated[str | list[str], AfterValidator(_places)]
+    shards: Annotated[str | list[str], BeforeValidator(_given), AfterValidator(_shards)]
     """Training shards: a path, folder or URL, braces and wildcards expanded; several as a list."""
     image_size: int = Field(default=448, gt=0)
     """Side of the square the vision tower sees, in pixels; a multiple of patch size x merge size (28)."""

@@ -69,6 +69,7 @@ def test_bad_items_are_set_aside_with_their_reason(tree, tmp_path, picture):
     root, expected = tree
     (root / "cut.png").write_bytes(picture(1)[:300])
     (root / "text.jpg").write_bytes(b"no image at all")
+    (root / "empty.jpg").write_bytes(b"")
     huge = io.BytesIO()
     Image.new("1", (12000, 12000)).save(huge, "PNG")
     (root / "huge.png").write_bytes(huge.getvalue())
@@ -78,7 +79,7 @@ def test_bad_items_are_set_aside_with_their_reason(tree, tmp_path, picture):
     (root / "twin.jpg").write_bytes(picture(1, "jpg"))
     (root / "twin.png").write_bytes(picture(1))
     (root / "a.b.png").write_bytes(picture(1))
-    for name in ("cut", "text", "huge", "twin", "a.b"):
+    for name in ("cut", "text", "empty", "huge", "twin", "a.b"):
         (root / f"{name}.txt").write_text("fine")
     (root / "blank.txt").write_text(" \n")
     (root / "latin.txt").write_bytes(b"caf\xe9")
@@ -87,8 +88,9 @@ def test_bad_items_are_set_aside_with_their_reason(tree, tmp_path, picture):
     expected["a%2Eb"] = picture(1), "fine"  # a dot would end the key for WebDataset
     assert contents(tmp_path / "out") == expected
     found = rejects(tmp_path / "out")
-    assert made == (4, 27, 7)
-    assert set(found) == {"cut", "text", "huge", "blank", "latin", "lonely", "twin"}
+    assert made == (4, 27, 8)
+    assert set(found) == {"cut", "text", "empty", "huge", "blank", "latin", "lonely", "twin"}
+    assert found["empty"] == "empty file (0 bytes)"
     assert "above the limit" in found["huge"]
     assert found["blank"] == "caption is empty"
     assert found["latin"] == "caption is not UTF-8"

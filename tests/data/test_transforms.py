@@ -150,7 +150,12 @@ def test_a_bomb_is_refused_before_it_is_unpacked():
         decode_image(large, 32)
 
 
-@pytest.mark.parametrize("data", [b"", b"not an image", b"GIF89a" + bytes(20)])
+def test_an_empty_file_is_called_empty():
+    with pytest.raises(ValueError, match=r"^empty file \(0 bytes\)$"):
+        decode_image(b"", 32)
+
+
+@pytest.mark.parametrize("data", [b"not an image", b"GIF89a" + bytes(20)])
 def test_other_bytes_are_refused(data):
     with pytest.raises(ValueError, match="does not decode"):
         decode_image(data, 32)

@@ -283,6 +283,23 @@ def test_the_home_folder_is_no_folder_called_tilde(key: str, monkeypatch: pytest
             load_recipe("tiny-mllm", [f"{key}={written}"])
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.shards=", "data.shards: no shards named; give a path such as"),
+        ("data.shards=[]", "data.shards: no shards named"),
+        ("data.shards=[a.tar, '']", "data.shards: no shards named"),
+        ("data.shards=a{0..3.tar", "data.shards: a{0..3.tar: Unbalanced braces: 'a{0..3.tar'; write ranges as"),
+        ("data.shards=['a.tar', 'b0..3}.tar']", "data.shards: b0..3}.tar: Unbalanced braces"),
+    ],
+)
+def test_shards_that_cannot_be_named(override: str, said: str) -> None:
+    """At once, whoever loads the recipe: a dry run, a plan, the preflight."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("tiny-mllm", [override])
+    assert str(caught.value).startswith(f"override {override!r}: {said}")
+
+
 def test_the_home_folder_in_a_list_of_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/somebody")
     recipe = load_recipe("tiny-mllm", ["data.shards=[~/a.tar, s3://b/~/c.tar, d/~e.tar]"])
