@@ -20,6 +20,16 @@ class DataLost(DataError):
     passing = True
 
 
+class WrongAnswer(ConnectionError):
+    """A server's answer that breaks its protocol. One may be damage on its way and is asked for again; a server that
+    gives nothing else has to be fixed, and another start of the job does not do that."""
+
+    def __init__(self, text: str, lasting: bool = False) -> None:
+        super().__init__(text)
+        self.lasting = lasting
+        """Whether asking again is known to be useless."""
+
+
 class BadSample(ValueError):
     """One sample that cannot be used; a reader replaces it, an ingest sets it aside."""
 

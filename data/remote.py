@@ -20,7 +20,7 @@ import fsspec.config
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.core import url_to_fs
 
-from .errors import DataError
+from .errors import DataError, WrongAnswer
 from .transience import causes, status
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,11 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise DataError(f"{url}: {error}; check the address, or install the package that serves it") from None
     if _speaks(fs, "s3"):
         fs.retries = 1
+        if fs.session is None:  # or else s3fs makes the same one with its client, which takes over no later handlers
+            from aiobotocore.session import AioSession
+
+            fs.session = AioSession(**fs.kwargs)
+        fs.session.register("needs-retry.s3", _check_s3, unique_id="bifrost-check")
     return fs, path
 
 
@@ -78,10 +83,35 @@ def _settings(url: str) -> dict[str, Any]:
     return {}
 
 
+def _check_s3(response: tuple[Any, dict] | None, operation: Any, **_: Any) -> None:
+    """WrongAnswer for what botocore takes for an answer and is none.
+
+    A redirect without a region has botocore ask HeadBucket for one, whose redirect it asks HeadBucket about, and so on
+    until Python's recursion limit; others are passed on as results without their fields, as is a web page.
+    """
+    if response is None or response[0] is None:
+        return
+    status, parsed = response[0].status_code, response[1]
+    headers = parsed.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    if 300 <= status < 400:
+        region = "x-amz-bucket-region" in headers or "Region" in parsed.get("Error", {})
+        if not region and (operation.name == "HeadBucket" or status not in (301, 302, 307)):
+            raise WrongAnswer(f"the endpoint redirects (status {status}) and names no region", lasting=True)
+    elif status < 300:
+        missing = {
+            "ListObjectsV2": parsed.keys().isdisjoint(("Name", "IsTruncated", "KeyCount", "MaxKeys", "Contents")),
+            "HeadObject": "ContentLength" not in parsed,
+            "GetObject": status not in (200, 206),
+        }
+        if missing.get(operation.name):
+            kind = headers.get("content-type", "none")
+            raise WrongAnswer(f"no answer of S3 to {operation.name} (status {status}, Content-Type {kind})")
+
+
 def fetch(url: str, start: int, size: int) -> Answer:
     """`size` bytes of an object from `start` on, fewer where it ends.
 
-    Raises whatever the client raises, ConnectionError when the answer is not what was asked for or cut short, and
+    Raises whatever the client raises, WrongAnswer when the answer is not what was asked for or cut short, and
     FileNotFoundError when there is no such object.
     """
     if size == 0:
@@ -120,7 +150,16 @@ def read_start(url: str, limit: int = LONGEST) -> bytes:
 def size_of(url: str) -> int | None:
     """Bytes of an object, None where the server does not state them; raises like `fetch`."""
     fs, path = filesystem(url)
-    return fs.size(path)
+    try:
+        return fs.size(path)
+    except Exception as error:
+        if not _speaks(fs, "s3") or not any(status(link) == 400 for link in causes(error)):
+            raise
+    # S3's code, such as RequestTimeout or ExpiredToken, is in the body, and an answer to HEAD has none.
+    answer = fetch(url, 0, 1)
+    if answer.whole is not None:
+        answer.whole.close()
+    return answer.total
 
 
 class RemoteFile:
@@ -163,7 +202,7 @@ class RemoteFile:
     def _complete(self, answer: Answer, start: int, size: int) -> bytes:
         end = start + size if self.total is None else min(start + size, self.total)
         if len(answer.body) < end - start and self.total is not None:
-            raise ConnectionError(f"{len(answer.body)} of {end - start} bytes came")
+            raise WrongAnswer(f"{len(answer.body)} of {end - start} bytes came")
         return answer.body
 
     def _same(self, answer: Answer) -> None:
@@ -195,6 +234,10 @@ async def _over_http(fs: Any, url: str, start: int, size: int) -> Answer:
         if response.status in (404, 410):
             raise FileNotFoundError(url)
         response.raise_for_status()
+        if response.status not in (200, 203, 206):  # a redirect without an address, or no content
+            redirects = 300 <= response.status < 400
+            what = "redirects without an address" if redirects else "sent no file"
+            raise WrongAnswer(f"the server {what} (status {response.status})", lasting=redirects)
         if response.status == 206:
             body = await asyncio.wait_for(response.read(), 60 + (response.content_length or 0) / SLOWEST)
             return _part(body, response.headers.get("Content-Range"), start, size, tag)
@@ -205,7 +248,8 @@ async def _over_http(fs: Any, url: str, start: int, size: int) -> Answer:
             async for chunk in response.content.iter_chunked(CHUNK):
                 kept.write(chunk)
             if length not in (None, kept.size):
-                raise ConnectionError(f"{kept.size} of {length} bytes came")
+                raise WrongAnswer(f"{kept.size} of {length} bytes came")
+            _refuse_page(response.headers.get("Content-Type"), kept.read(0, 64))
         except BaseException:
             kept.close()
             raise
@@ -229,6 +273,7 @@ async def _from_s3(fs: Any, path: str, start: int, size: int) -> Answer:
     tag = _strong(answer.get("ETag"))
     if "ContentRange" in answer:
         return _part(body, answer["ContentRange"], start, size, tag)
+    _refuse_page(answer.get("ContentType"), body[:64])
     return Answer(b"", answer.get("ContentLength"), tag, _Kept(path, body))
 
 
@@ -236,18 +281,25 @@ def _part(body: bytes, content_range: str | None, start: int, size: int, tag: st
     """The answer to a range, when it is the range that was asked for."""
     stated = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", (content_range or "").strip())
     if stated is None:
-        raise ConnectionError(f"a part came without its range (Content-Range {content_range})")
+        raise WrongAnswer(f"a part came without its range (Content-Range {content_range})")
     first, last = int(stated.group(1)), int(stated.group(2))
     total = None if stated.group(3) == "*" else int(stated.group(3))
     end = start + size if total is None else min(start + size, total)
     if first != start or last + 1 > end or (total is not None and last + 1 != end):
-        raise ConnectionError(f"bytes {first} to {last} came, asked for {start} to {end - 1}")
+        raise WrongAnswer(f"bytes {first} to {last} came, asked for {start} to {end - 1}")
     return Answer(_exact(body, last + 1 - first), total, tag)
+
+
+def _refuse_page(content_type: str | None, start: bytes) -> None:
+    """WrongAnswer for a web page, such as that of a login, with the status of a file. Some servers call all files of
+    types that they do not know HTML; neither a tar nor an index begins like it."""
+    if (content_type or "").lower().startswith("text/html") and start.lstrip().startswith(b"<"):
+        raise WrongAnswer("a web page came in place of the file")
 
 
 def _exact(body: bytes, length: int | None) -> bytes:
     if length is not None and len(body) != length:
-        raise ConnectionError(f"{len(body)} of {length} bytes came")
+        raise WrongAnswer(f"{len(body)} of {length} bytes came")
     return body
 
 
@@ -255,7 +307,7 @@ def _require(whole: _Kept, size: int | None) -> None:
     if size not in (None, whole.size):
         came = whole.size
         whole.close()
-        raise ConnectionError(f"{came} of {size} bytes came")
+        raise WrongAnswer(f"{came} of {size} bytes came")
 
 
 def _strong(tag: str | None) -> str | None:

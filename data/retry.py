@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception
 
-from .errors import DataError, DataLost, DataMissing
+from .errors import DataError, DataLost, DataMissing, WrongAnswer
 from .transience import causes, is_missing, judged, lacks_credentials, status, verdict
 
 log = logging.getLogger(__name__)
@@ -41,9 +41,11 @@ def is_transient(error: BaseException) -> bool:
 def retrying(action: Callable[[], Answer], where: object, patience_s: float | None = None) -> Answer:
     """What `action` returns; a transient error has it called again, with growing, jittered pauses of `patience_s`
     (None: PATIENCE_S) seconds in all. One warning names `where` when asking again begins. The last error is raised as
-    it came, and one of our own, which was retried where it arose, at once."""
+    it came, and one of our own, which was retried where it arose, at once. A server whose every answer was wrong is not
+    going to give a right one: its `WrongAnswer` is then marked as lasting."""
     patience = PATIENCE_S if patience_s is None else patience_s
     own = spent = 0.0  # seconds of pauses without what servers asked for: with the one to come, and before it
+    all_wrong = True
 
     def pause_s(state: RetryCallState) -> float:
         nonlocal own, spent
@@ -59,8 +61,19 @@ def retrying(action: Callable[[], Answer], where: object, patience_s: float | No
         if state.attempt_number == 1:
             log.warning("%s: %s; asking again for up to %g s", where, described(_error(state)), patience)
 
+    def again(error: BaseException) -> bool:
+        nonlocal all_wrong
+        wrong = [link for link in causes(error) if isinstance(link, WrongAnswer)]
+        all_wrong = all_wrong and bool(wrong)
+        if not is_transient(error) or hasattr(error, "passing"):
+            return False
+        if all_wrong and own >= patience:
+            wrong[0].lasting = True
+            return False
+        return True
+
     for attempt in Retrying(
-        retry=retry_if_exception(lambda error: is_transient(error) and not hasattr(error, "passing")),
+        retry=retry_if_exception(again),
         wait=pause_s,
         stop=lambda state: spent >= patience,
         before_sleep=say,
@@ -97,6 +110,9 @@ def described(error: BaseException) -> str:
     """What happened, as one line of bounded length: of an error that wraps others, the one that the verdict on it
     rests on; its class where it has no text."""
     _, link = judged(error)
+    if type(link).__module__.startswith("aiohttp") and "Redirect" in type(link).__name__:
+        circle = type(link).__name__ == "TooManyRedirects"  # its own text is a status of 0, that of others the address
+        return "the server redirects in a circle" if circle else f"the server redirects to {link}"[:SHOWN_CHARACTERS]
     text = getattr(link, "strerror", None) if isinstance(link, OSError) else None
     text = " ".join(str(text or link).split()) or type(link).__name__
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
@@ -109,6 +125,8 @@ def remedy(error: BaseException) -> str:
     errnos = {link.errno for link in links if isinstance(link, OSError)}
     if is_transient(error):
         return "check the storage or the network; another attempt may succeed"
+    if _any(links, WrongAnswer):
+        return "check the address, and the server or a proxy in front of it"
     if lacks_credentials(error):
         return "set the credentials that its client expects, or renew them"
     if 403 in statuses or errnos & {errno.EACCES, errno.EPERM} or _any(links, PermissionError):
@@ -119,6 +137,8 @@ def remedy(error: BaseException) -> str:
         return "check the address and this machine's certificates"
     if is_missing(error):
         return "check the path"
+    if any("Redirect" in type(link).__name__ for link in links) or statuses & {301, 302, 303, 307, 308}:
+        return "check the address or endpoint, and its region"
     if 400 in statuses:  # what S3 says to a HEAD request with an expired token
         return "check the address, its region and your credentials, which may have expired"
     if statuses & {507} or errnos & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:

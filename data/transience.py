@@ -20,21 +20,42 @@ LASTING_SERVER_STATUSES = {501, 505, 507, 510, 511}
 _PASSING_CODES = {
     "BadDigest",
     "BandwidthLimitExceeded",
+    "ConditionalRequestConflict",  # "retry the request", S3's list of errors says, as for OperationAborted
     "IncompleteBody",
     "InternalError",
     "InternalFailure",
+    "LimitExceededException",
     "OperationAborted",
+    "PriorRequestNotComplete",
     "ProvisionedThroughputExceededException",
     "RequestLimitExceeded",
+    "RequestThrottled",
+    "RequestThrottledException",
     "RequestTimeout",
+    "RequestTimeoutException",
     "ServiceUnavailable",
     "SlowDown",
+    "ThrottledException",
     "Throttling",
     "ThrottlingException",
     "TooManyRequestsException",
     "XAmzContentSHA256Mismatch",
 }
-"""S3's own error codes, some of which arrive with a status of 400."""
+"""S3's own error codes, some of which arrive with a status of 400 or 409: those that botocore's standard retry mode
+(botocore.retries.standard) and S3's list of errors (API reference, Error responses) call retryable."""
+_CODELESS_CONFLICT = {"", "409", "Conflict"}
+"""Codes that botocore invents for a 409 without a body, as every answer to a HEAD is. Of S3's conflicts only those with
+another request, which passes, can meet one that reads; s3fs likewise takes it for EBUSY. A 400 without a body stays
+lasting, since it mostly stands for an expired token or another region: `remote.size_of` asks for its code by a GET."""
+_REFUSED_CREDENTIALS = {
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "TokenRefreshRequired",
+}
+_REDIRECTS = {"NonHttpUrlClientError", "RedirectClientError", "TooManyRedirects"}
+"""aiohttp's errors of a redirect that leads nowhere, which botocore wraps like a broken connection."""
 
 _ERRNOS = {
     **dict.fromkeys(
@@ -111,6 +132,7 @@ _HTTPX = {
     "TransportError": True,
     "NetworkError": True,
     "TimeoutException": True,
+    "TooManyRedirects": False,
     "RemoteProtocolError": True,
     "LocalProtocolError": False,
     "UnsupportedProtocol": False,
@@ -261,6 +283,9 @@ def lacks_credentials(error: BaseException) -> bool:
     for link in causes(error):
         if any(cls.__name__ in _CREDENTIALS.get(_root(cls), ()) for cls in type(link).__mro__):
             return True
+        response = getattr(link, "response", None)
+        if isinstance(response, dict) and response.get("Error", {}).get("Code") in _REFUSED_CREDENTIALS:
+            return True
         if status(link) == 401:
             return True
     return False
@@ -268,6 +293,8 @@ def lacks_credentials(error: BaseException) -> bool:
 
 def _own(error: BaseException) -> bool | None:
     """Our own errors carry their verdict."""
+    if getattr(error, "lasting", None) is True:
+        return False
     passing = getattr(error, "passing", None)
     return passing if isinstance(passing, bool) else None
 
@@ -276,9 +303,10 @@ def _by_status(error: BaseException) -> bool | None:
     if any(cls.__name__ in _CREDENTIALS.get(_root(cls), ()) for cls in type(error).__mro__):
         return False
     response = getattr(error, "response", None)
-    if isinstance(response, dict) and response.get("Error", {}).get("Code") in _PASSING_CODES:
-        return True
+    code = str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else None
     found = status(error)
+    if code in _PASSING_CODES or (found == 409 and code in _CODELESS_CONFLICT):
+        return True
     if found is not None and found >= 400:
         return found in TRANSIENT_STATUSES or (found >= 500 and found not in LASTING_SERVER_STATUSES)
     if _module(error) == "mlflow":
@@ -290,7 +318,10 @@ def _by_status(error: BaseException) -> bool | None:
 
 
 def _by_misleading_class(error: BaseException) -> bool | None:
-    """Names that do not resolve, certificates, and the databases' errors: their classes and errnos would mislead."""
+    """Names that do not resolve, redirects, certificates, and the databases' errors: their classes and errnos, or those
+    of what wraps them, would mislead."""
+    if _module(error) == "aiohttp" and any(cls.__name__ in _REDIRECTS for cls in type(error).__mro__):
+        return False
     if isinstance(error, socket.gaierror):
         # The resolver that gives no answer may give one later. "No such name" is an answer, nearly always to a typo.
         return error.errno == socket.EAI_AGAIN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import shutil
 import threading
 import time
@@ -281,3 +282,70 @@ def test_a_cut_object_is_damage(served, folder, s3) -> None:
         object_store.fill(s3, "bucket", folder, "s-00000.tar")
     (problem,) = verify(address + "{00000..00002}.tar")
     assert "s-00000.tar: truncated" in problem
+
+
+CIRCLE = "the server redirects in a circle; check the address or endpoint"
+LISTS = r"no answer of S3 to ListObjectsV2|no \.tar matches"
+"""A page without links is an empty list where pages are lists."""
+
+
+@pytest.mark.parametrize(
+    ("fault", "opening", "listing", "most"),
+    [
+        ("redirect self", CIRCLE, CIRCLE, 20),
+        ("redirect", r"redirects .*\(status 302\)", r"redirects .*\(status 302\)|no \.tar matches", 5),
+        ("301 PermanentRedirect", r"redirects .*\(status 301\)", r"redirects .*\(status 301\)|no \.tar matches", 5),
+        ("redirect ftp://h/x", "redirects to ftp://h/x; check the address", "redirects to ftp://h/x; check", 5),
+        ("redirect http://[h", r"redirects to http://\[h", r"redirects to http://\[h", 5),
+        ("page", "a web page came in place of the file; check the address", LISTS, 12),
+        ("empty", "damaged index", LISTS, 12),
+        ("204", "sent no file|no answer of S3 to GetObject", LISTS, 12),
+    ],
+)
+def test_a_server_that_gives_something_else(served, fault, opening, listing, most) -> None:
+    """One line and code 2, soon: no other start of the job gets anything else."""
+    plan, address = served
+    plan.rules.append(Rule(fault, "", math.inf))
+    for place, message in ((address + "00000.tar", opening), (address + "*.tar", listing)):
+        plan.asked.clear()
+        with pytest.raises(DataError, match=message) as caught:
+            open_dataset(place)
+        assert not isinstance(caught.value, DataLost) and len(plan.asked) <= most
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("served", ["s3"], indirect=True)
+@pytest.mark.parametrize("code", ["400 SlowDown", "409 OperationAborted"])
+def test_codes_that_come_with_400_and_409(served, folder, code) -> None:
+    """What S3 asks to repeat is repeated, though an answer to HEAD has no code."""
+    plan, address = served
+    plan.rules += [Rule(code, "s-00000.tar", 3), Rule(code, "s-00000.index", 2)]
+    dataset = open_dataset(address + "00000.tar")
+    plan.rules.append(Rule(code, "s-00000.tar", 2))
+    assert samples(dataset) == samples(open_dataset(str(folder / "s-00000.tar")))
+    plan.rules.append(Rule(code, "list-type", 2))
+    assert len(open_dataset(address + "*.tar").shards) == 3
+    assert not any(rule.times for rule in plan.rules)
+    plan.rules.append(Rule(code, "s-00000", math.inf))
+    with pytest.raises(DataLost, match="another attempt may succeed"):
+        open_dataset(address + "00000.tar")
+
+
+@pytest.mark.parametrize("served", ["s3"], indirect=True)
+def test_an_expired_token_is_named_though_a_head_has_no_code(served) -> None:
+    plan, address = served
+    plan.rules.append(Rule("400 ExpiredToken", "s-00000", math.inf))
+    with pytest.raises(DataError, match=r"ExpiredToken.*set the credentials .*, or renew them") as caught:
+        open_dataset(address + "00000.tar")
+    assert not isinstance(caught.value, DataLost) and len(plan.asked) <= 4
+
+
+@pytest.mark.parametrize("fault", ["wrong-range", "short-206"])
+def test_a_server_that_always_answers_wrongly(served, fault) -> None:
+    plan, address = served
+    dataset = open_dataset(address + "00000.tar")
+    plan.rules.append(Rule(fault, "s-00000.tar", math.inf))
+    plan.asked.clear()
+    with pytest.raises(DataError, match=r"came.*; check the address, and the server or a proxy") as caught:
+        dataset.read(0, 1)
+    assert not isinstance(caught.value, DataLost) and len(plan.asked) >= 4

@@ -32,6 +32,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from s3fs.utils import FileExpired
 
 from bifrost.data import DataError, DataLost, retry
+from bifrost.data.errors import WrongAnswer
 from bifrost.data.retry import call, failure, is_transient, retrying
 
 
@@ -103,6 +104,10 @@ TRANSIENT = [
     client("SlowDown", 503),
     client("RequestTimeout", 400),
     client("InternalError", 500),
+    *(client(code, 400) for code in ("SlowDown", "RequestTimeoutException", "ThrottledException")),
+    *(client(code, 409) for code in ("OperationAborted", "ConditionalRequestConflict", "409")),
+    WrongAnswer("other bytes"),
+    raised(OSError("translated"), cause=WrongAnswer("other bytes")),
     s3fs.errors.translate_boto_error(client("SlowDown", 503)),
     botocore.exceptions.EndpointConnectionError(endpoint_url="http://h"),
     botocore.exceptions.ReadTimeoutError(endpoint_url="http://h"),
@@ -138,6 +143,13 @@ LASTING = [
     HttpError(403),
     client("AccessDenied", 403),
     client("ExpiredToken", 400),
+    client("400", 400),  # a HEAD's: mostly of an expired token
+    client("BucketNotEmpty", 409),
+    http_answer(409),
+    aiohttp.TooManyRedirects(http_answer(302).request_info, (), status=302),
+    raised(botocore.exceptions.HTTPClientError(error="…"), context=aiohttp.NonHttpUrlRedirectClientError("ftp://h/x")),
+    raised(FileNotFoundError("http://h/x.tar"), cause=aiohttp.InvalidUrlRedirectClientError("x")),
+    WrongAnswer("known", lasting=True),
     s3fs.errors.translate_boto_error(client("ExpiredTokenException", 400)),  # an EIO, says s3fs
     s3fs.errors.translate_boto_error(client("NoSuchKey", 404)),
     FileExpired("x", "etag"),  # an EBUSY, says s3fs
@@ -234,6 +246,16 @@ def test_patience_ends_with_the_cause_and_the_place(pauses: list[float]) -> None
         retrying(Action(*(os_error(errno.ESTALE) for _ in range(50))), "x", patience_s=300)
     assert sum(pauses) == pytest.approx(300)
     assert max(pauses) <= retry.LONGEST_PAUSE_S * 1.25
+
+
+def test_a_server_that_only_answers_wrongly_has_to_be_fixed(pauses: list[float]) -> None:
+    """Asked for as long as others, and then no reason to start a job again, unless the network had a part in it."""
+    with pytest.raises(DataError, match=r"^x\.tar: wrong; check the address, and the server") as caught:
+        call(action := Action(*(WrongAnswer("wrong") for _ in range(50))), "x.tar")
+    assert not isinstance(caught.value, DataLost) and action.calls >= 4 and sum(pauses) == pytest.approx(10)
+    with pytest.raises(DataLost):
+        call(Action(os_error(errno.EIO), *(WrongAnswer("wrong") for _ in range(50))), "x.tar")
+    assert call(Action(WrongAnswer("wrong"), os_error(errno.EIO)), "x.tar") == "done"
 
 
 def test_lasting_errors_are_not_asked_again(pauses: list[float]) -> None:

@@ -22,7 +22,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 FAULTS = ("503", "429", "500", "reset", "cut", "cut-unstated", "ignore-range", "wrong-range", "slow", "short-206")
-"""Those that pass. A rule may also have another status, such as 403."""
+"""Those that pass. A rule may also have another status, such as 403, or a status and the code that S3 gives with it in
+its answer's body, such as "400 SlowDown"; "redirect" and an address or nothing; "page", a web page with status 200;
+"empty", an empty body with status 200."""
 FAULTS_MEAN = """503, 429, 500: the status, 429 with Retry-After. reset: the connection ends before an answer. cut:
 the body ends early. cut-unstated: the same without a Content-Length. ignore-range: the whole file with status 200.
 wrong-range: other bytes than asked for, stated in Content-Range. short-206: fewer bytes than asked for, stated so.
@@ -100,9 +102,18 @@ class _Handler(BaseHTTPRequestHandler):
         sent = self.rfile.read(length) if length else b""
         if fault == "slow":
             time.sleep(0.3)
-        elif fault and fault.isdigit():
-            body = b"<html>no</html>"
-            self._answer(int(fault), {"Retry-After": "1"} if fault == "429" else {}, body)
+        elif fault and fault[:3].isdigit():
+            status, _, code = fault.partition(" ")
+            body = f"<Error><Code>{code}</Code><Message>m</Message></Error>" if code else "<html>no</html>"
+            body = "" if status == "204" else body
+            self._answer(int(status), {"Retry-After": "1"} if fault == "429" else {}, body.encode())
+            return
+        elif fault in ("page", "empty"):
+            self._answer(200, {"Content-Type": "text/html"}, b"<html>log in</html>" if fault == "page" else b"")
+            return
+        elif fault and fault.startswith("redirect"):
+            to = fault.partition(" ")[2]
+            self._answer(302, {"Location": self.path if to == "self" else to} if to else {}, b"")
             return
         elif fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
