@@ -239,12 +239,14 @@ def _show(recipe: Recipe, ranks: int | None) -> None:
     import torch
 
     from .engine import deepspeed_config
+    from .inputs import require_places
     from .stages import open_stage
 
     ranks = ranks or devices()
     passes = batch_arithmetic(recipe, ranks)
     with torch.device("meta"):
         model = open_stage(recipe, for_counting=True).build()
+    require_places(recipe)
     trainable = sum(p.numel() for p in model.trainable().values())
     frozen = sum(p.numel() for p in model.parameters()) - trainable
     print(to_yaml(recipe))

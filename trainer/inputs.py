@@ -12,8 +12,10 @@ import numpy as np
 from ..data import Dataset, Plan, open_dataset
 from ..recipes import Recipe
 from ..recipes.secrets import HIDDEN
+from ..slurm.record import newest_step
 from .batch import batch_arithmetic
 from .errors import RunError
+from .models.backbone import architecture, from_cache
 from .ranks import Gather, alone
 from .stages import Stage, open_stage
 
@@ -50,11 +52,22 @@ def open_inputs(recipe: Recipe, ranks: int, rank: int = 0, gather: Gather = alon
     stage = open_stage(recipe) if os.environ.get("LOCAL_RANK", "0") == "0" else None
     gather(None)
     if stage is None:
-        from .models.backbone import from_cache
-
         with from_cache():
             stage = open_stage(recipe)
     return Inputs(recipe, dataset, Plan(dataset.samples_per_shard, recipe.seed, recipe.data.block), stage)
+
+
+def require_places(recipe: Recipe) -> None:
+    """RunError where a folder is missing that a run reads after its model is built, named by its setting: opening the
+    stage has checked the model's own."""
+    names = {"samples.controlnet": recipe.samples.controlnet} if recipe.samples.every else {}
+    if not newest_step(Path(recipe.runs_dir) / recipe.name):  # a run that continues does not read it again
+        names["init_from"] = recipe.init_from
+    for key, place in names.items():
+        if place and not Path(place).exists():
+            raise RunError(f"{key}={place}: no such file or folder")
+    if recipe.samples.every and recipe.samples.flux:
+        architecture(recipe.samples.flux, None, "samples.flux")
 
 
 # Settings that decide what is trained and on which sequence: a run that goes on must not change them.

@@ -4,9 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from bifrost.slurm.ranks import LAUNCHER_VARIABLES
 from bifrost.trainer import cli
+from bifrost.trainer.cli import app
 
 MET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -114,3 +116,23 @@ def test_a_command_without_its_words_prints_its_help(
         cli.main()
     printed = "".join(capsys.readouterr())
     assert left.value.code == code and printed.count("Usage:") == 1 and "--help" in printed
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("backbone.path", "backbone.path={0}"),
+        ("init_from", "init_from={0}"),
+        ("samples.controlnet", "samples.every=5 samples.controlnet={0}"),
+        ("samples.flux", "samples.every=5 samples.controlnet={1} samples.flux={0}"),
+    ],
+)
+def test_a_dry_run_names_a_folder_that_is_missing(tmp_path: Path, setting: str, named: str) -> None:
+    gone = tmp_path / "gone"
+    overrides = named.format(gone, tmp_path).split()
+    ended = CliRunner().invoke(app, ["train", "tiny-mllm", "--dry-run", f"runs_dir={tmp_path}", *overrides])
+    assert str(ended.exception).startswith(f"{setting}={gone}: no such "), ended.output
+    if setting == "init_from":  # a run that continues has read it
+        (tmp_path / "tiny-mllm" / "checkpoints" / "step-00000001").mkdir(parents=True)
+        ended = CliRunner().invoke(app, ["train", "tiny-mllm", "--dry-run", f"runs_dir={tmp_path}", *overrides])
+        assert ended.exit_code == 0, ended.output
