@@ -33,8 +33,9 @@ demo: $(READY)
 	$(BIN)/bifrost eval --mllm runs/tiny-mllm --controlnet runs/tiny-controlnet --data 'demo/train-*.tar' \
 	  --heldout 'demo/heldout-*.tar' --flux-steps 8 --conditioning-scale 1 --out runs/demo
 
+# Tests wait a third of their time, for processes and for a cluster: one pytest worker more than a laptop's two cores.
 test: $(READY)
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
