@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from ...data.retry import retrying
 from ..errors import RunError
 from .durable import Entry, write_file
 
@@ -60,7 +61,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     where = f"{folder.name}/{MANIFEST}"
     try:
-        raw = path.read_bytes()
+        raw = retrying(path.read_bytes, path)
     except OSError as error:
         raise RunError(f"{where}: {'missing' if isinstance(error, FileNotFoundError) else error.strerror}") from error
     try:

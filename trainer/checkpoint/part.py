@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from ...data.retry import retrying
 from ..errors import RunError
 from .durable import Entry, Piece, Spans, hash_file, hash_span, safetensors_parts, write_file
 from .layout import local_range
@@ -103,7 +104,7 @@ def file_problem(path: Path, entry: Entry, content: bool, slot: str | None = Non
             return f"truncated, {size} of {entry.size} bytes"
         if size > entry.size:
             return f"too long, {size} bytes where the manifest says {entry.size}"
-        if content and not _same(path, entry, slot):
+        if content and not retrying(lambda: _same(path, entry, slot), path):
             return "damaged, its content does not match the manifest's sha256"
     except FileNotFoundError:
         return "missing"

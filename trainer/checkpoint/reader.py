@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
+from ...data.retry import call
 from ..errors import RunError
+from ..models.safetensors_files import StoredTensors
 from .layout import reads
 from .manifest import read_manifest
 
@@ -43,12 +43,12 @@ class CheckpointReader:
         self.ranks = self.manifest.ranks
         self.slots = self.manifest.slots
         self.shapes = self.manifest.shapes
-        self._files: dict[int, Any] = {}
+        self._files: dict[int, StoredTensors] = {}
 
     @cached_property
     def state(self) -> dict[str, Any]:
         """What the run stored beside its tensors: positions, counters, hash of the frozen base."""
-        return json.loads((self.folder / STATE).read_bytes())
+        return json.loads(call(lambda: (self.folder / STATE).read_bytes(), self.folder / STATE))
 
     def read(self, slot: str, name: str, lo: int, hi: int) -> torch.Tensor:
         """Elements [lo, hi) of the flattened parameter: [hi - lo], fp32, on the CPU; only those bytes are read.
@@ -62,8 +62,8 @@ class CheckpointReader:
         pieces = reads(math.prod(self.shapes[name]), lo, hi, self.ranks)
         result = torch.empty(hi - lo)
         for piece in pieces:
-            saved = self._file(piece.rank).get_slice(f"{slot}/{name}")
-            result[piece.at : piece.at + piece.stop - piece.start] = saved[piece.start : piece.stop]
+            saved = self._file(piece.rank).flat(f"{slot}/{name}", piece.start, piece.stop)
+            result[piece.at : piece.at + piece.stop - piece.start] = saved
         return result
 
     def full(self, slot: str, name: str) -> torch.Tensor:
@@ -77,7 +77,8 @@ class CheckpointReader:
         A checkpoint from before averaged weights had their own gives the live ones, and says so in the log.
         """
         path = self.folder / BUFFERS
-        held = load_file(path) if BUFFERS in self.manifest.files else {}
+        stored = StoredTensors([path] if BUFFERS in self.manifest.files else [])
+        held = {name: stored.tensor(name) for name in stored}
         live = {name: buffer for name, buffer in held.items() if not name.startswith(AVERAGED)}
         if slot != "ema":
             return live
@@ -86,7 +87,7 @@ class CheckpointReader:
             return live
         return {name.removeprefix(AVERAGED): buffer for name, buffer in held.items() if name.startswith(AVERAGED)}
 
-    def _file(self, rank: int) -> Any:
+    def _file(self, rank: int) -> StoredTensors:
         if rank not in self._files:
-            self._files[rank] = safe_open(self.folder / rank_file(rank), framework="pt")
+            self._files[rank] = StoredTensors([self.folder / rank_file(rank)])
         return self._files[rank]

@@ -86,15 +86,15 @@ class Quantized:
         return tuple(name for name in (self.data, self.scale, self.zero_point) if name)
 
     def flat(self, tensors: StoredTensors, lo: int, hi: int) -> Tensor:
-        """Elements [lo, hi) of the flattened weight; of the data only their rows are touched."""
-        data, scale = tensors.tensor(self.data), tensors.tensor(self.scale)
+        """Elements [lo, hi) of the flattened weight; of the data only their rows are read."""
+        scale = tensors.tensor(self.scale)
         if hi <= lo:
             return scale.new_empty(0)
-        width = data.shape[1]
+        width = tensors.shape(self.data)[1]
         first, last = lo // width, -(-hi // width)
         rows = slice(first, last)
         scale = _of_rows(scale.float() if self.wide else scale, rows)
-        values = data[rows].to(scale.dtype)
+        values = tensors.flat(self.data, first * width, last * width).view(-1, width).to(scale.dtype)
         if self.zero_point:
             values = values - _of_rows(tensors.tensor(self.zero_point).to(scale.dtype), rows)
         values = values * scale

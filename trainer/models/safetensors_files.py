@@ -1,18 +1,22 @@
-"""Which safetensors files make up a model, and the tensors in them, memory-mapped."""
+"""Which safetensors files make up a model, and the tensors in them, read by range."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...data import DataError
+from ...data import DataError, DataLost
 from ...data.retry import call
 from ..errors import RunError
 
@@ -125,44 +129,126 @@ def instead(path: Path) -> str:
     return ""
 
 
+class _Entry(NamedTuple):
+    """Where a tensor is stored."""
+
+    file: _File
+    kind: str
+    """Its type, as safetensors names it."""
+    shape: tuple[int, ...]
+    start: int
+    """First byte in the file."""
+    size: int
+    """Bytes."""
+
+
+class _File:
+    """One safetensors file: its header, and ranges of its bytes.
+
+    Ranges are read by `pread` and not memory-mapped: storage that fails under a mapped page, or a file that becomes
+    shorter, ends the process with SIGBUS, which no retry and no message can follow. A read that fails for a transient
+    reason opens the file again, as a stale handle stays stale, and goes on only if it is the same file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._opened: io.FileIO | None = None
+        self._seen: tuple[int, int] | None = None
+        self.tensors, self.metadata = call(self._header, path)
+
+    def read(self, start: int, view: memoryview) -> None:
+        """Fill `view` with the bytes from `start` on. DataLost, DataError or RunError with the file's name."""
+        call(lambda: self._read(start, view), self.path)
+
+    def _header(self) -> tuple[dict[str, _Entry], Mapping[str, str]]:
+        with safe_open(self.path, framework="pt") as checked:  # whatever is wrong with a header is the library's to say
+            metadata = checked.metadata() or {}
+        length = bytearray(8)
+        self._read(0, memoryview(length))
+        text = bytearray(int.from_bytes(length, "little"))
+        self._read(8, memoryview(text))
+        entries = {}
+        for name, about in json.loads(text).items():
+            if name != "__metadata__":
+                begin, end = about["data_offsets"]
+                shape = tuple(about["shape"])
+                entries[name] = _Entry(self, about["dtype"], shape, 8 + len(text) + begin, end - begin)
+        return entries, metadata
+
+    def _read(self, start: int, view: memoryview) -> None:
+        done = 0
+        try:
+            while done < len(view):
+                count = os.preadv(self._descriptor(), [view[done:]], start + done)
+                if not count:
+                    raise RunError(f"{self.path}: ends {len(view) - done} bytes early; fetch or write it again")
+                done += count
+        except OSError:
+            if self._opened:
+                with contextlib.suppress(OSError):
+                    self._opened.close()
+                self._opened = None
+            raise
+
+    def _descriptor(self) -> int:
+        if self._opened is None:
+            opened = io.FileIO(self.path)
+            about = os.fstat(opened.fileno())
+            seen = about.st_size, about.st_mtime_ns
+            if self._seen not in (None, seen):
+                opened.close()
+                raise DataLost(f"{self.path}: was replaced while it was being read; start again")
+            self._opened, self._seen = opened, seen
+        return self._opened.fileno()
+
+
 class StoredTensors:
-    """Tensors of safetensors files by name, as they are stored; what is touched of them is read."""
+    """Tensors of safetensors files by name, as they are stored; what is asked for is read, and nothing else."""
 
     def __init__(self, files: list[Path]) -> None:
-        self._files: dict[str, safe_open] = {}
-        self._opened: list[safe_open] = []
-        for file in files:
+        self._entries: dict[str, _Entry] = {}
+        self._files: list[_File] = []
+        for path in files:
             try:
-                opened = call(lambda file=file: safe_open(file, framework="pt"), file)
+                file = _File(path)
             except DataError as error:
                 if error.passing:
                     raise
                 raise RunError(str(error)) from error
             except (OSError, SafetensorError) as error:
-                raise RunError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from error
-            self._opened.append(opened)
-            self._files.update(dict.fromkeys(opened.keys(), opened))
+                raise RunError(f"{path}: cannot be read as safetensors ({error}); fetch it again") from error
+            self._files.append(file)
+            self._entries.update(file.tensors)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._entries)
 
     def dtype(self, name: str) -> torch.dtype | None:
         """None for a type that torch has not, such as four-bit floats."""
-        return _DTYPES.get(self._slice(name).get_dtype())
+        return _DTYPES.get(self._entries[name].kind)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._entries[name].shape
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor, memory-mapped: only what is touched is read."""
-        return self._files[name].get_tensor(name)
+        """The whole tensor, in memory."""
+        shape = self.shape(name)
+        return self.flat(name, 0, math.prod(shape)).view(shape)
+
+    def flat(self, name: str, lo: int, hi: int) -> Tensor:
+        """Elements [lo, hi) of the flattened tensor; only those bytes are read."""
+        entry, dtype = self._entries[name], self.dtype(name)
+        if dtype is None:
+            raise RunError(f"{entry.file.path}: {name} is stored as {entry.kind}, a type that cannot be read here")
+        found = torch.empty(max(0, hi - lo), dtype=dtype)
+        if len(found):
+            assert lo >= 0 and hi * dtype.itemsize <= entry.size
+            entry.file.read(entry.start + lo * dtype.itemsize, memoryview(found.view(torch.uint8).numpy()))
+        return found
 
     def metadata(self) -> Iterator[Mapping[str, str]]:
         """The headers' free text, file by file."""
-        return (opened.metadata() or {} for opened in self._opened)
-
-    def _slice(self, name: str) -> Any:
-        return self._files[name].get_slice(name)
+        return (file.metadata for file in self._files)

@@ -1,7 +1,7 @@
 """Reading weights: safetensors files into modules, each rank its own slice and nothing more.
 
 Under ZeRO-3 a parameter is flattened, padded and cut evenly over the ranks (`param.ds_tensor`). Every rank reads just
-those bytes from the memory-mapped files: no gather, no broadcast, no rank ever holds a model.
+those bytes from the files: no gather, no broadcast, no rank ever holds a model.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from ..ranks import Gather, alone
 from .quantization import FLOAT, REMEDY, hidden, quantized
 from .safetensors_files import StoredTensors, weight_files
 from .unread import unread_neighbours
+
+_HASHED = 1 << 23
+"""Elements read and hashed at a time."""
 
 
 class Source(Protocol):
@@ -63,7 +66,7 @@ class WeightFiles:
         return None if name in self._quantized else self._stored.dtype(name)
 
     def full(self, name: str) -> Tensor:
-        """The tensor, memory-mapped: only what is touched is read. One that is stored quantized is in memory."""
+        """The whole tensor, in memory."""
         if name in self._quantized:
             shape = self.shape(name)
             assert shape is not None
@@ -73,7 +76,7 @@ class WeightFiles:
     def flat(self, name: str, lo: int, hi: int) -> Tensor:
         if how := self._quantized.get(name):
             return how.flat(self._stored, lo, hi)
-        return self._stored.tensor(name).flatten()[lo:hi]
+        return self._stored.flat(name, lo, hi)
 
     def require(self, names: Iterable[str]) -> None:
         """RunError unless all `names` are there as floats, or read as such, and nothing next to them is left over."""
@@ -104,9 +107,12 @@ class WeightFiles:
         stored = {part for name in names for part in self._parts(name)}
         digests: dict[str, str] = {}
         for name in sorted(stored)[rank::ranks]:
-            tensor = self._stored.tensor(name).contiguous()
-            digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+            shape = self._stored.shape(name)
+            digest = hashlib.sha256(f"{name} {self._stored.dtype(name)} {shape}".encode())
+            count = math.prod(shape)
+            for lo in range(0, count, _HASHED):
+                block = self._stored.flat(name, lo, min(lo + _HASHED, count))
+                digest.update(block.view(torch.uint8).numpy().data)
             digests[name] = digest.hexdigest()
         merged = {name: value for part in gather(digests) for name, value in part.items()}
         return hashlib.sha256(json.dumps(sorted(merged.items())).encode()).hexdigest()
