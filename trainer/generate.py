@@ -6,7 +6,9 @@ Legend: B images, N patch latents of width D, S and P sides in pixels of what th
 from __future__ import annotations
 
 import json
+import logging
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +37,8 @@ from .sampler import Sampling, Text, draw_noise, sample
 from .stages.controlnet import ControlNetStage
 from .stages.patch_latents import PatchLatentModel, PatchLatentStage
 from .stages.placement import born
+
+log = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
 SLOTS = ("ema", "master")
@@ -133,6 +137,17 @@ class Generator:
         orders = draw_orders(seeds, patches).to(self.device)
         how = settings.steps, settings.schedule, settings.guidance
         return decode(self.mllm.branch, self.mllm.head, prefix, orders, *how)
+
+    def warn_of_cut(self, prompts: Sequence[str], settings: Settings, decoded: bool = True) -> None:
+        """One warning for each prompt that is longer than a text model reads, with the tokens kept and dropped: its end
+        is ignored, as that of a long caption is in training. decoded: whether the patch latents come from it."""
+        for prompt in dict.fromkeys(prompts):
+            limits = {} if settings.empty_prompt else self.tokenizers.limits(prompt)
+            if settings.controlnet and decoded:
+                limits["the branch's text model"] = self.template.tokens(prompt), self.template.max_tokens
+            cut = [f"{name} reads {m} of {n} tokens ({n - m} dropped)" for name, (n, m) in limits.items() if n > m]
+            if cut:
+                log.warning("prompt %s is cut at its end: %s", textwrap.shorten(repr(prompt), 60), ", ".join(cut))
 
     def encode(self, images: Tensor) -> Tensor:
         """Patch latents [B, N, D] that the vision tower has of uint8 images [B, 3, S, S]."""

@@ -117,6 +117,7 @@ def generate(
         # Refuses more steps than there are patches, before the folder is begun.
         reveal_counts(generator.mllm.branch.side**2, steps, settings.schedule)
         begin(out, entries)
+        generator.warn_of_cut([picture.prompt.text for picture in missing], settings, latents_from is None)
         made, there = _made(generator, missing, settings, image, batch), len(share) - len(missing)
         with progress("making", len(share), "pictures", there, shown=rank == 0) as shown:
             for picture, images in made:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import functools
+import logging
+import shutil
+import subprocess
 import textwrap
 from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.ImageFont import FreeTypeFont
+
+log = logging.getLogger(__name__)
 
 GAP, TEXT = 6, 13
 LINES = 3
@@ -58,8 +63,39 @@ def _font(missing: frozenset[int]) -> FreeTypeFont:
 
         # "Last Resort", which matplotlib brings too, has a box for every character.
         others = sorted({entry.fname for entry in fontManager.ttflist if "Last Resort" not in entry.name})
-        file = next((other for other in others if missing <= _covered(other)), file)
+        found = next((other for other in others if missing <= _covered(other)), None) or _fontconfigs(missing)
+        if found is None:
+            _warn_of_boxes(chr(min(missing)))
+        file = found or file
     return ImageFont.truetype(file, TEXT)
+
+
+def _fontconfigs(missing: frozenset[int]) -> str | None:
+    """The font of fontconfig's choice for these characters; matplotlib does not know those installed since it looked
+    for them first."""
+    if (program := shutil.which("fc-match")) is None:
+        return None
+    pattern = ":charset=" + " ".join(f"{point:x}" for point in sorted(missing))
+    try:
+        done = subprocess.run([program, "--format=%{file}", pattern], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if missing <= _covered(done.stdout) else None
+
+
+_boxes: list[str] = []
+"""The first character that no font here has: it is logged once."""
+
+
+def _warn_of_boxes(character: str) -> None:
+    if not _boxes:
+        _boxes.append(character)
+        log.warning(
+            "contact sheets show boxes: no font on this machine has %s (U+%04X); install one, such as the package"
+            " fonts-noto-cjk for Chinese, Japanese and Korean, or fonts-noto-core for other scripts",
+            character,
+            ord(character),
+        )
 
 
 def _dejavu() -> str:

@@ -1,6 +1,7 @@
 """Prompts to images: the same ones in any batch, rank and restart; folders as the benches read them; errors a line."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import ranked
 import tiny_flux
 from bifrost.recipes import Recipe, load_recipe, to_yaml
 from bifrost.trainer import cli, generate_cli
+from bifrost.trainer import sheet as sheets
 from bifrost.trainer.checkpoint.export import export
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
@@ -453,3 +455,53 @@ def test_captions_are_drawn_and_not_boxes() -> None:
         assert bytes(font.getmask(text)) != bytes(font.getmask("\uffff")), text
     assert font_for("a\n\tb").path == font_for("a").path
     assert font_for("猫 and more").getmask("a").getbbox()  # no box for what the usual font has
+
+
+def test_a_character_that_no_font_has_is_logged_once(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(sheets, "_boxes", [])
+    sheets._font.cache_clear()
+    for text in ("\U00016800", "\U00016801 again", "a \U00016800"):  # Bamum, of the plain fonts in none
+        font_for(text)
+    (line,) = [each.getMessage() for each in caplog.records]
+    assert "no font on this machine has \U00016800 (U+16800); install" in line
+    font_for("plain text")
+    assert len(caplog.records) == 1
+
+
+def test_fontconfig_is_asked_for_what_matplotlib_does_not_know(monkeypatch, caplog, tmp_path: Path) -> None:
+    """A font installed after matplotlib first listed them."""
+    new = Path(shutil.copy(sheets._dejavu(), tmp_path / "new.ttf"))
+    program = tmp_path / "fc-match"
+    program.write_text(f'#!/bin/sh\n[ "$2" = ":charset=16802 16803" ] && printf %s {new}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    covered = sheets._covered
+    monkeypatch.setattr(
+        sheets, "_covered", lambda file: frozenset((0x16802, 0x16803)) if file == str(new) else covered(file)
+    )
+    assert font_for("\U00016803\U00016802").path == str(new) and not caplog.records
+    sheets._font.cache_clear()
+
+
+def test_a_prompt_that_is_cut_is_logged_with_its_tokens(generator: Generator, caplog) -> None:
+    long = "an apple and a pear " * 120
+    generator.warn_of_cut(["a red apple", long, long], Settings())
+    (line,) = [each.getMessage() for each in caplog.records]
+    whole = len(generator.template.tokenizer(generator.template.head + long + generator.template.tail).input_ids)
+    kept = len(generator.template.ids(long))
+    assert f"the branch's text model reads {kept} of {whole} tokens ({whole - kept} dropped)" in line
+    assert generator.tokenizers([long]).t5.shape[1] == generator.tokenizers.t5_length
+    for name, tokenizer in (("T5", generator.tokenizers.t5), ("CLIP", generator.tokenizers.clip)):
+        count = len(tokenizer(long).input_ids)
+        limit = getattr(generator.tokenizers, f"{name.lower()}_length")
+        assert f"{name} reads {limit} of {count} tokens ({count - limit} dropped)" in line
+    assert line.startswith("prompt 'an apple and a pear") and len(line) < 350
+    caplog.clear()
+    generator.warn_of_cut([long], replace(Settings(), empty_prompt=True), decoded=False)
+    assert not caplog.records, "nobody reads it"
+
+
+def test_the_command_warns_of_a_cut_prompt(mllm: Path, controlnet: Path, tmp_path: Path, caplog) -> None:
+    runs = (f"--mllm={mllm}", f"--controlnet={controlnet}")
+    bifrost(*runs, f"--out={tmp_path / 'out'}", *QUICK, "apple " * 300, "red apple")
+    assert len([each for each in caplog.records if "is cut at its end" in each.getMessage()]) == 1

@@ -128,6 +128,11 @@ class FluxTokenizers:
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         return Tokens(_ids(self.t5, prompts, self.t5_length), _ids(self.clip, prompts, self.clip_length))
 
+    def limits(self, prompt: str) -> dict[str, tuple[int, int]]:
+        """Text encoder -> (tokens of the prompt, tokens that it reads at most)."""
+        readers = {"T5": (self.t5, self.t5_length), "CLIP": (self.clip, self.clip_length)}
+        return {name: (len(one(prompt, verbose=False).input_ids), limit) for name, (one, limit) in readers.items()}
+
 
 def _ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
     settings = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}

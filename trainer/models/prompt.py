@@ -71,6 +71,10 @@ class PromptTemplate:
             ids = ids[: self.max_tokens - len(self.suffix)] + self.suffix
         return ids
 
+    def tokens(self, caption: str) -> int:
+        """Token ids of the prompt before it is cut to `max_tokens`."""
+        return len(self._encode(caption))
+
     def _encode(self, caption: str) -> list[int]:
         # `head` and `tail` carry the template's own markers; a caption must not be able to close its turn.
         caption = caption.replace("<|", "< |")
