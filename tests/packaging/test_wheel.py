@@ -14,6 +14,7 @@ import runs
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"package": "", "kernels": "kernels", "data": "data", "recipes": "recipes", "slurm": "slurm"}
 FOLDERS["trainer"] = "trainer"
+FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = folder / "source"  # a build leaves files in the tree
     for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, source)
     options = ["--quiet", "--disable-pip-version-check", "--no-deps"]
     build = ["wheel", *options, "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
