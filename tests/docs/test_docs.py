@@ -27,7 +27,7 @@ import runs
 from bifrost.kernels.bench.arguments import parser, read_arguments
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 SMALL = ("steps=2", "global_batch=8", "micro_batch=2", "log_every=1", "data.workers=0", "tracking.enabled=false")
 
@@ -141,6 +141,8 @@ def check(command: str, folder: Path) -> None:
             "test-gpu": "-m pytest tests/kernels/test_gpu",
             "bench-gpu": "-m bifrost.kernels.bench",
             "setup": "pip install",
+            "lint": "ruff check",
+            "docs": "sphinx",
         }[words[1]]
         assert any(needed in line for line in recipe_of_make(*words[1:]))
     elif program == "srun":  # no Slurm here: its ranks are tests/slurm's, the command is run dry
