@@ -16,7 +16,7 @@ import small_model
 from bifrost.slurm.codes import STOPPED
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
-STEPS = 15
+STEPS = 8
 
 
 def test_a_server_that_hangs_and_then_dies(shards: Path, tmp_path: Path) -> None:
@@ -53,8 +53,8 @@ def test_a_server_that_hangs_and_then_dies(shards: Path, tmp_path: Path) -> None
     times = {name: [line["step_s"] for line in lines if a < line["time"] < b] for name, (a, b) in windows.items()}
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     print("median step:", {name: f"{seconds:.3f} s" for name, seconds in median.items()})
-    # A step that waited for a request would take its 10 s; a machine with other work makes noise.
-    assert max(median["hanging"], median["dead"]) < 2 * median["well"]
+    # A step that waited for a request would take its 10 s. No ratio: other work on the machine slows the short steps.
+    assert max(median["hanging"], median["dead"]) < median["well"] + 1
     assert max(times["hanging"] + times["dead"]) < 10
 
     server.start()
