@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from .errors import DataLost, DataMissing
+from .errors import DataError, DataLost, DataMissing
 from .files import is_local
+from .local import NOTHING, asked
 from .remote import RemoteFile, filesystem
-from .retry import call, failure, is_transient, retrying
+from .retry import call
 
 if TYPE_CHECKING:
     from .parquet import RowBytes
 
-Found = TypeVar("Found")
-
 WRONG_TYPE = "not a .jpg, .jpeg, .png or .webp; convert it"
 """Reason of what is an image, though none that is read."""
 
+
+NO_FILE = "no such file"
 
 _remote = lru_cache(maxsize=2)(RemoteFile)
 """Pieces of one tar come one after another; a server without ranges sends each tar once."""
@@ -97,36 +98,30 @@ def key_of(relative: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def asked(action: Callable[[], Found], where: object) -> Found:
-    """What `action` returns; storage that fails is asked again, then DataLost. Other errors come as they are."""
-    try:
-        return retrying(action, where)
-    except Exception as error:
-        if is_transient(error) and not hasattr(error, "passing"):
-            raise failure(where, error) from error
-        raise
-
-
-def is_kind(path: str | Path, kind: Callable[[int], bool]) -> bool:
-    """Whether there is such a file or folder, by a test of its mode. `os.path` takes storage that fails for a no."""
-    try:
-        return kind(asked(lambda: os.stat(path), path).st_mode)
-    except (OSError, ValueError) as error:
-        if isinstance(error, DataLost):
-            raise
-        return False
-
-
 def note(seen: hashlib._Hash, path: str) -> str | None:
     """Enters a file's size and time; why it cannot be read, if it cannot."""
     try:
         found = asked(lambda: os.stat(path), path)
     except OSError as error:
-        return f"a link to {os.readlink(path)}, which is not there" if os.path.islink(path) else f"{error.strerror}"
+        return why_not(path, error)
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        return NO_FILE  # a name with a NUL
     if not stat.S_ISREG(found.st_mode):  # opening a FIFO would wait for ever
         return "not a regular file"
     seen.update(described(path, found).encode(errors="surrogateescape"))
     return None
+
+
+def why_not(path: str, error: OSError) -> str:
+    """Why there is nothing to read at a path that was listed."""
+    if error.errno in NOTHING:
+        try:
+            return f"a link to {asked(lambda: os.readlink(path), path)}, which is not there"
+        except OSError:
+            pass  # it is no link
+    return NO_FILE if error.errno == errno.ENOENT else f"{error.strerror}"
 
 
 def state_of(path: Path) -> str:

@@ -72,10 +72,12 @@ def content(url: str, limit: int | None = None) -> bytes:
 
 
 class Stream:
-    """A file or object from its start to its end, in order; storage that fails is asked again from where it was."""
+    """A file or object read front to back, `block` bytes at a time; storage that fails is asked again from where it
+    was."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, block: int | None = None) -> None:
         self.url = url
+        self._size = block or STREAM_BLOCK
         self._file: File | None = None
         self._position = 0
         self._block = b""
@@ -89,18 +91,32 @@ class Stream:
             self._file.close()
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes, none at the end. Raises DataMissing, DataLost or DataError."""
-        if self._taken == len(self._block):
-            self._block, self._taken = call(self._next, self.url), 0
-            self._position += len(self._block)
-        part = self._block[self._taken : self._taken + size]
-        self._taken += len(part)
-        return part
+        """`size` bytes, fewer only at the end. Raises DataMissing, DataLost or DataError."""
+        parts: list[bytes] = []
+        while size:
+            if self._taken == len(self._block):
+                self._block, self._taken = call(self._next, self.url), 0
+                self._position += len(self._block)
+            parts.append(self._block[self._taken : self._taken + size])
+            self._taken += len(parts[-1])
+            size -= len(parts[-1])
+            if not parts[-1]:
+                break
+        return b"".join(parts)
+
+    def seek(self, position: int) -> int:
+        """Go to a byte, counted from the start."""
+        taken = position - (self._position - len(self._block))
+        if 0 <= taken <= len(self._block):
+            self._taken = taken
+        else:
+            self._position, self._block, self._taken = position, b"", 0
+        return position
 
     def _next(self) -> bytes:
         self._file = self._file or open_file(self.url)
         try:
-            return self._file.read(self._position, STREAM_BLOCK)
+            return self._file.read(self._position, self._size)
         except OSError:
             if isinstance(self._file, _LocalFile):  # the handle of a network file system may never recover
                 self._file.close()

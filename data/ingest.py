@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from .captions import caption_of
 from .errors import DataError, DataLost
 from .files import write_atomic
 from .index import CAPTION_TYPE, image_type, index_path
+from .local import asked, is_kind, names_in, stat_of
 from .processes import in_processes, sole_owner
 from .progress import progress
 from .retry import described, is_transient
@@ -64,7 +66,7 @@ def ingest(
     src, out = str(src), Path(out)
     if samples_per_shard < 1:
         raise DataError(f"samples_per_shard is {samples_per_shard}; set it to 1 or more")
-    if "://" not in src and out.resolve() == (Path(src) if os.path.isdir(src) else Path(src).parent).resolve():
+    if "://" not in src and out.resolve() == (Path(src) if is_kind(src, stat.S_ISDIR) else Path(src).parent).resolve():
         raise DataError(f"{out}: the source itself; name another folder for the shards")
     with progress("listing the source"):
         source = list_source(src, str(table) if table else None, image_column, caption_column, out)
@@ -97,13 +99,13 @@ def ingest(
 
 def _agree(out: Path, path: Path, journal: dict) -> None:
     """Take up the folder for this source and these options, or refuse it."""
-    if not path.exists():
-        foreign = next((found for found in sorted(out.iterdir()) if not found.name.startswith(".")), None)
+    if not stat_of(path):
+        foreign = next((name for name in names_in(out) if not name.startswith(".")), None)
         if foreign:
-            raise DataError(f"{foreign}: not made by this ingest; name a new or an empty folder for the shards")
-        write_atomic(path, json.dumps(journal, indent=1).encode())
+            raise DataError(f"{out / foreign}: not made by this ingest; name a new or an empty folder for the shards")
+        asked(lambda: write_atomic(path, json.dumps(journal, indent=1).encode()), path)
         return
-    before = json.loads(path.read_bytes())
+    before = json.loads(asked(path.read_bytes, path))
     other = [name for name in journal if before.get(name) != journal[name]]
     if other:
         raise DataError(
@@ -123,7 +125,7 @@ def _work(tasks: list[_Task], processes: int | None) -> None:
 
 
 def _done(task: _Task) -> bool:
-    return task.report.exists() and task.shard.exists() and Path(index_path(str(task.shard))).exists()
+    return all(stat_of(path) for path in (task.report, task.shard, index_path(str(task.shard))))
 
 
 def _make_shard(task: _Task) -> int:
@@ -148,7 +150,7 @@ def _make_shard(task: _Task) -> int:
         header = write_shard(task.shard, samples())
         assert header.samples + len(rejected) == len(task.candidates), "every candidate is one or the other"
         report = {"samples": header.samples, "rejected": rejected, "unused_captions": unused}
-        write_atomic(task.report, json.dumps(report).encode())
+        asked(lambda: write_atomic(task.report, json.dumps(report).encode()), task.report)
     except DataError:
         raise
     except Exception as error:
@@ -165,7 +167,7 @@ def _folder_is_gone(error: Exception) -> bool:
     if not isinstance(error, FileNotFoundError) or not error.filename:
         return False
     folder = os.path.dirname(os.path.abspath(error.filename))
-    return not os.path.isdir(folder) or not os.listdir(folder)
+    return not is_kind(folder, stat.S_ISDIR) or not names_in(folder)
 
 
 def _load(candidate: Candidate) -> tuple[Sample, int]:
@@ -199,10 +201,10 @@ def _caption(candidate: Candidate) -> tuple[bytes | str, int]:
 
 def _conclude(out: Path, tasks: list[_Task], unlisted: list[tuple[str, str]]) -> Summary:
     """Gather the reports into `rejected.jsonl`."""
-    reports = [json.loads(task.report.read_bytes()) for task in tasks]
+    reports = [json.loads(asked(task.report.read_bytes, task.report)) for task in tasks]
     rejected = [*unlisted, *(tuple(item) for report in reports for item in report["rejected"])]
     lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in rejected]
-    write_atomic(out / "rejected.jsonl", "".join(lines).encode())
+    asked(lambda: write_atomic(out / "rejected.jsonl", "".join(lines).encode()), out)
     samples, unused = (sum(report[name] for report in reports) for name in ("samples", "unused_captions"))
     if unused:
         print(f"{out}: of lists of captions the first was taken, {unused:,} further ones were not", file=sys.stderr)

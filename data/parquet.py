@@ -10,9 +10,8 @@ from typing import Any
 import pyarrow
 from pyarrow.parquet import ParquetFile
 
-from .candidates import asked
 from .errors import DataError
-from .retry import is_transient
+from .local import asked
 from .tables import IMAGE_COLUMNS, Columns, Row
 
 ROWS = 32
@@ -94,10 +93,8 @@ def read_parquet(table: Path, columns: Columns) -> Iterator[Row]:
     """Rows of a Parquet table; images in it are not read yet. DataError where it is none, lacks a column, or has an
     image column of a type that holds neither file names nor images."""
     try:
-        file = ParquetFile(table)
+        file = asked(lambda: ParquetFile(table), table)
     except (pyarrow.ArrowException, OSError) as error:
-        if is_transient(error):
-            raise
         raise DataError(f"{table}: not a Parquet file ({_first_line(error)}); check it") from None
     names = file.schema_arrow.names
     if columns.image is None:  # of several customary names the one that holds images
@@ -110,19 +107,32 @@ def read_parquet(table: Path, columns: Columns) -> Iterator[Row]:
     return _rows(table, file, image, caption, kind)
 
 
+class _Opened:
+    """A table whose row groups are read one after another, after an error from a file opened anew: the handle of a
+    network file system may never recover."""
+
+    def __init__(self, table: Path, file: ParquetFile) -> None:
+        self.table = table
+        self.file: ParquetFile | None = file
+
+    def group(self, number: int, columns: list[str]) -> pyarrow.Table:
+        file, self.file = self.file or ParquetFile(self.table), None
+        found = file.read_row_group(number, columns=columns, use_threads=False)
+        self.file = file
+        return found
+
+
 def _rows(table: Path, file: ParquetFile, image: str, caption: str, kind: pyarrow.DataType) -> Iterator[Row]:
-    before = 0
+    before, opened = 0, _Opened(table, file)
     # The images themselves stay where they are: only their names are read.
     wanted = [caption] + ([f"{image}.path"] if _has_path(kind) else [image] if _is_text(kind) else [])
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         try:
-            found = file.read_row_group(group, columns=wanted, use_threads=False)
+            found = asked(lambda group=group: opened.group(group, wanted), table)
             captions = found.column(caption).to_pylist()
             named = found.column(image).to_pylist() if image in found.column_names else [None] * rows
         except (pyarrow.ArrowException, OSError) as error:
-            if is_transient(error):
-                raise
             problem = f"its row group does not read: {_first_line(error)}"
             yield from (Row(f"{table.name} row {before + row + 1}", None, None, problem) for row in range(rows))
             before += rows

@@ -6,6 +6,7 @@ import hashlib
 import os
 import posixpath
 import re
+import stat
 import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from .index import (
     load_header,
     load_index,
 )
+from .local import is_kind, matches
 from .remote import RemoteFile, filesystem, size_of
 from .retry import call
 from .retry import failure as storage_failure
@@ -95,9 +97,11 @@ def expand(spec: str | list[str], mixed: bool = True) -> list[str]:
 
 def _matches(pattern: str, mixed: bool) -> list[str]:
     fs, path = filesystem(pattern)
+    local = is_local(pattern)
     if any(mark in pattern for mark in "*?["):
-        found, nothing = fs.glob(path, detail=True), "no .tar matches"
-    elif not pattern.endswith(".tar") and fs.isdir(path):
+        found = {item["name"]: item for item in matches(path)} if local else fs.glob(path, detail=True)
+        nothing = "no .tar matches"
+    elif not pattern.endswith(".tar") and (is_kind(path, stat.S_ISDIR) if local else fs.isdir(path)):
         found, nothing = {item["name"]: item for item in fs.ls(path, detail=True)}, "a folder without .tar files"
         if not mixed:
             _refuse_mixture(pattern, list(found))
@@ -114,7 +118,7 @@ def _matches(pattern: str, mixed: bool) -> list[str]:
         raise DataError(
             f"{pattern}: {nothing}{_seen_from(pattern)}; check the path, or make shards with `bifrost data ingest`"
         )
-    return shards if is_local(pattern) else [fs.unstrip_protocol(shard) for shard in shards]
+    return shards if local else [fs.unstrip_protocol(shard) for shard in shards]
 
 
 def _seen_from(path: str) -> str:

@@ -14,11 +14,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from .candidates import WRONG_TYPE, Candidate, Piece, Source, is_kind, key_of, note
+from .candidates import WRONG_TYPE, Candidate, Piece, Source, key_of, note, why_not
 from .errors import DataError
 from .index import CAPTION_TYPE, IMAGE_TYPES
-from .retry import call, is_transient
+from .local import asked, is_kind, matches, names_in, stat_of
+from .retry import call
 from .shards import expand
 from .table_source import one_split, table_source
 from .tables import TABLES, Columns
@@ -56,7 +58,7 @@ def list_source(
         source = call(lambda: table_source(tables[0].parent, tables, columns), src)
     elif src.endswith((".tar", "*", "]", "}")) or "://" in src:
         source = tar_source(expand(src), columns)
-    elif os.path.exists(src):
+    elif stat_of(src):
         raise DataError(f"{src}: neither a folder, a table ({', '.join(TABLES)}) nor a plain .tar; unpack it")
     else:
         raise DataError(f"{src}: no such folder; give a folder of images, or WebDataset tars")
@@ -65,17 +67,18 @@ def list_source(
 
 def _tables(src: str) -> list[str]:
     """Tables that a path with wildcards names."""
-    from glob import glob
-
-    found = sorted(glob(src)) if not os.path.exists(src) and any(mark in src for mark in "*?[") else [src]
+    if not any(mark in src for mark in "*?[") or stat_of(src):
+        return [src]
+    found = [item["name"] if os.path.isabs(src) else os.path.relpath(item["name"]) for item in matches(src)]
     if not found:
         raise DataError(f"{src}: matches no table; check the path")
     return found
 
 
 def _local_folder(root: Path, columns: Columns, out: Path | None) -> Source:
-    tars = sorted(str(tar) for tar in root.glob("*.tar") if tar.is_file() or tar.is_symlink())
-    tables = [root / f"metadata{kind}" for kind in TABLES if (root / f"metadata{kind}").is_file()]
+    names = names_in(root)
+    tars = [path for name in names if name.endswith(".tar") and _is_file_or_link(path := os.path.join(root, name))]
+    tables = [path for kind in TABLES if is_kind(path := root / f"metadata{kind}", stat.S_ISREG)]
     if len(tables) > 1 or (tars and tables):
         names = [*(path.name for path in tables), *(["*.tar"] if tars else [])]
         tars_too = f", or the tars as '{root}/*.tar'" if tars else ""
@@ -84,17 +87,21 @@ def _local_folder(root: Path, columns: Columns, out: Path | None) -> Source:
         return table_source(root, tables, columns)
     if not tars:
         return _folder(root, columns, out)
-    beside = next((path for path in sorted(root.iterdir()) if _captioned(path)), None)
-    if beside:
+    texts = {name for name in names if name.endswith(f".{CAPTION_TYPE}")}
+    for name in names:
+        stem, _, kind = name.rpartition(".")
+        if kind.lower() not in IMAGE_TYPES or f"{stem}.{CAPTION_TYPE}" not in texts:
+            continue
         raise DataError(
-            f"{root}: holds tars and also images with captions ({beside.name}); name the tars as '{root}/*.tar', or"
+            f"{root}: holds tars and also images with captions ({name}); name the tars as '{root}/*.tar', or"
             " move them elsewhere to read the images"
         )
     return tar_source(tars, columns)
 
 
-def _captioned(path: Path) -> bool:
-    return path.suffix.lower()[1:] in IMAGE_TYPES and path.with_suffix(f".{CAPTION_TYPE}").exists()
+def _is_file_or_link(path: str) -> bool:
+    mode = asked(lambda: os.lstat(path), path).st_mode
+    return stat.S_ISREG(mode) or stat.S_ISLNK(mode)
 
 
 def _distinct(source: Source) -> Source:
@@ -115,33 +122,67 @@ def _distinct(source: Source) -> Source:
     return source
 
 
-def _walk(root: Path, out: Path | None, rejected: list[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
-    """Folders below `root` with the names in them; links to folders are followed, each folder comes once."""
+class _Listed(NamedTuple):
+    """A folder of a source."""
 
-    def unreadable(error: OSError) -> None:
-        if is_transient(error):
-            raise error
-        rejected.append((os.path.relpath(error.filename, root), f"the folder cannot be read: {error.strerror}"))
+    path: str
+    names: list[str]
+    """Of what is in it and no folder, sorted."""
+    broken: dict[str, str]
+    """Links among them that lead nowhere, with the reason."""
 
-    seen = {_identity(out)} if out and out.exists() else set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        identity = _identity(folder)
-        if identity in seen:
-            folders.clear()
+
+def _walk(root: Path, out: Path | None, rejected: list[tuple[str, str]]) -> Iterator[_Listed]:
+    """Folders below `root`; links to folders are followed, each folder comes once. `os.walk` would take a folder for a
+    file when storage fails to say which it is."""
+    left_out = stat_of(out) if out else None
+    seen = {_identity(left_out)} if left_out else set()
+    waiting = [str(root)]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            identity = _identity(asked(lambda folder=folder: os.stat(folder), folder))
+            if identity in seen:
+                continue
+            kinds = asked(lambda folder=folder: _kinds_in(folder), folder)
+        except OSError as error:
+            rejected.append((os.path.relpath(folder, root), f"the folder cannot be read: {error.strerror}"))
             continue
         seen.add(identity)
-        folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
-        yield folder, sorted(names)
+        listed, folders, linked = _Listed(folder, [], {}), [], []
+        for name, kind in sorted(kinds):
+            path = os.path.join(folder, name)
+            if kind == stat.S_IFDIR:
+                folders.append(path)
+                continue
+            if kind == stat.S_IFLNK:
+                try:
+                    if stat.S_ISDIR(asked(lambda path=path: os.stat(path), path).st_mode):
+                        linked.append(path)
+                        continue
+                except OSError as error:
+                    listed.broken[name] = why_not(path, error)
+            listed.names.append(name)
+        waiting += reversed(folders + linked)
+        yield listed
 
 
-def _identity(path: str | Path) -> tuple[int, int]:
-    found = os.stat(path)
+def _kinds_in(folder: str) -> list[tuple[str, int]]:
+    """Names in a folder, and whether each is a link (S_IFLNK), a folder (S_IFDIR) or another (0)."""
+    with os.scandir(folder) as entries:
+        return [
+            (entry.name, stat.S_IFLNK if entry.is_symlink() else stat.S_IFDIR if entry.is_dir() else 0)
+            for entry in entries
+        ]
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
 def _folder(root: Path, columns: Columns, out: Path | None) -> Source:
     source, seen, images, tables, tar = Source(), hashlib.sha256(), 0, [], None
-    for folder, names in _walk(root, out, source.rejected):
+    for folder, names, broken in _walk(root, out, source.rejected):
         texts = {(stem, kind.lower()): name for name in names for stem, _, kind in [name.rpartition(".")]}
         for name in names:
             stem, dot, kind = name.rpartition(".")
@@ -150,10 +191,9 @@ def _folder(root: Path, columns: Columns, out: Path | None) -> Source:
                 tables.append(Path(path))
             tar = tar or (folder if name.endswith(".tar") else None)
             if not dot or kind.lower() not in (*IMAGE_TYPES, *OTHER_IMAGES):
-                if os.path.islink(path) and not os.path.exists(path) and kind.lower() != CAPTION_TYPE:
+                if name in broken and kind.lower() != CAPTION_TYPE:
                     # Perhaps a folder of images on a disk that is not mounted.
-                    target = os.readlink(path)
-                    source.rejected.append((os.path.relpath(path, root), f"a link to {target}, which is not there"))
+                    source.rejected.append((os.path.relpath(path, root), broken[name]))
                 continue
             images += 1
             key = key_of(os.path.relpath(path, root))
@@ -171,12 +211,12 @@ def _folder(root: Path, columns: Columns, out: Path | None) -> Source:
     if tables and not images:
         return table_source(root, one_split(root, sorted(tables)), columns)
     if not images:
-        packed = next((path.name for path in sorted(root.iterdir()) if path.suffix in PACKED), None)
+        packed = next((name for name in names_in(root) if name.endswith(PACKED)), None)
         hint = f"it holds {packed}: unpack that" if packed else "check the path"
         hint = f"name the tars below it as '{tar}/*.tar'" if tar else hint
         raise DataError(f"{root}: no images (.jpg, .jpeg, .png, .webp) in it or below; {hint}")
     if not source.candidates:
-        table = next((f" {path}" for path in sorted(root.iterdir()) if path.suffix.lower() in TABLES), "")
+        table = next((f" {root / name}" for name in names_in(root) if name.lower().endswith(TABLES)), "")
         reasons = Counter(re.sub(r":.*", "", reason) for _, reason in source.rejected)
         reason = reasons.most_common(1)[0][0]
         raise DataError(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .candidates import WRONG_TYPE, Candidate, Piece, Source, asked, is_kind, key_of, note, state_of
+from .candidates import WRONG_TYPE, Candidate, Piece, Source, key_of, note, state_of
 from .errors import DataError
 from .index import IMAGE_TYPES
+from .local import asked
 from .tables import Columns, read_table
 
 if TYPE_CHECKING:
@@ -57,10 +57,8 @@ def table_source(root: Path, tables: list[Path], columns: Columns) -> Source:
             key = key_of(os.path.relpath(path, root)) if "\0" not in name else row.where
             if kind not in IMAGE_TYPES:
                 source.rejected.append((key, f"{WRONG_TYPE}: {name}"))
-            elif not is_kind(path, stat.S_ISREG):
-                source.rejected.append((key, f"no such file: {name}"))
             elif problem := note(seen, path):
-                source.rejected.append((key, problem))
+                source.rejected.append((key, f"{problem}: {name}"))
             else:
                 source.candidates.append(Candidate(key, {kind: Piece(path)}, row.caption))
     first = tables[0] if len(tables) == 1 else tables[0].parent

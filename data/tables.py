@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 import re
 import stat
@@ -11,11 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .candidates import is_kind
 from .captions import CAPTION_COLUMNS
 from .errors import DataError
 from .index import IMAGE_TYPES
-from .retry import is_transient
+from .local import asked, is_kind
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 IMAGE_COLUMNS = ("file", "file_name", "filename", "image", "path")
@@ -75,19 +75,16 @@ def read_table(table: Path, columns: Columns) -> Iterator[Row]:
     try:
         return _read_csv(table, columns) if kind in (".csv", ".tsv") else _read_jsonl(table, columns)
     except OSError as error:
-        if is_transient(error):
-            raise
         raise DataError(f"{table}: {error.strerror or error}; check the path and who may read it") from None
 
 
 def _lines(table: Path) -> Iterator[str]:
     """Lines with their ends. A byte that is not UTF-8 becomes a lone surrogate: it must cost its row, not the table."""
-    with table.open("rb") as file:
-        wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    data = asked(table.read_bytes, table)
+    wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     encoding, errors = ("utf-16", "strict") if wide else ("utf-8-sig", "surrogateescape")
     try:
-        with table.open(encoding=encoding, errors=errors, newline="") as file:
-            yield from file
+        yield from io.TextIOWrapper(io.BytesIO(data), encoding=encoding, errors=errors, newline="")
     except UnicodeDecodeError as error:
         raise DataError(f"{table}: not the UTF-16 that it begins as ({error}); save it as UTF-8") from None
 

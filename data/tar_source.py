@@ -19,6 +19,9 @@ from .shards import told
 from .tables import Columns
 from .tars import ManyZeros, Member, TarInput, scan
 
+HEADER_BLOCK = 16 << 10
+"""Bytes read at once of a local tar, whose contents are passed over."""
+
 
 def tar_source(tars: list[str], columns: Columns) -> Source:
     seen = hashlib.sha256()
@@ -132,7 +135,7 @@ def _scanned(tar: str) -> tuple[str, list[Group], str | None]:
     state = fs.ukey(path)
     local = is_local(tar)  # only there is seeking from header to header cheaper than to read all
     try:
-        with open(path, "rb") if local else Stream(tar) as file:
+        with Stream(tar, HEADER_BLOCK if local else None) as file:
             for member in scan(TarInput(file), read_all=not local):
                 members.append(member)
     except ManyZeros as error:

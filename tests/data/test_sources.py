@@ -319,7 +319,7 @@ def test_other_formats_are_named(picture):
         b"\0\0\0\x1cftypheic": "an HEIC file",
         b"version https://git-lfs.github.com/spec/v1\n": "git lfs pull",
         b"<html>": "HTML",
-        b"": "no known kind",
+        b"": "empty file",
     }.items():
         with pytest.raises(ValueError, match=words):
             decode_image(data, 16)
