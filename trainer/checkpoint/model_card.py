@@ -147,7 +147,7 @@ def _what(recipe: Recipe, with_base: bool) -> str:
     if recipe.stage == "controlnet":
         return (
             "Stage 2 of Bifrost-1: the latent ControlNet, which conditions a frozen FLUX on the patch latents of a"
-            " multimodal LLM's vision encoder. Use it with `bifrost generate --controlnet THIS_FOLDER`."
+            " multimodal LLM's vision encoder. Use it with `bifrost generate --controlnet THIS_FOLDER --flux FLUX`."
         )
     content = "with the frozen multimodal LLM that it extends" if with_base else "without the multimodal LLM"
     return (
@@ -182,7 +182,7 @@ def _licences(recipe: Recipe, with_base: bool) -> str:
         lines.append(f"- {role} `{name}`: {known}")
     kind = "contain weights of, and are trained from," if with_base else "are trained from"
     return (
-        f"These weights {kind} the following models, whose licences apply to them:\n\n"
+        f"These weights {kind} the following models. Comply with their licences:\n\n"
         + "\n".join(lines)
         + "\n- training images and captions: not recorded; their owners' terms may apply as well\n\n"
         "The software is licensed under Apache-2.0; that licence does not cover the weights."
