@@ -9,8 +9,8 @@ if sys.path and sys.path[0] in ("", os.getcwd()):
 
 from ..recipes import RecipeError
 from .cli import slurm_app
-from .codes import USAGE
 from .errors import SlurmError
+from .exit_codes import USAGE
 
 try:
     slurm_app()

@@ -164,7 +164,7 @@ def cancel(
 def before(run: Run) -> None:
     """The batch script's first step: note the start, print the number of nodes to use, a free port of this host (the
     first of them), and when the job ends."""
-    from .ranks import free_port
+    from .rank_env import free_port
     from .requeue import before
 
     nodes, ends_at = before(run)

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from .errors import SlurmError
-from .ranks import PORTS
+from .rank_env import PORTS
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 CPUS = 8

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import SlurmError
-from .files import read_json, write_json
+from .io import read_json, write_json
 
 EXCLUDED = "excluded.json"
 

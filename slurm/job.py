@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..recipes import Recipe
 from .errors import SlurmError
-from .files import read_json, write_json
+from .io import read_json, write_json
 
 RECIPE = "slurm/recipe.yaml"
 SCRIPT = "slurm/job.sh"

@@ -11,13 +11,13 @@ from typing import Any
 
 from ..recipes import Recipe, to_yaml
 from ..recipes.secrets import redact
-from . import commands, record
+from . import commands, exit_record
 from .errors import SlurmError
 from .exclusions import read_exclusions
-from .files import write_json
+from .io import write_json
 from .job import LOG, RECIPE, SCRIPT, Job, load_job, seconds, usable_nodes
 from .pending import explained
-from .ranks import UNBIND
+from .rank_env import UNBIND
 from .script import render
 from .site import COPY, Site
 
@@ -63,7 +63,7 @@ def describe(
         time=time,
         exclude=exclude,
         array=array,
-        grace_s=record.grace(run),
+        grace_s=exit_record.grace(run),
     )
     limit = job.time or site.time
     if limit and limit.lower() not in ("unlimited", "infinite") and seconds(limit) <= job.grace_s:
@@ -86,7 +86,7 @@ def submit(job: Job, recipe: Recipe, site: Site) -> str:
     (job.path / RECIPE).write_text(settings, encoding="utf-8")
     write_json(job.path / COPY, site.model_dump(mode="json"))
     (job.path / SCRIPT).write_text(script, encoding="utf-8")
-    (job.path / record.STOPPED).unlink(missing_ok=True)
+    (job.path / exit_record.STOPPED).unlink(missing_ok=True)
     job.submitted, job.cancelled = time.time(), False
     job.save()  # the job may start before its id is known
     job.id = commands.submit(job.path / SCRIPT)
@@ -130,20 +130,20 @@ def status(run: Path) -> list[tuple[str, str]]:
     if state and state.state == "RUNNING":
         shown += f", {state.elapsed} on {state.nodes}"
     lines = [("run", str(run)), ("job", f"{job.id} {shown}")]
-    history = record.starts(run)
+    history = exit_record.starts(run)
     for start in history[-5:]:
         when = time.strftime("%m-%d %H:%M", time.localtime(start["time"]))
         ended = f"; {start['decision']}: {start['reason']}" if "decision" in start else ""
         lines.append(
             (f"start {start['start']}", f"{when}, {start.get('nodes')} nodes from step {start.get('step')}{ended}")
         )
-    if last := record.last_metrics(run):
-        steps = f"{last['step']}, newest checkpoint {record.newest_step(run)}, loss {_rounded(last.get('loss'))}"
+    if last := exit_record.last_metrics(run):
+        steps = f"{last['step']}, newest checkpoint {exit_record.newest_step(run)}, loss {_rounded(last.get('loss'))}"
         lines.append(("step", f"{steps}, {last.get('samples_per_s', 0):.1f} samples/s"))
     lines += [("goodput", text) for text in _goodput(run)]
     for node, entry in read_exclusions(run / "excluded.json").items():
         lines.append(("excluded", f"{node}: {entry.get('reason')}"))
-    stopped = run / record.STOPPED
+    stopped = run / exit_record.STOPPED
     if stopped.exists():
         lines.append(("stopped", json.loads(stopped.read_text())["reason"]))
     return lines

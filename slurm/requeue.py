@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 from ..recipes import RecipeError, load_recipe
-from . import commands, record
-from .codes import BAD_NODE, DONE, FAILED, HUNG, LOCKED, LOST, STOPPED, USAGE
+from . import commands, exit_record
 from .errors import SlurmError
 from .exclusions import exclude, excluded
+from .exit_codes import BAD_NODE, DONE, FAILED, HUNG, LOCKED, LOST, STOPPED, USAGE
 from .job import RECIPE, SCRIPT, Job, load_job, usable_nodes
-from .ranks import expand_hosts
+from .rank_env import expand_hosts
 from .site import load_site
 
 FRUITLESS_STARTS = 3
@@ -42,9 +42,9 @@ def before(run: Path) -> tuple[int, float | None]:
     try:
         nodes = _begin(run)
     except (RecipeError, SlurmError) as error:
-        record.write_stopped(run, USAGE, str(error))
+        exit_record.write_stopped(run, USAGE, str(error))
         raise
-    for sign in (UNABLE, record.STOPPED):
+    for sign in (UNABLE, exit_record.STOPPED):
         (run / sign).unlink(missing_ok=True)
     return nodes, _ends_at()
 
@@ -52,14 +52,14 @@ def before(run: Path) -> tuple[int, float | None]:
 def _begin(run: Path) -> int:
     job = load_job(run)
     recipe = load_recipe(run / RECIPE)
-    (run / record.OUTCOME).unlink(missing_ok=True)
-    step = record.newest_step(run)
+    (run / exit_record.OUTCOME).unlink(missing_ok=True)
+    step = exit_record.newest_step(run)
     # A lost node or a preemption has the job started by Slurm itself: then nobody has counted before.
-    if record.fruitless(record.starts(run, job.submitted), step) >= FRUITLESS_STARTS:
+    if exit_record.fruitless(exit_record.starts(run, job.submitted), step) >= FRUITLESS_STARTS:
         raise SlurmError(_crash_loop(step))
     got = int(os.environ.get("SLURM_JOB_NUM_NODES", job.nodes[1]))
     nodes = usable_nodes(recipe, job.tasks_per_node, min(job.nodes[0], got), got)
-    record.append(run, {"step": step, "nodes": nodes, "hosts": os.environ.get("SLURM_JOB_NODELIST")})
+    exit_record.append(run, {"step": step, "nodes": nodes, "hosts": os.environ.get("SLURM_JOB_NODELIST")})
     return nodes
 
 
@@ -79,7 +79,7 @@ def after(run: Path, code: int) -> tuple[str, int]:
     # The requeue below ends this job, and this process with it, before it has said which nodes are to be left out.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     job = load_job(run)
-    outcome = record.read_outcome(run)
+    outcome = exit_record.read_outcome(run)
     reason = REASONS.get(code) or _signal(code) or f"exit code {code}"
     if outcome:
         code, reason = outcome["code"], f"rank {outcome['rank']}: {outcome['reason']}"
@@ -92,7 +92,7 @@ def after(run: Path, code: int) -> tuple[str, int]:
     state = _state()
     if state and state.state != "RUNNING" and state.reason != "TimeLimit":
         # Somebody has ended or requeued it, or Slurm has.
-        record.append(run, {"code": code, "decision": "left", "reason": state.state})
+        exit_record.append(run, {"code": code, "decision": "left", "reason": state.state})
         return f"the job is {state.state}: left to Slurm", code
     return _start_again(job, code, reason, outcome.get("host") if outcome else None, state)
 
@@ -100,16 +100,16 @@ def after(run: Path, code: int) -> tuple[str, int]:
 def _start_again(
     job: Job, code: int, reason: str, host: str | None, state: commands.JobState | None
 ) -> tuple[str, int]:
-    history = record.starts(job.path, job.submitted)
+    history = exit_record.starts(job.path, job.submitted)
     hung = 1 + sum(start.get("code") == HUNG and start.get("host") == host for start in history)
     bad = {host: f"hung in {hung} starts: {reason}"} if host and code == HUNG and hung >= HUNG_STARTS else {}
     left_out = _nodes_to_leave_out(job, bad)
     # A start that found a new bad node has not failed in vain.
     known = {node for start in history for node in start.get("excluded", [])}
     found = left_out if (code == BAD_NODE or bad) and left_out and set(left_out) - known else []
-    record.append(job.path, {"code": code, "decision": "again", "reason": reason, "host": host, "excluded": found})
-    step = record.newest_step(job.path)
-    if record.fruitless(record.starts(job.path, job.submitted), step) >= FRUITLESS_STARTS:
+    exit_record.append(job.path, {"code": code, "decision": "again", "reason": reason, "host": host, "excluded": found})
+    step = exit_record.newest_step(job.path)
+    if exit_record.fruitless(exit_record.starts(job.path, job.submitted), step) >= FRUITLESS_STARTS:
         return _stop(job, code, f"{_crash_loop(step)}; the last one: {reason}")
     if job.array:
         waiting = os.environ["SLURM_ARRAY_JOB_ID"]
@@ -156,12 +156,12 @@ def _set_excluded(job: str, nodes: list[str], state: commands.JobState | None) -
 
 
 def _stop(job: Job, code: int, reason: str) -> tuple[str, int]:
-    record.write_stopped(job.path, code, reason)
+    exit_record.write_stopped(job.path, code, reason)
     return _end(job, "stopped", reason), code
 
 
 def _end(job: Job, decision: str, reason: str) -> str:
-    record.append(job.path, {"decision": decision, "reason": reason})
+    exit_record.append(job.path, {"decision": decision, "reason": reason})
     if job.array:
         commands.cancel(os.environ["SLURM_ARRAY_JOB_ID"], waiting_only=True)
     return f"{decision}: {reason}"

@@ -11,7 +11,7 @@ import jinja2
 
 from .exclusions import excluded
 from .job import LOG, RECIPE, Job
-from .ranks import LAUNCHER_VARIABLES
+from .rank_env import LAUNCHER_VARIABLES
 from .site import Site
 
 TEMPLATE = Path(__file__).with_name("job.sh.jinja")

@@ -21,9 +21,9 @@ from ..recipes import Recipe, RecipeError, load_recipe, to_yaml
 from ..recipes.secrets import redact
 from ..slurm import SlurmError, rank_environment
 from ..slurm.cli import slurm_app
-from ..slurm.codes import DONE, FAILED, HUNG, LOCKED, LOST, USAGE
-from ..slurm.ranks import idle_nodes, remove_private_folders
-from ..slurm.record import record_outcome
+from ..slurm.exit_codes import DONE, FAILED, HUNG, LOCKED, LOST, USAGE
+from ..slurm.exit_record import record_outcome
+from ..slurm.rank_env import idle_nodes, remove_private_folders
 from .batch import batch_arithmetic
 from .bench.cli import app as bench_app
 from .changes import finished

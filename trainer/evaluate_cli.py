@@ -15,7 +15,7 @@ import typer
 from ..data.files import write_atomic
 from ..data.progress import progress
 from ..data.shards import open_dataset
-from ..slurm.record import newest_step
+from ..slurm.exit_record import newest_step
 from .errors import RunError, writing
 from .generate_cli import Reveal
 from .monitors.evaluations import note_evaluation

@@ -12,7 +12,7 @@ import numpy as np
 from ..data import Dataset, Plan, open_dataset
 from ..recipes import Recipe
 from ..recipes.secrets import HIDDEN
-from ..slurm.record import newest_step
+from ..slurm.exit_record import newest_step
 from .batch import batch_arithmetic
 from .errors import RunError
 from .models.backbone import architecture, from_cache

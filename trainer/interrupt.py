@@ -10,7 +10,7 @@ import signal
 import sys
 from types import FrameType
 
-from ..slurm.codes import INTERRUPTED
+from ..slurm.exit_codes import INTERRUPTED
 from .monitors.exit_timer import ExitTimer
 
 UNWIND_S = 0.7

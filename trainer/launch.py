@@ -21,8 +21,8 @@ from types import FrameType
 from ..data.processes import die_with_parent
 from ..data.progress import progress
 from ..slurm import launched_by, private_folders, rank_environment
-from ..slurm.codes import DONE, FAILED, INTERRUPTED, STOPPED
-from ..slurm.ranks import LAUNCHER_VARIABLES
+from ..slurm.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED
+from ..slurm.rank_env import LAUNCHER_VARIABLES
 from .interrupt import interrupted, say
 from .lock import remove_lock_of
 from .monitors.stop import ENDING, NOT_BEGUN, PHASE_FILE, SAVED, SAVING, SIGNALS, STARTING, farewell

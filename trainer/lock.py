@@ -20,8 +20,8 @@ from typing import Any
 
 import psutil
 
-from ..slurm.codes import LOCKED
-from ..slurm.record import record_outcome
+from ..slurm.exit_codes import LOCKED
+from ..slurm.exit_record import record_outcome
 from .errors import Locked, RunError
 
 log = logging.getLogger(__name__)

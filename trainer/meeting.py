@@ -19,9 +19,9 @@ from typing import TypeVar
 
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
-from ..slurm.codes import HUNG
-from ..slurm.ranks import expand_hosts
-from ..slurm.record import record_outcome, this_start
+from ..slurm.exit_codes import HUNG
+from ..slurm.exit_record import record_outcome, this_start
+from ..slurm.rank_env import expand_hosts
 from .errors import RunError, Unmet
 
 T = TypeVar("T")

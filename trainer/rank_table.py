@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..slurm.ranks import UNBIND
+from ..slurm.rank_env import UNBIND
 from .errors import RunError
 from .meeting import this_host
 from .ranks import Ranks

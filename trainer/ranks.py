@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from ..slurm.ranks import UNBIND
+from ..slurm.rank_env import UNBIND
 from .errors import RunError, Unhealthy, foreseen, renamed
 from .meeting import come, interruptible, meet, require_agent, this_host
 

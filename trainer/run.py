@@ -24,8 +24,8 @@ from ..data import Batch, Loader, worker_failure
 from ..data.files import write_atomic
 from ..recipes import Recipe, to_yaml
 from ..recipes.secrets import redact
-from ..slurm.codes import DONE, STOPPED
-from ..slurm.record import grace, stop_s
+from ..slurm.exit_codes import DONE, STOPPED
+from ..slurm.exit_record import grace, stop_s
 from . import loop
 from .changes import changes, describe, last_settings
 from .checkpoint.local import LocalParts

@@ -17,8 +17,8 @@ from rich.table import Table
 from ..recipes.load import read_yaml
 from ..slurm import SlurmError
 from ..slurm.commands import waiting_jobs
+from ..slurm.exit_record import STOPPED
 from ..slurm.job import FILE as JOB
-from ..slurm.record import STOPPED
 from .errors import RunError
 from .monitors.metrics import last_lines, parse_line
 from .report.files import RECIPES, read_json, run_state

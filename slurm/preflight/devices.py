@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..ranks import UNBIND
+from ..rank_env import UNBIND
 from .figures import figures_of
 from .finding import Finding
 from .smi import nvlinks, query, uses_mig

@@ -21,7 +21,7 @@ from ...recipes import RecipeError, load_recipe
 from ..job import RECIPE
 from .devices import device_findings
 from .finding import Finding, Limits
-from .place import Place
+from .rank_info import Place
 
 LOOKED_AT = 64
 """Shards whose size is compared, evenly chosen: a look at each of 100,000 would be a burden itself."""

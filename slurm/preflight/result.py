@@ -11,12 +11,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..codes import DONE, FAILED
 from ..errors import SlurmError
 from ..exclusions import Memory, exclude
-from ..files import write_json
-from ..record import record_outcome
-from .meeting import Folder
+from ..exit_codes import DONE, FAILED
+from ..exit_record import record_outcome
+from ..io import write_json
+from .store import Folder
 from .verdict import Findings, Verdict
 
 CLAIM_S = 30.0

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from ..codes import BAD_NODE, DONE, USAGE
+from ..exit_codes import BAD_NODE, DONE, USAGE
 from .fabric import Link, Outcome
 from .figures import Figures, figures_of
 from .finding import Finding, Limits
-from .meeting import findings_of
+from .store import findings_of
 
 SILENT = 1 / 4
 """Part of the nodes, above one node, that may be left out for their silence."""

@@ -4,7 +4,7 @@ import re
 import runpy
 from pathlib import Path
 
-from bifrost.slurm import codes
+from bifrost.slurm import exit_codes
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "glossary.md"
@@ -13,7 +13,7 @@ PAGE = ROOT / "docs" / "glossary.md"
 def test_exit_codes() -> None:
     section = PAGE.read_text().split("## Exit codes")[1]
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", section, flags=re.M)}
-    assert listed == {value for name, value in vars(codes).items() if name.isupper()}
+    assert listed == {value for name, value in vars(exit_codes).items() if name.isupper()}
 
 
 def test_it_has_none_of_the_words_that_it_replaces() -> None:

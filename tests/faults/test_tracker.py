@@ -13,7 +13,7 @@ import mlflow_server
 import ranked
 import runs
 import small_model
-from bifrost.slurm.codes import STOPPED
+from bifrost.slurm.exit_codes import STOPPED
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 STEPS = 8

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch._C._distributed_c10d import HashStore
 
-from bifrost.slurm.preflight import Limits, devices, fabric, find_place, preflight, session, smi
+from bifrost.slurm.preflight import Limits, devices, fabric, find_place, preflight, smi
+from bifrost.slurm.preflight import runner as session
 from bifrost.slurm.preflight.node import _folder, _recipe, node_checks
 from bifrost.slurm.preflight.verdict import decide
 

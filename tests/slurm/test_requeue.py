@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from bifrost.recipes import load_recipe
 from bifrost.slurm.cli import slurm_app
-from bifrost.slurm.codes import HUNG, STOPPED
+from bifrost.slurm.exit_codes import HUNG, STOPPED
+from bifrost.slurm.exit_record import record_outcome, starts
 from bifrost.slurm.job import Job
 from bifrost.slurm.jobs import submit
-from bifrost.slurm.record import record_outcome, starts
 from bifrost.slurm.requeue import after, before
 from bifrost.slurm.script import render
 from bifrost.slurm.site import Site

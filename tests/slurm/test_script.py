@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from bifrost.recipes import load_recipe
 from bifrost.slurm import SlurmError
 from bifrost.slurm.cli import slurm_app
+from bifrost.slurm.exit_record import grace
 from bifrost.slurm.job import parse_nodes, seconds, usable_nodes
-from bifrost.slurm.record import grace
 from bifrost.slurm.site import Container, Fabric, Site, load_site
 
 SITES = {

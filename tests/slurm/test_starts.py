@@ -10,7 +10,7 @@ import time
 import pytest
 
 from bifrost.slurm import SlurmError
-from bifrost.slurm.codes import FAILED, HUNG, LOCKED, LOST, STOPPED, USAGE
+from bifrost.slurm.exit_codes import FAILED, HUNG, LOCKED, LOST, STOPPED, USAGE
 from clusterruns import ClusterRun, job, slurm
 
 CHECKPOINT = 'mkdir -p "$BIFROST_RUN/checkpoints/step-0000000{}"'

@@ -92,7 +92,7 @@ class ClusterRun:
 
     def starts(self) -> list[dict]:
         """The run's starts, with their decisions."""
-        from bifrost.slurm.record import starts
+        from bifrost.slurm.exit_record import starts
 
         return starts(self.run)
 

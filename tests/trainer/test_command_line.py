@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bifrost.slurm.ranks import LAUNCHER_VARIABLES
+from bifrost.slurm.rank_env import LAUNCHER_VARIABLES
 from bifrost.trainer import cli
 from bifrost.trainer.cli import app
 

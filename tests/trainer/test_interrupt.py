@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import runs
-from bifrost.slurm.codes import INTERRUPTED, STOPPED
+from bifrost.slurm.exit_codes import INTERRUPTED, STOPPED
 from bifrost.trainer.lock import RunLock
 
 # A launcher whose two ranks never look at Ctrl-C: whatever it does, it does alone.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bifrost.data import progress
-from bifrost.slurm.codes import INTERRUPTED
+from bifrost.slurm.exit_codes import INTERRUPTED
 from bifrost.trainer import launch
 from bifrost.trainer.launch import run_child
 

@@ -13,7 +13,7 @@ import pytest
 
 import ranked
 import runs
-from bifrost.slurm.codes import LOCKED
+from bifrost.slurm.exit_codes import LOCKED
 from bifrost.trainer.errors import Locked, RunError
 from bifrost.trainer.lock import FILE, RunLock
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import runs
-from bifrost.slurm.codes import LOST
+from bifrost.slurm.exit_codes import LOST
 
 
 @pytest.mark.multi

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import ranked
 import runs
-from bifrost.slurm.codes import FAILED, HUNG, INTERRUPTED, STOPPED
+from bifrost.slurm.exit_codes import FAILED, HUNG, INTERRUPTED, STOPPED
 from bifrost.trainer import cli, meeting, ranks
 from bifrost.trainer.cli import app
 from bifrost.trainer.errors import RunError, lost_rank

@@ -10,7 +10,7 @@ import pytest
 
 import ranked
 import runs
-from bifrost.slurm.codes import STOPPED
+from bifrost.slurm.exit_codes import STOPPED
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ...slurm.codes import DONE, USAGE
+from ...slurm.exit_codes import DONE, USAGE
 from ...slurm.reachable import slurm_here
 from ..terminal import terminal
 from . import machine, places, software

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from ...slurm.codes import HUNG
-from ...slurm.record import record_outcome
+from ...slurm.exit_codes import HUNG
+from ...slurm.exit_record import record_outcome
 from .metrics import MetricsFile
 from .sections import Sections
 from .stacks import Answer, culprit, listed, read_answers, recorded_collectives, thread_at, write_answer, write_json

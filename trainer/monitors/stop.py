@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from ...slurm.codes import INTERRUPTED, STOPPED
+from ...slurm.exit_codes import INTERRUPTED, STOPPED
 from ..interrupt import say
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ...recipes.schema import Watchdog as Settings
-from ...slurm.codes import HUNG
+from ...slurm.exit_codes import HUNG
 from ..meeting import this_host
 from ..ranks import Ranks
 from .exit_timer import ExitTimer

@@ -17,8 +17,8 @@ from pydantic import BaseModel
 
 from ...recipes import Recipe
 from ...slurm.exclusions import EXCLUDED
-from ...slurm.record import STOPPED
-from ...slurm.record import starts as slurm_starts
+from ...slurm.exit_record import STOPPED
+from ...slurm.exit_record import starts as slurm_starts
 from .drawing import COLOURS, Curve, Figure, bands, figure, noisy, smoothed
 from .files import RunFiles, flat, read_json
 from .timeline import KINDS, Start, starts, stretches

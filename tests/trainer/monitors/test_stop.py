@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bifrost.slurm.record import stop_s
+from bifrost.slurm.exit_record import stop_s
 from bifrost.trainer.monitors.stop import QUIT, QUIT_SAVED, SAVED, SAVING, StopSignals
 
 

@@ -14,7 +14,7 @@ import pytest
 import ranked
 import runs
 from bifrost.recipes.schema import Watchdog as Settings
-from bifrost.slurm.codes import HUNG
+from bifrost.slurm.exit_codes import HUNG
 from bifrost.trainer.monitors.sections import Sections
 from bifrost.trainer.monitors.stacks import Answer, culprit
 from bifrost.trainer.monitors.watchdog import FLOOR_S, Watchdog

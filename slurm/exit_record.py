@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import read_json, write_json
+from .io import read_json, write_json
 
 STARTS = "slurm/starts.jsonl"
 OUTCOME = "slurm/outcome.json"

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from torch._C._distributed_c10d import HashStore, Store
 
-from ..codes import DONE, FAILED
 from ..exclusions import Memory
+from ..exit_codes import DONE, FAILED
 from .fabric import Outcome, Wire, measure
 from .finding import Finding, Limits, within
-from .meeting import Board, Folder, findings_of, report_of
 from .node import node_checks
-from .place import Place
+from .rank_info import Place
 from .result import conclude
+from .store import Board, Folder, findings_of, report_of
 from .verdict import absent, compare, decide, fabric, shared
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bifrost.slurm.record import read_outcome, record_outcome
+from bifrost.slurm.exit_record import read_outcome, record_outcome
 
 
 def test_the_first_rank_that_ends_on_purpose_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

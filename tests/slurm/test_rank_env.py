@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from bifrost.slurm import SlurmError, launched_by, rank_environment
-from bifrost.slurm.ranks import expand_hosts, first_host, free_port, idle_nodes, private_folders, remove_private_folders
+from bifrost.slurm.rank_env import (
+    expand_hosts,
+    first_host,
+    free_port,
+    idle_nodes,
+    private_folders,
+    remove_private_folders,
+)
 
 STEP = {
     "SLURM_STEP_ID": "0",

@@ -17,9 +17,9 @@ from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from ..files import read_json, write_json
+from ..io import read_json, write_json
 from .finding import Finding
-from .place import Place
+from .rank_info import Place
 
 Report = dict[str, Any]
 """{"node": …, "rank": …, "leader": …, "findings": [Finding as a dict, …]}"""
