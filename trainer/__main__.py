@@ -8,8 +8,8 @@ import sys
 if sys.path and sys.path[0] in ("", os.getcwd()):
     del sys.path[0]
 
-from .interrupt import end_on_interrupt
-from .monitors.stop import hold_signals
+from .distributed.interrupt import end_on_interrupt
+from .distributed.stop_signals import hold_signals
 
 RANK_OF = {"BIFROST_LAUNCHER", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID"}
 

@@ -28,15 +28,15 @@ from .batch import batch_arithmetic
 from .bench.cli import app as bench_app
 from .changes import finished
 from .checkpoint.cli import app as checkpoint_app
+from .distributed.launcher import adopt_rank, devices, lost_file, run_child, run_ranks
+from .distributed.stop_signals import PHASE_FILE, ignore_signals
 from .doctor.cli import doctor
 from .errors import Locked, RunError, Unhealthy, Unmet, foreseen, lost_rank, renamed
 from .evaluate_cli import evaluate
 from .examples import add_examples
 from .generate_cli import generate
 from .init_cli import init
-from .launch import adopt_rank, devices, lost_file, run_child, run_ranks
 from .monitors.goodput_cli import goodput
-from .monitors.stop import PHASE_FILE, ignore_signals
 from .monitors.track_cli import app as track_app
 from .options import Overrides, RanksOption, RecipeArgument
 from .plan_cli import plan

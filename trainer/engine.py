@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..recipes import Recipe
+from .distributed.process_group import Ranks
 from .errors import RunError
-from .ranks import Ranks
 from .stages import StageModel
 from .versions import version
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from ..data.progress import progress
 from ..data.transforms import decode_image
+from .distributed.launcher import adopt_rank, devices, run_ranks
 from .errors import RunError
 from .generate_files import (
     Layout,
@@ -33,7 +34,6 @@ from .generate_files import (
     record,
     write,
 )
-from .launch import adopt_rank, devices, run_ranks
 from .options import RanksOption
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from ..recipes import Recipe
 from ..recipes.secrets import HIDDEN
 from ..slurm.exit_record import newest_step
 from .batch import batch_arithmetic
+from .distributed.process_group import Gather, alone
 from .errors import RunError
 from .models.backbone import architecture, from_cache
-from .ranks import Gather, alone
 from .stages import Stage, open_stage
 
 

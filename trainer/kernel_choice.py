@@ -20,9 +20,9 @@ from ..kernels.attention import Backend
 from ..kernels.latent_loss import Provider
 from ..kernels.providers import Choice, choose_attention, choose_loss
 from ..recipes import Recipe
+from .distributed.process_group import Ranks
 from .errors import RunError
 from .models import elementwise
-from .ranks import Ranks
 
 FILE = "kernels.json"
 

@@ -12,6 +12,8 @@ import torch
 from ..data import BadSamples, Batch
 from ..recipes import Recipe
 from .checkpoint.saver import Saver
+from .distributed.process_group import Ranks
+from .distributed.stop_signals import StopSignals
 from .ema import Ema
 from .engine import Engine
 from .monitors.console import Console
@@ -21,10 +23,8 @@ from .monitors.meter import Meter
 from .monitors.metrics import MetricsFile, finite
 from .monitors.sections import Sections
 from .monitors.spread import Spread
-from .monitors.stop import StopSignals
 from .monitors.utilisation import Utilisation
 from .progress import Progress
-from .ranks import Ranks
 from .schedule import learning_rate
 from .sequence import SequenceDigest
 from .stages import Stage

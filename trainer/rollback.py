@@ -19,13 +19,13 @@ from ..recipes.schema import Health as Settings
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.saver import Saver
 from .checkpoint.state import reload
+from .distributed.process_group import Ranks
 from .ema import Ema
 from .engine import Engine
 from .errors import Unhealthy
 from .monitors.console import Console
 from .monitors.goodput import AccountedMetrics
 from .progress import Progress
-from .ranks import Ranks
 
 log = logging.getLogger(__name__)
 

@@ -33,13 +33,16 @@ from .checkpoint.reader import CheckpointReader
 from .checkpoint.saver import Saver
 from .checkpoint.state import capture, capture_statistics, restore, take_from
 from .checkpoint.store import Store
+from .distributed.process_group import Ranks, join
+from .distributed.run_lock import BEAT_S, RunLock
+from .distributed.stop_signals import ENDING, TRAINING, StopSignals
+from .distributed.topology import check_ranks
 from .ema import Ema
 from .engine import Engine, deepspeed_config, partitioned, require_quantizer
 from .errors import RunError
 from .inputs import Inputs, check_continuation, open_inputs
 from .kernel_choice import FILE as KERNELS_FILE
 from .kernel_choice import make_deterministic
-from .lock import BEAT_S, RunLock
 from .loop import Parts
 from .models.weights import fill, full_shape
 from .monitors.console import Console, log_to_file
@@ -49,15 +52,12 @@ from .monitors.links import Links
 from .monitors.metrics import read_metrics
 from .monitors.sections import Sections
 from .monitors.spread import Spread
-from .monitors.stop import ENDING, TRAINING, StopSignals
 from .monitors.stragglers import Stragglers
 from .monitors.tracking import start_mirror
 from .monitors.utilisation import Utilisation
 from .monitors.watchdog import Watchdog
 from .planner.devices import this_device
 from .progress import Progress
-from .rank_table import check_ranks
-from .ranks import Ranks, join
 from .rollback import Recovery
 from .samples import sampler
 from .stages import Stage, StageModel

@@ -24,7 +24,7 @@ def measure(folder: str) -> list[dict]:
     from bifrost.trainer.checkpoint.layout import local_range
     from bifrost.trainer.checkpoint.saver import Saver
     from bifrost.trainer.checkpoint.store import Store
-    from bifrost.trainer.ranks import join
+    from bifrost.trainer.distributed.process_group import join
 
     ranks = join()
     sizes = {name: torch.Size(shape).numel() for name, shape in PARAMETERS.items()}

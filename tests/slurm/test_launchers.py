@@ -17,8 +17,8 @@ import os
 import torch
 from bifrost.slurm.preflight import find_place
 from bifrost.slurm.preflight.fabric import Wire
-from bifrost.trainer.launch import adopt_rank
-from bifrost.trainer.ranks import _device
+from bifrost.trainer.distributed.launcher import adopt_rank
+from bifrost.trainer.distributed.process_group import _device
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 2
 torch.cuda.set_device = lambda device: None
 place = find_place()

@@ -39,8 +39,8 @@ def initial(name: str, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 def sharded(provider: str) -> list[list[float]]:
     """On each of two ranks: its loss of every step, then the trained weights."""
+    from bifrost.trainer.distributed.process_group import join
     from bifrost.trainer.engine import Engine, partitioned
-    from bifrost.trainer.ranks import join
 
     ranks = join()
     with partitioned(recipe(), ranks):

@@ -16,10 +16,10 @@ from bifrost.kernels.providers import Choice
 from bifrost.recipes import load_recipe
 from bifrost.recipes.schema import Kernels
 from bifrost.trainer import kernel_choice
+from bifrost.trainer.distributed.process_group import Ranks
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.kernel_choice import make_deterministic
 from bifrost.trainer.models.backbone import locate, read_config
-from bifrost.trainer.ranks import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from ...recipes import load_recipe
-from ..launch import adopt_rank
-from ..monitors.stop import ignore_signals
+from ..distributed.launcher import adopt_rank
+from ..distributed.stop_signals import ignore_signals
 from ..options import Overrides, RecipeArgument
 
 app = typer.Typer(no_args_is_help=True)

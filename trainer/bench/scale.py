@@ -22,8 +22,8 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from ...recipes import Recipe
+from ..distributed.launcher import run_ranks
 from ..errors import RunError
-from ..launch import run_ranks
 from ..planner import batch
 from ..profile import works
 from ..progress import Progress

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...data.files import write_atomic
+from ..distributed.process_group import Gather
 from ..errors import RunError
-from ..ranks import Gather
 from .durable import sync_folder, write_file
 from .manifest import Manifest, read_manifest
 from .part import About, Content, Part

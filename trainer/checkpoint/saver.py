@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from ...recipes.schema import Checkpoint
+from ..distributed.process_group import Gather, alone
 from ..errors import Unhealthy, lost_rank
-from ..ranks import Gather, alone
 from .interval import best_interval, settled
 from .local import LocalParts
 from .part import Content

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ..distributed.process_group import Gather, alone
 from ..errors import RunError
-from ..ranks import Gather, alone
 from .durable import sync_folder
 from .manifest import Manifest, read_manifest
 from .part import Content, Part, file_problem

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ...data import DataError
 from ...data.retry import call
+from ..distributed.process_group import Gather, alone
 from ..errors import RunError
-from ..ranks import Gather, alone
 from .quantization import FLOAT, REMEDY, hidden, quantized
 from .safetensors_files import StoredTensors, weight_files
 from .unread import unread_neighbours

@@ -7,7 +7,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from ..ranks import Ranks
+from ..distributed.process_group import Ranks
 from .sections import Sections
 
 LINES = 100

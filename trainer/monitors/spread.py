@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..ranks import Ranks
+from ..distributed.process_group import Ranks
 from . import memory
 from .sections import Times
 from .stragglers import OWN, Stragglers

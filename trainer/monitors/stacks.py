@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from torch._C import _distributed_c10d
 
-from ..ranks import APART
+from ..distributed.process_group import APART
 
 OURS = tuple(f"{Path(__file__).parents[2] / room}{os.sep}" for room in ("trainer", "data", "kernels"))
 

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..ranks import Ranks
+from ..distributed.process_group import Ranks
 from .sections import Times
 
 OWN = ("data", "forward", "backward", "optimizer")

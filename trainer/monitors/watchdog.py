@@ -19,9 +19,9 @@ from typing import TextIO
 
 from ...recipes.schema import Watchdog as Settings
 from ...slurm.exit_codes import HUNG
-from ..meeting import this_host
-from ..ranks import Ranks
-from .exit_timer import ExitTimer
+from ..distributed.exit_timer import ExitTimer
+from ..distributed.process_group import Ranks
+from ..distributed.rendezvous import this_host
 from .hang import Hang, last_s, say
 from .sections import Sections
 

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from ...recipes.secrets import redact
+from ..distributed.run_lock import STALE_S
 from ..errors import RunError
-from ..lock import STALE_S
 from ..monitors.goodput import Ledger
 from ..monitors.metrics import read_metrics
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ...data.reader import Collate
 from ...recipes import Recipe
+from ..distributed.process_group import Ranks
 from ..models.weights import Source, WeightFiles
 from ..randomness import IntArray
-from ..ranks import Ranks
 
 
 class Losses(NamedTuple):

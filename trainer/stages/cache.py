@@ -29,9 +29,9 @@ from ...data.remote import filesystem, size_of
 from ...data.retry import call
 from ...data.shards import expand, shared, spread
 from ...recipes import Recipe
+from ..distributed.process_group import Gather, alone
 from ..errors import RunError
 from ..models.flux import SPACE_TO_DEPTH_KEY, FluxFolder, Part
-from ..ranks import Gather, alone
 
 Kind = Literal["vae", "text"]
 PARTS: dict[Kind, tuple[Part, ...]] = {"vae": ("vae",), "text": ("text_encoder", "text_encoder_2")}

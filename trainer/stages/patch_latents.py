@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ...data import Item, stacked
 from ...kernels import PatchLatentHead, PrefixLayout
 from ...recipes import Recipe
+from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..kernel_choice import KernelChoice, choose_kernels
 from ..models import weights
@@ -27,7 +28,6 @@ from ..models.elementwise import use_liger
 from ..models.masking import draw_masks, masked_counts
 from ..models.prompt import PromptTemplate, load_tokenizer
 from ..randomness import IntArray, Stream, chosen
-from ..ranks import Ranks
 from . import Losses, StageModel
 from .placement import build_whole, hide
 

@@ -87,7 +87,7 @@ def collectives_of_a_slow_rank() -> list[float]:
     rank = int(os.environ["RANK"])
     before = dist.all_reduce
     with Clock().running() as clock:
-        from bifrost.trainer.ranks import join
+        from bifrost.trainer.distributed.process_group import join
 
         join()
         clock.seconds = 0.0

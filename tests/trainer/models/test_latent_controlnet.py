@@ -259,7 +259,7 @@ def normalised(rank: int, ranks: int) -> dict[str, list]:
 
 
 def normalised_on_ranks() -> dict[str, list]:
-    from bifrost.trainer.ranks import join
+    from bifrost.trainer.distributed.process_group import join
 
     ranks = join()
     return normalised(ranks.rank, ranks.size)
@@ -316,8 +316,8 @@ def test_running_statistics_stay_fp32() -> None:
 
 def slices_under_zero_init(folder: str) -> list[bool]:
     """Whether this rank holds just its slices, equal to those of a whole model, and fp32 statistics."""
+    from bifrost.trainer.distributed.process_group import join
     from bifrost.trainer.engine import partitioned
-    from bifrost.trainer.ranks import join
 
     ranks = join()
     whole = dict(build().named_parameters())

@@ -7,9 +7,9 @@ import torch
 
 import ranked
 import runs
+from bifrost.trainer.distributed.process_group import Ranks
 from bifrost.trainer.monitors.sections import Times
 from bifrost.trainer.monitors.stragglers import LINES, Stragglers
-from bifrost.trainer.ranks import Ranks
 
 
 def slow_down(arguments: list[str], section: str) -> None:

@@ -8,6 +8,7 @@ import torch
 import ranked
 import runs
 from bifrost.recipes import load_recipe
+from bifrost.trainer.distributed.process_group import Ranks
 from bifrost.trainer.models.backbone import locate, read_config
 from bifrost.trainer.monitors import links, memory
 from bifrost.trainer.monitors.sections import Sections, Times
@@ -15,7 +16,6 @@ from bifrost.trainer.monitors.spread import Spread
 from bifrost.trainer.monitors.stragglers import Stragglers
 from bifrost.trainer.monitors.utilisation import Utilisation
 from bifrost.trainer.planner.devices import find_device
-from bifrost.trainer.ranks import Ranks
 
 CPU = torch.device("cpu")
 PATCHES = 16
@@ -115,9 +115,9 @@ def probed() -> list[dict]:
     """What a rank finds at three log lines, when it is to measure at every second one."""
     import torch
 
+    from bifrost.trainer.distributed.process_group import join
     from bifrost.trainer.monitors import links
     from bifrost.trainer.monitors.sections import Sections
-    from bifrost.trainer.ranks import join
 
     links.LINES = 2
     probe = links.Links(join(), Sections(), 1_000_000, torch.bfloat16)

@@ -19,10 +19,10 @@ from typing import TypeVar
 
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
-from ..slurm.exit_codes import HUNG
-from ..slurm.exit_record import record_outcome, this_start
-from ..slurm.rank_env import expand_hosts
-from .errors import RunError, Unmet
+from ...slurm.exit_codes import HUNG
+from ...slurm.exit_record import record_outcome, this_start
+from ...slurm.rank_env import expand_hosts
+from ..errors import RunError, Unmet
 
 T = TypeVar("T")
 

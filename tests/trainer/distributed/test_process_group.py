@@ -15,20 +15,22 @@ from typer.testing import CliRunner
 import ranked
 import runs
 from bifrost.slurm.exit_codes import FAILED, HUNG, INTERRUPTED, STOPPED
-from bifrost.trainer import cli, meeting, ranks
+from bifrost.trainer import cli
 from bifrost.trainer.cli import app
+from bifrost.trainer.distributed import process_group as ranks
+from bifrost.trainer.distributed import rendezvous
+from bifrost.trainer.distributed.interrupt import end_on_interrupt
+from bifrost.trainer.distributed.launcher import adopt_rank
+from bifrost.trainer.distributed.rendezvous import absence
+from bifrost.trainer.distributed.stop_signals import StopSignals
 from bifrost.trainer.errors import RunError, lost_rank
-from bifrost.trainer.interrupt import end_on_interrupt
-from bifrost.trainer.launch import adopt_rank
-from bifrost.trainer.meeting import absence
 from bifrost.trainer.monitors.console import log_to_file
-from bifrost.trainer.monitors.stop import StopSignals
 
 MEET = """
 import os, time
 from datetime import timedelta
 import torch
-from bifrost.trainer.ranks import join
+from bifrost.trainer.distributed.process_group import join
 if os.environ["DEVICE"] == "blocked":
     torch.cuda.is_available = lambda: time.sleep(600)
 if os.environ["DEVICE"] == "bound":
@@ -157,11 +159,11 @@ def test_a_torchrun_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         left = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
         for name, value in left.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(meeting, "AGENT_S", 0.1)
+        monkeypatch.setattr(rendezvous, "AGENT_S", 0.1)
         with pytest.raises(RunError, match=f"nothing answers at 127.0.0.1:{port}.*unset TORCHELASTIC_RUN_ID RANK"):
-            meeting.require_agent(0)
+            rendezvous.require_agent(0)
         taken.listen()
-        meeting.require_agent(0)
+        rendezvous.require_agent(0)
 
 
 def train_without(missing: str, arguments: list[str]) -> None:
@@ -274,7 +276,7 @@ def test_a_rank_that_lost_another_prints_one_line_and_logs_the_traceback(tmp_pat
         assert f"traceback in {log}\n" in first.err
         assert "Traceback (most recent call last)" in log.read_text() and "in all_reduce" in log.read_text()
     else:
-        assert "raised in " in first.err and "trainer/ranks.py:" in first.err
+        assert "raised in " in first.err and "trainer/distributed/process_group.py:" in first.err
 
 
 class DistBackendError(RuntimeError):

@@ -11,13 +11,13 @@ import pytest
 
 import runs
 from bifrost.slurm.exit_codes import INTERRUPTED, STOPPED
-from bifrost.trainer.lock import RunLock
+from bifrost.trainer.distributed.run_lock import RunLock
 
 # A launcher whose two ranks never look at Ctrl-C: whatever it does, it does alone.
 LAUNCHER = """
 import os, subprocess, sys
 from pathlib import Path
-from bifrost.trainer import launch
+from bifrost.trainer.distributed import launcher as launch
 
 RANK = '''
 import os, signal, sys, time
@@ -113,7 +113,7 @@ def test_other_stop_signals_are_the_ranks_to_act_on() -> None:
 STUBBORN = """
 import os, sys, threading, time
 sys.argv = ["bifrost", *sys.argv[1:]]
-from bifrost.trainer.interrupt import end_on_interrupt
+from bifrost.trainer.distributed.interrupt import end_on_interrupt
 end_on_interrupt()
 threading.Thread(target=time.sleep, args=(60,)).start()
 child = os.fork() == 0

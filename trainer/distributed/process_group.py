@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from ..slurm.rank_env import UNBIND
-from .errors import RunError, Unhealthy, foreseen, renamed
-from .meeting import come, interruptible, meet, require_agent, this_host
+from ...slurm.rank_env import UNBIND
+from ..errors import RunError, Unhealthy, foreseen, renamed
+from .rendezvous import come, interruptible, meet, require_agent, this_host
 
 T = TypeVar("T")
 Gather = Callable[[object], list[Any]]

@@ -20,9 +20,9 @@ from typing import Any
 
 import psutil
 
-from ..slurm.exit_codes import LOCKED
-from ..slurm.exit_record import record_outcome
-from .errors import Locked, RunError
+from ...slurm.exit_codes import LOCKED
+from ...slurm.exit_record import record_outcome
+from ..errors import Locked, RunError
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import sys
 
 SCRIPT = """
 import ctypes
-from bifrost.trainer.monitors.exit_timer import ExitTimer
+from bifrost.trainer.distributed.exit_timer import ExitTimer
 timer = ExitTimer(76)
 timer.set(0.5)
 timer.{call}

@@ -11,8 +11,8 @@ import pytest
 
 from bifrost.data import progress
 from bifrost.slurm.exit_codes import INTERRUPTED
-from bifrost.trainer import launch
-from bifrost.trainer.launch import run_child
+from bifrost.trainer.distributed import launcher
+from bifrost.trainer.distributed.launcher import run_child
 
 COUNTING = """
 import sys, time
@@ -38,9 +38,9 @@ def test_its_lines_come_as_they_are_and_count_as_progress(
 
 RUNNING = """
 import sys
-from bifrost.trainer.interrupt import end_on_interrupt
-from bifrost.trainer import launch
-from bifrost.trainer.launch import run_child
+from bifrost.trainer.distributed.interrupt import end_on_interrupt
+from bifrost.trainer.distributed import launcher as launch
+from bifrost.trainer.distributed.launcher import run_child
 end_on_interrupt()
 sys.exit(run_child("sleeping"))
 """
@@ -81,20 +81,20 @@ def test_a_rank_that_dies_of_a_signal_is_named(
         end = f"os.kill(os.getpid(), {int(number)})" if rank == 1 else "sys.exit(1)"
         return subprocess.Popen([sys.executable, "-c", f"import os, sys; {end}"])
 
-    monkeypatch.setattr(launch, "_start", start)
-    assert launch.run_ranks(2, [], tmp_path if trains else None) == -number
+    monkeypatch.setattr(launcher, "_start", start)
+    assert launcher.run_ranks(2, [], tmp_path if trains else None) == -number
     assert f"error: rank 1 was ended by {said}" in capfd.readouterr().err
 
 
 def ended_as(monkeypatch: pytest.MonkeyPatch, *ends: str) -> int:
     """The launcher's exit code for ranks that run these lines of Python."""
 
-    def start(rank: int, ranks: int, arguments: object, family: launch._Family) -> subprocess.Popen:
-        lost = launch.lost_file(family.phase_file, rank)
+    def start(rank: int, ranks: int, arguments: object, family: launcher._Family) -> subprocess.Popen:
+        lost = launcher.lost_file(family.phase_file, rank)
         return subprocess.Popen([sys.executable, "-c", f"import os, sys; lost = {str(lost)!r}; {ends[rank]}"])
 
-    monkeypatch.setattr(launch, "_start", start)
-    return launch.run_ranks(len(ends), [], Path("none"))
+    monkeypatch.setattr(launcher, "_start", start)
+    return launcher.run_ranks(len(ends), [], Path("none"))
 
 
 LOSES = "open(lost, 'w').write('lost a rank'); sys.exit(1)"

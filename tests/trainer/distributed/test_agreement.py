@@ -16,7 +16,8 @@ import torch
 import ranked
 import runs
 from bifrost.data import DataError, DataLost
-from bifrost.trainer import cli, ranks
+from bifrost.trainer import cli
+from bifrost.trainer.distributed import process_group
 from bifrost.trainer.errors import RunError, Unhealthy, foreseen
 
 
@@ -33,13 +34,13 @@ def together(monkeypatch):
             values[:] = [pickle.loads(slot) for slot in slots]
             meeting.wait()
 
-        monkeypatch.setattr(ranks.dist, "all_gather_object", all_gather_object)
+        monkeypatch.setattr(process_group.dist, "all_gather_object", all_gather_object)
         outcomes = [None] * size
 
         def work(rank):
             me.rank = rank
             try:
-                outcomes[rank] = function(ranks.Ranks(rank, size, torch.device("cpu")))
+                outcomes[rank] = function(process_group.Ranks(rank, size, torch.device("cpu")))
             except Exception as error:
                 outcomes[rank] = error
 
@@ -57,7 +58,7 @@ def together(monkeypatch):
 def fails_at(rank: int, moment: int, error: Exception):
     """An action of four moments with gathers between them; it fails on `rank` at `moment`."""
 
-    def act(me: ranks.Ranks):
+    def act(me: process_group.Ranks):
         def action():
             for now in range(4):
                 if (me.rank, now) == (rank, moment):
@@ -111,7 +112,7 @@ def test_a_bug_is_raised_where_it_is_and_named_elsewhere(together) -> None:
 
 
 def test_one_rank_alone() -> None:
-    one = ranks.Ranks(0, 1, torch.device("cpu"))
+    one = process_group.Ranks(0, 1, torch.device("cpu"))
     assert one.agreed(lambda: one.gather(3)) == [3]
     with pytest.raises(DataError, match=r"^/x: No space"):
         one.agreed(lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space", "/x")))

@@ -18,14 +18,14 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from ..data.processes import die_with_parent
-from ..data.progress import progress
-from ..slurm import launched_by, private_folders, rank_environment
-from ..slurm.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED
-from ..slurm.rank_env import LAUNCHER_VARIABLES
+from ...data.processes import die_with_parent
+from ...data.progress import progress
+from ...slurm import launched_by, private_folders, rank_environment
+from ...slurm.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED
+from ...slurm.rank_env import LAUNCHER_VARIABLES
 from .interrupt import interrupted, say
-from .lock import remove_lock_of
-from .monitors.stop import ENDING, NOT_BEGUN, PHASE_FILE, SAVED, SAVING, SIGNALS, STARTING, farewell
+from .run_lock import remove_lock_of
+from .stop_signals import ENDING, NOT_BEGUN, PHASE_FILE, SAVED, SAVING, SIGNALS, STARTING, farewell
 
 GRACE_S = 10.0
 """After one rank has failed, how long the others may take to leave by themselves."""

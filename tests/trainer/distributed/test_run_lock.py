@@ -14,14 +14,14 @@ import pytest
 import ranked
 import runs
 from bifrost.slurm.exit_codes import LOCKED
+from bifrost.trainer.distributed.run_lock import FILE, RunLock
 from bifrost.trainer.errors import Locked, RunError
-from bifrost.trainer.lock import FILE, RunLock
 
 ACQUIRE = """
 import sys, time
 from pathlib import Path
 from bifrost.trainer.errors import Locked
-from bifrost.trainer.lock import RunLock
+from bifrost.trainer.distributed.run_lock import RunLock
 folder, start, elsewhere = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
 lock = RunLock(folder, stale_s=2)
 lock._owner["host"] = elsewhere[0] if elsewhere else lock._owner["host"]

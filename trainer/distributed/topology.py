@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..slurm.rank_env import UNBIND
-from .errors import RunError
-from .meeting import this_host
-from .ranks import Ranks
+from ...slurm.rank_env import UNBIND
+from ..errors import RunError
+from .process_group import Ranks
+from .rendezvous import this_host
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _gather(ranks: Ranks, value: object) -> list:
 
 def _software() -> str:
     digest = hashlib.sha256("\n".join(f"{name}=={version}" for name, version in _versions().items()).encode())
-    for folder in sorted(Path(__file__).parents[1].glob("*/")):
+    for folder in sorted(Path(__file__).parents[2].glob("*/")):
         if folder.name in ("data", "kernels", "recipes", "slurm", "trainer"):
             for file in sorted(folder.rglob("*.py")):
                 digest.update(file.read_bytes())

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import ranked
-from bifrost.trainer.rank_table import Place, fault, here, table
-from bifrost.trainer.ranks import Ranks
+from bifrost.trainer.distributed.process_group import Ranks
+from bifrost.trainer.distributed.topology import Place, fault, here, table
 
 GPU = "NVIDIA H100 80GB HBM3 GPU-{}"
 EIGHT = [Place(rank, f"gpu{rank // 4}", GPU.format(rank), "same") for rank in range(8)]
@@ -52,16 +52,16 @@ def on_two_hosts(other_software: bool) -> list[str]:
     """The table of this rank's run, each rank on a host of its own."""
     import os
 
-    from bifrost.trainer import rank_table
+    from bifrost.trainer.distributed import topology
+    from bifrost.trainer.distributed.process_group import join
     from bifrost.trainer.errors import RunError
-    from bifrost.trainer.ranks import join
 
     os.environ["SLURMD_NODENAME"] = f"host{os.environ['RANK']}"
     if other_software and os.environ["RANK"] == "1":
-        versions = {**rank_table._versions(), "torch": "1.0"}
-        rank_table._versions = lambda: versions
+        versions = {**topology._versions(), "torch": "1.0"}
+        topology._versions = lambda: versions
     try:
-        return rank_table.check_ranks(join())
+        return topology.check_ranks(join())
     except RunError as error:
         return [str(error)]
 

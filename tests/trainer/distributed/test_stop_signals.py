@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from bifrost.slurm.exit_record import stop_s
-from bifrost.trainer.monitors.stop import QUIT, QUIT_SAVED, SAVED, SAVING, StopSignals
+from bifrost.trainer.distributed.stop_signals import QUIT, QUIT_SAVED, SAVED, SAVING, StopSignals
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_a_rank_without_a_limit_asks_for_nothing(stop: StopSignals) -> None:
 def test_time_is_kept_for_a_stop_as_long_as_it_was_measured(stop: StopSignals, monkeypatch: pytest.MonkeyPatch) -> None:
     saves: list[float] = []
     now = [1000.0]
-    monkeypatch.setattr("bifrost.trainer.monitors.stop.time.time", lambda: now[0])
+    monkeypatch.setattr("bifrost.trainer.distributed.stop_signals.time.time", lambda: now[0])
     stop.end_before(2000.0, lambda: stop_s(10.0, saves) or 120.0)
     for now[0] in (1000.0, 1879.0):
         assert stop.asked() is None
@@ -45,7 +45,7 @@ def test_no_less_is_kept_than_slurm_makes_sense_of() -> None:
 
 ALONE = """
 import os, signal, sys, time
-from bifrost.trainer.monitors import stop
+from bifrost.trainer.distributed import stop_signals as stop
 signals = stop.StopSignals()
 signals.phase, signals.met = sys.argv[1], True
 signals.at_quit.append(lambda: os.write(1, b"lock released"))

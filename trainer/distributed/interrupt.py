@@ -1,6 +1,6 @@
 """Ctrl-C on a command that has nothing to save: one line at once, exit code 130 within a second, no traceback.
 
-A training rank has `monitors/stop.py` instead, and a launcher of ranks `launch.py`.
+A training rank has `stop_signals.py` instead, and a launcher of ranks `launcher.py`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import signal
 import sys
 from types import FrameType
 
-from ..slurm.exit_codes import INTERRUPTED
-from .monitors.exit_timer import ExitTimer
+from ...slurm.exit_codes import INTERRUPTED
+from .exit_timer import ExitTimer
 
 UNWIND_S = 0.7
 """For which a command may tidy up after Ctrl-C."""

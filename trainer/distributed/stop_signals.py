@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from ...slurm.exit_codes import INTERRUPTED, STOPPED
-from ..interrupt import say
+from .interrupt import say
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
