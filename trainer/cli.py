@@ -130,7 +130,7 @@ def data_encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: Rank
     adopted = adopt_rank(ranks)
     ranks = ranks or devices()
     if adopted or ranks == 1:
-        from .encode import encode
+        from .stages.precompute import encode
 
         _leave(encode(settings))
     _leave(run_ranks(ranks, ["data", "encode", recipe, *(overrides or [])]))

@@ -25,7 +25,7 @@ from .image_metrics import NearestPixels, centred_cosine, frechet, psnr, recall,
 from .models.decode import NO_EPOCH
 from .models.flux import gaussian
 from .models.masking import draw_masks
-from .randomness import Stream, uniform
+from .models.rng import Stream, uniform
 from .sheet import sheet
 
 MASK_RATES = (0.7, 0.8, 0.9, 1.0)

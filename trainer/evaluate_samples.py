@@ -14,7 +14,7 @@ from ..data.shards import RawSample, told
 from ..data.transforms import decode_sizes
 from .errors import RunError
 from .models.decode import NO_EPOCH
-from .randomness import IntArray, Stream, uniform
+from .models.rng import IntArray, Stream, uniform
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ from .checkpoint.reader import CheckpointReader
 from .checkpoint.state import CheckpointWeights, restore_statistics
 from .checkpoint.store import Store
 from .errors import RunError
-from .kernel_choice import KernelChoice
 from .models import latent_controlnet
 from .models.backbone import locate
 from .models.decode import Schedule, decode, draw_orders
 from .models.flux import FluxFolder, FluxTokenizers, FrozenFlux, Tokens
+from .models.kernel_selection import KernelChoice
 from .models.latent_controlnet import LatentControlNet
 from .models.prompt import PromptTemplate
 from .models.weights import fill

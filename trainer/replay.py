@@ -25,11 +25,11 @@ from .checkpoint.store import Store
 from .errors import RunError
 from .history import Place
 from .inputs import Inputs, open_inputs
-from .kernel_choice import KernelChoice
 from .models.flux import sigmas
+from .models.kernel_selection import KernelChoice
 from .models.masking import draw_orders
+from .models.rng import Stream, chosen
 from .progress import Progress
-from .randomness import Stream, chosen
 from .run import initialise_from
 from .sequence import SequenceDigest, version
 from .sheet import sheet

@@ -41,9 +41,9 @@ from .ema import Ema
 from .engine import Engine, deepspeed_config, partitioned, require_quantizer
 from .errors import RunError
 from .inputs import Inputs, check_continuation, open_inputs
-from .kernel_choice import FILE as KERNELS_FILE
-from .kernel_choice import make_deterministic
 from .loop import Parts
+from .models.kernel_selection import FILE as KERNELS_FILE
+from .models.kernel_selection import make_deterministic
 from .models.weights import fill, full_shape
 from .monitors.console import Console, log_to_file
 from .monitors.goodput import AccountedMetrics

@@ -20,7 +20,7 @@ from .errors import RunError
 from .models.decode import NO_EPOCH
 from .models.flux import FluxFolder, FrozenFlux, gaussian, image_ids, unpack, velocity
 from .models.latent_controlnet import LatentControlNet
-from .randomness import Stream, uniform
+from .models.rng import Stream, uniform
 
 
 class Text(NamedTuple):

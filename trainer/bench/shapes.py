@@ -10,7 +10,7 @@ from torch import nn
 
 from ...recipes import Recipe
 from ..errors import RunError
-from ..kernel_choice import KernelChoice
+from ..models.kernel_selection import KernelChoice
 from ..stages.patch_latents import PatchLatentModel
 
 VOCABULARY = 4096

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ...kernels import PatchLatentHead
 from ..errors import RunError
-from ..randomness import Stream, uniform
 from .backbone import Prefix
 from .branch import GenerationBranch
+from .rng import Stream, uniform
 
 Schedule = Literal["cosine", "linear"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..randomness import IntArray, Stream, uniform
+from .rng import IntArray, Stream, uniform
 
 
 def masked_counts(

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ...data.reader import Collate
 from ...recipes import Recipe
 from ..distributed.process_group import Ranks
+from ..models.rng import IntArray
 from ..models.weights import Source, WeightFiles
-from ..randomness import IntArray
 
 
 class Losses(NamedTuple):

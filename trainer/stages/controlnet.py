@@ -23,15 +23,15 @@ from ...kernels import short_on_cpu
 from ...recipes import Recipe
 from ...recipes.schema import Flux
 from ..distributed.process_group import Gather, Ranks, alone
-from ..kernel_choice import KernelChoice, choose_kernels
 from ..models import flux as flow
 from ..models import latent_controlnet, weights
 from ..models.backbone import FrozenBackbone, architecture, locate, read_config
 from ..models.flux import PARTS, FluxFolder, Part, Tokens
+from ..models.kernel_selection import KernelChoice, choose_kernels
 from ..models.latent_controlnet import ControlNetConfig, LatentControlNet
-from ..randomness import IntArray, Stream, chosen, uniform
+from ..models.rng import IntArray, Stream, chosen, uniform
 from . import Losses, StageModel
-from .cache import Cache, Kind, cached_kinds, made_by, open_cache
+from .latent_cache import Cache, Kind, cached_kinds, made_by, open_cache
 from .patch_latents import grid_side
 from .placement import PlacedFlux, build_whole, hide, offload, places
 

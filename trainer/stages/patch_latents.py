@@ -20,14 +20,14 @@ from ...kernels import PatchLatentHead, PrefixLayout
 from ...recipes import Recipe
 from ..distributed.process_group import Ranks
 from ..errors import RunError
-from ..kernel_choice import KernelChoice, choose_kernels
 from ..models import weights
 from ..models.backbone import FrozenBackbone, Prefix, architecture, locate, read_config
 from ..models.branch import INIT_STD, GenerationBranch
 from ..models.elementwise import use_liger
+from ..models.kernel_selection import KernelChoice, choose_kernels
 from ..models.masking import draw_masks, masked_counts
 from ..models.prompt import PromptTemplate, load_tokenizer
-from ..randomness import IntArray, Stream, chosen
+from ..models.rng import IntArray, Stream, chosen
 from . import Losses, StageModel
 from .placement import build_whole, hide
 

@@ -15,18 +15,18 @@ from bifrost.kernels.latent_loss import Provider
 from bifrost.kernels.providers import Choice
 from bifrost.recipes import load_recipe
 from bifrost.recipes.schema import Kernels
-from bifrost.trainer import kernel_choice
 from bifrost.trainer.distributed.process_group import Ranks
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.kernel_choice import make_deterministic
+from bifrost.trainer.models import kernel_selection
 from bifrost.trainer.models.backbone import locate, read_config
+from bifrost.trainer.models.kernel_selection import make_deterministic
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def choose(folder: Path, *overrides: str, ranks: Ranks = ALONE):
     config = read_config(locate("builtin:tiny"))
-    return kernel_choice.choose_kernels(load_recipe("tiny-mllm", overrides), config, 16, ranks, folder)
+    return kernel_selection.choose_kernels(load_recipe("tiny-mllm", overrides), config, 16, ranks, folder)
 
 
 def test_recipes_name_what_the_kernels_have() -> None:
@@ -38,7 +38,7 @@ def test_recipes_name_what_the_kernels_have() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU they are measured")
 def test_without_a_gpu_it_is_plain_pytorch(tmp_path: Path) -> None:
     kernels, record = choose(tmp_path)
-    assert kernels == kernel_choice.KernelChoice("reference", "sdpa", "torch")
+    assert kernels == kernel_selection.KernelChoice("reference", "sdpa", "torch")
     assert all(not choice["milliseconds"] for choice in record.values()), "nothing was measured"
 
 
@@ -61,14 +61,14 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path: Path, setting: str) ->
 def test_a_measured_choice_is_kept_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter(["in-place", "triton", "triton-tma"])
     monkeypatch.setattr(
-        kernel_choice, "choose_loss", lambda *_: Choice("patch_latent_loss", next(answers), "measured", {"x": 1.0})
+        kernel_selection, "choose_loss", lambda *_: Choice("patch_latent_loss", next(answers), "measured", {"x": 1.0})
     )
     kernels, record = choose(tmp_path)
     assert kernels.head == "in-place"
-    (tmp_path / kernel_choice.FILE).write_text(json.dumps(record))
+    (tmp_path / kernel_selection.FILE).write_text(json.dumps(record))
     assert choose(tmp_path)[0].head == "in-place", "the same shape on the same device"
     assert choose(tmp_path, "micro_batch=8")[0].head == "triton", "another shape"
-    (tmp_path / kernel_choice.FILE).write_text("{")
+    (tmp_path / kernel_selection.FILE).write_text("{")
     assert choose(tmp_path)[0].head == "triton-tma", "an unreadable record is no record"
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bifrost.trainer.randomness import Stream, uniform
+from bifrost.trainer.models.rng import Stream, uniform
 
 
 def draws(seed: int = 0, stream: Stream = Stream.MASK_ORDER, epoch: int = 0, samples: int = 4096, lanes: int = 16):

@@ -15,14 +15,14 @@ from typing import Any, cast
 
 import torch
 
-from ..kernels import attention, latent_loss
-from ..kernels.attention import Backend
-from ..kernels.latent_loss import Provider
-from ..kernels.providers import Choice, choose_attention, choose_loss
-from ..recipes import Recipe
-from .distributed.process_group import Ranks
-from .errors import RunError
-from .models import elementwise
+from ...kernels import attention, latent_loss
+from ...kernels.attention import Backend
+from ...kernels.latent_loss import Provider
+from ...kernels.providers import Choice, choose_attention, choose_loss
+from ...recipes import Recipe
+from ..distributed.process_group import Ranks
+from ..errors import RunError
+from . import elementwise
 
 FILE = "kernels.json"
 

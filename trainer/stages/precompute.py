@@ -1,6 +1,6 @@
 """`bifrost data encode`: stores what frozen parts compute of every sample, for `flux.placement` cached.
 
-Every rank takes shards r, r + size, … and needs no other; the files are described in `stages/cache.py`.
+Every rank takes shards r, r + size, … and needs no other; the files are described in `stages/latent_cache.py`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from ..data import DataError, Dataset, open_dataset
-from ..data.files import is_local, write_atomic
-from ..data.index import load_header
-from ..data.progress import track
-from ..data.tars import TarInput, scan
-from ..data.transforms import decode_image
-from ..data.write import write_shard
-from ..recipes import Recipe
-from .errors import RunError
-from .models.flux import PARTS, FluxTokenizers, Tokens
-from .stages import cache
-from .stages.controlnet import ControlNetStage
-from .stages.placement import PlacedFlux, born
+from ...data import DataError, Dataset, open_dataset
+from ...data.files import is_local, write_atomic
+from ...data.index import load_header
+from ...data.progress import track
+from ...data.tars import TarInput, scan
+from ...data.transforms import decode_image
+from ...data.write import write_shard
+from ...recipes import Recipe
+from ..errors import RunError
+from ..models.flux import PARTS, FluxTokenizers, Tokens
+from . import latent_cache
+from .controlnet import ControlNetStage
+from .placement import PlacedFlux, born
 
 EMPTY = "__empty__"
 """Key of the empty caption in a tar of text."""
@@ -39,7 +39,7 @@ def encode(recipe: Recipe) -> int:
 
     RunError and DataError say what cannot be used.
     """
-    kinds = cache.cached_kinds(recipe) if recipe.stage == "controlnet" else []
+    kinds = latent_cache.cached_kinds(recipe) if recipe.stage == "controlnet" else []
     if not kinds:
         raise RunError(
             f"{recipe.name}: caches nothing; set flux.placement.vae=cached, flux.placement.text=cached or both in a"
@@ -62,13 +62,13 @@ def encode(recipe: Recipe) -> int:
 class _Encoder:
     """Encodes shards of one kind; the frozen parts are loaded when the first shard needs them."""
 
-    def __init__(self, kind: cache.Kind, stage: ControlNetStage, dataset: Dataset, device: torch.device) -> None:
-        self.kind: cache.Kind = kind
+    def __init__(self, kind: latent_cache.Kind, stage: ControlNetStage, dataset: Dataset, device: torch.device) -> None:
+        self.kind: latent_cache.Kind = kind
         self.stage = stage
         self.dataset = dataset
         self.device = device
-        self.made = cache.made_by(kind, stage.recipe, stage.folder)
-        self.name = cache.digest(self.made)
+        self.made = latent_cache.made_by(kind, stage.recipe, stage.folder)
+        self.name = latent_cache.digest(self.made)
         self._flux: PlacedFlux | None = None
 
     def run(self, rank: int, ranks: int) -> str:
@@ -79,21 +79,21 @@ class _Encoder:
             counts = self._encode(shard)
             kept, done = kept + (counts is None), done + (counts is not None)
             samples, bad = (total + more for total, more in zip((samples, bad), counts or (0, 0), strict=True))
-        folder = Path(cache.place_of(self.dataset.shards[0], self.kind, self.name)).parent
+        folder = Path(latent_cache.place_of(self.dataset.shards[0], self.kind, self.name)).parent
         notes = (f", {kept:,} shards already there" if kept else "") + (f", {bad:,} do not read" if bad else "")
         return f"rank {rank}: {folder}: {samples:,} samples in {done:,} shards{notes}"
 
     def _encode(self, number: int) -> tuple[int, int] | None:
         """Samples, and those among them that do not read; None where the shard's cache is whole."""
         shard = self.dataset.shards[number]
-        tar = Path(cache.place_of(shard, self.kind, self.name))
-        header = cache.read_header(str(tar))
-        whole = header and cache.problem_of(shard, str(tar), self.name) is None
-        if whole and header and cache.same_content(str(tar), header):
+        tar = Path(latent_cache.place_of(shard, self.kind, self.name))
+        header = latent_cache.read_header(str(tar))
+        whole = header and latent_cache.problem_of(shard, str(tar), self.name) is None
+        if whole and header and latent_cache.same_content(str(tar), header):
             return None
         tar.parent.mkdir(exist_ok=True)
         write_atomic(tar.with_name("made.json"), json.dumps(self.made, indent=2).encode())
-        lines = Path(cache.lines_path(str(tar)))
+        lines = Path(latent_cache.lines_path(str(tar)))
         lines.unlink(missing_ok=True)  # never lines beside another tar than their own
         for left in tar.parent.glob(f"{tar.name}.tmp-*"):
             left.unlink()
@@ -103,8 +103,8 @@ class _Encoder:
             places = iter([(member.offset, member.size) for member in scan(TarInput(file), read_all=False)])
         entries = [[key, *next(places), *check] if check else [key] for key, *check in entries]
         samples = self.dataset.headers[number].samples
-        header = cache.Header(
-            cache.VERSION, self.name, load_header(shard).sha256, written.bytes, written.sha256, samples
+        header = latent_cache.Header(
+            latent_cache.VERSION, self.name, load_header(shard).sha256, written.bytes, written.sha256, samples
         )
         text = [json.dumps(asdict(header)), *(json.dumps(entry) for entry in entries)]
         write_atomic(lines, ("\n".join(text) + "\n").encode())
@@ -159,7 +159,7 @@ class _Encoder:
         return [save({name: t.contiguous().clone() for name, t in zip(names, row, strict=True)}) for row in rows]
 
     def _load(self) -> PlacedFlux:
-        needed = cache.PARTS[self.kind]
+        needed = latent_cache.PARTS[self.kind]
         dtype = torch.float32 if self.stage.recipe.precision == "fp32" else torch.bfloat16
         with born(self.device, dtype):
             flux = PlacedFlux(self.stage.folder, {p: "sharded" if p in needed else "cached" for p in PARTS})
