@@ -238,8 +238,8 @@ def _train(recipe: Recipe) -> int:
 def _show(recipe: Recipe, ranks: int | None) -> None:
     import torch
 
-    from .engine import deepspeed_config
     from .inputs import require_places
+    from .optim.engine import deepspeed_config
     from .stages import open_stage
 
     ranks = ranks or devices()

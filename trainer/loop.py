@@ -14,8 +14,6 @@ from ..recipes import Recipe
 from .checkpoint.saver import Saver
 from .distributed.process_group import Ranks
 from .distributed.stop_signals import StopSignals
-from .ema import Ema
-from .engine import Engine
 from .monitors.console import Console
 from .monitors.health import Health, skipped_event
 from .monitors.links import Links
@@ -24,8 +22,10 @@ from .monitors.metrics import MetricsFile, finite
 from .monitors.sections import Sections
 from .monitors.spread import Spread
 from .monitors.utilisation import Utilisation
-from .progress import Progress
-from .schedule import learning_rate
+from .optim.ema import Ema
+from .optim.engine import Engine
+from .optim.lr_schedule import learning_rate
+from .optim.train_state import Progress
 from .sequence import SequenceDigest
 from .stages import Stage
 

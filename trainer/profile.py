@@ -20,7 +20,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ..recipes import Recipe
-from .progress import Progress
+from .optim.train_state import Progress
 from .run import train
 
 WARMUP = 2

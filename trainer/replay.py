@@ -29,7 +29,7 @@ from .models.flux import sigmas
 from .models.kernel_selection import KernelChoice
 from .models.masking import draw_orders
 from .models.rng import Stream, chosen
-from .progress import Progress
+from .optim.train_state import Progress
 from .run import initialise_from
 from .sequence import SequenceDigest, version
 from .sheet import sheet

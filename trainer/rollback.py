@@ -20,12 +20,12 @@ from .checkpoint.reader import CheckpointReader
 from .checkpoint.saver import Saver
 from .checkpoint.state import reload
 from .distributed.process_group import Ranks
-from .ema import Ema
-from .engine import Engine
 from .errors import Unhealthy
 from .monitors.console import Console
 from .monitors.goodput import AccountedMetrics
-from .progress import Progress
+from .optim.ema import Ema
+from .optim.engine import Engine
+from .optim.train_state import Progress
 
 log = logging.getLogger(__name__)
 

@@ -37,8 +37,6 @@ from .distributed.process_group import Ranks, join
 from .distributed.run_lock import BEAT_S, RunLock
 from .distributed.stop_signals import ENDING, TRAINING, StopSignals
 from .distributed.topology import check_ranks
-from .ema import Ema
-from .engine import Engine, deepspeed_config, partitioned, require_quantizer
 from .errors import RunError
 from .inputs import Inputs, check_continuation, open_inputs
 from .loop import Parts
@@ -56,8 +54,10 @@ from .monitors.stragglers import Stragglers
 from .monitors.tracking import start_mirror
 from .monitors.utilisation import Utilisation
 from .monitors.watchdog import Watchdog
+from .optim.ema import Ema
+from .optim.engine import Engine, deepspeed_config, partitioned, require_quantizer
+from .optim.train_state import Progress
 from .planner.devices import this_device
-from .progress import Progress
 from .rollback import Recovery
 from .samples import sampler
 from .stages import Stage, StageModel

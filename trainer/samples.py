@@ -25,12 +25,12 @@ from ..recipes import Recipe
 from ..recipes.schema import Samples
 from .checkpoint.durable import write_file
 from .distributed.process_group import Ranks
-from .engine import Engine
 from .errors import RunError
 from .generate import Generator, Settings, load_controlnet, load_flux
 from .models.prompt import PromptTemplate
 from .monitors.sections import Sections
-from .progress import Progress
+from .optim.engine import Engine
+from .optim.train_state import Progress
 from .sheet import sheet
 from .stages import Stage
 from .stages.controlnet import ControlNetStage

@@ -34,7 +34,7 @@ def uneven(tmp_path: Path) -> Path:
 def train_and_watch(arguments: list[str]) -> list[dict]:
     """Train; text tokens and hidden patches of this rank's sample at each step, and the trained tensors without a
     gradient from it."""
-    from bifrost.trainer import engine
+    from bifrost.trainer.optim import engine
 
     steps: list[dict] = []
     init, forward = engine.Engine.__init__, engine.Engine.forward

@@ -50,7 +50,7 @@ def counted(arguments: list[str]) -> list[Counts]:
     """Train on this rank; of every step: kind of collective and ranks that take part -> calls, elements received."""
     import torch.distributed as dist
 
-    from bifrost.trainer import engine
+    from bifrost.trainer.optim import engine
     from bifrost.trainer.run import train
 
     steps: list[Counts] = [{}]

@@ -148,7 +148,7 @@ def test_data_lost_on_one_rank_alone_is_said_by_that_rank(shards: Path, tmp_path
 
 def lose_a_shard(folder: str, arguments: list[str]) -> None:
     """Train; after the second step the shards are gone."""
-    from bifrost.trainer.engine import Engine
+    from bifrost.trainer.optim.engine import Engine
 
     step = Engine.step
     done = 0

@@ -40,7 +40,7 @@ def initial(name: str, shape: torch.Size | tuple[int, ...]) -> Tensor:
 def sharded(provider: str) -> list[list[float]]:
     """On each of two ranks: its loss of every step, then the trained weights."""
     from bifrost.trainer.distributed.process_group import join
-    from bifrost.trainer.engine import Engine, partitioned
+    from bifrost.trainer.optim.engine import Engine, partitioned
 
     ranks = join()
     with partitioned(recipe(), ranks):
@@ -65,7 +65,7 @@ def sharded(provider: str) -> list[list[float]]:
 
 def single(provider: str) -> tuple[list[list[float]], list[Tensor]]:
     """Losses of both micro-batches at every step, and the trained weights, without DeepSpeed."""
-    from bifrost.trainer.engine import parameter_groups
+    from bifrost.trainer.optim.engine import parameter_groups
 
     model = Trunk(provider)
     with torch.no_grad():

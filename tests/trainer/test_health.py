@@ -19,7 +19,7 @@ def train_with_bad_steps(arguments: list[str], bad: list[int], kind: str, factor
 
     import torch
 
-    from bifrost.trainer import engine
+    from bifrost.trainer.optim import engine
 
     history = []
     forward, step = engine.Engine.forward, engine.Engine.step
@@ -102,7 +102,7 @@ def test_our_gradient_norm_is_deepspeeds(shards: Path, tmp_path: Path) -> None:
 
 
 def train_and_take_norms(arguments: list[str]) -> list[float]:
-    from bifrost.trainer import engine
+    from bifrost.trainer.optim import engine
 
     norms = []
     step = engine.Engine.step

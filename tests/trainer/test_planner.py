@@ -39,8 +39,8 @@ def middle_model(folder: Path) -> Path:
 def allocated(recipe_name: str, overrides: list[str]) -> int:
     """Bytes of all tensors that stay after a step on this rank; runs in a process of its own."""
     from bifrost.trainer.distributed.process_group import join
-    from bifrost.trainer.ema import Ema
-    from bifrost.trainer.engine import Engine, import_deepspeed, partitioned
+    from bifrost.trainer.optim.ema import Ema
+    from bifrost.trainer.optim.engine import Engine, import_deepspeed, partitioned
     from bifrost.trainer.stages import open_stage
 
     def storages() -> dict[int, int]:

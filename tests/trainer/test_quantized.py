@@ -15,8 +15,8 @@ import ranked
 import runs
 from bifrost.recipes import load_recipe
 from bifrost.trainer.distributed.process_group import join
-from bifrost.trainer.engine import import_deepspeed, require_quantizer
 from bifrost.trainer.errors import RunError
+from bifrost.trainer.optim.engine import import_deepspeed, require_quantizer
 
 WEIGHTS = "zero.quantized_weights=true"
 GRADIENTS = "zero.quantized_gradients=true"

@@ -26,7 +26,8 @@ def train_and_keep(arguments: list[str], step: int, spike: float | None) -> list
     """Train; returns what this rank's model got at `step`: keys, masks, captions' lengths, level. spike: the loss times
     that there, and in the next two steps."""
     from bifrost.data import reader
-    from bifrost.trainer import engine, loop
+    from bifrost.trainer import loop
+    from bifrost.trainer.optim import engine
 
     kept, done = [], 0
     forward, on_device, advance = engine.Engine.forward, loop._on_device, engine.Engine.step

@@ -26,9 +26,10 @@ def train_badly(arguments: list[str], bad: list[int], factor: float, cut: list[i
     import signal
 
     from bifrost.data import reader
-    from bifrost.trainer import engine, loop
+    from bifrost.trainer import loop
     from bifrost.trainer.checkpoint.store import Store
     from bifrost.trainer.inputs import Inputs
+    from bifrost.trainer.optim import engine
 
     current = 0
     forward, normalizer, positions, remove = (
@@ -190,9 +191,10 @@ def losses_around_a_reload(arguments: list[str]) -> list[float]:
 
     import torch
 
-    from bifrost.trainer import engine, loop
+    from bifrost.trainer import loop
     from bifrost.trainer.checkpoint.reader import CheckpointReader
     from bifrost.trainer.checkpoint.state import reload
+    from bifrost.trainer.optim import engine
 
     losses = []
     forward, run = engine.Engine.forward, loop.run

@@ -16,7 +16,7 @@ def logits_and_hash_around_training(arguments: list[str]) -> list:
 
     from bifrost.kernels import PrefixLayout
     from bifrost.trainer import run as run_module
-    from bifrost.trainer.engine import Engine
+    from bifrost.trainer.optim.engine import Engine
 
     seen = []
 

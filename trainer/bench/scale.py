@@ -24,9 +24,9 @@ from torch.profiler import ProfilerActivity, profile
 from ...recipes import Recipe
 from ..distributed.launcher import run_ranks
 from ..errors import RunError
+from ..optim.train_state import Progress
 from ..planner import batch
 from ..profile import works
-from ..progress import Progress
 from ..run import train
 from ..terminal import terminal
 from .collectives import Clock

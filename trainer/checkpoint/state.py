@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..ema import Ema
-from ..engine import Engine
 from ..errors import RunError
 from ..models.weights import fill, full_shape, local_slice
+from ..optim.ema import Ema
+from ..optim.engine import Engine
 from ..stages import StageModel
 from .reader import AVERAGED, CheckpointReader
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...recipes.schema import Health as Settings
-from ..progress import Progress
+from ..optim.train_state import Progress
 from .metrics import finite
 
 FLOOR = 0.02

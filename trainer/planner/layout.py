@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ...recipes import Recipe
-from ..engine import deepspeed_config
 from ..flops import Part
+from ..optim.engine import deepspeed_config
 
 FrozenPlace = Literal["sharded", "node", "replicated"]
 

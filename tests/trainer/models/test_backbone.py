@@ -146,7 +146,7 @@ def rotary_tables_under_zero_init() -> list[float]:
     """Largest error of the rotary frequencies of a bf16 model built under zero.Init, and whether weights are bf16."""
     from bifrost.recipes import load_recipe
     from bifrost.trainer.distributed.process_group import join
-    from bifrost.trainer.engine import partitioned
+    from bifrost.trainer.optim.engine import partitioned
     from bifrost.trainer.stages.patch_latents import PatchLatentModel
 
     config = read_config(locate("builtin:tiny"))

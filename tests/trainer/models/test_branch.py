@@ -23,7 +23,7 @@ def build(*overrides: str) -> PatchLatentModel:
 def copies_under_zero_init() -> list[bool]:
     """Whether every slice of the branch's copied weights equals the text model's, and is a real slice."""
     from bifrost.trainer.distributed.process_group import join
-    from bifrost.trainer.engine import partitioned
+    from bifrost.trainer.optim.engine import partitioned
 
     recipe = load_recipe("tiny-mllm")
     folder = locate("builtin:tiny")

@@ -317,7 +317,7 @@ def test_running_statistics_stay_fp32() -> None:
 def slices_under_zero_init(folder: str) -> list[bool]:
     """Whether this rank holds just its slices, equal to those of a whole model, and fp32 statistics."""
     from bifrost.trainer.distributed.process_group import join
-    from bifrost.trainer.engine import partitioned
+    from bifrost.trainer.optim.engine import partitioned
 
     ranks = join()
     whole = dict(build().named_parameters())

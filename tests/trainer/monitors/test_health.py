@@ -12,7 +12,7 @@ from scipy.stats import median_abs_deviation
 
 from bifrost.recipes.schema import Health as Settings
 from bifrost.trainer.monitors.health import FLOOR, Health, robust_zscore
-from bifrost.trainer.progress import Progress
+from bifrost.trainer.optim.train_state import Progress
 
 numbers = st.floats(0.01, 100)
 bad = st.one_of(st.sampled_from([math.nan, math.inf, -math.inf]), st.floats(1e4, 1e30))

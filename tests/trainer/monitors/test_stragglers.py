@@ -18,8 +18,8 @@ def slow_down(arguments: list[str], section: str) -> None:
     import time
 
     from bifrost.data import Loader
-    from bifrost.trainer import engine
     from bifrost.trainer.monitors import stragglers
+    from bifrost.trainer.optim import engine
 
     stragglers.SHARE = 0.01  # of a step on a machine that is busy with other tests
     if os.environ["RANK"] == "1":

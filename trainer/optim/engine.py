@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..recipes import Recipe
-from .distributed.process_group import Ranks
-from .errors import RunError
-from .stages import StageModel
-from .versions import version
+from ...recipes import Recipe
+from ..distributed.process_group import Ranks
+from ..errors import RunError
+from ..stages import StageModel
+from ..versions import version
 
 T = TypeVar("T")
 

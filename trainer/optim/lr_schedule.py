@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..recipes import Recipe
+from ...recipes import Recipe
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
