@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bifrost.recipes import load_recipe
-from bifrost.trainer.flops import parts
 from bifrost.trainer.planner.devices import find_device
+from bifrost.trainer.planner.flops import parts
 from bifrost.trainer.planner.report import Report
 
 PAGE = Path(__file__).with_name("own-images.md")

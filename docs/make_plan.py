@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 
 from bifrost.recipes import load_recipe
-from bifrost.trainer.flops import ATTENTION_BACKWARD, Part, parts
 from bifrost.trainer.models.latent_controlnet import LatentControlNet
 from bifrost.trainer.planner import Row, checkpoint_bytes, plan
 from bifrost.trainer.planner.curves import CURVE, retention
 from bifrost.trainer.planner.devices import find_device
+from bifrost.trainer.planner.flops import ATTENTION_BACKWARD, Part, parts
 from bifrost.trainer.planner.layout import AS_SET, LAYOUTS, Layout
 from bifrost.trainer.planner.timing import done_flops, useful_flops
 from bifrost.trainer.stages import open_stage

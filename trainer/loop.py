@@ -11,7 +11,7 @@ import torch
 
 from ..data import BadSamples, Batch
 from ..recipes import Recipe
-from .checkpoint.saver import Saver
+from .checkpoint.manager import Saver
 from .distributed.process_group import Ranks
 from .distributed.stop_signals import StopSignals
 from .monitors.console import Console
@@ -19,8 +19,8 @@ from .monitors.health import Health, skipped_event
 from .monitors.links import Links
 from .monitors.meter import Meter
 from .monitors.metrics import MetricsFile, finite
-from .monitors.sections import Sections
-from .monitors.spread import Spread
+from .monitors.phase_timer import Sections
+from .monitors.rank_stats import Spread
 from .monitors.utilisation import Utilisation
 from .optim.ema import Ema
 from .optim.engine import Engine

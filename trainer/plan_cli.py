@@ -31,8 +31,8 @@ def plan(
     chosen = find_device(device) if device else this_device()
     if plot and (chosen is None or chosen.bf16_tflops is None):
         raise RunError("--plot: nothing to draw without times; give a --device that has bf16_tflops")
-    from .flops import parts
     from .planner.curves import draw
+    from .planner.flops import parts
     from .planner.previews import painter_bytes
     from .planner.report import Report
     from .terminal import terminal

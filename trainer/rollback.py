@@ -16,8 +16,8 @@ import sys
 import time
 
 from ..recipes.schema import Health as Settings
+from .checkpoint.manager import Saver
 from .checkpoint.reader import CheckpointReader
-from .checkpoint.saver import Saver
 from .checkpoint.state import reload
 from .distributed.process_group import Ranks
 from .errors import Unhealthy

@@ -29,8 +29,8 @@ from ..slurm.exit_record import grace, stop_s
 from . import loop
 from .changes import changes, describe, last_settings
 from .checkpoint.local import LocalParts
+from .checkpoint.manager import Saver
 from .checkpoint.reader import CheckpointReader
-from .checkpoint.saver import Saver
 from .checkpoint.state import capture, capture_statistics, restore, take_from
 from .checkpoint.store import Store
 from .distributed.process_group import Ranks, join
@@ -48,8 +48,8 @@ from .monitors.goodput import AccountedMetrics
 from .monitors.heartbeat import Heartbeat
 from .monitors.links import Links
 from .monitors.metrics import read_metrics
-from .monitors.sections import Sections
-from .monitors.spread import Spread
+from .monitors.phase_timer import Sections
+from .monitors.rank_stats import Spread
 from .monitors.stragglers import Stragglers
 from .monitors.tracking import start_mirror
 from .monitors.utilisation import Utilisation

@@ -28,7 +28,7 @@ from .distributed.process_group import Ranks
 from .errors import RunError
 from .generate import Generator, Settings, load_controlnet, load_flux
 from .models.prompt import PromptTemplate
-from .monitors.sections import Sections
+from .monitors.phase_timer import Sections
 from .optim.engine import Engine
 from .optim.train_state import Progress
 from .sheet import sheet

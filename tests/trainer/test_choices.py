@@ -16,8 +16,8 @@ from bifrost.recipes import load_recipe
 from bifrost.trainer.checkpoint.reader import CheckpointReader
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.flops import parts
 from bifrost.trainer.inputs import batch_arithmetic
+from bifrost.trainer.planner.flops import parts
 from bifrost.trainer.planner.layout import AS_SET
 from bifrost.trainer.planner.traffic import traffic
 

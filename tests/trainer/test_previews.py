@@ -14,11 +14,11 @@ from bifrost.recipes import load_recipe
 from bifrost.recipes.schema import Samples
 from bifrost.trainer import samples
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.flops import parts
 from bifrost.trainer.generate import Generator
 from bifrost.trainer.models.flux import FluxFolder
 from bifrost.trainer.models.latent_controlnet import ControlNetConfig, LatentControlNet, write_config
 from bifrost.trainer.planner import plan
+from bifrost.trainer.planner.flops import parts
 from bifrost.trainer.planner.previews import painter_bytes
 
 WIDTH, SIDE = 6, 4

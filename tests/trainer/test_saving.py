@@ -38,9 +38,9 @@ def crash_after_a_save_that_shared_storage_refused(arguments: list[str]) -> None
     import os
 
     from bifrost.trainer import cli, run
-    from bifrost.trainer.checkpoint import part
+    from bifrost.trainer.checkpoint import shard
 
-    real_train, real_write, failing = run.train, part.write_file, []
+    real_train, real_write, failing = run.train, shard.write_file, []
 
     def write_file(path, parts):
         if failing and "tiny-mllm/checkpoints" in str(path):
@@ -54,7 +54,7 @@ def crash_after_a_save_that_shared_storage_refused(arguments: list[str]) -> None
                 time.sleep(0.01)
             os._exit(3)
 
-    part.write_file = write_file
+    shard.write_file = write_file
     run.train = lambda recipe: real_train(recipe, after_step)
     sys.argv = ["bifrost", *arguments]
     cli.main()

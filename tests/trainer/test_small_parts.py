@@ -10,7 +10,7 @@ import torch
 from bifrost.data import open_dataset, write_shard
 from bifrost.recipes import load_recipe
 from bifrost.trainer.monitors.meter import Meter
-from bifrost.trainer.monitors.sections import Sections
+from bifrost.trainer.monitors.phase_timer import Sections
 from bifrost.trainer.optim.ema import Ema
 from bifrost.trainer.optim.lr_schedule import learning_rate
 from bifrost.trainer.sequence import SequenceDigest, comparable

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..flops import Part
+from ..planner.flops import Part
 from ..stages.patch_latents import PatchLatentModel
 from .prompts import Batch
 from .routed import Mark

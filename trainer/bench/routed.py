@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...kernels import PrefixLayout
 from ...recipes import Recipe
-from ..flops import Part
+from ..planner.flops import Part
 from ..planner.timing import done_flops
 from ..stages.patch_latents import PatchLatentModel
 from .prompts import Batch

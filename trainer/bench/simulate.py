@@ -23,11 +23,11 @@ from ...recipes import Recipe
 from ..checkpoint.durable import Entry, safetensors_parts
 from ..checkpoint.layout import local_range, reads, slice_size
 from ..checkpoint.manifest import Manifest
-from ..checkpoint.part import Content
 from ..checkpoint.reader import rank_file
+from ..checkpoint.shard import Content
 from ..errors import Unhealthy, writing
-from ..flops import parts
 from ..planner import batch, plan
+from ..planner.flops import parts
 from ..stages import open_stage
 
 SHARDS, SAMPLES = 384, 1000

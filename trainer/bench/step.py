@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ...recipes import Recipe
 from ..errors import RunError, writing
-from ..flops import Part, patch_latent_parts
 from ..models.backbone import architecture, read_config
 from ..models.kernel_selection import KernelChoice
 from ..planner.devices import this_device
+from ..planner.flops import Part, patch_latent_parts
 from ..planner.timing import done_flops, useful_flops
 from ..stages.patch_latents import PatchLatentModel, PatchLatentStage, grid_side
 from .dense import DenseStep

@@ -20,7 +20,7 @@ from ..distributed.process_group import Gather
 from ..errors import RunError
 from .durable import sync_folder, write_file
 from .manifest import Manifest, read_manifest
-from .part import About, Content, Part
+from .shard import About, Content, Part
 from .store import StorageError, Store, agreed
 
 log = logging.getLogger(__name__)

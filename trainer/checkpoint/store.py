@@ -16,8 +16,8 @@ from ..distributed.process_group import Gather, alone
 from ..errors import RunError
 from .durable import sync_folder
 from .manifest import Manifest, read_manifest
-from .part import Content, Part, file_problem
 from .reader import CheckpointReader
+from .shard import Content, Part, file_problem
 from .staging import Slots
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from rich.table import Table
 from ...slurm.exit_codes import DONE, USAGE
 from ...slurm.reachable import slurm_here
 from ..terminal import terminal
-from . import machine, places, software
+from . import folders, machine, software
 from .finding import Check, Finding, run_checks
 from .tracker import mlflow
 
@@ -43,10 +43,10 @@ def examine(folder: Path, uri: str | None) -> list[Finding]:
         ("GPUs", machine.gpus),
         ("compilers", machine.compilers),
         ("network", machine.fabric),
-        ("runs", partial(places.runs_folder, folder)),
-        ("TMPDIR", places.temporary),
-        ("cache", places.cache),
-        ("shared memory", places.shared_memory),
+        ("runs", partial(folders.runs_folder, folder)),
+        ("TMPDIR", folders.temporary),
+        ("cache", folders.cache),
+        ("shared memory", folders.shared_memory),
         ("Slurm", _slurm),
         ("MLflow", partial(mlflow, folder, uri, os.environ.get("MLFLOW_TRACKING_URI"))),
     ]

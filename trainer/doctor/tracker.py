@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from ...recipes.secrets import HIDDEN, redact, tracker_secret
 from .finding import Finding
-from .places import runs_folder
+from .folders import runs_folder
 
 SERVER_S = 5.0
 """How long a server may take to answer."""

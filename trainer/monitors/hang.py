@@ -18,7 +18,7 @@ from typing import TextIO
 from ...slurm.exit_codes import HUNG
 from ...slurm.exit_record import record_outcome
 from .metrics import MetricsFile
-from .sections import Sections
+from .phase_timer import Sections
 from .stacks import Answer, culprit, listed, read_answers, recorded_collectives, thread_at, write_answer, write_json
 
 ANSWER_S = 10.0

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..distributed.process_group import Ranks
-from .sections import Sections
+from .phase_timer import Sections
 
 LINES = 100
 """Log lines from one measurement to the next; the first is at the first line of a start."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from .sections import STEP, Times
+from .phase_timer import STEP, Times
 
 
 class Meter:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..distributed.process_group import Ranks
-from .sections import Times
+from .phase_timer import Times
 
 OWN = ("data", "forward", "backward", "optimizer")
 LINES = 3

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ...recipes import Recipe
-from ..flops import parts
 from ..planner.devices import Device
+from ..planner.flops import parts
 from ..planner.layout import AS_SET
 from ..planner.timing import done_flops, useful_flops
 from ..planner.traffic import traffic

@@ -23,7 +23,7 @@ from ..distributed.exit_timer import ExitTimer
 from ..distributed.process_group import Ranks
 from ..distributed.rendezvous import this_host
 from .hang import Hang, last_s, say
-from .sections import Sections
+from .phase_timer import Sections
 
 POLL_S = 1.0
 FLOOR_S, STEPS = 100.0, 20

@@ -11,8 +11,8 @@ from typing import Any
 
 from ...recipes import Recipe
 from ..errors import RunError
-from ..flops import Part
 from .devices import Device
+from .flops import Part
 from .layout import AS_SET, Layout
 from .memory import Memory, memory
 from .timing import Timing, timing

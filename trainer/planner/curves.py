@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ...data.files import write_atomic
 from ...recipes import Recipe
-from ..flops import Part
 from . import Row, plan
 from .devices import Device
+from .flops import Part
 from .layout import LAYOUTS
 
 CURVE = (8, 16, 32, 64, 128, 256, 512)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ...recipes import Recipe
-from ..flops import Part
 from ..optim.engine import deepspeed_config
+from .flops import Part
 
 FrozenPlace = Literal["sharded", "node", "replicated"]
 

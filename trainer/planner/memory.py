@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...recipes import Recipe
-from ..flops import Part
+from .flops import Part
 from .layout import Layout, Zero, cut, small
 
 GATHERED_SHARE = 2

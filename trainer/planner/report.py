@@ -10,10 +10,10 @@ from rich.table import Table
 
 from ...recipes import Recipe
 from ..errors import RunError
-from ..flops import Part
 from . import NODE, Row, as_json, checkpoint_bytes, checkpoint_s, cost, plan
 from .curves import CURVE, curves, retention
 from .devices import Device
+from .flops import Part
 from .layout import LAYOUTS
 from .timing import done_flops, useful_flops
 

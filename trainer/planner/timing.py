@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...recipes import Recipe
-from ..flops import Part
 from .devices import Device
+from .flops import Part
 from .layout import cut
 from .traffic import Transfer
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...recipes import Recipe
-from ..flops import Part
+from .flops import Part
 from .layout import Layout, Zero
 
 

@@ -15,9 +15,9 @@ from bifrost.trainer.bench.dense import DenseStep
 from bifrost.trainer.bench.routed import routed_step
 from bifrost.trainer.bench.shapes import random_model, scaled
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.flops import patch_latent_parts
 from bifrost.trainer.models.backbone import architecture, read_config
 from bifrost.trainer.models.kernel_selection import KernelChoice
+from bifrost.trainer.planner.flops import patch_latent_parts
 from bifrost.trainer.planner.timing import useful_flops
 from bifrost.trainer.stages.patch_latents import PatchLatentStage
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from bifrost.data import DataError, DataLost, retry
-from bifrost.trainer.checkpoint import part
+from bifrost.trainer.checkpoint import shard
 from bifrost.trainer.checkpoint.reader import CheckpointReader
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
@@ -149,7 +149,7 @@ def test_a_manifest_and_its_files_are_asked_for_again(model, monkeypatch):
     """A checkpoint that could not be read for a moment is not refused for an older one."""
     checkpoint(model / "run")
     left, real = [2, 2], Path.read_bytes
-    hash_file = part.hash_file
+    hash_file = shard.hash_file
 
     def read_bytes(self):
         if self.name == "manifest.json" and left[0]:
@@ -164,5 +164,5 @@ def test_a_manifest_and_its_files_are_asked_for_again(model, monkeypatch):
         return hash_file(path)
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    monkeypatch.setattr(part, "hash_file", hashed)
+    monkeypatch.setattr(shard, "hash_file", hashed)
     assert Store(model / "run").newest_verified().step == 1 and left == [0, 0]

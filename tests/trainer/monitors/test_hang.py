@@ -12,7 +12,7 @@ import pytest
 
 from bifrost.trainer.monitors import hang, stacks
 from bifrost.trainer.monitors.hang import Hang, answer_s, last_s
-from bifrost.trainer.monitors.sections import Sections
+from bifrost.trainer.monitors.phase_timer import Sections
 from bifrost.trainer.monitors.stacks import Answer, write_answer, write_json
 
 _accesses: Counter[tuple[int, str]] | None = None

@@ -8,7 +8,7 @@ import torch
 import ranked
 import runs
 from bifrost.trainer.distributed.process_group import Ranks
-from bifrost.trainer.monitors.sections import Times
+from bifrost.trainer.monitors.phase_timer import Times
 from bifrost.trainer.monitors.stragglers import LINES, Stragglers
 
 

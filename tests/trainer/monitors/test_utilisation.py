@@ -11,8 +11,8 @@ from bifrost.recipes import load_recipe
 from bifrost.trainer.distributed.process_group import Ranks
 from bifrost.trainer.models.backbone import locate, read_config
 from bifrost.trainer.monitors import links, memory
-from bifrost.trainer.monitors.sections import Sections, Times
-from bifrost.trainer.monitors.spread import Spread
+from bifrost.trainer.monitors.phase_timer import Sections, Times
+from bifrost.trainer.monitors.rank_stats import Spread
 from bifrost.trainer.monitors.stragglers import Stragglers
 from bifrost.trainer.monitors.utilisation import Utilisation
 from bifrost.trainer.planner.devices import find_device
@@ -117,7 +117,7 @@ def probed() -> list[dict]:
 
     from bifrost.trainer.distributed.process_group import join
     from bifrost.trainer.monitors import links
-    from bifrost.trainer.monitors.sections import Sections
+    from bifrost.trainer.monitors.phase_timer import Sections
 
     links.LINES = 2
     probe = links.Links(join(), Sections(), 1_000_000, torch.bfloat16)

@@ -15,7 +15,7 @@ import ranked
 import runs
 from bifrost.recipes.schema import Watchdog as Settings
 from bifrost.slurm.exit_codes import HUNG
-from bifrost.trainer.monitors.sections import Sections
+from bifrost.trainer.monitors.phase_timer import Sections
 from bifrost.trainer.monitors.stacks import Answer, culprit
 from bifrost.trainer.monitors.watchdog import FLOOR_S, Watchdog
 
@@ -131,7 +131,7 @@ def test_before_the_ranks_have_met(tmp_path: Path) -> None:
     """A rank whose peers never come: its stack goes to stderr."""
     script = (
         "import time; from bifrost.recipes.schema import Watchdog as Settings;"
-        "from bifrost.trainer.monitors.sections import Sections;"
+        "from bifrost.trainer.monitors.phase_timer import Sections;"
         "from bifrost.trainer.monitors.watchdog import Watchdog;"
         "watchdog = Watchdog(Settings(start_s=0.5), Sections()).__enter__(); time.sleep(100)"
     )

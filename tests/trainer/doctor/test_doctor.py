@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bifrost.slurm.reachable import NEEDED
-from bifrost.trainer.doctor import cli, finding, machine, places, software, tracker
+from bifrost.trainer.doctor import cli, finding, folders, machine, software, tracker
 from bifrost.trainer.doctor.finding import Finding
 
 H100 = "NVIDIA H100 80GB HBM3, 81559, 570.86.15, 9.0, Disabled"
@@ -175,21 +175,21 @@ def test_fabric(tmp_path: Path) -> None:
 
 
 def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (row,) = places.runs_folder(tmp_path / "not" / "yet")
+    (row,) = folders.runs_folder(tmp_path / "not" / "yet")
     assert row.verdict == "ok" and "GiB free" in row.found and not list(tmp_path.iterdir())
-    monkeypatch.setattr(places.shutil, "disk_usage", lambda folder: Usage(3 * 2**30))
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda folder: Usage(3 * 2**30))
     assert (
-        places.runs_folder(tmp_path)[0].verdict == "warning" and "make room" in places.runs_folder(tmp_path)[0].remedy
+        folders.runs_folder(tmp_path)[0].verdict == "warning" and "make room" in folders.runs_folder(tmp_path)[0].remedy
     )
 
     def no_locks(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    (row,) = places.runs_folder(tmp_path)
+    (row,) = folders.runs_folder(tmp_path)
     assert row.verdict == "missing" and "flock does not work there (No locks available)" in row.remedy
     (tmp_path / "file").touch()
-    (row,) = places.runs_folder(tmp_path / "file")
+    (row,) = folders.runs_folder(tmp_path / "file")
     assert row.verdict == "missing" and "writable" in row.remedy
 
 
@@ -201,8 +201,8 @@ class Usage:
 def test_a_long_tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / ("x" * 80)
     folder.mkdir()
-    monkeypatch.setattr(places.tempfile, "gettempdir", lambda: str(folder))
-    (row,) = places.temporary()
+    monkeypatch.setattr(folders.tempfile, "gettempdir", lambda: str(folder))
+    (row,) = folders.temporary()
     assert row.verdict == "warning" and "75 bytes" in row.remedy
 
 
@@ -212,10 +212,10 @@ def test_file_systems(tmp_path: Path) -> None:
     mounts.write_text(
         f"/dev/sda / ext4 rw 0 0\nserver:/x {inner}/my\\040home nfs4 rw 0 0\ntmpfs {inner}/my tmpfs rw 0 0\n"
     )
-    assert places.file_system(tmp_path / "my home" / "runs", mounts) == "nfs4 (shared)"
-    assert places.file_system(tmp_path / "my" / "runs", mounts) == "tmpfs"
-    assert places.file_system(tmp_path / "mystery", mounts) == "ext4"
-    assert places.file_system(tmp_path, tmp_path / "none") == "file system not known"
+    assert folders.file_system(tmp_path / "my home" / "runs", mounts) == "nfs4 (shared)"
+    assert folders.file_system(tmp_path / "my" / "runs", mounts) == "tmpfs"
+    assert folders.file_system(tmp_path / "mystery", mounts) == "ext4"
+    assert folders.file_system(tmp_path, tmp_path / "none") == "file system not known"
 
 
 def test_slurm(tool: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

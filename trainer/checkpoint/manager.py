@@ -18,7 +18,7 @@ from ..distributed.process_group import Gather, alone
 from ..errors import Unhealthy, lost_rank
 from .interval import best_interval, settled
 from .local import LocalParts
-from .part import Content
+from .shard import Content
 from .staging import Slots, Staging
 from .store import StorageError, Store
 

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 import ranked
 from bifrost.recipes import load_recipe
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.flops import Part, parts
 from bifrost.trainer.models.backbone import locate
 from bifrost.trainer.planner import batch, plan
 from bifrost.trainer.planner.curves import CURVE, curves, distinct, retention
 from bifrost.trainer.planner.devices import FILE, find_device, load
+from bifrost.trainer.planner.flops import Part, parts
 from bifrost.trainer.planner.layout import LAYOUTS, Layout
 from bifrost.trainer.planner.traffic import buckets, packs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..distributed.process_group import Ranks
 from . import memory
-from .sections import Times
+from .phase_timer import Times
 from .stragglers import OWN, Stragglers
 
 

@@ -10,11 +10,11 @@ import torch
 
 from bifrost.recipes.schema import Checkpoint
 from bifrost.trainer.checkpoint import local as local_module
-from bifrost.trainer.checkpoint import part as part_module
+from bifrost.trainer.checkpoint import shard as part_module
 from bifrost.trainer.checkpoint.durable import Entry
 from bifrost.trainer.checkpoint.local import LocalParts
+from bifrost.trainer.checkpoint.manager import Saver
 from bifrost.trainer.checkpoint.manifest import Manifest, read_manifest
-from bifrost.trainer.checkpoint.saver import Saver
 from bifrost.trainer.checkpoint.store import StorageError, Store
 from bifrost.trainer.errors import RunError
 

@@ -43,7 +43,7 @@ def test_public_layout_is_complete_and_exact(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["public", "hf"])
 def test_the_model_card_is_of_this_run(run: Path, tmp_path: Path, layout: Literal["public", "hf"]) -> None:
-    """tests/checkpoint/test_model_card.py has the licences of other bases."""
+    """tests/trainer/checkpoint/test_model_card.py has the licences of other bases."""
     export(run, tmp_path / "out", layout)
     found = ModelCard.load(tmp_path / "out" / "README.md")
     assert found.data.license == "cc-by-sa-4.0"
@@ -179,7 +179,7 @@ def test_a_base_in_the_public_layout_keeps_its_names(run: Path, tmp_path: Path) 
 
 
 def test_a_quantized_base_is_exported_as_plain_weights(tmp_path: Path) -> None:
-    folder = Path(__file__).parents[1] / "fixtures" / "quantized" / "bitsandbytes-int8"
+    folder = Path(__file__).parents[2] / "fixtures" / "quantized" / "bitsandbytes-int8"
     expected = load_file(folder / "expected.safetensors")
     pieces = list(_base(WeightFiles(folder), torch.bfloat16, set()))
     assert {piece.name for piece in pieces} == {f"vision_language_model.{name}" for name in expected}

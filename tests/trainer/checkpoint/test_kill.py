@@ -9,7 +9,7 @@ import torch
 import boundaries
 from bifrost.recipes.schema import Checkpoint
 from bifrost.trainer.checkpoint.local import LocalParts
-from bifrost.trainer.checkpoint.saver import Saver
+from bifrost.trainer.checkpoint.manager import Saver
 from bifrost.trainer.checkpoint.store import Store
 
 SHAPES = {"layer.weight": (5, 3), "layer.bias": (3,), "scale": (), "empty": (0, 4)}

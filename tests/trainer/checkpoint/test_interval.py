@@ -3,7 +3,7 @@ import pytest
 
 from bifrost.recipes.schema import Checkpoint
 from bifrost.trainer.checkpoint.interval import best_interval, settled
-from bifrost.trainer.checkpoint.saver import Saver
+from bifrost.trainer.checkpoint.manager import Saver
 from bifrost.trainer.checkpoint.store import Store
 
 
@@ -71,7 +71,7 @@ def test_from_measured_times(tmp_path, slices, monkeypatch):
     settings = Checkpoint(interval="auto", every=10, mtbf_hours=50)
     asked = []
     monkeypatch.setattr(
-        "bifrost.trainer.checkpoint.saver.best_interval", lambda *numbers: asked.append(numbers) or 1000
+        "bifrost.trainer.checkpoint.manager.best_interval", lambda *numbers: asked.append(numbers) or 1000
     )
     clock = iter(range(0, 100_000, 7))
     saver = Saver(Store(tmp_path), settings, slices(0, 1), lambda event: None, nodes=100)

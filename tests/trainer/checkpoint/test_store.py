@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from bifrost.trainer.checkpoint import durable
-from bifrost.trainer.checkpoint import part as part_module
+from bifrost.trainer.checkpoint import shard as part_module
 from bifrost.trainer.checkpoint.layout import local_range
 from bifrost.trainer.checkpoint.manifest import read_manifest
 from bifrost.trainer.checkpoint.store import Store

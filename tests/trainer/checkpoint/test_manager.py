@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bifrost.recipes.schema import Checkpoint
-from bifrost.trainer.checkpoint import part as part_module
-from bifrost.trainer.checkpoint import saver as saver_module
-from bifrost.trainer.checkpoint.saver import Saver
+from bifrost.trainer.checkpoint import manager as saver_module
+from bifrost.trainer.checkpoint import shard as part_module
+from bifrost.trainer.checkpoint.manager import Saver
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError, Unhealthy
 

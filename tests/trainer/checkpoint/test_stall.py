@@ -1,7 +1,7 @@
 """How long a step waits for a save: under a tenth of what the same save takes when it is waited for.
 
-`pytest tests/checkpoint/test_stall.py -s` prints the figures: 64 million parameters with both moments and an average,
-1 GiB on two ranks, which go on computing while it is written.
+`pytest tests/trainer/checkpoint/test_stall.py -s` prints the figures: 64 million parameters with both moments and an
+average, 1 GiB on two ranks, which go on computing while it is written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROUNDS = 3
 def measure(folder: str) -> list[dict]:
     from bifrost.recipes.schema import Checkpoint
     from bifrost.trainer.checkpoint.layout import local_range
-    from bifrost.trainer.checkpoint.saver import Saver
+    from bifrost.trainer.checkpoint.manager import Saver
     from bifrost.trainer.checkpoint.store import Store
     from bifrost.trainer.distributed.process_group import join
 

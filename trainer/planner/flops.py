@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..recipes import Recipe
-from .models.flux import FluxFolder, FluxTokenizers
-from .stages import open_stage
-from .stages.controlnet import ControlNetStage
-from .stages.patch_latents import PatchLatentStage, grid_side, hidden_counts
+from ...recipes import Recipe
+from ..models.flux import FluxFolder, FluxTokenizers
+from ..stages import open_stage
+from ..stages.controlnet import ControlNetStage
+from ..stages.patch_latents import PatchLatentStage, grid_side, hidden_counts
 
 Gradient = Literal["none", "through", "trained"]
 Count = Callable[[str], float]
@@ -26,7 +26,7 @@ Count = Callable[[str], float]
 ATTENTION_BACKWARD = 2.5
 """FLOPs of attention's backward pass over those of its forward: five products instead of two."""
 
-# Elements that autograd keeps of a token and layer, in units of the widths; tests/trainer/test_flops.py measures them.
+# Elements that autograd keeps of a token and layer, in units of the widths; planner/test_flops.py measures them.
 BRANCH_KEPT = (6, 2, 2)
 """Of a decoder layer: times hidden width, MLP width, width of the keys (these of the text's rows too)."""
 BRANCH_RECOMPUTED = (6, 4, 2)
