@@ -22,7 +22,7 @@ from .monitors.evaluations import note_evaluation
 from .versions import versions
 
 if TYPE_CHECKING:
-    from .evaluate import Evaluation
+    from .evaluation.evaluate import Evaluation
 
 METRICS, TABLE, SHEET = "metrics.json", "table.txt", "sheet.png"
 VERSIONS = ("torch", "transformers", "diffusers", "numpy", "pillow")
@@ -63,10 +63,10 @@ def evaluate(
     train = open_dataset(data)
     other = open_dataset(heldout) if heldout else None
 
-    from . import evaluate as module
-    from .generate import Generator, Settings, origin
-    from .models.decode import reveal_counts
-    from .sampler import Sampling
+    from .evaluation import evaluate as module
+    from .inference.flux_sampler import Sampling
+    from .inference.generator import Generator, Settings, origin
+    from .inference.masked_decoding import reveal_counts
 
     settings = Settings(
         steps, schedule.value, guidance, flux=Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)

@@ -21,7 +21,7 @@ from ..data.progress import progress
 from ..data.transforms import decode_image
 from .distributed.launcher import adopt_rank, devices, run_ranks
 from .errors import RunError
-from .generate_files import (
+from .inference.outputs import (
     Layout,
     Picture,
     Prompt,
@@ -37,7 +37,7 @@ from .generate_files import (
 from .options import RanksOption
 
 if TYPE_CHECKING:
-    from .generate import Generator, Settings
+    from .inference.generator import Generator, Settings
 
 
 class Reveal(str, Enum):
@@ -92,9 +92,9 @@ def generate(
 
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
-    from .generate import Generator, Settings, origin
-    from .models.decode import reveal_counts
-    from .sampler import Sampling
+    from .inference.flux_sampler import Sampling
+    from .inference.generator import Generator, Settings, origin
+    from .inference.masked_decoding import reveal_counts
 
     sampling = Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
     settings = Settings(steps, schedule.value, guidance, not no_controlnet, empty_prompt, sampling)

@@ -24,6 +24,7 @@ from .checkpoint.state import take_from
 from .checkpoint.store import Store
 from .errors import RunError
 from .history import Place
+from .inference.contact_sheet import sheet
 from .inputs import Inputs, open_inputs
 from .models.flux import sigmas
 from .models.kernel_selection import KernelChoice
@@ -32,7 +33,6 @@ from .models.rng import Stream, chosen
 from .optim.train_state import Progress
 from .run import initialise_from
 from .sequence import SequenceDigest, version
-from .sheet import sheet
 from .stages import Stage, StageModel
 from .stages.controlnet import ControlNetStage
 from .stages.patch_latents import PatchLatentStage

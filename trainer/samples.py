@@ -26,12 +26,12 @@ from ..recipes.schema import Samples
 from .checkpoint.durable import write_file
 from .distributed.process_group import Ranks
 from .errors import RunError
-from .generate import Generator, Settings, load_controlnet, load_flux
+from .inference.contact_sheet import sheet
+from .inference.generator import Generator, Settings, load_controlnet, load_flux
 from .models.prompt import PromptTemplate
 from .monitors.phase_timer import Sections
 from .optim.engine import Engine
 from .optim.train_state import Progress
-from .sheet import sheet
 from .stages import Stage
 from .stages.controlnet import ControlNetStage
 from .stages.patch_latents import PatchLatentStage

@@ -14,7 +14,7 @@ from bifrost.recipes import load_recipe
 from bifrost.recipes.schema import Samples
 from bifrost.trainer import samples
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.generate import Generator
+from bifrost.trainer.inference.generator import Generator
 from bifrost.trainer.models.flux import FluxFolder
 from bifrost.trainer.models.latent_controlnet import ControlNetConfig, LatentControlNet, write_config
 from bifrost.trainer.planner import plan

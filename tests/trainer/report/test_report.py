@@ -17,11 +17,11 @@ import runs
 from bifrost.recipes import load_recipe, to_yaml
 from bifrost.trainer.cli import app
 from bifrost.trainer.errors import RunError
+from bifrost.trainer.inference.contact_sheet import font_for
 from bifrost.trainer.report.drawing import POINTS, Curve, figure, short, smoothed, thinned
 from bifrost.trainer.report.files import open_run
 from bifrost.trainer.report.page import page
 from bifrost.trainer.report.timeline import Stretch, starts, stretches
-from bifrost.trainer.sheet import font_for
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 SECTIONS = ["curves", "time", "trouble", "checkpoints", "samples", "ranks", "settings", "environment"]

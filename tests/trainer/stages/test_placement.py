@@ -12,7 +12,7 @@ import ranked
 import runs
 import tiny_flux
 from bifrost.recipes import load_recipe
-from bifrost.trainer.generate import load_mllm
+from bifrost.trainer.inference.generator import load_mllm
 from bifrost.trainer.stages.patch_latents import PatchLatentStage
 from bifrost.trainer.stages.placement import offload
 

@@ -15,8 +15,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from bifrost.kernels import PrefixLayout
 from bifrost.recipes import Recipe
 from bifrost.trainer.errors import RunError
+from bifrost.trainer.inference.masked_decoding import decode, draw_orders, reveal_counts
 from bifrost.trainer.models.backbone import Prefix
-from bifrost.trainer.models.decode import decode, draw_orders, reveal_counts
 from bifrost.trainer.stages.patch_latents import PatchLatentModel
 
 PROMPTS = [[5, 9, 2, 7, 7, 1], [3, 4, 8], [6, 1, 2, 3, 4, 5, 6, 7, 8]]

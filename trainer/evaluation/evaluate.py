@@ -16,17 +16,17 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data import Dataset
-from ..data.progress import progress
-from ..kernels import PrefixLayout
-from .evaluate_samples import Sample, SampleSet
-from .generate import Generator, Settings
+from ...data import Dataset
+from ...data.progress import progress
+from ...kernels import PrefixLayout
+from ..inference.contact_sheet import sheet
+from ..inference.generator import Generator, Settings
+from ..inference.masked_decoding import NO_EPOCH
+from ..models.flux import gaussian
+from ..models.masking import draw_masks
+from ..models.rng import Stream, uniform
 from .image_metrics import NearestPixels, centred_cosine, frechet, psnr, recall, ssim
-from .models.decode import NO_EPOCH
-from .models.flux import gaussian
-from .models.masking import draw_masks
-from .models.rng import Stream, uniform
-from .sheet import sheet
+from .samples import Sample, SampleSet
 
 MASK_RATES = (0.7, 0.8, 0.9, 1.0)
 GALLERY = 4096

@@ -16,14 +16,14 @@ import ranked
 import tiny_flux
 from bifrost.recipes import Recipe, load_recipe, to_yaml
 from bifrost.trainer import cli, generate_cli
-from bifrost.trainer import sheet as sheets
 from bifrost.trainer.checkpoint.export import export
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.generate import Generator, Settings, load_controlnet
+from bifrost.trainer.inference import contact_sheet as sheets
+from bifrost.trainer.inference.contact_sheet import font_for, sheet
+from bifrost.trainer.inference.flux_sampler import Sampling
+from bifrost.trainer.inference.generator import Generator, Settings, load_controlnet
 from bifrost.trainer.models.latent_controlnet import LatentControlNet, write_config
-from bifrost.trainer.sampler import Sampling
-from bifrost.trainer.sheet import font_for, sheet
 from bifrost.trainer.stages import StageModel, open_stage
 
 FAST = Sampling(steps=3)

@@ -18,25 +18,25 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from ..kernels import PrefixLayout
-from ..kernels.attention import unavailable
-from ..recipes import Recipe, explain, load_recipe
-from .checkpoint.reader import CheckpointReader
-from .checkpoint.state import CheckpointWeights, restore_statistics
-from .checkpoint.store import Store
-from .errors import RunError
-from .models import latent_controlnet
-from .models.backbone import locate
-from .models.decode import Schedule, decode, draw_orders
-from .models.flux import FluxFolder, FluxTokenizers, FrozenFlux, Tokens
-from .models.kernel_selection import KernelChoice
-from .models.latent_controlnet import LatentControlNet
-from .models.prompt import PromptTemplate
-from .models.weights import fill
-from .sampler import Sampling, Text, draw_noise, sample
-from .stages.controlnet import ControlNetStage
-from .stages.patch_latents import PatchLatentModel, PatchLatentStage
-from .stages.placement import born
+from ...kernels import PrefixLayout
+from ...kernels.attention import unavailable
+from ...recipes import Recipe, explain, load_recipe
+from ..checkpoint.reader import CheckpointReader
+from ..checkpoint.state import CheckpointWeights, restore_statistics
+from ..checkpoint.store import Store
+from ..errors import RunError
+from ..models import latent_controlnet
+from ..models.backbone import locate
+from ..models.flux import FluxFolder, FluxTokenizers, FrozenFlux, Tokens
+from ..models.kernel_selection import KernelChoice
+from ..models.latent_controlnet import LatentControlNet
+from ..models.prompt import PromptTemplate
+from ..models.weights import fill
+from ..stages.controlnet import ControlNetStage
+from ..stages.patch_latents import PatchLatentModel, PatchLatentStage
+from ..stages.placement import born
+from .flux_sampler import Sampling, Text, draw_noise, sample
+from .masked_decoding import Schedule, decode, draw_orders
 
 log = logging.getLogger(__name__)
 

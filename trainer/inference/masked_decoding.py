@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ...kernels import PatchLatentHead
 from ..errors import RunError
-from .backbone import Prefix
-from .branch import GenerationBranch
-from .rng import Stream, uniform
+from ..models.backbone import Prefix
+from ..models.branch import GenerationBranch
+from ..models.rng import Stream, uniform
 
 Schedule = Literal["cosine", "linear"]
 

@@ -16,11 +16,11 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from .errors import RunError
-from .models.decode import NO_EPOCH
-from .models.flux import FluxFolder, FrozenFlux, gaussian, image_ids, unpack, velocity
-from .models.latent_controlnet import LatentControlNet
-from .models.rng import Stream, uniform
+from ..errors import RunError
+from ..models.flux import FluxFolder, FrozenFlux, gaussian, image_ids, unpack, velocity
+from ..models.latent_controlnet import LatentControlNet
+from ..models.rng import Stream, uniform
+from .masked_decoding import NO_EPOCH
 
 
 class Text(NamedTuple):

@@ -20,13 +20,21 @@ from bifrost.recipes import Recipe, load_recipe, to_yaml
 from bifrost.trainer import cli
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.evaluate import evaluate
-from bifrost.trainer.evaluate_samples import SampleSet
-from bifrost.trainer.generate import Generator, Settings
-from bifrost.trainer.image_metrics import LARGEST_PSNR, NearestPixels, centred_cosine, frechet, psnr, recall, ssim
+from bifrost.trainer.evaluation.evaluate import evaluate
+from bifrost.trainer.evaluation.image_metrics import (
+    LARGEST_PSNR,
+    NearestPixels,
+    centred_cosine,
+    frechet,
+    psnr,
+    recall,
+    ssim,
+)
+from bifrost.trainer.evaluation.samples import SampleSet
+from bifrost.trainer.inference.flux_sampler import Sampling
+from bifrost.trainer.inference.generator import Generator, Settings
 from bifrost.trainer.models.masking import draw_masks
 from bifrost.trainer.monitors.metrics import read_metrics
-from bifrost.trainer.sampler import Sampling
 from bifrost.trainer.stages import open_stage
 
 FAST = Settings(steps=2, flux=Sampling(steps=1))

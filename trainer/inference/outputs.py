@@ -16,10 +16,10 @@ from typing import Any
 
 from PIL import Image
 
-from ..data.files import commit, write_atomic
-from ..data.transforms import clean_caption
-from .errors import RunError, writing
-from .sheet import sheet
+from ...data.files import commit, write_atomic
+from ...data.transforms import clean_caption
+from ..errors import RunError, writing
+from .contact_sheet import sheet
 
 RECORD, SHEET = "prompts.jsonl", "sheet.png"
 ON_SHEET = 64

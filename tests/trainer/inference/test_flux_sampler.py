@@ -9,9 +9,9 @@ from torch import Tensor
 
 import tiny_flux
 from bifrost.trainer.errors import RunError
+from bifrost.trainer.inference.flux_sampler import Sampling, Text, draw_noise, noise_levels, sample
 from bifrost.trainer.models.flux import FluxFolder, FluxTokenizers, FrozenFlux, image_ids, pack, velocity
 from bifrost.trainer.models.latent_controlnet import ControlNetConfig, LatentControlNet
-from bifrost.trainer.sampler import Sampling, Text, draw_noise, noise_levels, sample
 
 PROMPTS = ["a red apple", "moon"]
 SIDE, TOKENS, CHANNELS, WIDTH = 16, 64, 16, 12

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data import Dataset
-from ..data.errors import BadSample
-from ..data.shards import RawSample, told
-from ..data.transforms import decode_sizes
-from .errors import RunError
-from .models.decode import NO_EPOCH
-from .models.rng import IntArray, Stream, uniform
+from ...data import Dataset
+from ...data.errors import BadSample
+from ...data.shards import RawSample, told
+from ...data.transforms import decode_sizes
+from ..errors import RunError
+from ..inference.masked_decoding import NO_EPOCH
+from ..models.rng import IntArray, Stream, uniform
 
 
 @dataclass(frozen=True)
