@@ -24,9 +24,7 @@ from ..slurm.cli import slurm_app
 from ..slurm.exit_codes import DONE, FAILED, HUNG, LOCKED, LOST, USAGE
 from ..slurm.exit_record import record_outcome
 from ..slurm.rank_env import idle_nodes, remove_private_folders
-from .batch import batch_arithmetic
 from .bench.cli import app as bench_app
-from .changes import finished
 from .checkpoint.cli import app as checkpoint_app
 from .distributed.launcher import adopt_rank, devices, lost_file, run_child, run_ranks
 from .distributed.stop_signals import PHASE_FILE, ignore_signals
@@ -42,8 +40,10 @@ from .options import Overrides, RanksOption, RecipeArgument
 from .plan_cli import plan
 from .replay_cli import replay
 from .report.cli import compare, report
-from .resume import check_run, placed, ranks_of
 from .runs_cli import runs
+from .training.batch import batch_arithmetic
+from .training.run_folder import check_run, placed, ranks_of
+from .training.setting_changes import finished
 from .versions import BIFROST, how_to_install, require
 
 app = typer.Typer(
@@ -157,7 +157,7 @@ def kernels_profile(
     arguments = ["kernels", "profile", recipe, *(overrides or []), f"--steps={steps}", f"--out={out}"]
 
     def profiled(recipe: Recipe) -> int:
-        from .profile import profile_steps
+        from .bench.profile import profile_steps
 
         return profile_steps(recipe, steps, out)
 
@@ -230,7 +230,7 @@ def _on_ranks(
 
 
 def _train(recipe: Recipe) -> int:
-    from .run import train as train_rank
+    from .training.train import train as train_rank
 
     return train_rank(recipe)
 
@@ -238,9 +238,9 @@ def _train(recipe: Recipe) -> int:
 def _show(recipe: Recipe, ranks: int | None) -> None:
     import torch
 
-    from .inputs import require_places
     from .optim.engine import deepspeed_config
     from .stages import open_stage
+    from .training.inputs import require_places
 
     ranks = ranks or devices()
     passes = batch_arithmetic(recipe, ranks)

@@ -243,9 +243,9 @@ def test_metrics_page_lists_every_key(folder: Path) -> None:
 
 def test_rules_of_going_on_are_the_codes() -> None:
     from bifrost.slurm.exit_codes import STOPPED
-    from bifrost.trainer.inputs import IDENTITY
     from bifrost.trainer.stages.controlnet import ControlNetStage
     from bifrost.trainer.stages.patch_latents import PatchLatentStage
+    from bifrost.trainer.training.inputs import IDENTITY
 
     text = TEXT[ROOT / "docs" / "training.md"]
     refused = re.search(r"These may not.*?take another", text, flags=re.S)

@@ -1,6 +1,6 @@
 """Run folders that cannot be written: refused with the cause at the start, survived in the middle.
 
-Saves that the storage refuses are also tests/trainer/test_saving.py's; here it is everything that a run writes.
+Saves that the storage refuses are also trainer/training/test_saving.py's; here it is everything that a run writes.
 """
 
 import os
@@ -67,7 +67,8 @@ def test_a_read_only_disk_at_the_start(shards: Path, tmp_path: Path, disk: Path)
 
 def train_while_full(arguments: list[str], disk: str) -> None:
     """Train; the disk is full from step 3 to step 5."""
-    from bifrost.trainer import cli, run
+    from bifrost.trainer import cli
+    from bifrost.trainer.training import train as run
 
     def after_step(progress) -> None:
         if os.environ["RANK"] == "0" and progress.step == 3:

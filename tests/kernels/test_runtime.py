@@ -14,7 +14,9 @@ CLEAN = {name: value for name, value in os.environ.items() if name != "TRITON_IN
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is interpreted")
 def test_the_trainer_imports_it_in_time() -> None:
     """transformers' Qwen2.5-VL imports Triton as well; after that it would be too late."""
-    program = "import bifrost.trainer.run; from bifrost.kernels.runtime import INTERPRETED; print(INTERPRETED)"
+    program = (
+        "import bifrost.trainer.training.train\nfrom bifrost.kernels.runtime import INTERPRETED; print(INTERPRETED)"
+    )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=CLEAN)
     assert ended.stdout.strip() == "True", ended.stderr
 

@@ -6,9 +6,9 @@ import torch
 
 from bifrost.data import Loader
 from bifrost.recipes import Recipe
-from bifrost.trainer.inputs import open_inputs
 from bifrost.trainer.optim.engine import parameter_groups
 from bifrost.trainer.optim.lr_schedule import learning_rate
+from bifrost.trainer.training.inputs import open_inputs
 
 
 def losses(recipe: Recipe) -> list[float]:

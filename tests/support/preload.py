@@ -6,8 +6,8 @@ import gc
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 import bifrost.trainer.cli
-import bifrost.trainer.run
-import bifrost.trainer.stages.patch_latents  # noqa: F401
+import bifrost.trainer.stages.patch_latents
+import bifrost.trainer.training.train  # noqa: F401
 
 # DeepSpeed collects garbage while it starts: in a forked child that would touch, and so copy, every page of these.
 gc.freeze()

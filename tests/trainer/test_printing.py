@@ -11,12 +11,12 @@ from bifrost.data import Item, demo
 from bifrost.slurm.preflight.finding import Finding
 from bifrost.slurm.preflight.result import conclude
 from bifrost.slurm.preflight.verdict import decide
-from bifrost.trainer import replay as module
 from bifrost.trainer import replay_cli
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.history import History, Place, Stretch
-from bifrost.trainer.replay import Replay
 from bifrost.trainer.report import cli
+from bifrost.trainer.training import replay as module
+from bifrost.trainer.training.replay import Replay
+from bifrost.trainer.training.run_history import History, Place, Stretch
 
 ODD = "[/b] a [red]ball[/red], :cat:"
 """Markup to rich: a tag that closes nothing, a colour, an emoji."""

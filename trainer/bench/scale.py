@@ -26,11 +26,11 @@ from ..distributed.launcher import run_ranks
 from ..errors import RunError
 from ..optim.train_state import Progress
 from ..planner import batch
-from ..profile import works
-from ..run import train
 from ..terminal import terminal
+from ..training.train import train
 from .collectives import Clock
 from .machine import machine, told, usable_cores
+from .profile import works
 
 Mode = Literal["weak", "strong"]
 MODES: tuple[Mode, ...] = ("weak", "strong")

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..sequence import comparable
+from ..training.data_digest import comparable
 from .drawing import COLOURS, Curve, Figure, figure, smoothed
 from .files import RunFiles, flat
 from .page import template

@@ -187,13 +187,13 @@ STEPS = {
     "base model": "stages.patch_latents.load_tokenizer",
     "watchdog": "monitors.watchdog:Watchdog.meet",
     "frozen weights": "models.weights:WeightFiles.content_hash",
-    "checkpoints": "run.check_continuation",
+    "checkpoints": "training.train.check_continuation",
     "kernels": "stages.patch_latents:PatchLatentStage.choose_kernels",
     "weights": "stages.patch_latents:PatchLatentStage.load",
-    "restore": "run.restore",
-    "settings": "run.last_settings",
-    "log": "run.log_to_file",
-    "previews": "run.sampler",
+    "restore": "training.train.restore",
+    "settings": "training.train.last_settings",
+    "log": "training.train.log_to_file",
+    "previews": "training.train.sampler",
 }
 """What is done at the start, and a function on its way: `module:class.method` or `module.function`."""
 
@@ -203,7 +203,7 @@ def fail_in_turn(arguments: list[str], steps: dict[str, str]) -> dict[str, str]:
     import importlib
     import sys
 
-    from bifrost.trainer import run
+    from bifrost.trainer.training import train as run
 
     joined = []
     real = run.join

@@ -1,4 +1,4 @@
-"""When a rank asks for a stop; what the ranks make of it is shown by tests/trainer/test_stop.py."""
+"""When a rank asks for a stop; what the ranks make of it is shown by tests/trainer/training/test_stop.py."""
 
 import os
 import signal

@@ -20,9 +20,10 @@ from huggingface_hub.utils import _http
 
 from bifrost.data import DataLost, retry
 from bifrost.recipes import load_recipe
-from bifrost.trainer import cli, inputs
+from bifrost.trainer import cli
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models import backbone
+from bifrost.trainer.training import inputs
 from faulty_server import Rule, free_port
 
 FILES = {

@@ -29,8 +29,8 @@ def hang(arguments: list[str], where: str, how: str, rank: int) -> None:
     import os
 
     from bifrost.data import Loader
-    from bifrost.trainer import run
     from bifrost.trainer.optim import engine
+    from bifrost.trainer.training import train as run
 
     calls = 0
 

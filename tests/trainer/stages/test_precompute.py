@@ -15,10 +15,10 @@ import tiny_flux
 from bifrost.data import DataError, verify
 from bifrost.recipes import Recipe, load_recipe
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.inputs import open_inputs
 from bifrost.trainer.stages import open_stage
 from bifrost.trainer.stages import precompute as module
 from bifrost.trainer.stages.precompute import encode
+from bifrost.trainer.training.inputs import open_inputs
 
 CACHED = ("flux.placement.vae=cached", "flux.placement.text=cached")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import RunError
-from .report.files import read_json
+from ..errors import RunError
+from ..report.files import read_json
 
 
 def check_run(run: Path) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import RunError
-from .monitors.metrics import read_metrics
+from ..errors import RunError
+from ..monitors.metrics import read_metrics
 
 
 @dataclass

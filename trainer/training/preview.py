@@ -19,22 +19,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data import Dataset
-from ..data.transforms import decode_sizes
-from ..recipes import Recipe
-from ..recipes.schema import Samples
-from .checkpoint.durable import write_file
-from .distributed.process_group import Ranks
-from .errors import RunError
-from .inference.contact_sheet import sheet
-from .inference.generator import Generator, Settings, load_controlnet, load_flux
-from .models.prompt import PromptTemplate
-from .monitors.phase_timer import Sections
-from .optim.engine import Engine
-from .optim.train_state import Progress
-from .stages import Stage
-from .stages.controlnet import ControlNetStage
-from .stages.patch_latents import PatchLatentStage
+from ...data import Dataset
+from ...data.transforms import decode_sizes
+from ...recipes import Recipe
+from ...recipes.schema import Samples
+from ..checkpoint.durable import write_file
+from ..distributed.process_group import Ranks
+from ..errors import RunError
+from ..inference.contact_sheet import sheet
+from ..inference.generator import Generator, Settings, load_controlnet, load_flux
+from ..models.prompt import PromptTemplate
+from ..monitors.phase_timer import Sections
+from ..optim.engine import Engine
+from ..optim.train_state import Progress
+from ..stages import Stage
+from ..stages.controlnet import ControlNetStage
+from ..stages.patch_latents import PatchLatentStage
 
 log = logging.getLogger(__name__)
 

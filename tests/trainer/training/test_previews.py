@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 import tiny_flux
 from bifrost.recipes import load_recipe
 from bifrost.recipes.schema import Samples
-from bifrost.trainer import samples
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.inference.generator import Generator
 from bifrost.trainer.models.flux import FluxFolder
@@ -20,6 +19,7 @@ from bifrost.trainer.models.latent_controlnet import ControlNetConfig, LatentCon
 from bifrost.trainer.planner import plan
 from bifrost.trainer.planner.flops import parts
 from bifrost.trainer.planner.previews import painter_bytes
+from bifrost.trainer.training import preview
 
 WIDTH, SIDE = 6, 4
 CPU = torch.device("cpu")
@@ -45,9 +45,9 @@ def test_flux_is_loaded_for_a_preview_and_freed(settings: Samples, monkeypatch: 
         loaded.append(weakref.ref(found))
         return found
 
-    real = samples.load_flux
-    monkeypatch.setattr(samples, "load_flux", load)
-    painter = samples._Painter(settings, WIDTH, SIDE, CPU)
+    real = preview.load_flux
+    monkeypatch.setattr(preview, "load_flux", load)
+    painter = preview._Painter(settings, WIDTH, SIDE, CPU)
     assert not loaded, "nothing of FLUX is in memory before there is something to paint"
     nothing: Any = None
     generator = Generator(nothing, nothing, 112, nothing, nothing, nothing, 0, CPU)
@@ -63,7 +63,7 @@ def test_what_cannot_paint_is_refused_before_the_run_begins(settings: Samples, t
     flux = tiny_flux.save(tiny_flux.pipeline(), tmp_path)
     save_file({"x": torch.zeros(1)}, flux / "text_encoder" / "model.safetensors")
     with pytest.raises(RunError, match=r"text_encoder: .* missing"):
-        samples._Painter(settings.model_copy(update={"flux": str(flux)}), WIDTH, SIDE, CPU)
+        preview._Painter(settings.model_copy(update={"flux": str(flux)}), WIDTH, SIDE, CPU)
 
 
 @pytest.mark.parametrize("missing", ["/nowhere", "here"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..recipes import Recipe
-from .errors import RunError
+from ...recipes import Recipe
+from ..errors import RunError
 
 
 def batch_arithmetic(recipe: Recipe, ranks: int) -> int:

@@ -16,27 +16,27 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data import Dataset, Item, Loader
-from ..kernels.attention import unavailable
-from ..recipes import load_recipe
-from .checkpoint.reader import CheckpointReader
-from .checkpoint.state import take_from
-from .checkpoint.store import Store
-from .errors import RunError
-from .history import Place
-from .inference.contact_sheet import sheet
+from ...data import Dataset, Item, Loader
+from ...kernels.attention import unavailable
+from ...recipes import load_recipe
+from ..checkpoint.reader import CheckpointReader
+from ..checkpoint.state import take_from
+from ..checkpoint.store import Store
+from ..errors import RunError
+from ..inference.contact_sheet import sheet
+from ..models.flux import sigmas
+from ..models.kernel_selection import KernelChoice
+from ..models.masking import draw_orders
+from ..models.rng import Stream, chosen
+from ..optim.train_state import Progress
+from ..stages import Stage, StageModel
+from ..stages.controlnet import ControlNetStage
+from ..stages.patch_latents import PatchLatentStage
+from ..stages.placement import born
+from .data_digest import SequenceDigest, version
 from .inputs import Inputs, open_inputs
-from .models.flux import sigmas
-from .models.kernel_selection import KernelChoice
-from .models.masking import draw_orders
-from .models.rng import Stream, chosen
-from .optim.train_state import Progress
-from .run import initialise_from
-from .sequence import SequenceDigest, version
-from .stages import Stage, StageModel
-from .stages.controlnet import ControlNetStage
-from .stages.patch_latents import PatchLatentStage
-from .stages.placement import born
+from .run_history import Place
+from .train import initialise_from
 
 GREY = 128
 

@@ -10,7 +10,7 @@ from torch._C._autograd import DeviceType
 
 import ranked
 import runs
-from bifrost.trainer.profile import kind_of, table, works
+from bifrost.trainer.bench.profile import kind_of, table, works
 
 
 @pytest.mark.parametrize(

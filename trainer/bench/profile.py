@@ -19,9 +19,9 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ..recipes import Recipe
-from .optim.train_state import Progress
-from .run import train
+from ...recipes import Recipe
+from ..optim.train_state import Progress
+from ..training.train import train
 
 WARMUP = 2
 """Steps before the profiled ones: the first builds, measures and allocates."""

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from ..data import Dataset, Plan, open_dataset
-from ..recipes import Recipe
-from ..recipes.secrets import HIDDEN
-from ..slurm.exit_record import newest_step
+from ...data import Dataset, Plan, open_dataset
+from ...recipes import Recipe
+from ...recipes.secrets import HIDDEN
+from ...slurm.exit_record import newest_step
+from ..distributed.process_group import Gather, alone
+from ..errors import RunError
+from ..models.backbone import architecture, from_cache
+from ..stages import Stage, open_stage
 from .batch import batch_arithmetic
-from .distributed.process_group import Gather, alone
-from .errors import RunError
-from .models.backbone import architecture, from_cache
-from .stages import Stage, open_stage
 
 
 @dataclass(frozen=True)

@@ -9,25 +9,25 @@ from typing import Any
 
 import torch
 
-from ..data import BadSamples, Batch
-from ..recipes import Recipe
-from .checkpoint.manager import Saver
-from .distributed.process_group import Ranks
-from .distributed.stop_signals import StopSignals
-from .monitors.console import Console
-from .monitors.health import Health, skipped_event
-from .monitors.links import Links
-from .monitors.meter import Meter
-from .monitors.metrics import MetricsFile, finite
-from .monitors.phase_timer import Sections
-from .monitors.rank_stats import Spread
-from .monitors.utilisation import Utilisation
-from .optim.ema import Ema
-from .optim.engine import Engine
-from .optim.lr_schedule import learning_rate
-from .optim.train_state import Progress
-from .sequence import SequenceDigest
-from .stages import Stage
+from ...data import BadSamples, Batch
+from ...recipes import Recipe
+from ..checkpoint.manager import Saver
+from ..distributed.process_group import Ranks
+from ..distributed.stop_signals import StopSignals
+from ..monitors.console import Console
+from ..monitors.health import Health, skipped_event
+from ..monitors.links import Links
+from ..monitors.meter import Meter
+from ..monitors.metrics import MetricsFile, finite
+from ..monitors.phase_timer import Sections
+from ..monitors.rank_stats import Spread
+from ..monitors.utilisation import Utilisation
+from ..optim.ema import Ema
+from ..optim.engine import Engine
+from ..optim.lr_schedule import learning_rate
+from ..optim.train_state import Progress
+from ..stages import Stage
+from .data_digest import SequenceDigest
 
 
 @dataclass

@@ -15,17 +15,17 @@ import logging
 import sys
 import time
 
-from ..recipes.schema import Health as Settings
-from .checkpoint.manager import Saver
-from .checkpoint.reader import CheckpointReader
-from .checkpoint.state import reload
-from .distributed.process_group import Ranks
-from .errors import Unhealthy
-from .monitors.console import Console
-from .monitors.goodput import AccountedMetrics
-from .optim.ema import Ema
-from .optim.engine import Engine
-from .optim.train_state import Progress
+from ...recipes.schema import Health as Settings
+from ..checkpoint.manager import Saver
+from ..checkpoint.reader import CheckpointReader
+from ..checkpoint.state import reload
+from ..distributed.process_group import Ranks
+from ..errors import Unhealthy
+from ..monitors.console import Console
+from ..monitors.goodput import AccountedMetrics
+from ..optim.ema import Ema
+from ..optim.engine import Engine
+from ..optim.train_state import Progress
 
 log = logging.getLogger(__name__)
 

@@ -26,10 +26,10 @@ def train_badly(arguments: list[str], bad: list[int], factor: float, cut: list[i
     import signal
 
     from bifrost.data import reader
-    from bifrost.trainer import loop
     from bifrost.trainer.checkpoint.store import Store
-    from bifrost.trainer.inputs import Inputs
     from bifrost.trainer.optim import engine
+    from bifrost.trainer.training import loop
+    from bifrost.trainer.training.inputs import Inputs
 
     current = 0
     forward, normalizer, positions, remove = (
@@ -191,10 +191,10 @@ def losses_around_a_reload(arguments: list[str]) -> list[float]:
 
     import torch
 
-    from bifrost.trainer import loop
     from bifrost.trainer.checkpoint.reader import CheckpointReader
     from bifrost.trainer.checkpoint.state import reload
     from bifrost.trainer.optim import engine
+    from bifrost.trainer.training import loop
 
     losses = []
     forward, run = engine.Engine.forward, loop.run

@@ -16,10 +16,10 @@ from bifrost.recipes import load_recipe
 from bifrost.trainer.checkpoint.reader import CheckpointReader
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.inputs import batch_arithmetic
 from bifrost.trainer.planner.flops import parts
 from bifrost.trainer.planner.layout import AS_SET
 from bifrost.trainer.planner.traffic import traffic
+from bifrost.trainer.training.inputs import batch_arithmetic
 
 Counts = dict[str, list[int]]
 
@@ -51,7 +51,7 @@ def counted(arguments: list[str]) -> list[Counts]:
     import torch.distributed as dist
 
     from bifrost.trainer.optim import engine
-    from bifrost.trainer.run import train
+    from bifrost.trainer.training.train import train
 
     steps: list[Counts] = [{}]
 

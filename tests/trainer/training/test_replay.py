@@ -11,7 +11,7 @@ import ranked
 import runs
 import tiny_flux
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.history import History
+from bifrost.trainer.training.run_history import History
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 
@@ -26,8 +26,8 @@ def train_and_keep(arguments: list[str], step: int, spike: float | None) -> list
     """Train; returns what this rank's model got at `step`: keys, masks, captions' lengths, level. spike: the loss times
     that there, and in the next two steps."""
     from bifrost.data import reader
-    from bifrost.trainer import loop
     from bifrost.trainer.optim import engine
+    from bifrost.trainer.training import loop
 
     kept, done = [], 0
     forward, on_device, advance = engine.Engine.forward, loop._on_device, engine.Engine.step

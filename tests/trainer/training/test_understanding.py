@@ -15,8 +15,8 @@ def logits_and_hash_around_training(arguments: list[str]) -> list:
     import torch
 
     from bifrost.kernels import PrefixLayout
-    from bifrost.trainer import run as run_module
     from bifrost.trainer.optim.engine import Engine
+    from bifrost.trainer.training import train as run_module
 
     seen = []
 

@@ -20,49 +20,49 @@ from typing import Any
 import psutil
 import torch
 
-from ..data import Batch, Loader, worker_failure
-from ..data.files import write_atomic
-from ..recipes import Recipe, to_yaml
-from ..recipes.secrets import redact
-from ..slurm.exit_codes import DONE, STOPPED
-from ..slurm.exit_record import grace, stop_s
+from ...data import Batch, Loader, worker_failure
+from ...data.files import write_atomic
+from ...recipes import Recipe, to_yaml
+from ...recipes.secrets import redact
+from ...slurm.exit_codes import DONE, STOPPED
+from ...slurm.exit_record import grace, stop_s
+from ..checkpoint.local import LocalParts
+from ..checkpoint.manager import Saver
+from ..checkpoint.reader import CheckpointReader
+from ..checkpoint.state import capture, capture_statistics, restore, take_from
+from ..checkpoint.store import Store
+from ..distributed.process_group import Ranks, join
+from ..distributed.run_lock import BEAT_S, RunLock
+from ..distributed.stop_signals import ENDING, TRAINING, StopSignals
+from ..distributed.topology import check_ranks
+from ..errors import RunError
+from ..models.kernel_selection import FILE as KERNELS_FILE
+from ..models.kernel_selection import make_deterministic
+from ..models.weights import fill, full_shape
+from ..monitors.console import Console, log_to_file
+from ..monitors.goodput import AccountedMetrics
+from ..monitors.heartbeat import Heartbeat
+from ..monitors.links import Links
+from ..monitors.metrics import read_metrics
+from ..monitors.phase_timer import Sections
+from ..monitors.rank_stats import Spread
+from ..monitors.stragglers import Stragglers
+from ..monitors.tracking import start_mirror
+from ..monitors.utilisation import Utilisation
+from ..monitors.watchdog import Watchdog
+from ..optim.ema import Ema
+from ..optim.engine import Engine, deepspeed_config, partitioned, require_quantizer
+from ..optim.train_state import Progress
+from ..planner.devices import this_device
+from ..stages import Stage, StageModel
+from ..stages.patch_latents import PatchLatentStage
+from ..versions import DISTRIBUTION, versions
 from . import loop
-from .changes import changes, describe, last_settings
-from .checkpoint.local import LocalParts
-from .checkpoint.manager import Saver
-from .checkpoint.reader import CheckpointReader
-from .checkpoint.state import capture, capture_statistics, restore, take_from
-from .checkpoint.store import Store
-from .distributed.process_group import Ranks, join
-from .distributed.run_lock import BEAT_S, RunLock
-from .distributed.stop_signals import ENDING, TRAINING, StopSignals
-from .distributed.topology import check_ranks
-from .errors import RunError
 from .inputs import Inputs, check_continuation, open_inputs
 from .loop import Parts
-from .models.kernel_selection import FILE as KERNELS_FILE
-from .models.kernel_selection import make_deterministic
-from .models.weights import fill, full_shape
-from .monitors.console import Console, log_to_file
-from .monitors.goodput import AccountedMetrics
-from .monitors.heartbeat import Heartbeat
-from .monitors.links import Links
-from .monitors.metrics import read_metrics
-from .monitors.phase_timer import Sections
-from .monitors.rank_stats import Spread
-from .monitors.stragglers import Stragglers
-from .monitors.tracking import start_mirror
-from .monitors.utilisation import Utilisation
-from .monitors.watchdog import Watchdog
-from .optim.ema import Ema
-from .optim.engine import Engine, deepspeed_config, partitioned, require_quantizer
-from .optim.train_state import Progress
-from .planner.devices import this_device
+from .preview import sampler
 from .rollback import Recovery
-from .samples import sampler
-from .stages import Stage, StageModel
-from .stages.patch_latents import PatchLatentStage
-from .versions import DISTRIBUTION, versions
+from .setting_changes import changes, describe, last_settings
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from bifrost.trainer.monitors.meter import Meter
 from bifrost.trainer.monitors.phase_timer import Sections
 from bifrost.trainer.optim.ema import Ema
 from bifrost.trainer.optim.lr_schedule import learning_rate
-from bifrost.trainer.sequence import SequenceDigest, comparable
+from bifrost.trainer.training.data_digest import SequenceDigest, comparable
 
 
 def test_warm_up_then_cosine() -> None:

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 import ranked
 import runs
 from bifrost.recipes import load_recipe
-from bifrost.trainer.changes import changes, describe, finished
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.history import History
-from bifrost.trainer.resume import check_run, placed, ranks_of
-from bifrost.trainer.run import train
+from bifrost.trainer.training.run_folder import check_run, placed, ranks_of
+from bifrost.trainer.training.run_history import History
+from bifrost.trainer.training.setting_changes import changes, describe, finished
+from bifrost.trainer.training.train import train
 
 NOW = {"name": "a", "runs_dir": "there", "optimizer": {"lr": 0.1, "betas": [0.9, 0.95]}, "ema": {"decay": 0.99}}
 EARLIER = {"name": "a", "runs_dir": "here", "optimizer": {"lr": 3e-5, "betas": [0.9, 0.95]}, "ema": None}

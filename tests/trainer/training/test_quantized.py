@@ -44,14 +44,14 @@ class Quantizer:
 
 def trained(arguments: list[str]) -> int:
     """Train with `Quantizer` as DeepSpeed's; how often it was called."""
-    from bifrost.trainer import run
+    from bifrost.trainer.training import train
 
     import_deepspeed(join().device)
     from deepspeed.ops import op_builder
 
     vars(op_builder)["QuantizerBuilder"] = Quantizer
-    run.require_quantizer = lambda recipe, device: None
-    assert run.train(load_recipe("tiny-mllm", arguments)) == 0
+    train.require_quantizer = lambda recipe, device: None
+    assert train.train(load_recipe("tiny-mllm", arguments)) == 0
     return Quantizer.calls
 
 
