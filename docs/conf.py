@@ -32,7 +32,7 @@ pygments_style = pygments_dark_style = "default"
 
 def commands() -> str:
     """Every command with its arguments and options, in Markdown, as typer documents it."""
-    words = [sys.executable, "-m", "typer", "bifrost.trainer.cli", "utils", "docs", "--name", "bifrost"]
+    words = [sys.executable, "-m", "typer", "bifrost.trainer.cli.main", "utils", "docs", "--name", "bifrost"]
     made = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
     return made.partition("\n")[2]  # without its title
 

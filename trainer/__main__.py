@@ -20,7 +20,7 @@ def start() -> None:
     # A rank takes seconds to import what it needs: a signal that comes then is for the run that follows.
     if sys.argv[1:2] in (["train"], ["resume"]) and RANK_OF & os.environ.keys():
         hold_signals()
-    from .cli import main
+    from .cli.main import main
 
     main()
 

@@ -64,7 +64,7 @@ def bifrost(folder: Path, *arguments: str) -> str:
     if (arguments[0] == "train" and "--dry-run" not in arguments) or arguments[:2] == ("kernels", "profile"):
         return train(folder, list(arguments))
     # In this process: the imports are what takes long.
-    from bifrost.trainer.cli import app
+    from bifrost.trainer.cli.main import app
 
     smaller = {"--step": "2", "--samples": "4", "--flux-steps": "2"}
     words = [smaller.get(before, word) for before, word in zip(("", *arguments), arguments, strict=False)]
@@ -257,7 +257,7 @@ def test_rules_of_going_on_are_the_codes() -> None:
 @functools.cache
 def verbs() -> dict[str, click.Command]:
     """`data verify` -> its command, for every verb but the batch script's own."""
-    from bifrost.trainer.cli import app
+    from bifrost.trainer.cli.main import app
 
     found: dict[str, click.Command] = {}
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]

@@ -67,7 +67,7 @@ def test_a_read_only_disk_at_the_start(shards: Path, tmp_path: Path, disk: Path)
 
 def train_while_full(arguments: list[str], disk: str) -> None:
     """Train; the disk is full from step 3 to step 5."""
-    from bifrost.trainer import cli
+    from bifrost.trainer.cli import main
     from bifrost.trainer.training import train as run
 
     def after_step(progress) -> None:
@@ -84,7 +84,7 @@ def train_while_full(arguments: list[str], disk: str) -> None:
     real = run.train
     run.train = lambda recipe: real(recipe, after_step)
     sys.argv = ["bifrost", *arguments]
-    cli.main()
+    main.main()
 
 
 def test_a_disk_that_is_full_for_a_while(shards: Path, tmp_path: Path, disk: Path) -> None:

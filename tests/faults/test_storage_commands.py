@@ -19,7 +19,7 @@ import ranked
 import runs
 import small_model
 from bifrost.data import ingest, open_dataset, retry
-from bifrost.trainer import cli
+from bifrost.trainer.cli import main
 from faulty_server import Plan, Rule
 
 SHARDS = "train-{00000..00003}.tar"
@@ -66,10 +66,10 @@ def bifrost(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
         raise Left(code)
 
     def call(*words: object) -> tuple[int, str, list[str]]:
-        monkeypatch.setattr(cli.os, "_exit", leave)
+        monkeypatch.setattr(main.os, "_exit", leave)
         monkeypatch.setattr(sys, "argv", ["bifrost", *map(str, words)])
         with pytest.raises((Left, SystemExit)) as left:
-            cli.main()
+            main.main()
         out, err = capsys.readouterr()
         return left.value.args[0], out, err.splitlines()
 

@@ -349,10 +349,10 @@ def test_sizes_are_in_units_of_1024() -> None:
 def test_the_verb_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from bifrost.trainer import cli
+    from bifrost.trainer.cli import main
 
     seen = []
-    monkeypatch.setattr(cli, "run_child", lambda *arguments: seen.append(arguments) or 2)
-    ended = CliRunner().invoke(cli.app, ["kernels", "bench", "--kernel", "nope", "--rep", "1", "--help"])
+    monkeypatch.setattr(main, "run_child", lambda *arguments: seen.append(arguments) or 2)
+    ended = CliRunner().invoke(main.app, ["kernels", "bench", "--kernel", "nope", "--rep", "1", "--help"])
     assert ended.exit_code == 2
     assert seen == [("bifrost.kernels.bench", "--kernel", "nope", "--rep", "1", "--help")]

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bifrost.recipes import Recipe, RecipeError, load_recipe, read_yaml, shipped_recipes, template
-from bifrost.trainer.cli import app
+from bifrost.trainer.cli.main import app
 from bifrost.trainer.errors import RunError
 
 

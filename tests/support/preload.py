@@ -5,7 +5,7 @@ import gc
 # What `deepspeed.initialize` imports when it is first called: torch's compiler, most of a start's time.
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
-import bifrost.trainer.cli
+import bifrost.trainer.cli.main
 import bifrost.trainer.stages.patch_latents
 import bifrost.trainer.training.train  # noqa: F401
 

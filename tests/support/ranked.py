@@ -79,10 +79,10 @@ def bifrost(ranks: int, *arguments: str, timeout: float = 240) -> list[Rank]:
 
 def command(arguments: list[str]) -> None:
     """The `bifrost` command in this process."""
-    from bifrost.trainer import cli
+    from bifrost.trainer.cli import main
 
     sys.argv = ["bifrost", *arguments]
-    cli.main()
+    main.main()
 
 
 def _child(named: tuple[str, str], args: tuple, environment: dict[str, str], folder: str) -> None:

@@ -17,7 +17,7 @@ from bifrost.data import DataError, bench, open_dataset
 from bifrost.data.photos import make_photos
 from bifrost.data.transforms import decode_sizes
 from bifrost.trainer.bench import data
-from bifrost.trainer.cli import app
+from bifrost.trainer.cli.main import app
 
 
 @pytest.fixture(scope="module")

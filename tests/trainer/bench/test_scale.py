@@ -19,7 +19,7 @@ import runs
 from bifrost.recipes import load_recipe
 from bifrost.trainer.bench import scale, simulate
 from bifrost.trainer.bench.collectives import Clock
-from bifrost.trainer.cli import app
+from bifrost.trainer.cli.main import app
 from bifrost.trainer.errors import RunError
 
 KNOWN_7B = {"trained": 6_539_391_488, "frozen": 7_747_169_280}  # docs/plan.md, counted by hand

@@ -5,7 +5,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from bifrost.trainer.checkpoint.cli import app, shown
+from bifrost.trainer.cli.checkpoint import app, shown
 from bifrost.trainer.errors import RunError
 
 
@@ -87,7 +87,8 @@ def test_wrong_folder_and_step(run_folder, tmp_path):
 def test_verify_says_how_far_it_is(run_folder, monkeypatch, capfd):
     """Nothing while it is quick; a line with what is left where it takes long and the output is no terminal."""
     from bifrost.data import progress
-    from bifrost.trainer.checkpoint import cli, store
+    from bifrost.trainer.checkpoint import store
+    from bifrost.trainer.cli import checkpoint
 
     invoke("verify", run_folder)
     assert "verifying" not in capfd.readouterr().err
@@ -98,8 +99,8 @@ def test_verify_says_how_far_it_is(run_folder, monkeypatch, capfd):
         return hashed(*args, **options)
 
     monkeypatch.setattr(store, "file_problem", slowly)
-    monkeypatch.setattr(cli, "MB", 1)
+    monkeypatch.setattr(checkpoint, "MB", 1)
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.03)
     monkeypatch.setattr(progress.sys, "stderr", open(os.dup(2), "w"))  # noqa: SIM115
-    assert not cli._problems(store.Store(run_folder / "checkpoints"), 200)
+    assert not checkpoint._problems(store.Store(run_folder / "checkpoints"), 200)
     assert "verifying step-00000200: " in (said := capfd.readouterr().err) and " MB" in said

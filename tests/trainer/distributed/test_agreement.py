@@ -16,7 +16,7 @@ import torch
 import ranked
 import runs
 from bifrost.data import DataError, DataLost
-from bifrost.trainer import cli
+from bifrost.trainer.cli import main
 from bifrost.trainer.distributed import process_group
 from bifrost.trainer.errors import RunError, Unhealthy, foreseen
 
@@ -171,12 +171,12 @@ def test_every_command_says_them_in_one_line(monkeypatch, capsys, tmp_path, erro
     def leave(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(cli, "app", command)
+    monkeypatch.setattr(main, "app", command)
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setenv("BIFROST_RUN", str(tmp_path))
     (tmp_path / "slurm").mkdir()
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert ended.value.code == code
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(line)

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import ranked
 import runs
 from bifrost.slurm.exit_codes import FAILED, HUNG, INTERRUPTED, STOPPED
-from bifrost.trainer import cli
-from bifrost.trainer.cli import app
+from bifrost.trainer.cli import main
+from bifrost.trainer.cli.main import app
 from bifrost.trainer.distributed import process_group as ranks
 from bifrost.trainer.distributed import rendezvous
 from bifrost.trainer.distributed.interrupt import end_on_interrupt
@@ -261,8 +261,8 @@ def lose_a_rank(folder: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         here.total([1.0])
 
-    cli.app, sys.argv = work, ["bifrost", "train"]
-    cli.main()
+    main.app, sys.argv = work, ["bifrost", "train"]
+    main.main()
 
 
 @pytest.mark.multi

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from bifrost.slurm.reachable import NEEDED
-from bifrost.trainer.doctor import cli, finding, folders, machine, software, tracker
+from bifrost.trainer.cli import doctor
+from bifrost.trainer.doctor import finding, folders, machine, software, tracker
 from bifrost.trainer.doctor.finding import Finding
 
 H100 = "NVIDIA H100 80GB HBM3, 81559, 570.86.15, 9.0, Disabled"
@@ -82,9 +83,7 @@ def test_gpus(
 
 
 def test_the_build_of_torch_is_read_without_importing_it() -> None:
-    code = (
-        "import sys; from bifrost.trainer.doctor import cli; print(cli.software.torch_cuda(), 'torch' in sys.modules)"
-    )
+    code = "import sys, bifrost.trainer.cli.doctor as d; print(d.software.torch_cuda(), 'torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     torch = subprocess.run(
         [sys.executable, "-c", "import torch; print(torch.version.cuda)"], capture_output=True, text=True, check=True
@@ -219,22 +218,22 @@ def test_file_systems(tmp_path: Path) -> None:
 
 
 def test_slurm(tool: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cli._slurm() == [Finding("Slurm", "not here: runs start by hand")]
+    assert doctor._slurm() == [Finding("Slurm", "not here: runs start by hand")]
     tool("sbatch", "")
-    assert cli._slurm()[0].verdict == "warning" and "sacct" in cli._slurm()[0].remedy
+    assert doctor._slurm()[0].verdict == "warning" and "sacct" in doctor._slurm()[0].remedy
     for name in NEEDED:
         tool(name, "")
     tool("sinfo", "echo slurm 23.11.4")
     tool("scontrol", "echo 'Slurmctld(primary) at head is UP'")
-    assert cli._slurm() == [Finding("Slurm", "slurm 23.11.4, the controller answers")]
+    assert doctor._slurm() == [Finding("Slurm", "slurm 23.11.4, the controller answers")]
     tool("scontrol", "echo 'Slurmctld(primary) at head is DOWN'; exit 1")
-    assert cli._slurm()[0].verdict == "warning" and "does not answer" in cli._slurm()[0].remedy
+    assert doctor._slurm()[0].verdict == "warning" and "does not answer" in doctor._slurm()[0].remedy
     tool("scontrol", "sleep 60")
     from bifrost.slurm import reachable
 
     monkeypatch.setattr(reachable.slurm_here, "__defaults__", (0.2,))
     begun = time.monotonic()
-    assert "no answer within 0.2 s" in cli._slurm()[0].remedy and time.monotonic() - begun < 5
+    assert "no answer within 0.2 s" in doctor._slurm()[0].remedy and time.monotonic() - begun < 5
 
 
 class Answers(BaseHTTPRequestHandler):

@@ -17,8 +17,8 @@ from bifrost.data.shards import open_dataset
 from bifrost.data.transforms import decode_image
 from bifrost.kernels import PrefixLayout
 from bifrost.recipes import Recipe, load_recipe, to_yaml
-from bifrost.trainer import cli
 from bifrost.trainer.checkpoint.store import Store
+from bifrost.trainer.cli import main
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.evaluation.evaluate import evaluate
 from bifrost.trainer.evaluation.image_metrics import (
@@ -319,7 +319,7 @@ def test_a_faithful_painter_scores_full_marks(generator: Generator, shards: Path
 
 def bifrost(*arguments: object) -> None:
     """The command in this process."""
-    code = cli.app(["eval", *map(str, arguments)], standalone_mode=False)
+    code = main.app(["eval", *map(str, arguments)], standalone_mode=False)
     assert not code
 
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 import ranked
 import tiny_flux
 from bifrost.recipes import Recipe, load_recipe, to_yaml
-from bifrost.trainer import cli, generate_cli
 from bifrost.trainer.checkpoint.export import export
 from bifrost.trainer.checkpoint.store import Store
+from bifrost.trainer.cli import generate, main
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.inference import contact_sheet as sheets
 from bifrost.trainer.inference.contact_sheet import font_for, sheet
@@ -109,7 +109,7 @@ def weights_of(model: StageModel | LatentControlNet) -> dict[str, torch.Tensor]:
 
 def bifrost(*arguments: object) -> None:
     """The command in this process."""
-    code = cli.app(["generate", *map(str, arguments)], standalone_mode=False)
+    code = main.app(["generate", *map(str, arguments)], standalone_mode=False)
     assert not code
 
 
@@ -336,13 +336,13 @@ def test_dpg_bench(mllm: Path, controlnet: Path, generator: Generator, tmp_path:
 
 def test_ranks_get_the_whole_command(mllm: Path, controlnet: Path, tmp_path: Path, monkeypatch) -> None:
     started = []
-    monkeypatch.setattr(generate_cli, "run_ranks", lambda ranks, arguments: started.append((ranks, arguments)) or 0)
+    monkeypatch.setattr(generate, "run_ranks", lambda ranks, arguments: started.append((ranks, arguments)) or 0)
     zeros = ("--guidance", 0, "--flux-guidance", 0.0, "--conditioning-scale", 0)
     command = ("--mllm", mllm, "--controlnet", controlnet, *QUICK, "--schedule", "linear", "--empty-prompt", *zeros)
     bifrost(*command, "--out", tmp_path / "a", "--ranks", 3, "--", "-moon", "a=b")
     ((ranks, arguments),) = started
     assert ranks == 3 and not (tmp_path / "a").exists()
-    cli.app(arguments, standalone_mode=False)
+    main.app(arguments, standalone_mode=False)
     bifrost(*command, "--out", tmp_path / "b", "--", "-moon", "a=b")
     one, other = ((tmp_path / name / "prompts.jsonl").read_text() for name in "ab")
     assert one == other and '"linear"' in one and '"empty_prompt": true' in one and '"-moon"' in one

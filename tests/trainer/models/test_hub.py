@@ -20,7 +20,7 @@ from huggingface_hub.utils import _http
 
 from bifrost.data import DataLost, retry
 from bifrost.recipes import load_recipe
-from bifrost.trainer import cli
+from bifrost.trainer.cli import main
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models import backbone
 from bifrost.trainer.training import inputs
@@ -133,7 +133,7 @@ def test_the_command_ends_with_the_code_of_its_error(hub, monkeypatch, capsys, f
     monkeypatch.setattr(sys, "argv", ["bifrost", "train", "tiny-mllm", "--dry-run", "backbone.path=owner/name"])
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert ended.value.code == code
     assert len(re.findall("^error: .*backbone.path=owner/name: .*$", capsys.readouterr().err, re.M)) == 1
 

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import runs
-from bifrost.trainer.cli import app
+from bifrost.trainer.cli.main import app
 from bifrost.trainer.monitors.goodput import FILE, AccountedMetrics, summary
 
 START = 1000.0

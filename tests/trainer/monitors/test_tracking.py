@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from bifrost.trainer.cli.track import app
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.monitors import mlflow_run
 from bifrost.trainer.monitors.evaluations import note_evaluation
 from bifrost.trainer.monitors.mlflow_errors import explain
 from bifrost.trainer.monitors.mlflow_run import MlflowRun
-from bifrost.trainer.monitors.track_cli import app
 from bifrost.trainer.monitors.tracking import start_mirror, sync
 
 

@@ -123,7 +123,7 @@ def models() -> dict[str, list[Part]]:
 
 
 def bifrost(*arguments: str) -> str:
-    from bifrost.trainer.cli import app
+    from bifrost.trainer.cli.main import app
 
     ended = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
     assert ended.exit_code == 0, ended.output

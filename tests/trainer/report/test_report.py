@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import ranked
 import runs
 from bifrost.recipes import load_recipe, to_yaml
-from bifrost.trainer.cli import app
+from bifrost.trainer.cli.main import app
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.inference.contact_sheet import font_for
 from bifrost.trainer.report.drawing import POINTS, Curve, figure, short, smoothed, thinned

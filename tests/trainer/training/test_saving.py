@@ -18,7 +18,7 @@ def train(arguments: list[str], full_from: int, full_until: int) -> None:
     """One rank; between the two steps rank 1 cannot write more than 4 KiB into any file."""
     import torch.distributed as dist
 
-    from bifrost.trainer import cli
+    from bifrost.trainer.cli import main
     from bifrost.trainer.training import train as run
 
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -31,15 +31,15 @@ def train(arguments: list[str], full_from: int, full_until: int) -> None:
     real = run.train
     run.train = lambda recipe: real(recipe, after_step)
     sys.argv = ["bifrost", *arguments]
-    cli.main()
+    main.main()
 
 
 def crash_after_a_save_that_shared_storage_refused(arguments: list[str]) -> None:
     """One rank, whose checkpoints' folder takes nothing from step 4 on; it is gone at step 5."""
     import os
 
-    from bifrost.trainer import cli
     from bifrost.trainer.checkpoint import shard
+    from bifrost.trainer.cli import main
     from bifrost.trainer.training import train as run
 
     real_train, real_write, failing = run.train, shard.write_file, []
@@ -59,7 +59,7 @@ def crash_after_a_save_that_shared_storage_refused(arguments: list[str]) -> None
     shard.write_file = write_file
     run.train = lambda recipe: real_train(recipe, after_step)
     sys.argv = ["bifrost", *arguments]
-    cli.main()
+    main.main()
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,9 @@ def test_a_doubtful_one_is_looked_at_by_a_start(run: Path, damage: str) -> None:
 
 
 def test_resume_of_a_finished_run_takes_no_torch(run: Path) -> None:
-    command = "import sys; from bifrost.trainer.cli import main; sys.argv = ['bifrost', 'resume', sys.argv[1]]; main()"
+    command = (
+        "import sys; from bifrost.trainer.cli import main; sys.argv = ['bifrost', 'resume', sys.argv[1]]; main.main()"
+    )
     watched = f"import sys, atexit; atexit.register(lambda: print('torch' in sys.modules))\n{command}"
     ended = subprocess.run([sys.executable, "-c", watched, str(run)], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
@@ -101,7 +103,7 @@ def test_resume_has_as_many_ranks_as_the_run_had(run: Path) -> None:
 @pytest.mark.parametrize("command", ["train", "plan", "resume"])
 def test_a_folder_in_place_of_a_recipe_is_one_line(run: Path, command: str, capsys: pytest.CaptureFixture) -> None:
     from bifrost.recipes import RecipeError
-    from bifrost.trainer.cli import app
+    from bifrost.trainer.cli.main import app
 
     wrong = run / "checkpoints" if command == "resume" else run
     ended = CliRunner().invoke(app, [command, str(wrong)])

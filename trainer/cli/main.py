@@ -14,37 +14,37 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ..data import DataError
-from ..data.cli import app as data_app
-from ..data.progress import progress
-from ..recipes import Recipe, RecipeError, load_recipe, to_yaml
-from ..recipes.secrets import redact
-from ..slurm import SlurmError, rank_environment
-from ..slurm.cli import slurm_app
-from ..slurm.exit_codes import DONE, FAILED, HUNG, LOCKED, LOST, USAGE
-from ..slurm.exit_record import record_outcome
-from ..slurm.rank_env import idle_nodes, remove_private_folders
-from .bench.cli import app as bench_app
-from .checkpoint.cli import app as checkpoint_app
-from .distributed.launcher import adopt_rank, devices, lost_file, run_child, run_ranks
-from .distributed.stop_signals import PHASE_FILE, ignore_signals
-from .doctor.cli import doctor
-from .errors import Locked, RunError, Unhealthy, Unmet, foreseen, lost_rank, renamed
-from .evaluate_cli import evaluate
+from ...data import DataError
+from ...data.cli import app as data_app
+from ...data.progress import progress
+from ...recipes import Recipe, RecipeError, load_recipe, to_yaml
+from ...recipes.secrets import redact
+from ...slurm import SlurmError, rank_environment
+from ...slurm.cli import slurm_app
+from ...slurm.exit_codes import DONE, FAILED, HUNG, LOCKED, LOST, USAGE
+from ...slurm.exit_record import record_outcome
+from ...slurm.rank_env import idle_nodes, remove_private_folders
+from ..distributed.launcher import adopt_rank, devices, lost_file, run_child, run_ranks
+from ..distributed.stop_signals import PHASE_FILE, ignore_signals
+from ..errors import Locked, RunError, Unhealthy, Unmet, foreseen, lost_rank, renamed
+from ..training.batch import batch_arithmetic
+from ..training.run_folder import check_run, placed, ranks_of
+from ..training.setting_changes import finished
+from ..versions import BIFROST, how_to_install, require
+from .bench import app as bench_app
+from .checkpoint import app as checkpoint_app
+from .doctor import doctor
+from .evaluate import evaluate
 from .examples import add_examples
-from .generate_cli import generate
-from .init_cli import init
-from .monitors.goodput_cli import goodput
-from .monitors.track_cli import app as track_app
+from .generate import generate
+from .goodput import goodput
+from .init import init
 from .options import Overrides, RanksOption, RecipeArgument
-from .plan_cli import plan
-from .replay_cli import replay
-from .report.cli import compare, report
-from .runs_cli import runs
-from .training.batch import batch_arithmetic
-from .training.run_folder import check_run, placed, ranks_of
-from .training.setting_changes import finished
-from .versions import BIFROST, how_to_install, require
+from .plan import plan
+from .replay import replay
+from .report import compare, report
+from .runs import runs
+from .track import app as track_app
 
 app = typer.Typer(
     help="Training system for Bifrost-1.",
@@ -130,7 +130,7 @@ def data_encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: Rank
     adopted = adopt_rank(ranks)
     ranks = ranks or devices()
     if adopted or ranks == 1:
-        from .stages.precompute import encode
+        from ..stages.precompute import encode
 
         _leave(encode(settings))
     _leave(run_ranks(ranks, ["data", "encode", recipe, *(overrides or [])]))
@@ -157,7 +157,7 @@ def kernels_profile(
     arguments = ["kernels", "profile", recipe, *(overrides or []), f"--steps={steps}", f"--out={out}"]
 
     def profiled(recipe: Recipe) -> int:
-        from .bench.profile import profile_steps
+        from ..bench.profile import profile_steps
 
         return profile_steps(recipe, steps, out)
 
@@ -192,7 +192,7 @@ def export(
     step: Annotated[int | None, typer.Option(help="A step other than the newest.")] = None,
 ) -> None:
     """Write a run's trained weights as safetensors in bf16."""
-    from .checkpoint.export import export as write
+    from ..checkpoint.export import export as write
 
     with progress("exporting"):
         taken = write(run, out, layout.value, ema=ema, step=step)
@@ -230,7 +230,7 @@ def _on_ranks(
 
 
 def _train(recipe: Recipe) -> int:
-    from .training.train import train as train_rank
+    from ..training.train import train as train_rank
 
     return train_rank(recipe)
 
@@ -238,9 +238,9 @@ def _train(recipe: Recipe) -> int:
 def _show(recipe: Recipe, ranks: int | None) -> None:
     import torch
 
-    from .optim.engine import deepspeed_config
-    from .stages import open_stage
-    from .training.inputs import require_places
+    from ..optim.engine import deepspeed_config
+    from ..stages import open_stage
+    from ..training.inputs import require_places
 
     ranks = ranks or devices()
     passes = batch_arithmetic(recipe, ranks)

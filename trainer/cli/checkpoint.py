@@ -18,8 +18,8 @@ from ..report.files import flat
 from ..terminal import format_bytes, terminal
 
 if TYPE_CHECKING:  # torch stands behind them, which other commands do not need
-    from .manifest import Manifest
-    from .store import Store
+    from ..checkpoint.manifest import Manifest
+    from ..checkpoint.store import Store
 
 MB = 10**6
 
@@ -32,7 +32,7 @@ Step = Annotated[int | None, typer.Option(help="Step of the checkpoint.", show_d
 @app.command("list")
 def list_checkpoints(run: Run) -> None:
     """One line a checkpoint: step, time, ranks, size, and whether every file matches its hash."""
-    from .manifest import read_manifest
+    from ..checkpoint.manifest import read_manifest
 
     store, console = _store(run), terminal()
     table = Table("step", "saved", "ranks", "size", "verified")
@@ -70,7 +70,7 @@ def verify(run: Run, step: Step = None) -> None:
 @app.command()
 def show(run: Run, step: Step = None) -> None:
     """State, parameters and sizes of one checkpoint, the newest unless `--step` says which. Nothing is verified."""
-    from .reader import CheckpointReader
+    from ..checkpoint.reader import CheckpointReader
 
     store, console = _store(run), terminal()
     steps = store.steps()
@@ -110,7 +110,7 @@ def _store(run: Path) -> Store:
     folder = run / "checkpoints"
     if not folder.is_dir():
         raise RunError(f"{folder} does not exist: give a run's folder, which holds recipe.yaml and checkpoints/")
-    from .store import Store
+    from ..checkpoint.store import Store
 
     return Store(folder)
 
@@ -124,7 +124,7 @@ def _existing(store: Store, step: int) -> int:
 
 def _problems(store: Store, step: int) -> list[str]:
     """Like `store.verify`, one thread a CPU: hashing releases Python's lock."""
-    from .manifest import read_manifest
+    from ..checkpoint.manifest import read_manifest
 
     try:
         sizes = [entry.size for _, entry in sorted(read_manifest(store.folder(step)).files.items())] or [0]

@@ -11,9 +11,8 @@ from bifrost.data import Item, demo
 from bifrost.slurm.preflight.finding import Finding
 from bifrost.slurm.preflight.result import conclude
 from bifrost.slurm.preflight.verdict import decide
-from bifrost.trainer import replay_cli
+from bifrost.trainer.cli import replay, report
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.report import cli
 from bifrost.trainer.training import replay as module
 from bifrost.trainer.training.replay import Replay
 from bifrost.trainer.training.run_history import History, Place, Stretch
@@ -38,7 +37,7 @@ def replayed(found: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("replayed")
 def test_replay_prints_captions_keys_and_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    replay_cli.replay(tmp_path, step=1, batch=None, weights_step=None, out=tmp_path / "[out]", as_json=False)
+    replay.replay(tmp_path, step=1, batch=None, weights_step=None, out=tmp_path / "[out]", as_json=False)
     printed = capsys.readouterr().out
     for text in (
         "[/k]",
@@ -55,11 +54,11 @@ def test_replay_into_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "out"
     with pytest.raises(RunError, match=rf"^{out}: cannot be written \(.*Not a directory.*name another place$"):
-        replay_cli.replay(tmp_path, step=1, batch=None, weights_step=None, out=out, as_json=False)
+        replay.replay(tmp_path, step=1, batch=None, weights_step=None, out=out, as_json=False)
 
 
 def test_compare_prints_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.show({"Settings [a]": (["", "[b]"], [["data.shards", "[a-f]*.tar"]]), "Of [/c]": ([""], [])})
+    report.show({"Settings [a]": (["", "[b]"], [["data.shards", "[a-f]*.tar"]]), "Of [/c]": ([""], [])})
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("Settings [a]", "[b]", "[a-f]*.tar", "Of [/c]: none"))
 
@@ -81,12 +80,12 @@ def test_the_demo_prints_its_folder(
 
 def test_a_page_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "page.html"
-    cli.write(page, "one", quiet=True)
+    report.write(page, "one", quiet=True)
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunError, match=rf"^{page}: cannot be written \(.*No space left"):
-        cli.write(page, "other")
+        report.write(page, "other")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("page.html", "one")]

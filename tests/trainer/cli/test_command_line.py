@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from bifrost.slurm.rank_env import LAUNCHER_VARIABLES
-from bifrost.trainer import cli
-from bifrost.trainer.cli import app
+from bifrost.trainer.cli import main
+from bifrost.trainer.cli.main import app
 
 MET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -58,10 +58,10 @@ def test_a_wrong_command_line_is_one_line(
         codes.append(code)
         raise Left
 
-    monkeypatch.setattr(cli.os, "_exit", leave)
+    monkeypatch.setattr(main.os, "_exit", leave)
     monkeypatch.setattr(sys, "argv", ["bifrost", *words.split()])
     with pytest.raises(Left):
-        cli.main()
+        main.main()
     out, err = capsys.readouterr()
     assert codes == [2] and out == "" and err.count("\n") == 1 and err.startswith(said)
 
@@ -82,14 +82,14 @@ def test_only_one_of_several_ranks_leaves_the_line_to_another(
     words: str, left_over: dict[str, str], said: str | None, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """What an earlier launcher has left in a shell makes no command end without a word."""
-    monkeypatch.setattr(cli.os, "_exit", lambda code: sys.exit(code))
+    monkeypatch.setattr(main.os, "_exit", lambda code: sys.exit(code))
     monkeypatch.setattr(sys, "argv", ["bifrost", *words.split()])
     for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in left_over.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main.main()
     printed = capsys.readouterr().err
     assert left.value.code == 2
     assert printed.startswith(f"error: {said}") if said else not printed
@@ -102,7 +102,7 @@ def test_the_home_folder_in_an_option(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "argv", ["bifrost", "init", "cats", "--from", "tiny-mllm", "--out=~/made/cats.yaml"])
     (tmp_path / "home" / "made").mkdir(parents=True)
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main.main()
     assert left.value.code == 0
     assert (tmp_path / "home" / "made" / "cats.yaml").is_file() and not (tmp_path / "~").exists()
 
@@ -113,7 +113,7 @@ def test_a_command_without_its_words_prints_its_help(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["bifrost", *words.split()])
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main.main()
     printed = "".join(capsys.readouterr())
     assert left.value.code == code and printed.count("Usage:") == 1 and "--help" in printed
 

@@ -10,7 +10,7 @@ import typer
 from ...recipes import load_recipe
 from ..distributed.launcher import adopt_rank
 from ..distributed.stop_signals import ignore_signals
-from ..options import Overrides, RecipeArgument
+from .options import Overrides, RecipeArgument
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -36,7 +36,7 @@ def bench_step(
     out: Annotated[Path | None, typer.Option(help="Folder for step.json.")] = None,
 ) -> None:
     """Time a stage-1 step with random weights: routed by modality, against the public release's dense formulation."""
-    from .step import bench
+    from ..bench.step import bench
 
     bench(
         load_recipe(recipe, overrides or []),
@@ -61,7 +61,7 @@ def bench_data(
     out: Annotated[Path | None, typer.Option(help="Folder for data.json.")] = None,
 ) -> None:
     """Time the reader against the machine's decode limit and a plain webdataset pipeline, and say where time goes."""
-    from .data import bench
+    from ..bench.data import bench
 
     bench(source, overrides or [], samples=samples, workers=workers, rounds=rounds, sides=sides, out=out)
 
@@ -85,11 +85,11 @@ def bench_scale(
     """Time a few steps on 1, 2, 4, 8 ranks: scaling, communication, stragglers. Or go through a run on 512 of them."""
     settings = load_recipe(recipe, overrides or [])
     if simulate:
-        from .simulate import report
+        from ..bench.simulate import report
 
         report(settings, simulate, out)
         return
-    from . import scale
+    from ..bench import scale
 
     modes = scale.read_modes(mode)
     if not adopt_rank():

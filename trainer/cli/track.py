@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .tracking import sync as send
+from ..monitors.tracking import sync as send
 
 app = typer.Typer(help="Mirror runs to MLflow.", no_args_is_help=True)
 

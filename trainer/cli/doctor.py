@@ -13,10 +13,10 @@ from rich.table import Table
 
 from ...slurm.exit_codes import DONE, USAGE
 from ...slurm.reachable import slurm_here
+from ..doctor import folders, machine, software
+from ..doctor.finding import Check, Finding, run_checks
+from ..doctor.tracker import mlflow
 from ..terminal import terminal
-from . import folders, machine, software
-from .finding import Check, Finding, run_checks
-from .tracker import mlflow
 
 
 def doctor(

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from PIL import Image
 
-from ..data.progress import progress
-from ..data.transforms import decode_image
-from .distributed.launcher import adopt_rank, devices, run_ranks
-from .errors import RunError
-from .inference.outputs import (
+from ...data.progress import progress
+from ...data.transforms import decode_image
+from ..distributed.launcher import adopt_rank, devices, run_ranks
+from ..errors import RunError
+from ..inference.outputs import (
     Layout,
     Picture,
     Prompt,
@@ -37,7 +37,7 @@ from .inference.outputs import (
 from .options import RanksOption
 
 if TYPE_CHECKING:
-    from .inference.generator import Generator, Settings
+    from ..inference.generator import Generator, Settings
 
 
 class Reveal(str, Enum):
@@ -92,9 +92,9 @@ def generate(
 
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
-    from .inference.flux_sampler import Sampling
-    from .inference.generator import Generator, Settings, origin
-    from .inference.masked_decoding import reveal_counts
+    from ..inference.flux_sampler import Sampling
+    from ..inference.generator import Generator, Settings, origin
+    from ..inference.masked_decoding import reveal_counts
 
     sampling = Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
     settings = Settings(steps, schedule.value, guidance, not no_controlnet, empty_prompt, sampling)

@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 
 from ..errors import RunError
+from ..monitors.goodput import summary
 from ..terminal import terminal
-from .goodput import summary
 
 MEANING = {
     "step": "steps that count",

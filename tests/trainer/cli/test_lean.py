@@ -35,7 +35,7 @@ SPARE = (
 )
 ONE_AFTER_ANOTHER = """
 import json, sys
-from bifrost.trainer.cli import app
+from bifrost.trainer.cli.main import app
 for arguments in json.loads(sys.argv[1]):
     code = app(arguments, standalone_mode=False)
     assert not code, (arguments, code)

@@ -19,8 +19,8 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML page of RUN: curves, starts and stops, what went wrong, samples, settings, environment."""
-    from .files import open_run
-    from .page import page
+    from ..report.files import open_run
+    from ..report.page import page
 
     write(out or run / "report.html", page(open_run(run)))
 
@@ -31,9 +31,9 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Also write an HTML page, with curves.", show_default=False)] = None,
 ) -> None:
     """What differs between RUNs: settings, environment, losses of the same steps, samples, speed, memory."""
-    from .compare import compare as compared
-    from .compare import page, tables
-    from .files import open_run
+    from ..report.compare import compare as compared
+    from ..report.compare import page, tables
+    from ..report.files import open_run
 
     if len(runs) < 2:
         raise RunError("bifrost compare: give two run folders or more")

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..data.files import write_atomic
-from ..data.progress import progress
-from ..data.shards import open_dataset
-from ..slurm.exit_record import newest_step
-from .errors import RunError, writing
-from .generate_cli import Reveal
-from .monitors.evaluations import note_evaluation
-from .versions import versions
+from ...data.files import write_atomic
+from ...data.progress import progress
+from ...data.shards import open_dataset
+from ...slurm.exit_record import newest_step
+from ..errors import RunError, writing
+from ..monitors.evaluations import note_evaluation
+from ..versions import versions
+from .generate import Reveal
 
 if TYPE_CHECKING:
-    from .evaluation.evaluate import Evaluation
+    from ..evaluation.evaluate import Evaluation
 
 METRICS, TABLE, SHEET = "metrics.json", "table.txt", "sheet.png"
 VERSIONS = ("torch", "transformers", "diffusers", "numpy", "pillow")
@@ -63,10 +63,10 @@ def evaluate(
     train = open_dataset(data)
     other = open_dataset(heldout) if heldout else None
 
-    from .evaluation import evaluate as module
-    from .inference.flux_sampler import Sampling
-    from .inference.generator import Generator, Settings, origin
-    from .inference.masked_decoding import reveal_counts
+    from ..evaluation import evaluate as module
+    from ..inference.flux_sampler import Sampling
+    from ..inference.generator import Generator, Settings, origin
+    from ..inference.masked_decoding import reveal_counts
 
     settings = Settings(
         steps, schedule.value, guidance, flux=Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)

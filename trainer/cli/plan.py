@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..recipes import load_recipe
-from .errors import RunError, writing
+from ...recipes import load_recipe
+from ..errors import RunError, writing
 from .options import Overrides, RecipeArgument
 
 
@@ -26,16 +26,16 @@ def plan(
     """Predict memory, FLOPs, traffic, step time and cost of a recipe on any number of GPUs."""
     settings = load_recipe(recipe, overrides or [])
     counts = _counts(gpus)
-    from .planner.devices import find_device, this_device
+    from ..planner.devices import find_device, this_device
 
     chosen = find_device(device) if device else this_device()
     if plot and (chosen is None or chosen.bf16_tflops is None):
         raise RunError("--plot: nothing to draw without times; give a --device that has bf16_tflops")
-    from .planner.curves import draw
-    from .planner.flops import parts
-    from .planner.previews import painter_bytes
-    from .planner.report import Report
-    from .terminal import terminal
+    from ..planner.curves import draw
+    from ..planner.flops import parts
+    from ..planner.previews import painter_bytes
+    from ..planner.report import Report
+    from ..terminal import terminal
 
     report = Report(settings, parts(settings, text_tokens), counts, chosen, text_tokens, painter_bytes(settings))
     samples = samples or settings.steps * settings.global_batch

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..recipes import load_recipe, shipped_recipes, template
-from .errors import RunError, writing
+from ...recipes import load_recipe, shipped_recipes, template
+from ..errors import RunError, writing
 
 CHOICES = ", ".join(shipped_recipes())
 

@@ -7,10 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from bifrost.slurm import SlurmError
-from bifrost.trainer import runs_cli
-from bifrost.trainer.cli import app
+from bifrost.trainer.cli import runs
+from bifrost.trainer.cli.main import app
+from bifrost.trainer.cli.runs import find_runs
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.runs_cli import find_runs
 
 NOW = 1_000_000.0
 START = {"event": "start", "step": 0, "ranks": 2, "time": NOW - 5000}
@@ -56,7 +56,7 @@ def step(number: int, loss: float | None = 0.123456789) -> dict:
     ],
 )
 def test_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list, files: dict, state: str) -> None:
-    monkeypatch.setattr(runs_cli, "waiting_jobs", lambda: {"42": "Resources"})
+    monkeypatch.setattr(runs, "waiting_jobs", lambda: {"42": "Resources"})
     make(tmp_path / "one", *records, **files)
     (run,) = find_runs(tmp_path, NOW)
     assert run.state == state
@@ -77,7 +77,7 @@ def test_the_columns(tmp_path: Path) -> None:
 def test_a_long_run_is_read_from_its_end(tmp_path: Path) -> None:
     lines = [START, *(step(number) for number in range(1, 12000)), end("stopped")]
     make(tmp_path / "one", *lines)
-    assert (tmp_path / "one" / "metrics.jsonl").stat().st_size > 2 * runs_cli.NEWEST
+    assert (tmp_path / "one" / "metrics.jsonl").stat().st_size > 2 * runs.NEWEST
     (found,) = find_runs(tmp_path, NOW)
     assert (found.step, found.state) == (11999, "stopped")
 
@@ -98,7 +98,7 @@ def test_without_slurm_nothing_is_asked_or_missed(tmp_path: Path, monkeypatch: p
     def absent() -> dict[str, str]:
         raise SlurmError("squeue not found")
 
-    monkeypatch.setattr(runs_cli, "waiting_jobs", absent)
+    monkeypatch.setattr(runs, "waiting_jobs", absent)
     make(tmp_path / "one", START, step(20), end("stopped"), slurm__job_json={"id": "42"})
     assert find_runs(tmp_path, NOW)[0].state == "stopped"
 
@@ -115,4 +115,4 @@ def test_the_command(tmp_path: Path) -> None:
         if missing.name == "empty":
             missing.mkdir()
         with pytest.raises(RunError, match="holds the run folders, a recipe's runs_dir"):
-            runs_cli.runs(missing)
+            runs.runs(missing)

@@ -17,8 +17,8 @@ import typer
 from typer.testing import CliRunner
 
 from bifrost.kernels.bench.arguments import read_arguments
-from bifrost.trainer.cli import app
-from bifrost.trainer.examples import EXAMPLES
+from bifrost.trainer.cli.examples import EXAMPLES
+from bifrost.trainer.cli.main import app
 
 ROOT = typer.main.get_command(app)
 
@@ -56,7 +56,7 @@ def test_kernels_bench_has_h_too() -> None:
 
 def test_every_command_has_an_example_in_its_help_which_parses() -> None:
     for name, verb in VERBS.items():
-        assert EXAMPLES.get(name), f"{name}: give it an example in trainer/examples.py"
+        assert EXAMPLES.get(name), f"{name}: give it an example in trainer/cli/examples.py"
         for example in EXAMPLES[name]:
             words = shlex.split(example)
             words = words[words.index("bifrost") + 1 :]

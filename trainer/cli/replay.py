@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ..data.files import write_atomic
-from ..data.progress import progress
-from .errors import RunError, writing
-from .terminal import terminal
-from .training.run_history import History
+from ...data.files import write_atomic
+from ...data.progress import progress
+from ..errors import RunError, writing
+from ..terminal import terminal
+from ..training.run_history import History
 
 if TYPE_CHECKING:
-    from .training.replay import Replay
+    from ..training.replay import Replay
 
 RECORD, SHEET = "batch.json", "sheet.png"
 SHOWN = 64
@@ -42,7 +42,7 @@ def replay(
     history = History.read(run)
     place = history.step(step) if step is not None else history.batch(batch or 0)
 
-    from .training.replay import replay as rebuild
+    from ..training.replay import replay as rebuild
 
     with progress("rebuilding the step"):
         found = rebuild(run, place, weights_step)

@@ -14,15 +14,15 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..recipes.load import read_yaml
-from ..slurm import SlurmError
-from ..slurm.commands import waiting_jobs
-from ..slurm.exit_record import STOPPED
-from ..slurm.job import FILE as JOB
-from .errors import RunError
-from .monitors.metrics import last_lines, parse_line
-from .report.files import RECIPES, read_json, run_state
-from .terminal import format_bytes, terminal
+from ...recipes.load import read_yaml
+from ...slurm import SlurmError
+from ...slurm.commands import waiting_jobs
+from ...slurm.exit_record import STOPPED
+from ...slurm.job import FILE as JOB
+from ..errors import RunError
+from ..monitors.metrics import last_lines, parse_line
+from ..report.files import RECIPES, read_json, run_state
+from ..terminal import format_bytes, terminal
 
 NEWEST = 2**18
 """Bytes from the end of a metrics file that are read: the newest lines, of a long run too."""
