@@ -246,7 +246,7 @@ class StoredTensors:
         found = torch.empty(max(0, hi - lo), dtype=dtype)
         if len(found):
             assert lo >= 0 and hi * dtype.itemsize <= entry.size
-            entry.file.read(entry.start + lo * dtype.itemsize, memoryview(found.view(torch.uint8).numpy()))
+            entry.file.read(entry.start + lo * dtype.itemsize, found.view(torch.uint8).numpy().data)
         return found
 
     def metadata(self) -> Iterator[Mapping[str, str]]:
