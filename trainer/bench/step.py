@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ...recipes import Recipe
 from ..errors import RunError, writing
-from ..models.backbone import architecture, read_config
+from ..models.backbone import read_config
+from ..models.hub import architecture
 from ..models.kernel_selection import KernelChoice
 from ..planner.devices import this_device
 from ..planner.flops import Part, patch_latent_parts

@@ -12,7 +12,8 @@ import torch
 
 from ...recipes import Recipe, load_recipe
 from ..errors import RunError, writing
-from ..models.backbone import locate, read_config
+from ..models.backbone import read_config
+from ..models.hub import locate
 from ..models.latent_controlnet import write_config
 from ..models.weights import WeightFiles, is_trained, public_base_name, public_name
 from ..stages.controlnet import ControlNetStage

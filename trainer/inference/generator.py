@@ -26,8 +26,8 @@ from ..checkpoint.state import CheckpointWeights, restore_statistics
 from ..checkpoint.store import Store
 from ..errors import RunError
 from ..models import latent_controlnet
-from ..models.backbone import locate
 from ..models.flux import FluxFolder, FluxTokenizers, FrozenFlux, Tokens
+from ..models.hub import locate
 from ..models.kernel_selection import KernelChoice
 from ..models.latent_controlnet import LatentControlNet
 from ..models.prompt import PromptTemplate

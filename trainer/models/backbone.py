@@ -6,9 +6,6 @@ Legend: B samples, T text tokens of one, N patches after the tower's merger, D h
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,11 +25,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
-from ...data.retry import described, failure, is_transient, retrying
-from ...data.transience import causes, status
+from ...data.retry import described
 from ...kernels import PrefixLayout, Segments, segment_attention
 from ...kernels.attention import Backend
-from ...recipes import FOLDER as RECIPES
 from ..errors import RunError
 from .weights import WeightFiles, backbone_names, fill, read_json
 
@@ -43,89 +38,6 @@ TEXT_ATTENTION = "bifrost_text"
 # Mean and standard deviation of CLIP's pixels, which Qwen's image processor normalises with.
 _PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def locate(
-    path: str, revision: str | None = None, setting: str = "backbone.path", weights: str = "*.safetensors"
-) -> Path:
-    """The folder that holds a model: `builtin:NAME`, a local folder, or a hub id (downloaded once, then cached).
-
-    setting: the recipe's, for errors; weights: pattern of the files to download beside settings and tokenizers.
-    """
-    if path.startswith("builtin:"):
-        folder = RECIPES / "foundations" / path.removeprefix("builtin:")
-        if not folder.is_dir():
-            known = ", ".join(f"builtin:{p.name}" for p in sorted((RECIPES / "foundations").iterdir()))
-            raise RunError(f"{setting}={path}: no such built-in model; there is {known}")
-        return folder
-    if Path(path).is_dir():
-        return Path(path)
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise RunError(f"{setting}={path}: no such folder, and not a hub id (owner/name)")
-    asked = (path, revision, weights)
-    if asked not in _fetched:
-        _fetched[asked] = _fetch(*asked, f"{setting}={path}")
-    return _fetched[asked]
-
-
-_fetched: dict[tuple[str, str | None, str], Path] = {}
-"""Snapshots that this process has asked the hub for: once is enough."""
-_cache_only = False
-
-
-@contextmanager
-def from_cache() -> Iterator[None]:
-    """Within it, models of the hub are taken from the cache that another process of this machine has filled."""
-    global _cache_only
-    before, _cache_only = _cache_only, True
-    try:
-        yield
-    finally:
-        _cache_only = before
-
-
-def _fetch(path: str, revision: str | None, weights: str, where: str) -> Path:
-    wanted = [weights, "*.json", "*.txt", "*.jinja", "*.model"]
-    options = {"revision": revision, "allow_patterns": wanted, "local_files_only": _cache_only}
-    try:
-        return Path(retrying(lambda: _snapshot(path, **options), where))
-    except Exception as error:  # the hub's client raises many kinds; all mean that the model is not to be had
-        if is_transient(error):
-            raise failure(where, error) from error
-        kinds = {cls.__name__ for link in causes(error) for cls in type(link).__mro__}
-        if revision is not None and "RevisionNotFoundError" in kinds:
-            setting = where.partition("=")[0].removesuffix(".path")
-            raise RunError(
-                f"{where}: {setting}.revision={revision} does not exist there; set {setting}.revision=null, or to a"
-                " commit of this model"
-            ) from error
-        if "GatedRepoError" in kinds or {status(link) for link in causes(error)} & {401, 403}:
-            raise RunError(
-                f"{where}: may not be read, or does not exist ({described(error)}); check the name, accept its licence"
-                " on the hub, and set HF_TOKEN"
-            ) from error
-        raise RunError(f"{where}: cannot be downloaded ({described(error)}); give a local folder instead") from error
-
-
-def _snapshot(path: str, **options: Any) -> str:
-    """huggingface_hub's `snapshot_download`, with answers that end early as what they are: where no length was stated
-    it raises the error of a JSON reader, or an OSError without a number that only its text tells from a full disk."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(path, **options)
-    except json.JSONDecodeError as error:
-        raise ConnectionError(f"an answer ended early or is not the hub's ({error})") from error
-    except OSError as error:
-        if "Consistency check failed" not in str(error):
-            raise
-        raise ConnectionError("a file ended early") from error
-
-
-def architecture(path: str, revision: str | None = None, setting: str = "backbone.path") -> Path:
-    """A folder with a model's settings, for counting: of the published models without a download."""
-    known = RECIPES / "architectures" / path
-    return known if not Path(path).exists() and known.is_dir() else locate(path, revision, setting, "*.json")
 
 
 def read_config(folder: Path) -> Any:  # a Qwen2_5_VLConfig, whose annotations promise less than it holds

@@ -8,8 +8,8 @@ import torch
 
 from ...recipes import Recipe, load_recipe
 from ..models import latent_controlnet
-from ..models.backbone import architecture
 from ..models.flux import PARTS, FluxFolder
+from ..models.hub import architecture
 from ..models.latent_controlnet import LatentControlNet
 from ..stages.controlnet import ControlNetStage
 

@@ -25,8 +25,9 @@ from ...recipes.schema import Flux
 from ..distributed.process_group import Gather, Ranks, alone
 from ..models import flux as flow
 from ..models import latent_controlnet, weights
-from ..models.backbone import FrozenBackbone, architecture, locate, read_config
+from ..models.backbone import FrozenBackbone, read_config
 from ..models.flux import PARTS, FluxFolder, Part, Tokens
+from ..models.hub import architecture, locate
 from ..models.kernel_selection import KernelChoice, choose_kernels
 from ..models.latent_controlnet import ControlNetConfig, LatentControlNet
 from ..models.rng import IntArray, Stream, chosen, uniform

@@ -21,9 +21,10 @@ from ...recipes import Recipe
 from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..models import weights
-from ..models.backbone import FrozenBackbone, Prefix, architecture, locate, read_config
+from ..models.backbone import FrozenBackbone, Prefix, read_config
 from ..models.branch import INIT_STD, GenerationBranch
 from ..models.elementwise import use_liger
+from ..models.hub import architecture, locate
 from ..models.kernel_selection import KernelChoice, choose_kernels
 from ..models.masking import draw_masks, masked_counts
 from ..models.prompt import PromptTemplate, load_tokenizer

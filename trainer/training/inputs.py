@@ -15,7 +15,7 @@ from ...recipes.secrets import HIDDEN
 from ...slurm.exit_record import newest_step
 from ..distributed.process_group import Gather, alone
 from ..errors import RunError
-from ..models.backbone import architecture, from_cache
+from ..models.hub import architecture, from_cache
 from ..stages import Stage, open_stage
 from .batch import batch_arithmetic
 

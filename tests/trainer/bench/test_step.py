@@ -15,7 +15,8 @@ from bifrost.trainer.bench.dense import DenseStep
 from bifrost.trainer.bench.routed import routed_step
 from bifrost.trainer.bench.shapes import random_model, scaled
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.models.backbone import architecture, read_config
+from bifrost.trainer.models.backbone import read_config
+from bifrost.trainer.models.hub import architecture
 from bifrost.trainer.models.kernel_selection import KernelChoice
 from bifrost.trainer.planner.flops import patch_latent_parts
 from bifrost.trainer.planner.timing import useful_flops

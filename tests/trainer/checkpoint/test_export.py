@@ -17,7 +17,7 @@ import runs
 from bifrost.trainer.checkpoint.export import _base, export
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.models.backbone import locate
+from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.weights import WeightFiles, is_trained, public_name
 
 

@@ -13,7 +13,8 @@ import ranked
 from bifrost.kernels import PrefixLayout
 from bifrost.kernels import attention as attention_module
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.models.backbone import FrozenBackbone, locate, pixel_patches, read_config
+from bifrost.trainer.models.backbone import FrozenBackbone, pixel_patches, read_config
+from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.weights import WeightFiles, backbone_names, fill
 from bifrost.trainer.stages.placement import build_whole
 

@@ -7,7 +7,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import ranked
 from bifrost.kernels import PrefixLayout
 from bifrost.recipes import load_recipe
-from bifrost.trainer.models.backbone import locate, read_config
+from bifrost.trainer.models.backbone import read_config
+from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.weights import WeightFiles
 from bifrost.trainer.stages.patch_latents import PatchLatentModel
 

@@ -10,7 +10,8 @@ from torch import nn
 from bifrost.kernels import PrefixLayout
 from bifrost.recipes import load_recipe
 from bifrost.trainer.models import elementwise
-from bifrost.trainer.models.backbone import locate, read_config
+from bifrost.trainer.models.backbone import read_config
+from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.kernel_selection import KernelChoice
 from bifrost.trainer.models.weights import WeightFiles
 from bifrost.trainer.stages.patch_latents import PatchLatentModel

@@ -1,6 +1,6 @@
-"""Models of the hub: asked for by one rank per node, once per process; what may pass is asked again.
+"""Hub models are requested by one rank per node, once per process; transient errors are retried.
 
-The hub is a server on loopback, and its client the real huggingface_hub.
+The hub is a server on loopback, the client the real huggingface_hub.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from bifrost.data import DataLost, retry
 from bifrost.recipes import load_recipe
 from bifrost.trainer.cli import main
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.models import backbone
+from bifrost.trainer.models import hub as model_hub
 from bifrost.trainer.training import inputs
 from faulty_server import Rule, free_port
 
@@ -53,7 +53,7 @@ def use(monkeypatch, address, tmp_path):
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", quick)
     monkeypatch.setattr(retry, "_sleep", lambda seconds: None)
-    monkeypatch.setattr(backbone, "_fetched", {})
+    monkeypatch.setattr(model_hub, "_snapshots", {})
 
 
 def held(folder):
@@ -67,16 +67,16 @@ WANTED = {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()
 @pytest.mark.parametrize("path", ["/revision/", "/tree/", "config.json", "model.safetensors"])
 def test_what_may_pass_is_asked_again_and_the_bytes_are_right(hub, fault, path):
     hub.rules.append(Rule(fault, path, times=2))
-    assert held(backbone.locate("owner/name")) == WANTED
+    assert held(model_hub.locate("owner/name")) == WANTED
     assert hub.fired[fault] == 2
 
 
 def test_a_model_is_asked_for_once_per_process(hub):
-    backbone.locate("owner/name", hub_server.COMMIT)
+    model_hub.locate("owner/name", hub_server.COMMIT)
     asked = len(hub.asked)
-    backbone.locate("owner/name", hub_server.COMMIT)
+    model_hub.locate("owner/name", hub_server.COMMIT)
     assert len(hub.asked) == asked
-    backbone.locate("owner/name", "main")
+    model_hub.locate("owner/name", "main")
     assert len(hub.asked) > asked
 
 
@@ -85,19 +85,19 @@ def test_a_model_is_asked_for_once_per_process(hub):
 def test_a_hub_that_is_away_is_lost(hub, fault, path):
     hub.rules.append(Rule(fault, path, math.inf))
     with pytest.raises(DataLost, match=r"^backbone\.path=owner/name: .*; check the storage") as caught:
-        backbone.locate("owner/name")
+        model_hub.locate("owner/name")
     assert "\n" not in str(caught.value)
 
 
 def test_a_hub_that_does_not_answer_is_lost(monkeypatch, tmp_path):
     use(monkeypatch, f"http://127.0.0.1:{free_port()}", tmp_path)
     with pytest.raises(DataLost, match=r"^backbone\.path=owner/name: .*; check the storage or the network"):
-        backbone.locate("owner/name")
+        model_hub.locate("owner/name")
 
 
 def test_a_model_that_is_not_there_is_refused(hub):
     with pytest.raises(RunError, match=r"^backbone\.path=owner/none: .*404.*; give a local folder") as caught:
-        backbone.locate("owner/none")
+        model_hub.locate("owner/none")
     assert "\n" not in str(caught.value) and not caught.value.passing
     assert max(Counter(hub.asked).values()) == 1, "asked again"
 
@@ -107,7 +107,7 @@ def test_a_revision_of_another_model_says_what_to_set(hub, revision):
     """As with a recipe's own, when its `backbone.path` alone is overridden."""
     for setting in ("backbone", "flux"):
         with pytest.raises(RunError) as caught:
-            backbone.locate("owner/name", revision, f"{setting}.path")
+            model_hub.locate("owner/name", revision, f"{setting}.path")
         assert str(caught.value) == (
             f"{setting}.path=owner/name: {setting}.revision={revision} does not exist there; set {setting}.revision="
             "null, or to a commit of this model"
@@ -123,7 +123,7 @@ def test_a_model_that_is_closed_says_what_to_do(hub, status):
     with pytest.raises(
         RunError, match=rf"^backbone\.path={name}: .*accept its licence on the hub, and set HF_TOKEN$"
     ) as caught:
-        backbone.locate(name)
+        model_hub.locate(name)
     assert "\n" not in str(caught.value) and max(Counter(hub.asked).values()) == 1
 
 
@@ -147,11 +147,11 @@ def test_one_rank_of_each_node_asks_the_hub(hub, monkeypatch, shards, local):
         only_cache.append(options["local_files_only"])
         return download(path, **options)
 
-    backbone.locate("owner/name")
-    monkeypatch.setattr(backbone, "_fetched", {})
+    model_hub.locate("owner/name")
+    monkeypatch.setattr(model_hub, "_snapshots", {})
     monkeypatch.setattr(huggingface_hub, "snapshot_download", seen)
     monkeypatch.setenv("LOCAL_RANK", str(local))
-    monkeypatch.setattr(inputs, "open_stage", lambda recipe: order.append(backbone.locate("owner/name")))
+    monkeypatch.setattr(inputs, "open_stage", lambda recipe: order.append(model_hub.locate("owner/name")))
     recipe = load_recipe("tiny-mllm", [f"data.shards={shards}/train-*.tar", "global_batch=4", "micro_batch=2"])
 
     def gather(value):

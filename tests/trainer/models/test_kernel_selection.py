@@ -18,7 +18,8 @@ from bifrost.recipes.schema import Kernels
 from bifrost.trainer.distributed.process_group import Ranks
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models import kernel_selection
-from bifrost.trainer.models.backbone import locate, read_config
+from bifrost.trainer.models.backbone import read_config
+from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.kernel_selection import make_deterministic
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

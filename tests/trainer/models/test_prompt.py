@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.models.backbone import locate
+from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.prompt import PromptTemplate, load_tokenizer
 
 

@@ -6,7 +6,8 @@ from safetensors.torch import save_file
 
 from bifrost.recipes import load_recipe
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.models.backbone import locate, read_config
+from bifrost.trainer.models.backbone import read_config
+from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.weights import WeightFiles, backbone_names, fill, public_name
 from bifrost.trainer.stages.patch_latents import PatchLatentModel
 

@@ -9,7 +9,8 @@ import ranked
 import runs
 from bifrost.recipes import load_recipe
 from bifrost.trainer.distributed.process_group import Ranks
-from bifrost.trainer.models.backbone import locate, read_config
+from bifrost.trainer.models.backbone import read_config
+from bifrost.trainer.models.hub import locate
 from bifrost.trainer.monitors import links, memory
 from bifrost.trainer.monitors.phase_timer import Sections, Times
 from bifrost.trainer.monitors.rank_stats import Spread

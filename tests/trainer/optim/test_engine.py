@@ -7,7 +7,8 @@ import torch
 
 from bifrost.recipes import load_recipe
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.models.backbone import locate, read_config
+from bifrost.trainer.models.backbone import read_config
+from bifrost.trainer.models.hub import locate
 from bifrost.trainer.optim.engine import deepspeed_config, import_deepspeed, parameter_groups
 from bifrost.trainer.stages.patch_latents import PatchLatentModel
 

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bifrost.data import Loader
 from bifrost.kernels import PrefixLayout
 from bifrost.recipes import Recipe, load_recipe
-from bifrost.trainer.models.backbone import Prefix, locate, read_config
+from bifrost.trainer.models.backbone import Prefix, read_config
 from bifrost.trainer.models.branch import GenerationBranch
+from bifrost.trainer.models.hub import locate
 from bifrost.trainer.planner.flops import BRANCH_KEPT, FLUX_KEPT, parts
 from bifrost.trainer.training.inputs import open_inputs
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import ranked
 from bifrost.recipes import load_recipe
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.models.backbone import locate
+from bifrost.trainer.models.hub import locate
 from bifrost.trainer.planner import batch, plan
 from bifrost.trainer.planner.curves import CURVE, curves, distinct, retention
 from bifrost.trainer.planner.devices import FILE, find_device, load

@@ -7,7 +7,8 @@ import torch
 from bifrost.data import Item
 from bifrost.recipes import load_recipe
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.models.backbone import locate, read_config
+from bifrost.trainer.models.backbone import read_config
+from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.prompt import load_tokenizer
 from bifrost.trainer.stages.patch_latents import PatchLatentCollate, PatchLatentStage, grid_side, hidden_counts
 

@@ -20,8 +20,9 @@ import ranked
 import runs
 from bifrost.kernels import PrefixLayout
 from bifrost.recipes import load_recipe
-from bifrost.trainer.models.backbone import locate, read_config
+from bifrost.trainer.models.backbone import read_config
 from bifrost.trainer.models.flux import FluxTokenizers
+from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.weights import WeightFiles
 from bifrost.trainer.stages.controlnet import ControlNetStage, LatentControlNetModel
 from bifrost.trainer.stages.patch_latents import PatchLatentModel
