@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from .atomic import write_atomic
 from .errors import DataError
-from .files import write_atomic
 from .index import load_index
 from .processes import in_processes, sole_owner
 from .progress import track

@@ -1,14 +1,12 @@
-"""Files of a data set, local or behind an fsspec URL: addresses, opening, reading by position, writing whole."""
+"""Files of a data set, local or behind an fsspec URL: addresses, opening, reading by position."""
 
 from __future__ import annotations
 
 import os
-import platform
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
@@ -226,31 +224,3 @@ class OpenShards(Generic[Opened]):
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._renew()
-
-
-def temporary_name(path: str | os.PathLike) -> str:
-    """Where this process writes what is to be `path`: no other process on any node does."""
-    return f"{os.fspath(path)}.tmp-{platform.node()}-{os.getpid()}"
-
-
-def write_atomic(path: str | os.PathLike, data: bytes) -> None:
-    """Write a local file so that a reader, or a crash, sees the old one or the whole new one."""
-    temporary = temporary_name(path)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-        commit(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)  # only there still when the disk is full, say
-
-
-def commit(temporary: str, path: str | os.PathLike) -> None:
-    """Bring a finished temporary file to disk and give it its name; then bring the name to disk."""
-    for target in (temporary, os.path.dirname(os.path.abspath(path))):
-        handle = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        if target is temporary:
-            os.replace(temporary, path)

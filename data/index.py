@@ -15,8 +15,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
+from .atomic import write_atomic
 from .errors import DataError, DataMissing
-from .files import Stream, content, is_local, write_atomic
+from .files import Stream, content, is_local
 from .remote import filesystem
 from .retry import call
 from .tars import ManyZeros, Member, TarInput, scan

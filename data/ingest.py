@@ -14,10 +14,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from .atomic import write_atomic
 from .candidates import Candidate, Piece
 from .captions import caption_of
 from .errors import DataError, DataLost
-from .files import write_atomic
 from .index import CAPTION_TYPE, image_type, index_path
 from .local import asked, is_kind, names_in, stat_of
 from .processes import in_processes, sole_owner

@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from .atomic import commit, temporary_name
 from .errors import DataError, DataLost, DataMissing
-from .files import commit, exists, is_local, temporary_name
+from .files import exists, is_local
 from .index import Header, Index, build_index, index_path, load_index, save_index, split_key
 from .progress import progress
 from .remote import filesystem

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..data.atomic import write_atomic
+
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` in one move: a reader on any node finds the old file or the new one. Raises OSError."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    """Replace `path` in one move: a reader on any node finds the old file or the new one. Raises OSError."""
+    write_atomic(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
 def read_json(path: Path) -> Any:

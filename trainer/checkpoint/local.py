@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...data.files import write_atomic
+from ...data.atomic import write_atomic
 from ..distributed.process_group import Gather
 from ..errors import RunError
 from .durable import sync_folder, write_file

@@ -13,7 +13,7 @@ import yaml
 
 from ...recipes import Recipe, to_yaml
 from ...recipes.secrets import redact
-from ..report.files import read_json
+from ..io import read_json
 from ..versions import BIFROST
 from .reader import CheckpointReader
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ...data.progress import progress
 from ..errors import RunError
-from ..report.files import flat
+from ..io import flat
 from ..terminal import format_bytes, terminal
 
 if TYPE_CHECKING:  # torch stands behind them, which other commands do not need

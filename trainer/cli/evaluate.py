@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...data.files import write_atomic
+from ...data.atomic import write_atomic
 from ...data.progress import progress
 from ...data.shards import open_dataset
 from ...slurm.exit_record import newest_step

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ...data.files import write_atomic
+from ...data.atomic import write_atomic
 from ...data.progress import progress
 from ..errors import RunError, writing
 from ..terminal import terminal

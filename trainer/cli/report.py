@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ...data.files import write_atomic
+from ...data.atomic import write_atomic
 from ..errors import RunError, writing
 
 

@@ -20,8 +20,9 @@ from ...slurm.commands import waiting_jobs
 from ...slurm.exit_record import STOPPED
 from ...slurm.job import FILE as JOB
 from ..errors import RunError
+from ..io import read_json
 from ..monitors.metrics import last_lines, parse_line
-from ..report.files import RECIPES, read_json, run_state
+from ..report.files import RECIPES, run_state
 from ..terminal import format_bytes, terminal
 
 NEWEST = 2**18

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...data.files import commit, write_atomic
+from ...data.atomic import commit, write_atomic
 from ...data.transforms import clean_caption
 from ..errors import RunError, writing
 from .contact_sheet import sheet

@@ -6,7 +6,6 @@ same device, computes with the same kernels and so to the same bits, whatever a 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from ...kernels.providers import Choice, choose_attention, choose_loss
 from ...recipes import Recipe
 from ..distributed.process_group import Ranks
 from ..errors import RunError
+from ..io import read_json
 from . import elementwise
 
 FILE = "kernels.json"
@@ -70,7 +70,7 @@ def choose_kernels(
     lengths = [max(1, (i + 1) * recipe.branch.max_text_tokens // recipe.micro_batch) for i in range(recipe.micro_batch)]
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     key = f"{gpu}, torch {torch.__version__}, {dtype}, {tokens} x {width}, {max(lengths)} text tokens"
-    known = _read(folder / FILE) if ranks.first else {}
+    known = read_json(folder / FILE) or {} if ranks.first else {}
 
     def decide(operation: str, setting: str, measure: Callable[[], Choice]) -> dict[str, Any]:
         if setting != "auto":
@@ -97,11 +97,3 @@ def choose_kernels(
 def _refuse(setting: str, reason: str | None) -> None:
     if reason:
         raise RunError(f"kernels.{setting}: {reason}; set kernels.{setting} to another, see docs/kernels.md")
-
-
-def _read(file: Path) -> dict[str, dict[str, Any]]:
-    """What an earlier start chose; nothing where there is none that can be read."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}

@@ -8,14 +8,14 @@ ETTR, the effective training time ratio, is `step` over all of them.
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..io import write_json
 from .metrics import MetricsFile, read_metrics
 
 FILE = "goodput.json"
@@ -121,13 +121,8 @@ class AccountedMetrics(MetricsFile):
     def store(self) -> None:
         """Write `goodput.json`, whole or not at all: for rank 0, off the training thread. No failure is raised: the
         metrics file has it all."""
-        path = self.path.with_name(FILE)
-        aside = path.with_name(f"{FILE}.{os.getpid()}.partial")
-        try:
-            aside.write_text(json.dumps(self._ledger.summary(), indent=1))
-            aside.replace(path)
-        except OSError:
-            aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            write_json(self.path.with_name(FILE), self._ledger.summary())
 
 
 def _goes_on(record: Mapping[str, Any]) -> bool:

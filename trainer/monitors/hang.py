@@ -17,9 +17,10 @@ from typing import TextIO
 
 from ...slurm.exit_codes import HUNG
 from ...slurm.exit_record import record_outcome
+from ..io import write_json
 from .metrics import MetricsFile
 from .phase_timer import Sections
-from .stacks import Answer, culprit, listed, read_answers, recorded_collectives, thread_at, write_answer, write_json
+from .stacks import Answer, culprit, listed, read_answers, recorded_collectives, thread_at, write_answer
 
 ANSWER_S = 10.0
 """For which up to AT_ONCE ranks wait for one another's answers; more ranks wait longer, in proportion."""

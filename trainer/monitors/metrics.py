@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...data.atomic import write_atomic
 from ...recipes.secrets import redact
 
 log = logging.getLogger(__name__)
@@ -62,12 +63,7 @@ class MetricsFile:
         lines = self.path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if _stays(line, step)]
         if len(kept) < len(lines):
-            aside = self.path.with_name(self.path.name + ".partial")
-            with open(aside, "wb") as file:
-                file.writelines(kept)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(self.path)
+            write_atomic(self.path, b"".join(kept))
         return len(lines) - len(kept)
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from ...recipes.secrets import HIDDEN, redact
 from ..errors import Busy, RunError
+from ..io import read_json, write_json
 from .evaluations import FILE as EVALUATIONS
 from .metrics import Tail, read_metrics
 from .mlflow_errors import is_missing, one_line
@@ -141,12 +142,7 @@ class MlflowRun:
         return {"rollbacks": 0, "replaced": [], **state}
 
     def _store(self) -> None:
-        aside = self.folder / "tracking.json.partial"
-        with open(aside, "w") as file:
-            json.dump(self._state, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self.folder / "tracking.json")
+        write_json(self.folder / "tracking.json", self._state)
 
     def _connect(self) -> None:
         for name, value in SETTINGS.items():
@@ -315,9 +311,9 @@ def _is_copy(state: dict[str, Any], folder: Path) -> bool:
     try:
         if original.samefile(folder):
             return False
-        return json.loads((original / "tracking.json").read_text())["key"] == state["key"]
-    except (OSError, ValueError, KeyError):
+    except OSError:
         return False
+    return (read_json(original / "tracking.json") or {}).get("key") == state["key"]
 
 
 def _begun(records: list[dict[str, Any]]) -> int:

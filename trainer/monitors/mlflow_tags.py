@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...recipes.secrets import redact
+from ..io import read_json
 
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Without it, MLflow 3 guesses from the content what kind of experiment it is."""
@@ -56,10 +57,7 @@ LONGEST_NAME, LONGEST_DIGEST = 400, 16  # characters; MLflow takes 500 and 36
 
 
 def _environment(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    return read_json(folder / "environment.json") or {}
 
 
 def _user() -> str:

@@ -12,15 +12,17 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import TextIO
 
 from torch._C import _distributed_c10d
 
+from ...data.atomic import write_atomic
 from ..distributed.process_group import APART
+from ..io import write_json
 
 OURS = tuple(f"{Path(__file__).parents[2] / room}{os.sep}" for room in ("trainer", "data", "kernels"))
 
@@ -49,7 +51,7 @@ def write_answer(folder: Path, answer: Answer, stacks: TextIO, collectives: byte
     name = f"rank-{answer.rank:05d}"
     write_json(folder / f"{name}.json", asdict(answer))
     if collectives:
-        _replace(folder / f"{name}.collectives.json", collectives)
+        write_atomic(folder / f"{name}.collectives.json", collectives)
 
 
 def listed(folder: Path, ending: str = ".json") -> list[int]:
@@ -61,17 +63,6 @@ def listed(folder: Path, ending: str = ".json") -> list[int]:
 def read_answers(folder: Path) -> list[Answer]:
     """The answers so far, in order of rank."""
     return [Answer(**json.loads((folder / f"rank-{rank:05d}.json").read_bytes())) for rank in listed(folder)]
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace `path` in one move. Raises OSError."""
-    _replace(path, json.dumps(value, indent=1).encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    aside.write_bytes(content)
-    aside.replace(path)
 
 
 def culprit(answers: Sequence[Answer], hosts: Sequence[str]) -> tuple[int | None, str]:

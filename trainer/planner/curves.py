@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...data.files import write_atomic
+from ...data.atomic import write_atomic
 from ...recipes import Recipe
 from . import Row, plan
 from .devices import Device

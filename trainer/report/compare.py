@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..io import flat
 from ..training.data_digest import comparable
 from .drawing import COLOURS, Curve, Figure, figure, smoothed
-from .files import RunFiles, flat
+from .files import RunFiles
 from .page import template
 
 WINDOW = 4

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +13,7 @@ import yaml
 from ...recipes.secrets import redact
 from ..distributed.run_lock import STALE_S
 from ..errors import RunError
+from ..io import read_json
 from ..monitors.goodput import Ledger
 from ..monitors.metrics import read_metrics
 
@@ -96,21 +95,3 @@ def open_run(folder: Path, name: str | None = None) -> RunFiles:
         read_json(folder / "kernels.json") or {},
         read_metrics(metrics) if metrics.is_file() else [],
     )
-
-
-def read_json(file: Path) -> dict[str, Any] | None:
-    """The object in `file`; None where there is none, or half of one."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of each leaf."""
-    if isinstance(tree, dict) and tree:
-        for key, value in tree.items():
-            yield from flat(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, tree

@@ -19,8 +19,9 @@ from ...recipes import Recipe
 from ...slurm.exclusions import EXCLUDED
 from ...slurm.exit_record import STOPPED
 from ...slurm.exit_record import starts as slurm_starts
+from ..io import flat, read_json
 from .drawing import COLOURS, Curve, Figure, bands, figure, noisy, smoothed
-from .files import RunFiles, flat, read_json
+from .files import RunFiles
 from .timeline import KINDS, Start, starts, stretches
 
 SHOWN = 40

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save
 
 from ...data import DataError, Dataset, open_dataset
-from ...data.files import is_local, write_atomic
+from ...data.atomic import write_atomic
+from ...data.files import is_local
 from ...data.index import load_header
 from ...data.progress import track
 from ...data.tars import TarInput, scan

@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 
 from ...data import Dataset
+from ...data.atomic import write_atomic
 from ...data.transforms import decode_sizes
 from ...recipes import Recipe
 from ...recipes.schema import Samples
-from ..checkpoint.durable import write_file
 from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..inference.contact_sheet import sheet
@@ -65,7 +65,7 @@ def sampler(
             sheet(rows, captions).save(picture, "png")
             try:
                 (folder / "samples").mkdir(exist_ok=True)
-                write_file(folder / "samples" / f"step-{step:08d}.png", [picture.getvalue()])
+                write_atomic(folder / "samples" / f"step-{step:08d}.png", picture.getvalue())
             except OSError as error:  # a picture is not worth the run
                 log.error("the samples of step %d are not written: %s", step, error)
 

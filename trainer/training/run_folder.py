@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import RunError
-from ..report.files import read_json
+from ..io import read_json
 
 
 def check_run(run: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ...recipes import Recipe, RecipeError, load_recipe
+from ..io import flat, read_json
 from ..monitors.metrics import last_lines, parse_line
-from ..report.files import flat, read_json
 
 Changes = dict[str, tuple[Any, Any]]
 """Dotted key -> value before and now."""

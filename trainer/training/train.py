@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from ...data import Batch, Loader, worker_failure
-from ...data.files import write_atomic
+from ...data.atomic import write_atomic
 from ...recipes import Recipe, to_yaml
 from ...recipes.secrets import redact
 from ...slurm.exit_codes import DONE, STOPPED
@@ -36,6 +36,7 @@ from ..distributed.run_lock import BEAT_S, RunLock
 from ..distributed.stop_signals import ENDING, TRAINING, StopSignals
 from ..distributed.topology import check_ranks
 from ..errors import RunError
+from ..io import write_json
 from ..models.kernel_selection import FILE as KERNELS_FILE
 from ..models.kernel_selection import make_deterministic
 from ..models.weights import fill, full_shape
@@ -406,11 +407,9 @@ def _describe(folder: Path, inputs: Inputs, ranks: Ranks, kernels: dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     # An attempt that dies here leaves a recipe.
     write_atomic(folder / "recipe.yaml", redact(to_yaml(recipe)).encode())
-    (folder / "ds_config.json").write_text(json.dumps(deepspeed_config(recipe, ranks.size), indent=2))
-    (folder / KERNELS_FILE).write_text(json.dumps(kernels, indent=2))
-    (folder / "environment.json").write_text(
-        json.dumps({**_environment(ranks), "dataset": dataset, "hosts": table}, indent=2)
-    )
+    write_json(folder / "ds_config.json", deepspeed_config(recipe, ranks.size))
+    write_json(folder / KERNELS_FILE, kernels)
+    write_json(folder / "environment.json", {**_environment(ranks), "dataset": dataset, "hosts": table})
 
 
 def _environment(ranks: Ranks) -> dict[str, Any]:

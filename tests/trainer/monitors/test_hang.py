@@ -128,7 +128,8 @@ def test_an_answer_comes_before_its_collectives(folder: Path, monkeypatch: pytes
         written.append(path.name)
 
     written: list[str] = []
-    monkeypatch.setattr(stacks, "_replace", write)
+    monkeypatch.setattr(stacks, "write_atomic", write)
+    monkeypatch.setattr("bifrost.trainer.io.write_atomic", write)
     with open(folder / "rank-00003.txt", "w") as file:
         write_answer(folder, Answer(**answer(3)), file, b"{}")
     assert written == ["rank-00003.json", "rank-00003.collectives.json"]

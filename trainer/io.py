@@ -1,0 +1,33 @@
+"""Small files: JSON written in one move and read if it is whole, and settings as dotted keys."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..data.atomic import write_atomic
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Replace `file` in one move: a reader sees the old object or the whole new one. Raises OSError."""
+    write_atomic(file, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The object in `file`; None where there is none, or half of one."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of each leaf."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from flat(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
