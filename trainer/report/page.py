@@ -152,10 +152,7 @@ def figures(run: RunFiles) -> list[Figure]:
         ),
         figure(
             "weights gathered, GB/s a device",
-            [
-                Curve("over the step", column("gathered_gb_per_s"), COLOURS[0]),
-                Curve("with nothing beside it", column("gather_peak_gb_per_s"), COLOURS[1]),
-            ],
+            [Curve("over the step", column("gathered_gb_per_s"), COLOURS[0])],
             zero=True,
         ),
         figure("allocator retries", [Curve("since the start", column("alloc_retries"), COLOURS[1])], zero=True),

@@ -16,7 +16,6 @@ from ..distributed.process_group import Ranks
 from ..distributed.stop_signals import StopSignals
 from ..monitors.console import Console
 from ..monitors.health import Health, skipped_event
-from ..monitors.links import Links
 from ..monitors.meter import Meter
 from ..monitors.metrics import MetricsFile, finite
 from ..monitors.phase_timer import Sections
@@ -54,7 +53,6 @@ class Parts:
     sections: Sections
     spread: Spread
     utilisation: Utilisation
-    links: Links
     after_step: Callable[[Progress], None]
     """Called at the end of every step, on every rank."""
 
@@ -146,7 +144,6 @@ def run(parts: Parts, progress: Progress) -> bool:
                 **rates,
                 **parts.utilisation.rates(rates["samples_per_s"], rates["tokens_per_s"], rates["step_s"]),
                 **parts.spread.look(progress.step, times),
-                **parts.links.look(),
                 "skipped_steps": progress.skipped_steps,
                 "digest": progress.digest,
             }

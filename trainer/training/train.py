@@ -43,7 +43,6 @@ from ..models.weights import fill, full_shape
 from ..monitors.console import Console, log_to_file
 from ..monitors.goodput import AccountedMetrics
 from ..monitors.heartbeat import Heartbeat
-from ..monitors.links import Links
 from ..monitors.metrics import read_metrics
 from ..monitors.phase_timer import Sections
 from ..monitors.rank_stats import Spread
@@ -237,7 +236,6 @@ def _train(inputs: Inputs, ranks: Ranks, watch: Watch, after_step: Callable[[Pro
         sections=section,
         spread=Spread(ranks, Stragglers(ranks, hosts, metrics.write)),
         utilisation=_utilisation(inputs, ranks, hosts),
-        links=_links(engine, recipe, ranks, section),
         after_step=at_the_end_of_a_step,
     )
     outcome = "failed"
@@ -392,12 +390,6 @@ def _loader(inputs: Inputs, progress: Progress, ranks: Ranks) -> Loader:
 def _utilisation(inputs: Inputs, ranks: Ranks, hosts: Sequence[str]) -> Utilisation:
     patches = inputs.stage.tokens_per_image if isinstance(inputs.stage, PatchLatentStage) else 0
     return Utilisation(inputs.recipe, ranks.size, hosts.count(hosts[0]), patches, this_device())
-
-
-def _links(engine: Engine, recipe: Recipe, ranks: Ranks, section: Sections) -> Links:
-    parameters = list(engine.model.parameters())
-    elements = min(recipe.zero.prefetch_bucket, sum(math.prod(full_shape(p)) for p in parameters))
-    return Links(ranks, section, elements, parameters[0].dtype)
 
 
 def _describe(folder: Path, inputs: Inputs, ranks: Ranks, kernels: dict[str, Any], table: list[str]) -> None:
