@@ -35,8 +35,8 @@ from ..stages.patch_latents import PatchLatentStage
 from ..stages.placement import born
 from .data_digest import SequenceDigest, version
 from .inputs import Inputs, open_inputs
+from .model import initialise_from
 from .run_history import Place
-from .train import initialise_from
 
 GREY = 128
 

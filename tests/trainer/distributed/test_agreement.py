@@ -187,13 +187,13 @@ STEPS = {
     "base model": "stages.patch_latents.load_tokenizer",
     "watchdog": "monitors.watchdog:Watchdog.meet",
     "frozen weights": "models.weights:WeightFiles.content_hash",
-    "checkpoints": "training.train.check_continuation",
+    "checkpoints": "training.resume_point.check_continuation",
     "kernels": "stages.patch_latents:PatchLatentStage.choose_kernels",
     "weights": "stages.patch_latents:PatchLatentStage.load",
-    "restore": "training.train.restore",
-    "settings": "training.train.last_settings",
-    "log": "training.train.log_to_file",
-    "previews": "training.train.sampler",
+    "restore": "training.build.restore",
+    "settings": "training.run_record.last_settings",
+    "log": "training.run_record.log_to_file",
+    "previews": "training.build.sampler",
 }
 """What is done at the start, and a function on its way: `module:class.method` or `module.function`."""
 
@@ -203,16 +203,17 @@ def fail_in_turn(arguments: list[str], steps: dict[str, str]) -> dict[str, str]:
     import importlib
     import sys
 
-    from bifrost.trainer.training import train as run
+    from bifrost.trainer.training import run_context
+    from bifrost.trainer.training.train import train
 
     joined = []
-    real = run.join
+    real = run_context.join
 
     def join(*args):
         joined[:] = joined or [real(*args)]
         return joined[0]
 
-    run.join = join
+    run_context.join = join
     said = {}
     for step, name in steps.items():
         place, _, method = name.rpartition(".")
@@ -228,7 +229,7 @@ def fail_in_turn(arguments: list[str], steps: dict[str, str]) -> dict[str, str]:
             setattr(target, method, fails)
         sys.argv = ["bifrost", *arguments]
         try:
-            run.train(load(arguments))
+            train(load(arguments))
             said[step] = "trained"
         except Exception as error:
             said[step] = f"{type(error).__name__} {getattr(error, 'passing', None)} {error}"

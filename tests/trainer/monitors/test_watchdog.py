@@ -30,7 +30,7 @@ def hang(arguments: list[str], where: str, how: str, rank: int) -> None:
 
     from bifrost.data import Loader
     from bifrost.trainer.optim import engine
-    from bifrost.trainer.training import train as run
+    from bifrost.trainer.training import build
 
     calls = 0
 
@@ -64,7 +64,7 @@ def hang(arguments: list[str], where: str, how: str, rank: int) -> None:
     elif where == "optimizer":
         engine.Engine.step = before(engine.Engine.step)
     else:  # a save, with checkpoint.every=1
-        run.capture = before(run.capture)
+        build.capture = before(build.capture)
     ranked.command(arguments)
 
 

@@ -1,0 +1,160 @@
+"""From a run that is open to the components of its loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import asdict
+
+from ...data import Batch, Loader
+from ...slurm.exit_record import grace, stop_s
+from ..checkpoint.manager import Saver
+from ..checkpoint.state import capture, capture_statistics, restore
+from ..distributed.stop_signals import TRAINING
+from ..monitors.rank_stats import Spread
+from ..monitors.stragglers import Stragglers
+from ..monitors.utilisation import Utilisation
+from ..optim.ema import Ema
+from ..optim.engine import Engine, require_quantizer
+from ..optim.train_state import Progress
+from ..planner.devices import this_device
+from ..stages.patch_latents import PatchLatentStage
+from .components import TrainerComponents
+from .model import build_model
+from .preview import sampler
+from .resume_point import ResumePoint, find_resume_point
+from .rollback import Recovery
+from .run_context import RunContext
+from .run_record import RunRecord, open_record
+
+
+def build(run: RunContext, after_step: Callable[[Progress], None]) -> TrainerComponents:
+    """Model, engine, checkpoints, data and monitors of a run, at the point where it continues.
+    after_step: called at the end of every step, on every rank.
+
+    Nothing of an earlier attempt is written over before all checks have passed.
+    """
+    inputs, ranks, recipe = run.inputs, run.ranks, run.recipe
+    point = find_resume_point(run)
+    kernels = ranks.agreed(lambda: inputs.stage.choose_kernels(ranks, run.folder))
+    engine, ema = _engine(run, point)
+    run.sections.step = point.progress.step
+    record = open_record(run, point, engine, kernels)
+    saver = _saver(run, point, record, engine, ema)
+
+    run.stop.phase = TRAINING
+    preview = ranks.agreed(lambda: sampler(inputs.stage, engine, inputs.dataset, ranks, run.folder, run.sections))
+    if ranks.first:
+        run.stop.announce()
+
+    def at_the_end_of_a_step(progress: Progress) -> None:
+        preview(progress)
+        after_step(progress)
+
+    loaders = ExitStack()
+
+    def batches(progress: Progress) -> Iterator[Batch]:
+        loaders.close()
+        return iter(loaders.enter_context(closing(_loader(run, progress))))
+
+    passes = ranks.size * recipe.accumulation(ranks.size)
+    return TrainerComponents(
+        recipe=recipe,
+        stage=inputs.stage,
+        ranks=ranks,
+        progress=point.progress,
+        engine=engine,
+        ema=ema,
+        batches=batches,
+        normalizer=lambda batch: inputs.normalizer(batch, passes),
+        save=_save(point, record, saver, engine, ema, inputs.dataset.fingerprint),
+        saver=saver,
+        recover=Recovery(recipe.health, saver, engine, ema, ranks, record.metrics, record.console),
+        metrics=record.metrics,
+        console=record.console,
+        stop=run.stop,
+        sections=run.sections,
+        spread=Spread(ranks, Stragglers(ranks, run.hosts, record.metrics.write)),
+        utilisation=_utilisation(run),
+        after_step=at_the_end_of_a_step,
+        loaders=loaders,
+        mirror=record.mirror,
+    )
+
+
+def _engine(run: RunContext, point: ResumePoint) -> tuple[Engine, Ema | None]:
+    """The model under ZeRO-3 and its average, with the checkpoint's state where there is one."""
+    recipe, ranks, reader = run.recipe, run.ranks, point.reader
+    ranks.agreed(lambda: require_quantizer(recipe, ranks.device))
+    engine = Engine(build_model(run.inputs, reader, ranks), recipe, ranks)
+    ema = Ema(engine.masters(), recipe.ema.decay, engine.model.statistics()) if recipe.ema else None
+    if reader:
+        ranks.agreed(lambda: restore(engine, ema, reader, reader.state["updates"]))
+    return engine, ema
+
+
+def _saver(run: RunContext, point: ResumePoint, record: RunRecord, engine: Engine, ema: Ema | None) -> Saver:
+    """What saves, and makes the run stop early enough before the job's limit to save once more."""
+    ranks = run.ranks
+    saver = Saver(
+        point.store,
+        run.recipe.checkpoint,
+        capture(engine, ema)[0],
+        record.metrics.write,
+        ranks.rank,
+        ranks.size,
+        ranks.apart(),
+        point.local,
+        nodes=len(set(run.hosts)),
+        every=point.reader.state.get("save_every") if point.reader else None,
+    )
+    if ranks.first:
+        guess = grace(run.folder)
+        run.stop.end_before(run.ends_at, lambda: stop_s(run.sections.median_step(), list(saver.seconds)) or guess)
+    return saver
+
+
+def _save(
+    point: ResumePoint, record: RunRecord, saver: Saver, engine: Engine, ema: Ema | None, data: str
+) -> Callable[[Progress], None]:
+    """The loop's `save`. data: fingerprint of the data set."""
+
+    def save(progress: Progress) -> None:
+        state = {
+            "progress": asdict(progress),
+            "updates": engine.updates,
+            "recipe": record.settings,
+            "backbone": point.frozen_hash,
+            "data": data,
+            "save_every": saver.every,
+        }
+        # Among bad steps nothing is pruned: the last checkpoint before them may be needed to go back to.
+        prune = not progress.bad_in_a_row
+        saver.save(progress.step, *capture(engine, ema), state, capture_statistics(engine, ema), prune)
+
+    return save
+
+
+def _loader(run: RunContext, progress: Progress) -> Loader:
+    inputs, ranks, recipe = run.inputs, run.ranks, run.recipe
+    return Loader(
+        inputs.dataset,
+        inputs.plan,
+        inputs.stage.collate(),
+        image_size=inputs.stage.image_sizes,
+        rank=ranks.rank,
+        ranks=ranks.size,
+        global_batch=recipe.global_batch,
+        micro_batch=recipe.micro_batch,
+        start_step=progress.batch,
+        stop_step=progress.batch + recipe.steps - progress.step,
+        workers=recipe.data.workers,
+        prefetch=recipe.data.prefetch,
+        pin_memory=ranks.device.type == "cuda",
+    )
+
+
+def _utilisation(run: RunContext) -> Utilisation:
+    stage = run.inputs.stage
+    patches = stage.tokens_per_image if isinstance(stage, PatchLatentStage) else 0
+    return Utilisation(run.recipe, run.ranks.size, run.hosts.count(run.hosts[0]), patches, this_device())

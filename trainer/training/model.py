@@ -1,0 +1,53 @@
+"""The model of a run, sharded over its ranks, with the weights that it starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.reader import CheckpointReader
+from ..checkpoint.state import take_from
+from ..checkpoint.store import Store
+from ..distributed.process_group import Ranks
+from ..errors import RunError
+from ..models.weights import fill
+from ..optim.engine import partitioned
+from ..stages import Stage, StageModel
+from .inputs import Inputs
+
+
+def build_model(inputs: Inputs, reader: CheckpointReader | None, ranks: Ranks) -> StageModel:
+    """The model, cut over the ranks, with its stage's weights, then `init_from`'s, then the checkpoint's."""
+    recipe, stage = inputs.recipe, inputs.stage
+    with partitioned(recipe, ranks):  # with collectives: who fails here leaves, and is not waited for
+        model = stage.build()
+
+    def load() -> None:
+        stage.load(model)
+        if reader:
+            take_from(model, reader)
+        elif recipe.init_from:
+            initialise_from(model, stage, Path(recipe.init_from), ranks)
+
+    ranks.agreed(load)
+    return model
+
+
+def initialise_from(model: StageModel, stage: Stage, path: Path, ranks: Ranks | None = None) -> None:
+    """Weights of an earlier run (its newest checkpoint), or of an export in either layout. Every rank of
+    `ranks` calls it."""
+    if (path / "checkpoints").is_dir():
+        store = Store(path / "checkpoints")
+        ranks = ranks or Ranks(0, 1, torch.device("cpu"))
+        reader = store.newest_verified((), ranks.rank, ranks.size, ranks.gather, slots=("master",))
+        if reader is None:
+            raise RunError(f"init_from={path}: that run has no checkpoint that verifies")
+        take_from(model, reader)
+    elif path.exists():
+        source, names = stage.released(path)
+        tensors: dict[str, Any] = {**model.trainable(), **model.statistics()}
+        fill({names[name]: tensor for name, tensor in tensors.items()}, source, path)
+    else:
+        raise RunError(f"init_from={path}: no such file or folder")

@@ -1,0 +1,98 @@
+"""Where a run continues: its newest whole checkpoint, or its beginning."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...recipes import Recipe
+from ..checkpoint.local import LocalParts
+from ..checkpoint.reader import CheckpointReader
+from ..checkpoint.store import Store
+from ..distributed.process_group import Ranks
+from ..errors import RunError
+from ..monitors.metrics import read_metrics
+from ..optim.train_state import Progress
+from ..stages import Stage, StageModel
+from .inputs import Inputs, check_continuation
+from .run_context import RunContext
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """reader: of the checkpoint to continue from, None for a new run. frozen_hash: of the frozen weights' content."""
+
+    store: Store
+    local: LocalParts | None
+    reader: CheckpointReader | None
+    frozen_hash: str
+    progress: Progress
+
+
+def find_resume_point(run: RunContext) -> ResumePoint:
+    """The checkpoint to continue from, checked to be this run's. RunError on every rank where there is none and should
+    be one."""
+    ranks, recipe = run.ranks, run.recipe
+    store = Store(run.folder / "checkpoints")
+    frozen_hash = ranks.agreed(lambda: _frozen_hash(run.inputs.stage, ranks))
+    local = ranks.agreed(lambda: _local(recipe, store, ranks))
+    reader = ranks.agreed(lambda: _newest(store, run.inputs, frozen_hash, ranks))
+    progress = Progress(**reader.state["progress"]) if reader else Progress()
+    return ResumePoint(store, local, reader, frozen_hash, progress)
+
+
+def _frozen_hash(stage: Stage, ranks: Ranks) -> str:
+    """Content hash of the frozen weights that the run uses."""
+    parts = []
+    for files, names in stage.frozen():
+        files.require(names)
+        parts.append(files.content_hash(names, ranks.rank, ranks.size, ranks.gather))
+    return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def _local(recipe: Recipe, store: Store, ranks: Ranks) -> LocalParts | None:
+    """The checkpoints on the nodes' own disks, brought together where nodes were exchanged."""
+    if not recipe.checkpoint.local:
+        return None
+    local = LocalParts(recipe.checkpoint.local, store, recipe.name, ranks.rank, ranks.gather)
+    local.recover(store, ranks.gather)
+    return local
+
+
+def _newest(store: Store, inputs: Inputs, frozen_hash: str, ranks: Ranks) -> CheckpointReader | None:
+    """The checkpoint to go on from, checked to be this run's; None for a new run."""
+    reader = store.newest_verified(rank=ranks.rank, ranks=ranks.size, gather=ranks.gather)
+    if reader is None and (steps := ranks.gather(store.steps())[0]):
+        raise RunError(
+            f"{store.root}: none of its {len(steps)} checkpoints verifies, see `bifrost checkpoint verify"
+            f" {store.root.parent}`; restore one, or move the folder away to begin anew"
+        )
+    if reader is not None:
+        check_continuation(inputs, frozen_hash, reader.state, reader.folder)
+    elif saved := ranks.gather(_last_saved(store.root.parent) if ranks.first else 0)[0]:
+        raise RunError(
+            f"{store.root}: holds no checkpoint, but this run saved one at step {saved}; put it back, or move"
+            f" {store.root.parent} away to begin anew"
+        )
+    return reader
+
+
+def _last_saved(folder: Path) -> int:
+    """The newest step that the run in `folder` noted a save of; 0 where it noted none."""
+    path = folder / "metrics.jsonl"
+    saves = [record for record in read_metrics(path) if record.get("event") == "checkpoint"] if path.exists() else []
+    return saves[-1]["step"] if saves else 0
+
+
+def statistics_warning(model: StageModel, reader: CheckpointReader, now: int) -> str | None:
+    """A warning where a run with BatchNorm continues with other statistics than it began with. now: samples per
+    micro-batch, over all ranks."""
+    before = reader.state["recipe"]["micro_batch"] * reader.ranks
+    if not model.statistics() or before == now:
+        return None
+    return (
+        f"warning: controlnet.norm=batch: BatchNorm's statistics now go over {now} samples (micro_batch x ranks),"
+        f" {before} before: losses differ by more than rounding; set micro_batch so that it is {before} again, if it is"
+        " to be the same training"
+    )

@@ -1,0 +1,83 @@
+"""A run as one of its ranks opens it: the process group, the inputs, the lock, and who watches over the process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from ...recipes import Recipe
+from ..distributed.process_group import Ranks, join
+from ..distributed.run_lock import BEAT_S, RunLock
+from ..distributed.stop_signals import StopSignals
+from ..distributed.topology import check_ranks
+from ..errors import RunError
+from ..monitors.heartbeat import Heartbeat
+from ..monitors.phase_timer import Sections
+from ..monitors.watchdog import Watchdog
+from .inputs import Inputs, open_inputs
+
+ENDS_AT = "BIFROST_ENDS_AT"
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Services of a run that exist before anything is built, and what it is about."""
+
+    inputs: Inputs
+    ranks: Ranks
+    folder: Path
+    stop: StopSignals
+    ends_at: float
+    """Unix time of the job's limit; infinity without one."""
+    sections: Sections
+    heartbeat: Heartbeat
+    previous_owner: dict[str, Any] | None
+    """Owner of the lock that the attempt before left behind, where it died."""
+    topology: list[str]
+    """The ranks, one line per host."""
+    hosts: Sequence[str]
+    """Of every rank."""
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.inputs.recipe
+
+
+@contextmanager
+def open_run(recipe: Recipe) -> Iterator[RunContext]:
+    """Join the other ranks, open the inputs and take the lock of the run that `recipe` names; all of it is given back
+    at the end. RunError and DataError are raised on every rank alike."""
+    stop = StopSignals()
+    ends_at = _ends_at()
+    sections = Sections()
+    folder = Path(recipe.runs_dir) / recipe.name
+    bounds = recipe.watchdog
+    with Watchdog(bounds, sections) as watchdog:
+        # The collectives' own time limit comes after the watchdog's: it says more.
+        ranks = join(timedelta(seconds=max(bounds.start_s, bounds.save_s) + 300), bounds.start_s / 5)
+        stop.met = True
+        topology = check_ranks(ranks)
+        if ranks.first and (len(topology) > 1 or "SLURM_STEP_ID" in os.environ):
+            print("\n".join(topology), flush=True)
+        inputs = ranks.agreed(lambda: open_inputs(recipe, ranks.size, ranks.rank, ranks.gather))
+        with RunLock(folder) as lock, Heartbeat(BEAT_S) as heartbeat:
+            stop.at_quit += [lock.release, watchdog.leave_nothing]
+            previous = ranks.agreed(lambda: lock.acquire() if ranks.first else None)
+            if ranks.first:
+                heartbeat.actions.append(lambda: lock.beat(sections.step))
+            hosts = ranks.agreed(lambda: watchdog.meet(ranks, folder))
+            yield RunContext(inputs, ranks, folder, stop, ends_at, sections, heartbeat, previous, topology, hosts)
+
+
+def _ends_at() -> float:
+    """Unix time at which the job is ended, as the batch script tells; infinity where nobody does."""
+    text = os.environ.get(ENDS_AT)
+    try:
+        return float(text or "inf")
+    except ValueError:
+        raise RunError(f"{ENDS_AT}={text}: want the Unix time of the job's end, or nothing") from None

@@ -1,0 +1,134 @@
+"""What a run writes about itself: its folder's description, its metrics, its first line, its MLflow run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ...data.atomic import write_atomic
+from ...recipes import to_yaml
+from ...recipes.secrets import redact
+from ..distributed.process_group import Ranks
+from ..errors import RunError
+from ..io import write_json
+from ..models.kernel_selection import FILE as KERNELS_FILE
+from ..models.weights import full_shape
+from ..monitors.console import Console, log_to_file
+from ..monitors.goodput import AccountedMetrics
+from ..monitors.tracking import Mirror, start_mirror
+from ..optim.engine import Engine, deepspeed_config
+from ..optim.train_state import Progress
+from ..stages import Stage
+from ..versions import DISTRIBUTION, versions
+from .resume_point import ResumePoint, statistics_warning
+from .run_context import RunContext
+from .setting_changes import changes, describe, last_settings
+
+log = logging.getLogger(__name__)
+
+VERSIONS = (DISTRIBUTION, "torch", "deepspeed", "transformers", "triton", "webdataset", "mlflow", "numpy")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """settings: the recipe's, as checkpoints hold them. mirror: sends the metrics to MLflow, on rank 0 if at all."""
+
+    settings: dict[str, Any]
+    metrics: AccountedMetrics
+    console: Console
+    mirror: Mirror | None
+
+
+def open_record(run: RunContext, point: ResumePoint, engine: Engine, kernels: dict[str, dict[str, Any]]) -> RunRecord:
+    """Describe this attempt in the run folder and announce it. RunError on every rank where the folder cannot be
+    written. kernels: the record for `kernels.json`."""
+    ranks, recipe, progress, reader = run.ranks, run.recipe, point.progress, point.reader
+    # Every rank passes the same records; those of rank 0 are the run's.
+    metrics = AccountedMetrics(run.folder / "metrics.jsonl" if ranks.first else os.devnull)
+    begun = psutil.Process().create_time()
+    # Before the folder describes this attempt.
+    settings = json.loads(redact(recipe.model_dump_json()))
+    last = ranks.agreed(lambda: last_settings(run.folder))
+    # An attempt that was killed before its first save has left settings in the folder that nothing was trained with.
+    changed = changes(settings, reader.state["recipe"] if reader else last)
+
+    def open_folder() -> dict[str, float]:
+        try:
+            if ranks.first:
+                _describe(run, kernels)
+            log_to_file(run.folder / "logs", ranks.rank)
+            return metrics.go_on(progress.step, begun, run.previous_owner)
+        except OSError as error:  # a full disk is reported without a name
+            raise RunError.of_storage(error.filename or run.folder, error) from error
+
+    past = ranks.agreed(open_folder)
+    for operation, choice in kernels.items():
+        log.info("%s by %s: %s", operation, choice["provider"], choice["reason"])
+    console = Console(recipe.steps, progress.step, shown=ranks.first)
+    start = {"event": "start", "step": progress.step, "batch": progress.batch, "ranks": ranks.size}
+    startup = time.time() - begun
+    metrics.write({**start, "micro_batch": recipe.micro_batch, "startup_s": startup, **past})
+    if changed:
+        metrics.write({"event": "settings_changed", "step": progress.step, "changes": changed})
+    if ranks.first:
+        metrics.store()
+        run.heartbeat.actions.append(metrics.store)
+    console.say(_greeting(engine, run.folder, progress, run.inputs.stage, ranks))
+    if changed:
+        console.say(f"settings changed since {'the checkpoint' if reader else 'the last attempt'}: {describe(changed)}")
+    if reader and (warning := statistics_warning(engine.model, reader, recipe.micro_batch * ranks.size)):
+        console.say(warning)
+    tracked = ranks.first and recipe.tracking.enabled
+    mirror = ranks.agreed(lambda: start_mirror(run.folder, console.say) if tracked else None)
+    return RunRecord(settings, metrics, console, mirror)
+
+
+def _describe(run: RunContext, kernels: dict[str, Any]) -> None:
+    """Write what the run is: its recipe, DeepSpeed's configuration, its kernels, its data, and where it runs."""
+    folder, ranks, recipe, data = run.folder, run.ranks, run.recipe, run.inputs.dataset
+    dataset = {"shards": len(data.shards), "samples": len(data), "fingerprint": data.fingerprint}
+    folder.mkdir(parents=True, exist_ok=True)
+    # An attempt that dies here leaves a recipe.
+    write_atomic(folder / "recipe.yaml", redact(to_yaml(recipe)).encode())
+    write_json(folder / "ds_config.json", deepspeed_config(recipe, ranks.size))
+    write_json(folder / KERNELS_FILE, kernels)
+    write_json(folder / "environment.json", {**_environment(ranks), "dataset": dataset, "hosts": run.topology})
+
+
+def _environment(ranks: Ranks) -> dict[str, Any]:
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or "cpu"
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "ranks": ranks.size,
+        "device": device,
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or None,
+        "versions": versions(VERSIONS),
+    }
+
+
+def _greeting(engine: Engine, folder: Path, progress: Progress, stage: Stage, ranks: Ranks) -> str:
+    recipe = stage.recipe
+    trainable = sum(math.prod(full_shape(p)) for p in engine.trainable().values())
+    # By their files: not all of them are parameters of the model that the engine knows.
+    frozen = sum(math.prod(files.shape(name) or ()) for files, names in stage.frozen() for name in names)
+    begin = f"continues at step {progress.step}" if progress.step else "begins"
+    return (
+        f"{recipe.name} {begin} in {folder}: {trainable:,} trainable and {frozen:,} frozen parameters,"
+        f" {ranks.size} ranks x {recipe.micro_batch} x {recipe.accumulation(ranks.size)} = {recipe.global_batch}"
+        f" samples a step, {recipe.steps} steps, {recipe.precision} on {ranks.device.type}"
+    )
