@@ -1,69 +1,32 @@
-"""The step loop, top to bottom. It sequences; every concern lives in a file of its own."""
+"""The step loop, top to bottom. It sequences; every concern has a file of its own."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ...data import BadSamples, Batch
-from ...recipes import Recipe
-from ..checkpoint.manager import Saver
 from ..distributed.process_group import Ranks
-from ..distributed.stop_signals import StopSignals
-from ..monitors.console import Console
 from ..monitors.health import Health, skipped_event
 from ..monitors.meter import Meter
-from ..monitors.metrics import MetricsFile, finite
-from ..monitors.phase_timer import Sections
-from ..monitors.rank_stats import Spread
-from ..monitors.utilisation import Utilisation
-from ..optim.ema import Ema
-from ..optim.engine import Engine
+from ..monitors.metrics import finite
 from ..optim.lr_schedule import learning_rate
 from ..optim.train_state import Progress
-from ..stages import Stage
+from .components import TrainerComponents
 from .data_digest import SequenceDigest
 
 
-@dataclass
-class Parts:
-    """Everything the loop calls."""
-
-    recipe: Recipe
-    stage: Stage
-    ranks: Ranks
-    engine: Engine
-    ema: Ema | None
-    batches: Callable[[Progress], Iterator[Batch]]
-    """This rank's micro-batches from where the run stands to its end."""
-    normalizer: Callable[[int], float]
-    """Number of a global batch, from 0 -> what its backward passes divide the summed loss by."""
-    save: Callable[[Progress], None]
-    """Begins to save; `saver` says when, and when it is done."""
-    saver: Saver
-    recover: Callable[[Progress], None]
-    """Called after too many skipped steps in a row: goes back to a checkpoint, or raises Unhealthy."""
-    metrics: MetricsFile
-    console: Console
-    stop: StopSignals
-    sections: Sections
-    spread: Spread
-    utilisation: Utilisation
-    after_step: Callable[[Progress], None]
-    """Called at the end of every step, on every rank."""
-
-
-def run(parts: Parts, progress: Progress) -> bool:
+def run(parts: TrainerComponents, progress: Progress) -> bool:
     """Train from `progress` to the recipe's last step, updating it. Returns False when a signal ended it before.
 
     Raises Unhealthy when bad numbers do not end, DataError for unreadable data.
     """
-    recipe, ranks, engine, section = parts.recipe, parts.ranks, parts.engine, parts.sections
-    accumulation = recipe.accumulation(ranks.size)
+    recipe, section = parts.recipe, parts.sections
     health = Health(recipe.health, progress)
     bad_samples = BadSamples(recipe.data.max_bad_share)
     meter = Meter()
@@ -75,89 +38,138 @@ def run(parts: Parts, progress: Progress) -> bool:
                 parts.recover(progress)
                 batches = parts.batches(progress)
             continue
-        step = progress.step
-        normalizer = parts.normalizer(progress.batch)
-        loss_sum, sums = torch.zeros((), device=ranks.device), torch.zeros(parts.stage.sums, device=ranks.device)
-        keys: list[str] = []
-        names: list[str] = []
-        each: list[torch.Tensor] = []
-        replaced: list[tuple[str, str]] = []
-        for row in range(accumulation):
-            with section("data"):
-                batch = next(batches)
-            keys += batch.keys
-            names += batch.names
-            replaced += batch.replaced
-            with section("forward"):
-                losses = engine.forward(_on_device(batch, ranks) | {"normalizer": normalizer})
-            with section("backward"):
-                engine.backward(losses.loss)
-            loss_sum = loss_sum + losses.loss.detach()
-            sums = sums + losses.sums
-            each.append(losses.each)
-            if row + 1 < accumulation:
-                engine.after_pass()
-
-        # One exchange a step settles all that the ranks must agree on.
-        with section("exchange"):
-            *mine, norm = torch.cat((loss_sum[None], sums, engine.grad_norm()[None])).tolist()
-            mine += [norm**2, *SequenceDigest.fingerprint(names), len(replaced), parts.stop.asked() is not None]
-            loss_total, *totals, norm_squared, low, high, bad, stops = ranks.total(mine)
-        loss, grad_norm = loss_total / (ranks.size * accumulation), math.sqrt(norm_squared)
-        reason = health.judge(loss, grad_norm)
-        lr = learning_rate(recipe, step)
-        with section("optimizer"):
-            applied = engine.step(lr, skip=reason is not None)
-            if applied and parts.ema is not None:
-                parts.ema.update(engine.masters(), engine.model.statistics())
+        mine = _accumulate(parts, progress, batches)
+        total = _exchange(parts, mine)
+        reason = health.judge(total.loss, total.grad_norm)
+        lr = learning_rate(recipe, progress.step)
+        applied = _update(parts, lr, skip=reason is not None)
         if not applied and reason is None:  # DeepSpeed adds the squares of the ranks in fp32
-            reason, grad_norm = "gradient norm is beyond fp32", math.inf
+            reason, total = "gradient norm is beyond fp32", total._replace(grad_norm=math.inf)
 
         progress.step += 1
         progress.batch += 1
         section.step_done(progress.step)
         progress.samples += recipe.global_batch
-        progress.digest = SequenceDigest(progress.digest).advance(low, high)
-        health.record(not applied, loss, grad_norm)
+        progress.digest = SequenceDigest(progress.digest).advance(*total.names)
+        health.record(not applied, total.loss, total.grad_norm)
         if reason is not None:
-            shares = ranks.gather((keys, torch.cat(each).tolist(), float(loss_sum)))
-            parts.metrics.write(skipped_event(progress, reason, loss, grad_norm, shares))
-            parts.console.say(f"step {progress.step:>6}  skipped: {reason}")
-        if bad:
-            replaced = [pair for part in ranks.gather(replaced) for pair in part]
-            parts.metrics.write({"event": "replaced", "step": progress.step, "samples": replaced})
-        bad_samples.add(replaced if bad else [], recipe.global_batch)
-        meter.count(recipe.global_batch, parts.stage.tokens(totals))
+            _report_skip(parts, progress, reason, mine, total)
+        bad_samples.add(_report_replaced(parts, progress, mine) if total.replaced else [], recipe.global_batch)
+        meter.count(recipe.global_batch, parts.stage.tokens(total.sums))
 
         last = progress.step == recipe.steps
         if last or progress.step % recipe.log_every == 0:
-            times = section.take()
-            rates = meter.rates(times)
-            record = {
-                "step": progress.step,
-                "batch": progress.batch,
-                "samples": progress.samples,
-                "loss": finite(loss),
-                **{name: finite(value) for name, value in parts.stage.report(totals).items()},
-                "grad_norm": finite(grad_norm),
-                "lr": lr,
-                **rates,
-                **parts.utilisation.rates(rates["samples_per_s"], rates["tokens_per_s"], rates["step_s"]),
-                **parts.spread.look(progress.step, times),
-                "skipped_steps": progress.skipped_steps,
-                "digest": progress.digest,
-            }
-            parts.metrics.write(record)
-            parts.console.metrics(record)
-        if last or stops or parts.saver.due(progress.step):
+            _log(parts, progress, total, lr, meter)
+        if last or total.stops or parts.saver.due(progress.step):
             with section("save"):
                 parts.save(progress)
-                if last or stops:
+                if last or total.stops:
                     parts.saver.finish()
         parts.after_step(progress)
-        if stops:
+        if total.stops:
             return last and not health.exhausted
     return True
+
+
+@dataclass
+class _Share:
+    """What one rank's micro-batches of a step add up to: loss [], sums [Stage.sums], and each sample's loss [B]."""
+
+    loss: Tensor
+    sums: Tensor
+    each: list[Tensor] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    replaced: list[tuple[str, str]] = field(default_factory=list)
+
+
+class _Total(NamedTuple):
+    """The step over all ranks. names: the samples' fingerprint; replaced, stops: how many samples, how many ranks."""
+
+    loss: float
+    grad_norm: float
+    sums: list[float]
+    names: tuple[float, float]
+    replaced: float
+    stops: float
+
+
+def _accumulate(parts: TrainerComponents, progress: Progress, batches: Iterator[Batch]) -> _Share:
+    """The forward and backward passes of a step."""
+    ranks, engine, section = parts.ranks, parts.engine, parts.sections
+    passes, normalizer = parts.recipe.accumulation(ranks.size), parts.normalizer(progress.batch)
+    mine = _Share(torch.zeros((), device=ranks.device), torch.zeros(parts.stage.sums, device=ranks.device))
+    for number in range(passes):
+        with section("data"):
+            batch = next(batches)
+        mine.keys += batch.keys
+        mine.names += batch.names
+        mine.replaced += batch.replaced
+        with section("forward"):
+            losses = engine.forward(_on_device(batch, ranks) | {"normalizer": normalizer})
+        with section("backward"):
+            engine.backward(losses.loss)
+        mine.loss = mine.loss + losses.loss.detach()
+        mine.sums = mine.sums + losses.sums
+        mine.each.append(losses.each)
+        if number + 1 < passes:
+            engine.after_pass()
+    return mine
+
+
+def _exchange(parts: TrainerComponents, mine: _Share) -> _Total:
+    """One exchange per step settles all that the ranks must agree on."""
+    ranks, engine = parts.ranks, parts.engine
+    with parts.sections("exchange"):
+        *values, norm = torch.cat((mine.loss[None], mine.sums, engine.grad_norm()[None])).tolist()
+        values += [norm**2, *SequenceDigest.fingerprint(mine.names), len(mine.replaced), parts.stop.asked() is not None]
+        loss, *sums, norm_squared, low, high, replaced, stops = ranks.total(values)
+    passes = ranks.size * parts.recipe.accumulation(ranks.size)
+    return _Total(loss / passes, math.sqrt(norm_squared), sums, (low, high), replaced, stops)
+
+
+def _update(parts: TrainerComponents, lr: float, skip: bool) -> bool:
+    """Update weights and average; returns whether that was done."""
+    with parts.sections("optimizer"):
+        applied = parts.engine.step(lr, skip)
+        if applied and parts.ema is not None:
+            parts.ema.update(parts.engine.masters(), parts.engine.model.statistics())
+    return applied
+
+
+def _report_skip(parts: TrainerComponents, progress: Progress, reason: str, mine: _Share, total: _Total) -> None:
+    shares = parts.ranks.gather((mine.keys, torch.cat(mine.each).tolist(), float(mine.loss)))
+    parts.metrics.write(skipped_event(progress, reason, total.loss, total.grad_norm, shares))
+    parts.console.say(f"step {progress.step:>6}  skipped: {reason}")
+
+
+def _report_replaced(parts: TrainerComponents, progress: Progress, mine: _Share) -> list[tuple[str, str]]:
+    """The samples that could not be read on any rank, and what took their places."""
+    replaced = [pair for share in parts.ranks.gather(mine.replaced) for pair in share]
+    parts.metrics.write({"event": "replaced", "step": progress.step, "samples": replaced})
+    return replaced
+
+
+def _log(parts: TrainerComponents, progress: Progress, total: _Total, lr: float, meter: Meter) -> None:
+    """The metric line of a step. For all ranks."""
+    times = parts.sections.take()
+    rates = meter.rates(times)
+    record = {
+        "step": progress.step,
+        "batch": progress.batch,
+        "samples": progress.samples,
+        "loss": finite(total.loss),
+        **{name: finite(value) for name, value in parts.stage.report(total.sums).items()},
+        "grad_norm": finite(total.grad_norm),
+        "lr": lr,
+        **rates,
+        **parts.utilisation.rates(rates["samples_per_s"], rates["tokens_per_s"], rates["step_s"]),
+        **parts.spread.look(progress.step, times),
+        "skipped_steps": progress.skipped_steps,
+        "digest": progress.digest,
+    }
+    parts.metrics.write(record)
+    parts.console.metrics(record)
 
 
 def _on_device(batch: Batch, ranks: Ranks) -> dict[str, Any]:
