@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length", 0))
         sent = self.rfile.read(length) if length else b""
         if fault == "slow":
-            time.sleep(0.3)
+            time.sleep(0.1)
         elif fault and fault[:3].isdigit():
             status, _, code = fault.partition(" ")
             body = f"<Error><Code>{code}</Code><Message>m</Message></Error>" if code else "<html>no</html>"
