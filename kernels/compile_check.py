@@ -259,7 +259,10 @@ def main() -> int:
                 made = build(case, arch)
             except Exception as error:  # whatever the compiler raises: the others are still looked at
                 refused += 1
-                print(f"{label}  REFUSED: does not compile: {str(error).splitlines()[0]}", flush=True)
+                print(
+                    f"{label}  REFUSED: does not compile: {(str(error) or type(error).__name__).splitlines()[0]}",
+                    flush=True,
+                )
                 continue
             verdict = "; ".join(made.problems)
             refused += bool(verdict)

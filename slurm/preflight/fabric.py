@@ -131,7 +131,7 @@ def measure(wire: Wire, store: Store, rank: int, nodes: dict[str, list[int]], ro
         out.done = True
     except Exception as error:
         # A process group's errors are pages long.
-        out.trouble = f"{out.stage}: {str(error).strip().splitlines()[0][:200]}"
+        out.trouble = f"{out.stage}: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"
 
 
 def _measure(wire: Wire, store: Store, rank: int, nodes: dict[str, list[int]], rounds: int, out: Outcome) -> None:

@@ -106,7 +106,7 @@ class _Session:
             try:
                 boards.append(Board(self.place, patience))
             except (RuntimeError, OSError) as error:
-                trouble[0] = str(error).strip().splitlines()[0][:200]
+                trouble[0] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
         # A foreign program on that port may take the connection and say nothing: the store's own bound is none then.
         within(patience + 1, connect)

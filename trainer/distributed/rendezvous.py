@@ -120,7 +120,7 @@ def require_agent(rank: int) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _missing(store: Store, size: int, wait_s: float) -> tuple[str, str | None]:

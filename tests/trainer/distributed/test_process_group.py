@@ -181,6 +181,11 @@ def test_a_start_without_one_of_its_ranks_ends_as_a_hang(shards: Path, tmp_path:
     assert "error" not in ended[1].err and not (tmp_path / "tiny-mllm").exists()
 
 
+@pytest.mark.parametrize(("text", "line"), [("", "TimeoutError"), (" \n", "TimeoutError"), ("a\nb", "a")])
+def test_an_error_without_a_message_is_named_by_its_type(text: str, line: str) -> None:
+    assert rendezvous._first_line(TimeoutError(text)) == line
+
+
 def test_who_is_missing() -> None:
     nodes = ["a", "b", "c", "d"]
     hosts = {rank: nodes[rank // 4] for rank in range(16)}
