@@ -1,4 +1,4 @@
-"""Writes the table of docs/own-images.md: `python docs/make_own_images.py`. A test says when to run it again."""
+"""Writes the table of docs/own-images.md: `python docs/make_own_images.py`. A test fails when it is out of date."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALL = "tiny-mllm", "tiny-controlnet"
 
 
 def table() -> str:
-    """A row a recipe and number of GPUs, as `bifrost plan --json` has the figures."""
+    """A row per recipe and number of GPUs, with the figures of `bifrost plan --json`."""
     small = " and ".join(f"{_samples(name):,}" for name in SMALL)
     rows = [
         "| recipe | H100 GPUs | GB of each | hours | images | frozen weights | checkpoints |\n",
@@ -42,13 +42,13 @@ def table() -> str:
 
 
 def _samples(name: str) -> int:
-    """That a whole run trains on."""
+    """Samples of a whole run."""
     recipe = load_recipe(name)
     return recipe.steps * recipe.global_batch
 
 
 def page(text: str) -> str:
-    """`text` with the table between its marks written anew."""
+    """`text` with the table between its marks replaced."""
     begin, end = "<!-- requirements -->\n", "<!-- end of requirements -->"
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
