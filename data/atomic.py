@@ -12,11 +12,14 @@ def temporary_name(path: str | os.PathLike) -> str:
     return f"{os.fspath(path)}.tmp-{platform.node()}-{os.getpid()}"
 
 
-def write_atomic(path: str | os.PathLike, data: bytes) -> None:
-    """Write a local file so that a reader, or a crash, sees the old one or the whole new one."""
+def write_atomic(path: str | os.PathLike, data: bytes, mode: int | None = None) -> None:
+    """Write a local file so that a reader, or a crash, sees the old one or the whole new one. mode: its permissions, by
+    default the process's usual ones."""
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             file.write(data)
         commit(temporary, path)
     finally:

@@ -1,8 +1,8 @@
 """Which sample stands at which position of training, as a pure function of (seed, epoch, position).
 
 Positions run on for ever: position p lies in epoch p // n. In every epoch the shards are permuted, cut into groups of
-`block`, and the samples of one group are shuffled together; so every sample comes once an epoch, and reading stays
-within `block` shards at a time. Nothing depends on ranks or workers, so a resume is an integer.
+`shuffle_window`, and the samples of one group are shuffled together; so every sample is read once per epoch, from at
+most `shuffle_window` shards at a time. Nothing depends on ranks or workers, so a resume is an integer.
 """
 
 from __future__ import annotations
@@ -41,16 +41,18 @@ class _Epoch(NamedTuple):
 class Plan:
     """The order of all samples of a data set.
 
-    samples_per_shard: sample counts, [S]. seed: any int in 0 .. 2**64 - 1. block: shards shuffled together.
+    samples_per_shard: sample counts, [S]. seed: any int in 0 .. 2**64 - 1. shuffle_window: shards shuffled together.
     Costs O(S) an epoch and O(samples of the group) a group; no epoch-long permutation is ever held.
     """
 
-    def __init__(self, samples_per_shard: Sequence[int] | np.ndarray, seed: int, block: int = 16) -> None:
+    def __init__(self, samples_per_shard: Sequence[int] | np.ndarray, seed: int, shuffle_window: int = 16) -> None:
         self.samples_per_shard = np.asarray(samples_per_shard, dtype=np.int64)
         self.seed = seed
-        self.block = block
-        if block < 1:
-            raise DataError(f"block is {block}; it counts the shards shuffled together, so set it to 1 or more")
+        self.shuffle_window = shuffle_window
+        if shuffle_window < 1:
+            raise DataError(
+                f"shuffle_window is {shuffle_window}; it counts the shards shuffled together, so set it to 1 or more"
+            )
         if not 0 <= seed < 1 << 64:
             raise DataError(f"seed is {seed}; set it between 0 and 2**64 - 1")
         self.samples = int(self.samples_per_shard.sum())
@@ -87,7 +89,7 @@ class Plan:
         if epoch not in self._epochs:
             shards = _permutation(len(self.samples_per_shard), self.seed, epoch, stream=0)
             starts = np.concatenate([[0], np.cumsum(self.samples_per_shard[shards])])
-            groups = np.append(starts[:-1][:: self.block], starts[-1])
+            groups = np.append(starts[:-1][:: self.shuffle_window], starts[-1])
             _remember(self._epochs, epoch, _Epoch(shards, starts, groups), 2)
         return self._epochs[epoch]
 

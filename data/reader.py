@@ -108,7 +108,7 @@ class Loader:
         if not np.array_equal(plan.samples_per_shard, dataset.samples_per_shard):
             raise DataError("the plan was made for other shards; make it from dataset.samples_per_shard")
         # A group and the next, or every read opens a shard.
-        dataset.opened.max_open = max(dataset.opened.max_open, 2 * plan.block)
+        dataset.opened.max_open = max(dataset.opened.max_open, 2 * plan.shuffle_window)
         sizes = (image_size,) if isinstance(image_size, int) else tuple(image_size)
         accumulation = len(rank_positions(0, rank, ranks, global_batch, micro_batch))
         self.rank = rank
@@ -316,15 +316,15 @@ class _MicroBatches(TorchDataset):
 class BadSamples:
     """Counts samples that had to be replaced, and stops the run when they are too many.
 
-    max_bad_share: largest share of replaced samples; judged once `judged_after` samples were seen, since one bad
+    max_bad_fraction: largest share of replaced samples; judged once `judged_after` samples were seen, since one bad
     sample among the first ten says little.
     """
 
     judged_after = 100
     listed = 10
 
-    def __init__(self, max_bad_share: float) -> None:
-        self.max_bad_share = max_bad_share
+    def __init__(self, max_bad_fraction: float) -> None:
+        self.max_bad_fraction = max_bad_fraction
         self.bad = 0
         self.seen = 0
         self._first: list[tuple[str, str]] = []
@@ -334,10 +334,10 @@ class BadSamples:
         self.bad += len(replaced)
         self.seen += seen
         self._first += replaced[: self.listed - len(self._first)]
-        if self.seen >= self.judged_after and self.bad > self.max_bad_share * self.seen:
+        if self.seen >= self.judged_after and self.bad > self.max_bad_fraction * self.seen:
             names = ", ".join(f"{key} ({reason})" for key, reason in self._first)
             more = f" and {self.bad - len(self._first)} more" if self.bad > len(self._first) else ""
             raise DataError(
-                f"{self.bad} of {self.seen} samples were unreadable, above data.max_bad_share {self.max_bad_share}:"
-                f" {names}{more}; run `bifrost data verify`, or raise the share"
+                f"{self.bad} of {self.seen} samples were unreadable, above data.max_bad_fraction"
+                f" {self.max_bad_fraction}: {names}{more}; run `bifrost data verify`, or raise the share"
             )

@@ -1,6 +1,7 @@
 """Recipes: the typed description of a run, its loader, and one YAML file a published run."""
 
 from .load import FOLDER, RecipeError, apply_overrides, explain, load_recipe, read_yaml, shipped_recipes, to_yaml
+from .renames import with_new_names
 from .schema import Recipe, Section
 from .template import template
 
@@ -16,4 +17,5 @@ __all__ = [
     "shipped_recipes",
     "template",
     "to_yaml",
+    "with_new_names",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from .renames import new_name, with_new_names
 from .schema import Recipe
 from .secrets import redact
 
@@ -70,13 +71,18 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | Path, overrides: Sequence[str] = (), stored: bool = False) -> Recipe:
     """The recipe in `source`, a YAML file or a shipped recipe's name, with `key.path=value` overrides applied.
+
+    stored: the file was written by a run, perhaps of an earlier version, so settings that were renamed since are read
+    under their new names; elsewhere they are refused.
 
     `extends: NAME` or `extends: FILE`, seen from its folder, names a recipe whose settings hold where it has none.
     """
     path = find_recipe(source)
     tree = _read(path)
+    if stored:
+        tree = with_new_names(tree)
     try:
         return Recipe.model_validate(apply_overrides(tree, overrides))
     except ValidationError as error:
@@ -204,6 +210,8 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
     path = [str(part) for part in problem["loc"]]
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
+        if renamed := new_name(key, model):
+            return f"{key} is now {renamed}; write that instead"
         section = _section(path[:-1], model)
         names = list(section.model_fields) if section else []
         near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)

@@ -111,7 +111,7 @@ class Placement(Section):
     """FLUX's VAE."""
     text: Literal["sharded", "replicated", "offloaded", "cached"] = "sharded"
     """FLUX's text encoders, T5 and CLIP; cached, T5's states are megabytes a sample."""
-    tower: Literal["sharded", "replicated", "offloaded"] = "sharded"
+    vision_encoder: Literal["sharded", "replicated", "offloaded"] = "sharded"
     """The MLLM's vision tower."""
 
 
@@ -148,9 +148,9 @@ class Data(Section):
     """Loader processes a rank; 0 reads in the training process."""
     prefetch: int = Field(default=2, ge=1)
     """Micro-batches each worker prepares ahead."""
-    block: int = Field(default=16, ge=1)
+    shuffle_window: int = Field(default=16, ge=1)
     """Shards that are shuffled together and so open at a time."""
-    max_bad_share: float = Field(default=0.01, ge=0, le=1)
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Largest share of unreadable samples before the run stops with their list."""
 
 
@@ -195,7 +195,7 @@ class Zero(Section):
     hpz: int | None = Field(default=None, ge=2)
     """Ranks of a node, for ZeRO++ hpZ: all that is cut is cut a second time within each node, and only the first gather
     after an update leaves the node."""
-    overlap: bool = False
+    overlap_comm: bool = False
     """Reduce gradients beside the backward pass, on a GPU stream of their own."""
     quantized_weights: bool = False
     """Send weights in 8 bits (ZeRO++ qwZ): half the bytes, weights rounded; on GPUs where DeepSpeed's kernels build."""
@@ -204,7 +204,7 @@ class Zero(Section):
 
 
 class Kernels(Section):
-    provider: Literal["auto", "reference", "in-place", "triton", "triton-tma", "triton-ws"] = "auto"
+    head_backend: Literal["auto", "reference", "in-place", "triton", "triton-tma", "triton-ws"] = "auto"
     """What computes head and loss: plain PyTorch, a library GEMM with one fused pass, or one fused kernel; see
     docs/kernels.md. `auto` measures at start-up on a GPU. All but `reference` also fuse mask mix and final norm."""
     attention: Literal["auto", "varlen", "flash-attn-4", "flash-attn-3", "flash-attn-2", "sdpa", "reference"] = "auto"
@@ -231,9 +231,9 @@ class Checkpoint(Section):
     """Saves in a row that the storage may refuse before the run stops; until then training goes on."""
 
 
-class Samples(Section):
+class Previews(Section):
     every: int | None = Field(default=None, ge=1)
-    """Steps between pictures of a fixed set, written to `samples/` in the run folder; null makes none."""
+    """Steps between pictures of a fixed set, written to `previews/` in the run folder; null makes none."""
     count: int = Field(default=4, ge=1)
     """Pictures: of the first samples of the data."""
     controlnet: OptionalPlace = None
@@ -257,11 +257,11 @@ class Watchdog(Section):
     """Bounds on the time from one step's end to the next. A run that exceeds one is ended with all ranks' stacks and
     exit code 76."""
 
-    step_s: float | None = Field(default=None, gt=0)
+    step_timeout_s: float | None = Field(default=None, gt=0)
     """Seconds for an ordinary step; null takes 20 usual ones and at least 100 s, once five steps have been timed."""
-    start_s: float = Field(default=1500.0, gt=0)
+    startup_timeout_s: float = Field(default=1500.0, gt=0)
     """Seconds for the start, up to the end of its first step; all ranks have to come within a fifth of it."""
-    save_s: float = Field(default=1500.0, gt=0)
+    save_timeout_s: float = Field(default=1500.0, gt=0)
     """Seconds for a step with work beside it: a save, pictures, a roll-back."""
 
 
@@ -309,7 +309,7 @@ class Recipe(Section):
     zero: Zero = Zero()
     kernels: Kernels = Kernels()
     checkpoint: Checkpoint = Checkpoint()
-    samples: Samples = Samples()
+    previews: Previews = Previews()
     health: Health = Health()
     watchdog: Watchdog = Watchdog()
     tracking: Tracking = Tracking()
@@ -325,9 +325,11 @@ class Recipe(Section):
         if self.stage == "controlnet" and self.flux is None:
             raise ValueError("stage controlnet needs flux.path, such as flux.path=black-forest-labs/FLUX.1-dev")
         if self.stage == "controlnet" and self.backbone.placement != "sharded":
-            raise ValueError("backbone.placement is stage 1's; in stage controlnet set flux.placement.tower")
-        if self.stage == "patch-latents" and self.samples.every and not self.samples.controlnet:
-            raise ValueError("samples.every in stage patch-latents needs samples.controlnet, which paints the latents")
+            raise ValueError("backbone.placement is stage 1's; in stage controlnet set flux.placement.vision_encoder")
+        if self.stage == "patch-latents" and self.previews.every and not self.previews.controlnet:
+            raise ValueError(
+                "previews.every in stage patch-latents needs previews.controlnet, which paints the latents"
+            )
         return self
 
     def accumulation(self, ranks: int) -> int:

@@ -108,7 +108,7 @@ def resume(run: Run) -> None:
     from .site import load_site
 
     old, site = load_job(run), load_site()
-    settings = load_recipe(run / RECIPE)
+    settings = load_recipe(run / RECIPE, stored=True)
     os.chdir(old.folder)
     asked = old.model_dump(include={"nodes", "gpus_per_node", "partition", "account", "time", "exclude", "array"})
     tasks = None if old.gpus_per_node else old.tasks_per_node

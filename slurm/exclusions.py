@@ -30,29 +30,29 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 class Memory(Protocol):
     """What a site says about repeat offenders."""
 
-    offenders: str | None
+    bad_node_file: str | None
     """File that all runs share; null where the site keeps none."""
-    offences: int
+    bad_node_threshold: int
     """Runs start without a node that was found bad this many times."""
 
 
 def excluded(run_folder: Path | None, site: Memory | None) -> list[str]:
-    """Nodes that the run found bad, and those that the site's runs found bad `site.offences` times, in order.
+    """Nodes that the run found bad, and those that the site's runs found bad `site.bad_node_threshold` times, in order.
 
     Raises SlurmError naming a file that is not of this form, OSError when it cannot be read.
     """
     names = set(read_exclusions(run_folder / EXCLUDED)) if run_folder else set()
-    if site and site.offenders:
-        book = read_exclusions(Path(site.offenders).expanduser())
-        names |= {node for node, entry in book.items() if entry["times"] >= site.offences}
+    if site and site.bad_node_file:
+        book = read_exclusions(Path(site.bad_node_file).expanduser())
+        names |= {node for node, entry in book.items() if entry["times"] >= site.bad_node_threshold}
     return sorted(names)
 
 
 def exclude(bad: Mapping[str, str], run_folder: Path | None, site: Memory | None) -> None:
     """Add nodes with their reasons to the run's file and to the site's; raises OSError or SlurmError."""
     files = [run_folder / EXCLUDED] if run_folder else []
-    if site and site.offenders:
-        files.append(Path(site.offenders).expanduser())
+    if site and site.bad_node_file:
+        files.append(Path(site.bad_node_file).expanduser())
     for file in files:
         with _alone(file):
             book = read_exclusions(file)

@@ -1,7 +1,7 @@
 """What a run folder tells the batch script: its starts, how the last one ended, and where it stands.
 
-`slurm/starts.jsonl` has one object a start and one a decision; `slurm/outcome.json` is what the first rank to fail on
-purpose left; `stopped.json` says why a run is not started again.
+`slurm/attempts.jsonl` has one object per attempt and one per decision; `slurm/exit_record.json` is what the first rank
+to fail on purpose left; `stopped.json` says why a run is not started again.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any
 
 from .io import read_json, write_json
 
-STARTS = "slurm/starts.jsonl"
-OUTCOME = "slurm/outcome.json"
+STARTS = "slurm/attempts.jsonl"
+OUTCOME = "slurm/exit_record.json"
 STOPPED = "stopped.json"
+OLD_STARTS, OLD_OUTCOME = "slurm/starts.jsonl", "slurm/outcome.json"
+"""What these two were called, and `attempt` was `start` in them: a run may have begun so, or its ranks may have."""
 GRACE_S, LEAST_GRACE_S = 120, 60
 """Before a step and a save were timed; and what Slurm's timer, which may fire a minute early, makes sense of."""
 
@@ -43,16 +45,16 @@ def record_outcome(code: int, reason: str, host: str | None = None) -> None:
         return
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
     with os.fdopen(file, "w") as out:
-        json.dump({"start": this_start(), "rank": rank, "code": code, "reason": reason, "host": host}, out)
+        json.dump({"attempt": this_start(), "rank": rank, "code": code, "reason": reason, "host": host}, out)
 
 
 def read_outcome(run: Path) -> dict[str, Any] | None:
     """What a rank of this start left."""
     try:
-        found = read_json(run / OUTCOME)
+        found = read_json(run / OUTCOME) or read_json(run / OLD_OUTCOME)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.get("start") == this_start() else None
+    return found if isinstance(found, dict) and _attempt(found) == this_start() else None
 
 
 def newest_step(run: Path) -> int:
@@ -64,17 +66,22 @@ def newest_step(run: Path) -> int:
 def append(run: Path, record: Mapping[str, Any]) -> None:
     """Add a line to the run's starts."""
     with open(run / STARTS, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": time.time(), "start": this_start(), **record}) + "\n")
+        file.write(json.dumps({"time": time.time(), "attempt": this_start(), **record}) + "\n")
 
 
 def starts(run: Path, since: float = 0.0) -> list[dict[str, Any]]:
     """Starts of the run from that Unix time on, oldest first: step, nodes, and code, decision and reason of those that
     ended by themselves."""
     found: dict[str, dict[str, Any]] = {}
-    for record in _lines(run / STARTS):
+    for record in [*_lines(run / OLD_STARTS), *_lines(run / STARTS)]:
         if record.get("time", 0.0) >= since:
-            found.setdefault(record.get("start", ""), {}).update(record)
+            attempt = _attempt(record)
+            found.setdefault(attempt, {}).update(record | {"attempt": attempt})
     return list(found.values())
+
+
+def _attempt(record: Mapping[str, Any]) -> str:
+    return record.get("attempt", record.get("start", ""))
 
 
 def fruitless(history: Iterable[Mapping[str, Any]], step: int) -> int:
@@ -89,7 +96,7 @@ def fruitless(history: Iterable[Mapping[str, Any]], step: int) -> int:
 
 def write_stopped(run: Path, code: int, reason: str) -> None:
     """Say why the run is not started again."""
-    write_json(run / STOPPED, {"time": time.time(), "start": this_start(), "code": code, "reason": reason})
+    write_json(run / STOPPED, {"time": time.time(), "attempt": this_start(), "code": code, "reason": reason})
 
 
 def grace(run: Path) -> int:

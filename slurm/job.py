@@ -6,7 +6,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from ..recipes import Recipe
+from ..data.atomic import write_atomic
+from ..recipes import Recipe, to_yaml
+from ..recipes.secrets import redact
 from .errors import SlurmError
 from .io import read_json, write_json
 
@@ -68,6 +70,13 @@ def load_job(run: Path) -> Job:
         if isinstance(error, SlurmError):
             raise
         raise SlurmError(f"{run / FILE}: not a job's description; submit the run again") from error
+
+
+def write_recipe(run: Path, recipe: Recipe) -> None:
+    """Write the recipe that the job trains into the run folder; readable by its user alone where it holds what is
+    secret, which the job needs."""
+    settings = to_yaml(recipe)
+    write_atomic(run / RECIPE, settings.encode(), 0o644 if redact(settings) == settings else 0o600)
 
 
 def parse_nodes(text: str) -> tuple[int, int]:

@@ -9,13 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..recipes import Recipe, to_yaml
-from ..recipes.secrets import redact
+from ..recipes import Recipe
 from . import commands, exit_record
 from .errors import SlurmError
 from .exclusions import read_exclusions
 from .io import write_json
-from .job import LOG, RECIPE, SCRIPT, Job, load_job, seconds, usable_nodes
+from .job import LOG, SCRIPT, Job, load_job, seconds, usable_nodes, write_recipe
 from .pending import explained
 from .rank_env import UNBIND
 from .script import render
@@ -80,10 +79,7 @@ def submit(job: Job, recipe: Recipe, site: Site) -> str:
     script = render(job, site)
     commands.check_request(script, job.partition or site.partition, job.nodes[0])
     (job.path / "slurm").mkdir(parents=True, exist_ok=True)
-    settings = to_yaml(recipe)
-    (job.path / RECIPE).touch()
-    (job.path / RECIPE).chmod(0o644 if redact(settings) == settings else 0o600)  # the job needs what is secret in it
-    (job.path / RECIPE).write_text(settings, encoding="utf-8")
+    write_recipe(job.path, recipe)
     write_json(job.path / COPY, site.model_dump(mode="json"))
     (job.path / SCRIPT).write_text(script, encoding="utf-8")
     (job.path / exit_record.STOPPED).unlink(missing_ok=True)
@@ -135,7 +131,7 @@ def status(run: Path) -> list[tuple[str, str]]:
         when = time.strftime("%m-%d %H:%M", time.localtime(start["time"]))
         ended = f"; {start['decision']}: {start['reason']}" if "decision" in start else ""
         lines.append(
-            (f"start {start['start']}", f"{when}, {start.get('nodes')} nodes from step {start.get('step')}{ended}")
+            (f"start {start['attempt']}", f"{when}, {start.get('nodes')} nodes from step {start.get('step')}{ended}")
         )
     if last := exit_record.last_metrics(run):
         steps = f"{last['step']}, newest checkpoint {exit_record.newest_step(run)}, loss {_rounded(last.get('loss'))}"

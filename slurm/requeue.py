@@ -7,12 +7,12 @@ import signal
 import sys
 from pathlib import Path
 
-from ..recipes import RecipeError, load_recipe
+from ..recipes import RecipeError, load_recipe, to_yaml
 from . import commands, exit_record
 from .errors import SlurmError
 from .exclusions import exclude, excluded
 from .exit_codes import BAD_NODE, DONE, FAILED, HUNG, LOCKED, LOST, STOPPED, USAGE
-from .job import RECIPE, SCRIPT, Job, load_job, usable_nodes
+from .job import RECIPE, SCRIPT, Job, load_job, usable_nodes, write_recipe
 from .rank_env import expand_hosts
 from .site import load_site
 
@@ -20,8 +20,10 @@ FRUITLESS_STARTS = 3
 """Starts without a new checkpoint after which a run is no longer started again."""
 HUNG_STARTS = 2
 """Hung starts after which the node that they name is left out."""
-UNABLE = "slurm/unable"
+UNABLE = "slurm/batch_step_failures"
 """The batch script's note that these steps could not run on its host, a line a start."""
+OLD_UNABLE = "slurm/unable"
+"""The same, of a job that an earlier version submitted."""
 REASONS = {
     FAILED: "exit code 1 of unknown cause",
     USAGE: "exit code 2, a setting to mend",
@@ -44,15 +46,19 @@ def before(run: Path) -> tuple[int, float | None]:
     except (RecipeError, SlurmError) as error:
         exit_record.write_stopped(run, USAGE, str(error))
         raise
-    for sign in (UNABLE, exit_record.STOPPED):
+    for sign in (UNABLE, OLD_UNABLE, exit_record.STOPPED):
         (run / sign).unlink(missing_ok=True)
     return nodes, _ends_at()
 
 
 def _begin(run: Path) -> int:
     job = load_job(run)
-    recipe = load_recipe(run / RECIPE)
-    (run / exit_record.OUTCOME).unlink(missing_ok=True)
+    recipe = load_recipe(run / RECIPE, stored=True)
+    if to_yaml(recipe) != (run / RECIPE).read_text(encoding="utf-8"):
+        write_recipe(run, recipe)  # submitted by an earlier version: the ranks read it next, and refuse names of that
+        print(f"bifrost: {run / RECIPE}: rewritten for this version", file=sys.stderr, flush=True)
+    for name in (exit_record.OUTCOME, exit_record.OLD_OUTCOME):
+        (run / name).unlink(missing_ok=True)
     step = exit_record.newest_step(run)
     # A lost node or a preemption has the job started by Slurm itself: then nobody has counted before.
     if exit_record.fruitless(exit_record.starts(run, job.submitted), step) >= FRUITLESS_STARTS:

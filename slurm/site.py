@@ -8,7 +8,8 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from ..recipes import Section, explain, read_yaml
+from ..recipes import Section, explain, read_yaml, with_new_names
+from ..recipes.renames import SITE
 from .errors import SlurmError
 
 COPY = "slurm/site.json"
@@ -65,12 +66,12 @@ class Site(Section):
     """Preflight's thresholds that differ from those of docs/preflight.md, such as `free_gib: 100`."""
     requeue: bool = True
     """Jobs may be requeued; where not, a stopped run goes on as a new job that depends on the old one."""
-    offenders: str | None = None
+    bad_node_file: str | None = None
     """File on shared storage where all runs remember nodes found bad; null keeps none."""
-    offences: int = Field(default=2, ge=1)
+    bad_node_threshold: int = Field(default=2, ge=1)
     """Runs start without a node that was found bad this many times."""
 
-    @field_validator("offenders")
+    @field_validator("bad_node_file")
     @classmethod
     def _of_whoever_submits(cls, file: str | None) -> str | None:
         return str(Path(file).expanduser()) if file else None
@@ -95,9 +96,8 @@ def site_file() -> Path:
 def load_site(run: Path | None = None) -> Site:
     """The settings with which `run` was submitted, else the site file's; the defaults where there is none. SlurmError
     for a file that cannot be used."""
-    path = site_file()
-    if run and (run / COPY).exists():
-        path = run / COPY
+    stored = run is not None and (run / COPY).exists()
+    path = run / COPY if run and stored else site_file()
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -107,6 +107,7 @@ def load_site(run: Path | None = None) -> Site:
     except ValueError as error:
         raise SlurmError(f"{path}: not valid YAML: {error}") from error
     try:
-        return Site.model_validate(tree or {})
+        tree = tree or {}
+        return Site.model_validate(with_new_names(tree, SITE) if stored else tree)
     except ValidationError as error:
         raise SlurmError(f"{path}: {explain(error, Site)}") from error

@@ -1,1 +1,1 @@
-"""Times of the kernels against their rivals and a floor of the same run: `python -m bifrost.kernels.bench`."""
+"""Times of the kernels against their baselines and a floor of the same run: `python -m bifrost.kernels.bench`."""

@@ -128,13 +128,13 @@ class Run:
         return right
 
     def give_up(self, where: str, candidate: Candidate, error: Exception) -> None:
-        """A rival may fail, and anyone may run out of memory; one of ours that fails otherwise fails the run."""
+        """A baseline may fail, and anyone may run out of memory; one of ours that fails otherwise fails the run."""
         if isinstance(error, torch.OutOfMemoryError):
             print(f"{where}: {candidate.provider} does not fit in the memory of this device", flush=True)
             return
         text = f"{where}: {candidate.provider} failed: {(str(error) or type(error).__name__).splitlines()[0]}"
         print(text, flush=True)
-        if not candidate.rival:
+        if not candidate.baseline:
             self.failed.append(text)
 
     def time(self, problem: Problem, candidate: Candidate, mode: Mode, floor: float, error: float, clocks: str) -> Row:
@@ -150,7 +150,7 @@ class Run:
         return Row(
             kernel=problem.kernel,
             provider=candidate.provider,
-            rival=candidate.rival,
+            baseline=candidate.baseline,
             mode=mode,
             shape=problem.shape,
             tokens=problem.tokens,

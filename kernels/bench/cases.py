@@ -67,7 +67,7 @@ class Candidate:
     """One way to compute the operation, on inputs of its own layout."""
 
     provider: str
-    rival: bool
+    baseline: bool
     """Not of bifrost.kernels."""
     call: Callable[[], Any]
     """Forward: the result, or a tuple whose first part is differentiated."""
@@ -155,7 +155,7 @@ def _memory_bound(
     passes: dict[Mode, Work],
     config: str,
 ) -> Problem:
-    """operation(*leaves, provider): plain PyTorch as the rival, compiled, and the Triton kernel. Floors are copies."""
+    """operation(*leaves, provider): plain PyTorch as baseline, compiled, and the Triton kernel. Floors: copies."""
     candidates, skipped = [], {}
 
     def plain(*inputs: Tensor) -> Tensor:

@@ -47,8 +47,8 @@ def latent_loss_problem(shape: Shape, tokens: int, dtype: torch.dtype, device: t
     token_weight, one = torch.ones(tokens, device=device), torch.ones((), device=device)
     candidates, skipped = [], {}
 
-    def add(provider: str, rival: bool, call: Callable[[], Any], config: str = "") -> None:
-        candidates.append(Candidate(provider, rival, call, leaves, one, config=config))
+    def add(provider: str, baseline: bool, call: Callable[[], Any], config: str = "") -> None:
+        candidates.append(Candidate(provider, baseline, call, leaves, one, config=config))
 
     if wanted("eager"):
         add("eager", True, lambda: eager_loss(*leaves, target))

@@ -41,7 +41,7 @@ def _by_tokens(figure_class: Any, rows: list[Row], kernel: str, where: str) -> A
         for provider in dict.fromkeys(row.provider for row in some):
             points = sorted((row.tokens, row) for row in some if row.provider == provider)
             x = [tokens for tokens, _ in points]
-            style = {"marker": "o", "linestyle": "--" if points[0][1].rival else "-", "label": provider}
+            style = {"marker": "o", "linestyle": "--" if points[0][1].baseline else "-", "label": provider}
             axes[0].plot(x, [row.timing.median for _, row in points], **style)
             axes[1].plot(x, [row.percent for _, row in points], **style)
         floor = sorted({(row.tokens, row.floor_ms) for row in some})
@@ -60,7 +60,7 @@ def _by_tokens(figure_class: Any, rows: list[Row], kernel: str, where: str) -> A
 
 
 def _roofline(figure_class: Any, rows: list[Row], environment: Environment, where: str) -> Any:
-    """The fastest of our providers in every mode, or a rival where there is none."""
+    """The fastest of our providers in every mode, or a baseline where there is none."""
     figure = figure_class(figsize=(8, 5.5), layout="constrained")
     axis = figure.subplots()
     intensity = [row.flops / row.bytes for row in rows]
@@ -74,8 +74,8 @@ def _roofline(figure_class: Any, rows: list[Row], environment: Environment, wher
         fastest: dict[tuple[Any, ...], Row] = {}
         for row in (row for row in rows if row.kernel == kernel):
             key = row.shape, row.tokens, row.mode
-            rank = row.rival, row.timing.median
-            if key not in fastest or rank < (fastest[key].rival, fastest[key].timing.median):
+            rank = row.baseline, row.timing.median
+            if key not in fastest or rank < (fastest[key].baseline, fastest[key].timing.median):
                 fastest[key] = row
         found = list(fastest.values())
         axis.scatter([row.flops / row.bytes for row in found], [row.tflops for row in found], s=18, label=kernel)

@@ -43,7 +43,7 @@ class Row:
 
     kernel: str
     provider: str
-    rival: bool
+    baseline: bool
     mode: Mode
     shape: Shape
     tokens: int
@@ -199,7 +199,11 @@ def best(rows: Iterable[Row]) -> list[Row]:
     found: dict[tuple[str, Shape, int], Row] = {}
     for row in rows:
         key = row.kernel, row.shape, row.tokens
-        if row.mode == "full" and not row.rival and (key not in found or row.timing.median < found[key].timing.median):
+        if (
+            row.mode == "full"
+            and not row.baseline
+            and (key not in found or row.timing.median < found[key].timing.median)
+        ):
             found[key] = row
     return list(found.values())
 

@@ -102,7 +102,7 @@ def _recipe(file: Path) -> list[Finding]:
     """The run's recipe, and the shards that it names; those behind a URL are not looked at."""
     try:
         recipe = Finding("recipe", _digest([file.read_text(encoding="utf-8")]), same=True)
-        spec = load_recipe(file).data.shards
+        spec = load_recipe(file, stored=True).data.shards
     except OSError as error:
         return [Finding("recipe", "", f"{file}: {error.strerror}")]
     except RecipeError as error:

@@ -116,7 +116,7 @@ def test_loss_and_every_gradient(case: Case, loss_tokens: str, checkpointing: bo
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
-def test_the_benchmarks_rival_is_the_release(case: Case, attention: str, checkpointing: bool) -> None:
+def test_the_benchmarks_baseline_is_the_release(case: Case, attention: str, checkpointing: bool) -> None:
     """`bifrost bench step` measures against this formulation: loss and gradients are the release's own."""
     model = case.model("all")
     model.branch.activation_checkpointing = checkpointing

@@ -58,7 +58,7 @@ def test_a_window_of_positions_touches_few_shards(counts, seed, block, window, s
 
 def test_epochs_and_seeds_differ():
     def order(seed, epoch):
-        plan = Plan([4] * 100, seed, block=4)
+        plan = Plan([4] * 100, seed, shuffle_window=4)
         return plan.locate(epoch * 400 + np.arange(400)).index.tolist()
 
     orders = [order(0, 0), order(0, 1), order(0, 2), order(1, 0), order(1, 1)]
@@ -69,7 +69,7 @@ def test_epochs_and_seeds_differ():
 
 def test_the_order_is_pinned():
     """A running job must find its order again after every upgrade; these numbers never change."""
-    plan = Plan([3, 0, 4, 2, 5], seed=7, block=2)
+    plan = Plan([3, 0, 4, 2, 5], seed=7, shuffle_window=2)
     assert plan.locate(np.arange(16)).index.tolist() == [11, 10, 12, 13, 9, 6, 5, 4, 3, 8, 7, 2, 0, 1, 7, 8]
 
 
@@ -113,7 +113,7 @@ def test_hundreds_of_millions_of_samples_are_cheap():
     ("make", "message"),
     [
         (lambda: Plan([0, 0], 0), "no samples"),
-        (lambda: Plan([1], 0, block=0), "block is 0"),
+        (lambda: Plan([1], 0, shuffle_window=0), "shuffle_window is 0"),
         (lambda: Plan([1], -1), "seed is -1"),
         (lambda: rank_positions(0, 2, 2, 8, 1), "rank 2"),
         (lambda: rank_positions(0, 0, 3, 8, 1), "does not divide by 3 ranks"),

@@ -33,7 +33,7 @@ def collate_in_no_hurry(items):
 
 
 def make_loader(dataset, rank=0, ranks=1, global_batch=24, micro_batch=2, steps=(0, 4), made_by=collate, **options):
-    plan = Plan(dataset.samples_per_shard, seed=3, block=2)
+    plan = Plan(dataset.samples_per_shard, seed=3, shuffle_window=2)
     return Loader(
         dataset,
         plan,
@@ -82,7 +82,7 @@ def by_step(dataset, ranks, steps=(0, 4), **options):
 def test_the_sequence_knows_neither_ranks_nor_workers_nor_resume(make_shards):
     dataset = make_shards([7, 5, 9, 4, 6])  # 31 samples, so that 4 steps of 24 span epochs
     expected = by_step(dataset, 1)
-    located = Plan(dataset.samples_per_shard, seed=3, block=2).locate(np.arange(4 * 24))
+    located = Plan(dataset.samples_per_shard, seed=3, shuffle_window=2).locate(np.arange(4 * 24))
     assert [s[:2] for step in expected for s in step] == list(
         zip(located.epoch.tolist(), located.index.tolist(), strict=True)
     )
@@ -270,7 +270,7 @@ def test_the_ledger_stops_the_run_above_the_share():
     ledger.add([("c", "cut")], 1)
     assert (ledger.bad, ledger.seen) == (3, 100)
     with pytest.raises(
-        DataError, match=r"6 of 110 .*max_bad_share 0\.05: a \(cut\), b \(cut\), c \(cut\), d \(no"
+        DataError, match=r"6 of 110 .*max_bad_fraction 0\.05: a \(cut\), b \(cut\), c \(cut\), d \(no"
     ) as e:
         ledger.add([("d", "no"), ("e", "no"), ("f", "no")], 10)
     assert "\n" not in str(e.value)

@@ -43,7 +43,7 @@ def unpicklable(items: list) -> dict:
 def loader(dataset, collate, workers: int = 1) -> Loader:
     return Loader(
         dataset,
-        Plan(dataset.samples_per_shard, seed=3, block=2),
+        Plan(dataset.samples_per_shard, seed=3, shuffle_window=2),
         collate,
         image_size=8,
         rank=0,

@@ -32,7 +32,7 @@ GRACE_S = 3.0  # for ranks that lost another; the launcher gives them 10
 PATIENCE_S = 120.0  # for anything that should happen
 STEPS_A_START = 5  # a start whose fault has not come by then is killed as it is
 WAYS = ("go", "stop", "end")
-EXACT = ("step", "samples", "loss", "grad_norm", "lr", "digest", "skipped_steps")
+EXACT = ("step", "samples", "loss", "grad_norm", "lr", "data_digest", "skipped_steps")
 
 
 @dataclass

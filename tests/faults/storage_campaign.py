@@ -32,7 +32,7 @@ TRAIN_EVERY = 10
 STEPS = 4
 PATIENCE_S = 1.0
 """Of the loader runs: pauses of a tenth of the usual length, as many of them."""
-EXACT = ("step", "samples", "loss", "grad_norm", "lr", "digest")
+EXACT = ("step", "samples", "loss", "grad_norm", "lr", "data_digest")
 
 
 @dataclass
@@ -155,7 +155,7 @@ def read(spec: Path | str, environment: dict[str, str], seed: int, workers: int)
     samples, replaced = [], []
     try:
         dataset = open_dataset(str(spec))
-        plan = Plan(dataset.samples_per_shard, seed, block=2)
+        plan = Plan(dataset.samples_per_shard, seed, shuffle_window=2)
         loader = Loader(
             dataset,
             plan,

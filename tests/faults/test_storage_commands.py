@@ -217,7 +217,7 @@ def test_two_ranks_train_on_failing_servers(s3, shards, tmp_path) -> None:
     def end(name: str) -> tuple:
         run = tmp_path / name / "tiny-mllm"
         (last,) = (run / "checkpoints").iterdir()
-        lines = [{key: line[key] for key in ("step", "loss", "grad_norm", "digest")} for line in runs.steps(run)]
+        lines = [{key: line[key] for key in ("step", "loss", "grad_norm", "data_digest")} for line in runs.steps(run)]
         return lines, [(last / f"rank-0000{rank}.safetensors").read_bytes() for rank in range(2)]
 
     assert [rank.code for rank in trained(f"{shards}/{SHARDS}", "local", {})] == [0, 0]

@@ -48,7 +48,7 @@ def threads():
 
 def row(**changes) -> Row:
     made = Row(
-        kernel="latent-loss", provider="triton", rival=False, mode="full", shape=cases.SHAPES["7b"],
+        kernel="latent-loss", provider="triton", baseline=False, mode="full", shape=cases.SHAPES["7b"],
         tokens=16384, dtype="bf16", timing=Timing(2.0, 1.9, 2.2), floor_ms=1.9, flops=10**12, bytes=10**9,
         peak=30, error=1e-3, over_eager=1.35, over_compile=1.05, config="", clocks="", details={},
     )  # fmt: skip
@@ -272,7 +272,7 @@ def test_below_names_the_size_at_which_the_fastest_is_too_slow() -> None:
     rows = [
         row(),
         row(provider="in-place", timing=Timing(2.5, 2.5, 2.5)),  # slower than ours at the same size
-        row(provider="compile", rival=True, timing=Timing(1.0, 1.0, 1.0)),
+        row(provider="compile", baseline=True, timing=Timing(1.0, 1.0, 1.0)),
         row(mode="forward", floor_ms=0.1),
         row(kernel="mask-mix", floor_ms=1.2),
     ]
@@ -284,7 +284,7 @@ def test_below_names_the_size_at_which_the_fastest_is_too_slow() -> None:
 
 
 def test_verdicts_are_of_the_worst_size() -> None:
-    eager = {"provider": "eager", "rival": True, "timing": Timing(2.7, 2.7, 2.7), "peak": 100}
+    eager = {"provider": "eager", "baseline": True, "timing": Timing(2.7, 2.7, 2.7), "peak": 100}
     rows = [row(), row(**eager), row(tokens=65536, floor_ms=1.99, over_compile=0.99), row(tokens=65536, **eager)]
     found = {v.target.split(" from")[0]: v for v in verdicts(rows)}
     assert found["at least 95 % of the floor"].holds

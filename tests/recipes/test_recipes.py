@@ -75,13 +75,13 @@ def dry_run(arguments: list[str]) -> None:
         ("zero.stage=2", ["zero.stage"]),
         ("checkpoint.every=yes", ["checkpoint.every", "valid integer", "got True"]),
         ("data.workers=true", ["data.workers", "valid integer", "got True"]),
-        ("watchdog.step_s=on", ["watchdog.step_s", "valid number", "got True"]),
+        ("watchdog.step_timeout_s=on", ["watchdog.step_timeout_s", "valid number", "got True"]),
         ("steps='7'", ["steps", "valid integer", "got '7'"]),
         ("steps=7.5", ["steps", "valid integer", "got 7.5"]),
         ("optimizer.lr='3e-4'", ["optimizer.lr", "valid number", "got '3e-4'"]),
         ("optimizer.lr=.inf", ["optimizer.lr", "finite"]),
         ("branch.mask_rate.mean=.nan", ["branch.mask_rate.mean", "finite"]),
-        ("zero.overlap=1", ["zero.overlap", "valid boolean", "got 1"]),
+        ("zero.overlap_comm=1", ["zero.overlap_comm", "valid boolean", "got 1"]),
         ("optimizer.betas=[0.9, 1.5]", ["optimizer.betas.1", "less than 1", "got 1.5"]),
         ("optimizer.betas=[0.9, true]", ["optimizer.betas.1", "valid number", "got True"]),
         ("optimizer.betas=[0.9", ["optimizer.betas", "got '[0.9'"]),
@@ -97,9 +97,9 @@ def test_mistakes_are_named(override: str, words: list[str]) -> None:
 
 def test_a_mistake_of_the_whole_does_not_print_the_whole() -> None:
     with pytest.raises(RecipeError) as caught:
-        load_recipe("tiny-mllm", ["samples.every=5"])
+        load_recipe("tiny-mllm", ["previews.every=5"])
     assert str(caught.value).endswith(
-        "samples.every in stage patch-latents needs samples.controlnet, which paints the latents"
+        "previews.every in stage patch-latents needs previews.controlnet, which paints the latents"
     )
 
 
@@ -191,7 +191,7 @@ def test_a_recipe_extends_another(tmp_path) -> None:
     (tmp_path / "base.yaml").write_text("extends: [a, b]\n")
     with pytest.raises(RecipeError, match=r"base\.yaml: extends names one recipe"):
         load_recipe(tmp_path / "mine.yaml")
-    with pytest.raises(RecipeError, match=r"backbone\.placement is stage 1's; .* set flux\.placement\.tower"):
+    with pytest.raises(RecipeError, match=r"backbone\.placement is stage 1's; .* set flux\.placement\.vision_encoder"):
         load_recipe("flux-controlnet", ["backbone.placement=replicated"])
 
 
@@ -261,8 +261,8 @@ PLACES = [
     "backbone.path",
     "flux.path",
     "checkpoint.local",
-    "samples.controlnet",
-    "samples.flux",
+    "previews.controlnet",
+    "previews.flux",
     "tracking.uri",
 ]
 

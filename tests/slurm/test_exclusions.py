@@ -15,8 +15,8 @@ from bifrost.slurm.exclusions import exclude, excluded
 
 @dataclass
 class Site:
-    offenders: str | None = None
-    offences: int = 3
+    bad_node_file: str | None = None
+    bad_node_threshold: int = 3
 
 
 def test_a_run_leaves_out_what_it_found_bad_once(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_repeat_offenders_are_left_out_of_every_run(tmp_path: Path) -> None:
         assert excluded(runs[3], site) == [], f"left out after {found} runs"
         exclude({"node2": "ECC"}, run, site)
     assert excluded(runs[3], site) == ["node2"]
-    assert excluded(runs[3], Site(site.offenders, 4)) == []
+    assert excluded(runs[3], Site(site.bad_node_file, 4)) == []
     assert excluded(runs[3], None) == []
 
 
@@ -48,7 +48,7 @@ from bifrost.slurm.errors import SlurmError
 from bifrost.slurm.exclusions import exclude
 for number in range(20):
     bad = {"node1": "x", f"node{sys.argv[2]}-{number}": "y"}
-    exclude(bad, None, SimpleNamespace(offenders=sys.argv[1], offences=3))
+    exclude(bad, None, SimpleNamespace(bad_node_file=sys.argv[1], bad_node_threshold=3))
 """
 
 

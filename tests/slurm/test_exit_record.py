@@ -14,7 +14,7 @@ def test_the_first_rank_that_ends_on_purpose_is_heard(tmp_path: Path, monkeypatc
     monkeypatch.setenv("RANK", "3")
     record_outcome(76, "node2 waits", host="node2")
     record_outcome(1, "a later one")
-    outcome = {"start": "7.0", "rank": "3", "code": 76, "reason": "node2 waits", "host": "node2"}
+    outcome = {"attempt": "7.0", "rank": "3", "code": 76, "reason": "node2 waits", "host": "node2"}
     assert read_outcome(tmp_path) == outcome
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert read_outcome(tmp_path) is None, "of an earlier start"

@@ -75,7 +75,7 @@ def task(folder: str, size: int, port: int, case: dict) -> int:
         checks._version = lambda name: mine["version"] if name == "deepspeed" else "1.0"
     limits = {"slow": 0.02, "free_gib": 0.01, "scratch_gib": 0.01, "inodes": 1, "meet_s": 120, "fabric_s": 60}
     limits |= {"shared_s": 5, "grace_s": 5, **case.get("limits", {}), **mine.get("limits", {})}
-    site = SimpleNamespace(offenders=case.get("offenders"), offences=3)
+    site = SimpleNamespace(bad_node_file=case.get("bad_node_file"), bad_node_threshold=3)
     return preflight(
         Path(mine.get("run", folder)),
         find_place(),
@@ -278,6 +278,6 @@ def test_offenders_are_remembered_by_the_site(folder: Path, tmp_path: Path) -> N
     from bifrost.slurm.exclusions import excluded
 
     offenders = str(tmp_path / "offenders.json")
-    site = SimpleNamespace(offenders=offenders, offences=1)
-    step(folder, 2, n0={"command": "true"}, n1={"command": "echo dust >&2; false"}, offenders=offenders)
+    site = SimpleNamespace(bad_node_file=offenders, bad_node_threshold=1)
+    step(folder, 2, n0={"command": "true"}, n1={"command": "echo dust >&2; false"}, bad_node_file=offenders)
     assert excluded(None, site) == excluded(folder, None) == ["node2"]

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import first_version
 import pytest
 from typer.testing import CliRunner
 
@@ -107,7 +108,7 @@ def test_a_node_that_two_hung_starts_name_is_left_out(job: Job, stand: Stand, mo
     calls = stand("scontrol", slurm())
     for start, host in enumerate(["node2", "node1", "node2"]):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
-        (job.path / "slurm" / "outcome.json").unlink(missing_ok=True)
+        (job.path / "slurm" / "exit_record.json").unlink(missing_ok=True)
         (job.path / "checkpoints" / f"step-{start:08}").mkdir(parents=True)
         record_outcome(HUNG, "no step for 100 s", host=host)
         after(job.path, HUNG)
@@ -184,7 +185,7 @@ def test_the_site_is_that_of_the_submission(
     stand("sbatch", "echo 7")
     calls = stand("scontrol", failing("Invalid job id specified"), failing("Invalid job id specified"), "true")
     limits = {"free_gib": 0.5}
-    settings = {"preflight_command": "check-it", "preflight_limits": limits, "offenders": "~/offenders.json"}
+    settings = {"preflight_command": "check-it", "preflight_limits": limits, "bad_node_file": "~/offenders.json"}
     monkeypatch.setenv("HOME", str(tmp_path))
     submit(job, load_recipe("tiny-mllm"), Site.model_validate(settings))
     monkeypatch.delenv("BIFROST_SITE")
@@ -193,6 +194,26 @@ def test_the_site_is_that_of_the_submission(
     monkeypatch.setattr(preflight, "preflight", lambda *arguments: seen.extend(arguments) or 0)
     monkeypatch.setattr("os._exit", lambda code: None)
     CliRunner().invoke(slurm_app, ["preflight", str(job.path)], catch_exceptions=False)
-    assert seen[2].offenders == str(book) and seen[3].free_gib == 0.5 and seen[5] == "check-it"
+    assert seen[2].bad_node_file == str(book) and seen[3].free_gib == 0.5 and seen[5] == "check-it"
     after(job.path, 137)
     assert calls()[-1] == "update JobId=7 ExcNodeList=node3"
+
+
+def test_a_job_that_an_earlier_version_submitted_is_continued(job: Job, stand: Stand) -> None:
+    """Its script writes `slurm/unable`, its ranks may have left `slurm/outcome.json`, its recipe has the old names."""
+    stand("scontrol", slurm())
+    folder = job.path / "slurm"
+    recipe = folder / "recipe.yaml"
+    recipe.write_text((first_version.FOLDER / "tiny-mllm" / "recipe.yaml").read_text())
+    for name in ("unable", "outcome.json"):
+        (folder / name).write_text("{}")
+    old = [{"time": 1.0 + i, "start": f"6.{i}", "step": 0, "nodes": 1} for i in range(2)]
+    (folder / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    before(job.path)
+    assert load_recipe(recipe).data.shuffle_window == 2, "the ranks read it next"
+    assert not (folder / "unable").exists() and not (folder / "outcome.json").exists()
+    assert [(start["attempt"], start["step"]) for start in starts(job.path)] == [("6.0", 0), ("6.1", 0), ("7.0", 0)]
+    written = {"start": "7.0", "rank": "3", "code": HUNG, "reason": "no step", "host": "node2"}
+    (folder / "outcome.json").write_text(json.dumps(written))
+    line, code = after(job.path, 143)
+    assert code == HUNG and "3 starts without a checkpoint" in line and line.endswith("rank 3: no step")

@@ -115,7 +115,7 @@ def test_containers(site: Path) -> None:
     [
         ({"particion": "gpu"}, "unknown key particion; did you mean partition"),
         ({"container": {"kind": "pyxis", "imag": "x", "image": "y"}}, r"unknown key container\.imag; did you mean"),
-        ({"offences": 0}, "offences: "),
+        ({"bad_node_threshold": 0}, "bad_node_threshold: "),
         ({"requeue": "yes"}, r"requeue: input should be a valid boolean \(got 'yes'\)"),
     ],
 )

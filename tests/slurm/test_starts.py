@@ -47,7 +47,7 @@ def test_starts_again_until_done(run: ClusterRun) -> None:
 
 
 @pytest.mark.parametrize(
-    ("start", "code", "reason"),
+    ("attempt", "code", "reason"),
     [
         (f"fail {USAGE} 'no such shards'", USAGE, "no such shards"),
         (f"fail {LOCKED} 'another copy owns the run'", LOCKED, "another copy owns the run"),
@@ -92,7 +92,7 @@ def test_starts_by_slurm_itself_count_too(run: ClusterRun, monkeypatch: pytest.M
     run.stand_in("true")
     monkeypatch.setenv("SLURM_JOB_ID", run.submit())
     run.wait_for_end()
-    (run.run / "slurm" / "starts.jsonl").unlink()
+    (run.run / "slurm" / "attempts.jsonl").unlink()
     for restart in range(3):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         assert run.bifrost("before", str(run.run)).startswith("2 ")

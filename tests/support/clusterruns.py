@@ -23,12 +23,12 @@ Stand = Callable[..., Callable[[], list[str]]]
 STAND_IN = r"""#!/bin/bash
 # In the place of Python: what the ranks of each start are to do, one line a start.
 fail() { # CODE REASON: as a rank that ends on purpose
-  format='{"start": "%s.%s", "rank": "%s", "code": %d, "reason": "%s"}'
+  format='{"attempt": "%s.%s", "rank": "%s", "code": %d, "reason": "%s"}'
   (set -C; printf "$format" "$SLURM_JOB_ID" "${SLURM_RESTART_COUNT:-0}" "$SLURM_PROCID" "$1" "$2" \
-    > "$BIFROST_RUN/slurm/outcome.json") 2> /dev/null
+    > "$BIFROST_RUN/slurm/exit_record.json") 2> /dev/null
   exit "$1"
 }
-start=$(grep -c '"hosts"' "$BIFROST_RUN/slurm/starts.jsonl")
+start=$(grep -c '"hosts"' "$BIFROST_RUN/slurm/attempts.jsonl")
 eval "$(sed -n "${start}p" "$BIFROST_RUN/../script")"
 """
 

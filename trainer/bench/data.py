@@ -100,7 +100,7 @@ def _job(source: str | None, overrides: Sequence[str], samples: int, workers: in
         chosen = rivals.first_shards(recipe.data.shards, samples, workers)
         batch, data = recipe.micro_batch, recipe.data
         yield rivals.Job(
-            chosen, stage.collate(), stage.image_sizes, batch, workers, data.prefetch, data.block, recipe.seed
+            chosen, stage.collate(), stage.image_sizes, batch, workers, data.prefetch, data.shuffle_window, recipe.seed
         )
 
 

@@ -1,4 +1,4 @@
-"""Stage 1 as the public release formulates it: the rival that `bifrost bench step` measures the routed step against.
+"""Stage 1 as the public release formulates it: the baseline that `bifrost bench step` measures the routed step against.
 
 Every token, padding included, goes through both sets of weights, and a 0/1 mask blends the two results; attention is
 eager, over a four-dimensional additive mask; gradients flow through the text's rows as well. Plain PyTorch over the

@@ -18,7 +18,7 @@ MEAN, SPREAD = 80, 0.5
 
 @dataclass(frozen=True)
 class Case:
-    """Prompts of so many tokens each, which the dense rival pads to `padded`."""
+    """Prompts of so many tokens each, which the dense baseline pads to `padded`."""
 
     name: str
     lengths: tuple[int, ...]
@@ -27,7 +27,7 @@ class Case:
 
 @dataclass
 class Batch:
-    """One micro-batch, as both rivals take it."""
+    """One micro-batch, as both baselines take it."""
 
     images: Tensor
     latents: Tensor

@@ -164,7 +164,9 @@ def point(recipe: Recipe, mode: Mode, found: Sequence[Rank], lines: Sequence[dic
         "communication_share": statistics.mean(communication) / whole,
         "communication_share_least": min(communication) / whole,
         "communication_share_most": max(communication) / whole,
-        "straggler": statistics.median(line["own_s_max"] / max(line["own_s_median"], 1e-9) for line in measured),
+        "straggler": statistics.median(
+            line["rank_work_s_max"] / max(line["rank_work_s_median"], 1e-9) for line in measured
+        ),
         "machine": machine("deepspeed"),
     }
 

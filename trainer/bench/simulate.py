@@ -131,7 +131,7 @@ def partition(shapes: Shapes, ranks: int) -> dict[str, Any]:
 def data(recipe: Recipe, ranks: int, sizes: Sequence[int]) -> dict[str, Any]:
     """An epoch over ranks x workers: every sample once, and on other numbers of ranks the same global batches."""
     counts = SAMPLES + np.random.default_rng(0).integers(-SAMPLES // 10, SAMPLES // 10 + 1, SHARDS)
-    order = Plan(counts, recipe.seed, recipe.data.block)
+    order = Plan(counts, recipe.seed, recipe.data.shuffle_window)
     size, workers = recipe.global_batch, max(recipe.data.workers, 1)
     steps = -(-len(order) // size)
     middle = steps // 2

@@ -1,9 +1,9 @@
-"""`bifrost bench step`: a stage-1 step, routed by modality, against a rival: the dense formulation of the
+"""`bifrost bench step`: a stage-1 step, routed by modality, against a baseline: the dense formulation of the
 public release, or itself with compiled layers.
 
-Both rivals have the same weights and get the same batch. Their loss and all gradients of the branch are compared before
-any clock runs; then they take turns, and the medians count. The vision tower, which both need alike, is timed by itself
-and is in none of the ratios; there is no optimizer, and no other rank.
+Both baselines have the same weights and get the same batch. Their loss and all gradients of the branch are compared
+before any clock runs; then they take turns, and the medians count. The vision tower,
+which both need alike, is timed by itself and is in none of the ratios; there is no optimizer, and no other rank.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from .step_table import Row, table
 
 CPU_LAYERS, CPU_WIDTH, CPU_SAMPLES = 4, 768, 4
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Largest difference of loss and gradients between the rivals, of the size of each."""
-RIVALS = ("eager", "sdpa", "compiled")
+"""Largest difference of loss and gradients between the baselines, of the size of each."""
+BASELINES = ("eager", "sdpa", "compiled")
 
 
 def bench(
@@ -48,15 +48,15 @@ def bench(
     width: int | None,
     samples: int | None,
     text_tokens: str,
-    rival: str,
+    baseline: str,
     rounds: int,
     out: Path | None,
 ) -> list[Row]:
     """Measure every case of `text_tokens`, print the table and write `out`/step.json; see `bifrost bench step`."""
     if recipe.stage != "patch-latents":
         raise RunError(f"bench step: {recipe.name} is {recipe.stage}; give a recipe of stage patch-latents")
-    if rival not in RIVALS:
-        raise RunError(f"--rival {rival}: give one of {', '.join(RIVALS)}")
+    if baseline not in BASELINES:
+        raise RunError(f"--baseline {baseline}: give one of {', '.join(BASELINES)}")
     own = read_config(architecture(recipe.backbone.path, recipe.backbone.revision))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -76,7 +76,7 @@ def bench(
     stage = PatchLatentStage(recipe, config, tokens, None, None, kernels)
     with torch.device("meta"):
         counted = stage.build()
-    opponent = CompiledStep(model, recipe) if rival == "compiled" else DenseStep(model, rival)  # type: ignore[arg-type]
+    opponent = CompiledStep(model, recipe) if baseline == "compiled" else DenseStep(model, baseline)  # type: ignore[arg-type]
     text = config.text_config
     record: dict[str, Any] = {
         "recipe": recipe.name,
@@ -89,7 +89,7 @@ def bench(
         "rounds": rounds,
         "precision": recipe.precision,
         "activation_checkpointing": recipe.activation_checkpointing,
-        "rival": rival,
+        "baseline": baseline,
         "kernels": asdict(kernels),
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -99,13 +99,13 @@ def bench(
     for case in found:
         batch = draw_batch(case, tokens, recipe.data.image_size, config, device, dtype)
         flops = [step_parts(patch_latent_parts(stage, counted, float(length))) for length in case.lengths]
-        for against in (opponent, None):  # the rival alone may not fit
+        for against in (opponent, None):  # the baseline alone may not fit
             try:
                 rows.append(measure(model, batch, case, against, rounds, recipe, flops))
                 break
             except torch.OutOfMemoryError:
                 model.zero_grad(set_to_none=True)
-                which = "the routed step" if against is None else f"the rival ({rival})"
+                which = "the routed step" if against is None else f"the baseline ({baseline})"
                 print(f"{case.name} text tokens: {which} does not fit in the memory of this device", flush=True)
         record["cases"] = [asdict(row) for row in rows]
         if out:
@@ -124,7 +124,7 @@ def chosen_kernels(recipe: Recipe, config: Any, tokens: int, device: torch.devic
 
     text, asked = config.text_config, recipe.kernels
     heads = text.num_attention_heads, text.num_key_value_heads, text.hidden_size // text.num_attention_heads
-    head, attention = asked.provider, asked.attention
+    head, attention = asked.head_backend, asked.attention
     if head == "auto":
         head = choose_loss(recipe.micro_batch * tokens, text.hidden_size, text.hidden_size, dtype, device).provider
     if attention == "auto":
@@ -137,14 +137,14 @@ def measure(
     model: PatchLatentModel,
     batch: Batch,
     case: Case,
-    rival: DenseStep | CompiledStep | None,
+    baseline: DenseStep | CompiledStep | None,
     rounds: int,
     recipe: Recipe,
     flops: list[list[Part]],
 ) -> Row:
     """Compare the numbers, count the activations, then time in turns. RunError when the numbers differ.
 
-    Without a rival, the routed step by itself.
+    Without a baseline, the routed step by itself.
     """
     device = batch.latents.device
     trained = model.trainable()
@@ -155,9 +155,9 @@ def measure(
         model.zero_grad(set_to_none=True)
         return loss, found
 
-    loss_error = gradient_error = rival_kept = None
-    if rival:
-        loss, wanted = gradients(lambda: rival.step(batch))
+    loss_error = gradient_error = baseline_kept = None
+    if baseline:
+        loss, wanted = gradients(lambda: baseline.step(batch))
         ours, found = gradients(lambda: routed_step(model, batch))
         loss_error = abs(ours - loss) / abs(loss)
         if found.keys() != wanted.keys():
@@ -168,14 +168,14 @@ def measure(
         limit = TOLERANCE[batch.latents.dtype]
         if not max(loss_error, gradient_error) <= limit:
             raise RunError(
-                f"bench step: the rivals differ: loss by {loss_error:.1e}, {worst} by {gradient_error:.1e};"
+                f"bench step: the baselines differ: loss by {loss_error:.1e}, {worst} by {gradient_error:.1e};"
                 f" at most {limit}"
             )
         del wanted, found
-        rival_kept = activation_bytes(model, lambda: rival.step(batch), batch)
+        baseline_kept = activation_bytes(model, lambda: baseline.step(batch), batch)
     kept = activation_bytes(model, lambda: routed_step(model, batch), batch)
     routed_times: list[dict[str, float]] = []
-    rival_times: list[float] = []
+    baseline_times: list[float] = []
     for _ in range(rounds):
         clock = Clock(device)
         model.backbone.patch_latents(batch.images)
@@ -183,18 +183,18 @@ def measure(
         routed_step(model, batch, clock)
         routed_times.append(clock.seconds())
         model.zero_grad(set_to_none=True)
-        if rival:
+        if baseline:
             clock = Clock(device)
-            rival.step(batch, clock)
-            rival_times.append(clock.seconds()["step"])
+            baseline.step(batch, clock)
+            baseline_times.append(clock.seconds()["step"])
             model.zero_grad(set_to_none=True)
     parts = {name: statistics.median(times[name] for times in routed_times) for name in routed_times[0]}
     steps = [sum(times.values()) - times["tower"] for times in routed_times]
-    routed_s, rival_s = statistics.median(steps), statistics.median(rival_times) if rival else None
+    routed_s, baseline_s = statistics.median(steps), statistics.median(baseline_times) if baseline else None
     samples = len(case.lengths)
     useful = sum(useful_flops(sample) for sample in flops) / samples
     routed_flops = sum(done_flops(sample, recipe) for sample in flops) / samples
-    rival_flops = rival.flops(flops, case.padded) if rival else None
+    baseline_flops = baseline.flops(flops, case.padded) if baseline else None
     peak = this_device()
     limit = peak.bf16_tflops * 1e12 if peak and peak.bf16_tflops and batch.latents.dtype == torch.bfloat16 else None
 
@@ -206,25 +206,25 @@ def measure(
         mean_text_tokens=sum(case.lengths) / samples,
         padded_text_tokens=case.padded,
         routed_s=routed_s,
-        rival_s=rival_s,
+        baseline_s=baseline_s,
         # Of each round's two neighbours: whatever else the machine does meanwhile slows both.
-        ratio=statistics.median(t / own for t, own in zip(rival_times, steps, strict=True)) if rival else None,
+        ratio=statistics.median(t / own for t, own in zip(baseline_times, steps, strict=True)) if baseline else None,
         routed_samples_s=samples / routed_s,
-        rival_samples_s=samples / rival_s if rival_s else None,
+        baseline_samples_s=samples / baseline_s if baseline_s else None,
         routed_activation_bytes=kept,
-        rival_activation_bytes=rival_kept,
-        activation_ratio=rival_kept / kept if rival_kept else None,
+        baseline_activation_bytes=baseline_kept,
+        activation_ratio=baseline_kept / kept if baseline_kept else None,
         useful_flops=useful,
         routed_flops=routed_flops,
-        rival_flops=rival_flops,
-        flops_ratio=rival_flops / routed_flops if rival_flops else None,
+        baseline_flops=baseline_flops,
+        flops_ratio=baseline_flops / routed_flops if baseline_flops else None,
         loss_error=loss_error,
         gradient_error=gradient_error,
         shares={name: spent / sum(parts.values()) for name, spent in parts.items()},
         mfu=share(useful, routed_s),
         hfu=share(routed_flops, routed_s),
-        rival_mfu=share(useful, rival_s),
-        rival_hfu=share(rival_flops, rival_s),
+        baseline_mfu=share(useful, baseline_s),
+        baseline_hfu=share(baseline_flops, baseline_s),
     )
 
 

@@ -10,23 +10,23 @@ from .machine import told
 
 @dataclass
 class Row:
-    """What a case measured; seconds a step, bytes, FLOPs a sample. What the rival has part in is None where it does not
+    """What a case measured; seconds a step, bytes, FLOPs a sample. The baseline's figures are None where it does not
     fit in memory."""
 
     text_tokens: str
     mean_text_tokens: float
     padded_text_tokens: int
     routed_s: float
-    rival_s: float | None
+    baseline_s: float | None
     ratio: float | None
     routed_samples_s: float
-    rival_samples_s: float | None
+    baseline_samples_s: float | None
     routed_activation_bytes: int
-    rival_activation_bytes: int | None
+    baseline_activation_bytes: int | None
     activation_ratio: float | None
     useful_flops: float
     routed_flops: float
-    rival_flops: float | None
+    baseline_flops: float | None
     flops_ratio: float | None
     loss_error: float | None
     gradient_error: float | None
@@ -35,8 +35,8 @@ class Row:
     mfu: float | None = None
     """Useful FLOPs over what the device could do; None where its peak is not known."""
     hfu: float | None = None
-    rival_mfu: float | None = None
-    rival_hfu: float | None = None
+    baseline_mfu: float | None = None
+    baseline_hfu: float | None = None
 
 
 def table(record: dict[str, Any], rows: list[Row]) -> str:
@@ -46,22 +46,23 @@ def table(record: dict[str, Any], rows: list[Row]) -> str:
         f" {groups} groups, {record['patches']} patches; {record['samples']} samples a step, {record['precision']},"
         f" checkpointing {'on' if record['activation_checkpointing'] else 'off'}",
         f"{told(record['machine'])}; {record['threads']} threads, {record['date']}; median of {record['rounds']}"
-        f" rounds, rivals in turns; the rival: {record['rival']}",
+        f" rounds, baselines in turns; the baseline: {record['baseline']}",
         "",
-        f"{'text tokens':>14} {'routed':>11} {'rival':>11} {'ratio':>6} {'of FLOPs':>8} {'activations, MiB':>19}"
+        f"{'text tokens':>14} {'routed':>11} {'baseline':>11} {'ratio':>6} {'of FLOPs':>8} {'activations, MiB':>19}"
         f" {'ratio':>6} {'largest error':>13} {'MFU':>6} {'HFU':>6}",
     ]
     for row in rows:
         padded = f"{row.mean_text_tokens:.0f} in {row.padded_text_tokens}" if row.text_tokens == "real" else ""
         mib = " / ".join(
-            _shown(x and x / 2**20, ",.0f") for x in (row.routed_activation_bytes, row.rival_activation_bytes)
+            _shown(x and x / 2**20, ",.0f") for x in (row.routed_activation_bytes, row.baseline_activation_bytes)
         )
         error = (
             None if row.loss_error is None or row.gradient_error is None else max(row.loss_error, row.gradient_error)
         )
         shares = " ".join(f"{_shown(x, '.1%'):>6}" for x in (row.mfu, row.hfu))
         lines.append(
-            f"{padded or row.text_tokens:>14} {row.routed_samples_s:>9.2f}/s {_shown(row.rival_samples_s, '.2f'):>9}/s"
+            f"{padded or row.text_tokens:>14} {row.routed_samples_s:>9.2f}/s "
+            f"{_shown(row.baseline_samples_s, '.2f'):>9}/s"
             f" {_shown(row.ratio, '.2f'):>6} {_shown(row.flops_ratio, '.2f'):>8} {mib:>19}"
             f" {_shown(row.activation_ratio, '.2f'):>6} {_shown(error, '.1e'):>13} {shares}"
         )

@@ -47,7 +47,7 @@ def export(
     reader = _checkpoint(run, step, slot)
     if slot not in reader.slots:
         raise RunError(f"{run}: keeps no average of its weights (recipe key ema), leave --ema out")
-    recipe = load_recipe(run / "recipe.yaml")
+    recipe = load_recipe(run / "recipe.yaml", stored=True)
     pieces = {name: _piece(reader, slot, name, dtype) for name in reader.shapes}
     # Under its name only when complete; what an interrupted one has left is written over.
     partial = out.resolve().with_name(f".{out.resolve().name}.partial")

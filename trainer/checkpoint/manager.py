@@ -142,7 +142,7 @@ class Saver:
         if self._best != self.every:
             # All ranks have waited for the same save, so they change at the same step.
             log.info("saving every %d steps from now on, instead of every %d", self._best, self.every)
-            self._report({"event": "interval", "step": save.step if save else 0, "every": self._best})
+            self._report({"event": "checkpoint_interval", "step": save.step if save else 0, "every": self._best})
             self.every = self._best
         if self._failures >= self.settings.max_failed_saves:
             assert save is not None
@@ -190,7 +190,12 @@ class Saver:
             save.failure = str(error)
             log.error("checkpoint of step %d not saved, training goes on: %s", save.step, error)
             self._report(
-                {"event": "save_failed", "step": save.step, "reason": save.failure, "in_a_row": self._failures}
+                {
+                    "event": "save_failed",
+                    "step": save.step,
+                    "reason": save.failure,
+                    "consecutive_failures": self._failures,
+                }
             )
         except BaseException as error:  # raised in the training thread, at the next save
             save.error = error

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ...data.retry import call
+from ...recipes import with_new_names
 from ..errors import RunError
 from ..models.safetensors_files import StoredTensors
 from .layout import reads
@@ -47,8 +48,10 @@ class CheckpointReader:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """What the run stored beside its tensors: positions, counters, hash of the frozen base."""
-        return json.loads(call(lambda: (self.folder / STATE).read_bytes(), self.folder / STATE))
+        """What the run stored beside its tensors: positions, counters, hash of the frozen base, and its
+        recipe, whose settings have today's names."""
+        state = json.loads(call(lambda: (self.folder / STATE).read_bytes(), self.folder / STATE))
+        return {**state, "recipe": with_new_names(state["recipe"])} if "recipe" in state else state
 
     def read(self, slot: str, name: str, lo: int, hi: int) -> torch.Tensor:
         """Elements [lo, hi) of the flattened parameter: [hi - lo], fp32, on the CPU; only those bytes are read.

@@ -27,9 +27,9 @@ def bench_step(
         int | None, typer.Option(help="Samples a step; default micro_batch on a GPU, 4 on a CPU.", min=1)
     ] = None,
     text_tokens: Annotated[
-        str, typer.Option(help="Prompt lengths, a row each; `real`: of many lengths, mean 80, the rival pads them.")
+        str, typer.Option(help="Prompt lengths, a row each; `real`: of many lengths, mean 80, the baseline pads them.")
     ] = "80,300,real",
-    rival: Annotated[
+    baseline: Annotated[
         str, typer.Option(help="eager: dense, as published; sdpa: dense, fused attention; compiled: ours, by torch.")
     ] = "eager",
     rounds: Annotated[int, typer.Option(help="Measured steps of each, in turns; the median counts.", min=1)] = 5,
@@ -44,7 +44,7 @@ def bench_step(
         width=width,
         samples=samples,
         text_tokens=text_tokens,
-        rival=rival,
+        baseline=baseline,
         rounds=rounds,
         out=out,
     )
@@ -55,8 +55,8 @@ def bench_data(
     source: Annotated[str | None, typer.Argument(help="A recipe, shards or their folder; none: made images.")] = None,
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(help="Samples a round, from the first shards.", min=1)] = 1024,
-    workers: Annotated[int | None, typer.Option(help="Processes of every rival; default one a core.", min=1)] = None,
-    rounds: Annotated[int, typer.Option(help="Turns of all rivals; medians count.", min=1)] = 5,
+    workers: Annotated[int | None, typer.Option(help="Processes of every baseline; default one a core.", min=1)] = None,
+    rounds: Annotated[int, typer.Option(help="Turns of all baselines; medians count.", min=1)] = 5,
     sides: Annotated[str, typer.Option(help="Least and most pixels of generated pictures' shorter side.")] = "512,1024",
     out: Annotated[Path | None, typer.Option(help="Folder for data.json.")] = None,
 ) -> None:

@@ -24,7 +24,7 @@ from .generate import Reveal
 if TYPE_CHECKING:
     from ..evaluation.evaluate import Evaluation
 
-METRICS, TABLE, SHEET = "metrics.json", "table.txt", "sheet.png"
+METRICS, TABLE, SHEET = "metrics.json", "table.txt", "contact_sheet.png"
 VERSIONS = ("torch", "transformers", "diffusers", "numpy", "pillow")
 LABELS = {
     "full": "both stages",

@@ -42,7 +42,7 @@ def _show(found: dict[str, Any]) -> None:
     table = Table("", "time", "share", "")
     for kind, seconds in found["seconds"].items():
         table.add_row(kind, _duration(seconds), f"{seconds / found['wall_s']:.1%}", MEANING[kind])
-    table.add_row("all", _duration(found["wall_s"]), "", f"{found['starts']} starts, {found['step']} steps")
+    table.add_row("all", _duration(found["wall_s"]), "", f"{found['attempts']} starts, {found['step']} steps")
     console = terminal()
     console.print(table)
     lost = f", {found['lost_steps']} steps done twice" if found["lost_steps"] else ""

@@ -74,6 +74,10 @@ RANKED = [["train"], ["resume"], ["generate"], ["data", "encode"], ["kernels", "
 """Commands that launchers start as the ranks of a run."""
 
 
+RENAMED_OPTIONS = {"--rival": "--baseline"}
+"""Old name -> what it is refused with."""
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         print(f"bifrost {BIFROST}")
@@ -117,9 +121,9 @@ def resume(
 ) -> None:
     """Continue a run from its newest checkpoint, with the settings that it has, or with some of them changed."""
     check_run(run)
-    source, place = str(run / "recipe.yaml"), placed(run, overrides or [])
-    settings = load_recipe(source, [*(overrides or []), *place])
-    arguments = ["train", source, *(overrides or []), *place]
+    given = overrides or []
+    settings = load_recipe(run / "recipe.yaml", [*given, *placed(run, given)], stored=True)
+    arguments = ["resume", str(run), *given]
     _on_ranks(settings, ranks, arguments, _train, trains=True, usual=lambda: ranks_of(run) or devices())
 
 
@@ -309,6 +313,9 @@ def _refuse(error: Any) -> NoReturn:
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         sys.exit(USAGE)
+    old = getattr(error, "option_name", "")
+    if type(error).__name__ == "NoSuchOption" and old in RENAMED_OPTIONS:
+        _fail(RunError(f"{old} is now {RENAMED_OPTIONS[old]}; write that instead"), USAGE)
     text = " ".join(error.format_message().split()).replace("Value error, ", "").rstrip(".")
     usage = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
     _fail(RunError(f"{text[:1].lower()}{text[1:]}{usage}"), USAGE)

@@ -19,7 +19,7 @@ from ..training.run_history import History
 if TYPE_CHECKING:
     from ..training.replay import Replay
 
-RECORD, SHEET = "batch.json", "sheet.png"
+RECORD, SHEET = "batch.json", "contact_sheet.png"
 SHOWN = 64
 """Samples in the table and on the sheet, those with the highest loss."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...kernels import PrefixLayout
 from ...kernels.attention import unavailable
-from ...recipes import Recipe, explain, load_recipe
+from ...recipes import Recipe, explain, load_recipe, with_new_names
 from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.state import CheckpointWeights, restore_statistics
 from ..checkpoint.store import Store
@@ -254,7 +254,7 @@ def _recipe(path: Path, stage: str) -> Recipe:
     """The recipe in a run folder, or in an export's `config.json`."""
     exported = path / "config.json"
     if (path / RECIPE).is_file():
-        recipe = load_recipe(path / RECIPE)
+        recipe = load_recipe(path / RECIPE, stored=True)
     elif (recipe := _exported(exported) if exported.is_file() else None) is None:
         raise RunError(f"{path}: neither a run folder nor an export of one: no {RECIPE}, and none in config.json")
     if recipe.stage != stage:
@@ -266,7 +266,8 @@ def _exported(file: Path) -> Recipe | None:
     """The recipe in an export's `config.json`; None in one of something else."""
     try:
         found = json.loads(file.read_bytes())
-        return Recipe.model_validate(found["recipe"]) if isinstance(found, dict) and "recipe" in found else None
+        stored = found.get("recipe") if isinstance(found, dict) else None
+        return None if stored is None else Recipe.model_validate(with_new_names(stored))
     except ValidationError as error:
         raise RunError(f"{file}: {explain(error, Recipe)}; mend that there, or export the run again") from error
     except (OSError, ValueError) as error:

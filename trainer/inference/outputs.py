@@ -21,7 +21,7 @@ from ...data.transforms import clean_caption
 from ..errors import RunError, writing
 from .contact_sheet import sheet
 
-RECORD, SHEET = "prompts.jsonl", "sheet.png"
+RECORD, SHEET = "prompts.jsonl", "contact_sheet.png"
 ON_SHEET = 64
 """Prompts that the contact sheet shows at most."""
 

@@ -59,8 +59,8 @@ def choose_kernels(
     """
     device, asked, text = ranks.device, recipe.kernels, config.text_config
     dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
-    if asked.provider != "auto":
-        _refuse("provider", latent_loss.unavailable(asked.provider, device, dtype))
+    if asked.head_backend != "auto":
+        _refuse("head_backend", latent_loss.unavailable(asked.head_backend, device, dtype))
     if asked.attention != "auto":
         _refuse("attention", attention.unavailable(asked.attention, device, dtype))
     _refuse("elementwise", elementwise.unavailable(asked.elementwise, device))
@@ -83,7 +83,7 @@ def choose_kernels(
         shape = heads, text.num_key_value_heads, width // heads
         record = {
             "patch_latent_loss": decide(
-                "patch_latent_loss", asked.provider, lambda: choose_loss(tokens, width, width, dtype, device)
+                "patch_latent_loss", asked.head_backend, lambda: choose_loss(tokens, width, width, dtype, device)
             ),
             "prefix_attention": decide(
                 "prefix_attention", asked.attention, lambda: choose_attention(lengths, patches, shape, dtype, device)

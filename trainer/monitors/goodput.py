@@ -21,7 +21,7 @@ from .metrics import MetricsFile, read_metrics
 FILE = "goodput.json"
 KINDS = ("step", "data_wait", "startup", "recovery", "save", "lost", "other")
 
-NOTHING_BEFORE = {"gap_s": 0.0, "kept_s": 0.0, "lost_s": 0.0, "lost_steps": 0}
+NOTHING_BEFORE = {"downtime_s": 0.0, "kept_s": 0.0, "lost_s": 0.0, "lost_steps": 0}
 """What the first start says of the time before it."""
 
 
@@ -52,10 +52,10 @@ class Ledger:
                 self._begun = record["time"] - record["startup_s"]
                 seconds["startup"] += record["startup_s"]
             elif self._finished:  # it was done, and got more steps: nobody waited for it
-                self._idle += record.get("gap_s", 0.0)
+                self._idle += record.get("downtime_s", 0.0)
                 seconds["startup"] += record["startup_s"]
             else:
-                seconds["recovery"] += record.get("gap_s", 0.0) + record["startup_s"]
+                seconds["recovery"] += record.get("downtime_s", 0.0) + record["startup_s"]
         elif kind == "checkpoint":
             seconds["save"] += record.get("blocked_s", record["seconds"])
         elif kind is None and "step_s" in record:
@@ -81,7 +81,7 @@ class Ledger:
             "wall_s": wall,
             "ettr": seconds["step"] / wall,
             "seconds": seconds,
-            "starts": self.starts,
+            "attempts": self.starts,
             "step": self.step,
             "lost_steps": self.lost_steps,
         }
@@ -159,7 +159,7 @@ def _before(
     reached = max(step, *(sign.step for sign in signs))
     lost = (reached - step) / max(reached - _step(told), 1)
     return {
-        "gap_s": max(0.0, begun - end),
+        "downtime_s": max(0.0, begun - end),
         "kept_s": spent * (1 - lost) if step > _step(told) else 0.0,
         "lost_s": spent * lost,
         "lost_steps": reached - step,

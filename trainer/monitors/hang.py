@@ -46,7 +46,7 @@ def say(line: str, host: str | None = None) -> None:
 @dataclass(frozen=True)
 class Hang:
     """Rank `rank` gives up. folder: for the answers. hosts: of every rank. training: the thread that trains.
-    stacks: an open file for this rank's. silent_s, bound_s: how long it has waited, and might."""
+    stacks: an open file for this rank's. stalled_s, bound_s: how long it has waited, and might."""
 
     rank: int
     hosts: Sequence[str]
@@ -54,7 +54,7 @@ class Hang:
     sections: Sections
     training: int
     stacks: TextIO
-    silent_s: float
+    stalled_s: float
     bound_s: float
 
     def answer_and_report(self) -> None:
@@ -65,8 +65,8 @@ class Hang:
             host=self.hosts[self.rank],
             pid=os.getpid(),
             step=self.sections.step,
-            section=self.sections.name,
-            silent_s=self.silent_s,
+            phase=self.sections.name,
+            stalled_s=self.stalled_s,
             entered=self.sections.entered,
             collectives=collectives,
             collective=collective,
@@ -100,17 +100,17 @@ class Hang:
         run = self.folder.parents[1]
         first = next((answer for answer in answers if answer.rank == rank), None)
         event = {
-            "event": "hung",
+            "event": "hang",
             "step": answers[0].step,
             "rank": rank,
             "host": self.hosts[rank] if rank is not None else None,
-            "section": first.section if first else None,
+            "phase": first.phase if first else None,
             "collective": answers[0].collective,
-            "silent_s": self.silent_s,
-            "bound_s": self.bound_s,
+            "stalled_s": self.stalled_s,
+            "timeout_s": self.bound_s,
             "stacks": str(self.folder.relative_to(run)),
         }
-        waited = f"no step for {self.silent_s:.0f} s (bound {self.bound_s:.0f} s)"
+        waited = f"no step for {self.stalled_s:.0f} s (bound {self.bound_s:.0f} s)"
         say(f"{waited}: {clause}; stacks in {self.folder}, ended with code {HUNG}", event["host"])
         MetricsFile(run / "metrics.jsonl").write(event)
         # Where the report is seen the ranks leave, and the first one to do so may end all: not before all is written.

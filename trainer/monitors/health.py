@@ -81,7 +81,7 @@ def skipped_event(
 ) -> dict[str, Any]:
     """The record of a skipped step. shares: every rank's sample keys, their losses, and the sum over its passes."""
     return {
-        "event": "skipped",
+        "event": "skipped_step",
         "step": progress.step,
         "batch": progress.batch,
         "reason": reason,

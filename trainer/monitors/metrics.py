@@ -14,6 +14,7 @@ from typing import Any
 
 from ...data.atomic import write_atomic
 from ...recipes.secrets import redact
+from .renames import with_new_names
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ class MetricsFile:
             self._torn = self._failing = False
 
     def rewind(self, step: int) -> int:
-        """Drop the metric lines after `step`, and what is no whole line; events stay. Returns the lines dropped.
+        """Drop the metric lines after `step`, and what is no whole line; events stay, and all lines get today's names.
+        Returns the lines dropped.
 
         For a resume, before the first `write`: the run will log those steps again. The file is replaced in one move.
         Raises OSError.
@@ -61,9 +63,11 @@ class MetricsFile:
         if not self.path.exists():
             return 0
         lines = self.path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if _stays(line, step)]
-        if len(kept) < len(lines):
+        kept = [as_now for line in lines if (as_now := _kept(line, step)) is not None]
+        if kept != lines:
             write_atomic(self.path, b"".join(kept))
+        if not set(kept) <= set(lines):
+            log.info("%s was begun by an earlier version: names replaced by today's, see CHANGELOG.md", self.path)
         return len(lines) - len(kept)
 
 
@@ -113,7 +117,12 @@ def finite(value: float) -> float | None:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The record of one line; None where a crash or a full disk tore it."""
+    """The record of one line, with today's names; None where a crash or a full disk tore it."""
+    record = _as_written(line)
+    return None if record is None else with_new_names(record)
+
+
+def _as_written(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
     except ValueError:
@@ -121,9 +130,13 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _stays(line: bytes, step: int) -> bool:
-    record = parse_line(line) if line.endswith(b"\n") else None
-    return record is not None and ("event" in record or record.get("step", 0) <= step)
+def _kept(line: bytes, step: int) -> bytes | None:
+    """A line that stays when the run goes back to `step`, with today's names; None for another one."""
+    record = _as_written(line) if line.endswith(b"\n") else None
+    if record is None or ("event" not in record and record.get("step", 0) > step):
+        return None
+    renamed = with_new_names(record)
+    return line if renamed is record else json.dumps(renamed).encode() + b"\n"
 
 
 def _last_byte(file: Any) -> bytes:

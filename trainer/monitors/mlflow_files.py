@@ -9,6 +9,7 @@ from typing import Any
 
 from .metrics import read_metrics
 from .mlflow_errors import one_line
+from .renames import previews
 
 DOCUMENTS = ("recipe.yaml", "environment.json", "ds_config.json")
 
@@ -21,7 +22,7 @@ def send_files(
     sent: size and time of each file when it was sent, updated here; note: called after each one.
     """
     try:
-        for path in [folder / name for name in DOCUMENTS] + sorted((folder / "samples").rglob("*.*")):
+        for path in [folder / name for name in DOCUMENTS] + sorted(previews(folder).rglob("*.*")):
             if not path.is_file():
                 continue
             name, status = path.relative_to(folder), path.stat()

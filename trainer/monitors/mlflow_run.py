@@ -33,7 +33,7 @@ LOSS = series_name("loss", None)
 AS_TRAINING = "workflowType=machine_learning"
 """In an address, has MLflow 3 show its pages for model training instead of those for language model applications."""
 HARMLESS = (
-    *("tracking.", "checkpoint.", "watchdog.", "samples.", "log_every", "runs_dir", "data.workers"),
+    *("tracking.", "checkpoint.", "watchdog.", "previews.", "log_every", "runs_dir", "data.workers"),
     *("micro_batch", "activation_checkpointing", "zero."),
 )
 """Settings that no logged loss depends on."""

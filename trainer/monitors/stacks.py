@@ -35,8 +35,8 @@ class Answer:
     host: str
     pid: int
     step: int
-    section: str
-    silent_s: float
+    phase: str
+    stalled_s: float
     entered: int
     collectives: int
     collective: str | None
@@ -79,7 +79,7 @@ def culprit(answers: Sequence[Answer], hosts: Sequence[str]) -> tuple[int | None
         ], f"rank {silent[0]} on {hosts[silent[0]]} does not answer{rest}: it is gone, stopped or blocked"
     first = min(answers, key=lambda answer: (answer.entered, answer.collectives))
     behind = [a for a in answers if (a.entered, a.collectives) == (first.entered, first.collectives)]
-    where = f"in {first.section} of step {first.step + 1}, at {first.at}"
+    where = f"in {first.phase} of step {first.step + 1}, at {first.at}"
     if len(answers) == 1:
         return first.rank, f"rank {first.rank} on {first.host} is {where}"
     if len(behind) == len(answers):
@@ -87,7 +87,7 @@ def culprit(answers: Sequence[Answer], hosts: Sequence[str]) -> tuple[int | None
     others = max(answers, key=lambda answer: (answer.entered, answer.collectives))
     more = f" with {len(behind) - 1} others as far" if len(behind) > 1 else ""
     return first.rank, (
-        f"rank {first.rank} on {first.host} is furthest behind{more}: {where}; the others wait in {others.section},"
+        f"rank {first.rank} on {first.host} is furthest behind{more}: {where}; the others wait in {others.phase},"
         f" last collective {others.collective}"
     )
 

@@ -46,7 +46,7 @@ class Stragglers:
             spread = statistics.median(abs(value - usual) for value in others)
             margin = max(SHARE * times.step_s, SPREAD * spread)
             self._judge(step, slowest if own[slowest] - usual > margin else None, rows)
-        return {"own_s_median": statistics.median(own), "own_s_max": own[slowest], "slowest_rank": slowest}
+        return {"rank_work_s_median": statistics.median(own), "rank_work_s_max": own[slowest], "slowest_rank": slowest}
 
     def _judge(self, step: int, slow: int | None, rows: Sequence[Sequence[float]]) -> None:
         self._lines = self._lines + 1 if slow is not None and slow == self._suspect else int(slow is not None)
@@ -61,8 +61,8 @@ class Stragglers:
                     "step": step,
                     "rank": slow,
                     "host": self.hosts[slow],
-                    "section": OWN[worst],
+                    "phase": OWN[worst],
                     "seconds": rows[slow][worst],
-                    "others_s": usual[worst],
+                    "others_median_s": usual[worst],
                 }
             )

@@ -46,5 +46,5 @@ class Utilisation:
         if self.peak is not None:
             found |= {"mfu": useful * a_device / self.peak, "hfu": done * a_device / self.peak}
         if self.gathered:
-            found["gathered_gb_per_s"] = self.gathered / step_s / 1e9
+            found["allgather_gb_per_s"] = self.gathered / step_s / 1e9
         return found

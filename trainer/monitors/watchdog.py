@@ -81,8 +81,10 @@ class Watchdog:
     def bound_s(self) -> float:
         """Seconds that the step under way may take in all."""
         settings, usual = self.settings, self.sections.median_step()
-        step = settings.step_s or (max(FLOOR_S, STEPS * usual) if usual else settings.start_s)
-        return {"start": settings.start_s, "long": settings.save_s, "step": step}[self.sections.patience]
+        step = settings.step_timeout_s or (max(FLOOR_S, STEPS * usual) if usual else settings.startup_timeout_s)
+        return {"start": settings.startup_timeout_s, "long": settings.save_timeout_s, "step": step}[
+            self.sections.patience
+        ]
 
     def _watch(self) -> None:
         while not self._over.wait(POLL_S):
@@ -122,7 +124,7 @@ class Watchdog:
                     sections=self.sections,
                     training=self._training,
                     stacks=self._file,
-                    silent_s=silent,
+                    stalled_s=silent,
                     bound_s=bound,
                 ).answer_and_report()
             except OSError as error:

@@ -68,7 +68,7 @@ def deepspeed_config(recipe: Recipe, ranks: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": zero.stage,
-            "overlap_comm": zero.overlap,
+            "overlap_comm": zero.overlap_comm,
             "contiguous_gradients": True,
             "reduce_bucket_size": zero.reduce_bucket,
             "stage3_prefetch_bucket_size": zero.prefetch_bucket,

@@ -185,7 +185,9 @@ def _controlnet(stage: ControlNetStage, model: Any) -> list[Part]:
     flux, folder, placement = model.flux, stage.folder, stage.flux.placement
     latents = grid_side(stage.config, stage.recipe.data.image_size) ** 2
     return [
-        _tower(model.backbone.vision, stage.config.vision_config, stage.recipe.data.image_size, placement.tower),
+        _tower(
+            model.backbone.vision, stage.config.vision_config, stage.recipe.data.image_size, placement.vision_encoder
+        ),
         _vae(flux.vae, stage.latents[1], placement.vae),
         *_text(flux, folder, placement.text),
         *_flow(flux.transformer, model.controlnet, stage, latents, text_lengths(folder)[0]),

@@ -17,7 +17,7 @@ FrozenPlace = Literal["sharded", "node", "replicated"]
 class Layout:
     """frozen: where all frozen parts lie that are on the GPU, None for the recipe's own choice. hpz: a second copy of
     all weights, cut within a node (`zero.hpz`), which all gathers but the first after an update read; False leaves that
-    to the recipe. overlap: reduces run beside the backward pass (`zero.overlap`), None for the recipe's own choice.
+    to the recipe. overlap: reduces run beside the backward pass (`zero.overlap_comm`), None for the recipe's own.
     live: elements that may be gathered at a time (`zero.max_live_parameters`), None for the recipe's.
     """
 

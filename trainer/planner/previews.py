@@ -22,18 +22,18 @@ STAND_IN = "flux-controlnet"
 def painter_bytes(recipe: Recipe) -> float:
     """Bytes of the weights that paint a stage-1 preview; 0 for a recipe without previews, and in stage 2, whose model
     paints by itself. Only configurations are read."""
-    samples = recipe.samples
-    if recipe.stage != "patch-latents" or samples.every is None or samples.controlnet is None:
+    previews = recipe.previews
+    if recipe.stage != "patch-latents" or previews.every is None or previews.controlnet is None:
         return 0.0
-    path = Path(samples.controlnet)
-    if (path / "config.json").is_file() and not (path / "recipe.yaml").is_file() and samples.flux:
+    path = Path(previews.controlnet)
+    if (path / "config.json").is_file() and not (path / "recipe.yaml").is_file() and previews.flux:
         shape, _ = latent_controlnet.read_config(path)
-        folder = FluxFolder.open(architecture(samples.flux, None, "samples.flux"), for_counting=True)
+        folder = FluxFolder.open(architecture(previews.flux, None, "previews.flux"), for_counting=True)
     else:
         own = path / "recipe.yaml"
-        painter = load_recipe(own if own.is_file() else STAND_IN)
-        if samples.flux and painter.flux:
-            flux = painter.flux.model_copy(update={"path": samples.flux, "revision": None})
+        painter = load_recipe(own if own.is_file() else STAND_IN, stored=True)
+        if previews.flux and painter.flux:
+            flux = painter.flux.model_copy(update={"path": previews.flux, "revision": None})
             painter = painter.model_copy(update={"flux": flux})
         stage = ControlNetStage.open(painter, for_counting=True)
         shape, folder = stage.shape, stage.folder

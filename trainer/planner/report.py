@@ -83,7 +83,7 @@ class Report:
                 f" Storage: {device.storage_node_gbs:g} GB/s a node, {device.storage_gbs:g} GB/s in all."
                 f" Energy: {device.watts:g} W a GPU, nothing else.",
                 "A step as the recipe has it: gathers fetched ahead run beside computation, reduces do not unless"
-                " zero.overlap is on, the loader runs beside everything.",
+                " zero.overlap_comm is on, the loader runs beside everything.",
             ]
         return said
 

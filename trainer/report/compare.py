@@ -82,7 +82,7 @@ def same_steps(first: RunFiles, other: RunFiles) -> dict[str, Any]:
 def samples(first: RunFiles, other: RunFiles) -> dict[str, Any]:
     """The last logged step up to which both consumed the same samples, and the first at which they had not; None where
     there is no such line."""
-    before, after = ({line["step"]: line.get("digest") for line in run.steps} for run in (first, other))
+    before, after = ({line["step"]: line.get("data_digest") for line in run.steps} for run in (first, other))
     both = sorted(step for step in before.keys() & after.keys() if comparable(before[step], after[step]))
     apart = next((step for step in both if before[step] != after[step]), None)
     same = [step for step in both if apart is None or step < apart]
@@ -199,7 +199,7 @@ FIGURES: dict[str, Callable[[RunFiles], float | None]] = {
     "steps skipped": _last("skipped_steps"),
     "effective training time": _goodput("ettr"),
     "hours in all": lambda run: run.goodput["wall_s"] / 3600 if run.goodput else None,
-    "starts": _goodput("starts"),
+    "starts": _goodput("attempts"),
     "steps done twice": _goodput("lost_steps"),
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from ...recipes import with_new_names
 from ...recipes.secrets import redact
 from ..distributed.run_lock import STALE_S
 from ..errors import RunError
@@ -58,14 +59,14 @@ class RunFiles:
 def run_state(records: list[dict[str, Any]], folder: Path, now: float) -> tuple[str, str]:
     """What a run is doing or how it ended, by its newest records: `new`, `running`, `stopped`, `finished` or `failed`,
     and a few words on it."""
-    turns = [record for record in records if record.get("event") in ("start", "end", "hung")]
+    turns = [record for record in records if record.get("event") in ("start", "end", "hang")]
     # Of a long run the newest records may hold no turn: then it has run since.
     last = turns[-1] if turns else {"event": "start"} if records else None
     owner = read_json(folder / "lock.json") or {}
     silent = now - owner.get("beat", 0.0)
     if last is None:
         return ("running", "starting") if silent <= STALE_S else ("new", "not started yet")
-    if last["event"] == "hung":
+    if last["event"] == "hang":
         return "failed", "hung, ended by the watchdog"
     if last["event"] == "end":
         outcome = last["outcome"]
@@ -90,7 +91,7 @@ def open_run(folder: Path, name: str | None = None) -> RunFiles:
     return RunFiles(
         name or folder.resolve().name,
         folder,
-        settings if isinstance(settings, dict) else {},
+        with_new_names(settings) if isinstance(settings, dict) else {},
         read_json(folder / "environment.json") or {},
         read_json(folder / "kernels.json") or {},
         read_metrics(metrics) if metrics.is_file() else [],

@@ -20,6 +20,7 @@ from ...slurm.exclusions import EXCLUDED
 from ...slurm.exit_record import STOPPED
 from ...slurm.exit_record import starts as slurm_starts
 from ..io import flat, read_json
+from ..monitors.renames import previews
 from .drawing import COLOURS, Curve, Figure, bands, figure, noisy, smoothed
 from .files import RunFiles
 from .timeline import KINDS, Start, starts, stretches
@@ -28,7 +29,7 @@ SHOWN = 40
 """Rows of a table of events; of more, the newest."""
 PICTURES, WIDEST = 3, 1400
 """Newest sheets of samples shown, and the pixels they may be wide."""
-TROUBLE = ("skipped", "rollback", "new_level", "replaced", "save_failed", "straggler", "hung")
+TROUBLE = ("skipped_step", "rollback", "baseline_reset", "bad_samples", "save_failed", "straggler", "hang")
 
 
 def page(run: RunFiles, now: float | None = None) -> str:
@@ -48,7 +49,7 @@ def page(run: RunFiles, now: float | None = None) -> str:
         "trouble": _trouble(run),
         "counts": Counter(event["event"] for event in run.events(*TROUBLE)),
         "checkpoints": _checkpoints(run),
-        "pictures": _pictures(run.folder / "samples"),
+        "pictures": _pictures(previews(run.folder)),
         "slowest": _slowest(run),
         "excluded": _excluded(run.folder),
         "stopped": (read_json(run.folder / STOPPED) or {}).get("reason"),
@@ -145,14 +146,14 @@ def figures(run: RunFiles) -> list[Figure]:
         figure(
             "own work of the ranks, s a step",
             [
-                Curve("most", column("own_s_max"), COLOURS[1]),
-                Curve("median", column("own_s_median"), COLOURS[0]),
+                Curve("most", column("rank_work_s_max"), COLOURS[1]),
+                Curve("median", column("rank_work_s_median"), COLOURS[0]),
             ],
             zero=True,
         ),
         figure(
             "weights gathered, GB/s a device",
-            [Curve("over the step", column("gathered_gb_per_s"), COLOURS[0])],
+            [Curve("over the step", column("allgather_gb_per_s"), COLOURS[0])],
             zero=True,
         ),
         figure("allocator retries", [Curve("since the start", column("alloc_retries"), COLOURS[1])], zero=True),
@@ -234,7 +235,7 @@ def _jobs(folder: Path) -> list[list[Any]]:
     """The starts as Slurm's batch script saw them."""
     return [
         [
-            each.get("start"),
+            each.get("attempt"),
             moment(each["time"]),
             each.get("hosts"),
             each.get("code"),
@@ -255,13 +256,13 @@ def _trouble(run: RunFiles) -> list[list[str]]:
 
 
 def _told(kind: str, known: dict[str, Any]) -> str:
-    if kind == "skipped":
+    if kind == "skipped_step":
         numbers = ", ".join(f"{key} {_text(known.get(key))}" for key in ("loss", "grad_norm"))
         return f"{known.get('reason')} ({numbers})"
     if kind == "rollback":
-        first, last = known.get("passed_over") or ("?", "?")
+        first, last = known.get("skipped_batches") or ("?", "?")
         return f"back to step {known.get('to')}, global batches {first} to {last} passed over"
-    if kind == "replaced":
+    if kind == "bad_samples":
         samples = known.get("samples") or []
         listed = "; ".join(f"{key}: {reason}" for key, reason in samples[:3])
         return f"{len(samples)} samples: {listed}" + (" …" if len(samples) > 3 else "")

@@ -53,8 +53,8 @@ def starts(records: Iterable[Mapping[str, Any]]) -> list[Start]:
                 last = found[-1]
                 last.lost_s += record.get("lost_s", 0.0)
                 last.lost_steps += record.get("lost_steps", 0)
-                if record.get("gap_s"):
-                    last.seen = max(last.seen, begin - record["gap_s"])
+                if record.get("downtime_s"):
+                    last.seen = max(last.seen, begin - record["downtime_s"])
             found.append(Start(begin, when, when, record["step"], record.get("ranks", 1), record["step"]))
         elif found:
             last = found[-1]
@@ -62,7 +62,7 @@ def starts(records: Iterable[Mapping[str, Any]]) -> list[Start]:
             last.reached = max(last.reached, record.get("step", 0))
             if event == "end":
                 last.outcome = record["outcome"]
-            elif event == "hung":
+            elif event == "hang":
                 last.outcome = "hung"
             elif event == "rollback":
                 last.lost_s += record.get("lost_s", 0.0)

@@ -230,11 +230,11 @@ class ControlNetStage:
         """Part of FLUX -> its placement; for counting all are in the model."""
         if self.for_counting:
             return dict.fromkeys(PARTS, "sharded")
-        return places(self.flux, whole=self.recipe.samples.every is not None)
+        return places(self.flux, whole=self.recipe.previews.every is not None)
 
     @property
     def tower_place(self) -> str:
-        return "sharded" if self.for_counting else self.flux.placement.tower
+        return "sharded" if self.for_counting else self.flux.placement.vision_encoder
 
     @property
     def latents(self) -> tuple[int, int, int]:
@@ -288,8 +288,8 @@ class ControlNetStage:
     def report(self, sums: list[float]) -> dict[str, float]:
         squares, count, noisier, noisier_count, _ = sums
         return {
-            "loss_little_noise": squares / count if count else 0.0,
-            "loss_much_noise": noisier / noisier_count if noisier_count else 0.0,
+            "loss_low_noise": squares / count if count else 0.0,
+            "loss_high_noise": noisier / noisier_count if noisier_count else 0.0,
         }
 
     def tokens(self, sums: list[float]) -> float:

@@ -142,7 +142,7 @@ def open_cache(kind: Kind, recipe: Recipe, made: dict[str, Any], rank: int = 0, 
     found = spread(lambda shard: problem_of(shard, place_of(shard, kind, name), name), shards, rank, gather)
     problems = [(tar, problem) for tar, problem in zip(tars, found, strict=True) if problem]
     if not problems:
-        return Cache(tars, max_open=max(64, 2 * recipe.data.block))
+        return Cache(tars, max_open=max(64, 2 * recipe.data.shuffle_window))
     setting, (tar, problem) = f"flux.placement.{kind}=cached", problems[0]
     if len(problems) == len(tars) and {problem for _, problem in problems} == {"missing"}:
         if other := _difference(shards[0], kind, made):

@@ -54,20 +54,20 @@ def open_inputs(recipe: Recipe, ranks: int, rank: int = 0, gather: Gather = alon
     if stage is None:
         with from_cache():
             stage = open_stage(recipe)
-    return Inputs(recipe, dataset, Plan(dataset.samples_per_shard, recipe.seed, recipe.data.block), stage)
+    return Inputs(recipe, dataset, Plan(dataset.samples_per_shard, recipe.seed, recipe.data.shuffle_window), stage)
 
 
 def require_places(recipe: Recipe) -> None:
     """RunError where a folder is missing that a run reads after its model is built, named by its setting: opening the
     stage has checked the model's own."""
-    names = {"samples.controlnet": recipe.samples.controlnet} if recipe.samples.every else {}
+    names = {"previews.controlnet": recipe.previews.controlnet} if recipe.previews.every else {}
     if not newest_step(Path(recipe.runs_dir) / recipe.name):  # a run that continues does not read it again
         names["init_from"] = recipe.init_from
     for key, place in names.items():
         if place and not Path(place).exists():
             raise RunError(f"{key}={place}: no such file or folder")
-    if recipe.samples.every and recipe.samples.flux:
-        architecture(recipe.samples.flux, None, "samples.flux")
+    if recipe.previews.every and recipe.previews.flux:
+        architecture(recipe.previews.flux, None, "previews.flux")
 
 
 # Settings that decide what is trained and on which sequence: a run that goes on must not change them.
@@ -76,7 +76,7 @@ IDENTITY = (
     "seed",
     "global_batch",
     "data.image_size",
-    "data.block",
+    "data.shuffle_window",
     "ema",
 )
 

@@ -28,7 +28,7 @@ def run(parts: TrainerComponents, progress: Progress) -> bool:
     """
     recipe, section = parts.recipe, parts.sections
     health = Health(recipe.health, progress)
-    bad_samples = BadSamples(recipe.data.max_bad_share)
+    bad_samples = BadSamples(recipe.data.max_bad_fraction)
     meter = Meter()
     batches = parts.batches(progress)
 
@@ -146,7 +146,7 @@ def _report_skip(parts: TrainerComponents, progress: Progress, reason: str, mine
 def _report_replaced(parts: TrainerComponents, progress: Progress, mine: _Share) -> list[tuple[str, str]]:
     """The samples that could not be read on any rank, and what took their places."""
     replaced = [pair for share in parts.ranks.gather(mine.replaced) for pair in share]
-    parts.metrics.write({"event": "replaced", "step": progress.step, "samples": replaced})
+    parts.metrics.write({"event": "bad_samples", "step": progress.step, "samples": replaced})
     return replaced
 
 
@@ -166,7 +166,7 @@ def _log(parts: TrainerComponents, progress: Progress, total: _Total, lr: float,
         **parts.utilisation.rates(rates["samples_per_s"], rates["tokens_per_s"], rates["step_s"]),
         **parts.spread.look(progress.step, times),
         "skipped_steps": progress.skipped_steps,
-        "digest": progress.digest,
+        "data_digest": progress.digest,
     }
     parts.metrics.write(record)
     parts.console.metrics(record)

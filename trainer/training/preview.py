@@ -23,13 +23,14 @@ from ...data import Dataset
 from ...data.atomic import write_atomic
 from ...data.transforms import decode_sizes
 from ...recipes import Recipe
-from ...recipes.schema import Samples
+from ...recipes.schema import Previews
 from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..inference.contact_sheet import sheet
 from ..inference.generator import Generator, Settings, load_controlnet, load_flux
 from ..models.prompt import PromptTemplate
 from ..monitors.phase_timer import Sections
+from ..monitors.renames import PREVIEWS
 from ..optim.engine import Engine
 from ..optim.train_state import Progress
 from ..stages import Stage
@@ -44,9 +45,9 @@ Rows = dict[str, list[Image.Image]]
 def sampler(
     stage: Stage, engine: Engine, dataset: Dataset, ranks: Ranks, folder: Path, section: Sections
 ) -> Callable[[Progress], None]:
-    """What makes `samples/step-NNNNNNNN.png` in the run folder at the recipe's steps, and nothing at others."""
+    """What makes `previews/step-NNNNNNNN.png` in the run folder at the recipe's steps, and nothing at others."""
     recipe: Recipe = stage.recipe
-    every = recipe.samples.every
+    every = recipe.previews.every
     if every is None:
         return lambda progress: None
     if isinstance(stage, ControlNetStage):
@@ -56,7 +57,7 @@ def sampler(
 
     def after_step(progress: Progress) -> None:
         if progress.step % every == 0:
-            with section("samples"):
+            with section("previews"):
                 write(engine.undisturbed(draw), progress.step)
 
     def write(rows: Rows, step: int) -> None:
@@ -64,8 +65,8 @@ def sampler(
             picture = BytesIO()
             sheet(rows, captions).save(picture, "png")
             try:
-                (folder / "samples").mkdir(exist_ok=True)
-                write_atomic(folder / "samples" / f"step-{step:08d}.png", picture.getvalue())
+                (folder / PREVIEWS).mkdir(exist_ok=True)
+                write_atomic(folder / PREVIEWS / f"step-{step:08d}.png", picture.getvalue())
             except OSError as error:  # a picture is not worth the run
                 log.error("the samples of step %d are not written: %s", step, error)
 
@@ -76,7 +77,7 @@ def _reconstructions(
     stage: ControlNetStage, engine: Engine, dataset: Dataset, ranks: Ranks
 ) -> tuple[list[str], Callable[[], Rows]]:
     """Stage 2: the first images of the data, painted from their own latents."""
-    captions, images, pictures = _first(dataset, stage.recipe.samples.count, stage.image_sizes)
+    captions, images, pictures = _first(dataset, stage.recipe.previews.count, stage.image_sizes)
     model: Any = engine.model
     generator = Generator(
         model,  # of the MLLM only the vision tower is asked for, which this model has too
@@ -100,7 +101,7 @@ def _pictures(
     stage: PatchLatentStage, engine: Engine, dataset: Dataset, ranks: Ranks
 ) -> tuple[list[str], Callable[[], Rows]]:
     """Stage 1: the first captions of the data, decoded here and painted by a trained ControlNet, on rank 0 alone."""
-    settings = stage.recipe.samples
+    settings = stage.recipe.previews
     captions, _, images = _first(dataset, settings.count, stage.image_sizes)
     model: Any = engine.model
     width, side = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
@@ -130,7 +131,7 @@ class _Painter:
     A preview brings both to the device and frees them again, so that a step has the memory that the plan gives it.
     """
 
-    def __init__(self, settings: Samples, width: int, side: int, device: torch.device) -> None:
+    def __init__(self, settings: Previews, width: int, side: int, device: torch.device) -> None:
         """Everything is opened and checked here, where the run has not begun yet."""
         assert settings.controlnet
         self.device = device

@@ -75,8 +75,8 @@ class Replay:
             "weights_exact": self.exact,
             "loss": self.loss,
             "logged_loss": (place.line or place.skipped or {}).get("loss"),
-            "digest": self.digest,
-            "logged_digest": (place.line or {}).get("digest"),
+            "data_digest": self.digest,
+            "logged_data_digest": (place.line or {}).get("data_digest"),
             "replaced": self.replaced,
             "samples": self.samples,
         }
@@ -103,7 +103,7 @@ def replay(run: Path, place: Place, weights_step: int | None = None) -> Replay:
     weights_step: those of this checkpoint instead; 0 is the run's beginning. RunError when the run lacks something, or
     when the samples are not those that the run's digests say.
     """
-    recipe = load_recipe(run / "recipe.yaml")
+    recipe = load_recipe(run / "recipe.yaml", stored=True)
     inputs = open_inputs(recipe, 1)
     reader = _checkpoint(run, place, weights_step)
     if reader and reader.state["data"] != inputs.dataset.fingerprint:
@@ -231,7 +231,7 @@ def _digest(place: Place, before: str | None, dataset: Dataset, items: Sequence[
         return None
     names = (dataset.name(item.origin[0], item.key) for item in items)
     found = SequenceDigest(before).advance(*SequenceDigest.fingerprint(names))
-    logged = (place.line or {}).get("digest", found)
+    logged = (place.line or {}).get("data_digest", found)
     if version(logged) == "1":  # logged before digests knew shards
         return logged
     if logged != found:

@@ -56,7 +56,7 @@ class Recovery:
         streak = progress.bad_in_a_row
         good = progress.step - streak
         trouble = f"step {progress.step}: {streak} steps in a row were skipped for a bad loss or gradient norm"
-        remedy = "see the `skipped` events in metrics.jsonl, `bifrost replay`, and lower optimizer.lr"
+        remedy = "see the `skipped_step` events in metrics.jsonl, `bifrost replay`, and lower optimizer.lr"
         if progress.rollbacks >= self.settings.max_rollbacks:
             limit = f"health.max_rollbacks={self.settings.max_rollbacks} is reached"
             raise Unhealthy(f"{trouble}, and {limit}: {remedy}")
@@ -89,7 +89,7 @@ class Recovery:
         except OSError as error:  # the file is still read right: later lines of a step replace earlier ones
             log.error("%s still holds the lines of steps given up: %s", self.metrics.path, error.strerror)
         event = {"event": "rollback", "step": progress.step, "to": there.step, "batch": there.batch}
-        self.metrics.write({**event, "passed_over": [first, progress.batch], "rollbacks": there.rollbacks, **past})
+        self.metrics.write({**event, "skipped_batches": [first, progress.batch], "rollbacks": there.rollbacks, **past})
         self.console.say(
             f"{progress.bad_in_a_row} steps in a row were skipped up to step {progress.step}: back to the checkpoint of"
             f" step {there.step}, passing over global batches {first} to {progress.batch}"
@@ -97,7 +97,7 @@ class Recovery:
         progress.become(there)
 
     def _learn_anew(self, progress: Progress, why: str) -> None:
-        self.metrics.write({"event": "new_level", "step": progress.step, "rollbacks": progress.rollbacks + 1})
+        self.metrics.write({"event": "baseline_reset", "step": progress.step, "rollbacks": progress.rollbacks + 1})
         self.console.say(f"up to step {progress.step} loss or gradient norm are {why}: taken for normal from here on")
         progress.accepted = []
         progress.bad_in_a_row = progress.spikes_in_a_row = 0

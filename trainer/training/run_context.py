@@ -59,7 +59,9 @@ def open_run(recipe: Recipe) -> Iterator[RunContext]:
     bounds = recipe.watchdog
     with Watchdog(bounds, sections) as watchdog:
         # The collectives' own time limit comes after the watchdog's: it says more.
-        ranks = join(timedelta(seconds=max(bounds.start_s, bounds.save_s) + 300), bounds.start_s / 5)
+        ranks = join(
+            timedelta(seconds=max(bounds.startup_timeout_s, bounds.save_timeout_s) + 300), bounds.startup_timeout_s / 5
+        )
         stop.met = True
         topology = check_ranks(ranks)
         if ranks.first and (len(topology) > 1 or "SLURM_STEP_ID" in os.environ):

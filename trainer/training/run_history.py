@@ -78,7 +78,7 @@ class History:
             last.reached = max(last.reached, step)
             if event is None:
                 history.lines[step] = record
-            elif event == "skipped":
+            elif event == "skipped_step":
                 history.skipped[record.get("batch", step)] = record
             elif event == "rollback":
                 place = record["batch"], last.ranks, last.micro_batch
@@ -108,7 +108,7 @@ class History:
     def _place(self, step: int, stretch: Stretch) -> Place:
         batch = _number(stretch, step)
         tried = {_number(each, step) for each in self.stretches if each.step < step <= each.reached}
-        before = "" if step == 1 else (self._line(step - 1, batch - 1, stretch) or {}).get("digest")
+        before = "" if step == 1 else (self._line(step - 1, batch - 1, stretch) or {}).get("data_digest")
         others = tuple(sorted(tried - {batch}))
         return Place(step, batch, stretch, self._line(step, batch), before, self.skipped.get(batch), others)
 

@@ -26,6 +26,7 @@ from ..models.kernel_selection import FILE as KERNELS_FILE
 from ..models.weights import full_shape
 from ..monitors.console import Console, log_to_file
 from ..monitors.goodput import AccountedMetrics
+from ..monitors.renames import rename_previews
 from ..monitors.tracking import Mirror, start_mirror
 from ..optim.engine import Engine, deepspeed_config
 from ..optim.train_state import Progress
@@ -99,6 +100,7 @@ def _describe(run: RunContext, kernels: dict[str, Any]) -> None:
     folder, ranks, recipe, data = run.folder, run.ranks, run.recipe, run.inputs.dataset
     dataset = {"shards": len(data.shards), "samples": len(data), "fingerprint": data.fingerprint}
     folder.mkdir(parents=True, exist_ok=True)
+    rename_previews(folder)
     # An attempt that dies here leaves a recipe.
     write_atomic(folder / "recipe.yaml", redact(to_yaml(recipe)).encode())
     write_json(folder / "ds_config.json", deepspeed_config(recipe, ranks.size))

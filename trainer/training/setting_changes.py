@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ...recipes import Recipe, RecipeError, load_recipe
+from ...recipes import Recipe, RecipeError, load_recipe, with_new_names
 from ..io import flat, read_json
 from ..monitors.metrics import last_lines, parse_line
 
@@ -20,7 +20,7 @@ Changes = dict[str, tuple[Any, Any]]
 def last_settings(run: Path) -> dict[str, Any] | None:
     """Settings of the last attempt, from the run folder; None where there was none, or of another version."""
     try:
-        return load_recipe(run / "recipe.yaml").model_dump(mode="json")
+        return load_recipe(run / "recipe.yaml", stored=True).model_dump(mode="json")
     except RecipeError:
         return None
 
@@ -36,7 +36,8 @@ def changes(now: dict[str, Any], before: dict[str, Any] | None) -> Changes:
 
 
 def _complete(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as a version that did not know all of today's wrote them, with the defaults in their place."""
+    """Settings as an earlier version wrote them, with today's names, and defaults for those that it did not know."""
+    settings = with_new_names(settings)
     try:
         return Recipe.model_validate(settings).model_dump(mode="json")
     except ValidationError:

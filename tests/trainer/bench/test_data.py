@@ -115,7 +115,7 @@ def test_the_command_reports_ratios_of_its_rounds(photos: str, tmp_path: Path) -
 
 
 def test_a_recipe_brings_its_sizes_and_collate(shards: Path) -> None:
-    settings = [f"data.shards={shards}/train-*.tar", "global_batch=8", "micro_batch=4", "data.block=2"]
+    settings = [f"data.shards={shards}/train-*.tar", "global_batch=8", "micro_batch=4", "data.shuffle_window=2"]
     with data._job("tiny-mllm", settings, samples=20, workers=1, sides="") as work:
         assert (work.sizes, work.micro_batch, work.block, len(work.dataset.shards)) == ((112,), 4, 2, 2)
         ours, theirs = (next(iter(rival(work))) for rival in (bench.reader_batches, bench.webdataset_batches))

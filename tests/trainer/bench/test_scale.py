@@ -30,7 +30,13 @@ def lines(*step_s: float) -> list[dict]:
     made: list[dict] = [{"event": "start", "step": 0}]
     for number, seconds in enumerate(step_s, 1):
         made.append(
-            {"step": number, "step_s": seconds, "data_wait_s": 0.1 * seconds, "own_s_max": 3.0, "own_s_median": 2.0}
+            {
+                "step": number,
+                "step_s": seconds,
+                "data_wait_s": 0.1 * seconds,
+                "rank_work_s_max": 3.0,
+                "rank_work_s_median": 2.0,
+            }
         )
     return made
 

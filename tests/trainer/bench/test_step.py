@@ -1,4 +1,4 @@
-"""`bifrost bench step`: the rivals compute the same, what is counted is what they do, and what they gain is claimed."""
+"""`bifrost bench step`: baselines compute the same; FLOPs are those executed; the ratio is the measured one."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from bifrost.trainer.planner.flops import patch_latent_parts
 from bifrost.trainer.planner.timing import useful_flops
 from bifrost.trainer.stages.patch_latents import PatchLatentStage
 
-SMALL = {"layers": 2, "width": None, "samples": 3, "rival": "eager", "rounds": 1}
+SMALL = {"layers": 2, "width": None, "samples": 3, "baseline": "eager", "rounds": 1}
 CPU = torch.device("cpu")
 
 
@@ -40,8 +40,8 @@ def test_every_case_is_measured_and_recorded(tmp_path: Path, capsys: pytest.Capt
     assert [case["text_tokens"] for case in record["cases"]] == ["20", "real"]
     assert record["cases"][1]["padded_text_tokens"] == 64  # the recipe's max_text_tokens
     for case, row in zip(record["cases"], rows, strict=True):
-        assert case["ratio"] == row.ratio == pytest.approx(row.rival_s / row.routed_s)  # of the one round
-        assert case["activation_ratio"] == case["rival_activation_bytes"] / case["routed_activation_bytes"] > 1
+        assert case["ratio"] == row.ratio == pytest.approx(row.baseline_s / row.routed_s)  # of the one round
+        assert case["activation_ratio"] == case["baseline_activation_bytes"] / case["routed_activation_bytes"] > 1
         assert max(case["loss_error"], case["gradient_error"]) < 1e-5
         assert sum(case["shares"].values()) == pytest.approx(1)
         assert case["shares"].keys() == {"tower", "prefix", "branch forward", "head", "branch backward"}
@@ -53,7 +53,7 @@ def test_every_case_is_measured_and_recorded(tmp_path: Path, capsys: pytest.Capt
 def test_what_does_not_fit_costs_no_other_figure(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rival runs out of memory in the first case, both in the second; the third is whole."""
+    """The baseline runs out of memory in the first case, both in the second; the third is whole."""
     dense, routed, draw, cases = DenseStep.step, step.routed_step, step.draw_batch, []
 
     def drawn(case: Any, *rest: Any) -> Any:
@@ -74,10 +74,12 @@ def test_what_does_not_fit_costs_no_other_figure(
     rows = step.bench(load_recipe("tiny-mllm"), text_tokens="20,30,40", out=tmp_path, **{**SMALL, "layers": 1})
     assert [case["text_tokens"] for case in json.loads((tmp_path / "step.json").read_text())["cases"]] == ["20", "40"]
     alone, whole = rows
-    assert alone.routed_s > 0 and (alone.ratio, alone.rival_s, alone.activation_ratio, alone.loss_error) == (None,) * 4
+    assert (
+        alone.routed_s > 0 and (alone.ratio, alone.baseline_s, alone.activation_ratio, alone.loss_error) == (None,) * 4
+    )
     assert whole.ratio and whole.loss_error is not None
     printed = capsys.readouterr().out
-    assert "20 text tokens: the rival (eager) does not fit" in printed
+    assert "20 text tokens: the baseline (eager) does not fit" in printed
     assert "30 text tokens: the routed step does not fit" in printed
     monkeypatch.setattr(step, "routed_step", within(("20",), routed))
     with pytest.raises(RunError, match="no case fits"):
@@ -85,17 +87,17 @@ def test_what_does_not_fit_costs_no_other_figure(
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_layers_are_a_rival_with_the_same_numbers() -> None:
+def test_compiled_layers_are_a_baseline_with_the_same_numbers() -> None:
     (row,) = step.bench(
-        load_recipe("tiny-mllm"), text_tokens="20", out=None, **{**SMALL, "layers": 1, "rival": "compiled"}
+        load_recipe("tiny-mllm"), text_tokens="20", out=None, **{**SMALL, "layers": 1, "baseline": "compiled"}
     )
     assert row.flops_ratio == 1 and max(row.loss_error, row.gradient_error) < 1e-5
 
 
-def test_rivals_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rival that forgets the padding's columns, as a mask of the wrong kind would."""
+def test_baselines_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A baseline that forgets the padding's columns, as a mask of the wrong kind would."""
     monkeypatch.setattr("bifrost.trainer.bench.dense.additive_mask", lambda real, patches, dtype: torch.zeros(()))
-    with pytest.raises(RunError, match="the rivals differ"):
+    with pytest.raises(RunError, match="the baselines differ"):
         step.bench(load_recipe("tiny-mllm"), text_tokens="real", out=None, **SMALL)
 
 
@@ -169,7 +171,7 @@ def test_a_cut_model_keeps_its_proportions() -> None:
         ({"text_tokens": "80,long"}, "--text-tokens 80,long"),
         ({"layers": 99}, "--layers 99: the model has 4"),
         ({"width": 100}, "--width 100: give a multiple of 32"),
-        ({"rival": "flash"}, "--rival flash: give one of eager, sdpa, compiled"),
+        ({"baseline": "flash"}, "--baseline flash: give one of eager, sdpa, compiled"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:

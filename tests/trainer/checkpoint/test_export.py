@@ -50,7 +50,7 @@ def test_the_model_card_is_of_this_run(run: Path, tmp_path: Path, layout: Litera
     versions = json.loads((run / "environment.json").read_text())["versions"]
     assert versions["bifrost-train"] == bifrost.__version__
     assert f"torch {versions['torch']}" in found.text and f"bifrost {bifrost.__version__}" in found.text
-    assert f"`{runs.steps(run)[-1]['digest']}`" in found.text
+    assert f"`{runs.steps(run)[-1]['data_digest']}`" in found.text
     assert "| step | 3 |" in found.text and "| samples | 24 |" in found.text
     assert ("contain weights of" in found.text) == (layout == "public")
 

@@ -50,14 +50,14 @@ def test_all_ranks_change_to_rank_0s_interval_at_the_same_step(tmp_path, run_ran
                 saver.save(step, held, shapes, {}, {})
                 saved.append((step, saver.every))
         saver.finish()
-        return saved, [event for event in events if event["event"] == "interval"]
+        return saved, [event for event in events if event["event"] == "checkpoint_interval"]
 
     (saved, events), (other, _) = run_ranks(2, work)
     # Begun with the earlier start's interval; a save's measurement counts from the next save on.
     assert saved == other == [(4, 4), (8, 3), (9, 3), (12, 3), (15, 5), (20, 5), (25, 5)]
     assert events == [
-        {"event": "interval", "step": 4, "every": 3},
-        {"event": "interval", "step": 12, "every": 5},
+        {"event": "checkpoint_interval", "step": 4, "every": 3},
+        {"event": "checkpoint_interval", "step": 12, "every": 5},
     ]
 
 

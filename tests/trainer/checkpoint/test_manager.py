@@ -135,7 +135,7 @@ def test_a_full_disk_is_an_event_and_training_goes_on(tmp_path, made, refuse):
     save(30)
     saver.wait()
     assert_holds_step(Store(tmp_path).newest_verified(), 30)
-    assert [(e["event"], e["step"], e.get("in_a_row")) for e in events] == [
+    assert [(e["event"], e["step"], e.get("consecutive_failures")) for e in events] == [
         ("save_failed", 10, 1),
         ("save_failed", 20, 2),
         ("checkpoint", 30, None),
@@ -145,7 +145,7 @@ def test_a_full_disk_is_an_event_and_training_goes_on(tmp_path, made, refuse):
     refuse(0)
     save(40)
     saver.wait()
-    assert events[-1]["in_a_row"] == 1  # in a row, since the last that worked
+    assert events[-1]["consecutive_failures"] == 1  # in a row, since the last that worked
     assert Store(tmp_path).steps() == [30]
 
 
@@ -156,7 +156,7 @@ def test_saves_that_fail_in_a_row_end_the_run_at_once(made, refuse):
     save(20)
     with pytest.raises(Unhealthy, match=r"3 saves in a row failed, the last at step 30: rank 0 .* No space left"):
         save(30)
-    assert [event["in_a_row"] for event in events] == [1, 2, 3]
+    assert [event["consecutive_failures"] for event in events] == [1, 2, 3]
 
 
 def test_the_last_save_is_tried_again(tmp_path, made, refuse):

@@ -123,8 +123,8 @@ def test_a_command_without_its_words_prints_its_help(
     [
         ("backbone.path", "backbone.path={0}"),
         ("init_from", "init_from={0}"),
-        ("samples.controlnet", "samples.every=5 samples.controlnet={0}"),
-        ("samples.flux", "samples.every=5 samples.controlnet={1} samples.flux={0}"),
+        ("previews.controlnet", "previews.every=5 previews.controlnet={0}"),
+        ("previews.flux", "previews.every=5 previews.controlnet={1} previews.flux={0}"),
     ],
 )
 def test_a_dry_run_names_a_folder_that_is_missing(tmp_path: Path, setting: str, named: str) -> None:

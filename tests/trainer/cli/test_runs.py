@@ -46,7 +46,7 @@ def step(number: int, loss: float | None = 0.123456789) -> dict:
         ([START, step(20), end("finished")], {}, "finished"),
         ([START, step(20), end("stopped")], {}, "stopped"),
         ([START, step(20), end("failed")], {}, "failed"),
-        ([START, step(20), {"event": "hung", "step": 20, "time": NOW}], {}, "failed"),
+        ([START, step(20), {"event": "hang", "step": 20, "time": NOW}], {}, "failed"),
         ([START, end("stopped"), START], {"lock_json": {"beat": NOW}}, "running"),
         ([START, step(20), end("stopped")], {"slurm__job_json": {"id": "42"}}, "waiting in Slurm"),
         ([], {"slurm__job_json": {"id": "42"}}, "waiting in Slurm"),

@@ -180,7 +180,7 @@ def test_every_command_says_them_in_one_line(monkeypatch, capsys, tmp_path, erro
     assert ended.value.code == code
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(line)
-    assert json.loads((tmp_path / "slurm" / "outcome.json").read_text())["code"] == code
+    assert json.loads((tmp_path / "slurm" / "exit_record.json").read_text())["code"] == code
 
 
 STEPS = {

@@ -174,7 +174,7 @@ def train_without(missing: str, arguments: list[str]) -> None:
 
 @pytest.mark.multi
 def test_a_start_without_one_of_its_ranks_ends_as_a_hang(shards: Path, tmp_path: Path) -> None:
-    arguments = runs.arguments(shards, tmp_path, "watchdog.start_s=60")
+    arguments = runs.arguments(shards, tmp_path, "watchdog.startup_timeout_s=60")
     ended = ranked.run(train_without, 3, "2", arguments)
     assert [rank.code for rank in ended] == [HUNG, HUNG, 0]
     assert ended[0].err.count("error: rank 2 of 3 did not come within 12 s\n") == 1, ended[0].err

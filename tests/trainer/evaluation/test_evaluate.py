@@ -329,7 +329,7 @@ def test_the_command(mllm: Path, controlnet: Path, shards: Path, tmp_path: Path,
     usual = ("--mllm", mllm, "--controlnet", controlnet, "--data", train_shards(shards), *QUICK)
     bifrost(*usual, "--heldout", heldout_shards(shards), "--out", out, "--seed", 9)
     shown = capsys.readouterr().out
-    assert sorted(path.name for path in out.iterdir()) == ["metrics.json", "sheet.png", "table.txt"]
+    assert sorted(path.name for path in out.iterdir()) == ["contact_sheet.png", "metrics.json", "table.txt"]
     first = (out / "metrics.json").read_bytes()
     record = json.loads(first)
     text = (out / "table.txt").read_text()
@@ -343,7 +343,7 @@ def test_the_command(mllm: Path, controlnet: Path, shards: Path, tmp_path: Path,
     assert (noted["event"], noted["step"]) == ("eval", 7)
     assert noted["heldout/match/full/r1"] == record["figures"]["heldout"]["match"]["full"]["r1"]
     assert not (controlnet / "evaluations.jsonl").exists()
-    width, height = Image.open(out / "sheet.png").size
+    width, height = Image.open(out / "contact_sheet.png").size
     assert 8 * 128 < width < 8 * 128 + 200 and 5 * 128 < height < 5 * 128 + 150
     bifrost(*usual, "--heldout", heldout_shards(shards), "--out", out, "--seed", 9)
     assert (out / "metrics.json").read_bytes() == first

@@ -250,8 +250,8 @@ def test_the_command(mllm: Path, controlnet: Path, generator: Generator, tmp_pat
     assert sorted(path.name for path in out.iterdir()) == [
         "00000-a-red-apple.png",
         "00001-moon-sun.png",
+        "contact_sheet.png",
         "prompts.jsonl",
-        "sheet.png",
     ]
     lines = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
     assert [(line["file"], line["prompt"], line["seed"]) for line in lines] == [
@@ -302,8 +302,8 @@ def test_geneval_on_two_ranks(mllm: Path, controlnet: Path, generator: Generator
         options = ("--seed", 10, "--layout", "geneval", "--prompts", prompts, *QUICK)
         bifrost("--mllm", mllm, "--controlnet", controlnet, "--out", out, *options)
         assert len(list(out.rglob("samples/*.png"))) == (8 if rank == "0" else 4)
-        assert (out / "sheet.png").exists() == (rank == "0")
-    assert sorted(path.name for path in out.iterdir()) == ["00000", "00001", "prompts.jsonl", "sheet.png"]
+        assert (out / "contact_sheet.png").exists() == (rank == "0")
+    assert sorted(path.name for path in out.iterdir()) == ["00000", "00001", "contact_sheet.png", "prompts.jsonl"]
     for number, line in enumerate(GENEVAL):
         folder = out / f"{number:05d}"
         assert sorted(p.name for p in folder.iterdir()) == ["metadata.jsonl", "samples"]
@@ -357,7 +357,7 @@ def test_ranks_at_the_same_time(mllm: Path, controlnet: Path, tmp_path: Path) ->
     for rank in ranked.bifrost(2, "generate", "--mllm", str(mllm), "--controlnet", str(controlnet), *options):
         assert rank.code == 0, rank.err
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["00000-a-red-apple.png", "00001-moon.png", "00002-a.png", "prompts.jsonl", "sheet.png"]
+    assert names == ["00000-a-red-apple.png", "00001-moon.png", "00002-a.png", "contact_sheet.png", "prompts.jsonl"]
 
 
 def test_wrong_inputs_are_one_line_and_leave_nothing(

@@ -44,7 +44,7 @@ def test_without_a_gpu_it_is_plain_pytorch(tmp_path: Path) -> None:
 
 
 def test_what_the_recipe_says_is_taken(tmp_path: Path) -> None:
-    kernels, record = choose(tmp_path, "kernels.provider=in-place", "kernels.attention=reference")
+    kernels, record = choose(tmp_path, "kernels.head_backend=in-place", "kernels.attention=reference")
     assert (kernels.head, kernels.attention) == ("in-place", "reference")
     assert record["patch_latent_loss"]["reason"] == "set in the recipe"
 

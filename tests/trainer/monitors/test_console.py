@@ -12,8 +12,8 @@ from bifrost.trainer.monitors.console import Console, WithoutSecrets, fitting, s
 RECORD = {
     "step": 50000,
     "loss": 0.4321,
-    "loss_little_noise": 0.1,
-    "loss_much_noise": None,
+    "loss_low_noise": 0.1,
+    "loss_high_noise": None,
     "grad_norm": 0.3487,
     "lr": 3e-3,
     "samples_per_s": 12345.6,
@@ -25,14 +25,14 @@ RECORD = {
 def test_a_file_gets_the_whole_line(capsys: pytest.CaptureFixture[str]) -> None:
     Console(100, 0, shown=True).metrics(RECORD)
     assert capsys.readouterr().out == (
-        "step  50000  loss 0.4321  little noise 0.1000  much noise not finite  grad 0.3487  lr 3.00e-03"
+        "step  50000  loss 0.4321  low noise 0.1000  high noise not finite  grad 0.3487  lr 3.00e-03"
         "  12345.6 samples/s  wait 20 ms  skipped 7\n"
     )
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
 def test_a_terminal_gets_what_fits(width: int) -> None:
-    fields = step_fields({key: value for key, value in RECORD.items() if key != "loss_much_noise"})
+    fields = step_fields({key: value for key, value in RECORD.items() if key != "loss_high_noise"})
     line = fitting(fields, width)
     assert line.startswith("step  50000  loss 0.4321")
     if width >= 80:

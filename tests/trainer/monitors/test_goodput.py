@@ -43,7 +43,7 @@ def test_the_sums(tmp_path: Path) -> None:
     start = went(metrics, 10, 100, 130, owner)
     assert [record["step"] for record in map(json.loads, (tmp_path / "metrics.jsonl").open())] == [0, 10, 10, 10]
     assert start["lost_steps"] == 15 and start["lost_s"] == pytest.approx(75 - 40 - 4) and start["kept_s"] == 0
-    assert start["gap_s"] == pytest.approx(25)
+    assert start["downtime_s"] == pytest.approx(25)
     metrics.write(line(152, 20, step_s=2.2))
     metrics.write(event(160, "end", 20, outcome="finished"))
     found = summary(tmp_path)
@@ -53,7 +53,7 @@ def test_the_sums(tmp_path: Path) -> None:
     )
     assert found["wall_s"] == pytest.approx(160) == sum(seconds.values())
     assert found["ettr"] == pytest.approx(37 / 160)
-    assert (found["starts"], found["step"], found["lost_steps"]) == (2, 20, 15)
+    assert (found["attempts"], found["step"], found["lost_steps"]) == (2, 20, 15)
 
 
 def test_steps_that_no_line_tells_of(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_steps_that_no_line_tells_of(tmp_path: Path) -> None:
     metrics.write(event(150, "checkpoint", 9, seconds=0.0))
     metrics.write(event(150, "end", 9, outcome="stopped"))
     start = went(metrics, 9, 160, 165)
-    assert (start["kept_s"], start["lost_s"], start["lost_steps"], start["gap_s"]) == pytest.approx((20, 0, 0, 10))
+    assert (start["kept_s"], start["lost_s"], start["lost_steps"], start["downtime_s"]) == pytest.approx((20, 0, 0, 10))
     assert summary(tmp_path)["seconds"]["step"] == pytest.approx(50 + 20 + 20)
 
 
@@ -77,7 +77,7 @@ def test_a_start_that_never_got_going_is_recovery(tmp_path: Path) -> None:
     went(metrics, 0, 0, 10)
     metrics.write(line(20, 1, step_s=10))
     start = went(metrics, 1, 90, 100, {"beat": START + 80, "step": 0, "started": START + 40})
-    assert start["gap_s"] == pytest.approx(70) and start["lost_s"] == 0 and start["kept_s"] == 0
+    assert start["downtime_s"] == pytest.approx(70) and start["lost_s"] == 0 and start["kept_s"] == 0
 
 
 def test_a_roll_back(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_roll_back(tmp_path: Path) -> None:
     for step in range(1, 5):
         metrics.write(line(10 + 5 * step, step, step_s=5))
     past = metrics.go_on(2, START + 32, None)
-    assert past == {"gap_s": pytest.approx(2), "kept_s": 0, "lost_s": pytest.approx(10), "lost_steps": 2}
+    assert past == {"downtime_s": pytest.approx(2), "kept_s": 0, "lost_s": pytest.approx(10), "lost_steps": 2}
     metrics.write({**event(34, "rollback", 4, to=2), **past})
     metrics.write(line(40, 3, step_s=6))
     found = summary(tmp_path)
@@ -138,10 +138,10 @@ def test_a_run_that_is_killed_and_goes_on(shards: Path, tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert "taken over from process" in ended.stderr and "its process is gone" in ended.stderr
     start = runs.events(run, "start")[-1]
-    assert start["step"] == saved and start["lost_steps"] >= done - saved and start["gap_s"] > 0
+    assert start["step"] == saved and start["lost_steps"] >= done - saved and start["downtime_s"] > 0
     result = CliRunner().invoke(app, ["goodput", str(run), "--json"])
     found = json.loads(result.output)
-    assert found["starts"] == 2 and found["lost_steps"] == start["lost_steps"]
+    assert found["attempts"] == 2 and found["lost_steps"] == start["lost_steps"]
     assert found["wall_s"] == pytest.approx(sum(found["seconds"].values()), rel=1e-6)
     lines = runs.lines(run)
     assert lines[-1]["time"] - lines[0]["time"] < found["wall_s"] < time.time() - begun

@@ -80,7 +80,7 @@ def test_the_work_of_all_ranks_grows_with_their_number(
         assert sum(count for (ident, _), count in accesses.items() if ident == thread.ident) < 10
     assert (report(folder)["rank"], report(folder)["host"]) == (7, "node7")
     assert capfd.readouterr().err.count("rank 7 on node7 is furthest behind") == 1
-    outcome = json.loads((folder.parents[1] / "slurm" / "outcome.json").read_text())
+    outcome = json.loads((folder.parents[1] / "slurm" / "exit_record.json").read_text())
     assert outcome["host"] == "node7" and "furthest behind" in outcome["reason"]
 
 
@@ -120,7 +120,7 @@ def test_the_ranks_leave_when_all_collectives_are_written(folder: Path, monkeypa
     assert thread.is_alive() and not (folder / "report.json").exists()
     (folder / "rank-00001.collectives.json").write_text("{}")
     thread.join(15)
-    assert not thread.is_alive() and report(folder)["event"] == "hung"
+    assert not thread.is_alive() and report(folder)["event"] == "hang"
 
 
 def test_an_answer_comes_before_its_collectives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

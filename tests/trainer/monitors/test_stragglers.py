@@ -52,9 +52,9 @@ def test_a_slow_rank_is_named_once(shards: Path, tmp_path: Path, section: str) -
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
     run = tmp_path / "tiny-mllm"
     (event,) = runs.events(run, "straggler")
-    assert (event["rank"], event["section"], event["step"]) == (1, section, LINES)
-    assert event["seconds"] > 1.2 > event["others_s"]
-    assert all(line["slowest_rank"] == 1 and line["own_s_max"] > 1.2 for line in runs.steps(run))
+    assert (event["rank"], event["phase"], event["step"]) == (1, section, LINES)
+    assert event["seconds"] > 1.2 > event["others_median_s"]
+    assert all(line["slowest_rank"] == 1 and line["rank_work_s_max"] > 1.2 for line in runs.steps(run))
 
 
 def watch(others: list[list[list[float]]], own: float = 1.0) -> list[dict]:
@@ -75,7 +75,7 @@ def test_who_is_a_straggler() -> None:
     slow = [row(1.0), row(1.0, data=0.9), row(1.1)]
     even = [row(1.0), row(1.05), row(1.1)]
     (event,) = watch([slow] * 6)
-    assert (event["rank"], event["host"], event["section"], event["step"]) == (2, "c", "data", LINES - 1)
+    assert (event["rank"], event["host"], event["phase"], event["step"]) == (2, "c", "data", LINES - 1)
     assert not watch([slow, slow, even] * 3), "not in a row"
     assert len(watch([*[slow] * 4, even, *[slow] * 4])) == 2, "it recovered and is slow again"
     spread = [row(0.4), row(1.6), row(2.4)]

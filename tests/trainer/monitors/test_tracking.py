@@ -48,8 +48,8 @@ def wait_until(true, seconds=20):
 
 def test_a_run_arrives_whole(server, client, make_run):
     run = make_run(server)
-    (run.folder / "samples" / "step-20").mkdir(parents=True)
-    (run.folder / "samples" / "step-20" / "a.png").write_bytes(b"image")
+    (run.folder / "previews" / "step-20").mkdir(parents=True)
+    (run.folder / "previews" / "step-20" / "a.png").write_bytes(b"image")
     mirror = start_mirror(run.folder)
     run.metrics.write({"event": "start", "step": 0, "ranks": 2})
     log_steps(run, (10, 20))
@@ -71,8 +71,8 @@ def test_a_run_arrives_whole(server, client, make_run):
     assert found.data.tags["bifrost.restarts"] == "0"
     assert (found.info.status, found.info.run_name) == ("FINISHED", "demo")
     assert found.info.start_time <= found.info.end_time
-    assert {file.path for file in client.list_artifacts(run_id(run))} == {"recipe.yaml", "samples", "events.jsonl"}
-    assert [file.path for file in client.list_artifacts(run_id(run), "samples/step-20")] == ["samples/step-20/a.png"]
+    assert {file.path for file in client.list_artifacts(run_id(run))} == {"recipe.yaml", "previews", "events.jsonl"}
+    assert [file.path for file in client.list_artifacts(run_id(run), "previews/step-20")] == ["previews/step-20/a.png"]
     events = Path(client.download_artifacts(run_id(run), "events.jsonl")).read_text()
     assert [json.loads(line)["event"] for line in events.splitlines()] == ["start", "evaluation", "end"]
 
@@ -193,14 +193,14 @@ def test_what_an_mlflow_user_looks_for(server, client, make_run, monkeypatch):
     recipe.write_text(recipe.read_text() + f"stage: patch-latents\ndata: {{shards: '{shards}'}}\n")
     known = {"commit": "abc123", "ranks": 2, "dataset": {"shards": 10, "samples": 1815, "fingerprint": "f" * 64}}
     (run.folder / "environment.json").write_text(json.dumps(known))
-    record = {"step": 10, "loss": 1.0, "loss_masked": 2.0, "lr": 0.1, "samples_per_s": 5.0, "own_s_median": 1.0}
+    record = {"step": 10, "loss": 1.0, "loss_masked": 2.0, "lr": 0.1, "samples_per_s": 5.0, "rank_work_s_median": 1.0}
     run.metrics.write({**record, "mfu": 0.4, "ettr": 0.9, "peak_memory_gib": 3.0, "alloc_retries": 0})
     run.metrics.write({"event": "checkpoint", "step": 10, "seconds": 2.0})
     MlflowRun(run.folder, live=True).push(last=True)
     found = client.get_run(run_id(run))
     assert set(found.data.metrics) == {
         *("train/loss", "train/loss_masked", "train/lr"),
-        *("perf/samples_per_s", "perf/own_s_median", "perf/mfu", "perf/ettr"),
+        *("perf/samples_per_s", "perf/rank_work_s_median", "perf/mfu", "perf/ettr"),
         *("memory/peak_memory_gib", "memory/alloc_retries", "checkpoint/seconds"),
     }
     tags = found.data.tags

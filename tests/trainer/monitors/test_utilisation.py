@@ -93,7 +93,9 @@ def test_spread_over_ranks() -> None:
     times = Times({"data": 4.0, "forward": 2.0}, {"forward": 1.0}, 2)
     found = Spread(ranks, Stragglers(ranks, ["a", "b", "c"], lambda event: None)).look(2, times)
     assert found["data_wait_s_max"] == pytest.approx(3.0)
-    assert (found["own_s_median"], found["own_s_max"], found["slowest_rank"]) == pytest.approx((2.5, 3.5, 1))
+    assert (found["rank_work_s_median"], found["rank_work_s_max"], found["slowest_rank"]) == pytest.approx(
+        (2.5, 3.5, 1)
+    )
     assert found["peak_memory_gib"] == pytest.approx(memory.peak(CPU) / 2**30 + 1, rel=0.01)
     assert 0 < found["memory_headroom_gib"] < memory.headroom(CPU) / 2**30
     assert "alloc_retries" not in found
@@ -124,5 +126,5 @@ def test_what_a_run_logs(shards: Path, tmp_path: Path) -> None:
         at, beyond = by_hand(int(text))[0], by_hand(int(text) + 1)[0]
         useful = at + (text - int(text)) * (beyond - at)
         assert line["tflops_per_device"] == pytest.approx(useful * line["samples_per_s"] / 2 / 1e12, rel=1e-3)
-        assert line["gathered_gb_per_s"] > 0 and line["memory_headroom_gib"] > 0
+        assert line["allgather_gb_per_s"] > 0 and line["memory_headroom_gib"] > 0
         assert line["data_wait_s_max"] >= line["data_wait_s"] and not {"mfu", "hfu", "alloc_retries"} & line.keys()

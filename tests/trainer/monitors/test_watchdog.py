@@ -70,11 +70,11 @@ def hang(arguments: list[str], where: str, how: str, rank: int) -> None:
 
 def hung(shards: Path, tmp_path: Path, *case: object, ranks: int = 2, settings: tuple[str, ...] = ()) -> tuple:
     """The exit codes, the event, the folder of stacks and what was printed."""
-    bounds = (f"watchdog.step_s={BOUND}", "watchdog.save_s=12", "micro_batch=4")
+    bounds = (f"watchdog.step_timeout_s={BOUND}", "watchdog.save_timeout_s=12", "micro_batch=4")
     arguments = runs.arguments(shards, tmp_path, "steps=9", *bounds, *settings)
     ended = ranked.run(hang, ranks, arguments, *case)
     run = tmp_path / "tiny-mllm"
-    (event,) = runs.events(run, "hung")
+    (event,) = runs.events(run, "hang")
     return [rank.code for rank in ended], event, run / event["stacks"], "".join(rank.err for rank in ended)
 
 
@@ -84,8 +84,8 @@ def hung(shards: Path, tmp_path: Path, *case: object, ranks: int = 2, settings: 
 def test_a_rank_asleep_is_named_and_all_stacks_are_written(shards: Path, tmp_path: Path, where: str, rank: int) -> None:
     codes, event, stacks, printed = hung(shards, tmp_path, where, "asleep", rank)
     assert codes == [HUNG] * 2
-    assert (event["rank"], event["section"], event["step"]) == (rank, where, 2)
-    assert BOUND < event["silent_s"] < BOUND + 30 and event["bound_s"] == BOUND
+    assert (event["rank"], event["phase"], event["step"]) == (rank, where, 2)
+    assert BOUND < event["stalled_s"] < BOUND + 30 and event["timeout_s"] == BOUND
     assert printed.count("error: ") == 1 and f"rank {rank} on " in printed and f"in {where} of step 3" in printed
     for other in range(2):
         assert bool(ASLEEP.search((stacks / f"rank-{other:05d}.txt").read_text())) == (other == rank)
@@ -109,13 +109,13 @@ def test_a_rank_whose_interpreter_is_blocked_leaves_its_stack_too(shards: Path, 
 def test_a_save_has_a_bound_of_its_own(shards: Path, tmp_path: Path) -> None:
     codes, event, _, _ = hung(shards, tmp_path, "save", "asleep", 1, settings=("checkpoint.every=1",))
     assert codes == [HUNG] * 2
-    assert (event["rank"], event["section"], event["bound_s"]) == (1, "save", 12)
+    assert (event["rank"], event["phase"], event["timeout_s"]) == (1, "save", 12)
 
 
 @pytest.mark.multi
 @pytest.mark.slow
 def test_a_stopped_rank_and_its_launcher(shards: Path, tmp_path: Path) -> None:
-    arguments = runs.arguments(shards, tmp_path, "steps=4000", f"watchdog.step_s={BOUND}", "--ranks", "2")
+    arguments = runs.arguments(shards, tmp_path, "steps=4000", f"watchdog.step_timeout_s={BOUND}", "--ranks", "2")
     with runs.launched(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as launcher:
         run = tmp_path / "tiny-mllm"
         runs.wait_for_steps(run, 2)
@@ -133,7 +133,7 @@ def test_before_the_ranks_have_met(tmp_path: Path) -> None:
         "import time; from bifrost.recipes.schema import Watchdog as Settings;"
         "from bifrost.trainer.monitors.phase_timer import Sections;"
         "from bifrost.trainer.monitors.watchdog import Watchdog;"
-        "watchdog = Watchdog(Settings(start_s=0.5), Sections()).__enter__(); time.sleep(100)"
+        "watchdog = Watchdog(Settings(startup_timeout_s=0.5), Sections()).__enter__(); time.sleep(100)"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert ended.returncode == HUNG
@@ -149,7 +149,7 @@ def test_a_run_that_goes_well_leaves_no_stacks(shards: Path, tmp_path: Path) -> 
 
 def test_bounds() -> None:
     sections = Sections()
-    watchdog = Watchdog(Settings(start_s=1000, save_s=500), sections)
+    watchdog = Watchdog(Settings(startup_timeout_s=1000, save_timeout_s=500), sections)
     assert watchdog.bound_s() == 1000
     sections.step_done(1)
     assert watchdog.bound_s() == 1000, "no step is timed yet"
@@ -167,7 +167,7 @@ def test_bounds() -> None:
     sections.step_done(8)
     assert watchdog.bound_s() == 600
     assert 30.0 in sections._durations and max(sections._durations) == 30.0
-    assert Watchdog(Settings(step_s=3), sections).bound_s() == 3
+    assert Watchdog(Settings(step_timeout_s=3), sections).bound_s() == 3
 
 
 def answer(rank: int, entered: int, collectives: int, section: str = "forward") -> Answer:

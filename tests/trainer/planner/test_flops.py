@@ -52,7 +52,7 @@ KINDS = ("mm", "addmm", "convolution", "_convolution", "convolution_backward")
 
 @pytest.mark.parametrize("name", ["tiny-mllm", "tiny-controlnet"])
 def test_linear_flops_are_torchs_own(name: str, shards) -> None:
-    small = ["precision=fp32", "global_batch=4", "micro_batch=4", "data.workers=0", "data.block=2"]
+    small = ["precision=fp32", "global_batch=4", "micro_batch=4", "data.workers=0", "data.shuffle_window=2"]
     recipe = load_recipe(name, [*small, f"data.shards={shards}/train-*.tar"])
     model, batch = batch_of(recipe)
     text = sum(batch["text_lengths"]) / 4 if "text_lengths" in batch else 0

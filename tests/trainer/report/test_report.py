@@ -96,7 +96,7 @@ def line(step: int, **rest: object) -> dict:
         "memory_headroom_gib": 20.0,
         "slowest_rank": 1,
         "skipped_steps": 0,
-        "digest": f"{step:016x}",
+        "data_digest": f"{step:016x}",
         "ettr": 0.6,
         **rest,
     }
@@ -120,23 +120,28 @@ def start(at: float, step: int, **rest: float) -> dict:
 @pytest.fixture
 def eventful(tmp_path: Path) -> Path:
     """Killed at step 14, gone on from step 10, and running."""
-    lost = {"gap_s": 12.0, "kept_s": 0.0, "lost_s": 8.0, "lost_steps": 4}
+    lost = {"downtime_s": 12.0, "kept_s": 0.0, "lost_s": 8.0, "lost_steps": 4}
     records = [
-        start(20, 0, gap_s=0.0, kept_s=0.0, lost_s=0.0, lost_steps=0),
+        start(20, 0, downtime_s=0.0, kept_s=0.0, lost_s=0.0, lost_steps=0),
         *(line(step) for step in range(1, 11)),
         {"time": T + 41, "event": "checkpoint", "step": 10, "seconds": 3.0, "blocked_s": 1.0, "bytes": 2**31},
         start(80, 10, **lost),
         *(line(step, time=T + 60 + 2 * step) for step in range(11, 41)),
         {
             "time": T + 120,
-            "event": "skipped",
+            "event": "skipped_step",
             "step": 30,
             "reason": "loss is <spike> & more",
             "loss": 9.0,
             "grad_norm": None,
         },
-        {"time": T + 121, "event": "replaced", "step": 31, "samples": [["a/7", "cannot be decoded"], ["a/8", "torn"]]},
-        {"time": T + 130, "event": "rollback", "step": 35, "to": 30, "passed_over": [31, 35], "lost_steps": 0},
+        {
+            "time": T + 121,
+            "event": "bad_samples",
+            "step": 31,
+            "samples": [["a/7", "cannot be decoded"], ["a/8", "torn"]],
+        },
+        {"time": T + 130, "event": "rollback", "step": 35, "to": 30, "skipped_batches": [31, 35], "lost_steps": 0},
     ]
     run = make(tmp_path / "eventful", records, "optimizer.lr=2e-4", "tracking.uri=http://tracker")
     recipe = run / "recipe.yaml"
@@ -144,17 +149,17 @@ def eventful(tmp_path: Path) -> Path:
     (run / "lock.json").write_text(json.dumps({"beat": T + 150}))
     (run / "checkpoints" / "step-00000010").mkdir(parents=True)
     (run / "checkpoints" / "step-00000010" / "manifest.json").write_text("{}")
-    (run / "samples").mkdir()
+    (run / "previews").mkdir()
     for step in range(1, 6):
-        Image.new("RGB", (2000, 10 * step), "red").save(run / "samples" / f"step-{step:08d}.png")
-    (run / "samples" / "step-00000006.png").write_bytes(b"torn")
+        Image.new("RGB", (2000, 10 * step), "red").save(run / "previews" / f"step-{step:08d}.png")
+    (run / "previews" / "step-00000006.png").write_bytes(b"torn")
     (run / "excluded.json").write_text(json.dumps({"n3": {"times": 2, "last": T, "reason": "ECC errors"}}))
     (run / "slurm").mkdir()
     jobs = [
-        {"time": T, "start": "17.0", "hosts": "n[7-8]"},
-        {"time": T + 50, "start": "17.0", "code": 76, "reason": "hung"},
+        {"time": T, "attempt": "17.0", "hosts": "n[7-8]"},
+        {"time": T + 50, "attempt": "17.0", "code": 76, "reason": "hung"},
     ]
-    (run / "slurm" / "starts.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
+    (run / "slurm" / "attempts.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
     return run
 
 
@@ -274,7 +279,7 @@ def test_compare_by_hand(tmp_path: Path) -> None:
     first = [start(20, 0), *(line(step) for step in range(1, 21))]
     second = [start(20, 0), *(line(step, loss=1 + 4 / step + 0.1 * (step > 5), mfu=0.5) for step in range(1, 17, 1))]
     for record in second[9:]:
-        record["digest"] = "other"
+        record["data_digest"] = "other"
     runs_ = [make(tmp_path / "one", first), make(tmp_path / "two", second, "optimizer.lr=5e-4", "seed=3")]
     environment = json.loads((runs_[1] / "environment.json").read_text())
     environment["versions"]["torch"] = "2.14.0"

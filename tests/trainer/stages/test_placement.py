@@ -17,7 +17,7 @@ from bifrost.trainer.stages.patch_latents import PatchLatentStage
 from bifrost.trainer.stages.placement import offload
 
 CPU = torch.device("cpu"), torch.float32
-REPLICATED = "flux.placement={transformer: replicated, vae: replicated, text: replicated, tower: replicated}"
+REPLICATED = "flux.placement={transformer: replicated, vae: replicated, text: replicated, vision_encoder: replicated}"
 OFFLOADED = "flux.placement={transformer: replicated, vae: offloaded, text: offloaded, tower: offloaded}"
 
 

@@ -29,15 +29,15 @@ def damaged(shards: Path, tmp_path: Path) -> Path:
 
 
 def test_replaced_alike_on_any_number_of_ranks_and_reported(damaged: Path, tmp_path: Path) -> None:
-    settings = ("steps=8", "data.max_bad_share=1.0")
+    settings = ("steps=8", "data.max_bad_fraction=1.0")
     reports, digests = [], []
     for ranks in (1, 2):
         arguments = runs.arguments(damaged, tmp_path / str(ranks), *settings, f"data.workers={ranks - 1}")
         assert [rank.code for rank in ranked.bifrost(ranks, *arguments)] == [0] * ranks
         run = tmp_path / str(ranks) / "tiny-mllm"
-        events = runs.events(run, "replaced")
+        events = runs.events(run, "bad_samples")
         reports.append([(event["step"], sorted(key for key, _ in event["samples"])) for event in events])
-        digests.append(runs.steps(run)[-1]["digest"])
+        digests.append(runs.steps(run)[-1]["data_digest"])
     assert reports[0] == reports[1]
     assert digests[0] == digests[1]
     # One epoch is 7.5 steps: each damaged sample was met.
@@ -45,9 +45,9 @@ def test_replaced_alike_on_any_number_of_ranks_and_reported(damaged: Path, tmp_p
 
 
 def test_too_many_stop_the_run_with_their_list(damaged: Path, tmp_path: Path) -> None:
-    ended = ranked.bifrost(2, *runs.arguments(damaged, tmp_path, "steps=40", "data.max_bad_share=0.02"))
+    ended = ranked.bifrost(2, *runs.arguments(damaged, tmp_path, "steps=40", "data.max_bad_fraction=0.02"))
     assert [rank.code for rank in ended] == [2, 2]
     (line,) = ended[0].err.strip().splitlines()
-    assert "above data.max_bad_share 0.02" in line and "pattern-003" in line
+    assert "above data.max_bad_fraction 0.02" in line and "pattern-003" in line
     assert not ended[1].err
     assert runs.events(tmp_path / "tiny-mllm", "end")[-1]["outcome"] == "failed"

@@ -39,10 +39,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "plain": (),
     "frozen whole": (REPLICATED,),
     "hpZ in two nodes": ("zero.hpz=2",),
-    "overlap": ("zero.overlap=true",),
+    "overlap": ("zero.overlap_comm=true",),
     "few live": (REPLICATED, "zero.max_live_parameters=600000"),
     "kept gathered": (REPLICATED, KEPT),
-    "all of it": (REPLICATED, "zero.hpz=2", "zero.overlap=true", "zero.max_live_parameters=600000"),
+    "all of it": (REPLICATED, "zero.hpz=2", "zero.overlap_comm=true", "zero.max_live_parameters=600000"),
 }
 
 

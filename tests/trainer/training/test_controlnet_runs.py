@@ -53,7 +53,7 @@ def test_ranks_equal_plain_pytorch(shards: Path, flux: Path, tmp_path: Path, set
     for ranks in (1, 2, 4):
         run = train(shards, flux, tmp_path / str(ranks), ranks, *settings)
         np.testing.assert_allclose(runs.losses(run), wanted, rtol=1e-5)
-        digests.add(tuple(line["digest"] for line in runs.steps(run)))
+        digests.add(tuple(line["data_digest"] for line in runs.steps(run)))
     assert len(digests) == 1, "another sequence of samples on another number of ranks"
 
 

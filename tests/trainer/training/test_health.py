@@ -70,7 +70,7 @@ def test_a_bad_number_on_one_rank_skips_the_step_on_all(
     run = tmp_path / "tiny-mllm"
     assert [line["skipped_steps"] for line in runs.steps(run)] == [0, 0, 0, 0, 1, 1, 1]
     assert all(line["loss"] < 10 for line in runs.steps(run) if line["step"] != 5)
-    [event] = runs.events(run, "skipped")
+    [event] = runs.events(run, "skipped_step")
     assert (event["step"], event["batch"]) == (5, 5)
     assert event["reason"].startswith("gradient norm" if kind == "gradient" else "loss")
     keys, losses = zip(*event["samples"], strict=True)

@@ -243,7 +243,7 @@ def syncs_of_steps(arguments: list[str]) -> list[dict[str, int]]:
 def test_a_step_waits_as_often_with_three_passes_as_with_one(shards: Path, tmp_path: Path) -> None:
     found = []
     for passes in (1, 3):
-        settings = ("steps=6", "micro_batch=2", f"global_batch={2 * passes}", "log_every=10", "samples.every=null")
+        settings = ("steps=6", "micro_batch=2", f"global_batch={2 * passes}", "log_every=10", "previews.every=null")
         (rank,) = ranked.run(syncs_of_steps, 1, runs.arguments(shards, tmp_path / str(passes), *settings))
         assert rank.code == 0, rank.err
         found.append(rank.value[3:-1])  # in the first ones DeepSpeed learns the order of the layers; the last one saves

@@ -25,4 +25,4 @@ def test_a_killed_worker(shards: Path, tmp_path: Path, monkeypatch: pytest.Monke
         _, err = launcher.communicate(timeout=300)
     assert launcher.returncode == LOST, err
     assert err.count("error: ") == 1 and "error: rank 1: DataLoader worker" in err
-    assert f'"rank": "1", "code": {LOST}' in (run / "slurm" / "outcome.json").read_text()
+    assert f'"rank": "1", "code": {LOST}' in (run / "slurm" / "exit_record.json").read_text()

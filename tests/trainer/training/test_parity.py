@@ -39,7 +39,7 @@ def test_ranks_equal_plain_pytorch(shards: Path, tmp_path: Path, settings: tuple
         assert [rank.code for rank in ended] == [0] * ranks, ended[0].err
         run = tmp_path / str(ranks) / "tiny-mllm"
         np.testing.assert_allclose(runs.losses(run), wanted, rtol=1e-5)
-        digests.add(tuple(line["digest"] for line in runs.steps(run)))
+        digests.add(tuple(line["data_digest"] for line in runs.steps(run)))
     assert len(digests) == 1, "another sequence of samples on another number of ranks"
 
 
@@ -48,7 +48,7 @@ def test_the_fused_head_trains_like_the_reference(shards: Path, tmp_path: Path) 
     """Triton's kernel, interpreted, under ZeRO-3 on two ranks: its weight is gathered for both passes."""
     losses = []
     for provider in ("reference", "triton"):
-        settings = ("steps=5", "branch.loss_tokens=masked", f"kernels.provider={provider}")
+        settings = ("steps=5", "branch.loss_tokens=masked", f"kernels.head_backend={provider}")
         ended = ranked.bifrost(2, *runs.arguments(shards, tmp_path / provider, *settings))
         assert [rank.code for rank in ended] == [0, 0], ended[0].err
         losses.append(runs.losses(tmp_path / provider / "tiny-mllm"))

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import tiny_flux
 from bifrost.recipes import load_recipe
-from bifrost.recipes.schema import Samples
+from bifrost.recipes.schema import Previews
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.inference.generator import Generator
 from bifrost.trainer.models.flux import FluxFolder
@@ -26,17 +26,17 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory) -> Samples:
+def settings(tmp_path_factory) -> Previews:
     place = tmp_path_factory.mktemp("painter")
     flux = FluxFolder.open(tiny_flux.save(tiny_flux.pipeline(), place / "flux"))
     network = LatentControlNet(ControlNetConfig.of(flux.transformer, WIDTH, SIDE, 2 * SIDE, 1, 1))
     network.initialise(flux.files("transformer"), "flux", 0)
     write_config(place / "controlnet", network.shape)
     save_file(network.state_dict(), place / "controlnet" / "diffusion_pytorch_model.safetensors")
-    return Samples(every=1, controlnet=str(place / "controlnet"), flux=str(place / "flux"))
+    return Previews(every=1, controlnet=str(place / "controlnet"), flux=str(place / "flux"))
 
 
-def test_flux_is_loaded_for_a_preview_and_freed(settings: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flux_is_loaded_for_a_preview_and_freed(settings: Previews, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[weakref.ref] = []
 
     def load(*arguments: Any) -> Any:
@@ -59,7 +59,7 @@ def test_flux_is_loaded_for_a_preview_and_freed(settings: Samples, monkeypatch: 
         assert len(loaded) == count and all(one() is None for one in loaded)
 
 
-def test_what_cannot_paint_is_refused_before_the_run_begins(settings: Samples, tmp_path: Path) -> None:
+def test_what_cannot_paint_is_refused_before_the_run_begins(settings: Previews, tmp_path: Path) -> None:
     flux = tiny_flux.save(tiny_flux.pipeline(), tmp_path)
     save_file({"x": torch.zeros(1)}, flux / "text_encoder" / "model.safetensors")
     with pytest.raises(RunError, match=r"text_encoder: .* missing"):
@@ -67,10 +67,10 @@ def test_what_cannot_paint_is_refused_before_the_run_begins(settings: Samples, t
 
 
 @pytest.mark.parametrize("missing", ["/nowhere", "here"])
-def test_the_plan_counts_them(settings: Samples, missing: str) -> None:
-    painting = f"samples.controlnet={settings.controlnet if missing == 'here' else missing}"
-    own = [f"samples.flux={settings.flux}"] if missing == "here" else []
-    recipe = load_recipe("tiny-mllm", ["samples.every=100", painting, *own])
+def test_the_plan_counts_them(settings: Previews, missing: str) -> None:
+    painting = f"previews.controlnet={settings.controlnet if missing == 'here' else missing}"
+    own = [f"previews.flux={settings.flux}"] if missing == "here" else []
+    recipe = load_recipe("tiny-mllm", ["previews.every=100", painting, *own])
     found = painter_bytes(recipe)
     if missing == "here":
         files = [
@@ -84,4 +84,4 @@ def test_the_plan_counts_them(settings: Samples, missing: str) -> None:
     without, counted = (plan(parts(recipe), recipe, 2, previews=bytes_) for bytes_ in (0.0, found))
     assert counted.memory.peak == max(without.memory.peak, without.memory.static + found)
     assert painter_bytes(load_recipe("tiny-mllm")) == 0
-    assert painter_bytes(load_recipe("tiny-controlnet", ["samples.every=5"])) == 0
+    assert painter_bytes(load_recipe("tiny-controlnet", ["previews.every=5"])) == 0

@@ -67,7 +67,7 @@ def test_stage_1(shards: Path, tmp_path: Path) -> None:
     assert (found["step"], found["batch"], found["weights_step"], found["weights_exact"]) == (5, 5, 4, True)
     assert found["loss"] == pytest.approx(line["loss"], abs=1e-5)
     assert np.mean([sample["loss"] for sample in found["samples"]]) == pytest.approx(line["loss"], abs=1e-5)
-    assert found["digest"] == line["digest"] == found["logged_digest"]
+    assert found["data_digest"] == line["data_digest"] == found["logged_data_digest"]
     seen = {
         key: mask for rank in ended for part in rank.value for key, mask in zip(part["keys"], part["mask"], strict=True)
     }
@@ -78,14 +78,14 @@ def test_stage_1(shards: Path, tmp_path: Path) -> None:
         assert sample["mask_rate"] == pytest.approx(len(sample["hidden"]) / 16)
     assert {sample["caption_dropped"] for sample in found["samples"]} == {True, False}
     assert all(f"number {int(sample['key'][-3:])}" in sample["caption"] for sample in found["samples"])
-    with Image.open(tmp_path / "out" / "sheet.png") as sheet:
+    with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
         assert sheet.width > 8 * 96 and sheet.height > 2 * 96
     assert json.loads((tmp_path / "out" / "batch.json").read_text()) == found
 
     # Step 6 has no checkpoint of step 5: the same samples, by weights one step older.
     found = replay(run, "--step=6")
     assert (found["weights_step"], found["weights_exact"]) == (4, False)
-    assert found["digest"] == runs.steps(run)[5]["digest"]
+    assert found["data_digest"] == runs.steps(run)[5]["data_digest"]
     assert found["loss"] != pytest.approx(runs.steps(run)[5]["loss"], abs=1e-5)
     # The first step's weights are the initial ones.
     assert replay(run, "--step=1")["loss"] == pytest.approx(runs.steps(run)[0]["loss"], abs=1e-5)
@@ -101,7 +101,7 @@ def test_stage_2_by_batch_statistics_of_all_ranks(shards: Path, tmp_path: Path) 
     found = replay(run, "--step=3")
     assert found["weights_exact"]
     assert found["loss"] == pytest.approx(runs.steps(run)[2]["loss"], abs=1e-5)
-    assert found["digest"] == runs.steps(run)[2]["digest"]
+    assert found["data_digest"] == runs.steps(run)[2]["data_digest"]
     assert {sample["key"] for sample in found["samples"]} == {
         k for r in ended for part in r.value for k in part["keys"]
     }
@@ -115,7 +115,7 @@ def test_after_a_rollback_both_steps_can_be_seen(shards: Path, tmp_path: Path) -
     run = tmp_path / "tiny-mllm"
     [rollback] = runs.events(run, "rollback")
     assert (rollback["step"], rollback["to"], rollback["batch"]) == (8, 4, 8)
-    bad = runs.events(run, "skipped")[0]
+    bad = runs.events(run, "skipped_step")[0]
     assert bad["batch"] == 6
 
     passed = replay(run, "--batch=6")
@@ -125,7 +125,7 @@ def test_after_a_rollback_both_steps_can_be_seen(shards: Path, tmp_path: Path) -
     counted = replay(run, "--step=5")
     assert (counted["batch"], counted["weights_exact"], counted["skipped"]) == (9, True, None)
     assert counted["loss"] == pytest.approx(runs.steps(run)[4]["loss"], abs=1e-5)
-    assert counted["digest"] == runs.steps(run)[4]["digest"]
+    assert counted["data_digest"] == runs.steps(run)[4]["data_digest"]
 
 
 def test_the_story_of_a_run() -> None:
@@ -133,16 +133,16 @@ def test_the_story_of_a_run() -> None:
     start = {"event": "start", "ranks": 2, "micro_batch": 4}
     records = [
         {**start, "step": 0, "batch": 0},
-        {"step": 8, "batch": 8, "digest": "a"},
-        {"event": "skipped", "step": 10, "batch": 10},
-        {"event": "skipped", "step": 11, "batch": 11},
+        {"step": 8, "batch": 8, "data_digest": "a"},
+        {"event": "skipped_step", "step": 10, "batch": 10},
+        {"event": "skipped_step", "step": 11, "batch": 11},
         {"event": "rollback", "step": 11, "to": 8, "batch": 11},
-        {"event": "skipped", "step": 9, "batch": 12},
+        {"event": "skipped_step", "step": 9, "batch": 12},
         {**start, "step": 8, "batch": 8, "ranks": 4},
-        {"event": "skipped", "step": 10, "batch": 10},
+        {"event": "skipped_step", "step": 10, "batch": 10},
         {"event": "rollback", "step": 11, "to": 8, "batch": 11},
-        {"step": 9, "batch": 12, "digest": "b"},
-        {"step": 10, "batch": 13, "digest": "c"},
+        {"step": 9, "batch": 12, "data_digest": "b"},
+        {"step": 10, "batch": 13, "data_digest": "c"},
     ]
     history = History.of(records)
     assert [history.step(step).batch for step in (8, 9, 10)] == [8, 12, 13]
@@ -161,6 +161,6 @@ def test_the_story_of_a_run() -> None:
 
 
 def test_older_runs_have_their_step_for_a_batch() -> None:
-    history = History.of([{"event": "start", "step": 0, "ranks": 1}, {"step": 5, "digest": "x"}])
+    history = History.of([{"event": "start", "step": 0, "ranks": 1}, {"step": 5, "data_digest": "x"}])
     place = history.step(5)
-    assert (place.batch, place.line, place.digest_before) == (5, {"step": 5, "digest": "x"}, None)
+    assert (place.batch, place.line, place.digest_before) == (5, {"step": 5, "data_digest": "x"}, None)

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import first_version
 import numpy as np
 import pytest
 
@@ -19,8 +20,8 @@ def train(shards: Path, runs_dir: Path, ranks: int, *overrides: str) -> list[ran
     return ended
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_same_ranks_to_the_bit(shards: Path, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "begun"), [("fp32", "by this version"), ("bf16", "by the first version")])
+def test_same_ranks_to_the_bit(shards: Path, tmp_path: Path, precision: str, begun: str) -> None:
     settings = (f"precision={precision}", "steps=10", "checkpoint.every=4", "ema.decay=0.9", "data.workers=1")
     train(shards, tmp_path, 2, *settings)
     run = tmp_path / "tiny-mllm"
@@ -29,10 +30,16 @@ def test_same_ranks_to_the_bit(shards: Path, tmp_path: Path, precision: str) -> 
     for step in (8, 10):
         shutil.rmtree(run / f"checkpoints/step-{step:08d}")
 
-    train(shards, tmp_path, 2, *settings)
+    if begun == "by the first version":
+        first_version.age(run)
+        ended = ranked.bifrost(2, "resume", str(run))
+        assert [rank.code for rank in ended] == [0, 0], ended[0].err
+        assert not runs.events(run, "settings_changed")
+    else:
+        train(shards, tmp_path, 2, *settings)
     resumed = runs.steps(run)
     assert [line["step"] for line in resumed] == list(range(1, 11))
-    exact = ("loss", "loss_masked", "grad_norm", "lr", "samples", "digest", "skipped_steps")
+    exact = ("loss", "loss_masked", "grad_norm", "lr", "samples", "data_digest", "skipped_steps")
     assert [[line[key] for key in exact] for line in resumed] == [[line[key] for key in exact] for line in undisturbed]
     assert (run / "checkpoints/step-00000010/rank-00001.safetensors").read_bytes() == last
     assert [start["step"] for start in runs.events(run, "start")] == [0, 4]
@@ -45,7 +52,7 @@ def test_any_number_of_ranks(shards: Path, tmp_path: Path) -> None:
         train(shards, tmp_path / "parts", ranks, f"steps={steps}")
     whole, parts = tmp_path / "whole/tiny-mllm", tmp_path / "parts/tiny-mllm"
     np.testing.assert_allclose(runs.losses(parts), runs.losses(whole), rtol=0, atol=1e-5)
-    assert [s["digest"] for s in runs.steps(parts)] == [s["digest"] for s in runs.steps(whole)]
+    assert [s["data_digest"] for s in runs.steps(parts)] == [s["data_digest"] for s in runs.steps(whole)]
 
 
 def test_groups_keep_their_own_decay(shards: Path, tmp_path: Path) -> None:

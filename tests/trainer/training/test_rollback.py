@@ -98,7 +98,7 @@ def without(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same(run: Path, other: Path) -> bool:
-    keys = ("step", "samples", "loss", "loss_masked", "grad_norm", "lr", "digest", "skipped_steps")
+    keys = ("step", "samples", "loss", "loss_masked", "grad_norm", "lr", "data_digest", "skipped_steps")
     lines = [[[line[key] for key in keys] for line in runs.steps(each)] for each in (run, other)]
     last = "checkpoints/step-00000014/rank-00000.safetensors"
     return lines[0] == lines[1] and (run / last).read_bytes() == (other / last).read_bytes()
@@ -119,9 +119,13 @@ def test_copies_within_nodes_go_back_too(shards: Path, tmp_path: Path) -> None:
     assert [rank.code for rank in ended] == [0] * 4, ended[0].err
     assert same(run, wanted)
     assert [line["batch"] for line in runs.steps(run)] == [*range(1, 9), *range(13, 19)]
-    assert [(line["step"], line["batch"]) for line in runs.events(run, "skipped")] == [(10, 10), (11, 11), (12, 12)]
+    assert [(line["step"], line["batch"]) for line in runs.events(run, "skipped_step")] == [
+        (10, 10),
+        (11, 11),
+        (12, 12),
+    ]
     [event] = runs.events(run, "rollback")
-    assert (event["step"], event["to"], event["batch"], event["passed_over"]) == (12, 8, 12, [9, 12])
+    assert (event["step"], event["to"], event["batch"], event["skipped_batches"]) == (12, 8, 12, [9, 12])
     assert "back to the checkpoint of step 8, passing over global batches 9 to 12" in ended[0].out
     # The one of step 12 that was saved among the bad steps is gone, the later one is of the new history.
     assert [line["step"] for line in runs.events(run, "checkpoint")] == [4, 8, 12, 12, 14]
@@ -138,7 +142,7 @@ def test_any_number_of_ranks_decides_alike(shards: Path, tmp_path: Path, without
     assert [(line["step"], line["batch"]) for line in runs.events(run, "start")] == [(0, 0), (12, 16)]
     assert len(runs.events(run, "rollback")) == 1
     np.testing.assert_allclose(runs.losses(run), runs.losses(without), rtol=0, atol=1e-5)
-    assert [line["digest"] for line in runs.steps(run)] == [line["digest"] for line in runs.steps(without)]
+    assert [line["data_digest"] for line in runs.steps(run)] == [line["data_digest"] for line in runs.steps(without)]
 
 
 @pytest.mark.parametrize("moment", ["before the removal", "after the removal", "after it"])
@@ -157,8 +161,8 @@ def test_a_new_level_is_taken_for_normal(shards: Path, tmp_path: Path) -> None:
     run, ended = train(shards, tmp_path, 1, "steps=18", bad=list(range(9, 60)), factor=50)
     assert ended[0].code == 0, ended[0].err
     assert [line["to"] for line in runs.events(run, "rollback")] == [8]
-    assert [(line["step"], line["rollbacks"]) for line in runs.events(run, "new_level")] == [(11, 2)]
-    assert [line["step"] for line in runs.events(run, "skipped")][:6] == [10, 11, 12, 9, 10, 11]
+    assert [(line["step"], line["rollbacks"]) for line in runs.events(run, "baseline_reset")] == [(11, 2)]
+    assert [line["step"] for line in runs.events(run, "skipped_step")][:6] == [10, 11, 12, 9, 10, 11]
     assert runs.steps(run)[-1]["loss"] > 10 and runs.steps(run)[-1]["skipped_steps"] < 6
 
 

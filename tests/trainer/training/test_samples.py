@@ -10,7 +10,7 @@ import runs
 import tiny_flux
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
-SAMPLES = ("samples.every=2", "samples.count=2")
+SAMPLES = ("previews.every=2", "previews.count=2")
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +35,21 @@ def test_stage_2_is_undisturbed_to_the_bit(shards: Path, flux: Path, tmp_path: P
     seen = train(shards, tmp_path / "seen", "tiny-controlnet", *settings, *SAMPLES)
     assert runs.losses(seen) == runs.losses(calm)
     assert files(seen) == files(calm)
-    assert [file.name for file in sorted((seen / "samples").iterdir())] == ["step-00000002.png", "step-00000004.png"]
-    first, second = (Image.open(file).convert("RGB") for file in sorted((seen / "samples").iterdir()))
+    assert [file.name for file in sorted((seen / "previews").iterdir())] == ["step-00000002.png", "step-00000004.png"]
+    first, second = (Image.open(file).convert("RGB") for file in sorted((seen / "previews").iterdir()))
     assert first.size == second.size and first.tobytes() != second.tobytes(), "training changes what is painted"
-    assert not (calm / "samples").exists()
+    assert not (calm / "previews").exists()
 
 
 def test_stage_1_is_undisturbed_to_the_bit(shards: Path, flux: Path, tmp_path: Path) -> None:
     painter = train(shards, tmp_path / "painter", "tiny-controlnet", f"flux.path={flux}", "micro_batch=4")
     calm = train(shards, tmp_path / "calm", "tiny-mllm")
-    seen = train(shards, tmp_path / "seen", "tiny-mllm", f"samples.controlnet={painter}", *SAMPLES)
+    seen = train(shards, tmp_path / "seen", "tiny-mllm", f"previews.controlnet={painter}", *SAMPLES)
     assert runs.losses(seen) == runs.losses(calm)
     assert files(seen) == files(calm)
-    assert len(list((seen / "samples").iterdir())) == 2
+    assert len(list((seen / "previews").iterdir())) == 2
 
 
 def test_stage_1_needs_a_painter(shards: Path, tmp_path: Path) -> None:
-    (ended,) = ranked.bifrost(1, *runs.arguments(shards, tmp_path, "samples.every=2"))
-    assert ended.code == 2 and "samples.controlnet" in ended.err
+    (ended,) = ranked.bifrost(1, *runs.arguments(shards, tmp_path, "previews.every=2"))
+    assert ended.code == 2 and "previews.controlnet" in ended.err

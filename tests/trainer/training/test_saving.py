@@ -78,7 +78,7 @@ def test_training_goes_on_while_a_disk_is_full(shards: Path, tmp_path: Path, cal
     assert runs.losses(run) == calm
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [f"step-{n:08d}" for n in (2, 6, 8)]
     (failed,) = runs.events(run, "save_failed")
-    assert (failed["step"], failed["in_a_row"]) == (4, 1)
+    assert (failed["step"], failed["consecutive_failures"]) == (4, 1)
     assert "rank 1 could not write the checkpoint" in failed["reason"] and "File too large" in failed["reason"]
     for event in runs.events(run, "checkpoint"):
         folder = run / f"checkpoints/step-{event['step']:08d}"
