@@ -1,4 +1,4 @@
-"""Slurm: jobs, the ranks that they start, and a cluster to try them on."""
+"""Slurm: batch jobs, rank environments and a local test cluster."""
 
 from .errors import SlurmError
 from .rank_env import launched_by, private_folders, rank_environment

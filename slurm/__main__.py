@@ -1,9 +1,9 @@
-"""`python -m bifrost.slurm`: the Slurm commands without torch, for the batch script's own short steps."""
+"""`python -m bifrost.slurm`: the Slurm commands without torch, for the short steps of the batch script."""
 
 import os
 import sys
 
-# As in trainer/__main__.py: the working directory's folders must not shadow distributions of those names.
+# As in trainer/__main__.py: folders in the working directory must not shadow distributions of the same name.
 if sys.path and sys.path[0] in ("", os.getcwd()):
     del sys.path[0]
 

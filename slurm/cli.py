@@ -1,4 +1,4 @@
-"""The `bifrost slurm` commands. SlurmErrors pass through: the main command turns them into one line."""
+"""The `bifrost slurm` commands. They let SlurmError propagate; the main command prints it as one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ slurm_app = typer.Typer(
 
 @slurm_app.callback()
 def slurm() -> None:
-    """Slurm: jobs of a run, and a cluster to try them on."""
+    """Slurm: submit and manage the jobs of a run; start a local test cluster."""
 
 
 class Action(str, Enum):
@@ -36,11 +36,11 @@ class Action(str, Enum):
 
 @slurm_app.command()
 def devcluster(
-    action: Annotated[Action, typer.Argument(help="Start a cluster, or end it with its jobs.")],
+    action: Annotated[Action, typer.Argument(help="Start a cluster, or stop it and its jobs.")],
     nodes: Annotated[int, typer.Option(help="Nodes: node1, node2, …", min=1)] = 2,
-    folder: Annotated[Path | None, typer.Option(help="Where it lives; one cluster a folder.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder of the cluster; one cluster per folder.")] = None,
 ) -> None:
-    """A real Slurm cluster on this machine, to try things on; up prints the line that turns Slurm's commands to it."""
+    """A real Slurm cluster on this machine, for testing; up prints the line that points Slurm's commands to it."""
     from . import devcluster as module
 
     folder = folder or module.default_folder()
@@ -52,38 +52,38 @@ def devcluster(
 
 @slurm_app.command()
 def preflight(
-    run: Annotated[Path | None, typer.Argument(help="A run's folder: its space, recipe and shards count too.")] = None,
+    run: Annotated[Path | None, typer.Argument(help="Run folder; also checks its space, recipe and shards.")] = None,
 ) -> None:
-    """Check the nodes of this job step, or this machine alone; exit code 2 for a fault of all, 77 for bad nodes."""
+    """Check the nodes of this job step, or this machine; exit code 2 for a fault on all nodes, 77 for bad nodes."""
     from . import preflight as module
     from .site import load_site
 
     site = load_site(run)
     scratch = [folder for folder in [os.environ.get("BIFROST_SCRATCH")] if folder]
     limits = module.read_limits(site.preflight_limits)
-    code = module.preflight(run, module.find_place(), site, limits, scratch, site.preflight_command)
+    code = module.preflight(run, module.find_rank_info(), site, limits, scratch, site.preflight_command)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Threads that hang in a dead file system or network would keep the process alive.
+    # Threads stuck in an unresponsive file system or network would keep the process alive.
     os._exit(code)
 
 
-@slurm_app.command("submit", help="Submit a run: it goes on by itself until its last step or until it cannot.")
-@slurm_app.command("render", help="Print the batch script that submit would hand to Slurm.")
+@slurm_app.command("submit", help="Submit a run; it is requeued until its last step or until it cannot continue.")
+@slurm_app.command("render", help="Print the batch script that submit would pass to Slurm.")
 def submit(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key.path=value settings, such as optimizer.lr=3e-4.")
     ] = None,
-    nodes: Annotated[str, typer.Option(help="Nodes, or the fewest and the most, such as 2-8.")] = "1",
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs a node, one rank each; 0 on a CPU cluster.", min=0)] = 8,
-    tasks_per_node: Annotated[int | None, typer.Option(help="Ranks a node, without GPUs.", min=1)] = None,
-    partition: Annotated[str | None, typer.Option(help="Instead of the site file's.")] = None,
-    account: Annotated[str | None, typer.Option(help="Instead of the site file's.")] = None,
-    time: Annotated[str | None, typer.Option(help="Time limit of a start, instead of the site file's.")] = None,
-    exclude: Annotated[str | None, typer.Option(help="Nodes not to use, in Slurm's notation.")] = None,
-    array: Annotated[str | None, typer.Option(help="A chain of jobs, such as 1-10%1, instead of requeues.")] = None,
+    nodes: Annotated[str, typer.Option(help="Number of nodes, or minimum and maximum, such as 2-8.")] = "1",
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs per node, one rank each; 0 on a CPU cluster.", min=0)] = 8,
+    tasks_per_node: Annotated[int | None, typer.Option(help="Ranks per node on a CPU cluster.", min=1)] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition; default: the site file's.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account; default: the site file's.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit per attempt; default: the site file's.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Nodes to exclude, in Slurm's notation.")] = None,
+    array: Annotated[str | None, typer.Option(help="Job array, such as 1-10%1, instead of requeueing.")] = None,
 ) -> None:
     from . import jobs
     from .job import parse_nodes
@@ -102,7 +102,7 @@ def submit(
 
 @slurm_app.command()
 def resume(run: Run) -> None:
-    """Submit a run again as it was submitted: after a cancel, or after the cause of a stop was mended."""
+    """Submit a run again with the same options, after a cancel or after fixing what stopped it."""
     from . import jobs
     from .job import RECIPE, load_job
     from .site import load_site
@@ -116,7 +116,7 @@ def resume(run: Run) -> None:
 
 
 def _submit(job: Job, recipe: Recipe, site: Site) -> None:
-    """Submit, and print the job id: on stderr, since scripts take the id, what to type next."""
+    """Submit and print the job id to stdout for scripts, and the next commands to stderr."""
     from . import jobs
 
     print(jobs.submit(job, recipe, site), flush=True)
@@ -128,7 +128,7 @@ def _submit(job: Job, recipe: Recipe, site: Site) -> None:
 
 @slurm_app.command()
 def status(run: Run) -> None:
-    """The run's job, its starts and why they ended, where the run stands."""
+    """Show the run's job, its attempts and why they ended, and the current step."""
     from . import jobs
 
     table = jobs.status(run)
@@ -140,10 +140,10 @@ def status(run: Run) -> None:
 @slurm_app.command()
 def logs(
     run: Run,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing, until Ctrl-C.")] = False,
-    lines: Annotated[int, typer.Option(help="Lines to begin with.", min=0)] = 50,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until Ctrl-C.")] = False,
+    lines: Annotated[int, typer.Option(help="Number of last lines to print first.", min=0)] = 50,
 ) -> None:
-    """The end of the job's log: what the script and rank 0 said, over all starts."""
+    """Print the end of the job log: output of the batch script and rank 0, over all attempts."""
     from . import jobs
 
     raise typer.Exit(jobs.logs(run, follow, lines))
@@ -152,9 +152,9 @@ def logs(
 @slurm_app.command()
 def cancel(
     run: Run,
-    now: Annotated[bool, typer.Option("--now", help="Do not save first.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Stop without saving first.")] = False,
 ) -> None:
-    """Stop the run's job for good: it saves, ends and is not started again."""
+    """Stop the run's job: it saves, ends and is not requeued."""
     from . import jobs
 
     print(jobs.cancel(run, now))
@@ -162,8 +162,8 @@ def cancel(
 
 @slurm_app.command(hidden=True)
 def before(run: Run) -> None:
-    """The batch script's first step: note the start, print the number of nodes to use, a free port of this host (the
-    first of them), and when the job ends."""
+    """First step of the batch script: record the attempt; print the number of nodes to use, a free port on this host
+    (the first node) and the Unix time of the job's end."""
     from .rank_env import free_port
     from .requeue import before
 
@@ -173,7 +173,7 @@ def before(run: Run) -> None:
 
 @slurm_app.command(hidden=True)
 def after(run: Run, code: Annotated[int, typer.Option(help="Exit code of the ranks.")]) -> None:
-    """The batch script's last step: done, once more, or not again; prints the job's exit code."""
+    """Last step of the batch script: finish, requeue or stop the run; print the job's exit code."""
     from .requeue import after
 
     line, code = after(run, code)

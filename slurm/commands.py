@@ -1,4 +1,4 @@
-"""Slurm's own commands."""
+"""Calls of Slurm's commands: sbatch, scontrol, squeue, scancel, sinfo."""
 
 from __future__ import annotations
 
@@ -18,40 +18,39 @@ from .errors import SlurmError
 ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD")
 
 ANSWER_S = 100.0
-"""For one answer: longer than Slurm's own time limit of a message, also where a large site has raised that."""
+"""Timeout of one command: above Slurm's own message timeout, also where a large site has raised that."""
 PATIENCE_S = 280.0
-"""Seconds of pauses in all before Slurm is given up on: a controller that the end of a large job keeps busy answers
-within minutes."""
+"""Total seconds of backoff before giving up: a controller that is busy ending a large job answers within minutes."""
 GIVE_UP_S = 600.0
-"""The most for all tries at a command, those included that ANSWER_S ended."""
+"""Upper bound on all attempts of one command together, including those that timed out after ANSWER_S."""
 REFUSED = re.compile(
     "invalid|denied|disabled|not permitted|pending execution|already complet|configuration|not found"
     "|allocation failure|exceed|violates|more processors|must specify|unable to open file",
     re.I,
 )
-"""Answers that no other try changes."""
+"""Errors that a retry does not change."""
 UNAVAILABLE = "node configuration is not available"
 AWAY = ("down", "drain", "fail", "maint", "reboot", "unknown", "power")
-"""States of nodes that may come back."""
+"""Node states that may be temporary."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What Slurm says of a job."""
+    """State of a job as Slurm reports it."""
 
     state: str
     """PENDING, RUNNING, COMPLETED, …"""
     reason: str
-    """Why it waits or ended; `None` where Slurm gives none."""
+    """Why it is pending or ended; `None` if Slurm gives no reason."""
     nodes: str
-    """Its nodes in Slurm's notation, empty while it waits."""
+    """Its nodes in Slurm's notation; empty while it is pending."""
     elapsed: str
     excluded: str
-    """Nodes that it may not use, in Slurm's notation."""
+    """Excluded nodes, in Slurm's notation."""
     ends_at: float | None
-    """Unix time of its limit, or of its end; `None` without one."""
+    """Unix time of its time limit, or of its end; `None` without one."""
 
     @property
     def alive(self) -> bool:
@@ -59,10 +58,10 @@ class JobState:
 
 
 def check_request(script: str, partition: str | None, least: int) -> None:
-    """SlurmError when Slurm would take a job with this script's text and never start it, or refuses it.
+    """Raise SlurmError if Slurm would refuse a job with this script text, or accept it and never start it.
 
-    partition: what the script asks for, None: the default. least: nodes without which it does not start. Where nodes
-    of the partition are down or drained, a job may wait for them.
+    partition: requested partition, None for the default. least: minimum number of nodes. A job may wait for nodes of
+    the partition that are down or drained.
     """
     try:
         _once("sbatch", "--test-only", stdin=script)
@@ -71,23 +70,23 @@ def check_request(script: str, partition: str | None, least: int) -> None:
             counts = _node_counts(partition)
             away = sum(count for state, count in counts if state.startswith(AWAY))
             if not away or sum(count for _, count in counts) < least:
-                raise SlurmError(f"{error}; it would wait for ever: see sinfo, and ask for less") from error
+                raise SlurmError(f"{error}; it would never start: see sinfo, and request less") from error
             log.warning("%s: %d nodes of the partition are down or drained, the job waits for them", error, away)
         elif REFUSED.search(str(error)):
             raise
-        # Else it does not answer: the submission itself says so.
+        # Otherwise Slurm does not answer: the submission itself reports that.
 
 
 def _node_counts(partition: str | None) -> list[tuple[str, int]]:
-    """State and number of the nodes of a partition, None: the default one."""
+    """(state, number of nodes) of a partition, None for the default one."""
     words = [line.split() for line in _once("sinfo", "--noheader", "--format=%P %T %D").splitlines()]
     mine = [row for row in words if (row[0].rstrip("*") == partition if partition else row[0].endswith("*"))]
     return [(state, int(count)) for _, state, count in mine]
 
 
 def submit(script: Path, after: str | None = None) -> str:
-    """Submit a script; returns the job id. With `after`, it waits for the end of that job."""
-    if after is None:  # a person is there, who sees whether Slurm has taken it
+    """Submit a script and return the job id. With `after`, the job depends on the end of that job."""
+    if after is None:  # submitted by a person, who sees whether Slurm accepted it
         answer = _once("sbatch", "--parsable", str(script))
     else:
         command = ("sbatch", "--parsable", f"--dependency=afterany:{after}", str(script))
@@ -96,13 +95,13 @@ def submit(script: Path, after: str | None = None) -> str:
 
 
 def _successor(job: str) -> str | None:
-    """The job that waits for the end of `job`: Slurm may have taken it without being able to say so."""
+    """Id of the job that depends on `job`: Slurm may have accepted it although its reply was lost."""
     lines = _once("squeue", "--noheader", "--states=PENDING", "--format=%i %E").splitlines()
     return next((line.split()[0] for line in lines if re.search(rf"afterany:{job}\b", line)), None)
 
 
 def job_state(job: str) -> JobState | None:
-    """State of a job; None when Slurm no longer knows it. Of an array, that of its first element still alive."""
+    """State of a job, None if Slurm no longer knows it; of an array, that of its first element still alive."""
     try:
         shown = _slurm("scontrol", "--oneliner", "show", "job", job)
     except SlurmError as error:
@@ -122,7 +121,7 @@ def job_state(job: str) -> JobState | None:
 
 
 def waiting_jobs() -> dict[str, str]:
-    """Id of every job that waits, of an array its own, and why. SlurmError where Slurm does not answer."""
+    """Id of every pending job (of an array, the array's id) -> reason. Raises SlurmError if Slurm does not answer."""
     lines = _once("squeue", "--noheader", "--states=PENDING,REQUEUED,REQUEUE_HOLD", "--format=%F %r").splitlines()
     return dict(line.split(maxsplit=1) for line in lines if " " in line.strip())
 
@@ -131,17 +130,17 @@ def requeue(job: str) -> None:
     try:
         _slurm("scontrol", "requeue", job)
     except SlurmError as error:
-        if "pending execution" not in str(error):  # an earlier try was heard
+        if "pending execution" not in str(error):  # an earlier attempt succeeded
             raise
 
 
 def exclude_nodes(job: str, nodes: list[str]) -> None:
-    """Let a waiting job start on none of `nodes`, and on all others."""
+    """Set the excluded nodes of a pending job to `nodes`."""
     _slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
 
 
 def signal_ranks(job: str, signal: str) -> None:
-    """A signal to the ranks of a job, not to its script."""
+    """Send a signal to the ranks of a job, not to its batch script."""
     _slurm("scancel", f"--signal={signal}", job)
 
 
@@ -150,8 +149,11 @@ def cancel(job: str, waiting_only: bool = False) -> None:
 
 
 def _slurm(*command: str, done: Callable[[], str | None] = lambda: None) -> str:
-    """What a command prints. One that Slurm does not answer is tried again for some minutes, unless `done` says what
-    an earlier try has brought about; SlurmError when it is refused, or never answered."""
+    """Output of a command, retried for some minutes while Slurm does not answer.
+
+    done: returns the result if an earlier attempt took effect although its reply was lost. Raises SlurmError if Slurm
+    refuses or never answers.
+    """
     begun, tries = time.monotonic(), 0
 
     def ask() -> str:
@@ -170,15 +172,15 @@ def _slurm(*command: str, done: Callable[[], str | None] = lambda: None) -> str:
 
 
 def _once(*command: str, stdin: str | None = None) -> str:
-    """What a command prints; SlurmError, which a ConnectionError has caused unless another try changes nothing."""
-    # A job that is submitted from within a job must not take that one's variables for options.
+    """Output of a command. Raises SlurmError, caused by a ConnectionError if a retry may help."""
+    # A job submitted from within a job must not read the outer job's variables as options.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
     try:
         ended = subprocess.run(
             command, input=stdin, capture_output=True, text=True, env=environment, check=False, timeout=ANSWER_S
         )
     except FileNotFoundError:
-        raise SlurmError(f"{command[0]} not found: run this where Slurm's commands are") from None
+        raise SlurmError(f"{command[0]} not found: run this on a host with Slurm's commands") from None
     except subprocess.TimeoutExpired:
         problem = f"{command[0]}: no answer within {ANSWER_S:.0f} s; see scontrol ping"
         raise SlurmError(problem) from ConnectionError(problem)
@@ -190,7 +192,7 @@ def _once(*command: str, stdin: str | None = None) -> str:
 
 
 def _unix(when: str) -> float | None:
-    """Unix time of Slurm's local one; None for `Unknown`."""
+    """Slurm's local time as Unix time; None for `Unknown`."""
     try:
         return datetime.fromisoformat(when).timestamp()
     except ValueError:

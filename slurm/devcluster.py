@@ -1,7 +1,7 @@
-"""A real Slurm cluster on this machine, for tests and for trying things: munged, slurmctld and one slurmd a node.
+"""A real Slurm cluster on this machine, for tests: munged, slurmctld and one slurmd per node.
 
-Everything lies in one folder and listens on ports of its own, so that several clusters do not meet. It runs as whoever
-starts it, and its jobs run as that user.
+Each cluster has its own folder and ports, so that several do not interfere. Daemons and jobs run as the user who
+starts the cluster.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .rank_env import PORTS
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 CPUS = 8
-"""Tasks that a node takes, whatever the machine has."""
+"""Tasks per node, independent of the machine's cores."""
 START_S = 30.0
 
 CONFIG = """\
@@ -35,7 +35,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CryptoType=crypto/munge
-# A requeued job waits until its first credential has expired: a few seconds, where the default is two minutes.
+# A requeued job waits until its first credential expires: a few seconds instead of the default two minutes.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
@@ -45,7 +45,7 @@ SlurmdPidFile={folder}/%n.pid
 SlurmdLogFile={folder}/%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-# Nodes share this machine, and no name server knows them.
+# All nodes are this machine; their names do not resolve.
 TaskProlog={folder}/task_prolog.sh
 MpiDefault=none
 SelectType=select/cons_tres
@@ -53,7 +53,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=2,bf_interval=2
 SlurmdParameters=config_overrides
 JobRequeue=1
-# The port at which ranks meet follows from the job's id: that of another cluster on this machine is another.
+# The rendezvous port is derived from the job id: different for each cluster on this machine.
 FirstJobId={first_job}
 ReturnToService=2
 SlurmdTimeout=10
@@ -71,38 +71,40 @@ echo export GLOO_SOCKET_IFNAME=lo
 
 
 def default_folder() -> Path:
-    """Where the cluster lives unless the user says otherwise."""
+    """Default folder of the cluster."""
     return Path.home() / ".cache" / "bifrost" / "devcluster"
 
 
 def missing_programs() -> list[str]:
-    """Programs of Slurm and munge that this machine lacks."""
+    """Programs of Slurm and munge that are missing on this machine."""
     return [name for name in PROGRAMS if not _find(name)]
 
 
 def up(folder: Path, nodes: int) -> Path:
-    """Start a cluster of `nodes` nodes, node1, node2, …, and wait until they are idle; returns its slurm.conf.
+    """Start a cluster of `nodes` nodes, node1, node2, …, wait until they are idle and return its slurm.conf.
 
-    SlurmError when packages are missing, when a cluster runs in `folder` already, or when one does not get going.
+    Raises SlurmError if packages are missing, a cluster already runs in `folder`, or the cluster does not start.
     """
     if missing := missing_programs():
         raise SlurmError(f"{', '.join(missing)} not found: on Debian or Ubuntu, apt-get install slurm-wlm munge")
     folder = folder.resolve()
     if folder.exists() and not (folder.is_dir() and (_made_here(folder) or not any(folder.iterdir()))):
-        raise SlurmError(f"--folder {folder}: holds something else; name a new folder, or an empty one")
+        raise SlurmError(f"--folder {folder}: holds something else; choose a new or empty folder")
     if len(str(folder)) > 80 or " " in str(folder):
-        raise SlurmError(f"--folder {folder}: sockets are made there, take a path of at most 80 letters, no spaces")
+        raise SlurmError(
+            f"--folder {folder}: sockets are created there, choose a path of at most 80 letters without spaces"
+        )
     if processes(folder):
-        raise SlurmError(f"a cluster runs in {folder} already: bifrost slurm devcluster down --folder {folder}")
+        raise SlurmError(f"a cluster already runs in {folder}: bifrost slurm devcluster down --folder {folder}")
     try:
         _clear(folder)
         (folder / "state").mkdir(parents=True)
         folder.chmod(0o755)
     except OSError as error:
-        raise SlurmError(f"--folder {folder}: {error.strerror}; name a folder that can be written") from error
+        raise SlurmError(f"--folder {folder}: {error.strerror}; choose a writable folder") from error
     names = [f"node{number + 1}" for number in range(nodes)]
     conf = _write_files(folder, names)
-    # Forced: a home that is closed to others is no fault here.
+    # --force: munged would refuse a home that other users cannot read.
     _start("munged", "--force", *(f"--{name}={folder}/{file}" for name, file in MUNGE_FILES.items()))
     _start("slurmctld", "-f", str(conf), "-c")
     for name in names:
@@ -136,18 +138,18 @@ LEFT = (
     "slurm.conf",
     "task_prolog.sh",
 )
-"""What a cluster makes in its folder."""
+"""What a cluster creates in its folder."""
 
 
 def start_node(folder: Path, name: str) -> None:
-    """Start the slurmd of one node; also of one that was killed."""
+    """Start the slurmd of one node, or restart one that was killed."""
     _start("slurmd", "-f", str(folder.resolve() / "slurm.conf"), "-N", name)
 
 
 def processes(folder: Path, node: str | None = None) -> list[psutil.Process]:
-    """Running daemons of the cluster in `folder` and what they have started, or those of one node alone.
+    """Running daemons of the cluster in `folder` and their children, or only those of one node.
 
-    A slurmstepd outlives the slurmd that started it; it is known by the log file that both hold open.
+    A slurmstepd outlives its slurmd; it is recognised by the log file that both hold open.
     """
     daemons = ("slurmd", "slurmstepd") if node else ("slurmd", "slurmstepd", "slurmctld", "munged")
     logs = str(folder.resolve()) + (f"/{node}.log" if node else "/")
@@ -162,9 +164,9 @@ def processes(folder: Path, node: str | None = None) -> list[psutil.Process]:
 
 
 def down(folder: Path) -> int:
-    """End the cluster in `folder`, its jobs too; returns how many processes that took. The folder's logs stay.
+    """Stop the cluster in `folder` and its jobs; return the number of processes ended. The folder's logs stay.
 
-    SlurmError for a folder of something else: a site's own Slurm may have its logs there.
+    Raises SlurmError for any other folder: it may hold the logs of the site's own Slurm.
     """
     if not _made_here(folder):
         raise SlurmError(f"--folder {folder}: holds no cluster that `devcluster up` made")
@@ -172,7 +174,7 @@ def down(folder: Path) -> int:
 
 
 def kill(family: Iterable[psutil.Process]) -> int:
-    """SIGKILL to all of `family`, and wait for them to go."""
+    """Send SIGKILL to all of `family` and wait for them to end."""
     family = list(family)
     for process in family:
         try:
@@ -192,7 +194,7 @@ def _made_here(folder: Path) -> bool:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what an earlier cluster left in the folder, and nothing else."""
+    """Remove only what an earlier cluster left in the folder."""
     for pattern in LEFT:
         for path in folder.glob(pattern):
             if path.is_dir() and not path.is_symlink():
@@ -235,10 +237,10 @@ def _find(program: str) -> str | None:
 
 
 def _start(program: str, *arguments: str) -> None:
-    """Run a daemon, which detaches itself."""
+    """Start a daemon, which detaches itself."""
     path = _find(program)
     assert path
-    # Jobs must not inherit what belongs to a job that this may run in.
+    # Jobs must not inherit the variables of a job that this may run in.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     try:
         ended = subprocess.run(

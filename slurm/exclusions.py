@@ -1,7 +1,7 @@
-"""Nodes not to be used: found bad by preflight, or named in two hung starts; remembered by run, and by the site for
-repeat offenders.
+"""Excluded nodes: found bad by preflight, or suspected in two hung attempts; recorded per run and, for nodes that are
+found bad repeatedly, per site.
 
-Both files hold {"node": {"times": n, "last": unix time, "reason": "…"}}. Deleting an entry brings a node back.
+Both files hold {"node": {"times": n, "last": unix time, "reason": "…"}}. Deleting an entry re-admits the node.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ EXCLUDED = "excluded.json"
 log = logging.getLogger(__name__)
 
 LOCK_S = 30.0
-"""How long a writer waits for another one."""
+"""How long a writer waits for the lock."""
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
-class Memory(Protocol):
-    """What a site says about repeat offenders."""
+class BadNodeSettings(Protocol):
+    """Settings of the site file for nodes that are found bad repeatedly."""
 
     bad_node_file: str | None
-    """File that all runs share; null where the site keeps none."""
+    """File shared by all runs; null for none."""
     bad_node_threshold: int
-    """Runs start without a node that was found bad this many times."""
+    """A node is excluded once it was found bad this many times."""
 
 
-def excluded(run_folder: Path | None, site: Memory | None) -> list[str]:
+def excluded(run_folder: Path | None, site: BadNodeSettings | None) -> list[str]:
     """Nodes that the run found bad, and those that the site's runs found bad `site.bad_node_threshold` times, in order.
 
-    Raises SlurmError naming a file that is not of this form, OSError when it cannot be read.
+    Raises SlurmError for a malformed file, OSError if it cannot be read.
     """
     names = set(read_exclusions(run_folder / EXCLUDED)) if run_folder else set()
     if site and site.bad_node_file:
@@ -48,13 +48,13 @@ def excluded(run_folder: Path | None, site: Memory | None) -> list[str]:
     return sorted(names)
 
 
-def exclude(bad: Mapping[str, str], run_folder: Path | None, site: Memory | None) -> None:
-    """Add nodes with their reasons to the run's file and to the site's; raises OSError or SlurmError."""
+def exclude(bad: Mapping[str, str], run_folder: Path | None, site: BadNodeSettings | None) -> None:
+    """Add nodes with their reasons to the run's file and the site's. Raises OSError or SlurmError."""
     files = [run_folder / EXCLUDED] if run_folder else []
     if site and site.bad_node_file:
         files.append(Path(site.bad_node_file).expanduser())
     for file in files:
-        with _alone(file):
+        with _locked(file):
             book = read_exclusions(file)
             for node, reason in bad.items():
                 times = book[node]["times"] if node in book else 0
@@ -63,24 +63,24 @@ def exclude(bad: Mapping[str, str], run_folder: Path | None, site: Memory | None
 
 
 def read_exclusions(file: Path) -> dict[str, dict[str, Any]]:
-    """Node -> {times, last, reason}; empty when there is no such file."""
+    """Node -> {times, last, reason}; empty if there is no such file."""
     try:
         book = read_json(file)
     except ValueError as error:
-        raise SlurmError(f"{file}: not valid JSON ({error}); mend or delete it") from error
+        raise SlurmError(f"{file}: not valid JSON ({error}); fix or delete it") from error
     book = {} if book is None else book
     sound = isinstance(book, dict) and all(
         isinstance(entry, dict) and isinstance(entry.get("times"), int) for entry in book.values()
     )
     if not sound:
-        raise SlurmError(f'{file}: want {{"node": {{"times": 1, "last": 0, "reason": ""}}}}; mend or delete it')
+        raise SlurmError(f'{file}: want {{"node": {{"times": 1, "last": 0, "reason": ""}}}}; fix or delete it')
     return book
 
 
 @contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """One writer at a time: jobs of several runs may find bad nodes at the same moment. Where the file system has no
-    locks, writers take that chance."""
+def _locked(file: Path) -> Iterator[None]:
+    """Lock `file` for writing: jobs of several runs may find bad nodes at the same time. On a file system without
+    locks, continue without one and warn."""
     deadline = time.monotonic() + LOCK_S
     with open(file.with_name(f".{file.name}.lock"), "a") as lock:
         while True:

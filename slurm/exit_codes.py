@@ -1,19 +1,19 @@
-"""Exit codes of a rank, which the batch script and the launcher understand."""
+"""Exit codes of a rank, as the batch script and the launcher interpret them."""
 
 DONE = 0
 FAILED = 1
-"""It cannot go on by itself: a bug, or a run that is not healthy."""
+"""Not retryable: a bug, or an unhealthy run."""
 USAGE = 2
-"""The user has to mend something; one line says what."""
+"""User error; one line states what to fix."""
 LOST = 74
-"""Storage failed in a way that may pass, or a loader's worker was killed: start it again (EX_IOERR)."""
+"""Transient storage failure, or a killed loader worker: retryable (EX_IOERR)."""
 STOPPED = 75
-"""Asked to stop and has saved: start it again and it goes on (EX_TEMPFAIL)."""
+"""Stopped on request after saving: restart to resume (EX_TEMPFAIL)."""
 HUNG = 76
-"""The watchdog ended it: start it again."""
+"""Ended by the watchdog: retryable."""
 BAD_NODE = 77
-"""Preflight found a bad node: start it again without that node."""
+"""Preflight found a bad node: retryable without that node."""
 LOCKED = 78
-"""Another live copy owns the run: leave it alone."""
+"""Another process owns the run: not retryable."""
 INTERRUPTED = 130
-"""Ended by Ctrl-C, without a save."""
+"""Ended by Ctrl-C without saving."""

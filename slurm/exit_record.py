@@ -1,4 +1,4 @@
-"""What a run folder tells the batch script: its starts, how the last one ended, and where it stands.
+"""Records in the run folder that the batch script reads: attempts, exit reason of the last one, newest checkpoint.
 
 `slurm/attempts.jsonl` has one object per attempt and one per decision; `slurm/exit_record.json` is what the first rank
 to fail on purpose left; `stopped.json` says why a run is not started again.
@@ -22,26 +22,26 @@ STOPPED = "stopped.json"
 OLD_STARTS, OLD_OUTCOME = "slurm/starts.jsonl", "slurm/outcome.json"
 """What these two were called, and `attempt` was `start` in them: a run may have begun so, or its ranks may have."""
 GRACE_S, LEAST_GRACE_S = 120, 60
-"""Before a step and a save were timed; and what Slurm's timer, which may fire a minute early, makes sense of."""
+"""Default until a step and a save were timed, and the minimum: Slurm's timer may fire a minute early."""
 
 
 def this_start() -> str:
-    """The start that this process belongs to: job id and how often it was requeued."""
+    """Id of the attempt that this process belongs to: job id and restart count."""
     return f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
 def record_outcome(code: int, reason: str, host: str | None = None) -> None:
-    """Leave why this rank ends, in the run folder that BIFROST_RUN names; the first rank to do so is heard.
+    """Record this rank's exit reason in the run folder BIFROST_RUN; the first writer wins.
 
-    host: the node that is to blame, where one is. srun ends the other ranks when one fails, and its exit code is then
-    that of the ended ones.
+    host: the suspect node, if any. When one rank fails, srun ends the others and returns their exit code, so that
+    srun's own code does not identify the cause.
     """
     run = os.environ.get("BIFROST_RUN")
     if not run:
         return
     try:
         file = os.open(Path(run) / OUTCOME, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    except OSError:  # another rank was first, or there is no way to say it
+    except OSError:  # another rank was first, or the folder is not writable
         return
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
     with os.fdopen(file, "w") as out:
@@ -49,7 +49,7 @@ def record_outcome(code: int, reason: str, host: str | None = None) -> None:
 
 
 def read_outcome(run: Path) -> dict[str, Any] | None:
-    """What a rank of this start left."""
+    """The exit reason that a rank of this attempt recorded, None without one."""
     try:
         found = read_json(run / OUTCOME) or read_json(run / OLD_OUTCOME)
     except (OSError, ValueError):
@@ -58,20 +58,20 @@ def read_outcome(run: Path) -> dict[str, Any] | None:
 
 
 def newest_step(run: Path) -> int:
-    """Step of the newest checkpoint, 0 without one."""
+    """Step of the newest checkpoint; 0 if there is none."""
     names = [path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")]
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def append(run: Path, record: Mapping[str, Any]) -> None:
-    """Add a line to the run's starts."""
+    """Append a record to the run's attempts."""
     with open(run / STARTS, "a", encoding="utf-8") as file:
         file.write(json.dumps({"time": time.time(), "attempt": this_start(), **record}) + "\n")
 
 
 def starts(run: Path, since: float = 0.0) -> list[dict[str, Any]]:
-    """Starts of the run from that Unix time on, oldest first: step, nodes, and code, decision and reason of those that
-    ended by themselves."""
+    """Attempts since that Unix time, oldest first: step, nodes and, if the attempt recorded its end, code, decision and
+    reason."""
     found: dict[str, dict[str, Any]] = {}
     for record in [*_lines(run / OLD_STARTS), *_lines(run / STARTS)]:
         if record.get("time", 0.0) >= since:
@@ -85,7 +85,7 @@ def _attempt(record: Mapping[str, Any]) -> str:
 
 
 def fruitless(history: Iterable[Mapping[str, Any]], step: int) -> int:
-    """How many starts in a row, the newest included, began at `step`; those that excluded a node are left out."""
+    """Number of consecutive attempts up to the newest that started at `step`, without those that excluded a node."""
     count = 0
     for record in reversed(list(history)):
         if record.get("step") != step:
@@ -95,12 +95,17 @@ def fruitless(history: Iterable[Mapping[str, Any]], step: int) -> int:
 
 
 def write_stopped(run: Path, code: int, reason: str) -> None:
+<<<<<<< HEAD
     """Say why the run is not started again."""
     write_json(run / STOPPED, {"time": time.time(), "attempt": this_start(), "code": code, "reason": reason})
+=======
+    """Record why the run is not restarted."""
+    write_json(run / STOPPED, {"time": time.time(), "start": this_start(), "code": code, "reason": reason})
+>>>>>>> 5bb04ab (slurm/: rendezvous, attempts, bad nodes and excluded nodes in Slurm's and torch's own words)
 
 
 def grace(run: Path) -> int:
-    """Seconds that all ranks need to stop: twice a step and a save, as measured by the run; a guess before that."""
+    """Seconds that all ranks need to stop: twice the time of one step and one save as measured, else a default."""
     lines = _lines(run / "metrics.jsonl")
     steps = [line["step_s"] for line in lines if isinstance(line.get("step_s"), float)][-100:]
     saves = [
@@ -112,12 +117,12 @@ def grace(run: Path) -> int:
 
 
 def stop_s(step_s: float | None, saves: Sequence[float]) -> float | None:
-    """Seconds to keep for a stop: twice a step and the longest of the saves; None before both were timed."""
+    """Seconds to reserve for a stop: twice the sum of one step and the longest save; None before both were timed."""
     return None if step_s is None or not saves else max(LEAST_GRACE_S, 2 * (step_s + max(saves)))
 
 
 def last_metrics(run: Path) -> dict[str, Any] | None:
-    """The newest metric line of the run."""
+    """The newest metrics record of the run."""
     return next((line for line in reversed(_lines(run / "metrics.jsonl")) if "event" not in line), None)
 
 

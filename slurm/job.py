@@ -1,4 +1,4 @@
-"""A job of a run: what was asked of Slurm, kept in the run folder as slurm/job.json."""
+"""The Slurm job of a run: what was requested, stored in the run folder as slurm/job.json."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ FILE = "slurm/job.json"
 
 
 class Job(BaseModel):
-    """The job of a run; a requeued one keeps its id, a continuation gets a new one."""
+    """The job of a run; a requeued job keeps its id, a successor gets a new one."""
 
     name: str
     run: str
     """Absolute path of the run folder."""
     folder: str
-    """Working directory, to which the recipe's relative paths belong."""
+    """Working directory; the recipe's relative paths are relative to it."""
     nodes: tuple[int, int]
-    """Fewest and most nodes."""
+    """Minimum and maximum number of nodes."""
     gpus_per_node: int
     tasks_per_node: int
-    """Ranks a node."""
+    """Ranks per node."""
     cpus_per_task: int = 1
-    """Cores a rank."""
+    """Cores per rank."""
     partition: str | None = None
     account: str | None = None
     time: str | None = None
     exclude: str | None = None
     array: str | None = None
     grace_s: int
-    """Seconds before the time limit at which the ranks are told to save."""
+    """Seconds before the time limit at which the ranks get the signal to save."""
     id: str | None = None
     submitted: float = 0.0
-    """Unix time of the submission by a person, which continuations keep."""
+    """Unix time of the user's submission; successor jobs keep it."""
     cancelled: bool = False
-    """Asked to stop by a person: not to be started again."""
+    """Cancelled by the user: not requeued."""
 
     @property
     def node_range(self) -> str:
@@ -60,16 +60,16 @@ class Job(BaseModel):
 
 
 def load_job(run: Path) -> Job:
-    """The job of a run folder; SlurmError when none was submitted."""
+    """The job of a run folder. Raises SlurmError if none was submitted."""
     try:
         found = read_json(run / FILE)
         if found is None:
-            raise SlurmError(f"{run}: no job was submitted for it, there is no {FILE}; see bifrost slurm submit")
+            raise SlurmError(f"{run}: no job was submitted for this run, {FILE} is missing; see bifrost slurm submit")
         return Job.model_validate(found)
     except (ValidationError, ValueError) as error:
         if isinstance(error, SlurmError):
             raise
-        raise SlurmError(f"{run / FILE}: not a job's description; submit the run again") from error
+        raise SlurmError(f"{run / FILE}: not a job description; submit the run again") from error
 
 
 def write_recipe(run: Path, recipe: Recipe) -> None:
@@ -80,26 +80,26 @@ def write_recipe(run: Path, recipe: Recipe) -> None:
 
 
 def parse_nodes(text: str) -> tuple[int, int]:
-    """`4` or `2-8`: fewest and most nodes."""
+    """Minimum and maximum number of nodes, from `4` or `2-8`."""
     low, _, high = text.partition("-")
     try:
         least, most = int(low), int(high or low)
     except ValueError:
-        raise SlurmError(f"--nodes {text}: write a number, or the fewest and the most, such as 2-8") from None
+        raise SlurmError(f"--nodes {text}: give a number, or minimum and maximum, such as 2-8") from None
     if not 1 <= least <= most:
-        raise SlurmError(f"--nodes {text}: the fewest must be at least 1 and not above the most")
+        raise SlurmError(f"--nodes {text}: the minimum must be at least 1 and at most the maximum")
     return least, most
 
 
 def usable_nodes(recipe: Recipe, tasks_per_node: int, least: int, most: int) -> int:
-    """The most nodes in that range whose ranks divide the global batch; SlurmError when there are none."""
+    """The largest number of nodes in that range whose ranks divide the global batch. Raises SlurmError if none does."""
     for nodes in range(most, least - 1, -1):
         if recipe.global_batch % (recipe.micro_batch * tasks_per_node * nodes) == 0:
             return nodes
     try:
         recipe.accumulation(tasks_per_node * most)
     except ValueError as error:
-        raise SlurmError(f"{error}, or take other --nodes") from None
+        raise SlurmError(f"{error}, or choose other --nodes") from None
     raise AssertionError("a batch that divides")
 
 
@@ -116,4 +116,4 @@ def seconds(limit: str) -> int:
             h, (m, s) = 0, [*parts, 0][:2]
         return ((int(days or 0) * 24 + h) * 60 + m) * 60 + s
     except ValueError:
-        raise SlurmError(f"time limit {limit}: write minutes, hours:minutes:seconds or days-hours") from None
+        raise SlurmError(f"time limit {limit}: use minutes, hours:minutes:seconds or days-hours") from None

@@ -1,4 +1,4 @@
-"""Submitting a run, and looking after its job from the run folder."""
+"""Submit a run; query, log and cancel its job from the run folder."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def describe(
     exclude: str | None = None,
     array: str | None = None,
 ) -> Job:
-    """A job for `recipe`, checked; nothing is written. SlurmError for what cannot work."""
+    """A validated job for `recipe`; nothing is written. Raises SlurmError for invalid combinations."""
     if gpus_per_node and tasks_per_node not in (None, gpus_per_node):
-        raise SlurmError(f"--tasks-per-node {tasks_per_node}: with GPUs there is one task a GPU, leave it out")
+        raise SlurmError(f"--tasks-per-node {tasks_per_node}: with GPUs there is one task per GPU, leave it out")
     tasks = gpus_per_node or tasks_per_node
     if not tasks:
-        raise SlurmError("--gpus-per-node 0 needs --tasks-per-node: how many ranks a node")
+        raise SlurmError("--gpus-per-node 0 needs --tasks-per-node: the number of ranks per node")
     if array and not array.endswith("%1"):
-        raise SlurmError(f"--array {array}: elements go on one after the other, end it with %1, such as 1-10%1")
+        raise SlurmError(f"--array {array}: elements must run one at a time, end it with %1, such as 1-10%1")
     if bound := next((option for option in site.sbatch if BINDING.match(option)), None):
         raise SlurmError(f"site file: sbatch: {bound}: {UNBIND}")
     usable_nodes(recipe, tasks, *nodes)
@@ -55,7 +55,7 @@ def describe(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         tasks_per_node=tasks,
-        # Beside a GPU: the rank's own thread, one for its communication, and the loader's workers.
+        # Per GPU: the rank's main thread, one for communication, and the loader's workers.
         cpus_per_task=site.cpus_per_task or (recipe.data.workers + 2 if gpus_per_node else 1),
         partition=partition,
         account=account,
@@ -66,14 +66,14 @@ def describe(
     )
     limit = job.time or site.time
     if limit and limit.lower() not in ("unlimited", "infinite") and seconds(limit) <= job.grace_s:
-        raise SlurmError(f"time limit {limit}: {job.grace_s} s of it are kept for a last step and save; ask for more")
+        raise SlurmError(f"time limit {limit}: {job.grace_s} s are reserved for a last step and save; request more")
     return job
 
 
 def submit(job: Job, recipe: Recipe, site: Site) -> str:
-    """Write script and recipe into the run folder and hand the script to Slurm; returns the job id.
+    """Write script and recipe into the run folder, submit the script and return the job id.
 
-    SlurmError when a job of this run still waits or runs, or when Slurm refuses.
+    Raises SlurmError if a job of this run is still pending or running, or if Slurm refuses.
     """
     refuse_second(job.path)
     script = render(job, site)
@@ -91,7 +91,7 @@ def submit(job: Job, recipe: Recipe, site: Site) -> str:
 
 
 def refuse_second(run: Path) -> None:
-    """SlurmError when a job of this run is alive."""
+    """Raise SlurmError if a job of this run is alive."""
     try:
         job = load_job(run)
     except SlurmError:
@@ -102,22 +102,22 @@ def refuse_second(run: Path) -> None:
 
 
 def cancel(run: Path, now: bool) -> str:
-    """Stop a run's job: a running one saves first unless `now`; returns a line that says what happens."""
+    """Stop a run's job, which saves first if it is running and not `now`; return a line that describes what happens."""
     job = load_job(run)
     state = commands.job_state(job.id) if job.id else None
     if job.id is None or state is None or not state.alive:
-        raise SlurmError(f"{run}: job {job.id} is not waiting or running")
+        raise SlurmError(f"{run}: job {job.id} is not pending or running")
     job.cancelled = True
     job.save()
     if state.state == "RUNNING" and not now:
         commands.signal_ranks(job.id, "USR1")
-        return f"job {job.id}: its ranks were told to save and stop; --now ends it at once"
+        return f"job {job.id}: its ranks save and stop; --now ends it at once"
     commands.cancel(job.id)
     return f"job {job.id}: cancelled"
 
 
 def status(run: Path) -> list[tuple[str, str]]:
-    """What is known of a run and its job, as (what, value)."""
+    """State of a run and its job, as (name, value)."""
     job = load_job(run)
     state = commands.job_state(job.id) if job.id else None
     shown = state.state if state else "no longer known to Slurm"
@@ -146,7 +146,7 @@ def status(run: Path) -> list[tuple[str, str]]:
 
 
 def logs(run: Path, follow: bool, lines: int) -> int:
-    """Print the end of the job's log, and what comes if `follow`; returns an exit code."""
+    """Print the end of the job log, and new lines if `follow`; return an exit code."""
     path = run / LOG
     if not path.exists():
         raise SlurmError(f"{path} does not exist yet: see bifrost slurm status {run}")
@@ -163,10 +163,10 @@ def _rounded(value: Any) -> str:
 
 
 def _goodput(run: Path) -> list[str]:
-    """What the trainer last wrote of where the run's time went."""
+    """Goodput as the trainer last wrote it."""
     try:
         found = json.loads((run / "goodput.json").read_text())
         shares = ", ".join(f"{kind} {spent / found['wall_s']:.1%}" for kind, spent in found["seconds"].items())
-        return [f"{found['ettr']:.1%} of {found['wall_s']:.0f} s since the first start ({shares})"]
+        return [f"{found['ettr']:.1%} of {found['wall_s']:.0f} s since the first attempt ({shares})"]
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
-        return []  # not there yet, or of another version: the job's state is what matters here
+        return []  # not written yet, or by another version: the job's state is what matters here

@@ -1,4 +1,4 @@
-"""Which rank of a run this process is, by the variables of srun, torchrun, our own launcher or a person."""
+"""Rank of this process, from the environment set by srun, torchrun, our own launcher or the user."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Literal
 
 from .errors import SlurmError
 
-# Below the ephemeral range that the kernel hands out.
+# Below the kernel's ephemeral port range.
 FIRST_PORT, PORTS = 10_000, 20_000
 STEP_STRIDE = 997
-"""Between the ports of two steps of a job."""
+"""Distance between the ports of consecutive steps of a job."""
 INTERACTIVE_STEP = str(2**32 - 6)
-"""Number of the step in which salloc runs its shell, on sites that have it run on a node."""
+"""Id of the step in which salloc runs its shell, on sites that run it on a compute node."""
 
 UNBIND = "each task must see all GPUs of its node; leave out --gpus-per-task, --tres-per-task and --gpu-bind"
 
@@ -46,14 +46,14 @@ LAUNCHER_VARIABLES = (
     "BIFROST_LAUNCHER",
     "BIFROST_RENDEZVOUS",
 )
-"""What launchers set for their ranks, and what means nothing to any other process."""
+"""Variables that launchers set for their ranks; meaningless in any other process."""
 
 
 def launched_by(environ: Mapping[str, str]) -> Launcher | None:
-    """What started this process as one of the ranks of a run; None for a process that is not one.
+    """The launcher that started this process as a rank; None if it is not a rank.
 
-    Slurm's task count is compared with WORLD_SIZE only in a step of several tasks: a task may itself start ranks
-    (torchrun, `bifrost train --ranks`). Raises SlurmError where the variables contradict each other.
+    Slurm's task count is compared with WORLD_SIZE only in a step of several tasks: a single task may itself start ranks
+    (torchrun, `bifrost train --ranks`). Raises SlurmError for contradictory variables.
     """
     if "BIFROST_LAUNCHER" in environ:
         return "bifrost"
@@ -77,24 +77,24 @@ def launched_by(environ: Mapping[str, str]) -> Launcher | None:
                 f"RANK={rank} and WORLD_SIZE={size} are set, but Slurm runs this as task {task} of {tasks}: they are"
                 f" left over from another launcher; unset {_names(environ)}"
             )
-        return "environment"  # of something that every task runs
+        return "environment"  # set by a launcher that runs in every task
     if len(given) == 1:
         raise SlurmError(
             f"{given[0]} is set without {'RANK' if given[0] == 'WORLD_SIZE' else 'WORLD_SIZE'}: unset"
-            f" {_names(environ)}, which an earlier launcher may have left, or set all that a rank needs"
+            f" {_names(environ)}, which may be left over from another launcher, or set all variables of a rank"
         )
     if given:
         return "environment"
-    # In a submitted job the number of ranks is settled; elsewhere a single task may start one rank per GPU.
+    # A submitted job fixes the number of ranks; elsewhere a single task may start one rank per GPU.
     return "slurm" if tasks and "BIFROST_RUN" in environ else None
 
 
 def rank_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this process, checked; None for one that is no rank.
+    """Validated RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this process; None if it is not a rank.
 
-    Of an srun task the first three are Slurm's, whatever else is set. Its rendezvous is the step's first node, and the
-    port follows from job and step, so that those that share a node differ; both stay where they are set already.
-    Raises SlurmError for variables that are missing, or no numbers, or contradict each other.
+    In an srun task, the first three come from Slurm, whatever else is set. MASTER_ADDR defaults to the step's first
+    node, MASTER_PORT to one derived from job and step ids, so that steps that share a node use different ports.
+    Raises SlurmError for missing, non-numeric or contradictory variables.
     """
     launcher = launched_by(environ)
     if launcher is None:
@@ -116,8 +116,8 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
         wanted += ["MASTER_ADDR", "MASTER_PORT"]
     if missing := [name for name in wanted if not environ.get(name)]:
         raise SlurmError(
-            f"RANK={rank} and WORLD_SIZE={size} are set without {', '.join(missing)}: unset {_names(environ)}, which an"
-            " earlier launcher may have left, or set all that a rank needs"
+            f"RANK={rank} and WORLD_SIZE={size} are set without {', '.join(missing)}: unset {_names(environ)}, which"
+            " may be left over from another launcher, or set all variables of a rank"
         )
     local = _number(environ, "LOCAL_RANK") if environ.get("LOCAL_RANK") else 0
     if not 0 <= local < size:
@@ -131,12 +131,12 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
 
 
 def free_port(seed: int) -> int:
-    """A port that nobody has on this host, from the range of rendezvous ports; where to look first follows from `seed`.
-    Ports that a connection may get by chance are left out: it may be a while until it is used."""
+    """A free rendezvous port on this host; the search starts at a port derived from `seed`. Ephemeral ports are
+    excluded: another connection could take one before it is used."""
     for attempt in range(PORTS):
         port = FIRST_PORT + (seed + STEP_STRIDE * attempt) % PORTS
         with socket.socket() as probe:
-            # As the store binds: what an earlier rendezvous left in TIME_WAIT does not count.
+            # Bind like the store does: ports in TIME_WAIT from an earlier rendezvous are usable.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("", port))
@@ -147,14 +147,14 @@ def free_port(seed: int) -> int:
 
 
 def step_tasks(environ: Mapping[str, str]) -> int:
-    """Tasks of the srun step that this process belongs to; 0 outside of one, as in a batch script."""
+    """Number of tasks of this process's srun step; 0 outside a step, as in a batch script."""
     if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ:
         return 0
     return int(environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"])
 
 
 def idle_nodes(environ: Mapping[str, str]) -> int:
-    """Nodes of the job that are left idle by what starts here without srun: by a batch script, or by salloc's shell."""
+    """Nodes of the job that stay idle if a command starts here without srun, from a batch script or salloc's shell."""
     shell = step_tasks(environ) == 0 or environ.get("SLURM_STEP_ID") == INTERACTIVE_STEP
     nodes = environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or "1"
     return int(nodes) - 1 if shell else 0
@@ -181,12 +181,12 @@ def _remedy(environ: Mapping[str, str]) -> str:
 
 
 def _names(environ: Mapping[str, str]) -> str:
-    """The variables to unset, as a shell takes them."""
+    """The variables to unset, as arguments of `unset`."""
     return " ".join(name for name in LAUNCHER_VARIABLES if name in environ)
 
 
 def _started_by_slurm() -> bool:
-    """Whether Slurm started this process itself: one that is typed into a task's shell has that shell for a parent."""
+    """Whether Slurm started this process directly; a command typed into a task's shell has that shell as parent."""
     try:
         return Path(f"/proc/{os.getppid()}/comm").read_text().startswith("slurmstepd")
     except OSError:
@@ -194,10 +194,10 @@ def _started_by_slurm() -> bool:
 
 
 def private_folders(environ: Mapping[str, str]) -> dict[str, str]:
-    """TMPDIR and TRITON_CACHE_DIR of this srun task alone, made if need be; below BIFROST_SCRATCH or TMPDIR.
+    """Private TMPDIR and TRITON_CACHE_DIR of this srun task, created if missing, below BIFROST_SCRATCH or TMPDIR.
 
-    Ranks that compile the same kernels at the same moment must not write the same files. The name outlives a requeue,
-    so that a start finds what an earlier one has compiled. Raises SlurmError where it cannot be made, or is not safe.
+    Ranks that compile the same kernels at the same time must not write the same files. The name stays the same across
+    requeues, so that compiled kernels are reused. Raises SlurmError if the folder cannot be created or is not safe.
     """
     base = environ.get("BIFROST_SCRATCH") or environ.get("TMPDIR") or tempfile.gettempdir()
     folder = Path(base) / _private_name(environ)
@@ -210,10 +210,10 @@ def private_folders(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def make_private(folder: Path) -> None:
-    """Make `folder`, for this user alone, or check that the one there is: compiled code is loaded from it.
+    """Create `folder` with access for this user only, or check an existing one: compiled code is loaded from it.
 
-    SlurmError for a symbolic link or a file, a folder of another user, and one that others may write to: in a place
-    like /tmp anybody can put one under a name that can be guessed.
+    Raises SlurmError for a symbolic link or file, a folder of another user, or one that others can write to: in /tmp,
+    any user could create it under a predictable name.
     """
     remedy = f"remove it, or set BIFROST_SCRATCH to a folder of your own instead of {folder.parent}"
     try:
@@ -222,9 +222,9 @@ def make_private(folder: Path) -> None:
             folder.mkdir(0o700)
         found = folder.lstat()
     except OSError as error:
-        raise SlurmError(f"{folder}: {error.strerror}; set BIFROST_SCRATCH to a folder that can be written") from error
+        raise SlurmError(f"{folder}: {error.strerror}; set BIFROST_SCRATCH to a writable folder") from error
     if not stat.S_ISDIR(found.st_mode):
-        what = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no folder"
+        what = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "not a folder"
         raise SlurmError(f"{folder} is {what}, and code is loaded from it: {remedy}")
     if found.st_uid != os.getuid():
         raise SlurmError(f"{folder} belongs to user {found.st_uid}, and code is loaded from it: {remedy}")
@@ -234,14 +234,14 @@ def make_private(folder: Path) -> None:
 
 
 def remove_private_folders(environ: Mapping[str, str]) -> None:
-    """Remove what `private_folders` made for this task, whose run needs no other start."""
+    """Remove the folders that `private_folders` created for this task, once its run is complete."""
     folder = Path(environ.get("TMPDIR", ""))
     if folder.name == _private_name(environ) and not folder.is_symlink():
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _private_name(environ: Mapping[str, str]) -> str:
-    # Short: sockets are made there.
+    # Short, since sockets are created there.
     task = "-".join(environ.get(key, "0") for key in ("SLURM_JOB_ID", "SLURMD_NODENAME", "SLURM_LOCALID"))
     return f"bifrost-{task}"
 

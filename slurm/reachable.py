@@ -1,4 +1,4 @@
-"""Whether Slurm is here, and answers."""
+"""Whether Slurm is installed and its controller answers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ NEEDED = ("sbatch", "srun", "scontrol", "squeue", "sacct", "scancel", "sinfo")
 
 
 def slurm_here(limit_s: float = 5.0) -> tuple[str, str]:
-    """(what is found, what is wrong with it); the latter is empty where all is well, and where no Slurm is here.
+    """(what was found, what is wrong with it); the latter is empty if Slurm works or is not installed.
 
-    A controller that does not answer within `limit_s` seconds is wrong; nothing waits longer.
+    limit_s: timeout of each command in seconds.
     """
     there = [name for name in NEEDED if shutil.which(name)]
     if not there:
-        return "not here: runs start by hand", ""
+        return "not installed: start runs by hand", ""
     if lacking := [name for name in NEEDED if name not in there]:
         return f"{len(there)} of its commands", f"{', '.join(lacking)} not on the PATH: load Slurm's module"
     code, version = _ask(["sinfo", "--version"], limit_s)
@@ -38,6 +38,6 @@ def _ask(command: list[str], limit_s: float) -> tuple[int | None, str]:
     try:
         text, _ = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        process.kill()  # not waited for: what hangs in the kernel cannot even be killed
+        process.kill()  # not waited for: a process stuck in the kernel ignores even SIGKILL
         return None, f"no answer within {limit_s:g} s"
     return process.returncode, text.strip()

@@ -1,4 +1,4 @@
-"""The two steps of the batch script around the ranks: on how many nodes they run, and what happens after them."""
+"""Steps of the batch script before and after the ranks: choose the number of nodes, then finish, requeue or stop."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .job import RECIPE, SCRIPT, Job, load_job, usable_nodes, write_recipe
 from .rank_env import expand_hosts
 from .site import load_site
 
+<<<<<<< HEAD
 FRUITLESS_STARTS = 3
 """Starts without a new checkpoint after which a run is no longer started again."""
 HUNG_STARTS = 2
@@ -24,22 +25,30 @@ UNABLE = "slurm/batch_step_failures"
 """The batch script's note that these steps could not run on its host, a line a start."""
 OLD_UNABLE = "slurm/unable"
 """The same, of a job that an earlier version submitted."""
+=======
+MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
+"""Consecutive attempts without a new checkpoint after which a run is stopped."""
+MAX_HANGS_PER_NODE = 2
+"""Hung attempts with the same suspect node after which that node is excluded."""
+UNABLE = "slurm/unable"
+"""Written by the batch script if these steps could not run on its host, one line per attempt."""
+>>>>>>> 5bb04ab (slurm/: rendezvous, attempts, bad nodes and excluded nodes in Slurm's and torch's own words)
 REASONS = {
     FAILED: "exit code 1 of unknown cause",
-    USAGE: "exit code 2, a setting to mend",
+    USAGE: "exit code 2, a setting to fix",
     LOST: "storage failed, or a loader's worker was killed",
     STOPPED: "stopped by a signal, saved",
     HUNG: "ended by the watchdog",
     BAD_NODE: "bad nodes",
-    LOCKED: "another copy owns the run",
-    128 + signal.SIGKILL: "a rank was ended by SIGKILL, for lack of memory perhaps",
+    LOCKED: "another process owns the run",
+    128 + signal.SIGKILL: "a rank was ended by SIGKILL, possibly out of memory",
 }
 
 
 def before(run: Path) -> tuple[int, float | None]:
-    """Note this start; returns the number of nodes to run on, and the Unix time of the job's limit where it has one.
+    """Record this attempt; return the number of nodes to run on, and the Unix time of the job's end (None: no limit).
 
-    SlurmError or RecipeError when the run is not to be started again.
+    Raises SlurmError or RecipeError if the run must not be restarted.
     """
     try:
         nodes = _begin(run)
@@ -60,8 +69,8 @@ def _begin(run: Path) -> int:
     for name in (exit_record.OUTCOME, exit_record.OLD_OUTCOME):
         (run / name).unlink(missing_ok=True)
     step = exit_record.newest_step(run)
-    # A lost node or a preemption has the job started by Slurm itself: then nobody has counted before.
-    if exit_record.fruitless(exit_record.starts(run, job.submitted), step) >= FRUITLESS_STARTS:
+    # After a lost node or a preemption Slurm requeues the job itself, without a call of `after`.
+    if exit_record.fruitless(exit_record.starts(run, job.submitted), step) >= MAX_ATTEMPTS_WITHOUT_PROGRESS:
         raise SlurmError(_crash_loop(step))
     got = int(os.environ.get("SLURM_JOB_NUM_NODES", job.nodes[1]))
     nodes = usable_nodes(recipe, job.tasks_per_node, min(job.nodes[0], got), got)
@@ -78,11 +87,11 @@ def _ends_at() -> float | None:
 
 
 def after(run: Path, code: int) -> tuple[str, int]:
-    """Decide what becomes of a job whose ranks ended with `code`, and do it.
+    """Finish, requeue or stop a job whose ranks ended with `code`.
 
-    Returns a line that says what, and the code to end the job with.
+    Returns a line that describes the decision, and the job's exit code.
     """
-    # The requeue below ends this job, and this process with it, before it has said which nodes are to be left out.
+    # The requeue below ends this job: ignore its SIGTERM, so that the excluded nodes are still set.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     job = load_job(run)
     outcome = exit_record.read_outcome(run)
@@ -97,29 +106,27 @@ def after(run: Path, code: int) -> tuple[str, int]:
         return _end(job, "cancelled", "stopped by bifrost slurm cancel"), DONE
     state = _state()
     if state and state.state != "RUNNING" and state.reason != "TimeLimit":
-        # Somebody has ended or requeued it, or Slurm has.
+        # Ended or requeued by the user or by Slurm.
         exit_record.append(run, {"code": code, "decision": "left", "reason": state.state})
         return f"the job is {state.state}: left to Slurm", code
-    return _start_again(job, code, reason, outcome.get("host") if outcome else None, state)
+    return _restart(job, code, reason, outcome.get("host") if outcome else None, state)
 
 
-def _start_again(
-    job: Job, code: int, reason: str, host: str | None, state: commands.JobState | None
-) -> tuple[str, int]:
+def _restart(job: Job, code: int, reason: str, host: str | None, state: commands.JobState | None) -> tuple[str, int]:
     history = exit_record.starts(job.path, job.submitted)
     hung = 1 + sum(start.get("code") == HUNG and start.get("host") == host for start in history)
-    bad = {host: f"hung in {hung} starts: {reason}"} if host and code == HUNG and hung >= HUNG_STARTS else {}
-    left_out = _nodes_to_leave_out(job, bad)
-    # A start that found a new bad node has not failed in vain.
+    bad = {host: f"hung in {hung} attempts: {reason}"} if host and code == HUNG and hung >= MAX_HANGS_PER_NODE else {}
+    left_out = _excluded_nodes(job, bad)
+    # An attempt that found a new bad node counts as progress.
     known = {node for start in history for node in start.get("excluded", [])}
     found = left_out if (code == BAD_NODE or bad) and left_out and set(left_out) - known else []
     exit_record.append(job.path, {"code": code, "decision": "again", "reason": reason, "host": host, "excluded": found})
     step = exit_record.newest_step(job.path)
-    if exit_record.fruitless(exit_record.starts(job.path, job.submitted), step) >= FRUITLESS_STARTS:
+    if exit_record.fruitless(exit_record.starts(job.path, job.submitted), step) >= MAX_ATTEMPTS_WITHOUT_PROGRESS:
         return _stop(job, code, f"{_crash_loop(step)}; the last one: {reason}")
     if job.array:
         waiting = os.environ["SLURM_ARRAY_JOB_ID"]
-        again = "the next element of the array goes on"
+        again = "the next element of the array continues"
     else:
         try:
             commands.requeue(_id())
@@ -128,30 +135,30 @@ def _start_again(
             try:
                 job.id = waiting = commands.submit(job.path / SCRIPT, after=_id())
             except SlurmError as refusal:
-                return _stop(job, code, f"{reason}; not to be started again by Slurm: {error}; {refusal}")
+                return _stop(job, code, f"{reason}; Slurm could not restart it: {error}; {refusal}")
             job.save()
-            state, again = None, f"goes on as job {waiting} ({error})"
+            state, again = None, f"continues as job {waiting} ({error})"
     if left_out is not None:
         again += _set_excluded(waiting, [*expand_hosts(job.exclude or ""), *left_out], state)
     return f"{reason}: {again}, from step {step}", code
 
 
-def _nodes_to_leave_out(job: Job, bad: dict[str, str]) -> list[str] | None:
-    """All nodes that run and site leave out, `bad` from now on too; None, and a line, when that cannot be told: a run
-    is not given up for it."""
+def _excluded_nodes(job: Job, bad: dict[str, str]) -> list[str] | None:
+    """Record `bad` and return all nodes that run and site exclude; None with a message if the files cannot be used,
+    since the run can continue without them."""
     try:
         site = load_site(job.path)
         if bad:
             exclude(bad, job.path, site)
         return excluded(job.path, site)
     except (OSError, SlurmError) as error:
-        print(f"bifrost: nodes to leave out: {error}", file=sys.stderr, flush=True)
+        print(f"bifrost: excluded nodes: {error}", file=sys.stderr, flush=True)
         return None
 
 
 def _set_excluded(job: str, nodes: list[str], state: commands.JobState | None) -> str:
-    """Have the waiting `job` leave out `nodes` and no others, unless `state` says that it does; words on what was
-    done."""
+    """Set the excluded nodes of the pending `job` to `nodes`, unless `state` shows they are; return a note for the
+    log line."""
     if state and set(expand_hosts(state.excluded)) == set(nodes):
         return ""
     try:
@@ -175,8 +182,8 @@ def _end(job: Job, decision: str, reason: str) -> str:
 
 def _crash_loop(step: int) -> str:
     return (
-        f"{FRUITLESS_STARTS} starts without a checkpoint beyond step {step}: not started again; see slurm/job.log, mend"
-        " the cause, then bifrost slurm resume"
+        f"{MAX_ATTEMPTS_WITHOUT_PROGRESS} attempts without a checkpoint after step {step}: not restarted; see"
+        " slurm/job.log, fix the cause, then bifrost slurm resume"
     )
 
 
@@ -188,7 +195,7 @@ def _signal(code: int) -> str | None:
 
 
 def _state() -> commands.JobState | None:
-    """What Slurm says of this job; None when it does not."""
+    """State of this job; None if Slurm does not answer."""
     try:
         return commands.job_state(_id())
     except SlurmError as error:

@@ -1,4 +1,4 @@
-"""Rendering a job's batch script."""
+"""Render the batch script of a job."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def render(job: Job, site: Site) -> str:
         site=site,
         options=_options(job, site),
         variables={**_threads(job, site), **site.variables()},
-        # These steps of the script need Slurm's commands, which an image may lack: the Python that submits runs them.
+        # These steps need Slurm's commands, which an image may lack: they run with the submitting Python.
         python=sys.executable,
         step_options=_step_options(job, site),
         command=_command(site),
@@ -39,12 +39,12 @@ def render(job: Job, site: Site) -> str:
 
 def _quote(value: object) -> str:
     text = shlex.quote(str(value))
-    # Nothing for the shell, but in a list a comma looks like a slip to shellcheck.
+    # Not needed by the shell, but shellcheck warns about a comma in a list.
     return f"'{text}'" if "," in text and "'" not in text else text
 
 
 def _expandable(value: object) -> str:
-    """In double quotes: the shell puts in the values of `$NAME` and nothing else."""
+    """In double quotes: the shell expands `$NAME` and nothing else."""
     return '"' + re.sub(r'(["`\\]|\$\()', lambda match: "\\" + match[0], str(value)) + '"'
 
 
@@ -55,7 +55,7 @@ def _options(job: Job, site: Site) -> list[str]:
         "job-name": job.name,
         "nodes": job.node_range,
         "gpus-per-node": job.gpus_per_node or None,
-        # One task a node as far as sbatch knows: told of more, it gives a range of nodes no more than its fewest.
+        # For sbatch, one task per node: given more, Slurm allocates only the minimum of a node range.
         "cpus-per-task": job.tasks_per_node * job.cpus_per_task,
         "partition": job.partition or site.partition,
         "account": job.account or site.account,
@@ -67,13 +67,13 @@ def _options(job: Job, site: Site) -> list[str]:
         "signal": f"USR1@{job.grace_s}",
     }
     given = [f"--{name}={shlex.quote(str(value))}" for name, value in wanted.items() if value is not None]
-    # An element of an array is no start of the same job: the next element goes on.
+    # Elements of an array are not requeued: the next element continues.
     again = "--requeue" if site.requeue and not job.array else "--no-requeue"
     return [*given, "--open-mode=append", again, *site.sbatch]
 
 
 def _threads(job: Job, site: Site) -> dict[str, str]:
-    # Ranks without a GPU would each take all cores.
+    # Without a GPU, each rank would use all cores.
     known = site.cpus_per_task or (None if job.gpus_per_node else 1)
     return {"OMP_NUM_THREADS": str(known)} if known else {}
 
@@ -88,7 +88,7 @@ def _step_options(job: Job, site: Site) -> list[str]:
 
 
 def _command(site: Site) -> list[str]:
-    """Python of a rank."""
+    """Command that runs Python in a rank."""
     container = site.container
     if container is None:
         return [site.python or sys.executable]

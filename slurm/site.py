@@ -1,4 +1,4 @@
-"""The site file: what a cluster wants of every job, written once."""
+"""The site file: settings of a cluster that apply to every job."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..recipes.renames import SITE
 from .errors import SlurmError
 
 COPY = "slurm/site.json"
-"""In the run folder, as submitted: the site file may lie where the nodes, or a container, do not see it."""
+"""Copy in the run folder, as submitted: nodes or containers may not see the site file itself."""
 
 
 class Container(Section):
     kind: Literal["pyxis", "apptainer"]
-    """`pyxis`: srun starts enroot itself; `apptainer`: every task is run by `apptainer exec`."""
+    """`pyxis`: srun runs the container through enroot; `apptainer`: every task runs in `apptainer exec`."""
     image: str
-    """Image, as `--container-image` or `apptainer exec` takes it."""
+    """Image, as passed to `--container-image` or `apptainer exec`."""
     mounts: list[str] = Field(default_factory=list)
-    """`outside:inside` folders: the runs', the shards' and the models'."""
+    """`outside:inside` folders of runs, shards and models."""
     python: str = "python3"
     """Python inside the image, with the package installed."""
 
@@ -36,48 +36,56 @@ class Fabric(Section):
 
 class Site(Section):
     partition: str | None = None
-    """Partition, unless --partition says another."""
+    """Partition, unless --partition is given."""
     account: str | None = None
-    """Account, unless --account says another."""
+    """Account, unless --account is given."""
     time: str | None = None
-    """Time limit in Slurm's notation, unless --time says another."""
+    """Time limit in Slurm's notation, unless --time is given."""
     cpus_per_task: int | None = Field(default=None, ge=1)
-    """Cores a rank, for its thread and its loader's workers; null: data.workers + 2 with GPUs, 1 without."""
+    """Cores per rank, for its main thread and loader workers; null: data.workers + 2 with GPUs, 1 without."""
     sbatch: list[str] = Field(default_factory=list)
-    """Further sbatch options, such as `--qos=high`."""
+    """Additional sbatch options, such as `--qos=high`."""
     modules: list[str] = Field(default_factory=list)
     """Environment modules to load."""
     setup: list[str] = Field(default_factory=list)
     """Shell lines run at the start of the job, after the modules."""
     environment: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of the job; `$NAME` in a value is put in on the first node."""
+    """Environment variables of the job; `$NAME` in a value is expanded on the first node."""
     python: str | None = None
-    """Python on the compute nodes with the package installed; null takes the one that submits."""
+    """Python on the compute nodes with the package installed; null: the submitting Python."""
     container: Container | None = None
-    """Container of the ranks; null runs them without."""
+    """Container of the ranks; null: none."""
     fabric: Fabric = Fabric()
     scratch: str | None = None
-    """Folder on each node for temporary files and Triton's cache, such as `/local/$USER`; null takes TMPDIR."""
+    """Folder on each node for temporary files and Triton's cache, such as `/local/$USER`; null: TMPDIR."""
     preflight: bool = True
     """Check the nodes before training."""
     preflight_command: str | None = None
-    """Shell command that preflight runs on every node; one where it fails is bad."""
+    """Shell command that preflight runs on every node; a node where it fails is bad."""
     preflight_limits: dict[str, float] = Field(default_factory=dict)
-    """Preflight's thresholds that differ from those of docs/preflight.md, such as `free_gib: 100`."""
+    """Preflight thresholds that differ from the defaults in docs/preflight.md, such as `free_gib: 100`."""
     requeue: bool = True
+<<<<<<< HEAD
     """Jobs may be requeued; where not, a stopped run goes on as a new job that depends on the old one."""
     bad_node_file: str | None = None
     """File on shared storage where all runs remember nodes found bad; null keeps none."""
     bad_node_threshold: int = Field(default=2, ge=1)
     """Runs start without a node that was found bad this many times."""
+=======
+    """Requeue jobs; false: a stopped run continues as a new job that depends on the old one."""
+    offenders: str | None = None
+    """File on shared storage where all runs record bad nodes; null: none."""
+    offences: int = Field(default=2, ge=1)
+    """A node is excluded once it was found bad this many times."""
+>>>>>>> 5bb04ab (slurm/: rendezvous, attempts, bad nodes and excluded nodes in Slurm's and torch's own words)
 
     @field_validator("bad_node_file")
     @classmethod
-    def _of_whoever_submits(cls, file: str | None) -> str | None:
+    def _expand_home(cls, file: str | None) -> str | None:
         return str(Path(file).expanduser()) if file else None
 
     def variables(self) -> dict[str, str]:
-        """Environment variables of a job, those of fabric and scratch included."""
+        """Environment variables of a job, including those of fabric and scratch."""
         interface, hca = self.fabric.interface, self.fabric.hca
         return {
             **({"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface} if interface else {}),
@@ -94,10 +102,18 @@ def site_file() -> Path:
 
 
 def load_site(run: Path | None = None) -> Site:
+<<<<<<< HEAD
     """The settings with which `run` was submitted, else the site file's; the defaults where there is none. SlurmError
     for a file that cannot be used."""
     stored = run is not None and (run / COPY).exists()
     path = run / COPY if run and stored else site_file()
+=======
+    """The settings with which `run` was submitted, else those of the site file, else the defaults. Raises SlurmError
+    for an invalid file."""
+    path = site_file()
+    if run and (run / COPY).exists():
+        path = run / COPY
+>>>>>>> 5bb04ab (slurm/: rendezvous, attempts, bad nodes and excluded nodes in Slurm's and torch's own words)
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

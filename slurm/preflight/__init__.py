@@ -1,7 +1,7 @@
-"""Preflight: are these nodes fit to train on? Names those that are not, in bounded time."""
+"""Preflight: checks the nodes before training and names the bad ones, in bounded time."""
 
 from .finding import Finding, Limits, read_limits
-from .rank_info import Place, find_place
+from .rank_info import RankInfo, find_rank_info
 from .runner import preflight
 
-__all__ = ["Finding", "Limits", "Place", "find_place", "preflight", "read_limits"]
+__all__ = ["Finding", "Limits", "RankInfo", "find_rank_info", "preflight", "read_limits"]

@@ -1,4 +1,4 @@
-"""GPUs of a node before anything runs on them: number, memory, ECC, clocks, NVLink. Not readable is no fault."""
+"""GPUs of a node before anything runs on them: number, memory, ECC, clocks, NVLink. An unreadable value passes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ FIELDS = {
     "throttle": "clocks_throttle_reasons.active",
 }
 SLOWED = {0x8: "hardware slowdown", 0x20: "heat (driver)", 0x40: "heat (hardware)", 0x80: "power brake"}
-"""Reasons to run slowly that are a fault; being idle or at the power cap is none."""
+"""Clock throttle reasons that count as a fault; idle and power cap do not."""
 NVLINK_GBS = 200
-"""What no PCIe reaches: a kind of GPU with more has NVLink."""
+"""Above what PCIe reaches: a GPU model with more bandwidth within a node has NVLink."""
 UNREADABLE = "not readable"
 
 
 def device_findings(asked: int | None, idle_gib: float, bound: bool = False) -> list[Finding]:
-    """Findings on the GPUs that this process may use; `asked` is how many the job asked for, None when not known.
+    """Findings on the GPUs visible to this process. asked: GPUs requested by the job, None if unknown.
 
-    `bound`: the job binds GPUs to tasks, so that fewer of them are no fault of the machine.
+    bound: the job binds GPUs to tasks, so that seeing fewer is not the machine's fault.
     """
     import torch
 
@@ -33,9 +33,9 @@ def device_findings(asked: int | None, idle_gib: float, bound: bool = False) -> 
     if bound and asked is not None and seen < asked:
         return [Finding("GPUs", str(seen), f"a task sees {seen} of its node's {asked} GPUs: {UNBIND}")]
     if asked is not None and seen < asked and uses_mig():
-        return [Finding("GPUs", str(seen), f"a process uses one MIG instance, {asked} asked for: ask for whole GPUs")]
+        return [Finding("GPUs", str(seen), f"a process uses one MIG instance, {asked} requested: request whole GPUs")]
     if asked is not None and seen != asked:
-        return [Finding("GPUs", str(seen), f"{seen} GPUs usable, {asked} asked for", own=True)]
+        return [Finding("GPUs", str(seen), f"{seen} GPUs usable, {asked} requested", own=True)]
     findings = [Finding("GPUs", str(seen))]
     if not seen:
         return findings
@@ -46,7 +46,7 @@ def device_findings(asked: int | None, idle_gib: float, bound: bool = False) -> 
         return [*findings, Finding("GPU health", "", str(error), own=True)]
     return [
         *findings,
-        # The memory of the whole GPU is also that of its other instances' users.
+        # Users of the GPU's other instances share its memory.
         Finding("GPU memory", UNREADABLE) if uses_mig() else _memory(columns["memory"], idle_gib),
         _errors(columns["ecc"]),
         _clocks(columns["clock"], columns["fastest"], columns["throttle"]),
@@ -73,13 +73,13 @@ def _errors(counts: list[str]) -> Finding:
 
 
 def _nvlink(links: list[list[float]], names: list[str]) -> Finding:
-    """GPUs of a node have the same links; a GPU that is sold with NVLink has some, where it has neighbours."""
+    """All GPUs of a node must have the same links; a GPU model with NVLink must have some, if the node has several."""
     speeds = [sum(gpu) for gpu in links]
     active = [sum(speed > 0 for speed in gpu) for gpu in links]
     if not any(speeds):
         known = figures_of(names[0]) if names else None
         down = len(links) > 1 and known is not None and known.intra_gbs >= NVLINK_GBS
-        reason = f"no link of any GPU is up, {names[0]} has NVLink: look at the fabric manager" if down else ""
+        reason = f"no link of any GPU is up, {names[0]} has NVLink: check the fabric manager" if down else ""
         return Finding("NVLink", "none" if links else UNREADABLE, reason, own=True)
     worst = speeds.index(min(speeds))
     reason = ""

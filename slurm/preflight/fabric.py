@@ -1,8 +1,8 @@
-"""Between the nodes: every pair in turn, then all ranks at once; right first, fast second.
+"""Network checks: every pair of nodes, then an all-reduce over all ranks; correctness first, then bandwidth.
 
-Rounds are a tournament: in each one every node has one partner, and its ranks meet the partner's ranks of the same
-number, all at the same time. Every pair does the same: a few tiny messages (clocks, round trip), then a payload there
-and back.
+Pairs form a round-robin tournament: in each round every node has one partner, and its ranks exchange data with the
+partner's ranks of the same local number, all at the same time. Each pair sends a few small messages (clock offset,
+round trip), then a payload in both directions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import Store
 
 PINGS, PAYLOADS, REDUCES = 5, 4, 3
 PRODUCT, COPY, TRIES = 8192, 2**30, 6
-"""Side of the matrices, bytes of the copy, tries at each."""
+"""Matrix size, bytes of the copy, repetitions of each."""
 
 
 @dataclass(frozen=True)
@@ -30,29 +30,29 @@ class Link:
     gb_s: float
     """Payload bytes over time, best of PAYLOADS."""
     offset_s: float
-    """The partner's clock less this one."""
+    """The partner's clock minus this one's."""
     round_trip_s: float
     wrong: bool
-    """The payload arrived otherwise than it was sent."""
+    """The received payload differs from the one sent."""
 
 
 @dataclass
 class Outcome:
-    """How far one rank came, and what it measured; filled while it goes."""
+    """Progress and measurements of one rank; filled in as the checks run."""
 
     steps: int = 0
-    """0 its own GPU, 1 joining, 2 the first round of pairs, and so on, whether or not this rank plays in a round."""
+    """0: its own GPU, 1: joining, 2: the first round of pairs, and so on, whether or not this rank takes part in it."""
     stage: str = "the start"
     trouble: str = ""
     links: list[Link] = field(default_factory=list)
     device: str = ""
-    """Name of the rank's GPU; empty on a CPU, which is not measured."""
+    """Name of the rank's GPU; empty on a CPU, where nothing is measured."""
     product_tflops: float = 0.0
     copy_gb_s: float = 0.0
     wrong_products: bool = False
-    """The same product came out in two ways."""
+    """Two runs of the same product differ."""
     reduce_gb_s: float = 0.0
-    """Bus bandwidth: 2 (n - 1) / n of the payload over time."""
+    """Bus bandwidth: 2 (n - 1) / n times the payload, over time."""
     wrong_sums: bool = False
     done: bool = False
 
@@ -68,16 +68,16 @@ class Outcome:
 
 
 class Wire:
-    """What moves the data: torch.distributed, on this rank's device."""
+    """Transport of the checks: torch.distributed, on this rank's device."""
 
     def __init__(self, local: int) -> None:
         self.gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", local) if self.gpu else torch.device("cpu")
-        # Long enough that the payload and not the start of a message is what is timed.
+        # Large enough that bandwidth dominates the latency of a message.
         self.elements = (16 if self.gpu else 1) * 2**20
 
-    def speeds(self, out: Outcome) -> None:
-        """Measure this rank's GPU by itself: a bf16 product, and a copy in its memory (bytes read and written)."""
+    def measure_gpu(self, out: Outcome) -> None:
+        """Measure this rank's GPU alone: a bf16 product, and a copy in its memory (bytes read and written)."""
         if not self.gpu:
             return
         torch.cuda.set_device(self.device)
@@ -91,13 +91,13 @@ class Wire:
         out.copy_gb_s = 2 * COPY / self._best(lambda: target.copy_(source)) / 1e9
 
     def _best(self, work: Callable[[], object]) -> float:
-        """Seconds of the fastest of some tries, the first left out."""
+        """Seconds of the fastest of TRIES repetitions, without the first."""
         times = []
         for _ in range(TRIES):
-            self.settle()
+            self.synchronize()
             start = time.perf_counter()
             work()
-            self.settle()
+            self.synchronize()
             times.append(time.perf_counter() - start)
         return min(times[1:])
 
@@ -118,14 +118,14 @@ class Wire:
     def clock(self) -> float:
         return time.time()
 
-    def settle(self) -> None:
-        """Wait for the device, so that a time is that of the work."""
+    def synchronize(self) -> None:
+        """Wait for the device, so that timings include the work."""
         if self.gpu:
             torch.cuda.synchronize()
 
 
 def measure(wire: Wire, store: Store, rank: int, nodes: dict[str, list[int]], rounds: int, out: Outcome) -> None:
-    """Fill `out`; `nodes` are the ranks of every node. Anything raised is its trouble."""
+    """Fill `out`. nodes: node -> its ranks. An exception is recorded as `out.trouble`."""
     try:
         _measure(wire, store, rank, nodes, rounds, out)
         out.done = True
@@ -136,7 +136,7 @@ def measure(wire: Wire, store: Store, rank: int, nodes: dict[str, list[int]], ro
 
 def _measure(wire: Wire, store: Store, rank: int, nodes: dict[str, list[int]], rounds: int, out: Outcome) -> None:
     out.reach(0, "the GPU alone")
-    wire.speeds(out)
+    wire.measure_gpu(out)
     out.reach(1, "joining")
     wire.join(store, rank, sum(len(ranks) for ranks in nodes.values()))
     names = list(nodes)
@@ -154,10 +154,7 @@ def _measure(wire: Wire, store: Store, rank: int, nodes: dict[str, list[int]], r
 
 
 def tournament(players: int) -> list[list[int | None]]:
-    """Rounds in which every two of `players` meet once: round -> each one's partner, None when it sits out.
-
-    The circle method: player 0 stays, the others go round it.
-    """
+    """Round-robin pairing by the circle method: round -> partner of each player, None for the one that is idle."""
     seats: list[int | None] = [*range(players), *([None] if players % 2 else [])]
     rounds = []
     for _ in range(len(seats) - 1):
@@ -174,7 +171,7 @@ def _pair(wire: Wire, rank: int, other: int, name: str) -> Link:
     first = rank < other
     offset, trip = 0.0, float("inf")
     message = torch.zeros(1, dtype=torch.float64, device=wire.device)
-    # The other one answers with its clock, and then asks for ours.
+    # The partner replies with its clock, then requests ours.
     for asking in (first, not first):
         for _ in range(PINGS):
             if asking:
@@ -190,7 +187,7 @@ def _pair(wire: Wire, rank: int, other: int, name: str) -> Link:
     payload, arrived = _pattern(rank, wire), torch.empty_like(_pattern(other, wire))
     best, wrong = float("inf"), False
     for _ in range(PAYLOADS):
-        wire.settle()
+        wire.synchronize()
         start = time.perf_counter()
         if first:
             wire.send(payload, other)
@@ -198,28 +195,28 @@ def _pair(wire: Wire, rank: int, other: int, name: str) -> Link:
         else:
             wire.receive(arrived, other)
             wire.send(payload, other)
-        wire.settle()
+        wire.synchronize()
         best = min(best, time.perf_counter() - start)
         wrong = wrong or not torch.equal(arrived, _pattern(other, wire))
     return Link(name, 2 * payload.nbytes / best / 1e9, offset, trip, wrong)
 
 
 def _reduce(wire: Wire, rank: int, size: int, out: Outcome) -> None:
-    # Small whole numbers: their sums are exact in fp32 in any order, for up to 60,000 ranks.
+    # Small integers: their sums are exact in fp32 in any order, for up to 60,000 ranks.
     steps = torch.arange(wire.elements, device=wire.device) % 256
     expected = (steps * size + sum(each % 16 for each in range(size))).float()
     best = float("inf")
     for _ in range(REDUCES):
         tensor = (steps + rank % 16).float()
-        wire.settle()
+        wire.synchronize()
         start = time.perf_counter()
         wire.all_reduce(tensor)
-        wire.settle()
+        wire.synchronize()
         best = min(best, time.perf_counter() - start)
         out.wrong_sums = out.wrong_sums or not torch.equal(tensor, expected)
     out.reduce_gb_s = 2 * (size - 1) / size * expected.nbytes / best / 1e9
 
 
 def _pattern(rank: int, wire: Wire) -> torch.Tensor:
-    """Numbers that tell their sender and their place."""
+    """Values that identify their sender and their position."""
     return (torch.arange(wire.elements, dtype=torch.int32, device=wire.device) * 31 + rank * 7919) % 65521

@@ -1,4 +1,4 @@
-"""What the checks produce, and the bounds that they apply."""
+"""Findings of the checks, and the limits that they apply."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from ..errors import SlurmError
 
 
 class Limits(BaseModel):
-    """Bounds of preflight; a site sets its own."""
+    """Limits of preflight; a site may override them."""
 
     model_config = ConfigDict(extra="forbid")
 
     free_gib: float = 10
-    """Free space that the run's folder needs."""
+    """Minimum free space of the run folder."""
     scratch_gib: float = 1
-    """Free space that each scratch folder needs."""
+    """Minimum free space of each scratch folder."""
     inodes: int = 10_000
-    """Free inodes of the run's folder and of each scratch folder."""
+    """Minimum free inodes of the run folder and of each scratch folder."""
     idle_gib: float = 2
-    """GPU memory that others may hold."""
+    """GPU memory that may be in use before the job."""
     clock_s: float = 1
-    """How far a node's clock may be from the others'."""
+    """Maximum clock offset between a node and the others."""
     slow: float = 1 / 3
-    """A node's best bandwidth to any other, as a part of the other nodes' median, below which it is bad."""
+    """A node is bad if its best bandwidth to any other is below this fraction of the other nodes' median."""
     pair_share: float = 0.05
-    """The same as a part of the port's bandwidth, of GPUs that devices.yaml knows: below it every node is slow."""
+    """Minimum of the same as a fraction of the port's bandwidth, for GPUs in devices.yaml: catches all nodes slow."""
     product_share: float = 0.4
-    """A GPU's bf16 product, as a part of the peak of those that devices.yaml knows, below which its node is bad."""
+    """Minimum bf16 matrix product of a GPU, as a fraction of its peak in devices.yaml."""
     copy_share: float = 0.5
-    """A copy in a GPU's memory, as a part of the memory's bandwidth of those that devices.yaml knows."""
+    """Minimum memory copy of a GPU, as a fraction of its bandwidth in devices.yaml."""
     gpu_slow: float = 0.75
-    """A GPU's product or copy, as a part of the median of all, below which its node is bad."""
+    """Minimum product or copy of a GPU, as a fraction of the median of all GPUs."""
     rounds: int = 32
-    """Rounds of pairs at the most; N nodes need N - 1 for every pair."""
+    """Maximum rounds of pairs; N nodes need N - 1 for every pair."""
     node_s: float = 60
-    """Seconds for the checks that a node makes by itself."""
+    """Seconds for the checks of each node alone."""
     meet_s: float = 180
-    """Seconds for every rank to report, from its own start."""
+    """Seconds for every rank to report, counted from its own start."""
     grace_s: float = 10
-    """Seconds for a node to come to where another one is."""
+    """Seconds by which nodes may differ in progress."""
     shared_s: float = 30
-    """Seconds until a file that one node wrote is seen by all."""
+    """Seconds until a file written on one node is visible on all."""
     fabric_s: float = 120
     """Seconds for the pairs and the all-reduce."""
 
@@ -58,19 +58,19 @@ class Finding:
 
     check: str
     figure: str = ""
-    """What was measured."""
+    """The measured value."""
     reason: str = ""
-    """Why it is bad; empty when it is fine."""
+    """Why it is bad; empty if it passes."""
     own: bool = False
-    """A fault of the machine itself, also where no other node can be compared with."""
+    """A fault of the machine itself, also without other nodes to compare with."""
     silent: bool = False
-    """The reason is that nothing was heard of the node, and not what it said."""
+    """The node did not report; `reason` is not from the node itself."""
     same: bool = False
     """The figure must be equal on all nodes."""
 
 
 def read_limits(settings: Mapping[str, float]) -> Limits:
-    """A site's own bounds; SlurmError for an unknown name."""
+    """Limits with a site's overrides. Raises SlurmError for an unknown name."""
     try:
         return Limits.model_validate(settings)
     except ValidationError as error:
@@ -78,7 +78,7 @@ def read_limits(settings: Mapping[str, float]) -> Limits:
 
 
 def within(seconds: float, work: Callable[[], Any]) -> bool:
-    """Whether `work` ended in time; otherwise it goes on in a thread that dies with the process."""
+    """Run `work` in a daemon thread; return whether it ended in time. Otherwise it continues in the background."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)

@@ -1,4 +1,4 @@
-"""What a node can say by itself: folders, space, names, versions, and the site's own command."""
+"""Checks that a node makes alone: GPUs, folders, disk space, host names, versions, and the site's own command."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from ...recipes import RecipeError, load_recipe
 from ..job import RECIPE
 from .devices import device_findings
 from .finding import Finding, Limits
-from .rank_info import Place
+from .rank_info import RankInfo
 
 LOOKED_AT = 64
-"""Shards whose size is compared, evenly chosen: a look at each of 100,000 would be a burden itself."""
+"""Shards whose sizes are compared, evenly spaced: a stat of each of 100,000 would load the file system."""
 
 
 def node_checks(
-    place: Place, run: Path | None, scratch: Sequence[str], command: str | None, limits: Limits
+    me: RankInfo, run: Path | None, scratch: Sequence[str], command: str | None, limits: Limits
 ) -> Iterator[tuple[str, Callable[[], Sequence[Finding]]]]:
-    """(name, check) of everything that this node checks by itself."""
-    yield "GPUs", lambda: device_findings(place.devices, limits.idle_gib, place.bound)
+    """(name, check) of all checks that this node makes alone."""
+    yield "GPUs", lambda: device_findings(me.devices, limits.idle_gib, me.bound)
     for name, folder in [("temp", tempfile.gettempdir()), *((f"scratch {each}", each) for each in scratch)]:
         yield name, partial(_local, name, Path(folder), limits)
-    if place.size > 1:
+    if me.size > 1:
         yield "own name", lambda: [_resolve("own name", socket.gethostname(), own=True)]
-        yield "rendezvous name", lambda: [_resolve("rendezvous name", place.host)]
+        yield "rendezvous name", lambda: [_resolve("rendezvous name", me.host)]
     if command:
         yield "site command", lambda: [_command(command, limits.node_s / 2)]
     if run:
@@ -51,9 +51,9 @@ def _local(check: str, folder: Path, limits: Limits) -> list[Finding]:
 
 def _folder(check: str, folder: Path, gib: float, inodes: int, own: bool = False) -> Finding:
     if not folder.is_dir():
-        return Finding(check, str(folder), f"{folder} is no folder on this node", own)
+        return Finding(check, str(folder), f"{folder} is not a folder on this node", own)
     try:
-        # The content is read back: a full or failing disk may accept the name alone.
+        # Read the content back: a full or failing disk may accept only the name.
         with tempfile.NamedTemporaryFile(prefix=".preflight-", dir=folder) as file:
             file.write(b"bifrost" * 1000)
             file.flush()
@@ -63,14 +63,14 @@ def _folder(check: str, folder: Path, gib: float, inodes: int, own: bool = False
     except OSError as error:
         return Finding(check, str(folder), f"{folder} cannot be written: {error.strerror or error}", own)
     if not written:
-        return Finding(check, str(folder), f"{folder} does not give back what was written", own)
+        return Finding(check, str(folder), f"{folder}: data read differs from data written", own)
     free = disk.f_bavail * disk.f_frsize / 2**30
     figure = f"{folder}: {free:.0f} GiB free"
     if free < gib:
-        return Finding(check, figure, f"{folder}: {free:.2g} GiB free, {gib:g} wanted", own)
-    # Some file systems do not count inodes: they say 0 of 0.
+        return Finding(check, figure, f"{folder}: {free:.2g} GiB free, {gib:g} required", own)
+    # Some file systems do not count inodes: they report 0 of 0.
     if disk.f_files and disk.f_favail < inodes:
-        return Finding(check, figure, f"{folder}: {disk.f_favail} inodes free, {inodes} wanted", own)
+        return Finding(check, figure, f"{folder}: {disk.f_favail} inodes free, {inodes} required", own)
     return Finding(check, figure)
 
 
@@ -93,13 +93,13 @@ def _command(command: str, seconds: float) -> Finding:
 
 
 def _recipe_file(run: Path) -> Path:
-    """The recipe that was submitted, or that of a run which was started otherwise."""
+    """The submitted recipe, or that of a run started without Slurm."""
     submitted = run / RECIPE
     return submitted if submitted.exists() else run / "recipe.yaml"
 
 
 def _recipe(file: Path) -> list[Finding]:
-    """The run's recipe, and the shards that it names; those behind a URL are not looked at."""
+    """Check the run's recipe and its local shards; shards behind a URL are skipped."""
     try:
         recipe = Finding("recipe", _digest([file.read_text(encoding="utf-8")]), same=True)
         spec = load_recipe(file, stored=True).data.shards
@@ -115,7 +115,7 @@ def _recipe(file: Path) -> list[Finding]:
             pattern = os.path.join(pattern, "*.tar")
         files += glob(pattern) if any(mark in pattern for mark in "*?[") else [pattern]
     if local and not files:
-        return [recipe, Finding("data", "", f"{local[0]}: nothing there")]
+        return [recipe, Finding("data", "", f"{local[0]}: no shards found")]
     files.sort()
     try:
         sizes = [str(os.stat(each).st_size) for each in files[:: max(1, len(files) // LOOKED_AT)]]
@@ -150,7 +150,7 @@ def _version(distribution: str) -> str:
 
 
 def _own_code() -> str:
-    """A digest of this package's files: also where no version control says which commit it is."""
+    """Digest of this package's source files, which also works without version control."""
     root = Path(__file__).parents[2]
     rooms = ("kernels", "data", "recipes", "slurm", "trainer")
     return _digest(file.read_text(encoding="utf-8") for room in rooms for file in sorted((root / room).rglob("*.py")))

@@ -1,4 +1,4 @@
-"""Which node and rank this process is, and who else is expected."""
+"""Node and rank of this process, and the nodes that take part."""
 
 from __future__ import annotations
 
@@ -10,48 +10,48 @@ from dataclasses import dataclass
 
 from ..rank_env import expand_hosts, rank_environment
 
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+SINGLE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 @dataclass(frozen=True)
-class Place:
-    """This process among the others."""
+class RankInfo:
+    """Rank of this process and its job step."""
 
     node: str
     rank: int
     size: int
     local: int
-    """Number of this rank on its node, and of its GPU there."""
+    """Local rank, and index of its GPU."""
     nodes: tuple[str, ...]
     """All nodes of the step, in Slurm's order."""
     host: str
     port: int
-    """Rendezvous: the node of rank 0."""
+    """Rendezvous address, on the node of rank 0."""
     name: str
-    """Of this start: job, restart, step."""
+    """Name of this attempt: job, restart, step."""
     in_job: bool
-    """A node can be left out by starting again."""
+    """Whether a restart can exclude a node."""
     devices: int | None
-    """GPUs a node that the job asked for, where Slurm tells."""
+    """GPUs per node that the job requested; None if unknown."""
     bound: bool
-    """The job binds GPUs to tasks, so that a task does not see all of its node."""
+    """The job binds GPUs to tasks, so that a task does not see all GPUs of its node."""
 
     @property
     def leader(self) -> bool:
-        """Whether this rank makes the checks of its node."""
+        """Whether this rank runs the checks of its node."""
         return self.local == 0
 
 
-def find_place(environ: Mapping[str, str] = os.environ) -> Place:
-    """The place of an srun task, or that of a process that is alone."""
-    environ = {**environ, **(rank_environment(environ) or ALONE)}
+def find_rank_info(environ: Mapping[str, str] = os.environ) -> RankInfo:
+    """Rank information of an srun task, or of a single process."""
+    environ = {**environ, **(rank_environment(environ) or SINGLE_PROCESS)}
     node = environ.get("SLURMD_NODENAME") or socket.gethostname()
     size = int(environ["WORLD_SIZE"])
     nodes = environ.get("SLURM_STEP_NODELIST") if size > 1 else None
     asked = environ.get("SLURM_GPUS_ON_NODE")
     job = environ.get("SLURM_JOB_ID")
     start = f"{environ.get('SLURM_RESTART_COUNT', '0')}-{environ.get('SLURM_STEP_ID', '0')}"
-    return Place(
+    return RankInfo(
         node=node,
         rank=int(environ["RANK"]),
         size=size,

@@ -1,4 +1,4 @@
-"""What people and the batch script get: the table, verdict.json, and the nodes to leave out."""
+"""Results of a preflight: the printed table, verdict.json, and the nodes to exclude."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import SlurmError
-from ..exclusions import Memory, exclude
+from ..exclusions import BadNodeSettings, exclude
 from ..exit_codes import DONE, FAILED
 from ..exit_record import record_outcome
 from ..io import write_json
-from .store import Folder
+from .store import ReportFolder
 from .verdict import Findings, Verdict
 
 CLAIM_S = 30.0
-"""For another judge, who came first, to write its verdict."""
+"""Seconds to wait for the verdict of another process that was first."""
 
 
-def conclude(findings: Findings, verdict: Verdict, run: Path | None, site: Memory | None, folder: Folder | None) -> int:
-    """Write and print the verdict, unless another process was first; returns the exit code that holds."""
+def conclude(
+    findings: Findings, verdict: Verdict, run: Path | None, site: BadNodeSettings | None, folder: ReportFolder | None
+) -> int:
+    """Write and print the verdict, unless another process was first; return the exit code of the verdict."""
     if folder and not folder.claim():
         other = folder.verdict(CLAIM_S)
         return FAILED if other is None else other["code"]
@@ -36,7 +38,7 @@ def conclude(findings: Findings, verdict: Verdict, run: Path | None, site: Memor
             words = {"code": verdict.code, "line": verdict.line, "bad": verdict.bad}
             write_json(folder.path / "verdict.json", {"time": int(time.time()), **words, "nodes": plain})
     except (OSError, SlurmError) as error:
-        print(f"preflight: the verdict is not kept: {error}", file=sys.stderr)
+        print(f"preflight: the verdict was not saved: {error}", file=sys.stderr)
     if verdict.code != DONE:
         record_outcome(verdict.code, f"preflight: {verdict.line}")
     Console(markup=False, emoji=False).print(table(findings))
@@ -45,7 +47,7 @@ def conclude(findings: Findings, verdict: Verdict, run: Path | None, site: Memor
 
 
 def table(findings: Findings) -> Table:
-    """Node, check, result, figure; nodes with the same result are one line."""
+    """Check, node, result and figure, with one line for nodes with the same result."""
     rows: dict[tuple[str, str], dict[str, list[str]]] = {}
     for node, found in findings.items():
         for finding in found:

@@ -1,4 +1,4 @@
-"""What nvidia-smi says of the GPUs that this process may use; nothing where it is missing or does not know."""
+"""Queries of nvidia-smi for the GPUs visible to this process; empty without nvidia-smi or for unsupported fields."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ PATIENCE_S = 30
 
 
 def query(field: str) -> list[str]:
-    """One value per GPU; none where there is no nvidia-smi or it does not know the field. RuntimeError on a sick
-    GPU."""
+    """One value per GPU; none without nvidia-smi or for an unsupported field. Raises RuntimeError for a failing GPU."""
     chosen = _chosen()
     text = _ask(
         f"--query-gpu={field}", "--format=csv,noheader,nounits", *([f"--id={','.join(chosen)}"] if chosen else [])
@@ -22,8 +21,8 @@ def query(field: str) -> list[str]:
 
 
 def nvlinks() -> list[list[float]]:
-    """GB/s of each NVLink of every GPU, 0 for one that is down; an empty list for a GPU that has none, and no list
-    where the answer cannot be read."""
+    """GB/s of each NVLink of every GPU, 0 for a link that is down; an empty list for a GPU without links, and no list
+    if the output cannot be parsed."""
     try:
         text = _ask("nvlink", "--status")
     except RuntimeError:
@@ -37,19 +36,19 @@ def nvlinks() -> list[list[float]]:
         elif current is not None and (link := re.match(r"\s+Link \d+: (.*)", line)):
             speed = re.match(r"([\d.]+) GB/s", link[1])
             if not speed and "inactive" not in link[1].lower():
-                return []  # asleep, say, which is no fault
+                return []  # for example a sleeping link, which is not a fault
             current.append(float(speed[1]) if speed else 0.0)
     return links
 
 
 def uses_mig() -> bool:
-    """Whether this process was given instances of partitioned GPUs (MIG)."""
+    """Whether this process uses instances of partitioned GPUs (MIG)."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-")
 
 
 def _chosen() -> list[str]:
-    """The GPUs of CUDA_VISIBLE_DEVICES, none for all: of MIG instances, which nvidia-smi does not query, the GPUs that
-    they are parts of; of the first letters of an identity the whole."""
+    """The GPUs of CUDA_VISIBLE_DEVICES, empty for all. MIG instances, which nvidia-smi cannot query, are replaced by
+    their GPUs, and abbreviated UUIDs by full ones."""
     wanted = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
     if not wanted:
         return []
@@ -87,4 +86,4 @@ def _ask(*arguments: str) -> str:
 
 
 UNKNOWN = "not a valid field|[Ii]nvalid combination|Unable to retrieve NVLink|[Nn]ot [Ss]upported"
-"""What this version of the tool or the GPU has not got."""
+"""Messages for what this version of nvidia-smi or the GPU does not support."""

@@ -1,7 +1,7 @@
-"""How ranks find each other before they trust each other: files in the run's folder, and a store at rank 0.
+"""Channels between nodes that are not yet known to work: files in the run folder, and a key-value store at rank 0.
 
-A node's report lies in both. So a node that reaches neither is told from one that only cannot reach the rendezvous,
-and when rank 0 is the dead one, the lowest node alive judges by the files.
+Each node's report is in both. This distinguishes a dead node from one that only cannot reach the rendezvous, and if
+rank 0 is the dead one, the lowest responsive node decides from the files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from ..io import read_json, write_json
 from .finding import Finding
-from .rank_info import Place
+from .rank_info import RankInfo
 
 Report = dict[str, Any]
 """{"node": …, "rank": …, "leader": …, "findings": [Finding as a dict, …]}"""
@@ -27,14 +27,14 @@ Report = dict[str, Any]
 POLL_S = 0.1
 
 
-def report_of(place: Place, findings: list[Finding]) -> Report:
+def report_of(me: RankInfo, findings: list[Finding]) -> Report:
     """This rank's report as plain JSON."""
     plain = [asdict(finding) for finding in findings]
-    return {"node": place.node, "rank": place.rank, "leader": place.leader, "findings": plain}
+    return {"node": me.node, "rank": me.rank, "leader": me.leader, "findings": plain}
 
 
 def findings_of(reports: Iterable[Report]) -> dict[str, list[Finding]]:
-    """Node -> findings: its leader's, and what its other ranks find bad."""
+    """Node -> findings: those of its leader, and the faults that its other ranks found."""
     found: dict[str, list[Finding]] = {}
     for report in sorted(reports, key=lambda report: report["rank"]):
         findings = [Finding(**plain) for plain in report["findings"]]
@@ -42,31 +42,31 @@ def findings_of(reports: Iterable[Report]) -> dict[str, list[Finding]]:
     return found
 
 
-class Board:
-    """Key and value at rank 0; calls are bounded in time and raise RuntimeError where the store does not answer."""
+class KeyValueStore:
+    """Key-value store at rank 0; calls have a timeout and raise RuntimeError if the store does not answer."""
 
-    def __init__(self, place: Place, seconds: float) -> None:
-        """Rank 0 serves and fails at once when its port is taken; the others try for `seconds`."""
-        self._place = place
-        self._store = self._connect(place.rank == 0, seconds)
+    def __init__(self, me: RankInfo, seconds: float) -> None:
+        """Rank 0 serves, and fails at once if its port is in use; the others try to connect for `seconds`."""
+        self._me = me
+        self._store = self._connect(me.rank == 0, seconds)
 
     def for_group(self) -> Store:
-        """For a process group in a thread: with a connection of its own, since a waiting call holds its connection."""
+        """A store for a process group in a thread: on its own connection, since a blocked call holds its connection."""
         return PrefixStore("group", self._connect(False, POLL_S * 100))
 
     def _connect(self, serve: bool, seconds: float) -> TCPStore:
         patience = timedelta(seconds=seconds)
-        return TCPStore(self._place.host, self._place.port, None, serve, patience, wait_for_workers=False)
+        return TCPStore(self._me.host, self._me.port, None, serve, patience, wait_for_workers=False)
 
     def put(self, key: str, value: Any) -> None:
         self._store.set(key, json.dumps(value))
 
     def get(self, key: str, seconds: float) -> Any:
-        """The value of `key` as soon as it is there; None when it is not within `seconds`."""
+        """The value of `key` as soon as it is set; None after `seconds`."""
         return self.collect({0: key}, seconds).get(0)
 
     def collect(self, keys: dict[int, str], seconds: float) -> dict[int, Any]:
-        """The values of all keys that are there within `seconds`, at once when all are."""
+        """The values of all keys that are set within `seconds`; returns as soon as all are."""
         deadline, values = time.monotonic() + seconds, {}
         while True:
             for name, key in keys.items():
@@ -77,53 +77,53 @@ class Board:
             time.sleep(POLL_S)
 
 
-class Folder:
-    """RUN/preflight/<job>-<restart>-<step>/: a report a node, and the verdict."""
+class ReportFolder:
+    """RUN/preflight/<job>-<restart>-<step>/: one report per node, and the verdict."""
 
-    def __init__(self, run: Path, place: Place) -> None:
-        self.path = run / "preflight" / place.name
-        self.nodes = place.nodes
+    def __init__(self, run: Path, me: RankInfo) -> None:
+        self.path = run / "preflight" / me.name
+        self.nodes = me.nodes
 
     def write(self, report: Report) -> None:
-        """Raises OSError. The run's folder itself is not made: where it is missing, something is wrong."""
+        """Write a node's report. Raises OSError, also if the run folder does not exist, which is a fault."""
         self.path.parent.mkdir(exist_ok=True)
         self.path.mkdir(exist_ok=True)
         write_json(self.path / f"{report['node']}.json", report)
 
     def seen(self, seconds: float = 0) -> list[str]:
-        """Nodes whose report is seen here, waiting up to `seconds` for all; none where the folder cannot be read."""
+        """Nodes whose report is visible here, waiting up to `seconds` for all; none if the folder cannot be read."""
 
-        def look() -> list[str]:
+        def visible() -> list[str]:
             try:
                 names = set(os.listdir(self.path))
             except OSError:
                 return []
             return [node for node in self.nodes if f"{node}.json" in names]
 
-        return poll(look, lambda seen: len(seen) == len(self.nodes), seconds)
+        return poll(visible, lambda seen: len(seen) == len(self.nodes), seconds)
 
     def reports(self, seconds: float) -> dict[str, Report]:
-        """Node -> its report, of those that are here within `seconds`."""
+        """Node -> its report, of those that are visible within `seconds`."""
         return {node: read_json(self.path / f"{node}.json") for node in self.seen(seconds)}
 
     def claim(self) -> bool:
-        """Whether this process judges: one alone gets a yes."""
+        """Whether this process writes the verdict: True for exactly one."""
         try:
             os.close(os.open(self.path / "judge", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
-        except OSError:  # nobody can write there, and somebody has to judge
+        except OSError:  # no process can write there, and one of them must decide
             return True
         return True
 
     def verdict(self, seconds: float) -> Report | None:
-        """What the judge wrote, waiting up to `seconds` for it."""
+        """The written verdict, waiting up to `seconds` for it."""
         return poll(lambda: read_json(self.path / "verdict.json"), lambda verdict: verdict is not None, seconds)
 
 
-def poll(look: Callable[[], Any], enough: Callable[[Any], bool], seconds: float) -> Any:
-    """What `look` gives once it is enough, or after `seconds`."""
+def poll(read: Callable[[], Any], enough: Callable[[Any], bool], seconds: float) -> Any:
+    """Result of `read` once `enough` accepts it, or after `seconds`."""
     deadline = time.monotonic() + seconds
-    while not enough(found := look()) and time.monotonic() < deadline:
+    while not enough(found := read()) and time.monotonic() < deadline:
         time.sleep(POLL_S)
     return found

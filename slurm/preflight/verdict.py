@@ -1,4 +1,4 @@
-"""Who is to blame: a node that differs from most, never one for what all share."""
+"""Which nodes are bad: those that differ from most; a fault that all share is not attributed to any."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .finding import Finding, Limits
 from .store import findings_of
 
 SILENT = 1 / 4
-"""Part of the nodes, above one node, that may be left out for their silence."""
+"""Maximum fraction of nodes (at least one) that may be excluded because they did not report."""
 
 Findings = Mapping[str, Sequence[Finding]]
-"""Node -> what was found there."""
+"""Node -> its findings."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Exit code, the bad nodes with their reasons, and one line for people."""
+    """Exit code, the bad nodes with their reasons, and a one-line summary."""
 
     code: int
     bad: dict[str, str]
@@ -31,11 +31,10 @@ class Verdict:
 
 
 def decide(findings: Findings, in_job: bool) -> Verdict:
-    """A check that fails on some of the nodes that made it makes those bad; one that fails on all blames none of them.
+    """Nodes are bad if a check fails on them and passes on others; a check that fails everywhere is a common fault.
 
-    Nor is a node to blame for its silence where many are silent: the fault may be the network's or the judge's. A node
-    that nothing compares with is bad by its machine's own faults alone, and only in a job, which can be started again
-    elsewhere.
+    If many nodes do not report, none of them is bad: the network or the deciding node may be at fault. A node without
+    others to compare with is bad only for faults of its own machine, and only in a job, which can restart elsewhere.
     """
     checks: dict[str, dict[str, Finding]] = {}
     for node, found in findings.items():
@@ -49,10 +48,10 @@ def decide(findings: Findings, in_job: bool) -> Verdict:
         alone = len(by_node) == 1 and in_job and any(finding.own for finding in failing.values())
         if len(silent) > max(1, SILENT * len(findings)):
             some = ", ".join(silent[:3]) + (", …" if len(silent) > 3 else "")
-            heard = next((node for node in findings if node not in silent), "")
+            responsive = next((node for node in findings if node not in silent), "")
             common.append(
-                f"{check}: nothing was heard of {len(silent)} of {len(findings)} nodes ({some}), too many to leave them"
-                f" out: look at the network, and at {heard}"
+                f"{check}: {len(silent)} of {len(findings)} nodes did not report ({some}), too many to exclude: check"
+                f" the network, and {responsive}"
             )
         elif silent:
             bad |= {node: f"{check}: {failing[node].reason}" for node in silent if node not in bad}
@@ -67,13 +66,11 @@ def decide(findings: Findings, in_job: bool) -> Verdict:
     if common:
         more = f" (and {len(common) - 1} more)" if len(common) > 1 else ""
         return Verdict(USAGE, {}, f"{common[0]}{more}")
-    return Verdict(
-        DONE, {}, f"{len(findings)} nodes are fine" if len(findings) > 1 else f"{next(iter(findings))} is fine"
-    )
+    return Verdict(DONE, {}, f"{len(findings)} nodes pass" if len(findings) > 1 else f"{next(iter(findings))} passes")
 
 
 def compare(findings: Findings) -> dict[str, list[Finding]]:
-    """`findings` with a reason wherever a figure that must be the same is not that of most nodes."""
+    """`findings` with a reason added to every figure that must be equal on all nodes and differs from most."""
     figures: dict[str, Counter[str]] = {}
     for found in findings.values():
         for finding in found:
@@ -94,32 +91,32 @@ def compare(findings: Findings) -> dict[str, list[Finding]]:
     return {node: [judged(finding) for finding in found] for node, found in findings.items()}
 
 
-def absent(
+def missing_nodes(
     expected: Sequence[str],
     present: Mapping[str, Sequence[int]],
     size: int,
     files: Mapping[str, Any],
     waited: str,
 ) -> dict[str, list[Finding]]:
-    """Findings of the nodes that did not come: `present` are the ranks of those that did, `files` the reports on disk.
+    """Findings of the nodes that did not join, or not with all their ranks.
 
-    A node that came with fewer ranks than its share of `size` is one of them.
+    present: node -> ranks that joined. size: number of ranks. files: node -> report on disk.
     """
     found: dict[str, list[Finding]] = {}
     for node in expected:
         if node in files and node not in present:
-            reason = "its report is in the run folder, but it came no further"
+            reason = "its report is in the run folder, but it did not join the rendezvous"
             found[node] = [*findings_of([files[node]])[node], Finding("present", "", reason, own=True, silent=True)]
         elif node not in present:
             found[node] = [Finding("present", "", waited, own=True, silent=True)]
         elif len(present[node]) < size // len(expected):
-            reason = f"{len(present[node])} of {size // len(expected)} ranks came"
+            reason = f"{len(present[node])} of {size // len(expected)} ranks joined"
             found[node] = [Finding("present", "", reason, own=True, silent=True)]
     return found
 
 
-def shared(seen: Mapping[str, Sequence[str]], folder: str) -> dict[str, Finding]:
-    """A node whose run folder does not show the files of most nodes has another folder under that name."""
+def shared_folder(seen: Mapping[str, Sequence[str]], folder: str) -> dict[str, Finding]:
+    """A node that does not see the files of most nodes has a different folder mounted at that path."""
     result = {}
     for node, others in seen.items():
         missing = sorted(set(seen) - set(others))
@@ -132,7 +129,7 @@ def shared(seen: Mapping[str, Sequence[str]], folder: str) -> dict[str, Finding]
 def fabric(
     outcomes: Mapping[int, Outcome | None], nodes: Mapping[int, str], limits: Limits
 ) -> dict[str, list[Finding]]:
-    """Findings of every node on pairs, clocks and the all-reduce; `outcomes` by rank, None for one that went silent."""
+    """Findings of every node on pairs, clocks and the all-reduce. outcomes: by rank, None if it stopped responding."""
     ranks: dict[str, list[int]] = {}
     for rank, node in nodes.items():
         ranks.setdefault(node, []).append(rank)
@@ -147,7 +144,7 @@ def fabric(
         each = [outcomes[rank].links for rank in mine if outcomes[rank].links]  # type: ignore[union-attr]
         links[node] = [link for own in each for link in own]
         if each:
-            # Of a GPU its best partner, which tells its own fault from a partner's; of a node its worst GPU.
+            # Each GPU's best partner, since a slow partner is not its fault; then the node's worst GPU.
             best[node] = min(max(link.gb_s for link in own) for own in each)
     result: dict[str, list[Finding]] = {}
     for node, mine in ranks.items():
@@ -165,7 +162,7 @@ def fabric(
 
 def _stopped(outcomes: Sequence[Outcome | None], last: bool) -> Finding:
     if any(outcome is None for outcome in outcomes):
-        return Finding("fabric", "", "went silent during the check", own=True, silent=True)
+        return Finding("fabric", "", "stopped responding during the check", own=True, silent=True)
     troubled = [outcome for outcome in outcomes if outcome and outcome.trouble]
     if not troubled:
         return Finding("fabric", "ended")
@@ -179,7 +176,7 @@ def _data(links: Sequence[Link]) -> Finding:
 
 
 def _clock(links: Sequence[Link], limits: Limits) -> Finding:
-    # Half of the round trip is how wrong an offset may be.
+    # The offset's error is at most half the round trip.
     far = [link for link in links if abs(link.offset_s) - link.round_trip_s / 2 > limits.clock_s]
     nearest = -min((link.offset_s for link in links), key=abs)
     reason = f"differs from most nodes' by {nearest:+.3g} s" if 2 * len(far) > len(links) else ""
@@ -187,7 +184,7 @@ def _clock(links: Sequence[Link], limits: Limits) -> Finding:
 
 
 def _gpus(mine: Sequence[Outcome], every: Sequence[Outcome], limits: Limits) -> list[Finding]:
-    """Of a node's GPUs: the slowest product and copy, against the vendor's figures and against all other GPUs."""
+    """Slowest product and copy of a node's GPUs, compared with the vendor's figures and with all other GPUs."""
     gpus, others = [each for each in mine if each.device], [each for each in every if each.device]
     if not gpus:
         return []
@@ -202,7 +199,7 @@ def _gpus(mine: Sequence[Outcome], every: Sequence[Outcome], limits: Limits) -> 
         worst, typical = min(values), median(getattr(each, field) for each in others)
         gpu, reason = values.index(worst), ""
         if check == "GPU product" and any(each.wrong_products for each in gpus):
-            reason = f"GPU {[each.wrong_products for each in gpus].index(True)}: the same product twice differs"
+            reason = f"GPU {[each.wrong_products for each in gpus].index(True)}: two runs of the same product differ"
         elif bound and worst < bound:
             reason = f"GPU {gpu}: {worst:.3g} {unit}, at least {bound:.3g} expected of {gpus[0].device}"
         elif worst < limits.gpu_slow * typical:
@@ -214,7 +211,7 @@ def _gpus(mine: Sequence[Outcome], every: Sequence[Outcome], limits: Limits) -> 
 def _speed(node: str, best: Mapping[str, float], limits: Limits, known: Figures | None) -> Finding:
     own, others = best[node], [value for name, value in best.items() if name != node]
     typical = median(others)
-    # Of two nodes both have measured the same exchange.
+    # With only two nodes, both measured the same exchange.
     slow = len(others) > 1 and own < limits.slow * typical
     reason = f"{own:.3g} GB/s, the other nodes' median is {typical:.3g} GB/s" if slow else ""
     if known and own < limits.pair_share * known.inter_gbs:

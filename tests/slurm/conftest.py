@@ -1,4 +1,4 @@
-"""A real Slurm cluster of two nodes for the tests of this folder, one a test process; stand-ins for its commands."""
+"""A real two-node Slurm cluster per test process, and stand-ins for Slurm's commands."""
 
 import os
 import tempfile
@@ -14,10 +14,10 @@ from clusterruns import ClusterRun, Stand
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Path]:
-    """Folder of a running cluster, whose slurm.conf Slurm's commands use as long as it lives."""
+    """Folder of a running cluster; SLURM_CONF points to it until the end of the session."""
     if missing := devcluster.missing_programs():
         pytest.skip(f"{', '.join(missing)} not found: apt-get install slurm-wlm munge")
-    # Slurm's sockets have short paths.
+    # Slurm's sockets need short paths.
     with tempfile.TemporaryDirectory(prefix="slurm-") as name:
         folder = Path(name) / "cluster"
         before = os.environ.get("SLURM_CONF")
@@ -31,7 +31,7 @@ def cluster() -> Iterator[Path]:
 
 @pytest.fixture
 def run(cluster: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ClusterRun]:
-    """A run to be submitted, on a site without preflight; its jobs are gone afterwards."""
+    """A run to submit, on a site without preflight; its jobs are cancelled afterwards."""
     file = tmp_path / "site.yaml"
     file.write_text(yaml.safe_dump({"preflight": False}))
     monkeypatch.setenv("BIFROST_SITE", str(file))
@@ -43,8 +43,8 @@ def run(cluster: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stand:
-    """stand("scontrol", script of the first call, …) puts a program into PATH, whose last script stays; returns what it
-    was called with, a line a call."""
+    """stand("scontrol", script of the first call, …) puts a program into PATH; the last script serves all further
+    calls. Returns a function that lists the arguments, one line per call."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(commands, "PATIENCE_S", 0.02)
 

@@ -1,4 +1,4 @@
-"""Slurm's commands where its controller does not answer: shell scripts in their place."""
+"""Slurm's commands with a controller that does not answer, replaced by shell scripts."""
 
 from pathlib import Path
 
@@ -12,24 +12,24 @@ SHOWN = "JobId=7 JobState=RUNNING Reason=None RunTime=00:01 EndTime=2026-01-01T0
 BUSY = "slurm_load_jobs error: Socket timed out on send/recv operation"
 
 
-def test_a_controller_that_answers_late_is_asked_again(stand: Stand, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_command_is_retried_until_the_controller_answers(stand: Stand, caplog: pytest.LogCaptureFixture) -> None:
     calls = stand("scontrol", failing(BUSY), failing("Unable to contact slurm controller"), f"echo {SHOWN}")
     state = commands.job_state("7")
     assert state and (state.state, state.excluded, state.nodes) == ("RUNNING", "n[1-2]", "")
     assert state.ends_at and round(state.ends_at) % 60 == 10
     assert len(calls()) == 3
-    assert caplog.text.count("Socket timed out") == 1, "said once"
+    assert caplog.text.count("Socket timed out") == 1, "logged once"
 
 
-def test_one_that_never_answers(stand: Stand) -> None:
+def test_a_controller_that_never_answers(stand: Stand) -> None:
     calls = stand("scontrol", failing(BUSY))
     with pytest.raises(SlurmError, match="Socket timed out"):
         commands.requeue("7")
     assert len(calls()) > 2
 
 
-def test_one_that_hangs(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither an answer nor an error: each try is ended, and so is the asking."""
+def test_a_command_that_hangs(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each attempt times out, and so do all attempts together."""
     monkeypatch.setattr(commands, "ANSWER_S", 0.3)
     calls = stand("scontrol", "exec sleep 60", f"echo {SHOWN}")
     state = commands.job_state("7")
@@ -41,7 +41,7 @@ def test_one_that_hangs(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
         commands.requeue("7")
 
 
-def test_a_refusal_is_final(stand: Stand) -> None:
+def test_a_refusal_is_not_retried(stand: Stand) -> None:
     calls = stand("scontrol", failing("slurm_load_jobs error: Invalid job id specified"))
     assert commands.job_state("7") is None
     stand("scontrol", failing("Requested operation is presently disabled for job 7"))
@@ -50,14 +50,14 @@ def test_a_refusal_is_final(stand: Stand) -> None:
     assert len(calls()) == 2
 
 
-def test_a_requeue_that_was_heard_without_an_answer(stand: Stand) -> None:
+def test_a_requeue_whose_reply_was_lost(stand: Stand) -> None:
     calls = stand("scontrol", failing(BUSY), failing("Job is pending execution for job 7"))
     commands.requeue("7")
     assert calls() == ["requeue 7"] * 2
 
 
-def test_a_continuation_is_submitted_once(stand: Stand) -> None:
-    """The controller has taken the first one and did not come to say so."""
+def test_a_successor_job_is_submitted_once(stand: Stand) -> None:
+    """The controller accepted the first submission, but its reply was lost."""
     calls = stand("sbatch", failing(BUSY), "echo 9")
     stand("squeue", "echo '6 (null)'; echo '8 afterany:7(unfulfilled)'; echo '10 afterany:77(unfulfilled)'")
     assert commands.submit(Path("job.sh"), after="7") == "8"
@@ -65,7 +65,7 @@ def test_a_continuation_is_submitted_once(stand: Stand) -> None:
     assert commands.submit(Path("job.sh"), after="7") == "9"
 
 
-def test_a_person_is_told_at_once(stand: Stand) -> None:
+def test_a_submission_by_a_user_fails_at_once(stand: Stand) -> None:
     calls = stand("sbatch", failing("sbatch: error: Batch job submission failed: Unspecified error"))
     with pytest.raises(SlurmError, match="Unspecified"):
         commands.submit(Path("job.sh"))
@@ -79,18 +79,18 @@ UNAVAILABLE = failing("allocation failure: Requested node configuration is not a
     ("tested", "nodes", "least", "problem"),
     [
         ("true", "", 4, None),
-        (UNAVAILABLE, "main* idle 2", 4, "not available; it would wait for ever: see sinfo, and ask for less"),
-        # Of other partitions nothing follows.
-        (UNAVAILABLE, "main* idle 2; echo other down 9", 4, "it would wait for ever"),
-        (UNAVAILABLE, "main* idle 2; echo main* drained 1", 4, "it would wait for ever"),
-        # It is not for us to say when they come back.
+        (UNAVAILABLE, "main* idle 2", 4, "not available; it would never start: see sinfo, and request less"),
+        # Nodes of other partitions do not count.
+        (UNAVAILABLE, "main* idle 2; echo other down 9", 4, "it would never start"),
+        (UNAVAILABLE, "main* idle 2; echo main* drained 1", 4, "it would never start"),
+        # Nodes that are down may return.
         (UNAVAILABLE, "main* idle 2; echo main* down* 2", 4, None),
         (failing("error: invalid partition specified: x"), "", 1, "^sbatch: invalid partition specified: x$"),
         (failing("allocation failure: Invalid generic resource (gres) specification"), "", 1, "Invalid generic"),
         (failing(BUSY), "", 1, None),
     ],
 )
-def test_what_would_wait_for_ever_is_refused(
+def test_a_request_that_would_never_start_is_refused(
     stand: Stand, tested: str, nodes: str, least: int, problem: str | None
 ) -> None:
     stand("sbatch", tested)
@@ -102,8 +102,8 @@ def test_what_would_wait_for_ever_is_refused(
             commands.check_request("#!/bin/bash", None, least)
 
 
-def test_reasons_to_wait_are_explained() -> None:
-    assert explained("PartitionNodeLimit").startswith("PartitionNodeLimit: the partition never gives so many nodes")
+def test_pending_reasons_are_explained() -> None:
+    assert explained("PartitionNodeLimit").startswith("PartitionNodeLimit: above the partition's node limit")
     assert "down or drained" in explained("ReqNodeNotAvail,_UnavailableNodes:node2")
     assert explained("QOSMaxNodePerUserLimit") != explained("QOSGrpNodeLimit")
     assert explained("SomethingNew") == "SomethingNew"

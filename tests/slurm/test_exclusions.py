@@ -1,4 +1,4 @@
-"""Nodes that are left out: by run, and by site after repeated offences."""
+"""Excluded nodes: per run, and per site if found bad repeatedly."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ class Site:
     bad_node_threshold: int = 3
 
 
-def test_a_run_leaves_out_what_it_found_bad_once(tmp_path: Path) -> None:
+def test_a_run_excludes_a_node_it_found_bad_once(tmp_path: Path) -> None:
     assert excluded(tmp_path, Site()) == excluded(tmp_path, None) == []
     exclude({"node2": "ECC", "node10": "absent"}, tmp_path, Site())
     exclude({"node2": "slow"}, tmp_path, None)
@@ -28,13 +28,13 @@ def test_a_run_leaves_out_what_it_found_bad_once(tmp_path: Path) -> None:
     assert entry["times"] == 2 and entry["reason"] == "slow" and entry["last"] > 1_600_000_000
 
 
-def test_repeat_offenders_are_left_out_of_every_run(tmp_path: Path) -> None:
+def test_nodes_found_bad_repeatedly_are_excluded_from_every_run(tmp_path: Path) -> None:
     runs = [tmp_path / name for name in ("a", "b", "c", "new")]
     for run in runs:
         run.mkdir()
     site = Site(str(tmp_path / "offenders.json"))
     for found, run in enumerate(runs[:3]):
-        assert excluded(runs[3], site) == [], f"left out after {found} runs"
+        assert excluded(runs[3], site) == [], f"excluded after {found} runs"
         exclude({"node2": "ECC"}, run, site)
     assert excluded(runs[3], site) == ["node2"]
     assert excluded(runs[3], Site(site.bad_node_file, 4)) == []
@@ -52,7 +52,7 @@ for number in range(20):
 """
 
 
-def test_writers_of_several_runs_lose_nothing(tmp_path: Path) -> None:
+def test_concurrent_writers_lose_no_entry(tmp_path: Path) -> None:
     file = tmp_path / "offenders.json"
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(file), str(n)]) for n in range(3)]
     assert [writer.wait(60) for writer in writers] == [0, 0, 0]
@@ -64,9 +64,9 @@ def test_writers_of_several_runs_lose_nothing(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named_and_kept(tmp_path: Path, text: str) -> None:
     file = tmp_path / "excluded.json"
     file.write_text(text)
-    for attempt in (lambda: excluded(tmp_path, None), lambda: exclude({"node1": "x"}, tmp_path, None)):
+    for call in (lambda: excluded(tmp_path, None), lambda: exclude({"node1": "x"}, tmp_path, None)):
         with pytest.raises(SlurmError, match=r"excluded\.json"):
-            attempt()
+            call()
     assert file.read_text() == text
 
 
@@ -80,7 +80,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert excluded(tmp_path, None) == ["node1"]
 
 
-def test_a_lock_that_stays_taken_is_not_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_held_by_another_process_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def taken(*_: object) -> None:
         raise OSError(errno.EAGAIN, "taken")
 

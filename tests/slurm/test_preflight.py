@@ -1,4 +1,4 @@
-"""Preflight as real ranks that stand for nodes: who is named, with which code, and that it ends."""
+"""Preflight with real processes as nodes: which node is named, exit codes, and that it ends in time."""
 
 import json
 import os
@@ -21,8 +21,8 @@ def node(rank: int) -> str:
 
 
 def task(folder: str, size: int, port: int, case: dict) -> int:
-    """One rank of the step, a node of its own; `case` is what is wrong with some of them."""
-    from bifrost.slurm.preflight import Limits, find_place, preflight
+    """One rank of the step on its own node. case: faults by rank."""
+    from bifrost.slurm.preflight import Limits, find_rank_info, preflight
     from bifrost.slurm.preflight.fabric import Wire
 
     rank = int(os.environ["RANK"])
@@ -78,7 +78,7 @@ def task(folder: str, size: int, port: int, case: dict) -> int:
     site = SimpleNamespace(bad_node_file=case.get("bad_node_file"), bad_node_threshold=3)
     return preflight(
         Path(mine.get("run", folder)),
-        find_place(),
+        find_rank_info(),
         site,
         Limits(**limits),
         (),
@@ -88,7 +88,7 @@ def task(folder: str, size: int, port: int, case: dict) -> int:
 
 
 def step(folder: Path, size: int, **case) -> list[Rank]:
-    """The ranks of a step on `size` nodes; `case` by rank as n0, n1, …"""
+    """The ranks of a step on `size` nodes; faults by rank as n0, n1, …"""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -106,7 +106,7 @@ def codes(ranks: list[Rank]) -> list:
 
 
 def bad(folder: Path) -> dict[str, str]:
-    """What the run leaves out from now on, and why."""
+    """Nodes that the run excludes -> reason."""
     book = json.loads((folder / "excluded.json").read_text())
     assert all(entry["times"] == 1 and time.time() - entry["last"] < 600 for entry in book.values())
     assert {name: entry["reason"] for name, entry in book.items()} == verdict(folder)["bad"]
@@ -115,7 +115,7 @@ def bad(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run's folder with its recipe and shards."""
+    """A run folder with recipe and shards."""
     run_folder, shards = tmp_path / "run", tmp_path / "shards"
     run_folder.mkdir()
     shards.mkdir()
@@ -136,7 +136,7 @@ data: {{shards: "{shards}/train-*.tar"}}
 
 
 @pytest.mark.multi
-def test_nodes_that_are_fine(folder: Path) -> None:
+def test_healthy_nodes(folder: Path) -> None:
     ranks = step(folder, 3)
     assert codes(ranks) == [0, 0, 0]
     assert not (folder / "excluded.json").exists()
@@ -151,7 +151,7 @@ def test_nodes_that_are_fine(folder: Path) -> None:
 
 
 @pytest.mark.multi
-def test_an_absent_node_is_named_in_bounded_time(folder: Path) -> None:
+def test_a_missing_node_is_named_in_bounded_time(folder: Path) -> None:
     start = time.monotonic()
     assert codes(step(folder, 3, n1={"absent": True}, limits={"meet_s": 15})) == [77, -1, 77]
     assert time.monotonic() - start < 100
@@ -159,7 +159,7 @@ def test_an_absent_node_is_named_in_bounded_time(folder: Path) -> None:
 
 
 @pytest.mark.multi
-def test_the_lowest_node_alive_judges_when_the_first_is_absent(folder: Path) -> None:
+def test_the_lowest_responsive_node_decides_if_the_first_is_missing(folder: Path) -> None:
     ranks = step(folder, 3, n0={"absent": True}, limits={"meet_s": 12})
     assert codes(ranks) == [-1, 77, 77]
     assert list(bad(folder)) == ["node1"]
@@ -167,16 +167,16 @@ def test_the_lowest_node_alive_judges_when_the_first_is_absent(folder: Path) -> 
 
 
 @pytest.mark.multi
-def test_a_node_that_dies_in_the_fabric_is_named(folder: Path) -> None:
+def test_a_node_that_dies_during_the_network_check_is_named(folder: Path) -> None:
     ranks = step(folder, 3, n2={"dies": True}, limits={"fabric_s": 10})
     assert codes(ranks) == [77, 77, None]
-    assert list(bad(folder)) == ["node3"] and "silent" in bad(folder)["node3"]
+    assert list(bad(folder)) == ["node3"] and "stopped responding" in bad(folder)["node3"]
 
 
 @pytest.mark.multi
 @pytest.mark.parametrize(("faulty", "partner"), [(0, "node3"), (2, "node2")])
-def test_a_node_that_fails_at_once_while_the_others_wait(folder: Path, faulty: int, partner: str) -> None:
-    """The first one meets node3 while node2 sits out, the third node2 while node1 does: of a pair both have stopped."""
+def test_a_node_that_fails_early_while_the_others_wait(folder: Path, faulty: int, partner: str) -> None:
+    """In round 1, node1 pairs with node3; in the next, node3 pairs with node2: both nodes of a pair stop."""
     limits = {"fabric_s": 12, "grace_s": 2}
     assert codes(step(folder, 3, **{f"n{faulty}": {"fails": True}}, limits=limits)) == [77] * 3
     assert set(bad(folder)) == {node(faulty), partner}
@@ -186,15 +186,15 @@ def test_a_node_that_fails_at_once_while_the_others_wait(folder: Path, faulty: i
 @pytest.mark.multi
 @pytest.mark.slow
 def test_a_first_node_that_freezes_is_named(folder: Path) -> None:
-    """Its store takes questions and answers none: no bound of the store's own helps."""
+    """Its store accepts requests and answers none: the store's own timeout does not fire."""
     limits = {"node_s": 10, "meet_s": 10, "fabric_s": 5, "shared_s": 2, "grace_s": 2}
     ranks = step(folder, 3, n0={"freezes": 60}, limits=limits)
     assert codes(ranks) == [None, 77, 77]
-    assert list(bad(folder)) == ["node1"] and "came no further" in bad(folder)["node1"]
+    assert list(bad(folder)) == ["node1"] and "did not join" in bad(folder)["node1"]
 
 
 @pytest.mark.multi
-def test_another_folder_under_the_same_name(folder: Path, tmp_path: Path) -> None:
+def test_a_different_folder_at_the_same_path(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "recipe.yaml").write_text((folder / "recipe.yaml").read_text())
@@ -204,33 +204,33 @@ def test_another_folder_under_the_same_name(folder: Path, tmp_path: Path) -> Non
 
 @pytest.mark.multi
 def test_several_faults_of_several_nodes_at_once(folder: Path, tmp_path: Path) -> None:
-    """A missing folder, another version and the site's own command; the fabric is not tried."""
+    """A missing folder, another version and a failing site command; the network checks are skipped."""
     faults = {
         "n1": {"run": str(tmp_path / "none")},
         "n2": {"version": "0.9"},
-        "n3": {"command": "echo >&2; echo fan 3 stands still >&2; exit 4"},
+        "n3": {"command": "echo >&2; echo fan 3 does not turn >&2; exit 4"},
     }
     assert codes(step(folder, 4, n0={"command": "true"}, **faults)) == [77] * 4
     assert set(bad(folder)) == {"node2", "node3", "node4"}
-    assert "no folder" in bad(folder)["node2"]
+    assert "not a folder" in bad(folder)["node2"]
     assert "0.9" in bad(folder)["node3"]
-    assert bad(folder)["node4"] == "site command: fan 3 stands still"
+    assert bad(folder)["node4"] == "site command: fan 3 does not turn"
     assert "pair data" not in {finding["check"] for finding in verdict(folder)["nodes"]["node1"]}
 
 
 @pytest.mark.multi
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("fault", "reason"),
     [
         ({"ahead": 30}, "clock: differs from most nodes' by +30 s"),
         ({"wrong": True}, "pair data: data differs"),
         ({"wrong_sum": True}, "all-reduce: sums are wrong"),
-        ({"limits": {"free_gib": 1e9}}, "GiB free, 1e+09 wanted"),
+        ({"limits": {"free_gib": 1e9}}, "GiB free, 1e+09 required"),
     ],
 )
-def test_the_node_that_differs_is_the_bad_one(folder: Path, fault: dict, says: str) -> None:
+def test_the_node_that_differs_is_bad(folder: Path, fault: dict, reason: str) -> None:
     assert codes(step(folder, 3, n1=fault)) == [77, 77, 77]
-    assert list(bad(folder)) == ["node2"] and says in bad(folder)["node2"]
+    assert list(bad(folder)) == ["node2"] and reason in bad(folder)["node2"]
 
 
 @pytest.mark.multi
@@ -241,29 +241,29 @@ def test_a_slow_node(folder: Path) -> None:
 
 @pytest.mark.multi
 @pytest.mark.parametrize(
-    ("case", "says"),
+    ("case", "line"),
     [
         ({"limits": {"inodes": 2**60}}, "on all 2 nodes: "),
-        # Of two clocks nobody can tell which one is right.
+        # With two clocks, it is unknown which one is right.
         ({"n1": {"ahead": 30}}, "on all 2 nodes: clock"),
     ],
 )
-def test_what_all_nodes_share_blames_none(folder: Path, case: dict, says: str) -> None:
+def test_a_fault_on_all_nodes_excludes_none(folder: Path, case: dict, line: str) -> None:
     ranks = step(folder, 2, **case)
     assert codes(ranks) == [2, 2]
     assert not (folder / "excluded.json").exists()
-    assert says in verdict(folder)["line"] and says in ranks[0].out
+    assert line in verdict(folder)["line"] and line in ranks[0].out
 
 
 @pytest.mark.multi
 def test_a_run_folder_missing_everywhere(tmp_path: Path) -> None:
     ranks = step(tmp_path / "none", 2)
     assert codes(ranks) == [2, 2]
-    assert "no folder on this node" in ranks[0].out and not (tmp_path / "none").exists()
+    assert "not a folder on this node" in ranks[0].out and not (tmp_path / "none").exists()
 
 
 @pytest.mark.multi
-def test_a_taken_port_is_the_first_nodes_fault(folder: Path) -> None:
+def test_a_port_in_use_is_a_fault_of_the_first_node(folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -274,7 +274,7 @@ def test_a_taken_port_is_the_first_nodes_fault(folder: Path) -> None:
 
 
 @pytest.mark.multi
-def test_offenders_are_remembered_by_the_site(folder: Path, tmp_path: Path) -> None:
+def test_bad_nodes_are_recorded_for_the_site(folder: Path, tmp_path: Path) -> None:
     from bifrost.slurm.exclusions import excluded
 
     offenders = str(tmp_path / "offenders.json")

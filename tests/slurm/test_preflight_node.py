@@ -1,4 +1,4 @@
-"""What one node finds by itself: folders, GPUs by the driver's tool, and a laptop without Slurm."""
+"""Checks of one node alone: folders, GPUs by nvidia-smi, and a laptop without Slurm."""
 
 import json
 import os
@@ -10,34 +10,33 @@ import pytest
 import torch
 from torch._C._distributed_c10d import HashStore
 
-from bifrost.slurm.preflight import Limits, devices, fabric, find_place, preflight, smi
-from bifrost.slurm.preflight import runner as session
+from bifrost.slurm.preflight import Limits, devices, fabric, find_rank_info, preflight, runner, smi
 from bifrost.slurm.preflight.node import _folder, _recipe, node_checks
 from bifrost.slurm.preflight.verdict import decide
 
-ALONE = """
+SINGLE = """
 import os, sys
 from pathlib import Path
-from bifrost.slurm.preflight import Limits, find_place, preflight
+from bifrost.slurm.preflight import Limits, find_rank_info, preflight
 run = Path(sys.argv[1]) if len(sys.argv) > 1 else None
 limits = Limits(free_gib=0.01, scratch_gib=0.01, inodes=1)
-code = preflight(run, find_place({}), limits=limits)
+code = preflight(run, find_rank_info({}), limits=limits)
 sys.stdout.flush()
 os._exit(code)
 """
 
 
-def alone(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", ALONE, *arguments], capture_output=True, text=True, timeout=300)
+def single_process(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", SINGLE, *arguments], capture_output=True, text=True, timeout=300)
 
 
 def test_a_laptop(tmp_path: Path) -> None:
-    done = alone()
+    done = single_process()
     assert done.returncode == 0, done.stderr
-    assert "all-reduce" in done.stdout and "is fine" in done.stdout
+    assert "all-reduce" in done.stdout and " passes" in done.stdout
     (tmp_path / "recipe.yaml").write_text("stage: patch-latents")
-    done = alone(str(tmp_path))
-    assert done.returncode == 2, "its recipe cannot be used"
+    done = single_process(str(tmp_path))
+    assert done.returncode == 2, "invalid recipe"
     assert "recipe" in done.stdout.splitlines()[-1] and not (tmp_path / "excluded.json").exists()
     assert len(list((tmp_path / "preflight").glob("*/verdict.json"))) == 1
 
@@ -45,26 +44,26 @@ def test_a_laptop(tmp_path: Path) -> None:
 def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _folder("run folder", tmp_path, 0.001, 1).reason == ""
     assert not os.listdir(tmp_path)
-    assert "GiB free, 1e+09 wanted" in _folder("run folder", tmp_path, 1e9, 1).reason
+    assert "GiB free, 1e+09 required" in _folder("run folder", tmp_path, 1e9, 1).reason
     assert "inodes free" in _folder("run folder", tmp_path, 0.001, 2**60).reason
-    assert "no folder" in _folder("run folder", tmp_path / "none", 0, 0).reason
-    # Nothing can be made there, not even by root.
+    assert "not a folder" in _folder("run folder", tmp_path / "none", 0, 0).reason
+    # Not writable, not even by root.
     assert "cannot be written" in _folder("run folder", Path("/proc"), 0, 0).reason
 
 
-def test_a_shard_that_is_missing_and_nothing_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_shard_is_named_and_no_secret_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "hush-hush")
     (tmp_path / "recipe.yaml").write_text(
         "{stage: patch-latents, name: x, steps: 1, global_batch: 1, micro_batch: 1, backbone: {path: 'builtin:tiny'},"
         f" data: {{shards: '{tmp_path}/train-{{00000..00002}}.tar'}}}}"
     )
-    found = [f for _, check in node_checks(find_place({}), tmp_path, (), None, Limits()) for f in check()]
+    found = [f for _, check in node_checks(find_rank_info({}), tmp_path, (), None, Limits()) for f in check()]
     data = next(finding for finding in found if finding.check == "data")
     assert data.reason == f"{tmp_path}/train-00000.tar: No such file or directory"
     assert "hush" not in str(found)
 
 
-def test_a_folder_of_shards_is_looked_into(tmp_path: Path) -> None:
+def test_a_folder_as_shards(tmp_path: Path) -> None:
     for name in ("0.tar", "1.tar", "notes.txt"):
         (tmp_path / name).touch()
     recipe = tmp_path / "recipe.yaml"
@@ -90,7 +89,7 @@ esac
 
 
 def status(*gpus: str) -> str:
-    """What `nvidia-smi nvlink --status` prints of GPUs whose links are as the letters say: u(p), h(alf), d(own)."""
+    """Output of `nvidia-smi nvlink --status`; link states by letter: u(p), h(alf), d(own), s(leeping)."""
     words = {"u": "26.562 GB/s", "h": "13.281 GB/s", "d": "<inactive>", "s": "<sleep>"}
     lines = []
     for number, links in enumerate(gpus):
@@ -108,7 +107,7 @@ FINE = {
 
 
 @pytest.mark.parametrize(
-    ("fault", "check", "says"),
+    ("fault", "check", "reason"),
     [
         ({}, None, ""),
         ({"memory": "printf '3\\n9000\\n'"}, "GPU memory", "GPU 1 has 8.8 GiB in use"),
@@ -130,8 +129,8 @@ FINE = {
         ({"memory": "sleep 60"}, "GPU health", "does not answer"),
     ],
 )
-def test_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: dict, check: str | None, says: str) -> None:
-    """A stand-in for the driver's tool, with the answers that its manual describes."""
+def test_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: dict, check: str | None, reason: str) -> None:
+    """A stand-in for nvidia-smi with the outputs that its manual describes."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text(SMI.format(**{**FINE, **fault}))
     tool.chmod(0o755)
@@ -140,7 +139,7 @@ def test_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: dict, chec
     monkeypatch.setattr(smi, "PATIENCE_S", 1)
     found = devices.device_findings(2, 2.0)
     bad = {finding.check: finding.reason for finding in found if finding.reason}
-    assert list(bad) == ([check] if check else []) and says in str(bad)
+    assert list(bad) == ([check] if check else []) and reason in str(bad)
     if "ecc" in fault and check is None:
         assert {f.check: f.figure for f in found}["GPU ECC"] == "not readable"
 
@@ -164,14 +163,14 @@ GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-bbb-2)
         ("MIG-111-2,MIG-111-1", "--id=GPU-aaa-1"),
         ("MIG-GPU-bbb-2/1/0", "--id=GPU-bbb-2"),
         ("1,GPU-aaa-1", "--id=1,GPU-aaa-1"),
-        # Nothing to do with a GPU here: all are asked about.
+        # Not a GPU: all GPUs are queried.
         ("NoDevFiles", ""),
     ],
 )
-def test_the_gpus_that_nvidia_smi_is_asked_about(
+def test_gpus_that_nvidia_smi_queries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, asked: str
 ) -> None:
-    """It refuses the identity of a MIG instance, and one that is not whole."""
+    """nvidia-smi refuses the UUID of a MIG instance, and an abbreviated one."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\ncase $1 in -L) cat <<'END'{LISTED}END\n;; *) echo $3;; esac\n")
     tool.chmod(0o755)
@@ -184,49 +183,49 @@ def test_the_gpus_that_nvidia_smi_is_asked_about(
     assert smi.query("memory.used") == ([asked.split(",")[0]] if asked else [])
 
 
-def test_fewer_gpus_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_gpus_than_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 7)
-    assert devices.device_findings(8, 2.0)[0].reason == "7 GPUs usable, 8 asked for"
+    assert devices.device_findings(8, 2.0)[0].reason == "7 GPUs usable, 8 requested"
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert [finding.reason for finding in devices.device_findings(None, 2.0)] == [""]
 
 
-def test_gpus_bound_to_tasks_are_no_fault_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_bound_to_tasks_are_not_a_fault_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     task = {"SLURM_GPUS_ON_NODE": "2", "SLURM_GPUS_PER_TASK": "1"}
-    place = find_place(task)
-    (finding,) = devices.device_findings(place.devices, 2.0, place.bound)
+    me = find_rank_info(task)
+    (finding,) = devices.device_findings(me.devices, 2.0, me.bound)
     assert "--gpus-per-task" in finding.reason and "sees 1 of its node's 2 GPUs" in finding.reason
-    assert decide({"node1": [finding]}, in_job=True).code == 2, "a setting to fix, where a bad node would be left out"
+    assert decide({"node1": [finding]}, in_job=True).code == 2, "a setting to fix, not a bad node"
     for other in ({"SLURM_TRES_PER_TASK": "cpu=4,gres/gpu=1"}, {"SLURM_GPU_BIND": "single:1"}):
-        assert find_place(other).bound
-    assert not find_place({"SLURM_TRES_PER_TASK": "cpu=4", "SLURM_GPU_BIND": "none"}).bound
+        assert find_rank_info(other).bound
+    assert not find_rank_info({"SLURM_TRES_PER_TASK": "cpu=4", "SLURM_GPU_BIND": "none"}).bound
 
 
 @pytest.mark.parametrize("gpus", [True, False])
-def test_every_rank_of_a_node_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, gpus: bool) -> None:
-    """Two nodes of two ranks: the device on which preflight joins the group, as torch is asked for it."""
+def test_every_rank_of_a_node_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch, gpus: bool) -> None:
+    """Two nodes with two ranks each: the device on which preflight joins the process group."""
     asked: list[str] = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus)
     monkeypatch.setattr("torch.cuda.set_device", lambda device: asked.append(str(device)))
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr(session._Session, "look", lambda *_: [])
+    monkeypatch.setattr(runner._Session, "check_node", lambda *_: [])
 
-    def joined(session: session._Session, _: object) -> int:
-        session.wire.join(HashStore(), session.place.rank, session.place.size)
-        asked.append(f"{session.place.rank} {session.wire.device}")
+    def join(session: runner._Session, _: object) -> int:
+        session.wire.join(HashStore(), session.me.rank, session.me.size)
+        asked.append(f"{session.me.rank} {session.wire.device}")
         return 0
 
-    monkeypatch.setattr(session._Session, "together", joined)
+    monkeypatch.setattr(runner._Session, "multi_node", join)
     for rank in range(4):
         task = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % 2)}
-        # Where they are left over from one process that torchrun started, say.
-        preflight(None, find_place({**task, "LOCAL_RANK": "0", "RANK": "0"}))
+        # LOCAL_RANK and RANK may be left over, for example from torchrun.
+        preflight(None, find_rank_info({**task, "LOCAL_RANK": "0", "RANK": "0"}))
     on_gpus = ["cuda:0", "0 cuda:0", "cuda:1", "1 cuda:1", "cuda:0", "2 cuda:0", "cuda:1", "3 cuda:1"]
     assert asked == (on_gpus if gpus else ["0 cpu", "1 cpu", "2 cpu", "3 cpu"])
 
 
-def test_the_place_of_a_task() -> None:
+def test_rank_info_of_a_task() -> None:
     task = {
         "SLURM_JOB_ID": "7",
         "SLURM_STEP_ID": "1",
@@ -238,15 +237,15 @@ def test_the_place_of_a_task() -> None:
         "SLURMD_NODENAME": "gpu008",
         "SLURM_GPUS_ON_NODE": "8",
     }
-    place = find_place(task)
-    assert (place.node, place.rank, place.size, place.leader) == ("gpu008", 9, 16, False)
-    assert (place.nodes, place.host, place.name) == (("gpu007", "gpu008"), "gpu007", "7-2-1")
-    assert place.in_job and place.devices == 8 and not find_place({}).in_job
-    assert json.dumps(place.name)
+    me = find_rank_info(task)
+    assert (me.node, me.rank, me.size, me.leader) == ("gpu008", 9, 16, False)
+    assert (me.nodes, me.host, me.name) == (("gpu007", "gpu008"), "gpu007", "7-2-1")
+    assert me.in_job and me.devices == 8 and not find_rank_info({}).in_job
+    assert json.dumps(me.name)
 
 
-def test_a_gpu_is_measured_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU in a GPU's place: the counts are those of the work, and a product that changes is noticed."""
+def test_measuring_a_single_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU as stand-in: figures follow from FLOPs and bytes, and a product that changes is detected."""
     for name, answer in {"is_available": True, "get_device_name": "A GPU", "set_device": None}.items():
         monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, answer=answer: answer)
     wire = fabric.Wire(1)
@@ -254,13 +253,13 @@ def test_a_gpu_is_measured_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     wire.device = torch.device("cpu")
     monkeypatch.setattr(fabric, "PRODUCT", 64)
     monkeypatch.setattr(fabric, "COPY", 1000)
-    monkeypatch.setattr(fabric.Wire, "settle", lambda self: None)
+    monkeypatch.setattr(fabric.Wire, "synchronize", lambda self: None)
     monkeypatch.setattr(fabric.Wire, "_best", lambda self, work: work() is None or 1e-6)
     out = fabric.Outcome()
-    wire.speeds(out)
+    wire.measure_gpu(out)
     assert (out.device, out.wrong_products) == ("A GPU", False)
     assert out.product_tflops == pytest.approx(2 * 64**3 * 1e-6) and out.copy_gb_s == pytest.approx(2.0)
     monkeypatch.setattr("torch.equal", lambda *_: False)
-    wire.speeds(out)
+    wire.measure_gpu(out)
     assert out.wrong_products
-    assert fabric.Outcome.of(out.plain()) == out, "it travels as JSON"
+    assert fabric.Outcome.of(out.plain()) == out, "round trip through JSON"

@@ -1,4 +1,4 @@
-"""Who is blamed: pure functions of what was measured."""
+"""Which nodes are bad, as a pure function of the measurements."""
 
 from dataclasses import replace
 from itertools import combinations
@@ -7,7 +7,7 @@ import pytest
 
 from bifrost.slurm.preflight.fabric import Link, Outcome, tournament
 from bifrost.slurm.preflight.finding import Finding, Limits
-from bifrost.slurm.preflight.verdict import absent, compare, decide, fabric
+from bifrost.slurm.preflight.verdict import compare, decide, fabric, missing_nodes
 
 BAD = Finding("disk", "", "full")
 
@@ -25,18 +25,18 @@ def named(outcomes: dict[int, Outcome | None], nodes: dict[int, str]) -> dict[st
 
 
 @pytest.mark.parametrize("players", range(1, 10))
-def test_every_two_meet_once(players: int) -> None:
+def test_every_pair_plays_once(players: int) -> None:
     rounds = tournament(players)
     assert len(rounds) == (players - 1 if players % 2 == 0 else players)
-    met = []
+    pairs = []
     for partners in rounds:
         for player, partner in enumerate(partners):
             assert partner is None or (partners[partner] == player and partner != player)
-            met += [(player, partner)] if partner is not None and player < partner else []
-    assert sorted(met) == list(combinations(range(players), 2))
+            pairs += [(player, partner)] if partner is not None and player < partner else []
+    assert sorted(pairs) == list(combinations(range(players), 2))
 
 
-def test_some_nodes_are_bad_all_nodes_are_not() -> None:
+def test_some_nodes_can_be_bad_but_not_all() -> None:
     fine = Finding("disk")
     assert decide({"a": [fine], "b": [BAD]}, True).bad == {"b": "disk: full"}
     assert decide({"a": [fine], "b": [BAD]}, True).code == 77
@@ -45,18 +45,18 @@ def test_some_nodes_are_bad_all_nodes_are_not() -> None:
     assert decide({"a": [fine], "b": [fine]}, True).code == 0
 
 
-def test_a_node_without_others_is_bad_by_its_machine_and_in_a_job_alone() -> None:
+def test_a_single_node_is_bad_only_for_its_own_faults_and_in_a_job() -> None:
     own = Finding("ECC", "", "1 error", own=True)
     assert decide({"a": [own]}, True).bad == {"a": "ECC: 1 error"}
     assert decide({"a": [own]}, False).code == decide({"a": [BAD]}, True).code == 2
 
 
-def test_a_bad_node_beside_a_fault_of_all_is_still_left_out() -> None:
+def test_a_bad_node_is_excluded_despite_a_common_fault() -> None:
     ecc = [Finding("ECC", "", "1", own=True)]
     assert decide({"a": [BAD, Finding("ECC")], "b": [BAD, *ecc]}, True).bad == {"b": "ECC: 1"}
 
 
-def test_versions_go_by_most_nodes() -> None:
+def test_the_version_of_most_nodes_is_expected() -> None:
     def nodes(*figures: str) -> dict[str, list[Finding]]:
         return {f"n{i}": [Finding("torch", figure, same=True)] for i, figure in enumerate(figures)}
 
@@ -66,7 +66,7 @@ def test_versions_go_by_most_nodes() -> None:
 
 
 def test_a_slow_gpu_makes_its_node_bad_and_not_its_partners() -> None:
-    """Two GPUs a node; GPU 1 of node c is slow with everybody."""
+    """Two GPUs per node; GPU 1 of node c is slow with every partner."""
     nodes = {rank: "abc"[rank // 2] for rank in range(6)}
     outcomes: dict[int, Outcome | None] = {}
     for rank, name in nodes.items():
@@ -75,7 +75,7 @@ def test_a_slow_gpu_makes_its_node_bad_and_not_its_partners() -> None:
     assert named(outcomes, nodes) == {"c": "pair bandwidth: 2 GB/s, the other nodes' median is 10 GB/s"}
 
 
-def test_a_third_is_slow_enough() -> None:
+def test_a_node_below_a_third_of_the_median_is_slow() -> None:
     nodes = {0: "a", 1: "b", 2: "c"}
     for speed, bad in ((3.0, ["c"]), (4.0, [])):
         outcomes = {
@@ -86,11 +86,11 @@ def test_a_third_is_slow_enough() -> None:
         assert list(named(outcomes, nodes)) == bad
 
 
-def test_of_two_nodes_none_is_slow() -> None:
+def test_neither_of_two_nodes_is_slow() -> None:
     assert named({0: outcome(link("b")), 1: outcome(link("a", 1.0))}, {0: "a", 1: "b"}) == {}
 
 
-def test_a_clock_is_as_far_off_as_the_round_trip_proves() -> None:
+def test_a_clock_offset_must_exceed_half_the_round_trip() -> None:
     nodes = {0: "a", 1: "b", 2: "c"}
     for trip, bad in ((0.1, ["b"]), (3.0, [])):
         outcomes = {
@@ -101,11 +101,11 @@ def test_a_clock_is_as_far_off_as_the_round_trip_proves() -> None:
         assert list(named(outcomes, nodes)) == bad
 
 
-def test_of_ranks_that_hang_the_one_that_came_least_far_is_named() -> None:
+def test_the_hung_rank_with_the_least_progress_is_named() -> None:
     nodes = {0: "a", 1: "b", 2: "c"}
     stuck = [Outcome(steps=steps, stage=f"round {steps}", trouble="no answer") for steps in (3, 2, 3)]
     assert named(dict(enumerate(stuck)), nodes) == {"b": "fabric: no answer"}
-    assert named({0: stuck[0], 1: stuck[1], 2: None}, nodes) == {"c": "fabric: went silent during the check"}
+    assert named({0: stuck[0], 1: stuck[1], 2: None}, nodes) == {"c": "fabric: stopped responding during the check"}
     alike = {rank: Outcome(steps=1, trouble="joining: refused") for rank in range(3)}
     assert named(dict(alike), nodes) == {}
 
@@ -114,29 +114,29 @@ H200 = {"device": "NVIDIA H200", "product_tflops": 650.0, "copy_gb_s": 4000.0}
 
 
 @pytest.mark.parametrize(
-    ("slow", "says"),
+    ("slow", "reason"),
     [
         ({}, None),
-        # Of a kind that is known: the vendor's figures, 989 TFLOP/s and 4,800 GB/s.
+        # A known model: the vendor's figures are 989 TFLOP/s and 4,800 GB/s.
         ({"product_tflops": 390.0}, "GPU product: GPU 1: 390 TFLOP/s, at least 396 expected of NVIDIA H200"),
         ({"copy_gb_s": 2300.0}, "GPU copy: GPU 1: 2.3e+03 GB/s, at least 2.4e+03 expected of NVIDIA H200"),
         ({"product_tflops": 480.0}, "GPU product: GPU 1: 480 TFLOP/s, the median of all GPUs is 650"),
-        ({"wrong_products": True}, "GPU product: GPU 1: the same product twice differs"),
+        ({"wrong_products": True}, "GPU product: GPU 1: two runs of the same product differ"),
     ],
 )
-def test_a_gpu_that_is_slow_by_itself(slow: dict, says: str | None) -> None:
+def test_a_slow_gpu(slow: dict, reason: str | None) -> None:
     nodes = {rank: "abc"[rank // 2] for rank in range(6)}
     outcomes: dict[int, Outcome | None] = {}
     for rank, name in nodes.items():
         links = [link(other, 40.0) for other in "abc" if other != name]
         outcomes[rank] = outcome(*links, **{**H200, **(slow if rank == 3 else {})})
-    assert named(outcomes, nodes) == ({"b": says} if says else {})
+    assert named(outcomes, nodes) == ({"b": reason} if reason else {})
     other = {rank: replace(each, device="Brand new") for rank, each in outcomes.items() if each}
-    assert bool(named(dict(other), nodes)) == bool(slow), "others of its kind tell, too"
+    assert bool(named(dict(other), nodes)) == bool(slow), "found by the other GPUs of the same model, too"
 
 
 def test_a_whole_cluster_on_a_slow_network_does_not_pass() -> None:
-    """No node differs from the others: none is bad, and the figure of the port is what tells."""
+    """No node differs from the others: none is bad, and the port's bandwidth reveals the fault."""
     nodes = {rank: "abc"[rank] for rank in range(3)}
     for speed, code in ((1.0, 2), (30.0, 0)):
         outcomes: dict[int, Outcome | None] = {
@@ -154,14 +154,15 @@ def test_a_whole_cluster_on_a_slow_network_does_not_pass() -> None:
 @pytest.mark.parametrize(
     ("size", "silent", "code"), [(2, 1, 77), (3, 1, 77), (3, 2, 2), (8, 2, 77), (8, 3, 2), (64, 63, 2)]
 )
-def test_many_silent_nodes_are_not_left_out(size: int, silent: int, code: int) -> None:
-    """The judge's own network may be the one that is broken."""
+def test_many_unresponsive_nodes_are_not_excluded(size: int, silent: int, code: int) -> None:
+    """The deciding node's own network may be at fault."""
     nodes = {rank: f"n{rank}" for rank in range(size)}
-    judge = Outcome(steps=2, stage="pair round 1", trouble="refused")
-    outcomes = {rank: judge if rank < size - silent else None for rank in nodes}
+    deciding = Outcome(steps=2, stage="pair round 1", trouble="refused")
+    outcomes = {rank: deciding if rank < size - silent else None for rank in nodes}
     present = {f"n{rank}": [rank] for rank in range(size - silent)}
-    came = {node: [Finding("torch", "2")] for node in present} | absent(list(nodes.values()), present, size, {}, "none")
-    for found in (decide(fabric(outcomes, nodes, Limits()), in_job=True), decide(came, in_job=True)):
+    joined = {node: [Finding("torch", "2")] for node in present}
+    joined |= missing_nodes(list(nodes.values()), present, size, {}, "none")
+    for found in (decide(fabric(outcomes, nodes, Limits()), in_job=True), decide(joined, in_job=True)):
         assert found.code == code and len(found.bad) == (silent if code == 77 else 0)
-        assert code == 77 or f"nothing was heard of {silent} of {size} nodes" in found.line
+        assert code == 77 or f"{silent} of {size} nodes did not report" in found.line
         assert "\n" not in found.line and len(found.line) < 300

@@ -1,4 +1,4 @@
-"""Ranks from Slurm's variables."""
+"""Ranks from the variables of Slurm and other launchers."""
 
 import os
 import socket
@@ -43,17 +43,17 @@ ONE = {**STEP, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "
 FULL = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
 
-def test_what_the_user_set_stays() -> None:
+def test_an_address_set_by_the_user_is_kept() -> None:
     assert (rank_environment({**STEP, "MASTER_ADDR": "10.0.0.1"}) or {})["MASTER_ADDR"] == "10.0.0.1"
 
 
-def test_steps_of_a_job_at_the_same_time_meet_at_ports_of_their_own() -> None:
+def test_concurrent_steps_of_a_job_use_different_ports() -> None:
     ports = {(rank_environment({**STEP, "SLURM_STEP_ID": str(step)}) or {})["MASTER_PORT"] for step in range(20)}
     assert len(ports) == 20 and all(10_000 <= int(port) < 30_000 for port in ports)
 
 
-def test_a_batch_script_is_no_rank() -> None:
-    """Its shell has SLURM_PROCID too: only srun's tasks have a step."""
+def test_a_batch_script_is_not_a_rank() -> None:
+    """Its shell has SLURM_PROCID too, but only srun tasks have a step."""
     assert rank_environment({k: v for k, v in STEP.items() if not k.startswith("SLURM_STEP")}) is None
     assert rank_environment({}) is None
 
@@ -64,35 +64,35 @@ def test_a_batch_script_is_no_rank() -> None:
         (FULL, "environment", 1, 2, 1),
         ({"RANK": "0", "WORLD_SIZE": "1"}, "environment", 0, 1, 0),
         ({**FULL, "BIFROST_LAUNCHER": "7"}, "bifrost", 1, 2, 1),
-        # Started by a task: Slurm counts that one.
+        # Started by a single task.
         ({**ONE, **FULL}, "environment", 1, 2, 1),
         ({**ONE, **FULL, "TORCHELASTIC_RUN_ID": "none"}, "torchrun", 1, 2, 1),
         ({**ONE, **FULL, "BIFROST_LAUNCHER": "7"}, "bifrost", 1, 2, 1),
         ({**STEP, **FULL, "TORCHELASTIC_RUN_ID": "none", "RANK": "19", "WORLD_SIZE": "24"}, "torchrun", 19, 24, 1),
         # Task 9 of 12 starts ranks 18 and 19 of 24, as a launcher per task does.
         ({**STEP, **FULL, "RANK": "19", "WORLD_SIZE": "24"}, "environment", 19, 24, 1),
-        # Left over: Slurm knows better.
+        # Leftovers: Slurm's values win.
         ({**STEP, "RANK": "0"}, "slurm", 9, 12, 1),
         ({**STEP, "WORLD_SIZE": "1"}, "slurm", 9, 12, 1),
         ({**STEP, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, "slurm", 9, 12, 1),
         ({**STEP, **FULL, "WORLD_SIZE": "12"}, "slurm", 9, 12, 1),
         ({**STEP, "RANK": "", "WORLD_SIZE": ""}, "slurm", 9, 12, 1),
-        # How many ranks a submitted job has was settled then.
+        # A submitted job fixes the number of ranks.
         ({**ONE, "BIFROST_RUN": "/runs/a"}, "slurm", 0, 1, 0),
     ],
 )
-def test_who_started_a_rank(environ: dict, launcher: str, rank: int, size: int, local: int) -> None:
+def test_launcher_of_a_rank(environ: dict, launcher: str, rank: int, size: int, local: int) -> None:
     found = rank_environment(environ)
     assert found and (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == (str(rank), str(size), str(local))
     assert launched_by(environ) == launcher
-    assert rank_environment({**environ, **found}) == found, "asked again, it stays so"
+    assert rank_environment({**environ, **found}) == found, "idempotent"
 
 
 @pytest.mark.parametrize(
     "environ",
     [ONE, {"LOCAL_RANK": "3"}, {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}, {"RANK": "", "WORLD_SIZE": ""}],
 )
-def test_what_makes_no_rank(environ: dict) -> None:
+def test_environments_that_are_not_of_a_rank(environ: dict) -> None:
     """A step of one task may start a rank per GPU."""
     assert rank_environment(environ) is None
 
@@ -122,7 +122,7 @@ def test_variables_that_contradict_each_other_are_refused(environ: dict, problem
     assert "\n" not in str(refused.value)
 
 
-def test_a_port_that_is_taken_is_not_chosen() -> None:
+def test_a_port_in_use_is_not_chosen() -> None:
     first = free_port(7)
     with socket.socket() as taken:
         taken.bind(("", first))
@@ -135,7 +135,7 @@ def test_nodes_left_idle_without_srun() -> None:
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4", "SLURM_PROCID": "0"}
     assert idle_nodes(job) == 3 and idle_nodes({}) == 0
     assert idle_nodes({**job, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}) == 3, "salloc's own shell"
-    assert idle_nodes({**job, **ONE}) == 0, "asked for one task"
+    assert idle_nodes({**job, **ONE}) == 0, "a requested single task"
 
 
 @pytest.mark.parametrize(
@@ -158,8 +158,8 @@ def test_all_hosts() -> None:
     assert expand_hosts("n[99-101]") == ["n99", "n100", "n101"]
 
 
-def test_private_folders_go_with_the_run(tmp_path: Path) -> None:
-    """The task's own folder goes; a TMPDIR that is somebody else's stays."""
+def test_private_folders_are_removed_with_the_run(tmp_path: Path) -> None:
+    """Only the task's own folder is removed, not another TMPDIR."""
     task = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "SLURM_LOCALID": "3", "BIFROST_SCRATCH": str(tmp_path)}
     own = {**task, **private_folders(task)}
     assert private_folders(task)["TMPDIR"] == own["TMPDIR"] != private_folders({**task, "SLURM_LOCALID": "2"})["TMPDIR"]
@@ -173,7 +173,7 @@ TASK = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "node1", "SLURM_LOCALID": "0"}
 NAME = "bifrost-7-node1-0"
 
 
-def test_private_folders_are_closed_to_others(tmp_path: Path) -> None:
+def test_private_folders_are_accessible_to_their_user_only(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         own = private_folders({**TASK, "TMPDIR": str(tmp_path)})
@@ -199,13 +199,13 @@ def _writable(folder: Path, mode: int) -> None:
     [
         (_link, "is a symbolic link"),
         (lambda folder: folder.symlink_to("nowhere"), "is a symbolic link"),
-        (Path.touch, "is no folder"),
+        (Path.touch, "is not a folder"),
         (lambda folder: _writable(folder, 0o775), r"can be written by others \(drwxrwxr-x\)"),
         (lambda folder: _writable(folder, 0o1777), "can be written by others"),
     ],
 )
 @pytest.mark.parametrize("inner", [False, True], ids=["temporary", "triton"])
-def test_a_folder_that_another_may_have_put_there_is_refused(
+def test_a_folder_that_another_user_may_have_created_is_refused(
     tmp_path: Path, put: Callable[[Path], None], what: str, inner: bool
 ) -> None:
     folder = tmp_path / NAME
@@ -217,7 +217,7 @@ def test_a_folder_that_another_may_have_put_there_is_refused(
     assert not (tmp_path / "elsewhere" / "triton").exists()
 
 
-def test_another_user_s_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / NAME).mkdir(0o700)
     owner = (tmp_path / NAME).stat().st_uid
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
@@ -225,13 +225,13 @@ def test_another_user_s_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         private_folders({**TASK, "TMPDIR": str(tmp_path)})
 
 
-def test_a_temporary_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_an_unwritable_temporary_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SlurmError, match="set BIFROST_SCRATCH"):
         private_folders({**TASK, "BIFROST_SCRATCH": str(tmp_path / "file" / "scratch")})
 
 
-def test_what_a_link_points_to_is_not_removed(tmp_path: Path) -> None:
+def test_the_target_of_a_link_is_not_removed(tmp_path: Path) -> None:
     _link(tmp_path / NAME)
     (tmp_path / "elsewhere" / "kept").touch()
     remove_private_folders({**TASK, "TMPDIR": str(tmp_path / NAME)})

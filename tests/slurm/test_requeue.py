@@ -1,4 +1,4 @@
-"""The batch script's own steps, by what Slurm answers: shell scripts in the place of Slurm's commands."""
+"""The batch script's own steps, with shell scripts in place of Slurm's commands."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ RUNNING = "echo 'JobId=7 JobState=RUNNING Reason=None ExcNodeList={} EndTime=202
 
 
 def slurm(show: str = RUNNING.format("(null)"), requeue: str = "true", update: str = "true") -> str:
-    """scontrol, by what each of its verbs is to do."""
+    """A stand-in for scontrol: shell commands per verb."""
     return f"case $* in *show*) {show};; *requeue*) {requeue};; *) {update};; esac"
 
 
@@ -38,7 +38,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("BIFROST_SITE", str(tmp_path / "site.yaml"))
     (tmp_path / "site.yaml").write_text("")
-    # The steps ignore it, for themselves.
+    # The steps ignore SIGTERM in their own process.
     monkeypatch.setattr("signal.signal", lambda *_: None)
     described = Job(
         name="run", run=str(run), folder=".", nodes=(2, 2), gpus_per_node=0, tasks_per_node=1, grace_s=120, id="7"
@@ -51,32 +51,32 @@ def decision(job: Job) -> str:
     return starts(job.path)[-1]["decision"]
 
 
-def test_a_state_that_nobody_tells_counts_as_running(job: Job, stand: Stand) -> None:
+def test_an_unknown_job_state_counts_as_running(job: Job, stand: Stand) -> None:
     stand("scontrol", slurm(show=BUSY))
     line, code = after(job.path, 137)
     assert decision(job) == "again" and ": requeued" in line and code == 137
 
 
-def test_no_answer_at_all_is_told_by_the_run_folder(job: Job, stand: Stand) -> None:
+def test_the_run_folder_records_that_slurm_never_answered(job: Job, stand: Stand) -> None:
     for program in ("scontrol", "sbatch", "squeue"):
         stand(program, BUSY)
     after(job.path, STOPPED)
     reason = json.loads((job.path / "stopped.json").read_text())["reason"]
-    assert reason.startswith("stopped by a signal, saved; not to be started again by Slurm: scontrol: Socket timed out")
+    assert reason.startswith("stopped by a signal, saved; Slurm could not restart it: scontrol: Socket timed out")
     assert decision(job) == "stopped"
 
 
 @pytest.mark.parametrize(
-    ("text", "update", "says"),
+    ("text", "update", "expected"),
     [('{"node5": {"times": 1}}', BUSY, "but not without node5 (scontrol: Socket timed out"), ("{", "true", "requeued")],
 )
-def test_a_requeue_is_not_lost_for_the_nodes_to_leave_out(
-    job: Job, stand: Stand, text: str, update: str, says: str
+def test_a_requeue_does_not_depend_on_the_excluded_nodes(
+    job: Job, stand: Stand, text: str, update: str, expected: str
 ) -> None:
     calls = stand("scontrol", slurm(update=update))
     (job.path / "excluded.json").write_text(text)
     line, _ = after(job.path, 137)
-    assert "requeue 7" in calls() and says in line and decision(job) == "again"
+    assert "requeue 7" in calls() and expected in line and decision(job) == "again"
 
 
 @pytest.mark.parametrize(
@@ -90,10 +90,10 @@ def test_a_requeue_is_not_lost_for_the_nodes_to_leave_out(
         ("(null)", None, [], None),
     ],
 )
-def test_every_requeue_reads_the_nodes_to_leave_out(
+def test_every_requeue_reads_the_excluded_nodes(
     job: Job, stand: Stand, current: str, asked: str | None, book: list[str], update: str | None
 ) -> None:
-    """A person has changed excluded.json, or the site's runs have found another node bad."""
+    """The user may have edited excluded.json, or another run may have found a bad node."""
     calls = stand("scontrol", slurm(RUNNING.format(current)))
     job.exclude = asked
     job.save()
@@ -104,7 +104,7 @@ def test_every_requeue_reads_the_nodes_to_leave_out(
     )
 
 
-def test_a_node_that_two_hung_starts_name_is_left_out(job: Job, stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_suspect_node_of_two_hangs_is_excluded(job: Job, stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = stand("scontrol", slurm())
     for start, host in enumerate(["node2", "node1", "node2"]):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
@@ -114,13 +114,13 @@ def test_a_node_that_two_hung_starts_name_is_left_out(job: Job, stand: Stand, mo
         after(job.path, HUNG)
         assert (job.path / "excluded.json").exists() == (start == 2)
     book = json.loads((job.path / "excluded.json").read_text())
-    assert list(book) == ["node2"] and book["node2"]["reason"].startswith("hung in 2 starts: ")
+    assert list(book) == ["node2"] and book["node2"]["reason"].startswith("hung in 2 attempts: ")
     assert "no step for 100 s" in book["node2"]["reason"]
     assert [call for call in calls() if "update" in call] == ["update JobId=7 ExcNodeList=node2"]
     assert [start["excluded"] for start in starts(job.path)] == [[], [], ["node2"]]
 
 
-def test_what_ends_a_run_before_its_ranks_is_told_by_the_run_folder(job: Job) -> None:
+def test_an_error_before_the_ranks_start_is_recorded_in_the_run_folder(job: Job) -> None:
     (job.path / "slurm" / "recipe.yaml").write_text("stage: none")
     with pytest.raises(ValueError, match="stage"):
         before(job.path)
@@ -129,7 +129,7 @@ def test_what_ends_a_run_before_its_ranks_is_told_by_the_run_folder(job: Job) ->
 
 @pytest.fixture
 def script(job: Job, tmp_path: Path) -> Callable[[str], int]:
-    """script(body of a Python of the batch host) runs the job's batch script; returns its exit code."""
+    """script(body) runs the job's batch script with `body` as the batch host's Python; returns the exit code."""
 
     def run(body: str) -> int:
         python = tmp_path / "host-python"
@@ -142,7 +142,7 @@ def script(job: Job, tmp_path: Path) -> Callable[[str], int]:
 
 
 def test_a_host_that_cannot_run_our_steps(job: Job, stand: Stand, script: Callable[[str], int]) -> None:
-    """On another one they may run; three that cannot are no blip."""
+    """Another host may be able to; the job stops at the third failure."""
     calls = stand("scontrol", "true")
     for _ in range(2):
         assert script("exit 127") == 127
@@ -152,12 +152,12 @@ def test_a_host_that_cannot_run_our_steps(job: Job, stand: Stand, script: Callab
     assert json.loads((job.path / "stopped.json").read_text())["code"] == 127
 
 
-def test_a_reason_not_to_start_is_final(stand: Stand, script: Callable[[str], int]) -> None:
+def test_a_refusal_to_start_is_final(stand: Stand, script: Callable[[str], int]) -> None:
     calls = stand("scontrol", "true")
     assert script("exit 2") == 2 and calls() == []
 
 
-def test_a_last_step_that_the_requeue_ends_is_none_that_cannot_run(
+def test_a_last_step_ended_by_the_requeue_is_not_a_failure(
     job: Job, stand: Stand, script: Callable[[str], int]
 ) -> None:
     calls = stand("scontrol", "true")
@@ -171,13 +171,13 @@ def test_a_host_on_which_the_last_step_cannot_run(stand: Stand, script: Callable
     stand("srun", "exit 75")
     assert script('[ "$3" = before ] && echo 2 || exit 126') == 126
     assert calls() == ["requeue 7"]
-    assert script('[ "$3" = before ] && echo 2 || echo 75') == 75, "the last step's word is the job's code"
+    assert script('[ "$3" = before ] && echo 2 || echo 75') == 75, "the last step prints the job's exit code"
 
 
-def test_the_site_is_that_of_the_submission(
+def test_site_settings_are_those_of_the_submission(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand: Stand
 ) -> None:
-    """Within a container there is no site file; preflight and the last step go by the run folder's copy."""
+    """A container has no site file; preflight and the last step read the copy in the run folder."""
     from bifrost.slurm import preflight
 
     book = tmp_path / "offenders.json"

@@ -1,4 +1,4 @@
-"""Batch scripts and site files: no cluster needed."""
+"""Batch scripts and site files, without a cluster."""
 
 import re
 import shutil
@@ -64,7 +64,7 @@ def test_scripts_are_short_and_clean(site: Path, name: str, form: tuple[str, ...
     assert checked.returncode == 0, checked.stdout
 
 
-def test_what_a_script_says(site: Path) -> None:
+def test_options_and_exports_of_a_script(site: Path) -> None:
     site.write_text(yaml.safe_dump(SITES["modules"]))
     script = rendered(
         "mllm-7b", "--nodes", "4", "--gpus-per-node", "8", "--time", "8:00:00", "--exclude", "gpu[1-3],gpu9"
@@ -85,7 +85,7 @@ def test_what_a_script_says(site: Path) -> None:
     } <= options
     assert "--ntasks-per-node=8 --cpus-per-task=12)" in script
     assert "preflight" not in script and "--kill-on-bad-exit=1" in script
-    # The shell reads the variables as they were written.
+    # The shell expands the variables as intended.
     exports = "\n".join(
         line for line in script.splitlines() if line.startswith("export") and not re.search(r"\$run|\$port", line)
     )
@@ -97,7 +97,7 @@ def test_what_a_script_says(site: Path) -> None:
 def test_cores_follow_the_workers(site: Path) -> None:
     site.write_text("{}")
     script = rendered("mllm-7b", "--nodes", "4", "--gpus-per-node", "8", "data.workers=5")
-    assert "#SBATCH --cpus-per-task=56\n" in script, "a rank's thread, its communication's, its workers'"
+    assert "#SBATCH --cpus-per-task=56\n" in script, "per rank: main thread, communication, workers"
     assert "--ntasks-per-node=8 --cpus-per-task=7" in script
 
 
@@ -119,13 +119,13 @@ def test_containers(site: Path) -> None:
         ({"requeue": "yes"}, r"requeue: input should be a valid boolean \(got 'yes'\)"),
     ],
 )
-def test_a_wrong_site_file_is_refused(site: Path, settings: dict, problem: str) -> None:
+def test_an_invalid_site_file_is_refused(site: Path, settings: dict, problem: str) -> None:
     site.write_text(yaml.safe_dump(settings))
     with pytest.raises(SlurmError, match=rf"site\.yaml: {problem}"):
         load_site()
 
 
-def test_limits_as_people_write_them(site: Path) -> None:
+def test_limits_in_common_notations(site: Path) -> None:
     site.write_text("preflight_limits: {slow: 2e-1, free_gib: 100}")
     assert load_site().preflight_limits == {"slow": 0.2, "free_gib": 100}
 
@@ -133,17 +133,17 @@ def test_limits_as_people_write_them(site: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--nodes", "3-2"], "--nodes 3-2: the fewest"),
-        (["--nodes", "two"], "--nodes two: write a number"),
+        (["--nodes", "3-2"], "--nodes 3-2: the minimum"),
+        (["--nodes", "two"], "--nodes two: give a number"),
         (["--gpus-per-node", "0"], "needs --tasks-per-node"),
-        (["--tasks-per-node", "3"], "one task a GPU"),
+        (["--tasks-per-node", "3"], "one task per GPU"),
         (["--array", "1-10"], "end it with %1"),
-        (["--time", "2"], "time limit 2: 120 s of it are kept"),
-        (["--time", "soon"], "time limit soon: write minutes"),
-        (["--nodes", "3", "global_batch=64", "micro_batch=1"], "does not divide .* or take other --nodes"),
+        (["--time", "2"], "time limit 2: 120 s are reserved"),
+        (["--time", "soon"], "time limit soon: use minutes"),
+        (["--nodes", "3", "global_batch=64", "micro_batch=1"], "does not divide .* or choose other --nodes"),
     ],
 )
-def test_a_wrong_request_is_refused(site: Path, arguments: list[str], problem: str) -> None:
+def test_an_invalid_request_is_refused(site: Path, arguments: list[str], problem: str) -> None:
     with pytest.raises(SlurmError, match=problem):
         CliRunner().invoke(slurm_app, ["submit", "mllm-7b", *arguments], catch_exceptions=False)
 
@@ -155,7 +155,7 @@ def test_a_site_that_binds_gpus_to_tasks_is_refused(site: Path, option: str) -> 
         CliRunner().invoke(slurm_app, ["render", "mllm-7b"], catch_exceptions=False)
 
 
-def test_the_page_lists_every_setting_of_a_site() -> None:
+def test_docs_list_every_site_setting() -> None:
     text = (Path(__file__).parents[2] / "docs" / "slurm.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*) \|$", text.split("| site file |")[1].split("\n\n")[0], flags=re.M))
     groups = {"container": Container, "fabric": Fabric}
@@ -165,7 +165,7 @@ def test_the_page_lists_every_setting_of_a_site() -> None:
     assert rows == {name: field.description for name, field in fields.items()}
 
 
-def test_the_most_nodes_that_the_batch_divides_by() -> None:
+def test_largest_number_of_nodes_that_divides_the_batch() -> None:
     recipe = load_recipe("mllm-7b", ["global_batch=96", "micro_batch=1"])
     assert [usable_nodes(recipe, 8, 1, most) for most in (1, 2, 3, 4, 5, 8)] == [1, 2, 3, 4, 4, 6]
     with pytest.raises(SlurmError, match="does not divide"):
@@ -185,4 +185,4 @@ def test_grace_is_twice_a_step_and_a_save(tmp_path: Path) -> None:
     metrics.write_text(step.format(9.0) * 3 + save.format(30.0) + save.format(50.0) + step.format(11.0) + '{"torn')
     assert grace(tmp_path) == 2 * (9 + 50)
     metrics.write_text(step.format(0.2) + save.format(0.5))
-    assert grace(tmp_path) == 60, "what Slurm's timer makes sense of"
+    assert grace(tmp_path) == 60, "minimum, for Slurm's timer"

@@ -1,4 +1,4 @@
-"""What `bifrost slurm status` prints of a run."""
+"""Output of `bifrost slurm status`."""
 
 import json
 from pathlib import Path

@@ -218,7 +218,7 @@ def test_file_systems(tmp_path: Path) -> None:
 
 
 def test_slurm(tool: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor._slurm() == [Finding("Slurm", "not here: runs start by hand")]
+    assert doctor._slurm() == [Finding("Slurm", "not installed: start runs by hand")]
     tool("sbatch", "")
     assert doctor._slurm()[0].verdict == "warning" and "sacct" in doctor._slurm()[0].remedy
     for name in NEEDED:

@@ -1,4 +1,4 @@
-"""What becomes of a job, by how its ranks ended: real Slurm, and a line of shell in the place of the ranks."""
+"""Requeue decisions by the exit of the ranks: real Slurm, with a line of shell in place of the ranks."""
 
 import json
 import re
@@ -20,9 +20,9 @@ def decisions(run: ClusterRun) -> list[str]:
     return [start["decision"] for start in run.starts()]
 
 
-def test_starts_again_until_done(run: ClusterRun) -> None:
-    """One rank's code ends the step on all nodes; the job keeps its id through the requeues."""
-    # Slurm ends the step with the first rank that leaves. The other does not mind, as in training: it leaves, too.
+def test_a_job_is_requeued_until_done(run: ClusterRun) -> None:
+    """One rank's exit code ends the step on all nodes; the job keeps its id through the requeues."""
+    # Slurm ends the step when the first rank exits. The other ignores SIGTERM and exits itself, as in training.
     save = "trap '' TERM; " + CHECKPOINT.format(1)
     hung = f'[ "$SLURM_PROCID" = 1 ] && exit {HUNG}; sleep 60'
     run.stand_in(
@@ -43,15 +43,15 @@ def test_starts_again_until_done(run: ClusterRun) -> None:
     (run.run / "goodput.json").write_text(json.dumps(goodput))
     status = run.bifrost("status", str(run.run))
     assert "done: all steps are done" in status
-    assert "75.0% of 200 s since the first start (step 75.0%, save 25.0%)" in status
+    assert "75.0% of 200 s since the first attempt (step 75.0%, save 25.0%)" in status
 
 
 @pytest.mark.parametrize(
     ("attempt", "code", "reason"),
     [
         (f"fail {USAGE} 'no such shards'", USAGE, "no such shards"),
-        (f"fail {LOCKED} 'another copy owns the run'", LOCKED, "another copy owns the run"),
-        # A rank says what is wrong and ends; what becomes of the others for that is not what counts.
+        (f"fail {LOCKED} 'another process owns the run'", LOCKED, "another process owns the run"),
+        # The rank that records its reason counts, not those that end because of it.
         (
             f"[ $SLURM_PROCID = 1 ] && fail {FAILED} 'too many bad steps'; sleep 5; kill -9 $$",
             FAILED,
@@ -59,7 +59,7 @@ def test_starts_again_until_done(run: ClusterRun) -> None:
         ),
     ],
 )
-def test_is_not_started_again(run: ClusterRun, start: str, code: int, reason: str) -> None:
+def test_a_job_that_is_not_requeued(run: ClusterRun, start: str, code: int, reason: str) -> None:
     run.stand_in(start)
     number = run.submit()
     run.wait_for_end()
@@ -70,15 +70,15 @@ def test_is_not_started_again(run: ClusterRun, start: str, code: int, reason: st
 
 
 def test_a_crash_loop_stops(run: ClusterRun) -> None:
-    """Three starts without a new checkpoint; those before the last checkpoint do not count."""
+    """Three attempts without a new checkpoint; those before the last checkpoint do not count."""
     run.stand_in("kill -9 $$", f"{CHECKPOINT.format(3)}; kill -9 $$", *["kill -9 $$"] * 5)
     run.submit()
     run.wait_for_end()
     assert [start["step"] for start in run.starts()] == [0, 0, 3, 3, 3]
     assert decisions(run) == ["again"] * 4 + ["stopped"]
-    assert run.stopped()["reason"].startswith("3 starts without a checkpoint beyond step 3")
+    assert run.stopped()["reason"].startswith("3 attempts without a checkpoint after step 3")
     assert run.stopped()["reason"] in run.bifrost("status", str(run.run))
-    # Mended and submitted again, it counts anew.
+    # After a fix and a new submission the count restarts.
     run.stand_in(*["kill -9 $$"] * 5, "true")
     run.jobs.append(run.bifrost("resume", str(run.run)).strip())
     assert not (run.run / "stopped.json").exists()
@@ -87,8 +87,8 @@ def test_a_crash_loop_stops(run: ClusterRun) -> None:
     assert decisions(run)[5:] == ["done"]
 
 
-def test_starts_by_slurm_itself_count_too(run: ClusterRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slurm requeues a job that lost a node without asking the script: the next start knows."""
+def test_requeues_by_slurm_itself_count_too(run: ClusterRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm requeues a job that lost a node without running the script's last step: the next attempt counts it."""
     run.stand_in("true")
     monkeypatch.setenv("SLURM_JOB_ID", run.submit())
     run.wait_for_end()
@@ -97,12 +97,12 @@ def test_starts_by_slurm_itself_count_too(run: ClusterRun, monkeypatch: pytest.M
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         assert run.bifrost("before", str(run.run)).startswith("2 ")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    with pytest.raises(SlurmError, match="3 starts without a checkpoint beyond step 0"):
+    with pytest.raises(SlurmError, match="3 attempts without a checkpoint after step 0"):
         run.bifrost("before", str(run.run))
-    assert "3 starts without" in run.stopped()["reason"]
+    assert "3 attempts without" in run.stopped()["reason"]
 
 
-def test_where_requeue_is_off_a_new_job_goes_on(run: ClusterRun) -> None:
+def test_without_requeue_a_new_job_continues(run: ClusterRun) -> None:
     run.stand_in(f"{CHECKPOINT.format(1)}; exit {STOPPED}", "true", requeue=False)
     first = run.submit()
     run.wait_for_end()
@@ -133,32 +133,32 @@ def test_a_second_job_of_a_run_is_refused(run: ClusterRun) -> None:
     assert re.search(rf"job +{number} RUNNING, .* on node\[1-2\]", run.bifrost("status", str(run.run)))
 
 
-def test_what_the_partition_never_gives_is_refused_before_anything_is_written(run: ClusterRun) -> None:
+def test_a_request_above_the_partition_is_refused_before_anything_is_written(run: ClusterRun) -> None:
     run.stand_in("true")
-    with pytest.raises(SlurmError, match=r"sbatch: allocation failure: .* it would wait for ever"):
+    with pytest.raises(SlurmError, match=r"sbatch: allocation failure: .* it would never start"):
         run.submit("micro_batch=1", nodes="4")
     assert not run.run.exists() and not slurm("squeue", "-h")
 
 
-def test_what_an_earlier_launcher_left_does_not_reach_the_job(run: ClusterRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftover_launcher_variables_do_not_reach_the_job(run: ClusterRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run.stand_in('echo "$SLURM_PROCID: ${RANK-}${WORLD_SIZE-}${LOCAL_RANK-} $MASTER_ADDR" >> $BIFROST_RUN/left')
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "gone"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SBATCH_EXPORT", "ALL")
     run.submit()
     run.wait_for_end()
-    # The cluster's own prolog names this machine.
+    # The cluster's prolog sets this machine's address.
     assert sorted((run.run / "left").read_text().splitlines()) == [f"{task}:  127.0.0.1" for task in range(4)]
 
 
-def test_cancel_saves_and_ends_for_good(run: ClusterRun) -> None:
+def test_cancel_saves_and_ends_the_run(run: ClusterRun) -> None:
     run.stand_in(f"trap 'touch $BIFROST_RUN/saved; exit {STOPPED}' USR1; touch $BIFROST_RUN/going; while :; do :; done")
     run.submit()
     run.wait("rank", lambda: (run.run / "going").exists())
-    assert "told to save" in run.bifrost("cancel", str(run.run))
+    assert "save and stop" in run.bifrost("cancel", str(run.run))
     run.wait_for_end()
     assert decisions(run) == ["cancelled"] and (run.run / "saved").exists()
-    with pytest.raises(SlurmError, match="is not waiting or running"):
+    with pytest.raises(SlurmError, match="is not pending or running"):
         run.bifrost("cancel", str(run.run))
 
 
@@ -172,11 +172,11 @@ def test_cancel_now(run: ClusterRun) -> None:
 
 
 def test_logs(run: ClusterRun, capfd: pytest.CaptureFixture[str]) -> None:
-    run.stand_in("echo said by rank $SLURM_PROCID; sleep 2; echo and again")
+    run.stand_in("echo output of rank $SLURM_PROCID; sleep 2; echo and again")
     with pytest.raises(SlurmError, match="no job was submitted"):
         run.bifrost("status", str(run.run))
     run.submit()
-    run.wait("word", lambda: "said by" in run.log())
+    run.wait("output", lambda: "output of" in run.log())
     command = [sys.executable, "-m", "bifrost.slurm", "logs", str(run.run), "--follow"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
         assert follower.stdout
@@ -184,7 +184,7 @@ def test_logs(run: ClusterRun, capfd: pytest.CaptureFixture[str]) -> None:
         while "and again" not in seen:
             seen += follower.stdout.readline()
         follower.send_signal(signal.SIGINT)
-    assert "said by rank 1" in seen
+    assert "output of rank 1" in seen
     run.wait_for_end()
     run.bifrost("logs", str(run.run), "--lines", "1")
     assert capfd.readouterr().out == "bifrost: done: all steps are done\n"
