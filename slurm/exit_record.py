@@ -84,7 +84,7 @@ def _attempt(record: Mapping[str, Any]) -> str:
     return record.get("attempt", record.get("start", ""))
 
 
-def fruitless(history: Iterable[Mapping[str, Any]], step: int) -> int:
+def restarts_without_progress(history: Iterable[Mapping[str, Any]], step: int) -> int:
     """Number of consecutive attempts up to the newest that started at `step`, without those that excluded a node."""
     count = 0
     for record in reversed(list(history)):
@@ -95,13 +95,8 @@ def fruitless(history: Iterable[Mapping[str, Any]], step: int) -> int:
 
 
 def write_stopped(run: Path, code: int, reason: str) -> None:
-<<<<<<< HEAD
-    """Say why the run is not started again."""
-    write_json(run / STOPPED, {"time": time.time(), "attempt": this_start(), "code": code, "reason": reason})
-=======
     """Record why the run is not restarted."""
-    write_json(run / STOPPED, {"time": time.time(), "start": this_start(), "code": code, "reason": reason})
->>>>>>> 5bb04ab (slurm/: rendezvous, attempts, bad nodes and excluded nodes in Slurm's and torch's own words)
+    write_json(run / STOPPED, {"time": time.time(), "attempt": this_start(), "code": code, "reason": reason})
 
 
 def grace(run: Path) -> int:

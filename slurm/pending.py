@@ -23,13 +23,13 @@ _WORDS = {
     "PartitionInactive": "the partition accepts no jobs now: see sinfo for those that do",
     "PartitionNodeLimit": "above the partition's node limit: cancel, then submit with fewer --nodes",
     "PartitionTimeLimit": "above the partition's time limit: cancel, then submit with a shorter --time",
-    "Priority": "jobs of higher priority are first; squeue --start estimates its start time",
+    "Priority": "jobs of higher priority are first; squeue --start estimates when it starts",
     "QOSGrp": "the quality of service is fully used; it starts when its other jobs end",
     "QOSMax": "it requests more than the quality of service allows: submit with fewer --nodes or a shorter --time",
     "QOSResourceLimit": "the quality of service is fully used; it starts when its other jobs end",
     "ReqNodeNotAvail": "nodes that it needs are reserved, down or drained: see sinfo -R",
     "Reservation": "it waits for its reservation to begin",
-    "Resources": "its nodes are in use; squeue --start estimates its start time",
+    "Resources": "its nodes are in use; squeue --start estimates when it starts",
     "launch_failed_requeued_held": "the launch failed: scontrol release JOBID, or exclude its node",
 }
 

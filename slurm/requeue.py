@@ -16,23 +16,14 @@ from .job import RECIPE, SCRIPT, Job, load_job, usable_nodes, write_recipe
 from .rank_env import expand_hosts
 from .site import load_site
 
-<<<<<<< HEAD
-FRUITLESS_STARTS = 3
-"""Starts without a new checkpoint after which a run is no longer started again."""
-HUNG_STARTS = 2
-"""Hung starts after which the node that they name is left out."""
-UNABLE = "slurm/batch_step_failures"
-"""The batch script's note that these steps could not run on its host, a line a start."""
-OLD_UNABLE = "slurm/unable"
-"""The same, of a job that an earlier version submitted."""
-=======
-MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
+MAX_RESTARTS_WITHOUT_PROGRESS = 3
 """Consecutive attempts without a new checkpoint after which a run is stopped."""
 MAX_HANGS_PER_NODE = 2
 """Hung attempts with the same suspect node after which that node is excluded."""
-UNABLE = "slurm/unable"
+BATCH_STEP_FAILED = "slurm/batch_step_failures"
 """Written by the batch script if these steps could not run on its host, one line per attempt."""
->>>>>>> 5bb04ab (slurm/: rendezvous, attempts, bad nodes and excluded nodes in Slurm's and torch's own words)
+OLD_BATCH_STEP_FAILED = "slurm/unable"
+"""The same file of a job submitted by an earlier version."""
 REASONS = {
     FAILED: "exit code 1 of unknown cause",
     USAGE: "exit code 2, a setting to fix",
@@ -55,8 +46,8 @@ def before(run: Path) -> tuple[int, float | None]:
     except (RecipeError, SlurmError) as error:
         exit_record.write_stopped(run, USAGE, str(error))
         raise
-    for sign in (UNABLE, OLD_UNABLE, exit_record.STOPPED):
-        (run / sign).unlink(missing_ok=True)
+    for name in (BATCH_STEP_FAILED, OLD_BATCH_STEP_FAILED, exit_record.STOPPED):
+        (run / name).unlink(missing_ok=True)
     return nodes, _ends_at()
 
 
@@ -70,7 +61,10 @@ def _begin(run: Path) -> int:
         (run / name).unlink(missing_ok=True)
     step = exit_record.newest_step(run)
     # After a lost node or a preemption Slurm requeues the job itself, without a call of `after`.
-    if exit_record.fruitless(exit_record.starts(run, job.submitted), step) >= MAX_ATTEMPTS_WITHOUT_PROGRESS:
+    if (
+        exit_record.restarts_without_progress(exit_record.starts(run, job.submitted), step)
+        >= MAX_RESTARTS_WITHOUT_PROGRESS
+    ):
         raise SlurmError(_crash_loop(step))
     got = int(os.environ.get("SLURM_JOB_NUM_NODES", job.nodes[1]))
     nodes = usable_nodes(recipe, job.tasks_per_node, min(job.nodes[0], got), got)
@@ -122,7 +116,10 @@ def _restart(job: Job, code: int, reason: str, host: str | None, state: commands
     found = left_out if (code == BAD_NODE or bad) and left_out and set(left_out) - known else []
     exit_record.append(job.path, {"code": code, "decision": "again", "reason": reason, "host": host, "excluded": found})
     step = exit_record.newest_step(job.path)
-    if exit_record.fruitless(exit_record.starts(job.path, job.submitted), step) >= MAX_ATTEMPTS_WITHOUT_PROGRESS:
+    if (
+        exit_record.restarts_without_progress(exit_record.starts(job.path, job.submitted), step)
+        >= MAX_RESTARTS_WITHOUT_PROGRESS
+    ):
         return _stop(job, code, f"{_crash_loop(step)}; the last one: {reason}")
     if job.array:
         waiting = os.environ["SLURM_ARRAY_JOB_ID"]
@@ -182,7 +179,7 @@ def _end(job: Job, decision: str, reason: str) -> str:
 
 def _crash_loop(step: int) -> str:
     return (
-        f"{MAX_ATTEMPTS_WITHOUT_PROGRESS} attempts without a checkpoint after step {step}: not restarted; see"
+        f"{MAX_RESTARTS_WITHOUT_PROGRESS} attempts without a checkpoint after step {step}: not restarted; see"
         " slurm/job.log, fix the cause, then bifrost slurm resume"
     )
 

@@ -65,19 +65,11 @@ class Site(Section):
     preflight_limits: dict[str, float] = Field(default_factory=dict)
     """Preflight thresholds that differ from the defaults in docs/preflight.md, such as `free_gib: 100`."""
     requeue: bool = True
-<<<<<<< HEAD
-    """Jobs may be requeued; where not, a stopped run goes on as a new job that depends on the old one."""
-    bad_node_file: str | None = None
-    """File on shared storage where all runs remember nodes found bad; null keeps none."""
-    bad_node_threshold: int = Field(default=2, ge=1)
-    """Runs start without a node that was found bad this many times."""
-=======
     """Requeue jobs; false: a stopped run continues as a new job that depends on the old one."""
-    offenders: str | None = None
+    bad_node_file: str | None = None
     """File on shared storage where all runs record bad nodes; null: none."""
-    offences: int = Field(default=2, ge=1)
+    bad_node_threshold: int = Field(default=2, ge=1)
     """A node is excluded once it was found bad this many times."""
->>>>>>> 5bb04ab (slurm/: rendezvous, attempts, bad nodes and excluded nodes in Slurm's and torch's own words)
 
     @field_validator("bad_node_file")
     @classmethod
@@ -102,18 +94,10 @@ def site_file() -> Path:
 
 
 def load_site(run: Path | None = None) -> Site:
-<<<<<<< HEAD
-    """The settings with which `run` was submitted, else the site file's; the defaults where there is none. SlurmError
-    for a file that cannot be used."""
-    stored = run is not None and (run / COPY).exists()
-    path = run / COPY if run and stored else site_file()
-=======
     """The settings with which `run` was submitted, else those of the site file, else the defaults. Raises SlurmError
     for an invalid file."""
-    path = site_file()
-    if run and (run / COPY).exists():
-        path = run / COPY
->>>>>>> 5bb04ab (slurm/: rendezvous, attempts, bad nodes and excluded nodes in Slurm's and torch's own words)
+    stored = run is not None and (run / COPY).exists()
+    path = run / COPY if run and stored else site_file()
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
