@@ -21,7 +21,7 @@ class RunError(ValueError):
     """Whether another attempt may succeed with nothing changed."""
 
     @classmethod
-    def of_storage(cls, where: object, error: BaseException) -> RunError:
+    def from_storage_error(cls, where: object, error: BaseException) -> RunError:
         """What an error of storage, network or a service at `where` means for a run."""
         told = failure(where, error)
         found = cls(str(told))
@@ -39,7 +39,7 @@ class Unreachable(RunError):
     passing = True
 
 
-class Busy(RunError):
+class AlreadyRunning(RunError):
     """Another process does the same at this moment."""
 
     passing = True
@@ -49,7 +49,7 @@ class Unhealthy(RuntimeError):
     """Training cannot usefully go on; the message is one line with the reason."""
 
 
-class Unmet(RuntimeError):
+class RendezvousTimeout(RuntimeError):
     """A rank of this start did not come; the message is one line that names it. To be started again."""
 
 
@@ -72,7 +72,7 @@ def foreseen(error: BaseException) -> Exception | None:
     """One line with what to do, as an exception that says whether another attempt may succeed, for an error that no
     bug need be behind: storage, network, a service, memory. None for any other. Our own errors are returned as they
     are."""
-    if isinstance(error, (RunError, DataError, Unhealthy, Unmet)):
+    if isinstance(error, (RunError, DataError, Unhealthy, RendezvousTimeout)):
         return error
     links = list(causes(error))
     if any(_DEVICE_FULL.search(str(link)) or type(link).__name__ == "OutOfMemoryError" for link in links):
@@ -103,7 +103,7 @@ def lost_rank(error: BaseException) -> str | None:
     return f"lost the connection to another rank ({text}); the output of the rank that ended first has the cause"
 
 
-def renamed(error: Exception, text: str) -> Exception:
+def with_message(error: Exception, text: str) -> Exception:
     """The same error with another text."""
     found = type(error)(text)
     vars(found).update(vars(error))

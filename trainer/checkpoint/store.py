@@ -226,7 +226,7 @@ def agreed(action: Callable[[], Any], verb: str, rank: int, gather: Gather) -> l
         result = action()
     except OSError as error:
         cause = error
-        failure = RunError.of_storage(f"rank {rank} could not {verb} the checkpoint: {error.filename}", error)
+        failure = RunError.from_storage_error(f"rank {rank} could not {verb} the checkpoint: {error.filename}", error)
     except Exception as error:  # any other failure must reach the other ranks too, or they wait for this one
         failure, cause = RunError(f"rank {rank} could not {verb} the checkpoint: {error}"), error
     outcomes = gather((result, failure, isinstance(cause, OSError)))

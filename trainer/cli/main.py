@@ -26,7 +26,7 @@ from ...slurm.exit_record import record_outcome
 from ...slurm.rank_env import idle_nodes, remove_private_folders
 from ..distributed.launcher import adopt_rank, devices, lost_file, run_child, run_ranks
 from ..distributed.stop_signals import PHASE_FILE, ignore_signals
-from ..errors import Locked, RunError, Unhealthy, Unmet, foreseen, lost_rank, renamed
+from ..errors import Locked, RendezvousTimeout, RunError, Unhealthy, foreseen, lost_rank, with_message
 from ..training.batch import batch_arithmetic
 from ..training.run_folder import check_run, placed, ranks_of
 from ..training.setting_changes import finished
@@ -284,7 +284,7 @@ def main() -> None:
         if (line := how_to_install(error)) is None:
             raise
         _fail(RunError(line), USAGE)
-    except Unmet as error:
+    except RendezvousTimeout as error:
         _fail(error, HUNG)
     except Exception as error:
         if hasattr(error, "format_message"):  # of a wrong command line: typer may bring a click of its own
@@ -295,7 +295,7 @@ def main() -> None:
             _leave_lost(error, rank, line)
         logging.getLogger(__name__).debug("%s", found, exc_info=error)
         if (rank := _rank()) is not None:  # it came on this rank alone: the others do not say it
-            found = renamed(found, f"rank {rank}: {found}")
+            found = with_message(found, f"rank {rank}: {found}")
         _fail(found, LOST if getattr(found, "passing", False) else USAGE)
     sys.exit(code if isinstance(code, int) else DONE)
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from ...slurm.rank_env import UNBIND
-from ..errors import RunError, Unhealthy, foreseen, renamed
+from ..errors import RunError, Unhealthy, foreseen, with_message
 from .rendezvous import come, interruptible, meet, require_agent, this_host
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ class Ranks:
                 what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 told = Unhealthy(f"rank {self.rank}: failed at the start with {what}; its traceback is in its output")
             elif told is not error and self.size > 1:
-                told = renamed(told, f"rank {self.rank}: {told}")
+                told = with_message(told, f"rank {self.rank}: {told}")
             try:
                 self._exchange(None, told)
             except Exception as first:
@@ -128,7 +128,7 @@ class Ranks:
 def join(timeout: timedelta = timedelta(minutes=30), wait_s: float = 300) -> Ranks:
     """Join the process group that RANK, WORLD_SIZE and LOCAL_RANK of the environment describe; alone without them.
 
-    timeout: of each collective. wait_s: seconds in which all ranks have to come; Unmet on each names who did not.
+    timeout: of each collective. wait_s: seconds in which all ranks must join, else RendezvousTimeout names the missing.
     """
     # The last collectives are remembered, for whoever asks why a run hangs (monitors/stacks.py).
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")

@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 from ...slurm.exit_codes import HUNG
 from ...slurm.exit_record import record_outcome, this_start
 from ...slurm.rank_env import expand_hosts
-from ..errors import RunError, Unmet
+from ..errors import RendezvousTimeout, RunError
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ def interruptible(wait: Callable[[], T]) -> T:
 
 
 def come(rank: int, size: int, wait_s: float) -> Store:
-    """The store of this start, in which this rank has said that it has come; Unmet when rank 0 opens none.
+    """The store of this start, in which this rank has said that it has come; RendezvousTimeout when rank 0 opens none.
 
     BIFROST_RENDEZVOUS names a file for ranks of one machine (no port to be taken); otherwise rank 0 opens a store at
     MASTER_ADDR and MASTER_PORT.
@@ -64,8 +64,12 @@ def come(rank: int, size: int, wait_s: float) -> Store:
             opened = TCPStore(address, port, size, rank == 0, timedelta(seconds=wait_s), wait_for_workers=False)
         except RuntimeError as error:
             if rank == 0:
-                raise Unmet(f"rank 0: port {port} of {this_host()} is taken: {_first_line(error)}") from error
-            raise Unmet(f"rank {rank}: rank 0 cannot be reached at {address}:{port} within {wait_s:.0f} s") from error
+                raise RendezvousTimeout(
+                    f"rank 0: port {port} of {this_host()} is taken: {_first_line(error)}"
+                ) from error
+            raise RendezvousTimeout(
+                f"rank {rank}: rank 0 cannot be reached at {address}:{port} within {wait_s:.0f} s"
+            ) from error
         # A rank of a start that Slurm believes dead, or of a job whose id gives the same port, would pass for ours.
         store = PrefixStore(this_start(), opened)
     store.set(f"came-{rank}", this_host())
@@ -73,7 +77,7 @@ def come(rank: int, size: int, wait_s: float) -> Store:
 
 
 def meet(store: Store, rank: int, size: int, wait_s: float, problem: str = "") -> None:
-    """This rank's device has answered: wait for the others. Unmet on every rank, with who is missing, where one is.
+    """Wait for all ranks, once this rank's device has answered. Raises RendezvousTimeout naming a missing rank.
 
     problem: why this rank cannot use its device; RunError on every rank with one of these.
     """
@@ -91,9 +95,11 @@ def meet(store: Store, rank: int, size: int, wait_s: float, problem: str = "") -
             store.wait(["met"], timedelta(seconds=2 * wait_s))
             verdict = store.get("met").decode()
         except RuntimeError as error:
-            raise Unmet(f"rank {rank}: rank 0 has not come, or has left or stands still before all had met") from error
+            raise RendezvousTimeout(
+                f"rank {rank}: rank 0 has not come, or has left or stands still before all had met"
+            ) from error
     if verdict:
-        raise Unmet(verdict)
+        raise RendezvousTimeout(verdict)
     if store.check(["problem"]):
         raise RunError(store.get("problem").decode())
 

@@ -76,7 +76,7 @@ class RunLock:
                     log.warning("%s: taken over from %s: %s", self.path, describe(owner), reason)
                     return owner
         except OSError as error:
-            raise RunError.of_storage(self.path.parent, error) from error
+            raise RunError.from_storage_error(self.path.parent, error) from error
         return None
 
     def beat(self, step: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import Busy, RunError
+from ..errors import AlreadyRunning, RunError
 from .metrics import MetricsFile
 
 FILE = "evaluations.jsonl"
@@ -28,7 +28,7 @@ def note_evaluation(run: Path, step: int, figures: dict[str, Any]) -> str | None
 
     try:
         sync(run)
-    except Busy:
+    except AlreadyRunning:
         return None  # the run's own mirror is at work, and sends it
     except RunError as error:
         return f"the evaluation is not in MLflow yet, `bifrost track sync {run}` sends it: {error}"

@@ -63,7 +63,7 @@ class Ledger:
             seconds["step"] += (record["step_s"] - record["data_wait_s"]) * steps
             seconds["data_wait"] += record["data_wait_s"] * steps
             self.step = record["step"]
-        if _goes_on(record):
+        if _is_restart(record):
             seconds["step"] += record.get("kept_s", 0.0)
             seconds["lost"] += record.get("lost_s", 0.0)
             self.lost_steps += record.get("lost_steps", 0)
@@ -100,7 +100,7 @@ class AccountedMetrics(MetricsFile):
         self._ledger = Ledger()
         self._writing = threading.Lock()
 
-    def go_on(self, step: int, begun: float, owner: Mapping[str, Any] | None) -> dict[str, float]:
+    def resume(self, step: int, begun: float, owner: Mapping[str, Any] | None) -> dict[str, float]:
         """Rewind to `step`, for a start whose process began at the Unix time `begun`, or for a roll-back now; returns
         what the `start` or `rollback` event says of the time before it. owner: of the lock that the start before left,
         if it died. Raises OSError."""
@@ -125,7 +125,7 @@ class AccountedMetrics(MetricsFile):
             write_json(self.path.with_name(FILE), self._ledger.summary())
 
 
-def _goes_on(record: Mapping[str, Any]) -> bool:
+def _is_restart(record: Mapping[str, Any]) -> bool:
     """Whether the lines after this one go on from an earlier step: those of a start, or of a roll-back."""
     return record.get("event") in ("start", "rollback")
 
@@ -140,7 +140,7 @@ def _before(
 ) -> dict[str, float]:
     """Of the start before, which went on after `step`: seconds of steps that count though no line tells of them
     (`kept_s`), seconds and number of steps to be done again, and seconds between its last sign of life and `begun`."""
-    starts = [index for index, record in enumerate(records) if _goes_on(record)]
+    starts = [index for index, record in enumerate(records) if _is_restart(record)]
     if not starts:
         return NOTHING_BEFORE
     told = records[starts[-1]]  # up to here, lines that stay tell where the time went

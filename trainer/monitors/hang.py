@@ -1,4 +1,4 @@
-"""The end of a run that hangs: every rank answers, one of them reads the answers and reports, and all leave.
+"""The end of a run that hangs: every rank statuses, one of them reads the statuses and reports, and all leave.
 
 All of it goes through the run folder, which is shared and perhaps slow: what a rank does there does not grow with the
 number of ranks, but for the one that reports, which lists the folder and reads each answer once.
@@ -19,62 +19,62 @@ from ...slurm.exit_codes import HUNG
 from ...slurm.exit_record import record_outcome
 from ..io import write_json
 from .metrics import MetricsFile
-from .phase_timer import Sections
-from .stacks import Answer, culprit, listed, read_answers, recorded_collectives, thread_at, write_answer
+from .phase_timer import PhaseTimer
+from .stacks import RankStatus, listed, read_statuses, recorded_collectives, suspect_rank, thread_at, write_status
 
-ANSWER_S = 10.0
-"""For which up to AT_ONCE ranks wait for one another's answers; more ranks wait longer, in proportion."""
+COLLECTION_S = 10.0
+"""For which up to AT_ONCE ranks wait for one another's statuses; more ranks wait longer, in proportion."""
 AT_ONCE = 128
 
 
-def answer_s(ranks: int) -> float:
-    """Seconds in which that many ranks' answers are through the storage."""
-    return ANSWER_S * max(1.0, ranks / AT_ONCE)
+def collection_timeout_s(ranks: int) -> float:
+    """Seconds in which that many ranks' statuses are through the storage."""
+    return COLLECTION_S * max(1.0, ranks / AT_ONCE)
 
 
-def last_s(ranks: int) -> float:
+def exit_timeout_s(ranks: int) -> float:
     """Seconds after which a rank that hangs is ended, whatever its storage does."""
-    return 3 * answer_s(ranks)
+    return 3 * collection_timeout_s(ranks)
 
 
-def say(line: str, host: str | None = None) -> None:
+def report_exit(line: str, host: str | None = None) -> None:
     """Tell the user and the batch script why this rank ends. host: the node that is to blame."""
     print(f"error: {line}", file=sys.stderr, flush=True)
     record_outcome(HUNG, line, host=host)
 
 
 @dataclass(frozen=True)
-class Hang:
-    """Rank `rank` gives up. folder: for the answers. hosts: of every rank. training: the thread that trains.
+class HangReport:
+    """Rank `rank` gives up. folder: for the statuses. hosts: of every rank. training: the thread that trains.
     stacks: an open file for this rank's. stalled_s, bound_s: how long it has waited, and might."""
 
     rank: int
     hosts: Sequence[str]
     folder: Path
-    sections: Sections
+    phases: PhaseTimer
     training: int
     stacks: TextIO
     stalled_s: float
     bound_s: float
 
-    def answer_and_report(self) -> None:
+    def collect_and_report(self) -> None:
         """Returns when this rank has answered and may leave. Raises OSError."""
         trace, collectives, collective = recorded_collectives()
-        answer = Answer(
+        status = RankStatus(
             rank=self.rank,
             host=self.hosts[self.rank],
             pid=os.getpid(),
-            step=self.sections.step,
-            phase=self.sections.name,
+            step=self.phases.step,
+            phase=self.phases.name,
             stalled_s=self.stalled_s,
-            entered=self.sections.entered,
+            entered=self.phases.entered,
             collectives=collectives,
             collective=collective,
             at=thread_at(self.training),
         )
-        write_answer(self.folder, answer, self.stacks, trace)
-        begun, window = time.monotonic(), answer_s(len(self.hosts))
-        # The report is rank 0's, if it answers. Who else would make it need not ask the storage before the time is up.
+        write_status(self.folder, status, self.stacks, trace)
+        begun, window = time.monotonic(), collection_timeout_s(len(self.hosts))
+        # The report is rank 0's, if it statuses. Who else would make it need not ask the storage before the time is up.
         if self.rank == 0:
             self._wait(lambda: len(listed(self.folder)) == len(self.hosts), begun + window)
         else:
@@ -91,29 +91,29 @@ class Hang:
 
     def _wait(self, over: Callable[[], bool], deadline: float) -> None:
         while not over() and time.monotonic() < deadline:
-            time.sleep(answer_s(len(self.hosts)) / 20)
+            time.sleep(collection_timeout_s(len(self.hosts)) / 20)
             os.utime(self.folder)  # a network file system then asks the server again what the folder holds
 
     def _report(self, deadline: float) -> None:
-        answers = read_answers(self.folder)
-        rank, clause = culprit(answers, self.hosts)
+        statuses = read_statuses(self.folder)
+        rank, clause = suspect_rank(statuses, self.hosts)
         run = self.folder.parents[1]
-        first = next((answer for answer in answers if answer.rank == rank), None)
+        first = next((status for status in statuses if status.rank == rank), None)
         event = {
             "event": "hang",
-            "step": answers[0].step,
+            "step": statuses[0].step,
             "rank": rank,
             "host": self.hosts[rank] if rank is not None else None,
             "phase": first.phase if first else None,
-            "collective": answers[0].collective,
+            "collective": statuses[0].collective,
             "stalled_s": self.stalled_s,
             "timeout_s": self.bound_s,
             "stacks": str(self.folder.relative_to(run)),
         }
         waited = f"no step for {self.stalled_s:.0f} s (bound {self.bound_s:.0f} s)"
-        say(f"{waited}: {clause}; stacks in {self.folder}, ended with code {HUNG}", event["host"])
+        report_exit(f"{waited}: {clause}; stacks in {self.folder}, ended with code {HUNG}", event["host"])
         MetricsFile(run / "metrics.jsonl").write(event)
         # Where the report is seen the ranks leave, and the first one to do so may end all: not before all is written.
-        recorded = sum(answer.collective is not None for answer in answers)
+        recorded = sum(status.collective is not None for status in statuses)
         self._wait(lambda: len(listed(self.folder, ".collectives.json")) >= recorded, deadline)
         write_json(self.folder / "report.json", event | {"reason": clause})

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ...recipes.secrets import HIDDEN, redact
-from ..errors import Busy, RunError
+from ..errors import AlreadyRunning, RunError
 from ..io import read_json, write_json
 from .evaluations import FILE as EVALUATIONS
 from .metrics import Tail, read_metrics
@@ -333,7 +333,7 @@ def _lock(path: Path) -> Any:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise Busy(f"{path.parent} is being sent by another process, its mirror: wait until that ends") from None
+        raise AlreadyRunning(f"{path.parent} is being sent by another process: wait until that ends") from None
     except OSError as error:  # a file system without locks
         log.warning("%s cannot be locked: %s", path, error)
     return file

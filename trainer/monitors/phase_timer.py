@@ -33,7 +33,7 @@ class Times:
         return sum(self.wall.get(name, 0.0) for name in STEP) / max(self.steps, 1)
 
 
-class Sections:
+class PhaseTimer:
     """`with sections("data"): …` around each part; `step_done` after each step."""
 
     def __init__(self) -> None:
@@ -42,12 +42,12 @@ class Sections:
         self.step = 0
         """Steps done."""
         self.entered = 0
-        """Sections entered: the same number on all ranks that are at the same place."""
-        self.patience: Literal["start", "long", "step"] = "start"
+        """PhaseTimer entered: the same number on all ranks that are at the same place."""
+        self.timeout_class: Literal["start", "long", "step"] = "start"
         """Until the next step is done: is it the first one, has there been work beside the step, or neither."""
         self.last_step = time.monotonic()
         """When the last step was done."""
-        self.on_ordinary: Callable[[], None] = lambda: None
+        self.on_steady_state: Callable[[], None] = lambda: None
         """Called when the start, or a step with work beside it, is over."""
         self._steps = 0
         self._durations: deque[float] = deque(maxlen=100)
@@ -58,7 +58,7 @@ class Sections:
     def __call__(self, name: str) -> Iterator[None]:
         """A part of the step or work beside it, also under its name in a profiler's trace."""
         if name not in STEP:
-            self.patience = "start" if self.patience == "start" else "long"
+            self.timeout_class = "start" if self.timeout_class == "start" else "long"
         self.name = name
         self.entered += 1
         wall, cpu = time.perf_counter(), time.thread_time()
@@ -71,13 +71,13 @@ class Sections:
     def step_done(self, step: int) -> None:
         """`step` steps of the run are done: before anything beside the step, such as a save."""
         now = time.monotonic()
-        ordinary = self.patience == "step"
+        ordinary = self.timeout_class == "step"
         if ordinary:
             self._durations.append(now - self.last_step)
-        self.step, self.last_step, self.patience = step, now, "step"
+        self.step, self.last_step, self.timeout_class = step, now, "step"
         self._steps += 1
         if not ordinary:
-            self.on_ordinary()
+            self.on_steady_state()
 
     def median_step(self) -> float | None:
         """Seconds that a step usually takes; None while fewer than five are known."""

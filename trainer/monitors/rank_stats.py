@@ -5,27 +5,27 @@ from __future__ import annotations
 from ..distributed.process_group import Ranks
 from . import memory
 from .phase_timer import Times
-from .stragglers import OWN, Stragglers
+from .stragglers import WORK, Stragglers
 
 
-class Spread:
+class RankStats:
     """stragglers: judges the ranks' own work."""
 
     def __init__(self, ranks: Ranks, stragglers: Stragglers) -> None:
         self.ranks, self.stragglers = ranks, stragglers
 
-    def look(self, step: int, times: Times) -> dict[str, float]:
+    def collect(self, step: int, times: Times) -> dict[str, float]:
         """Metrics over the ranks, of the times since the last line. For all ranks, at log lines."""
         device = self.ranks.device
         bytes_ = [memory.peak(device), memory.headroom(device), memory.retries(device)]
-        rows = self.ranks.rows([*self.stragglers.own_work(times), *bytes_])
-        own = [row[: len(OWN)] for row in rows]
-        waits, peaks, rooms, retries = zip(*([row[0], *row[len(OWN) :]] for row in rows), strict=True)
+        rows = self.ranks.rows([*self.stragglers.rank_work(times), *bytes_])
+        own = [row[: len(WORK)] for row in rows]
+        waits, peaks, rooms, retries = zip(*([row[0], *row[len(WORK) :]] for row in rows), strict=True)
         found = {
             "data_wait_s_max": max(waits),
             "peak_memory_gib": max(peaks) / 2**30,
             "memory_headroom_gib": min(rooms) / 2**30,
-            **self.stragglers.look(step, times, own),
+            **self.stragglers.collect(step, times, own),
         }
         if device.type == "cuda":
             found["alloc_retries"] = sum(retries)

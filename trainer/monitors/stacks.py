@@ -1,4 +1,4 @@
-"""What a rank says of itself when the run hangs, and what the ranks' answers say together.
+"""What a rank says of itself when the run hangs, and what the ranks' statuses say together.
 
 `RUN/stacks/START/` holds, for each rank, `rank-00000.txt` (Python stacks of all threads), `rank-00000.json` (where it
 is) and, last, `rank-00000.collectives.json` (torch's flight recorder: the last collectives, some 1 MB); `report.json`
@@ -28,7 +28,7 @@ OURS = tuple(f"{Path(__file__).parents[2] / room}{os.sep}" for room in ("trainer
 
 
 @dataclass(frozen=True)
-class Answer:
+class RankStatus:
     """One rank: `entered` and `collectives` count the sections and collectives that it has begun since its start."""
 
     rank: int
@@ -45,11 +45,11 @@ class Answer:
     """Innermost line of the training thread in this project's code."""
 
 
-def write_answer(folder: Path, answer: Answer, stacks: TextIO, collectives: bytes | None) -> None:
+def write_status(folder: Path, status: RankStatus, stacks: TextIO, collectives: bytes | None) -> None:
     """Write what this rank knows to `folder`, the large part last, each file whole or not at all. Raises OSError."""
     faulthandler.dump_traceback(stacks)
-    name = f"rank-{answer.rank:05d}"
-    write_json(folder / f"{name}.json", asdict(answer))
+    name = f"rank-{status.rank:05d}"
+    write_json(folder / f"{name}.json", asdict(status))
     if collectives:
         write_atomic(folder / f"{name}.collectives.json", collectives)
 
@@ -60,31 +60,31 @@ def listed(folder: Path, ending: str = ".json") -> list[int]:
     return sorted(int(found[1]) for found in map(named.fullmatch, os.listdir(folder)) if found)
 
 
-def read_answers(folder: Path) -> list[Answer]:
-    """The answers so far, in order of rank."""
-    return [Answer(**json.loads((folder / f"rank-{rank:05d}.json").read_bytes())) for rank in listed(folder)]
+def read_statuses(folder: Path) -> list[RankStatus]:
+    """The statuses so far, in order of rank."""
+    return [RankStatus(**json.loads((folder / f"rank-{rank:05d}.json").read_bytes())) for rank in listed(folder)]
 
 
-def culprit(answers: Sequence[Answer], hosts: Sequence[str]) -> tuple[int | None, str]:
+def suspect_rank(statuses: Sequence[RankStatus], hosts: Sequence[str]) -> tuple[int | None, str]:
     """The rank that the others wait for, None where none is behind them, and a clause that says why.
 
     hosts: of every rank. A rank that gave no answer is the first suspect; then the one that has begun the fewest
     sections, and among equals the fewest collectives.
     """
-    silent = [rank for rank in range(len(hosts)) if rank not in {answer.rank for answer in answers}]
+    silent = [rank for rank in range(len(hosts)) if rank not in {status.rank for status in statuses}]
     if silent:
         rest = f" nor do {len(silent) - 1} others" if len(silent) > 1 else ""
         return silent[
             0
         ], f"rank {silent[0]} on {hosts[silent[0]]} does not answer{rest}: it is gone, stopped or blocked"
-    first = min(answers, key=lambda answer: (answer.entered, answer.collectives))
-    behind = [a for a in answers if (a.entered, a.collectives) == (first.entered, first.collectives)]
+    first = min(statuses, key=lambda status: (status.entered, status.collectives))
+    behind = [a for a in statuses if (a.entered, a.collectives) == (first.entered, first.collectives)]
     where = f"in {first.phase} of step {first.step + 1}, at {first.at}"
-    if len(answers) == 1:
+    if len(statuses) == 1:
         return first.rank, f"rank {first.rank} on {first.host} is {where}"
-    if len(behind) == len(answers):
+    if len(behind) == len(statuses):
         return None, f"no rank is behind the others: all are {where}, last collective {first.collective}"
-    others = max(answers, key=lambda answer: (answer.entered, answer.collectives))
+    others = max(statuses, key=lambda status: (status.entered, status.collectives))
     more = f" with {len(behind) - 1} others as far" if len(behind) > 1 else ""
     return first.rank, (
         f"rank {first.rank} on {first.host} is furthest behind{more}: {where}; the others wait in {others.phase},"

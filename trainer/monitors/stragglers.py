@@ -14,7 +14,7 @@ from typing import Any
 from ..distributed.process_group import Ranks
 from .phase_timer import Times
 
-OWN = ("data", "forward", "backward", "optimizer")
+WORK = ("data", "forward", "backward", "optimizer")
 LINES = 3
 """Log lines in a row after which a rank is named."""
 SHARE, SPREAD = 0.2, 6.0
@@ -29,14 +29,14 @@ class Stragglers:
         self._suspect: int | None = None
         self._lines = 0
 
-    def own_work(self, times: Times) -> list[float]:
-        """This rank's seconds a step in each section of OWN."""
+    def rank_work(self, times: Times) -> list[float]:
+        """This rank's seconds a step in each section of WORK."""
         cpu = self.ranks.device.type == "cpu"
-        mine = [times.wall.get("data", 0.0), *(times.cpu.get(name, 0.0) if cpu else 0.0 for name in OWN[1:])]
+        mine = [times.wall.get("data", 0.0), *(times.cpu.get(name, 0.0) if cpu else 0.0 for name in WORK[1:])]
         return [seconds / max(times.steps, 1) for seconds in mine]
 
-    def look(self, step: int, times: Times, rows: Sequence[Sequence[float]]) -> dict[str, float]:
-        """Metrics of the ranks' own work since the last line, seconds a step. rows: every rank's `own_work`. For all
+    def collect(self, step: int, times: Times, rows: Sequence[Sequence[float]]) -> dict[str, float]:
+        """Metrics of the ranks' own work since the last line, seconds a step. rows: every rank's `rank_work`. For all
         ranks, at log lines."""
         own = [sum(row) for row in rows]
         slowest = max(range(len(own)), key=own.__getitem__)
@@ -54,14 +54,14 @@ class Stragglers:
         if slow is not None and self._lines == LINES:
             others = [row for rank, row in enumerate(rows) if rank != slow]
             usual = [statistics.median(column) for column in zip(*others, strict=True)]
-            worst = max(range(len(OWN)), key=lambda section: rows[slow][section] - usual[section])
+            worst = max(range(len(WORK)), key=lambda section: rows[slow][section] - usual[section])
             self.report(
                 {
                     "event": "straggler",
                     "step": step,
                     "rank": slow,
                     "host": self.hosts[slow],
-                    "phase": OWN[worst],
+                    "phase": WORK[worst],
                     "seconds": rows[slow][worst],
                     "others_median_s": usual[worst],
                 }

@@ -1,6 +1,6 @@
 """Ends a run that hangs: all ranks' stacks, the rank that the others wait for, and a code that asks for a new start.
 
-A thread of every rank looks at the rank's own `Sections`. Training is in lockstep, so when one rank hangs all of them
+A thread of every rank looks at the rank's own `PhaseTimer`. Training is in lockstep, so when one rank hangs all of them
 are silent soon after; each then writes its stacks to the run folder, and the lowest rank that can speaks for all.
 Two clocks of the operating system stand behind the thread, for a rank whose interpreter is blocked as a whole.
 """
@@ -22,8 +22,8 @@ from ...slurm.exit_codes import HUNG
 from ..distributed.exit_timer import ExitTimer
 from ..distributed.process_group import Ranks
 from ..distributed.rendezvous import this_host
-from .hang import Hang, last_s, say
-from .phase_timer import Sections
+from .hang import HangReport, exit_timeout_s, report_exit
+from .phase_timer import PhaseTimer
 
 POLL_S = 1.0
 FLOOR_S, STEPS = 100.0, 20
@@ -31,11 +31,11 @@ FLOOR_S, STEPS = 100.0, 20
 
 
 class Watchdog:
-    """Watches `sections` inside a `with` block of the training thread."""
+    """Watches `phases` inside a `with` block of the training thread."""
 
-    def __init__(self, settings: Settings, sections: Sections) -> None:
+    def __init__(self, settings: Settings, phases: PhaseTimer) -> None:
         self.settings = settings
-        self.sections = sections
+        self.phases = phases
         self._training = threading.get_ident()
         self._folder: Path | None = None
         self._file: TextIO | None = None
@@ -46,15 +46,15 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self.sections.on_ordinary = self._set_timers
+        self.phases.on_steady_state = self._set_timers
         self._thread.start()
         return self
 
-    def meet(self, ranks: Ranks, folder: Path) -> Sequence[str]:
-        """The ranks know each other and own the run: from now on answers go to `folder/stacks/START`. For all ranks;
+    def attach(self, ranks: Ranks, folder: Path) -> Sequence[str]:
+        """The ranks know each other and own the run: from now on statuses go to `folder/stacks/START`. For all ranks;
         returns their hosts."""
-        answers = ranks.gather((this_host(), time.strftime("%Y%m%d-%H%M%S", time.gmtime())))
-        hosts, starts = zip(*answers, strict=True)
+        statuses = ranks.gather((this_host(), time.strftime("%Y%m%d-%H%M%S", time.gmtime())))
+        hosts, starts = zip(*statuses, strict=True)
         place = folder / "stacks" / starts[0]
         place.mkdir(parents=True, exist_ok=True)
         # Open beforehand: what writes into it in the end may be unable to open anything.
@@ -66,9 +66,9 @@ class Watchdog:
         """The run is over. Ranks that had nothing to say leave nothing in the run folder."""
         self._over.set()
         self._thread.join()
-        self.leave_nothing()
+        self.remove_empty_stacks()
 
-    def leave_nothing(self) -> None:
+    def remove_empty_stacks(self) -> None:
         """Remove this rank's stacks file, into which nothing was written."""
         if self._folder and self._file:
             self._file.close()
@@ -80,28 +80,28 @@ class Watchdog:
 
     def bound_s(self) -> float:
         """Seconds that the step under way may take in all."""
-        settings, usual = self.settings, self.sections.median_step()
+        settings, usual = self.settings, self.phases.median_step()
         step = settings.step_timeout_s or (max(FLOOR_S, STEPS * usual) if usual else settings.startup_timeout_s)
         return {"start": settings.startup_timeout_s, "long": settings.save_timeout_s, "step": step}[
-            self.sections.patience
+            self.phases.timeout_class
         ]
 
     def _watch(self) -> None:
         while not self._over.wait(POLL_S):
-            silent, bound = time.monotonic() - self.sections.last_step, self.bound_s()
+            silent, bound = time.monotonic() - self.phases.last_step, self.bound_s()
             if silent > bound or (silent > bound / 2 and self._asked()):
                 self._end(silent, bound)
             self._set_timers()
-        self.sections.on_ordinary = lambda: None
+        self.phases.on_steady_state = lambda: None
         faulthandler.cancel_dump_traceback_later()
         self._exit.cancel()
 
     def _set_timers(self) -> None:
         """They go off only if the thread cannot put them off again. A long bound that ends between two of its looks
         must not stay with them, so the training thread sets them then."""
-        rest = max(0.0, self.bound_s() - (time.monotonic() - self.sections.last_step))
+        rest = max(0.0, self.bound_s() - (time.monotonic() - self.phases.last_step))
         faulthandler.dump_traceback_later(rest + 2 * POLL_S, file=self._file or sys.stderr)
-        self._exit.set(rest + last_s(len(self._hosts)))
+        self._exit.set(rest + exit_timeout_s(len(self._hosts)))
 
     def _asked(self) -> bool:
         """Whether another rank has given up waiting; looked for only when this one waits too."""
@@ -110,24 +110,26 @@ class Watchdog:
         return False
 
     def _end(self, silent: float, bound: float) -> None:
-        self._exit.set(last_s(len(self._hosts)))
+        self._exit.set(exit_timeout_s(len(self._hosts)))
         if self._folder is None or self._file is None:
             faulthandler.dump_traceback(sys.stderr)
-            say(f"no step for {silent:.0f} s (bound {bound:.0f} s), before the ranks had met; stacks above")
+            report_exit(f"no step for {silent:.0f} s (bound {bound:.0f} s), before the ranks had met; stacks above")
         else:
             try:
                 (self._folder / "asked").touch()
-                Hang(
+                HangReport(
                     rank=self._rank,
                     hosts=self._hosts,
                     folder=self._folder,
-                    sections=self.sections,
+                    phases=self.phases,
                     training=self._training,
                     stacks=self._file,
                     stalled_s=silent,
                     bound_s=bound,
-                ).answer_and_report()
+                ).collect_and_report()
             except OSError as error:
                 faulthandler.dump_traceback(sys.stderr)
-                say(f"rank {self._rank} hangs and {self._folder} cannot be written ({error.strerror}); stacks above")
+                report_exit(
+                    f"rank {self._rank} hangs and {self._folder} cannot be written ({error.strerror}); stacks above"
+                )
         os._exit(HUNG)

@@ -11,7 +11,7 @@ from ...slurm.exit_record import grace, stop_s
 from ..checkpoint.manager import Saver
 from ..checkpoint.state import capture, capture_statistics, restore
 from ..distributed.stop_signals import TRAINING
-from ..monitors.rank_stats import Spread
+from ..monitors.rank_stats import RankStats
 from ..monitors.stragglers import Stragglers
 from ..monitors.utilisation import Utilisation
 from ..optim.ema import Ema
@@ -38,12 +38,12 @@ def build(run: RunContext, after_step: Callable[[Progress], None]) -> TrainerCom
     point = find_resume_point(run)
     kernels = ranks.agreed(lambda: inputs.stage.choose_kernels(ranks, run.folder))
     engine, ema = _engine(run, point)
-    run.sections.step = point.progress.step
+    run.phases.step = point.progress.step
     record = open_record(run, point, engine, kernels)
     saver = _saver(run, point, record, engine, ema)
 
     run.stop.phase = TRAINING
-    preview = ranks.agreed(lambda: sampler(inputs.stage, engine, inputs.dataset, ranks, run.folder, run.sections))
+    preview = ranks.agreed(lambda: sampler(inputs.stage, engine, inputs.dataset, ranks, run.folder, run.phases))
     if ranks.first:
         run.stop.announce()
 
@@ -73,8 +73,8 @@ def build(run: RunContext, after_step: Callable[[Progress], None]) -> TrainerCom
         metrics=record.metrics,
         console=record.console,
         stop=run.stop,
-        sections=run.sections,
-        spread=Spread(ranks, Stragglers(ranks, run.hosts, record.metrics.write)),
+        phases=run.phases,
+        rank_stats=RankStats(ranks, Stragglers(ranks, run.hosts, record.metrics.write)),
         utilisation=_utilisation(run),
         after_step=at_the_end_of_a_step,
         loaders=loaders,
@@ -110,7 +110,7 @@ def _saver(run: RunContext, point: ResumePoint, record: RunRecord, engine: Engin
     )
     if ranks.first:
         guess = grace(run.folder)
-        run.stop.end_before(run.ends_at, lambda: stop_s(run.sections.median_step(), list(saver.seconds)) or guess)
+        run.stop.end_before(run.ends_at, lambda: stop_s(run.phases.median_step(), list(saver.seconds)) or guess)
     return saver
 
 

@@ -13,8 +13,8 @@ from ..distributed.process_group import Ranks
 from ..distributed.stop_signals import StopSignals
 from ..monitors.console import Console
 from ..monitors.goodput import AccountedMetrics
-from ..monitors.phase_timer import Sections
-from ..monitors.rank_stats import Spread
+from ..monitors.phase_timer import PhaseTimer
+from ..monitors.rank_stats import RankStats
 from ..monitors.tracking import Mirror
 from ..monitors.utilisation import Utilisation
 from ..optim.ema import Ema
@@ -45,8 +45,8 @@ class TrainerComponents:
     metrics: AccountedMetrics
     console: Console
     stop: StopSignals
-    sections: Sections
-    spread: Spread
+    phases: PhaseTimer
+    rank_stats: RankStats
     utilisation: Utilisation
     after_step: Callable[[Progress], None]
     """Called at the end of every step, on every rank."""

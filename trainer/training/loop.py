@@ -26,7 +26,7 @@ def run(parts: TrainerComponents, progress: Progress) -> bool:
 
     Raises Unhealthy when bad numbers do not end, DataError for unreadable data.
     """
-    recipe, section = parts.recipe, parts.sections
+    recipe, phase = parts.recipe, parts.phases
     health = Health(recipe.health, progress)
     bad_samples = BadSamples(recipe.data.max_bad_fraction)
     meter = Meter()
@@ -34,7 +34,7 @@ def run(parts: TrainerComponents, progress: Progress) -> bool:
 
     while health.exhausted or progress.step < recipe.steps:
         if health.exhausted:
-            with section("rollback"):
+            with phase("rollback"):
                 parts.recover(progress)
                 batches = parts.batches(progress)
             continue
@@ -48,7 +48,7 @@ def run(parts: TrainerComponents, progress: Progress) -> bool:
 
         progress.step += 1
         progress.batch += 1
-        section.step_done(progress.step)
+        phase.step_done(progress.step)
         progress.samples += recipe.global_batch
         progress.digest = SequenceDigest(progress.digest).advance(*total.names)
         health.record(not applied, total.loss, total.grad_norm)
@@ -61,7 +61,7 @@ def run(parts: TrainerComponents, progress: Progress) -> bool:
         if last or progress.step % recipe.log_every == 0:
             _log(parts, progress, total, lr, meter)
         if last or total.stops or parts.saver.due(progress.step):
-            with section("save"):
+            with phase("save"):
                 parts.save(progress)
                 if last or total.stops:
                     parts.saver.finish()
@@ -96,18 +96,18 @@ class _Total(NamedTuple):
 
 def _accumulate(parts: TrainerComponents, progress: Progress, batches: Iterator[Batch]) -> _Share:
     """The forward and backward passes of a step."""
-    ranks, engine, section = parts.ranks, parts.engine, parts.sections
+    ranks, engine, phase = parts.ranks, parts.engine, parts.phases
     passes, normalizer = parts.recipe.accumulation(ranks.size), parts.normalizer(progress.batch)
     mine = _Share(torch.zeros((), device=ranks.device), torch.zeros(parts.stage.sums, device=ranks.device))
     for number in range(passes):
-        with section("data"):
+        with phase("data"):
             batch = next(batches)
         mine.keys += batch.keys
         mine.names += batch.names
         mine.replaced += batch.replaced
-        with section("forward"):
+        with phase("forward"):
             losses = engine.forward(_on_device(batch, ranks) | {"normalizer": normalizer})
-        with section("backward"):
+        with phase("backward"):
             engine.backward(losses.loss)
         mine.loss = mine.loss + losses.loss.detach()
         mine.sums = mine.sums + losses.sums
@@ -120,7 +120,7 @@ def _accumulate(parts: TrainerComponents, progress: Progress, batches: Iterator[
 def _exchange(parts: TrainerComponents, mine: _Share) -> _Total:
     """One exchange per step settles all that the ranks must agree on."""
     ranks, engine = parts.ranks, parts.engine
-    with parts.sections("exchange"):
+    with parts.phases("exchange"):
         *values, norm = torch.cat((mine.loss[None], mine.sums, engine.grad_norm()[None])).tolist()
         values += [norm**2, *SequenceDigest.fingerprint(mine.names), len(mine.replaced), parts.stop.asked() is not None]
         loss, *sums, norm_squared, low, high, replaced, stops = ranks.total(values)
@@ -130,7 +130,7 @@ def _exchange(parts: TrainerComponents, mine: _Share) -> _Total:
 
 def _update(parts: TrainerComponents, lr: float, skip: bool) -> bool:
     """Update weights and average; returns whether that was done."""
-    with parts.sections("optimizer"):
+    with parts.phases("optimizer"):
         applied = parts.engine.step(lr, skip)
         if applied and parts.ema is not None:
             parts.ema.update(parts.engine.masters(), parts.engine.model.statistics())
@@ -152,7 +152,7 @@ def _report_replaced(parts: TrainerComponents, progress: Progress, mine: _Share)
 
 def _log(parts: TrainerComponents, progress: Progress, total: _Total, lr: float, meter: Meter) -> None:
     """The metric line of a step. For all ranks."""
-    times = parts.sections.take()
+    times = parts.phases.take()
     rates = meter.rates(times)
     record = {
         "step": progress.step,
@@ -164,7 +164,7 @@ def _log(parts: TrainerComponents, progress: Progress, total: _Total, lr: float,
         "lr": lr,
         **rates,
         **parts.utilisation.rates(rates["samples_per_s"], rates["tokens_per_s"], rates["step_s"]),
-        **parts.spread.look(progress.step, times),
+        **parts.rank_stats.collect(progress.step, times),
         "skipped_steps": progress.skipped_steps,
         "data_digest": progress.digest,
     }

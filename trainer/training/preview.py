@@ -29,7 +29,7 @@ from ..errors import RunError
 from ..inference.contact_sheet import sheet
 from ..inference.generator import Generator, Settings, load_controlnet, load_flux
 from ..models.prompt import PromptTemplate
-from ..monitors.phase_timer import Sections
+from ..monitors.phase_timer import PhaseTimer
 from ..monitors.renames import PREVIEWS
 from ..optim.engine import Engine
 from ..optim.train_state import Progress
@@ -43,7 +43,7 @@ Rows = dict[str, list[Image.Image]]
 
 
 def sampler(
-    stage: Stage, engine: Engine, dataset: Dataset, ranks: Ranks, folder: Path, section: Sections
+    stage: Stage, engine: Engine, dataset: Dataset, ranks: Ranks, folder: Path, phase: PhaseTimer
 ) -> Callable[[Progress], None]:
     """What makes `previews/step-NNNNNNNN.png` in the run folder at the recipe's steps, and nothing at others."""
     recipe: Recipe = stage.recipe
@@ -57,7 +57,7 @@ def sampler(
 
     def after_step(progress: Progress) -> None:
         if progress.step % every == 0:
-            with section("previews"):
+            with phase("previews"):
                 write(engine.undisturbed(draw), progress.step)
 
     def write(rows: Rows, step: int) -> None:

@@ -85,7 +85,7 @@ class Recovery:
             self.saver.local.clear()
         past: dict[str, float] = {}
         try:
-            past = self.metrics.go_on(there.step, time.time(), None)
+            past = self.metrics.resume(there.step, time.time(), None)
         except OSError as error:  # the file is still read right: later lines of a step replace earlier ones
             log.error("%s still holds the lines of steps given up: %s", self.metrics.path, error.strerror)
         event = {"event": "rollback", "step": progress.step, "to": there.step, "batch": there.batch}

@@ -17,7 +17,7 @@ from ..distributed.stop_signals import StopSignals
 from ..distributed.topology import check_ranks
 from ..errors import RunError
 from ..monitors.heartbeat import Heartbeat
-from ..monitors.phase_timer import Sections
+from ..monitors.phase_timer import PhaseTimer
 from ..monitors.watchdog import Watchdog
 from .inputs import Inputs, open_inputs
 
@@ -34,7 +34,7 @@ class RunContext:
     stop: StopSignals
     ends_at: float
     """Unix time of the job's limit; infinity without one."""
-    sections: Sections
+    phases: PhaseTimer
     heartbeat: Heartbeat
     previous_owner: dict[str, Any] | None
     """Owner of the lock that the attempt before left behind, where it died."""
@@ -54,10 +54,10 @@ def open_run(recipe: Recipe) -> Iterator[RunContext]:
     at the end. RunError and DataError are raised on every rank alike."""
     stop = StopSignals()
     ends_at = _ends_at()
-    sections = Sections()
+    phases = PhaseTimer()
     folder = Path(recipe.runs_dir) / recipe.name
     bounds = recipe.watchdog
-    with Watchdog(bounds, sections) as watchdog:
+    with Watchdog(bounds, phases) as watchdog:
         # The collectives' own time limit comes after the watchdog's: it says more.
         ranks = join(
             timedelta(seconds=max(bounds.startup_timeout_s, bounds.save_timeout_s) + 300), bounds.startup_timeout_s / 5
@@ -68,12 +68,12 @@ def open_run(recipe: Recipe) -> Iterator[RunContext]:
             print("\n".join(topology), flush=True)
         inputs = ranks.agreed(lambda: open_inputs(recipe, ranks.size, ranks.rank, ranks.gather))
         with RunLock(folder) as lock, Heartbeat(BEAT_S) as heartbeat:
-            stop.at_quit += [lock.release, watchdog.leave_nothing]
+            stop.at_quit += [lock.release, watchdog.remove_empty_stacks]
             previous = ranks.agreed(lambda: lock.acquire() if ranks.first else None)
             if ranks.first:
-                heartbeat.actions.append(lambda: lock.beat(sections.step))
-            hosts = ranks.agreed(lambda: watchdog.meet(ranks, folder))
-            yield RunContext(inputs, ranks, folder, stop, ends_at, sections, heartbeat, previous, topology, hosts)
+                heartbeat.actions.append(lambda: lock.beat(phases.step))
+            hosts = ranks.agreed(lambda: watchdog.attach(ranks, folder))
+            yield RunContext(inputs, ranks, folder, stop, ends_at, phases, heartbeat, previous, topology, hosts)
 
 
 def _ends_at() -> float:

@@ -69,9 +69,9 @@ def open_record(run: RunContext, point: ResumePoint, engine: Engine, kernels: di
             if ranks.first:
                 _describe(run, kernels)
             log_to_file(run.folder / "logs", ranks.rank)
-            return metrics.go_on(progress.step, begun, run.previous_owner)
+            return metrics.resume(progress.step, begun, run.previous_owner)
         except OSError as error:  # a full disk is reported without a name
-            raise RunError.of_storage(error.filename or run.folder, error) from error
+            raise RunError.from_storage_error(error.filename or run.folder, error) from error
 
     past = ranks.agreed(open_folder)
     for operation, choice in kernels.items():

@@ -185,7 +185,7 @@ def test_every_command_says_them_in_one_line(monkeypatch, capsys, tmp_path, erro
 
 STEPS = {
     "base model": "stages.patch_latents.load_tokenizer",
-    "watchdog": "monitors.watchdog:Watchdog.meet",
+    "watchdog": "monitors.watchdog:Watchdog.attach",
     "frozen weights": "models.weights:WeightFiles.content_hash",
     "checkpoints": "training.resume_point.check_continuation",
     "kernels": "stages.patch_latents:PatchLatentStage.choose_kernels",

@@ -87,26 +87,34 @@ def test_ranks_of_one_start_meet() -> None:
 @pytest.mark.multi
 def test_a_rank_of_an_earlier_start_is_none_of_ours() -> None:
     first, second = meet("1", "0", wait_s=5)
-    assert "here" not in first.stdout and "Unmet: rank 1 of 2 did not come within 5 s" in first.stderr, first.stderr
-    assert "here" not in second.stdout and "Unmet: rank 1: rank 0 has not come" in second.stderr, second.stderr
+    assert "here" not in first.stdout and "RendezvousTimeout: rank 1 of 2 did not come within 5 s" in first.stderr, (
+        first.stderr
+    )
+    assert "here" not in second.stdout and "RendezvousTimeout: rank 1: rank 0 has not come" in second.stderr, (
+        second.stderr
+    )
 
 
 @pytest.mark.multi
 def test_a_rank_that_never_comes_is_named_with_its_node() -> None:
     for rank in meet("1", "1", None, SLURM_STEP_NODELIST="node[0-2]"):
-        assert rank.returncode and "Unmet: rank 2 of 3 did not come within 10 s, on node2\n" in rank.stderr, rank.stderr
+        assert (
+            rank.returncode and "RendezvousTimeout: rank 2 of 3 did not come within 10 s, on node2\n" in rank.stderr
+        ), rank.stderr
 
 
 @pytest.mark.multi
 def test_nobody_opens_the_meeting() -> None:
     (second,) = meet(None, "1", wait_s=5)
-    assert second.returncode and "Unmet: rank 1: rank 0 cannot be reached at 127.0.0.1:" in second.stderr
+    assert second.returncode and "RendezvousTimeout: rank 1: rank 0 cannot be reached at 127.0.0.1:" in second.stderr
 
 
 @pytest.mark.multi
 def test_a_rank_whose_device_never_answers_is_named() -> None:
     (first,) = meet("1", "1", blocked=1)
-    assert "Unmet: rank 1 of 2 came, but no device answered there within 10 s, on node1\n" in first.stderr, first.stderr
+    assert (
+        "RendezvousTimeout: rank 1 of 2 came, but no device answered there within 10 s, on node1\n" in first.stderr
+    ), first.stderr
 
 
 @pytest.mark.multi

@@ -26,7 +26,7 @@ def event(at: float, kind: str, step: int, **rest: float) -> dict:
 
 def went(metrics: AccountedMetrics, step: int, begun: float, ready: float, owner: dict | None = None) -> dict:
     """Go on after `step` with a process that began and was ready at these moments; returns the event."""
-    past = metrics.go_on(step, START + begun, owner)
+    past = metrics.resume(step, START + begun, owner)
     record = event(ready, "start", step, startup_s=ready - begun, **past)
     metrics.write(record)
     return record
@@ -86,7 +86,7 @@ def test_a_roll_back(tmp_path: Path) -> None:
     went(metrics, 0, 0, 10)
     for step in range(1, 5):
         metrics.write(line(10 + 5 * step, step, step_s=5))
-    past = metrics.go_on(2, START + 32, None)
+    past = metrics.resume(2, START + 32, None)
     assert past == {"downtime_s": pytest.approx(2), "kept_s": 0, "lost_s": pytest.approx(10), "lost_steps": 2}
     metrics.write({**event(34, "rollback", 4, to=2), **past})
     metrics.write(line(40, 3, step_s=6))

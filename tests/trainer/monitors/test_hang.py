@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from bifrost.trainer.monitors import hang, stacks
-from bifrost.trainer.monitors.hang import Hang, answer_s, last_s
-from bifrost.trainer.monitors.phase_timer import Sections
-from bifrost.trainer.monitors.stacks import Answer, write_answer, write_json
+from bifrost.trainer.monitors.hang import HangReport, collection_timeout_s, exit_timeout_s
+from bifrost.trainer.monitors.phase_timer import PhaseTimer
+from bifrost.trainer.monitors.stacks import RankStatus, write_json, write_status
 
 _accesses: Counter[tuple[int, str]] | None = None
 
@@ -35,8 +35,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
-def answer(rank: int, entered: int = 40, collective: str | None = None) -> dict:
-    return asdict(Answer(rank, f"node{rank}", 1, 6, "forward", 70.0, entered, 0, collective, "a:1 f"))
+def status(rank: int, entered: int = 40, collective: str | None = None) -> dict:
+    return asdict(RankStatus(rank, f"node{rank}", 1, 6, "forward", 70.0, entered, 0, collective, "a:1 f"))
 
 
 def give_up(folder: Path, rank: int, ranks: int) -> threading.Thread:
@@ -45,10 +45,10 @@ def give_up(folder: Path, rank: int, ranks: int) -> threading.Thread:
     def answering() -> None:
         with open(folder / f"rank-{rank:05d}.txt", "w") as file:
             hosts = [f"node{rank}" for rank in range(ranks)]
-            Hang(rank, hosts, folder, sections, threading.get_ident(), file, 70.0, 60.0).answer_and_report()
+            HangReport(rank, hosts, folder, phases, threading.get_ident(), file, 70.0, 60.0).collect_and_report()
 
-    sections = Sections()
-    sections.step, sections.entered = 6, 40
+    phases = PhaseTimer()
+    phases.step, phases.entered = 6, 40
     thread = threading.Thread(target=answering)
     thread.start()
     return thread
@@ -61,9 +61,9 @@ def report(folder: Path) -> dict:
 def test_the_work_of_all_ranks_grows_with_their_number(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(hang, "ANSWER_S", 4.0)
+    monkeypatch.setattr(hang, "COLLECTION_S", 4.0)
     for rank in range(4, 400):
-        write_json(folder / f"rank-{rank:05d}.json", answer(rank, entered=39 if rank == 7 else 40))
+        write_json(folder / f"rank-{rank:05d}.json", status(rank, entered=39 if rank == 7 else 40))
     global _accesses
     _accesses = Counter()
     try:
@@ -85,11 +85,11 @@ def test_the_work_of_all_ranks_grows_with_their_number(
 
 
 def test_slow_answers_of_many_ranks_are_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hang, "ANSWER_S", 1.0)
+    monkeypatch.setattr(hang, "COLLECTION_S", 1.0)
 
     def write(*ranks: int) -> None:
         for rank in ranks:
-            write_json(folder / f"rank-{rank:05d}.json", answer(rank, entered=39 if rank == 7 else 40))
+            write_json(folder / f"rank-{rank:05d}.json", status(rank, entered=39 if rank == 7 else 40))
 
     write(*range(1, 256))
     late = threading.Timer(1.5, write, range(256, 512))
@@ -100,9 +100,9 @@ def test_slow_answers_of_many_ranks_are_waited_for(folder: Path, monkeypatch: py
 
 
 def test_without_rank_0_the_lowest_one_reports(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
-    monkeypatch.setattr(hang, "ANSWER_S", 1.0)
+    monkeypatch.setattr(hang, "COLLECTION_S", 1.0)
     for rank in range(5, 200):
-        write_json(folder / f"rank-{rank:05d}.json", answer(rank))
+        write_json(folder / f"rank-{rank:05d}.json", status(rank))
     for thread in [give_up(folder, rank, 200) for rank in (2, 3, 4)]:
         thread.join()
     assert report(folder)["rank"] == 0 and "nor do 1 others" in report(folder)["reason"]
@@ -111,8 +111,8 @@ def test_without_rank_0_the_lowest_one_reports(folder: Path, monkeypatch: pytest
 
 
 def test_the_ranks_leave_when_all_collectives_are_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hang, "ANSWER_S", 20.0)
-    write_json(folder / "rank-00001.json", answer(1, collective="gloo:all_reduce (under way)"))
+    monkeypatch.setattr(hang, "COLLECTION_S", 20.0)
+    write_json(folder / "rank-00001.json", status(1, collective="gloo:all_reduce (under way)"))
     thread = give_up(folder, 0, 2)
     while not (folder.parents[1] / "metrics.jsonl").exists():
         time.sleep(0.1)
@@ -131,10 +131,10 @@ def test_an_answer_comes_before_its_collectives(folder: Path, monkeypatch: pytes
     monkeypatch.setattr(stacks, "write_atomic", write)
     monkeypatch.setattr("bifrost.trainer.io.write_atomic", write)
     with open(folder / "rank-00003.txt", "w") as file:
-        write_answer(folder, Answer(**answer(3)), file, b"{}")
+        write_status(folder, RankStatus(**status(3)), file, b"{}")
     assert written == ["rank-00003.json", "rank-00003.collectives.json"]
 
 
 def test_time_for_answers() -> None:
-    assert [answer_s(ranks) for ranks in (1, 128, 512)] == [10, 10, 40]
-    assert [last_s(ranks) for ranks in (2, 128, 512)] == [30, 30, 120]
+    assert [collection_timeout_s(ranks) for ranks in (1, 128, 512)] == [10, 10, 40]
+    assert [exit_timeout_s(ranks) for ranks in (2, 128, 512)] == [30, 30, 120]

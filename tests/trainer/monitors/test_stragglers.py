@@ -63,7 +63,7 @@ def watch(others: list[list[list[float]]], own: float = 1.0) -> list[dict]:
     stragglers = Stragglers(Ranks(0, 4, torch.device("cpu")), ["a", "b", "c", "d"], events.append)
     times = Times({"forward": 2.0}, {"forward": own}, 1)
     for step, rows in enumerate(others):
-        stragglers.look(step, times, [stragglers.own_work(times), *rows])
+        stragglers.collect(step, times, [stragglers.rank_work(times), *rows])
     return events
 
 

@@ -362,7 +362,7 @@ def test_stop_signals_leave_the_mirror_at_work_and_it_is_polite(server, client, 
     assert os.getpriority(os.PRIO_PROCESS, mirror.process.pid) >= 10
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         os.kill(mirror.process.pid, number)
-    with pytest.raises(RunError, match="is being sent by another process, its mirror"):
+    with pytest.raises(RunError, match="is being sent by another process"):
         sync(run.folder)
     log_steps(run, (10,))
     assert mirror.finish(30)

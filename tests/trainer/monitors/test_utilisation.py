@@ -13,7 +13,7 @@ from bifrost.trainer.models.backbone import read_config
 from bifrost.trainer.models.hub import locate
 from bifrost.trainer.monitors import memory
 from bifrost.trainer.monitors.phase_timer import Times
-from bifrost.trainer.monitors.rank_stats import Spread
+from bifrost.trainer.monitors.rank_stats import RankStats
 from bifrost.trainer.monitors.stragglers import Stragglers
 from bifrost.trainer.monitors.utilisation import Utilisation
 from bifrost.trainer.planner.devices import find_device
@@ -91,7 +91,7 @@ class Three(Ranks):
 def test_spread_over_ranks() -> None:
     ranks = Three(0, 3, CPU)
     times = Times({"data": 4.0, "forward": 2.0}, {"forward": 1.0}, 2)
-    found = Spread(ranks, Stragglers(ranks, ["a", "b", "c"], lambda event: None)).look(2, times)
+    found = RankStats(ranks, Stragglers(ranks, ["a", "b", "c"], lambda event: None)).collect(2, times)
     assert found["data_wait_s_max"] == pytest.approx(3.0)
     assert (found["rank_work_s_median"], found["rank_work_s_max"], found["slowest_rank"]) == pytest.approx(
         (2.5, 3.5, 1)
@@ -110,7 +110,7 @@ def test_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     assert memory.headroom(gpu) == 140 - 3 - 120 and memory.peak(gpu) == 110
     ranks = Three(0, 3, gpu)
-    found = Spread(ranks, Stragglers(ranks, ["a"] * 3, lambda event: None)).look(1, Times({}, {}, 1))
+    found = RankStats(ranks, Stragglers(ranks, ["a"] * 3, lambda event: None)).collect(1, Times({}, {}, 1))
     assert found["alloc_retries"] == 2 + 7 + 2
 
 

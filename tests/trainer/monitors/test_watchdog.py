@@ -15,8 +15,8 @@ import ranked
 import runs
 from bifrost.recipes.schema import Watchdog as Settings
 from bifrost.slurm.exit_codes import HUNG
-from bifrost.trainer.monitors.phase_timer import Sections
-from bifrost.trainer.monitors.stacks import Answer, culprit
+from bifrost.trainer.monitors.phase_timer import PhaseTimer
+from bifrost.trainer.monitors.stacks import RankStatus, suspect_rank
 from bifrost.trainer.monitors.watchdog import FLOOR_S, Watchdog
 
 BOUND = 8.0
@@ -131,9 +131,9 @@ def test_before_the_ranks_have_met(tmp_path: Path) -> None:
     """A rank whose peers never come: its stack goes to stderr."""
     script = (
         "import time; from bifrost.recipes.schema import Watchdog as Settings;"
-        "from bifrost.trainer.monitors.phase_timer import Sections;"
+        "from bifrost.trainer.monitors.phase_timer import PhaseTimer;"
         "from bifrost.trainer.monitors.watchdog import Watchdog;"
-        "watchdog = Watchdog(Settings(startup_timeout_s=0.5), Sections()).__enter__(); time.sleep(100)"
+        "watchdog = Watchdog(Settings(startup_timeout_s=0.5), PhaseTimer()).__enter__(); time.sleep(100)"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert ended.returncode == HUNG
@@ -148,43 +148,43 @@ def test_a_run_that_goes_well_leaves_no_stacks(shards: Path, tmp_path: Path) -> 
 
 
 def test_bounds() -> None:
-    sections = Sections()
-    watchdog = Watchdog(Settings(startup_timeout_s=1000, save_timeout_s=500), sections)
+    phases = PhaseTimer()
+    watchdog = Watchdog(Settings(startup_timeout_s=1000, save_timeout_s=500), phases)
     assert watchdog.bound_s() == 1000
-    sections.step_done(1)
+    phases.step_done(1)
     assert watchdog.bound_s() == 1000, "no step is timed yet"
     for step in range(2, 8):
-        with sections("forward"):
+        with phases("forward"):
             pass
-        sections.step_done(step)
+        phases.step_done(step)
     assert watchdog.bound_s() == FLOOR_S
-    sections._durations.extend([30.0] * 50)
+    phases._durations.extend([30.0] * 50)
     assert watchdog.bound_s() == 600
-    with sections("save"):
+    with phases("save"):
         assert watchdog.bound_s() == 500
-    with sections("forward"):
+    with phases("forward"):
         assert watchdog.bound_s() == 500, "other ranks may still be saving"
-    sections.step_done(8)
+    phases.step_done(8)
     assert watchdog.bound_s() == 600
-    assert 30.0 in sections._durations and max(sections._durations) == 30.0
-    assert Watchdog(Settings(step_timeout_s=3), sections).bound_s() == 3
+    assert 30.0 in phases._durations and max(phases._durations) == 30.0
+    assert Watchdog(Settings(step_timeout_s=3), phases).bound_s() == 3
 
 
-def answer(rank: int, entered: int, collectives: int, section: str = "forward") -> Answer:
-    return Answer(
+def status(rank: int, entered: int, collectives: int, section: str = "forward") -> RankStatus:
+    return RankStatus(
         rank, f"node{rank}", 1, 6, section, 70.0, entered, collectives, "nccl:all_gather (under way)", "a:1 f"
     )
 
 
 def test_who_is_behind() -> None:
     hosts = ["node0", "node1", "node2"]
-    rank, text = culprit([answer(0, 40, 9), answer(1, 39, 9, "data"), answer(2, 40, 9)], hosts)
+    rank, text = suspect_rank([status(0, 40, 9), status(1, 39, 9, "data"), status(2, 40, 9)], hosts)
     assert rank == 1 and "rank 1 on node1 is furthest behind: in data of step 7" in text and "wait in forward" in text
-    assert culprit([answer(0, 40, 9), answer(1, 40, 9), answer(2, 40, 8)], hosts)[0] == 2
-    rank, text = culprit([answer(0, 40, 8), answer(1, 40, 9), answer(2, 40, 8)], hosts)
+    assert suspect_rank([status(0, 40, 9), status(1, 40, 9), status(2, 40, 8)], hosts)[0] == 2
+    rank, text = suspect_rank([status(0, 40, 8), status(1, 40, 9), status(2, 40, 8)], hosts)
     assert rank == 0 and "with 1 others as far" in text
-    rank, text = culprit([answer(rank, 40, 9) for rank in range(3)], hosts)
+    rank, text = suspect_rank([status(rank, 40, 9) for rank in range(3)], hosts)
     assert rank is None and "no rank is behind" in text and "nccl:all_gather" in text
-    rank, text = culprit([answer(0, 3, 9), answer(2, 40, 9)], hosts)
+    rank, text = suspect_rank([status(0, 3, 9), status(2, 40, 9)], hosts)
     assert rank == 1 and "rank 1 on node1" in text and "does not answer" in text
-    assert culprit([answer(0, 3, 9)], ["node0"]) == (0, "rank 0 on node0 is in forward of step 7, at a:1 f")
+    assert suspect_rank([status(0, 3, 9)], ["node0"]) == (0, "rank 0 on node0 is in forward of step 7, at a:1 f")

@@ -10,7 +10,7 @@ import torch
 from bifrost.data import open_dataset, write_shard
 from bifrost.recipes import load_recipe
 from bifrost.trainer.monitors.meter import Meter
-from bifrost.trainer.monitors.phase_timer import Sections
+from bifrost.trainer.monitors.phase_timer import PhaseTimer
 from bifrost.trainer.optim.ema import Ema
 from bifrost.trainer.optim.lr_schedule import learning_rate
 from bifrost.trainer.training.data_digest import SequenceDigest, comparable
@@ -92,14 +92,14 @@ def test_digests_of_earlier_releases_are_continued_and_not_compared() -> None:
 
 
 def test_rates_leave_out_what_is_not_the_steps() -> None:
-    meter, section = Meter(), Sections()
-    with section("save"):
+    meter, phase = Meter(), PhaseTimer()
+    with phase("save"):
         time.sleep(0.2)
-    with section("data"):
+    with phase("data"):
         time.sleep(0.05)
     meter.count(10, 100)
-    section.step_done(1)
-    rates = meter.rates(section.take())
+    phase.step_done(1)
+    rates = meter.rates(phase.take())
     assert rates["data_wait_s"] == pytest.approx(0.05, abs=0.02)
     assert rates["step_s"] < 0.15
     assert rates["tokens_per_s"] == pytest.approx(10 * rates["samples_per_s"])
