@@ -1,4 +1,4 @@
-"""Kernels: the patch-latent head and loss, and prefix attention. Needs torch (and Triton) alone."""
+"""Kernels: the patch-latent head and loss, and prefix attention. Depends only on torch and Triton."""
 
 from .attention import PrefixLayout, Segments, prefix_attention, segment_attention, short_on_cpu
 from .gather_norm import gather_rms_norm

@@ -1,11 +1,11 @@
-"""Attention over packed samples: images over a text prefix and over themselves, causal text, windows of a tower.
+"""Attention over packed samples: images over a text prefix and themselves, causal text, windows of a vision encoder.
 
-Samples of different lengths stand behind one another in one row; nothing is padded and no mask tensor exists. The
-hybrid mask of the public release, text causal and images seeing their text and all of themselves, is split exactly
-into two calls: text over text, causal; images over text and image together, each without a mask.
+Samples of different lengths are concatenated; there is no padding and no mask tensor. The hybrid mask of the public
+release (text causal, images attending to their text and to all of themselves) is split exactly into two calls without a
+mask tensor: text over text, causal, and images over text and image together.
 
-Legend: S rows of a packed tensor, H query heads, G key heads (H a multiple of G), C width of a head, B samples,
-T text tokens of a sample, N patches of an image.
+Legend: S rows of a packed tensor, H query heads, G key heads (H a multiple of G), C head width, B samples, T text
+tokens of a sample, N patches of an image.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Backend = Literal["varlen", "flash-attn-4", "flash-attn-3", "flash-attn-2", "sdpa", "reference"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-"""`varlen` is the FlashAttention inside torch; `flash-attn-N` the package of that version, where it is installed;
-`sdpa` a call of torch's scaled_dot_product_attention for every length; `reference` dense scores in fp32."""
+"""`varlen`: FlashAttention in torch; `flash-attn-N`: the package of that version, if installed; `sdpa`: one call of
+torch's scaled_dot_product_attention per length; `reference`: dense scores in fp32."""
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Samples in a packed row: `lengths` on the host, `ends` int32 [B + 1] from 0 on the device."""
+    """Samples in a packed tensor: `lengths` on the host, cumulative `ends` int32 [B + 1] from 0 on the device."""
 
     lengths: tuple[int, ...]
     ends: Tensor
@@ -53,10 +53,10 @@ class Segments:
 
 @dataclass(frozen=True)
 class PrefixLayout:
-    """Where the tokens of B samples stand: T_i text tokens and N patches each.
+    """Positions of the tokens of B samples with T_i text tokens and N patches each.
 
-    text_rows [sum T] and image_rows [B N]: rows of the text tokens and patches among `both`, int64; positions
-    [sum T]: place of every text token in its own text.
+    text_rows [sum T], image_rows [B N]: rows of the text tokens and patches in `both`, int64; positions [sum T]:
+    position of each text token in its text.
     """
 
     text: Segments
@@ -92,10 +92,10 @@ def prefix_attention(
     scale: float,
     backend: Backend = "sdpa",
 ) -> Tensor:
-    """Every patch sees all text tokens and all patches of its own sample.
+    """Every patch attends to all text tokens and all patches of its sample.
 
     query [B N, H, C]; key, value [B N, G, C] of the patches; text_key, text_value [sum T, G, C]. Returns [B N, H, C].
-    Differentiable in query, key and value, and in the text's where that is asked for.
+    Differentiable in query, key and value, and in text_key and text_value if they require gradients.
     """
     keys: Any = _Interleaved.apply(text_key, key, layout)
     values: Any = _Interleaved.apply(text_value, value, layout)
@@ -103,8 +103,8 @@ def prefix_attention(
 
 
 class _Interleaved(torch.autograd.Function):
-    """Text and patches of each sample behind one another, [sum T + B N, G, C]. Keeps none of them for the gradient,
-    which is a plain gather; `index_copy` would keep its source."""
+    """Text and patches of each sample concatenated, [sum T + B N, G, C]. Saves no tensors for the backward pass, which
+    is a plain gather; `index_copy` would save its source."""
 
     @staticmethod
     def forward(ctx: Any, text: Tensor, image: Tensor, layout: PrefixLayout) -> Tensor:
@@ -134,7 +134,7 @@ def segment_attention(
 ) -> Tensor:
     """Attention of each segment of `query` [S, H, C] over the same segment of `key` and `value` [S', G, C].
 
-    causal: a row sees its own and earlier rows; segments then have the same lengths on both sides. Returns [S, H, C].
+    causal: a row attends to itself and earlier rows; both sides then have the same lengths. Returns [S, H, C].
     """
     assert not causal or queries.lengths == keys.lengths, "causal attention needs as many keys as queries"
     if not query.shape[0]:
@@ -145,13 +145,13 @@ def segment_attention(
 
 
 def unavailable(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot run there, in one line; None where it can."""
+    """Why `backend` cannot run on `device` in `dtype`, in one line; None if it can."""
     if backend in ("sdpa", "reference"):
         return None
     if device.type != "cuda":
         return f"{backend} needs a CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"{backend} computes in bf16 and fp16 alone, not in {dtype}"
+        return f"{backend} supports bf16 and fp16 only, not {dtype}"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"{backend} needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
@@ -173,11 +173,11 @@ _SOURCES = {
 
 @lru_cache
 def _varlen_function(backend: str) -> Callable[..., Any] | str:
-    """The library's function, or why there is none."""
+    """The library's function, or the reason why it is unavailable."""
     module, name = _SOURCES[backend]
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception as error:  # these packages fail in many ways when their parts do not fit each other
+    except Exception as error:  # these packages fail in many ways when versions do not match
         return f"{backend}: {module}.{name} cannot be imported ({type(error).__name__}: {error})"
 
 
@@ -186,7 +186,7 @@ def _takes(function: Callable[..., Any], setting: str) -> bool:
 
 
 def _varlen(function: Callable[..., Any]) -> Callable[..., Tensor]:
-    groups = _takes(function, "enable_gqa")  # torch 2.11 takes none
+    groups = _takes(function, "enable_gqa")  # not in torch 2.11
 
     def run(query, key, value, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
         settings: dict[str, Any] = {"scale": scale, "window_size": (-1, 0 if causal else -1)}
@@ -201,7 +201,7 @@ def _varlen(function: Callable[..., Any]) -> Callable[..., Tensor]:
 
 
 def _package(function: Callable[..., Any]) -> Callable[..., Tensor]:
-    """Torch's own attention obeys torch's switch for deterministic algorithms by itself, these packages an argument."""
+    """Unlike torch's own attention, these packages take determinism as an argument instead of torch's global switch."""
     switch = _takes(function, "deterministic")
 
     def run(query, key, value, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
@@ -225,16 +225,16 @@ def _package(function: Callable[..., Any]) -> Callable[..., Tensor]:
 
 
 def short_on_cpu(longest: int, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Within, torch's attention over up to `longest` keys is the plain product of matrices where that is faster.
+    """Context in which torch's attention over up to `longest` keys uses the math backend where that is faster.
 
-    On a CPU the backward pass of flash attention in 16 bits costs over twice as much up to some 128 keys.
+    On a CPU, the 16-bit backward pass of flash attention takes more than twice as long up to about 128 keys.
     """
     plain = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and longest <= 128
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
 def _sdpa(query, key, value, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
-    """Segments of one length become the batch axis of a single call; ragged ones are looped over."""
+    """Segments of equal length are batched into a single call; ragged ones are processed in a loop."""
     with short_on_cpu(keys.longest, query.device, query.dtype):
         return _sdpa_calls(query, key, value, queries, keys, causal, scale)
 
@@ -260,7 +260,7 @@ def _sdpa_calls(query, key, value, queries: Segments, keys: Segments, causal: bo
 
 
 def _reference(query, key, value, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
-    """All scores of all samples at once, [H, S, S'], in fp32 or the inputs' fp64, with the mask written out."""
+    """Dense scores over all samples, [H, S, S'], in fp32 (fp64 for fp64 inputs), with an explicit mask."""
     accumulate = torch.promote_types(query.dtype, torch.float32)
     q, k, v = (x.to(accumulate).transpose(0, 1) for x in (query, key, value))
     k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], dim=0) for x in (k, v))
@@ -273,14 +273,14 @@ def _reference(query, key, value, queries: Segments, keys: Segments, causal: boo
 
 
 def _places(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sample of every row, and the row's place in it."""
+    """The sample of each row, and the row's position in it."""
     lengths = torch.tensor(segments.lengths, device=device)
     sample = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
     return sample, torch.arange(len(sample), device=device) - (lengths.cumsum(0) - lengths)[sample]
 
 
 _RUN: dict[str, Callable[..., Tensor]] = {"sdpa": _sdpa, "reference": _reference}
-"""Those of libraries are added when they are first asked for: torch.compile sees a finished function."""
+"""Library backends are added on first use, so that torch.compile traces a plain function."""
 
 
 def _resolve(backend: Backend) -> None:

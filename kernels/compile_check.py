@@ -1,7 +1,7 @@
-"""Compiles every kernel for GPUs that this machine need not have, and refuses configurations that spill or do not fit.
+"""Compile every kernel for several GPUs, without needing one, and reject configurations that spill or do not fit.
 
-`python -m bifrost.kernels.compile_check`: Triton and its ptxas are enough. What a compiler cannot see, speed, races and
-barriers, is not checked here.
+`python -m bifrost.kernels.compile_check`: needs only Triton and its ptxas. Does not check what a compiler cannot see:
+speed, races and barriers.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from .mask_mix import _forward_kernel as mix_forward
 from .runtime import INTERPRETED, tl, triton
 
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that one program may use, by compute capability."""
+"""Bytes of shared memory available to one program, by compute capability."""
 
 MATRIX_INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-"""What a GEMM compiles to on each architecture; without it the kernel runs on the wrong units."""
+"""Instruction that a GEMM compiles to on each architecture; without it the kernel does not use tensor cores."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,19 @@ class Case:
     signature: dict[str, str]
     constants: dict[str, Any]
     aligned: tuple[str, ...]
-    """Arguments that the launcher would find divisible by 16."""
+    """Arguments that the launcher treats as divisible by 16."""
     warps: int
     stages: int
     matrix: bool
-    """Whether it is a GEMM on the matrix units."""
+    """Whether it is a GEMM on tensor cores."""
     arches: tuple[int, ...]
     warps_expected: int | None
-    """Warps of a warp-specialized program, loading ones included: the compiler drops the request without a word."""
+    """Warps of a warp-specialized program, including those that load; the compiler may silently drop the request."""
 
 
 @dataclass(frozen=True)
 class Build:
-    """What one configuration takes on one architecture; bytes, except registers a thread and counts."""
+    """Resources of one configuration on one architecture: registers per thread, bytes, and counts."""
 
     case: Case
     arch: int
@@ -83,7 +83,7 @@ class Build:
 
 
 def cases() -> list[Case]:
-    """Every kernel in every configuration that a run can choose, at the widths of the 3B and 7B models."""
+    """Every kernel in every configuration that a run can use, at the widths of the 3B and 7B models."""
     found = _latent_loss_cases()
     block_n, block_d, warps = MIX_TILES
     for table in (True, False):
@@ -141,7 +141,7 @@ _LOSS_MODES = {"forward": (True, True), "forward, no db": (True, False), "loss o
 
 
 def _latent_loss_cases() -> list[Case]:
-    """Every provider's kernel; the warp-specialized one never sums columns itself."""
+    """The kernel of every provider; the warp-specialized one never sums columns itself."""
     found: list[tuple[str, str, str]] = [
         *itertools.product(("triton", "triton-tma"), ("bf16",), _LOSS_MODES),
         *itertools.product(("triton-ws",), ("bf16",), ("forward, no db", "loss only")),
@@ -150,7 +150,7 @@ def _latent_loss_cases() -> list[Case]:
         ("triton-ws", "fp16", "forward, no db"),
         ("triton", "fp32", "forward"),
     ]
-    arches = {"triton-tma": ((90, 100),), "triton-ws": ((90,), (100,))}  # tiles of their own
+    arches = {"triton-tma": ((90, 100),), "triton-ws": ((90,), (100,))}  # separate tiles per architecture
     return [_latent_loss_case(*case, some) for case in found for some in arches.get(case[0], ((80, 90, 100),))]
 
 
@@ -198,7 +198,7 @@ def _case(
     arches: tuple[int, ...] = tuple(SHARED_LIMITS),
     warps_expected: int | None = None,
 ) -> Case:
-    """types: names, spaces between, -> Triton type; divisible: integers that are multiples of 16, as pointers are."""
+    """types: space-separated names -> Triton type. divisible: integers that are multiples of 16, as pointers are."""
     signature = {argument: kind for names, kind in types.items() for argument in names.split()}
     signature |= dict.fromkeys(divisible.split(), "i32")
     pointers = [argument for argument, kind in signature.items() if kind.startswith("*")]
@@ -208,7 +208,7 @@ def _case(
 
 
 def build(case: Case, arch: int) -> Build:
-    """Compile `case` for compute capability `arch` / 10 and read what ptxas says of it."""
+    """Compile `case` for compute capability `arch` / 10 and read ptxas's report."""
     names = case.kernel.arg_names
     source = ASTSource(
         fn=case.kernel,
@@ -242,7 +242,7 @@ def _number(pattern: str, text: str) -> int:
 
 
 def main() -> int:
-    """Print how many builds there are and a line for each, as soon as it is made; 1 when one is refused."""
+    """Print the number of builds and one line per build as it finishes; returns 1 when one is refused."""
     total = sum(len(case.arches) for case in cases())
     print(
         f"{f'{total} builds':<44} {'target':>6} {'regs':>5} {'spill':>6} {'shared':>8} {'warps':>6} {'matrix':>7}",
@@ -257,7 +257,7 @@ def main() -> int:
                 continue
             try:
                 made = build(case, arch)
-            except Exception as error:  # whatever the compiler raises: the others are still looked at
+            except Exception as error:  # any error of the compiler: the other cases are still checked
                 refused += 1
                 print(
                     f"{label}  REFUSED: does not compile: {(str(error) or type(error).__name__).splitlines()[0]}",
@@ -275,7 +275,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if INTERPRETED:  # chosen when the package was imported: start again, to compile instead
+    if INTERPRETED:  # set when the package was imported: restart without the interpreter
         environment = {**os.environ, "TRITON_INTERPRET": "0"}
         os.execve(sys.executable, [sys.executable, "-m", "bifrost.kernels.compile_check"], environment)
     sys.exit(main())

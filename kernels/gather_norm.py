@@ -1,10 +1,10 @@
-"""RMSNorm of selected rows, written compactly, as one operation.
+"""RMSNorm of selected rows with a compact result, as one operation.
 
 Legend: T rows, of which R are selected, D width, x a selected row, s = rsqrt(mean_d x^2 + eps), n = x s,
 g the gradient of the result.
 
-The norm reads and writes its rows anyway, so that selecting them is free; the rows left out are neither read nor
-normalised. In a loss over masked patches alone, this is the branch's final norm.
+The norm reads and writes its rows anyway, so selecting them is free; other rows are neither read nor normalized. This
+is the branch's final norm when the loss covers only masked patches.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def gather_rms_norm(
     hidden [T, D]; rows int64 [R], each at most once and in [0, T); weight [D]. Returns [R, D]. The variance is
     computed in fp32 (fp64 for fp64 inputs) and n is rounded to the dtype of `hidden` before the weight multiplies it.
 
-    provider: `reference` is plain PyTorch; `triton` the fused kernel, interpreted where there is no GPU. Only on the
-    CPU does the kernel check `rows`: on a GPU the host would have to wait.
+    provider: `reference` is plain PyTorch; `triton` the fused kernel, interpreted without a GPU. `rows` is checked only
+    on the CPU: on a GPU the check would synchronize with the host.
     """
     if provider == "triton":
         return _fused(hidden, rows, weight, eps)
@@ -46,7 +46,7 @@ def _forward_kernel(
     hidden, rows, weight, output, eps, D, stride_hidden, ACCUMULATE: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """One row of the result."""
-    r = tl.program_id(0).to(tl.int64)  # T * D and R * D may pass 2^31
+    r = tl.program_id(0).to(tl.int64)  # T * D and R * D may exceed 2^31
     d = tl.arange(0, BLOCK_D)
     real = d < D
     row = tl.load(rows + r).to(tl.int64)
@@ -63,9 +63,9 @@ def _backward_kernel(
     NEED_HIDDEN: tl.constexpr, NEED_WEIGHT: tl.constexpr, ACCUMULATE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_R rows in turn: dx = s (w g - n mean_d(w g n)) to their places in d_hidden [T, D], sum_r g n to partials.
+    """BLOCK_R rows in turn: dx = s (w g - n mean_d(w g n)) to their rows of d_hidden [T, D], sum_r g n to partials.
 
-    s is computed again: the row is needed anyway. No atomics: the same bits every time.
+    s is recomputed, since the row is read anyway. No atomics: bitwise deterministic.
     """
     tile = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
@@ -90,7 +90,7 @@ def _backward_kernel(
 
 
 BLOCK_R = 16
-"""Rows of one program of the backward pass: its partial sums of dWeight cost 4 bytes an element per BLOCK_R rows."""
+"""Rows per program of the backward pass: its partial sums of dWeight take 4 bytes per element and BLOCK_R rows."""
 
 
 def _warps(block_d: int) -> int:
@@ -109,7 +109,7 @@ def _fused(hidden, rows, weight, eps):
     assert weight.shape == (width,), f"weight is {tuple(weight.shape)}, hidden {tuple(hidden.shape)}"
     if rows.device.type == "cpu" and len(rows):
         low, high = rows.aminmax()
-        assert low >= 0 and high < len(hidden), f"rows go from {low} to {high}, hidden has {len(hidden)}"
+        assert low >= 0 and high < len(hidden), f"rows range from {low} to {high}, hidden has {len(hidden)}"
         assert len(rows.unique()) == len(rows), "a row is selected twice"
     output = hidden.new_empty((len(rows), width), dtype=torch.promote_types(hidden.dtype, weight.dtype))
     if output.numel():
@@ -136,7 +136,7 @@ def _(hidden, rows, weight, eps):
     " bool need_weight) -> (Tensor, Tensor)",
 )
 def _fused_backward(gradient, hidden, rows, weight, eps, need_hidden, need_weight):
-    """dHidden [T, D], zero but for the selected rows, and dWeight [D] in fp32. Empty where not needed."""
+    """dHidden [T, D], zero except in the selected rows, and dWeight [D] in fp32. Empty if not needed."""
     accumulate = _accumulator(hidden)
     selected, width = len(rows), hidden.shape[1]
     tiles = triton.cdiv(selected, BLOCK_R)
@@ -166,7 +166,7 @@ def _(gradient, hidden, rows, weight, eps, need_hidden, need_weight):
 
 def _save(ctx, inputs, output) -> None:
     hidden, rows, weight, ctx.eps = inputs
-    # The parameter itself, never a copy: under ZeRO-3 it is empty between forward and backward, and gathered again.
+    # The parameter itself, never a copy: ZeRO-3 frees it between forward and backward, and gathers it again.
     ctx.save_for_backward(hidden, rows, weight)
 
 

@@ -1,12 +1,12 @@
-"""The projection of hidden states to patch latents and its squared error, as one operation.
+"""Projection of hidden states to patch latents and its squared error, as one operation.
 
 Legend: T tokens (all patches of a micro-batch in one row), K width of the hidden states, D width of the latents
 (equal to K in Bifrost-1), r = hidden W^T + b - target.
 
-The Triton GEMMs form the residual in their epilogue, from the fp32 accumulator, and store it once, rounded to the
-compute type. Eager PyTorch rounds the prediction before it subtracts, so that its residual carries the rounding of the
-prediction: the nearer the prediction, the larger the relative error of the gradient. The in-place pass starts from the
-library's rounded prediction as well and has eager's error, at a quarter of its memory traffic.
+The Triton GEMMs compute the residual in their epilogue from the fp32 accumulator and store it once, rounded to the
+compute dtype. Eager PyTorch rounds the prediction before the subtraction, so its residual carries that rounding error:
+the closer the prediction, the larger the relative error of the gradient. The in-place pass also starts from the
+library's rounded prediction and has eager's error, at a quarter of its memory traffic.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def patch_latent_loss(
 
     loss = sum_t token_weight[t] * mean_d r[t, d]^2 / normalizer
 
-    hidden [T, K]; weight [D, K]; bias [D] or None; target [T, D]; token_weight [T]; normalizer: the number of tokens
-    that the mean goes over, which under data parallelism is not T. Returns the loss [] and the unweighted mean square
-    of every token [T], detached. fp64 inputs are computed in fp64.
+    hidden [T, K]; weight [D, K]; bias [D] or None; target [T, D]; token_weight [T]; normalizer: number of tokens in the
+    mean, which under data parallelism is not T. Returns the loss [] and the unweighted mean squared error per token
+    [T], detached. fp64 inputs are computed in fp64.
 
     provider: `reference` is plain PyTorch; `in-place` the library's GEMM and one pass over its output; `triton` a GEMM
-    with the loss as its epilogue; `triton-tma` the same through tensor descriptors, `triton-ws` with warps that only
-    load. All but the first are interpreted where there is no GPU; `unavailable` says what else they need.
+    with the loss as its epilogue; `triton-tma` the same with tensor descriptors; `triton-ws` also with warp
+    specialization. All but the first are interpreted without a GPU; see `unavailable` for their other requirements.
     """
     if provider != "reference":
         kind = hidden.device.type
@@ -57,7 +57,7 @@ def patch_latent_loss(
             dtype = torch.get_autocast_dtype(kind)
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         training = torch.is_grad_enabled()
-        keep = training and any(x.requires_grad for x in (hidden, weight, target))  # for a backward pass alone
+        keep = training and any(x.requires_grad for x in (hidden, weight, target))  # only for a backward pass
         sum_columns = training and bias is not None and bias.requires_grad
         total, squares, *_ = _fused(hidden, weight, bias, target, token_weight, provider, keep, sum_columns)
         return total / normalizer, squares.detach()
@@ -68,7 +68,7 @@ def patch_latent_loss(
 
 
 def unavailable(provider: Provider, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `provider` cannot compute in `dtype` on `device`, in one line; None where it can."""
+    """Why `provider` cannot compute in `dtype` on `device`, in one line; None if it can."""
     if provider == "reference":
         return None
     try:
@@ -87,7 +87,7 @@ def unavailable(provider: Provider, device: torch.device, dtype: torch.dtype) ->
     if provider in ("triton-tma", "triton-ws"):
         if dtype == torch.float32:
             return f"{provider} computes in bf16 and fp16: fp32 does not run on tensor cores"
-        if capability[0] not in (9, 10) or torch.version.hip:  # 12.x has half of the shared memory that the tiles take
+        if capability[0] not in (9, 10) or torch.version.hip:  # 12.x has half the shared memory that the tiles need
             return f"{provider} needs compute capability 9.0 or 10.x, this GPU has {capability[0]}.{capability[1]}"
         if provider == "triton-ws" and not halves_epilogue():
             return f"{provider} needs Triton 3.7, whose compiler can halve the epilogue; this is {triton.__version__}"
@@ -95,7 +95,7 @@ def unavailable(provider: Provider, device: torch.device, dtype: torch.dtype) ->
 
 
 def halves_epilogue() -> bool:
-    """Whether Triton's compiler can, which triton-ws needs."""
+    """Whether Triton's compiler can halve the epilogue, which triton-ws needs."""
     return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 
 
@@ -110,7 +110,7 @@ def _accumulator(hidden: Tensor) -> torch.dtype:
     " bool sum_columns) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _fused(hidden, weight, bias, target, token_weight, provider, keep, sum_columns):
-    """Weighted sum of mean squares [], mean squares [T], d = token_weight * r [T, D], and d's sum over tokens [D].
+    """Weighted sum of mean squares [], mean squares [T], d = token_weight * r [T, D], and the sum of d over tokens [D].
 
     d is empty unless `keep`, its sum unless `sum_columns`.
     """
@@ -125,7 +125,7 @@ def _fused(hidden, weight, bias, target, token_weight, provider, keep, sum_colum
         if reason is not None:
             _warn_once(f"{provider} falls back to triton: {reason}")
             provider = "triton"
-    # Hopper's compiler shares the rows of a specialized tile among groups of warps and cannot sum over them.
+    # On Hopper the compiler splits the rows of a specialized tile among warp groups and cannot sum over them.
     sum_stored = sum_columns and provider == "triton-ws"
     store, token_weight = keep or sum_stored, token_weight.contiguous()
     d, row_sums, column_sums = _launch(
@@ -152,7 +152,7 @@ def _launch(
     store: bool,
     sum_columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d [T, D], partial sums of r^2 [column tiles, T] and of d [row tiles, D]; undefined where not asked for."""
+    """d [T, D], partial sums of r^2 [column tiles, T] and of d [row tiles, D]; undefined if not requested."""
     (tokens, width), latents, accumulate = hidden.shape, weight.shape[0], _accumulator(hidden)
     capability = 0 if INTERPRETED else torch.cuda.get_device_capability(hidden.device)[0]
     tile = tiles(provider, hidden.element_size(), capability)
@@ -170,7 +170,7 @@ def _launch(
     options: dict[str, Any] = {
         "STORE": store, "SUM_COLUMNS": sum_columns, "BLOCK_T": tile.rows, "BLOCK_D": tile.columns,
         "ACCUMULATE": tl.float64 if accumulate == torch.float64 else tl.float32,
-        "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,  # not every Triton's default
+        "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,  # not every version's default
     }  # fmt: skip
     if provider == "in-place":
         outputs = (row_sums, column_sums)
@@ -191,20 +191,20 @@ def _launch(
         descriptor_kernel[grid](h, w, *rest, **loads, **options)
     else:
 
-        def specialized() -> None:  # its descriptors are made on the device, in memory that Triton asks for
+        def specialized() -> None:  # its descriptors are created on the device, in memory that Triton allocates
             triton.set_allocator(lambda size, alignment, stream: row_sums.new_empty(size, dtype=torch.int8))
             descriptor_kernel[grid](hidden, weight, *rest, **loads, **options)
 
-        contextvars.copy_context().run(specialized)  # the program's own allocator stays
+        contextvars.copy_context().run(specialized)  # keeps the program's own allocator
     return d, row_sums, column_sums
 
 
 def _no_descriptor(operand: Tensor) -> str | None:
-    """Why no tensor descriptor can be made of `operand` [rows, K], whose rows are contiguous; None where one can."""
+    """Why `operand` [rows, K], with contiguous rows, cannot have a tensor descriptor; None if it can."""
     if operand.data_ptr() % 16:
-        return "an operand does not begin at a multiple of 16 bytes"
+        return "an operand is not aligned to 16 bytes"
     if operand.stride(0) * operand.element_size() % 16 or operand.stride(0) < operand.shape[1]:
-        return f"rows {operand.stride(0)} elements of {operand.dtype} apart, wanted are multiples of 16 bytes"
+        return f"the row stride of {operand.stride(0)} elements of {operand.dtype} is not a multiple of 16 bytes"
     return None
 
 
@@ -225,20 +225,20 @@ def _(hidden, weight, bias, target, token_weight, provider, keep, sum_columns):
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)  # those of the unused outputs would be zeros as large as d
+    ctx.set_materialize_grads(False)  # for unused outputs they would be zeros as large as d
     hidden, weight, *_ = inputs
     _, squares, d, columns = output
-    # The parameter itself, never a copy: under ZeRO-3 it is empty between forward and backward, and gathered again.
+    # The parameter itself, never a copy: ZeRO-3 frees it between forward and backward, and gathers it again.
     ctx.save_for_backward(hidden, weight, d, squares, columns)
 
 
 def _backward(ctx, total_gradient, *unused):
     """dH = d (s W), dW = s (d^T h), db = s sum_t d with d = token_weight * r and s = 2 dL / D.
 
-    s stays on the device and meets D x K tensors: nothing of size T x D is rescaled, the host never waits. It is
-    multiplied in the accumulator's type, because beside a 16-bit tensor PyTorch would round it to 16 bits first.
+    s stays on the device and scales D x K tensors: nothing of size T x D is rescaled and the host never waits. It
+    is multiplied in the accumulator dtype, because PyTorch would round it to 16 bits to multiply a 16-bit tensor.
     """
-    if total_gradient is None:  # the loss had no part in what is differentiated
+    if total_gradient is None:  # the differentiated output does not depend on the loss
         return (None,) * 8
     hidden, weight, d, squares, columns = ctx.saved_tensors
     need_hidden, need_weight, need_bias, need_target, need_token_weight, *_ = ctx.needs_input_grad
@@ -247,7 +247,7 @@ def _backward(ctx, total_gradient, *unused):
     def scaled(x: Tensor) -> Tensor:
         return (x.to(columns.dtype) * scale).to(d.dtype)
 
-    def scale_(x: Tensor) -> Tensor:  # in place and by blocks of rows: a whole copy in fp32 would be the peak of memory
+    def scale_(x: Tensor) -> Tensor:  # in place, by blocks of rows: a full fp32 copy would be the peak of memory
         for rows in x.split(1024):
             rows.copy_(rows.to(columns.dtype) * scale)
         return x
@@ -255,7 +255,7 @@ def _backward(ctx, total_gradient, *unused):
     if not need_hidden:
         hidden_gradient = None
     elif d.dtype == torch.float16:
-        hidden_gradient = scale_(d @ weight)  # s W would leave its range
+        hidden_gradient = scale_(d @ weight)  # s W would be out of range
     else:
         hidden_gradient = d @ scaled(weight)
     return (
@@ -274,7 +274,7 @@ _fused.register_autograd(_backward, setup_context=_save)
 
 
 class PatchLatentHead(nn.Linear):
-    """The linear head. Its forward returns the loss, so that ZeRO-3 gathers the weight for both passes."""
+    """The linear head. Its forward computes the loss, so that ZeRO-3 gathers the weight for both passes."""
 
     def __init__(self, width: int, provider: Provider = "reference") -> None:
         super().__init__(width, width)

@@ -1,13 +1,13 @@
-"""Triton kernels of the patch-latent loss: a GEMM with the residual as its epilogue, and the epilogue alone.
+"""Triton kernels of the patch-latent loss: a GEMM that computes the residual in its epilogue, and the epilogue alone.
 
 Legend as in `latent_loss`: T tokens, K width of the hidden states, D width of the latents, r = hidden W^T + b - target.
 
-Every kernel writes each element of its outputs once, by one program, in a fixed order: no atomics, the same bits every
-time. Sums over columns and rows leave as partial sums in the accumulator's type and are added up afterwards.
+Each output element is written once, by one program, in a fixed order: without atomics, so results are bitwise
+deterministic. Sums over columns and rows are stored as partial sums in the accumulator dtype and added up afterwards.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-# (in a kernel, numbers are constants of the compiler and `tl.range` is no Python iterator)
+# (in a kernel, numbers are compiler constants and `tl.range` is not a Python iterator)
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .runtime import tl, triton
 
 
 class Tiles(NamedTuple):
-    """How the work is cut into programs."""
+    """Tile sizes and launch parameters of a kernel."""
 
     rows: int
     columns: int
     depth: int = 0
-    """Columns of hidden that one step of the GEMM takes."""
+    """Columns of hidden per step of the GEMM."""
     group: int = 1
-    """Row tiles walked column by column."""
+    """Number of row tiles that are traversed column by column."""
     slices: int = 1
-    """Parts of its columns that the epilogue takes one after another."""
+    """Number of column slices that the epilogue processes in sequence."""
     warps: int = 4
     stages: int = 1
 
 
-# As compiled by Triton 3.9 for sm_90, bf16, with everything stored. Four slices everywhere: the descriptor GEMM takes
-# 220 registers a thread (two: 242), the specialized one spills nothing (two: 144 bytes), and the pointer GEMM takes
-# 128 (one: 186), so that two of its programs fit a multiprocessor.
+# As compiled by Triton 3.9 for sm_90, bf16, with all outputs stored. With four slices, the descriptor GEMM uses 220
+# registers per thread (with two: 242), the specialized one does not spill (with two: 144 bytes), and the pointer GEMM
+# uses 128 (with one: 186), so that two programs fit on a multiprocessor.
 TILES = {
     "in-place": Tiles(64, 128, warps=8),
     "triton": Tiles(128, 128, 64, group=8, slices=4, warps=8, stages=3),
@@ -48,18 +48,18 @@ def tiles(provider: str, itemsize: int, capability: int) -> Tiles:
     if not capability:
         return _INTERPRETED
     found = TILES[provider]
-    if itemsize == 4 and found.depth:  # multiplied outside of the matrix units, where larger tiles spill
+    if itemsize == 4 and found.depth:  # not on tensor cores, and larger tiles spill
         found = found._replace(rows=64, columns=64, depth=32, slices=1)
     if provider == "triton-ws" and capability == 10:
-        # For sm_90 the compiler wants four warps and makes them twelve, with eight it specializes nothing. For sm_100
-        # it makes eight twelve; four become eight, which spill 760 bytes.
+        # For sm_90 the compiler expands four warps to twelve, and does not specialize eight. For sm_100 it expands
+        # eight warps to twelve; four are expanded to eight, which spill 760 bytes.
         found = found._replace(warps=8)
     return found
 
 
 @triton.jit
 def _tile(T, D, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr):
-    """Row and column tile of this program. Programs that run together share weights: GROUP rows, column by column."""
+    """Row and column tile of this program. Concurrent programs share weights: GROUP row tiles, column by column."""
     pid = tl.program_id(0)
     row_tiles, column_tiles = tl.cdiv(T, BLOCK_T), tl.cdiv(D, BLOCK_D)
     first = pid // (GROUP * column_tiles) * GROUP
@@ -73,9 +73,9 @@ def _finish(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr, HAS_BIAS: tl.constexpr, STORE: tl.constexpr,
     SUM_COLUMNS: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of one tile `total` [ROWS, COLUMNS] of hidden W^T: returns the rows' sums of r^2 [ROWS].
+    """The epilogue of one tile `total` [ROWS, COLUMNS] of hidden W^T: returns the sums of r^2 per row [ROWS].
 
-    d = token_weight * r goes to residual [T, D] and its sum over the tile's rows to column_sums [row tiles, D].
+    Stores d = token_weight * r to residual [T, D] and its sum over the tile's rows to column_sums [row tiles, D].
     """
     if SLICES > 1:
         HALF: tl.constexpr = COLUMNS // 2
@@ -90,14 +90,14 @@ def _finish(
         )  # fmt: skip
     else:
         t, d = first_t + tl.arange(0, ROWS), first_d + tl.arange(0, COLUMNS)
-        rows = t.to(tl.int64)[:, None]  # T * D may pass 2^31
+        rows = t.to(tl.int64)[:, None]  # T * D may exceed 2^31
         real_t, real_d = t < T, d < D
         inside = real_t[:, None] & real_d[None, :]
         if HAS_BIAS:
             total += tl.load(bias + d, mask=real_d, other=0.0).to(ACCUMULATE)[None, :]
         total -= tl.load(target + rows * stride_target + d[None, :], mask=inside, other=0.0).to(ACCUMULATE)
         squares = tl.sum(total * total, axis=1)
-        if STORE or SUM_COLUMNS:  # beyond D all is zero; rows beyond T hold the bias, and weigh nothing
+        if STORE or SUM_COLUMNS:  # beyond D everything is zero; rows beyond T hold the bias, with weight 0
             total *= tl.load(token_weight + t, mask=real_t, other=0.0).to(ACCUMULATE)[:, None]
         if STORE:
             tl.store(residual + rows * D + d[None, :], total.to(residual.dtype.element_ty), mask=inside)
@@ -114,7 +114,7 @@ def pointer_kernel(
     UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     SLICES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of r, operands loaded through pointers. row_sums [column tiles, T] gets the sums of r^2."""
+    """One tile of r, with operands loaded through pointers. Stores the sums of r^2 to row_sums [column tiles, T]."""
     tile_t, tile_d = _tile(T, D, BLOCK_T, BLOCK_D, GROUP)
     t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -127,7 +127,7 @@ def pointer_kernel(
         w = tl.load(
             weight + d[None, :] * stride_weight + k[:, None], mask=real_d[None, :] & (k < K)[:, None], other=0.0
         )
-        if UPCAST:  # the interpreter multiplies bf16 wrongly
+        if UPCAST:  # the interpreter multiplies bf16 incorrectly
             h, w = h.to(ACCUMULATE), w.to(ACCUMULATE)
         total = tl.dot(h, w, total, input_precision="ieee", out_dtype=ACCUMULATE)
     squares = _finish(
@@ -145,10 +145,10 @@ def descriptor_kernel(
     UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     SLICES: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """The same, operands loaded through tensor descriptors of [BLOCK_T, BLOCK_K] and [BLOCK_D, BLOCK_K].
+    """The same, with operands loaded through tensor descriptors of [BLOCK_T, BLOCK_K] and [BLOCK_D, BLOCK_K].
 
-    hidden and weight are descriptors made by the host; for warp specialization they are pointers, because the compiler
-    halves a load between two groups of warps and cannot halve a descriptor that it did not make.
+    hidden and weight are descriptors created by the host. For warp specialization they are pointers, because the
+    compiler splits a load between two warp groups and cannot split a descriptor that it did not create.
     """
     tile_t, tile_d = _tile(T, D, BLOCK_T, BLOCK_D, GROUP)
     first_t, first_d = tile_t * BLOCK_T, tile_d * BLOCK_D
@@ -176,7 +176,7 @@ def inplace_kernel(
     STORE: tl.constexpr, SUM_COLUMNS: tl.constexpr, ACCUMULATE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue alone: prediction [T, D], contiguous, with its bias, becomes d; without STORE it is only read."""
+    """The epilogue alone: overwrites prediction [T, D], contiguous and with bias, by d; only reads it without STORE."""
     tile_t, tile_d = _tile(T, D, BLOCK_T, BLOCK_D, 1)
     t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)

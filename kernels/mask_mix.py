@@ -1,9 +1,9 @@
-"""Patch latents with the mask token where they are hidden, plus the position table, as one operation.
+"""Replacement of masked patch latents by the mask token, plus the position table, as one operation.
 
 Legend: B samples, N patches, D width of the latents, g the gradient of the result.
 
-One pass forward and one backward: eager PyTorch stores the mixture before it adds the positions, and reads g once for
-every gradient.
+One pass forward and one backward. Eager PyTorch stores the mixture before it adds the positions, and reads g once per
+gradient.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def mask_mix(
     """The mask token where `mask` is True, the latents elsewhere, plus the positions, in the dtype of the latents.
 
     latents [B, N, D]; mask bool [B, N]; mask_token [1, 1, D]; positions [1, N, D] or None. Returns [B, N, D].
-    Masked latents do not enter the result, whatever they hold, and their gradient is zero.
+    Masked latents do not affect the result, whatever their values (even NaN), and their gradient is zero.
 
-    provider: `reference` is plain PyTorch; `triton` the fused kernel, interpreted where there is no GPU. The kernel
-    adds in fp32 (fp64 for fp64 latents) and rounds once; plain PyTorch rounds token and positions first.
+    provider: `reference` is plain PyTorch; `triton` the fused kernel, interpreted without a GPU. The kernel adds in
+    fp32 (fp64 for fp64 latents) and rounds once; plain PyTorch rounds token and positions first.
     """
     if provider == "triton":
         return _fused(latents, mask, mask_token, positions)
@@ -45,8 +45,8 @@ def _forward_kernel(
     ROWS, N, D, stride_sample, stride_patch, stride_position,
     HAS_POSITIONS: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the result, whose ROWS = B * N rows are those of all samples. Masked latents are not loaded."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # ROWS * D may pass 2^31
+    """One tile of the result, which has ROWS = B * N rows. Masked latents are not loaded."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # ROWS * D may exceed 2^31
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     real_row, real_d = row < ROWS, d < D
     inside = real_row[:, None] & real_d[None, :]
@@ -69,9 +69,9 @@ def _backward_kernel(
     NEED_LATENTS: tl.constexpr, NEED_TOKEN: tl.constexpr, NEED_POSITIONS: tl.constexpr,
     ACCUMULATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of patches and columns, through all samples in turn.
+    """One tile of patches and columns, looping over all samples.
 
-    The masked rows' sum goes to partials [N tiles, D]. No atomics: the same bits every time.
+    Stores the sum of the masked rows to partials [N tiles, D]. No atomics: bitwise deterministic.
     """
     tile = tl.program_id(0).to(tl.int64)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -146,7 +146,7 @@ def _(latents, mask, mask_token, positions):
     " -> (Tensor, Tensor, Tensor)",
 )
 def _fused_backward(gradient, mask, need_latents, need_token, need_positions):
-    """dLatents [B, N, D] in the gradient's dtype; dToken [D] and dPositions [N, D] in fp32. Empty where not needed."""
+    """dLatents [B, N, D] in the gradient's dtype; dToken [D] and dPositions [N, D] in fp32. Empty if not needed."""
     samples, patches, width = gradient.shape
     accumulate = _accumulator(gradient)
     block_n, block_d, warps = _INTERPRETED_TILES if INTERPRETED else TILES

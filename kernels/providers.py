@@ -1,7 +1,7 @@
-"""Who computes what, and why: the candidates of an operation, timed where the run happens.
+"""Choice of the implementation of each operation, by timing the candidates on the run's own device.
 
-Which candidate is fastest depends on the GPU, the shape and the versions of the libraries, so that nothing is assumed:
-each is timed at the run's own shape before the first step.
+The fastest candidate depends on the GPU, the shape and the versions of the libraries, so each is timed at the run's
+own shape before the first step.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from .attention import Backend, PrefixLayout, prefix_attention, segment_attentio
 from .latent_loss import Provider, patch_latent_loss, unavailable
 from .runtime import triton
 
-# In order of preference: the first two have the more accurate gradient. `triton-ws` is missing on purpose: its warp
-# specialization compiles but is unproven on hardware by us, and a wrong barrier hangs. It is taken only when asked for.
+# In order of preference: the first two have the more accurate gradient. `triton-ws` is left out on purpose: its warp
+# specialization compiles but is untested on hardware, and a wrong barrier hangs. It is used only on explicit request.
 LOSS_CANDIDATES: tuple[Provider, ...] = ("triton-tma", "triton", "in-place", "reference")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Who computes an operation in this run."""
+    """The chosen implementation of an operation in this run."""
 
     operation: str
     provider: str
     reason: str
     """One line for the log."""
     milliseconds: dict[str, float] = field(default_factory=dict)
-    """Measured medians by candidate; empty when nothing was measured."""
+    """Median time of each candidate; empty when nothing was measured."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Candidates that could not be timed, and the first line of their error."""
+    """Candidates that failed, with the first line of their error."""
 
 
 def median_milliseconds(call: Callable[[], object]) -> float:
-    """Median time of `call` on the GPU, its L2 cache emptied before every run."""
+    """Median time of `call` on the GPU, with the L2 cache flushed before every run."""
     return triton.testing.do_bench(call, return_mode="median")  # pyright: ignore[reportReturnType]
 
 
@@ -49,16 +49,16 @@ def fastest(
     slack: float = 0.03,
     timer: Callable[[Callable[[], object]], float] = median_milliseconds,
 ) -> Choice:
-    """The first of `candidates`, which come in order of preference, that is within `slack` of the fastest.
+    """The first of `candidates`, given in order of preference, within `slack` of the fastest.
 
-    where: device, shape and dtype, for the reason. A candidate that raises is left out; RuntimeError when all do.
+    where: device, shape and dtype, for the reason. A candidate that raises is left out; RuntimeError if all raise.
     """
     milliseconds: dict[str, float] = {}
     failed: dict[str, str] = {}
     for name, call in candidates.items():
         try:
             milliseconds[name] = timer(call)
-        except Exception as error:  # a compiler's, a driver's or an allocator's: whatever it is, the others may run
+        except Exception as error:  # of the compiler, driver or allocator; the others may still run
             failed[name] = (str(error) or type(error).__name__).splitlines()[0]
     if not milliseconds:
         raise RuntimeError(f"{operation}: no candidate runs on {where}: {failed}")
@@ -73,24 +73,24 @@ def fastest(
 def choose_loss(tokens: int, width: int, latents: int, dtype: torch.dtype, device: torch.device) -> Choice:
     """Provider of `patch_latent_loss` for hidden states [tokens, width] and latents [tokens, latents].
 
-    Forward and backward are timed with random data, on the GPU alone. Every rank may find another one: a run that
-    wants the same bits on all of them takes the choice of one.
+    Times forward and backward with random data, on a GPU only. The choice may differ between ranks: a run that needs
+    identical results on all ranks uses the choice of one rank.
     """
     operation = "patch_latent_loss"
     if device.type != "cuda":
-        return Choice(operation, "reference", f"no kernel is compiled for {device.type}: plain PyTorch")
+        return Choice(operation, "reference", f"no kernel for {device.type}: plain PyTorch")
     where = f"{torch.cuda.get_device_name(device)} at {tokens} x {latents} {_short(dtype)}"
     with torch.cuda.device(device), torch.enable_grad(), torch.autocast("cuda", enabled=False):
         choice = fastest(operation, _loss_steps(tokens, width, latents, dtype, device), where)
-        torch.cuda.empty_cache()  # the run begins with the memory that it would have had
+        torch.cuda.empty_cache()  # so that the run starts with unchanged memory
     return choice
 
 
 def _loss_steps(
     tokens: int, width: int, latents: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[], object]]:
-    """Forward and backward with random data, by every provider that is available."""
-    draw = torch.Generator(device).manual_seed(0)  # the run's own generators stay where they are
+    """Forward and backward with random data for every available provider."""
+    draw = torch.Generator(device).manual_seed(0)  # does not advance the run's own generators
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw, device=device, dtype=dtype)
@@ -115,8 +115,8 @@ def choose_attention(
 ) -> Choice:
     """Backend of `prefix_attention` for texts of these `lengths` with `patches` patches each.
 
-    heads: query heads, key heads, width of a head. The causal call over text, forward, and the call of the patches,
-    forward and backward, are timed together, on the GPU alone.
+    heads: query heads, key heads, head width. Times the causal forward over text together with the forward and backward
+    of the patches, on a GPU only.
     """
     operation = "prefix_attention"
     if device.type != "cuda":

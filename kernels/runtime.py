@@ -1,7 +1,7 @@
-"""Triton for this machine: compiled where there is a GPU, interpreted on the CPU otherwise.
+"""Triton for this machine: compiled with a GPU, interpreted on the CPU otherwise.
 
-Import `triton` and `tl` from here: the interpreter must be chosen before Triton is first imported. TRITON_INTERPRET
-in the environment wins, so that kernels can be compiled offline on a machine without a GPU.
+Import `triton` and `tl` from here: the interpreter must be selected before Triton is first imported. The environment
+variable TRITON_INTERPRET takes precedence, so that kernels can be compiled offline without a GPU.
 """
 
 import os
@@ -20,11 +20,11 @@ INTERPRETED: bool = bool(knobs.runtime.interpret)
 
 
 def check_device(device: torch.device) -> None:
-    """RuntimeError where Triton cannot run: on the CPU, when it was imported before it could be told to interpret."""
+    """Raise RuntimeError if Triton cannot run: on the CPU, when it was imported before the interpreter was selected."""
     if device.type == "cpu" and not INTERPRETED:
         raise RuntimeError(
-            "Triton was imported before bifrost.kernels and cannot be interpreted on the CPU any more: set"
-            " TRITON_INTERPRET=1 in the environment, or take the reference provider"
+            "Triton was imported before bifrost.kernels and can no longer be interpreted on the CPU: set"
+            " TRITON_INTERPRET=1 in the environment, or use the reference provider"
         )
 
 

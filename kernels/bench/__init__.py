@@ -1,1 +1,1 @@
-"""Times of the kernels against their baselines and a floor of the same run: `python -m bifrost.kernels.bench`."""
+"""Benchmark of the kernels against baselines and a measured floor: `python -m bifrost.kernels.bench`."""

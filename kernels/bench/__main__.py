@@ -1,7 +1,7 @@
-"""Times every kernel against plain PyTorch, torch.compile and the floor of the same machine in the same run.
+"""Time every kernel against plain PyTorch, torch.compile and a floor measured on the same machine in the same run.
 
-`python -m bifrost.kernels.bench --help`; torch and Triton are enough, pictures need matplotlib. Exit code 0; 1 when a
-provider computes something wrong, fails, or falls under `--fail-below`; 2 for a mistake in the arguments.
+`python -m bifrost.kernels.bench --help`; needs only torch and Triton, and matplotlib for plots. Exit code 0; 1 when a
+provider computes a wrong result, fails, or falls below `--fail-below`; 2 for invalid arguments.
 """
 
 from __future__ import annotations
@@ -35,34 +35,34 @@ from .report import (
 )
 
 DRIFT = 0.05
-"""Change of the clock over one problem from which its rows are doubted."""
+"""Relative change of the clock during one problem from which its rows are marked as unreliable."""
 
 
 @dataclasses.dataclass
 class Run:
-    """One benchmark: what was asked for, and what came of it."""
+    """One benchmark run: its plan and its results."""
 
     device: torch.device
     plan: Plan
     rows: list[Row] = dataclasses.field(default_factory=list)
     failed: list[str] = dataclasses.field(default_factory=list)
-    said: set[str] = dataclasses.field(default_factory=set)
+    printed: set[str] = dataclasses.field(default_factory=set)
 
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
     def explain(self, problem: Problem) -> None:
-        """Who is missing and why, a line a reason, once."""
+        """Print which providers are missing and why: one line per reason, once."""
         for reason in dict.fromkeys(problem.skipped.values()):
             names = ", ".join(name for name, its in problem.skipped.items() if its == reason)
             text = f"{problem.kernel}: not timed: {names}: {reason}"
-            if text not in self.said:
-                self.said.add(text)
+            if text not in self.printed:
+                self.printed.add(text)
                 print(text, flush=True)
 
     def measure(self, after: Callable[[], None]) -> None:
-        """Every kernel at every size, `after` each. A run that is cut short has shown and written what it had."""
+        """Time every kernel at every size and call `after` after each, so that an aborted run keeps its results."""
         print(HEADER + ("" if self.on_gpu else "  " + NOT_A_GPU), flush=True)
         for kernel in self.plan.kernels:
             for shape in self.plan.shapes:
@@ -76,7 +76,7 @@ class Run:
     def problem(self, kernel: str, shape: Shape, tokens: int) -> None:
         where = f"{kernel} D={shape.width} {tokens} tokens"
         try:
-            # Eager is always there: its error is the measure of everyone's.
+            # Eager always runs: its error is the limit for the other providers.
             problem = BUILDERS[kernel](
                 shape,
                 tokens,
@@ -86,7 +86,7 @@ class Run:
             )
             self.explain(problem)
             floors = {mode: floor_ms(problem.floors(mode), self.device, self.plan.rep) for mode in self.plan.modes}
-            before = clock(self.device)  # right after the floor: an idle GPU's clock says nothing
+            before = clock(self.device)  # right after the floor, since the clock of an idle GPU is meaningless
             found = self.check(problem, where)
         except torch.OutOfMemoryError:
             print(f"{where}: does not fit in the memory of this device")
@@ -106,7 +106,7 @@ class Run:
             self.rows[first:] = [dataclasses.replace(row, clocks=f"{before} -> {after}") for row in self.rows[first:]]
 
     def check(self, problem: Problem, where: str) -> list[tuple[Candidate, float]]:
-        """Candidates that compute the right thing, each with its largest relative error, eager's first."""
+        """Candidates with a correct result, each with its largest relative error, eager first."""
         exact = problem.exact()
         limits = [SLACK[DTYPES[self.plan.dtype]]] * len(exact)
         right = []
@@ -128,7 +128,8 @@ class Run:
         return right
 
     def give_up(self, where: str, candidate: Candidate, error: Exception) -> None:
-        """A baseline may fail, and anyone may run out of memory; one of ours that fails otherwise fails the run."""
+        """Report a failed candidate. Running out of memory is allowed, and so is the failure of a baseline; any other
+        failure fails the run."""
         if isinstance(error, torch.OutOfMemoryError):
             print(f"{where}: {candidate.provider} does not fit in the memory of this device", flush=True)
             return
@@ -170,9 +171,10 @@ class Run:
 
 
 def compile_table() -> None:
-    """Resources of every kernel on GPUs that are not here. A process of its own, because this one interprets Triton."""
+    """Print resources of every kernel on other GPUs. Runs in a separate process, because this one interprets Triton."""
     print(
-        "\nCompiled without a GPU: registers a thread, spilled and shared bytes, warps, matrix instructions", flush=True
+        "\nCompiled without a GPU: registers per thread, spilled and shared bytes, warps, matrix instructions",
+        flush=True,
     )
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONSAFEPATH": "1"}
     ended = subprocess.run([sys.executable, "-m", "bifrost.kernels.compile_check"], env=environment)
@@ -187,14 +189,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = measure.device_name(device)
     print(f"{name}; torch {torch.__version__}, Triton {measure.triton.__version__}, {plan.dtype}")
     if not run.on_gpu:
-        torch.set_num_threads(1)  # threads that wait for a busy core would be most of the time
-        print(f"No GPU: every row below is of one CPU thread ({NOT_A_GPU}); Triton kernels are not timed.")
+        torch.set_num_threads(1)  # otherwise threads that wait for a busy core dominate the time
+        print(f"No GPU: all rows below are for one CPU thread ({NOT_A_GPU}); Triton kernels are not timed.")
         if "compile" not in plan.providers:
-            print("torch.compile is left out on a CPU, where it takes minutes to build: ask with --provider.")
-    roofs = measure.roofs(DTYPES[plan.dtype], device, plan.rep)
+            print("torch.compile is left out on a CPU, where it takes minutes to build: add it with --provider.")
+    roofline = measure.roofline(DTYPES[plan.dtype], device, plan.rep)
     start = clock(device)
-    print(f"roofs: GEMM {roofs[0]:.3g} TFLOP/s, copy {roofs[1]:.0f} GB/s{'' if run.on_gpu else '  ' + NOT_A_GPU}\n")
-    environment = Environment(name, run.on_gpu, measure.commit(), plan.dtype, *roofs, str(start or ""))
+    note = "" if run.on_gpu else "  " + NOT_A_GPU
+    print(f"roofline: GEMM {roofline[0]:.3g} TFLOP/s, copy {roofline[1]:.0f} GB/s{note}\n")
+    environment = Environment(name, run.on_gpu, measure.commit(), plan.dtype, *roofline, str(start or ""))
 
     def write() -> None:
         if plan.csv:
@@ -207,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nclock {start} before, {clock(device)} after")
     if plan.plots and run.rows:
         written = draw(run.rows, environment, plan.plots)
-        print("no pictures were drawn: matplotlib is not installed" if written is None else f"{len(written)} pictures")
+        print("no plots: matplotlib is not installed" if written is None else f"{len(written)} plots written")
     if not run.on_gpu:
         if plan.fail_below is not None:
             print("--fail-below is ignored: there is no GPU")

@@ -1,4 +1,4 @@
-"""What the benchmark can be asked for: kernels, sizes, modes, providers, files."""
+"""Arguments of the benchmark: kernels, sizes, modes, providers, files."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ def parser(on_gpu: bool) -> Parser:
     made = Parser(prog="bifrost kernels bench", description="Time the kernels against PyTorch and a measured floor.")
     made.add_argument("--kernel", default="all", help=f"{', '.join(BUILDERS)}, or all (default)")
     made.add_argument("--model", help="3b, 7b (D = 2048, 3584); default both, on a CPU --width 256")
-    made.add_argument("--width", type=int, help=f"a width D of its own; heads of {HEAD_WIDTH}")
+    made.add_argument("--width", type=int, help=f"another width D; heads of {HEAD_WIDTH}")
     made.add_argument(
         "--tokens",
         default="8k,16k,32k,64k,128k" if on_gpu else "256,1k",
-        help="whole numbers, k = 1024 (default %(default)s)",
+        help="integers, k = 1024 (default %(default)s)",
     )
     made.add_argument("--mode", default=",".join(MODES), help="(default %(default)s)")
     made.add_argument("--provider", help="default all that can run; on a CPU all but compile")
@@ -109,13 +109,13 @@ def _tokens(made: Parser, text: str) -> list[int]:
     for word in text.split(","):
         digits = word.strip().removesuffix("k")
         if not digits.isdecimal() or not int(digits):
-            made.error(f"--tokens {word}: whole numbers are wanted, such as 8192 or 8k")
+            made.error(f"--tokens {word}: must be integers, such as 8192 or 8k")
         found.append(int(digits) * (1024 if word.strip().endswith("k") else 1))
     return sorted(set(found))
 
 
 def read_arguments(arguments: Sequence[str] | None, device: torch.device) -> Plan:
-    """SystemExit 2 after one line about a mistake."""
+    """Parse the arguments; raises SystemExit 2 after a one-line error."""
     on_gpu = device.type == "cuda"
     made = parser(on_gpu)
     given = made.parse_args(arguments)
@@ -126,7 +126,7 @@ def read_arguments(arguments: Sequence[str] | None, device: torch.device) -> Pla
         width = 256 if given.width is None else given.width
         heads = width // HEAD_WIDTH
         if width < 8 or width % 8:
-            made.error(f"--width {width}: a multiple of 8 is wanted")
+            made.error(f"--width {width}: must be a multiple of 8")
         if "attention" in kernels and (width % HEAD_WIDTH or heads % max(heads // 8, 1)):
             made.error(f"--width {width}: attention has heads of {HEAD_WIDTH} in groups of eight")
         shapes = [Shape("", width, heads, max(heads // 8, 1))]
@@ -144,14 +144,14 @@ def read_arguments(arguments: Sequence[str] | None, device: torch.device) -> Pla
     else:
         providers = known if on_gpu else [name for name in known if name != "compile"]
     if given.rep <= 0:
-        made.error(f"--rep {given.rep:g}: milliseconds above zero are wanted")
+        made.error(f"--rep {given.rep:g}: must be more than 0 ms")
     if given.fail_below is not None and "full" not in modes:
         made.error("--fail-below compares mode full, which --mode leaves out")
     for option, path in (("csv", given.csv), ("json", given.json)):
         if path and path.is_dir():
-            made.error(f"--{option} {path}: this is a folder, a file is wanted")
+            made.error(f"--{option} {path}: is a folder; name a file")
     if given.plots and given.plots.exists() and not given.plots.is_dir():
-        made.error(f"--plots {given.plots}: this is a file, a folder is wanted")
+        made.error(f"--plots {given.plots}: is a file; name a folder")
     if given.csv:
         try:
             read_csv(given.csv)

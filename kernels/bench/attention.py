@@ -1,7 +1,7 @@
-"""Attention of one layer as the benchmark runs it: packed in two calls, against dense scores with the hybrid mask.
+"""Benchmark of one attention layer: packed in two calls, against dense scores with the hybrid mask.
 
-Legend as in `attention`: H query heads, G key heads, C width of a head, B samples, T_i text tokens of a sample,
-N patches of an image; S = longest text + N, the row of a padded sample.
+Legend as in `attention`: H query heads, G key heads, C head width, B samples, T_i text tokens of a sample, N patches of
+an image; S = longest text + N, the length of a padded sample.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .cases import (
 
 HEAD_WIDTH = 128
 TEXT = (16, 240)
-"""Shortest and longest text; lengths are drawn evenly, 128 on average."""
+"""Shortest and longest text in tokens; lengths are uniform, 128 on average."""
 DENSE = ("eager", "compile", "sdpa-dense")
 
 
@@ -42,8 +42,8 @@ def text_lengths(samples: int) -> list[int]:
 
 
 def attention_work(lengths: list[int], heads: int, groups: int, itemsize: int) -> dict[Mode, Work]:
-    """4 rows x columns x H x C forward, half of it under a causal mask, 2.5 times as much backward (FlashAttention's
-    convention). The text is frozen: it has a forward pass alone, and its keys and values get no gradient.
+    """4 x rows x columns x H x C FLOPs forward, half of that with a causal mask, 2.5 times as many backward
+    (FlashAttention's convention). The text is frozen: forward pass only, no gradient of its keys and values.
     """
     image, text = PATCHES * len(lengths), sum(lengths)
     scores = sum(PATCHES * (length + PATCHES) for length in lengths)
@@ -58,7 +58,7 @@ def attention_work(lengths: list[int], heads: int, groups: int, itemsize: int) -
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """As the public release computes it: all scores, a mask added to them, softmax in fp32 (fp64 for fp64)."""
+    """As in the public release: dense scores, an additive mask, softmax in fp32 (fp64 for fp64)."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scale + mask
@@ -67,14 +67,14 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sca
 
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    # Repeated by hand: with a mask and groups together torch has no fused kernel.
+    # Heads are repeated explicitly: torch has no fused kernel for a mask with grouped heads.
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 class Padded:
-    """The same samples padded on the left to S rows, so that every image stands in the last N."""
+    """The same samples, left-padded to S rows, so that every image occupies the last N."""
 
     def __init__(self, lengths: list[int], layout: PrefixLayout, device: torch.device) -> None:
         self.samples, self.longest = len(lengths), max(lengths)
@@ -97,19 +97,19 @@ class Padded:
         return rows.transpose(1, 2)[self.sample, self.slot]
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """[B, 1, S, S], 0 where a row sees a column: earlier rows, for patches the whole image, never the padding."""
+        """[B, 1, S, S], 0 where a row attends to a column: earlier rows; for patches the whole image; never padding."""
         place = torch.arange(self.longest + PATCHES, device=self.slot.device)
         row, column = place[:, None], place[None, :]
         seen = (row >= column) | (row >= self.longest)
         real = place >= self.begin[:, None]
-        seen = seen & real[:, None, :] | (row == column)  # a row of padding sees itself, or its softmax is 0 / 0
+        seen = seen & real[:, None, :] | (row == column)  # padding attends to itself, otherwise its softmax is 0 / 0
         return torch.zeros(seen.shape, dtype=dtype, device=place.device).masked_fill_(~seen, torch.finfo(dtype).min)[
             :, None
         ]
 
 
 def attention_problem(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device, wanted: Wanted) -> Problem:
-    """T patches in images of 256, each behind a text of its own length; the text is frozen."""
+    """`tokens` patches in images of 256, each preceded by a frozen text of its own length."""
     samples, scale = tokens // PATCHES, HEAD_WIDTH**-0.5
     lengths = text_lengths(samples)
     layout, normal = PrefixLayout.of(lengths, PATCHES, device), random_tensors(device, dtype)
@@ -152,7 +152,7 @@ def attention_problem(shape: Shape, tokens: int, dtype: torch.dtype, device: tor
         )
 
     def exact() -> list[Tensor]:
-        """Sixteen samples at a time: fp64 scores of all would not fit."""
+        """16 samples at a time: the fp64 scores of all would not fit in memory."""
         found = []
         ends = [0, *layout.text.ends.tolist()[1:]]
         for first in range(0, samples, 16):

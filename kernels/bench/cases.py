@@ -1,9 +1,9 @@
-"""What the benchmark runs: inputs, candidates, their exact result, the work that has to be done, and floors for it.
+"""Benchmark cases: inputs, candidates, their exact result, the minimum work, and floors for its time.
 
-Legend: T tokens, D width, e bytes of an element, R selected rows, N patches of an image.
+Legend: T tokens, D width, e bytes per element, R selected rows, N patches of an image.
 
-Counts are of what the operation needs at least, whoever computes it: every input read once by each pass that uses it,
-every output written once. One multiply-add is two FLOPs; of a GEMM kernel the elementwise work is not counted.
+Work is the minimum of the operation for any implementation: every input is read once by each pass that uses it, every
+output is written once. One multiply-add is two FLOPs; elementwise work of a GEMM kernel is not counted.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from ..runtime import INTERPRETED
 
 Mode = Literal["forward", "backward", "full", "no-grad"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-"""`forward` with what a backward pass needs, `backward` alone, `full` both, `no-grad` the result alone."""
+"""`forward`: with tensors saved for backward; `backward`: alone; `full`: both; `no-grad`: the result alone."""
 
 PATCHES = 256
 """Patches of an image in Bifrost-1."""
 EPS = 1e-6
-"""Of Qwen2.5-VL's norms."""
+"""Epsilon of Qwen2.5-VL's norms."""
 
 
 class Shape(NamedTuple):
     model: str
-    """`3b`, `7b`, or empty for a width of one's own."""
+    """`3b`, `7b`, or empty for another width."""
     width: int
     heads: int
     groups: int
-    """Heads of key and value."""
+    """Key and value heads."""
 
 
 SHAPES = {"3b": Shape("3b", 2048, 16, 2), "7b": Shape("7b", 3584, 28, 4)}
@@ -55,7 +55,7 @@ class Work(NamedTuple):
 class Floor(NamedTuple):
     call: Callable[[], object]
     scale: float = 1.0
-    """The floor's time over the time of `call`, which need not be exactly as large."""
+    """Floor time divided by the time of `call`, which may be of a slightly different size."""
 
 
 def restored(output: Any, gradients: list[Tensor]) -> list[Tensor]:
@@ -64,20 +64,20 @@ def restored(output: Any, gradients: list[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute the operation, on inputs of its own layout."""
+    """One implementation of the operation, on inputs in its own layout."""
 
     provider: str
     baseline: bool
-    """Not of bifrost.kernels."""
+    """Not part of bifrost.kernels."""
     call: Callable[[], Any]
-    """Forward: the result, or a tuple whose first part is differentiated."""
+    """Forward pass: the result, or a tuple whose first element is differentiated."""
     leaves: tuple[Tensor, ...]
     gradient: Tensor
-    """Of the result, for the backward pass."""
+    """Gradient of the result, for the backward pass."""
     restore: Callable[[Any, list[Tensor]], list[Tensor]] = restored
-    """(result, gradients of the leaves) -> what is compared with the exact values."""
+    """(result, gradients of the leaves) -> tensors that are compared with the exact values."""
     config: str = ""
-    """Tiles, where the kernel is ours."""
+    """Tile sizes of our kernels."""
 
 
 @dataclass
@@ -89,14 +89,14 @@ class Problem:
     tokens: int
     candidates: list[Candidate]
     skipped: dict[str, str]
-    """Provider -> why it does not run here."""
+    """Provider -> why it cannot run."""
     exact: Callable[[], list[Tensor]]
     """Result and gradients in fp64."""
     work: dict[Mode, Work]
     floors: Callable[[Mode], list[Floor]]
-    """The longest of them is the floor; made when they are measured."""
+    """The longest of these is the floor; created when measured."""
     details: dict[str, Any] = field(default_factory=dict)
-    """What else tells one configuration from another."""
+    """Further parameters that distinguish configurations."""
 
 
 Wanted = Callable[[str], bool]
@@ -108,29 +108,29 @@ def random_tensors(device: torch.device, dtype: torch.dtype) -> Callable[..., Te
     return lambda *shape: torch.randn(shape, generator=draw, device=device, dtype=dtype)
 
 
-NOT_COMPILED = "Triton is not compiled here, and its interpreter's time says nothing of a GPU's"
+NOT_COMPILED = "Triton is not compiled here, and the interpreter's time is not comparable to a GPU's"
 
 
 def not_compiled(device: torch.device) -> str | None:
-    """Why no Triton kernel is timed there."""
+    """Why Triton kernels are not timed on `device`; None if they are."""
     return None if device.type == "cuda" and not INTERPRETED else NOT_COMPILED
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # A cache of earlier sizes would run into the recompile limit, and past it what is timed is eager.
+    # Cached sizes would reach the recompile limit, after which eager code would be timed.
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
 
 
 def copy_floor(count: int, device: torch.device) -> Floor:
-    """A device copy that moves `count` bytes: half of them read, half written."""
+    """A device copy that moves `count` bytes, half read and half written."""
     half = max(count // 2, 1)
     source, sink = (torch.zeros(half, dtype=torch.uint8, device=device) for _ in range(2))
     return Floor(lambda: sink.copy_(source), count / (2 * half))
 
 
 def gemm_floor(flops: int, dtype: torch.dtype, device: torch.device) -> Floor:
-    """A square GEMM of about `flops`, sides in multiples of 64."""
+    """A square GEMM of about `flops` FLOPs, with sides in multiples of 64."""
     side = max(round((flops / 2) ** (1 / 3) / 64), 1) * 64
     normal = random_tensors(device, dtype)
     left, right = normal(side, side), normal(side, side)
@@ -155,7 +155,7 @@ def _memory_bound(
     passes: dict[Mode, Work],
     config: str,
 ) -> Problem:
-    """operation(*leaves, provider): plain PyTorch as baseline, compiled, and the Triton kernel. Floors: copies."""
+    """operation(*leaves, provider): plain PyTorch as baseline, compiled, and the Triton kernel. Floors are copies."""
     candidates, skipped = [], {}
 
     def plain(*inputs: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def _memory_bound(
 
 
 def mask_mix_work(tokens: int, masked: int, width: int, itemsize: int) -> dict[Mode, Work]:
-    """Masked latents are not read; latents come from a frozen tower and take no gradient, token and table do."""
+    """Masked latents are not read. Latents come from a frozen encoder and get no gradient; token and table do."""
     table, token = PATCHES * width * itemsize, width * itemsize
     rows = width * itemsize
     return {
@@ -196,7 +196,7 @@ def mask_mix_work(tokens: int, masked: int, width: int, itemsize: int) -> dict[M
 
 
 def mask_mix_problem(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device, wanted: Wanted) -> Problem:
-    """Images of 256 patches, every second one masked on average."""
+    """Images of 256 patches, half of them masked on average."""
     samples, normal = tokens // PATCHES, random_tensors(device, dtype)
     latents, mask = normal(samples, PATCHES, shape.width), normal(samples, PATCHES) > 0
     leaves = normal(1, 1, shape.width).requires_grad_(), normal(1, PATCHES, shape.width).requires_grad_()
@@ -222,7 +222,7 @@ def gather_norm_work(tokens: int, selected: int, width: int, itemsize: int) -> d
 
 
 def gather_norm_problem(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device, wanted: Wanted) -> Problem:
-    """Half of the rows, in their order."""
+    """Half of the rows, in order."""
     normal = random_tensors(device, dtype)
     leaves = normal(tokens, shape.width).requires_grad_(), normal(shape.width).requires_grad_()
     half = math.ceil(tokens / 2)
@@ -245,9 +245,9 @@ def gather_norm_problem(shape: Shape, tokens: int, dtype: torch.dtype, device: t
 
 
 def _liger_norm() -> Callable[..., Tensor] | str:
-    """Liger's RMSNorm, behind an index_select the same operation; or why there is none."""
+    """Liger's RMSNorm, which after an index_select is the same operation; or why it is unavailable."""
     try:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # pyright: ignore[reportMissingImports]
-    except Exception as error:  # such packages fail in many ways when they do not fit the installed Triton
+    except Exception as error:  # such packages fail in many ways with another Triton
         return f"liger_kernel cannot be imported ({type(error).__name__}: {error})"
     return LigerRMSNormFunction.apply

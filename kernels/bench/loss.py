@@ -1,4 +1,4 @@
-"""Head and loss as the benchmark runs them: every provider against the public release's two lines and three GEMMs.
+"""Benchmark of head and loss: every provider against the public release's code and a floor of three GEMMs.
 
 Legend as in `latent_loss`, with K = D.
 """
@@ -19,14 +19,14 @@ from .cases import Candidate, Floor, Mode, Problem, Shape, Wanted, Work, compile
 
 
 def eager_loss(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
-    """As in the public release: both sides in fp32, and the mean over all elements."""
+    """As in the public release: both sides cast to fp32, mean over all elements."""
     return F.mse_loss(F.linear(hidden, weight, bias).float(), target.float(), reduction="mean")
 
 
 def latent_loss_work(tokens: int, width: int, itemsize: int) -> dict[Mode, Work]:
-    """Three GEMMs of 2 T D^2; the target comes on top of their operands. Forward stores the residual, no-grad does not.
+    """Three GEMMs of 2 T D^2 FLOPs; each reads or writes two [T, D] and one [D, D].
 
-    A GEMM reads and writes two [T, D] and one [D, D].
+    The target is read in addition. Forward stores the residual, no-grad does not.
     """
     rows, square, gemm = tokens * width * itemsize, width * width * itemsize, 2 * tokens * width * width
     forward, backward = Work(gemm, 3 * rows + square), Work(2 * gemm, 4 * rows + 2 * square)
@@ -39,7 +39,7 @@ def latent_loss_work(tokens: int, width: int, itemsize: int) -> dict[Mode, Work]
 
 
 def latent_loss_problem(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device, wanted: Wanted) -> Problem:
-    """All tokens with weight one, as in the public release; the residual is half as large as the prediction."""
+    """All token weights are one, as in the public release; the residual is half as large as the prediction."""
     width, normal = shape.width, random_tensors(device, dtype)
     hidden, weight, bias = normal(tokens, width), normal(width, width) * width**-0.5, normal(width)
     target = F.linear(hidden, weight, bias) + 0.5 * normal(tokens, width)
@@ -73,7 +73,7 @@ def latent_loss_problem(shape: Shape, tokens: int, dtype: torch.dtype, device: t
         )
 
     def exact() -> list[Tensor]:
-        """In slices: in fp64 the whole would take several times the memory of the operation."""
+        """In slices: all of it in fp64 would take several times the memory of the operation."""
         w, b, scale = weight.detach().double(), bias.detach().double(), 1 / (tokens * width)
         loss, d_weight, d_bias = torch.zeros((), device=device).double(), torch.zeros_like(w), torch.zeros_like(b)
         d_hidden = []

@@ -1,4 +1,4 @@
-"""How the benchmark measures: time, error, memory, and the state of the machine."""
+"""Measurements of the benchmark: time, error, memory, and the state of the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .cases import Candidate, Floor, Mode, copy_floor, gemm_floor
 
 QUANTILES = (0.5, 0.2, 0.8)
 SLACK = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-5}
-"""Relative error that every provider may have: the rounding of the stored result."""
+"""Relative error allowed for every provider: the rounding of the stored result."""
 
 
 class Timing(NamedTuple):
@@ -29,10 +29,10 @@ class Timing(NamedTuple):
 
 
 def steps(candidate: Candidate, mode: Mode) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    """(prepare, run): what is not timed, and what is, with prepare's result.
+    """(prepare, run): the untimed part, and the timed part, which takes prepare's result.
 
-    Every backward pass gets a graph of its own: with one that is kept, an operation that overwrites what it saved
-    would be timed, and would compute, on its own leftovers.
+    Every backward pass gets its own graph: with a retained graph, an operation that overwrites its saved tensors would
+    run on its own output.
     """
 
     def gradients(output: Any) -> tuple[Tensor, ...]:
@@ -52,14 +52,14 @@ def steps(candidate: Candidate, mode: Mode) -> tuple[Callable[[], Any], Callable
 def timed(
     prepare: Callable[[], Any], run: Callable[[Any], Any], device: torch.device, rep: float, split: bool
 ) -> Timing:
-    """Quantiles of `run`. On a GPU the L2 cache is emptied before each; split: `prepare` has to run before each."""
+    """Quantiles of the time of `run`, on a GPU with a flushed L2 cache. split: `prepare` runs before each `run`."""
     if device.type != "cuda":
         return _timed_on_cpu(prepare, run, rep)
     if not split:
         ready = prepare()
         found: Any = triton.testing.do_bench(lambda: run(ready), rep=int(rep), quantiles=list(QUANTILES))
         return Timing(*found)
-    # do_bench's method, with a part that its events leave out.
+    # As do_bench, with `prepare` outside the timed events.
     driver: Any = triton.runtime.driver.active
     cache = driver.get_empty_cache_for_benchmark()
 
@@ -105,8 +105,8 @@ def floor_ms(floors: list[Floor], device: torch.device, rep: float) -> float:
     )
 
 
-def roofs(dtype: torch.dtype, device: torch.device, rep: float) -> tuple[float, float]:
-    """TFLOP/s of a large GEMM and GB/s of a large copy, on this machine, now."""
+def roofline(dtype: torch.dtype, device: torch.device, rep: float) -> tuple[float, float]:
+    """Measured TFLOP/s of a large GEMM and GB/s of a large copy."""
     flops, count = (2 * 8192**3, 2**31) if device.type == "cuda" else (2 * 512**3, 2**26)
     gemm = floor_ms([gemm_floor(flops, dtype, device)], device, rep)
     copy = floor_ms([copy_floor(count, device)], device, rep)
@@ -114,7 +114,7 @@ def roofs(dtype: torch.dtype, device: torch.device, rep: float) -> tuple[float, 
 
 
 def errors(candidate: Candidate, exact: list[Tensor]) -> list[float]:
-    """Relative error of the result and of every gradient, in the Frobenius norm."""
+    """Relative errors of the result and of each gradient, in the Frobenius norm."""
     output = candidate.call()
     first = output[0] if isinstance(output, tuple) else output
     gradients = torch.autograd.grad(first, candidate.leaves, candidate.gradient)
@@ -129,12 +129,12 @@ def _distance(found: Tensor, exact: Tensor) -> float:
 
 
 def wrong(found: list[float], eager: list[float], dtype: torch.dtype) -> bool:
-    """FlashAttention's rule: at most twice eager PyTorch's error in the same dtype. NaN is wrong."""
+    """Whether errors exceed FlashAttention's limit: twice eager PyTorch's error in the same dtype. NaN exceeds it."""
     return not all(ours <= 2 * theirs + SLACK[dtype] for ours, theirs in zip(found, eager, strict=True))
 
 
 def peak_bytes(prepare: Callable[[], Any], run: Callable[[Any], Any], device: torch.device) -> int | None:
-    """Peak of the allocator during `run` beyond what was there before `prepare`; None on a CPU."""
+    """Peak memory of the allocator during `run`, minus that allocated before `prepare`; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -155,7 +155,7 @@ class Clock(NamedTuple):
 
 
 def clock(device: torch.device) -> Clock | None:
-    """Of the multiprocessors, now; None without a GPU or nvidia-smi."""
+    """Current SM clock and temperature; None without a GPU or nvidia-smi."""
     if device.type != "cuda":
         return None
     identity = getattr(torch.cuda.get_device_properties(device), "uuid", None)
@@ -170,7 +170,7 @@ def clock(device: torch.device) -> Clock | None:
 
 
 def drift(before: Clock | None, after: Clock | None) -> float:
-    """Relative change of the clock; 0 where it cannot be read."""
+    """Relative change of the clock; 0 if it cannot be read."""
     return abs(after.megahertz / before.megahertz - 1) if before and after else 0.0
 
 
@@ -184,7 +184,7 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """Of the checkout that this file belongs to, `-dirty` with changes; empty outside one."""
+    """Commit of the checkout that contains this file, `-dirty` with changes; empty outside a checkout."""
     folder = str(Path(__file__).resolve().parent)
     return _output(["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]) or ""
 

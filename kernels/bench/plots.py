@@ -1,4 +1,4 @@
-"""Pictures of a benchmark: time and share of the floor over tokens, and all kernels under the measured roofs."""
+"""Plots of a benchmark: time and percentage of the floor over tokens, and all kernels under the measured roofline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .report import NOT_A_GPU, Environment, Row
 
 
 def draw(rows: list[Row], environment: Environment, folder: Path) -> list[Path] | None:
-    """Write `<kernel>.png` for every kernel and `roofline.png` into `folder`; None where matplotlib is missing."""
+    """Write `<kernel>.png` for every kernel and `roofline.png` to `folder`; None if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -30,7 +30,7 @@ def draw(rows: list[Row], environment: Environment, folder: Path) -> list[Path] 
 
 
 def _by_tokens(figure_class: Any, rows: list[Row], kernel: str, where: str) -> Any:
-    """A line of panels for every width; forward and backward together where that was measured."""
+    """One row of panels per width; of mode `full` if that was measured."""
     mode = "full" if any(row.mode == "full" for row in rows) else rows[0].mode
     rows = [row for row in rows if row.mode == mode]
     shapes = list(dict.fromkeys(row.shape for row in rows))
@@ -60,7 +60,7 @@ def _by_tokens(figure_class: Any, rows: list[Row], kernel: str, where: str) -> A
 
 
 def _roofline(figure_class: Any, rows: list[Row], environment: Environment, where: str) -> Any:
-    """The fastest of our providers in every mode, or a baseline where there is none."""
+    """The fastest of our providers in every mode, or a baseline if there is none."""
     figure = figure_class(figsize=(8, 5.5), layout="constrained")
     axis = figure.subplots()
     intensity = [row.flops / row.bytes for row in rows]
@@ -80,7 +80,7 @@ def _roofline(figure_class: Any, rows: list[Row], environment: Environment, wher
         found = list(fastest.values())
         axis.scatter([row.flops / row.bytes for row in found], [row.tflops for row in found], s=18, label=kernel)
     axis.set(xscale="log", yscale="log", xlabel="FLOP / byte", ylabel="TFLOP/s")
-    axis.set_title(f"Measured roofs of this run. {where}", fontsize=10)
+    axis.set_title(f"Measured roofline of this run. {where}", fontsize=10)
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     return figure

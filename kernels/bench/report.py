@@ -1,4 +1,4 @@
-"""What the benchmark says: its table, CSV and JSON, the verdict on the targets, and what falls below a limit."""
+"""Output of the benchmark: its table, CSV and JSON, the verdict on the targets, and results below a limit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LIGER_COLUMNS = (
     "x_value", "y_value_50", "y_value_20", "y_value_80", "extra_benchmark_config_str", "gpu_name", "timestamp",
     "liger_version",
 )  # fmt: skip
-"""Of Liger-Kernel's benchmark data, in their order."""
+"""Columns of Liger-Kernel's benchmark data, in order."""
 COLUMNS = (
     *LIGER_COLUMNS, "flops", "bytes", "tflops", "gbps", "pct_of_measured_floor", "error_vs_fp64", "config", "commit",
     "torch_version", "triton_version", "clocks",
@@ -32,7 +32,7 @@ KEY = (
     "kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "x_name", "x_value",
     "extra_benchmark_config_str", "gpu_name",
 )  # fmt: skip
-"""Rows that agree in these are of one measurement, the later one counts: Liger's rule."""
+"""Rows that agree in these columns are the same measurement, of which the latest is kept, as in Liger."""
 
 NOT_A_GPU = "CPU, not a GPU figure"
 
@@ -53,10 +53,10 @@ class Row:
     flops: int
     bytes: int
     peak: int | None
-    """Bytes beyond the inputs; None on a CPU."""
+    """Peak memory in bytes, without the inputs; None on a CPU."""
     error: float
     over_eager: float | None
-    """Eager's time over this one's."""
+    """Eager's time divided by this one's."""
     over_compile: float | None
     config: str
     clocks: str
@@ -72,7 +72,7 @@ class Row:
 
     @property
     def percent(self) -> float:
-        """Of the floor: 100 is as fast as the floor."""
+        """Percentage of the floor: 100 is as fast as the floor."""
         return 100 * self.floor_ms / self.timing.median
 
     @property
@@ -83,7 +83,7 @@ class Row:
 @dataclass(frozen=True)
 class Environment:
     gpu: str
-    """Name of the GPU, or of the CPU that stood in."""
+    """Name of the GPU, or of the CPU used instead."""
     on_gpu: bool
     commit: str
     dtype: str
@@ -102,7 +102,7 @@ HEADER = (
 
 
 def line(row: Row, on_gpu: bool) -> str:
-    """One row of the table on the screen; MB are of 2^20 bytes, as in Liger's data."""
+    """One row of the printed table; MB are 2^20 bytes, as in Liger's data."""
     peak = "-" if row.peak is None else f"{row.peak / 2**20:.0f}"
     eager, fast = ("-" if x is None else f"{x:.2f}" for x in (row.over_eager, row.over_compile))
     median, low, high = row.timing
@@ -114,7 +114,7 @@ def line(row: Row, on_gpu: bool) -> str:
 
 
 def records(rows: Iterable[Row], environment: Environment) -> list[dict[str, str]]:
-    """CSV rows: one of metric `speed`, and one of `memory` where it was measured."""
+    """CSV rows: one of metric `speed`, and one of `memory` if it was measured."""
     found = []
     try:
         liger = importlib.metadata.version("liger-kernel")
@@ -153,19 +153,19 @@ def records(rows: Iterable[Row], environment: Environment) -> list[dict[str, str
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of an earlier run or of Liger's own file; ValueError for any other. A missing file has none."""
+    """Rows of an earlier run or of Liger's own file, none if the file is missing; ValueError for any other file."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         header = tuple(reader.fieldnames or ())
         if header not in (LIGER_COLUMNS, COLUMNS):
-            raise ValueError(f"{path} has other columns than a benchmark's: name another file")
+            raise ValueError(f"{path} does not have the columns of a benchmark: name another file")
         return [{name: row.get(name) or "" for name in COLUMNS} for row in reader]
 
 
 def upsert(path: Path, found: list[dict[str, str]]) -> None:
-    """Write `found` into `path`: in the place of rows with the same key, the others at the end."""
+    """Write `found` to `path`, replacing rows with the same key and appending the others."""
     merged = {tuple(row[name] for name in KEY): row for row in [*read_csv(path), *found]}
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".new")
@@ -195,24 +195,22 @@ def write_json(path: Path, rows: list[Row], environment: Environment) -> None:
 
 
 def best(rows: Iterable[Row]) -> list[Row]:
-    """The fastest of our providers at every size, forward and backward together."""
+    """The fastest of our providers at every size, in mode `full`."""
     found: dict[tuple[str, Shape, int], Row] = {}
     for row in rows:
         key = row.kernel, row.shape, row.tokens
-        if (
-            row.mode == "full"
-            and not row.baseline
-            and (key not in found or row.timing.median < found[key].timing.median)
-        ):
+        if row.mode != "full" or row.baseline:
+            continue
+        if key not in found or row.timing.median < found[key].timing.median:
             found[key] = row
     return list(found.values())
 
 
 def below(rows: Iterable[Row], percent: float) -> list[str]:
-    """A line for every size at which the fastest of our providers stays under `percent` of the floor."""
+    """One line per size at which the fastest of our providers is below `percent` of the floor."""
     return [
         f"{row.kernel} {row.size} {row.tokens} tokens: {row.provider} reaches {row.percent:.1f} % of the floor,"
-        f" {percent:g} % are asked for"
+        f" {percent:g} % required"
         for row in best(rows)
         if row.percent < percent
     ]
@@ -226,11 +224,11 @@ class Verdict(NamedTuple):
 
 OVER_EAGER = {3584: 1.3, 2048: 1.55}
 LARGE = 16 * 1024
-"""Tokens from which the targets count."""
+"""Number of tokens from which the targets apply."""
 
 
 def verdicts(rows: list[Row]) -> list[Verdict]:
-    """Targets of the latent loss, by the fastest of our providers at every size; the worst size decides."""
+    """Targets of the latent loss, for the fastest of our providers at every size; the worst size counts."""
     loss = [row for row in rows if row.kernel == "latent-loss" and row.mode == "full"]
     ours = best(loss)
     large = [row for row in ours if row.tokens >= LARGE and row.shape.width in OVER_EAGER]

@@ -1,4 +1,4 @@
-"""The two packed calls against one dense attention under the public release's hybrid mask, in fp64."""
+"""The two packed calls against dense attention with the public release's hybrid mask, in fp64."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 
 
 def hybrid(query: Tensor, key: Tensor, value: Tensor, text: int) -> Tensor:
-    """One sample, [T + N, H, C]: text rows are causal, image rows see everything. Scores and mask written out."""
+    """One sample, [T + N, H, C], with explicit scores and mask: text is causal, images attend to everything."""
     rows, heads, _ = query.shape
     key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     scores = torch.einsum("qhc,khc->hqk", query, key) * SCALE
@@ -32,7 +32,7 @@ def hybrid(query: Tensor, key: Tensor, value: Tensor, text: int) -> Tensor:
 
 
 def packed(samples: list[list[Tensor]], lengths: list[int], patches: int, backend: str) -> list[Tensor]:
-    """The same for all samples (query, key, value of each) by the two calls; results by sample, text before image."""
+    """The two calls for all samples (query, key, value of each); results per sample, text before image."""
     layout = PrefixLayout.of(lengths, patches)
     cut = list(zip(samples, lengths, strict=True))
     text = [torch.cat([sample[i][:length] for sample, length in cut]) for i in range(3)]
@@ -51,7 +51,7 @@ def packed(samples: list[list[Tensor]], lengths: list[int], patches: int, backen
     heads=st.sampled_from([(1, 1), (6, 1), (6, 2), (4, 4), (14, 2)]),
     seed=st.integers(0, 1000),
 )
-def test_two_packed_calls_are_the_hybrid_mask(backend, lengths, patches, heads, seed) -> None:
+def test_two_packed_calls_equal_the_hybrid_mask(backend, lengths, patches, heads, seed) -> None:
     """Forward and gradients of query, key and value within 1e-12: ragged texts, one token, grouped queries."""
     query_heads, key_heads = heads
     samples = [
@@ -74,8 +74,8 @@ def test_two_packed_calls_are_the_hybrid_mask(backend, lengths, patches, heads, 
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_left_padding_falls_away(backend: str) -> None:
-    """Padded rows, as a tokenizer gives them, attended with a padding mask and packed without one."""
+def test_left_padding_is_removed(backend: str) -> None:
+    """Padded rows, as from a tokenizer: with a padding mask, and packed without one."""
     lengths, longest, patches = [3, 1, 5], 5, 4
     query, key, value = (draw(3, longest + patches, heads, 8, seed=i) for i, heads in enumerate((6, 2, 2)))
     wanted, real = [], []
@@ -101,8 +101,8 @@ def test_layout() -> None:
     assert layout.both.ends.dtype == torch.int32
 
 
-def test_nothing_padded_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores computed: exactly those of the real rows, for texts of very different lengths."""
+def test_padding_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores are computed exactly for the real rows, with texts of very different lengths."""
     computed = []
     original = torch.nn.functional.scaled_dot_product_attention
 
@@ -117,14 +117,14 @@ def test_nothing_padded_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(computed) == sum(length**2 + 4 * (length + 4) for length in lengths)
 
 
-def test_an_empty_batch() -> None:
+def test_empty_batch() -> None:
     empty, none = torch.empty(0, 2, 8), Segments.of([])
     assert segment_attention(empty, empty, empty, none, none, True, SCALE).shape == (0, 2, 8)
 
 
 @pytest.mark.parametrize("backend", ["varlen", "flash-attn-3"])
-def test_a_librarys_attention_is_traced_as_one_graph(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once its first call has imported the library; plain sums stand in for what that computes."""
+def test_library_attention_compiles_to_one_graph(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first call has imported the library, which is replaced by plain sums."""
 
     def library(query, key, value, *rest, enable_gqa=False, **settings):
         groups = query.shape[1] // key.shape[1]
@@ -147,7 +147,7 @@ def test_a_librarys_attention_is_traced_as_one_graph(backend: str, monkeypatch: 
     )
 
 
-def test_backends_that_cannot_run_say_why() -> None:
+def test_unavailable_backends_have_a_reason() -> None:
     cpu = torch.device("cpu")
     for backend in BACKENDS:
         reason = unavailable(backend, cpu, torch.bfloat16)
@@ -163,7 +163,7 @@ def deterministic() -> Iterator[None]:
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, backend: str, library: Callable) -> None:
-    """`library` in place of the package's function."""
+    """Replace the package's function by `library`."""
     module = ModuleType("stand_in")
     module.library = library  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "stand_in", module)
@@ -173,7 +173,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, backend: str, library: Callable) -
 
 
 @pytest.mark.parametrize("backend", ["flash-attn-2", "flash-attn-3", "flash-attn-4"])
-def test_a_package_is_asked_for_a_deterministic_backward_pass(backend, monkeypatch, request) -> None:
+def test_deterministic_backward_is_requested_from_a_package(backend, monkeypatch, request) -> None:
     asked = []
 
     def library(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, **rest):

@@ -1,4 +1,4 @@
-"""The benchmark: what it counts, what it refuses, what it writes. Times on a CPU are shown as such, Triton's not."""
+"""The benchmark: counts, errors and output. CPU times are marked as such, and Triton is not timed on a CPU."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ SMALL = ["--tokens", "256", "--width", "128", "--rep", "1"]
 
 @pytest.fixture(autouse=True)
 def no_compile_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has a test of its own, which takes most of a minute."""
+    """It has a separate test, which takes most of a minute."""
     monkeypatch.setattr(bench, "compile_table", lambda: print("compile table"))
 
 
@@ -58,8 +58,8 @@ def row(**changes) -> Row:
 ENVIRONMENT = Environment("CPU (planted), no GPU", False, "0123456789ab", "bf16", 1.0, 10.0)
 
 
-def test_rates_and_share_of_the_floor() -> None:
-    """10^12 FLOPs and 10^9 bytes in 2 ms are 500 TFLOP/s and 500 GB/s; 1.9 ms of floor are 95 %."""
+def test_rates_and_percentage_of_the_floor() -> None:
+    """10^12 FLOPs and 10^9 bytes in 2 ms are 500 TFLOP/s and 500 GB/s; a floor of 1.9 ms is 95 %."""
     made = row()
     assert made.tflops == pytest.approx(500)
     assert made.gbps == pytest.approx(500)
@@ -78,7 +78,7 @@ def test_work_of_the_latent_loss() -> None:
 
 @pytest.mark.parametrize(("width", "low", "high"), [(2048, 880, 1010), (3584, 1390, 1760)])
 def test_intensity_of_the_three_gemms(width: int, low: int, high: int) -> None:
-    """FLOP / byte from 8k to 128k tokens with dW in fp32, computed apart from this code."""
+    """FLOP / byte from 8k to 128k tokens with dW in fp32, computed independently of this code."""
     for tokens, expected in ((8 * 1024, low), (128 * 1024, high)):
         work = latent_loss_work(tokens, width, 2)["full"]
         gemms = work.bytes - tokens * width * 2 + 2 * width**2
@@ -96,7 +96,7 @@ def test_work_of_the_memory_bound_kernels() -> None:
 
 
 def test_work_of_attention() -> None:
-    """One image of 256 patches behind 128 words, 28 heads of 128: 1.4 GFLOP forward."""
+    """One image of 256 patches after 128 text tokens, 28 heads of 128: 1.4 GFLOP forward."""
     work = attention_work([128], 28, 4, 2)
     image = 4 * 256 * 384 * 3584
     assert work["forward"].flops == image + 2 * 128**2 * 3584
@@ -105,8 +105,8 @@ def test_work_of_attention() -> None:
     assert all(16 <= length <= 240 for length in text_lengths(64))
 
 
-def test_every_layout_of_attention_is_the_same_function() -> None:
-    """Packed in two calls, and padded with the hybrid mask: in fp32 both agree with fp64, text and gradients too."""
+def test_all_attention_layouts_compute_the_same_function() -> None:
+    """Packed in two calls, and padded with the hybrid mask: both agree in fp32 with fp64, with text and gradients."""
     problem = attention_problem(Shape("", 256, 2, 1), 512, torch.float32, CPU, lambda name: name != "compile")
     exact = problem.exact()
     assert [len(exact), *exact[0].shape] == [5, 512, 2, 128]
@@ -127,7 +127,7 @@ def test_candidates_agree_with_fp64(kernel: str, dtype: str) -> None:
         assert max(measure.errors(candidate, exact)) < {"bf16": 1e-2, "fp32": 1e-5}[dtype]
 
 
-def test_every_backward_pass_has_a_graph_of_its_own() -> None:
+def test_every_backward_pass_has_its_own_graph() -> None:
     problem = bench.BUILDERS["latent-loss"](Shape("", 64, 0, 1), 32, torch.float32, CPU, lambda name: name == "eager")
     prepare, run = measure.steps(problem.candidates[0], "backward")
     first = prepare()
@@ -137,8 +137,8 @@ def test_every_backward_pass_has_a_graph_of_its_own() -> None:
     run(prepare())
 
 
-def test_on_a_gpu_the_forward_pass_stays_outside_the_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a planted device: prepare, empty the cache, then the timed part alone between the events."""
+def test_forward_pass_is_outside_the_timed_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a fake device: prepare, flush the cache, then only the timed part between the events."""
     happened: list[str] = []
 
     class Event:
@@ -165,13 +165,13 @@ def test_on_a_gpu_the_forward_pass_stays_outside_the_events(monkeypatch: pytest.
         lambda: happened.append("prepare"), lambda _: happened.append("run"), torch.device("cuda"), 40, split=True
     )
     assert found == Timing(4.0, 4.0, 4.0)
-    assert happened == ["prepare", "cache", "event", "run", "event"] * 13  # three to warm up, ten in 40 ms
+    assert happened == ["prepare", "cache", "event", "run", "event"] * 13  # three for warmup, ten in 40 ms
 
 
 @pytest.mark.parametrize(
     ("found", "is_wrong"), [([0.02, 0.0], False), ([0.02 + 2 * 2**-8, 0.0], True), ([math.nan, 0.0], True)]
 )
-def test_rule_of_twice_eagers_error(found: list[float], is_wrong: bool) -> None:
+def test_error_limit_is_twice_eagers_error(found: list[float], is_wrong: bool) -> None:
     assert measure.wrong(found, [0.01, 0.0], torch.bfloat16) is is_wrong
 
 
@@ -199,14 +199,14 @@ def test_cpu_run_marks_every_row(capsys: pytest.CaptureFixture, tmp_path: Path) 
         assert names == {*(f"{kernel}.png" for kernel in bench.BUILDERS), "roofline.png"}
 
 
-def test_without_matplotlib_a_line_says_so(capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_matplotlib_is_reported(capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     arguments = ["--kernel", "mask-mix", "--mode", "no-grad", "--plots", str(tmp_path / "plots")]
     assert bench.main([*SMALL, *arguments]) == 0
-    assert "no pictures were drawn" in capsys.readouterr().out
+    assert "no plots: matplotlib" in capsys.readouterr().out
 
 
-def test_columns_begin_with_ligers() -> None:
+def test_columns_begin_with_those_of_liger() -> None:
     assert ",".join(LIGER_COLUMNS) == (
         "kernel_name,kernel_provider,kernel_operation_mode,metric_name,metric_unit,x_name,x_label,x_value,y_value_50,"
         "y_value_20,y_value_80,extra_benchmark_config_str,gpu_name,timestamp,liger_version"
@@ -220,7 +220,7 @@ def test_columns_begin_with_ligers() -> None:
     assert float(speed["pct_of_measured_floor"]) == pytest.approx(95)
 
 
-def test_upsert_replaces_the_same_measurement_alone(tmp_path: Path) -> None:
+def test_upsert_replaces_only_the_same_measurement(tmp_path: Path) -> None:
     path = tmp_path / "bench.csv"
     slow, other = row(peak=None), row(peak=None, tokens=8192)
     upsert(path, records([slow, other], ENVIRONMENT))
@@ -236,7 +236,7 @@ def test_upsert_replaces_the_same_measurement_alone(tmp_path: Path) -> None:
     ]
 
 
-def test_ligers_own_file_is_taken_on(tmp_path: Path) -> None:
+def test_file_of_liger_is_extended(tmp_path: Path) -> None:
     path = tmp_path / "all_benchmark_data.csv"
     path.write_text(",".join(LIGER_COLUMNS) + "\nrms_norm,liger,full,speed,ms,H,hidden,1024,1,1,1,{},A GPU,then,0.8\n")
     upsert(path, records([row()], ENVIRONMENT))
@@ -245,7 +245,7 @@ def test_ligers_own_file_is_taken_on(tmp_path: Path) -> None:
     assert len(rest) == 2
 
 
-def test_a_wrong_provider_is_caught_and_not_timed(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_provider_is_detected_and_not_timed(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     right = loss.patch_latent_loss
 
     def planted(*args):
@@ -259,7 +259,7 @@ def test_a_wrong_provider_is_caught_and_not_timed(capsys, monkeypatch: pytest.Mo
     assert [line.split()[4] for line in lines if line.startswith("latent-loss D=")] == ["eager"]
 
 
-def test_a_provider_of_ours_that_fails_fails_the_run(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_of_our_provider_fails_the_run(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     def planted(*args):
         raise RuntimeError("misaligned address\nand a trace")
 
@@ -268,7 +268,7 @@ def test_a_provider_of_ours_that_fails_fails_the_run(capsys, monkeypatch: pytest
     assert "reference failed: misaligned address\n" in capsys.readouterr().out
 
 
-def test_below_names_the_size_at_which_the_fastest_is_too_slow() -> None:
+def test_below_reports_sizes_at_which_the_fastest_is_too_slow() -> None:
     rows = [
         row(),
         row(provider="in-place", timing=Timing(2.5, 2.5, 2.5)),  # slower than ours at the same size
@@ -283,7 +283,7 @@ def test_below_names_the_size_at_which_the_fastest_is_too_slow() -> None:
     assert len(below(rows, 99)) == 2
 
 
-def test_verdicts_are_of_the_worst_size() -> None:
+def test_verdicts_use_the_worst_size() -> None:
     eager = {"provider": "eager", "baseline": True, "timing": Timing(2.7, 2.7, 2.7), "peak": 100}
     rows = [row(), row(**eager), row(tokens=65536, floor_ms=1.99, over_compile=0.99), row(tokens=65536, **eager)]
     found = {v.target.split(" from")[0]: v for v in verdicts(rows)}
@@ -297,12 +297,10 @@ def test_verdicts_are_of_the_worst_size() -> None:
 
 
 @pytest.mark.parametrize(("limit", "code"), [("90", 0), ("96", 1)])
-def test_on_a_gpu_the_limit_decides_the_exit_code(
-    capsys, monkeypatch: pytest.MonkeyPatch, limit: str, code: int
-) -> None:
+def test_limit_sets_the_exit_code_on_a_gpu(capsys, monkeypatch: pytest.MonkeyPatch, limit: str, code: int) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(measure, "device_name", lambda device: "planted GPU")
-    monkeypatch.setattr(measure, "roofs", lambda dtype, device, rep: (700.0, 4000.0))
+    monkeypatch.setattr(measure, "roofline", lambda dtype, device, rep: (700.0, 4000.0))
     monkeypatch.setattr(bench, "clock", lambda device: Clock(1980, 40))
     monkeypatch.setattr(bench.Run, "measure", lambda self, after: self.rows.append(row()))
     assert bench.main(["--fail-below", limit]) == code
@@ -326,7 +324,7 @@ def test_clock_drift() -> None:
         "--csv .", "--csv README.md",
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_line_and_code_2(
+def test_invalid_argument_is_one_line_and_code_2(
     arguments: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -346,7 +344,7 @@ def test_sizes_are_in_units_of_1024() -> None:
     assert "compile" in plan.providers
 
 
-def test_the_verb_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_forwards_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
     from bifrost.trainer.cli import main

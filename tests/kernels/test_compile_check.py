@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that are not here, spills nothing and fits; what does not is refused."""
+"""Every kernel compiles for GPUs without having them, does not spill and fits; other configurations are rejected."""
 
 import os
 import subprocess
@@ -47,9 +47,7 @@ def test_every_kernel_compiles_and_fits() -> None:
     }
 
 
-def test_what_an_older_triton_does_not_run_is_left_out(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_cases_for_newer_triton_are_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     built = []
 
     def build(case: compile_check.Case, arch: int) -> compile_check.Build:
@@ -67,7 +65,7 @@ def test_what_an_older_triton_does_not_run_is_left_out(
 
 
 @pytest.mark.slow
-def test_spills_and_too_much_shared_memory_are_refused() -> None:
+def test_spills_and_excessive_shared_memory_are_rejected() -> None:
     ended = run("-c", PLANTED)
     assert ended.returncode == 0, ended.stderr
     spilled, oversized = ended.stdout.splitlines()
@@ -76,8 +74,8 @@ def test_spills_and_too_much_shared_memory_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_lost_warp_specialization_is_refused() -> None:
-    """With eight warps, Triton's compiler drops the request for sm_90 without a word."""
+def test_lost_warp_specialization_is_rejected() -> None:
+    """With eight warps, Triton's compiler silently drops the request for sm_90."""
     ended = run("-c", LOST)
     assert ended.returncode == 0, ended.stderr
     kept, eight = ended.stdout.splitlines()

@@ -1,6 +1,6 @@
-"""RMSNorm of selected rows, by every provider, against transformers' norm and the formula written out in fp64.
+"""RMSNorm of selected rows, by every provider, against transformers' norm and the formula in fp64.
 
-The kernel runs in Triton's interpreter where there is no GPU: its arithmetic is checked, its speed and races are not.
+Without a GPU the kernel runs in Triton's interpreter: this checks its arithmetic, but not its speed or races.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bifrost.kernels.gather_norm import BLOCK_R, _fused, _fused_backward, gather_rms_norm
 
-# After bifrost.kernels: transformers imports Triton, and the interpreter must be chosen before that.
+# After bifrost.kernels: transformers imports Triton, and the interpreter must be selected before that.
 qwen = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
 
 PROVIDERS = ["reference", "triton"]
@@ -48,7 +48,7 @@ def transformers(hidden, rows, weight):
 
 
 def run(function, tensors: list, gradient: torch.Tensor, needed=(True, True)) -> list[torch.Tensor | None]:
-    """The result, then the gradients of hidden states and weight (None where there is none)."""
+    """The result, then the gradients of hidden states and weight (or None)."""
     hidden, rows, weight = tensors
     leaves = [t.detach().requires_grad_(need) for t, need in zip((hidden, weight), needed, strict=True)]
     result = function(leaves[0], rows, leaves[1])
@@ -79,7 +79,7 @@ def test_error_is_at_most_twice_transformers(dtype: torch.dtype, shape: tuple[in
 
 
 @pytest.mark.parametrize("dtype", list(SLACK), ids=str)
-def test_reference_is_transformers_norm_of_the_rows(dtype: torch.dtype) -> None:
+def test_reference_equals_transformers_norm_of_the_rows(dtype: torch.dtype) -> None:
     tensors, gradient = make(40, 25, 72, dtype)
     ours, theirs = run(by("reference"), tensors, gradient), run(transformers, tensors, gradient)
     assert torch.equal(ours[0], theirs[0])
@@ -88,7 +88,7 @@ def test_reference_is_transformers_norm_of_the_rows(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_fp32_weight_beside_bf16_hidden_states(provider: str) -> None:
+def test_fp32_weight_with_bf16_hidden_states(provider: str) -> None:
     """The result is fp32, as with transformers, and so is dWeight."""
     (hidden, rows, weight), gradient = make(40, 25, 72, torch.float32)
     tensors = [hidden.bfloat16(), rows, weight]
@@ -99,7 +99,7 @@ def test_fp32_weight_beside_bf16_hidden_states(provider: str) -> None:
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_rounded_before_the_weight(provider: str) -> None:
+def test_rounding_happens_before_the_weight(provider: str) -> None:
     """An fp32 weight of ones multiplies values that fp16 can hold."""
     (hidden, rows, _), _ = make(40, 25, 72, torch.float16)
     result = gather_rms_norm(hidden, rows, torch.ones(72), EPS, provider=provider)
@@ -130,7 +130,7 @@ def test_any_shape_and_stride(tokens, share, width, layout, seed) -> None:
         hidden, gradient, rows, weight = (x.repeat_interleave(2, dim=0)[::2] for x in (hidden, gradient, rows, weight))
     elif layout == "transposed":
         hidden, gradient = (x.T.contiguous().T for x in (hidden, gradient))
-    elif layout == "expanded":  # what autograd hands over after a sum
+    elif layout == "expanded":  # as passed by autograd after a sum
         gradient = gradient.new_full((1, 1), 0.5).expand(selected, width)
     tensors = [hidden, rows, weight]
     fused = run(by("triton"), tensors, gradient)
@@ -150,13 +150,13 @@ def test_every_combination_of_gradients(needed: tuple[bool, ...], provider: str)
 
 
 @pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=2)), ids=str)
-def test_what_is_not_needed_is_not_computed(needed: tuple[bool, ...]) -> None:
+def test_unneeded_gradients_are_not_computed(needed: tuple[bool, ...]) -> None:
     (hidden, rows, weight), gradient = make(40, 25, 24, torch.float32)
     found = _fused_backward(gradient, hidden, rows, weight, EPS, *needed)
     assert tuple(x.numel() > 0 for x in found) == needed
 
 
-def test_rows_left_out_are_not_seen_and_get_no_gradient() -> None:
+def test_other_rows_are_not_read_and_get_no_gradient() -> None:
     (hidden, rows, weight), gradient = make(65, 30, 72, torch.float32)
     clean = run(by("triton"), [hidden, rows, weight], gradient)
     left_out = torch.ones(65, dtype=torch.bool)
@@ -169,7 +169,7 @@ def test_rows_left_out_are_not_seen_and_get_no_gradient() -> None:
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_rows_of_zeros_with_and_without_eps(provider: str) -> None:
-    """A zero row has no direction: zero with an eps, and its neighbours are untouched without one."""
+    """A zero row gives zero with an eps; without one it does not affect its neighbours."""
     (hidden, rows, weight), gradient = make(3 * BLOCK_R, 2 * BLOCK_R + 1, 8, torch.float32)
     result, d_hidden, _ = run(by(provider), [torch.zeros_like(hidden), rows, weight], gradient)
     assert result.count_nonzero() == 0 and d_hidden.isfinite().all()
@@ -181,7 +181,7 @@ def test_rows_of_zeros_with_and_without_eps(provider: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_repeats_to_the_bit_and_rows_do_not_know_their_batch(dtype: torch.dtype) -> None:
+def test_bitwise_deterministic_and_rows_independent_of_their_batch(dtype: torch.dtype) -> None:
     (hidden, rows, weight), gradient = make(65, 40, 72, dtype)
     first, again = (run(by("triton"), [hidden, rows, weight], gradient) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -190,8 +190,8 @@ def test_repeats_to_the_bit_and_rows_do_not_know_their_batch(dtype: torch.dtype)
     assert torch.equal(part[1][rows[9:21]], first[1][rows[9:21]])
 
 
-def test_offsets_past_2_to_the_31() -> None:
-    """In elements, over storage of which a few pages alone are ever touched."""
+def test_offsets_beyond_32_bits() -> None:
+    """Offsets in elements, over storage of which only a few pages are touched."""
     (hidden, rows, weight), gradient = make(3, 3, 8, torch.float16)
     far = torch.empty(2**31 + 8, dtype=torch.float16).as_strided((3, 8), (2**30, 1))
     far.copy_(hidden)
@@ -200,7 +200,7 @@ def test_offsets_past_2_to_the_31() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-def test_registered_as_torch_wants_it() -> None:
+def test_opcheck() -> None:
     (hidden, rows, weight), gradient = make(20, 9, 16, torch.float32)
     arguments = (hidden.requires_grad_(), rows, weight.requires_grad_(), EPS)
     assert set(torch.library.opcheck(_fused, arguments).values()) == {"SUCCESS"}

@@ -1,4 +1,4 @@
-"""What the interpreter cannot see: the compiled kernels on a CUDA device. Needs torch, triton and pytest alone."""
+"""Compiled kernels on a CUDA device, for what the interpreter cannot check. Needs only torch, triton and pytest."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ each = pytest.mark.parametrize("provider", PROVIDERS[1:])
 
 
 def device(provider: str, dtype: torch.dtype) -> torch.device:
-    """The GPU, if it has what the provider needs."""
+    """The GPU, if it meets the provider's requirements."""
     found = torch.device("cuda", torch.cuda.current_device())
     reason = unavailable(provider, found, dtype)
     if reason is not None:
@@ -21,7 +21,7 @@ def device(provider: str, dtype: torch.dtype) -> torch.device:
 
 
 def make(tokens: int, width: int, dtype: torch.dtype, on: torch.device, residual: float = 1.0) -> list[torch.Tensor]:
-    """hidden, weight, bias, target, token weights (some zero); `residual` is its size beside the target's."""
+    """hidden, weight, bias, target, token weights (some zero); `residual` is its size relative to the target."""
     draw = torch.Generator(on).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_error_is_at_most_twice_eager_pytorchs(provider, dtype, tokens, width) -
 
 
 @each
-def test_near_the_target_the_gradient_is_more_accurate_than_eagers(provider) -> None:
+def test_gradient_near_the_target_is_more_accurate_than_eagers(provider) -> None:
     if provider == "in-place":
         pytest.skip("it begins with eager's rounded prediction")
     tensors = make(4097, 2048, torch.bfloat16, device(provider, torch.bfloat16), residual=0.1)
@@ -79,8 +79,8 @@ def test_near_the_target_the_gradient_is_more_accurate_than_eagers(provider) -> 
 
 @each
 @pytest.mark.parametrize("width", [2048, 2056])
-def test_twenty_runs_give_the_same_bits(provider, width) -> None:
-    """A race, or a barrier that is missing, shows sooner or later as another bit."""
+def test_twenty_runs_are_bitwise_equal(provider, width) -> None:
+    """A race or a missing barrier would eventually change a bit."""
     tensors = make(4097, width, torch.bfloat16, device(provider, torch.bfloat16))
     first = gradients(by(provider), tensors)
     for _ in range(19):
@@ -109,7 +109,7 @@ def test_offsets_beyond_32_bits(provider) -> None:
 
 
 @each
-def test_compiles_into_one_graph(provider) -> None:
+def test_compiles_to_one_graph(provider) -> None:
     tensors = make(513, 256, torch.bfloat16, device(provider, torch.bfloat16))
     compiled = torch.compile(by(provider), fullgraph=True)
     for found, wanted in zip(gradients(compiled, tensors), gradients(by(provider), tensors), strict=True):
@@ -117,8 +117,8 @@ def test_compiles_into_one_graph(provider) -> None:
 
 
 @each
-def test_the_allocator_of_the_program_stays(provider) -> None:
-    """Descriptors made on the device take scratch memory, from an allocator that is theirs alone."""
+def test_allocator_of_the_program_is_kept(provider) -> None:
+    """Descriptors created on the device use scratch memory from a separate allocator."""
     from triton.runtime import _allocation
 
     before = _allocation._allocator.get()
@@ -126,7 +126,7 @@ def test_the_allocator_of_the_program_stays(provider) -> None:
     assert _allocation._allocator.get() is before
 
 
-def test_the_choice_is_measured() -> None:
+def test_choice_is_measured() -> None:
     choice = choose_loss(2048, 1024, 1024, torch.bfloat16, torch.device("cuda"))
     assert choice.provider in LOSS_CANDIDATES
     assert choice.provider in choice.milliseconds and "reference" in choice.milliseconds

@@ -1,4 +1,4 @@
-"""Every attention backend on a GPU against dense scores in fp64. Needs torch and pytest alone."""
+"""Every attention backend on a GPU against dense scores in fp64. Needs only torch and pytest."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ LENGTHS, PATCHES, SCALE = [80, 1, 300, 37], 256, 128**-0.5
 
 
 def run(backend: str, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Both calls' results and the gradients of all inputs."""
+    """The results of both calls and the gradients of all inputs."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     query, key, value, text_query, text_key, text_value = leaves
     layout = PrefixLayout.of(LENGTHS, PATCHES, query.device)

@@ -1,6 +1,6 @@
-"""The head and its loss, by every provider, against the formula written out in fp64.
+"""The head and its loss, by every provider, against the formula in fp64.
 
-The kernels run in Triton's interpreter here: their arithmetic is checked, their speed and races are not.
+The kernels run in Triton's interpreter here: this checks their arithmetic, but not their speed or races.
 """
 
 import itertools
@@ -22,7 +22,7 @@ fused = pytest.mark.parametrize("provider", FUSED)
 
 
 def make(tokens: int, width: int, latents: int, dtype: torch.dtype, seed: int = 0, residual: float = 1.0) -> list:
-    """hidden, weight, bias, target, token weights; `residual` is the size of the residual beside the target's."""
+    """hidden, weight, bias, target, token weights; `residual` is its size relative to the target."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -74,7 +74,7 @@ def test_error_is_at_most_twice_eager_pytorchs(provider, dtype: torch.dtype, sha
 
 @fused
 def test_small_gradients_survive_fp16(provider) -> None:
-    """2 / (normalizer D) times a weight is below fp16's smallest normal number; the gradients are not."""
+    """2 / (normalizer D) times a weight is below fp16's smallest normal number, but the gradients are not."""
     tensors = make(130, 72, 72, torch.float16)
     exact, eager, ours = (gradients(f, tensors, 1000.0)[1] for f in (formula, by("reference"), by(provider)))
     for error, theirs in zip(distance(ours, exact), distance(eager, exact), strict=True):
@@ -89,8 +89,8 @@ def test_gradients_in_fp64(provider) -> None:
 
 
 @pytest.mark.parametrize("provider", EPILOGUE)
-def test_the_residual_is_not_rounded_with_the_prediction(provider) -> None:
-    """The accuracy claim: at residual / target = 0.1, bf16, the error of dPrediction is at most 0.75 of eager's."""
+def test_residual_is_not_rounded_with_the_prediction(provider) -> None:
+    """At residual / target = 0.1 in bf16, the error of dPrediction is at most 0.75 of eager's."""
     hidden, weight, bias, target, _ = make(256, 128, 128, torch.bfloat16, residual=0.1)
     ones = torch.ones(256)
     exact = hidden.double() @ weight.double().T + bias.double() - target.double()
@@ -101,8 +101,8 @@ def test_the_residual_is_not_rounded_with_the_prediction(provider) -> None:
 
 
 @pytest.mark.parametrize("provider", EPILOGUE)
-def test_nor_are_the_gradients(provider) -> None:
-    """The same claim where it matters: dHidden, dWeight and dBias of the public function."""
+def test_gradients_are_not_rounded_with_the_prediction(provider) -> None:
+    """The same for dHidden, dWeight and dBias of the public function."""
     tensors = make(256, 128, 128, torch.bfloat16, residual=0.1)
     exact = gradients(formula, tensors, 256.0)[1][:3]
     eager = gradients(by("reference"), tensors, 256.0)[1][:3]
@@ -156,7 +156,7 @@ def test_every_combination_of_gradients(provider, needed: tuple[bool, ...]) -> N
 
 
 @fused
-def test_only_what_a_backward_pass_needs_is_kept(provider, monkeypatch) -> None:
+def test_only_tensors_needed_for_backward_are_saved(provider, monkeypatch) -> None:
     """The residual for hidden, weight or target; its column sums for the bias; neither in evaluation."""
     asked = []
 
@@ -180,22 +180,22 @@ def test_only_what_a_backward_pass_needs_is_kept(provider, monkeypatch) -> None:
 
 
 @fused
-def test_repeats_to_the_bit_and_rows_do_not_know_their_batch(provider) -> None:
+def test_bitwise_deterministic_and_rows_independent_of_their_batch(provider) -> None:
     tensors = make(130, 72, 72, torch.bfloat16)
     first, again = gradients(by(provider), tensors, 7.0), gradients(by(provider), tensors, 7.0)
     assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
     hidden, weight, bias, target, token_weight = tensors
     whole = _fused(hidden, weight, bias, target, token_weight, provider, True, False)[1]
     part = _fused(hidden[64:128], weight, bias, target[64:128], token_weight[64:128], provider, True, False)[1]
-    if provider == "in-place":  # the library's GEMM may take another order for another shape
+    if provider == "in-place":  # the library's GEMM may use another order for another shape
         torch.testing.assert_close(whole[64:128], part, rtol=1e-4, atol=0)
     else:
         assert torch.equal(whole[64:128], part)
 
 
 @fused
-def test_backward_makes_no_gradient_of_what_nobody_uses(provider) -> None:
-    """Autograd would fill zeros for the residual, [T, D], if it were let."""
+def test_backward_allocates_no_gradient_for_unused_outputs(provider) -> None:
+    """By default autograd would allocate zeros [T, D] for the residual."""
     tokens, width, latents = 12, 16, 24
     tensors = make(tokens, width, latents, torch.float32)
     loss = by(provider)(*(t.requires_grad_() for t in tensors), 3.0)
@@ -215,7 +215,7 @@ def test_backward_makes_no_gradient_of_what_nobody_uses(provider) -> None:
 
 
 @fused
-def test_registered_as_torch_wants_it(provider) -> None:
+def test_opcheck(provider) -> None:
     hidden, weight, bias, target, token_weight = make(9, 16, 24, torch.float32)
     leaves = (hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), target, token_weight)
     for keep, sum_columns in ((True, True), (True, False), (False, True)):
@@ -243,8 +243,8 @@ def test_autocast_uses_its_dtype_and_keeps_fp32_gradients(provider) -> None:
 
 
 @pytest.mark.parametrize("provider", ["triton-tma", "triton-ws"])
-def test_what_no_descriptor_can_describe_goes_through_pointers_and_is_said_once(provider, caplog) -> None:
-    """16-byte rows and bases: bf16 rows of 12 elements are not, nor is what begins at the second element."""
+def test_fallback_to_pointers_is_logged_once(provider, caplog) -> None:
+    """Descriptors need 16-byte alignment, which bf16 rows of 12 elements or a start at the second element lack."""
     latent_loss._warn_once.cache_clear()
     narrow = make(20, 12, 16, torch.bfloat16)
     shifted = make(20, 16, 16, torch.bfloat16)
@@ -255,7 +255,7 @@ def test_what_no_descriptor_can_describe_goes_through_pointers_and_is_said_once(
     assert len(caplog.messages) == 2
     assert all(message.startswith(f"{provider} falls back to triton: ") for message in caplog.messages)
     caplog.clear()
-    by(provider)(*make(20, 16, 12, torch.bfloat16), 3.0)  # the width of the latents is free
+    by(provider)(*make(20, 16, 12, torch.bfloat16), 3.0)  # the width of the latents is arbitrary
     assert not caplog.messages
 
 
@@ -278,7 +278,7 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
         ("triton-ws", (9, 0), BF16, "3.6.0", "needs Triton 3.7"),
     ],
 )
-def test_what_each_provider_needs(provider, capability, dtype, triton, why, monkeypatch) -> None:
+def test_requirements_of_each_provider(provider, capability, dtype, triton, why, monkeypatch) -> None:
     monkeypatch.setattr(latent_loss, "INTERPRETED", False)
     monkeypatch.setattr(latent_loss.triton, "__version__", triton)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -287,12 +287,12 @@ def test_what_each_provider_needs(provider, capability, dtype, triton, why, monk
 
 
 @fused
-def test_interpreted_everything_runs(provider) -> None:
+def test_all_providers_run_interpreted(provider) -> None:
     assert all(unavailable(provider, torch.device("cpu"), dtype) is None for dtype in (BF16, FP32, FP64))
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_head_gives_predictions_or_the_loss(provider: str) -> None:
+def test_head_returns_predictions_or_the_loss(provider: str) -> None:
     head = PatchLatentHead(24, provider)
     hidden, target = torch.randn(2, 5, 24), torch.randn(2, 5, 24)
     prediction = head(hidden)
@@ -303,7 +303,7 @@ def test_head_gives_predictions_or_the_loss(provider: str) -> None:
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_the_loss_is_fp32_whatever_comes_in(provider: str) -> None:
+def test_loss_is_fp32_for_any_input(provider: str) -> None:
     hidden, weight, bias, target, _ = make(37, 24, 24, torch.bfloat16)
     loss, squares = patch_latent_loss(hidden, weight, bias, target, torch.ones(37), 37.0, provider=provider)
     assert loss.dtype == squares.dtype == torch.float32

@@ -1,6 +1,6 @@
-"""The mixture of latents and mask token, by every provider, against the formula written out in fp64.
+"""The mixture of latents and mask token, by every provider, against the formula in fp64.
 
-The kernel runs in Triton's interpreter where there is no GPU: its arithmetic is checked, its speed and races are not.
+Without a GPU the kernel runs in Triton's interpreter: this checks its arithmetic, but not its speed or races.
 """
 
 import itertools
@@ -39,7 +39,7 @@ def by(provider: str):
 
 
 def run(function, tensors: list, gradient: torch.Tensor, needed=(True, True, True)) -> list[torch.Tensor | None]:
-    """The result, then the gradients of latents, mask token and positions (None where there is none)."""
+    """The result, then the gradients of latents, mask token and positions (or None)."""
     latents, mask, token, positions = tensors
     leaves = [
         None if t is None else t.detach().requires_grad_(need)
@@ -72,7 +72,7 @@ def test_error_is_at_most_twice_eager_pytorchs(dtype: torch.dtype, shape: tuple[
         assert distance(ours, wanted) <= 2 * distance(theirs, wanted) + SLACK[dtype]
 
 
-def test_fp32_parameters_beside_bf16_latents() -> None:
+def test_fp32_parameters_with_bf16_latents() -> None:
     (latents, mask, token, positions), gradient = make(3, 16, 24, torch.float32)
     tensors, gradient = [latents.bfloat16(), mask, token, positions], gradient.bfloat16()
     exact = exactly(tensors, gradient)
@@ -118,7 +118,7 @@ def test_any_shape_and_stride(samples, patches, width, table, layout, share, see
     elif layout == "transposed":
         latents, gradient, positions = (x.mT.contiguous().mT for x in (latents, gradient, positions))
         mask = mask.T.contiguous().T
-    elif layout == "expanded":  # what autograd hands over after a sum
+    elif layout == "expanded":  # as passed by autograd after a sum
         gradient = gradient.new_full((1, 1, 1), 0.5).expand(samples, patches, width)
     tensors = [latents, mask, token, positions if table else None]
     exact = exactly(tensors, gradient)
@@ -141,14 +141,14 @@ def test_every_combination_of_gradients(needed: tuple[bool, ...], provider: str)
 
 
 @pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3)), ids=str)
-def test_what_is_not_needed_is_not_computed(needed: tuple[bool, ...]) -> None:
+def test_unneeded_gradients_are_not_computed(needed: tuple[bool, ...]) -> None:
     (_, mask, *_), gradient = make(3, 20, 24, torch.float32)
     assert tuple(x.numel() > 0 for x in _fused_backward(gradient, mask, *needed)) == needed
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
-def test_masked_latents_are_not_seen(provider: str, poison: float) -> None:
+def test_masked_latents_do_not_affect_the_result(provider: str, poison: float) -> None:
     (latents, mask, token, positions), gradient = make(3, 33, 72, torch.float32)
     clean = run(by(provider), [latents, mask, token, positions], gradient)
     poisoned = latents.masked_fill(mask[..., None], poison)
@@ -158,7 +158,7 @@ def test_masked_latents_are_not_seen(provider: str, poison: float) -> None:
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_gradients_of_the_others_do_not_reach_latents_or_token(provider: str) -> None:
+def test_gradients_are_split_by_the_mask(provider: str) -> None:
     tensors, gradient = make(3, 33, 72, torch.float32)
     mask = tensors[1][..., None]
     latents = run(by(provider), tensors, gradient.masked_fill(mask, float("nan")))[1]
@@ -167,7 +167,7 @@ def test_gradients_of_the_others_do_not_reach_latents_or_token(provider: str) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_repeats_to_the_bit_and_samples_do_not_know_their_batch(dtype: torch.dtype) -> None:
+def test_bitwise_deterministic_and_samples_independent_of_their_batch(dtype: torch.dtype) -> None:
     tensors, gradient = make(5, 65, 72, dtype)
     first, again = (run(by("triton"), tensors, gradient) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -176,8 +176,8 @@ def test_repeats_to_the_bit_and_samples_do_not_know_their_batch(dtype: torch.dty
     assert torch.equal(part[0], first[0][1:3]) and torch.equal(part[1], first[1][1:3])
 
 
-def test_offsets_past_2_to_the_31() -> None:
-    """In elements, over storage of which a few pages alone are ever touched."""
+def test_offsets_beyond_32_bits() -> None:
+    """Offsets in elements, over storage of which only a few pages are touched."""
     (latents, mask, token, positions), _ = make(3, 2, 8, torch.float16)
     far = torch.empty(2**31 + 16, dtype=torch.float16).as_strided((3, 2, 8), (2**30, 8, 1))
     far.copy_(latents)
@@ -187,7 +187,7 @@ def test_offsets_past_2_to_the_31() -> None:
 
 
 @pytest.mark.parametrize("table", [True, False], ids=["positions", "none"])
-def test_registered_as_torch_wants_it(table: bool) -> None:
+def test_opcheck(table: bool) -> None:
     (latents, mask, token, positions), gradient = make(2, 9, 16, torch.float32)
     arguments = (latents.requires_grad_(), mask, token.requires_grad_(), positions.requires_grad_() if table else None)
     assert set(torch.library.opcheck(_fused, arguments).values()) == {"SUCCESS"}

@@ -1,4 +1,4 @@
-"""The choice between providers: preference, measurements and failures, with a clock of the tests' own."""
+"""The choice between providers: preference, measurements and failures, with a fake timer."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ WHERE = "a GPU at 8 x 8 bf16"
 
 
 def choose(milliseconds: dict, **options):
-    """`fastest` where every candidate takes what is given here; an exception is raised instead."""
+    """`fastest` with candidates that take the given times, or raise if given an exception."""
 
     def timer(call):
         took = milliseconds[call()]
@@ -23,14 +23,14 @@ def choose(milliseconds: dict, **options):
     return fastest("loss", {name: lambda name=name: name for name in milliseconds}, WHERE, timer=timer, **options)
 
 
-def test_the_fastest_wins_and_the_reason_names_every_time() -> None:
+def test_fastest_is_chosen_and_the_reason_lists_all_times() -> None:
     choice = choose({"accurate": 0.9, "fused": 0.8, "plain": 0.844})
     assert (choice.operation, choice.provider, choice.failed) == ("loss", "fused", {})
     assert choice.milliseconds == {"accurate": 0.9, "fused": 0.8, "plain": 0.844}
     assert choice.reason == f"fastest on {WHERE}: fused 0.80 ms, plain 0.84 ms, accurate 0.90 ms"
 
 
-def test_within_the_slack_the_order_decides() -> None:
+def test_order_decides_within_the_slack() -> None:
     choice = choose({"accurate": 1.029, "fused": 1.0, "plain": 1.0})
     assert choice.provider == "accurate"
     assert choice.reason.startswith(f"preferred, within 3% of the fastest, on {WHERE}: fused 1.00 ms")
@@ -38,7 +38,7 @@ def test_within_the_slack_the_order_decides() -> None:
     assert choose({"accurate": 1.031, "fused": 1.0}, slack=0.05).provider == "accurate"
 
 
-def test_a_candidate_that_fails_is_left_out_and_says_why() -> None:
+def test_failed_candidate_is_left_out_with_its_error() -> None:
     choice = choose(
         {"accurate": RuntimeError("out of resource: shared memory\nand more"), "fused": 2.0, "odd": KeyError()}
     )
@@ -48,25 +48,25 @@ def test_a_candidate_that_fails_is_left_out_and_says_why() -> None:
     assert choice.reason == f"fastest on {WHERE}: fused 2.00 ms; failed: accurate, odd"
 
 
-def test_when_all_fail_it_is_an_error() -> None:
+def test_all_candidates_failing_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"loss: no candidate runs on a GPU.*no driver"):
         choose({"accurate": RuntimeError("no driver")})
 
 
-def test_without_a_gpu_nothing_is_measured() -> None:
+def test_nothing_is_measured_without_a_gpu() -> None:
     choice = choose_loss(4096, 3584, 3584, torch.bfloat16, torch.device("cpu"))
     assert (choice.operation, choice.provider) == ("patch_latent_loss", "reference")
     assert "cpu" in choice.reason
     assert not choice.milliseconds and not choice.failed
 
 
-def test_warp_specialization_is_never_chosen_unasked() -> None:
+def test_warp_specialization_is_never_chosen_automatically() -> None:
     assert LOSS_CANDIDATES[-1] == "reference"
     assert "triton-ws" not in LOSS_CANDIDATES
 
 
-def test_the_choice_needs_torch_and_triton_alone() -> None:
-    """Installed without the trainer's requirements, kernels still choose."""
+def test_choice_needs_only_torch_and_triton() -> None:
+    """Kernels work without the trainer's requirements."""
     program = (
         "import sys; sys.modules.update(dict.fromkeys(('transformers', 'deepspeed', 'pydantic', 'typer'), None));"
         "import bifrost.kernels.providers"

@@ -1,4 +1,4 @@
-"""Triton is interpreted where there is no GPU, whatever imports it first."""
+"""Triton is interpreted without a GPU, whatever imports it first."""
 
 import os
 import subprocess
@@ -12,8 +12,8 @@ CLEAN = {name: value for name, value in os.environ.items() if name != "TRITON_IN
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is interpreted")
-def test_the_trainer_imports_it_in_time() -> None:
-    """transformers' Qwen2.5-VL imports Triton as well; after that it would be too late."""
+def test_trainer_imports_runtime_before_triton() -> None:
+    """transformers' Qwen2.5-VL also imports Triton, after which it would be too late."""
     program = (
         "import bifrost.trainer.training.train\nfrom bifrost.kernels.runtime import INTERPRETED; print(INTERPRETED)"
     )
@@ -22,8 +22,8 @@ def test_the_trainer_imports_it_in_time() -> None:
 
 
 @pytest.mark.parametrize(("interpreted", "seen"), [(None, ""), ("1", ""), ("0", "3")])
-def test_the_suite_sees_gpus_only_where_kernels_are_compiled(interpreted: str | None, seen: str) -> None:
-    """Interpreted kernels would pass for compiled ones, and ranks on the CPU would take NCCL."""
+def test_gpus_are_visible_only_to_compiled_kernels(interpreted: str | None, seen: str) -> None:
+    """Otherwise interpreted kernels would be taken for compiled ones, and CPU ranks would use NCCL."""
     program = "import os, runpy, sys; runpy.run_path(sys.argv[1]); print(os.environ['CUDA_VISIBLE_DEVICES'])"
     environment = {**CLEAN, "CUDA_VISIBLE_DEVICES": "3"} | ({"TRITON_INTERPRET": interpreted} if interpreted else {})
     command = [sys.executable, "-c", program, str(Path(__file__).parents[1] / "conftest.py")]
@@ -32,7 +32,7 @@ def test_the_suite_sees_gpus_only_where_kernels_are_compiled(interpreted: str | 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is interpreted")
-def test_too_late_is_said_in_one_line() -> None:
+def test_late_import_is_a_one_line_error() -> None:
     program = (
         "import torch, triton; from bifrost.kernels import patch_latent_loss; x = torch.ones(2, 8);"
         "patch_latent_loss(x, torch.ones(8, 8), None, x, torch.ones(2), 1.0, provider='triton')"
