@@ -29,8 +29,8 @@ what is not YAML, such as `*.tar`, is text. A key that is not below is refused w
 another type is refused as well, such as `true` or `"7"` for a number. `~` at the beginning of a path is the home
 folder; a path that begins with a variable, such as `$SCRATCH`, is refused.
 
-A recipe with `extends: mllm-7b`, or with the path of another file seen from its folder, holds only what is different
-there:
+A recipe with `extends: mllm-7b`, or with the path of another file relative to its folder, contains only the settings
+that differ:
 
 ```yaml
 extends: mllm-7b

@@ -1,4 +1,4 @@
-"""Recipes: the typed description of a run, its loader, and one YAML file a published run."""
+"""Recipes: the typed configuration of a run, its loader, and one YAML file per published run."""
 
 from .load import FOLDER, RecipeError, apply_overrides, explain, load_recipe, read_yaml, shipped_recipes, to_yaml
 from .renames import with_new_names

@@ -1,4 +1,4 @@
-"""Reading recipes: YAML, `key.path=value` overrides, and errors that name the key, the file and the remedy."""
+"""Load recipes: YAML, `key.path=value` overrides, and errors that name the key, the file and the remedy."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from .secrets import redact
 
 FOLDER = Path(__file__).parent
 FLOAT = "tag:yaml.org,2002:float"
-NO_NAME = "cannot be a run's name, which is its folder's; use letters, digits, `.`, `_` and `-`"
+NO_NAME = "is not a valid run name, which is also a folder name; use letters, digits, `.`, `_` and `-`"
 
 
 class RecipeError(ValueError):
-    """A recipe or an override that cannot be used; the message says which, where and what to do."""
+    """An invalid recipe or override; the message names it, the place and the remedy."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes `3e-4` for text; here it is the number that its writer meant, and `1e5` or `5.0` an integer. A key
-    that comes twice is refused, where YAML's other readers keep the last."""
+    """Reads `3e-4`, which is text in YAML 1.1, as a number, and `1e5` or `5.0` as an integer. Duplicate keys, of which
+    other YAML loaders keep the last, are an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value]
         earlier = [str(key.value) for key in keys]
         if twice := next((key for at, key in enumerate(keys) if str(key.value) in earlier[:at]), None):
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {twice.value} comes twice; remove one", twice.start_mark
+                None, None, f"duplicate key {twice.value}; remove one", twice.start_mark
             )
         return super().construct_mapping(node, deep)
 
 
 class Dumper(yaml.SafeDumper):
-    """Puts text that the loader would take for a number in quotes."""
+    """Quotes text that the loader would read as a number."""
 
 
 for _class in (_Loader, Dumper):
@@ -55,29 +55,29 @@ _Loader.add_constructor(FLOAT, _number)
 
 
 def read_yaml(text: str) -> Any:
-    """What YAML `text` says. ValueError when it is none."""
+    """Parse YAML `text`. Raises ValueError when it is not valid."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         at, problem = error.problem_mark or error.context_mark, " ".join((error.problem or str(error)).split())
         remedy = "; indent with spaces" if "'\\t'" in problem else ""
         raise ValueError(f"line {at.line + 1}: {problem}{remedy}" if at else problem) from error
-    except yaml.YAMLError as error:  # a character that no YAML has
+    except yaml.YAMLError as error:  # a character that YAML does not allow
         raise ValueError(" ".join(str(error).split())) from error
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes that come with the package."""
+    """Name -> file of the recipes shipped with the package."""
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = (), stored: bool = False) -> Recipe:
-    """The recipe in `source`, a YAML file or a shipped recipe's name, with `key.path=value` overrides applied.
+    """Load the recipe `source`, a YAML file or the name of a shipped recipe, and apply `key.path=value` overrides.
 
-    stored: the file was written by a run, perhaps of an earlier version, so settings that were renamed since are read
-    under their new names; elsewhere they are refused.
+    stored: the file was written by a run, possibly of an earlier version, so renamed settings are read under their new
+    names; elsewhere they are refused.
 
-    `extends: NAME` or `extends: FILE`, seen from its folder, names a recipe whose settings hold where it has none.
+    `extends: NAME` or `extends: FILE`, relative to its folder, names a recipe with the settings that it does not set.
     """
     path = find_recipe(source)
     tree = _read(path)
@@ -91,8 +91,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), stored: bool 
 
 
 def _cause(tree: dict[str, Any], overrides: Sequence[str], error: ValidationError) -> str | None:
-    """The override without which settings `tree` would not have the first fault of `error`, None where they have it
-    without any. A fault of several settings together, such as a stage without its model, carries no key."""
+    """The override that causes the first problem of `error`; None if settings `tree` have it without overrides. A
+    problem of several settings together, such as a stage without its model, carries no key."""
     fault, count = _fault(error.errors()[0]), len(overrides)
     while count:
         try:
@@ -106,25 +106,25 @@ def _cause(tree: dict[str, Any], overrides: Sequence[str], error: ValidationErro
 
 
 def _fault(problem: Any) -> tuple[Any, ...]:
-    """What makes a fault the same one among other settings: where it is, what it is, and the value, not that of a
-    whole group."""
+    """Identity of a problem, to recognize it among other settings: its location, type, message and value, unless that
+    is a whole group."""
     value = problem["input"]
     return problem["loc"], problem["type"], problem["msg"], None if isinstance(value, dict) else repr(value)
 
 
 def find_recipe(source: str | Path) -> Path:
-    """The file of a recipe that is given by its path or, shipped, by its name."""
+    """The file of a recipe given by path or, if shipped, by name."""
     path = Path(source)
     if path.is_file():
         return path
     if (path / "recipe.yaml").is_file():
         raise RecipeError(
-            f"{source}: is a run folder, no recipe: `bifrost resume {source}` continues it, its recipe is"
+            f"{source}: is a run folder, not a recipe: `bifrost resume {source}` continues it, its recipe is"
             f" {path / 'recipe.yaml'}"
         )
     if path.is_dir():
         raise RecipeError(f"{source}: is a folder; name a recipe file, or one of {', '.join(shipped_recipes())}")
-    # A path as the README writes it also works where the package is installed without its checkout.
+    # A path as in the README also works when the package is installed without a checkout.
     shipped = shipped_recipes().get(path.stem) if path.suffix in ("", ".yaml") else None
     if shipped is None or path.parent.name not in ("", "recipes"):
         near = difflib.get_close_matches(path.stem, shipped_recipes(), n=1, cutoff=0.7)
@@ -134,26 +134,26 @@ def find_recipe(source: str | Path) -> Path:
 
 
 def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The settings in a file, put over those of the recipe that it `extends`."""
+    """The settings in a file, merged over those of the recipe that it `extends`."""
     try:
         tree = read_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: is not UTF-8 text; save it as that") from error
+        raise RecipeError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
     except ValueError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        what = "is empty" if tree is None else "has none"
+        what = "is empty" if tree is None else "has no settings"
         raise RecipeError(f"{path}: {what}; a recipe is a mapping of settings, such as `steps: 100`")
     base = tree.pop("extends", None)
     if base is None:
         return tree
     if not isinstance(base, str):
         raise RecipeError(f"{path}: extends names one recipe, shipped or a file, not {base!r}")
-    beside = path.parent / base
+    sibling = path.parent / base
     try:
-        found = beside if beside.is_file() else find_recipe(base)
+        found = sibling if sibling.is_file() else find_recipe(base)
     except RecipeError as error:
         raise RecipeError(f"{path}: extends {error}") from error
     if found.resolve() in (*extending, path.resolve()):
@@ -162,7 +162,7 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the settings of `tree` in their place, group by group."""
+    """`base` updated with the settings of `tree`, group by group."""
     merged = dict(base)
     for key, value in tree.items():
         old = merged.get(key)
@@ -171,7 +171,7 @@ def _over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`tree` with each `key.path=value` set; values are read as YAML, or else, such as `*.tar`, are text."""
+    """`tree` with each `key.path=value` set; values are parsed as YAML and, if not valid YAML (`*.tar`), are text."""
     tree = dict(tree)
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -195,12 +195,13 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe with every default filled in, as YAML that `load_recipe` reads back."""
+    """The recipe with all defaults, as YAML that `load_recipe` can read."""
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """What is wrong with settings that are no `model`, in one line; an unknown key comes with the nearest known one."""
+    """What is wrong with settings that are not a valid `model`, in one line; for an unknown key, with the closest known
+    key."""
     problems = error.errors()
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return _explain(problems[0], model) + more
@@ -226,11 +227,11 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
         names = ", ".join(f"{key}.{name}" for name in list(section.model_fields)[:3]) if section else ""
         return f"{key}: is a group of settings (got {problem['input']!r}); set one of them, such as {names}"
     message = problem["msg"].removeprefix("Value error, ")
-    # Our own validators say what is wrong with which values; their input is a whole group, or the whole recipe.
+    # The messages of our own validators contain the values; their input is a whole group or the whole recipe.
     got = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
     if problem["type"] in ("int_type", "float_type") and re.fullmatch(r"[-+.\deE]+", str(problem["input"])):
         got += "; leave the quotes out"
-    # What is wrong with several settings together begins with their names.
+    # Messages about several settings together begin with their names.
     return f"{key}: {message[0].lower()}{message[1:]}{got}" if key else message
 
 

@@ -26,13 +26,13 @@ SITE = {"offences": "bad_node_threshold", "offenders": "bad_node_file"}
 
 
 def new_name(key: str, model: type[BaseModel]) -> str | None:
-    """Today's name of the dotted `key` of a recipe or site file; None where it was never one."""
+    """The current name of a renamed dotted `key` of a recipe or site file; None if it was never a key."""
     names = RECIPE if "stage" in model.model_fields else SITE
     return names.get(key)
 
 
 def with_new_names(tree: Mapping[str, Any], names: Mapping[str, str] = RECIPE) -> dict[str, Any]:
-    """Settings `tree` with renamed keys under their new names; a value that is already there stays."""
+    """Settings `tree` with renamed keys under their new names; an existing value of the new key is kept."""
     found = dict(tree)
     for old, new in names.items():
         *groups, key = old.split(".")
@@ -40,7 +40,7 @@ def with_new_names(tree: Mapping[str, Any], names: Mapping[str, str] = RECIPE) -
         for group in groups:
             if not isinstance(at.get(group), Mapping):
                 break
-            at[group] = at = dict(at[group])  # the caller's tree stays as it is
+            at[group] = at = dict(at[group])  # the caller's tree is not changed
         else:
             if key in at:
                 value = at.pop(key)

@@ -1,6 +1,6 @@
-"""The typed recipe: every setting of a run, with one sentence of documentation each.
+"""The typed recipe: every setting of a run, each with its documentation.
 
-Names and nesting are the contract with cluster scripts. Nothing here touches a file, a device or torch.
+Names and nesting are a public contract for cluster scripts. This module does not use files, devices or torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from .secrets import stored_secret
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-"""A run's name, which is its folder's."""
+"""Pattern of a run's name, which is also the name of its folder."""
 
 
 def _given(value: object) -> object:
@@ -23,7 +23,7 @@ def _given(value: object) -> object:
 
 
 def _shards(value: str | list[str]) -> str | list[str]:
-    """Shards as they can be named; whether there are any is for those to find out who read them."""
+    """Check the syntax of shard names; whether they exist is checked when they are opened."""
     every = [value] if isinstance(value, str) else value
     if not every or not all(one.strip() for one in every):
         raise ValueError("no shards named; give a path such as /data/train-{00000..00099}.tar")
@@ -36,8 +36,8 @@ def _shards(value: str | list[str]) -> str | list[str]:
 
 
 def _place(value: str) -> str:
-    """A path with `~` expanded. A shell does so only at the beginning of a word, not in `data.shards=~/x`, and nothing
-    does in YAML; whoever removes a folder that is named `~` may remove their home."""
+    """A path with `~` expanded. A shell expands it only at the beginning of a word, not in `data.shards=~/x`, and never
+    in YAML; removing a folder named `~` by accident may remove the home folder."""
     path = os.path.expanduser(value)
     if path.startswith("~"):
         raise ValueError(f"{value}: no home folder is known for {value.split('/')[0]}; write the path out")
@@ -51,7 +51,7 @@ OptionalPlace = Place | None
 
 
 class Section(BaseModel):
-    """A group of settings: unknown keys are refused, and so are values of another type; an integer is a number."""
+    """A group of settings. Rejects unknown keys and values of another type; an integer is accepted as a number."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -64,21 +64,21 @@ class Backbone(Section):
     revision: str | None = None
     """Hub revision (branch, tag or commit) to read; ignored for folders."""
     placement: Literal["sharded", "replicated"] = "sharded"
-    """Stage 1: whether the frozen text model and vision tower are cut over the ranks or lie whole on every one. No
-    result depends on it beyond rounding, and a run may go on with another."""
+    """Stage 1: whether the frozen text model and vision encoder are sharded over the ranks or replicated on each.
+    Affects results only by rounding; a run may resume with another value."""
 
 
 class MaskRate(Section):
-    """Truncated normal that the share of masked patches is drawn from, once a sample (MAR's rule)."""
+    """Truncated normal from which the fraction of masked patches is drawn once per sample, as in MAR."""
 
     mean: float = 1.0
     """Mean of the normal before truncation."""
     std: float = Field(default=0.25, gt=0)
     """Standard deviation of the normal before truncation."""
     low: float = Field(default=0.7, ge=0, le=1)
-    """Smallest share of patches masked."""
+    """Smallest fraction of masked patches."""
     high: float = Field(default=1.0, gt=0, le=1)
-    """Largest share of patches masked."""
+    """Largest fraction of masked patches."""
 
     @model_validator(mode="after")
     def _ordered(self) -> MaskRate:
@@ -89,43 +89,43 @@ class MaskRate(Section):
 
 class Branch(Section):
     positions: Literal["learned", "mrope"] = "learned"
-    """`learned`: rotary position 0 and an additive table, as the public release; `mrope`: Qwen's own 3-D positions."""
+    """`learned`: rotary position 0 and an additive table, as in the public release; `mrope`: Qwen's 3-D positions."""
     loss_tokens: Literal["all", "masked"] = "all"
-    """Which patches the loss averages over; `all` is what the public release computes."""
+    """Patches over which the loss is averaged; `all` as in the public release."""
     mask_rate: MaskRate = MaskRate()
-    """Distribution of the share of masked patches."""
+    """Distribution of the fraction of masked patches."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
-    """Probability that a caption is replaced by the empty one, for classifier-free guidance."""
+    """Probability that a caption is replaced by an empty one, for classifier-free guidance."""
     max_text_tokens: int = Field(default=300, ge=32)
-    """Longest prompt in tokens, template included; a longer caption loses its end, never the prompt's suffix."""
+    """Longest prompt in tokens, including the template; a longer caption is truncated, never the prompt's suffix."""
 
 
 class Placement(Section):
-    """Where the frozen parts lie: cut over the ranks, whole on every rank, whole in host memory and on the device only
-    while at work, or not at all, with `bifrost data encode` having stored what they compute. No result depends on it
-    beyond rounding, and a run may go on with another."""
+    """Placement of the frozen modules: sharded over the ranks, replicated on each rank, offloaded to host memory while
+    not in use, or cached, with their outputs precomputed by `bifrost data encode`. Affects results only by rounding; a
+    run may resume with another placement."""
 
     transformer: Literal["sharded", "replicated"] = "sharded"
-    """FLUX itself."""
+    """FLUX's transformer."""
     vae: Literal["sharded", "replicated", "offloaded", "cached"] = "sharded"
     """FLUX's VAE."""
     text: Literal["sharded", "replicated", "offloaded", "cached"] = "sharded"
-    """FLUX's text encoders, T5 and CLIP; cached, T5's states are megabytes a sample."""
+    """FLUX's text encoders, T5 and CLIP; cached T5 states take megabytes per sample."""
     vision_encoder: Literal["sharded", "replicated", "offloaded"] = "sharded"
-    """The MLLM's vision tower."""
+    """The MLLM's vision encoder."""
 
 
 class Flux(Section):
     path: Place
-    """Folder or hub id of a FLUX.1 model as diffusers lays it out, or `builtin:tiny-flux`."""
+    """Folder or hub id of a FLUX.1 model in the layout of diffusers, or `builtin:tiny-flux`."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) to read; ignored for folders."""
     image_size: int = Field(default=512, gt=0)
-    """Side of the square that FLUX paints, in pixels; a multiple of 16, or of what its VAE asks for."""
+    """Side in pixels of the square image that FLUX generates; a multiple of 16, or of what its VAE requires."""
     guidance: float = Field(default=3.5, ge=0)
-    """Guidance scale that FLUX and the ControlNet are told while training; schnell takes none."""
+    """Guidance scale passed to FLUX and the ControlNet during training; ignored by schnell."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
-    """Probability that a caption is replaced by the empty one."""
+    """Probability that a caption is replaced by an empty one."""
     placement: Placement = Placement()
 
 
@@ -135,23 +135,23 @@ class ControlNet(Section):
     single: int = Field(default=1, ge=0)
     """Single blocks copied from FLUX."""
     norm: Literal["batch", "group"] = "batch"
-    """Norm of the block that resamples patch latents: `batch`, as released, whose statistics go over `micro_batch` of
-    all ranks and so depend on it, or `group`."""
+    """Norm of the block that resamples patch latents: `batch`, as released, with statistics over the micro-batches of
+    all ranks, so that results depend on `micro_batch`; or `group`."""
 
 
 class Data(Section):
     shards: Annotated[str | list[str], BeforeValidator(_given), AfterValidator(_shards)]
-    """Training shards: a path, folder or URL, braces and wildcards expanded; several as a list."""
+    """Training shards: a path, folder or URL, with braces and wildcards expanded, or a list of these."""
     image_size: int = Field(default=448, gt=0)
-    """Side of the square the vision tower sees, in pixels; a multiple of patch size x merge size (28)."""
+    """Side in pixels of the square image given to the vision encoder; a multiple of patch size x merge size (28)."""
     workers: int = Field(default=4, ge=0, le=128)
-    """Loader processes a rank; 0 reads in the training process."""
+    """Loader processes per rank; 0 reads in the training process."""
     prefetch: int = Field(default=2, ge=1)
-    """Micro-batches each worker prepares ahead."""
+    """Micro-batches prefetched by each worker."""
     shuffle_window: int = Field(default=16, ge=1)
-    """Shards that are shuffled together and so open at a time."""
+    """Number of shards that are shuffled together and open at the same time."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Largest share of unreadable samples before the run stops with their list."""
+    """Largest fraction of unreadable samples; above it the run stops and lists them."""
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -160,143 +160,147 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class Optimizer(Section):
     lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate of AdamW."""
-    # Not strict: a pair is a list in YAML and JSON. What is in it is.
+    # Not strict, because a pair is a list in YAML and JSON; its elements are.
     betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), strict=False)
-    """Decay rates of AdamW's two moments."""
+    """AdamW's decay rates of the two moments."""
     eps: float = Field(default=1e-8, gt=0)
-    """AdamW's denominator offset."""
+    """AdamW's epsilon."""
     weight_decay: float = Field(default=0.02, ge=0)
-    """Decoupled decay of matrices; norms, biases, mask token and position table have none."""
+    """Decoupled weight decay of matrices; none for norms, biases, mask token and position table."""
     warmup_steps: int = Field(default=2000, ge=0)
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warmup from 0."""
     schedule: Literal["constant", "cosine"] = "cosine"
-    """After warm-up: keep the peak, or fall to zero over `steps` along a cosine."""
+    """After warmup: constant at the peak, or cosine decay to zero at `steps`."""
     clip: float = Field(default=1.0, gt=0)
-    """Largest global gradient norm."""
+    """Global gradient norm above which gradients are clipped."""
 
 
 class Ema(Section):
     decay: float = Field(default=0.9999, gt=0, lt=1)
-    """Share of the average kept at each step; at the n-th at most (1 + n) / (10 + n)."""
+    """Decay per step; at step n at most (1 + n) / (10 + n)."""
 
 
 class Zero(Section):
     stage: Literal[3] = 3
-    """ZeRO stage; weights, gradients and optimizer are sharded over all ranks."""
+    """ZeRO stage; weights, gradients and optimizer state are sharded over all ranks."""
     reduce_bucket: int = Field(default=500_000_000, gt=0)
-    """Elements a gradient bucket holds before it is reduced."""
+    """Size of a gradient bucket, in elements."""
     prefetch_bucket: int = Field(default=50_000_000, ge=0)
-    """Elements gathered ahead of use."""
+    """Elements that are gathered ahead of use."""
     max_live_parameters: int = Field(default=1_000_000_000, gt=0)
-    """Gathered elements kept before the coordinator frees some."""
+    """Largest number of gathered elements before some are released."""
     persistence_threshold: int = Field(default=100_000, ge=0)
-    """Parameters up to this many elements stay gathered; a number above the largest keeps all of them gathered from one
-    update to the next, so that passes of one step gather nothing."""
+    """Parameters with up to this many elements stay gathered. A value above the largest parameter keeps all of them
+    gathered between updates, so that the passes of a step gather nothing."""
     hpz: int | None = Field(default=None, ge=2)
-    """Ranks of a node, for ZeRO++ hpZ: all that is cut is cut a second time within each node, and only the first gather
-    after an update leaves the node."""
+    """Ranks per node, for ZeRO++ hpZ: a secondary copy of the sharded parameters is sharded within each node, so that
+    only the first gather after an update crosses nodes."""
     overlap_comm: bool = False
-    """Reduce gradients beside the backward pass, on a GPU stream of their own."""
+    """Overlap gradient reduction with the backward pass, on a separate GPU stream."""
     quantized_weights: bool = False
-    """Send weights in 8 bits (ZeRO++ qwZ): half the bytes, weights rounded; on GPUs where DeepSpeed's kernels build."""
+    """Gather weights in 8 bits (ZeRO++ qwZ): half the traffic, rounded weights; needs GPUs for which DeepSpeed's
+    kernels build."""
     quantized_gradients: bool = False
-    """Send gradients in 4 bits (ZeRO++ qgZ); refused, with the reason, where DeepSpeed cannot do so rightly."""
+    """Reduce gradients in 4 bits (ZeRO++ qgZ); rejected, with the reason, where DeepSpeed does not do it correctly."""
 
 
 class Kernels(Section):
     head_backend: Literal["auto", "reference", "in-place", "triton", "triton-tma", "triton-ws"] = "auto"
-    """What computes head and loss: plain PyTorch, a library GEMM with one fused pass, or one fused kernel; see
-    docs/kernels.md. `auto` measures at start-up on a GPU. All but `reference` also fuse mask mix and final norm."""
+    """Implementation of head and loss: plain PyTorch, a library GEMM with one fused pass, or one fused kernel; see
+    docs/kernels.md. `auto` times them at startup on a GPU. All but `reference` also fuse mask mix and final norm."""
     attention: Literal["auto", "varlen", "flash-attn-4", "flash-attn-3", "flash-attn-2", "sdpa", "reference"] = "auto"
-    """What computes attention: torch's own FlashAttention, that of a package, or plain torch; `auto` as above."""
+    """Implementation of attention: torch's own FlashAttention, that of a package, or plain torch; `auto` as above."""
     elementwise: Literal["torch", "liger"] = "torch"
-    """What computes the layers' norms and SwiGLU: torch, or Liger's kernels (on a GPU, pip install liger-kernel)."""
+    """Implementation of layer norms and SwiGLU: torch, or Liger's kernels (on a GPU, pip install liger-kernel)."""
     deterministic: bool = False
-    """On a GPU, add up in a fixed order everywhere, attention's backward pass above all, so that a resumed run equals
-    an undisturbed one to the bit; slower. See docs/kernels.md."""
+    """Deterministic algorithms on a GPU, in particular for attention's backward pass, so that a resumed run is bitwise
+    equal to an uninterrupted one; slower. See docs/kernels.md."""
 
 
 class Checkpoint(Section):
     every: int = Field(default=500, ge=1)
-    """Steps between saves; the last step and a stop signal save as well."""
+    """Steps between saves; the last step and a stop signal also save."""
     interval: Literal["fixed", "auto"] = "fixed"
-    """`auto`: begin with `every`, then the interval that loses least time, by the measured cost and `mtbf_hours`."""
+    """`auto`: start with `every`, then use the interval that loses the least time, from the measured cost of a save and
+    `mtbf_hours`."""
     mtbf_hours: float = Field(default=1000.0, gt=0)
     """Mean time between failures of one node, in hours, for `interval: auto`."""
     keep: int = Field(default=3, ge=1)
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     local: OptionalPlace = None
-    """Folder on each node's own disk that a save goes to first; a start brings what a crash left there to the run."""
+    """Folder on each node's local disk to which a save is written first; after a crash the next attempt copies what is
+    left there to the run folder."""
     max_failed_saves: int = Field(default=3, ge=1)
-    """Saves in a row that the storage may refuse before the run stops; until then training goes on."""
+    """Consecutive failed saves after which the run stops; until then training continues."""
 
 
 class Previews(Section):
     every: int | None = Field(default=None, ge=1)
-    """Steps between pictures of a fixed set, written to `previews/` in the run folder; null makes none."""
+    """Steps between previews of a fixed set of images, written to `previews/` in the run folder; null disables them."""
     count: int = Field(default=4, ge=1)
-    """Pictures: of the first samples of the data."""
+    """Number of images, from the first samples of the data."""
     controlnet: OptionalPlace = None
-    """Stage 1 alone: the stage-2 run or `flux_controlnet` folder that paints the predicted latents."""
+    """Stage 1 only: the stage-2 run or `flux_controlnet` folder that decodes the predicted latents to images."""
     flux: OptionalPlace = None
-    """Stage 1 alone: the FLUX of a `flux_controlnet` folder."""
+    """Stage 1 only: the FLUX model for a `flux_controlnet` folder."""
 
 
 class Health(Section):
     spike_zscore: float | None = Field(default=10.0, gt=0)
-    """Robust z-score of loss or gradient norm above which a step is skipped; null skips non-finite ones alone."""
+    """Robust z-score of loss or gradient norm above which a step is skipped; null skips only non-finite steps."""
     window: int = Field(default=128, ge=8)
-    """Steps, skipped ones left out, that a spike is measured against; none is called before there are half as many."""
+    """Number of previous steps, without skipped ones, for the z-score; spike detection starts after half as many."""
     max_bad_steps: int = Field(default=5, ge=1)
-    """Skipped steps in a row after which the run goes back to the last checkpoint before them, past their samples."""
+    """Consecutive skipped steps after which the run rolls back to the last checkpoint before them and skips their
+    samples."""
     max_rollbacks: int = Field(default=3, ge=0)
-    """Times that a run may do so before it stops."""
+    """Rollbacks after which the run stops."""
 
 
 class Watchdog(Section):
-    """Bounds on the time from one step's end to the next. A run that exceeds one is ended with all ranks' stacks and
-    exit code 76."""
+    """Timeouts from the end of one step to the end of the next. A run that exceeds one dumps the stacks of all ranks
+    and exits with code 76."""
 
     step_timeout_s: float | None = Field(default=None, gt=0)
-    """Seconds for an ordinary step; null takes 20 usual ones and at least 100 s, once five steps have been timed."""
+    """Seconds for a regular step; null: 20 times the usual step time and at least 100 s, once five steps were timed."""
     startup_timeout_s: float = Field(default=1500.0, gt=0)
-    """Seconds for the start, up to the end of its first step; all ranks have to come within a fifth of it."""
+    """Seconds for startup, up to the end of the first step; all ranks have to join within a fifth of it."""
     save_timeout_s: float = Field(default=1500.0, gt=0)
-    """Seconds for a step with work beside it: a save, pictures, a roll-back."""
+    """Seconds for a step with additional work: a save, previews, a rollback."""
 
 
 class Tracking(Section):
     enabled: bool = True
-    """Mirror metrics.jsonl to MLflow from a process of its own."""
+    """Mirror metrics.jsonl to MLflow from a separate process."""
     uri: OptionalPlace = None
-    """MLflow tracking URI, without a login; null takes MLFLOW_TRACKING_URI, or else a SQLite file in `runs_dir`."""
+    """MLflow tracking URI, without credentials; null uses MLFLOW_TRACKING_URI, or else a SQLite file in `runs_dir`."""
     experiment: str = "bifrost"
     """MLflow experiment."""
 
 
 class Recipe(Section):
     stage: Literal["patch-latents", "controlnet"]
-    """What is trained: `patch-latents`, the MLLM's visual generation branch, or `controlnet`, the latent ControlNet."""
+    """Model to train: `patch-latents`, the MLLM's visual generation branch, or `controlnet`, the latent ControlNet."""
     name: str = Field(pattern=NAME)
     """Name of the run and of its folder under `runs_dir`."""
     seed: int = Field(default=0, ge=0)
-    """Seed of sample order, masks, caption dropout and initialisation."""
+    """Seed of sample order, masks, caption dropout and initialization."""
     steps: int = Field(ge=1)
-    """Optimizer steps of the whole run."""
+    """Total number of optimizer steps."""
     global_batch: int = Field(ge=1)
-    """Samples a step, whatever the number of ranks."""
+    """Samples per step, for any number of ranks."""
     micro_batch: int = Field(ge=1)
-    """Samples a rank and backward pass."""
+    """Samples per rank and backward pass."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Compute precision; masters and moments are fp32 in both."""
+    """Compute precision; master weights and moments are always fp32."""
     activation_checkpointing: bool = True
-    """Recompute each layer's activations in the backward pass."""
+    """Recompute the activations of each layer in the backward pass."""
     runs_dir: Place = "runs"
     """Folder that holds the run folders."""
     log_every: int = Field(default=10, ge=1)
     """Steps between metric lines."""
     init_from: OptionalPlace = None
-    """Start from these weights: a checkpoint in the public layout, or an earlier run's folder."""
+    """Initial weights: a checkpoint in the public layout, or the folder of an earlier run."""
     backbone: Backbone
     branch: Branch = Branch()
     flux: Flux | None = None
@@ -305,7 +309,7 @@ class Recipe(Section):
     data: Data
     optimizer: Optimizer = Optimizer()
     ema: Ema | None = None
-    """Average of the trainable weights, sharded like them; null keeps none."""
+    """Moving average of the trainable weights, sharded like them; null disables it."""
     zero: Zero = Zero()
     kernels: Kernels = Kernels()
     checkpoint: Checkpoint = Checkpoint()
@@ -325,15 +329,13 @@ class Recipe(Section):
         if self.stage == "controlnet" and self.flux is None:
             raise ValueError("stage controlnet needs flux.path, such as flux.path=black-forest-labs/FLUX.1-dev")
         if self.stage == "controlnet" and self.backbone.placement != "sharded":
-            raise ValueError("backbone.placement is stage 1's; in stage controlnet set flux.placement.vision_encoder")
+            raise ValueError("backbone.placement is for stage 1; in stage controlnet set flux.placement.vision_encoder")
         if self.stage == "patch-latents" and self.previews.every and not self.previews.controlnet:
-            raise ValueError(
-                "previews.every in stage patch-latents needs previews.controlnet, which paints the latents"
-            )
+            raise ValueError("previews.every in stage patch-latents needs previews.controlnet to decode the latents")
         return self
 
     def accumulation(self, ranks: int) -> int:
-        """Backward passes a step on `ranks` ranks; ValueError when the batch does not divide."""
+        """Backward passes per step on `ranks` ranks. Raises ValueError when the batch does not divide evenly."""
         per_pass = self.micro_batch * ranks
         if self.global_batch % per_pass:
             fits = [b for b in range(1, self.global_batch + 1) if self.global_batch % (b * ranks) == 0]

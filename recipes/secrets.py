@@ -1,4 +1,4 @@
-"""Secrets in addresses: recipes are stored with their run, logged and sent to trackers, where none may arrive."""
+"""Secrets in URLs: recipes are stored with their run, logged and sent to trackers, and must not contain any."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 from typing import Any
 
 HIDDEN = "REDACTED"
-"""What is written in a secret's place; a recipe that holds it lacks something."""
+"""Placeholder for a secret; a recipe that contains it is incomplete."""
 _LOGIN = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<login>[^/\s?'\"]+)@")
-# Amazon's, Google's and Azure's signed addresses, and what others call a key. `sig` and `token` stand as whole names.
+# Signed URLs of Amazon, Google and Azure, and common names of keys. `sig` and `token` match only as whole names.
 _QUERY = re.compile(
     r"(?P<before>[?&;](?P<name>[^=&;\s?]*(?:signature|credential|security-token|password|passwd|secret|api[-_]?key|access[-_]?key"
     r"|googleaccessid|auth[-_]?token|access[-_]?token)[^=&;\s?]*|sig|se?token|token|key|auth|pwd)=)(?P<value>[^&;\s'\"]+)",
@@ -17,14 +17,14 @@ _QUERY = re.compile(
 
 
 def redact(text: str) -> str:
-    """`text` with the logins and secret query values of all addresses in it hidden."""
+    """`text` with the credentials and secret query values of all URLs replaced."""
     text = _LOGIN.sub(lambda found: f"{found['scheme']}{HIDDEN}@", text)
     return _QUERY.sub(lambda found: found["before"] + HIDDEN, text)
 
 
 def stored_secret(recipe: Any, key: str = "") -> str | None:
-    """Which setting of a recipe would store a login, and where that belongs instead; None when none does. Signatures in
-    the addresses of shards are no logins: they run out, and are hidden where the recipe is stored."""
+    """A message about a setting that would store credentials, with their proper place; None if there is none.
+    Signatures in the URLs of shards are allowed: they expire, and are redacted where the recipe is stored."""
     if isinstance(recipe, dict):
         problems = (stored_secret(value, f"{key}.{name}" if key else str(name)) for name, value in recipe.items())
         return next((problem for problem in problems if problem), None)
@@ -41,8 +41,8 @@ def stored_secret(recipe: Any, key: str = "") -> str | None:
 
 
 def tracker_secret(uri: str) -> tuple[str, str] | None:
-    """What is secret in a tracking URI, its login or a value of its query, and where that belongs instead; None when
-    nothing is. A database's user without a password is no secret."""
+    """The secret in a tracking URI, its login or a query value, and its proper place; None if there is none. A database
+    user without a password is not a secret."""
     database = not uri.startswith("http")
     remedy = _DATABASE if database else _TRACKER
     if names := [found["name"] for found in _QUERY.finditer(uri)]:

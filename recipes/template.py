@@ -1,4 +1,4 @@
-"""A recipe of one's own: a shipped one written out, with every setting explained, for `bifrost init`."""
+"""Write a new recipe for `bifrost init`: a shipped one in full, with a comment on every setting."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ WIDTH = 100
 OF_THE_OTHER_STAGE = {"patch-latents": {"flux", "controlnet"}, "controlnet": {"branch"}}
 """Stage -> groups of settings that it does not read."""
 HEAD = """\
-# Settings with a # right before them have the value that is shown; remove it to change one.
+# Settings with a # right before them have the default shown; remove the # to change one.
 # key.path=value on the command line overrides any of them: bifrost train {file} optimizer.lr=3e-4
 """
 
 
 def template(source: str | Path, name: str, shards: str | None, file: str) -> str:
-    """YAML of the recipe `source` under the name `name`, on `shards` where given, to be saved as `file`.
+    """YAML of the recipe `source` with the name `name` and, if given, `shards`, to be saved as `file`.
 
-    Loaded, it equals `source` in all other settings. RecipeError when `source` or `name` cannot be used.
+    All other settings equal those of `source`. Raises RecipeError when `source` or `name` is invalid.
     """
     if not re.match(NAME, name):
         raise RecipeError(f"{name!r} {NO_NAME}")
@@ -46,7 +46,7 @@ def template(source: str | Path, name: str, shards: str | None, file: str) -> st
 
 
 def _setting(section: BaseModel, key: str, field: FieldInfo, indent: str) -> Iterator[str]:
-    """The lines of one setting, or of a group of them."""
+    """The lines of one setting or group of settings."""
     value, inner = getattr(section, key), _section_of(field)
     given = key in section.model_fields_set
     if inner is None:
@@ -63,7 +63,7 @@ def _setting(section: BaseModel, key: str, field: FieldInfo, indent: str) -> Ite
 
 
 def _defaults(section: type[BaseModel], key: str, indent: str) -> Iterator[str]:
-    """A group that the recipe leaves at its defaults."""
+    """The lines of a group that the recipe leaves at its defaults."""
     yield f"{indent}#{key}:"
     for name, field in section.model_fields.items():
         if inner := _section_of(field):
@@ -81,7 +81,7 @@ def _explained(text: str | None, indent: str) -> list[str]:
 
 
 def _section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The group of settings that a field is; of an optional one, too."""
+    """The model of a field that is a group of settings, also of an optional one."""
     options = [field.annotation, *get_args(field.annotation)]
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
@@ -93,8 +93,8 @@ def _yaml(value: Any) -> str:
 
 
 def _comments(path: Path) -> tuple[list[str], dict[str, list[str]]]:
-    """The comment that a recipe file begins with, and by top-level key those above its line and at its end; of what it
-    `extends`, too, where it has none."""
+    """The leading comment of a recipe file, and by top-level key the comments above and at the end of its line,
+    including those of the recipe that it `extends`."""
     text = path.read_text(encoding="utf-8")
     first, *_ = re.split(r"^(?=\w)", text, maxsplit=1, flags=re.M)
     head = [line for line in first.splitlines() if line.startswith("#")]
@@ -109,6 +109,6 @@ def _comments(path: Path) -> tuple[list[str], dict[str, list[str]]]:
                 notes[found[1]] = kept
             above = []
     if base := read_yaml(text).get("extends"):
-        beside = path.parent / base
-        notes = {**_comments(beside if beside.is_file() else find_recipe(base))[1], **notes}
+        sibling = path.parent / base
+        notes = {**_comments(sibling if sibling.is_file() else find_recipe(base))[1], **notes}
     return head, notes

@@ -1,4 +1,4 @@
-"""The tiny FLUX in `builtin:tiny-flux`: it loads, its autoencoder keeps drawings, and it draws what it is told."""
+"""The tiny FLUX in `builtin:tiny-flux`: it loads, its autoencoder reconstructs drawings, and it follows captions."""
 
 import hashlib
 from pathlib import Path
@@ -29,7 +29,7 @@ def pipeline() -> FluxPipeline:
 
 @pytest.fixture(scope="module")
 def drawings() -> tuple[list[str], Tensor]:
-    """CAPTIONS names spread evenly over the demo's training part, and their drawings [CAPTIONS, 3, 64, 64], -1 .. 1."""
+    """CAPTIONS names, evenly spaced in the demo's training split, and their drawings [CAPTIONS, 3, 64, 64], -1 .. 1."""
     svgs = demo._drawings()
     train = [name for name in svgs if int(hashlib.md5(name.encode()).hexdigest(), 16) % 20]
     names = train[:: len(train) // CAPTIONS][:CAPTIONS]
@@ -54,15 +54,15 @@ def decode(pipeline: FluxPipeline, z: Tensor) -> Tensor:
     return F.pixel_shuffle(depth, config._bifrost_space_to_depth).clamp(-1, 1)
 
 
-def test_the_folder_is_small_and_complete() -> None:
+def test_folder_is_small_and_complete() -> None:
     assert sum(file.stat().st_size for file in FOUNDATIONS.rglob("*") if file.is_file()) <= 24e6
     assert {path.name for path in FLUX.iterdir()} == {
-        *("model_index.json", "scheduler", "text_encoder", "text_encoder_2"),
+        *("LICENSE.txt", "model_index.json", "scheduler", "text_encoder", "text_encoder_2"),
         *("tokenizer", "tokenizer_2", "transformer", "vae"),
     }
 
 
-def test_it_loads_as_a_flux_pipeline(pipeline: FluxPipeline) -> None:
+def test_loads_as_a_flux_pipeline(pipeline: FluxPipeline) -> None:
     assert type(pipeline.transformer) is FluxTransformer2DModel
     assert type(pipeline.vae) is AutoencoderKL
     assert type(pipeline.text_encoder) is CLIPTextModel
@@ -75,7 +75,7 @@ def test_it_loads_as_a_flux_pipeline(pipeline: FluxPipeline) -> None:
     assert transformer.in_channels == 4 * pipeline.vae.config.latent_channels
 
 
-def test_the_autoencoder_keeps_drawings(pipeline: FluxPipeline, drawings: tuple[list[str], Tensor]) -> None:
+def test_autoencoder_reconstructs_drawings(pipeline: FluxPipeline, drawings: tuple[list[str], Tensor]) -> None:
     _, real = drawings
     config = pipeline.vae.config
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_the_autoencoder_keeps_drawings(pipeline: FluxPipeline, drawings: tuple[
 
 
 @pytest.mark.slow
-def test_it_draws_what_it_is_told(pipeline: FluxPipeline, drawings: tuple[list[str], Tensor]) -> None:
+def test_generated_drawings_match_their_captions(pipeline: FluxPipeline, drawings: tuple[list[str], Tensor]) -> None:
     names, real = drawings
     packed = pipeline(
         names,
@@ -106,4 +106,4 @@ def test_it_draws_what_it_is_told(pipeline: FluxPipeline, drawings: tuple[list[s
         drawn = decode(pipeline, FluxPipeline._unpack_latents(packed, 16, 16, 1))
     nearest = torch.cdist(drawn.flatten(1), real.flatten(1)).argmin(dim=1)
     right = (nearest == torch.arange(CAPTIONS)).float().mean()
-    assert right >= 0.5  # by chance 1 / CAPTIONS
+    assert right >= 0.5  # chance is 1 / CAPTIONS

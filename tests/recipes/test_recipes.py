@@ -1,4 +1,4 @@
-"""Recipes: every shipped one loads and dry-runs with the published sizes; mistakes are named."""
+"""Recipes: every shipped one loads and dry-runs with the published sizes; errors are named."""
 
 import re
 from typing import Any
@@ -15,7 +15,7 @@ def test_shipped() -> None:
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_loads_and_survives_a_round_trip(name: str, tmp_path) -> None:
+def test_round_trip(name: str, tmp_path) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     (tmp_path / "again.yaml").write_text(to_yaml(recipe))
@@ -23,13 +23,13 @@ def test_loads_and_survives_a_round_trip(name: str, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_nothing_assumes_a_place(name: str) -> None:
+def test_shards_have_no_absolute_path(name: str) -> None:
     shards = load_recipe(name).data.shards
     assert not any(spec.startswith(("/", "~")) for spec in ([shards] if isinstance(shards, str) else shards))
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_models_of_the_hub_are_those_of_one_commit(name: str) -> None:
+def test_hub_models_are_pinned_to_a_commit(name: str) -> None:
     recipe = load_recipe(name)
     for model in (recipe.backbone, recipe.flux):
         if model is not None and not model.path.startswith("builtin:"):
@@ -39,7 +39,7 @@ def test_models_of_the_hub_are_those_of_one_commit(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "ranks", "trainable", "frozen"),
     [
-        # Spec 7.1; frozen: the whole model less the 7B's output layer, which training does not need.
+        # Spec 7.1; frozen: the whole model without the 7B's output layer, which training does not need.
         ("mllm-7b", 64, 6_539_391_488, 8_292_166_656 - 544_997_376),
         ("mllm-3b", 32, 2_779_496_448, 3_754_622_976),
     ],
@@ -88,18 +88,18 @@ def dry_run(arguments: list[str]) -> None:
         ("branch.mask_rate={low: 0, high: 0}", ["branch.mask_rate.high", "greater than 0"]),
     ],
 )
-def test_mistakes_are_named(override: str, words: list[str]) -> None:
+def test_errors_are_named(override: str, words: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe("tiny-mllm", [override])
     assert all(word in str(caught.value) for word in words), caught.value
     assert "\n" not in str(caught.value)
 
 
-def test_a_mistake_of_the_whole_does_not_print_the_whole() -> None:
+def test_error_of_the_whole_recipe_does_not_print_it() -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe("tiny-mllm", ["previews.every=5"])
     assert str(caught.value).endswith(
-        "previews.every in stage patch-latents needs previews.controlnet, which paints the latents"
+        "previews.every in stage patch-latents needs previews.controlnet to decode the latents"
     )
 
 
@@ -115,7 +115,7 @@ def test_a_mistake_of_the_whole_does_not_print_the_whole() -> None:
         "s3://b/*.tar",
     ],
 )
-def test_shards_need_no_quotes_of_yaml(shards: str) -> None:
+def test_shards_need_no_yaml_quotes(shards: str) -> None:
     assert load_recipe("tiny-mllm", [f"data.shards={shards}"]).data.shards == shards
 
 
@@ -123,7 +123,7 @@ def test_shards_need_no_quotes_of_yaml(shards: str) -> None:
     ("written", "value"),
     [("3e-4", 3e-4), ("3E-4", 3e-4), ("1.e-3", 1e-3), (".5e-1", 0.05), ("3.0e-4", 3e-4), ("1e+0", 1), ("1", 1)],
 )
-def test_numbers_as_people_write_them(written: str, value: float, tmp_path) -> None:
+def test_number_formats(written: str, value: float, tmp_path) -> None:
     assert load_recipe("tiny-mllm", [f"optimizer.lr={written}"]).optimizer.lr == value
     (tmp_path / "mine.yaml").write_text(f"extends: tiny-mllm\noptimizer: {{lr: {written}, betas: [0, {written}]}}\n")
     if value < 1:
@@ -136,7 +136,7 @@ def test_whole_numbers(written: str) -> None:
     assert steps == 100_000 and isinstance(steps, int)
 
 
-def test_text_that_looks_like_a_number_stays_text(tmp_path) -> None:
+def test_quoted_numbers_are_text(tmp_path) -> None:
     for name in ("1e5", "7", "0.5", "2e-3"):
         recipe = load_recipe("tiny-mllm", [f"name='{name}'"])
         assert recipe.name == name
@@ -144,8 +144,8 @@ def test_text_that_looks_like_a_number_stays_text(tmp_path) -> None:
         assert load_recipe(tmp_path / "again.yaml") == recipe
 
 
-def test_overrides_leave_what_they_do_not_name() -> None:
-    """An anchor makes two groups one: an override is of the one that it names."""
+def test_overrides_change_only_the_named_setting() -> None:
+    """Two groups may be the same object through an anchor: an override changes only the one that it names."""
     tree = {"a": {"x": 1, "y": {"z": 2}}}
     tree["b"] = tree["a"]
     assert apply_overrides(tree, ["a.y.z=3", "c.d=4"]) == {"a": {"x": 1, "y": {"z": 3}}, "b": tree["b"], "c": {"d": 4}}
@@ -173,7 +173,7 @@ def test_unreadable_files(tmp_path) -> None:
         load_recipe(tmp_path / "torn.yaml")
 
 
-def test_a_recipe_extends_another(tmp_path) -> None:
+def test_recipe_extends_another(tmp_path) -> None:
     (tmp_path / "base.yaml").write_text("extends: tiny-mllm\nsteps: 7\noptimizer: {lr: 2e-3}\n")
     (tmp_path / "mine.yaml").write_text("extends: base.yaml\nname: mine\noptimizer: {warmup_steps: 3}\nema: null\n")
     mine, shipped = load_recipe(tmp_path / "mine.yaml", ["seed=5"]), load_recipe("tiny-mllm")
@@ -191,7 +191,7 @@ def test_a_recipe_extends_another(tmp_path) -> None:
     (tmp_path / "base.yaml").write_text("extends: [a, b]\n")
     with pytest.raises(RecipeError, match=r"base\.yaml: extends names one recipe"):
         load_recipe(tmp_path / "mine.yaml")
-    with pytest.raises(RecipeError, match=r"backbone\.placement is stage 1's; .* set flux\.placement\.vision_encoder"):
+    with pytest.raises(RecipeError, match=r"backbone\.placement is for stage 1; .* flux\.placement\.vision_encoder"):
         load_recipe("flux-controlnet", ["backbone.placement=replicated"])
 
 
@@ -200,7 +200,7 @@ def test_accumulation(ranks: int, micro: int, passes: int) -> None:
     assert load_recipe("tiny-mllm", ["global_batch=64", f"micro_batch={micro}"]).accumulation(ranks) == passes
 
 
-def test_a_batch_that_does_not_divide_says_what_would() -> None:
+def test_indivisible_batch_error_has_the_remedy() -> None:
     recipe = load_recipe("tiny-mllm", ["global_batch=60", "micro_batch=32"])
     with pytest.raises(ValueError, match="micro_batch=30"):
         recipe.accumulation(2)
@@ -227,8 +227,8 @@ def test_every_setting_is_documented() -> None:
     [
         ("stage: patch-latents\n\tname: x\n", "line 2: found character '\\t' that cannot start any token; indent with"),
         ("stage: patch-latents\nname: [x\n", "line 3: expected ',' or ']'"),
-        ("extends: tiny-mllm\nname: a\nsteps: 3\nname: b\n", "line 4: the key name comes twice"),
-        ("extends: tiny-mllm\noptimizer: {lr: 1e-3, clip: 1, lr: 2e-3}\n", "line 2: the key lr comes twice"),
+        ("extends: tiny-mllm\nname: a\nsteps: 3\nname: b\n", "line 4: duplicate key name"),
+        ("extends: tiny-mllm\noptimizer: {lr: 1e-3, clip: 1, lr: 2e-3}\n", "line 2: duplicate key lr"),
         ('extends: tiny-mllm\nsteps: "100"\n', "steps: input should be a valid integer (got '100'); leave the quotes"),
         (
             "extends: tiny-mllm\noptimizer: 3\n",
@@ -236,10 +236,10 @@ def test_every_setting_is_documented() -> None:
         ),
         ("extends: nope\n", "mine.yaml: extends nope: no such recipe"),
         ("", "mine.yaml: is empty; a recipe is a mapping"),
-        ("just words", "mine.yaml: has none; a recipe is a mapping"),
+        ("just words", "mine.yaml: has no settings; a recipe is a mapping"),
     ],
 )
-def test_mistakes_in_a_file_are_one_line_with_the_place(tmp_path, text: str, said: str) -> None:
+def test_file_errors_are_one_line_with_the_place(tmp_path, text: str, said: str) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(RecipeError) as caught:
         load_recipe(tmp_path / "mine.yaml")
@@ -268,7 +268,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize("key", PLACES)
-def test_the_home_folder_is_no_folder_called_tilde(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_folder_is_expanded(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/somebody")
     value: Any = load_recipe("tiny-mllm", [f"{key}=~/mine"])
     for part in key.split("."):
@@ -293,14 +293,14 @@ def test_the_home_folder_is_no_folder_called_tilde(key: str, monkeypatch: pytest
         ("data.shards=['a.tar', 'b0..3}.tar']", "data.shards: b0..3}.tar: Unbalanced braces"),
     ],
 )
-def test_shards_that_cannot_be_named(override: str, said: str) -> None:
-    """At once, whoever loads the recipe: a dry run, a plan, the preflight."""
+def test_invalid_shard_names(override: str, said: str) -> None:
+    """Refused when the recipe is loaded: in a dry run, a plan and the preflight."""
     with pytest.raises(RecipeError) as caught:
         load_recipe("tiny-mllm", [override])
     assert str(caught.value).startswith(f"override {override!r}: {said}")
 
 
-def test_the_home_folder_in_a_list_of_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_folder_in_a_list_of_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/somebody")
     recipe = load_recipe("tiny-mllm", ["data.shards=[~/a.tar, s3://b/~/c.tar, d/~e.tar]"])
     assert recipe.data.shards == ["/somebody/a.tar", "s3://b/~/c.tar", "d/~e.tar"]
@@ -318,7 +318,7 @@ def test_the_home_folder_in_a_list_of_shards(monkeypatch: pytest.MonkeyPatch) ->
         ("data.shards=https://a:b@h/c.tar", "override 'data.shards=https://REDACTED@h/c.tar': data.shards: the login"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(tmp_path, override: str, said: str) -> None:
+def test_error_of_an_override_names_the_override(tmp_path, override: str, said: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe("tiny-mllm", ["seed=1", override])
     assert str(caught.value).startswith(said)
@@ -327,7 +327,7 @@ def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(tmp_path, overr
         load_recipe(tmp_path / "mine.yaml", ["seed=1"])
 
 
-def test_a_mistake_in_the_file_is_not_blamed_on_an_override_beside_it(tmp_path) -> None:
+def test_error_of_the_file_names_the_file(tmp_path) -> None:
     (tmp_path / "mine.yaml").write_text("extends: tiny-mllm\nbranch: {mask_rate: {low: 0.9, high: 0.8}}\n")
     with pytest.raises(RecipeError, match=r"mine\.yaml: branch.mask_rate: low \(0.9\) is above high"):
         load_recipe(tmp_path / "mine.yaml", ["branch.mask_rate.mean=0.9"])
@@ -336,11 +336,11 @@ def test_a_mistake_in_the_file_is_not_blamed_on_an_override_beside_it(tmp_path) 
 
 
 @pytest.mark.parametrize("wrong", ["tiny_mllm", "tiny-mllm.yml", "mllm7b", "recipes/tiny-mlm.yaml"])
-def test_a_name_with_a_slip_gets_the_nearest(wrong: str) -> None:
+def test_misspelled_recipe_gets_a_suggestion(wrong: str) -> None:
     with pytest.raises(RecipeError, match=r"no such recipe; did you mean (tiny-mllm|mllm-7b)\?"):
         load_recipe(wrong)
 
 
-def test_a_folder_is_called_one(tmp_path) -> None:
+def test_folder_is_not_a_recipe(tmp_path) -> None:
     with pytest.raises(RecipeError, match="is a folder; name a recipe file"):
         load_recipe(tmp_path)

@@ -1,4 +1,4 @@
-"""Settings of earlier versions: refused where a person writes them, read where a run has."""
+"""Settings of earlier versions: refused in new recipes, read in the recipe of an existing run."""
 
 import re
 from pathlib import Path

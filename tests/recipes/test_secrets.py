@@ -1,4 +1,4 @@
-"""Logins in a recipe's addresses are refused, signatures hidden where the recipe is stored."""
+"""Credentials in a recipe's URLs are refused, signatures redacted where the recipe is stored."""
 
 import pytest
 
@@ -19,7 +19,7 @@ from bifrost.recipes.secrets import redact
         ("init_from=s3://key:hunter2@bucket/run", "AWS_ACCESS_KEY_ID"),
     ],
 )
-def test_a_login_is_refused_and_not_repeated(override: str, remedy: str) -> None:
+def test_login_is_refused_and_not_printed(override: str, remedy: str) -> None:
     key = override.partition("=")[0]
     with pytest.raises(RecipeError, match=rf"{key}: \w.* would be stored with the run: ") as error:
         load_recipe("tiny-mllm", [override])
@@ -38,7 +38,7 @@ def test_a_login_is_refused_and_not_repeated(override: str, remedy: str) -> None
         "data.shards=s3://bucket/keys/a.tar",
     ],
 )
-def test_what_holds_no_login_is_taken(override: str) -> None:
+def test_urls_without_login_are_accepted(override: str) -> None:
     load_recipe("tiny-mllm", [override])
 
 
@@ -53,7 +53,7 @@ def test_what_holds_no_login_is_taken(override: str) -> None:
         ("https://u:p@h/a and ftp://v@h/b", ["u:p", "v@"]),
     ],
 )
-def test_what_is_hidden(text: str, hidden: list[str]) -> None:
+def test_redact(text: str, hidden: list[str]) -> None:
     found = redact(text)
     assert not any(secret in found for secret in hidden)
     assert redact(found) == found

@@ -1,4 +1,4 @@
-"""`bifrost init`: the file loads as the recipe that it was made from, and explains every setting."""
+"""`bifrost init`: the file loads as the recipe that it was made from, and documents every setting."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from bifrost.trainer.errors import RunError
 
 
 @pytest.mark.parametrize("source", shipped_recipes())
-def test_the_file_is_the_shipped_recipe_under_another_name(source: str, tmp_path: Path) -> None:
+def test_file_equals_the_shipped_recipe_with_another_name(source: str, tmp_path: Path) -> None:
     file = tmp_path / "cats.yaml"
     file.write_text(template(source, "cats", "/mine/*.tar", str(file)), encoding="utf-8")
     assert load_recipe(file) == load_recipe(source, ["name=cats", "data.shards=/mine/*.tar"])
@@ -32,16 +32,14 @@ def test_every_line_with_a_setting_can_be_uncommented(source: str, tmp_path: Pat
     assert Recipe.model_fields.keys() - other == read_yaml(whole).keys()
 
 
-def test_comments_are_the_schemas_and_the_recipes_own() -> None:
+def test_comments_come_from_the_schema_and_the_recipe() -> None:
     text = " ".join(template("mllm-7b-256", "cats", None, "cats.yaml").replace("#", "").split())
     assert Recipe.model_fields["global_batch"].description in text
-    for own in ("mllm-7b for 256 GPUs and more", "256 GPUs x 16", "Few and large collectives"):  # the last its base's
+    for own in ("mllm-7b for 256 GPUs and more", "256 GPUs x 16", "Few large collectives"):  # the last its base's
         assert own in text
 
 
-def test_init_writes_prints_what_is_next_and_keeps_what_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_init_prints_next_steps_and_keeps_existing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ended = CliRunner().invoke(app, ["init", "cats", "--from", "tiny-mllm", "--data", "shards/*.tar"])
     assert ended.exit_code == 0 and "bifrost train cats.yaml --ranks 2" in ended.output
@@ -53,7 +51,7 @@ def test_init_writes_prints_what_is_next_and_keeps_what_is_there(
 
 
 @pytest.mark.parametrize(("name", "source", "said"), [("cats", "mllm-8b", "mllm-7b"), ("my cats", "mllm-7b", "name")])
-def test_what_cannot_be_is_one_line_and_writes_nothing(
+def test_invalid_arguments_are_one_line_and_write_nothing(
     name: str, source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -62,8 +60,8 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(
     assert "\n" not in str(ended.exception) and not list(tmp_path.iterdir())
 
 
-def test_choices_are_in_the_help_and_in_the_error_without_one() -> None:
-    told = CliRunner().invoke(app, ["init", "--help"], env={"COLUMNS": "200"}).output
-    assert all(name in told for name in shipped_recipes())
+def test_choices_are_in_the_help_and_the_error() -> None:
+    printed = CliRunner().invoke(app, ["init", "--help"], env={"COLUMNS": "200"}).output
+    assert all(name in printed for name in shipped_recipes())
     ended = CliRunner().invoke(app, ["init", "cats"])
     assert isinstance(ended.exception, RunError) and all(name in str(ended.exception) for name in shipped_recipes())

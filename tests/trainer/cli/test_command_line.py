@@ -34,7 +34,7 @@ class Left(Exception):
         ("plan tiny-mllm --gpus", "error: option '--gpus' requires an argument"),
         (
             "init my/cats --from tiny-mllm",
-            "error: 'my/cats' cannot be a run's name, which is its folder's; use letters",
+            "error: 'my/cats' is not a valid run name, which is also a folder name; use letters",
         ),
         ("replay FILE --step 1", "error: FILE/metrics.jsonl: Not a directory"),
         ("track sync FILE", "error: FILE/recipe.yaml: Not a directory"),
