@@ -18,11 +18,11 @@ from bifrost.data import Loader, Plan, open_dataset
 
 IMAGE_SIZE = 64
 DEPTH = 4
-"""Pixels a side that become channels before the VAE."""
+"""Side in pixels of the squares that become channels before the VAE."""
 LATENT_SIDE, LATENT_CHANNELS = IMAGE_SIZE // DEPTH, 16
 SIDE, TOKENS, CHANNELS = LATENT_SIDE // 2, LATENT_SIDE**2 // 4, 4 * LATENT_CHANNELS
 CELLS = 4
-"""Cells a side that a drawing's text tokens describe; the tiny Qwen2.5-VL has as many patch latents."""
+"""Cells per side that a drawing's text tokens describe; the tiny Qwen2.5-VL has the same number of patch latents."""
 PREFIXES = (
     *("a", "an", "the", "one", "some", "draw", "paint", "show me", "an icon of", "a small", "a sketch of"),
     *("a drawing of", "a drawing of a", "an image of", "an image of a", "a picture of", "a picture of a"),
@@ -33,7 +33,7 @@ UNSEEN_PHRASE = "please make a picture with {}"
 
 
 class Drawings(NamedTuple):
-    """A part of the demo set: images uint8 [n, 3, 64, 64] and captions, in the order that the seed draws."""
+    """A split of the demo dataset: images uint8 [n, 3, 64, 64] and captions, shuffled by the seed."""
 
     images: Tensor
     captions: list[str]
@@ -65,7 +65,7 @@ def read_drawings(shards: str, seed: int) -> Drawings:
 
 
 def phrased(captions: Sequence[str], draws: torch.Generator) -> list[str]:
-    """The captions as somebody might put them: half of them bare, as the shards hold them."""
+    """The captions in varied phrasings; half of them unchanged."""
     texts = []
     for caption, bare, before, after, where in zip(
         captions, *torch.rand(4, len(captions), generator=draws).tolist(), strict=True
@@ -111,6 +111,6 @@ def image_ids() -> Tensor:
 
 
 def psnr(images: Tensor, others: Tensor) -> float:
-    """dB between uint8 images, from the mean squared error of all."""
+    """PSNR in dB between uint8 images, from the mean squared error over all of them."""
     error = (images.float() - others.float()).square().mean()
     return 10 * (255**2 / error).log10().item()

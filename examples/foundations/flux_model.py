@@ -1,4 +1,4 @@
-"""The tiny FLUX transformer: shape, first weights, flow matching, sampling.
+"""The tiny FLUX transformer: architecture, initial weights, velocity, sampling.
 
 Legend: B samples of 64 packed tokens x 64 channels, T text tokens.
 """
@@ -20,7 +20,7 @@ DOUBLE, SINGLE = 2, 4
 
 
 class Text(NamedTuple):
-    """What FLUX is told: CLIP's pooled state [B, CLIP_WIDTH] and T5's token states [B, T, T5_WIDTH]."""
+    """FLUX's text conditioning: CLIP's pooled state [B, CLIP_WIDTH] and T5's token states [B, T, T5_WIDTH]."""
 
     pooled: Tensor
     states: Tensor
@@ -30,7 +30,7 @@ class Text(NamedTuple):
 
 
 def build_transformer() -> FluxTransformer2DModel:
-    """5.2 million parameters from torch's global generator; every block begins as the identity, the output as zero."""
+    """5.2 million parameters from torch's global generator; blocks are initialized to identity, the output to zero."""
     model = FluxTransformer2DModel(
         patch_size=1,
         in_channels=CHANNELS,
@@ -54,7 +54,7 @@ def build_transformer() -> FluxTransformer2DModel:
 
 
 def velocity(model: nn.Module, noisy: Tensor, sigma: Tensor, text: Text, guidance: Tensor) -> Tensor:
-    """The model's noise - drawing [B, 64, 64] at noise levels sigma [B] with guidance [B]."""
+    """The predicted velocity (noise - drawing) [B, 64, 64] at noise levels sigma [B] with guidance [B]."""
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         return model(
             hidden_states=noisy,

@@ -1,4 +1,4 @@
-"""Does the tiny FLUX follow its text? Retrieval among real drawings, and a sheet to look at.
+"""Measures of how well the tiny FLUX follows its text: retrieval among real drawings, and a contact sheet.
 
 Legend: n drawings of 3 x 64 x 64 pixels.
 """
@@ -29,7 +29,7 @@ def load_tower() -> Qwen2_5_VLForConditionalGeneration:
 
 
 def recall(found: Tensor, real: Tensor) -> float:
-    """Share of rows of `found` [n, ...] whose nearest row of `real` [m, ...] is the one of the same number."""
+    """Fraction of rows of `found` [n, ...] whose nearest row of `real` [m, ...] has the same index."""
     distance = torch.cdist(found.flatten(1).float(), real.flatten(1).float())
     return (distance.argmin(dim=1) == torch.arange(len(found))).float().mean().item()
 
@@ -50,7 +50,7 @@ def tower_view(tower: Qwen2_5_VLForConditionalGeneration, images: Tensor) -> Ten
 
 
 def measures(tower: Qwen2_5_VLForConditionalGeneration, found: Tensor, real: Tensor) -> dict[str, float]:
-    """Of generated uint8 images [n, 3, 64, 64] and the real ones, whose first n belong to them."""
+    """Measures of generated uint8 images [n, 3, 64, 64] against real ones, of which the first n correspond to them."""
     seen, among = tower_view(tower, found), tower_view(tower, real)
     n = len(found)
     return {
@@ -63,7 +63,7 @@ def measures(tower: Qwen2_5_VLForConditionalGeneration, found: Tensor, real: Ten
 
 
 def sheet(path: Path, captions: list[str], *rows: Tensor, across: int = 16) -> None:
-    """A picture of the captions and, below each, its uint8 image [3, 64, 64] from every row."""
+    """Save a contact sheet of the captions, each above its uint8 images [3, 64, 64] from every row."""
     side, title = rows[0].shape[-1], 12
     block = title + side * len(rows) + 4
     canvas = Image.new("RGB", (across * (side + 4), -(-len(captions) // across) * block), "white")

@@ -1,8 +1,8 @@
-"""The tiny FLUX's text encoders: CLIP for the pooled state, T5 for the token states, taught before FLUX.
+"""The tiny FLUX's text encoders: CLIP for the pooled state, T5 for the token states, pretrained before FLUX.
 
-Drawn captions are few and each has one drawing, so the encoders learn to foresee it: T5's first CELLS^2 tokens, which
-its tokenizer puts in front of every caption, each regress one cell of the latents, CLIP's pooled state the drawing's
-principal components. FLUX then only has to paint what its text states say. Both encoders stay frozen after this.
+There are few captions, each with one drawing, so the encoders learn to predict it: each of T5's first CELLS^2 tokens,
+which its tokenizer prepends to every caption, regresses one cell of the latents, and CLIP's pooled state the drawing's
+principal components. FLUX then only has to render its text states. Both encoders are frozen afterwards.
 
 Legend: B captions, T = MAX_TOKENS tokens, C = CELLS^2 cells.
 """
@@ -36,7 +36,7 @@ MATCH_WEIGHT, POOLED_WEIGHT = 0.05, 0.5
 
 
 class Encoders(NamedTuple):
-    """The four text parts of a FLUX folder."""
+    """The text encoders and tokenizers of a FLUX folder."""
 
     clip: CLIPTextModel
     t5: T5EncoderModel
@@ -51,14 +51,14 @@ class Encoders(NamedTuple):
         return self.clip(ids).pooler_output
 
     def states(self, texts: Sequence[str]) -> Tensor:
-        """T5's token states [B, T, T5_WIDTH]; padding is seen, as FLUX's pipeline has it."""
+        """T5's token states [B, T, T5_WIDTH]; padding is attended to, as in FLUX's pipeline."""
         ids = self.t5_tokenizer(
             list(texts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
         ).input_ids
         return self.t5(ids).last_hidden_state
 
     def forget_calls(self) -> None:
-        """Rid the tokenizers of what earlier calls and loading left in them and would be saved."""
+        """Remove settings from the tokenizers that earlier calls and loading added and that would be saved."""
         for tokenizer in (self.clip_tokenizer, self.t5_tokenizer):
             tokenizer.backend_tokenizer.no_padding()
             tokenizer.backend_tokenizer.no_truncation()
@@ -74,7 +74,7 @@ class Encoders(NamedTuple):
 
     @classmethod
     def load(cls, folder: Path) -> Encoders:
-        """Of a FLUX folder, in fp32."""
+        """Load the encoders of a FLUX folder, in fp32."""
         return cls(
             CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval(),
             T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=torch.float32).eval(),
@@ -105,7 +105,7 @@ def _tokenizer(
 
 
 def build_encoders(captions: Sequence[str]) -> Encoders:
-    """Tokenizers trained on the captions, and encoders of random weights from torch's global generator."""
+    """Tokenizers trained on the captions, and encoders with random weights from torch's global generator."""
     clip_tokenizer = _tokenizer(
         captions,
         ["<|startoftext|>", "<|endoftext|>"],
@@ -155,8 +155,8 @@ def build_encoders(captions: Sequence[str]) -> Encoders:
     return Encoders(clip, t5, clip_tokenizer, t5_tokenizer)
 
 
-class Foresight(nn.Module):
-    """What training adds and leaves behind: the drawing from the text states."""
+class DrawingHeads(nn.Module):
+    """Heads used only in training, which predict the drawing from the text states."""
 
     def __init__(self, targets: Tensor) -> None:
         super().__init__()
@@ -170,12 +170,12 @@ class Foresight(nn.Module):
         self.count = count
 
     def cells(self, states: Tensor) -> Tensor:
-        """The latents [B, C, 256] that T5's states tell."""
+        """The latents [B, C, 256] predicted from T5's states."""
         return self.cell(states[:, : self.count]) + self.place
 
 
 def principal(tokens: Tensor) -> Tensor:
-    """Packed latents [n, 64, 64] -> their first COMPONENTS principal components, of mean square 1 in all."""
+    """Packed latents [n, 64, 64] -> their first COMPONENTS principal components, scaled to a mean square of 1."""
     rows = tokens.flatten(1)
     rows = rows - rows.mean(dim=0)
     left, values, _ = torch.linalg.svd(rows, full_matrices=False)
@@ -183,11 +183,11 @@ def principal(tokens: Tensor) -> Tensor:
     return scores / scores.square().mean().sqrt()
 
 
-def train_encoders(encoders: Encoders, tokens: Tensor, captions: list[str], steps: int, seed: int) -> Foresight:
-    """Run `steps` steps on packed latents [n, 64, 64] and their captions, in place."""
+def train_encoders(encoders: Encoders, tokens: Tensor, captions: list[str], steps: int, seed: int) -> DrawingHeads:
+    """Train in place for `steps` steps on packed latents [n, 64, 64] and their captions."""
     draws = torch.Generator().manual_seed(seed)
     targets, scores = cells(tokens), principal(tokens)
-    heads = Foresight(targets)
+    heads = DrawingHeads(targets)
     named = [*encoders.clip.named_parameters(), *encoders.t5.named_parameters()]
     matrices = [
         p for name, p in named if p.ndim == 2 and (".layers." in name or "block." in name) and "bias" not in name
@@ -206,12 +206,12 @@ def train_encoders(encoders: Encoders, tokens: Tensor, captions: list[str], step
         index, order = order[:BATCH], order[BATCH:]
         texts = phrased([captions[i] for i in index.tolist()], draws)
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            told, pooled = heads.cells(encoders.states(texts)), encoders.pooled(texts)
+            predicted, pooled = heads.cells(encoders.states(texts)), encoders.pooled(texts)
             components = heads.pooled(pooled)
             similar = F.normalize(pooled.float(), dim=-1) @ F.normalize(heads.image(scores[index]).float(), dim=-1).T
         similar = heads.log_scale.exp().clamp(max=100) * similar
         own = torch.arange(BATCH)
-        cell_loss = F.mse_loss(told.float(), targets[index])
+        cell_loss = F.mse_loss(predicted.float(), targets[index])
         pooled_loss = F.mse_loss(components.float(), scores[index])
         match_loss = (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2
         (cell_loss + POOLED_WEIGHT * pooled_loss + MATCH_WEIGHT * match_loss).backward()

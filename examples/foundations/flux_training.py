@@ -26,11 +26,11 @@ SAVE_EVERY_S = 240.0
 
 
 class Table(NamedTuple):
-    """Everything FLUX is trained on: latents [n, 64, 64] and the frozen text states of every phrase and of none."""
+    """FLUX's training data: latents [n, 64, 64] and the frozen text states of every phrase and of an empty one."""
 
     tokens: Tensor
     text: Text
-    """[(1 + VARIANTS) * n, ...]: all captions bare, then as often in other words."""
+    """[(1 + VARIANTS) * n, ...]: all captions unchanged, then VARIANTS times rephrased."""
     empty: Text
     """[1, ...]."""
 
@@ -48,7 +48,7 @@ def make_table(encoders: Encoders, tokens: Tensor, captions: list[str], seed: in
 
 
 class Training:
-    """A transformer, its moving average, its optimizers and where it is; `save` and `restore` keep all of it."""
+    """The state of a training: transformer, moving average, optimizers and position; saved and restored as a whole."""
 
     def __init__(self, model: FluxTransformer2DModel, seed: int, learning_rate: float = LEARNING_RATE) -> None:
         self.model = model
@@ -90,14 +90,14 @@ class Training:
         self.order, self.step, self.seconds = state["order"], state["step"], state["seconds"]
 
     def next_index(self, count: int) -> Tensor:
-        """The next BATCH of `count` drawings; every epoch has its own order."""
+        """The indices of the next batch of `count` drawings; every epoch is shuffled."""
         if len(self.order) < BATCH:
             self.order = torch.randperm(count, generator=self.draws)
         index, self.order = self.order[:BATCH], self.order[BATCH:]
         return index
 
     def update(self, loss: Tensor, share: float) -> None:
-        """One optimizer step at `share` of the learning rate, and the moving average's."""
+        """One optimizer step at `share` of the learning rate, and an update of the moving average."""
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for rule in self.rules:
@@ -112,13 +112,13 @@ class Training:
 
 
 def rate_at(step: int, steps: int) -> float:
-    """Share of the learning rate: warm-up, level, then linear over what follows LEVEL_SHARE of the steps."""
+    """Fraction of the learning rate: warmup, constant, then linear decay after LEVEL_SHARE of the steps."""
     late = max(0.0, step / steps - LEVEL_SHARE) / (1 - LEVEL_SHARE)
     return min(1.0, (step + 1) / WARMUP_STEPS) * (1 - (1 - FINAL_SHARE) * late)
 
 
 def draw_batch(training: Training, table: Table) -> tuple[Tensor, Text]:
-    """Latents and texts of one batch, a tenth of the texts dropped."""
+    """Latents and texts of one batch, with a tenth of the texts dropped."""
     draws, count = training.draws, len(table.tokens)
     index = training.next_index(count)
     variant = torch.randint(1 + VARIANTS, (BATCH,), generator=draws)
@@ -142,10 +142,11 @@ class FlowMatching:
 
 
 class GuidanceDistillation:
-    """Teaches the guidance embedding: at guidance g the model is to say what classifier-free guidance of
-    1 + (g - 1) * GUIDANCE_STRENGTH makes of the `teacher`; at 1 that is the teacher itself.
+    """Distillation of the guidance embedding: at guidance g the model learns the output of the `teacher` with
+    classifier-free guidance of 1 + (g - 1) * GUIDANCE_STRENGTH; at 1 that of the teacher itself.
 
-    A model that knows its drawings by heart needs little: the full scale lets wrong captions outvote a ControlNet."""
+    A model that has memorized its drawings needs little guidance: at the full scale, wrong captions would override a
+    ControlNet."""
 
     def __init__(self, table: Table, teacher: FluxTransformer2DModel) -> None:
         self.table, self.teacher = table, teacher
@@ -159,13 +160,13 @@ class GuidanceDistillation:
         nothing = Text(empty.pooled.expand(BATCH, -1), empty.states.expand(BATCH, -1, -1))
         with torch.no_grad():
             free = velocity(self.teacher, noisy, sigma, nothing, torch.ones(BATCH))
-            told = velocity(self.teacher, noisy, sigma, text, torch.ones(BATCH))
-            target = free + (1 + (guidance[:, None, None] - 1) * GUIDANCE_STRENGTH) * (told - free)
+            conditional = velocity(self.teacher, noisy, sigma, text, torch.ones(BATCH))
+            target = free + (1 + (guidance[:, None, None] - 1) * GUIDANCE_STRENGTH) * (conditional - free)
         return F.mse_loss(velocity(training.model, noisy, sigma, text, guidance), target)
 
 
 def noised(training: Training, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`clean` with noise mixed in, the noise levels [B] and the noise."""
+    """`clean` with added noise, the noise levels [B] and the noise."""
     sigma = torch.randn(len(clean), generator=training.draws).sigmoid()
     eps = torch.randn(clean.shape, generator=training.draws)
     return clean + sigma[:, None, None] * (eps - clean), sigma, eps
@@ -179,7 +180,7 @@ def run(
     probe: Callable[[Training], None],
     probe_every: int,
 ) -> None:
-    """Train up to step `steps`, saving to `path` every few minutes and at the end."""
+    """Train up to step `steps`, saving to `path` every SAVE_EVERY_S seconds and at the end."""
     before, started = training.seconds, time.monotonic()
     saved, shown, losses = started, training.step, 0.0
     while training.step < steps:

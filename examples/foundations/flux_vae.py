@@ -1,10 +1,10 @@
-"""The tiny FLUX's AutoencoderKL: a PCA of 4 x 4 pixels written into its weights, then trained.
+"""The tiny FLUX's AutoencoderKL: initialized to a PCA of 4 x 4 pixels, then trained.
 
-The network sees space-to-depth pixels, 48 channels at a quarter of the resolution, and keeps that resolution: its own
-up- and down-sampling cannot be set to a known solution, this can. `SPACE_TO_DEPTH_KEY` in its config tells.
+The network reads space-to-depth pixels, 48 channels at a quarter of the resolution, and keeps that resolution, because
+its own up- and downsampling cannot be initialized to a known solution. Its config has `SPACE_TO_DEPTH_KEY`.
 
-How it starts as a linear map: SiLU(a) - SiLU(-a) = a, so every component goes in twice with opposite signs. Two large
-constant channels dominate the group norm's variance, which makes it nearly a fixed scale. The blocks add nothing.
+It is initialized to a linear map: SiLU(a) - SiLU(-a) = a, so every component is passed twice with opposite signs. Two
+large constant channels dominate the group norm's variance, which makes it nearly a fixed scale. The blocks add zero.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 WIDTH = 3 * 4 * 4
-SPACE_TO_DEPTH_KEY = "_bifrost_space_to_depth"  # diffusers keeps keys with an underscore and does not warn of them
+SPACE_TO_DEPTH_KEY = "_bifrost_space_to_depth"  # diffusers keeps keys with an underscore without a warning
 STEADY = 30.0
 BATCH, LEARNING_RATE, NOISE = 32, 2e-3, 0.05
 
 
 def build_vae(depth: Tensor) -> AutoencoderKL:
-    """The autoencoder at step 0, fitted to [n, 48, 16, 16]. Draws from torch's global generator."""
+    """The initial autoencoder, fitted to [n, 48, 16, 16]. Draws from torch's global generator."""
     vae = AutoencoderKL(
         in_channels=WIDTH,
         out_channels=WIDTH,
@@ -44,7 +44,7 @@ def build_vae(depth: Tensor) -> AutoencoderKL:
     mean = rows.mean(dim=0)
     values, vectors = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
     components, spread = vectors.T.flip(0)[:LATENT_CHANNELS], values.flip(0)[:LATENT_CHANNELS].sqrt()
-    # Half whitened: no latent is drowned by the brightness, and none is all noise.
+    # Partially whitened, so that brightness does not dominate and small components are not pure noise.
     scale = spread.sqrt()[:, None]
     project, expand = components / scale, components * scale
     with torch.no_grad():
@@ -63,7 +63,7 @@ def build_vae(depth: Tensor) -> AutoencoderKL:
 
 
 def _linear(part: nn.Module, first: Tensor, first_bias: Tensor, last: Tensor, last_bias: Tensor) -> None:
-    """Make an encoder or decoder compute last @ (first @ x + first_bias) + last_bias at every position."""
+    """Set an encoder or decoder to last @ (first @ x + first_bias) + last_bias at every position."""
     count = len(first)
     part.conv_in.weight.mul_(0.1)
     weight, bias = part.conv_in.weight, part.conv_in.bias
@@ -78,7 +78,7 @@ def _linear(part: nn.Module, first: Tensor, first_bias: Tensor, last: Tensor, la
 
 
 def train_vae(vae: AutoencoderKL, images: Tensor, steps: int, seed: int) -> None:
-    """Run `steps` steps on uint8 images [n, 3, 64, 64] and their mirror images; then set shift and scale."""
+    """Train for `steps` steps on uint8 images [n, 3, 64, 64] and their mirror images, then set shift and scale."""
     draws = torch.Generator().manual_seed(seed)
     rule = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     started = time.monotonic()
@@ -108,18 +108,18 @@ def train_vae(vae: AutoencoderKL, images: Tensor, steps: int, seed: int) -> None
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor, raw: bool = False) -> Tensor:
-    """Latents [n, 16, 16, 16] of uint8 images, shifted and scaled to a deviation of 1 unless `raw`."""
+    """Latents [n, 16, 16, 16] of uint8 images, shifted and scaled to a standard deviation of 1 unless `raw`."""
     z = torch.cat([vae.encode(to_depth(part)).latent_dist.mean for part in images.split(64)])
     return z if raw else (z - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """uint8 images of latents as `encode` makes them."""
+    """uint8 images from latents of `encode`."""
     z = latents / vae.config.scaling_factor + vae.config.shift_factor
     return torch.cat([to_pixels(vae.decode(part).sample) for part in z.split(64)])
 
 
 def round_trip(vae: AutoencoderKL, images: Tensor) -> float:
-    """dB that uint8 images keep."""
+    """PSNR in dB of encoding and decoding uint8 images."""
     return psnr(decode(vae, encode(vae, images)), images)

@@ -1,10 +1,10 @@
-"""The tiny Qwen2.5-VL before its first step: its shape, and a vision tower that starts as a PCA of the pixels.
+"""Initialization of the tiny Qwen2.5-VL: its architecture, and a vision encoder that starts as a PCA of the pixels.
 
-A tower of random weights keeps about 17 dB of the picture and spends most of a short training on getting them back.
-Here the patch embedding and the merger start as projections on principal components, the blocks between them as
-identities, so that the latents hold the picture at step 0 and training spends itself on the meaning.
+An encoder with random weights keeps about 17 dB of the image, and a short training would be spent mostly on recovering
+it. Here the patch embedding and the merger are initialized to projections on principal components, the blocks between
+them to identity, so that the latents contain the image at step 0 and training improves their semantics.
 
-Legend: B images, 3 channels, S pixels a side, P patches before the merger, N after it.
+Legend: B images, 3 channels, S pixels per side, P patches before the merger, N after it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ SIDE = IMAGE_SIZE // PATCH // MERGE
 TOKENS = SIDE * SIDE
 EMBEDDING_STD = 0.1
 STEADY = 32.0
-"""Value of the constant channel, about three times the length of all others together. It makes RMSNorm nearly a fixed
-scale, which would otherwise drop every patch's contrast. The patch embedding has no bias; the first block has."""
+"""Value of the constant channel, about three times the norm of all others together. It makes RMSNorm, which would
+otherwise remove every patch's contrast, nearly a fixed scale. The patch embedding has no bias; the first block has."""
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLConfig:
-    """2.9 million parameters; every token id lies within the tokenizer's vocabulary."""
+    """2.9 million parameters; every token id is in the tokenizer's vocabulary."""
     token = tokenizer.convert_tokens_to_ids
     text = {
         "hidden_size": WIDTH,
@@ -69,7 +69,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLConfig:
 
 
 def build(tokenizer: PreTrainedTokenizerBase, images: Tensor) -> Qwen2_5_VLForConditionalGeneration:
-    """The model at step 0, its tower fitted to uint8 images [B, 3, S, S]. Draws from torch's global generator."""
+    """The initial model, its encoder fitted to uint8 images [B, 3, S, S]. Draws from torch's global generator."""
     model = Qwen2_5_VLForConditionalGeneration(tiny_config(tokenizer))
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
@@ -90,7 +90,7 @@ def latents(model: Qwen2_5_VLForConditionalGeneration, images: Tensor) -> Tensor
 
 @torch.no_grad()
 def every_latent(model: Qwen2_5_VLForConditionalGeneration, images: Tensor) -> Tensor:
-    """As `latents`, for as many images as there are."""
+    """As `latents`, without gradients and in batches, for any number of images."""
     return torch.cat([latents(model, part) for part in images.split(64)])
 
 
@@ -104,7 +104,7 @@ def _principal_tower(model: Qwen2_5_VLForConditionalGeneration, images: Tensor) 
 
     patches = pixel_patches(images, PATCH, TEMPORAL, MERGE)  # [B * P, 3 * TEMPORAL * PATCH^2]
     _, components, spread = _principal(patches, VISION_WIDTH - 1)
-    # Divided by the root of their spread, components are neither drowned by the brightest nor all noise.
+    # Partially whitened, so that brightness does not dominate and small components are not pure noise.
     rows = components / spread.sqrt()[:, None]
     rows = rows / (patches @ rows.T).square().mean().sqrt()
     embedding = visual.patch_embed.proj.weight
@@ -118,8 +118,8 @@ def _principal_tower(model: Qwen2_5_VLForConditionalGeneration, images: Tensor) 
     merged = merger.ln_q(blocks).reshape(-1, first.in_features)  # [B * N, 4 * VISION_WIDTH], in the windows' order
     mean, components, _ = _principal(merged, WIDTH)
     rows = components / ((merged - mean) @ components.T).square().mean().sqrt()
-    # GELU(a) - GELU(-a) = a: half of the hidden units mirror the others, so that the merger starts linear. A rotation
-    # spreads the components evenly over the channels.
+    # GELU(a) - GELU(-a) = a: half of the hidden units mirror the others, so that the merger is initially linear. A
+    # rotation spreads the components evenly over the channels.
     half = first.out_features // 2
     rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH)).Q
     for module in (first, last):
@@ -132,7 +132,7 @@ def _principal_tower(model: Qwen2_5_VLForConditionalGeneration, images: Tensor) 
 
 
 def _principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [D], first `count` principal components [count, D] and their standard deviations of rows [R, D]."""
+    """Mean [D], first `count` principal components [count, D] and their standard deviations, of rows [R, D]."""
     mean = rows.mean(dim=0)
     values, vectors = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
     return mean, vectors.T.flip(0)[:count], values.flip(0)[:count].clamp_min(1e-12).sqrt()

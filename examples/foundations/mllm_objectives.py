@@ -1,6 +1,6 @@
-"""What the tiny Qwen2.5-VL is trained to do: describe an image, read stage 1's prompts, match both, keep the pixels.
+"""Objectives of the tiny Qwen2.5-VL: caption an image, predict captions in stage 1's prompts, match both, keep pixels.
 
-Legend: B samples, T tokens, N patch latents of WIDTH channels, S pixels a side.
+Legend: B samples, T tokens, N patch latents of WIDTH channels, S pixels per side.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RIDGE = 1e-4  # of the latents' mean variance, added to every channel's
 
 
 class Row(NamedTuple):
-    """A padded batch of token rows [B, T]; targets are IGNORED but where a caption's token comes next."""
+    """A padded batch of token rows [B, T]; targets are IGNORED except where the next token is a caption's."""
 
     ids: Tensor
     targets: Tensor
@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
 
 class Prompts:
-    """Captions as token rows: the stage-1 prompt, and an answer about an image."""
+    """Tokenizes captions as the stage-1 prompt, and as the answer about an image."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.stage1 = PromptTemplate(tokenizer, max_tokens=64)
@@ -51,12 +51,12 @@ class Prompts:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def generate(self, captions: list[str]) -> Row:
-        """The prompts of stage 1, ending in <|vision_start|>; the targets are the caption and the end of its turn."""
+        """Prompts of stage 1, which end in <|vision_start|>; the targets are the caption and the end of its turn."""
         rows = [self.stage1.ids(caption) for caption in captions]
         return self._pad(rows, len(self.instruction), len(self.stage1.suffix) - 1)
 
     def describe(self, captions: list[str]) -> Row:
-        """An image, the question, the caption as answer; the image's ids stand where its latents go."""
+        """Image, question, and the caption as answer; the image's ids are placeholders for its latents."""
         row = self._pad(
             [[*self.question, *self._ids(caption), self.end] for caption in captions], len(self.question), 0
         )
@@ -75,7 +75,7 @@ class Prompts:
         return Row(ids, targets, positions, torch.tensor([len(values) - 1 for values in rows]))
 
     def _image_positions(self, length: int) -> Tensor:
-        """Qwen's positions [3, length]: text counts on, the image at n takes (n, n + row, n + column)."""
+        """Qwen's positions [3, length]: text counts up, an image at n has (n, n + row, n + column)."""
         start, patch = self.image_at, torch.arange(TOKENS)
         image = start + torch.stack((torch.zeros_like(patch), patch // SIDE, patch % SIDE))
         after = start + SIDE + torch.arange(length - start - TOKENS)
@@ -83,7 +83,7 @@ class Prompts:
 
 
 class Heads(nn.Module):
-    """What training adds to the model and leaves behind: pixels from latents, images and texts side by side."""
+    """Heads used only in training: pixels from latents, and a joint embedding of images and texts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,14 +108,14 @@ class Heads(nn.Module):
 
 
 def pixel_targets(images: Tensor) -> Tensor:
-    """Pixels -1 .. 1 under each patch latent, [B, N, 3 * side^2], of uint8 images [B, 3, S, S]."""
+    """Pixels -1 .. 1 of each patch latent, [B, N, 3 * side^2], of uint8 images [B, 3, S, S]."""
     side = IMAGE_SIZE // SIDE
     tiles = images.float().div(127.5).sub(1).view(len(images), 3, SIDE, side, SIDE, side)
     return tiles.permute(0, 2, 4, 1, 3, 5).reshape(len(images), TOKENS, -1)
 
 
 def with_one(z: Tensor) -> Tensor:
-    """Latents z [n, N, WIDTH] as rows [n * N, WIDTH + 1], the last column ones."""
+    """Latents z [n, N, WIDTH] as rows [n * N, WIDTH + 1], with a last column of ones."""
     return F.pad(z.flatten(0, 1), (0, 1), value=1.0)
 
 
@@ -128,7 +128,7 @@ def ridge(z: Tensor, pixels: Tensor) -> Tensor:
 
 
 def hidden_states(model: Qwen2_5_VLForConditionalGeneration, row: Row, z: Tensor | None, at: int = 0) -> Tensor:
-    """Final states [B, T, WIDTH]; latents z take the place of the tokens from `at`."""
+    """Final hidden states [B, T, WIDTH]; latents z replace the token embeddings from position `at`."""
     embedded = model.get_input_embeddings()(row.ids)
     if z is not None:
         embedded = torch.cat((embedded[:, :at], z.to(embedded.dtype), embedded[:, at + TOKENS :]), dim=1)
@@ -137,7 +137,7 @@ def hidden_states(model: Qwen2_5_VLForConditionalGeneration, row: Row, z: Tensor
 
 
 def caption_losses(model: Qwen2_5_VLForConditionalGeneration, states: Tensor, row: Row) -> Tensor:
-    """Cross-entropy of every token of the captions, in nats, [tokens]."""
+    """Cross-entropy per caption token in nats, [tokens]."""
     taught = row.targets != IGNORED
     return F.cross_entropy(model.lm_head(states[taught]).float(), row.targets[taught], reduction="none")
 
@@ -162,17 +162,17 @@ class Losses(NamedTuple):
 def losses(
     model: Qwen2_5_VLForConditionalGeneration, heads: Heads, prompts: Prompts, images: Tensor, captions: list[str]
 ) -> Losses:
-    """Of one batch of uint8 images [B, 3, S, S] and their captions."""
+    """Losses of one batch of uint8 images [B, 3, S, S] and their captions."""
     z = latents(model, images)
     answer, prompt = prompts.describe(captions), prompts.generate(captions)
-    told = hidden_states(model, answer, z, prompts.image_at)
+    described = hidden_states(model, answer, z, prompts.image_at)
     read = hidden_states(model, prompt, None)
     similar = heads.match(z, read[torch.arange(len(captions)), prompt.last])
     own = torch.arange(len(captions))
     return Losses(
-        caption_losses(model, told, answer).mean(),
+        caption_losses(model, described, answer).mean(),
         caption_losses(model, read, prompt).mean(),
         (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2,
         F.mse_loss(heads.pixels(z).float(), pixel_targets(images)),
-        (z.float().square().mean() - 1).square(),  # holds the latents at a standard deviation of about 1
+        (z.float().square().mean() - 1).square(),  # keeps the latents at a standard deviation of about 1
     )

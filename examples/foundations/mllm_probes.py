@@ -1,6 +1,6 @@
-"""What the trained tiny model can do, on drawings that it saw and on drawings that it did not.
+"""Measures of the trained tiny model on training and held-out drawings.
 
-Legend: n images, N patch latents of WIDTH channels, R = n * N rows, S pixels a side.
+Legend: n images, N patch latents of WIDTH channels, R = n * N rows, S pixels per side.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def report(
 ) -> dict[str, dict[str, float]]:
     """Measures of uint8 images [n, 3, S, S] with captions; the linear probe is fitted on `train`.
 
-    caption_ce, text_ce: nats a token, with and without the image. image_to_caption_r1: share of images whose own
-    caption is nearest among all of that part. probe_psnr: dB of pixels predicted linearly from single latents.
-    position_mean_mse: squared error of predicting each position's mean latent of the training part.
+    caption_ce, text_ce: nats per token, with and without the image. image_to_caption_r1: fraction of images whose own
+    caption is the nearest in the split. probe_psnr: dB of pixels predicted linearly from single latents.
+    position_mean_mse: squared error of predicting each position's mean latent of the training split.
     """
     z = {"train": every_latent(model, train[0]), "heldout": every_latent(model, heldout[0])}
     weights = ridge(z["train"], pixel_targets(train[0]))
@@ -34,14 +34,14 @@ def report(
     position_mean = z["train"].mean(dim=0)
     found: dict[str, dict[str, float]] = {}
     for name, (images, captions) in {"train": train, "heldout": heldout}.items():
-        told, read, right = _language(model, heads, prompts, z[name], captions)
+        with_image, without_image, matched = _language(model, heads, prompts, z[name], captions)
         pixels = with_one(z[name]) @ weights
         error = (pixels.clamp(-1, 1) - pixel_targets(images).flatten(0, 1)).square().mean() / 4
         found[name] = {
             "images": len(captions),
-            "caption_ce": told,
-            "text_ce": read,
-            "image_to_caption_r1": right,
+            "caption_ce": with_image,
+            "text_ce": without_image,
+            "image_to_caption_r1": matched,
             "probe_psnr": -10 * error.log10().item(),
             "latent_std": z[name].std().item(),
             "latent_effective_rank": _effective_rank(z[name]),
@@ -54,18 +54,18 @@ def report(
 def _language(
     model: Qwen2_5_VLForConditionalGeneration, heads: Heads, prompts: Prompts, z: Tensor, captions: list[str]
 ) -> tuple[float, float, float]:
-    """Cross-entropies with and without the image, and the share of images matched with their caption."""
-    told, read, states = [], [], []
+    """Cross-entropies with and without the image, and the fraction of images matched with their caption."""
+    with_image, without_image, states = [], [], []
     for start in range(0, len(captions), CHUNK):
         part = slice(start, start + CHUNK)
         answer, prompt = prompts.describe(captions[part]), prompts.generate(captions[part])
         hidden = hidden_states(model, prompt, None)
         states.append(hidden[torch.arange(len(hidden)), prompt.last])
-        told.append(caption_losses(model, hidden_states(model, answer, z[part], prompts.image_at), answer))
-        read.append(caption_losses(model, hidden, prompt))
+        with_image.append(caption_losses(model, hidden_states(model, answer, z[part], prompts.image_at), answer))
+        without_image.append(caption_losses(model, hidden, prompt))
     similar = heads.match(z, torch.cat(states))
-    right = similar.argmax(dim=1) == torch.arange(len(captions))
-    return torch.cat(told).mean().item(), torch.cat(read).mean().item(), right.float().mean().item()
+    matched = similar.argmax(dim=1) == torch.arange(len(captions))
+    return torch.cat(with_image).mean().item(), torch.cat(without_image).mean().item(), matched.float().mean().item()
 
 
 def _effective_rank(z: Tensor) -> float:

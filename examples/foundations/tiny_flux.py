@@ -1,4 +1,4 @@
-"""Train the demo's tiny FLUX on the demo set, one stage a command, in this order.
+"""Train the demo's tiny FLUX on the demo dataset, one stage per command, in this order.
 
     bifrost data demo demo
     python examples/foundations/tiny_flux.py vae demo WORK
@@ -8,8 +8,8 @@
     python examples/foundations/tiny_flux.py export demo WORK --out recipes/foundations/tiny-flux
     python examples/foundations/tiny_flux.py report demo WORK --out recipes/foundations/tiny-flux
 
-WORK is a folder for what the stages hand on. `flux` and `guidance` save every few minutes and go on where they
-stopped. Equal seeds, steps and thread counts give equal weights.
+WORK is a folder for the results of the stages. `flux` and `guidance` save every few minutes and resume from there.
+Equal seeds, steps and thread counts give equal weights.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def text_stage(work: Path, train: Drawings, heldout: Drawings, steps: int, seed:
     vae = load_vae(work)
     encoders = build_encoders(train.captions)
     heads = train_encoders(encoders, pack(encode(vae, train.images)), train.captions, steps, seed)
-    # Rounded before FLUX sees their states, so that it is trained on what is shipped.
+    # Rounded before FLUX is trained on their states, so that it is trained with the shipped weights.
     for model in (encoders.clip, encoders.t5):
         model.to(torch.bfloat16).float()
     encoders.save(work)
@@ -120,7 +120,7 @@ def guidance_stage(work: Path, train: Drawings, heldout: Drawings, steps: int, s
 
 
 def export(work: Path, out: Path) -> None:
-    """The stages' results as a FLUX folder in diffusers' own layout: bf16, the VAE in fp32."""
+    """Save the stages' results as a FLUX folder in the layout of diffusers: bf16, the VAE in fp32."""
     source = work / (DISTILLED if (work / DISTILLED).exists() else CHECKPOINT)
     transformer, encoders = build_transformer(), Encoders.load(work)
     transformer.load_state_dict(torch.load(source)["average"])
@@ -143,7 +143,7 @@ def export(work: Path, out: Path) -> None:
 
 
 def report(out: Path, train: Drawings, heldout: Drawings) -> None:
-    """Measures of the shipped folder through `FluxPipeline`, 20 steps, PROBED captions a row."""
+    """Print measures of the shipped folder through `FluxPipeline`: 20 steps, PROBED captions per line."""
     pipeline = FluxPipeline.from_pretrained(out, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     print(f"round trip: held out {round_trip(pipeline.vae, heldout.images):.2f} dB")
@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=[*STEPS, "export", "report"])
     parser.add_argument("demo", type=Path, help="the folder that `bifrost data demo` wrote")
-    parser.add_argument("work", type=Path, help="where the stages leave their results")
+    parser.add_argument("work", type=Path, help="folder for the results of the stages")
     parser.add_argument("--out", type=Path, help="export, report: the FLUX folder")
     parser.add_argument("--steps", type=int, help=f"default: {STEPS}")
     parser.add_argument("--seed", type=int, default=0)

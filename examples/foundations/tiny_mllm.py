@@ -1,10 +1,10 @@
-"""Train the demo's tiny Qwen2.5-VL and its tokenizer on the demo set.
+"""Train the demo's tiny Qwen2.5-VL and its tokenizer on the demo dataset.
 
     bifrost data demo demo
     python examples/foundations/tiny_mllm.py demo recipes/foundations/tiny
 
-It learns to describe drawings, to read the prompts that stage 1 will send, and to keep the picture itself in its patch
-latents, which stage 2 turns back into pixels. Equal seeds, steps and thread counts give equal weights.
+It learns to caption drawings, to predict captions in stage 1's prompts, and to keep the image itself in its patch
+latents, which stage 2 decodes to pixels. Equal seeds, steps and thread counts give equal weights.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ LEARNING_RATE = 1.5e-3
 WARMUP_STEPS = 50
 FINAL_SHARE = 0.03  # of the learning rate, reached linearly over the second half
 MATRICES = ("layers.", "blocks.", "merger.")
-FITTED, FITTED_SCALE = ("model.visual", "pixels."), 0.2  # start at a solution, which full steps would lose
-SHIFT = 5  # pixels that a drawing moves at most; its border is repeated
+FITTED, FITTED_SCALE = ("model.visual", "pixels."), 0.2  # initialized to a solution, which full steps would lose
+SHIFT = 5  # maximal shift of a drawing in pixels; its border is replicated
 
 
 class Pairs(NamedTuple):
-    """A part of the demo set: images uint8 [n, 3, S, S], captions, and the plan that orders them."""
+    """A split of the demo dataset: images uint8 [n, 3, S, S], captions, and the plan of their order."""
 
     images: Tensor
     captions: list[str]
@@ -45,7 +45,7 @@ class Pairs(NamedTuple):
 
 
 def read_pairs(shards: str, seed: int) -> Pairs:
-    """All pairs of `shards`, decoded once: the demo set fits into memory."""
+    """All pairs of `shards`, decoded once: the demo dataset fits in memory."""
     dataset = open_dataset(shards)
     captions: list[str] = []
 
@@ -70,7 +70,7 @@ def read_pairs(shards: str, seed: int) -> Pairs:
 
 
 def shifted(images: Tensor, draws: np.random.Generator) -> Tensor:
-    """Images moved by up to SHIFT pixels each."""
+    """Images randomly shifted by up to SHIFT pixels."""
     padded = F.pad(images.float(), (SHIFT,) * 4, mode="replicate").to(torch.uint8)
     corners = draws.integers(0, 2 * SHIFT + 1, (len(images), 2)).tolist()
     moved = [p[:, y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] for p, (y, x) in zip(padded, corners, strict=True)]
@@ -95,13 +95,13 @@ def optimizers(model: nn.Module, heads: nn.Module) -> list[torch.optim.Optimizer
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Warm-up, level, then linear over the second half."""
+    """Warmup, constant, then linear decay over the second half."""
     late = max(0.0, 2 * step / steps - 1)
     return LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * (1 - (1 - FINAL_SHARE) * late)
 
 
 def train(model: nn.Module, heads: Heads, prompts: Prompts, pairs: Pairs, steps: int) -> None:
-    """Run `steps` steps over `pairs`, in place."""
+    """Train in place for `steps` steps on `pairs`."""
     draws = np.random.default_rng(pairs.plan.seed)
     rules = optimizers(model, heads)
     parameters = [*model.parameters(), *heads.parameters()]
@@ -127,8 +127,8 @@ def train(model: nn.Module, heads: Heads, prompts: Prompts, pairs: Pairs, steps:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demo", type=Path, help="the folder that `bifrost data demo` wrote")
-    parser.add_argument("out", type=Path, help="where model and tokenizer go")
-    parser.add_argument("--steps", type=int, default=1000, help="of 48 pairs each (default: %(default)s)")
+    parser.add_argument("out", type=Path, help="folder for the model and tokenizer")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of 48 pairs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 

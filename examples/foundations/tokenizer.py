@@ -19,7 +19,7 @@ SPECIAL = [
 ]
 SYSTEM = "You are a helpful assistant."
 DESCRIBE = "Describe this image."
-# Qwen's turns, for text alone.
+# Qwen's chat template, for text only.
 TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n" + SYSTEM + "<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -28,7 +28,7 @@ TEMPLATE = (
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary: int, folder: Path) -> PreTrainedTokenizerFast:
-    """Learn `vocabulary` tokens from the captions and the template's own words, and save them in `folder`."""
+    """Train a tokenizer with `vocabulary` tokens on the captions and the template's words, and save it to `folder`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -40,7 +40,7 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, folder: Path) -> P
         show_progress=False,
     )
     fixed = [SYSTEM, DESCRIBE, "system", "user", "assistant"] * 100
-    captions = list(captions)  # they come after a space in the instruction, and without one as an answer
+    captions = list(captions)  # preceded by a space in the instruction, but not as an answer
     texts = [f"Generate an image of {caption}" for caption in captions]
     tokenizer.train_from_iterator([*fixed, *texts, *captions], trainer)
     wrapped = PreTrainedTokenizerFast(
