@@ -1,10 +1,10 @@
-"""Resolve setup.py under constraints.txt from PyPI alone, for every supported Python, with either build of torch.
+"""Resolve setup.py under constraints.txt from PyPI alone, for every supported Python and both builds of torch.
 
     .venv/bin/python .ci/resolve.py
 
-What `pip install -c constraints.txt -e ".[test,lint,docs]"` would choose on Linux, found by uv from the metadata of
-releases: a few megabytes, and no interpreter but this one. Settings of pip and uv on this machine are ignored. Exit
-code 1 names the Python, the build of torch and the conflict.
+Finds the versions that `pip install -c constraints.txt -e ".[test,lint,docs]"` would install on Linux, with uv and the
+metadata of releases: downloads a few megabytes and needs only one interpreter. Ignores this machine's settings of pip
+and uv. On exit code 1, prints the Python version, the build of torch and the conflict.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import setuptools  # noqa: F401  # isort: skip  # first: it brings distutils, which Python 3.12 no longer has
+import setuptools  # noqa: F401  # isort: skip  # first: it provides distutils, which Python 3.12 removed
 from distutils.core import run_setup  # isort: skip
 
 ROOT = Path(__file__).resolve().parents[1]
 PLATFORM = "x86_64-manylinux_2_28"
 EXTRAS = ("test", "lint", "docs", "s3")
 SOURCE_ONLY = ("antlr4-python3-runtime", "deepspeed")
-"""Dependencies that PyPI has no wheel of; whatever else would have to be compiled is a conflict."""
+"""Dependencies without a wheel on PyPI; anything else that would have to be compiled is a conflict."""
 CPU_TORCH_REQUIRES = ("filelock", "typing-extensions>=4.10", "setuptools", "sympy", "networkx", "jinja2", "fsspec")
-"""What torch's CPU build asks for: neither CUDA libraries nor Triton. It is on PyTorch's own index alone."""
+"""Requirements of torch's CPU build, without CUDA libraries and Triton. The build itself is only on PyTorch's index."""
 PINNED_BY_TORCH = re.compile(r"(nvidia|cuda)-|setuptools$")
 
 
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def cpu_torch(pins: str) -> str:
-    """uv's settings under which the pinned torch requires what its CPU build does."""
+    """Settings for uv that give the pinned torch the requirements of its CPU build."""
     version = re.search(r"^torch==([\w.]+)", pins, flags=re.M)
     assert version, "constraints.txt pins no torch"
     requires = ", ".join(f'"{each}"' for each in CPU_TORCH_REQUIRES)
@@ -60,7 +60,7 @@ def cpu_torch(pins: str) -> str:
 
 
 def check(folder: Path, python: str, build: str, pins: str) -> str:
-    """Resolve folder/wanted.txt; returns the conflict, what is not pinned, or nothing."""
+    """Resolve folder/wanted.txt; returns the conflict or the unpinned packages, or an empty string."""
     resolved = folder / f"{python}-{build}.txt"
     command = [Path(sys.executable).parent / "uv", "pip", "compile", folder / "wanted.txt"]
     command += ["--config-file", folder / f"{build}.toml"]
@@ -75,7 +75,7 @@ def check(folder: Path, python: str, build: str, pins: str) -> str:
 
 
 def unpinned(resolved: str, pins: str) -> str:
-    """Names what was chosen without a pin: the next release of it could break an install."""
+    """A message with the resolved packages that are not pinned, whose next release could break an installation."""
     chosen, pinned = (
         {re.sub(r"[-_.]+", "-", name).lower() for name in re.findall(r"^([\w.-]+)==", text, flags=re.M)}
         for text in (resolved, pins)

@@ -1,10 +1,10 @@
-"""Words that this project does not use, found in its code, comments, documents, recipes and tests.
+"""Find words that this project does not use, in code, comments, documents, recipes and tests.
 
-    python .ci/words.py              every place and what to write instead; exit code 1 when there is one
-    python .ci/words.py FILE …       in these files alone
-    python .ci/words.py --counts     how often each is found, nothing else
+    python .ci/words.py              every occurrence and what to write instead; exit code 1 when there is one
+    python .ci/words.py FILE …       the same, only in these files
+    python .ci/words.py --counts     only the number of occurrences per word
 
-The words and the places where one is right are in words.yaml, next to this file.
+words.yaml, next to this file, lists the words and the places where one is allowed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ LEFT_OUT = re.compile(
     r"^(\.ci/words\.yaml|tests/ci/test_words\.py|recipes/(foundations|architectures)/|tests/fixtures/)|(^|/)LICENSE"
 )
 SPACE = r"(?:\s+|\s*\n\s*#:?\s+)"
-"""Between two words: also a line break, in a comment with the mark of the next line."""
+"""White space between two words; may be a line break, in a comment with the next line's comment mark."""
 
 
 class Word(NamedTuple):
-    """find: as in the list. pattern: compiled."""
+    """find: as in the list. pattern: the compiled form of `find`."""
 
     find: str
     pattern: re.Pattern[str]
@@ -43,15 +43,15 @@ class Found(NamedTuple):
     text: str
     word: Word
     content: str
-    """The line on which it begins."""
+    """The line on which the match begins."""
 
 
 def read_list(text: str) -> tuple[list[Word], list[dict[str, str]]]:
-    """The words, and the places that are allowed: {path, text, why}."""
+    """The words, and the allowed places: {path, text, why}."""
     content = yaml.safe_load(text)
     words = []
     for one in content["words"]:
-        # A space in a lookbehind stays one: Python wants a fixed width there.
+        # A space in a lookbehind is kept as is, since Python requires a fixed width there.
         pattern = "".join(p if p.startswith("(?<") else p.replace(" ", SPACE) for p in _parts(one["find"]))
         words.append(Word(one["find"], re.compile(pattern, re.IGNORECASE), one["instead"]))
     return words, content["allow"]
@@ -94,7 +94,7 @@ def main() -> int:
         print(f"{one.path}:{one.line}: '{one.text}': write {one.word.instead}")
     unused = [] if arguments.files else [entry for entry in allowed if entry not in used]
     for entry in unused:
-        print(f"{LIST}: nothing is found any more at {entry['path']}: {entry['text']!r}; delete the entry")
+        print(f"{LIST}: no match at {entry['path']}: {entry['text']!r}; delete the entry")
     return 1 if left or unused else 0
 
 

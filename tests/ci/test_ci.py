@@ -1,4 +1,4 @@
-"""What .ci/run promises: nothing is skipped in silence, and the pins are checked where they could go wrong."""
+"""CI skips no test silently and checks the pins of dependencies."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def test_known(): assert False
 
 
 @pytest.mark.parametrize("required", ["", "1"])
-def test_in_ci_nothing_but_gpu_tests_is_skipped(tmp_path: Path, required: str) -> None:
+def test_ci_skips_only_gpu_tests(tmp_path: Path, required: str) -> None:
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     for at in range(3):
         (tmp_path / f"test_{at}.py").write_text(SKIPPING.format(at=at))
@@ -60,7 +60,7 @@ def test_in_ci_nothing_but_gpu_tests_is_skipped(tmp_path: Path, required: str) -
     assert ended.stdout.count("slurmctld not found") == (2 if required else 0)
 
 
-def test_ci_requires_what_the_tests_need() -> None:
+def test_ci_requires_all_tests() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     assert re.search(r"^REQUIRE_TESTS=1 make test$", script, flags=re.M)
     assert re.search(r"^\.venv/bin/python \.ci/resolve\.py$", script, flags=re.M)
@@ -69,8 +69,8 @@ def test_ci_requires_what_the_tests_need() -> None:
     assert "--fail-on-warning" in makefile.split("\ndocs:")[1].split("\n\n")[0], "a broken link must fail"
 
 
-def test_ci_ends_where_slurm_is_missing_and_cannot_be_installed(tmp_path: Path) -> None:
-    """With nothing on the PATH but a shell's own tools and a Slurm that lacks one program."""
+def test_ci_fails_when_slurm_is_missing_and_cannot_be_installed(tmp_path: Path) -> None:
+    """With a PATH that has only basic tools and a Slurm without one of its programs."""
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
     script = (tmp_path / ".ci" / "run").read_text()
@@ -86,10 +86,10 @@ def test_ci_ends_where_slurm_is_missing_and_cannot_be_installed(tmp_path: Path) 
         ["bash", ".ci/run"], cwd=tmp_path, env={"PATH": str(tmp_path)}, capture_output=True, text=True
     )
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert ended.stderr == "error: not installed, and tests need it: sbatch \n"
+    assert ended.stderr == "error: the tests need programs that are not installed: sbatch \n"
 
 
-def test_a_dependency_without_a_pin_is_named() -> None:
+def test_unpinned_dependency_is_named() -> None:
     unpinned = runpy.run_path(str(ROOT / ".ci" / "resolve.py"))["unpinned"]
     pins = "Flask==3.1.3\ntorch==2.13.0; python_version >= '3.11'\n"
     assert unpinned("flask==3.1.3\ntorch==2.13.0\nnvidia-cublas==13.1\n", pins) == ""

@@ -1,4 +1,4 @@
-"""What outside services read (workflows, pre-commit, citation) agrees with what this tree declares."""
+"""Files read by external services (workflows, pre-commit, citation) agree with the declarations in this tree."""
 
 import re
 import subprocess
@@ -22,14 +22,14 @@ def steps(workflow: str) -> list[str]:
     return [step["run"] for step in job["steps"] if "run" in step]
 
 
-def test_the_workflow_runs_what_every_change_must_pass_on_every_python() -> None:
+def test_workflow_runs_ci_on_every_python() -> None:
     (command,) = steps("ci.yml")
     assert command.split()[-1] == ".ci/run"
     (job,) = read(".github/workflows/ci.yml")["jobs"].values()
     assert job["strategy"]["matrix"]["python"] == re.findall(r'"Programming Language :: Python :: (3\.\d+)"', SETUP)
 
 
-def test_the_gpu_workflow_makes_targets_that_exist() -> None:
+def test_gpu_workflow_uses_existing_make_targets() -> None:
     commands = steps("gpu.yml")
     assert len(commands) == 2
     for command in commands:
@@ -39,7 +39,7 @@ def test_the_gpu_workflow_makes_targets_that_exist() -> None:
         assert "-m pytest" in made or "kernels.bench" in made
 
 
-def test_pre_commit_takes_the_pinned_versions() -> None:
+def test_pre_commit_uses_the_pinned_versions() -> None:
     ruff, local = read(".pre-commit-config.yaml")["repos"]
     assert ruff["repo"].endswith("/ruff-pre-commit") and ruff["rev"] == f"v{PINS['ruff']}"
     (words,) = local["hooks"]
@@ -47,7 +47,7 @@ def test_pre_commit_takes_the_pinned_versions() -> None:
     assert (ROOT / words["entry"].split()[-1]).is_file()
 
 
-def test_the_citation_states_the_licence_and_no_version_of_its_own() -> None:
+def test_citation_has_the_licence_and_no_version() -> None:
     citation = read("CITATION.cff")
     assert f'license="{citation["license"]} AND ' in SETUP
     assert "version" not in citation, "it would go stale: package/__init__.py has the version"
@@ -55,6 +55,6 @@ def test_the_citation_states_the_licence_and_no_version_of_its_own() -> None:
     assert "2508.05954" in paper["url"] and len(paper["authors"]) == 5
 
 
-def test_the_changelog_has_the_version() -> None:
+def test_changelog_has_the_version() -> None:
     titles = re.findall(r"^## \[?([^\]\s]+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
     assert titles[0] == "Unreleased" and titles[1] == bifrost.__version__

@@ -1,4 +1,4 @@
-"""The word list finds what it is there to find, also over a line break, and leaves good English alone."""
+"""The word check finds listed words, also across line breaks, and accepts good English."""
 
 import runpy
 import subprocess
@@ -34,9 +34,9 @@ def found(text: str) -> list[str]:
         "a folder is no run",
     ],
 )
-def test_a_listed_turn_of_phrase_is_found(line: str) -> None:
+def test_listed_phrase_is_found(line: str) -> None:
     assert len(found(line)) == 1
-    assert len(found(line.replace(" ", "\n    # "))) == 1, "over the lines of a comment"
+    assert len(found(line.replace(" ", "\n    # "))) == 1, "across the lines of a comment"
 
 
 @pytest.mark.parametrize(
@@ -49,11 +49,11 @@ def test_a_listed_turn_of_phrase_is_found(line: str) -> None:
         "BatchNorm comes with statistics; a step of two samples",
     ],
 )
-def test_good_english_is_left_alone(text: str) -> None:
+def test_good_english_is_accepted(text: str) -> None:
     assert found(text) == []
 
 
-def test_a_place_is_printed_with_what_to_write(tmp_path: Path) -> None:
+def test_place_and_suggestion_are_printed(tmp_path: Path) -> None:
     bad, good = tmp_path / "bad.md", tmp_path / "good.py"
     bad.write_text("# Title\n\nSpeed in samples a second.\n")
     good.write_text("speed = 3  # samples per second\n")
@@ -64,7 +64,7 @@ def test_a_place_is_printed_with_what_to_write(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, SCRIPT, good], capture_output=True).returncode == 0
 
 
-def test_an_allowed_place_counts_only_where_it_was_allowed() -> None:
+def test_allowed_place_applies_only_to_its_file_and_text() -> None:
     words, _ = MADE["read_list"]((ROOT / MADE["LIST"]).read_text())
     (one,) = MADE["search"]("docs/a.md", "the tree lies in a plane", words)
     allows = MADE["_allows"]
