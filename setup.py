@@ -1,7 +1,7 @@
 """Packaging: each top-level folder is installed as `bifrost.<folder>`, and `package/` as `bifrost` itself.
 
-The folders carry short names that other projects use too (`kernels` is a Hugging Face distribution), so none of them
-is importable at top level.
+The folders have short names that other projects also use (`kernels` is a Hugging Face distribution), so none of them is
+importable at top level.
 """
 
 import re
@@ -13,7 +13,7 @@ ROOMS = ["kernels", "data", "recipes", "slurm", "trainer"]
 
 
 def packages() -> dict[str, str]:
-    """Package name -> folder, for the top, every room and its sub-packages."""
+    """Package name -> folder, for the top-level package, the folders in ROOMS and their subpackages."""
     found = {"bifrost": "package"}
     for room in ROOMS:
         found[f"bifrost.{room}"] = room
@@ -23,7 +23,7 @@ def packages() -> dict[str, str]:
 
 
 def version() -> str:
-    """The version in `package/__init__.py`, without importing it: what it imports may not be installed yet."""
+    """The version in `package/__init__.py`, without importing it: its imports may not be installed yet."""
     text = Path("package/__init__.py").read_text(encoding="utf-8")
     return re.findall(r'^__version__ = "(.+)"$', text, flags=re.MULTILINE)[0]
 

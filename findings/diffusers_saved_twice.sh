@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# diffusers 0.42.1: a folder that was saved in shards and then again as one file cannot be loaded any more.
+# diffusers 0.42.1: a model folder saved in shards and then again as one file cannot be loaded.
 #
-# Expected: save_pretrained replaces what an earlier save_pretrained wrote, so that from_pretrained reads the new weights.
-# Happens: the second save removes the old shards, writes diffusion_pytorch_model.safetensors and leaves the old
-# diffusion_pytorch_model.safetensors.index.json. from_pretrained follows that index first, and raises FileNotFoundError for
-# a shard that the library itself has removed. (transformers leaves its index too, but reads model.safetensors first.)
+# Expected: save_pretrained replaces the files of an earlier save_pretrained, so that from_pretrained reads the new weights.
+# Actual: the second save removes the old shards, writes diffusion_pytorch_model.safetensors and keeps the old
+# diffusion_pytorch_model.safetensors.index.json. from_pretrained reads that index first and raises FileNotFoundError for a
+# shard that the library itself removed. (transformers also keeps its index, but reads model.safetensors first.)
 #
-# Exits 0 while this is so, 1 once it has changed.
+# Exits 0 while the behaviour is reproducible, 1 once it has changed.
 set -euo pipefail
 
 folder=$(mktemp -d)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# MLflow 3.17.2 changes the schema of a database that an older MLflow wrote as soon as a client looks at it.
+# MLflow 3.17.2 migrates the schema of a database written by an older MLflow as soon as a client reads from it.
 #
-# A database of MLflow 3.4.0 with a run in it is opened by a client of 3.17.2 that lists experiments and writes nothing.
+# A client of 3.17.2 opens a database of MLflow 3.4.0 with one run, lists experiments and writes nothing.
 #
-# Expected: the refusal that MLflow has for this ("Detected out-of-date database schema … Take a backup of your database,
-# then run 'mlflow db upgrade'"), and an unchanged file. What happens: since the newer version has tables that the
-# older one lacks, it takes the database for a new one, creates "initial" tables and runs all migrations in place. MLflow
-# 3.4.0, such as a colleague's or a server's, cannot open the file any more ("Can't locate revision identified by …").
-# Exits 0 while that is so, 1 when the behaviour has changed.
+# Expected: MLflow's error for this case ("Detected out-of-date database schema … Take a backup of your database,
+# then run 'mlflow db upgrade'"), and an unchanged file. Actual: because the older schema lacks some tables of the newer
+# version, MLflow treats the database as new, creates "initial" tables and runs all migrations in place. MLflow
+# 3.4.0, such as a colleague's or a server's, can no longer open the file ("Can't locate revision identified by …").
+# Exits 0 while the behaviour is reproducible, 1 once it has changed.
 set -euo pipefail
 
 folder=$(mktemp -d)

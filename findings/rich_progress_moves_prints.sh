@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# rich 15.0.0: a progress bar on standard error takes what the program prints away from standard output.
+# rich 15.0.0: a progress bar on standard error diverts printed output from standard output.
 #
-# The usual arrangement of a command whose result is piped: progress on standard error, which is a terminal, results by print()
-# into a file (`command > result.txt`), the bar by Progress(console=Console(stderr=True)).
+# A typical command whose output is redirected: a progress bar on standard error, which is a terminal, by
+# Progress(console=Console(stderr=True)), and results written to a file by print() (`command > result.txt`).
 #
-# Expected: the file has the result, the terminal the bar. Happens: while the bar is shown Progress redirects
-# sys.stdout to its own console (redirect_stdout=True is the default, and is applied whenever that console is a
-# terminal, whatever standard output is). The printed lines appear on the terminal and the file stays empty, with exit
-# code 0. The remedy is redirect_stdout=sys.stdout.isatty().
+# Expected: the result is in the file and the bar on the terminal. Actual: while the bar is shown, Progress redirects
+# sys.stdout to its own console (redirect_stdout=True is the default, and applies whenever that console is a
+# terminal, regardless of standard output). The printed lines appear on the terminal and the file stays empty, with exit
+# code 0. Workaround: redirect_stdout=sys.stdout.isatty().
 #
-# Exits 0 while this is so, 1 once it has changed.
+# Exits 0 while the behaviour is reproducible, 1 once it has changed.
 set -euo pipefail
 
 folder=$(mktemp -d)

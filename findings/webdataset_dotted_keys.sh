@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# webdataset 1.0.2: what its own writer wrote, its reader gives back as fewer samples where keys hold a dot.
+# webdataset 1.0.2: the reader returns fewer samples than the library's own writer wrote when keys contain a dot.
 #
-# TarWriter takes any key and writes KEY.EXTENSION. The reader ends a key at the first dot of the base name, so that
-# photo.1 and photo.2 become one sample `photo` with the members 1.txt and 2.txt. Neither side says a word.
+# TarWriter accepts any key and writes KEY.EXTENSION. The reader ends a key at the first dot of the base name, so that
+# photo.1 and photo.2 become one sample `photo` with the members 1.txt and 2.txt. Neither prints a warning.
 #
 # Expected: two samples with the keys photo.1 and photo.2, or an error when the first is written.
-# Exits 0 while they come back as one, 1 when the behaviour has changed.
+# Exits 0 while the behaviour is reproducible, 1 once it has changed.
 set -euo pipefail
 
 folder=$(mktemp -d)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# webdataset 1.0.2 leaves out tar members that are hard links, without a word.
+# webdataset 1.0.2 silently skips tar members that are hard links.
 #
-# GNU tar stores a file whose inode it has archived already as a link to the earlier member, for example where identical
-# images of a data set were replaced by hard links to save space. Extracting the tar gives all files.
+# GNU tar stores a file whose inode it has already archived as a link to the earlier member, for example when identical
+# images of a dataset were replaced by hard links to save space. Extracting the tar restores all files.
 #
-# Expected: two samples, each with jpg and txt. What happens: the second sample has its txt alone, no warning.
-# Exits 0 while that is so, 1 when the behaviour has changed.
+# Expected: two samples, each with jpg and txt. Actual: the second sample has only its txt, without a warning.
+# Exits 0 while the behaviour is reproducible, 1 once it has changed.
 set -euo pipefail
 
 folder=$(mktemp -d)

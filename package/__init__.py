@@ -1,4 +1,4 @@
-"""The top of the installed package; its parts are the folders next to this one: bifrost.kernels, bifrost.data, …"""
+"""The top-level package; its subpackages are the folders next to this one: bifrost.kernels, bifrost.data, …"""
 
 __version__ = "0.1.0"
-"""The only place of the version: setup.py reads it here. CHANGELOG.md lists what each one holds."""
+"""The single source of the version, which setup.py reads. CHANGELOG.md lists the changes of each version."""

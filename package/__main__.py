@@ -1,6 +1,6 @@
 """`python -m bifrost`: the `bifrost` command."""
 
-# Installed as `bifrost.trainer`, which a look at the tree does not tell.
+# Installed as `bifrost.trainer`, which is not visible in the tree.
 from .trainer.__main__ import start  # pyright: ignore[reportMissingImports]
 
 if __name__ == "__main__":
