@@ -1,4 +1,4 @@
-"""Cases are found by their files: every `NAME.config.json` of the folder that has a weights or a flux file."""
+"""Finds cases by their files: every `NAME.config.json` in the folder with a weights or a flux file."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Stage 2 computes what the public release computes: residuals, velocity, loss, every gradient, in either mode."""
+"""Stage 2 equals the public release: residuals, velocity, loss and every gradient, in both modes."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
-def test_residuals_velocity_loss_and_every_gradient(case: Case, mode: str, checkpointing: bool) -> None:
+def test_residuals_velocity_loss_and_gradients(case: Case, mode: str, checkpointing: bool) -> None:
     case.controlnet.train(mode == "train")
     if checkpointing:
         case.controlnet.enable_gradient_checkpointing()
@@ -77,13 +77,13 @@ def test_residuals_velocity_loss_and_every_gradient(case: Case, mode: str, check
     assert all(p.grad is None for p in case.flux.parameters())
 
 
-def test_positions_are_ours(case: Case) -> None:
+def test_positions(case: Case) -> None:
     side = 2 * round(case.data["noisy_latents"].shape[1] ** 0.5)
     assert torch.equal(flux.image_ids(side, side), case.data["img_ids"])
     assert not case.data["txt_ids"].any()
 
 
-def test_only_training_mode_moves_the_running_statistics(case: Case) -> None:
+def test_running_statistics_are_updated_only_in_training_mode(case: Case) -> None:
     before = {name: buffer.clone() for name, buffer in case.controlnet.statistics().items()}
     case.controlnet.eval()
     case.residuals()

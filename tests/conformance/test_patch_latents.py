@@ -1,4 +1,4 @@
-"""Stage 1 computes what the public release computes: latents, hidden states, prediction, losses, every gradient."""
+"""Stage 1 equals the public release: latents, hidden states, prediction, losses and every gradient."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ class Case:
         return model.backbone.latents_of_patches(self.data["pixel_patches"], samples, 2 * self.grid)
 
     def prefix(self, model: PatchLatentModel) -> Prefix:
-        """The case's prompts are padded on the left; ours are packed."""
+        """The case's prompts are left-padded; ours are packed."""
         real = self.data["text_mask"].bool()
         layout = PrefixLayout.of(real.sum(dim=1).tolist(), self.grid**2)
         return model.backbone.prefix(self.data["input_ids"][real], layout)
@@ -116,8 +116,8 @@ def test_loss_and_every_gradient(case: Case, loss_tokens: str, checkpointing: bo
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
-def test_the_benchmarks_baseline_is_the_release(case: Case, attention: str, checkpointing: bool) -> None:
-    """`bifrost bench step` measures against this formulation: loss and gradients are the release's own."""
+def test_benchmark_baseline_equals_the_release(case: Case, attention: str, checkpointing: bool) -> None:
+    """The baseline of `bifrost bench step` has the loss and gradients of the release."""
     model = case.model("all")
     model.branch.activation_checkpointing = checkpointing
     data = case.data
@@ -131,8 +131,8 @@ def test_the_benchmarks_baseline_is_the_release(case: Case, attention: str, chec
         close(grad, data[f"grad_all.{name}"])
 
 
-def test_the_text_branch_ignores_images_and_training(case: Case) -> None:
-    """Spec 1.3: no text activation depends on an image token or on a trainable weight."""
+def test_text_does_not_depend_on_images_or_training(case: Case) -> None:
+    """Spec 1.3: no text activation depends on an image token or a trainable weight."""
     model = case.model("all")
     before = case.prefix(model)
     with torch.no_grad():

@@ -1,5 +1,5 @@
-"""The container files, as far as they can be checked without a container runtime: what they copy is all that an
-installation needs and no more, both run one script, and that script installs the pinned versions."""
+"""The container files, as far as they can be checked without a container runtime: they copy exactly what is needed to
+install, both run the same script, and it installs the pinned versions."""
 
 import os
 import re
@@ -34,28 +34,28 @@ def copied_by_apptainer() -> dict[str, str]:
     return dict(line.split() for line in section.splitlines())
 
 
-def test_both_copy_what_a_wheel_is_built_of() -> None:
+def test_both_copy_the_sources_of_a_wheel() -> None:
     wheel = runpy.run_path(str(ROOT / "tests" / "packaging" / "test_wheel.py"))
     wanted = {*wheel["FOLDERS"], *wheel["FILES"], "constraints.txt", "containers/install.sh"}
     assert copied_by_docker() == copied_by_apptainer() == {path: INSIDE + path for path in wanted}
     assert all((ROOT / path).exists() for path in wanted)
 
 
-def test_both_begin_with_the_same_python_which_is_a_supported_one() -> None:
+def test_both_use_the_same_supported_python() -> None:
     (image,) = re.findall(r"^FROM (\S+)$", DOCKERFILE, flags=re.M)
     assert re.findall(r"^From: (\S+)$", DEFINITION, flags=re.M) == [image]
     python = re.fullmatch(r"python:(3\.\d+)-slim-bookworm", image)
     assert python and f'"Programming Language :: Python :: {python[1]}"' in (ROOT / "setup.py").read_text()
 
 
-def test_both_run_the_script_and_keep_the_users_packages_out() -> None:
+def test_both_run_the_script_and_ignore_user_packages() -> None:
     assert re.search(rf"^RUN {INSIDE}containers/install\.sh$", DOCKERFILE, flags=re.M)
     assert DEFINITION.split("%post\n")[1].split("\n\n")[0].strip() == f"{INSIDE}containers/install.sh"
     assert "PYTHONNOUSERSITE=1" in DOCKERFILE and "export PYTHONNOUSERSITE=1" in DEFINITION
 
 
-def test_the_script_installs_the_pinned_versions(tmp_path: Path) -> None:
-    """With stand-ins for the programs that change the machine."""
+def test_script_installs_the_pinned_versions(tmp_path: Path) -> None:
+    """With fakes for the programs that change the machine."""
     inside = tmp_path / "image"
     for path in copied_by_docker():
         (inside / path).parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def test_the_script_installs_the_pinned_versions(tmp_path: Path) -> None:
     assert calls[-1] == f"{inside} bifrost --version"
 
 
-def test_the_site_files_of_the_page_are_valid() -> None:
+def test_site_files_in_the_docs_are_valid() -> None:
     page = (ROOT / "docs" / "slurm.md").read_text()
     section = page.split("## Containers")[1].split("\n## ")[0]
     shown = [yaml.safe_load(block) for block in re.findall(r"^```text\n(.*?)^```$", section, flags=re.M | re.S)]

@@ -1,4 +1,4 @@
-"""The built wheel is whole: installed elsewhere, it trains the demo's recipe from another folder."""
+"""The built wheel is complete: installed elsewhere, it trains the demo recipe from another folder."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the wheel of this tree is installed, without its dependencies."""
+    """A folder with the wheel of this tree installed, without dependencies."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"  # a build leaves files in the tree
     for name in FOLDERS:
@@ -35,7 +35,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def test_every_file_is_in_the_wheel(site: Path) -> None:
+def test_wheel_contains_every_file(site: Path) -> None:
     for folder, installed in FOLDERS.items():
         files = {file.relative_to(ROOT / folder) for file in (ROOT / folder).rglob("*") if file.is_file()}
         wanted = {file for file in files if "__pycache__" not in file.parts}
@@ -44,8 +44,8 @@ def test_every_file_is_in_the_wheel(site: Path) -> None:
         assert not missing, f"{folder}: add these to package_data in setup.py: {missing}"
 
 
-def test_the_wheel_holds_the_licence_of_everything_in_it(site: Path) -> None:
-    """The code's, and next to each bundled model that of the drawings on which it was trained."""
+def test_wheel_contains_all_licences(site: Path) -> None:
+    """The licence of the code, and next to each bundled model that of the drawings on which it was trained."""
     (about,) = site.glob("bifrost_train-*.dist-info")
     metadata = (about / "METADATA").read_text()
     assert f"Version: {bifrost.__version__}\n" in metadata
@@ -62,7 +62,7 @@ def test_the_wheel_holds_the_licence_of_everything_in_it(site: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_trains_from_another_folder(site: Path, shards: Path, tmp_path: Path) -> None:
+def test_wheel_trains_from_another_folder(site: Path, shards: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
     arguments = runs.arguments(shards, tmp_path, "steps=2")
     with_origin = "import bifrost, sys; print(bifrost.__file__); from bifrost.trainer.__main__ import start; start()"

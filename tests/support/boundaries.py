@@ -1,4 +1,4 @@
-"""Every call that changes the disk, as a place to die at: this process kills itself there, and leaves half a write."""
+"""Write boundaries: calls that change the disk, at which this process can kill itself, also halfway through a write."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 CALLS = ["fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "open"]
 
 Boundary = Callable[[str, str], None]
-"""Called with the operation and the path that it is about to change."""
+"""Called with the operation and the path, right before the change."""
 
 
 def install(boundary: Boundary) -> None:
-    """From here on every call of this process that changes the disk is announced right before it."""
+    """Call `boundary` from now on before every call of this process that changes the disk."""
     for name in CALLS:
         setattr(os, name, _announced(name, getattr(os, name), boundary))
     real_open = builtins.open
@@ -33,7 +33,7 @@ def install(boundary: Boundary) -> None:
 
 
 class _Torn:
-    """A file whose writes are boundaries too: before, after half of the bytes, after all of them."""
+    """A file with boundaries before each write, after half of its bytes and after all of them."""
 
     def __init__(self, file: Any, path: str, boundary: Boundary) -> None:
         self._file, self._path, self._boundary = file, path, boundary
@@ -65,7 +65,7 @@ class _Torn:
 
 
 def die_at(fatal: int) -> None:
-    """This process dies right before its `fatal`-th boundary (counted from 0)."""
+    """Kill this process right before its `fatal`-th boundary, counted from 0."""
     count = -1
 
     def boundary(operation: str, path: str) -> None:
@@ -78,12 +78,12 @@ def die_at(fatal: int) -> None:
 
 
 def numberless(text: str) -> str:
-    """Numbers and random tokens as `#`."""
+    """`text` with numbers and random tokens replaced by `#`."""
     return re.sub("[0-9a-f]{12,}|[0-9]+", "#", text)
 
 
 def label(operation: str, path: str, root: str) -> str | None:
-    """`fsync checkpoints/.step-#.partial/rank-#.safetensors`; None outside `root` and for logs."""
+    """Label such as `fsync checkpoints/.step-#.partial/rank-#.safetensors`; None outside `root` and for logs."""
     if not path.startswith(root + "/") or path.startswith(f"{root}/logs/"):
         return None
     return f"{operation} {numberless(path[len(root) + 1 :])}"
@@ -99,7 +99,7 @@ def _announced(name: str, real: Callable, boundary: Boundary) -> Callable:
 
 
 def _path(file: Any, folder: int | None = None) -> str:
-    """The path of a descriptor, or of a name relative to the folder that a descriptor stands for."""
+    """The path of a descriptor, or of a name relative to a folder's descriptor."""
     if isinstance(file, int):
         return os.readlink(f"/proc/self/fd/{file}")
     name = os.fspath(file)

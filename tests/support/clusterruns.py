@@ -1,4 +1,4 @@
-"""A run on the local Slurm cluster, as a person handles it: by the `bifrost slurm` commands."""
+"""A run on the local Slurm cluster, controlled by the `bifrost slurm` commands as a user would."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Stand = Callable[..., Callable[[], list[str]]]
 """Type of the fixture `stand`."""
 
 STAND_IN = r"""#!/bin/bash
-# In the place of Python: what the ranks of each start are to do, one line a start.
-fail() { # CODE REASON: as a rank that ends on purpose
+# Replaces Python: runs one line of the script per attempt, as the ranks of that attempt.
+fail() { # CODE REASON: like a rank that exits with an error
   format='{"attempt": "%s.%s", "rank": "%s", "code": %d, "reason": "%s"}'
   (set -C; printf "$format" "$SLURM_JOB_ID" "${SLURM_RESTART_COUNT:-0}" "$SLURM_PROCID" "$1" "$2" \
     > "$BIFROST_RUN/slurm/exit_record.json") 2> /dev/null
@@ -34,7 +34,7 @@ eval "$(sed -n "${start}p" "$BIFROST_RUN/../script")"
 
 
 class ClusterRun:
-    """The run `tiny-mllm` in a folder of its own."""
+    """The run `tiny-mllm` in a separate folder."""
 
     def __init__(self, cluster: Path, shards: Path, folder: Path) -> None:
         self.cluster = cluster
@@ -44,11 +44,11 @@ class ClusterRun:
         self.jobs: list[str] = []
 
     def site(self, **settings: object) -> None:
-        """Write the site file: without preflight unless `settings` say otherwise."""
+        """Write the site file; preflight is disabled unless set in `settings`."""
         Path(os.environ["BIFROST_SITE"]).write_text(yaml.safe_dump({"preflight": False, **settings}))
 
     def stand_in(self, *starts: str, **site: object) -> None:
-        """Have a line of shell in each start in the place of the ranks' Python."""
+        """Replace the ranks' Python by one shell line per attempt."""
         (self.folder / "script").write_text("\n".join(starts) + "\n")
         program = self.folder / "python"
         program.write_text(STAND_IN)
@@ -56,13 +56,13 @@ class ClusterRun:
         self.site(python=str(program), **site)
 
     def bifrost(self, *arguments: str) -> str:
-        """A `bifrost slurm` command; what it printed."""
+        """Run a `bifrost slurm` command and return its output."""
         ended = CliRunner().invoke(slurm_app, arguments, catch_exceptions=False)
         assert ended.exit_code == 0, ended.output
         return ended.stdout
 
     def submit(self, *arguments: str, nodes: str = "2") -> str:
-        """Submit with two CPU ranks per node; the job id."""
+        """Submit with two CPU ranks per node and return the job id."""
         common = ["tiny-mllm", *self.settings, "--gpus-per-node", "0", "--tasks-per-node", "2", "--nodes", nodes]
         self.jobs.append(self.bifrost("submit", *common, *arguments).strip())
         return self.jobs[-1]
@@ -77,7 +77,7 @@ class ClusterRun:
         self.wait(f"step {step}", lambda: self.steps() and self.steps()[-1]["step"] >= step)
 
     def wait_for_end(self) -> None:
-        """Until the run's newest decision is that there will be no other start, and its job is gone."""
+        """Wait until the run's last decision is final and its job is gone."""
         self.wait(
             "end", lambda: self.starts() and self.starts()[-1].get("decision") in ("done", "stopped", "cancelled")
         )
@@ -91,7 +91,7 @@ class ClusterRun:
         return runs.steps(self.run) if (self.run / "metrics.jsonl").exists() else []
 
     def starts(self) -> list[dict]:
-        """The run's starts, with their decisions."""
+        """The run's attempts, with their decisions."""
         from bifrost.slurm.exit_record import starts
 
         return starts(self.run)
@@ -117,16 +117,16 @@ class ClusterRun:
 
 
 def slurm(*command: str) -> str:
-    """What one of Slurm's commands prints."""
+    """The output of a Slurm command."""
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def job(number: str) -> dict[str, str]:
-    """Slurm's own account of a job."""
+    """Slurm's record of a job."""
     shown = slurm("scontrol", "-o", "show", "job", number)
     return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
 
 def failing(words: str) -> str:
-    """A line of shell that ends as a command of Slurm does that says `words`."""
+    """A shell line that fails like a Slurm command with the error `words`."""
     return f"echo '{words}' >&2; exit 1"

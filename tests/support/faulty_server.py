@@ -1,7 +1,7 @@
-"""A web server on loopback that serves a folder, or stands before another server, and fails as it is told to.
+"""A web server on loopback that serves a folder or proxies another server, with injected faults.
 
-Every fault is bounded: a rule fires a number of times and is then spent. Answers carry what a sound server's would
-(ETag, Content-Range), so that a reader can tell the faulty ones.
+Every fault is bounded: a rule fires a given number of times. Responses have the headers of a correct server (ETag,
+Content-Range), so that a client can detect the faulty ones.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 FAULTS = ("503", "429", "500", "reset", "cut", "cut-unstated", "ignore-range", "wrong-range", "slow", "short-206")
-"""Those that pass. A rule may also have another status, such as 403, or a status and the code that S3 gives with it in
-its answer's body, such as "400 SlowDown"; "redirect" and an address or nothing; "page", a web page with status 200;
-"empty", an empty body with status 200."""
-FAULTS_MEAN = """503, 429, 500: the status, 429 with Retry-After. reset: the connection ends before an answer. cut:
-the body ends early. cut-unstated: the same without a Content-Length. ignore-range: the whole file with status 200.
-wrong-range: other bytes than asked for, stated in Content-Range. short-206: fewer bytes than asked for, stated so.
-slow: a late answer.
+"""The transient faults. A rule may also have another status, such as 403; a status with an S3 error code for the body,
+such as "400 SlowDown"; "redirect", with or without an address; "page", a web page with status 200; or "empty", an empty
+body with status 200."""
+FAULTS_MEAN = """503, 429, 500: the status, 429 with Retry-After. reset: the connection ends before a response. cut: a
+truncated body. cut-unstated: the same without a Content-Length. ignore-range: the whole file with status 200.
+wrong-range: another range than requested, as stated in Content-Range. short-206: a shorter range than requested, as
+stated. slow: a late response.
 """
 
 
@@ -44,18 +44,18 @@ class Rule:
 
 @dataclass
 class Plan:
-    """What a server does wrong."""
+    """The faults of a server."""
 
     rules: list[Rule] = field(default_factory=list)
     chance: float = 0.0
-    """Of a random fault on a request, never more than `in_a_row` on equal requests."""
+    """Probability of a random fault per request, with at most `in_a_row` consecutive ones on equal requests."""
     in_a_row: int = 2
     faults: tuple[str, ...] = FAULTS
     seed: int = 0
     ranges: bool = True
-    """Whether the server knows ranges at all."""
+    """Whether the server supports range requests."""
     packed: bool = False
-    """Whether whole files come compressed by gzip, though nobody asked for that."""
+    """Whether whole files are sent gzip-compressed without being requested."""
 
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
@@ -221,8 +221,8 @@ def _proxy(host: str, port: int) -> Source:
 
 @contextlib.contextmanager
 def serving(source: Path | str | Source, plan: Plan | None = None, port: int = 0) -> Iterator[tuple[str, Plan]]:
-    """A server of a folder, of what a function answers, or before the server at an `http://host:port` address; yields
-    its own address and plan."""
+    """Serve a folder, the responses of a function, or as a proxy the server at `http://host:port`; yields the address
+    and the plan."""
     plan = plan or Plan()
     server = _Server(("127.0.0.1", port), _Handler)
     server.plan = plan

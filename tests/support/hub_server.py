@@ -1,6 +1,6 @@
-"""A model hub on loopback, as far as `huggingface_hub.snapshot_download` asks one: revisions, file trees, files.
+"""A model hub on loopback with the API that `huggingface_hub.snapshot_download` uses: revisions, file trees, files.
 
-It stands behind `faulty_server`, so that it can fail as that does: 503, 429, a reset, a body that is cut.
+It is served by `faulty_server`, so that it can have the same faults: 503, 429, a reset, a truncated body.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 from faulty_server import Plan, serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-"""What `main` of every model is."""
+"""The commit of every model's `main`."""
 
 
 @contextlib.contextmanager
 def hub(models: Mapping[str, Mapping[str, bytes]], gated: str | None = None) -> Iterator[tuple[str, Plan]]:
-    """A hub of models, `owner/name` -> file -> bytes, with the one commit COMMIT each; yields its address and plan.
+    """Serve a hub of models, `owner/name` -> file -> bytes, each with the one commit COMMIT; yields address and plan.
 
-    gated: a model of it whose licence nobody has accepted.
+    gated: a model whose licence has not been accepted.
     """
 
     def answer(handler: Any, sent: bytes, fault: str | None) -> tuple[int, dict[str, str], bytes]:

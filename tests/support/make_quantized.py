@@ -1,5 +1,5 @@
-"""Makes tests/fixtures/quantized with the libraries of each scheme: a few tensors of a small Qwen2.5-VL,
-and the weights that the library itself reads from them.
+"""Write tests/fixtures/quantized with the library of each scheme: a few tensors of a small Qwen2.5-VL, and the weights
+that the library itself reads from them.
 
     pip install torchao==0.18.0 bitsandbytes==0.50.2 compressed-tensors==0.20.1 accelerate loguru
     PYTHONPATH=tests/support python tests/support/make_quantized.py
@@ -27,7 +27,7 @@ SCHEMES = ("compressed-tensors-channel", "compressed-tensors-tensor", "bitsandby
 
 
 def save(scheme: str, base: Path, out: Path) -> None:
-    """The whole model of `base`, quantized and saved by the scheme's library."""
+    """Quantize the model of `base` and save it, with the scheme's library."""
     load = Qwen2_5_VLForConditionalGeneration.from_pretrained
     if scheme == "bitsandbytes-int8":
         load(base, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(load_in_8bit=True)).save_pretrained(out)
@@ -59,7 +59,7 @@ def _save_compressed(model: Any, strategy: str, out: Path) -> None:
 
 
 def dequantized(folder: Path) -> dict[str, torch.Tensor]:
-    """What the scheme's library makes of every weight in `folder` in a bf16 model, by transformers' names."""
+    """Every weight in `folder` as the scheme's library loads it into a bf16 model, by transformers' names."""
     config = json.loads((folder / "config.json").read_text())
     settings: dict[str, Any] = {}
     if config["quantization_config"]["quant_method"] == "compressed-tensors":

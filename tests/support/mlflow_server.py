@@ -1,4 +1,4 @@
-"""A real MLflow server in a process of its own."""
+"""A real MLflow server in a separate process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 
 class Server:
-    """At `uri`, with its database and artifacts in `folder`; `start` again after `kill` finds them."""
+    """A server at `uri` with its database and artifacts in `folder`, which a `start` after a `kill` reuses."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as probe:
@@ -23,7 +23,7 @@ class Server:
         self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Returns when it answers."""
+        """Start the server; returns when it responds."""
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
         command += ["--artifacts-destination", f"{self.folder}/files"]
@@ -40,7 +40,7 @@ class Server:
         pytest.fail((self.folder / "log").read_text())
 
     def signal(self, number: int) -> None:
-        """To all its processes."""
+        """Send a signal to all its processes."""
         os.killpg(self.process.pid, number)
 
     def kill(self) -> None:

@@ -1,4 +1,4 @@
-"""moto's S3 server on loopback, and the settings with which fsspec and botocore find it."""
+"""moto's S3 server on loopback, and the settings that point fsspec and botocore to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def serving() -> Iterator[str]:
-    """An S3 server; yields its address."""
+    """Run an S3 server; yields its address."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
@@ -22,7 +22,7 @@ def serving() -> Iterator[str]:
 
 
 def environment(endpoint: str) -> dict[str, str]:
-    """Variables for processes that are to use the server at `endpoint`."""
+    """Environment variables for processes that use the server at `endpoint`."""
     return {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "key",
@@ -33,7 +33,7 @@ def environment(endpoint: str) -> dict[str, str]:
 
 
 def fill(endpoint: str, bucket: str, folder: Path, pattern: str = "*") -> None:
-    """Put a folder's files into a bucket, made anew."""
+    """Copy the files of a folder to a newly created bucket."""
     import boto3
 
     client = boto3.client(

@@ -1,4 +1,4 @@
-"""What ZeRO-3 must equal: the same recipe on torch's own AdamW, in one process, on the whole batch at once."""
+"""Reference for ZeRO-3: the same recipe with torch's AdamW in one process, on the full batch at once."""
 
 from __future__ import annotations
 

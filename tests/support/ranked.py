@@ -1,4 +1,4 @@
-"""Runs a function, or the `bifrost` command, as several real ranks: processes that meet over gloo."""
+"""Run a function, or the `bifrost` command, on several real ranks: processes connected by gloo."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _context.set_forkserver_preload(["preload"])
 
 @dataclass
 class Rank:
-    """How one rank ended: exit code, what it printed, and its function's result."""
+    """Outcome of one rank: exit code, output, and the result of its function."""
 
     code: int | None
     out: str
@@ -31,7 +31,7 @@ class Rank:
 
 
 def start(function: Callable, ranks: int, *args: Any, folder: Path) -> list[mp.process.BaseProcess]:
-    """Start `function(*args)` on every rank; output and result go to files in `folder`."""
+    """Start `function(*args)` on every rank; output and result are written to files in `folder`."""
     processes = []
     for rank in range(ranks):
         environment = {
@@ -49,7 +49,7 @@ def start(function: Callable, ranks: int, *args: Any, folder: Path) -> list[mp.p
 
 
 def finish(processes: Sequence[mp.process.BaseProcess], folder: Path, timeout: float = 240) -> list[Rank]:
-    """Wait for all ranks, kill what is left after `timeout` seconds, and collect."""
+    """Wait for all ranks, kill those still running after `timeout` seconds, and collect the outcomes."""
     deadline = time.monotonic() + timeout
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
@@ -66,19 +66,19 @@ def finish(processes: Sequence[mp.process.BaseProcess], folder: Path, timeout: f
 
 
 def run(function: Callable, ranks: int, *args: Any, timeout: float = 240) -> list[Rank]:
-    """`function(*args)` on `ranks` ranks; its JSON-able result is each rank's value."""
+    """Run `function(*args)` on `ranks` ranks; its result, which has to be JSON-serializable, is each rank's value."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         return finish(start(function, ranks, *args, folder=folder), folder, timeout)
 
 
 def bifrost(ranks: int, *arguments: str, timeout: float = 240) -> list[Rank]:
-    """The `bifrost` command on `ranks` ranks."""
+    """Run the `bifrost` command on `ranks` ranks."""
     return run(command, ranks, list(arguments), timeout=timeout)
 
 
 def command(arguments: list[str]) -> None:
-    """The `bifrost` command in this process."""
+    """Run the `bifrost` command in this process."""
     from bifrost.trainer.cli import main
 
     sys.argv = ["bifrost", *arguments]
@@ -110,11 +110,11 @@ def _child(named: tuple[str, str], args: tuple, environment: dict[str, str], fol
 
 
 def _load(file: str, name: str) -> Callable:
-    """A function of a test file: those are no importable modules."""
+    """Load a function of a test file, since test files are not importable modules."""
     spec = importlib.util.spec_from_file_location("ranked_test", file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return getattr(module, name)
 

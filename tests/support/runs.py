@@ -1,4 +1,4 @@
-"""Small runs for tests: their settings, and what they left."""
+"""Small runs for tests: settings and results."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ SMALL = (
 
 
 def arguments(shards: Path, runs_dir: Path, *overrides: str, recipe: str = "tiny-mllm") -> list[str]:
-    """Arguments of `bifrost` for a small run of a tiny recipe."""
+    """Arguments of the `bifrost` command for a small run of a tiny recipe."""
     return ["train", recipe, *SMALL, f"data.shards={shards}/train-*.tar", f"runs_dir={runs_dir}", *overrides]
 
 
 def steps(run: Path) -> list[dict]:
-    """The metric lines of a run, events left out."""
+    """The metric lines of a run, without events."""
     return [line for line in lines(run) if "event" not in line]
 
 
@@ -50,7 +50,7 @@ def losses(run: Path) -> list[float]:
 
 @contextmanager
 def launched(arguments: list[str], **options: Any) -> Iterator[subprocess.Popen]:
-    """`bifrost` as a process of its own; neither it nor its ranks outlive the block, whatever fails in it."""
+    """Run `bifrost` in a separate process, which is killed with its ranks at the end of the block."""
     with subprocess.Popen([sys.executable, "-m", "bifrost.trainer", *arguments], **options) as process:
         try:
             yield process
@@ -59,13 +59,13 @@ def launched(arguments: list[str], **options: Any) -> Iterator[subprocess.Popen]
 
 
 def children(pid: int) -> list[int]:
-    """Child processes, of all its threads."""
+    """Child processes of all threads of a process."""
     return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
 
 
 def wait_for_steps(run: Path, count: int, timeout: float = 300) -> None:
-    """Until the run has logged `count` steps."""
+    """Wait until the run has logged `count` steps."""
     deadline = time.monotonic() + timeout
     while not (run / "metrics.jsonl").exists() or len(steps(run)) < count:
-        assert time.monotonic() < deadline, "the run does not get going"
+        assert time.monotonic() < deadline, "the run makes no progress"
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""A backbone of random weights in Qwen2.5-VL's layout, so small that a run of two ranks is over in a second."""
+"""A backbone with random weights in Qwen2.5-VL's layout, so small that a run of two ranks takes a second."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bifrost.recipes import FOLDER
 
 
 def save(folder: Path) -> Path:
-    """One layer of width 32 in text and tower, with the tiny foundation's tokenizer."""
+    """Save a model with one layer of width 32 in text model and vision encoder, and the tiny foundation's tokenizer."""
     if folder.is_dir():
         return folder
     shutil.copytree(FOLDER / "foundations" / "tiny", folder, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -35,5 +35,5 @@ def save(folder: Path) -> Path:
 
 
 def settings(folder: Path) -> tuple[str, str]:
-    """Overrides that train it, made in `folder`."""
+    """Save the model to `folder`; returns the overrides that train it."""
     return f"backbone.path={save(folder)}", "data.image_size=56"

@@ -12,7 +12,7 @@ from bifrost.data import write_shard
 
 
 def save(folder: Path) -> Path:
-    """60 pairs in four shards, train-00000.tar …"""
+    """Write 60 pairs to four shards, train-00000.tar …"""
     for shard in range(4):
         samples = []
         for number in range(shard * 15, shard * 15 + 15):

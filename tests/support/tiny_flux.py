@@ -1,4 +1,4 @@
-"""A FLUX of random weights in diffusers' layout, small enough for tests that run it many times."""
+"""A FLUX with random weights in the layout of diffusers, small enough for tests that run it many times."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tokenizer(length: int) -> PreTrainedTokenizerFast:
 
 
 def pipeline(seed: int = 0) -> FluxPipeline:
-    """Its T5 drops half of its activations in training mode; a latent is four pixels wide."""
+    """The pipeline; its T5 has a dropout of 0.5 in training mode, and a latent is four pixels wide."""
     torch.manual_seed(seed)
     clip = CLIPTextConfig(
         vocab_size=8,
@@ -77,12 +77,12 @@ def pipeline(seed: int = 0) -> FluxPipeline:
 
 
 def save(made: FluxPipeline, folder: Path) -> Path:
-    """Its folder, the transformer in several files, the VAE on pixels folded 2 x 2."""
+    """Save the pipeline, with the transformer in several files and a VAE on 2 x 2 space-to-depth pixels."""
     made.save_pretrained(folder, max_shard_size="40KB")
     change(folder / "vae" / "config.json", **{SPACE_TO_DEPTH_KEY: 2})
     return folder
 
 
 def change(file: Path, **settings) -> None:
-    """Set keys of a JSON file."""
+    """Set keys in a JSON file."""
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
