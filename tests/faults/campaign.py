@@ -1,9 +1,9 @@
-"""Random kills over many short runs, at every write boundary among other moments. Each run must end like the one that
-nobody disturbed, to the bit.
+"""Random kills in many short runs, at every write boundary and at other times. The result of each run must be bitwise
+equal to that of an uninterrupted one.
 
     python tests/faults/campaign.py --kills 1000 --folder FOLDER --report docs/faults-report.md
 
-A campaign that was interrupted goes on in the same folder.
+An interrupted campaign resumes in the same folder.
 """
 
 from __future__ import annotations
@@ -28,48 +28,48 @@ import ranked
 from bifrost.trainer.monitors.metrics import read_metrics
 
 RANKS = 2
-GRACE_S = 3.0  # for ranks that lost another; the launcher gives them 10
-PATIENCE_S = 120.0  # for anything that should happen
-STEPS_A_START = 5  # a start whose fault has not come by then is killed as it is
+GRACE_S = 3.0  # for ranks that lost another rank; the launcher gives them 10
+PATIENCE_S = 120.0  # timeout for all expected events
+STEPS_PER_ATTEMPT = 5  # an attempt that has not reached its fault by then is killed
 WAYS = ("go", "stop", "end")
 EXACT = ("step", "samples", "loss", "grad_norm", "lr", "data_digest", "skipped_steps")
 
 
 @dataclass
 class Kill:
-    """One start, how it was ended, and what was wrong afterwards."""
+    """One attempt, how it was ended, and the errors found afterwards."""
 
     moment: str
-    """boundary, step, start, worker, signal. No kills: `damage`, a bit of the newest checkpoint was flipped; `none`, to
-    the last step."""
+    """boundary, step, start, worker or signal. Not a kill: `damage`, a flipped bit in the newest checkpoint, and
+    `none`, an attempt that ran to the last step."""
     detail: str
     victims: list[int]
     aimed: str
-    """The boundary that it was to die at; another moment when the start did not come there."""
+    """The boundary of the planned kill; if the attempt did not reach it, it was killed at another moment."""
     way: str
-    """How the start was to go on to that: `go`, a few steps; `stop`, a SIGTERM after them; `end`, to the last step."""
+    """The planned way there: `go`, a few steps; `stop`, a stop signal after them; `end`, to the last step."""
     before: str
-    """How the start before it was ended: the boundary, or else the moment."""
+    """How the previous attempt was ended: the boundary, or else the moment."""
     codes: list[int | None]
     began: int | None
-    """Step that it went on from; None when it was killed before it could say so."""
+    """Step from which it resumed; None when it was killed before it logged that."""
     steps: int
-    """Steps that it logged."""
+    """Number of steps that it logged."""
     compared: int = 0
-    """Checkpoints compared with the undisturbed run's afterwards."""
+    """Number of checkpoints compared with those of the uninterrupted run afterwards."""
     met: dict[str, list[int]] = field(default_factory=dict)
-    """Write boundaries that the start came to, and the ranks that did."""
+    """Write boundaries that the attempt reached -> ranks that reached them."""
     wrong: list[str] = field(default_factory=list)
     recovery_s: float | None = None
-    """From the kill before this start to this start's first new step."""
+    """Seconds from the previous kill to the first new step."""
 
 
 class Campaign:
-    """Kills over the run that `arguments` of the `bifrost` command make, `steps` steps of recipe `name`; each is left
-    alone after `kills_a_run`."""
+    """Kills of runs of the `bifrost` command with `arguments`: `steps` steps of recipe `name`, each run with at most
+    `kills_per_run` kills."""
 
-    def __init__(self, folder: Path, arguments: list[str], name: str, steps: int, kills_a_run: int) -> None:
-        self.folder, self.name, self.steps, self.kills_a_run = folder, name, steps, kills_a_run
+    def __init__(self, folder: Path, arguments: list[str], name: str, steps: int, kills_per_run: int) -> None:
+        self.folder, self.name, self.steps, self.kills_per_run = folder, name, steps, kills_per_run
         self.arguments = [*arguments, f"steps={steps}"]
         self.log = folder / "runs.jsonl"
         self.kills: list[Kill] = []
@@ -77,35 +77,35 @@ class Campaign:
         folder.mkdir(parents=True, exist_ok=True)
         for line in self.log.read_text().splitlines() if self.log.exists() else []:
             self._add(json.loads(line))
-        self.undisturbed = self._train_undisturbed()
-        lines = read_metrics(self.undisturbed / "metrics.jsonl")
+        self.uninterrupted = self._train_uninterrupted()
+        lines = read_metrics(self.uninterrupted / "metrics.jsonl")
         self.startup_s = next(line["startup_s"] for line in lines if line.get("event") == "start")
         self.step_s = statistics.median(line["step_s"] for line in _steps(lines))
 
     def until(self, kills: int) -> None:
-        """Whole runs, until that many kills were sent."""
+        """Make complete runs until at least `kills` kills were sent."""
         while self.sent() < kills:
             run = _Run(self, len(self.runs)).play()
             with open(self.log, "a") as file:
                 file.write(json.dumps(run) + "\n")
             self._add(run)
-            print(f"{self.sent()} kills, {len(self.runs)} runs, {len(self.wrong())} things wrong", flush=True)
+            print(f"{self.sent()} kills, {len(self.runs)} runs, {len(self.wrong())} errors", flush=True)
 
     def sent(self) -> int:
         return sum(kill.moment not in ("damage", "none") for kill in self.kills)
 
     def wrong(self) -> list[str]:
-        """All that was wrong after a kill or at the end of a run."""
+        """All errors found after a kill or at the end of a run."""
         return [text for kill in self.kills for text in kill.wrong] + [
             text for run in self.runs for text in run["wrong"]
         ]
 
     def met(self) -> dict[str, set[int]]:
-        """Every write boundary that a start came to, and the ranks that did."""
-        return _united([_boundaries(self.undisturbed.parent), *(kill.met for kill in self.kills)])
+        """Every write boundary that an attempt reached -> ranks that reached it."""
+        return _united([_boundaries(self.uninterrupted.parent), *(kill.met for kill in self.kills)])
 
     def hits(self) -> Counter[str]:
-        """Kills at each write boundary that a start came past."""
+        """Number of kills at each write boundary that was reached."""
         hits = Counter(dict.fromkeys(self.met(), 0))
         hits.update(kill.detail for kill in self.kills if kill.moment == "boundary")
         return hits
@@ -114,8 +114,8 @@ class Campaign:
         self.kills += [Kill(**kill) for kill in run["kills"]]
         self.runs.append(run)
 
-    def _train_undisturbed(self) -> Path:
-        place = self.folder / "undisturbed"
+    def _train_uninterrupted(self) -> Path:
+        place = self.folder / "uninterrupted"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         arguments = [*self.arguments, f"runs_dir={place}", "checkpoint.every=1", f"checkpoint.keep={self.steps}"]
@@ -125,7 +125,7 @@ class Campaign:
 
 
 class _Run:
-    """One run from nothing to its last step, killed on the way over and over."""
+    """One run from scratch to its last step, with repeated kills."""
 
     def __init__(self, campaign: Campaign, number: int) -> None:
         self.campaign = campaign
@@ -138,44 +138,45 @@ class _Run:
             "data.workers": int(self.chance.random() < 0.15),
         }
         self.workers = self.settings["data.workers"]
-        self.damaged: dict[int, tuple[Path, bytes]] = {}  # step -> its damaged file, and what is in it
+        self.damaged: dict[int, tuple[Path, bytes]] = {}  # step -> its damaged file and the content
         self.kills: list[Kill] = []
 
     def play(self) -> dict[str, Any]:
-        """The run's record for the log."""
+        """Play the run; returns its record for the log."""
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir()
         begun, before = time.time(), None
         while True:
             newest = max(self.whole(), default=0)
-            start = _Start(self, len(self.kills))
-            kill = start.until_killed(*self._plan())
-            kill.met = _boundaries(start.folder)
-            if start.began not in (None, newest):
-                kill.wrong.append(f"resume: from step {start.began} where step {newest} was saved")
-            if before is not None and start.first_step_at:
-                kill.recovery_s = start.first_step_at - before
+            attempt = _Attempt(self, len(self.kills))
+            kill = attempt.until_killed(*self._plan())
+            kill.met = _boundaries(attempt.folder)
+            if attempt.began not in (None, newest):
+                kill.wrong.append(f"resume: from step {attempt.began} although step {newest} was saved")
+            if before is not None and attempt.first_step_at:
+                kill.recovery_s = attempt.first_step_at - before
             self.kills.append(kill)
             if kill.moment == "none":
                 break
             kill.compared = len(self.whole())
             kill.wrong += self._torn()
-            before = start.killed_at
+            before = attempt.killed_at
             if len(self.whole()) > 1 and self.chance.random() < 0.04:
                 self.kills.append(self._damage())
         return {
             "settings": self.settings,
             "seconds": time.time() - begun,
-            "wrong": differences(self.folder, self.campaign.undisturbed, self.damaged),
+            "wrong": differences(self.folder, self.campaign.uninterrupted, self.damaged),
             "kills": [asdict(kill) for kill in self.kills],
         }
 
     def _plan(self) -> tuple[str, str, str, list[int]]:
-        """Moment of the next kill; for one at a boundary the way to it and which; victims.
+        """Moment of the next kill; for one at a boundary, the way to it and its label; the victims.
 
-        A start comes to a boundary or not by what the one before it left behind, and some only when it stops or ends:
-        where the same has been seen before, one of those that it came to then, the least hit first."""
-        if len(self.kills) >= self.campaign.kills_a_run:
+        Which boundaries an attempt reaches depends on what the previous one left behind, and some are reached only when
+        it stops or ends. If the same situation was seen before, choose among the boundaries reached then, the least hit
+        first."""
+        if len(self.kills) >= self.campaign.kills_per_run:
             return "none", "end", "", []
         moments = ["boundary"] * 6 + ["step", "step", "start", "signal"]
         moment = "boundary" if not self.kills else self.chance.choice(moments + ["worker"] * 4 * self.workers)
@@ -194,7 +195,7 @@ class _Run:
         return moment, way, label, [dying, *([1 - dying] if self.chance.random() < 0.3 else [])]
 
     def before(self) -> str:
-        """How the newest start was ended."""
+        """How the latest attempt was ended."""
         kills = [kill for kill in self.kills if kill.moment != "damage"]
         return kills[-1].detail or kills[-1].moment if kills else ""
 
@@ -203,7 +204,7 @@ class _Run:
         return {int(path.name[5:]) for path in folder.glob("step-*")} if folder.is_dir() else set()
 
     def whole(self) -> set[int]:
-        """Those that we did not damage, or that were replaced since."""
+        """Steps of checkpoints that were not damaged, or have been replaced since."""
         for step, (file, content) in list(self.damaged.items()):
             if not file.exists() or file.read_bytes() != content:
                 del self.damaged[step]
@@ -222,15 +223,15 @@ class _Run:
 
     def _torn(self) -> list[str]:
         whole = self.whole()
-        return [text for step, text in torn(self.folder, self.campaign.undisturbed).items() if step in whole]
+        return [text for step, text in torn(self.folder, self.campaign.uninterrupted).items() if step in whole]
 
 
-class _Start:
-    """One start of a run and the fault that it meets."""
+class _Attempt:
+    """One attempt of a run and its fault."""
 
     def __init__(self, run: _Run, number: int) -> None:
         self.run, self.chance = run, run.chance
-        self.folder = run.place / f"start-{number}"
+        self.folder = run.place / f"attempt-{number}"
         self.folder.mkdir()
         self.metrics = run.folder / "metrics.jsonl"
         self.began: int | None = None
@@ -239,9 +240,9 @@ class _Start:
         self.killed_at = 0.0
 
     def until_killed(self, moment: str, way: str, aimed: str, victims: list[int]) -> Kill:
-        """Start, wait for the fault's moment, let it happen, end what is left as the launcher would."""
+        """Start, wait for the moment of the fault, inject it, and end the other ranks as the launcher would."""
         campaign = self.run.campaign
-        again = way == "go" and " checkpoints/" in aimed  # a start comes there with every save
+        again = way == "go" and " checkpoints/" in aimed  # reached by every save
         doom = (aimed, victims[0], self.chance.choice((1, 1, 2, 3)) if again else 1) if aimed else None
         arguments = [*campaign.arguments, f"runs_dir={self.run.place}"]
         arguments += [f"{key}={value}" for key, value in self.run.settings.items()]
@@ -269,7 +270,7 @@ class _Start:
         elif way == "end":
             within(10 * PATIENCE_S, over)
         else:
-            steps = STEPS_A_START if (moment, way) == ("boundary", "go") else self.chance.choice((1, 1, 2, 4))
+            steps = STEPS_PER_ATTEMPT if (moment, way) == ("boundary", "go") else self.chance.choice((1, 1, 2, 4))
             within(PATIENCE_S, lambda: over() or self._steps() >= steps)
             if moment != "boundary":
                 _wait(over, self.chance.uniform(0, 1.5) * campaign.step_s)
@@ -277,19 +278,19 @@ class _Start:
             number = self.chance.choice((signal.SIGTERM, signal.SIGUSR1))
             self._send(number, [processes[rank] for rank in victims])
             within(PATIENCE_S, over)
-        if over():  # by the fault, by the signal or with its last step: anything else is not our doing
+        if over():  # by the fault, by the signal or after its last step: anything else is an error
             _wait(lambda: not processes[victims[0]].is_alive() if aimed else ended(), GRACE_S)
             codes = [process.exitcode for process in processes]
             dead = aimed and codes[victims[0]] == -signal.SIGKILL
             meant = dead or 0 in codes or (way == "stop" and {75, -number} & {*codes})
-            assert meant, f"{moment} {aimed}: ended by itself with {codes}\n{self._errors()}"
+            assert meant, f"{moment} {aimed}: ended unexpectedly with {codes}\n{self._errors()}"
             if dead:
                 detail = aimed
         elif moment == "worker" and (worker := _child(processes[victims[0]].pid)):
             os.kill(worker, signal.SIGKILL)
             self.killed_at = time.time()
             within(PATIENCE_S, ended)
-        if aimed and not detail:  # the start did not come there: nothing to remove yet, say
+        if aimed and not detail:  # the attempt did not reach it, for example because there was nothing to remove yet
             moment = "signal" if way == "stop" else "step"
         if moment in ("boundary", "step", "start", "worker"):
             self._send(signal.SIGKILL, [processes[rank] for rank in victims])
@@ -317,7 +318,7 @@ class _Start:
         return "\n".join(file.read_text()[-2000:] for file in sorted(self.folder.glob("*.err")))
 
     def _steps(self) -> int:
-        """Steps that this start has logged."""
+        """Number of steps that this attempt has logged."""
         mine = [line for line in read_metrics(self.metrics) if line["time"] >= self.begun]
         starts = [line["step"] for line in mine if line.get("event") == "start"]
         steps = _steps(mine)
@@ -329,7 +330,7 @@ class _Start:
 
 
 def victim(arguments: list[str], run: str, folder: str, doom: tuple[str, int, int] | None) -> None:
-    """A rank that notes the write boundaries that it comes to, and dies at the one that it is told."""
+    """A rank that records the write boundaries it reaches, and kills itself at the given one."""
     rank, seen = int(os.environ["RANK"]), Counter[str]()
     note = os.open(f"{folder}/boundaries-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
@@ -348,7 +349,7 @@ def victim(arguments: list[str], run: str, folder: str, doom: tuple[str, int, in
 
 
 def _boundaries(folder: Path) -> dict[str, list[int]]:
-    """What the starts noted that lie in `folder`: write boundary -> ranks that came to it."""
+    """Records of the attempts in `folder`: write boundary -> ranks that reached it."""
     met: dict[str, list[int]] = {}
     for file in folder.rglob("boundaries-?"):
         for label in file.read_text().splitlines():
@@ -356,11 +357,11 @@ def _boundaries(folder: Path) -> dict[str, list[int]]:
     return met
 
 
-def differences(run: Path, undisturbed: Path, damaged: Collection[int] = ()) -> list[str]:
-    """What a finished run has otherwise than the undisturbed one: lines of steps, checkpoints but `damaged` ones."""
+def differences(run: Path, uninterrupted: Path, damaged: Collection[int] = ()) -> list[str]:
+    """Differences of a finished run from the uninterrupted one, in step lines and checkpoints except `damaged` ones."""
     found, wanted = (
         [tuple(line[key] for key in EXACT) for line in _steps(read_metrics(folder / "metrics.jsonl"))]
-        for folder in (run, undisturbed)
+        for folder in (run, uninterrupted)
     )
     wrong = [f"line: {a} instead of {b}" for a, b in zip(found, wanted, strict=False) if a != b]
     if len(found) != len(wanted):
@@ -368,14 +369,14 @@ def differences(run: Path, undisturbed: Path, damaged: Collection[int] = ()) -> 
     last = f"checkpoints/step-{len(wanted):08d}"
     if not (run / last).is_dir():
         wrong.append("resume: the last step was not saved")
-    return wrong + [text for step, text in torn(run, undisturbed).items() if step not in damaged]
+    return wrong + [text for step, text in torn(run, uninterrupted).items() if step not in damaged]
 
 
-def torn(run: Path, undisturbed: Path) -> dict[int, str]:
-    """Step -> how its checkpoint differs from the undisturbed run's, of those under their final names."""
+def torn(run: Path, uninterrupted: Path) -> dict[int, str]:
+    """Step -> how its checkpoint, if under its final name, differs from that of the uninterrupted run."""
     found = {}
     for here in sorted((run / "checkpoints").glob("step-*")):
-        there = undisturbed / "checkpoints" / here.name
+        there = uninterrupted / "checkpoints" / here.name
         names = {file.name for folder in (here, there) for file in folder.iterdir()}
         different = [name for name in sorted(names) if _content(here / name) != _content(there / name)]
         if different:
@@ -388,7 +389,7 @@ def _steps(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _content(file: Path) -> Any:
-    """What must be equal in two runs: times and the folder's name need not be."""
+    """The content that must be equal in two runs, without times and the folder's name."""
     if not file.exists():
         return None
     if file.suffix != ".json":
@@ -413,7 +414,7 @@ def _united(seen: Iterable[Mapping[str, Iterable[int]]]) -> dict[str, set[int]]:
 
 
 def _wait(true: Callable[[], bool], seconds: float) -> bool:
-    """Whether it came true in time."""
+    """Wait for a condition; returns whether it became true in time."""
     limit = time.monotonic() + seconds
     while not true():
         if time.monotonic() >= limit:
@@ -423,7 +424,7 @@ def _wait(true: Callable[[], bool], seconds: float) -> bool:
 
 
 def _child(pid: int) -> int | None:
-    """A child process of a rank: a worker of its loader."""
+    """A child process of a rank, which is a worker of its loader."""
     try:
         tasks = [(task / "children").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
     except OSError:
@@ -434,13 +435,15 @@ def _child(pid: int) -> int | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=50, help="so many, and more until that run is done")
-    parser.add_argument("--steps", type=int, default=30, help="of each run")
-    parser.add_argument("--folder", type=Path, default=Path("runs/faults"), help="of the campaign, which goes on in it")
-    parser.add_argument("--report", type=Path, help="where to write what was found; default report.md in FOLDER")
-    parser.add_argument("--hardware", default="this machine", help="named in the report")
+    parser.add_argument("--kills", type=int, default=50, help="minimum number of kills; the last run is completed")
+    parser.add_argument("--steps", type=int, default=30, help="steps per run")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/faults"), help="folder of the campaign, in which it resumes"
+    )
+    parser.add_argument("--report", type=Path, help="file for the report; default report.md in FOLDER")
+    parser.add_argument("--hardware", default="this machine", help="description of the hardware for the report")
     given = parser.parse_args()
-    # As the tests have it: kernels interpreted, on the CPU, no network.
+    # As in the tests: interpreted kernels, on the CPU, without network.
     os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
     import campaign_report
     import runs
@@ -452,7 +455,7 @@ def main() -> None:
         small_shards.save(folder / "shards")
     settings = (*small_model.settings(folder / "backbone"), "global_batch=4", "ema.decay=0.9")
     arguments = runs.arguments(folder / "shards", folder, *settings)
-    campaign = Campaign(folder, arguments, "tiny-mllm", given.steps, kills_a_run=30)
+    campaign = Campaign(folder, arguments, "tiny-mllm", given.steps, kills_per_run=30)
     campaign.until(given.kills)
     (given.report or folder / "report.md").write_text(campaign_report.page(campaign, given.kills, given.hardware))
     if campaign.wrong():

@@ -1,4 +1,4 @@
-"""What a campaign found, as a page; and the share of time that would be training on 512 GPUs, by simulation."""
+"""The report of a campaign, and a simulation of the effective training time ratio on 512 GPUs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from collections import Counter
 from campaign import GRACE_S, Campaign
 
 MOMENTS = {
-    "boundary": "SIGKILL of one rank by itself at a write boundary; three times in ten of the other one too",
-    "step": "SIGKILL of one rank or both at a random moment after the start's first step",
-    "start": "SIGKILL of one rank or both at a random moment of the start-up",
+    "boundary": "SIGKILL of one rank, by itself, at a write boundary; in 3 of 10 cases of the other one too",
+    "step": "SIGKILL of one rank or both at a random time after the attempt's first step",
+    "start": "SIGKILL of one rank or both at a random time during startup",
     "worker": "SIGKILL of a loader worker",
     "signal": "SIGTERM or SIGUSR1 to one rank or both",
-    "damage": "no kill: one bit of a random file of the newest checkpoint flipped between two starts",
+    "damage": "no kill: one bit of a random file of the newest checkpoint flipped between two attempts",
 }
 SAVE_S = 5.0
 FAILURES = 20_000  # simulated
@@ -25,27 +25,26 @@ MTBF_H = {"24 h": 24.0, "99 h": 16384 / 512 * 54 * 24 / 419}
 
 
 def page(campaign: Campaign, asked: int, hardware: str) -> str:
-    """The report in Markdown. asked: for so many kills."""
+    """The report in Markdown. asked: the requested number of kills."""
     kills, hits, met = campaign.kills, campaign.hits(), campaign.met()
     moments = Counter(kill.moment for kill in kills)
     sent = campaign.sent()
     setting = f"""
         {time.strftime("%Y-%m-%d")}, {hardware}: {sent:,} kills in {len(campaign.runs)} runs. Two ranks over gloo
-        train a backbone of one layer and width 32 in fp32 for {campaign.steps} steps. They save after each, each
-        second or each third step, keep one to three checkpoints, and read with or without a loader worker, as chance
-        has it. A fork server that has everything imported starts the ranks. Every start meets one fault. The others
-        follow a killed rank within {GRACE_S:.0f} s (the launcher gives them 10), and the run is started again until
-        it is done.
+        train a backbone of one layer and width 32 in fp32 for {campaign.steps} steps. At random, a run saves every one,
+        two or three steps, keeps one to three checkpoints, and reads with or without a loader worker. A fork server
+        with all modules imported starts the ranks. Every attempt has one fault. After a rank was killed, the others are
+        killed within {GRACE_S:.0f} s (the launcher waits 10 s), and the run is restarted until it is done.
     """
     check = """
-        After every kill each checkpoint under its final name is compared with the undisturbed run's of that step, and
-        the next start has to go on from the newest. At the end of each run all lines of metrics.jsonl (step, samples,
-        loss, gradient norm, learning rate, digest over all samples) and the checkpoints' files are compared, all of
-        them to the bit.
+        After every kill each checkpoint under its final name is compared with that of the same step of an uninterrupted
+        run, and the next attempt has to resume from the newest. At the end of each run all lines of metrics.jsonl
+        (step, samples, loss, gradient norm, learning rate, digest over all samples) and the files of the checkpoints
+        have to be bitwise equal.
     """
     limit = """
-        SIGKILL ends processes and leaves what the kernel has in memory: what a power cut does to writes that were not
-        flushed is not tested here.
+        SIGKILL ends processes but keeps the kernel's page cache: the loss of unflushed writes in a power failure is not
+        tested here.
     """
     boundaries = [
         (f"`{label}`", ", ".join(str(rank) for rank in sorted(met[label])), str(hits[label])) for label in sorted(hits)
@@ -55,13 +54,13 @@ def page(campaign: Campaign, asked: int, hardware: str) -> str:
             "# The campaign of random kills\n",
             f"```text\nmake faults N={asked}\n```\n",
             *(_paragraph(text) for text in (setting, check, limit)),
-            "## What was found\n",
+            "## Results\n",
             _table(("", ""), _found(campaign)),
             "## Kills by moment\n",
             _table(("moment", "", "times"), [(name, MOMENTS[name], str(moments[name])) for name in MOMENTS]),
             "## Kills by write boundary\n",
-            "Right before the named call. A write counts twice: before it, and with half of its bytes in the file.\n",
-            _table(("boundary", "ranks that come to it", "kills"), boundaries),
+            "Right before the named call. A write has two boundaries: before it, and with half of its bytes written.\n",
+            _table(("boundary", "ranks that reach it", "kills"), boundaries),
             "## On 512 GPUs\n",
             *_projection(_quantile(_recoveries(campaign), 0.95)),
         ]
@@ -78,29 +77,29 @@ def _found(campaign: Campaign) -> list[tuple[str, ...]]:
     return [
         ("checkpoints compared after kills, of which torn", f"{sum(k.compared for k in kills):,}, {wrong['torn']}"),
         (
-            "starts that went on from a checkpoint, of which not from the newest whole one",
+            "attempts that resumed from a checkpoint, of which not from the newest valid one",
             f"{sum(bool(kill.began) for kill in kills):,}, {wrong['resume']}",
         ),
         (
-            "steps compared at the ends of runs, of which lost, repeated, on other samples or with another loss",
+            "steps compared after runs, of which lost, repeated, on other samples or with another loss",
             f"{steps:,}, {wrong['line']}",
         ),
         (
-            "starts, of which neither ended nor made a step within two minutes",
+            "attempts, of which neither ended nor made a step within two minutes",
             f"{sum(bool(kill.codes) for kill in kills):,}, {wrong['hang']}",
         ),
-        ("write boundaries met, of which killed at", f"{len(hits)}, {sum(count > 0 for count in hits.values())}"),
+        ("write boundaries reached, of which killed at", f"{len(hits)}, {sum(count > 0 for count in hits.values())}"),
         (
-            "stop signals, of which answered by both ranks with one checkpoint and code 75",
-            f"{len(signals)}, {stopped}" + "; the others came before the run listens" * (stopped < len(signals)),
+            "stop signals, of which handled by both ranks with one checkpoint and code 75",
+            f"{len(signals)}, {stopped}" + "; the others arrived before the handlers" * (stopped < len(signals)),
         ),
         (
-            "from a kill to the first new step, over starts that made one",
-            f"median {statistics.median(recoveries):.1f} s, 95 in 100 within {_quantile(recoveries, 0.95):.1f} s,"
-            f" longest {recoveries[-1]:.1f} s",
+            "time from a kill to the first new step, over attempts with one",
+            f"median {statistics.median(recoveries):.1f} s, 95 % within {_quantile(recoveries, 0.95):.1f} s,"
+            f" maximum {recoveries[-1]:.1f} s",
         ),
         (
-            "share of time in steps that stayed (ETTR)",
+            "effective training time ratio (ETTR)",
             f"{steps * campaign.step_s / seconds:.0%}, with a kill every {seconds / campaign.sent():.1f} s",
         ),
     ]
@@ -108,26 +107,26 @@ def _found(campaign: Campaign) -> list[tuple[str, ...]]:
 
 def _projection(restart_s: float) -> list[str]:
     text = f"""
-        Projected, not measured: a simulation of {FAILURES:,} failures at random, exponentially distributed moments. A
-        save blocks training for {SAVE_S:.0f} s, this project's bound, and comes every sqrt(2 x {SAVE_S:.0f} s x mean
-        time between failures). A failure loses the time since the last save, and the restart's. The mean time between
-        failures is assumed: the 24 h of a bad cluster; and 99 h, which is 419 unexpected interruptions of 16,384 GPUs
-        in 54 days (Llama 3, 2024) scaled to 512. Measured is the restart of the first column alone: 95 in 100 of the
-        campaign's took no longer, with a tiny model on one machine. Two and 15 minutes are this project's bounds for
-        a warm and a cold restart, finding the fault included.
+        Projected, not measured: a simulation of {FAILURES:,} failures at exponentially distributed intervals. A save
+        blocks training for {SAVE_S:.0f} s, this project's upper bound, every sqrt(2 x {SAVE_S:.0f} s x mean time
+        between failures). A failure loses the time since the last save and the time of the restart. The mean time
+        between failures is an assumption: 24 h for a bad cluster; and 99 h, which is 419 unexpected interruptions of
+        16,384 GPUs in 54 days (Llama 3, 2024) scaled to 512. Only the restart time of the first column is measured: 95
+        % of the campaign's restarts were at least as fast, with a tiny model on one machine. 2 and 15 minutes are this
+        project's upper bounds for a warm and a cold restart, including the detection of the fault.
     """
     rows = []
     for name, hours in MTBF_H.items():
         interval = math.sqrt(2 * SAVE_S * hours * 3600)
         shares = [ettr(hours * 3600, interval, SAVE_S, restart) for restart in (restart_s, 120, 900)]
         rows.append((f"a failure every {name}, a save every {interval / 60:.0f} min", *(f"{x:.1%}" for x in shares)))
-    head = ("share of time in steps that stay (ETTR)", f"restart {restart_s:.1f} s", "2 min", "15 min")
+    head = ("effective training time ratio (ETTR)", f"restart {restart_s:.1f} s", "2 min", "15 min")
     return [_paragraph(text), _table(head, rows).rstrip("\n") + "\n"]
 
 
 def ettr(mtbf_s: float, interval_s: float, save_s: float, restart_s: float, seed: int = 0) -> float:
-    """Share of time in steps that stay: work `interval_s`, save `save_s`, and so on until a failure, which costs the
-    work since the last save and `restart_s`."""
+    """Effective training time ratio: work for `interval_s`, save for `save_s`, and so on until a failure, which loses
+    the work since the last save and takes `restart_s`."""
     chance, worked, passed = random.Random(seed), 0.0, 0.0
     for _ in range(FAILURES):
         lived = chance.expovariate(1 / mtbf_s)

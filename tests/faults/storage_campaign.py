@@ -1,5 +1,5 @@
-"""Many short runs on shards behind HTTP and S3 servers that fail at random. Each must read every sample, each with its
-own bytes, and each training must end like the one that met no fault, to the bit.
+"""Many short runs on shards behind HTTP and S3 servers that fail at random. Each must read every sample with the
+correct bytes, and the result of each training must be bitwise equal to that of one without faults.
 
     python tests/faults/storage_campaign.py --runs 200 --folder FOLDER --report docs/faults-storage-report.md
 """
@@ -28,16 +28,16 @@ import small_model
 import small_shards
 
 TRAIN_EVERY = 10
-"""Each so many runs one is a `bifrost train`; the others read one epoch through the loader."""
+"""One of so many runs is a `bifrost train`; the others read one epoch through the loader."""
 STEPS = 4
 PATIENCE_S = 1.0
-"""Of the loader runs: pauses of a tenth of the usual length, as many of them."""
+"""Retry time of the loader runs: pauses of a tenth of the usual length, but the usual number of them."""
 EXACT = ("step", "samples", "loss", "grad_norm", "lr", "data_digest")
 
 
 @dataclass
 class Run:
-    """One run and what was wrong with it."""
+    """One run and its errors."""
 
     kind: str
     """read or train."""
@@ -53,7 +53,7 @@ class Run:
 
 
 class StorageCampaign:
-    """Shards, an undisturbed training of them and the servers; `until` makes runs. folder: made anew."""
+    """Shards, a fault-free training on them and the servers; `until` makes runs. folder: recreated."""
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         self.folder, self.seed = folder, seed
@@ -91,7 +91,7 @@ class StorageCampaign:
             ranges=server != "http without ranges",
         )
         kind = "train" if number % TRAIN_EVERY == TRAIN_EVERY - 1 else "read"
-        # Below the patience of either kind.
+        # Below the retry time of both kinds.
         late_s = chance.choice([0.0, 0.0, 0.0, 0.3 if kind == "read" else 2.0])
         run = Run(kind, server, late_s)
         port = faulty_server.free_port()
@@ -137,7 +137,7 @@ class StorageCampaign:
         truth, found = dict(self.truth), [tuple(sample) for sample in ended.value["samples"]]
         run.wrong += [f"bytes: {key}" for key, content in found if truth.get(key) != content]
         times = Counter(key for key, _ in found)
-        run.wrong += [f"lost: {key} came {times[key]} times" for key in truth if times[key] != 1]
+        run.wrong += [f"lost: {key} was read {times[key]} times" for key in truth if times[key] != 1]
         run.wrong += [f"lost: {key} was replaced: {reason}" for key, reason in ended.value["replaced"]]
 
     def _train(self, spec: str, environment: dict[str, str], name: str) -> list[ranked.Rank]:
@@ -147,7 +147,7 @@ class StorageCampaign:
 
 
 def read(spec: Path | str, environment: dict[str, str], seed: int, workers: int) -> dict:
-    """One epoch of shards through the loader: keys and content hashes, in their order, or the error."""
+    """Read one epoch of shards through the loader: keys and content hashes in order, or the error."""
     from bifrost.data import DataError, Loader, Plan, open_dataset, retry
 
     os.environ.update(environment)
@@ -177,18 +177,18 @@ def read(spec: Path | str, environment: dict[str, str], seed: int, workers: int)
 
 
 def _hashes(items: list) -> dict:
-    """Of what the model would be given: pixels and caption."""
+    """Hashes of the model's inputs: pixels and caption."""
     return {"hashes": [hashlib.sha256(item.image.tobytes() + item.caption.encode()).hexdigest() for item in items]}
 
 
 def train(environment: dict[str, str], arguments: list[str]) -> None:
-    """`bifrost` with these variables."""
+    """Run `bifrost` with these environment variables."""
     os.environ.update(environment)
     ranked.command(arguments)
 
 
 def ends(run: Path) -> dict:
-    """What a training left: its lines, without times, and hashes of its last checkpoint's tensors."""
+    """The result of a training: its lines without times, and hashes of the last checkpoint's tensors."""
     last = sorted((run / "checkpoints").iterdir())[-1]
     files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(last.glob("*.safetensors"))}
     return {
@@ -204,15 +204,14 @@ def page(campaign: StorageCampaign, asked: int, hardware: str) -> str:
     faults = sum((Counter(run.faults) for run in made), Counter())
     setting = f"""
         {time.strftime("%Y-%m-%d")}, {hardware}: {len(made)} runs on 60 samples in four shards, behind an HTTP server
-        on loopback or moto's S3 server behind a proxy. Which faults a server has, how often, and whether it is down at
-        first, is drawn for each run; no request is failed more than three times in a row. A run reads one epoch
-        through the loader with up to two worker processes, with pauses of a tenth of the usual length, or is a
-        `bifrost train` of {STEPS} steps with the usual ones.
+        on loopback or moto's S3 server behind a proxy. The kinds and frequency of faults, and whether the server is
+        down at first, are random for each run; no request fails more than three times in a row. A run reads one epoch
+        through the loader with up to two worker processes and pauses of a tenth of the usual length, or is a `bifrost
+        train` of {STEPS} steps with the usual pauses.
     """
     check = """
-        Every sample has to come once, with the pixels and the caption that were written. Every
-        training has to end with the lines (loss, gradient norm, digest) and the last checkpoint of one that read local
-        files, to the bit.
+        Every sample has to be read once, with the correct pixels and caption. The lines (loss, gradient norm, digest)
+        and the last checkpoint of every training have to be bitwise equal to those of one on local files.
     """
     kinds = [
         (
@@ -240,7 +239,7 @@ def page(campaign: StorageCampaign, asked: int, hardware: str) -> str:
             "# The campaign of failing storage\n",
             f"```text\nmake faults-storage N={asked}\n```\n",
             *(textwrap.fill(" ".join(text.split()), 130, break_on_hyphens=False) + "\n" for text in (setting, check)),
-            "## What was found\n",
+            "## Results\n",
             _table(("", ""), found),
             *(f"- {text}\n" for text in campaign.wrong()[:20]),
             "## Runs\n",

@@ -1,4 +1,4 @@
-"""One flipped byte in any file of the newest checkpoint: refused by name, the one before it is used."""
+"""One flipped byte in any file of the newest checkpoint: the file is named and the previous checkpoint is used."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ import small_model
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 
 
-def test_refused_by_name_and_the_previous_one_used(shards: Path, tmp_path: Path) -> None:
+def test_damaged_file_is_named_and_the_previous_checkpoint_used(shards: Path, tmp_path: Path) -> None:
     settings = ["steps=4", "checkpoint.every=2", "ema.decay=0.9", *small_model.settings(tmp_path / "backbone")]
     assert [rank.code for rank in ranked.bifrost(2, *runs.arguments(shards, tmp_path / "sound", *settings))] == [0, 0]
     sound = tmp_path / "sound" / "tiny-mllm"

@@ -1,6 +1,6 @@
-"""Run folders that cannot be written: refused with the cause at the start, survived in the middle.
+"""Run folders that cannot be written: refused with the cause at the start, tolerated during the run.
 
-Saves that the storage refuses are also trainer/training/test_saving.py's; here it is everything that a run writes.
+Saves that the storage refuses are also in trainer/training/test_saving.py; these tests cover all other files of a run.
 """
 
 import os
@@ -45,7 +45,7 @@ def fill(disk: Path) -> None:
 
 
 def refused(arguments: list[str]) -> str:
-    """The one line that both ranks end with."""
+    """The single error line; both ranks exit with code 2."""
     ended = ranked.bifrost(2, *arguments)
     assert [rank.code for rank in ended] == [2, 2], ended[0].err
     (line,) = ended[0].err.splitlines()
@@ -53,31 +53,31 @@ def refused(arguments: list[str]) -> str:
     return line
 
 
-def test_a_full_disk_at_the_start(shards: Path, tmp_path: Path, disk: Path) -> None:
+def test_full_disk_at_the_start(shards: Path, tmp_path: Path, disk: Path) -> None:
     fill(disk)
     line = refused(runs.arguments(shards, disk, *settings(tmp_path)))
     assert f"{disk}/tiny-mllm" in line and "No space left on device; free disk space" in line
 
 
-def test_a_read_only_disk_at_the_start(shards: Path, tmp_path: Path, disk: Path) -> None:
+def test_read_only_disk_at_the_start(shards: Path, tmp_path: Path, disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     line = refused(runs.arguments(shards, disk, *settings(tmp_path)))
     assert f"{disk}/tiny-mllm: Read-only file system; name a folder that can be written" in line
 
 
 def train_while_full(arguments: list[str], disk: str) -> None:
-    """Train; the disk is full from step 3 to step 5."""
+    """Train while the disk is full from step 3 to step 5."""
     from bifrost.trainer.cli import main
     from bifrost.trainer.training import train as run
 
     def after_step(progress) -> None:
         if os.environ["RANK"] == "0" and progress.step == 3:
-            with open(f"{disk}/tiny-mllm/metrics.jsonl", "ab") as metrics:  # the rest of its last block would take more
+            with open(f"{disk}/tiny-mllm/metrics.jsonl", "ab") as metrics:  # the rest of its last block would have room
                 metrics.write(b'{"event": "pad"}'.ljust((-metrics.tell() - 18) % 4096 + 17) + b"\n")
             fill(Path(disk))
         if os.environ["RANK"] == "0" and progress.step == 5:
             for thread in threading.enumerate():
-                if thread.name == "save":  # of step 4
+                if thread.name == "save":  # the save of step 4
                     thread.join()
             (Path(disk) / "filler").unlink()
 
@@ -87,20 +87,20 @@ def train_while_full(arguments: list[str], disk: str) -> None:
     main.main()
 
 
-def test_a_disk_that_is_full_for_a_while(shards: Path, tmp_path: Path, disk: Path) -> None:
-    """Training goes on; metric lines and a save are lost and said so; the end is the undisturbed run's."""
+def test_temporarily_full_disk(shards: Path, tmp_path: Path, disk: Path) -> None:
+    """Training continues, and lost metric lines and saves are logged; the result equals the uninterrupted run's."""
     calm = runs.arguments(shards, tmp_path / "calm", *settings(tmp_path))
     assert [rank.code for rank in ranked.bifrost(2, *calm)] == [0, 0]
     ended = ranked.run(train_while_full, 2, runs.arguments(shards, disk, *settings(tmp_path)), str(disk))
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
-    run, undisturbed = disk / "tiny-mllm", tmp_path / "calm" / "tiny-mllm"
+    run, uninterrupted = disk / "tiny-mllm", tmp_path / "calm" / "tiny-mllm"
     assert "metrics.jsonl cannot be written, metric lines are lost: No space left on device" in ended[0].err
     assert "checkpoint of step 4 not saved, training goes on" in ended[0].err
-    lines = [line for line in runs.steps(undisturbed) if line["step"] not in (4, 5)]
+    lines = [line for line in runs.steps(uninterrupted) if line["step"] not in (4, 5)]
     assert [(line["step"], line["loss"]) for line in runs.steps(run)] == [
         (line["step"], line["loss"]) for line in lines
     ]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step-{n:08d}" for n in (2, 6, 8)]
     for rank in range(2):
         file = f"checkpoints/step-00000008/rank-{rank:05d}.safetensors"
-        assert (run / file).read_bytes() == (undisturbed / file).read_bytes()
+        assert (run / file).read_bytes() == (uninterrupted / file).read_bytes()

@@ -10,7 +10,7 @@ from storage_campaign import TRAIN_EVERY, StorageCampaign, page
 
 @pytest.mark.multi
 @pytest.mark.slow
-def test_runs_on_failing_storage_read_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_on_failing_storage_read_the_correct_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     campaign = StorageCampaign(tmp_path / "campaign")
     try:
         campaign.until(3)
@@ -20,7 +20,7 @@ def test_runs_on_failing_storage_read_what_was_written(tmp_path: Path, monkeypat
         assert sum(sum(run.faults.values()) for run in campaign.runs) > 10
         assert "| wrong bytes | 0 |" in page(campaign, 4, "a machine")
 
-        # It would tell: other bytes, a sample twice and one not at all, and a run that ends.
+        # It detects wrong bytes, a duplicate and a missing sample, and a failed run.
         real = ranked.run
 
         def worse(function, *args, **options):

@@ -1,4 +1,4 @@
-"""The commands on shards behind HTTP and S3 servers: what may pass costs nothing, what lasts is one line."""
+"""The commands on shards behind HTTP and S3 servers: transient faults have no effect, permanent ones are one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def s3():
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch):
-    """Pauses of some hundredths of a second, as many as ever, and no credentials but those of a test."""
+    """Short pauses, of hundredths of a second, but the usual number of them, and only the test's credentials."""
     monkeypatch.setattr(retry, "_sleep", lambda seconds: time.sleep(min(seconds, 0.01)))
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -51,17 +51,17 @@ def _forget_clients() -> None:
 
 
 class Left(BaseException):
-    """Instead of the end of the process."""
+    """Raised instead of ending the process."""
 
 
 @pytest.fixture
 def bifrost(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """The command, in this process: exit code, what it printed, and its lines on standard error."""
+    """Run the command in this process: exit code, standard output, and lines on standard error."""
 
     pid, exit = os.getpid(), os._exit
 
     def leave(code: int) -> None:
-        if os.getpid() != pid:  # a worker of the command
+        if os.getpid() != pid:  # in a worker of the command
             exit(code)
         raise Left(code)
 
@@ -88,17 +88,17 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def failing(pattern: str) -> list[Rule]:
-    """Twice each on every shard, whether a read of its start or of a part."""
+    """Two faults of each kind on every shard, for reads of the first bytes and of parts."""
     return [
         Rule(fault, f"train-0000{shard}.{pattern}", 2) for shard in range(4) for fault in ("503", "cut", "ignore-range")
     ]
 
 
 @pytest.mark.parametrize("protocol", ["http", "s3"])
-def test_faults_cost_nothing(protocol, request, shards, tmp_path, bifrost, monkeypatch) -> None:
+def test_faults_have_no_effect(protocol, request, shards, tmp_path, bifrost, monkeypatch) -> None:
     plan = Plan()
     source: Path | str = shards
-    if protocol == "s3":  # where the indexes are to be made
+    if protocol == "s3":  # where the indexes are written
         source = request.getfixturevalue("s3")
         object_store.fill(source, "bucket", shards, "*.tar")
     with faulty_server.serving(source, plan) as (address, _):
@@ -143,7 +143,7 @@ COMMANDS = (("data", "index"), ("data", "verify"), ("data", "stats"), ("data", "
         ("no bucket", "; check the "),
     ],
 )
-def test_what_lasts_is_one_line(case, said, s3, shards, tmp_path, bifrost, monkeypatch) -> None:
+def test_permanent_errors_are_one_line(case, said, s3, shards, tmp_path, bifrost, monkeypatch) -> None:
     plan = Plan([Rule("403", "train", math.inf)] if case.startswith("403") else [])
     object_store.fill(s3, "bucket", shards)
     with faulty_server.serving(shards if case == "403 http" else s3, plan) as (address, _):
@@ -161,7 +161,7 @@ def test_what_lasts_is_one_line(case, said, s3, shards, tmp_path, bifrost, monke
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_an_endpoint_that_is_down_for_good_is_lost(tmp_path, bifrost, monkeypatch) -> None:
+def test_endpoint_that_stays_down_is_data_lost(tmp_path, bifrost, monkeypatch) -> None:
     address = f"http://127.0.0.1:{faulty_server.free_port()}"
     for name, value in object_store.environment(address).items():
         monkeypatch.setenv(name, value)
@@ -172,8 +172,8 @@ def test_an_endpoint_that_is_down_for_good_is_lost(tmp_path, bifrost, monkeypatc
             assert code == 74 and "another attempt may succeed" in err[-1] and spec in err[-1], (command, err)
 
 
-def test_a_server_that_stops_while_an_ingest_reads(shards, tmp_path, bifrost, monkeypatch) -> None:
-    """Images are neither set aside nor lost: the same command goes on where the last one was."""
+def test_server_that_stops_during_an_ingest(shards, tmp_path, bifrost, monkeypatch) -> None:
+    """Images are neither set aside nor lost: the same command resumes."""
     plan, rules, agree = Plan(), [], ingest._agree
 
     def listed(*arguments) -> None:
@@ -207,7 +207,7 @@ def train(environment: dict[str, str], arguments: list[str], patience_s: float) 
 @pytest.mark.multi
 @pytest.mark.slow
 def test_two_ranks_train_on_failing_servers(s3, shards, tmp_path) -> None:
-    """The end is the one of local shards, to the bit; what lasts ends both ranks with one line."""
+    """The result is bitwise equal to that of local shards; a permanent error ends both ranks with one line."""
     settings = ["steps=3", *small_model.settings(tmp_path / "backbone")]
 
     def trained(spec: str, name: str, environment: dict[str, str], patience_s: float = 10) -> list[ranked.Rank]:

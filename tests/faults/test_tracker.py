@@ -1,5 +1,5 @@
-"""A real MLflow server that is stopped and then killed in the middle of a run: no step waits, no line is lost, and
-`bifrost track sync` sends what is missing."""
+"""A real MLflow server that is stopped and then killed during a run: no step waits, no line is lost, and
+`bifrost track sync` sends the missing lines."""
 
 import os
 import signal
@@ -19,18 +19,18 @@ pytestmark = [pytest.mark.multi, pytest.mark.slow]
 STEPS = 8
 
 
-def test_a_server_that_hangs_and_then_dies(shards: Path, tmp_path: Path) -> None:
+def test_server_that_hangs_and_then_dies(shards: Path, tmp_path: Path) -> None:
     server = mlflow_server.Server(tmp_path)
     server.start()
     settings = ["steps=100000", "tracking.enabled=true", f"tracking.uri={server.uri}"]
     arguments = runs.arguments(shards, tmp_path, *settings, *small_model.settings(tmp_path / "backbone"))
-    run, folder = tmp_path / "tiny-mllm", tmp_path / "meeting"
+    run, folder = tmp_path / "tiny-mllm", tmp_path / "ranks"
     folder.mkdir()
     processes = ranked.start(ranked.command, 2, arguments, folder=folder)
     windows = {}
 
     def phase(name: str, seconds: float) -> None:
-        """So many steps and at least so long, in which the mirror, which looks once a second, meets the server."""
+        """Wait for STEPS steps and at least `seconds`, in which the mirror, which polls every second, sends lines."""
         before, begun = len(runs.steps(run)), time.time()
         while len(runs.steps(run)) < before + STEPS or time.time() < begun + seconds:
             assert time.time() < begun + 240 and all(process.is_alive() for process in processes)
@@ -53,7 +53,7 @@ def test_a_server_that_hangs_and_then_dies(shards: Path, tmp_path: Path) -> None
     times = {name: [line["step_s"] for line in lines if a < line["time"] < b] for name, (a, b) in windows.items()}
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     print("median step:", {name: f"{seconds:.3f} s" for name, seconds in median.items()})
-    # A step that waited for a request would take its 10 s. No ratio: other work on the machine slows the short steps.
+    # A step that waited for a request would take its 10 s. Not a ratio: other load slows the short steps.
     assert max(median["hanging"], median["dead"]) < median["well"] + 1
     assert max(times["hanging"] + times["dead"]) < 10
 

@@ -1,5 +1,5 @@
-"""Ranks whose samples have nothing in common, an empty caption here and the longest there, every patch hidden or one:
-all run the same modules, so none waits for another, and every trained tensor gets a gradient on each."""
+"""Ranks with very different samples, such as an empty and a very long caption, or all patches masked and only one: all
+run the same modules, so that no rank hangs, and every trained tensor gets a gradient on each rank."""
 
 import io
 from pathlib import Path
@@ -19,7 +19,7 @@ RANKS = 3
 
 @pytest.fixture
 def uneven(tmp_path: Path) -> Path:
-    """Captions of one word and of a thousand; images of one pixel and wide ones."""
+    """Captions of one and of a thousand words; images of one pixel and wide ones."""
     samples = []
     for number in range(36):
         pixels = np.random.default_rng(number).integers(0, 256, (1 + 40 * (number % 2), 1 + number, 3), dtype=np.uint8)
@@ -32,8 +32,8 @@ def uneven(tmp_path: Path) -> Path:
 
 
 def train_and_watch(arguments: list[str]) -> list[dict]:
-    """Train; text tokens and hidden patches of this rank's sample at each step, and the trained tensors without a
-    gradient from it."""
+    """Train; returns per step the text tokens and masked patches of this rank's sample, and the trained tensors without
+    a gradient from it."""
     from bifrost.trainer.optim import engine
 
     steps: list[dict] = []
@@ -58,7 +58,7 @@ def train_and_watch(arguments: list[str]) -> list[dict]:
 
 
 @pytest.mark.parametrize("tokens", ["all", "masked"])
-def test_no_rank_waits_and_all_get_gradients(uneven: Path, tmp_path: Path, tokens: str) -> None:
+def test_no_rank_hangs_and_all_get_gradients(uneven: Path, tmp_path: Path, tokens: str) -> None:
     settings = [f"branch.loss_tokens={tokens}", "branch.caption_dropout=0.4", "steps=12", "global_batch=3"]
     settings += ["branch.mask_rate.mean=0.5", "branch.mask_rate.std=100", "branch.mask_rate.low=0"]
     settings += ["micro_batch=1", "branch.max_text_tokens=300", *small_model.settings(tmp_path / "backbone")]
