@@ -1,6 +1,6 @@
-"""Shards, their index, the sample plan, reading and batching, ingest and the demo set.
+"""Shards, indexes, the sample plan, reading and batching, ingest and the demo dataset.
 
-Names are imported when first used: `bifrost.data.plan` stays free of torch, which `Loader` and `BadSamples` need.
+Names are imported lazily: `Loader` and `BadSamples` need torch, `bifrost.data.plan` does not.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from .transforms import clean_caption, decode_image
     from .write import index_shards, verify, write_shard
 
-_HOMES = {
+_MODULES = {
     "plan": ("Located", "Plan", "rank_positions"),
     "reader": ("BadSamples", "Batch", "Item", "Loader", "stacked", "worker_failure"),
     "shards": ("Dataset", "RawSample", "open_dataset"),
     "transforms": ("clean_caption", "decode_image"),
     "write": ("index_shards", "verify", "write_shard"),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "BadSample",
@@ -52,6 +52,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -1,4 +1,4 @@
-"""Local files written whole: a reader, or a crash, finds the old one or the new one. It imports nothing heavy."""
+"""Atomic writes of local files. Imports only the standard library."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def temporary_name(path: str | os.PathLike) -> str:
-    """Where this process writes what is to be `path`: no other process on any node does."""
+    """The temporary name for writing `path`, unique to this process and node."""
     return f"{os.fspath(path)}.tmp-{platform.node()}-{os.getpid()}"
 
 
 def write_atomic(path: str | os.PathLike, data: bytes, mode: int | None = None) -> None:
-    """Write a local file so that a reader, or a crash, sees the old one or the whole new one. mode: its permissions, by
-    default the process's usual ones."""
+    """Write a local file atomically: readers see the old or the complete new file, also after a crash. mode: its
+    permissions, by default those from the process's umask."""
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
@@ -23,11 +23,11 @@ def write_atomic(path: str | os.PathLike, data: bytes, mode: int | None = None) 
             file.write(data)
         commit(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)  # only there still when the disk is full, say
+        Path(temporary).unlink(missing_ok=True)  # exists only after an error, such as a full disk
 
 
 def commit(temporary: str, path: str | os.PathLike) -> None:
-    """Bring a finished temporary file to disk and give it its name; then bring the name to disk."""
+    """Sync a complete temporary file, rename it to `path`, and sync the folder."""
     for target in (temporary, os.path.dirname(os.path.abspath(path))):
         handle = os.open(target, os.O_RDONLY)
         try:

@@ -1,7 +1,7 @@
-"""Samples a second of the reader, beside what the processor can decode and beside a plain webdataset pipeline.
+"""Throughput of the reader in samples per second, next to pure decoding and to a plain webdataset pipeline.
 
-Every rival turns the same shards into the same micro-batches with as many processes. They take turns, round after
-round, so that a machine that is slow for a while is slow for all.
+All contenders turn the same shards into the same micro-batches with the same number of processes. They take turns in
+rounds, so that a temporarily slow machine affects them equally.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from PIL import Image
 from .errors import DataError
 from .index import image_type
 from .plan import Plan, rank_positions
-from .processes import die_with_starter
+from .processes import die_with_launcher
 from .reader import Collate, Item, Loader, stacked
 from .shards import Dataset, open_dataset
 from .transforms import centre_square, decode_sizes, resized
 
 SHUFFLE = 1000
-"""Samples that webdataset's pipeline shuffles together, as its documentation has it."""
+"""Shuffle buffer of webdataset's pipeline in samples, as in its documentation."""
 PLAIN_IMAGES = "jpg;jpeg;png"
-"""What webdataset's `decode("pil")` takes."""
+"""Image extensions that webdataset's `decode("pil")` supports."""
 PARTS = ("read", "decode", "resize", "collate")
 
 
 @dataclass
 class Job:
-    """What all rivals do. sizes: pixels of a side of each image's copies; collate as the loader's."""
+    """The work of all contenders. sizes: sides in pixels of each image's copies. collate: as for the loader."""
 
     dataset: Dataset
     collate: Collate
@@ -53,18 +53,18 @@ class Job:
             raise DataError(f"{len(self.dataset)} samples are fewer than a micro-batch of {self.micro_batch}: add some")
         if len(self.dataset.shards) < self.workers:
             raise DataError(
-                f"{len(self.dataset.shards)} shards for {self.workers} workers: webdataset gives every worker its own;"
-                " take fewer workers or more shards"
+                f"{len(self.dataset.shards)} shards for {self.workers} workers: webdataset gives each worker its own;"
+                " use fewer workers or more shards"
             )
 
     @property
     def batches(self) -> int:
-        """Micro-batches of one epoch, in which every sample comes about once: what a round measures."""
+        """Micro-batches of one epoch, which a round measures; every sample is read about once."""
         return len(self.dataset) // self.micro_batch
 
     @property
     def warm(self) -> int:
-        """Micro-batches before them: all that is prepared ahead, and one more a worker."""
+        """Warm-up micro-batches: everything that is prefetched, plus one per worker."""
         return self.workers * (self.prefetch + 1)
 
     @cached_property
@@ -73,7 +73,7 @@ class Job:
 
     @cached_property
     def places(self) -> list[tuple[int, int]]:
-        """Shard, and number within it, of every sample."""
+        """Shard and number within it of every sample."""
         return [(s, n) for s, count in enumerate(self.dataset.samples_per_shard.tolist()) for n in range(count)]
 
     @cached_property
@@ -83,12 +83,12 @@ class Job:
 
     @cached_property
     def numbers(self) -> dict[str, int]:
-        """Key -> number within the data set."""
+        """Key -> number within the dataset."""
         return {self.dataset.entry(*place)[0]: number for number, place in enumerate(self.places)}
 
 
 def first_shards(spec: str | list[str], samples: int, workers: int) -> Dataset:
-    """The first shards of a data set that hold `samples` samples and are one a worker at least."""
+    """The first shards of a dataset with `samples` samples in all, and at least one shard per worker."""
     dataset = open_dataset(spec)
     enough = int(np.searchsorted(np.cumsum(dataset.samples_per_shard), samples)) + 1
     chosen = dataset.shards[: max(enough, workers)]
@@ -96,12 +96,12 @@ def first_shards(spec: str | list[str], samples: int, workers: int) -> Dataset:
 
 
 def stack(items: list[Item]) -> dict[str, Any]:
-    """The plainest collate: images uint8 [B, 3, S, S] and captions."""
+    """Minimal collate function: images uint8 [B, 3, S, S] and captions."""
     return {"images": stacked([item.image for item in items]), "captions": [item.caption for item in items]}
 
 
 def pil_alone(data: bytes, sizes: Sequence[int]) -> list[np.ndarray]:
-    """Pillow's shortest way from a stored RGB image to its centre squares, nothing checked and nothing turned."""
+    """The shortest path with Pillow from a stored RGB image to its centre squares, without checks or rotation."""
     image = Image.open(io.BytesIO(data))
     image.draft("RGB", (max(sizes), max(sizes)))
     return [np.asarray(_pil_resized(image.convert("RGB"), size)) for size in sizes]
@@ -114,7 +114,7 @@ def _pil_resized(image: Image.Image, size: int) -> Image.Image:
 
 
 def decode_rate(job: Job, decode: Callable[[bytes, Sequence[int]], object]) -> float:
-    """Images a second of `decode` alone, with every image in memory and nothing passed on."""
+    """Images per second of `decode` alone, with every image in memory and results discarded."""
     images = job.images
     seconds, _ = in_processes(lambda number: decode(images[number], job.sizes), len(images), job.workers)
     return len(images) / seconds
@@ -131,7 +131,7 @@ def reader_batches(job: Job) -> Iterator[dict[str, Any]]:
         ranks=1,
         global_batch=job.micro_batch,
         micro_batch=job.micro_batch,
-        stop_step=2 * job.warm + job.batches,  # the workers still work when the last measured one arrives
+        stop_step=2 * job.warm + job.batches,  # workers are still busy when the last measured batch arrives
         workers=job.workers,
         prefetch=job.prefetch,
     )
@@ -140,12 +140,12 @@ def reader_batches(job: Job) -> Iterator[dict[str, Any]]:
 
 
 def webdataset_batches(job: Job, own_decoder: bool = False) -> Iterator[dict[str, Any]]:
-    """Micro-batches of a pipeline as webdataset's documentation writes it, endless: shards shuffled and divided among
-    the workers, a shuffle buffer, decoding by Pillow, batches made in the workers. own_decoder: by ours instead."""
+    """Endless micro-batches of the pipeline in webdataset's documentation: shards shuffled and split among the workers,
+    a shuffle buffer, decoding by Pillow, batches made in the workers. own_decoder: decode with ours instead."""
     from webdataset.compat import WebDataset, WebLoader
 
     if any(image_type(job.dataset.entry(*place)[1]) == "webp" for place in job.places):
-        raise DataError("some images are WebP, which webdataset's decoder does not know; name shards of JPEG or PNG")
+        raise DataError("some images are WebP, which webdataset's decoder does not support; name shards of JPEG or PNG")
     pipeline: Any = WebDataset(job.dataset.shards, shardshuffle=100, seed=job.seed)
     pipeline = pipeline.repeat().shuffle(SHUFFLE)
     if not own_decoder:
@@ -175,7 +175,7 @@ def _item(job: Job, images: Callable, sample: tuple[str, Any, Any]) -> Item:
 
 
 def rate(job: Job, batches: Iterable[dict[str, Any]]) -> float:
-    """Samples a second of one epoch of `batches`, after the warm-up."""
+    """Samples per second over one epoch of `batches`, after the warm-up."""
     running = iter(batches)
     for _ in islice(running, job.warm):
         pass
@@ -188,7 +188,7 @@ def rate(job: Job, batches: Iterable[dict[str, Any]]) -> float:
 
 
 def parts(job: Job) -> dict[str, float]:
-    """Seconds of a process that a sample takes in each of the reader's parts, in as many processes as it has."""
+    """Process seconds per sample of each of the reader's parts, in `workers` processes."""
     _, spent = in_processes(partial(_timed, job), job.batches, job.workers)
     return {name: sum(each[i] for each in spent) / (job.batches * job.micro_batch) for i, name in enumerate(PARTS)}
 
@@ -218,13 +218,13 @@ def _timed(job: Job, step: int) -> tuple[float, ...]:
 
 
 def in_processes(work: Callable[[int], Any], count: int, processes: int) -> tuple[float, list[Any]]:
-    """Seconds that `processes` processes take for work(0) .. work(count - 1), each done by whoever is free, and the
-    results in no order. DataError when one of them dies."""
+    """Seconds that `processes` processes take for work(0) .. work(count - 1), each done by the next free process, and
+    the results in no particular order. Raises DataError when a process dies."""
     context = get_context("fork")
     results, following, ready = context.Queue(), context.Value("q", 0), context.Barrier(processes)
 
     def child() -> None:
-        die_with_starter()
+        die_with_launcher()
         torch.set_num_threads(1)
         ready.wait()
         begun, done = time.perf_counter(), []

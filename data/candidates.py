@@ -1,4 +1,4 @@
-"""What every source of an ingest is turned into: candidates, described by where their bytes are, and what is none."""
+"""Candidates of an ingest, described by the location of their bytes, and the common form of all sources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import DataError, DataLost, DataMissing
 from .files import is_local
-from .local import NOTHING, asked
+from .local import NOTHING, with_retries
 from .remote import RemoteFile, filesystem
 from .retry import call
 
@@ -22,30 +22,30 @@ if TYPE_CHECKING:
     from .parquet import RowBytes
 
 WRONG_TYPE = "not a .jpg, .jpeg, .png or .webp; convert it"
-"""Reason of what is an image, though none that is read."""
+"""Reason for rejecting an image of an unsupported format."""
 
 
 NO_FILE = "no such file"
 
 _remote = lru_cache(maxsize=2)(RemoteFile)
-"""Pieces of one tar come one after another; a server without ranges sends each tar once."""
+"""Pieces of one tar are read consecutively, so a server without range requests sends each tar once."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of a file: all of it, or `size` from `offset` on."""
+    """Bytes of a file: all of it, or `size` bytes from `offset`."""
 
     url: str
     offset: int = 0
     size: int | None = None
 
     def read(self) -> bytes:
-        """The bytes; storage that fails is asked again. ValueError where the file ends before them. Of a file of its
-        own an error that lasts comes as it is; that a tar, which was read before, gives no more is a DataError."""
+        """The bytes, with retries of storage errors. Raises ValueError when the file ends early. A permanent error is
+        raised unchanged for a file of its own; for a tar, which was readable before, it is a DataError."""
         if self.size == 0:  # some servers answer an empty range with the whole file
             return b""
         if self.size is None:
-            return asked(self._read, self.url)
+            return with_retries(self._read, self.url)
         try:
             data = call(self._read, self.url)
         except DataMissing as error:
@@ -68,64 +68,63 @@ class Candidate:
 
     key: str
     members: dict[str, Piece]
-    """From tars the image and whatever else the sample holds, by extension; from elsewhere the image."""
+    """Extension -> bytes: all members of a tar's sample; of other sources, the image."""
     caption: Any
-    """The caption as its table has it, or the `Piece` of a text member or file, or of the JSON member whose field it
-    is."""
+    """The caption from the table, or the `Piece` of a text file or member, or of the JSON member that has it."""
     caption_fields: tuple[str, ...] = ()
-    """Fields of the JSON member that may hold it; none for plain text."""
+    """Fields of the JSON member that may hold the caption; empty for plain text."""
     image: RowBytes | None = None
-    """The image, where a table holds it; its type shows when it is read."""
+    """The image, when a table embeds it; its type is known once it is read."""
     other_key: str | None = None
-    """The key to use where an earlier candidate has `key`; None where such a candidate is a duplicate."""
+    """The key to use when an earlier candidate has `key`; None if that makes this one a duplicate."""
 
 
 @dataclass
 class Source:
     candidates: list[Candidate] = field(default_factory=list)
     rejected: list[tuple[str, str]] = field(default_factory=list)
-    """Key (or row, or tar) and reason of what is no candidate."""
+    """Key (or row, or tar) and reason of each rejected item."""
     damaged: list[str] = field(default_factory=list)
-    """Tar and damage, for each tar of which only a part could be read."""
+    """Tar and damage, for each tar that could be read only in part."""
     state: str = ""
-    """Hash over names, sizes and times of everything listed: changes when the source does."""
+    """Hash over names, sizes and modification times of everything listed; changes when the source does."""
 
 
 def key_of(relative: str) -> str:
-    """Path below the source -> key: no extension, and no dot in the base name, where WebDataset would end the key."""
+    """Path relative to the source -> key, without extension or dots in the base name, where WebDataset ends a key."""
     folder, name = os.path.split(re.sub(r"^(\.{0,2}/)+", "", relative))
     name = (name.rpartition(".")[0] or name).replace("%", "%25").replace(".", "%2E")
     return f"{folder}/{name}" if folder else name
 
 
 def note(seen: hashlib._Hash, path: str) -> str | None:
-    """Enters a file's size and time; why it cannot be read, if it cannot."""
+    """Add a file's size and time to `seen`; returns the reason when it cannot be read."""
     try:
-        found = asked(lambda: os.stat(path), path)
+        found = with_retries(lambda: os.stat(path), path)
     except OSError as error:
         return why_not(path, error)
     except ValueError as error:
         if isinstance(error, DataError):
             raise
-        return NO_FILE  # a name with a NUL
-    if not stat.S_ISREG(found.st_mode):  # opening a FIFO would wait for ever
+        return NO_FILE  # the name contains a NUL
+    if not stat.S_ISREG(found.st_mode):  # opening a FIFO would block forever
         return "not a regular file"
     seen.update(described(path, found).encode(errors="surrogateescape"))
     return None
 
 
 def why_not(path: str, error: OSError) -> str:
-    """Why there is nothing to read at a path that was listed."""
+    """Why a listed path cannot be read."""
     if error.errno in NOTHING:
         try:
-            return f"a link to {asked(lambda: os.readlink(path), path)}, which is not there"
+            return f"a link to {with_retries(lambda: os.readlink(path), path)}, which does not exist"
         except OSError:
-            pass  # it is no link
+            pass  # not a link
     return NO_FILE if error.errno == errno.ENOENT else f"{error.strerror}"
 
 
 def state_of(path: Path) -> str:
-    return described(str(path), asked(lambda: os.stat(path), path))
+    return described(str(path), with_retries(lambda: os.stat(path), path))
 
 
 def described(path: str, found: os.stat_result) -> str:

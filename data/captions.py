@@ -1,17 +1,17 @@
-"""The caption among what tables and JSON files hold in its place: text, bytes, lists of them, objects with a text."""
+"""Extract a caption from a table cell or JSON value: text, bytes, a list of them, or an object with a text field."""
 
 from __future__ import annotations
 
 from typing import Any
 
 CAPTION_COLUMNS = ("caption", "text")
-"""Names that a caption has where the user gives none."""
+"""Default names of the caption column."""
 
 
 def caption_of(value: Any) -> tuple[str | bytes, int]:
-    """The caption in a value, and how many further ones it holds that are not used: of a list the first counts.
+    """The caption in a value, and the number of further captions that are not used: of a list, the first is taken.
 
-    Raises ValueError with the reason where there is no text.
+    Raises ValueError with the reason when there is no text.
     """
     if value is None:
         return "", 0
@@ -29,4 +29,4 @@ def caption_of(value: Any) -> tuple[str | bytes, int]:
                 f"the caption is an object without {' or '.join(CAPTION_COLUMNS)}: {', '.join(value) or 'it is empty'}"
             )
         return caption_of(value[name])
-    raise ValueError(f"the caption is no text but {value!r:.40}")
+    raise ValueError(f"the caption is not text but {value!r:.40}")

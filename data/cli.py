@@ -1,4 +1,4 @@
-"""The `bifrost data` commands. DataErrors pass through: the main command turns them into one line."""
+"""The `bifrost data` commands. The main command turns a DataError into one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Out = Annotated[Path, typer.Argument(help="Folder for the shards.")]
 
 @app.command()
 def demo(out: Out) -> None:
-    """Write the demo set: about 1,900 OpenMoji drawings with their names (CC BY-SA 4.0)."""
+    """Write the demo dataset: about 1,900 OpenMoji drawings with their names (CC BY-SA 4.0)."""
     from .demo import make_demo
 
     make_demo(out)
@@ -38,7 +38,7 @@ def ingest(
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Images per shard.")] = 1000,
     processes: Annotated[int | None, typer.Option(min=1, help="Worker processes; one per core by default.")] = None,
 ) -> None:
-    """Make indexed shards from images and captions; run it again to go on after an interruption."""
+    """Make indexed shards from images and captions; run it again to resume after an interruption."""
     from . import ingest as module
 
     made = module.ingest(
@@ -60,7 +60,7 @@ def ingest(
 @app.command()
 def index(
     shards: Shards,
-    only_missing: Annotated[bool, typer.Option("--only-missing", help="Leave shards alone that have one.")] = False,
+    only_missing: Annotated[bool, typer.Option("--only-missing", help="Skip shards that have an index.")] = False,
 ) -> None:
     """Index existing WebDataset tars in place."""
     from .write import index_all
@@ -69,7 +69,7 @@ def index(
     headers = [header for _, header in found.done]
     samples, captions = (sum(getattr(header, name) for header in headers) for name in ("samples", "captions"))
     left_out = found.left_out.total()
-    read = f"{samples + left_out:,} read, {left_out:,} of them no samples" if left_out else f"{samples:,} read"
+    read = f"{samples + left_out:,} read, {left_out:,} of them without a sample" if left_out else f"{samples:,} read"
     typer.echo(f"{len(headers):,} shards indexed: {samples:,} samples, {captions:,} of them with a caption ({read})")
     for reason, count in found.left_out.most_common(5):
         typer.echo(f"  {count:,} left out: {reason}")
@@ -82,7 +82,7 @@ def index(
 
 @app.command()
 def verify(shards: Shards) -> None:
-    """Read every shard and compare it with its index; exit code 1 when one does not fit."""
+    """Read every shard and compare it with its index; exit code 1 on a mismatch."""
     from .shards import expand
     from .write import verify as find_problems
 
@@ -96,7 +96,7 @@ def verify(shards: Shards) -> None:
 
 @app.command()
 def stats(shards: Shards) -> None:
-    """Counts, sizes and caption lengths, from the indexes alone."""
+    """Show counts, sizes and caption lengths, from the indexes alone."""
     from .shards import open_dataset
 
     dataset = open_dataset(shards, mixed=True)
@@ -109,7 +109,7 @@ def stats(shards: Shards) -> None:
     for name, value in (
         ("shards", f"{len(headers):,}"),
         ("samples", f"{len(dataset):,}"),
-        ("samples a shard", f"{dataset.samples_per_shard.min():,} to {dataset.samples_per_shard.max():,}"),
+        ("samples per shard", f"{dataset.samples_per_shard.min():,} to {dataset.samples_per_shard.max():,}"),
         ("usable captions", f"{captions:,}"),
         ("caption length", f"{shortest:,} to {longest:,} characters, mean {mean:,.1f}"),
         ("size", f"{sum(header.bytes for header in headers) / 2**30:,.3f} GiB"),

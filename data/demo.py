@@ -1,6 +1,6 @@
-"""The demo set: OpenMoji's drawings with their names, rendered on this machine.
+"""The demo dataset: OpenMoji drawings with their names, rendered locally.
 
-OpenMoji (https://openmoji.org) is licensed CC BY-SA 4.0, and so are the rendered pictures.
+OpenMoji (https://openmoji.org) is licensed CC BY-SA 4.0, and so are the rendered images.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ SAMPLES_PER_SHARD = 256
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
 BLACK_FLAG, TAG_G = 0x1F3F4, 0xE0067  # how the flags of England, Scotland and Wales begin
-LICENSE = """The pictures in these shards are OpenMoji drawings, rendered to PNG and otherwise unchanged.
+LICENSE = """The images in these shards are OpenMoji drawings, rendered to PNG and otherwise unchanged.
 
 OpenMoji, the open-source emoji and icon project: https://openmoji.org
 License: Creative Commons Attribution-ShareAlike 4.0 International (CC BY-SA 4.0)
 https://creativecommons.org/licenses/by-sa/4.0/
 
-Whoever passes these pictures on names OpenMoji and keeps this license. The captions are the emoji's Unicode names.
+If you redistribute these images, credit OpenMoji and keep this license. The captions are the emoji's Unicode names.
 """
 
 
 class Demo(NamedTuple):
-    """What the demo folder holds."""
+    """Contents of the demo folder."""
 
     train: int
     heldout: int
     fresh: bool
-    """Whether this call had anything to do."""
+    """Whether this call wrote anything."""
 
 
 def make_demo(out: str | Path) -> Demo:
     """Write about 1,900 drawing-name pairs to `out` as indexed shards `train-*.tar` and `heldout-*.tar`.
 
-    A twentieth of the names is held out. Shards that are there already stay, so a killed run goes on where it was.
+    A twentieth of the names is held out. Existing shards are kept, so an interrupted call resumes.
     """
     out, console = Path(out), Console(stderr=True, markup=False, emoji=False)
     drawings = _drawings()
@@ -101,7 +101,7 @@ def _drawings() -> dict[str, Path]:
 
 
 def _written(path: Path, pairs: list[tuple[Path, str]]) -> bool:
-    """Whether a shard with exactly these drawings is there."""
+    """Whether the shard exists and has exactly these drawings."""
     try:
         index = load_index(str(path))
         keys = [index.entry(sample)[0] for sample in range(index.header.samples)]

@@ -1,37 +1,37 @@
-"""The errors of the data plane."""
+"""Errors of the data package."""
 
 from __future__ import annotations
 
 
 class DataError(ValueError):
-    """Something the user can put right. The message is one line: what is wrong, where, what to do."""
+    """An error that the user can fix. The message is one line: what is wrong, where, what to do."""
 
     passing = False
-    """Whether another attempt may succeed with nothing changed."""
+    """Whether another attempt may succeed without any change."""
 
 
 class DataMissing(DataError):
-    """There is no such file or object."""
+    """The file or object does not exist."""
 
 
 class DataLost(DataError):
-    """What was there cannot be read any more, or who read it was killed: another start may well go on."""
+    """Data became unreadable, or the process that read it was killed. Retryable."""
 
     passing = True
 
 
-class WrongAnswer(ConnectionError):
-    """A server's answer that breaks its protocol. One may be damage on its way and is asked for again; a server that
-    gives nothing else has to be fixed, and another start of the job does not do that."""
+class InvalidResponse(ConnectionError):
+    """A response that violates the protocol. A single one may be damaged in transit and is retried; a server that
+    sends nothing else has to be fixed, and restarting the job does not help."""
 
     def __init__(self, text: str, lasting: bool = False) -> None:
         super().__init__(text)
         self.lasting = lasting
-        """Whether asking again is known to be useless."""
+        """Whether a retry is known to be useless."""
 
 
 class BadSample(ValueError):
-    """One sample that cannot be used; a reader replaces it, an ingest sets it aside."""
+    """A sample that cannot be used: the reader replaces it, ingest sets it aside."""
 
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(key, reason)

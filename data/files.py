@@ -1,4 +1,4 @@
-"""Files of a data set, local or behind an fsspec URL: addresses, opening, reading by position."""
+"""Files of a dataset, local or behind an fsspec URL: opening, range reads and streams."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STREAM_BLOCK = 8 << 20
 
 
 def is_local(url: str) -> bool:
-    """Whether a path or URL is on this machine's file systems."""
+    """Whether a path or URL is on a local file system."""
     return isinstance(filesystem(url)[0], LocalFileSystem)
 
 
@@ -31,7 +31,7 @@ class _LocalFile:
     def read(self, start: int, size: int) -> bytes:
         parts, missing = [], size
         while missing and (part := os.pread(self.file.fileno(), missing, start + size - missing)):
-            parts.append(part)  # network file systems may give less than is there
+            parts.append(part)  # network file systems may return less than is available
             missing -= len(part)
         return b"".join(parts)
 
@@ -43,13 +43,13 @@ File = _LocalFile | RemoteFile
 
 
 def open_file(url: str, total: int | None = None) -> File:
-    """A file to read by position: `read(start, size)` gives less only where the file ends. total: its size in bytes,
-    where it is known."""
+    """Open a file for range reads: `read(start, size)` returns less only at the end of the file. total: its size in
+    bytes, if known."""
     return _LocalFile(filesystem(url)[1]) if is_local(url) else RemoteFile(url, total)
 
 
 def exists(url: str) -> bool:
-    """Whether there is such a file or object; DataLost or DataError when that cannot be found out."""
+    """Whether the file or object exists; raises DataLost or DataError when this cannot be determined."""
     try:
         call(lambda: size_of(url), url)
     except DataMissing:
@@ -58,7 +58,7 @@ def exists(url: str) -> bool:
 
 
 def content(url: str, limit: int | None = None) -> bytes:
-    """A whole small file or object, or its first `limit` bytes. Raises DataMissing, DataLost or DataError."""
+    """Read a small file or object, or its first `limit` bytes. Raises DataMissing, DataLost or DataError."""
 
     def read() -> bytes:
         if is_local(url):
@@ -70,8 +70,8 @@ def content(url: str, limit: int | None = None) -> bytes:
 
 
 class Stream:
-    """A file or object read front to back, `block` bytes at a time; storage that fails is asked again from where it
-    was."""
+    """A sequential reader of a file or object, in blocks of `block` bytes; after a storage error it retries from the
+    same position."""
 
     def __init__(self, url: str, block: int | None = None) -> None:
         self.url = url
@@ -89,7 +89,7 @@ class Stream:
             self._file.close()
 
     def read(self, size: int) -> bytes:
-        """`size` bytes, fewer only at the end. Raises DataMissing, DataLost or DataError."""
+        """Read `size` bytes, fewer only at the end. Raises DataMissing, DataLost or DataError."""
         parts: list[bytes] = []
         while size:
             if self._taken == len(self._block):
@@ -103,7 +103,7 @@ class Stream:
         return b"".join(parts)
 
     def seek(self, position: int) -> int:
-        """Go to a byte, counted from the start."""
+        """Move to an offset in bytes from the start."""
         taken = position - (self._position - len(self._block))
         if 0 <= taken <= len(self._block):
             self._taken = taken
@@ -132,21 +132,21 @@ Found = TypeVar("Found")
 
 
 class _Held(Generic[Opened]):
-    """An open shard, and how many threads read from it."""
+    """An open shard and the number of threads that read from it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        """Held while it is opened."""
+        """Held while the shard is being opened."""
         self.opened: Opened | None = None
         self.readers = 0
         self.dropped = False
 
 
 class OpenShards(Generic[Opened]):
-    """The shards that were read last, at most `max_open` of them kept open; `opened` opens shard number i.
+    """LRU cache of at most `max_open` open shards; `opened` opens shard number i.
 
-    Threads may share it: what one reads from is not closed by another. Local files are read by position and remote ones
-    by range, both without a shared cursor, so a fork may go on using what its parent opened.
+    Thread-safe: a shard is not closed while another thread reads from it. Range reads have no shared cursor, so a fork
+    may keep using files that its parent opened.
     """
 
     def __init__(self, urls: Sequence[str], opened: Callable[[int], Opened], max_open: int) -> None:
@@ -161,11 +161,11 @@ class OpenShards(Generic[Opened]):
         self._pid = os.getpid()
 
     def read(self, shard: int, action: Callable[[Opened], Found]) -> Found:
-        """What `action` finds in a shard. Storage that fails is asked again, each time by a file opened anew, since the
-        handle of a network file system may never recover; then DataLost."""
+        """The result of `action` on a shard. Retries storage errors, each time with a newly opened file, since the
+        handle of a network file system may never recover; then raises DataLost."""
         try:
             return call(lambda: self._once(shard, action), self.urls[shard])
-        except DataMissing as error:  # it was there when the data set was opened: a mount may have gone
+        except DataMissing as error:  # it existed when the dataset was opened: a mount may have disappeared
             raise DataLost(f"{self.urls[shard]}: cannot be read any more; check the storage") from error
 
     def _once(self, shard: int, action: Callable[[Opened], Found]) -> Found:
@@ -177,13 +177,13 @@ class OpenShards(Generic[Opened]):
             return action(held.opened)
         except BaseException as error:
             if verdict(error) is not None and not (held.opened and isinstance(held.opened.file, RemoteFile)):
-                self._drop(shard, held)  # a remote file has no handle, and remembers which object it reads
+                self._drop(shard, held)  # a remote file has no handle, and keeps track of the object's version
             raise
         finally:
             self._give_back(held)
 
     def _take(self, shard: int) -> _Held[Opened]:
-        if self._pid != os.getpid():  # a fork: the parent's other threads, which may have held the lock, are not here
+        if self._pid != os.getpid():  # a fork: the parent's other threads, which may have held the lock, do not exist
             before = self._open
             self._renew()
             for number, held in before.items():
@@ -212,14 +212,14 @@ class OpenShards(Generic[Opened]):
                 self._close(held)
 
     def _close(self, held: _Held[Opened]) -> None:
-        """Close a shard that is no longer listed, once nobody reads from it."""
+        """Close a shard that is no longer listed, once no thread reads from it."""
         held.dropped = True
         if not held.readers and held.opened is not None:
             held.opened.file.close()
 
     def __getstate__(self) -> dict:
         state = {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_open", "_pid")}
-        return state  # neither descriptors nor locks travel
+        return state  # descriptors and locks cannot be pickled
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)

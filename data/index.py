@@ -1,7 +1,7 @@
-"""The index beside every shard: where each sample's members lie, and a hash of the whole tar.
+"""The index next to every shard: offsets of each sample's members, and a hash of the whole tar.
 
 `train-00000.tar` has `train-00000.index.jsonl`. Its first line is the header (`Header`), so that opening thousands of
-shards reads a few hundred bytes of each. Every further line is one sample, in the tar's order:
+shards reads a few hundred bytes of each. Each further line is one sample, in the tar's order:
 `["KEY", {"jpg": [offset, size], "txt": [offset, size]}]`, offsets and sizes in bytes from the start of the tar.
 """
 
@@ -32,7 +32,7 @@ Members = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Header:
-    """What one shard holds, without its samples."""
+    """Summary of one shard."""
 
     version: int
     bytes: int
@@ -44,18 +44,18 @@ class Header:
     captions: int
     """Samples whose caption is usable."""
     caption_chars: tuple[int, int, int]
-    """Shortest, longest and summed length of the usable captions, in characters."""
+    """Minimum, maximum and total length of the usable captions, in characters."""
     image_bytes: int
-    """Summed size of the images."""
+    """Total size of the images."""
 
 
 @dataclass(frozen=True)
 class Index:
     header: Header
     lines: list[bytes]
-    """One JSON line a sample; parsed when asked for, which keeps ten thousand samples at a megabyte."""
+    """One JSON line per sample; parsed on access, so that 10,000 samples take about 1 MB."""
     left_out: list[tuple[str, str]] = field(default_factory=list, compare=False)
-    """Key and reason of what is in the tar and no sample; not stored."""
+    """Key and reason of everything in the tar that is not a sample; not stored."""
 
     def entry(self, sample: int) -> tuple[str, Members]:
         """Key and members of one sample."""
@@ -83,23 +83,23 @@ def image_type(members: Mapping[str, object]) -> str | None:
 
 
 class Group(NamedTuple):
-    """Members of a tar that have one key."""
+    """Members of a tar that share a key."""
 
     key: str
     members: Members
     texts: dict[str, bytes]
-    """Captions that were read on the way, by extension."""
+    """Captions read during the scan, by extension."""
     problem: str | None = None
-    """Why no sample can be made of them."""
+    """Why they do not make a sample."""
     twice: bool = False
-    """Whether that is a member that comes twice."""
+    """Whether the problem is a duplicate member."""
 
 
 def group_members(found: Iterable[Member]) -> list[Group]:
-    """Samples of a tar's members, in the order of their first ones.
+    """Group a tar's members into samples, in the order of their first members.
 
-    Consecutive members of one key are a sample, by WebDataset's rule. Members of that key which follow further down
-    (`tar cf x.tar *.jpg *.txt`) are the same sample's, unless an extension comes twice: then each run is a sample.
+    Consecutive members with one key are a sample, by WebDataset's rule. Later members with the same key
+    (`tar cf x.tar *.jpg *.txt`) belong to the same sample, unless an extension repeats: then each run is a sample.
     """
     runs: list[Group] = []
     for member in found:
@@ -112,7 +112,7 @@ def group_members(found: Iterable[Member]) -> list[Group]:
         run = runs[-1]
         if kind in run.members:
             before, _ = run.members[kind]
-            what = f"member {member.name} comes twice, at bytes {before} and {member.offset}"
+            what = f"member {member.name} appears twice, at bytes {before} and {member.offset}"
             runs[-1] = run._replace(problem=what, twice=True)
             continue
         if member.problem and (kind == CAPTION_TYPE or kind.rpartition(".")[2] in IMAGE_TYPES):
@@ -146,7 +146,7 @@ def _joined(runs: list[Group]) -> list[Group]:
 
 
 def why_no_image(group: Group) -> str:
-    """Why a group without an image is no sample. Extensions such as .input.jpg, which are images too, are named."""
+    """Why a group without an image is not a sample; names an extension such as .input.jpg, which is an image too."""
     if group.problem:
         return group.problem
     longer = sorted(kind for kind in group.members if kind.rpartition(".")[2] in IMAGE_TYPES)
@@ -154,10 +154,10 @@ def why_no_image(group: Group) -> str:
 
 
 def build_index(shard: str) -> Index:
-    """Index of an existing tar, in one pass over it; nothing is written.
+    """Build the index of an existing tar in one pass; writes nothing.
 
-    Raises DataError when the tar is missing, not readable, damaged or cut short, or when a member comes twice; DataLost
-    when storage is away.
+    Raises DataError when the tar is missing, unreadable, damaged or truncated, or when a member appears twice; DataLost
+    when the storage is unavailable.
     """
     lines, lengths, images, left_out = [], [], 0, []
     digest = hashlib.sha256()
@@ -169,8 +169,8 @@ def build_index(shard: str) -> Index:
         raise DataError(f"{shard}: no such shard; check the path") from None
     except ManyZeros as error:
         raise DataError(
-            f"{shard}: {error} Copy it again; if another blocking factor or `tar --concatenate` left them, make shards"
-            " from it with `bifrost data ingest`"
+            f"{shard}: {error} Copy it again; if they come from another blocking factor or `tar --concatenate`, make"
+            " shards from it with `bifrost data ingest`"
         ) from None
     except tarfile.TarError as error:
         raise DataError(
@@ -203,7 +203,7 @@ def _is_caption(name: str) -> bool:
 
 
 def save_index(shard: str, index: Index) -> None:
-    """Write the index beside its shard, whole or not at all. DataError or DataLost where nothing can be written."""
+    """Write the index next to its shard, atomically. Raises DataError or DataLost when it cannot be written."""
     url = index_path(shard)
     fs, path = filesystem(url)
     data = index.to_bytes()
@@ -211,8 +211,8 @@ def save_index(shard: str, index: Index) -> None:
 
 
 def load_header(shard: str) -> Header:
-    """The header of a shard's index. DataMissing without an index, DataLost when storage is away, DataError when the
-    index is damaged."""
+    """The header of a shard's index. Raises DataMissing without an index, DataLost when the storage is unavailable,
+    DataError when the index is damaged."""
     return _parse_header(shard, content(index_path(shard), HEADER_LIMIT))
 
 
@@ -233,7 +233,7 @@ def _parse_header(shard: str, data: bytes) -> Header:
     except (ValueError, TypeError, KeyError):
         raise damaged(shard) from None
     raise DataError(
-        f"{index_path(shard)}: index version {values['version']}, this is {VERSION}; run `bifrost data index {shard}`"
+        f"{index_path(shard)}: index version {values['version']}, expected {VERSION}; run `bifrost data index {shard}`"
     )
 
 

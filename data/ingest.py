@@ -1,7 +1,7 @@
-"""Make indexed shards from images and captions. Killed at any moment, the same command goes on.
+"""Make indexed shards from images and captions. After a kill, the same command resumes.
 
-The candidates are cut into shards before anything is read, so the work is the same on every start. A shard is done when
-its report lies in `OUT/.ingest`, which is written after shard and index; all three appear whole or not at all.
+Candidates are assigned to shards before anything is read, so every attempt does the same work. A shard is done when its
+report is in `OUT/.ingest`; the report is written after the shard and its index, and all three are written atomically.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .candidates import Candidate, Piece
 from .captions import caption_of
 from .errors import DataError, DataLost
 from .index import CAPTION_TYPE, image_type, index_path
-from .local import asked, is_kind, names_in, stat_of
+from .local import is_kind, names_in, stat_of, with_retries
 from .processes import in_processes, sole_owner
 from .progress import progress
 from .retry import described, is_transient
@@ -32,7 +32,7 @@ CHECKED_AT = 64  # pixels; decoding to a small size still reads the whole file
 
 
 class Summary(NamedTuple):
-    """What an ingest has made, in all its starts."""
+    """Totals of an ingest over all its attempts."""
 
     shards: int
     samples: int
@@ -57,11 +57,11 @@ def ingest(
 ) -> Summary:
     """Write the images and captions of `src` to `out` as `train-*.tar` with indexes; images are copied byte for byte.
 
-    src: folder of images with NAME.txt next to each, or with a table (`table`, or `metadata.csv|jsonl|parquet` in it),
-    or WebDataset tars, or a table, or a folder of Parquet files that hold images. image_column, caption_column: columns
-    of the table; of tars the extensions of the members, or the caption's field in KEY.json. Everything read becomes a
-    sample or goes to `out/rejected.jsonl` with its reason.
-    Raises DataError when the source holds nothing to ingest, or is not the one that `out` was begun from.
+    src: folder of images with NAME.txt next to each, or with a table (`table`, or `metadata.csv|jsonl|parquet` in it);
+    WebDataset tars; a table; or a folder of Parquet files that embed images. image_column, caption_column: columns of
+    the table; for tars, extensions of the members, or the caption's field in KEY.json. Everything read becomes a sample
+    or is listed in `out/rejected.jsonl` with its reason.
+    Raises DataError when the source has nothing to ingest, or differs from the one that `out` was started from.
     """
     src, out = str(src), Path(out)
     if samples_per_shard < 1:
@@ -98,18 +98,18 @@ def ingest(
 
 
 def _agree(out: Path, path: Path, journal: dict) -> None:
-    """Take up the folder for this source and these options, or refuse it."""
+    """Claim the folder for this source and these options, or check that it was; raises DataError otherwise."""
     if not stat_of(path):
         foreign = next((name for name in names_in(out) if not name.startswith(".")), None)
         if foreign:
             raise DataError(f"{out / foreign}: not made by this ingest; name a new or an empty folder for the shards")
-        asked(lambda: write_atomic(path, json.dumps(journal, indent=1).encode()), path)
+        with_retries(lambda: write_atomic(path, json.dumps(journal, indent=1).encode()), path)
         return
-    before = json.loads(asked(path.read_bytes, path))
+    before = json.loads(with_retries(path.read_bytes, path))
     other = [name for name in journal if before.get(name) != journal[name]]
     if other:
         raise DataError(
-            f"{out}: begun with another {' and '.join(other)}; give the same source and options, or an empty folder"
+            f"{out}: started with another {' and '.join(other)}; give the same source and options, or an empty folder"
         )
 
 
@@ -140,7 +140,7 @@ def _make_shard(task: _Task) -> int:
                 sample, more = _load(candidate)
             except (ValueError, FileNotFoundError, PermissionError) as error:
                 if isinstance(error, DataError) or is_transient(error) or _folder_is_gone(error):
-                    raise  # the storage's fault and not the item's
+                    raise  # a failure of the storage, not of the item
                 rejected.append((candidate.key, str(error)))
             else:
                 unused += more
@@ -150,20 +150,20 @@ def _make_shard(task: _Task) -> int:
         header = write_shard(task.shard, samples())
         assert header.samples + len(rejected) == len(task.candidates), "every candidate is one or the other"
         report = {"samples": header.samples, "rejected": rejected, "unused_captions": unused}
-        asked(lambda: write_atomic(task.report, json.dumps(report).encode()), task.report)
+        with_retries(lambda: write_atomic(task.report, json.dumps(report).encode()), task.report)
     except DataError:
         raise
     except Exception as error:
         if verdict(error) is None and not isinstance(error, OSError):
             raise
         kind = DataLost if is_transient(error) else DataError
-        again = "put it right and run the same command again, it goes on"
+        again = "fix it and run the same command again to resume"
         raise kind(f"{task.shard}: {described(error)}; {again}") from None
     return len(task.candidates)
 
 
 def _folder_is_gone(error: Exception) -> bool:
-    """Whether a file that was listed is missing together with all of its folder, as when a mount goes away."""
+    """Whether a listed file is missing together with everything in its folder, as when a mount disappears."""
     if not isinstance(error, FileNotFoundError) or not error.filename:
         return False
     folder = os.path.dirname(os.path.abspath(error.filename))
@@ -171,8 +171,8 @@ def _folder_is_gone(error: Exception) -> bool:
 
 
 def _load(candidate: Candidate) -> tuple[Sample, int]:
-    """The members of a sample, and how many captions of its list are not used. ValueError with the reason when it
-    cannot be trained on."""
+    """The members of a sample, and the number of captions of its list that are not used. Raises ValueError with the
+    reason when the sample is unusable."""
     text, unused = _caption(candidate)
     caption = clean_caption(text)
     members = {kind: piece.read() for kind, piece in candidate.members.items()}
@@ -200,14 +200,14 @@ def _caption(candidate: Candidate) -> tuple[bytes | str, int]:
 
 
 def _conclude(out: Path, tasks: list[_Task], unlisted: list[tuple[str, str]]) -> Summary:
-    """Gather the reports into `rejected.jsonl`."""
-    reports = [json.loads(asked(task.report.read_bytes, task.report)) for task in tasks]
+    """Merge the reports into `rejected.jsonl`."""
+    reports = [json.loads(with_retries(task.report.read_bytes, task.report)) for task in tasks]
     rejected = [*unlisted, *(tuple(item) for report in reports for item in report["rejected"])]
     lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in rejected]
-    asked(lambda: write_atomic(out / "rejected.jsonl", "".join(lines).encode()), out)
+    with_retries(lambda: write_atomic(out / "rejected.jsonl", "".join(lines).encode()), out)
     samples, unused = (sum(report[name] for report in reports) for name in ("samples", "unused_captions"))
     if unused:
-        print(f"{out}: of lists of captions the first was taken, {unused:,} further ones were not", file=sys.stderr)
+        print(f"{out}: only the first caption of each list was used; {unused:,} others were not", file=sys.stderr)
     if not samples:
         reason, count = Counter(reason for _, reason in rejected).most_common(1)[0]
         raise DataError(f"{out}: nothing was usable, {count} times because: {reason}; see {out / 'rejected.jsonl'}")
@@ -215,6 +215,6 @@ def _conclude(out: Path, tasks: list[_Task], unlisted: list[tuple[str, str]]) ->
 
 
 def reasons(out: Path) -> Counter[str]:
-    """Why items were set aside, without the names in each reason, and how often."""
+    """Reasons why items were set aside, without the names in them, and their counts."""
     lines = (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
     return Counter(json.loads(line)["reason"].partition(": ")[0] for line in lines)

@@ -1,7 +1,7 @@
-"""What there is on local file systems, network mounts among them: an error of storage is never taken for a no.
+"""Queries of local file systems, including network mounts, that never take a storage error for a missing file.
 
-`os.path`, `glob` and fsspec's listings take any error for "nothing there". Here each single question is asked again, so
-that several failures one after another do not use up one patience.
+`os.path`, `glob` and fsspec's listings treat any error as "does not exist". Here each call is retried by itself, so
+that consecutive failures do not share one time limit.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .retry import failure, is_transient, retrying
 Found = TypeVar("Found")
 
 NOTHING = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
-"""With which `os.stat` says that there is nothing at a path, or that it is none."""
+"""Errors of `os.stat` for a path that does not exist or is invalid."""
 
 
-def asked(action: Callable[[], Found], where: object) -> Found:
-    """What `action` returns; storage that fails is asked again, then DataLost. Other errors come as they are."""
+def with_retries(action: Callable[[], Found], where: object) -> Found:
+    """The result of `action`, with retries of storage errors, then DataLost. Other errors are raised unchanged."""
     try:
         return retrying(action, where)
     except Exception as error:
@@ -35,14 +35,14 @@ def asked(action: Callable[[], Found], where: object) -> Found:
 
 
 def stat_of(path: str | Path) -> os.stat_result | None:
-    """What there is at a path, None where there is nothing. Storage that fails is asked again, then DataLost; other
-    errors, such as a folder that must not be entered, are a DataError."""
+    """The status of a path, None if it does not exist. Storage errors are retried, then DataLost; other errors, such as
+    missing permissions for a folder, are a DataError."""
     try:
-        return asked(lambda: os.stat(path), path)
+        return with_retries(lambda: os.stat(path), path)
     except ValueError as error:
         if isinstance(error, DataError):
             raise
-        return None  # a path with a NUL
+        return None  # the path contains a NUL
     except OSError as error:
         if error.errno in NOTHING:
             return None
@@ -50,19 +50,19 @@ def stat_of(path: str | Path) -> os.stat_result | None:
 
 
 def is_kind(path: str | Path, kind: Callable[[int], bool]) -> bool:
-    """Whether there is such a file or folder, by a test of its mode; raises like `stat_of`."""
+    """Whether the path exists and its mode passes `kind`; raises like `stat_of`."""
     found = stat_of(path)
     return found is not None and kind(found.st_mode)
 
 
 def names_in(folder: str | Path) -> list[str]:
-    """Sorted names in a folder. Storage that fails is asked again, then DataLost; other errors come as they are."""
-    return sorted(asked(lambda: os.listdir(folder), folder))
+    """Sorted names in a folder. Storage errors are retried, then DataLost; other errors are raised unchanged."""
+    return sorted(with_retries(lambda: os.listdir(folder), folder))
 
 
 def matches(pattern: str) -> list[dict[str, Any]]:
-    """fsspec's descriptions of what matches a pattern with wildcards, hidden files left out. Folders that must not be
-    read hold no match, as in a shell, unless it is the one where the pattern begins; raises like `stat_of`."""
+    """fsspec's entries that match a pattern with wildcards, without hidden files. Unreadable folders have no matches,
+    as in a shell, except the folder at which the pattern starts; raises like `stat_of`."""
     found: Any = _Listing().glob(pattern, detail=True)  # a dict, with detail
     shown = [item for path, item in sorted(found.items()) if not posixpath.basename(path).startswith(".")]
     if not shown:
@@ -77,9 +77,9 @@ def matches(pattern: str) -> list[dict[str, Any]]:
 
 
 class _Listing(LocalFileSystem):
-    """fsspec's walks go on after any OSError of a folder; DataLost ends them."""
+    """fsspec's walk skips a folder on any OSError, but not on DataLost."""
 
     cachable = False
 
     def ls(self, path: str, detail: bool = False, **kwargs: Any) -> list:
-        return asked(lambda: super(_Listing, self).ls(path, detail=detail, **kwargs), path)
+        return with_retries(lambda: super(_Listing, self).ls(path, detail=detail, **kwargs), path)

@@ -1,4 +1,4 @@
-"""Parquet tables: file names and captions, or the images themselves, as Hugging Face stores them."""
+"""Parquet tables of file names and captions, or of embedded images as stored by Hugging Face."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import pyarrow
 from pyarrow.parquet import ParquetFile
 
 from .errors import DataError
-from .local import asked
+from .local import with_retries
 from .tables import IMAGE_COLUMNS, Columns, Row
 
 ROWS = 32
-"""Read at a time where they hold images."""
+"""Number of rows read at a time when they contain images."""
 
 
 @dataclass(frozen=True)
 class RowBytes:
-    """The image that a row holds: a binary column, or the field `bytes` of a struct."""
+    """An image embedded in a row: a binary column, or the field `bytes` of a struct."""
 
     table: str
     group: int
     row: int
-    """Within the row group."""
+    """Row number within the row group."""
     column: str
     name: str | None = None
-    """File name that the row gives it."""
+    """File name in the row, if any."""
 
     def read(self) -> bytes:
-        """The image's bytes; storage that fails is asked again, then DataLost. ValueError with the reason when the row
-        has none or does not read."""
+        """The image's bytes. Storage errors are retried, then DataLost. Raises ValueError with the reason when the row
+        has no image or is unreadable."""
         try:
-            value = asked(self._value, self.table)
+            value = with_retries(self._value, self.table)
         except FileNotFoundError:
             raise
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"its row does not read: {_first_line(error)}") from None
+            raise ValueError(f"its row is unreadable: {_first_line(error)}") from None
         value = value.get("bytes") if isinstance(value, dict) else value
         if not value:
             raise ValueError("its row holds no image bytes")
@@ -54,7 +54,7 @@ class RowBytes:
 
 
 class _Reader:
-    """Values of one column of a row group. Read front to back: a row group may be larger than memory."""
+    """Values of one column of a row group, read sequentially, since a row group may be larger than memory."""
 
     def __init__(self, place: tuple[str, int, str]) -> None:
         self.place = place
@@ -90,14 +90,14 @@ def _reader(*place: Any) -> _Reader:
 
 
 def read_parquet(table: Path, columns: Columns) -> Iterator[Row]:
-    """Rows of a Parquet table; images in it are not read yet. DataError where it is none, lacks a column, or has an
-    image column of a type that holds neither file names nor images."""
+    """Rows of a Parquet table, without reading embedded images. Raises DataError when it is not a Parquet file, lacks a
+    column, or has an image column whose type is neither file names nor images."""
     try:
-        file = asked(lambda: ParquetFile(table), table)
+        file = with_retries(lambda: ParquetFile(table), table)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{table}: not a Parquet file ({_first_line(error)}); check it") from None
     names = file.schema_arrow.names
-    if columns.image is None:  # of several customary names the one that holds images
+    if columns.image is None:  # of several default names, the one with embedded images
         holding = [name for name in IMAGE_COLUMNS if name in names and _holds_images(_type(file, name))]
         columns = columns._replace(image=next(iter(holding), None))
     image, caption = columns.choose(table, names)
@@ -108,8 +108,8 @@ def read_parquet(table: Path, columns: Columns) -> Iterator[Row]:
 
 
 class _Opened:
-    """A table whose row groups are read one after another, after an error from a file opened anew: the handle of a
-    network file system may never recover."""
+    """A table whose row groups are read in sequence. After an error the file is reopened, since the handle of a network
+    file system may never recover."""
 
     def __init__(self, table: Path, file: ParquetFile) -> None:
         self.table = table
@@ -124,16 +124,16 @@ class _Opened:
 
 def _rows(table: Path, file: ParquetFile, image: str, caption: str, kind: pyarrow.DataType) -> Iterator[Row]:
     before, opened = 0, _Opened(table, file)
-    # The images themselves stay where they are: only their names are read.
+    # Embedded images are not read here, only their names.
     wanted = [caption] + ([f"{image}.path"] if _has_path(kind) else [image] if _is_text(kind) else [])
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         try:
-            found = asked(lambda group=group: opened.group(group, wanted), table)
+            found = with_retries(lambda group=group: opened.group(group, wanted), table)
             captions = found.column(caption).to_pylist()
             named = found.column(image).to_pylist() if image in found.column_names else [None] * rows
         except (pyarrow.ArrowException, OSError) as error:
-            problem = f"its row group does not read: {_first_line(error)}"
+            problem = f"its row group is unreadable: {_first_line(error)}"
             yield from (Row(f"{table.name} row {before + row + 1}", None, None, problem) for row in range(rows))
             before += rows
             continue
@@ -159,7 +159,7 @@ def _is_binary(kind: pyarrow.DataType) -> bool:
 
 
 def _fields(kind: pyarrow.DataType) -> dict[str, pyarrow.DataType]:
-    """Fields of a struct; none of any other type."""
+    """Fields of a struct; empty for any other type."""
     if not pyarrow.types.is_struct(kind):
         return {}
     return {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
@@ -174,7 +174,7 @@ def _has_path(kind: pyarrow.DataType) -> bool:
 
 
 def _all_null(file: ParquetFile, group: int, column: str) -> bool:
-    """Whether no row of the group has bytes: then the table names files."""
+    """Whether no row of the group has image bytes, in which case the table has only file names."""
     described = file.metadata.row_group(group)
     for number in range(described.num_columns):
         found = described.column(number)

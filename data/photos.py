@@ -1,4 +1,4 @@
-"""Stand-ins for photographs, for benchmarks: JPEGs with a photo's spectrum and edges, and captions of usual lengths."""
+"""Synthetic photographs for benchmarks: JPEGs with a photo's spectrum and edges, and captions of typical length."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from PIL import Image
 from .write import Sample, write_shard
 
 ASPECTS = (1.0, 4 / 3, 3 / 4, 3 / 2)
-"""Widths over heights, all equally frequent."""
+"""Width over height; all equally frequent."""
 QUALITY = 85
 TEXTURE = 2048
-"""Pixels of a side of the texture that all pictures are cut from."""
+"""Side in pixels of the texture that all images are cropped from."""
 WORDS = (
     *("a", "the", "of", "with", "on", "in", "and", "near", "under", "behind", "small", "large", "red", "green", "blue"),
     *("dark", "bright", "old", "wooden", "quiet", "busy", "street", "river", "field", "window", "table", "garden"),
@@ -24,34 +24,34 @@ WORDS = (
 
 
 def make_photos(folder: Path, samples: int, shards: int, sides: tuple[int, int], seed: int = 0) -> str:
-    """Write `samples` pictures in `shards` shards, the same for the same arguments; returns the name of them all.
+    """Write `samples` images in `shards` shards, deterministically; returns a pattern that matches all shards.
 
-    sides: least and most pixels of the shorter side, uniformly drawn.
+    sides: minimum and maximum of the shorter side in pixels, drawn uniformly.
     """
     rng = np.random.default_rng(seed)
     texture = _texture(rng, max(TEXTURE, 2 * sides[1]))
     for shard in range(shards):
         numbers = range(shard * samples // shards, (shard + 1) * samples // shards)
-        write_shard(folder / f"photos-{shard:05d}.tar", _pictures(rng, texture, numbers, sides))
+        write_shard(folder / f"photos-{shard:05d}.tar", _images(rng, texture, numbers, sides))
     return str(folder / "photos-*.tar")
 
 
-def _pictures(
+def _images(
     rng: np.random.Generator, texture: np.ndarray, numbers: range, sides: tuple[int, int]
 ) -> Iterator[tuple[str, Sample]]:
     for number in numbers:
         short, aspect = int(rng.integers(sides[0], sides[1] + 1)), float(rng.choice(ASPECTS))
         width, height = round(short * max(aspect, 1)), round(short * max(1 / aspect, 1))
         file = io.BytesIO()
-        _picture(rng, texture, width, height).save(file, "JPEG", quality=QUALITY)
+        _image(rng, texture, width, height).save(file, "JPEG", quality=QUALITY)
         caption = " ".join(rng.choice(WORDS, int(rng.integers(20, 101))))
         yield f"photo-{number:06d}", {"jpg": file.getvalue(), "txt": caption.encode()}
 
 
-def _picture(rng: np.random.Generator, texture: np.ndarray, width: int, height: int) -> Image.Image:
+def _image(rng: np.random.Generator, texture: np.ndarray, width: int, height: int) -> Image.Image:
     top, left = (int(rng.integers(0, len(texture) - side + 1)) for side in (height, width))
     pixels = texture[top : top + height, left : left + width, :: int(rng.choice((1, -1)))].copy()
-    for _ in range(16):  # things with edges, lit differently
+    for _ in range(16):  # objects with edges, lit differently
         radius = int(rng.uniform(0.03, 0.2) * min(width, height))
         y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
         top, left = (int(rng.integers(0, side - 2 * radius)) for side in (height, width))
@@ -62,7 +62,7 @@ def _picture(rng: np.random.Generator, texture: np.ndarray, width: int, height: 
 
 
 def _texture(rng: np.random.Generator, side: int) -> np.ndarray:
-    """RGB [side, side, 3] with amplitudes that fall with the frequency, as a photo's do; colour falls faster."""
+    """RGB [side, side, 3] with a photo-like spectrum: amplitudes fall with frequency, those of colour faster."""
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     frequency[0, 0] = frequency[0, 1]
 

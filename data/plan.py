@@ -1,8 +1,8 @@
-"""Which sample stands at which position of training, as a pure function of (seed, epoch, position).
+"""The sample at each position of training, as a pure function of (seed, epoch, position).
 
-Positions run on for ever: position p lies in epoch p // n. In every epoch the shards are permuted, cut into groups of
-`shuffle_window`, and the samples of one group are shuffled together; so every sample is read once per epoch, from at
-most `shuffle_window` shards at a time. Nothing depends on ranks or workers, so a resume is an integer.
+Positions are unbounded: position p is in epoch p // n. In each epoch the shards are permuted and split into groups of
+`shuffle_window`, and the samples of a group are shuffled together. Every sample is thus read once per epoch, from at
+most `shuffle_window` shards at a time. Nothing depends on ranks or workers, so the state to resume from is one integer.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ import numpy as np
 
 from .errors import DataError
 
-CACHED_GROUPS = 4  # a batch touches one group, two at its border; an epoch's border adds as many
+CACHED_GROUPS = 4  # a batch spans at most two groups, and twice as many at the border of an epoch
 
 
 class Located(NamedTuple):
-    """Planned samples, one entry a position, all int64 and of the positions' shape."""
+    """Planned samples: int64 arrays of the positions' shape."""
 
     epoch: np.ndarray
     shard: np.ndarray
     sample: np.ndarray
     """Number within the shard."""
     index: np.ndarray
-    """Number within the data set, 0 .. n - 1."""
+    """Number within the dataset, 0 .. n - 1."""
 
 
 class _Epoch(NamedTuple):
     shards: np.ndarray
     """Shards in this epoch's order, [S]."""
     starts: np.ndarray
-    """Position within the epoch at which each of them would start unshuffled, [S + 1]."""
+    """First position of each shard within the epoch, before the shuffle, [S + 1]."""
     groups: np.ndarray
-    """Position within the epoch at which each group starts, [groups + 1]."""
+    """First position of each group within the epoch, [groups + 1]."""
 
 
 class Plan:
-    """The order of all samples of a data set.
+    """The order of all samples of a dataset.
 
     samples_per_shard: sample counts, [S]. seed: any int in 0 .. 2**64 - 1. shuffle_window: shards shuffled together.
-    Costs O(S) an epoch and O(samples of the group) a group; no epoch-long permutation is ever held.
+    Costs O(S) per epoch and O(samples in the group) per group; no permutation of a full epoch is kept.
     """
 
     def __init__(self, samples_per_shard: Sequence[int] | np.ndarray, seed: int, shuffle_window: int = 16) -> None:
@@ -57,13 +57,13 @@ class Plan:
             raise DataError(f"seed is {seed}; set it between 0 and 2**64 - 1")
         self.samples = int(self.samples_per_shard.sum())
         if self.samples == 0:
-            raise DataError("the data set holds no samples; name shards that hold some")
+            raise DataError("the dataset has no samples; name shards that have some")
         self._offsets = np.concatenate([[0], np.cumsum(self.samples_per_shard)])
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def __len__(self) -> int:
-        """Samples an epoch."""
+        """Samples per epoch."""
         return self.samples
 
     def locate(self, positions: np.ndarray) -> Located:
@@ -105,12 +105,12 @@ class Plan:
 
 
 def _permutation(n: int, seed: int, epoch: int, stream: int) -> np.ndarray:
-    """A permutation of 0 .. n - 1 that belongs to (seed, epoch, stream).
+    """The permutation of 0 .. n - 1 for (seed, epoch, stream).
 
-    Sorts raw Philox words: numpy promises that these never change, and does not for `Generator.permutation`.
+    Sorts raw Philox words: numpy guarantees that these never change, unlike `Generator.permutation`.
     """
     key = np.array([seed, epoch], dtype=np.uint64)
-    counter = np.array([0, 0, 0, stream], dtype=np.uint64)  # the high word: streams never run into each other
+    counter = np.array([0, 0, 0, stream], dtype=np.uint64)  # the high word, so that streams never overlap
     return np.argsort(np.random.Philox(key=key, counter=counter).random_raw(n), kind="stable")
 
 
@@ -123,8 +123,7 @@ def _remember(cache: OrderedDict, key: object, value: object, limit: int) -> Non
 def rank_positions(step: int, rank: int, ranks: int, global_batch: int, micro_batch: int) -> np.ndarray:
     """Global positions that `rank` of `ranks` trains on in `step`, int64 [accumulation, micro_batch].
 
-    Step k covers k * global_batch + [0, global_batch) whatever the number of ranks; row m of a rank is the m-th
-    micro-batch.
+    Step k covers k * global_batch + [0, global_batch) for any number of ranks; row m is the rank's m-th micro-batch.
     """
     if not 0 <= rank < ranks:
         raise DataError(f"rank {rank} is outside 0 .. {ranks - 1}; ranks are counted from 0")

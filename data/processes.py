@@ -1,4 +1,4 @@
-"""Child processes that never outlive their parent."""
+"""Child processes that end with their parent."""
 
 from __future__ import annotations
 
@@ -27,37 +27,38 @@ log = logging.getLogger(__name__)
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
-"""How file systems without locks answer flock."""
+"""Errors of flock on file systems without locks."""
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel end this process when its parent, of process id `parent`, goes, even by SIGKILL (Linux;
-    elsewhere nothing happens)."""
+    """Ask the kernel to kill this process when its parent (process id `parent`) ends, even by SIGKILL. Linux only; a
+    no-op elsewhere."""
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        if parent != os.getppid():  # it went before the call above
+        if parent != os.getppid():  # it ended before the call above
             os._exit(1)
 
 
-def die_with_starter() -> None:
-    """`die_with_parent` for a process that multiprocessing started."""
-    starter = parent_process()
-    assert starter is not None and starter.pid is not None
-    die_with_parent(starter.pid)
+def die_with_launcher() -> None:
+    """`die_with_parent` for a process started by multiprocessing."""
+    launcher = parent_process()
+    assert launcher is not None and launcher.pid is not None
+    die_with_parent(launcher.pid)
 
 
 def _start() -> None:
-    die_with_starter()
+    die_with_launcher()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
 
 
 def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], processes: int | None) -> Iterator[Result]:
-    """Results of `work` over `tasks`, as they are ready, from that many processes (None: one a usable core).
+    """Yield results of `work` over `tasks` in order of completion, from `processes` processes (None: one per usable
+    core).
 
-    Leaving the loop early, by an error or Ctrl-C, ends the processes after their current task. DataError when one of
-    them dies.
+    When the loop is left early, by an error or Ctrl-C, the processes end after their current task. Raises DataError
+    when one of them dies.
     """
     usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     pool = ProcessPoolExecutor(processes or usable, mp_context=get_context(START_METHOD), initializer=_start)
@@ -65,18 +66,18 @@ def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], processe
         for future in as_completed([pool.submit(work, task) for task in tasks]):
             yield future.result()
     except BrokenProcessPool:
-        raise DataError("a worker process died (out of memory?); run the same command again, it goes on") from None
+        raise DataError("a worker process died (out of memory?); run the same command again to resume") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
 def sole_owner(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it for this process alone; DataError when another one does. Also clears what a killed
-    predecessor left half-written there.
+    """Create the folder and lock it for this process; raises DataError when another process holds it. Also removes the
+    temporary files of a killed predecessor.
 
     A file system without locks (Lustre without `-o flock`, some NFS and FUSE mounts) is used unlocked, with a warning:
-    whatever is written there is renamed into place whole. Only what is known to be no living process's is cleared.
+    files are renamed into place atomically, and only temporary files of dead processes are removed.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,4 +109,4 @@ def _warn_of_no_locks(folder: Path) -> None:
     device = folder.stat().st_dev
     if device not in _warned:
         _warned.add(device)
-        log.warning("%s: the file system has no locks; see to it that no other process writes into this folder", folder)
+        log.warning("%s: the file system has no locks; make sure that no other process writes to this folder", folder)

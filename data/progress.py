@@ -1,6 +1,6 @@
-"""Progress of long work, with the time that is left: a bar on a terminal, a plain line every half minute elsewhere.
+"""Progress of long work with the time left: a bar on a terminal, otherwise a plain line every 30 s.
 
-Everything goes to standard error, so that what a command prints can be piped.
+Everything goes to standard error, so that a command's output can be piped.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Item = TypeVar("Item")
 
 QUIET_S = 1.5
-"""Work that takes less shows nothing."""
+"""Shorter work shows nothing."""
 LINE_EVERY_S = 30.0
-"""Between two lines where standard error is no terminal."""
+"""Interval between lines when standard error is not a terminal."""
 BAR_EVERY_S = 0.2
 
 
 class progress:
-    """Reports work inside a `with` block, from a thread of its own: also while a single step of it takes minutes.
+    """Context manager that reports progress from a background thread, also while a single item takes minutes.
 
-    what: the work, such as `verifying`. total: how many of `unit` there are; None where nothing is counted, and the
-    time so far is shown. done: how many of them an earlier attempt has left. shown: False on all ranks but the first.
+    what: the work, such as `verifying`. total: number of `unit`s; None when nothing is counted and only the elapsed
+    time is shown. done: units that an earlier attempt completed. shown: False on all ranks but the first.
     """
 
     def __init__(self, what: str, total: int | None = None, unit: str = "", done: int = 0, shown: bool = True) -> None:
@@ -48,7 +48,7 @@ class progress:
             self._thread.join()
 
     def advance(self, more: int = 1) -> None:
-        """So many more are done."""
+        """Count `more` units as done."""
         self.done += more
 
     def line(self) -> str:
@@ -66,7 +66,7 @@ class progress:
         elif not self._over.wait(QUIET_S):
             count = () if self.total is None else (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             columns = (TextColumn("{task.description}"), *count, TimeElapsedColumn())
-            # Results on a redirected standard output stay there.
+            # Results on a redirected standard output are not captured.
             redirect = sys.stdout.isatty()
             console = Console(stderr=True, markup=False, emoji=False)
             with Progress(*columns, console=console, transient=True, redirect_stdout=redirect) as bar:
@@ -77,7 +77,7 @@ class progress:
 
 
 def track(items: Iterable[Item], what: str, total: int, unit: str, shown: bool = True) -> Iterator[Item]:
-    """The `items`, with `progress` of their being taken."""
+    """Yield `items` and report `progress` as they are consumed."""
     with progress(what, total, unit, shown=shown) as taken:
         for item in items:
             yield item

@@ -1,4 +1,4 @@
-"""Micro-batches in the plan's order, read and decoded ahead by worker processes."""
+"""Micro-batches in the plan's order, read and decoded by worker processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from .errors import BadSample, DataError, DataLost
 from .plan import Plan, rank_positions
-from .processes import START_METHOD, die_with_starter
+from .processes import START_METHOD, die_with_launcher
 from .retry import failure
 from .shards import Dataset, RawSample
 from .sockets import make_socket_folder
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 FAILED_TO_SEND = 71
-"""Exit code of a worker that cannot pass a batch on."""
+"""Exit code of a worker that cannot send a batch."""
 GRACE_S = 2.0  # for workers to finish their micro-batch when the loader is closed
 
 
@@ -46,16 +46,17 @@ class Item:
 
     epoch: int
     index: int
-    """Number within the data set. Epoch and index are the planned sample's, so draws keyed on them stay put."""
+    """Number within the dataset. Epoch and index are those of the planned sample, which keeps draws keyed on them
+    stable."""
     key: str
-    """Key, image and caption are the sample's that was read: the planned one or its replacement."""
+    """Key, image and caption are those of the sample that was read: the planned one or its replacement."""
     image: np.ndarray
     """uint8 [S, S, 3]."""
     caption: str
     others: tuple[np.ndarray, ...] = ()
     """The same image at the loader's further sizes."""
     origin: tuple[int, int] = (0, 0)
-    """Shard, and number within it, of the sample that was read."""
+    """Shard and number within it of the sample that was read."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,10 @@ class Batch:
     """One micro-batch of one rank."""
 
     arrays: dict[str, Any]
-    """What the collate function made: tensors, and plain values that stay on the host."""
+    """Output of the collate function: tensors, and plain values that stay on the host."""
     keys: list[str]
     replaced: list[tuple[str, str]]
-    """Key and reason of every planned sample that could not be used and gave way to a neighbour."""
+    """Key and reason of every planned sample that was unusable and replaced by a neighbour."""
     names: list[str] = field(default_factory=list)
     """`Dataset.name` of the samples that were read."""
 
@@ -81,11 +82,11 @@ Collate = Callable[[list[Item]], dict[str, Any]]
 class Loader:
     """Iterates over one rank's micro-batches of steps `start_step` .. `stop_step` - 1, in order.
 
-    collate: picklable, list of `micro_batch` items -> `Batch.arrays`; runs in the workers. image_size: pixels of a
-    side, or several, of which the first is `Item.image`'s. The sequence depends on the data set, the plan and the batch
-    sizes alone, never on `workers` (0 reads in the calling process) or `prefetch` (micro-batches each worker prepares).
-    Every `iter` starts again at `start_step`.
-    Raises DataLost when a shard cannot be read any more or a worker dies, DataError for what the user has to mend.
+    collate: picklable, list of `micro_batch` items -> `Batch.arrays`; runs in the workers. image_size: side in pixels,
+    or several, of which the first is that of `Item.image`. The sequence depends only on the dataset, the plan and the
+    batch sizes, never on `workers` (0 reads in the calling process) or `prefetch` (micro-batches prepared per worker).
+    Every `iter` restarts at `start_step`.
+    Raises DataLost when a shard becomes unreadable or a worker dies, DataError for what the user has to fix.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Loader:
     ) -> None:
         if not np.array_equal(plan.samples_per_shard, dataset.samples_per_shard):
             raise DataError("the plan was made for other shards; make it from dataset.samples_per_shard")
-        # A group and the next, or every read opens a shard.
+        # The shards of two consecutive groups; with fewer, every read would open a shard.
         dataset.opened.max_open = max(dataset.opened.max_open, 2 * plan.shuffle_window)
         sizes = (image_size,) if isinstance(image_size, int) else tuple(image_size)
         accumulation = len(rank_positions(0, rank, ranks, global_batch, micro_batch))
@@ -125,7 +126,7 @@ class Loader:
             prefetch_factor=prefetch if workers else None,
             worker_init_fn=partial(_start_worker, reports=_reports()) if workers else None,
             multiprocessing_context=START_METHOD if workers else None,
-            generator=torch.Generator(),  # else every start of workers draws from the caller's random state
+            generator=torch.Generator(),  # otherwise every creation of workers draws from the caller's random state
         )
         self._running: Any = None
 
@@ -135,8 +136,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        # Slurm signals every process of a job. Workers are born with the stop signals blocked, so that there is no
-        # moment at which one can hit them; whether to stop is the main process's decision.
+        # Slurm signals every process of a job. Workers inherit a mask that blocks the stop signals, so that they are
+        # never interrupted by one; the main process decides when to stop.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             self._running = iter(self._loader)
@@ -161,13 +162,13 @@ class Loader:
             yield batch
 
     def close(self) -> None:
-        """End the workers, also those that no longer answer. The loader can be iterated again."""
+        """Stop the workers, also unresponsive ones. The loader can be iterated again."""
         running, self._running = self._running, None
         atexit.unregister(self.close)
         workers = getattr(running, "_workers", None)
         if running is None or not workers:
             return
-        # Torch waits five seconds for each worker in turn and then sends SIGTERM, which ours never see.
+        # Torch waits 5 s for each worker in turn and then sends SIGTERM, which our workers block.
         last_resort = threading.Timer(GRACE_S, lambda: [worker.kill() for worker in workers])
         last_resort.start()
         try:
@@ -178,16 +179,16 @@ class Loader:
 
 
 def stacked(images: Sequence[np.ndarray]) -> torch.Tensor:
-    """uint8 [B, 3, S, S] of images [S, S, 3], for a collate function: in a worker it lies in shared memory at once."""
+    """Stack images [S, S, 3] into uint8 [B, 3, S, S] for a collate function; in a worker, directly in shared memory."""
     return default_collate([torch.from_numpy(image.transpose(2, 0, 1)) for image in images])
 
 
 def worker_failure(error: Exception, rank: int) -> DataError | None:
-    """What torch's error about a loader worker means, in one line; None for an error of anything else. Torch raises a
-    worker's death in a signal handler, wherever the process then happens to be.
+    """Translate torch's error about a loader worker into one line; None for any other error. Torch raises the death of
+    a worker from a signal handler, at an arbitrary point of the main process.
 
-    Only a worker that was killed is lost and may succeed in another attempt: shared memory that is full stays full, and
-    whatever else a worker raised, it raises again. The original text is kept, a traceback in the log.
+    Only a killed worker is retryable (DataLost): full shared memory stays full, and other errors recur. The original
+    text is kept; a traceback goes to the log.
     """
     text = str(error)
     if isinstance(error, DataError) or not re.search("DataLoader worker|</torch_", text):
@@ -196,13 +197,13 @@ def worker_failure(error: Exception, rank: int) -> DataError | None:
     text = reported or text
     if SHARED_MEMORY.search(text):
         return DataError(
-            f"rank {rank}: a loader worker found no room in shared memory ({_last_line(text)}); enlarge /dev/shm (in"
+            f"rank {rank}: a loader worker ran out of shared memory ({_last_line(text)}); enlarge /dev/shm (in"
             " containers --shm-size or --ipc=host), or lower data.workers or data.prefetch"
         )
     if reported:
         return DataError(
-            f"rank {rank}: a loader worker cannot pass its batches on: {reported}; raise the limit of open files"
-            " (ulimit -n) if that is it, or set data.workers=0"
+            f"rank {rank}: a loader worker cannot send its batches: {reported}; raise the limit of open files"
+            " (ulimit -n) if it is reached, or set data.workers=0"
         )
     if "in DataLoader worker process" in text:
         log.error("rank %d: a loader worker failed:\n%s", rank, text)
@@ -211,13 +212,13 @@ def worker_failure(error: Exception, rank: int) -> DataError | None:
     killed = re.search(r"killed by signal: ([\w ]+)", first)
     if killed is None or killed.group(1).strip() == "Killed":
         return DataLost(f"rank {rank}: {first}; look for out-of-memory kills, or lower data.workers")
-    return DataError(f"rank {rank}: {first}; data.workers=0 shows where it happens")
+    return DataError(f"rank {rank}: {first}; set data.workers=0 to see where it happens")
 
 
 SHARED_MEMORY = re.compile(
     r"Bus error|shared memory|</torch_\d|/dev/shm|received 0 items of ancdata|unable to mmap|unable to write to file"
 )
-"""In torch's errors when tensors on their way from a worker find no room."""
+"""Matches torch's errors when shared memory is full for tensors sent by a worker."""
 
 
 def _last_line(text: str) -> str:
@@ -225,12 +226,12 @@ def _last_line(text: str) -> str:
 
 
 def _start_worker(worker: int, reports: SimpleQueue) -> None:
-    """Run first in a worker; `reports` takes a line of why it ends itself."""
-    die_with_starter()
+    """Worker initialization. reports: receives one line with the reason before the worker ends itself."""
+    die_with_launcher()
 
     def give_up(error: BaseException, batch: object) -> None:
-        # In the thread that feeds the queue. It would print the error, drop the batch and go on, and whoever iterates
-        # would wait for that batch for ever: no descriptor left (EMFILE), no socket, nothing that pickles.
+        # Runs in the queue's feeder thread on EMFILE, a socket error or an unpicklable batch. By default it prints the
+        # error, drops the batch and continues, and the consumer waits for that batch forever.
         reports.put(f"{type(error).__name__}: {' '.join(str(error).split())}")
         os._exit(FAILED_TO_SEND)
 
@@ -239,7 +240,7 @@ def _start_worker(worker: int, reports: SimpleQueue) -> None:
 
 @functools.cache
 def _reports() -> SimpleQueue:
-    """Lines of this process's workers."""
+    """Queue of lines from this process's workers."""
     return get_context(START_METHOD).SimpleQueue()
 
 
@@ -248,7 +249,7 @@ def _as_is(batch: Any) -> Any:
 
 
 class _MicroBatches(TorchDataset):
-    """Number of a rank's micro-batch, counted from step 0 -> `Batch`, or the DataError that prevents it."""
+    """Number of a rank's micro-batch, counted from step 0 -> `Batch`, or the DataError that occurred."""
 
     def __init__(
         self,
@@ -277,7 +278,7 @@ class _MicroBatches(TorchDataset):
                 items.append(Item(epoch, index, raw.key, image, raw.caption, tuple(others), origin))
             names = [self.dataset.name(item.origin[0], item.key) for item in items]
             return Batch(self.collate(items), [item.key for item in items], replaced, names)
-        except Exception as error:  # raised in a worker it would reach the caller as a traceback's text
+        except Exception as error:  # an exception raised in a worker reaches the caller as the text of a traceback
             if isinstance(error, DataError):
                 return error
             if verdict(error) is None:
@@ -287,7 +288,7 @@ class _MicroBatches(TorchDataset):
     def _read(
         self, shard: int, sample: int, replaced: list[tuple[str, str]]
     ) -> tuple[tuple[int, int], RawSample, list[np.ndarray]]:
-        """The planned sample, or the first after it that reads: within its shard, wrapping, then in the next ones."""
+        """The planned sample or the first readable one after it: within its shard, wrapping, then in later shards."""
         planned = None
         for candidate in self._candidates(shard, sample):
             if candidate not in self.bad:
@@ -304,7 +305,7 @@ class _MicroBatches(TorchDataset):
                         replaced.append((planned.key, planned.reason))
                     return candidate, raw, images
             planned = planned or self.bad[candidate]
-        raise DataError(f"no sample of the data set reads, the first: {planned}; run `bifrost data verify`")
+        raise DataError(f"no sample of the dataset is readable, the first: {planned}; run `bifrost data verify`")
 
     def _candidates(self, shard: int, sample: int) -> Iterator[tuple[int, int]]:
         counts = self.dataset.samples_per_shard
@@ -314,10 +315,10 @@ class _MicroBatches(TorchDataset):
 
 
 class BadSamples:
-    """Counts samples that had to be replaced, and stops the run when they are too many.
+    """Counts replaced samples, and stops the run when they are too many.
 
-    max_bad_fraction: largest share of replaced samples; judged once `judged_after` samples were seen, since one bad
-    sample among the first ten says little.
+    max_bad_fraction: largest fraction of replaced samples; checked once `judged_after` samples were seen, since one bad
+    sample among the first ten is not significant.
     """
 
     judged_after = 100
@@ -330,7 +331,7 @@ class BadSamples:
         self._first: list[tuple[str, str]] = []
 
     def add(self, replaced: list[tuple[str, str]], seen: int) -> None:
-        """Count `seen` samples, `replaced` among them. Raises DataError with their keys when the share is too large."""
+        """Count `seen` samples, `replaced` among them. Raises DataError with keys when the fraction is too large."""
         self.bad += len(replaced)
         self.seen += seen
         self._first += replaced[: self.listed - len(self._first)]

@@ -1,7 +1,7 @@
-"""Objects behind URLs, read by position: every answer is checked against what was asked.
+"""Range reads of objects behind URLs; every response is checked against its request.
 
-fsspec finds the file system, the credentials and the connections. Its own reads hand back whatever body came, so HTTP
-and S3 are asked through its sessions here, where the server's status and headers can be seen.
+fsspec provides the file system, credentials and connections. Its own reads return whatever body was received, so HTTP
+and S3 requests are made here through its sessions, with access to the status and headers.
 """
 
 from __future__ import annotations
@@ -20,48 +20,48 @@ import fsspec.config
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.core import url_to_fs
 
-from .errors import DataError, WrongAnswer
+from .errors import DataError, InvalidResponse
 from .transience import causes, status
 
 log = logging.getLogger(__name__)
 
 CONNECT_S, SILENCE_S = 10.0, 30.0
-"""Until a connection stands; between two bytes of an answer."""
+"""Timeouts in seconds: to connect, and between two reads of a response."""
 SLOWEST = 100_000
-"""Bytes per second below which an answer counts as stalled."""
+"""Bytes per second below which a response counts as stalled."""
 WHOLE_LIMIT = 4 << 30
-"""Bytes of whole objects, from servers that ignore byte ranges, that one process keeps in its temporary folder."""
+"""Total bytes of whole objects, from servers that ignore byte ranges, that a process keeps in its temporary folder."""
 CHUNK = 1 << 20
 LONGEST = 1 << 40
-"""Bytes that no object read as a whole has."""
+"""Upper bound in bytes for an object that is read whole."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a server sent to one request."""
+class Response:
+    """A server's response to one request."""
 
     body: bytes
     total: int | None = None
-    """Bytes of the whole object, where the server states them."""
+    """Size of the whole object in bytes, if the server states it."""
     tag: str | None = None
-    """Strong ETag: it changes whenever the object does."""
+    """Strong ETag, which changes whenever the object does."""
     whole: _Kept | None = None
-    """The whole object, when a part of it was asked for and the server ignored that."""
+    """The whole object, when the server ignored the requested range."""
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system and the path in it, of a path or URL; DataError when none can be used here.
+    """fsspec's file system for a path or URL, and the path in it; raises DataError when there is none.
 
-    The clients' own retries and cached listings are switched off: `retry` alone asks again, so that patience is
-    bounded, and what others write is seen.
+    The clients' own retries and cached listings are disabled: only `retry` retries, so that the total time is bounded,
+    and objects written by others are seen.
     """
     try:
         fs, path = url_to_fs(url, **_settings(url))
     except (ImportError, ValueError) as error:
         raise DataError(f"{url}: {error}; check the address, or install the package that serves it") from None
-    if _speaks(fs, "s3"):
+    if _has_protocol(fs, "s3"):
         fs.retries = 1
-        if fs.session is None:  # or else s3fs makes the same one with its client, which takes over no later handlers
+        if fs.session is None:  # s3fs would create it together with its client, which ignores handlers added later
             from aiobotocore.session import AioSession
 
             fs.session = AioSession(**fs.kwargs)
@@ -76,7 +76,7 @@ def _settings(url: str) -> dict[str, Any]:
         config = {"retries": {"total_max_attempts": 1}, **theirs.get("config_kwargs", {})}
         return {"use_listings_cache": False, "config_kwargs": config}
     if scheme in ("http", "https"):
-        import aiohttp  # what fsspec reads HTTP with
+        import aiohttp  # fsspec's HTTP client
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
         return {"client_kwargs": {"timeout": timeout, **theirs.get("client_kwargs", {})}}
@@ -84,10 +84,10 @@ def _settings(url: str) -> dict[str, Any]:
 
 
 def _check_s3(response: tuple[Any, dict] | None, operation: Any, **_: Any) -> None:
-    """WrongAnswer for what botocore takes for an answer and is none.
+    """Raise InvalidResponse for invalid responses that botocore accepts.
 
-    A redirect without a region has botocore ask HeadBucket for one, whose redirect it asks HeadBucket about, and so on
-    until Python's recursion limit; others are passed on as results without their fields, as is a web page.
+    For a redirect without a region botocore calls HeadBucket, whose redirect makes it call HeadBucket again, up to
+    Python's recursion limit; other redirects and web pages are returned as results without the expected fields.
     """
     if response is None or response[0] is None:
         return
@@ -96,7 +96,7 @@ def _check_s3(response: tuple[Any, dict] | None, operation: Any, **_: Any) -> No
     if 300 <= status < 400:
         region = "x-amz-bucket-region" in headers or "Region" in parsed.get("Error", {})
         if not region and (operation.name == "HeadBucket" or status not in (301, 302, 307)):
-            raise WrongAnswer(f"the endpoint redirects (status {status}) and names no region", lasting=True)
+            raise InvalidResponse(f"the endpoint redirects (status {status}) without naming a region", lasting=True)
     elif status < 300:
         missing = {
             "ListObjectsV2": parsed.keys().isdisjoint(("Name", "IsTruncated", "KeyCount", "MaxKeys", "Contents")),
@@ -105,65 +105,65 @@ def _check_s3(response: tuple[Any, dict] | None, operation: Any, **_: Any) -> No
         }
         if missing.get(operation.name):
             kind = headers.get("content-type", "none")
-            raise WrongAnswer(f"no answer of S3 to {operation.name} (status {status}, Content-Type {kind})")
+            raise InvalidResponse(f"not an S3 response to {operation.name} (status {status}, Content-Type {kind})")
 
 
-def fetch(url: str, start: int, size: int) -> Answer:
-    """`size` bytes of an object from `start` on, fewer where it ends.
+def fetch(url: str, start: int, size: int) -> Response:
+    """Read `size` bytes of an object from offset `start`, fewer at its end.
 
-    Raises whatever the client raises, WrongAnswer when the answer is not what was asked for or cut short, and
-    FileNotFoundError when there is no such object.
+    Raises whatever the client raises, InvalidResponse when the response does not match the request or is truncated, and
+    FileNotFoundError when the object does not exist.
     """
     if size == 0:
-        return Answer(b"")
+        return Response(b"")
     fs, path = filesystem(url)
-    if _speaks(fs, "http"):
-        return _answered(sync(fs.loop, _over_http, fs, path, start, size))
-    if _speaks(fs, "s3"):
-        return _answered(sync(fs.loop, _from_s3, fs, path, start, size))
+    if _has_protocol(fs, "http"):
+        return _not_none(sync(fs.loop, _over_http, fs, path, start, size))
+    if _has_protocol(fs, "s3"):
+        return _not_none(sync(fs.loop, _from_s3, fs, path, start, size))
     total = fs.size(path)
     end = min(start + size, total)
     if start >= end:
-        return Answer(b"", total)
+        return Response(b"", total)
     body = fs.cat_file(path, start=start, end=end)
     if len(body) == total != end - start:
-        return Answer(b"", total, whole=_Kept(url, body))
-    return Answer(_exact(body, end - start), total)
+        return Response(b"", total, whole=_Kept(url, body))
+    return Response(_exact(body, end - start), total)
 
 
-def _answered(answer: Answer | None) -> Answer:
-    assert answer is not None, "fsspec's sync returns what the coroutine did"
-    return answer
+def _not_none(response: Response | None) -> Response:
+    assert response is not None, "fsspec's sync returns the result of the coroutine"
+    return response
 
 
 def read_start(url: str, limit: int = LONGEST) -> bytes:
-    """The first `limit` bytes of an object, or all of a smaller one; raises like `fetch`. Asked for as a range, so that
-    the answer states its end."""
-    answer = fetch(url, 0, limit)
-    if answer.whole is None:
-        return answer.body
-    with closing(answer.whole):
-        _require(answer.whole, answer.total or size_of(url))
-        return answer.whole.read(0, min(limit, answer.whole.size))
+    """The first `limit` bytes of an object, or all of a smaller one; raises like `fetch`. Uses a range request, so that
+    the response states its end."""
+    response = fetch(url, 0, limit)
+    if response.whole is None:
+        return response.body
+    with closing(response.whole):
+        _require(response.whole, response.total or size_of(url))
+        return response.whole.read(0, min(limit, response.whole.size))
 
 
 def size_of(url: str) -> int | None:
-    """Bytes of an object, None where the server does not state them; raises like `fetch`."""
+    """Size of an object in bytes, None when the server does not state it; raises like `fetch`."""
     fs, path = filesystem(url)
     try:
         return fs.size(path)
     except Exception as error:
-        if not _speaks(fs, "s3") or not any(status(link) == 400 for link in causes(error)):
+        if not _has_protocol(fs, "s3") or not any(status(link) == 400 for link in causes(error)):
             raise
-    # S3's code, such as RequestTimeout or ExpiredToken, is in the body, and an answer to HEAD has none.
-    answer = fetch(url, 0, 1)
-    if answer.whole is not None:
-        answer.whole.close()
-    return answer.total
+    # S3's error code, such as RequestTimeout or ExpiredToken, is in the body, which a response to HEAD lacks.
+    response = fetch(url, 0, 1)
+    if response.whole is not None:
+        response.whole.close()
+    return response.total
 
 
 class RemoteFile:
-    """One object, read by position. total: its size in bytes, as its index has it; None takes the server's word."""
+    """Range reads of one object. total: its size in bytes from the index; None accepts the server's size."""
 
     def __init__(self, url: str, total: int | None = None) -> None:
         self.url = url
@@ -173,23 +173,23 @@ class RemoteFile:
         self._lock = threading.Lock()
 
     def read(self, start: int, size: int) -> bytes:
-        """`size` bytes from `start` on, fewer only where the object ends. Raises like `fetch`, and DataError when the
-        object was replaced since it was first read."""
+        """Read `size` bytes from offset `start`, fewer only at the end of the object. Raises like `fetch`, and
+        DataError when the object was replaced since the first read."""
         with self._lock:
             whole = self._whole
         if whole is None:
-            answer = fetch(self.url, start, size)
+            response = fetch(self.url, start, size)
             with self._lock:
-                if answer.whole and answer.total is None:  # its end was the connection's
-                    _require(answer.whole, self.total or size_of(self.url))
-                self._same(answer)
-                if answer.whole is None:
-                    return self._complete(answer, start, size)
+                if response.whole and response.total is None:  # its end was the end of the connection
+                    _require(response.whole, self.total or size_of(self.url))
+                self._same(response)
+                if response.whole is None:
+                    return self._complete(response, start, size)
                 if self._whole is None:
-                    log.warning("%s: the server ignores byte ranges; the whole object is read and kept", self.url)
-                    self._whole = answer.whole
+                    log.warning("%s: the server ignores byte ranges; reading and keeping the whole object", self.url)
+                    self._whole = response.whole
                 else:  # another thread was first
-                    answer.whole.close()
+                    response.whole.close()
                 whole = self._whole
         return whole.read(start, size)
 
@@ -199,30 +199,30 @@ class RemoteFile:
                 self._whole.close()
                 self._whole = None
 
-    def _complete(self, answer: Answer, start: int, size: int) -> bytes:
+    def _complete(self, response: Response, start: int, size: int) -> bytes:
         end = start + size if self.total is None else min(start + size, self.total)
-        if len(answer.body) < end - start and self.total is not None:
-            raise WrongAnswer(f"{len(answer.body)} of {end - start} bytes came")
-        return answer.body
+        if len(response.body) < end - start and self.total is not None:
+            raise InvalidResponse(f"received {len(response.body)} of {end - start} bytes")
+        return response.body
 
-    def _same(self, answer: Answer) -> None:
-        if answer.total is not None:
-            if self.total not in (None, answer.total):
+    def _same(self, response: Response) -> None:
+        if response.total is not None:
+            if self.total not in (None, response.total):
                 raise DataError(
-                    f"{self.url}: {answer.total} bytes, expected {self.total}: it was replaced or cut; restore it, or"
-                    " index it again"
+                    f"{self.url}: {response.total} bytes, expected {self.total}: it was replaced or truncated;"
+                    " restore it, or index it again"
                 )
-            self.total = answer.total
-        if answer.tag is not None:
-            if self._tag not in (None, answer.tag):
+            self.total = response.total
+        if response.tag is not None:
+            if self._tag not in (None, response.tag):
                 raise DataError(
-                    f"{self.url}: it was replaced while it was read (ETag {self._tag}, now {answer.tag}); restore it,"
+                    f"{self.url}: it was replaced while being read (ETag {self._tag}, now {response.tag}); restore it,"
                     " or index it again"
                 )
-            self._tag = answer.tag
+            self._tag = response.tag
 
 
-async def _over_http(fs: Any, url: str, start: int, size: int) -> Answer:
+async def _over_http(fs: Any, url: str, start: int, size: int) -> Response:
     session = await fs.set_session()
     headers = {**fs.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
     headers["Range"] = f"bytes={start}-{start + size - 1}"
@@ -230,98 +230,98 @@ async def _over_http(fs: Any, url: str, start: int, size: int) -> Answer:
         tag = _strong(response.headers.get("ETag"))
         if response.status == 416:
             total = re.fullmatch(r"bytes \*/(\d+)", response.headers.get("Content-Range", ""))
-            return Answer(b"", int(total.group(1)) if total else None, tag)
+            return Response(b"", int(total.group(1)) if total else None, tag)
         if response.status in (404, 410):
             raise FileNotFoundError(url)
         response.raise_for_status()
         if response.status not in (200, 203, 206):  # a redirect without an address, or no content
             redirects = 300 <= response.status < 400
             what = "redirects without an address" if redirects else "sent no file"
-            raise WrongAnswer(f"the server {what} (status {response.status})", lasting=redirects)
+            raise InvalidResponse(f"the server {what} (status {response.status})", lasting=redirects)
         if response.status == 206:
             body = await asyncio.wait_for(response.read(), 60 + (response.content_length or 0) / SLOWEST)
             return _part(body, response.headers.get("Content-Range"), start, size, tag)
-        # aiohttp unpacks what a server compresses all the same; the length stated is then that of the packed bytes.
+        # Some servers compress despite the header; aiohttp decompresses, and the stated length is the compressed one.
         length = None if "Content-Encoding" in response.headers else response.content_length
         kept = _Kept(url)
         try:
             async for chunk in response.content.iter_chunked(CHUNK):
                 kept.write(chunk)
             if length not in (None, kept.size):
-                raise WrongAnswer(f"{kept.size} of {length} bytes came")
+                raise InvalidResponse(f"received {kept.size} of {length} bytes")
             _refuse_page(response.headers.get("Content-Type"), kept.read(0, 64))
         except BaseException:
             kept.close()
             raise
-        return Answer(b"", length, tag, kept)
+        return Response(b"", length, tag, kept)
 
 
-async def _from_s3(fs: Any, path: str, start: int, size: int) -> Answer:
+async def _from_s3(fs: Any, path: str, start: int, size: int) -> Response:
     bucket, key, version = fs.split_path(path)
     asked = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{start + size - 1}"}
     if version:
         asked["VersionId"] = version
     try:
-        answer = await fs._call_s3("get_object", **asked)
+        response = await fs._call_s3("get_object", **asked)
     except Exception as error:
         if any(status(link) == 416 for link in causes(error)):
-            return Answer(b"")
+            return Response(b"")
         raise
-    async with answer["Body"] as stream:
-        body = await asyncio.wait_for(stream.read(), 60 + answer.get("ContentLength", 0) / SLOWEST)
-    _exact(body, answer.get("ContentLength"))
-    tag = _strong(answer.get("ETag"))
-    if "ContentRange" in answer:
-        return _part(body, answer["ContentRange"], start, size, tag)
-    _refuse_page(answer.get("ContentType"), body[:64])
-    return Answer(b"", answer.get("ContentLength"), tag, _Kept(path, body))
+    async with response["Body"] as stream:
+        body = await asyncio.wait_for(stream.read(), 60 + response.get("ContentLength", 0) / SLOWEST)
+    _exact(body, response.get("ContentLength"))
+    tag = _strong(response.get("ETag"))
+    if "ContentRange" in response:
+        return _part(body, response["ContentRange"], start, size, tag)
+    _refuse_page(response.get("ContentType"), body[:64])
+    return Response(b"", response.get("ContentLength"), tag, _Kept(path, body))
 
 
-def _part(body: bytes, content_range: str | None, start: int, size: int, tag: str | None) -> Answer:
-    """The answer to a range, when it is the range that was asked for."""
+def _part(body: bytes, content_range: str | None, start: int, size: int, tag: str | None) -> Response:
+    """The response to a range request; raises InvalidResponse when it is another range."""
     stated = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", (content_range or "").strip())
     if stated is None:
-        raise WrongAnswer(f"a part came without its range (Content-Range {content_range})")
+        raise InvalidResponse(f"partial content without a valid range (Content-Range {content_range})")
     first, last = int(stated.group(1)), int(stated.group(2))
     total = None if stated.group(3) == "*" else int(stated.group(3))
     end = start + size if total is None else min(start + size, total)
     if first != start or last + 1 > end or (total is not None and last + 1 != end):
-        raise WrongAnswer(f"bytes {first} to {last} came, asked for {start} to {end - 1}")
-    return Answer(_exact(body, last + 1 - first), total, tag)
+        raise InvalidResponse(f"received bytes {first} to {last}, requested {start} to {end - 1}")
+    return Response(_exact(body, last + 1 - first), total, tag)
 
 
 def _refuse_page(content_type: str | None, start: bytes) -> None:
-    """WrongAnswer for a web page, such as that of a login, with the status of a file. Some servers call all files of
-    types that they do not know HTML; neither a tar nor an index begins like it."""
+    """Raise InvalidResponse for a web page, such as a login page, with the status of a file. The start is checked
+    because some servers send files of unknown types as HTML; neither a tar nor an index starts with `<`."""
     if (content_type or "").lower().startswith("text/html") and start.lstrip().startswith(b"<"):
-        raise WrongAnswer("a web page came in place of the file")
+        raise InvalidResponse("received a web page instead of the file")
 
 
 def _exact(body: bytes, length: int | None) -> bytes:
     if length is not None and len(body) != length:
-        raise WrongAnswer(f"{len(body)} of {length} bytes came")
+        raise InvalidResponse(f"received {len(body)} of {length} bytes")
     return body
 
 
 def _require(whole: _Kept, size: int | None) -> None:
     if size not in (None, whole.size):
-        came = whole.size
+        received = whole.size
         whole.close()
-        raise WrongAnswer(f"{came} of {size} bytes came")
+        raise InvalidResponse(f"received {received} of {size} bytes")
 
 
 def _strong(tag: str | None) -> str | None:
-    """An ETag that names exact bytes."""
+    """The ETag if it is a strong one, which identifies exact bytes."""
     return None if not tag or tag.startswith("W/") else tag
 
 
-def _speaks(fs: Any, protocol: str) -> bool:
+def _has_protocol(fs: Any, protocol: str) -> bool:
     protocols = fs.protocol if isinstance(fs.protocol, (tuple, list)) else (fs.protocol,)
     return protocol in protocols and isinstance(fs, AsyncFileSystem)
 
 
 class _Kept:
-    """A whole object in an unnamed temporary file, of which one process holds at most WHOLE_LIMIT bytes in all."""
+    """A whole object in an unnamed temporary file; a process keeps at most WHOLE_LIMIT bytes of them in total."""
 
     _lock = threading.Lock()
     _in_all = 0

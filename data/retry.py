@@ -1,4 +1,4 @@
-"""One policy for everything that is asked of storage, network and services: transient errors are asked again."""
+"""The retry policy for storage, network and services: transient errors are retried."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception
 
-from .errors import DataError, DataLost, DataMissing, WrongAnswer
+from .errors import DataError, DataLost, DataMissing, InvalidResponse
 from .transience import causes, is_missing, judged, lacks_credentials, status, verdict
 
 log = logging.getLogger(__name__)
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 PATIENCE_S = 10.0
-"""Seconds of pauses in all before a transient error is given up on."""
+"""Total seconds of pauses before giving up on a transient error."""
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 RETRY_AFTER_LIMIT_S = 60.0
-"""What a server may add to the patience, in all, by asking for longer pauses (Retry-After)."""
+"""Total seconds that servers may add by requesting longer pauses (Retry-After)."""
 SHOWN_CHARACTERS = 300
-"""Of an error's text: some clients quote a whole page."""
+"""Limit for an error's text: some clients quote a whole page."""
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether what raised `error` may succeed later with nothing changed: storage or a service that is away, busy or
-    cut off in the middle. Its causes are searched. False for missing files, permissions, credentials, full disks and
-    for errors that are none of storage's."""
+    """Whether the failed operation may succeed later without any change: storage or a service is unavailable, busy or
+    the connection broke. Searches the causes. False for missing files, permissions, credentials, full disks, and for
+    errors unrelated to storage."""
     return verdict(error) is True
 
 
-def retrying(action: Callable[[], Answer], where: object, patience_s: float | None = None) -> Answer:
-    """What `action` returns; a transient error has it called again, with growing, jittered pauses of `patience_s`
-    (None: PATIENCE_S) seconds in all. One warning names `where` when asking again begins. The last error is raised as
-    it came, and one of our own, which was retried where it arose, at once. A server whose every answer was wrong is not
-    going to give a right one: its `WrongAnswer` is then marked as lasting."""
+def retrying(action: Callable[[], Result], where: object, patience_s: float | None = None) -> Result:
+    """The result of `action`, retried on transient errors with exponential, jittered pauses of `patience_s` (None:
+    PATIENCE_S) seconds in total. The first retry logs one warning that names `where`. The last error is raised
+    unchanged. A DataError was already retried at its origin and is raised at once. When every response was wrong, the
+    `InvalidResponse` is marked as lasting, since the server will not recover by itself."""
     patience = PATIENCE_S if patience_s is None else patience_s
-    own = spent = 0.0  # seconds of pauses without what servers asked for: with the one to come, and before it
+    own = spent = 0.0  # seconds of pauses, excluding server requests: with and without the coming one
     all_wrong = True
 
     def pause_s(state: RetryCallState) -> float:
@@ -52,18 +52,18 @@ def retrying(action: Callable[[], Answer], where: object, patience_s: float | No
         spent = own
         left_to_servers = RETRY_AFTER_LIMIT_S - (state.idle_for - own)
         growing = min(FIRST_PAUSE_S, patience / 20) * 2 ** (state.attempt_number - 1)
-        pause = min(growing, LONGEST_PAUSE_S) * random.uniform(0.75, 1.25)  # ranks that fail together come back apart
+        pause = min(growing, LONGEST_PAUSE_S) * random.uniform(0.75, 1.25)  # ranks that fail together retry apart
         pause = min(pause, patience - own)
         own += pause
         return max(pause, min(_retry_after_s(_error(state)), left_to_servers))
 
-    def say(state: RetryCallState) -> None:
+    def warn(state: RetryCallState) -> None:
         if state.attempt_number == 1:
-            log.warning("%s: %s; asking again for up to %g s", where, described(_error(state)), patience)
+            log.warning("%s: %s; retrying for up to %g s", where, described(_error(state)), patience)
 
-    def again(error: BaseException) -> bool:
+    def should_retry(error: BaseException) -> bool:
         nonlocal all_wrong
-        wrong = [link for link in causes(error) if isinstance(link, WrongAnswer)]
+        wrong = [link for link in causes(error) if isinstance(link, InvalidResponse)]
         all_wrong = all_wrong and bool(wrong)
         if not is_transient(error) or hasattr(error, "passing"):
             return False
@@ -73,10 +73,10 @@ def retrying(action: Callable[[], Answer], where: object, patience_s: float | No
         return True
 
     for attempt in Retrying(
-        retry=retry_if_exception(again),
+        retry=retry_if_exception(should_retry),
         wait=pause_s,
         stop=lambda state: spent >= patience,
-        before_sleep=say,
+        before_sleep=warn,
         sleep=_sleep,
         reraise=True,
     ):
@@ -85,11 +85,11 @@ def retrying(action: Callable[[], Answer], where: object, patience_s: float | No
     raise AssertionError("tenacity returns or raises")
 
 
-def call(action: Callable[[], Answer], where: object, patience_s: float | None = None) -> Answer:
-    """`retrying`, with the errors of storage, network and services as this project's own.
+def call(action: Callable[[], Result], where: object, patience_s: float | None = None) -> Result:
+    """`retrying`, with errors of storage, network and services converted to DataErrors.
 
-    Raises DataLost when a transient error outlasts the patience, DataMissing when there is no such file or object,
-    DataError when somebody has to change something else; all other errors, bugs among them, as they came.
+    Raises DataLost when a transient error outlasts the retries, DataMissing when the file or object does not exist,
+    DataError for other permanent errors. All other exceptions, such as bugs, are raised unchanged.
     """
     try:
         return retrying(action, where, patience_s)
@@ -100,19 +100,19 @@ def call(action: Callable[[], Answer], where: object, patience_s: float | None =
 
 
 def failure(where: object, error: BaseException) -> DataError:
-    """One line for an error of storage, network or a service at `where`: DataLost for a transient one, DataMissing
-    where there is nothing, else DataError with what to do."""
+    """The one-line error for a failure of storage, network or a service at `where`: DataLost if transient, DataMissing
+    if nothing exists there, otherwise DataError with what to do."""
     kind = DataLost if is_transient(error) else DataMissing if is_missing(error) else DataError
     return kind(f"{where}: {described(error)}; {remedy(error)}")
 
 
 def described(error: BaseException) -> str:
-    """What happened, as one line of bounded length: of an error that wraps others, the one that the verdict on it
-    rests on; its class where it has no text."""
+    """An error in one line of bounded length: of wrapped errors the one that decides the verdict; the class name when
+    it has no text."""
     _, link = judged(error)
     if type(link).__module__.startswith("aiohttp") and "Redirect" in type(link).__name__:
-        circle = type(link).__name__ == "TooManyRedirects"  # its own text is a status of 0, that of others the address
-        return "the server redirects in a circle" if circle else f"the server redirects to {link}"[:SHOWN_CHARACTERS]
+        loop = type(link).__name__ == "TooManyRedirects"  # its text is a status of 0; the others' is the address
+        return "the server redirects in a loop" if loop else f"the server redirects to {link}"[:SHOWN_CHARACTERS]
     text = getattr(link, "strerror", None) if isinstance(link, OSError) else None
     text = " ".join(str(text or link).split()) or type(link).__name__
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
@@ -125,10 +125,10 @@ def remedy(error: BaseException) -> str:
     errnos = {link.errno for link in links if isinstance(link, OSError)}
     if is_transient(error):
         return "check the storage or the network; another attempt may succeed"
-    if _any(links, WrongAnswer):
+    if _any(links, InvalidResponse):
         return "check the address, and the server or a proxy in front of it"
     if lacks_credentials(error):
-        return "set the credentials that its client expects, or renew them"
+        return "set or renew the client's credentials"
     if 403 in statuses or errnos & {errno.EACCES, errno.EPERM} or _any(links, PermissionError):
         return "check the permissions, or your credentials"
     if any(isinstance(link, socket.gaierror) for link in links):
@@ -139,7 +139,7 @@ def remedy(error: BaseException) -> str:
         return "check the path"
     if any("Redirect" in type(link).__name__ for link in links) or statuses & {301, 302, 303, 307, 308}:
         return "check the address or endpoint, and its region"
-    if 400 in statuses:  # what S3 says to a HEAD request with an expired token
+    if 400 in statuses:  # S3's response to a HEAD request with an expired token
         return "check the address, its region and your credentials, which may have expired"
     if statuses & {507} or errnos & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return "free disk space, or raise the quota"
@@ -168,7 +168,7 @@ def _sleep(seconds: float) -> None:
 
 
 def _retry_after_s(error: BaseException) -> float:
-    """Seconds that the server asked to wait, 0 when it did not."""
+    """Seconds to wait by the server's Retry-After header, 0 without one."""
     for link in causes(error):
         response = getattr(link, "response", None)
         if isinstance(response, dict):
@@ -184,7 +184,7 @@ def _retry_after_s(error: BaseException) -> float:
 
 
 def _seconds(value: str) -> float:
-    """A Retry-After header's seconds or date (RFC 9110), 0 when it is neither."""
+    """Seconds until a Retry-After header's value, a number or a date (RFC 9110); 0 when it is neither."""
     try:
         return max(0.0, float(value))
     except ValueError:

@@ -1,4 +1,4 @@
-"""A data set: indexed WebDataset shards, local or behind an fsspec URL, read sample by sample."""
+"""A dataset: indexed WebDataset shards, local or behind an fsspec URL, with random access to samples."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from .transforms import clean_caption
 from .transience import verdict
 
 HELD_OUT = ("dev", "eval", "heldout", "test", "val", "valid", "validation")
-"""How shards that are not trained on begin."""
+"""First words of the names of held-out shards."""
 NEAR = 1 << 20
-"""Bytes between an image and its caption up to which one read of both is cheaper than two."""
+"""Gap in bytes between an image and its caption up to which one read is cheaper than two."""
 NOTHING_NAMED = "no shards named; give a path such as /data/train-{00000..00099}.tar"
-THREADS = 32  # opening is waiting for the file system
+THREADS = 32  # opening shards is bound by the latency of the file system
 Gather = Callable[[Any], list[Any]]
-"""A value of every rank, in order of rank."""
+"""All-gather of one value per rank, in rank order."""
 Result = TypeVar("Result")
 
 
@@ -66,17 +66,17 @@ class _WrongBytes(ConnectionError):
 
 
 def expand(spec: str | list[str], mixed: bool = True) -> list[str]:
-    """Shards that a path, folder, URL or list of them names, sorted: braces are counted out, wildcards matched.
+    """Sorted shards that a path, folder, URL or list of them names, with braces and wildcards expanded.
 
-    A folder stands for the shards in it, those below it left out. mixed: whether a folder may hold held-out shards as
-    well as others. Raises DataError when a folder or wildcard holds no shard or a shard is named twice.
+    A folder means the shards in it, not those in its subfolders. mixed: whether a folder may hold held-out shards
+    together with others. Raises DataError when a folder or wildcard has no shards or a shard is named twice.
     """
     shards: list[str] = []
     for one in [spec] if isinstance(spec, str) else spec:
-        if not one.strip():  # fsspec takes it for the current folder
+        if not one.strip():  # fsspec reads it as the current folder
             raise DataError(NOTHING_NAMED)
         try:
-            # A shell leaves `~` alone in quotes, which wildcards need.
+            # Wildcards need quotes, in which a shell does not expand `~`.
             patterns = [os.path.expanduser(pattern) for pattern in braceexpand(one)]
         except ValueError as error:
             raise DataError(f"{one}: {error}; write ranges as {{00000..02047}}") from None
@@ -90,7 +90,7 @@ def expand(spec: str | list[str], mixed: bool = True) -> list[str]:
             raise DataError(f"{shard}: named twice; name each shard once")
         if not shard.endswith(".tar"):
             raise DataError(
-                f"{shard}: not a shard and no folder; name plain .tar files, with braces or wildcards, or their folder"
+                f"{shard}: neither a shard nor a folder; name .tar files, with braces or wildcards, or their folder"
             )
     return shards
 
@@ -111,7 +111,7 @@ def _matches(pattern: str, mixed: bool) -> list[str]:
         str(name)
         for name, item in found.items()
         if str(name).endswith(".tar")
-        and (item["type"] == "file" or item.get("islink"))  # a FIFO would be waited for
+        and (item["type"] == "file" or item.get("islink"))  # opening a FIFO would block
         and not posixpath.basename(str(name)).startswith(".")
     ]
     if not shards:
@@ -122,12 +122,12 @@ def _matches(pattern: str, mixed: bool) -> list[str]:
 
 
 def _seen_from(path: str) -> str:
-    """Where a relative path begins: a run may be continued from another folder than it was begun in."""
-    return "" if not is_local(path) or os.path.isabs(path) else f", seen from {os.getcwd()}"
+    """The working directory of a relative path, for messages: a run may be resumed from another folder."""
+    return "" if not is_local(path) or os.path.isabs(path) else f", relative to {os.getcwd()}"
 
 
 def _refuse_mixture(folder: str, names: list[str]) -> None:
-    """DataError for a folder that holds held-out shards and others: trained on, they would be held out no longer."""
+    """Raise DataError for a folder with held-out shards and others, so that held-out data is not trained on."""
     shards = [posixpath.basename(name) for name in names if name.endswith(".tar")]
     stems = [re.split(r"[-_.0-9]", shard)[0].lower() for shard in shards if not shard.startswith(".")]
     held_out = sorted({stem for stem in stems if stem in HELD_OUT})
@@ -137,8 +137,8 @@ def _refuse_mixture(folder: str, names: list[str]) -> None:
         raise DataError(f"{folder}: holds several sets of shards ({sets}); name one, such as '{example}'")
 
 
-def told(shards: list[str]) -> str:
-    """Shards as an error names them."""
+def format_shards(shards: list[str]) -> str:
+    """Shards as errors name them: the first, and the number of others."""
     return shards[0] if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1} more"
 
 
@@ -153,25 +153,24 @@ def open_dataset(
     """Open indexed shards for reading.
 
     spec: path, folder or fsspec URL, or several; `{00000..02047}` and wildcards are expanded. max_open: shards kept
-    open. mixed: whether a folder may hold held-out shards as well as others. rank, gather: of ranks that open the same,
-    and every rank's value in their order: each then looks at its share of
-    the shards. Raises DataError, on all of them, when a shard or its index is missing or does not fit, or when no shard
-    holds a caption.
+    open. mixed: whether a folder may hold held-out shards together with others. rank, gather: of the ranks that open
+    the same dataset; each then checks its share of the shards. Raises DataError, on all ranks, when a shard or its
+    index is missing or inconsistent, or when no shard has a caption.
     """
     shards: list[str] = shared(lambda: expand(spec, mixed) if rank == 0 else [], gather)[0]
     headers = spread(_open_header, shards, rank, gather)
     if not any(header.samples for header in headers):
-        raise DataError(f"{told(shards)}: no images; name shards that hold some")
+        raise DataError(f"{format_shards(shards)}: no images; name shards that have some")
     if not any(header.captions for header in headers):
         raise DataError(
-            f"{told(shards)}: no captions (KEY.txt beside each image); make shards that hold some with"
+            f"{format_shards(shards)}: no captions (KEY.txt next to each image); make shards that have some with"
             " `bifrost data ingest`"
         )
     return Dataset(shards, headers, max_open)
 
 
 def spread(work: Callable[[str], Result], shards: list[str], rank: int, gather: Gather) -> list[Result]:
-    """`work` on every shard, a share on each rank; what fails on one is raised on all."""
+    """Results of `work` on every shard, split among the ranks; an error of one rank is raised on all."""
     ranks = len(gather(None))
 
     def mine() -> list[Result]:
@@ -183,7 +182,7 @@ def spread(work: Callable[[str], Result], shards: list[str], rank: int, gather: 
 
 
 def shared(work: Callable[[], Result], gather: Gather) -> list[Result]:
-    """What `work` returned on each rank; the first DataError of any is raised on all."""
+    """The result of `work` on each rank; the first DataError of any rank is raised on all."""
     try:
         found, failure = work(), None
     except DataError as error:
@@ -209,8 +208,8 @@ def _open_header(shard: str) -> Header:
     try:
         header = load_header(shard)
     except DataMissing:
-        raise DataError(f"{shard}: no index beside it; run `bifrost data index {shard}`") from None
-    if size is not None and size != header.bytes:  # some HTTP servers do not state it; reading then tells
+        raise DataError(f"{shard}: no index next to it; run `bifrost data index {shard}`") from None
+    if size is not None and size != header.bytes:  # some HTTP servers do not state it; it is then checked on read
         raise DataError(
             f"{shard}: {size} bytes, indexed as {header.bytes}: truncated or altered; restore it, or run"
             f" `bifrost data index {shard}` to accept it"
@@ -219,7 +218,7 @@ def _open_header(shard: str) -> Header:
 
 
 class Dataset:
-    """Random access to the samples of many shards; a fork may go on using what its parent opened."""
+    """Random access to the samples of many shards; a fork may keep using files that its parent opened."""
 
     def __init__(self, shards: list[str], headers: list[Header], max_open: int = 64) -> None:
         self.shards = shards
@@ -227,14 +226,14 @@ class Dataset:
         self.samples_per_shard = np.array([header.samples for header in headers], dtype=np.int64)
         """Sample counts, int64 [S]."""
         self.fingerprint = hashlib.sha256("".join(header.sha256 for header in headers).encode()).hexdigest()
-        """Hash over the shards' content hashes in order: the same samples in the same order, wherever they lie."""
+        """Hash over the shards' content hashes in order: identifies samples and their order, wherever stored."""
         self.opened = OpenShards(shards, self._open, max_open)
 
     def __len__(self) -> int:
         return int(self.samples_per_shard.sum())
 
     def name(self, shard: int, key: str) -> str:
-        """A sample's name among all data sets: its shard, by content, and its key, which other shards may use too."""
+        """Globally unique name of a sample: its shard's content hash and its key, which other shards may use too."""
         return f"{self.headers[shard].sha256} {key}"
 
     def entry(self, shard: int, sample: int) -> tuple[str, Members]:
@@ -245,10 +244,10 @@ class Dataset:
             raise error if isinstance(error, DataError) else damaged(self.shards[shard]) from None
 
     def read(self, shard: int, sample: int) -> RawSample:
-        """One sample, by numbers within the data set and the shard.
+        """One sample, by shard number and number within the shard.
 
-        Raises BadSample when its bytes are not all there or its caption is missing, empty or not UTF-8; DataError
-        when the shard cannot be read at all.
+        Raises BadSample when it is truncated or its caption is missing, empty or not UTF-8; DataError when the shard
+        cannot be read at all.
         """
         key, members = self.entry(shard, sample)
         image = image_type(members)
@@ -258,7 +257,7 @@ class Dataset:
         end = max(offset + size for offset, size in wanted.values())
         if end - start <= sum(size for _, size in wanted.values()) + NEAR:
             parts = self._members(shard, key, wanted)
-        else:  # all images of the tar come before all captions, or one of them is a link
+        else:  # in the tar all images precede all captions, or one of the two is a link
             parts = {
                 kind: part
                 for kind, place in wanted.items()
@@ -273,7 +272,7 @@ class Dataset:
         return RawSample(key, parts[image], caption)
 
     def _members(self, shard: int, key: str, wanted: Members) -> dict[str, bytes]:
-        """Content of members that lie close together, from one read; each is checked by the header before it."""
+        """Content of adjacent members from one read; each is checked against the tar header before it."""
         start = min(offset for offset, _ in wanted.values()) - tarfile.BLOCKSIZE
         end = max(offset + size for offset, size in wanted.values())
 
@@ -281,9 +280,7 @@ class Dataset:
             span = opened.file.read(start, end - start)
             misplaced = any(not _is_member(span, offset - start, size) for offset, size in wanted.values())
             if misplaced and len(span) == end - start and isinstance(opened.file, RemoteFile):
-                raise _WrongBytes(
-                    "other bytes came than its index names"
-                )  # asked again: a proxy may have mixed them up
+                raise _WrongBytes("the bytes do not match the index")  # retried: a proxy may have mixed them up
             return span
 
         try:
@@ -291,26 +288,26 @@ class Dataset:
         except DataLost as error:
             if isinstance(error.__cause__, _WrongBytes):
                 raise DataError(
-                    f"{self.shards[shard]}: sample {key} is not where its index says; run `bifrost data verify`, then"
-                    " restore the shard or index it again"
+                    f"{self.shards[shard]}: sample {key} is not at the offset in the index; run `bifrost data verify`,"
+                    " then restore the shard or index it again"
                 ) from error
             raise
         if len(span) < end - start:
             raise BadSample(key, "the shard ends inside it")
         if not all(_is_member(span, offset - start, size) for offset, size in wanted.values()):
-            raise BadSample(key, "it is not where its index says")
+            raise BadSample(key, "it is not at the offset in the index")
         return {kind: span[offset - start : offset - start + size] for kind, (offset, size) in wanted.items()}
 
     def _open(self, shard: int) -> _Shard:
         url = self.shards[shard]
         index = load_index(url)
         if index.header != self.headers[shard]:
-            raise DataError(f"{index_path(url)}: changed since the data set was opened; start again")
+            raise DataError(f"{index_path(url)}: changed since the dataset was opened; restart")
         return _Shard(index, open_file(url, index.header.bytes))
 
 
 def _is_member(span: bytes, offset: int, size: int) -> bool:
-    """Whether the tar header before `offset` in a stretch of a shard is one of a member of `size` bytes."""
+    """Whether the tar header before `offset` in `span` belongs to a member of `size` bytes."""
     try:
         return (
             tarfile.TarInfo.frombuf(span[offset - tarfile.BLOCKSIZE : offset], "utf-8", "surrogateescape").size == size

@@ -1,4 +1,4 @@
-"""Where multiprocessing makes the sockets over which workers pass tensors: their paths have a limit, the kernel's."""
+"""The folder for the Unix sockets over which loader workers pass tensors: the kernel limits the length of a path."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from multiprocessing import util
 from .errors import DataError
 
 LONGEST_PATH = 107 if sys.platform == "linux" else 103
-"""Bytes of a unix socket's path (unix(7), sun_path)."""
+"""Bytes of a Unix socket's path (unix(7), sun_path)."""
 FOLDER, SOCKET = len("/pymp-xxxxxxxx"), len("/listener-xxxxxxxx")
-"""What multiprocessing adds to the temporary folder's path: a private folder, and each socket in it."""
+"""Bytes that multiprocessing appends to the temporary folder's path: a private folder, and a socket in it."""
 SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def make_socket_folder() -> None:
-    """Have this process and the workers that it starts make their sockets where a path is short enough: in TMPDIR, or
-    where that is too long (Slurm's folders of a job often are), in a private folder that goes with the process.
+    """Choose a folder with a short enough path for the sockets of this process and its workers: TMPDIR, or when that
+    is too long (Slurm's per-job folders often are), a private folder that is removed when the process exits.
 
-    DataError when there is no such place.
+    Raises DataError when there is no such folder.
     """
     there = tempfile.gettempdir()
     before = tempfile.tempdir
     if not _fits(there, FOLDER + SOCKET):
         tempfile.tempdir = next((name for name in SHORT if os.access(name, os.W_OK | os.X_OK)), there)
     try:
-        made = util.get_temp_dir()  # made once, and with mode 0700; kept from then on
+        made = util.get_temp_dir()  # created once, with mode 0700, then reused
     finally:
         tempfile.tempdir = before
     if not _fits(made, SOCKET):

@@ -1,6 +1,6 @@
-"""What an ingest can read: folders with captions next to the images, tables, WebDataset tars.
+"""Sources of an ingest: folders with captions next to the images, tables, WebDataset tars.
 
-Every source becomes a list of candidates in an order of its own, described by where their bytes are. Nothing is
+Every source is listed as candidates in a deterministic order, described by the location of their bytes. Nothing is
 decoded.
 """
 
@@ -19,7 +19,7 @@ from typing import NamedTuple
 from .candidates import WRONG_TYPE, Candidate, Piece, Source, key_of, note, why_not
 from .errors import DataError
 from .index import CAPTION_TYPE, IMAGE_TYPES
-from .local import asked, is_kind, matches, names_in, stat_of
+from .local import is_kind, matches, names_in, stat_of, with_retries
 from .retry import call
 from .shards import expand
 from .table_source import one_split, table_source
@@ -27,7 +27,7 @@ from .tables import TABLES, Columns
 from .tar_source import tar_source
 
 OTHER_IMAGES = ("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpe", "jxl", "svg", "tif", "tiff")
-"""Extensions of images that are set aside with a reason instead of being taken for anything but images."""
+"""Extensions of images that are set aside with a reason instead of being ignored."""
 PACKED = (".gz", ".tgz", ".zip", ".zst", ".xz", ".bz2", ".7z")
 
 
@@ -38,9 +38,9 @@ def list_source(
     caption_column: str | None = None,
     out: Path | None = None,
 ) -> Source:
-    """List what `src` offers; `out`, where that lies in it, is left out.
+    """List the candidates in `src`, excluding `out` if it is inside.
 
-    Raises DataError when there is nothing, no caption to it, several things to choose from, or an option has no effect.
+    Raises DataError when there are no images or no captions, the source is ambiguous, or an option has no effect.
     """
     columns = Columns(image_column, caption_column)
     if table is not None:
@@ -66,7 +66,7 @@ def list_source(
 
 
 def _tables(src: str) -> list[str]:
-    """Tables that a path with wildcards names."""
+    """Tables that match a path with wildcards."""
     if not any(mark in src for mark in "*?[") or stat_of(src):
         return [src]
     found = [item["name"] if os.path.isabs(src) else os.path.relpath(item["name"]) for item in matches(src)]
@@ -100,12 +100,12 @@ def _local_folder(root: Path, columns: Columns, out: Path | None) -> Source:
 
 
 def _is_file_or_link(path: str) -> bool:
-    mode = asked(lambda: os.lstat(path), path).st_mode
+    mode = with_retries(lambda: os.lstat(path), path).st_mode
     return stat.S_ISREG(mode) or stat.S_ISLNK(mode)
 
 
 def _distinct(source: Source) -> Source:
-    """Gives candidates of tars and rows whose key an earlier one has a key of their own; others are duplicates."""
+    """Make keys unique: candidates with a taken key get their `other_key`, or are rejected as duplicates."""
     unique: dict[str, Candidate] = {}
     for candidate in source.candidates:
         key = candidate.key
@@ -123,28 +123,28 @@ def _distinct(source: Source) -> Source:
 
 
 class _Listed(NamedTuple):
-    """A folder of a source."""
+    """One folder of a source."""
 
     path: str
     names: list[str]
-    """Of what is in it and no folder, sorted."""
+    """Sorted names of its entries, without folders."""
     broken: dict[str, str]
-    """Links among them that lead nowhere, with the reason."""
+    """Broken links among them, with the reason."""
 
 
 def _walk(root: Path, out: Path | None, rejected: list[tuple[str, str]]) -> Iterator[_Listed]:
-    """Folders below `root`; links to folders are followed, each folder comes once. `os.walk` would take a folder for a
-    file when storage fails to say which it is."""
+    """Yield `root` and the folders below it once each, following links. Unlike `os.walk`, does not take a folder for a
+    file on a storage error."""
     left_out = stat_of(out) if out else None
     seen = {_identity(left_out)} if left_out else set()
     waiting = [str(root)]
     while waiting:
         folder = waiting.pop()
         try:
-            identity = _identity(asked(lambda folder=folder: os.stat(folder), folder))
+            identity = _identity(with_retries(lambda folder=folder: os.stat(folder), folder))
             if identity in seen:
                 continue
-            kinds = asked(lambda folder=folder: _kinds_in(folder), folder)
+            kinds = with_retries(lambda folder=folder: _kinds_in(folder), folder)
         except OSError as error:
             rejected.append((os.path.relpath(folder, root), f"the folder cannot be read: {error.strerror}"))
             continue
@@ -157,7 +157,7 @@ def _walk(root: Path, out: Path | None, rejected: list[tuple[str, str]]) -> Iter
                 continue
             if kind == stat.S_IFLNK:
                 try:
-                    if stat.S_ISDIR(asked(lambda path=path: os.stat(path), path).st_mode):
+                    if stat.S_ISDIR(with_retries(lambda path=path: os.stat(path), path).st_mode):
                         linked.append(path)
                         continue
                 except OSError as error:
@@ -168,7 +168,7 @@ def _walk(root: Path, out: Path | None, rejected: list[tuple[str, str]]) -> Iter
 
 
 def _kinds_in(folder: str) -> list[tuple[str, int]]:
-    """Names in a folder, and whether each is a link (S_IFLNK), a folder (S_IFDIR) or another (0)."""
+    """Names in a folder, and for each whether it is a link (S_IFLNK), a folder (S_IFDIR) or something else (0)."""
     with os.scandir(folder) as entries:
         return [
             (entry.name, stat.S_IFLNK if entry.is_symlink() else stat.S_IFDIR if entry.is_dir() else 0)
@@ -192,7 +192,7 @@ def _folder(root: Path, columns: Columns, out: Path | None) -> Source:
             tar = tar or (folder if name.endswith(".tar") else None)
             if not dot or kind.lower() not in (*IMAGE_TYPES, *OTHER_IMAGES):
                 if name in broken and kind.lower() != CAPTION_TYPE:
-                    # Perhaps a folder of images on a disk that is not mounted.
+                    # For example a folder of images on an unmounted disk.
                     source.rejected.append((os.path.relpath(path, root), broken[name]))
                 continue
             images += 1
@@ -220,7 +220,7 @@ def _folder(root: Path, columns: Columns, out: Path | None) -> Source:
         reasons = Counter(re.sub(r":.*", "", reason) for _, reason in source.rejected)
         reason = reasons.most_common(1)[0][0]
         raise DataError(
-            f"{root}: {images} images and no captions; put NAME.txt beside each image, or give a table with"
+            f"{root}: {images} images and no captions; put NAME.txt next to each image, or give a table with"
             f" --table{table}"
             if reason == "no caption"
             else f"{root}: none of {images} images is usable, most of them: {reason}"

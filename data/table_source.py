@@ -1,4 +1,4 @@
-"""Tables as a source of an ingest: of file names in a folder, or of the images themselves."""
+"""Tables as ingest sources: of file names in a folder, or of the images themselves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .candidates import WRONG_TYPE, Candidate, Piece, Source, key_of, note, state_of
 from .errors import DataError
 from .index import IMAGE_TYPES
-from .local import asked
+from .local import with_retries
 from .tables import Columns, read_table
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def one_split(root: Path, tables: list[Path]) -> list[Path]:
-    """Parquet files of one split, as Hugging Face names them (`train-00000-of-00003.parquet`)."""
+    """`tables`, when all are of one split by Hugging Face's names (`train-00000-of-00003.parquet`); else DataError."""
     splits = sorted(
         {re.sub(r"-\d+-of-\d+$", "", table.stem) for table in tables if re.search(r"-\d+-of-\d+$", table.stem)}
     )
@@ -35,7 +35,7 @@ def table_source(root: Path, tables: list[Path], columns: Columns) -> Source:
     source, seen, captions, read, url = Source(), hashlib.sha256(), 0, 0, None
     for table in tables:
         rows = read_table(table, columns)
-        seen.update(state_of(table).encode() if table.suffix == ".parquet" else asked(table.read_bytes, table))
+        seen.update(state_of(table).encode() if table.suffix == ".parquet" else with_retries(table.read_bytes, table))
         for row in rows:
             read += 1
             if row.problem:
@@ -43,7 +43,7 @@ def table_source(root: Path, tables: list[Path], columns: Columns) -> Source:
                 continue
             captions += row.caption not in (None, "", b"")
             name: Any = row.image
-            if isinstance(name, dict):  # the form of Hugging Face's images in JSON
+            if isinstance(name, dict):  # Hugging Face's image objects in JSON
                 name = name.get("path")
             if hasattr(name, "read"):
                 source.candidates.append(_embedded(table, row.where, name, row.caption))
@@ -66,10 +66,10 @@ def table_source(root: Path, tables: list[Path], columns: Columns) -> Source:
         raise DataError(f"{first}: no rows; give a table that names images")
     if not source.candidates:
         if url:
-            raise DataError(f"{first}: holds addresses ({url}) and no files; download the images first")
+            raise DataError(f"{first}: holds URLs ({url}) instead of files; download the images first")
         key, reason = source.rejected[0]
         raise DataError(
-            f"{first}: none of the images of its {read} rows lies in {root} ({key}: {reason}); check SRC and the column"
+            f"{first}: none of the images of its {read} rows is in {root} ({key}: {reason}); check SRC and the column"
         )
     if not captions:
         raise DataError(f"{first}: no captions in the caption column; name another column with --caption-column")

@@ -1,4 +1,4 @@
-"""Tables of images and captions: CSV, JSON lines, Parquet. No row is passed over: one that cannot be read says why."""
+"""Tables of images and captions: CSV, JSON lines, Parquet. No row is skipped: an unreadable one has a reason."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 from .captions import CAPTION_COLUMNS
 from .errors import DataError
 from .index import IMAGE_TYPES
-from .local import asked, is_kind
+from .local import is_kind, with_retries
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 IMAGE_COLUMNS = ("file", "file_name", "filename", "image", "path")
 DELIMITERS = (",", "\t", ";", "|")
-LONGEST_FIELD = 1 << 30  # characters; csv's own limit of 131,072 is less than some captions
+LONGEST_FIELD = 1 << 30  # characters; csv's own limit of 131,072 is too small for some captions
 MOST_LINES = 1000
-"""Of a row whose quoted field runs over several lines; a quote that is open for longer was never closed."""
+"""Limit for a row with a multi-line quoted field; a longer one has an unclosed quote."""
 
 
 class Row(NamedTuple):
@@ -31,20 +31,20 @@ class Row(NamedTuple):
     where: str
     """`metadata.csv line 7`"""
     image: Any
-    """File name, or object with it, or a `RowBytes`."""
+    """File name, object that contains it, or a `RowBytes`."""
     caption: Any
     problem: str | None = None
     """Why the row cannot be used."""
 
 
 class Columns(NamedTuple):
-    """The columns to read, as the user named them; None for the customary names."""
+    """The columns to read, as named by the user; None for the default names."""
 
     image: str | None
     caption: str | None
 
     def choose(self, table: Path, names: Sequence[str]) -> tuple[str, str]:
-        """Names of the image and the caption column. DataError where one is missing or comes twice."""
+        """Names of the image and the caption column. Raises DataError when one is missing or duplicate."""
         return (
             _column(table, names, self.image, IMAGE_COLUMNS, "--image-column"),
             _column(table, names, self.caption, CAPTION_COLUMNS, "--caption-column"),
@@ -54,22 +54,22 @@ class Columns(NamedTuple):
 def _column(table: Path, names: Sequence[str], wanted: str | None, guesses: tuple[str, ...], option: str) -> str:
     found = next((name for name in ([wanted] if wanted else guesses) if name in names), None)
     if found is None:
-        missing = f"no column {wanted}" if wanted else f"no column is called {' or '.join(guesses)}"
+        missing = f"no column {wanted}" if wanted else f"no column is named {' or '.join(guesses)}"
         raise DataError(f"{table}: {missing}; its columns are {', '.join(names) or 'none'}: name one with {option}")
     if (count := list(names).count(found)) > 1:
-        raise DataError(f"{table}: {count} columns are called {found}; rename all but the one to read")
+        raise DataError(f"{table}: {count} columns are named {found}; rename all but the one to read")
     return found
 
 
 def read_table(table: Path, columns: Columns) -> Iterator[Row]:
-    """Rows of a table in their order; blank lines are none. DataError when it is no table or lacks a column."""
+    """Rows of a table in order, without blank lines. Raises DataError when it is not a table or lacks a column."""
     if not is_kind(table, stat.S_ISREG):
         raise DataError(f"{table}: no such table; give a {', '.join(TABLES[:-1])} or {TABLES[-1]} file with --table")
     kind = table.suffix.lower()
     if kind not in TABLES:
         raise DataError(f"{table}: not a table; give a {', '.join(TABLES[:-1])} or {TABLES[-1]} file")
     if kind == ".parquet":
-        from .parquet import read_parquet  # imports pyarrow, which the other tables do without
+        from .parquet import read_parquet  # imports pyarrow, which other tables do not need
 
         return read_parquet(table, columns)
     try:
@@ -79,14 +79,14 @@ def read_table(table: Path, columns: Columns) -> Iterator[Row]:
 
 
 def _lines(table: Path) -> Iterator[str]:
-    """Lines with their ends. A byte that is not UTF-8 becomes a lone surrogate: it must cost its row, not the table."""
-    data = asked(table.read_bytes, table)
+    """Lines with their line ends. Invalid UTF-8 becomes lone surrogates, so that it affects only its row."""
+    data = with_retries(table.read_bytes, table)
     wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     encoding, errors = ("utf-16", "strict") if wide else ("utf-8-sig", "surrogateescape")
     try:
         yield from io.TextIOWrapper(io.BytesIO(data), encoding=encoding, errors=errors, newline="")
     except UnicodeDecodeError as error:
-        raise DataError(f"{table}: not the UTF-16 that it begins as ({error}); save it as UTF-8") from None
+        raise DataError(f"{table}: invalid UTF-16 ({error}); save it as UTF-8") from None
 
 
 class _Unclosed(Exception):
@@ -94,13 +94,13 @@ class _Unclosed(Exception):
 
 
 class _Numbered:
-    """Lines with their numbers, from 1; those that were taken can be given back."""
+    """Lines with their numbers, counted from 1; lines can be pushed back."""
 
     def __init__(self, lines: Iterable[str]) -> None:
         self.lines = iter(lines)
         self.given_back: list[str] = []
         self.number = 0
-        """Of the line that was taken last."""
+        """Number of the last line taken."""
 
     def take(self) -> str | None:
         line = self.given_back.pop() if self.given_back else next(self.lines, None)
@@ -152,7 +152,7 @@ def _csv_rows(name: str, lines: _Numbered, delimiter: str, width: int, image: in
 
 
 def _record(line: str, lines: _Numbered, delimiter: str, is_row: Any) -> tuple[list[str], str | None]:
-    """Fields of the row that begins with `line`. Where its quotes do not close, that one line is lost and no other."""
+    """Fields of the row that begins with `line`. When its quotes are not closed, only that line is rejected."""
     if '"' not in line:
         return [field.lstrip(" ") for field in line.rstrip("\r\n").split(delimiter)], None
     more: list[str] = []
@@ -169,24 +169,24 @@ def _record(line: str, lines: _Numbered, delimiter: str, is_row: Any) -> tuple[l
         fields = next(csv.reader(following(), delimiter=delimiter, strict=True, skipinitialspace=True))
         texts = [field for field in fields if "\n" in field or "\r" in field]
         if any(_names_image(line, delimiter) for text in texts for line in re.split(r"[\r\n]+", text)):
-            raise _Unclosed  # a later row's quote closed it
+            raise _Unclosed  # it was closed by a quote of a later row
         return fields, None
     except _Unclosed:
         problem = "a quote that opens in it is not closed"
     except csv.Error as error:
-        problem = f"its quotes do not fit ({error}): within a quoted text a quote is written twice"
+        problem = f"malformed quotes ({error}): double the quotes within a quoted text"
     lines.give_back(more)
     return [], problem
 
 
 def _names_image(line: str, delimiter: str) -> bool:
-    """Whether a line within a quoted text has an image's file name for a field, and so is a row."""
+    """Whether a line within a quoted text has an image's file name as a field, and is therefore a row."""
     fields = [field.strip(' "\r') for field in line.split(delimiter)]
     return len(fields) > 1 and any("." in field and field.rpartition(".")[2].lower() in IMAGE_TYPES for field in fields)
 
 
 def _fields(line: str, delimiter: str) -> list[str]:
-    """The fields of one line, whatever its quotes."""
+    """The fields of one line, ignoring errors in its quotes."""
     try:
         return next(csv.reader([line.replace("\0", "")], delimiter=delimiter, skipinitialspace=True), [])
     except csv.Error:
@@ -194,7 +194,7 @@ def _fields(line: str, delimiter: str) -> list[str]:
 
 
 def _delimiter(header: str, columns: Columns, usual: str) -> str:
-    """The delimiter by which the header names an image and a caption column."""
+    """The delimiter with which the header has an image and a caption column."""
     for delimiter in (usual, *DELIMITERS):
         names = [name.strip() for name in _fields(header, delimiter)]
         wanted = (

@@ -1,4 +1,4 @@
-"""WebDataset tars as a source of an ingest."""
+"""WebDataset tars as ingest sources."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .files import Stream, is_local
 from .index import CAPTION_TYPE, IMAGE_TYPES, Group, group_members, image_type, split_key, why_no_image
 from .remote import filesystem
 from .retry import call
-from .shards import told
+from .shards import format_shards
 from .tables import Columns
 from .tars import ManyZeros, Member, TarInput, scan
 
@@ -55,31 +55,33 @@ def tar_source(tars: list[str], columns: Columns) -> Source:
             source.damaged.append(f"{tar}: {damage}")
     if not images:
         if source.damaged:
-            raise DataError(f"{told(tars)}: no images; {source.damaged[0]}")
+            raise DataError(f"{format_shards(tars)}: no images; {source.damaged[0]}")
         longer = [kind for kind in sorted(kinds) if kind.rpartition(".")[2] in IMAGE_TYPES and kind not in IMAGE_TYPES]
         if longer:
             raise DataError(
-                f"{told(tars)}: no member is named KEY.jpg, .jpeg, .png or .webp, they are {_counted(kinds)}; choose"
-                f" with --image-column {longer[0]} --caption-column EXTENSION"
+                f"{format_shards(tars)}: no member is named KEY.jpg, .jpeg, .png or .webp, they are"
+                f" {_counted(kinds)}; choose with --image-column {longer[0]} --caption-column EXTENSION"
             )
-        raise DataError(f"{told(tars)}: no images (.jpg, .jpeg, .png, .webp), only {_counted(kinds)}; check the path")
+        raise DataError(
+            f"{format_shards(tars)}: no images (.jpg, .jpeg, .png, .webp), only {_counted(kinds)}; check the path"
+        )
     if not captions:
         raise DataError(
-            f"{told(tars)}: no captions; samples need a .txt, or a .json with one, and have {_counted(kinds)}; name"
-            " another extension or .json field with --caption-column"
+            f"{format_shards(tars)}: no captions; samples need a .txt, or a .json with one, and have {_counted(kinds)};"
+            " name another extension or .json field with --caption-column"
         )
     source.state = seen.hexdigest()
     return source
 
 
 class _Chosen:
-    """Which members of the tars' samples are the image and the caption."""
+    """The members that are the image and the caption of each sample."""
 
     def __init__(self, tars: list[str], kinds: Counter[str], columns: Columns) -> None:
         self.image = columns.image.lower().lstrip(".") if columns.image else None
         if self.image and kinds and self.image not in kinds:
             raise DataError(
-                f"{told(tars)}: no member ends in .{self.image}, they are {_counted(kinds)}; name one with"
+                f"{format_shards(tars)}: no member ends in .{self.image}, they are {_counted(kinds)}; name one with"
                 " --image-column"
             )
         wanted = columns.caption.lower().lstrip(".") if columns.caption else None
@@ -92,7 +94,7 @@ class _Chosen:
         elif columns.caption:
             if kinds and "json" not in kinds:
                 raise DataError(
-                    f"{told(tars)}: no member ends in .{wanted} and none in .json with such a field, they are"
+                    f"{format_shards(tars)}: no member ends in .{wanted} and none in .json with such a field, they are"
                     f" {_counted(kinds)}; name one with --caption-column, or leave it out"
                 )
             self.caption, self.fields = None, (columns.caption,)
@@ -102,11 +104,11 @@ class _Chosen:
         return f"no image: no .{self.image}" if self.image else why_no_image(group)
 
     def named(self, pieces: dict[str, Piece], image: str, text: str | None) -> dict[str, Piece]:
-        """A sample's members under the names that the trainer reads; the caption is written anew."""
+        """A sample's members under the names that the trainer reads, without the caption, which is rewritten."""
         plain = image.rpartition(".")[2]
         if image == plain and text in (None, CAPTION_TYPE):
             kept = {kind: piece for kind, piece in pieces.items() if kind != text}
-        else:  # others of the names that image and caption now take give way
+        else:  # other members with the names of the image or caption are renamed
             taken = {*IMAGE_TYPES, CAPTION_TYPE}
             kept = {
                 f"other.{kind}" if kind in taken else kind: piece
@@ -121,7 +123,7 @@ def _counted(kinds: Counter[str]) -> str:
 
 
 def _groups_of(tar: str) -> tuple[str, list[Group], str | None]:
-    """State of a tar, its samples, and what is wrong with its rest; the sample before the damage has it too."""
+    """State of a tar, its samples, and any damage; the last sample before the damage is marked as well."""
     try:
         return call(lambda: _scanned(tar), tar)
     except DataMissing:
@@ -133,7 +135,7 @@ def _scanned(tar: str) -> tuple[str, list[Group], str | None]:
     damage = None
     fs, path = filesystem(tar)
     state = fs.ukey(path)
-    local = is_local(tar)  # only there is seeking from header to header cheaper than to read all
+    local = is_local(tar)  # only locally is seeking from header to header cheaper than reading everything
     try:
         with Stream(tar, HEADER_BLOCK if local else None) as file:
             for member in scan(TarInput(file), read_all=not local):

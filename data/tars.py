@@ -1,7 +1,7 @@
-"""The members of a tar, read so that nothing of it is passed over.
+"""Read the members of a tar, with every kind of damage reported.
 
-Python's tarfile takes a damaged header in the middle for the end of the archive and never looks behind the end mark;
-both lose samples in silence. Here each is a tarfile.ReadError that names the byte.
+Python's tarfile takes a damaged header in the middle for the end of the archive and never reads past the end mark;
+both lose samples silently. Here each is a tarfile.ReadError with the byte offset.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from .errors import DataError
 
-BLOCK = 512  # bytes of a header, and the unit that contents are padded to
+BLOCK = 512  # bytes of a header, and the unit of padding
 END_MARK = 2 * BLOCK
 RECORD = 20 * BLOCK
-"""What tar programs pad an archive to, unless they are told otherwise. More zeros are a download cut short, or padding
-after all: of `tar --concatenate`, up to two records, or of another blocking factor. Nothing in the file tells which."""
+"""Default padding unit of an archive in bytes. More zeros are either an incomplete download, or padding by
+`tar --concatenate` (up to two records) or with another blocking factor; the file itself does not show which."""
 NEVER_END_IN_ZERO = (".json", ".png", ".txt")
 CHUNK = 1 << 20
 COMPRESSED = {
@@ -33,30 +33,30 @@ COMPRESSED = {
 
 
 class Member(NamedTuple):
-    """A file in a tar."""
+    """One file in a tar."""
 
     name: str
     offset: int
-    """Of its content, in bytes from the start of the tar; a link has the content of what it points to."""
+    """Offset of its content in bytes from the start of the tar; a link has the content of its target."""
     size: int
     content: bytes | None
-    """The content, where it was asked for."""
+    """The content, if requested."""
     problem: str | None
-    """Why its content cannot be used in place."""
+    """Why its content cannot be read in place."""
 
 
 class ManyZeros(tarfile.ReadError):
-    """More zeros at the end than padding, while the last member before them is whole."""
+    """More zeros at the end than padding, after a complete last member."""
 
 
 class TarInput:
-    """A file read front to back, which remembers what its end looks like. digest: updated with all that is read."""
+    """A file read sequentially that tracks the end of its content. digest: updated with everything read."""
 
     def __init__(self, raw: Any, digest: Any = None) -> None:
         self.raw, self.digest = raw, digest
         self.position, self.head = 0, b""
         self.content_end = 0
-        """Bytes up to the last one that is not zero, of what was read."""
+        """Offset just after the last non-zero byte read."""
 
     def read(self, size: int) -> bytes:
         data = self.raw.read(size)
@@ -90,7 +90,7 @@ class _Info(tarfile.TarInfo):
             raise _damage(at, "no end-of-archive mark") from None
         except _Header as error:
             raise _damage(at, f"no valid header ({error})") from None
-        if info.size < 0:  # tarfile would go back and read the same headers for ever
+        if info.size < 0:  # tarfile would seek back and loop forever
             raise _damage(at, "a negative size")
         return info
 
@@ -98,7 +98,7 @@ class _Info(tarfile.TarInfo):
 class _Tar(tarfile.TarFile):
     tarinfo = _Info
     end_mark: int | None = None
-    """Where the block of zeros lies at which tarfile stopped."""
+    """Offset of the block of zeros at which tarfile stopped."""
 
 
 _Header: Any = tarfile.HeaderError
@@ -111,16 +111,16 @@ def _damage(at: int, what: str) -> tarfile.ReadError:
 
 
 def scan(file: TarInput, read_all: bool, wanted: Callable[[str], bool] = lambda name: False) -> Iterator[Member]:
-    """Files of a tar in their order; links to earlier members count as files.
+    """Yield the files of a tar in order; links to earlier members count as files.
 
-    read_all: read every byte in order instead of seeking from header to header. wanted: whether a member's content is
-    given, by its name; needs `read_all`. Raises tarfile.ReadError, which names a byte, after the last member before any
-    damage: a header that does not parse, a missing end mark, anything but zeros behind it, or more zeros than padding.
+    read_all: read every byte in order instead of seeking from header to header. wanted: by name, whether to read a
+    member's content; needs `read_all`. After the last member before any damage, raises tarfile.ReadError with the byte
+    offset: for an invalid header, a missing end mark, data after it, or more zeros than padding.
     """
     places: dict[str, tuple[int, int, bytes | None]] = {}
     at, last = 0, None
     try:
-        # A stream is what tarfile never seeks in.
+        # tarfile never seeks in a stream.
         tar: _Tar = _Tar.open(fileobj=file, mode="r|" if read_all else "r:", bufsize=CHUNK)  # pyright: ignore
         for info in tar:
             at = info.offset_data
@@ -136,7 +136,7 @@ def scan(file: TarInput, read_all: bool, wanted: Callable[[str], bool] = lambda 
             elif info.islnk() or info.issym():
                 folder = posixpath.dirname(info.name) if info.issym() else ""
                 place = places.get(posixpath.normpath(posixpath.join(folder, info.linkname)))
-                problem = None if place else f"it is a link to {info.linkname}, which is no file further up in the tar"
+                problem = None if place else f"it is a link to {info.linkname}, which is not an earlier file in the tar"
             else:
                 problem = "it is neither a file nor a link"
             last = Member(info.name, *(place or (0, 0, None)), problem)
@@ -148,11 +148,11 @@ def scan(file: TarInput, read_all: bool, wanted: Callable[[str], bool] = lambda 
         if str(error).startswith("byte "):
             raise
         raise _damage(at, str(error)) from None
-    except DataError:  # of the storage
+    except DataError:  # from the storage
         raise
-    except (EOFError, ValueError, OverflowError, tarfile.TarError) as error:  # numbers that no tar has
+    except (EOFError, ValueError, OverflowError, tarfile.TarError) as error:  # values that no valid tar has
         raise _damage(at, str(error)) from None
-    assert tar.end_mark is not None, "without one the last header is none"
+    assert tar.end_mark is not None, "a tar without one fails at its last header"
     _check_end(file, tar.end_mark, last, read_all)
 
 
@@ -168,13 +168,13 @@ def _check_end(file: TarInput, mark: int, last: Member | None, read_all: bool) -
     if file.content_end > mark:
         raise _damage(
             mark,
-            f"zeros that end the archive, and more content up to byte {file.content_end}: overwritten, or tars that"
-            " were joined without `tar --concatenate`",
+            f"end-of-archive mark, but more content up to byte {file.content_end}: overwritten, or tars that were"
+            " joined without `tar --concatenate`",
         )
     if size - mark < END_MARK:
         raise _damage(mark, "no end-of-archive mark")
     if last and file.content_end < end and last.name.lower().endswith(NEVER_END_IN_ZERO):
-        raise _damage(file.content_end, f"zeros to the end of the file, also in {last.name}: a download cut short")
+        raise _damage(file.content_end, f"zeros to the end of the file, also in {last.name}: an incomplete download")
     if size - mark >= END_MARK + RECORD:
-        what = f"{size - mark} zeros to the end of the file, more than the padding of a tar: a download cut short?"
+        what = f"{size - mark} zeros to the end of the file, more than the padding of a tar: an incomplete download?"
         raise (ManyZeros if file.content_end >= end else tarfile.ReadError)(f"byte {mark}: {what}")

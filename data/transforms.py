@@ -1,4 +1,4 @@
-"""Bytes to pixels, and bytes to a caption. A sample that cannot be used raises ValueError with the reason."""
+"""Decoding of images and captions. An unusable sample raises ValueError with the reason."""
 
 from __future__ import annotations
 
@@ -23,29 +23,30 @@ OTHER_FILES = {
     b"PK\x03\x04": "a zip file",
     b"version https://git-lfs": "a Git LFS pointer: fetch the files with `git lfs pull`",
 }
-"""What images turn out to be that were named or downloaded wrongly, by their first bytes."""
+"""First bytes of files that are often found under an image's name -> description."""
 MAX_PIXELS = 1 << 27
-"""Largest image that is decoded: 134 million pixels, 11585 px squared."""
+"""Largest image that is decoded: 134 million pixels, 11585 x 11585."""
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
     """The image's centre square as uint8 RGB [size, size, 3].
 
-    JPEG, PNG and WebP of any mode; EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled
-    to 8. Raises ValueError with the reason for anything that does not decode completely or is above `MAX_PIXELS`.
+    Reads JPEG, PNG and WebP of any mode; applies the EXIF orientation, composites transparency on white, scales 16-bit
+    grey to 8 bits. Raises ValueError with the reason for anything that does not decode completely or exceeds
+    `MAX_PIXELS`.
     """
     return decode_sizes(data, (size,))[0]
 
 
 def decode_sizes(data: bytes, sizes: Sequence[int]) -> list[np.ndarray]:
-    """`decode_image` at each of `sizes`, from one decoding."""
+    """`decode_image` at each of `sizes`, decoding once."""
     square = centre_square(data, max(sizes))
     return [resized(square, size) for size in sizes]
 
 
 def centre_square(data: bytes, least: int) -> np.ndarray:
-    """The image's centre square in uint8 RGB [side, side, 3], as large as it is stored; a JPEG's may be smaller, down
-    to `least` pixels a side. Raises ValueError like `decode_image`."""
+    """The image's centre square as uint8 RGB [side, side, 3] at its stored size; a JPEG may be decoded smaller, down to
+    a side of `least` pixels. Raises ValueError like `decode_image`."""
     if not data:
         raise ValueError("empty file (0 bytes)")
     try:
@@ -57,7 +58,7 @@ def centre_square(data: bytes, least: int) -> np.ndarray:
             return centre_square(plain, least)
         if not isinstance(error, UnidentifiedImageError):
             raise ValueError(f"image does not decode: {error}") from None
-        image_kind(data)  # Pillow's own message is the address of the object that it was given
+        image_kind(data)  # Pillow's own message is the repr of the file object
         raise ValueError("image does not decode: its header is damaged") from None
 
 
@@ -67,37 +68,37 @@ class _TooLarge(ValueError):
 
 def _decoded(data: bytes, least: int) -> np.ndarray:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # our own limit stands in for Pillow's bomb warning
+        warnings.simplefilter("ignore")  # MAX_PIXELS replaces Pillow's decompression bomb warning
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
         if image.width * image.height > MAX_PIXELS:
             raise _TooLarge(f"{image.width} x {image.height} pixels are above the limit of {MAX_PIXELS}")
-        # JPEG alone: the decoder leaves out the frequencies that a half, a quarter or an eighth of the size lacks.
+        # JPEG only: the decoder skips frequencies that are absent at 1/2, 1/4 or 1/8 of the size.
         image.draft(None, (least, least))
         image.load()
         if image.format in ("JPEG", "MPO") and not _ends(data):
-            raise ValueError("its end marker is missing, as where a download was cut short")
-        with suppress(Exception):  # EXIF that does not parse costs the turn, not the image
+            raise ValueError("its end marker is missing (incomplete download?)")
+        with suppress(Exception):  # invalid EXIF loses the rotation, not the image
             ImageOps.exif_transpose(image, in_place=True)
         return np.asarray(_rgb(_cropped(image)))
 
 
 def _ends(jpeg: bytes) -> bool:
-    """Whether a JPEG's last scan is followed by the end marker. Zeros in place of the rest decode to grey."""
+    """Whether an end marker follows a JPEG's last scan. Otherwise zeros in place of the rest would decode to grey."""
     start_of_scan, end_of_image = b"\xff\xda", b"\xff\xd9"
     return jpeg.endswith(end_of_image) or jpeg.rfind(end_of_image) > jpeg.rfind(start_of_scan)
 
 
 def _kind(data: bytes) -> str:
-    """What bytes are that are no image for training, by how they begin."""
+    """Description of bytes that are not a supported image, by their first bytes."""
     if data[4:8] == b"ftyp":
         return f"an {data[8:12].decode('ascii', 'replace').strip().upper()} file"
-    return next((name for start, name in OTHER_FILES.items() if data.startswith(start)), "no known kind of image")
+    return next((name for start, name in OTHER_FILES.items() if data.startswith(start)), "of an unknown format")
 
 
 def _without_text(png: bytes) -> bytes:
-    """A PNG without texts and colour profile: Pillow refuses an image whose metadata is damaged or above a megabyte.
+    """A PNG without text and colour profile: Pillow refuses an image with damaged metadata or more than 1 MB of it.
 
-    Chunks: PNG specification (third edition), section 5.3. Unchanged where they do not add up.
+    Chunks: PNG specification (third edition), section 5.3. Returned unchanged when the chunks are inconsistent.
     """
     parts, at = [PNG], len(PNG)
     while at + 12 <= len(png):
@@ -109,16 +110,16 @@ def _without_text(png: bytes) -> bytes:
 
 
 def resized(square: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [size, size, 3] of a square of any size, bicubic with Pillow's filter; kept channel by channel in memory.
+    """A square image resized to uint8 [size, size, 3], bicubic with Pillow's filter; channels-first in memory.
 
-    Torch computes it in integers: equal to the bit on every processor, within rounding of Pillow, and several times as
-    fast where the processor has AVX2.
+    Torch computes it in integers: bitwise equal on every processor, within rounding of Pillow, and several times faster
+    with AVX2.
     """
-    import torch  # here: who only opens a data set needs none
+    import torch  # not needed to open a dataset
     from torch.nn.functional import interpolate
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the pixels are read-only
+        warnings.simplefilter("ignore")  # the pixels are read-only
         channels = torch.from_numpy(square).permute(2, 0, 1)[None]
     if len(square) != size:
         channels = interpolate(channels, size=(size, size), mode="bicubic", antialias=True)
@@ -126,7 +127,7 @@ def resized(square: np.ndarray, size: int) -> np.ndarray:
 
 
 def image_kind(data: bytes) -> str:
-    """Extension of an image by its first bytes; ValueError where they are none's that is read."""
+    """Extension of an image by its first bytes; raises ValueError for an unsupported format."""
     if data.startswith(PNG):
         return "png"
     if data.startswith(b"\xff\xd8\xff"):
@@ -156,10 +157,10 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def clean_caption(caption: bytes | str) -> str:
-    """The caption without NULs and with single spaces. ValueError when it is empty or not UTF-8."""
+    """The caption without NULs and with single spaces. Raises ValueError when it is empty or not UTF-8."""
     try:
         text = caption.decode("utf-8-sig") if isinstance(caption, bytes) else caption
-        text.encode("utf-8")  # a str can hold lone surrogates, which no tokenizer takes
+        text.encode("utf-8")  # a str may contain lone surrogates, which tokenizers refuse
     except UnicodeError:
         raise ValueError("caption is not UTF-8") from None
     text = " ".join(text.replace("\0", "").split())

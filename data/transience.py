@@ -1,7 +1,6 @@
-"""Which errors of storage, network and services pass by themselves: one classification for everything that leaves the
-process.
+"""Classification of errors of storage, network and services as transient or permanent.
 
-Clients' errors are known by attribute, module and class name, so that none of the clients is imported.
+Client errors are recognized by attribute, module and class name, so that no client has to be imported.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ import ssl
 from collections.abc import Iterator
 
 TRANSIENT_STATUSES = {408, 425, 429}
-"""HTTP statuses below 500 after which the same request may succeed."""
+"""HTTP statuses below 500 after which the same request may succeed later."""
 LASTING_SERVER_STATUSES = {501, 505, 507, 510, 511}
-"""HTTP statuses of a server that no repetition changes: not implemented, disk full, a login page."""
+"""HTTP server errors that a retry does not fix: not implemented, disk full, login required."""
 
 _PASSING_CODES = {
     "BadDigest",
     "BandwidthLimitExceeded",
-    "ConditionalRequestConflict",  # "retry the request", S3's list of errors says, as for OperationAborted
+    "ConditionalRequestConflict",  # "retry the request" in S3's list of errors, as for OperationAborted
     "IncompleteBody",
     "InternalError",
     "InternalFailure",
@@ -41,12 +40,12 @@ _PASSING_CODES = {
     "TooManyRequestsException",
     "XAmzContentSHA256Mismatch",
 }
-"""S3's own error codes, some of which arrive with a status of 400 or 409: those that botocore's standard retry mode
-(botocore.retries.standard) and S3's list of errors (API reference, Error responses) call retryable."""
+"""S3 error codes, some of them with status 400 or 409, that botocore's standard retry mode (botocore.retries.standard)
+or S3's list of errors (API reference, Error responses) describe as retryable."""
 _CODELESS_CONFLICT = {"", "409", "Conflict"}
-"""Codes that botocore invents for a 409 without a body, as every answer to a HEAD is. Of S3's conflicts only those with
-another request, which passes, can meet one that reads; s3fs likewise takes it for EBUSY. A 400 without a body stays
-lasting, since it mostly stands for an expired token or another region: `remote.size_of` asks for its code by a GET."""
+"""Codes that botocore makes up for a 409 without a body, such as any response to a HEAD. For a read, the only possible
+S3 conflict is with a concurrent request, which is transient; s3fs likewise maps it to EBUSY. A 400 without a body is
+permanent, since it usually means an expired token or a wrong region: `remote.size_of` gets its code by a GET."""
 _REFUSED_CREDENTIALS = {
     "ExpiredToken",
     "ExpiredTokenException",
@@ -55,7 +54,7 @@ _REFUSED_CREDENTIALS = {
     "TokenRefreshRequired",
 }
 _REDIRECTS = {"NonHttpUrlClientError", "RedirectClientError", "TooManyRedirects"}
-"""aiohttp's errors of a redirect that leads nowhere, which botocore wraps like a broken connection."""
+"""aiohttp's errors for invalid redirects, which botocore wraps like a broken connection."""
 
 _ERRNOS = {
     **dict.fromkeys(
@@ -145,7 +144,7 @@ _CLASSES: dict[str, dict[str, bool]] = {
         "TimeoutError": True,
     },
     "aiohttp": {
-        "BadHttpMessage": True,  # what a failing proxy sends
+        "BadHttpMessage": True,  # sent by failing proxies
         "ClientConnectionError": True,
         "ClientConnectorSSLError": False,
         "ClientPayloadError": True,
@@ -158,10 +157,10 @@ _CLASSES: dict[str, dict[str, bool]] = {
         "BotoCoreError": False,
         "ChecksumError": True,
         "ConnectionError": True,
-        "FlexibleChecksumError": True,  # the body was cut or altered on its way
+        "FlexibleChecksumError": True,  # the body was truncated or altered in transit
         "HTTPClientError": True,
         "IncompleteReadError": True,
-        "ResponseParserError": True,  # a limiting server's answer may be no XML
+        "ResponseParserError": True,  # the response of a server that limits requests may not be XML
         "SSLError": False,
     },
     "concurrent": {"TimeoutError": True},
@@ -209,18 +208,18 @@ _MLFLOW = {
 
 
 def verdict(error: BaseException) -> bool | None:
-    """True: the same request may succeed later. False: somebody has to change something first. None: no error of
-    storage, network or a service, as far as this can tell.
+    """Classify an error. True: transient, the same request may succeed later. False: permanent, something has to be
+    changed first. None: not a known error of storage, network or a service.
 
-    Causes, contexts, the reasons that clients wrap and the members of groups are searched, outermost first. A server's
-    status outranks what a client made of it, and that outranks a bare class: s3fs turns every status it does not know
-    into EIO, fsspec's HTTP files turn every failure to connect into FileNotFoundError.
+    Searches causes, contexts, wrapped reasons and members of exception groups, outermost first. A server's status takes
+    precedence over the errno a client derives from it, and that over the class: s3fs turns unknown statuses into EIO,
+    fsspec's HTTP files turn every connection failure into FileNotFoundError.
     """
     return judged(error)[0]
 
 
 def judged(error: BaseException) -> tuple[bool | None, BaseException]:
-    """`verdict`, and the error among the causes that it rests on."""
+    """`verdict`, and the error among the causes that decided it."""
     chain = list(causes(error))
     for rule in (_own, _by_status, _by_misleading_class, _by_errno, _by_class, _by_kind):
         for link in chain:
@@ -231,7 +230,7 @@ def judged(error: BaseException) -> tuple[bool | None, BaseException]:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and everything that it was raised from or wraps, outermost first, each once."""
+    """An error and all errors that it was raised from or wraps, outermost first, without duplicates."""
     waiting, seen = [error], set()
     while waiting:
         link = waiting.pop(0)
@@ -246,13 +245,13 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def status(error: BaseException) -> int | None:
-    """The HTTP status that one error (not its causes) carries."""
+    """The HTTP status of one error, ignoring its causes."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         return int(found) if found else None
     if _module(error) == "aiohttp" and type(error.__cause__).__module__ == "aiohttp.http_exceptions":
-        return None  # its 400 for an answer that is no HTTP was never sent by the server
+        return None  # aiohttp's own 400 for an invalid HTTP response, not sent by the server
     found = getattr(response, "status_code", None) or getattr(response, "status", None)
     found = found or getattr(error, "status_code", None) or getattr(error, "status", None)
     if found is None and type(error).__name__ in ("HttpError", "HTTPError"):  # gcsfs, urllib
@@ -265,8 +264,8 @@ def status(error: BaseException) -> int | None:
 
 
 def is_missing(error: BaseException) -> bool:
-    """Whether an error says that there is no such file or object, and not merely that it could not be reached, nor that
-    there is no such bucket, where whatever is asked for is missing."""
+    """Whether an error means that the file or object does not exist, as opposed to being unreachable or in a missing
+    bucket."""
     found, link = judged(error)
     response = getattr(link, "response", None)
     if found is not False or (isinstance(response, dict) and response.get("Error", {}).get("Code") == "NoSuchBucket"):
@@ -279,7 +278,7 @@ def is_missing(error: BaseException) -> bool:
 
 
 def lacks_credentials(error: BaseException) -> bool:
-    """Whether an error says that a client has no credentials, or that they were refused."""
+    """Whether an error means that a client has no credentials, or that they were refused."""
     for link in causes(error):
         if any(cls.__name__ in _CREDENTIALS.get(_root(cls), ()) for cls in type(link).__mro__):
             return True
@@ -292,7 +291,7 @@ def lacks_credentials(error: BaseException) -> bool:
 
 
 def _own(error: BaseException) -> bool | None:
-    """Our own errors carry their verdict."""
+    """This package's errors carry their verdict."""
     if getattr(error, "lasting", None) is True:
         return False
     passing = getattr(error, "passing", None)
@@ -311,19 +310,19 @@ def _by_status(error: BaseException) -> bool | None:
         return found in TRANSIENT_STATUSES or (found >= 500 and found not in LASTING_SERVER_STATUSES)
     if _module(error) == "mlflow":
         code = getattr(error, "error_code", None)
-        if code == "INTERNAL_ERROR" and type(error).__name__ == "RestException":  # a server's, not a client's default
+        if code == "INTERNAL_ERROR" and type(error).__name__ == "RestException":  # not a client's default
             return True
         return _MLFLOW.get(str(code))
     return None
 
 
 def _by_misleading_class(error: BaseException) -> bool | None:
-    """Names that do not resolve, redirects, certificates, and the databases' errors: their classes and errnos, or those
-    of what wraps them, would mislead."""
+    """Name resolution, redirects, certificates and databases: here the classes and errnos of the errors, or of those
+    that wrap them, are misleading."""
     if _module(error) == "aiohttp" and any(cls.__name__ in _REDIRECTS for cls in type(error).__mro__):
         return False
     if isinstance(error, socket.gaierror):
-        # The resolver that gives no answer may give one later. "No such name" is an answer, nearly always to a typo.
+        # A resolver failure is transient. "No such name" is a definite answer, nearly always to a typo.
         return error.errno == socket.EAI_AGAIN
     if isinstance(error, ssl.SSLCertVerificationError):
         return False
@@ -342,7 +341,7 @@ def _by_misleading_class(error: BaseException) -> bool | None:
 
 def _by_errno(error: BaseException) -> bool | None:
     rust = re.search(r"\(os error (\d+)\)", str(error))
-    if rust and not isinstance(error, OSError):  # how safetensors, tokenizers and hf_xet quote one
+    if rust and not isinstance(error, OSError):  # format of safetensors, tokenizers and hf_xet
         return _ERRNOS.get(int(rust.group(1)))
     if not isinstance(error, OSError) or _module(error) == "s3fs":
         return None
@@ -360,7 +359,7 @@ def _by_class(error: BaseException) -> bool | None:
 
 
 def _by_kind(error: BaseException) -> bool | None:
-    """The last word, so that what an error was raised from speaks first: libraries wrap whatever happened in these."""
+    """Fallback for OSError. Last, so that its causes are checked first: libraries wrap all kinds of errors in it."""
     return False if isinstance(error, OSError) else None
 
 

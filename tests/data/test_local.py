@@ -1,4 +1,4 @@
-"""Local file systems that fail, such as network mounts: every call to the operating system that a listing makes."""
+"""Failing local file systems, such as network mounts: faults in every system call of a listing."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ ROWS = [{"file": f"{number}.png", "text": f"text {number}"} for number in range(
 
 
 class Faults:
-    """Calls to the operating system on paths below a folder fail with `code`: the first `times` of each call on each
-    path whose name is in `names` (None: any)."""
+    """Makes system calls on paths below a folder fail with `code`: the first `times` of each call on each path whose
+    name is in `names` (None: any)."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root, self.code, self.times, self.names = str(root), errno.ESTALE, 0, None
@@ -60,7 +60,7 @@ class Faults:
     def parquet_file(self, kind: type) -> Callable:
         faults = self
 
-        class File(kind):  # its own calls are made in C++
+        class File(kind):  # makes its system calls in C++
             def read_row_group(self, group: int, **options):
                 faults.may_fail(f"row group {group}", self.table)
                 return super().read_row_group(group, **options)
@@ -81,23 +81,23 @@ def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Faults:
 
 
 @pytest.fixture
-def sources(tmp_path: Path, picture, make_shards) -> dict[str, str]:
-    """One source of each kind; each has something that is set aside."""
+def sources(tmp_path: Path, make_image, make_shards) -> dict[str, str]:
+    """One source of each kind, each with an item that is set aside."""
     images = tmp_path / "images"
     for folder in (images, images / "below", tmp_path / "elsewhere"):
         folder.mkdir()
         for number in range(3):
-            (folder / f"{folder.name}{number}.png").write_bytes(picture(number))
+            (folder / f"{folder.name}{number}.png").write_bytes(make_image(number))
             (folder / f"{folder.name}{number}.txt").write_text("x")
     (images / "linked").symlink_to(tmp_path / "elsewhere")
     (images / "unmounted").symlink_to(tmp_path / "disk")
-    (images / "mute.png").write_bytes(picture(1))
+    (images / "mute.png").write_bytes(make_image(1))
     (tmp_path / "tars").mkdir()
     make_shards([5] * 8, folder=tmp_path / "tars")
     table = tmp_path / "table"
     table.mkdir()
     for row in ROWS[:-1]:
-        (table / row["file"]).write_bytes(picture(1))
+        (table / row["file"]).write_bytes(make_image(1))
     (table / "metadata.csv").write_text("file,text\n" + "".join(f"{row['file']},{row['text']}\n" for row in ROWS))
     (table / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     rows = pyarrow.Table.from_pylist(ROWS)
@@ -114,8 +114,8 @@ def sources(tmp_path: Path, picture, make_shards) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["folder", "folder of tars", "tars", "folder with a table", "lines", "row groups"])
-def test_each_call_may_fail_twice(sources, faults, kind) -> None:
-    """All in all far more often than one patience allows: nothing is set aside, passed over or in another order."""
+def test_each_call_is_retried(sources, faults, kind) -> None:
+    """Together far more failures than one time limit allows: nothing is set aside, skipped or reordered."""
     sound = list_source(sources[kind])
     assert len(sound.candidates) >= 7
     faults.times = 2
@@ -137,7 +137,7 @@ def test_each_call_may_fail_twice(sources, faults, kind) -> None:
         ("row groups", "table"),
     ],
 )
-def test_storage_that_stays_away_is_not_a_no(sources, faults, kind, name, code) -> None:
+def test_unavailable_storage_is_not_a_missing_file(sources, faults, kind, name, code) -> None:
     faults.times, faults.names, faults.code = 1000, {name}, code
     with pytest.raises(DataLost, match=f"/{name}: {os.strerror(code)}; check the storage"):
         list_source(sources[kind])
@@ -147,14 +147,14 @@ def test_storage_that_stays_away_is_not_a_no(sources, faults, kind, name, code) 
     ("kind", "name"),
     [("folder", "images"), ("tars", "tars"), ("lines", "a.jsonl"), ("row groups", "table")],
 )
-def test_a_source_that_must_not_be_read_is_not_missing(sources, faults, kind, name) -> None:
+def test_unreadable_source_is_not_missing(sources, faults, kind, name) -> None:
     faults.times, faults.names, faults.code = 1000, {name}, errno.EACCES
     with pytest.raises(DataError, match=f"/{name}: Permission denied; check ") as caught:
         list_source(sources[kind])
     assert not isinstance(caught.value, DataLost)
 
 
-def test_a_part_that_must_not_be_read_is_set_aside(sources, faults) -> None:
+def test_unreadable_part_is_set_aside(sources, faults) -> None:
     faults.times, faults.names, faults.code = 1000, {"below", "linked", "images0.png"}, errno.EACCES
     source = list_source(sources["folder"])
     assert [candidate.key for candidate in source.candidates] == ["images1", "images2"]
@@ -167,8 +167,8 @@ def test_a_part_that_must_not_be_read_is_set_aside(sources, faults) -> None:
 
 
 @pytest.mark.parametrize("spec", ["tars", "folder of tars"])
-def test_shards_in_a_folder_that_fails(sources, faults, spec) -> None:
-    """Those to train on as well as those to ingest."""
+def test_shards_in_a_failing_folder(sources, faults, spec) -> None:
+    """For training as well as for ingest."""
     sound = expand(sources[spec])
     faults.times = 2
     assert expand(sources[spec]) == sound and len(sound) == 8
@@ -178,7 +178,7 @@ def test_shards_in_a_folder_that_fails(sources, faults, spec) -> None:
             work(sources[spec])
 
 
-def test_a_finished_ingest_is_looked_at_over_faults(sources, faults, tmp_path) -> None:
+def test_finished_ingest_is_recognized_despite_faults(sources, faults, tmp_path) -> None:
     out = tmp_path / "out"
     made = ingest(sources["folder"], out, samples_per_shard=4, processes=1)
     before = {path: path.stat().st_mtime_ns for path in out.glob("train-*")}

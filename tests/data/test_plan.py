@@ -17,7 +17,7 @@ blocks = st.integers(1, 8)
 
 @given(counts, seeds, blocks, st.integers(0, 10**6))
 @settings(deadline=None)
-def test_every_sample_comes_once_an_epoch(counts, seed, block, epoch):
+def test_every_sample_is_read_once_per_epoch(counts, seed, block, epoch):
     plan = Plan(counts, seed, block)
     located = plan.locate(epoch * plan.samples + np.arange(plan.samples))
     assert (located.epoch == epoch).all()
@@ -28,7 +28,7 @@ def test_every_sample_comes_once_an_epoch(counts, seed, block, epoch):
 
 @given(counts, seeds, blocks, st.data())
 @settings(deadline=None)
-def test_a_position_means_the_same_alone_as_among_others(counts, seed, block, data):
+def test_single_and_batched_positions_agree(counts, seed, block, data):
     n = sum(counts)
     positions = np.array(data.draw(st.lists(st.integers(0, 5 * n), min_size=1, max_size=20)))
     together = Plan(counts, seed, block).locate(positions)
@@ -40,12 +40,12 @@ def test_a_position_means_the_same_alone_as_among_others(counts, seed, block, da
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=40), seeds, blocks, st.integers(1, 200), st.integers(0, 3000))
 @settings(deadline=None)
-def test_a_window_of_positions_touches_few_shards(counts, seed, block, window, start):
+def test_window_of_positions_touches_few_shards(counts, seed, block, window, start):
     plan = Plan(counts, seed, block)
     window = min(window, plan.samples)
     located = plan.locate(start + np.arange(window))
     shards = len(set(zip(located.epoch.tolist(), located.shard.tolist(), strict=True)))
-    # Groups end to end: all but the first and last lie wholly inside the window, and each epoch's last may be short.
+    # All groups but the first and last are entirely inside the window, and the last of each epoch may be short.
     whole_groups = window // (block * min(counts))
     assert shards <= block * (whole_groups + 3)
     groups_at_a_time = plan.locate(np.arange(plan.samples)).shard
@@ -67,14 +67,14 @@ def test_epochs_and_seeds_differ():
         assert np.abs(np.corrcoef(one, range(400))[0, 1]) < 0.3, "shards come in no order either"
 
 
-def test_the_order_is_pinned():
-    """A running job must find its order again after every upgrade; these numbers never change."""
+def test_order_is_pinned():
+    """A run has to resume in the same order after every upgrade; these numbers must never change."""
     plan = Plan([3, 0, 4, 2, 5], seed=7, shuffle_window=2)
     assert plan.locate(np.arange(16)).index.tolist() == [11, 10, 12, 13, 9, 6, 5, 4, 3, 8, 7, 2, 0, 1, 7, 8]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
-def test_global_batches_do_not_know_the_number_of_ranks(micro_batch):
+def test_global_batches_do_not_depend_on_the_number_of_ranks(micro_batch):
     global_batch = 2048
     for step in (0, 3, 10**9):
         expected = np.arange(step * global_batch, (step + 1) * global_batch)
@@ -82,7 +82,7 @@ def test_global_batches_do_not_know_the_number_of_ranks(micro_batch):
             shares = [rank_positions(step, rank, ranks, global_batch, micro_batch) for rank in range(ranks)]
             assert {share.shape for share in shares} == {(global_batch // ranks // micro_batch, micro_batch)}
             assert np.array_equal(np.sort(np.concatenate(shares, axis=None)), expected)
-            # Micro-batch m of all ranks, rank after rank, is the m-th piece of the global batch.
+            # Micro-batch m of all ranks, in rank order, is the m-th part of the global batch.
             assert np.array_equal(np.stack(shares, axis=1).ravel(), expected)
 
 
@@ -93,13 +93,13 @@ def test_ranks_are_disjoint_and_complete(ranks, accumulation, micro_batch, step)
     assert sorted(np.concatenate(shares)) == list(range(step * global_batch, (step + 1) * global_batch))
 
 
-def test_a_batch_may_span_the_epochs_border():
+def test_batch_may_span_two_epochs():
     plan = Plan([5, 5], seed=0)
     located = plan.locate(rank_positions(1, 0, 1, 8, 4))
     assert located.epoch.ravel().tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
 
 
-def test_hundreds_of_millions_of_samples_are_cheap():
+def test_plan_of_hundreds_of_millions_of_samples_is_cheap():
     plan = Plan(np.full(50_000, 10_000), seed=0)
     assert plan.samples == 500_000_000
     positions = rank_positions(123_456, 17, 512, 8192, 16)
@@ -119,12 +119,12 @@ def test_hundreds_of_millions_of_samples_are_cheap():
         (lambda: rank_positions(0, 0, 3, 8, 1), "does not divide by 3 ranks"),
     ],
 )
-def test_wrong_arguments_are_named(make, message):
+def test_invalid_arguments_are_named(make, message):
     with pytest.raises(DataError, match=message):
         make()
 
 
-def test_neither_plan_nor_shards_nor_ingest_need_torch():
+def test_plan_shards_and_ingest_do_not_import_torch():
     code = (
         "import sys, bifrost.data.plan, bifrost.data.shards, bifrost.data.write, bifrost.data.transforms,"
         " bifrost.data.ingest, bifrost.data.demo, bifrost.data.cli; assert 'torch' not in sys.modules"

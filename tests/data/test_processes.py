@@ -16,7 +16,7 @@ def square(number: int) -> int:
     return number * number
 
 
-def test_every_result_comes_once():
+def test_every_result_is_yielded_once():
     assert sorted(in_processes(square, range(20), 2)) == [n * n for n in range(20)]
 
 
@@ -28,7 +28,7 @@ def refuse(number: int) -> int:
     raise DataError(f"{number}: no")
 
 
-def test_a_death_and_an_error_reach_the_caller():
+def test_errors_and_deaths_of_workers_are_raised():
     before = psutil.Process().children()
     with pytest.raises(DataError, match="a worker process died"):
         list(in_processes(die, [1], 1))
@@ -44,20 +44,20 @@ list(in_processes(time.sleep, [600, 600], 2))
 """
 
 
-def test_nobody_outlives_a_killed_parent():
+def test_workers_end_with_a_killed_parent():
     parent = subprocess.Popen([sys.executable, "-c", SLEEPERS])
     deadline = time.monotonic() + 20
     while len(children := psutil.Process(parent.pid).children()) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    time.sleep(0.3)  # until both have asked the kernel
+    time.sleep(0.3)  # until both have called prctl
     parent.kill()
     parent.wait()
     _, alive = psutil.wait_procs(children, timeout=5)
     assert alive == []
 
 
-def test_a_folder_has_one_owner(tmp_path):
+def test_folder_has_one_owner(tmp_path):
     with sole_owner(tmp_path):
         (tmp_path / "x.tar.tmp-1").touch()
         with pytest.raises(DataError, match="another process writes here"), sole_owner(tmp_path):

@@ -13,7 +13,7 @@ from bifrost.data import progress as module
 from bifrost.data.progress import duration, progress, track
 
 
-def test_lines_in_a_log_count_and_say_what_is_left(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+def test_log_lines_show_count_and_time_left(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     monkeypatch.setattr(module, "LINE_EVERY_S", 0.05)
     with progress("verifying", 4000, "shards", done=1000) as shown:
         time.sleep(0.02)
@@ -23,16 +23,16 @@ def test_lines_in_a_log_count_and_say_what_is_left(monkeypatch: pytest.MonkeyPat
     assert lines and lines[0] == "verifying: 2,500 of 4,000 shards, 0 s left"
 
 
-def test_the_time_left_goes_by_what_this_start_has_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_left_excludes_earlier_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter((0.0, 10.0, 40.0))
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
-    shown = progress("rendering", 100, "pictures", done=40)
-    assert shown.line() == "rendering: 40 of 100 pictures, 10 s so far"
+    shown = progress("rendering", 100, "images", done=40)
+    assert shown.line() == "rendering: 40 of 100 images, 10 s so far"
     shown.advance(20)
-    assert shown.line() == "rendering: 60 of 100 pictures, 1 min 20 s left"  # 20 took 40 s, 40 are left
+    assert shown.line() == "rendering: 60 of 100 images, 1 min 20 s left"  # 20 took 40 s, 40 left
 
 
-def test_short_work_says_nothing_and_nothing_goes_to_standard_output(capfd) -> None:
+def test_short_work_is_silent_and_stdout_stays_empty(capfd) -> None:
     assert list(track([1, 2, 3], "adding", 3, "numbers")) == [1, 2, 3]
     with progress("loading"):
         pass
@@ -62,7 +62,7 @@ with module.progress("eating", 8, "apples") as shown:
 """
 
 
-def test_a_terminal_sees_a_bar_and_a_redirected_result_stays_clean(tmp_path: Path) -> None:
+def test_bar_on_a_terminal_leaves_redirected_stdout_clean(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     with open(tmp_path / "out", "wb") as out:
         child = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=out, stderr=theirs)

@@ -27,7 +27,7 @@ def collate(items):
     }
 
 
-def collate_in_no_hurry(items):
+def slow_collate(items):
     time.sleep(0.05)
     return collate(items)
 
@@ -51,7 +51,7 @@ def make_loader(dataset, rank=0, ranks=1, global_batch=24, micro_batch=2, steps=
 
 @pytest.fixture(autouse=True)
 def others() -> None:
-    """Processes that earlier tests of the session keep, such as a fork server, are none of ours."""
+    """Processes of earlier tests of the session, such as a fork server, which are ignored."""
     OTHERS.clear()
     OTHERS.update(psutil.Process().children(recursive=True))
 
@@ -64,7 +64,7 @@ def children() -> list[psutil.Process]:
 
 
 def by_step(dataset, ranks, steps=(0, 4), **options):
-    """Per step, all ranks' (epoch, index, key) put into the order of positions."""
+    """(epoch, index, key) of all ranks per step, in the order of positions."""
     shares = []
     for rank in range(ranks):
         loader = make_loader(dataset, rank, ranks, steps=steps, **options)
@@ -79,7 +79,7 @@ def by_step(dataset, ranks, steps=(0, 4), **options):
     ]
 
 
-def test_the_sequence_knows_neither_ranks_nor_workers_nor_resume(make_shards):
+def test_sequence_is_independent_of_ranks_workers_and_resume(make_shards):
     dataset = make_shards([7, 5, 9, 4, 6])  # 31 samples, so that 4 steps of 24 span epochs
     expected = by_step(dataset, 1)
     located = Plan(dataset.samples_per_shard, seed=3, shuffle_window=2).locate(np.arange(4 * 24))
@@ -96,7 +96,7 @@ def test_the_sequence_knows_neither_ranks_nor_workers_nor_resume(make_shards):
         assert by_step(dataset, 4, steps=(start, 4), workers=start - 1) == expected[start:]
 
 
-def test_batches_hold_what_the_shards_hold(make_shards):
+def test_batches_match_the_shards(make_shards):
     dataset = make_shards([4, 4])
     for batch in make_loader(dataset, global_batch=8, micro_batch=4, steps=(0, 1)):
         assert batch.arrays["image"].shape == (4, SIZE, SIZE, 3)
@@ -106,8 +106,8 @@ def test_batches_hold_what_the_shards_hold(make_shards):
         assert batch.replaced == []
 
 
-def test_a_bad_sample_gives_way_to_its_neighbour_for_any_workers(make_shards):
-    broken = {1, 2, 6, 7, 8, 9}  # two in the middle of shard 0, and all of shard 1
+def test_bad_sample_is_replaced_by_its_neighbour(make_shards):
+    broken = {1, 2, 6, 7, 8, 9}  # two in the middle of shard 0 and all of shard 1
     dataset = make_shards([6, 4, 5], broken)
     instead = {1: 3, 2: 3, 6: 10, 7: 10, 8: 10, 9: 10}
     seen = []
@@ -124,30 +124,30 @@ def test_a_bad_sample_gives_way_to_its_neighbour_for_any_workers(make_shards):
     assert seen[0] == seen[1] == seen[2]
 
 
-def test_the_last_samples_neighbour_is_the_first(make_shards):
+def test_replacement_wraps_around(make_shards):
     dataset = make_shards([3, 3], {2, 3, 4, 5})
-    instead = {2: 0, 3: 0, 4: 0, 5: 0}  # within shard 0 it wraps; past the last shard comes the first
+    instead = {2: 0, 3: 0, 4: 0, 5: 0}  # wraps within shard 0; the first shard follows the last
     for batch in make_loader(dataset, global_batch=6, micro_batch=6, steps=(0, 1)):
         assert batch.keys == [f"key-{instead.get(i, i):04d}" for i in batch.arrays["index"].tolist()]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_nothing_readable_is_an_error_in_one_line(make_shards, workers):
+def test_no_readable_sample_is_a_one_line_error(make_shards, workers):
     dataset = make_shards([3, 3], set(range(6)))
-    with pytest.raises(DataError, match="no sample of the data set reads, the first: key-000") as caught:
+    with pytest.raises(DataError, match="no sample of the dataset is readable, the first: key-000") as caught:
         list(make_loader(dataset, global_batch=6, workers=workers))
     assert "\n" not in str(caught.value)
     assert children() == []
 
 
-def test_workers_outlive_the_stop_signals(make_shards):
+def test_workers_ignore_stop_signals(make_shards):
     dataset = make_shards([20, 20])
     expected = [b.keys for b in make_loader(dataset, steps=(0, 8))]
-    loader = make_loader(dataset, steps=(0, 8), workers=2, made_by=collate_in_no_hurry)
+    loader = make_loader(dataset, steps=(0, 8), workers=2, made_by=slow_collate)
     got = []
     for number, batch in enumerate(loader):
         got.append(batch.keys)
-        if number in (0, 7):  # the first reaches workers that have hardly begun
+        if number in (0, 7):  # the first reaches workers that have just started
             for child in children():
                 for stop in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                     child.send_signal(stop)
@@ -155,7 +155,7 @@ def test_workers_outlive_the_stop_signals(make_shards):
     assert children() == []
 
 
-def test_the_callers_signals_and_random_state_stay(make_shards):
+def test_signal_handlers_and_random_state_of_the_caller_are_kept(make_shards):
     before = signal.pthread_sigmask(signal.SIG_BLOCK, set())
     state = torch.random.get_rng_state()
     list(make_loader(make_shards([20, 20]), workers=2))
@@ -163,8 +163,8 @@ def test_the_callers_signals_and_random_state_stay(make_shards):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_a_dead_worker_is_an_error_that_names_it(make_shards):
-    loader = make_loader(make_shards([20, 20]), steps=(0, 50), workers=2, made_by=collate_in_no_hurry)
+def test_dead_worker_is_named_in_the_error(make_shards):
+    loader = make_loader(make_shards([20, 20]), steps=(0, 50), workers=2, made_by=slow_collate)
     started = time.monotonic()
     with pytest.raises((DataError, RuntimeError), match="DataLoader worker") as caught:  # noqa: PT012
         for number, _ in enumerate(loader):
@@ -184,7 +184,7 @@ def hang(items):
     return collate(items)
 
 
-def test_close_ends_workers_that_no_longer_answer(make_shards):
+def test_close_kills_unresponsive_workers(make_shards):
     loader = make_loader(make_shards([2]), steps=(0, 9), workers=2, made_by=hang)
     batches = iter(loader)
     next(batches)
@@ -197,7 +197,7 @@ def test_close_ends_workers_that_no_longer_answer(make_shards):
     assert children() == []
 
 
-def test_leaving_the_loop_early_ends_the_workers_and_starting_again_starts_over(make_shards):
+def test_early_exit_ends_workers_and_a_new_loop_restarts(make_shards):
     loader = make_loader(make_shards([24]), workers=2)
     first = []
     for batch in loader:
@@ -231,7 +231,7 @@ exec(sys.argv[2])
 @pytest.mark.parametrize(
     ("end", "code"), [("while True: next(batches)", -9), ("raise SystemExit(3)", 3), ("raise ValueError", 1)]
 )
-def test_no_worker_outlives_the_main_process(make_shards, tmp_path, end, code):
+def test_workers_end_with_the_main_process(make_shards, tmp_path, end, code):
     make_shards([8])
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "s-*.tar"), end], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -248,7 +248,7 @@ def test_no_worker_outlives_the_main_process(make_shards, tmp_path, end, code):
         time.sleep(0.05)
 
 
-def test_a_plan_for_other_shards_is_refused(make_shards):
+def test_plan_for_other_shards_is_refused(make_shards):
     dataset = make_shards([4, 4])
     with pytest.raises(DataError, match="made for other shards"):
         Loader(
@@ -256,16 +256,16 @@ def test_a_plan_for_other_shards_is_refused(make_shards):
         )
 
 
-def test_a_vanished_shard_is_named(make_shards, tmp_path):
+def test_vanished_shard_is_named(make_shards, tmp_path):
     dataset = make_shards([4, 4])
     (tmp_path / "s-00001.tar").unlink()
     with pytest.raises(DataLost, match=r"rank 0: .*s-00001\.tar: cannot be read any more"):
         list(make_loader(dataset, global_batch=8, workers=1))
 
 
-def test_the_ledger_stops_the_run_above_the_share():
+def test_run_stops_above_the_largest_fraction_of_bad_samples():
     ledger = BadSamples(0.05)
-    ledger.add([("a", "cut"), ("b", "cut")], 8)  # a quarter, but of eight
+    ledger.add([("a", "cut"), ("b", "cut")], 8)  # a quarter, but only of eight
     ledger.add([], 91)
     ledger.add([("c", "cut")], 1)
     assert (ledger.bad, ledger.seen) == (3, 100)
@@ -279,11 +279,11 @@ def test_the_ledger_stops_the_run_above_the_share():
     BadSamples(0).add([], 1000)
 
 
-def test_many_open_shards_do_not_thrash(tmp_path, picture):
+def test_many_open_shards_do_not_thrash(tmp_path, make_image):
     from bifrost.data import open_dataset
 
     for shard in range(6):
-        write_shard(tmp_path / f"w-{shard}.tar", [(f"{shard}", {"png": picture(shard), "txt": b"x 0"})])
+        write_shard(tmp_path / f"w-{shard}.tar", [(f"{shard}", {"png": make_image(shard), "txt": b"x 0"})])
     dataset = open_dataset(str(tmp_path / "w-*.tar"), max_open=1)
     make_loader(dataset, global_batch=6)
     assert dataset.opened.max_open == 4, "two blocks"
@@ -294,7 +294,7 @@ def test_many_open_shards_do_not_thrash(tmp_path, picture):
     [
         ("DataLoader worker (pid 7) is killed by signal: Killed. ", DataLost, "look for out-of-memory kills"),
         ("DataLoader worker (pid(s) 7) exited unexpectedly", DataLost, "look for out-of-memory kills"),
-        ("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ", DataError, "Segmentation fault; data"),
+        ("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ", DataError, "fault; set data"),
         (
             "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out"
             " of shared memory. Please try to raise your shared memory limit.",
@@ -315,13 +315,13 @@ def test_many_open_shards_do_not_thrash(tmp_path, picture):
         ),
     ],
 )
-def test_what_becomes_of_a_worker_is_told_apart(text, kind, line, caplog):
+def test_worker_failures_are_classified(text, kind, line, caplog):
     found = worker_failure(RuntimeError(text), 3)
     assert type(found) is kind and re.match(f"rank 3: .*{line}", str(found)) and "\n" not in str(found)
     assert ("Original Traceback" in caplog.text) == ("failed:" in str(found))
 
 
-def test_errors_of_others_are_no_workers():
+def test_unrelated_errors_are_not_worker_failures():
     assert worker_failure(DataLost("rank 0: DataLoader worker (pid 7) is killed by signal: Killed"), 0) is None
     assert worker_failure(RuntimeError("CUDA out of memory"), 0) is None
     assert worker_failure(ValueError("x"), 0) is None
@@ -346,7 +346,7 @@ class Failing:
         (OSError(errno.EMFILE, "Too many open files"), DataError, "raise the limit of open files"),
     ],
 )
-def test_a_workers_own_error_reaches_the_caller(make_shards, error, kind, line):
+def test_error_raised_in_a_worker_reaches_the_caller(make_shards, error, kind, line):
     loader = make_loader(make_shards([4]), made_by=Failing(error), global_batch=2, steps=(0, 1), workers=1)
     with pytest.raises(DataError, match=line) as caught:
         list(loader)

@@ -1,4 +1,4 @@
-"""Shards behind HTTP and S3 servers that fail: what is read is what was written, or an error says what is wrong."""
+"""Shards behind failing HTTP and S3 servers: what is read equals what was written, or the error has the cause."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def s3():
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    """Pauses of some hundredths of a second, as many as ever."""
+    """Short pauses, of hundredths of a second, but the usual number of them."""
     monkeypatch.setattr(retry, "_sleep", lambda seconds: time.sleep(min(seconds, 0.02)))
     fsspec.filesystem("http").clear_instance_cache()
     yield
@@ -42,7 +42,7 @@ def folder(make_shards, tmp_path) -> Path:
 
 @pytest.fixture(params=["http", "s3"])
 def served(request, folder, monkeypatch):
-    """(plan of the server, address of its shards without their numbers)."""
+    """(the server's plan, address of its shards without their numbers)."""
     plan = Plan()
     if request.param == "http":
         with faulty_server.serving(folder, plan) as (address, _):
@@ -65,7 +65,7 @@ def samples(dataset) -> list[tuple[str, bytes, str]]:
     return [(raw.key, raw.image, raw.caption) for raw in raws]
 
 
-def test_what_is_read_is_what_was_written(served, folder) -> None:
+def test_read_equals_written(served, folder) -> None:
     plan, address = served
     expected = samples(open_dataset(str(folder / "s-*.tar")))
     assert samples(open_dataset(address + "{00000..00002}.tar")) == expected
@@ -75,8 +75,8 @@ def test_what_is_read_is_what_was_written(served, folder) -> None:
 
 
 @pytest.mark.parametrize("fault", faulty_server.FAULTS)
-def test_each_fault_is_survived(served, folder, fault, caplog) -> None:
-    """Twice on every object, index and shard: nothing is lost and nothing else is read."""
+def test_recovers_from_each_fault(served, folder, fault, caplog) -> None:
+    """Two faults on every index and shard: all samples are read, without errors."""
     plan, address = served
     expected = samples(open_dataset(str(folder / "s-*.tar")))
     plan.rules += [Rule(fault, f"s-0000{n}.{kind}", 2) for n in range(3) for kind in ("tar", "index")]
@@ -88,7 +88,7 @@ def test_each_fault_is_survived(served, folder, fault, caplog) -> None:
     assert plan.fired[fault] >= 6
 
 
-def test_a_server_that_is_down_is_lost_and_not_missing(folder, monkeypatch) -> None:
+def test_server_that_is_down_is_data_lost_not_missing(folder, monkeypatch) -> None:
     port = faulty_server.free_port()
     for name, value in object_store.environment(f"http://127.0.0.1:{port}").items():
         monkeypatch.setenv(name, value)
@@ -101,7 +101,7 @@ def test_a_server_that_is_down_is_lost_and_not_missing(folder, monkeypatch) -> N
         exists(f"http://127.0.0.1:{port}/s-00000.tar")
 
 
-def test_a_server_that_comes_up_late(folder, monkeypatch) -> None:
+def test_server_that_comes_up_late(folder, monkeypatch) -> None:
     port = faulty_server.free_port()
     opened: list = []
     monkeypatch.setattr(retry, "_sleep", lambda seconds: time.sleep(min(seconds, 0.3)))
@@ -115,7 +115,7 @@ def test_a_server_that_comes_up_late(folder, monkeypatch) -> None:
         assert samples(opened[0]) == samples(open_dataset(str(folder / "s-*.tar")))
 
 
-def test_what_is_missing_is_missing(served) -> None:
+def test_missing_objects(served) -> None:
     _, address = served
     with pytest.raises(DataError, match=r"s-00009\.tar: no such shard"):
         open_dataset(address + "00009.tar")
@@ -124,7 +124,7 @@ def test_what_is_missing_is_missing(served) -> None:
         index_shards(address + "00009.tar")
 
 
-def test_missing_credentials_are_one_line(monkeypatch, folder) -> None:
+def test_missing_credentials_are_a_one_line_error(monkeypatch, folder) -> None:
     import s3fs
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
@@ -133,13 +133,13 @@ def test_missing_credentials_are_one_line(monkeypatch, folder) -> None:
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(folder / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(folder / "none"))
     s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(DataError, match=r"^s3://bucket/a\.tar: Unable to locate credentials; set") as caught:
+    with pytest.raises(DataError, match=r"^s3://bucket/a\.tar: Unable to locate credentials; set or renew") as caught:
         open_dataset("s3://bucket/a.tar")
     assert not isinstance(caught.value, DataLost)
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_a_forbidden_object(folder) -> None:
+def test_forbidden_object(folder) -> None:
     plan = Plan([Rule("500", "index", 0)])
     with faulty_server.serving(folder, plan) as (address, _):
         plan.next = lambda *_: "403"  # type: ignore[method-assign]
@@ -157,8 +157,8 @@ def test_a_forbidden_object(folder) -> None:
     assert not isinstance(caught.value, DataLost)
 
 
-def test_a_server_without_ranges(folder, caplog) -> None:
-    """Each shard is fetched once, said once, and read right."""
+def test_server_without_ranges(folder, caplog) -> None:
+    """Each shard is fetched once, logged once and read correctly."""
     plan = Plan(ranges=False)
     with faulty_server.serving(folder, plan) as (address, _):
         dataset = open_dataset(f"{address}/s-{{00000..00002}}.tar")
@@ -173,8 +173,8 @@ def test_a_server_without_ranges(folder, caplog) -> None:
         assert in_all - remote._Kept._in_all == sum((folder / f"s-0000{n}.tar").stat().st_size for n in range(3))
 
 
-def test_a_server_that_compresses_unasked(folder) -> None:
-    """Its Content-Length is that of the packed bytes."""
+def test_server_that_always_compresses(folder) -> None:
+    """Its Content-Length is that of the compressed bytes."""
     with faulty_server.serving(folder, Plan(ranges=False, packed=True)) as (address, _):
         dataset = open_dataset(f"{address}/s-{{00000..00002}}.tar")
         assert samples(dataset) == samples(open_dataset(str(folder / "s-*.tar")))
@@ -182,8 +182,8 @@ def test_a_server_that_compresses_unasked(folder) -> None:
 
 
 @pytest.mark.parametrize("fault", ["cut", "cut-unstated", "503", "reset"])
-def test_a_server_without_ranges_that_fails(folder, fault) -> None:
-    """Also where only the connection's end says that an index or a shard is over."""
+def test_failing_server_without_ranges(folder, fault) -> None:
+    """Also when only the end of the connection marks the end of an index or a shard."""
     plan = Plan([Rule(fault, f"s-0000{n}.{kind}", 2) for n in range(3) for kind in ("tar", "index")], ranges=False)
     with faulty_server.serving(folder, plan) as (address, _):
         dataset = open_dataset(f"{address}/s-{{00000..00002}}.tar")
@@ -193,8 +193,8 @@ def test_a_server_without_ranges_that_fails(folder, fault) -> None:
         assert verify(f"{address}/s-{{00000..00002}}.tar") == []
 
 
-def test_a_server_without_ranges_and_too_much_to_keep(folder, monkeypatch) -> None:
-    gc.collect()  # objects kept for earlier tests: freed later, they would make room
+def test_server_without_ranges_and_too_much_data(folder, monkeypatch) -> None:
+    gc.collect()  # objects of earlier tests, which would free space if collected later
     kept = remote._Kept._in_all
     monkeypatch.setattr(remote, "WHOLE_LIMIT", kept + 8000)
     with faulty_server.serving(folder, Plan(ranges=False)) as (address, _):
@@ -215,7 +215,7 @@ def test_empty_objects_and_empty_ranges(served, folder) -> None:
     assert with_size.read(size, 10) == b""
 
 
-def test_an_empty_object_is_a_damaged_index(s3, folder, monkeypatch) -> None:
+def test_empty_index_is_damaged(s3, folder, monkeypatch) -> None:
     import s3fs
 
     (folder / "s-00000.index.jsonl").write_bytes(b"")
@@ -228,12 +228,12 @@ def test_an_empty_object_is_a_damaged_index(s3, folder, monkeypatch) -> None:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_a_shard_that_is_replaced_while_it_is_read(served, folder, make_shards, tmp_path, s3) -> None:
+def test_shard_replaced_while_being_read(served, folder, make_shards, tmp_path, s3) -> None:
     _, address = served
     dataset = open_dataset(address + "00000.tar")
     dataset.read(0, 0)
     for content_of, message in [
-        (lambda data: data[:-512] + b"\1" * 512, "was replaced while it was read"),  # of the same size
+        (lambda data: data[:-512] + b"\1" * 512, "was replaced while being read"),  # of the same size
         (lambda data: data + bytes(512), "bytes, expected"),
     ]:
         data = (folder / "s-00000.tar").read_bytes()
@@ -245,20 +245,20 @@ def test_a_shard_that_is_replaced_while_it_is_read(served, folder, make_shards, 
         assert not isinstance(caught.value, DataLost)
 
 
-def test_another_shard_of_the_same_size_is_noticed(folder, tmp_path) -> None:
-    """Without an ETag, by the tar's own headers."""
+def test_replaced_shard_of_equal_size_is_detected(folder, tmp_path) -> None:
+    """Without an ETag, by the headers of the tar."""
     shutil.copytree(folder, tmp_path / "web")
     web = tmp_path / "web"
     with faulty_server.serving(web) as (address, _):
         dataset = open_dataset(f"{address}/s-00000.tar")
         data = (web / "s-00000.tar").read_bytes()
         (web / "s-00000.tar").write_bytes(data[512:] + bytes(512))
-        with pytest.raises(DataError, match=r"sample .* is not where its index says; run `bifrost data verify`"):
+        with pytest.raises(DataError, match=r"sample .* is not at the offset in the index; run `bifrost data verify`"):
             dataset.read(0, 1)
 
 
-def test_indexes_are_made_of_what_is_there(served, folder, s3) -> None:
-    """In blocks, over faults, to the true end, equal to the local index to the byte; S3 takes it."""
+def test_remote_index_equals_local_index(served, folder, s3) -> None:
+    """Read in blocks, despite faults, up to the end: bytewise equal to the local index, also when stored on S3."""
     plan, address = served
     plan.rules.append(Rule("cut", "s-00000.tar", 2))
     with Stream(address + "00000.tar") as stream:
@@ -274,7 +274,7 @@ def test_indexes_are_made_of_what_is_there(served, folder, s3) -> None:
         assert fs.cat_file("bucket/s-00001.index.jsonl") == (folder / "s-00001.index.jsonl").read_bytes()
 
 
-def test_a_cut_object_is_damage(served, folder, s3) -> None:
+def test_truncated_object_is_damaged(served, folder, s3) -> None:
     _, address = served
     data = (folder / "s-00000.tar").read_bytes()
     (folder / "s-00000.tar").write_bytes(data[: len(data) // 2])
@@ -284,9 +284,9 @@ def test_a_cut_object_is_damage(served, folder, s3) -> None:
     assert "s-00000.tar: truncated" in problem
 
 
-CIRCLE = "the server redirects in a circle; check the address or endpoint"
-LISTS = r"no answer of S3 to ListObjectsV2|no \.tar matches"
-"""A page without links is an empty list where pages are lists."""
+CIRCLE = "the server redirects in a loop; check the address or endpoint"
+LISTS = r"not an S3 response to ListObjectsV2|no \.tar matches"
+"""Over HTTP, a web page without links is an empty listing."""
 
 
 @pytest.mark.parametrize(
@@ -297,13 +297,13 @@ LISTS = r"no answer of S3 to ListObjectsV2|no \.tar matches"
         ("301 PermanentRedirect", r"redirects .*\(status 301\)", r"redirects .*\(status 301\)|no \.tar matches", 5),
         ("redirect ftp://h/x", "redirects to ftp://h/x; check the address", "redirects to ftp://h/x; check", 5),
         ("redirect http://[h", r"redirects to http://\[h", r"redirects to http://\[h", 5),
-        ("page", "a web page came in place of the file; check the address", LISTS, 12),
+        ("page", "received a web page instead of the file; check the address", LISTS, 12),
         ("empty", "damaged index", LISTS, 12),
-        ("204", "sent no file|no answer of S3 to GetObject", LISTS, 12),
+        ("204", "sent no file|not an S3 response to GetObject", LISTS, 12),
     ],
 )
-def test_a_server_that_gives_something_else(served, fault, opening, listing, most) -> None:
-    """One line and code 2, soon: no other start of the job gets anything else."""
+def test_unusable_responses_are_permanent(served, fault, opening, listing, most) -> None:
+    """One line and code 2, soon: restarting the job would not help."""
     plan, address = served
     plan.rules.append(Rule(fault, "", math.inf))
     for place, message in ((address + "00000.tar", opening), (address + "*.tar", listing)):
@@ -316,8 +316,8 @@ def test_a_server_that_gives_something_else(served, fault, opening, listing, mos
 
 @pytest.mark.parametrize("served", ["s3"], indirect=True)
 @pytest.mark.parametrize("code", ["400 SlowDown", "409 OperationAborted"])
-def test_codes_that_come_with_400_and_409(served, folder, code) -> None:
-    """What S3 asks to repeat is repeated, though an answer to HEAD has no code."""
+def test_retryable_codes_with_status_400_and_409(served, folder, code) -> None:
+    """Codes that S3 describes as retryable are retried, although a response to HEAD has no code."""
     plan, address = served
     plan.rules += [Rule(code, "s-00000.tar", 3), Rule(code, "s-00000.index", 2)]
     dataset = open_dataset(address + "00000.tar")
@@ -332,20 +332,20 @@ def test_codes_that_come_with_400_and_409(served, folder, code) -> None:
 
 
 @pytest.mark.parametrize("served", ["s3"], indirect=True)
-def test_an_expired_token_is_named_though_a_head_has_no_code(served) -> None:
+def test_expired_token_is_named_although_head_has_no_code(served) -> None:
     plan, address = served
     plan.rules.append(Rule("400 ExpiredToken", "s-00000", math.inf))
-    with pytest.raises(DataError, match=r"ExpiredToken.*set the credentials .*, or renew them") as caught:
+    with pytest.raises(DataError, match=r"ExpiredToken.*set or renew the client's credentials") as caught:
         open_dataset(address + "00000.tar")
     assert not isinstance(caught.value, DataLost) and len(plan.asked) <= 4
 
 
 @pytest.mark.parametrize("fault", ["wrong-range", "short-206"])
-def test_a_server_that_always_answers_wrongly(served, fault) -> None:
+def test_server_that_always_sends_wrong_ranges(served, fault) -> None:
     plan, address = served
     dataset = open_dataset(address + "00000.tar")
     plan.rules.append(Rule(fault, "s-00000.tar", math.inf))
     plan.asked.clear()
-    with pytest.raises(DataError, match=r"came.*; check the address, and the server or a proxy") as caught:
+    with pytest.raises(DataError, match=r"received.*; check the address, and the server or a proxy") as caught:
         dataset.read(0, 1)
     assert not isinstance(caught.value, DataLost) and len(plan.asked) >= 4

@@ -1,4 +1,4 @@
-"""What is asked again and what is not, on the errors that the installed clients themselves raise."""
+"""Transient and permanent errors, as raised by the installed clients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from s3fs.utils import FileExpired
 
 from bifrost.data import DataError, DataLost, retry
-from bifrost.data.errors import WrongAnswer
+from bifrost.data.errors import InvalidResponse
 from bifrost.data.retry import call, failure, is_transient, retrying
 
 
@@ -58,7 +58,7 @@ def http_answer(status: int, headers: dict[str, str] | None = None) -> aiohttp.C
     return aiohttp.ClientResponseError(asked, (), status=status, message="m", headers=CIMultiDict(headers or {}))
 
 
-def of_requests(status: int) -> requests.HTTPError:
+def requests_error(status: int) -> requests.HTTPError:
     response = requests.Response()
     response.status_code = status
     return requests.HTTPError("m", response=response)
@@ -69,7 +69,7 @@ def connector(error: OSError) -> aiohttp.ClientConnectorError:
     return aiohttp.ClientConnectorError(key, error)
 
 
-class HttpError(Exception):  # as gcsfs's, which is not installed
+class HttpError(Exception):  # as in gcsfs, which is not installed
     def __init__(self, code: object) -> None:
         self.code = code
 
@@ -91,7 +91,7 @@ TRANSIENT = [
     socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
     ssl.SSLEOFError(8, "EOF occurred in violation of protocol"),
     *(http_answer(status) for status in (408, 425, 429, 500, 502, 503, 504, 520, 529)),
-    of_requests(503),
+    requests_error(503),
     HttpError(502),
     HttpError("429"),
     urllib.error.HTTPError("http://h", 503, "m", {}, None),  # pyright: ignore
@@ -106,8 +106,8 @@ TRANSIENT = [
     client("InternalError", 500),
     *(client(code, 400) for code in ("SlowDown", "RequestTimeoutException", "ThrottledException")),
     *(client(code, 409) for code in ("OperationAborted", "ConditionalRequestConflict", "409")),
-    WrongAnswer("other bytes"),
-    raised(OSError("translated"), cause=WrongAnswer("other bytes")),
+    InvalidResponse("other bytes"),
+    raised(OSError("translated"), cause=InvalidResponse("other bytes")),
     s3fs.errors.translate_boto_error(client("SlowDown", 503)),
     botocore.exceptions.EndpointConnectionError(endpoint_url="http://h"),
     botocore.exceptions.ReadTimeoutError(endpoint_url="http://h"),
@@ -117,7 +117,7 @@ TRANSIENT = [
     requests.ReadTimeout(),
     requests.exceptions.ChunkedEncodingError(),
     urllib3.exceptions.ProtocolError("cut"),
-    # fsspec's HTTP files, transformers and the hub's client wrap whatever happened in these:
+    # Exceptions in which fsspec's HTTP files, transformers and the hub client wrap other errors:
     raised(FileNotFoundError("http://h/x.tar"), cause=connector(os_error(errno.ECONNREFUSED))),
     raised(FileNotFoundError("http://h/x.tar"), cause=http_answer(503)),
     raised(
@@ -139,20 +139,20 @@ LASTING = [
     ssl.SSLCertVerificationError(1, "certificate verify failed"),
     raised(requests.exceptions.SSLError("m"), cause=ssl.SSLCertVerificationError(1, "certificate verify failed")),
     *(http_answer(status) for status in (400, 401, 403, 404, 410, 416, 501, 507)),
-    of_requests(404),
+    requests_error(404),
     HttpError(403),
     client("AccessDenied", 403),
     client("ExpiredToken", 400),
-    client("400", 400),  # a HEAD's: mostly of an expired token
+    client("400", 400),  # response to a HEAD, usually with an expired token
     client("BucketNotEmpty", 409),
     http_answer(409),
     aiohttp.TooManyRedirects(http_answer(302).request_info, (), status=302),
     raised(botocore.exceptions.HTTPClientError(error="…"), context=aiohttp.NonHttpUrlRedirectClientError("ftp://h/x")),
     raised(FileNotFoundError("http://h/x.tar"), cause=aiohttp.InvalidUrlRedirectClientError("x")),
-    WrongAnswer("known", lasting=True),
-    s3fs.errors.translate_boto_error(client("ExpiredTokenException", 400)),  # an EIO, says s3fs
+    InvalidResponse("known", lasting=True),
+    s3fs.errors.translate_boto_error(client("ExpiredTokenException", 400)),  # s3fs makes it an EIO
     s3fs.errors.translate_boto_error(client("NoSuchKey", 404)),
-    FileExpired("x", "etag"),  # an EBUSY, says s3fs
+    FileExpired("x", "etag"),  # s3fs makes it an EBUSY
     botocore.exceptions.NoCredentialsError(),
     botocore.exceptions.PartialCredentialsError(provider="env", cred_var="secret"),
     botocore.exceptions.SSLError(endpoint_url="https://h", error="m"),
@@ -183,7 +183,7 @@ def test_lasting(error: BaseException) -> None:
     assert not is_transient(error)
 
 
-def test_suppressed_contexts_and_circles_do_not_count() -> None:
+def test_suppressed_contexts_and_cycles() -> None:
     error = ValueError("x")
     error.__context__, error.__suppress_context__ = os_error(errno.EIO), True
     assert not is_transient(error)
@@ -194,7 +194,7 @@ def test_suppressed_contexts_and_circles_do_not_count() -> None:
 
 
 def test_groups() -> None:
-    class Group(Exception):  # as ExceptionGroup, which Python 3.10 lacks
+    class Group(Exception):  # like ExceptionGroup, which Python 3.10 lacks
         def __init__(self, *exceptions: Exception) -> None:
             self.exceptions = exceptions
 
@@ -204,14 +204,14 @@ def test_groups() -> None:
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses that were made, in seconds, without their time."""
+    """The pauses in seconds, which are recorded instead of waited for."""
     made: list[float] = []
     monkeypatch.setattr(retry, "_sleep", made.append)
     return made
 
 
 class Action:
-    """Raises each error in turn, then returns "done"."""
+    """Raises each of the errors in turn, then returns "done"."""
 
     def __init__(self, *errors: Exception) -> None:
         self.errors = list(errors)
@@ -224,17 +224,17 @@ class Action:
         return "done"
 
 
-def test_asked_again_until_it_answers(pauses: list[float], caplog: pytest.LogCaptureFixture) -> None:
+def test_retries_until_success(pauses: list[float], caplog: pytest.LogCaptureFixture) -> None:
     action = Action(os_error(errno.EIO), TimeoutError(), http_answer(503))
     with caplog.at_level(logging.WARNING):
         assert call(action, "s3://bucket/x.tar") == "done"
     assert action.calls == 4 and len(pauses) == 3
     assert pauses[0] < pauses[1] < pauses[2]
     (record,) = caplog.records
-    assert "s3://bucket/x.tar: text; asking again for up to 10 s" in record.getMessage()
+    assert "s3://bucket/x.tar: text; retrying for up to 10 s" in record.getMessage()
 
 
-def test_patience_ends_with_the_cause_and_the_place(pauses: list[float]) -> None:
+def test_error_after_retries_has_cause_and_place(pauses: list[float]) -> None:
     action = Action(*(os_error(errno.ESTALE) for _ in range(50)))
     with pytest.raises(DataLost, match=r"^x\.tar: text; check the storage or the network") as caught:
         call(action, "x.tar")
@@ -248,17 +248,17 @@ def test_patience_ends_with_the_cause_and_the_place(pauses: list[float]) -> None
     assert max(pauses) <= retry.LONGEST_PAUSE_S * 1.25
 
 
-def test_a_server_that_only_answers_wrongly_has_to_be_fixed(pauses: list[float]) -> None:
-    """Asked for as long as others, and then no reason to start a job again, unless the network had a part in it."""
+def test_only_wrong_responses_are_permanent(pauses: list[float]) -> None:
+    """Retried like other errors, but not a reason to restart the job, unless a network error occurred as well."""
     with pytest.raises(DataError, match=r"^x\.tar: wrong; check the address, and the server") as caught:
-        call(action := Action(*(WrongAnswer("wrong") for _ in range(50))), "x.tar")
+        call(action := Action(*(InvalidResponse("wrong") for _ in range(50))), "x.tar")
     assert not isinstance(caught.value, DataLost) and action.calls >= 4 and sum(pauses) == pytest.approx(10)
     with pytest.raises(DataLost):
-        call(Action(os_error(errno.EIO), *(WrongAnswer("wrong") for _ in range(50))), "x.tar")
-    assert call(Action(WrongAnswer("wrong"), os_error(errno.EIO)), "x.tar") == "done"
+        call(Action(os_error(errno.EIO), *(InvalidResponse("wrong") for _ in range(50))), "x.tar")
+    assert call(Action(InvalidResponse("wrong"), os_error(errno.EIO)), "x.tar") == "done"
 
 
-def test_lasting_errors_are_not_asked_again(pauses: list[float]) -> None:
+def test_permanent_errors_are_not_retried(pauses: list[float]) -> None:
     for error, line in [
         (os_error(errno.ENOSPC), "^x: text; free disk space, or raise the quota$"),
         (os_error(errno.EROFS), "^x: text; name a folder that can be written$"),
@@ -266,7 +266,7 @@ def test_lasting_errors_are_not_asked_again(pauses: list[float]) -> None:
         (http_answer(400), "credentials, which may have expired$"),
         (raised(FileNotFoundError("x"), http_answer(507)), "; free disk space, or raise the quota$"),
         (client("AccessDenied", 403), "^x: .*; check the permissions, or your credentials$"),
-        (botocore.exceptions.NoCredentialsError(), "^x: Unable to locate credentials; set the credentials"),
+        (botocore.exceptions.NoCredentialsError(), "^x: Unable to locate credentials; set or renew the client's"),
         (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "no such host; check the address$"),
         (huggingface_hub.errors.OfflineModeIsEnabled("a\nb"), "^x: a b; check the address and the storage$"),
     ]:
@@ -289,7 +289,7 @@ def test_bugs_and_own_errors_pass_through(pauses: list[float]) -> None:
     assert pauses == []
 
 
-def test_a_servers_wish_to_wait(pauses: list[float]) -> None:
+def test_retry_after(pauses: list[float]) -> None:
     date = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=20), usegmt=True)
     slow = client("SlowDown", 503)
     slow.response["ResponseMetadata"]["HTTPHeaders"] = {"retry-after": "3"}  # pyright: ignore
@@ -302,7 +302,7 @@ def test_a_servers_wish_to_wait(pauses: list[float]) -> None:
         pauses.clear()
         assert call(Action(error), "x") == "done"
         assert pauses == [pytest.approx(wished, abs=1.5)]
-    # It does not use up the patience, and may not stretch it for ever.
+    # Retry-After does not count as own pauses, and its total is limited.
     pauses.clear()
     action = Action(*(http_answer(503, {"Retry-After": "20"}) for _ in range(50)))
     with pytest.raises(DataLost):
@@ -313,19 +313,19 @@ def test_a_servers_wish_to_wait(pauses: list[float]) -> None:
     assert pauses[0] < 1
 
 
-def test_the_line_quotes_the_cause_that_decided() -> None:
+def test_message_quotes_the_deciding_cause() -> None:
     wrapped = raised(FileNotFoundError("http://h/x.tar"), cause=connector(os_error(errno.ECONNREFUSED)))
     assert str(failure("http://h/x.tar", wrapped)).startswith("http://h/x.tar: text; check the storage")
     assert isinstance(failure("x", wrapped), DataLost)
     assert str(failure("x", asyncio.TimeoutError())).startswith("x: TimeoutError; ")
 
 
-def test_long_texts_are_cut() -> None:
+def test_long_texts_are_truncated() -> None:
     assert len(str(failure("x", OSError(errno.EIO, "page " * 1000)))) < 400
 
 
 def test_real_requests(pauses: list[float]) -> None:
-    """requests and urllib against a server that refuses twice and a port where nobody listens."""
+    """requests and urllib against a server that fails twice, and a closed port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -355,8 +355,8 @@ def test_real_requests(pauses: list[float]) -> None:
         call(get, url)
 
 
-def test_importing_it_is_cheap() -> None:
-    """Commands that ask Slurm or MLflow alone do not wait for torch or a storage client."""
+def test_import_is_cheap() -> None:
+    """Commands that use only Slurm or MLflow do not import torch or a storage client."""
     heavy = "{'torch', 'numpy', 'fsspec', 'aiohttp', 'botocore', 'requests'}"
     check = f"import sys, bifrost.data.retry; print(sorted({heavy} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)

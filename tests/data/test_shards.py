@@ -36,35 +36,35 @@ def test_specs_expand_to_sorted_shards(make_shards, tmp_path):
 
 
 @pytest.mark.parametrize("spec", ["mine/*.tar", "mine/s-00000.tar", "empty"])
-def test_a_relative_path_says_where_it_begins(spec, tmp_path, monkeypatch):
+def test_relative_path_is_shown_with_working_directory(spec, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=f", seen from {tmp_path}; check the path"):
+    with pytest.raises(DataError, match=f", relative to {tmp_path}; check the path"):
         open_dataset(spec)
     with pytest.raises(DataError) as caught:
         open_dataset(str(tmp_path / spec))
-    assert "seen from" not in str(caught.value)
+    assert "relative to" not in str(caught.value)
 
 
-def test_the_home_folder_is_found_in_quotes(make_shards, tmp_path, monkeypatch):
+def test_quoted_home_folder_is_expanded(make_shards, tmp_path, monkeypatch):
     make_shards([2, 3])
     monkeypatch.setenv("HOME", str(tmp_path))
     names = [str(tmp_path / f"s-{i:05d}.tar") for i in range(2)]
     assert expand("~/*.tar") == expand("~") == expand("~/s-{00000..00001}.tar") == names
 
 
-def test_reading_gives_each_sample(make_shards, picture):
+def test_reading_gives_each_sample(make_shards, make_image):
     dataset = make_shards([3, 2])
     number = 0
     for shard, count in enumerate([3, 2]):
         for sample in range(count):
             raw = dataset.read(shard, sample)
             assert (raw.key, raw.caption) == (f"key-{number:04d}", f"caption {number}")
-            assert raw.image == picture(number)
+            assert raw.image == make_image(number)
             number += 1
 
 
-def test_the_fingerprint_is_that_of_the_content_in_order(make_shards, tmp_path):
+def test_fingerprint_depends_on_content_and_order(make_shards, tmp_path):
     dataset = make_shards([2, 3])
     hashes = [hashlib.sha256((tmp_path / f"s-0000{i}.tar").read_bytes()).hexdigest() for i in range(2)]
     assert dataset.fingerprint == hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -74,7 +74,7 @@ def test_the_fingerprint_is_that_of_the_content_in_order(make_shards, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["file", "memory"])
-def test_urls(make_shards, tmp_path, picture, scheme):
+def test_urls(make_shards, tmp_path, make_image, scheme):
     make_shards([2, 2])
     if scheme == "memory":
         fs = fsspec.filesystem("memory")
@@ -87,7 +87,7 @@ def test_urls(make_shards, tmp_path, picture, scheme):
         for spec in (f"{root}/s-{{00000..00001}}.tar", f"{root}/*.tar"):
             dataset = open_dataset(spec)
             assert len(dataset.shards) == 2
-            assert dataset.read(1, 1).image == picture(3)
+            assert dataset.read(1, 1).image == make_image(3)
             assert dataset.read(1, 1).caption == "caption 3"
         with pytest.raises(DataError, match=r"s-00002\.tar: no such shard"):
             open_dataset(f"{root}/s-{{00000..00002}}.tar")
@@ -111,7 +111,7 @@ def test_few_shards_stay_open_and_all_stay_readable(make_shards, tmp_path):
     assert pickle.loads(pickle.dumps(dataset)).read(5, 0).key == "key-0005"
 
 
-def test_a_forked_child_reads_while_its_parent_does(make_shards):
+def test_forked_child_reads_concurrently_with_its_parent(make_shards):
     dataset = make_shards([40])
     dataset.read(0, 0)
     child = os.fork()
@@ -122,15 +122,15 @@ def test_a_forked_child_reads_while_its_parent_does(make_shards):
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_errors_name_the_place_and_the_remedy(make_shards, tmp_path, picture):
+def test_errors_contain_place_and_remedy(make_shards, tmp_path, make_image):
     make_shards([2, 2])
     first = str(tmp_path / "s-00000.tar")
-    write_shard(tmp_path / "mute/a.tar", [("k", {"png": picture(0)})])
+    write_shard(tmp_path / "mute/a.tar", [("k", {"png": make_image(0)})])
     for spec, message in [
         (str(tmp_path / "s-{00000..00003}.tar"), r"s-00002\.tar: no such shard.*bifrost data ingest"),
         (str(tmp_path / "other-*.tar"), r"no \.tar matches.*bifrost data ingest"),
         ([first, first], "named twice"),
-        (str(tmp_path / "none"), "not a shard and no folder"),
+        (str(tmp_path / "none"), "neither a shard nor a folder"),
         ([], "no shards named"),
         ("x{0..", "write ranges as"),
         (str(tmp_path / "mute/*.tar"), "no captions.*bifrost data ingest"),
@@ -142,23 +142,23 @@ def test_errors_name_the_place_and_the_remedy(make_shards, tmp_path, picture):
     with pytest.raises(DataError, match=r"s-00000\.tar: 5000 bytes, indexed as .* truncated"):
         open_dataset(first)
     os.unlink(tmp_path / "s-00001.index.jsonl")
-    with pytest.raises(DataError, match=r"s-00001\.tar: no index beside it; run `bifrost data index"):
+    with pytest.raises(DataError, match=r"s-00001\.tar: no index next to it; run `bifrost data index"):
         open_dataset(str(tmp_path / "s-00001.tar"))
     (tmp_path / "s-00001.index.jsonl").write_text('{"version": 9, "new": 1}\n')
-    with pytest.raises(DataError, match="index version 9, this is 1"):
+    with pytest.raises(DataError, match="index version 9, expected 1"):
         open_dataset(str(tmp_path / "s-00001.tar"))
     (tmp_path / "s-00001.index.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match="damaged index"):
         open_dataset(str(tmp_path / "s-00001.tar"))
 
 
-def test_bad_samples_say_why(tmp_path, picture):
+def test_bad_samples_have_a_reason(tmp_path, make_image):
     samples = [
-        ("mute", {"png": picture(0)}),
-        ("blank", {"png": picture(0), "txt": b" \n"}),
-        ("latin", {"png": picture(0), "txt": b"caf\xe9"}),
-        ("fine", {"png": picture(0), "txt": b"ok"}),
-        ("last", {"png": picture(0), "txt": b"ok"}),
+        ("mute", {"png": make_image(0)}),
+        ("blank", {"png": make_image(0), "txt": b" \n"}),
+        ("latin", {"png": make_image(0), "txt": b"caf\xe9"}),
+        ("fine", {"png": make_image(0), "txt": b"ok"}),
+        ("last", {"png": make_image(0), "txt": b"ok"}),
     ]
     write_shard(tmp_path / "a.tar", samples)
     dataset = open_dataset(str(tmp_path / "a.tar"))
@@ -173,21 +173,21 @@ def test_bad_samples_say_why(tmp_path, picture):
 
 
 @pytest.mark.parametrize("url", ["nothing://bucket/{0..3}.tar", "nothing://bucket/*.tar"])
-def test_an_address_that_nobody_serves_is_named(url):
+def test_unknown_protocol_is_named(url):
     with pytest.raises(DataError, match=r"nothing://bucket/.*\.tar: Protocol not known: nothing; check the address"):
         open_dataset(url)
 
 
 def in_ranks(work, ranks):
-    """`work(rank, gather)` on so many threads that meet as ranks do."""
-    told, meeting = [None] * ranks, threading.Barrier(ranks, timeout=30)
+    """`work(rank, gather)` on `ranks` threads, with a barrier-based all-gather."""
+    values, barrier = [None] * ranks, threading.Barrier(ranks, timeout=30)
 
     def run(rank):
         def gather(value):
-            told[rank] = value
-            meeting.wait()
-            found = list(told)
-            meeting.wait()
+            values[rank] = value
+            barrier.wait()
+            found = list(values)
+            barrier.wait()
             return found
 
         return work(rank, gather)
@@ -196,7 +196,7 @@ def in_ranks(work, ranks):
         return list(pool.map(run, range(ranks)))
 
 
-def test_ranks_share_the_opening_of_shards(make_shards, tmp_path, monkeypatch):
+def test_ranks_split_the_opening_of_shards(make_shards, tmp_path, monkeypatch):
     whole = make_shards([2, 3, 4, 5, 6])
     looked, real = [], shards._open_header
     monkeypatch.setattr(shards, "_open_header", lambda shard: looked.append(shard) or real(shard))
@@ -207,7 +207,7 @@ def test_ranks_share_the_opening_of_shards(make_shards, tmp_path, monkeypatch):
     assert sorted(looked) == whole.shards, "each once"
 
     def refused(rank, gather):
-        with pytest.raises(DataError, match=r"s-00003\.tar: no index beside it"):
+        with pytest.raises(DataError, match=r"s-00003\.tar: no index next to it"):
             open_dataset(spec, rank=rank, gather=gather)
         return True
 
@@ -215,15 +215,15 @@ def test_ranks_share_the_opening_of_shards(make_shards, tmp_path, monkeypatch):
     assert in_ranks(refused, 3) == [True] * 3
 
 
-def test_a_shard_that_goes_away_is_named(make_shards, tmp_path):
+def test_vanished_shard_is_named(make_shards, tmp_path):
     dataset = make_shards([2, 2])
     (tmp_path / "s-00001.tar").unlink()
     with pytest.raises(DataLost, match=r"s-00001\.tar: cannot be read any more"):
         dataset.read(1, 0)
 
 
-def test_storage_that_fails_for_a_moment_is_read_again(make_shards, monkeypatch, caplog):
-    """Through a file opened anew: a stale handle of a network file system stays stale."""
+def test_read_is_retried_with_a_new_handle(make_shards, monkeypatch, caplog):
+    """With a reopened file: a stale handle of a network file system stays stale."""
     monkeypatch.setattr(retry, "_sleep", lambda seconds: None)
     dataset = make_shards([2, 2])
     assert dataset.read(1, 0).key == "key-0002"
@@ -235,24 +235,24 @@ def test_storage_that_fails_for_a_moment_is_read_again(make_shards, monkeypatch,
             return real(handle, size, start)
         handles.append(handle)
         if failures:
-            os.dup2(os.open("/dev/null", os.O_RDONLY), handle)  # what reads through it from now on finds nothing
+            os.dup2(os.open("/dev/null", os.O_RDONLY), handle)  # later reads through this handle return nothing
             raise OSError(failures.pop(), "the storage fails")
         return real(handle, size, start)
 
     monkeypatch.setattr(os, "pread", failing)
     assert dataset.read(1, 1).key == "key-0003"
-    assert len(handles) == 3 and caplog.text.count("the storage fails; asking again") == 1
+    assert len(handles) == 3 and caplog.text.count("the storage fails; retrying") == 1
 
 
-def test_threads_share_open_shards(make_shards, picture):
-    """Shards that others push out stay open while they are read from; each sample is its own, no file is left open."""
+def test_threads_share_open_shards(make_shards, make_image):
+    """Evicted shards stay open while they are being read; every sample is correct and no file is left open."""
     dataset = open_dataset(str(make_shards([3] * 8).shards[0]).replace("00000", "*"), max_open=2)
     wanted = [(shard, sample) for shard in range(8) for sample in range(3)] * 30
     np.random.default_rng(0).shuffle(wanted)
 
     def check(place):
         shard, sample = place
-        return dataset.read(shard, sample).image == picture(3 * shard + sample)
+        return dataset.read(shard, sample).image == make_image(3 * shard + sample)
 
     sys.setswitchinterval(1e-6)
     try:
@@ -266,14 +266,14 @@ def test_threads_share_open_shards(make_shards, picture):
     assert sum(target.startswith(folder) and target.endswith(".tar") for target in opened) <= 2
 
 
-def test_a_fork_reads_on_while_another_thread_reads(make_shards, picture):
+def test_fork_reads_while_another_thread_reads(make_shards, make_image):
     dataset = make_shards([3, 3])
-    assert dataset.read(0, 0).image == picture(0)
+    assert dataset.read(0, 0).image == make_image(0)
     _INHERITED.append(dataset)
-    dataset.opened._lock.acquire()  # as a thread that the fork does not have
+    dataset.opened._lock.acquire()  # held by a thread that does not exist in the fork
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
-            assert pool.submit(_read_inherited).result(20) == [picture(1), picture(4)]
+            assert pool.submit(_read_inherited).result(20) == [make_image(1), make_image(4)]
     finally:
         dataset.opened._lock.release()
         _INHERITED.clear()

@@ -1,4 +1,4 @@
-"""Workers pass tensors over sockets: where these are made, and what becomes of a batch that cannot be passed."""
+"""Sockets over which workers pass tensors: their folder, and batches that cannot be sent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bifrost.data import DataError, Loader, Plan, sockets
 
 @pytest.fixture(autouse=True)
 def no_folder_yet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in a new process; and a test that would wait for ever is ended."""
+    """The state of a new process; also ends a test that would hang."""
     monkeypatch.setattr(
         current_process(), "_config", {k: v for k, v in current_process()._config.items() if k != "tempdir"}
     )
@@ -56,7 +56,7 @@ def loader(dataset, collate, workers: int = 1) -> Loader:
 
 
 @pytest.mark.parametrize("length", [76, 160, 250])
-def test_a_long_temporary_folder(make_shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+def test_long_temporary_folder(make_shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     folder = Path(f"{tempfile.gettempdir()}/{os.getpid()}-".ljust(length, "x"))
     folder.mkdir()
     try:
@@ -69,7 +69,7 @@ def test_a_long_temporary_folder(make_shards, tmp_path: Path, monkeypatch: pytes
         folder.rmdir()
 
 
-def test_no_short_folder_is_one_line(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_short_folder_is_a_one_line_error(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sockets, "SHORT", ("/nowhere",))
     folder = tempfile.mkdtemp(prefix="x" * 100)
     monkeypatch.setattr(tempfile, "tempdir", folder)
@@ -78,8 +78,8 @@ def test_no_short_folder_is_one_line(make_shards, monkeypatch: pytest.MonkeyPatc
     assert len(list(loader(make_shards([4, 4]), images, workers=0))) == 4
 
 
-def test_a_batch_that_cannot_be_passed_on_ends_the_loop(make_shards) -> None:
-    """multiprocessing prints such an error and drops what it was about: whoever waits for it waits for ever."""
-    with pytest.raises(DataError, match=r"^rank 0: a loader worker cannot pass its batches on: .*[Pp]ickle") as failed:
+def test_unsendable_batch_ends_the_loop(make_shards) -> None:
+    """By default multiprocessing prints such an error and drops the batch, and the consumer waits forever."""
+    with pytest.raises(DataError, match=r"^rank 0: a loader worker cannot send its batches: .*[Pp]ickle") as failed:
         list(loader(make_shards([4, 4]), unpicklable))
     assert "\n" not in str(failed.value)

@@ -1,4 +1,4 @@
-"""Folders and tars as users have them: everything in them is a sample or set aside, and no option goes unheard."""
+"""Folders and tars of users: every item becomes a sample or is set aside, and no option is silently ignored."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def pair(path: Path, image: bytes) -> None:
     path.with_suffix(".txt").write_text(path.stem)
 
 
-def test_keys_that_repeat_across_tars_are_all_kept(tmp_path, picture):
+def test_duplicate_keys_across_tars_are_kept(tmp_path, make_image):
     root = tmp_path / "in"
     for tar in range(3):
-        samples = [(f"{i:06d}", {"png": picture(tar * 8 + i), "txt": f"{tar} {i}".encode()}) for i in range(8)]
-        samples.append((f"folder/{tar // 2:06d}", {"png": picture(tar), "txt": b"in a folder"}))
+        samples = [(f"{i:06d}", {"png": make_image(tar * 8 + i), "txt": f"{tar} {i}".encode()}) for i in range(8)]
+        samples.append((f"folder/{tar // 2:06d}", {"png": make_image(tar), "txt": b"in a folder"}))
         write_shard(root / f"{tar:05d}.tar", samples)
     assert ingest(root, tmp_path / "out", samples_per_shard=10, processes=1) == (3, 27, 0)
     found = captions(tmp_path / "out")
@@ -54,53 +54,53 @@ def test_keys_that_repeat_across_tars_are_all_kept(tmp_path, picture):
     assert found["000003"] == "0 3" and found["00002/000003"] == "2 3"
 
 
-def test_links_and_special_files_in_a_folder(tmp_path, picture, monkeypatch):
+def test_links_and_special_files(tmp_path, make_image, monkeypatch):
     root, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
     for number in range(4):
-        pair(root / f"real/{number}.png", picture(number))
-        pair(elsewhere / f"l{number}.PNG", picture(number))
+        pair(root / f"real/{number}.png", make_image(number))
+        pair(elsewhere / f"l{number}.PNG", make_image(number))
     (elsewhere / "l0.txt").rename(elsewhere / "l0.TXT")
     (root / "linked").symlink_to(elsewhere)
     (root / "again").symlink_to(root / "real")
     (elsewhere / "loop").symlink_to(root)
     (root / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    pair(root / "mute.png", picture(1))
+    pair(root / "mute.png", make_image(1))
     (root / "mute.txt").unlink()
     (root / "mute.txt").symlink_to("nothing.txt")
     os.mkfifo(root / "fifo.jpg")
-    pair(root / "pipe.png", picture(1))
+    pair(root / "pipe.png", make_image(1))
     (root / "pipe.txt").unlink()
     os.mkfifo(root / "pipe.txt")
-    (root / "picture.gif").write_bytes(b"GIF89a")
+    (root / "image.gif").write_bytes(b"GIF89a")
     (root / "folder.png").mkdir()
-    monkeypatch.chdir(root)  # a socket's path is short
+    monkeypatch.chdir(root)  # the path of a socket has to be short
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind("socket.webp")
         made = ingest(root, tmp_path / "out", processes=1)
     assert made == (1, 8, 6)
     assert set(captions(tmp_path / "out")) == {f"real/{i}" for i in range(4)} | {f"linked/l{i}" for i in range(4)}
     assert reasons(tmp_path / "out") == {
-        "gone": f"a link to {tmp_path}/nowhere.jpg, which is not there",
-        "mute": "its caption mute.txt: a link to nothing.txt, which is not there",
+        "gone": f"a link to {tmp_path}/nowhere.jpg, which does not exist",
+        "mute": "its caption mute.txt: a link to nothing.txt, which does not exist",
         "fifo": "not a regular file",
         "pipe": "its caption pipe.txt: not a regular file",
         "socket": "not a regular file",
-        "picture": "not a .jpg, .jpeg, .png or .webp; convert it: picture.gif",
+        "image": "not a .jpg, .jpeg, .png or .webp; convert it: image.gif",
     }
 
 
-def test_hidden_names_are_no_one_elses(tmp_path, picture):
+def test_hidden_names(tmp_path, make_image):
     for name in ("a.png", ".a.png", "x/..a.png"):
-        pair(tmp_path / "in" / name, picture(1))
-    (tmp_path / "in/.png").write_bytes(picture(1))
+        pair(tmp_path / "in" / name, make_image(1))
+    (tmp_path / "in/.png").write_bytes(make_image(1))
     (tmp_path / "in/.txt").write_text("no name at all")
     assert ingest(tmp_path / "in", tmp_path / "out", processes=1) == (1, 4, 0)
 
 
-def test_the_folder_of_the_shards_is_no_source(tmp_path, picture):
+def test_output_folder_is_not_a_source(tmp_path, make_image):
     root = tmp_path / "in"
     for number in range(3):
-        pair(root / f"{number}.png", picture(number))
+        pair(root / f"{number}.png", make_image(number))
     (tmp_path / "alias").symlink_to(root)
     for out in (root, tmp_path / "alias", root / "sub/.."):
         with pytest.raises(DataError, match="the source itself; name another folder"):
@@ -116,10 +116,10 @@ def test_the_folder_of_the_shards_is_no_source(tmp_path, picture):
     assert (tmp_path / "used/rejected.jsonl").read_text() == "mine"
 
 
-def test_options_without_effect_and_mixed_folders_are_refused(tmp_path, picture):
+def test_options_without_effect_and_mixed_folders_are_refused(tmp_path, make_image):
     folder, tars, table = tmp_path / "folder", tmp_path / "tars", tmp_path / "t.csv"
-    pair(folder / "a.png", picture(1))
-    write_shard(tars / "a.tar", [("a", {"png": picture(1), "txt": b"by text"})])
+    pair(folder / "a.png", make_image(1))
+    write_shard(tars / "a.tar", [("a", {"png": make_image(1), "txt": b"by text"})])
     table.write_text("image,caption\na.png,by table\n")
     for src, options, message in [
         (folder, {"caption_column": "captoin"}, "--caption-column captoin has no effect on a folder"),
@@ -135,7 +135,7 @@ def test_options_without_effect_and_mixed_folders_are_refused(tmp_path, picture)
     ]:
         with pytest.raises(DataError, match=message):
             ingest(src, tmp_path / "out", **options)
-    write_shard(folder / "b.tar", [("b", {"png": picture(2), "txt": b"b"})])
+    write_shard(folder / "b.tar", [("b", {"png": make_image(2), "txt": b"b"})])
     with pytest.raises(DataError, match=r"holds tars and also images with captions \(a\.png\)"):
         ingest(folder, tmp_path / "out")
     (folder / "metadata.csv").write_text(table.read_text())
@@ -144,7 +144,7 @@ def test_options_without_effect_and_mixed_folders_are_refused(tmp_path, picture)
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_without_images_say_what_is_in_them(tmp_path):
+def test_error_of_folders_without_images_describes_their_content(tmp_path):
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed/images.tar.gz").touch()
     (tmp_path / "deep/data").mkdir(parents=True)
@@ -158,10 +158,10 @@ def test_folders_without_images_say_what_is_in_them(tmp_path):
             ingest(tmp_path / folder, tmp_path / "out")
 
 
-def test_a_table_that_was_not_named_is_pointed_out(tmp_path, picture):
+def test_unnamed_table_is_suggested(tmp_path, make_image):
     root = tmp_path / "in"
     root.mkdir()
-    (root / "a.png").write_bytes(picture(1))
+    (root / "a.png").write_bytes(make_image(1))
     (root / "labels.csv").write_text("image,caption\na.png,x\n")
     with pytest.raises(
         DataError, match=r"1 images and no captions; .* or give a table with --table .*/in/labels\.csv$"
@@ -170,10 +170,10 @@ def test_a_table_that_was_not_named_is_pointed_out(tmp_path, picture):
     assert ingest(root, tmp_path / "out", table=root / "labels.csv", processes=1) == (1, 1, 0)
 
 
-def test_an_explicit_caption_field_is_used_even_where_there_is_a_text(tmp_path, picture):
+def test_explicit_caption_field_takes_precedence_over_a_text(tmp_path, make_image):
     root = tmp_path / "in"
-    described = {"png": picture(1), "txt": b"by text", "json": b'{"title": ["by title", "two"]}'}
-    write_shard(root / "a.tar", [("a", described), ("b", {"png": picture(2), "txt": b"by text"})])
+    described = {"png": make_image(1), "txt": b"by text", "json": b'{"title": ["by title", "two"]}'}
+    write_shard(root / "a.tar", [("a", described), ("b", {"png": make_image(2), "txt": b"by text"})])
     assert ingest(root, tmp_path / "title", caption_column="title", processes=1) == (1, 1, 1)
     assert captions(tmp_path / "title") == {"a": "by title"}
     assert reasons(tmp_path / "title") == {"b": "no caption: no .json with title"}
@@ -181,7 +181,7 @@ def test_an_explicit_caption_field_is_used_even_where_there_is_a_text(tmp_path, 
         ingest(root, tmp_path / "captoin", caption_column="captoin", processes=1)
 
 
-def test_two_part_extensions_are_named_and_can_be_chosen(tmp_path, picture):
+def test_two_part_extensions_can_be_selected(tmp_path, make_image):
     root = tmp_path / "in"
     for number in range(2):
         write_shard(
@@ -189,7 +189,12 @@ def test_two_part_extensions_are_named_and_can_be_chosen(tmp_path, picture):
             [
                 (
                     f"{number}{i}",
-                    {"input.jpg": picture(i, "jpg"), "mask.png": picture(i), "outputs.txt": b"chosen", "txt": b"no"},
+                    {
+                        "input.jpg": make_image(i, "jpg"),
+                        "mask.png": make_image(i),
+                        "outputs.txt": b"chosen",
+                        "txt": b"no",
+                    },
                 )
                 for i in range(3)
             ],
@@ -207,9 +212,9 @@ def test_two_part_extensions_are_named_and_can_be_chosen(tmp_path, picture):
     assert sorted(names) == ["00.jpg", "00.mask.png", "00.other.txt", "00.txt"]
 
 
-def test_all_good_shards_are_indexed_and_all_bad_ones_named(tmp_path, picture):
+def test_good_shards_are_indexed_and_bad_ones_named(tmp_path, make_image):
     for number in range(5):
-        write_shard(tmp_path / f"{number}.tar", [(f"{number}", {"png": picture(number), "txt": b"x"})])
+        write_shard(tmp_path / f"{number}.tar", [(f"{number}", {"png": make_image(number), "txt": b"x"})])
     write_shard(tmp_path / "empty.tar", [])
     for index in tmp_path.glob("*.index.jsonl"):
         index.unlink()
@@ -226,7 +231,7 @@ def test_all_good_shards_are_indexed_and_all_bad_ones_named(tmp_path, picture):
     assert len(open_dataset([str(tmp_path / f"{n}.tar") for n in (0, 2, 4, "empty")])) == 3
 
 
-def test_a_folder_that_takes_no_index_is_named_before_anything_is_read(make_shards, tmp_path, monkeypatch):
+def test_read_only_folder_is_named_before_reading(make_shards, tmp_path, monkeypatch):
     make_shards([1])
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr("bifrost.data.write.build_index", None)
@@ -234,7 +239,7 @@ def test_a_folder_that_takes_no_index_is_named_before_anything_is_read(make_shar
         index_shards(str(tmp_path))
 
 
-def test_a_folder_stands_for_its_shards(make_shards, tmp_path):
+def test_folder_means_its_shards(make_shards, tmp_path):
     make_shards([2, 3])
     (tmp_path / "below").mkdir()
     (tmp_path / "._s-00000.tar").write_bytes(b"as macOS leaves them")
@@ -247,7 +252,7 @@ def test_a_folder_stands_for_its_shards(make_shards, tmp_path):
         expand(str(tmp_path / "below"))
     with pytest.raises(DataError, match="named twice"):
         expand([str(tmp_path), names[0]])
-    with pytest.raises(DataError, match="not a shard and no folder"):
+    with pytest.raises(DataError, match="neither a shard nor a folder"):
         expand(str(tmp_path / "s.tar.gz"))
     for name in ("s-00001.tar", "s-00001.index.jsonl"):
         (tmp_path / name).rename(tmp_path / name.replace("s-", "heldout-"))
@@ -259,11 +264,11 @@ def test_a_folder_stands_for_its_shards(make_shards, tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_file_systems_without_locks(tmp_path, picture, monkeypatch, caplog, code):
+def test_file_systems_without_locks(tmp_path, make_image, monkeypatch, caplog, code):
     def refused(*_):
         raise OSError(code, os.strerror(code))
 
-    pair(tmp_path / "in/a.png", picture(1))
+    pair(tmp_path / "in/a.png", make_image(1))
     out = tmp_path / "out"
     out.mkdir()
     host = os.uname().nodename
@@ -281,10 +286,10 @@ def chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
-def test_metadata_costs_no_image(picture):
-    png, jpg = picture(1), picture(1, "jpg")
+def test_bad_metadata_does_not_reject_an_image(make_image):
+    png, jpg = make_image(1), make_image(1, "jpg")
     pixels = decode_image(png, 16)
-    start = 8 + 25  # behind the signature and IHDR
+    start = 8 + 25  # after the signature and IHDR
     for metadata in (
         chunk(b"tEXt", b"Comment\0" + b"x" * (2 << 20)),
         chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(40 << 20))),
@@ -298,8 +303,8 @@ def test_metadata_costs_no_image(picture):
     assert (decode_image(jpg[:2] + exif + jpg[2:], 16) == decode_image(jpg, 16)).all()
 
 
-def test_a_jpeg_that_goes_over_into_zeros_is_none(picture):
-    jpg = picture(1, "jpg", (200, 200))
+def test_jpeg_ending_in_zeros_is_rejected(make_image):
+    jpg = make_image(1, "jpg", (200, 200))
     assert (decode_image(jpg + b"trailer" + bytes(99), 16) == decode_image(jpg, 16)).all()
     with_preview = jpg[:2] + b"\xff\xe2" + struct.pack(">H", 2 + 1000) + jpg[-1000:] + jpg[2:]
     for whole in (jpg, with_preview):
@@ -308,10 +313,10 @@ def test_a_jpeg_that_goes_over_into_zeros_is_none(picture):
             decode_image(whole[: len(whole) * 2 // 3] + bytes(len(whole) // 3), 16)
 
 
-def test_other_formats_are_named(picture):
+def test_other_formats_are_named(make_image):
     for kind, words in {"GIF": "it is a GIF", "BMP": "it is a BMP", "TIFF": "it is a TIFF"}.items():
         file = io.BytesIO()
-        Image.open(io.BytesIO(picture(1))).save(file, kind)
+        Image.open(io.BytesIO(make_image(1))).save(file, kind)
         with pytest.raises(ValueError, match=f"does not decode: {words}, not a JPEG, PNG or WebP") as caught:
             decode_image(file.getvalue(), 16)
         assert "0x" not in str(caught.value)
@@ -325,24 +330,24 @@ def test_other_formats_are_named(picture):
             decode_image(data, 16)
 
 
-def test_a_link_to_a_folder_that_is_not_there_is_set_aside(tmp_path, picture):
-    """Such as a folder of images on a disk that is not mounted: it must not be passed over without a word."""
-    pair(tmp_path / "a.png", picture(1))
+def test_broken_link_to_a_folder_is_set_aside(tmp_path, make_image):
+    """For example a folder of images on an unmounted disk, which must not be skipped silently."""
+    pair(tmp_path / "a.png", make_image(1))
     (tmp_path / "more").symlink_to(tmp_path / "disk")
     (tmp_path / "more.2").symlink_to(tmp_path / "disk")
     source = list_source(str(tmp_path))
     assert [candidate.key for candidate in source.candidates] == ["a"]
-    why = f"a link to {tmp_path / 'disk'}, which is not there"
+    why = f"a link to {tmp_path / 'disk'}, which does not exist"
     assert source.rejected == [("more", why), ("more.2", why)]
 
 
 @pytest.mark.parametrize("name", ["1.png", "1.txt", "in"])
-def test_a_mount_that_fails_for_a_moment_costs_no_image(tmp_path, picture, monkeypatch, name):
-    """Nor is what it holds set aside when it stays away."""
+def test_transient_failure_of_a_mount_loses_no_image(tmp_path, make_image, monkeypatch, name):
+    """Nor are its images set aside when it stays unavailable."""
     root = tmp_path / "in"
     root.mkdir()
     for number in range(3):
-        (root / f"{number}.png").write_bytes(picture(number))
+        (root / f"{number}.png").write_bytes(make_image(number))
         (root / f"{number}.txt").write_text("x")
     left, stat = [2], os.stat
 

@@ -14,12 +14,12 @@ from bifrost.data.ingest import ingest
 
 
 @pytest.fixture
-def images(tmp_path, picture):
+def images(tmp_path, make_image):
     """A folder with a.png to f.png."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number, name in enumerate("abcdef"):
-        (folder / f"{name}.png").write_bytes(picture(number, "png", (8, 8)))
+        (folder / f"{name}.png").write_bytes(make_image(number, "png", (8, 8)))
     return folder
 
 
@@ -40,26 +40,26 @@ def made(folder: Path, out: Path, **options) -> tuple[dict[str, str], dict[str, 
 @pytest.mark.parametrize(
     ("text", "captions", "rejected"),
     [
-        # A quote that is never closed, one that a later row's closes, one that does not fit.
+        # A quote that is never closed, one closed by a later row's, one that is malformed.
         ('a.png,"sunset by the sea\nb.png,two\nc.png,three\n', "b c", {2: "not closed"}),
         ('a.png,"sunset by the sea\nb.png,5"\nc.png,"three, four"\n', "b c", {2: "not closed"}),
-        ('a.png,"so "they" said"\nb.png,two\n', "b", {2: "quotes do not fit"}),
-        ('a.png,two\nb.png,"sunset', "a", {3: "quotes do not fit"}),
+        ('a.png,"so "they" said"\nb.png,two\n', "b", {2: "malformed quotes"}),
+        ('a.png,two\nb.png,"sunset', "a", {3: "malformed quotes"}),
         ('a.png,"two\nlines, with a ""quote"""\nb.png,5" pipe\n', "a b", {}),
-        # Too many and too few fields; empty ones at the end are none.
+        # Too many and too few fields; trailing empty fields are ignored.
         (
             "a.png,a dog, running\nb.png,two\nc.png\nd.png,four,,\n",
             "b d",
             {2: "3 fields, and the header names 2", 4: "1 fields"},
         ),
-        # Line ends, blank lines, spaces behind the comma, NUL bytes, a very long caption, no file name.
+        # Line ends, blank lines, spaces after the comma, NUL bytes, a very long caption, no file name.
         ("a.png,one\r\n\r\nb.png, two\r\n", "a b", {}),
         ("a.png,one\rb.png,two\r", "a b", {}),
         ('a.png, "one, quoted"\n,two\nc.png,th\0ree\n\0\0\0', "a", {3: "no file name", 4: "NUL", 5: "NUL"}),
         ("a.png," + "x" * 200_000 + "\nb.png,two\n", "a b", {}),
     ],
 )
-def test_csv_rows_are_samples_or_named_by_line(images, tmp_path, text, captions, rejected):
+def test_csv_rows_become_samples_or_are_rejected_by_line(images, tmp_path, text, captions, rejected):
     (images / "metadata.csv").write_text("file_name,text\n" + text, newline="")
     found, reasons = made(images, tmp_path / "out")
     assert sorted(found) == captions.split()
@@ -69,7 +69,7 @@ def test_csv_rows_are_samples_or_named_by_line(images, tmp_path, text, captions,
         assert words in reasons[f"metadata.csv line {line}"]
 
 
-def test_a_quote_that_a_later_row_closes_is_seen_in_any_order_of_columns(images, tmp_path):
+def test_quote_closed_by_a_later_row_is_detected_for_any_column_order(images, tmp_path):
     (images / "metadata.csv").write_text(
         'text,file_name\n"open, more,a.png\n",b.png\nthree,c.png\n"two\nlines, x",d.png\n'
     )
@@ -82,9 +82,9 @@ def test_csv_columns_and_encodings(images, tmp_path):
     table = images / "metadata.csv"
     for number, (header, message) in enumerate(
         {
-            "file_name,caption,caption": "2 columns are called caption; rename",
-            "file_name,file_name,caption": "2 columns are called file_name",
-            "file_name,titel": "no column is called caption or text; its columns are file_name, titel",
+            "file_name,caption,caption": "2 columns are named caption; rename",
+            "file_name,file_name,caption": "2 columns are named file_name",
+            "file_name,titel": "no column is named caption or text; its columns are file_name, titel",
             "": "empty; its first line must name the columns",
         }.items()
     ):
@@ -104,7 +104,7 @@ def test_csv_columns_and_encodings(images, tmp_path):
         assert made(images, tmp_path / f"out{number}") == ({"a": "eins, zwei"}, {})
 
 
-def test_jsonl_lines_are_samples_or_named(images, tmp_path):
+def test_jsonl_lines_become_samples_or_are_rejected(images, tmp_path):
     lines = [
         '{"file_name": "a.png", "text": "one"}',
         "",
@@ -122,23 +122,23 @@ def test_jsonl_lines_are_samples_or_named(images, tmp_path):
     found, reasons = made(images, tmp_path / "out")
     assert found == {"a": "one", "c": "first", "d": "inner", "f": "six"}
     expected = {3: "not JSON", 4: "not a JSON object", 5: "names text twice", 10: "no file name", 11: "not JSON"}
-    assert reasons.pop("e") == "the caption is no text but 7"
+    assert reasons.pop("e") == "the caption is not text but 7"
     assert len(reasons) == len(expected)
     for line, words in expected.items():
         assert words in reasons[f"metadata.jsonl line {line}"]
 
 
 def hugging_face(path: Path, images: list, captions: list, caption_type=None, rows: int = 2) -> None:
-    """A Parquet file as Hugging Face's library writes images."""
+    """A Parquet file with images in the format of Hugging Face's library."""
     kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     columns = {"image": pyarrow.array(images, kind), "text": pyarrow.array(captions, caption_type)}
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=rows)
 
 
-def test_hugging_face_parquet_is_read(tmp_path, picture):
+def test_hugging_face_parquet_is_read(tmp_path, make_image):
     root = tmp_path / "set"
-    stored = [picture(i, ("png", "jpg", "webp")[i % 3], (8, 8)) for i in range(10)]
+    stored = [make_image(i, ("png", "jpg", "webp")[i % 3], (8, 8)) for i in range(10)]
     rows = [{"bytes": data, "path": "image.jpg" if i < 7 else None} for i, data in enumerate(stored)]
     hugging_face(root / "data/train-00000-of-00002.parquet", rows[:5], [f"text {i}" for i in range(5)])
     broken = [{"bytes": b"GIF89a" + bytes(9), "path": None}, {"bytes": None, "path": "gone.png"}]
@@ -173,7 +173,7 @@ def test_hugging_face_parquet_is_read(tmp_path, picture):
 def test_parquet_types(images, tmp_path, images_type, captions_type, captions):
     names = ["a.png", "b.png", "c.png"]
     table = images / "metadata.parquet"
-    if images_type == "path":  # Hugging Face's form without the images in it
+    if images_type == "path":  # Hugging Face's format without embedded images
         hugging_face(table, [{"bytes": None, "path": name} for name in names], captions, captions_type)
     else:
         values = [(images / name).read_bytes() for name in names] if images_type else names
@@ -183,7 +183,7 @@ def test_parquet_types(images, tmp_path, images_type, captions_type, captions):
     assert list(found.values()) == ["one", "two", "three"] and reasons == {}
 
 
-def test_tables_that_cannot_be_used_say_why(images, tmp_path):
+def test_unusable_tables_have_a_reason(images, tmp_path):
     table = tmp_path / "t.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"image": [[1, 2]], "text": ["x"]}), table)
     addresses, array = tmp_path / "t.csv", tmp_path / "t.jsonl"
@@ -191,7 +191,7 @@ def test_tables_that_cannot_be_used_say_why(images, tmp_path):
     array.write_text('[{"image": "a.png", "text": "x"}]')
     for path, message in {
         table: "column image holds list<.*>, not file names or images",
-        addresses: r"holds addresses \(https://example.org/a.jpg\) and no files; download the images first",
+        addresses: r"holds URLs \(https://example.org/a.jpg\) instead of files; download the images first",
         array: "no line is a JSON object, line 1: not a JSON object; write one object per line",
     }.items():
         with pytest.raises(DataError, match=message) as caught:

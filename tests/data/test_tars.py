@@ -1,4 +1,4 @@
-"""Damage to a tar is named, or it did none."""
+"""Damage to a tar is reported, or has no effect."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def add(tar: tarfile.TarFile, name: str, data: bytes = b"", **fields) -> None:
 
 
 @pytest.fixture
-def small(tmp_path, picture):
+def small(tmp_path, make_image):
     """A tar whose third sample has an empty caption: a header without content."""
     path = tmp_path / "whole.tar"
-    image = picture(0, "jpg", (8, 8))
+    image = make_image(0, "jpg", (8, 8))
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for key in ("a", "b" * 120, "ü", "d"):  # one name needs an extended header, one is not ASCII
             add(tar, f"{key}.jpg", image)
@@ -50,8 +50,8 @@ def small(tmp_path, picture):
     return path
 
 
-def named_or_same(damaged: Path, expected: list[tuple]) -> bool:
-    """Whether the damage is named; fails when it is not and the samples are others."""
+def is_reported(damaged: Path, expected: list[tuple]) -> bool:
+    """Whether the damage is reported; fails when it is not but the samples differ."""
     try:
         found = samples_of(damaged)
     except DataError as error:
@@ -61,22 +61,22 @@ def named_or_same(damaged: Path, expected: list[tuple]) -> bool:
     return False
 
 
-def test_every_cut_is_named(small, tmp_path):
+def test_every_truncation_is_reported(small, tmp_path):
     data, expected, cut = small.read_bytes(), samples_of(small), tmp_path / "cut.tar"
     unnamed = 0
     for size in range(512, len(data), 512):
         cut.write_bytes(data[:size])
-        unnamed += not named_or_same(cut, expected)
+        unnamed += not is_reported(cut, expected)
         cut.write_bytes(data[: size - 100])
-        unnamed += not named_or_same(cut, expected)
+        unnamed += not is_reported(cut, expected)
     end = len(data.rstrip(b"\0"))
     assert unnamed <= (len(data) - end) // 512 * 2, "only padding may go unnoticed"
 
 
-def test_every_flipped_bit_of_a_header_is_named_or_harmless(small, tmp_path):
+def test_every_flipped_header_bit_is_reported_or_harmless(small, tmp_path):
     data, expected, flipped = small.read_bytes(), samples_of(small), tmp_path / "flipped.tar"
     with tarfile.open(small) as tar:
-        header = tar.getmembers()[-1].offset  # of the last member: what follows the damage must count
+        header = tar.getmembers()[-1].offset  # of the last member: everything after the damage matters
         middle = tar.getmembers()[3].offset
     named = 0
     for at in range(512):
@@ -84,21 +84,21 @@ def test_every_flipped_bit_of_a_header_is_named_or_harmless(small, tmp_path):
             changed = bytearray(data)
             changed[start + at] ^= 1 << bit
             flipped.write_bytes(changed)
-            named += named_or_same(flipped, expected)
+            named += is_reported(flipped, expected)
     assert named > 1000, "all but padding within the checksum"
 
 
-def test_every_zeroed_run_between_members_is_named(small, tmp_path):
+def test_every_zeroed_range_between_members_is_reported(small, tmp_path):
     data, expected, zeroed = small.read_bytes(), samples_of(small), tmp_path / "zeroed.tar"
     with tarfile.open(small) as tar:
         starts = [member.offset for member in tar.getmembers()]
     for first in starts:
         for end in [*(start for start in starts if start > first), first + 512]:
             zeroed.write_bytes(data[:first] + bytes(end - first) + data[end:])
-            assert named_or_same(zeroed, expected)
+            assert is_reported(zeroed, expected)
 
 
-def test_a_tail_of_zeros_is_no_padding(small, tmp_path):
+def test_zeros_at_the_end_are_not_padding(small, tmp_path):
     path = tmp_path / "preallocated.tar"
     data = small.read_bytes()
     write_shard(tmp_path / "large.tar", [(str(i), {"jpg": bytes(range(256)) * 40, "txt": b"x"}) for i in range(9)])
@@ -114,9 +114,9 @@ def test_a_tail_of_zeros_is_no_padding(small, tmp_path):
         build_index(str(path))
 
 
-def test_an_ingest_takes_no_half_of_a_sample_before_a_tail_of_zeros(tmp_path, picture):
+def test_ingest_rejects_an_incomplete_sample_before_zeros(tmp_path, make_image):
     path, out = tmp_path / "in/p.tar", tmp_path / "out"
-    image, description = picture(0, "png", (40, 40)), b'{"text": "another caption"}'
+    image, description = make_image(0, "png", (40, 40)), b'{"text": "another caption"}'
     write_shard(path, [(f"k{i}", {"png": image, "json": description, "txt": b"the caption"}) for i in range(9)])
     data = path.read_bytes()
     index = build_index(str(path))
@@ -128,15 +128,17 @@ def test_an_ingest_takes_no_half_of_a_sample_before_a_tail_of_zeros(tmp_path, pi
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_joined_tars_lose_nothing_unnamed(tmp_path, picture, padded):
+def test_concatenated_tars_are_reported(tmp_path, make_image, padded):
     for number in range(2):
-        write_shard(tmp_path / f"{number}.tar", [(f"{number}{i}", {"png": picture(i), "txt": b"x"}) for i in range(8)])
+        write_shard(
+            tmp_path / f"{number}.tar", [(f"{number}{i}", {"png": make_image(i), "txt": b"x"}) for i in range(8)]
+        )
     joined, out = tmp_path / "in/joined.tar", tmp_path / "out"
     joined.parent.mkdir()
     first = (tmp_path / "0.tar").read_bytes()
     end = len(first.rstrip(b"\0")) // 512 * 512 + 512
     joined.write_bytes((first if padded else first[:end] + bytes(1024)) + (tmp_path / "1.tar").read_bytes())
-    with pytest.raises(DataError, match=r"byte \d+: zeros that end the archive, and more content .*joined without"):
+    with pytest.raises(DataError, match=r"byte \d+: end-of-archive mark, but more content .*joined without"):
         index_shards(str(joined))
     assert "more content" in verify(str(joined))[0]
     made = ingest(joined.parent, out, processes=1)
@@ -144,17 +146,19 @@ def test_joined_tars_lose_nothing_unnamed(tmp_path, picture, padded):
     assert "more content up to byte" in (out / "rejected.jsonl").read_text()
 
 
-def test_what_gnu_tar_joins_is_one_archive(tmp_path, picture):
+def test_archives_concatenated_by_gnu_tar(tmp_path, make_image):
     for number in range(2):
-        write_shard(tmp_path / f"{number}.tar", [(f"{number}{i}", {"png": picture(i), "txt": b"x"}) for i in range(8)])
+        write_shard(
+            tmp_path / f"{number}.tar", [(f"{number}{i}", {"png": make_image(i), "txt": b"x"}) for i in range(8)]
+        )
     subprocess.run(["tar", "-A", "-f", tmp_path / "0.tar", tmp_path / "1.tar"], check=True)
-    # It leaves up to two records of zeros, as a download that was cut short may: all is taken, and the doubt is said.
+    # It leaves up to two records of zeros, as an incomplete download may: everything is read, with a warning.
     with pytest.raises(DataError, match=r"byte 49152: 12288 zeros .* make shards from it with `bifrost data ingest`"):
         index_shards(str(tmp_path / "0.tar"))
     assert ingest(str(tmp_path / "0.tar"), tmp_path / "out/shards", processes=1) == (1, 16, 1)
 
 
-def test_compressed_files_are_named_whatever_they_are_called(tmp_path, small):
+def test_compressed_files_are_detected_by_content(tmp_path, small):
     for name, data in {
         "gzip": gzip.compress(small.read_bytes()),
         "xz": lzma.compress(small.read_bytes()),
@@ -168,15 +172,15 @@ def test_compressed_files_are_named_whatever_they_are_called(tmp_path, small):
             ingest(str(tmp_path / f"{name}.tar"), tmp_path / f"out-{name}")
 
 
-def test_links_have_the_content_that_they_point_to(tmp_path, picture):
+def test_links_have_the_content_of_their_target(tmp_path, make_image):
     path = tmp_path / "links.tar"
     with tarfile.open(path, "w") as tar:
         add(tar, "d", type=tarfile.DIRTYPE)
-        add(tar, "d/a.png", picture(1))
+        add(tar, "d/a.png", make_image(1))
         add(tar, "d/a.txt", b"one")
         add(tar, "d/b.png", type=tarfile.LNKTYPE, linkname="d/a.png")
         add(tar, "d/b.txt", b"two")
-        add(tar, "d/c.png", picture(3))
+        add(tar, "d/c.png", make_image(3))
         add(tar, "d/c.txt", type=tarfile.SYMTYPE, linkname="../d/a.txt")
         add(tar, "d/e.png", type=tarfile.SYMTYPE, linkname="/elsewhere/e.png")
         add(tar, "d/e.txt", b"lost")
@@ -185,17 +189,17 @@ def test_links_have_the_content_that_they_point_to(tmp_path, picture):
     dataset = open_dataset(str(path))
     read = [dataset.read(0, number) for number in range(3)]
     assert [(raw.key, raw.image, raw.caption) for raw in read] == [
-        ("d/a", picture(1), "one"),
-        ("d/b", picture(1), "two"),
-        ("d/c", picture(3), "one"),
+        ("d/a", make_image(1), "one"),
+        ("d/b", make_image(1), "two"),
+        ("d/c", make_image(3), "one"),
     ]
     assert dict(build_index(str(path)).left_out) == {
-        "d/e": "member d/e.png: it is a link to /elsewhere/e.png, which is no file further up in the tar",
+        "d/e": "member d/e.png: it is a link to /elsewhere/e.png, which is not an earlier file in the tar",
         "fifo": "member fifo.png: it is neither a file nor a link",
     }
 
 
-def test_sparse_members_are_named(tmp_path):
+def test_sparse_members_are_reported(tmp_path):
     (tmp_path / "a.png").touch()
     os.truncate(tmp_path / "a.png", 1 << 20)
     (tmp_path / "a.txt").write_text("x")
@@ -208,13 +212,13 @@ def test_sparse_members_are_named(tmp_path):
         assert "sparse" in build_index(str(tmp_path / "s.tar")).left_out[0][1]
 
 
-def test_members_that_lie_apart_are_one_sample(tmp_path, picture):
+def test_separated_members_are_one_sample(tmp_path, make_image):
     path, out = tmp_path / "in/by-type.tar", tmp_path / "out"
     path.parent.mkdir()
     keys = [f"k{i}" for i in range(5)]
     with tarfile.open(path, "w") as tar:  # as by `tar cf by-type.tar *.png *.txt`
         for number, key in enumerate(keys):
-            add(tar, f"{key}.png", picture(number))
+            add(tar, f"{key}.png", make_image(number))
         add(tar, "far.bin", bytes(2 << 20))
         for key in keys:
             add(tar, f"{key}.txt", f"text of {key}".encode())
@@ -224,42 +228,42 @@ def test_members_that_lie_apart_are_one_sample(tmp_path, picture):
     for dataset in (open_dataset(str(path)), open_dataset(str(out))):
         read = [dataset.read(0, number) for number in range(5)]
         assert [(raw.key, raw.image, raw.caption) for raw in read] == [
-            (key, picture(number), f"text of {key}") for number, key in enumerate(keys)
+            (key, make_image(number), f"text of {key}") for number, key in enumerate(keys)
         ]
 
 
-def test_a_key_that_comes_again_is_another_sample(tmp_path, picture):
+def test_repeated_key_is_another_sample(tmp_path, make_image):
     path, out = tmp_path / "in/again.tar", tmp_path / "out"
     path.parent.mkdir()
     with tarfile.open(path, "w") as tar:
         add(tar, "a.txt", b"without image")
         for number in range(3):
-            add(tar, "a.png" if number else "b.png", picture(number))
+            add(tar, "a.png" if number else "b.png", make_image(number))
             add(tar, "a.txt" if number else "b.txt", f"text {number}".encode())
             add(tar, f"between{number}.json", b"{}")
     found = ingest(path.parent, out, processes=1)
     dataset = open_dataset(str(out))
     read = {dataset.read(0, number) for number in range(3)}
-    assert {(raw.image, raw.caption) for raw in read} == {(picture(i), f"text {i}") for i in range(3)}
+    assert {(raw.image, raw.caption) for raw in read} == {(make_image(i), f"text {i}") for i in range(3)}
     assert len({raw.key for raw in read}) == 3
     assert found.samples + found.rejected == 7
 
 
-def test_a_tar_of_names_without_extensions_is_not_empty(tmp_path, picture):
+def test_tar_of_names_without_extensions_is_not_empty(tmp_path, make_image):
     path = tmp_path / "names.tar"
     with tarfile.open(path, "w") as tar:
-        add(tar, "photo", picture(1))
+        add(tar, "photo", make_image(1))
     with pytest.raises(DataError, match=r"no member ends in \.jpg"):
         index_shards(str(path))
 
 
-def test_a_member_that_comes_twice_is_called_so(tmp_path, picture):
+def test_duplicate_member_is_reported(tmp_path, make_image):
     path = tmp_path / "in/twice.tar"
     path.parent.mkdir()
     with tarfile.open(path, "w") as tar:
         for name in ("a.png", "a.png", "a.txt", "b.png", "b.txt"):
-            add(tar, name, picture(1) if name.endswith("png") else b"text")
-    with pytest.raises(DataError, match=r"member a\.png comes twice, at bytes 512 and \d+; keep one") as caught:
+            add(tar, name, make_image(1) if name.endswith("png") else b"text")
+    with pytest.raises(DataError, match=r"member a\.png appears twice, at bytes 512 and \d+; keep one") as caught:
         index_shards(str(path))
     assert "truncated" not in str(caught.value)
     assert ingest(path.parent, tmp_path / "out", processes=1) == (1, 1, 1)

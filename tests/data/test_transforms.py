@@ -29,7 +29,7 @@ def smooth(width: int, height: int) -> Image.Image:
 
 
 def near(pixels: np.ndarray, expected: np.ndarray) -> bool:
-    """Equal but for how a resize rounds."""
+    """Equal up to the rounding of a resize."""
     return np.abs(pixels.astype(int) - expected.astype(int)).max() <= 1
 
 
@@ -47,7 +47,7 @@ def test_centre_crop_and_resize_match_pillow():
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
-def test_lossy_formats_and_draft_mode_stay_close(kind):
+def test_lossy_formats_and_draft_mode_are_close(kind):
     image = smooth(2000, 1600)  # large enough that the JPEG decoder drops two octaves
     exact = image.crop((200, 0, 1800, 1600)).resize((64, 64), Image.Resampling.BICUBIC)
     got = decode_image(encode(image, kind, quality=95), 64)
@@ -57,13 +57,13 @@ def test_lossy_formats_and_draft_mode_stay_close(kind):
 
 
 @pytest.mark.parametrize("side", [900, 1024, 1800])
-def test_a_jpeg_decoded_small_stays_near_a_full_decode(tmp_path, side):
+def test_jpeg_decoded_at_small_size_is_close_to_full_decode(tmp_path, side):
     shards = make_photos(tmp_path, 3, 1, (side, side))
     dataset = open_dataset(shards)
     for number in range(3):
         data = dataset.read(0, number).image
         whole = Image.open(io.BytesIO(data)).convert("RGB")
-        part = side // 448  # of the size: the decoded square begins at a multiple of it
+        part = side // 448  # of the size: the decoded square starts at a multiple of it
         left, top = ((-(-extent // part) - -(-side // part)) // 2 * part for extent in whole.size)
         square = whole.crop((left, top, left + side, top + side))
         exact = np.asarray(square.resize((448, 448), Image.Resampling.BICUBIC))
@@ -74,8 +74,8 @@ def test_a_jpeg_decoded_small_stays_near_a_full_decode(tmp_path, side):
         assert got.std() > 0.99 * exact.std(), "no detail is lost"
 
 
-def test_resizing_is_equal_on_every_processor():
-    """Torch without AVX, with other threads, gives the same bytes: a run may go on on another machine."""
+def test_resize_is_bitwise_equal_on_every_processor():
+    """Torch without AVX and with other threads gives the same bytes: a run may resume on another machine."""
     code = """
 import hashlib, numpy, torch
 from bifrost.data.transforms import resized
@@ -113,7 +113,7 @@ def test_modes(image, kind, colour):
     assert np.abs(pixels - colour).max() <= 2
 
 
-def test_transparent_palette_lies_on_white():
+def test_transparent_palette_is_composited_on_white():
     image = Image.new("P", (8, 8), 0)
     image.putpalette([0, 0, 0, 10, 20, 30])
     assert (decode_image(encode(image, transparency=0), 4) == 255).all()
@@ -124,7 +124,7 @@ def test_exif_orientation_is_applied():
     image = Image.new("RGB", (16, 16), "white")
     image.paste("black", (0, 0, 16, 8))  # black above
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned clockwise by 90 degrees: black at the right
+    exif[0x0112] = 6  # to be displayed rotated clockwise by 90 degrees: black at the right
     pixels = decode_image(encode(image, "JPEG", exif=exif, quality=95), 16)
     assert pixels[:, :6].mean() > 240
     assert pixels[:, -6:].mean() < 15
@@ -137,7 +137,7 @@ def test_truncated_images_are_refused(kind):
         decode_image(data[: len(data) * 2 // 3], 32)
 
 
-def test_a_bomb_is_refused_before_it_is_unpacked():
+def test_decompression_bomb_is_refused_before_decoding():
     header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + header
     data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
@@ -150,13 +150,13 @@ def test_a_bomb_is_refused_before_it_is_unpacked():
         decode_image(large, 32)
 
 
-def test_an_empty_file_is_called_empty():
+def test_empty_file_is_reported_as_empty():
     with pytest.raises(ValueError, match=r"^empty file \(0 bytes\)$"):
         decode_image(b"", 32)
 
 
 @pytest.mark.parametrize("data", [b"not an image", b"GIF89a" + bytes(20)])
-def test_other_bytes_are_refused(data):
+def test_other_formats_are_refused(data):
     with pytest.raises(ValueError, match="does not decode"):
         decode_image(data, 32)
 

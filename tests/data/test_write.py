@@ -14,20 +14,20 @@ from bifrost.data.index import build_index, index_path, load_index
 
 
 @pytest.fixture
-def shard(tmp_path, picture):
+def shard(tmp_path, make_image):
     path = tmp_path / "train-00000.tar"
-    samples = [(f"dir/k{i}", {"png": picture(i), "txt": f"text {i}".encode(), "json": b"{}"}) for i in range(7)]
+    samples = [(f"dir/k{i}", {"png": make_image(i), "txt": f"text {i}".encode(), "json": b"{}"}) for i in range(7)]
     write_shard(path, samples)
     return path, samples
 
 
-def test_webdataset_reads_the_shard_back(shard):
+def test_webdataset_reads_the_shard(shard):
     path, samples = shard
     read = list(webdataset.WebDataset(f"file:{path}", shardshuffle=False))
     assert [(s["__key__"], {k: s[k] for k in ("png", "txt", "json")}) for s in read] == samples
 
 
-def test_the_index_tells_offsets_sizes_and_hash(shard):
+def test_index_has_offsets_sizes_and_hash(shard):
     path, samples = shard
     index = load_index(str(path))
     data = path.read_bytes()
@@ -46,9 +46,9 @@ def test_equal_samples_give_equal_bytes(shard, tmp_path):
     assert (tmp_path / "again.tar").read_bytes() == path.read_bytes()
 
 
-def test_a_failed_write_leaves_nothing(tmp_path, picture):
+def test_failed_write_leaves_no_files(tmp_path, make_image):
     def samples():
-        yield "a", {"png": picture(0), "txt": b"x"}
+        yield "a", {"png": make_image(0), "txt": b"x"}
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -57,13 +57,13 @@ def test_a_failed_write_leaves_nothing(tmp_path, picture):
 
 
 @pytest.mark.parametrize(("key", "kind"), [("a.b", "png"), ("d/.a", "png"), ("", "png"), ("a", "PNG")])
-def test_a_key_that_would_come_back_as_another_is_refused(tmp_path, picture, key, kind):
+def test_key_that_would_be_read_as_another_is_refused(tmp_path, make_image, key, kind):
     with pytest.raises(DataError, match="a key ends at the first dot of its base name"):
-        write_shard(tmp_path / "x.tar", [("d.e/f", {"png": picture(0)}), (key, {kind: picture(0)})])
+        write_shard(tmp_path / "x.tar", [("d.e/f", {"png": make_image(0)}), (key, {kind: make_image(0)})])
     assert list(tmp_path.iterdir()) == []
 
 
-def foreign_tar(path, members, **options):
+def external_tar(path, members, **options):
     with tarfile.open(path, "w", **options) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -72,17 +72,17 @@ def foreign_tar(path, members, **options):
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_a_foreign_tar_is_indexed_without_touching_it(tmp_path, picture, form):
+def test_external_tar_is_indexed_unchanged(tmp_path, make_image, form):
     path = tmp_path / "foreign.tar"
     long = "d" * 90 + "/" + "k" * 60  # needs a prefix, a GNU long name or a pax header
     members = [
-        (f"{long}.JPG", picture(1, "jpg")),
+        (f"{long}.JPG", make_image(1, "jpg")),
         (f"{long}.seg.png", b"mask"),
         (f"{long}.txt", "ein Bär".encode()),
         ("only-text.txt", b"no image"),
-        ("uncaptioned.webp", picture(2, "webp")),
+        ("uncaptioned.webp", make_image(2, "webp")),
     ]
-    foreign_tar(path, members, format=form)
+    external_tar(path, members, format=form)
     before = path.read_bytes()
     [(_, header)] = index_shards(str(path))
     assert path.read_bytes() == before
@@ -92,7 +92,7 @@ def test_a_foreign_tar_is_indexed_without_touching_it(tmp_path, picture, form):
     assert verify(str(path)) == []
 
 
-def test_a_folder_that_takes_no_index_is_named(shard, monkeypatch):
+def test_read_only_folder_is_named(shard, monkeypatch):
     def refused(path, data):
         raise PermissionError(13, "Permission denied", path)
 
@@ -101,7 +101,7 @@ def test_a_folder_that_takes_no_index_is_named(shard, monkeypatch):
         index_shards(str(shard[0]))
 
 
-def test_only_missing_leaves_the_others_alone(shard, tmp_path):
+def test_only_missing_skips_indexed_shards(shard, tmp_path):
     path, samples = shard
     write_shard(tmp_path / "train-00001.tar", samples)
     os.unlink(index_path(str(path)))
@@ -109,10 +109,10 @@ def test_only_missing_leaves_the_others_alone(shard, tmp_path):
     assert [name for name, _ in done] == [str(path)]
 
 
-def test_verify_names_what_is_wrong(tmp_path, picture):
+def test_verify_reports_problems(tmp_path, make_image):
     names = ["good", "truncated", "altered", "unindexed", "cut-unindexed", "index", "renamed-away"]
     for name in names:
-        write_shard(tmp_path / f"{name}.tar", [(f"{name}{i}", {"png": picture(i), "txt": b"x"}) for i in range(5)])
+        write_shard(tmp_path / f"{name}.tar", [(f"{name}{i}", {"png": make_image(i), "txt": b"x"}) for i in range(5)])
     shards = {name: tmp_path / f"{name}.tar" for name in names}
     os.truncate(shards["truncated"], 6000)
     data = bytearray(shards["altered"].read_bytes())
@@ -142,13 +142,13 @@ def test_verify_names_what_is_wrong(tmp_path, picture):
 
 
 @pytest.mark.parametrize("cut", [1, 511, 512, 1024, 5000])
-def test_any_cut_is_seen(shard, cut):
+def test_any_truncation_is_detected(shard, cut):
     path, _ = shard
     os.truncate(path, max(path.stat().st_size - 10240 * (cut == 5000) - cut, 100))
     assert len(verify(str(path))) == 1
 
 
-def test_a_tar_cut_between_members_is_refused(shard):
+def test_tar_truncated_between_members_is_refused(shard):
     path, _ = shard
     index = build_index(str(path))
     end = min(at for at, _ in index.entry(5)[1].values()) - 512
@@ -157,7 +157,7 @@ def test_a_tar_cut_between_members_is_refused(shard):
         build_index(str(path))
 
 
-def test_compressed_tars_are_refused(tmp_path, picture):
+def test_compressed_tars_are_refused(tmp_path, make_image):
     with tarfile.open(tmp_path / "z.tar", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.txt"))
     with pytest.raises(DataError, match="not a plain tar"):

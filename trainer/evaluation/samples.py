@@ -10,7 +10,7 @@ import numpy as np
 
 from ...data import Dataset
 from ...data.errors import BadSample
-from ...data.shards import RawSample, told
+from ...data.shards import RawSample, format_shards
 from ...data.transforms import decode_sizes
 from ..errors import RunError
 from ..inference.masked_decoding import NO_EPOCH
@@ -49,7 +49,7 @@ class SampleSet:
     def choose(self, count: int, known: Collection[bytes] = ()) -> list[Sample]:
         """The first `count` that can be read, whose captions differ and whose images are not among `known` hashes.
 
-        Equal captions could not be told apart.
+        Equal captions could not be format_shards apart.
         """
         chosen: dict[str, Sample] = {}
         trained = 0
@@ -65,8 +65,8 @@ class SampleSet:
                     return list(chosen.values())
         shared = f" ({trained} others have an image of --data)" if trained else ""
         raise RunError(
-            f"{told(self.dataset.shards)}: {len(chosen)} readable samples with captions of their own{shared}, {count}"
-            " are asked for: lower --samples, or name more shards"
+            f"{format_shards(self.dataset.shards)}: {len(chosen)} readable samples with captions of their own{shared},"
+            f" {count} are asked for: lower --samples, or name more shards"
         )
 
     def image_hashes(self, most: int) -> set[bytes]:
