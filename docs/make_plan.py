@@ -1,5 +1,5 @@
-"""Writes the figures of docs/plan.md: `python docs/make_plan.py`. A test says when to run it again, and that every
-anchor is within 15 %."""
+"""Writes the figures of docs/plan.md: `python docs/make_plan.py`. A test fails when it is out of date, or when an
+anchor is not within 15 %."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LAYERS = 28  # of the 7B model
 
 
 class Anchor(NamedTuple):
-    """A figure from elsewhere and the plan's own."""
+    """A figure from another source and the plan's own."""
 
     what: str
     unit: str
@@ -54,7 +54,7 @@ def model(name: str, *overrides: str) -> dict[str, Part]:
 
 @cache
 def controlnet(*overrides: str) -> int:
-    """Parameters of a ControlNet alone."""
+    """Parameters of a ControlNet."""
     stage = open_stage(load_recipe("flux-controlnet", list(overrides)), for_counting=True)
     with torch.device("meta"):
         return sum(p.numel() for p in LatentControlNet(stage.shape).parameters())  # type: ignore[attr-defined]
@@ -75,7 +75,7 @@ def counts() -> list[Anchor]:
         Anchor("stage 1, 3B, trained", "", 2_779_496_448, trained("mllm-3b")),
         Anchor("Qwen2.5-VL-7B without its output layer", "", 8_292_166_656 - output, frozen(seven)),
         Anchor("Qwen2.5-VL-3B", "", 3_754_622_976, frozen(three)),
-        Anchor("vision tower, 7B / 3B", "", 676_550_144, seven["vision tower"].size),
+        Anchor("vision encoder, 7B / 3B", "", 676_550_144, seven["vision tower"].size),
         Anchor("", "", 668_684_288, three["vision tower"].size),
         Anchor("ControlNet 4 + 1, 7B latents", "", 1_771_186_432, trained("flux-controlnet")),
         Anchor("ControlNet 4 + 1, 3B latents", "", 1_653_998_848, controlnet(smaller)),
@@ -116,7 +116,7 @@ def flops() -> list[Anchor]:
         return tflop / (0.4 * 989) * 1e6 / 3600
 
     return [
-        row("stage 1, 7B, 80 + 256 tokens: vision tower", 1.347, seven["vision tower"].forward),
+        row("stage 1, 7B, 80 + 256 tokens: vision encoder", 1.347, seven["vision tower"].forward),
         row("frozen prefix, forward", 1.045, text),
         row("image, linear layers, forward", 3.341, branch.linear),
         row("image, attention, forward", 0.035, branch.attention),
@@ -137,8 +137,8 @@ def flops() -> list[Anchor]:
         row("ControlNet 4 + 1, backward", 4.56, net.backward),
         row("T5", 4.84, flux["T5"].forward),
         row("VAE, encoding", 1.09, flux["VAE encoder"].forward),
-        row("vision tower", 1.35, flux["vision tower"].forward),
-        row("in all", 59.5, stage2),
+        row("vision encoder", 1.35, flux["vision tower"].forward),
+        row("total", 59.5, stage2),
         row("with T5 cached", 54.7, stage2 - flux["T5"].forward),
         row("recomputed", 23.8, done_flops(list(flux.values()), recipe2) - stage2),
         Anchor("1 M samples at 40 % of 989 TFLOP/s", "GPU-h", 41.8, hours(stage2 / 1e12)),
@@ -156,8 +156,8 @@ def state(row: Row) -> float:
 
 
 def memory() -> list[Anchor]:
-    """Static memory; trained: the source counts 20 bytes a parameter, a bf16 gradient beside the fp32 one, which
-    DeepSpeed frees."""
+    """Static memory; trained: the source counts 20 bytes per parameter, with a bf16 gradient next to the fp32
+    one, which DeepSpeed frees."""
     whole = Layout("whole", frozen="replicated")
     found = []
     for name, what, published in (
@@ -169,18 +169,18 @@ def memory() -> list[Anchor]:
             at = f"{what}, {gpus} GPUs: "
             found += [
                 Anchor(at + "trained", "GB", train, state(row)),
-                Anchor(at + "frozen, cut", "GB", cut, row.memory.held["frozen weights"] / 1e9),
-                Anchor(at + "frozen, whole", "GB", replicated, other.memory.held["frozen weights"] / 1e9),
+                Anchor(at + "frozen, sharded", "GB", cut, row.memory.held["frozen weights"] / 1e9),
+                Anchor(at + "frozen, replicated", "GB", replicated, other.memory.held["frozen weights"] / 1e9),
             ]
     cached = bytes_of("flux-controlnet", 8, whole, "flux.placement.text=cached").memory.held["frozen weights"]
     kept = [model("mllm-7b")["generation branch"], model("flux-controlnet")["FLUX"]]
     found += [
-        Anchor("stage 2, frozen, whole, text cached (the source leaves out T5 alone)", "GB", 25.57, cached / 1e9),
+        Anchor("stage 2, frozen, replicated, text cached (the source omits only T5)", "GB", 25.57, cached / 1e9),
         Anchor("stage 1, 7B: a checkpoint's masters and moments", "GB", 78.5, _checkpoint("mllm-7b")),
-        # The source's layers keep what each operation reads, as one that is recomputed does here.
-        Anchor("activations kept a sample, stage 1, 7B, every layer whole", "GB", 1.41, LAYERS * kept[0].layer / 1e9),
+        # The source's layers keep the inputs of each operation, as a recomputed layer does here.
+        Anchor("activations per sample, stage 1, 7B, plain layers", "GB", 1.41, LAYERS * kept[0].layer / 1e9),
         Anchor("with activation checkpointing, prefix included", "MB", 51.4 + 4.6, kept[0].kept_recomputed / 1e6),
-        Anchor("activations kept a sample through FLUX", "GB", 6.5, kept[1].kept / 1e9),
+        Anchor("activations per sample through FLUX", "GB", 6.5, kept[1].kept / 1e9),
         Anchor("with activation checkpointing", "GB", 0.54, kept[1].kept_recomputed / 1e9),
     ]
     return found
@@ -200,16 +200,16 @@ def traffic() -> list[Anchor]:
         gathers = own["gather trained, forward"] + own["gather trained, backward"]
         found.append(
             Anchor(
-                f"{what}: gathers and reduces of what is trained", "GB", theirs, gathers + own["reduce gradients"] / 2
+                f"{what}: gathers and reduces of trained weights", "GB", theirs, gathers + own["reduce gradients"] / 2
             )
         )
     text = model("mllm-7b")["text prefix"].size * 2 * 255 / 256 / 1e9
-    found.append(Anchor("stage 1, 7B: frozen text, cut (the source leaves out the embedding)", "GB", 13.05, text))
+    found.append(Anchor("stage 1, 7B: frozen text, sharded (the source omits the embedding)", "GB", 13.05, text))
     for bandwidth, node, theirs in ((50, 1, 0.78), (450, 256, 0.087)):
         device = find_device(DEVICE).model_copy(
             update={"link_efficiency": 1.0, "intra_gbs": bandwidth, "inter_gbs": bandwidth, "gpus_per_node": node}
         )
-        what = f"the first of these at {bandwidth} GB/s a GPU"
+        what = f"the first of these at {bandwidth} GB/s per GPU"
         found.append(Anchor(what, "s", theirs, device.collective_s(1e9 * found[0].ours, 0, 256)))
     return found
 
@@ -265,15 +265,15 @@ def plans_table() -> str:
         "recipe",
         "GPUs",
         "micro x passes",
-        "GB held / peak",
-        "GB received a step",
+        "GB static / peak",
+        "GB received per step",
         "step s: serial / as set / overlapped",
     )
     return table((*heads, "MFU", "bound by", "samples/s"), rows)
 
 
 def scaling_table() -> str:
-    """Share of 8 GPUs' throughput a GPU, of the recipe as it is and with one thing changed."""
+    """Throughput per GPU relative to 8 GPUs, of the recipe as it is and with one change."""
     found, recipe, device = list(model("mllm-7b-256").values()), load_recipe("mllm-7b-256"), find_device(DEVICE)
 
     def kept(name: str, layout: Layout = AS_SET, *overrides: str) -> tuple[str, ...]:
@@ -285,9 +285,9 @@ def scaling_table() -> str:
     rows += [
         kept("`zero.max_live_parameters=8000000000`", Layout("", live=8_000_000_000)),
         kept("`zero.persistence_threshold=100000`", AS_SET, "zero.persistence_threshold=100000"),
-        kept("the same, frozen parts cut", Layout("", frozen="sharded"), "zero.persistence_threshold=100000"),
+        kept("the same, frozen parts sharded", Layout("", frozen="sharded"), "zero.persistence_threshold=100000"),
     ]
-    return table(("layout", "GB a GPU at 512", *(f"{n} GPUs" for n in CURVE)), rows)
+    return table(("layout", "GB per GPU at 512", *(f"{n} GPUs" for n in CURVE)), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -299,7 +299,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def page(text: str) -> str:
-    """`text` with every table between its marks written anew."""
+    """`text` with every table between its marks replaced."""
     for name, make in TABLES.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         before, found, rest = text.partition(begin)

@@ -1,7 +1,7 @@
-"""The documents are true: their commands run, their links lead somewhere, their tables are those of the code.
+"""The documents are correct: their commands run, their links have targets, their tables are those of the code.
 
-`sh` blocks are commands. Those that need a cluster, a network or an hour are listed in `check`, each with what stands
-in for it.
+`sh` blocks are commands. Those that need a cluster, a network or an hour are handled in `check`, which
+runs a substitute.
 """
 
 import functools
@@ -42,28 +42,28 @@ def commands() -> list[str]:
 
 
 def recipe_of_make(*words: str) -> list[str]:
-    """What `make WORDS` would run, without the virtual environment's prefix."""
+    """The commands of `make WORDS`, without the prefix of the virtual environment."""
     shown = subprocess.run(["make", "-n", "-B", *words], cwd=ROOT, capture_output=True, text=True, check=True)
     return [line.removeprefix(".venv/bin/") for line in shown.stdout.splitlines()]
 
 
 def in_folder(folder: str, arguments: list[str]) -> None:
-    """The `bifrost` command in `folder`; runs in a process of its own."""
+    """The `bifrost` command in `folder`; runs in a separate process."""
     os.chdir(folder)
     ranked.command(arguments)
 
 
 @functools.cache
 def bifrost(folder: Path, *arguments: str) -> str:
-    """Run a documented command in `folder`, a training one as small as can be; returns what it printed."""
+    """Run a documented command in `folder`, reduced if it trains; returns its output."""
     if arguments[:2] == ("kernels", "check"):
-        return ""  # compiles for a minute: tests/kernels/test_compile_check.py runs it whole
+        return ""  # takes a minute: tests/kernels/test_compile_check.py runs it
     if arguments[:2] == ("kernels", "bench"):  # tests/kernels/test_bench.py runs it
         read_arguments(arguments[2:], torch.device("cuda"))
         return ""
     if (arguments[0] == "train" and "--dry-run" not in arguments) or arguments[:2] == ("kernels", "profile"):
         return train(folder, list(arguments))
-    # In this process: the imports are what takes long.
+    # In this process: imports take longest.
     from bifrost.trainer.cli.main import app
 
     smaller = {"--step": "2", "--samples": "4", "--flux-steps": "2"}
@@ -93,7 +93,7 @@ def train(folder: Path, arguments: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def folder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `make demo` has trained, small, on other shards: rendering the demo's is for tests/data."""
+    """A folder after a reduced `make demo` on other shards: tests/data renders the demo's."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("__pycache__"))
     lines = "\n".join(recipe_of_make("demo")).replace("\\\n", " ").splitlines()
@@ -109,7 +109,7 @@ def folder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def own_images(photos: Path) -> None:
-    """What the page on one's own images begins with: pictures, and the table whose first lines it shows."""
+    """The inputs of the page on own images: images, and the table whose first lines it shows."""
     photos.mkdir()
     (shown,) = [block for block in blocks(ROOT / "docs" / "own-images.md", "text") if block.startswith("file,caption")]
     names = [f"cat-{number:02}.jpg" for number in range(1, 13)]
@@ -126,7 +126,7 @@ def test_commands(folder: Path) -> None:
 
 
 def check(command: str, folder: Path) -> None:
-    """Run `command` small, or see that what it would run is there."""
+    """Run `command`, reduced, or check the program that it would run."""
     words = shlex.split(command)
     program = words[0].removeprefix(".venv/bin/")
     if program == "bifrost":
@@ -145,13 +145,13 @@ def check(command: str, folder: Path) -> None:
             "docs": "sphinx",
         }[words[1]]
         assert any(needed in line for line in recipe_of_make(*words[1:]))
-    elif program == "srun":  # no Slurm here: its ranks are tests/slurm's, the command is run dry
+    elif program == "srun":  # tests/slurm runs ranks under Slurm; here with --dry-run
         first = next(index for index, word in enumerate(words) if word in ("bifrost", "torchrun"))
         assert all(re.match(r"--(ntasks|ntasks-per-node|gpus|gpus-per-node|signal)=", word) for word in words[1:first])
         if words[first] == "torchrun":
             return check(shlex.join(words[first:]), folder)
         bifrost(folder, *words[first + 1 :], "--dry-run")
-    elif program == "torchrun":  # several nodes: torchrun's own parser reads the line, the command is run dry
+    elif program == "torchrun":  # several nodes: parsed by torchrun itself, run with --dry-run
         from torch.distributed.run import get_args_parser
 
         parsed = get_args_parser().parse_args(words[1:])
@@ -159,20 +159,20 @@ def check(command: str, folder: Path) -> None:
         bifrost(folder, *parsed.training_script_args, "--dry-run")
     elif command == ". .venv/bin/activate":
         assert any("-m venv .venv" in line for line in recipe_of_make("setup"))
-    elif program in ("python3", "pip"):  # installs, not run here: what `make setup` does, with fewer extras
+    elif program in ("python3", "pip"):  # installations, not run here: those of `make setup`, with fewer extras
         torch_build = ["TORCH=cpu"] if "--extra-index-url" in words else []
         (line,) = (line for line in recipe_of_make("setup", *torch_build) if f" {words[1]} " in line)
         assert [word.split("[")[0] for word in words[1:]] == [
             word.split("[")[0] for word in shlex.split(line)[1:] if word != "--disable-pip-version-check"
         ]
-    elif program == "mlflow":  # a server: the file that it is given is the one that runs are sent to
+    elif program == "mlflow":  # a server: its file is the one that runs are sent to
         source = (ROOT / "trainer" / "monitors" / "mlflow_run.py").read_text()
         assert words[-1] == "sqlite:///runs/mlflow.db" and "sqlite:///{self.folder.parent / 'mlflow.db'}" in source
     elif program == "python":
         subprocess.run([sys.executable, *words[1:]], cwd=folder, check=True)
         assert Path(folder, "docs", "demo-loss.svg").stat().st_size > 5000
     else:
-        raise AssertionError(f"{command}: nothing here checks {program}")
+        raise AssertionError(f"{command}: no check of {program}")
 
 
 def test_the_cpu_build_of_torch_is_the_pinned_one_from_another_index() -> None:
@@ -235,13 +235,13 @@ def test_metrics_page_lists_every_key(folder: Path) -> None:
     for line in lines:
         if "event" in line:
             assert set(re.findall(r"`(\w+)`", rows[line["event"]])) == line.keys() - {"event", "time"}
-    # An evaluation's event is in a file of its own, which docs/tracking.md describes.
+    # The event of an evaluation is in a separate file: docs/tracking.md.
     files = [file for file in (ROOT / "trainer").rglob("*.py") if file.name != "evaluations.py"]
     source = "".join(file.read_text() for file in files)
     assert set(re.findall(r'"event": "(\w+)"', source)) == rows.keys()
 
 
-def test_rules_of_going_on_are_the_codes() -> None:
+def test_resume_rules_are_those_of_the_code() -> None:
     from bifrost.slurm.exit_codes import STOPPED
     from bifrost.trainer.stages.controlnet import ControlNetStage
     from bifrost.trainer.stages.patch_latents import PatchLatentStage
@@ -256,7 +256,7 @@ def test_rules_of_going_on_are_the_codes() -> None:
 
 @functools.cache
 def verbs() -> dict[str, click.Command]:
-    """`data verify` -> its command, for every verb but the batch script's own."""
+    """`data verify` -> its command, except for those of the batch script."""
     from bifrost.trainer.cli.main import app
 
     found: dict[str, click.Command] = {}
@@ -277,7 +277,7 @@ def test_commands_and_options_named_anywhere_exist(page: Path) -> None:
         verb = next((v for v in verbs() if re.match(rf"{v}\b", words)), None)
         assert verb, f"{page.name}: bifrost {words}"
         known = {option for parameter in verbs()[verb].params for option in parameter.opts}
-        if verb == "kernels bench":  # passes its arguments on to a parser of its own
+        if verb == "kernels bench":  # passes its arguments to its own parser
             known = {option for action in parser(True)._actions for option in action.option_strings}
         assert set(re.findall(r"(?<!\S)--[\w-]+", words)) <= known, f"{page.name}: bifrost {words}"
 
@@ -290,7 +290,7 @@ def code(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", TEXT[page]):
         if link.startswith("http"):
             continue

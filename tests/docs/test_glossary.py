@@ -1,4 +1,4 @@
-"""The glossary's exit codes are those of the code, and it keeps to the words that it asks for."""
+"""The glossary's exit codes are those of the code, and it uses none of the words that it replaces."""
 
 import re
 import runpy
@@ -16,7 +16,7 @@ def test_exit_codes() -> None:
     assert listed == {value for name, value in vars(exit_codes).items() if name.isupper()}
 
 
-def test_it_has_none_of_the_words_that_it_replaces() -> None:
+def test_page_has_none_of_the_words_that_it_replaces() -> None:
     made = runpy.run_path(str(ROOT / ".ci" / "words.py"))
     words, _ = made["read_list"]((ROOT / made["LIST"]).read_text())
     assert [one.text for one in made["search"]("docs/glossary.md", PAGE.read_text(), words)] == []
