@@ -146,48 +146,10 @@ def measure(
 
     Without a baseline, the routed step by itself.
     """
-    device = batch.latents.device
-    trained = model.trainable()
-
-    def gradients(step: Callable[[], Tensor]) -> tuple[float, dict[str, Tensor]]:
-        loss = float(step())
-        found = {name: p.grad for name, p in trained.items() if p.grad is not None}
-        model.zero_grad(set_to_none=True)
-        return loss, found
-
-    loss_error = gradient_error = baseline_kept = None
-    if baseline:
-        loss, wanted = gradients(lambda: baseline.step(batch))
-        ours, found = gradients(lambda: routed_step(model, batch))
-        loss_error = abs(ours - loss) / abs(loss)
-        if found.keys() != wanted.keys():
-            raise RunError(f"bench step: gradients of {sorted(found.keys() ^ wanted.keys())} on one side alone")
-        errors = {n: float((found[n] - wanted[n]).norm() / wanted[n].norm().clamp_min(1e-30)) for n in wanted}
-        worst = max(errors, key=lambda name: errors[name])
-        gradient_error = errors[worst]
-        limit = TOLERANCE[batch.latents.dtype]
-        if not max(loss_error, gradient_error) <= limit:
-            raise RunError(
-                f"bench step: the baselines differ: loss by {loss_error:.1e}, {worst} by {gradient_error:.1e};"
-                f" at most {limit}"
-            )
-        del wanted, found
-        baseline_kept = activation_bytes(model, lambda: baseline.step(batch), batch)
+    loss_error, gradient_error = differences(model, batch, baseline) if baseline else (None, None)
+    baseline_kept = activation_bytes(model, lambda: baseline.step(batch), batch) if baseline else None
     kept = activation_bytes(model, lambda: routed_step(model, batch), batch)
-    routed_times: list[dict[str, float]] = []
-    baseline_times: list[float] = []
-    for _ in range(rounds):
-        clock = Clock(device)
-        model.backbone.patch_latents(batch.images)
-        clock("tower")
-        routed_step(model, batch, clock)
-        routed_times.append(clock.seconds())
-        model.zero_grad(set_to_none=True)
-        if baseline:
-            clock = Clock(device)
-            baseline.step(batch, clock)
-            baseline_times.append(clock.seconds()["step"])
-            model.zero_grad(set_to_none=True)
+    routed_times, baseline_times = timed(model, batch, baseline, rounds)
     parts = {name: statistics.median(times[name] for times in routed_times) for name in routed_times[0]}
     steps = [sum(times.values()) - times["tower"] for times in routed_times]
     routed_s, baseline_s = statistics.median(steps), statistics.median(baseline_times) if baseline else None
@@ -226,6 +188,53 @@ def measure(
         baseline_mfu=share(useful, baseline_s),
         baseline_hfu=share(baseline_flops, baseline_s),
     )
+
+
+def differences(model: PatchLatentModel, batch: Batch, baseline: DenseStep | CompiledStep) -> tuple[float, float]:
+    """Of the loss, and the largest of a gradient, relative to the baseline's. RunError where they are too large."""
+    trained = model.trainable()
+
+    def gradients(step: Callable[[], Tensor]) -> tuple[float, dict[str, Tensor]]:
+        loss = float(step())
+        found = {name: p.grad for name, p in trained.items() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return loss, found
+
+    loss, wanted = gradients(lambda: baseline.step(batch))
+    ours, found = gradients(lambda: routed_step(model, batch))
+    loss_error = abs(ours - loss) / abs(loss)
+    if found.keys() != wanted.keys():
+        raise RunError(f"bench step: gradients of {sorted(found.keys() ^ wanted.keys())} on one side alone")
+    errors = {n: float((found[n] - wanted[n]).norm() / wanted[n].norm().clamp_min(1e-30)) for n in wanted}
+    worst = max(errors, key=lambda name: errors[name])
+    limit = TOLERANCE[batch.latents.dtype]
+    if not max(loss_error, errors[worst]) <= limit:
+        raise RunError(
+            f"bench step: the baselines differ: loss by {loss_error:.1e}, {worst} by {errors[worst]:.1e}; at most {limit}"
+        )
+    return loss_error, errors[worst]
+
+
+def timed(
+    model: PatchLatentModel, batch: Batch, baseline: DenseStep | CompiledStep | None, rounds: int
+) -> tuple[list[dict[str, float]], list[float]]:
+    """Seconds of the routed step's parts and of the baseline's step, in turns, for each round."""
+    device = batch.latents.device
+    routed_times: list[dict[str, float]] = []
+    baseline_times: list[float] = []
+    for _ in range(rounds):
+        clock = Clock(device)
+        model.backbone.patch_latents(batch.images)
+        clock("tower")
+        routed_step(model, batch, clock)
+        routed_times.append(clock.seconds())
+        model.zero_grad(set_to_none=True)
+        if baseline:
+            clock = Clock(device)
+            baseline.step(batch, clock)
+            baseline_times.append(clock.seconds()["step"])
+            model.zero_grad(set_to_none=True)
+    return routed_times, baseline_times
 
 
 def step_parts(parts: Iterable[Part]) -> list[Part]:
