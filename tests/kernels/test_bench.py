@@ -347,10 +347,10 @@ def test_sizes_are_in_units_of_1024() -> None:
 def test_command_forwards_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from bifrost.trainer.cli import main
+    from bifrost.trainer.cli import kernels, main
 
     seen = []
-    monkeypatch.setattr(main, "run_child", lambda *arguments: seen.append(arguments) or 2)
+    monkeypatch.setattr(kernels, "run_child", lambda *arguments: seen.append(arguments) or 2)
     ended = CliRunner().invoke(main.app, ["kernels", "bench", "--kernel", "nope", "--rep", "1", "--help"])
     assert ended.exit_code == 2
     assert seen == [("bifrost.kernels.bench", "--kernel", "nope", "--rep", "1", "--help")]

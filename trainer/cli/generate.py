@@ -88,13 +88,8 @@ def generate(
         ranks = ranks or devices()
         if ranks > 1:
             raise typer.Exit(run_ranks(ranks, _arguments(context)))
-    import torch
-
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
     from ..inference.flux_sampler import Sampling
-    from ..inference.generator import Generator, Settings, origin
-    from ..inference.masked_decoding import reveal_counts
+    from ..inference.generator import Settings, origin
 
     sampling = Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
     settings = Settings(steps, schedule.value, guidance, not no_controlnet, empty_prompt, sampling)
@@ -106,18 +101,37 @@ def generate(
         "settings": asdict(settings),
     }
     image = _read(latents_from) if latents_from else None
-    entries = record(pictures, made_with)
+    _make(out, pictures, record(pictures, made_with), (mllm, controlnet, flux), settings, image, batch, layout)
+
+
+def _make(
+    out: Path,
+    pictures: Sequence[Picture],
+    entries: bytes,
+    models: tuple[Path, Path, str | None],
+    settings: Settings,
+    image: bytes | None,
+    batch: int,
+    layout: Layout,
+) -> None:
+    """Make this rank's share of `pictures` that are not in `out` yet."""
+    import torch
+
+    from ..inference.generator import Generator
+    from ..inference.masked_decoding import reveal_counts
+
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     check(out, entries)
     share = pictures[rank::size]
     missing = [picture for picture in share if not (out / picture.file).exists()]
     if missing:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
         with progress("loading the models", shown=rank == 0):
-            generator = Generator.load(mllm, controlnet, flux, device)
+            generator = Generator.load(*models, device)
         # Refuses more steps than there are patches, before the folder is begun.
-        reveal_counts(generator.mllm.branch.side**2, steps, settings.schedule)
+        reveal_counts(generator.mllm.branch.side**2, settings.steps, settings.schedule)
         begin(out, entries)
-        generator.warn_of_cut([picture.prompt.text for picture in missing], settings, latents_from is None)
+        generator.warn_of_cut([picture.prompt.text for picture in missing], settings, image is None)
         made, there = _made(generator, missing, settings, image, batch), len(share) - len(missing)
         with progress("making", len(share), "pictures", there, shown=rank == 0) as shown:
             for picture, images in made:

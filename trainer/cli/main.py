@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -16,21 +13,16 @@ import typer
 
 from ...data import DataError
 from ...data.cli import app as data_app
-from ...data.progress import progress
-from ...recipes import Recipe, RecipeError, load_recipe, to_yaml
+from ...recipes import RecipeError
 from ...recipes.secrets import redact
 from ...slurm import SlurmError, rank_environment
 from ...slurm.cli import slurm_app
 from ...slurm.exit_codes import DONE, FAILED, HUNG, LOCKED, LOST, USAGE
 from ...slurm.exit_record import record_outcome
-from ...slurm.rank_env import idle_nodes, remove_private_folders
-from ..distributed.launcher import adopt_rank, devices, lost_file, run_child, run_ranks
-from ..distributed.stop_signals import PHASE_FILE, ignore_signals
-from ..errors import Locked, RendezvousTimeout, RunError, Unhealthy, foreseen, lost_rank, with_message
-from ..training.batch import batch_arithmetic
-from ..training.run_folder import check_run, placed, ranks_of
-from ..training.setting_changes import finished
-from ..versions import BIFROST, how_to_install, require
+from ..distributed.launcher import lost_file
+from ..distributed.stop_signals import PHASE_FILE
+from ..errors import Locked, RunError, Unhealthy, Unmet, foreseen, lost_rank, renamed
+from ..versions import BIFROST, how_to_install
 from .bench import app as bench_app
 from .checkpoint import app as checkpoint_app
 from .doctor import doctor
@@ -39,12 +31,13 @@ from .examples import add_examples
 from .generate import generate
 from .goodput import goodput
 from .init import init
-from .options import Overrides, RanksOption, RecipeArgument
+from .kernels import app as kernels_app
 from .plan import plan
 from .replay import replay
 from .report import compare, report
 from .runs import runs
 from .track import app as track_app
+from .train import encode, export, resume, train
 
 app = typer.Typer(
     help="Training system for Bifrost-1.",
@@ -93,181 +86,11 @@ def bifrost(
     pass
 
 
-kernels_app = typer.Typer(no_args_is_help=True)
 app.add_typer(kernels_app, name="kernels", help="Triton kernels: compile, check, time.")
-
-
-@app.command()
-def train(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    ranks: RanksOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")] = False,
-) -> None:
-    """Train a recipe, or go on from its newest checkpoint."""
-    settings = load_recipe(recipe, overrides or [])
-    if dry_run:
-        _show(settings, ranks)
-        return
-
-    _on_ranks(settings, ranks, ["train", recipe, *(overrides or [])], _train, trains=True)
-
-
-@app.command()
-def resume(
-    run: Annotated[Path, typer.Argument(help="A run folder, such as runs/mllm-7b.")],
-    overrides: Overrides = None,
-    ranks: Annotated[int | None, typer.Option(help="Processes; default as many as the run had.", min=1)] = None,
-) -> None:
-    """Continue a run from its newest checkpoint, with the settings that it has, or with some of them changed."""
-    check_run(run)
-    given = overrides or []
-    settings = load_recipe(run / "recipe.yaml", [*given, *placed(run, given)], stored=True)
-    arguments = ["resume", str(run), *given]
-    _on_ranks(settings, ranks, arguments, _train, trains=True, usual=lambda: ranks_of(run) or devices())
-
-
-@data_app.command("encode")
-def data_encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: RanksOption = None) -> None:
-    """Store what the frozen parts compute that the recipe wants cached (flux.placement), beside the shards."""
-    settings = load_recipe(recipe, overrides or [])
-    adopted = adopt_rank(ranks)
-    ranks = ranks or devices()
-    if adopted or ranks == 1:
-        from ..stages.precompute import encode
-
-        _leave(encode(settings))
-    _leave(run_ranks(ranks, ["data", "encode", recipe, *(overrides or [])]))
-
-
-@kernels_app.command("check")
-def kernels_check() -> None:
-    """Compile every kernel for sm_80, sm_90 and sm_100, without a GPU; exit code 1 when one spills or does not fit."""
-    require("triton")
-    # A process of its own: on a machine without a GPU this one has Triton's interpreter.
-    _leave(run_child("bifrost.kernels.compile_check", counts="kernels"))
-
-
-@kernels_app.command("profile")
-def kernels_profile(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(help="Profiled steps, after two others.", min=1)] = 3,
-    ranks: RanksOption = None,
-    out: Annotated[Path, typer.Option(help="Folder for the trace and the table.")] = Path("profile"),
-) -> None:
-    """Train a few steps of a recipe under torch.profiler: time by kind of work, and a trace for Perfetto."""
-    settings = load_recipe(recipe, overrides or [])
-    arguments = ["kernels", "profile", recipe, *(overrides or []), f"--steps={steps}", f"--out={out}"]
-
-    def profiled(recipe: Recipe) -> int:
-        from ..bench.profile import profile_steps
-
-        return profile_steps(recipe, steps, out)
-
-    _on_ranks(settings, ranks, arguments, profiled)
-
-
-@kernels_app.command(
-    "bench",
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
-def kernels_bench(context: typer.Context) -> None:
-    """Time the kernels against PyTorch and a floor measured in the same run; --help lists the options."""
-    require("triton")
-    # A process of its own: this one has Triton's interpreter on a machine without a GPU, and much else in its memory.
-    _leave(run_child("bifrost.kernels.bench", *context.args))
-
-
-class Layout(str, Enum):
-    public = "public"
-    hf = "hf"
-
-
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    out: Annotated[Path, typer.Argument(help="A new folder.")],
-    layout: Annotated[
-        Layout, typer.Option("--format", help="public: the release's layout with the base; hf: the trained part.")
-    ] = Layout.public,
-    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights.")] = False,
-    step: Annotated[int | None, typer.Option(help="A step other than the newest.")] = None,
-) -> None:
-    """Write a run's trained weights as safetensors in bf16."""
-    from ..checkpoint.export import export as write
-
-    with progress("exporting"):
-        taken = write(run, out, layout.value, ema=ema, step=step)
-    print(f"{out}: step {taken} of {run} in the {layout.value} layout")
-
-
-def _on_ranks(
-    recipe: Recipe,
-    ranks: int | None,
-    arguments: list[str],
-    work: Callable[[Recipe], int],
-    trains: bool = False,
-    usual: Callable[[], int] = devices,
-) -> NoReturn:
-    """Do `work` as the rank that this process is, or run `arguments` as `ranks` processes that will be, or `usual()`
-    where no number is given. trains: whether ranks save when they are stopped."""
-    if adopt_rank(ranks):
-        code = work(recipe)
-        ignore_signals()
-        if code == DONE:
-            remove_private_folders(os.environ)
-        _leave(code)
-    if ranks is None and (idle := idle_nodes(os.environ)):
-        raise RunError(
-            f"this Slurm job has {idle + 1} nodes, and bifrost was started on one of them alone: put `srun"
-            " --ntasks-per-node=N` before it (N: GPUs per node), or give --ranks to use this machine alone"
-        )
-    run = Path(recipe.runs_dir) / recipe.name
-    if trains and (steps := finished(recipe)):
-        print(f"{recipe.name} is finished: {steps} steps in {run}; more steps continue it, such as steps={2 * steps}")
-        _leave(DONE)
-    ranks = ranks or usual()
-    batch_arithmetic(recipe, ranks)
-    _leave(run_ranks(ranks, arguments, run if trains else None))
-
-
-def _train(recipe: Recipe) -> int:
-    from ..training.train import train as train_rank
-
-    return train_rank(recipe)
-
-
-def _show(recipe: Recipe, ranks: int | None) -> None:
-    import torch
-
-    from ..optim.engine import deepspeed_config
-    from ..stages import open_stage
-    from ..training.inputs import require_places
-
-    ranks = ranks or devices()
-    passes = batch_arithmetic(recipe, ranks)
-    with torch.device("meta"):
-        model = open_stage(recipe, for_counting=True).build()
-    require_places(recipe)
-    trainable = sum(p.numel() for p in model.trainable().values())
-    frozen = sum(p.numel() for p in model.parameters()) - trainable
-    print(to_yaml(recipe))
-    print("# DeepSpeed")
-    print(json.dumps(deepspeed_config(recipe, ranks), indent=2))
-    print(f"trainable parameters  {trainable:>16,}")
-    print(f"frozen parameters     {frozen:>16,}")
-    print(
-        f"global batch {recipe.global_batch} = {ranks} ranks x micro batch {recipe.micro_batch}"
-        f" x {passes} backward passes; {recipe.steps} steps = {recipe.steps * recipe.global_batch:,} samples"
-    )
-
-
-def _leave(code: int) -> NoReturn:
-    raise typer.Exit(code)
-
-
+app.command()(train)
+app.command()(resume)
+app.command()(export)
+data_app.command("encode")(encode)
 add_examples(app)
 
 

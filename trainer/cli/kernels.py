@@ -1,0 +1,56 @@
+"""`bifrost kernels`: compile, check, profile and time the Triton kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...recipes import Recipe, load_recipe
+from ..distributed.launcher import run_child
+from ..versions import require
+from .on_ranks import leave, on_ranks
+from .options import Overrides, RanksOption, RecipeArgument
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.command("check")
+def kernels_check() -> None:
+    """Compile every kernel for sm_80, sm_90 and sm_100, without a GPU; exit code 1 when one spills or does not fit."""
+    require("triton")
+    # A process of its own: on a machine without a GPU this one has Triton's interpreter.
+    leave(run_child("bifrost.kernels.compile_check", counts="kernels"))
+
+
+@app.command("profile")
+def kernels_profile(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="Profiled steps, after two others.", min=1)] = 3,
+    ranks: RanksOption = None,
+    out: Annotated[Path, typer.Option(help="Folder for the trace and the table.")] = Path("profile"),
+) -> None:
+    """Train a few steps of a recipe under torch.profiler: time by kind of work, and a trace for Perfetto."""
+    settings = load_recipe(recipe, overrides or [])
+    arguments = ["kernels", "profile", recipe, *(overrides or []), f"--steps={steps}", f"--out={out}"]
+
+    def profiled(recipe: Recipe) -> int:
+        from ..bench.profile import profile_steps
+
+        return profile_steps(recipe, steps, out)
+
+    on_ranks(settings, ranks, arguments, profiled)
+
+
+@app.command(
+    "bench",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def kernels_bench(context: typer.Context) -> None:
+    """Time the kernels against PyTorch and a floor measured in the same run; --help lists the options."""
+    require("triton")
+    # A process of its own: this one has Triton's interpreter on a machine without a GPU, and much else in its memory.
+    leave(run_child("bifrost.kernels.bench", *context.args))

@@ -1,0 +1,53 @@
+"""Commands that run as ranks: this process is one of them, or starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+from ...recipes import Recipe
+from ...slurm.exit_codes import DONE
+from ...slurm.rank_env import idle_nodes, remove_private_folders
+from ..distributed.launcher import adopt_rank, devices, run_ranks
+from ..distributed.stop_signals import ignore_signals
+from ..errors import RunError
+from ..training.batch import batch_arithmetic
+from ..training.setting_changes import finished
+
+
+def on_ranks(
+    recipe: Recipe,
+    ranks: int | None,
+    arguments: list[str],
+    work: Callable[[Recipe], int],
+    trains: bool = False,
+    usual: Callable[[], int] = devices,
+) -> NoReturn:
+    """Do `work` as the rank that this process is, or run `arguments` as `ranks` processes that will be, or `usual()`
+    where no number is given. trains: whether ranks save when they are stopped."""
+    if adopt_rank(ranks):
+        code = work(recipe)
+        ignore_signals()
+        if code == DONE:
+            remove_private_folders(os.environ)
+        leave(code)
+    if ranks is None and (idle := idle_nodes(os.environ)):
+        raise RunError(
+            f"this Slurm job has {idle + 1} nodes, and bifrost was started on one of them alone: put `srun"
+            " --ntasks-per-node=N` before it (N: GPUs per node), or give --ranks to use this machine alone"
+        )
+    run = Path(recipe.runs_dir) / recipe.name
+    if trains and (steps := finished(recipe)):
+        print(f"{recipe.name} is finished: {steps} steps in {run}; more steps continue it, such as steps={2 * steps}")
+        leave(DONE)
+    ranks = ranks or usual()
+    batch_arithmetic(recipe, ranks)
+    leave(run_ranks(ranks, arguments, run if trains else None))
+
+
+def leave(code: int) -> NoReturn:
+    raise typer.Exit(code)

@@ -1,0 +1,111 @@
+"""`bifrost train`, `resume`, `export` and `data encode`: a run, and what is made before and after it."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...data.progress import progress
+from ...recipes import Recipe, load_recipe, to_yaml
+from ..distributed.launcher import adopt_rank, devices, run_ranks
+from ..training.batch import batch_arithmetic
+from ..training.run_folder import check_run, placed, ranks_of
+from .on_ranks import leave, on_ranks
+from .options import Overrides, RanksOption, RecipeArgument
+
+
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    ranks: RanksOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")] = False,
+) -> None:
+    """Train a recipe, or go on from its newest checkpoint."""
+    settings = load_recipe(recipe, overrides or [])
+    if dry_run:
+        _show(settings, ranks)
+        return
+
+    on_ranks(settings, ranks, ["train", recipe, *(overrides or [])], _train, trains=True)
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(help="A run folder, such as runs/mllm-7b.")],
+    overrides: Overrides = None,
+    ranks: Annotated[int | None, typer.Option(help="Processes; default as many as the run had.", min=1)] = None,
+) -> None:
+    """Continue a run from its newest checkpoint, with the settings that it has, or with some of them changed."""
+    check_run(run)
+    given = overrides or []
+    settings = load_recipe(run / "recipe.yaml", [*given, *placed(run, given)], stored=True)
+    arguments = ["resume", str(run), *given]
+    on_ranks(settings, ranks, arguments, _train, trains=True, usual=lambda: ranks_of(run) or devices())
+
+
+def encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: RanksOption = None) -> None:
+    """Store what the frozen parts compute that the recipe wants cached (flux.placement), beside the shards."""
+    settings = load_recipe(recipe, overrides or [])
+    adopted = adopt_rank(ranks)
+    ranks = ranks or devices()
+    if adopted or ranks == 1:
+        from ..stages.precompute import encode as precompute
+
+        leave(precompute(settings))
+    leave(run_ranks(ranks, ["data", "encode", recipe, *(overrides or [])]))
+
+
+class Layout(str, Enum):
+    public = "public"
+    hf = "hf"
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    layout: Annotated[
+        Layout, typer.Option("--format", help="public: the release's layout with the base; hf: the trained part.")
+    ] = Layout.public,
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights.")] = False,
+    step: Annotated[int | None, typer.Option(help="A step other than the newest.")] = None,
+) -> None:
+    """Write a run's trained weights as safetensors in bf16."""
+    from ..checkpoint.export import export as write
+
+    with progress("exporting"):
+        taken = write(run, out, layout.value, ema=ema, step=step)
+    print(f"{out}: step {taken} of {run} in the {layout.value} layout")
+
+
+def _train(recipe: Recipe) -> int:
+    from ..training.train import train as train_rank
+
+    return train_rank(recipe)
+
+
+def _show(recipe: Recipe, ranks: int | None) -> None:
+    import torch
+
+    from ..optim.engine import deepspeed_config
+    from ..stages import open_stage
+    from ..training.inputs import require_places
+
+    ranks = ranks or devices()
+    passes = batch_arithmetic(recipe, ranks)
+    with torch.device("meta"):
+        model = open_stage(recipe, for_counting=True).build()
+    require_places(recipe)
+    trainable = sum(p.numel() for p in model.trainable().values())
+    frozen = sum(p.numel() for p in model.parameters()) - trainable
+    print(to_yaml(recipe))
+    print("# DeepSpeed")
+    print(json.dumps(deepspeed_config(recipe, ranks), indent=2))
+    print(f"trainable parameters  {trainable:>16,}")
+    print(f"frozen parameters     {frozen:>16,}")
+    print(
+        f"global batch {recipe.global_batch} = {ranks} ranks x micro batch {recipe.micro_batch}"
+        f" x {passes} backward passes; {recipe.steps} steps = {recipe.steps * recipe.global_batch:,} samples"
+    )
