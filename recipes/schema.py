@@ -200,8 +200,19 @@ class Zero(Section):
     quantized_weights: bool = False
     """Gather weights in 8 bits (ZeRO++ qwZ): half the traffic, rounded weights; needs GPUs for which DeepSpeed's
     kernels build."""
-    quantized_gradients: bool = False
-    """Reduce gradients in 4 bits (ZeRO++ qgZ); rejected, with the reason, where DeepSpeed does not do it correctly."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_removed(cls, values: object) -> object:
+        """Recipes in older run folders contain `quantized_gradients`, which only allowed false."""
+        if isinstance(values, dict) and "quantized_gradients" in values:
+            values = dict(values)
+            if values.pop("quantized_gradients") is not False:
+                raise ValueError(
+                    "quantized_gradients is no longer a setting: DeepSpeed reads gradients as fp16, and these are fp32;"
+                    " leave it out"
+                )
+        return values
 
 
 class Kernels(Section):

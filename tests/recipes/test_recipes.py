@@ -344,3 +344,9 @@ def test_misspelled_recipe_gets_a_suggestion(wrong: str) -> None:
 def test_folder_is_not_a_recipe(tmp_path) -> None:
     with pytest.raises(RecipeError, match="is a folder; name a recipe file"):
         load_recipe(tmp_path)
+
+
+def test_a_setting_that_is_gone_is_left_out_or_refused() -> None:
+    assert load_recipe("tiny-mllm", ["zero.quantized_gradients=false"]) == load_recipe("tiny-mllm")
+    with pytest.raises(RecipeError, match=r"zero.*quantized_gradients is no longer a setting: .*; leave it out"):
+        load_recipe("tiny-mllm", ["zero.quantized_gradients=true"])

@@ -97,11 +97,6 @@ def partitioned(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
 
 def require_quantizer(recipe: Recipe, device: torch.device) -> None:
     """RunError unless DeepSpeed can send what the recipe wants quantized, by the ranks that have met."""
-    if recipe.zero.quantized_gradients:
-        raise RunError(
-            f"zero.quantized_gradients: deepspeed {version('deepspeed')} reads all gradients as fp16;"
-            " these are fp32, so that training would run on noise; leave it off"
-        )
     if not recipe.zero.quantized_weights:
         return
     if device.type != "cuda":
