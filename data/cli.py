@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import DataError
+from .units import format_bytes
 
 app = typer.Typer(help="Make, index, check and describe shards.", no_args_is_help=True)
 Shards = Annotated[list[str], typer.Argument(help="Paths, folders or URLs; braces and wildcards are expanded.")]
@@ -112,7 +113,7 @@ def stats(shards: Shards) -> None:
         ("samples per shard", f"{dataset.samples_per_shard.min():,} to {dataset.samples_per_shard.max():,}"),
         ("usable captions", f"{captions:,}"),
         ("caption length", f"{shortest:,} to {longest:,} characters, mean {mean:,.1f}"),
-        ("size", f"{sum(header.bytes for header in headers) / 2**30:,.3f} GiB"),
+        ("size", format_bytes(sum(header.bytes for header in headers), 4)),
         ("mean image", f"{sum(header.image_bytes for header in headers) / len(dataset) / 1024:,.1f} KiB"),
         ("fingerprint", dataset.fingerprint[:16]),
     ):

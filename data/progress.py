@@ -14,6 +14,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .units import format_seconds
+
 Item = TypeVar("Item")
 
 QUIET_S = 1.5
@@ -55,8 +57,12 @@ class progress:
         """`verifying: 120 of 400 shards, 2 min 10 s left`."""
         elapsed, new = time.monotonic() - self._begun, self.done - self._before
         if self.total is None:
-            return f"{self.what}: {duration(elapsed)} so far"
-        left = f"{duration(elapsed / new * (self.total - self.done))} left" if new else f"{duration(elapsed)} so far"
+            return f"{self.what}: {format_seconds(elapsed)} so far"
+        left = (
+            f"{format_seconds(elapsed / new * (self.total - self.done))} left"
+            if new
+            else f"{format_seconds(elapsed)} so far"
+        )
         return f"{self.what}: {self.done:,} of {self.total:,} {self.unit}".rstrip() + f", {left}"
 
     def _show(self) -> None:
@@ -82,11 +88,3 @@ def track(items: Iterable[Item], what: str, total: int, unit: str, shown: bool =
         for item in items:
             yield item
             taken.advance()
-
-
-def duration(seconds: float) -> str:
-    """`2 h 05 min`, `3 min 20 s`, `12 s`."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-    return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{whole} s"

@@ -5,49 +5,15 @@ Names and nesting are a public contract for cluster scripts. This module does no
 
 from __future__ import annotations
 
-import os
-import re
 from typing import Annotated, Literal
 
-from braceexpand import braceexpand
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from .fields import OptionalPlace, Place, given, named_shards
 from .secrets import stored_secret
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Pattern of a run's name, which is also the name of its folder."""
-
-
-def _given(value: object) -> object:
-    return "" if value is None else value  # YAML's reading of `data.shards=`
-
-
-def _shards(value: str | list[str]) -> str | list[str]:
-    """Check the syntax of shard names; whether they exist is checked when they are opened."""
-    every = [value] if isinstance(value, str) else value
-    if not every or not all(one.strip() for one in every):
-        raise ValueError("no shards named; give a path such as /data/train-{00000..00099}.tar")
-    for one in every:
-        try:
-            next(braceexpand(one))
-        except ValueError as error:
-            raise ValueError(f"{one}: {error}; write ranges as {{00000..02047}}") from None
-    return _place(value) if isinstance(value, str) else [_place(one) for one in value]
-
-
-def _place(value: str) -> str:
-    """A path with `~` expanded. A shell expands it only at the beginning of a word, not in `data.shards=~/x`, and never
-    in YAML; removing a folder named `~` by accident may remove the home folder."""
-    path = os.path.expanduser(value)
-    if path.startswith("~"):
-        raise ValueError(f"{value}: no home folder is known for {value.split('/')[0]}; write the path out")
-    if variable := re.match(r"\$\{?\w+\}?", path):
-        raise ValueError(f"{value}: {variable[0]} is not expanded in a recipe; write the path out")
-    return path
-
-
-Place = Annotated[str, AfterValidator(_place)]
-OptionalPlace = Place | None
 
 
 class Section(BaseModel):
@@ -140,7 +106,7 @@ class ControlNet(Section):
 
 
 class Data(Section):
-    shards: Annotated[str | list[str], BeforeValidator(_given), AfterValidator(_shards)]
+    shards: Annotated[str | list[str], BeforeValidator(given), AfterValidator(named_shards)]
     """Training shards: a path, folder or URL, with braces and wildcards expanded, or a list of these."""
     image_size: int = Field(default=448, gt=0)
     """Side in pixels of the square image given to the vision encoder; a multiple of patch size x merge size (28)."""

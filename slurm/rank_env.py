@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import socket
@@ -47,6 +48,11 @@ LAUNCHER_VARIABLES = (
     "BIFROST_RENDEZVOUS",
 )
 """Variables that launchers set for their ranks; meaningless in any other process."""
+
+
+def host_name(environ: Mapping[str, str] = os.environ) -> str:
+    """Name of this machine, in all files of a run. Nodes of a cluster on one machine have names of their own."""
+    return environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def launched_by(environ: Mapping[str, str]) -> Launcher | None:

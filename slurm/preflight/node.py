@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from glob import glob
 from importlib import metadata
@@ -19,6 +18,7 @@ from braceexpand import braceexpand
 
 from ...recipes import RecipeError, load_recipe
 from ..job import RECIPE
+from ..software import all_versions, digest, source_digest
 from .devices import device_findings
 from .finding import Finding, Limits
 from .rank_info import RankInfo
@@ -101,7 +101,7 @@ def _recipe_file(run: Path) -> Path:
 def _recipe(file: Path) -> list[Finding]:
     """Check the run's recipe and its local shards; shards behind a URL are skipped."""
     try:
-        recipe = Finding("recipe", _digest([file.read_text(encoding="utf-8")]), same=True)
+        recipe = Finding("recipe", digest([file.read_text(encoding="utf-8")]), same=True)
         spec = load_recipe(file, stored=True).data.shards
     except OSError as error:
         return [Finding("recipe", "", f"{file}: {error.strerror}")]
@@ -121,14 +121,14 @@ def _recipe(file: Path) -> list[Finding]:
         sizes = [str(os.stat(each).st_size) for each in files[:: max(1, len(files) // LOOKED_AT)]]
     except OSError as error:
         return [recipe, Finding("data", "", f"{error.filename}: {error.strerror}")]
-    return [recipe, Finding("data", f"{len(files)} shards ({_digest([*files, *sizes])})", same=True)]
+    return [recipe, Finding("data", f"{len(files)} shards ({digest([*files, *sizes])})", same=True)]
 
 
 def _versions() -> list[Finding]:
     import torch
     from torch.cuda import nccl
 
-    every = sorted(f"{each.metadata['Name']}=={each.version}" for each in metadata.distributions())
+    every = all_versions()
     versions = {
         "python": f"{platform.python_version()} {sys.executable}",
         "torch": torch.__version__,
@@ -136,8 +136,8 @@ def _versions() -> list[Finding]:
         "transformers": _version("transformers"),
         "CUDA": torch.version.cuda or "none",
         "NCCL": ".".join(map(str, nccl.version())) if torch.cuda.is_available() else "none",
-        "bifrost": f"{_version('bifrost-train')} {_own_code()}",
-        "packages": f"{len(every)} ({_digest(every)})",
+        "bifrost": f"{_version('bifrost-train')} {source_digest()}",
+        "packages": f"{len(every) - 1} ({digest(map('=='.join, every.items()))})",
     }
     return [Finding(name, version, same=True) for name, version in versions.items()]
 
@@ -147,17 +147,3 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "none"
-
-
-def _own_code() -> str:
-    """Digest of this package's source files, which also works without version control."""
-    root = Path(__file__).parents[2]
-    rooms = ("kernels", "data", "recipes", "slurm", "trainer")
-    return _digest(file.read_text(encoding="utf-8") for room in rooms for file in sorted((root / room).rglob("*.py")))
-
-
-def _digest(parts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode() + b"\0")
-    return digest.hexdigest()[:12]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..rank_env import expand_hosts, rank_environment
+from ..rank_env import expand_hosts, host_name, rank_environment
 
 SINGLE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
@@ -45,7 +44,7 @@ class RankInfo:
 def find_rank_info(environ: Mapping[str, str] = os.environ) -> RankInfo:
     """Rank information of an srun task, or of a single process."""
     environ = {**environ, **(rank_environment(environ) or SINGLE_PROCESS)}
-    node = environ.get("SLURMD_NODENAME") or socket.gethostname()
+    node = host_name(environ)
     size = int(environ["WORLD_SIZE"])
     nodes = environ.get("SLURM_STEP_NODELIST") if size > 1 else None
     asked = environ.get("SLURM_GPUS_ON_NODE")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from bifrost.data import progress as module
-from bifrost.data.progress import duration, progress, track
+from bifrost.data.progress import progress, track
+from bifrost.data.units import format_seconds
 
 
 def test_log_lines_show_count_and_time_left(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
@@ -40,8 +41,8 @@ def test_short_work_is_silent_and_stdout_stays_empty(capfd) -> None:
 
 
 def test_durations() -> None:
-    assert [duration(s) for s in (0, 59.4, 59.6, 3599, 3600, 7500)] == [
-        "0 s",
+    assert [format_seconds(s) for s in (0, 59.4, 59.6, 3599, 3600, 7500)] == [
+        "0.0 s",
         "59 s",
         "1 min 00 s",
         "59 min 59 s",

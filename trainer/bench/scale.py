@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from ...recipes import Recipe
+from ...slurm.rank_env import host_name
 from ..distributed.launcher import run_ranks
 from ..errors import RunError
 from ..optim.train_state import Progress
@@ -117,7 +117,7 @@ def measure(recipe: Recipe, mode: Mode, steps: int, out: Path) -> int:
     spent = communication[1] - communication[0]
     if profiler:  # a call returns at once there: the kernels' own time counts
         spent = sum(w.microseconds for w in works(profiler.events() or []) if w.kind == "communication") / 1e6
-    mine: Rank = (socket.gethostname(), usable_cores(), spent)
+    mine: Rank = (host_name(), usable_cores(), spent)
     found = [mine]
     if ranks > 1:
         found = [mine] * ranks

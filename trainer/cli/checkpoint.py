@@ -13,9 +13,10 @@ import typer
 from rich.table import Table
 
 from ...data.progress import progress
+from ...data.units import format_bytes
 from ..errors import RunError
 from ..io import flat
-from ..terminal import format_bytes, terminal
+from ..terminal import terminal
 
 if TYPE_CHECKING:  # torch stands behind them, which other commands do not need
     from ..checkpoint.manifest import Manifest

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from ...data.units import format_seconds
 from ..errors import RunError
 from ..monitors.goodput import summary
 from ..terminal import terminal
@@ -41,16 +42,9 @@ def goodput(
 def _show(found: dict[str, Any]) -> None:
     table = Table("", "time", "share", "")
     for kind, seconds in found["seconds"].items():
-        table.add_row(kind, _duration(seconds), f"{seconds / found['wall_s']:.1%}", MEANING[kind])
-    table.add_row("all", _duration(found["wall_s"]), "", f"{found['attempts']} starts, {found['step']} steps")
+        table.add_row(kind, format_seconds(seconds), f"{seconds / found['wall_s']:.1%}", MEANING[kind])
+    table.add_row("all", format_seconds(found["wall_s"]), "", f"{found['attempts']} starts, {found['step']} steps")
     console = terminal()
     console.print(table)
     lost = f", {found['lost_steps']} steps done twice" if found["lost_steps"] else ""
     console.print(f"effective training time ratio {found['ettr']:.1%}{lost}")
-
-
-def _duration(seconds: float) -> str:
-    whole = int(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-    return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{seconds:.1f} s"

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from ...data.units import format_bytes
 from ...recipes.load import read_yaml
 from ...slurm import SlurmError
 from ...slurm.commands import waiting_jobs
@@ -23,7 +24,7 @@ from ..errors import RunError
 from ..io import read_json
 from ..monitors.metrics import last_lines, parse_line
 from ..report.files import RECIPES, run_state
-from ..terminal import format_bytes, terminal
+from ..terminal import terminal
 
 NEWEST = 2**18
 """Bytes from the end of a metrics file that are read: the newest lines, of a long run too."""

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from ...slurm.rank_env import UNBIND
+from ...slurm.rank_env import UNBIND, host_name
 from ..errors import RunError, Unhealthy, foreseen, with_message
-from .rendezvous import come, interruptible, meet, require_agent, this_host
+from .rendezvous import come, interruptible, meet, require_agent
 
 T = TypeVar("T")
 Gather = Callable[[object], list[Any]]
@@ -164,7 +164,7 @@ def _device(rank: int, local: int) -> torch.device:
         return torch.device("cpu")
     if local >= (seen := torch.cuda.device_count()):
         gpus = "1 GPU" if seen == 1 else f"{seen} GPUs"
-        raise RunError(f"rank {rank} on {this_host()} is number {local} there and sees {gpus}: {UNBIND}")
+        raise RunError(f"rank {rank} on {host_name()} is number {local} there and sees {gpus}: {UNBIND}")
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     return device

@@ -7,7 +7,6 @@ long and no longer, and says the verdict to the others.
 from __future__ import annotations
 
 import os
-import platform
 import socket
 import threading
 import time
@@ -21,18 +20,13 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
 from ...slurm.exit_codes import HUNG
 from ...slurm.exit_record import record_outcome, this_start
-from ...slurm.rank_env import expand_hosts
+from ...slurm.rank_env import expand_hosts, host_name
 from ..errors import RendezvousTimeout, RunError
 
 T = TypeVar("T")
 
 AGENT_S = 10.0
 """How long a rank tries to reach torchrun's agent."""
-
-
-def this_host() -> str:
-    """Name of this machine. Nodes of a cluster on one machine have names of their own."""
-    return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def interruptible(wait: Callable[[], T]) -> T:
@@ -65,14 +59,14 @@ def come(rank: int, size: int, wait_s: float) -> Store:
         except RuntimeError as error:
             if rank == 0:
                 raise RendezvousTimeout(
-                    f"rank 0: port {port} of {this_host()} is taken: {_first_line(error)}"
+                    f"rank 0: port {port} of {host_name()} is taken: {_first_line(error)}"
                 ) from error
             raise RendezvousTimeout(
                 f"rank {rank}: rank 0 cannot be reached at {address}:{port} within {wait_s:.0f} s"
             ) from error
         # A rank of a start that Slurm believes dead, or of a job whose id gives the same port, would pass for ours.
         store = PrefixStore(this_start(), opened)
-    store.set(f"came-{rank}", this_host())
+    store.set(f"came-{rank}", host_name())
     return store
 
 

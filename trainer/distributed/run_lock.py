@@ -20,8 +20,10 @@ from typing import Any
 
 import psutil
 
+from ...data.units import format_seconds
 from ...slurm.exit_codes import LOCKED
 from ...slurm.exit_record import record_outcome
+from ...slurm.rank_env import host_name
 from ..errors import Locked, RunError
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ class RunLock:
         self.stale_s = stale_s
         self._file: int | None = None
         self._owner: dict[str, Any] = {
-            "host": platform.node(),
+            "host": host_name(),
             "pid": os.getpid(),
             "space": _pid_space(),
             "born": psutil.Process().create_time(),
@@ -118,7 +120,7 @@ class RunLock:
 
     def _await_death(self, path: Path, owner: Mapping[str, Any]) -> str | None:
         """Why the file's `owner` counts as dead; None when it changed hands meanwhile. Raises Locked where it lives."""
-        if all(owner.get(key) == self._owner[key] for key in ("host", "space")):
+        if owner.get("space") == self._owner["space"]:
             if not _runs(owner):
                 return "its process is gone"
             raise Locked(self._refusal(owner))
@@ -160,7 +162,7 @@ def remove_lock_of(folder: Path, processes: Collection[int]) -> None:
     """Remove the lock of the run in `folder` if one of these processes of this host, which have ended, holds it."""
     with suppress(OSError):
         owner = _read(folder / FILE) or {}
-        if (owner.get("host"), owner.get("space")) == (platform.node(), _pid_space()) and owner["pid"] in processes:
+        if owner.get("space") == _pid_space() and owner["pid"] in processes:
             (folder / FILE).unlink()
             folder.rmdir()  # where nothing has been written to the run yet
 
@@ -168,8 +170,7 @@ def remove_lock_of(folder: Path, processes: Collection[int]) -> None:
 def describe(owner: Mapping[str, Any]) -> str:
     """`process 17 on node3, Slurm job 42, for 3 h 20 min`, for a line that names an owner."""
     job = f", Slurm job {owner['job']}" if owner.get("job") else ""
-    since = max(0, int(time.time() - owner.get("started", time.time())))
-    age = f"{since // 3600} h {since % 3600 // 60} min" if since >= 3600 else f"{since // 60} min {since % 60} s"
+    age = format_seconds(max(0.0, time.time() - owner.get("started", time.time())))
     return f"process {owner.get('pid')} on {owner.get('host')}{job}, for {age}"
 
 
@@ -196,8 +197,11 @@ def _runs(owner: Mapping[str, Any]) -> bool:
 
 
 def _pid_space() -> str:
-    """What process ids are valid in: containers of one host name may each count their own."""
-    return os.readlink("/proc/self/ns/pid") if sys.platform == "linux" else ""
+    """What process ids are valid in: this machine since it was booted, and on it the container."""
+    if sys.platform != "linux":
+        return platform.node()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _storage_time(folder: Path) -> float:

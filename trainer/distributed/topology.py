@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import platform
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from ...slurm.rank_env import UNBIND
+from ...slurm.rank_env import UNBIND, host_name
+from ...slurm.software import all_versions, fingerprint
 from ..errors import RunError
 from .process_group import Ranks
-from .rendezvous import this_host
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ def check_ranks(ranks: Ranks) -> list[str]:
     if problem := fault(places):
         raise RunError(problem)
     if len({place.software for place in places}) > 1:
-        raise RunError(_difference(places, _gather(ranks, _versions())))
+        raise RunError(_difference(places, _gather(ranks, all_versions())))
     return table(places)
 
 
@@ -50,7 +46,7 @@ def here(ranks: Ranks) -> Place:
     if ranks.device.type == "cuda":
         properties = torch.cuda.get_device_properties(ranks.device)
         device = f"{properties.name} GPU-{properties.uuid}"  # as nvidia-smi writes it
-    return Place(ranks.rank, this_host(), device, _software())
+    return Place(ranks.rank, host_name(), device, fingerprint())
 
 
 def fault(places: Sequence[Place]) -> str | None:
@@ -92,20 +88,6 @@ def _gather(ranks: Ranks, value: object) -> list:
     dist.all_gather_object(values, value, group=group)
     dist.destroy_process_group(group)
     return values
-
-
-def _software() -> str:
-    digest = hashlib.sha256("\n".join(f"{name}=={version}" for name, version in _versions().items()).encode())
-    for folder in sorted(Path(__file__).parents[2].glob("*/")):
-        if folder.name in ("data", "kernels", "recipes", "slurm", "trainer"):
-            for file in sorted(folder.rglob("*.py")):
-                digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    found = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name}
-    return {"python": platform.python_version(), **dict(sorted(found.items()))}
 
 
 def _difference(places: Sequence[Place], versions: Sequence[dict[str, str]]) -> str:

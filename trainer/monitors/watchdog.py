@@ -19,9 +19,9 @@ from typing import TextIO
 
 from ...recipes.schema import Watchdog as Settings
 from ...slurm.exit_codes import HUNG
+from ...slurm.rank_env import host_name
 from ..distributed.exit_timer import ExitTimer
 from ..distributed.process_group import Ranks
-from ..distributed.rendezvous import this_host
 from .hang import HangReport, exit_timeout_s, report_exit
 from .phase_timer import PhaseTimer
 
@@ -53,7 +53,7 @@ class Watchdog:
     def attach(self, ranks: Ranks, folder: Path) -> Sequence[str]:
         """The ranks know each other and own the run: from now on statuses go to `folder/stacks/START`. For all ranks;
         returns their hosts."""
-        statuses = ranks.gather((this_host(), time.strftime("%Y%m%d-%H%M%S", time.gmtime())))
+        statuses = ranks.gather((host_name(), time.strftime("%Y%m%d-%H%M%S", time.gmtime())))
         hosts, starts = zip(*statuses, strict=True)
         place = folder / "stacks" / starts[0]
         place.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 from pydantic import BaseModel
 
+from ...data.units import format_seconds
 from ...recipes import Recipe
 from ...slurm.exclusions import EXCLUDED
 from ...slurm.exit_record import STOPPED
@@ -70,7 +71,7 @@ def template(name: str) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(duration=duration, text=_text, zip=zip)
+    environment.filters.update(duration=format_seconds, text=_text, zip=zip)
     return environment.get_template(f"{name}.html.jinja")
 
 
@@ -174,22 +175,12 @@ def strip(run: RunFiles, begun: list[Start]) -> dict[str, Any] | None:
             (each.begin - first) / width,
             (each.end - first) / width,
             KINDS[each.kind][0],
-            f"{KINDS[each.kind][1]}: {duration(each.end - each.begin)} from {moment(each.begin)}",
+            f"{KINDS[each.kind][1]}: {format_seconds(each.end - each.begin)} from {moment(each.begin)}",
         )
         for each in spans
     ]
     legend = [(text, colour) for kind, (colour, text) in KINDS.items() if kind in {each.kind for each in spans}]
     return {"svg": bands(drawn, ticks=saved), "legend": legend, "begin": moment(first), "end": moment(last)}
-
-
-def duration(seconds: float) -> str:
-    """`3 d 4 h`, `2 h 05 min`, `3 min 20 s`, `4.2 s`."""
-    whole = int(seconds)
-    if whole >= 86400:
-        return f"{whole // 86400} d {whole % 86400 // 3600} h"
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-    return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{seconds:.1f} s"
 
 
 def moment(when: float) -> str:
@@ -212,7 +203,7 @@ def _goodput(run: RunFiles) -> dict[str, Any] | None:
         at += share
     whole = max(at, 1.0)
     rows = [
-        (KINDS[kind][0], KINDS[kind][1], duration(seconds), f"{seconds / found['wall_s']:.1%}")
+        (KINDS[kind][0], KINDS[kind][1], format_seconds(seconds), f"{seconds / found['wall_s']:.1%}")
         for kind, seconds in found["seconds"].items()
     ]
     bar = bands([(a / whole, b / whole, colour, text) for a, b, colour, text in spans if b > a])
@@ -222,10 +213,10 @@ def _goodput(run: RunFiles) -> dict[str, Any] | None:
 def _starts(begun: list[Start]) -> list[list[Any]]:
     rows = []
     for number, start in enumerate(begun, 1):
-        lost = f"{start.lost_steps:,} steps, {duration(start.lost_s)}" if start.lost_steps else ""
-        down = duration(start.ready - begun[number - 2].seen if number > 1 else start.ready - start.begin)
+        lost = f"{start.lost_steps:,} steps, {format_seconds(start.lost_s)}" if start.lost_steps else ""
+        down = format_seconds(start.ready - begun[number - 2].seen if number > 1 else start.ready - start.begin)
         span = f"{start.step:,} to {start.reached:,}"
-        worked = duration(max(0.0, start.seen - start.ready))
+        worked = format_seconds(max(0.0, start.seen - start.ready))
         outcome = start.outcome if number < len(begun) or start.outcome != "no word" else "none so far"
         rows.append([number, moment(start.begin), start.ranks, span, down, worked, lost, outcome])
     return rows

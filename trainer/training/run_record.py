@@ -19,6 +19,7 @@ import torch
 from ...data.atomic import write_atomic
 from ...recipes import to_yaml
 from ...recipes.secrets import redact
+from ...slurm.rank_env import host_name
 from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..io import write_json
@@ -116,7 +117,7 @@ def _environment(ranks: Ranks) -> dict[str, Any]:
     return {
         "ranks": ranks.size,
         "device": device,
-        "host": platform.node(),
+        "host": host_name(),
         "python": platform.python_version(),
         "commit": commit.stdout.strip() or None,
         "versions": versions(VERSIONS),

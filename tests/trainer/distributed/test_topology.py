@@ -52,14 +52,15 @@ def on_two_hosts(other_software: bool) -> list[str]:
     """The table of this rank's run, each rank on a host of its own."""
     import os
 
+    from bifrost.slurm import software
     from bifrost.trainer.distributed import topology
     from bifrost.trainer.distributed.process_group import join
     from bifrost.trainer.errors import RunError
 
     os.environ["SLURMD_NODENAME"] = f"host{os.environ['RANK']}"
     if other_software and os.environ["RANK"] == "1":
-        versions = {**topology._versions(), "torch": "1.0"}
-        topology._versions = lambda: versions
+        versions = {**software.all_versions(), "torch": "1.0"}
+        software.all_versions = topology.all_versions = lambda: versions
     try:
         return topology.check_ranks(join())
     except RunError as error:

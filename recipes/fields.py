@@ -1,0 +1,42 @@
+"""Kinds of settings: paths and shards as they may be written in a recipe."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated
+
+from braceexpand import braceexpand
+from pydantic import AfterValidator
+
+
+def given(value: object) -> object:
+    return "" if value is None else value  # YAML's reading of `data.shards=`
+
+
+def named_shards(value: str | list[str]) -> str | list[str]:
+    """Check the syntax of shard names; whether they exist is checked when they are opened."""
+    every = [value] if isinstance(value, str) else value
+    if not every or not all(one.strip() for one in every):
+        raise ValueError("no shards named; give a path such as /data/train-{00000..00099}.tar")
+    for one in every:
+        try:
+            next(braceexpand(one))
+        except ValueError as error:
+            raise ValueError(f"{one}: {error}; write ranges as {{00000..02047}}") from None
+    return expanded(value) if isinstance(value, str) else [expanded(one) for one in value]
+
+
+def expanded(value: str) -> str:
+    """A path with `~` expanded. A shell expands it only at the beginning of a word, not in `data.shards=~/x`, and never
+    in YAML; removing a folder named `~` by accident may remove the home folder."""
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        raise ValueError(f"{value}: no home folder is known for {value.split('/')[0]}; write the path out")
+    if variable := re.match(r"\$\{?\w+\}?", path):
+        raise ValueError(f"{value}: {variable[0]} is not expanded in a recipe; write the path out")
+    return path
+
+
+Place = Annotated[str, AfterValidator(expanded)]
+OptionalPlace = Place | None

@@ -1,0 +1,36 @@
+"""What software a process runs: whether all of a run's are alike is decided by it."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+ROOMS = ("kernels", "data", "recipes", "slurm", "trainer")
+
+
+def all_versions() -> dict[str, str]:
+    """Of Python and of every installed distribution, by name."""
+    found = {each.name: each.version for each in metadata.distributions() if each.name}
+    return {"python": platform.python_version(), **dict(sorted(found.items()))}
+
+
+def source_digest() -> str:
+    """Of this package's files: also where no version control says which commit it is."""
+    root = Path(__file__).parents[1]
+    return digest(file.read_text(encoding="utf-8") for room in ROOMS for file in sorted((root / room).rglob("*.py")))
+
+
+def fingerprint() -> str:
+    """Of all of it."""
+    return digest([*map("==".join, all_versions().items()), source_digest()])
+
+
+def digest(parts: Iterable[str]) -> str:
+    """SHA-256 of `parts`, its first twelve hex digits."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.encode() + b"\0")
+    return found.hexdigest()[:12]
