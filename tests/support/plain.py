@@ -36,7 +36,7 @@ def losses(recipe: Recipe) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.trainable().values(), recipe.optimizer.clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
+            group["lr"] = learning_rate(recipe.optimizer, recipe.steps, step)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import PrefixLayout
-from ...recipes import Recipe
 from ..planner.flops import Part
 from ..planner.timing import done_flops
 from ..stages.patch_latents import PatchLatentModel
@@ -68,8 +67,8 @@ class CompiledStep:
     """The same with every layer of the branch through torch.compile: what ZeRO-3, whose hooks gather the weights inside
     a layer, does not allow as it stands."""
 
-    def __init__(self, model: PatchLatentModel, recipe: Recipe) -> None:
-        self.model, self.recipe, self.eager = model, recipe, model.branch.layers
+    def __init__(self, model: PatchLatentModel, recomputed: bool) -> None:
+        self.model, self.recomputed, self.eager = model, recomputed, model.branch.layers
         # One graph a layer: all are of one class, for which torch makes eight at most.
         torch._dynamo.config.recompile_limit = max(8, 2 * len(self.eager))
         self.layers = nn.ModuleList([_Compiled(layer) for layer in self.eager])
@@ -85,7 +84,7 @@ class CompiledStep:
 
     def flops(self, samples: Sequence[Sequence[Part]], text: int) -> float:
         """A sample's, like those of the step that is not compiled."""
-        return sum(done_flops(list(parts), self.recipe) for parts in samples) / len(samples)
+        return sum(done_flops(list(parts), self.recomputed) for parts in samples) / len(samples)
 
 
 class _Compiled(nn.Module):

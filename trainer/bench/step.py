@@ -76,7 +76,8 @@ def bench(
     stage = PatchLatentStage(recipe, config, tokens, None, None, kernels)
     with torch.device("meta"):
         counted = stage.build()
-    opponent = CompiledStep(model, recipe) if baseline == "compiled" else DenseStep(model, baseline)  # type: ignore[arg-type]
+    recomputed = recipe.activation_checkpointing
+    opponent = CompiledStep(model, recomputed) if baseline == "compiled" else DenseStep(model, baseline)  # type: ignore[arg-type]
     text = config.text_config
     record: dict[str, Any] = {
         "recipe": recipe.name,
@@ -101,7 +102,7 @@ def bench(
         flops = [step_parts(patch_latent_parts(stage, counted, float(length))) for length in case.lengths]
         for against in (opponent, None):  # the baseline alone may not fit
             try:
-                rows.append(measure(model, batch, case, against, rounds, recipe, flops))
+                rows.append(measure(model, batch, case, against, rounds, recomputed, flops))
                 break
             except torch.OutOfMemoryError:
                 model.zero_grad(set_to_none=True)
@@ -139,7 +140,7 @@ def measure(
     case: Case,
     baseline: DenseStep | CompiledStep | None,
     rounds: int,
-    recipe: Recipe,
+    recomputed: bool,
     flops: list[list[Part]],
 ) -> Row:
     """Compare the numbers, count the activations, then time in turns. RunError when the numbers differ.
@@ -155,7 +156,7 @@ def measure(
     routed_s, baseline_s = statistics.median(steps), statistics.median(baseline_times) if baseline else None
     samples = len(case.lengths)
     useful = sum(useful_flops(sample) for sample in flops) / samples
-    routed_flops = sum(done_flops(sample, recipe) for sample in flops) / samples
+    routed_flops = sum(done_flops(sample, recomputed) for sample in flops) / samples
     baseline_flops = baseline.flops(flops, case.padded) if baseline else None
     peak = this_device()
     limit = peak.bf16_tflops * 1e12 if peak and peak.bf16_tflops and batch.latents.dtype == torch.bfloat16 else None
@@ -210,7 +211,8 @@ def differences(model: PatchLatentModel, batch: Batch, baseline: DenseStep | Com
     limit = TOLERANCE[batch.latents.dtype]
     if not max(loss_error, errors[worst]) <= limit:
         raise RunError(
-            f"bench step: the baselines differ: loss by {loss_error:.1e}, {worst} by {errors[worst]:.1e}; at most {limit}"
+            f"bench step: the baselines differ: loss by {loss_error:.1e}, {worst} by {errors[worst]:.1e};"
+            f" at most {limit}"
         )
     return loss_error, errors[worst]
 

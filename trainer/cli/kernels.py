@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ...recipes import Recipe, load_recipe
+from ...recipes import load_recipe
 from ..distributed.launcher import run_child
 from ..versions import require
 from .on_ranks import leave, on_ranks
@@ -36,10 +36,10 @@ def kernels_profile(
     settings = load_recipe(recipe, overrides or [])
     arguments = ["kernels", "profile", recipe, *(overrides or []), f"--steps={steps}", f"--out={out}"]
 
-    def profiled(recipe: Recipe) -> int:
+    def profiled() -> int:
         from ..bench.profile import profile_steps
 
-        return profile_steps(recipe, steps, out)
+        return profile_steps(settings, steps, out)
 
     on_ranks(settings, ranks, arguments, profiled)
 

@@ -23,14 +23,14 @@ def on_ranks(
     recipe: Recipe,
     ranks: int | None,
     arguments: list[str],
-    work: Callable[[Recipe], int],
+    work: Callable[[], int],
     trains: bool = False,
     usual: Callable[[], int] = devices,
 ) -> NoReturn:
     """Do `work` as the rank that this process is, or run `arguments` as `ranks` processes that will be, or `usual()`
     where no number is given. trains: whether ranks save when they are stopped."""
     if adopt_rank(ranks):
-        code = work(recipe)
+        code = work()
         ignore_signals()
         if code == DONE:
             remove_private_folders(os.environ)

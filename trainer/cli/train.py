@@ -30,7 +30,7 @@ def train(
         _show(settings, ranks)
         return
 
-    on_ranks(settings, ranks, ["train", recipe, *(overrides or [])], _train, trains=True)
+    on_ranks(settings, ranks, ["train", recipe, *(overrides or [])], lambda: _train(settings), trains=True)
 
 
 def resume(
@@ -43,7 +43,9 @@ def resume(
     given = overrides or []
     settings = load_recipe(run / "recipe.yaml", [*given, *placed(run, given)], stored=True)
     arguments = ["resume", str(run), *given]
-    on_ranks(settings, ranks, arguments, _train, trains=True, usual=lambda: ranks_of(run) or devices())
+    on_ranks(
+        settings, ranks, arguments, lambda: _train(settings), trains=True, usual=lambda: ranks_of(run) or devices()
+    )
 
 
 def encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: RanksOption = None) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from ...recipes import Recipe
 from ..planner.devices import Device
 from ..planner.flops import parts
-from ..planner.layout import AS_SET
+from ..planner.layout import AS_SET, Zero
 from ..planner.timing import done_flops, useful_flops
 from ..planner.traffic import traffic
 
@@ -24,11 +24,11 @@ class Utilisation:
         self.ranks, self.patches = ranks, patches
         counted = [parts(recipe, text) for text in TEXTS]
         self._useful = np.polyfit(TEXTS, [useful_flops(each) for each in counted], 2)
-        self._done = np.polyfit(TEXTS, [done_flops(each, recipe) for each in counted], 2)
+        self._done = np.polyfit(TEXTS, [done_flops(each, recipe.activation_checkpointing) for each in counted], 2)
         self.peak = None
         if device is not None and device.bf16_tflops is not None and recipe.precision == "bf16":
             self.peak = device.bf16_tflops * 1e12
-        moved = traffic(counted[0], recipe, AS_SET, ranks, node, recipe.accumulation(ranks))
+        moved = traffic(counted[0], Zero.of(recipe), AS_SET, ranks, node, recipe.accumulation(ranks))
         self.gathered = sum(one.bytes for one in moved if one.kind.startswith("gather"))
         """Bytes of weights that a rank receives in a step."""
 

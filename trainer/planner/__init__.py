@@ -13,7 +13,7 @@ from ...recipes import Recipe
 from ..errors import RunError
 from .devices import Device
 from .flops import Part
-from .layout import AS_SET, Layout
+from .layout import AS_SET, Layout, Workload
 from .memory import Memory, memory
 from .timing import Timing, timing
 from .traffic import Transfer, traffic
@@ -83,8 +83,9 @@ def plan(
     micro_batch, passes = (recipe.micro_batch, 1) if weak else batch(recipe, gpus)
     node = device.gpus_per_node if device else NODE
     placed = layout.place(parts)
-    needs = memory(parts, recipe, layout, gpus, node, micro_batch, previews)
-    transfers = traffic(parts, recipe, layout, gpus, node, passes)
+    work = Workload.of(recipe)
+    needs = memory(parts, work, layout, gpus, node, micro_batch, previews)
+    transfers = traffic(parts, work.zero, layout, gpus, node, passes)
     timed = device is not None and device.bf16_tflops is not None
     usable = device.hbm_gb * 1e9 * device.usable_memory - device.runtime_gb * 1e9 if device else None
     return Row(
@@ -94,7 +95,7 @@ def plan(
         passes,
         needs,
         transfers,
-        timing(placed, recipe, device, transfers, gpus, micro_batch, passes) if device and timed else None,
+        timing(placed, work, device, transfers, gpus, micro_batch, passes) if device and timed else None,
         usable,
         needs.largest_micro_batch(usable, micro_batch) if usable else None,
     )

@@ -37,9 +37,9 @@ class Layout:
             for part in parts
         ]
 
-    def second_cut(self, recipe: Recipe, gpus: int, node: int) -> int | None:
+    def second_cut(self, hpz: int | None, gpus: int, node: int) -> int | None:
         """GPUs that hpZ's copy is cut over; None without one, as on a single node."""
-        width = recipe.zero.hpz or (node if self.hpz else None)
+        width = hpz or (node if self.hpz else None)
         return width if width and width < gpus else None
 
 
@@ -68,6 +68,7 @@ class Zero:
     max_live: int
     persistent: int
     overlap: bool
+    hpz: int | None
 
     @classmethod
     def of(cls, recipe: Recipe) -> Zero:
@@ -85,12 +86,29 @@ class Zero:
             max_live=zero["stage3_max_live_parameters"],
             persistent=zero["stage3_param_persistence_threshold"],
             overlap=zero["overlap_comm"],
+            hpz=recipe.zero.hpz,
         )
 
     def under(self, layout: Layout) -> Zero:
         overlap = self.overlap if layout.overlap is None else layout.overlap
         live = self.max_live if layout.live is None else layout.live
         return replace(self, overlap=overlap, max_live=live)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a plan takes from a recipe. recomputed: layers run twice, their activations are not kept. averaged: with an
+    EMA. workers: of the loader, on each rank."""
+
+    zero: Zero
+    recomputed: bool
+    averaged: bool
+    workers: int
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Workload:
+        averaged, workers = recipe.ema is not None, recipe.data.workers
+        return cls(Zero.of(recipe), recipe.activation_checkpointing, averaged, workers)
 
 
 def cut(parameters: Sequence[int], ranks: int) -> int:

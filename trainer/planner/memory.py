@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...recipes import Recipe
 from .flops import Part
-from .layout import Layout, Zero, cut, small
+from .layout import Layout, Workload, cut, small
 
 GATHERED_SHARE = 2
 """A gathered bucket exists twice for a moment: as received, and as the parameters copied from it."""
@@ -43,7 +42,7 @@ class Memory:
 
 def memory(
     parts: Sequence[Part],
-    recipe: Recipe,
+    work: Workload,
     layout: Layout,
     gpus: int,
     node: int,
@@ -51,12 +50,12 @@ def memory(
     previews: float = 0.0,
 ) -> Memory:
     """Of `parts` laid out by `layout` on `gpus` GPUs, `node` of them in a node. previews: see `Memory`."""
-    zero = Zero.of(recipe).under(layout)
+    zero = work.zero.under(layout)
     placed = layout.place(parts)
     trained = [part for part in placed if part.gradient == "trained"]
     frozen = [part for part in placed if part.gradient != "trained"]
     sharded = [part for part in placed if part.place == "sharded"]
-    second = layout.second_cut(recipe, gpus, node)
+    second = layout.second_cut(zero.hpz, gpus, node)
     node = min(node, gpus)
     own = sum(cut(part.parameters, gpus) for part in trained)
     weight = zero.weight_bytes
@@ -67,7 +66,7 @@ def memory(
         "masters": 4 * own,
         "moments": 8 * own,
         "gradients": zero.accumulate_bytes * own,
-        "EMA": 4 * own if recipe.ema else 0,
+        "EMA": 4 * own if work.averaged else 0,
         "frozen weights": weight * sum(cut(p.parameters, lies[p.place]) for p in frozen if p.place in lies),
         "small parameters, whole": weight * sum(small(part.parameters, zero.persistent) for part in sharded),
         "second copy (hpZ), frozen": weight
@@ -78,8 +77,8 @@ def memory(
     largest = max((size for part in placed if part.gradient != "none" for size in part.parameters), default=0)
     large = sum(size for size in gathered if size > zero.persistent)
     trainable = sum(part.size for part in trained)
-    kept = sum(part.kept_recomputed if recipe.activation_checkpointing else part.kept for part in placed)
-    layer = max((part.layer for part in placed), default=0.0) if recipe.activation_checkpointing else 0.0
+    kept = sum(part.kept_recomputed if work.recomputed else part.kept for part in placed)
+    layer = max((part.layer for part in placed), default=0.0) if work.recomputed else 0.0
     flight = max((part.gradients for part in placed), default=0.0)
     offloaded = max((weight * part.size for part in placed if part.place == "offloaded"), default=0)
     a_pass = {

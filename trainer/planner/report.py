@@ -108,7 +108,7 @@ class Report:
             },
             "flops_per_sample": {
                 "useful": useful_flops(self.parts),
-                "with_recomputation": done_flops(self.parts, self.recipe),
+                "with_recomputation": done_flops(self.parts, self.recipe.activation_checkpointing),
                 "parts": {
                     part.name: {
                         "gradient": part.gradient,
@@ -170,7 +170,7 @@ class Report:
             )
             for part in self.parts
         ]
-        useful, done = useful_flops(self.parts), done_flops(self.parts, self.recipe)
+        useful, done = useful_flops(self.parts), done_flops(self.parts, self.recipe.activation_checkpointing)
         rows.append(("useful / done", "", "", "", f"{useful / 1e12:.2f}", "", f"{done / 1e12:.2f}"))
         heads = ("part", "", "place", "parameters", "forward", "backward", "again")
         return _table("TFLOP a sample", heads, rows)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ...recipes import Recipe
 from .devices import Device
 from .flops import Part
-from .layout import cut
+from .layout import Workload, cut
 from .traffic import Transfer
 
 
@@ -77,20 +76,20 @@ def useful_flops(parts: Iterable[Part]) -> float:
     return sum(part.forward + part.backward for part in working(parts))
 
 
-def done_flops(parts: Sequence[Part], recipe: Recipe) -> float:
+def done_flops(parts: Sequence[Part], recomputed: bool) -> float:
     """Of one sample, recomputed layers counted twice."""
-    again = sum(part.recomputed for part in working(parts)) if recipe.activation_checkpointing else 0.0
+    again = sum(part.recomputed for part in working(parts)) if recomputed else 0.0
     return useful_flops(parts) + again
 
 
-def compute_s(parts: Iterable[Part], recipe: Recipe, device: Device) -> float:
+def compute_s(parts: Iterable[Part], recomputed: bool, device: Device) -> float:
     """Seconds of one sample at the device's assumed efficiencies. The device must have `bf16_tflops`."""
     assert device.bf16_tflops is not None
     linear = attention = 0.0
     for part in working(parts):
         attention += part.attention + part.backward_attention
         linear += part.linear + part.backward - part.backward_attention
-        if recipe.activation_checkpointing and part.layer:
+        if recomputed and part.layer:
             attention += part.attention
             linear += part.recomputed - part.attention
     slowed = linear / device.gemm_efficiency + attention / device.attention_efficiency
@@ -99,7 +98,7 @@ def compute_s(parts: Iterable[Part], recipe: Recipe, device: Device) -> float:
 
 def timing(
     parts: Sequence[Part],
-    recipe: Recipe,
+    work: Workload,
     device: Device,
     transfers: Sequence[Transfer],
     gpus: int,
@@ -116,13 +115,13 @@ def timing(
     own = sum(cut(part.parameters, gpus) for part in parts if part.gradient == "trained")
     peak = device.bf16_tflops * 1e12
     return Timing(
-        compute=samples * compute_s(parts, recipe, device),
+        compute=samples * compute_s(parts, work.recomputed, device),
         ahead=seconds(one for one in transfers if one.hidden),
         behind=seconds(one for one in transfers if not one.hidden),
         intra=seconds(one for one in transfers if device.nodes(one.ranks) == 1),
         inter=seconds(one for one in transfers if device.nodes(one.ranks) > 1),
         update=own * device.optimizer_bytes / (device.hbm_gbs * 1e9),
-        data=samples / (max(recipe.data.workers, 1) * device.loader_samples_s),
+        data=samples / (max(work.workers, 1) * device.loader_samples_s),
         at_peak=samples * useful_flops(parts) / peak,
-        at_peak_done=samples * done_flops(parts, recipe) / peak,
+        at_peak_done=samples * done_flops(parts, work.recomputed) / peak,
     )

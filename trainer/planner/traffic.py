@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ...recipes import Recipe
 from .flops import Part
 from .layout import Layout, Zero
 
@@ -26,10 +25,10 @@ class Transfer:
     hidden: bool
 
 
-def traffic(parts: Sequence[Part], recipe: Recipe, layout: Layout, gpus: int, node: int, passes: int) -> list[Transfer]:
+def traffic(parts: Sequence[Part], zero: Zero, layout: Layout, gpus: int, node: int, passes: int) -> list[Transfer]:
     """Of a step with `passes` backward passes; nothing on one GPU."""
-    zero = Zero.of(recipe).under(layout)
-    second = layout.second_cut(recipe, gpus, node)
+    zero = zero.under(layout)
+    second = layout.second_cut(zero.hpz, gpus, node)
     node = min(node, gpus)
     found: list[Transfer] = []
 

@@ -41,7 +41,7 @@ def run(parts: TrainerComponents, progress: Progress) -> bool:
         mine = _accumulate(parts, progress, batches)
         total = _exchange(parts, mine)
         reason = health.judge(total.loss, total.grad_norm)
-        lr = learning_rate(recipe, progress.step)
+        lr = learning_rate(recipe.optimizer, recipe.steps, progress.step)
         applied = _update(parts, lr, skip=reason is not None)
         if not applied and reason is None:  # DeepSpeed adds the squares of the ranks in fp32
             reason, total = "gradient norm is beyond fp32", total._replace(grad_norm=math.inf)

@@ -6,7 +6,6 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...recipes import Recipe
 from ..checkpoint.local import LocalParts
 from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.store import Store
@@ -36,7 +35,7 @@ def find_resume_point(run: RunContext) -> ResumePoint:
     ranks, recipe = run.ranks, run.recipe
     store = Store(run.folder / "checkpoints")
     frozen_hash = ranks.agreed(lambda: _frozen_hash(run.inputs.stage, ranks))
-    local = ranks.agreed(lambda: _local(recipe, store, ranks))
+    local = ranks.agreed(lambda: _local(recipe.checkpoint.local, recipe.name, store, ranks))
     reader = ranks.agreed(lambda: _newest(store, run.inputs, frozen_hash, ranks))
     progress = Progress(**reader.state["progress"]) if reader else Progress()
     return ResumePoint(store, local, reader, frozen_hash, progress)
@@ -51,11 +50,11 @@ def _frozen_hash(stage: Stage, ranks: Ranks) -> str:
     return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
-def _local(recipe: Recipe, store: Store, ranks: Ranks) -> LocalParts | None:
+def _local(place: str | None, name: str, store: Store, ranks: Ranks) -> LocalParts | None:
     """The checkpoints on the nodes' own disks, brought together where nodes were exchanged."""
-    if not recipe.checkpoint.local:
+    if not place:
         return None
-    local = LocalParts(recipe.checkpoint.local, store, recipe.name, ranks.rank, ranks.gather)
+    local = LocalParts(place, store, name, ranks.rank, ranks.gather)
     local.recover(store, ranks.gather)
     return local
 

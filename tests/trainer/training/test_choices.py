@@ -17,7 +17,7 @@ from bifrost.trainer.checkpoint.reader import CheckpointReader
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.planner.flops import parts
-from bifrost.trainer.planner.layout import AS_SET
+from bifrost.trainer.planner.layout import AS_SET, Zero
 from bifrost.trainer.planner.traffic import traffic
 from bifrost.trainer.training.inputs import batch_arithmetic
 
@@ -136,7 +136,7 @@ def test_a_step_moves_what_the_plan_says(name: str, trained: Any, tmp_path: Path
     *_, step = trained(name)[1]
     recipe = load_recipe("tiny-mllm", runs.arguments(tmp_path, tmp_path, *SETTINGS, *CHOICES[name])[2:])
     planned: dict[str, list[float]] = {}
-    for one in traffic(parts(recipe), recipe, AS_SET, gpus=4, node=2, passes=2):
+    for one in traffic(parts(recipe), Zero.of(recipe), AS_SET, gpus=4, node=2, passes=2):
         function = "reduce_scatter_tensor" if "reduce" in one.kind else "all_gather_into_tensor"
         sums = planned.setdefault(f"{function} of {one.ranks}", [0, 0.0])
         sums[0] += one.count

@@ -63,10 +63,10 @@ def train_badly(arguments: list[str], bad: list[int], factor: float, cut: list[i
         if killed == "after the removal":
             die()
 
-    def deadly_rate(recipe, step):
+    def deadly_rate(optimizer, steps, step):
         if killed == "after it" and step == 9 and current > 11:
             die()
-        return rate(recipe, step)
+        return rate(optimizer, steps, step)
 
     rate = loop.learning_rate
     engine.Engine.forward, Inputs.normalizer, Store.remove_after = bad_forward, watched_normalizer, deadly_remove

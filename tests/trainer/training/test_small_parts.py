@@ -18,16 +18,16 @@ from bifrost.trainer.training.data_digest import SequenceDigest, comparable
 
 def test_warm_up_then_cosine() -> None:
     recipe = load_recipe("tiny-mllm", ["steps=110", "optimizer.warmup_steps=10", "optimizer.lr=1.0"])
-    assert [learning_rate(recipe, step) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
-    assert learning_rate(recipe, 10) == 1.0
-    assert learning_rate(recipe, 60) == pytest.approx(0.5)
-    assert learning_rate(recipe, 109) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.99)))
-    assert 0 < learning_rate(recipe, 109) < 1e-3
+    assert [learning_rate(recipe.optimizer, recipe.steps, step) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert learning_rate(recipe.optimizer, recipe.steps, 10) == 1.0
+    assert learning_rate(recipe.optimizer, recipe.steps, 60) == pytest.approx(0.5)
+    assert learning_rate(recipe.optimizer, recipe.steps, 109) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.99)))
+    assert 0 < learning_rate(recipe.optimizer, recipe.steps, 109) < 1e-3
 
 
 def test_constant_keeps_the_peak() -> None:
     recipe = load_recipe("tiny-mllm", ["steps=50", "optimizer.warmup_steps=0", "optimizer.schedule=constant"])
-    assert {learning_rate(recipe, step) for step in range(50)} == {recipe.optimizer.lr}
+    assert {learning_rate(recipe.optimizer, recipe.steps, step) for step in range(50)} == {recipe.optimizer.lr}
 
 
 def test_average_follows_the_formula() -> None:
