@@ -56,14 +56,13 @@ class progress:
     def line(self) -> str:
         """`verifying: 120 of 400 shards, 2 min 10 s left`."""
         elapsed, new = time.monotonic() - self._begun, self.done - self._before
+        if self.total is None or not new:
+            time_shown = f"{format_seconds(round(elapsed))} so far"
+        else:
+            time_shown = f"{format_seconds(round(elapsed / new * (self.total - self.done)))} left"
         if self.total is None:
-            return f"{self.what}: {format_seconds(elapsed)} so far"
-        left = (
-            f"{format_seconds(elapsed / new * (self.total - self.done))} left"
-            if new
-            else f"{format_seconds(elapsed)} so far"
-        )
-        return f"{self.what}: {self.done:,} of {self.total:,} {self.unit}".rstrip() + f", {left}"
+            return f"{self.what}: {time_shown}"
+        return f"{self.what}: {self.done:,} of {self.total:,} {self.unit}".rstrip() + f", {time_shown}"
 
     def _show(self) -> None:
         if not sys.stderr.isatty():

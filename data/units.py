@@ -21,4 +21,4 @@ def format_seconds(seconds: float) -> str:
         return f"{whole // 3600} h {whole % 3600 // 60:02} min"
     if whole >= 60:
         return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole} s" if whole >= 10 else f"{seconds:.1f} s"
+    return f"{whole if whole >= 10 else round(seconds, 1):g} s"

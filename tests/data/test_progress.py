@@ -42,7 +42,7 @@ def test_short_work_is_silent_and_stdout_stays_empty(capfd) -> None:
 
 def test_durations() -> None:
     assert [format_seconds(s) for s in (0, 59.4, 59.6, 3599, 3600, 7500)] == [
-        "0.0 s",
+        "0 s",
         "59 s",
         "1 min 00 s",
         "59 min 59 s",

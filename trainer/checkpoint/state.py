@@ -58,16 +58,14 @@ def restore(engine: Engine, ema: Ema | None, reader: CheckpointReader, updates: 
         odd = sorted(parameters.keys() ^ reader.shapes.keys())
         raise RunError(f"{reader.folder}: holds other parameters than this recipe trains: {', '.join(odd[:3])} …")
     for slot, tensors in _slots(engine, ema).items():
-        # A run that began without an average starts it at the restored weights.
-        source = slot if slot in reader.slots else "master"
         for name, tensor in tensors.items():
             _, lo, hi = local_slice(parameters[name])
-            tensor[: hi - lo].copy_(reader.read(source, name, lo, hi))
+            tensor[: hi - lo].copy_(reader.read(slot, name, lo, hi))
             tensor[hi - lo :].zero_()
     engine.updates = updates
     if ema is not None:
         ema.updates = updates
-        restore_statistics(ema.statistics, reader, "ema" if "ema" in reader.slots else "master")
+        restore_statistics(ema.statistics, reader, "ema")
 
 
 def reload(engine: Engine, ema: Ema | None, reader: CheckpointReader) -> None:

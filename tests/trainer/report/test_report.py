@@ -172,7 +172,7 @@ def test_a_page_has_it_all(eventful: Path) -> None:
         assert text in found.text
     for title in ("loss", "samples a second", "memory, GiB", "learning rate", "gradient norm", "utilisation, %"):
         assert f"{title} over the step" in html, title
-    assert "4 steps, 8.0 s" in found.sections["time"] and "none so far" in found.sections["time"]
+    assert "4 steps, 8 s" in found.sections["time"] and "none so far" in found.sections["time"]
     assert "loss is <spike> & more (loss 9, grad_norm -)" in found.sections["trouble"]
     assert "2 samples: a/7: cannot be decoded; a/8: torn" in found.sections["trouble"]
     assert "back to step 30, global batches 31 to 35 passed over" in found.sections["trouble"]
