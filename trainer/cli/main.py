@@ -164,7 +164,7 @@ def _leave_lost(error: Exception, rank: int, line: str) -> NoReturn:
     logging.getLogger(__name__).info("%s", line, exc_info=error)
     logs = [each.baseFilename for each in logging.getLogger().handlers if isinstance(each, logging.FileHandler)]
     last = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if str(Path(__file__).parent) in frame.filename
+        frame for frame in traceback.extract_tb(error.__traceback__) if str(Path(__file__).parents[1]) in frame.filename
     ]
     place = f"traceback in {logs[0]}" if logs else f"raised in {last[-1].filename}:{last[-1].lineno}"
     text = redact(f"error: rank {rank}: {line}; {place}")
