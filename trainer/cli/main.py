@@ -21,7 +21,7 @@ from ...slurm.exit_codes import DONE, FAILED, HUNG, LOCKED, LOST, USAGE
 from ...slurm.exit_record import record_outcome
 from ..distributed.launcher import lost_file
 from ..distributed.stop_signals import PHASE_FILE
-from ..errors import Locked, RunError, Unhealthy, foreseen, lost_rank
+from ..errors import Locked, RendezvousTimeout, RunError, Unhealthy, foreseen, lost_rank, with_message
 from ..versions import BIFROST, how_to_install
 from .bench import app as bench_app
 from .checkpoint import app as checkpoint_app
