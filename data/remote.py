@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
-import tempfile
 import threading
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.core import url_to_fs
 
 from .errors import DataError, InvalidResponse
+from .kept import Kept
 from .transience import causes, status
 
 log = logging.getLogger(__name__)
@@ -29,8 +28,6 @@ CONNECT_S, SILENCE_S = 10.0, 30.0
 """Timeouts in seconds: to connect, and between two reads of a response."""
 SLOWEST = 100_000
 """Bytes per second below which a response counts as stalled."""
-WHOLE_LIMIT = 4 << 30
-"""Total bytes of whole objects, from servers that ignore byte ranges, that a process keeps in its temporary folder."""
 CHUNK = 1 << 20
 LONGEST = 1 << 40
 """Upper bound in bytes for an object that is read whole."""
@@ -45,7 +42,7 @@ class Response:
     """Size of the whole object in bytes, if the server states it."""
     tag: str | None = None
     """Strong ETag, which changes whenever the object does."""
-    whole: _Kept | None = None
+    whole: Kept | None = None
     """The whole object, when the server ignored the requested range."""
 
 
@@ -127,7 +124,7 @@ def fetch(url: str, start: int, size: int) -> Response:
         return Response(b"", total)
     body = fs.cat_file(path, start=start, end=end)
     if len(body) == total != end - start:
-        return Response(b"", total, whole=_Kept(url, body))
+        return Response(b"", total, whole=Kept(url, body))
     return Response(_exact(body, end - start), total)
 
 
@@ -169,7 +166,7 @@ class RemoteFile:
         self.url = url
         self.total = total
         self._tag: str | None = None
-        self._whole: _Kept | None = None
+        self._whole: Kept | None = None
         self._lock = threading.Lock()
 
     def read(self, start: int, size: int) -> bytes:
@@ -243,7 +240,7 @@ async def _over_http(fs: Any, url: str, start: int, size: int) -> Response:
             return _part(body, response.headers.get("Content-Range"), start, size, tag)
         # Some servers compress despite the header; aiohttp decompresses, and the stated length is the compressed one.
         length = None if "Content-Encoding" in response.headers else response.content_length
-        kept = _Kept(url)
+        kept = Kept(url)
         try:
             async for chunk in response.content.iter_chunked(CHUNK):
                 kept.write(chunk)
@@ -274,7 +271,7 @@ async def _from_s3(fs: Any, path: str, start: int, size: int) -> Response:
     if "ContentRange" in response:
         return _part(body, response["ContentRange"], start, size, tag)
     _refuse_page(response.get("ContentType"), body[:64])
-    return Response(b"", response.get("ContentLength"), tag, _Kept(path, body))
+    return Response(b"", response.get("ContentLength"), tag, Kept(path, body))
 
 
 def _part(body: bytes, content_range: str | None, start: int, size: int, tag: str | None) -> Response:
@@ -303,7 +300,7 @@ def _exact(body: bytes, length: int | None) -> bytes:
     return body
 
 
-def _require(whole: _Kept, size: int | None) -> None:
+def _require(whole: Kept, size: int | None) -> None:
     if size not in (None, whole.size):
         received = whole.size
         whole.close()
@@ -318,45 +315,3 @@ def _strong(tag: str | None) -> str | None:
 def _has_protocol(fs: Any, protocol: str) -> bool:
     protocols = fs.protocol if isinstance(fs.protocol, (tuple, list)) else (fs.protocol,)
     return protocol in protocols and isinstance(fs, AsyncFileSystem)
-
-
-class _Kept:
-    """A whole object in an unnamed temporary file; a process keeps at most WHOLE_LIMIT bytes of them in total."""
-
-    _lock = threading.Lock()
-    _in_all = 0
-
-    def __init__(self, url: str, body: bytes = b"") -> None:
-        self.url = url
-        self.size = 0
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 closed by `close`
-        if body:
-            self.write(body)
-
-    def write(self, chunk: bytes) -> None:
-        with _Kept._lock:
-            _Kept._in_all += len(chunk)
-            self.size += len(chunk)
-            full = _Kept._in_all > WHOLE_LIMIT
-        if full:
-            self.close()
-            raise DataError(
-                f"{self.url}: the server ignores byte ranges, and whole shards of more than"
-                f" {WHOLE_LIMIT / 2**30:.3g} GiB are not kept; serve them from a server with byte ranges or from"
-                " S3, or copy them"
-            )
-        view = memoryview(chunk)
-        while view:
-            view = view[self._file.write(view) :]
-
-    def read(self, start: int, size: int) -> bytes:
-        return os.pread(self._file.fileno(), size, start)
-
-    def __del__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        with _Kept._lock:
-            _Kept._in_all -= self.size
-            self.size = 0
-        self._file.close()

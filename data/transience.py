@@ -11,200 +11,19 @@ import socket
 import ssl
 from collections.abc import Iterator
 
-TRANSIENT_STATUSES = {408, 425, 429}
-"""HTTP statuses below 500 after which the same request may succeed later."""
-LASTING_SERVER_STATUSES = {501, 505, 507, 510, 511}
-"""HTTP server errors that a retry does not fix: not implemented, disk full, login required."""
-
-_PASSING_CODES = {
-    "BadDigest",
-    "BandwidthLimitExceeded",
-    "ConditionalRequestConflict",  # "retry the request" in S3's list of errors, as for OperationAborted
-    "IncompleteBody",
-    "InternalError",
-    "InternalFailure",
-    "LimitExceededException",
-    "OperationAborted",
-    "PriorRequestNotComplete",
-    "ProvisionedThroughputExceededException",
-    "RequestLimitExceeded",
-    "RequestThrottled",
-    "RequestThrottledException",
-    "RequestTimeout",
-    "RequestTimeoutException",
-    "ServiceUnavailable",
-    "SlowDown",
-    "ThrottledException",
-    "Throttling",
-    "ThrottlingException",
-    "TooManyRequestsException",
-    "XAmzContentSHA256Mismatch",
-}
-"""S3 error codes, some of them with status 400 or 409, that botocore's standard retry mode (botocore.retries.standard)
-or S3's list of errors (API reference, Error responses) describe as retryable."""
-_CODELESS_CONFLICT = {"", "409", "Conflict"}
-"""Codes that botocore makes up for a 409 without a body, such as any response to a HEAD. For a read, the only possible
-S3 conflict is with a concurrent request, which is transient; s3fs likewise maps it to EBUSY. A 400 without a body is
-permanent, since it usually means an expired token or a wrong region: `remote.size_of` gets its code by a GET."""
-_REFUSED_CREDENTIALS = {
-    "ExpiredToken",
-    "ExpiredTokenException",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "TokenRefreshRequired",
-}
-_REDIRECTS = {"NonHttpUrlClientError", "RedirectClientError", "TooManyRedirects"}
-"""aiohttp's errors for invalid redirects, which botocore wraps like a broken connection."""
-
-_ERRNOS = {
-    **dict.fromkeys(
-        (
-            errno.EAGAIN,
-            errno.EBUSY,  # s3fs: SlowDown and ServiceUnavailable; a network file system's renames
-            errno.ECONNABORTED,
-            errno.ECONNREFUSED,
-            errno.ECONNRESET,
-            errno.EHOSTDOWN,
-            errno.EHOSTUNREACH,
-            errno.EINTR,
-            errno.EIO,
-            errno.ENETDOWN,
-            errno.ENETRESET,
-            errno.ENETUNREACH,
-            errno.ENOBUFS,
-            errno.ENOTCONN,  # a FUSE mount whose server is being restarted
-            errno.EPIPE,
-            errno.EPROTO,
-            errno.ESHUTDOWN,
-            errno.ESTALE,
-            errno.ETIMEDOUT,
-            getattr(errno, "ECOMM", errno.EIO),
-            getattr(errno, "ENOLINK", errno.EIO),
-            getattr(errno, "EREMOTEIO", errno.EIO),  # s3fs: InternalError
-        ),
-        True,
-    ),
-    **dict.fromkeys(
-        (
-            errno.EACCES,
-            errno.EDQUOT,
-            errno.EEXIST,
-            errno.EFBIG,
-            errno.EINVAL,
-            errno.EISDIR,
-            errno.ELOOP,
-            errno.EMFILE,
-            errno.ENAMETOOLONG,
-            errno.ENODEV,
-            errno.ENOENT,
-            errno.ENOSPC,
-            errno.ENOSYS,
-            errno.ENOTDIR,
-            errno.ENOTEMPTY,
-            errno.EOPNOTSUPP,
-            errno.EPERM,
-            errno.EROFS,
-            errno.EXDEV,
-            getattr(errno, "EKEYEXPIRED", errno.EACCES),  # a Kerberos ticket
-        ),
-        False,
-    ),
-}
-
-_CREDENTIALS = {
-    "botocore": {
-        "CredentialRetrievalError",
-        "NoAuthTokenError",
-        "NoCredentialsError",
-        "PartialCredentialsError",
-        "ProfileNotFound",
-        "RefreshWithMFAUnsupportedError",
-        "SSOError",
-        "TokenRetrievalError",
-    },
-    "google": {"DefaultCredentialsError", "RefreshError"},
-    "azure": {"ClientAuthenticationError"},
-    "huggingface_hub": {"GatedRepoError", "LocalTokenNotFoundError"},
-}
-
-_HTTPX = {
-    "TransportError": True,
-    "NetworkError": True,
-    "TimeoutException": True,
-    "TooManyRedirects": False,
-    "RemoteProtocolError": True,
-    "LocalProtocolError": False,
-    "UnsupportedProtocol": False,
-}
-_CLASSES: dict[str, dict[str, bool]] = {
-    "builtins": {
-        "BlockingIOError": True,
-        "ConnectionError": True,
-        "InterruptedError": True,
-        "TimeoutError": True,
-    },
-    "aiohttp": {
-        "BadHttpMessage": True,  # sent by failing proxies
-        "ClientConnectionError": True,
-        "ClientConnectorSSLError": False,
-        "ClientPayloadError": True,
-        "InvalidURL": False,
-        "PayloadEncodingError": True,
-    },
-    "asyncio": {"IncompleteReadError": True, "TimeoutError": True},
-    "azure": {"ServiceRequestError": True, "ServiceResponseError": True},
-    "botocore": {
-        "BotoCoreError": False,
-        "ChecksumError": True,
-        "ConnectionError": True,
-        "FlexibleChecksumError": True,  # the body was truncated or altered in transit
-        "HTTPClientError": True,
-        "IncompleteReadError": True,
-        "ResponseParserError": True,  # the response of a server that limits requests may not be XML
-        "SSLError": False,
-    },
-    "concurrent": {"TimeoutError": True},
-    "fsspec": {"BlocksizeMismatchError": False, "FSTimeoutError": True},
-    "gcsfs": {"ChecksumError": True},
-    "google": {"TransportError": True},
-    "http": {"BadStatusLine": True, "IncompleteRead": True, "RemoteDisconnected": True},
-    "httpcore": _HTTPX,
-    "httpcore2": _HTTPX,
-    "httpx": _HTTPX,
-    "httpx2": _HTTPX,
-    "huggingface_hub": {"OfflineModeIsEnabled": False},
-    "requests": {"ChunkedEncodingError": True, "ConnectionError": True, "SSLError": False, "Timeout": True},
-    "s3fs": {"FileExpired": False},  # an EBUSY: the object was replaced
-    "subprocess": {"TimeoutExpired": True},
-    "urllib3": {
-        "IncompleteRead": True,
-        "InvalidChunkLength": True,
-        "LocationValueError": False,
-        "MaxRetryError": True,
-        "NewConnectionError": True,
-        "PoolError": True,
-        "ProtocolError": True,
-        "ProxyError": True,
-        "SSLError": False,
-        "TimeoutError": True,
-    },
-}
-
-_PASSING_SSL = {"BAD_RECORD_MAC", "DECRYPTION_FAILED_OR_BAD_RECORD_MAC", "UNEXPECTED_EOF_WHILE_READING"}
-_MLFLOW = {
-    "REQUEST_LIMIT_EXCEEDED": True,
-    "RESOURCE_EXHAUSTED": True,
-    "TEMPORARILY_UNAVAILABLE": True,
-    "BAD_REQUEST": False,
-    "CUSTOMER_UNAUTHORIZED": False,
-    "ENDPOINT_NOT_FOUND": False,
-    "INVALID_PARAMETER_VALUE": False,
-    "INVALID_STATE": False,
-    "PERMISSION_DENIED": False,
-    "RESOURCE_ALREADY_EXISTS": False,
-    "RESOURCE_DOES_NOT_EXIST": False,
-    "UNAUTHENTICATED": False,
-}
+from .error_tables import (
+    CLASSES,
+    CODELESS_CONFLICT,
+    CREDENTIALS,
+    ERRNOS,
+    LASTING_SERVER_STATUSES,
+    MLFLOW,
+    PASSING_CODES,
+    PASSING_SSL,
+    REDIRECTS,
+    REFUSED_CREDENTIALS,
+    TRANSIENT_STATUSES,
+)
 
 
 def verdict(error: BaseException) -> bool | None:
@@ -280,10 +99,10 @@ def is_missing(error: BaseException) -> bool:
 def lacks_credentials(error: BaseException) -> bool:
     """Whether an error means that a client has no credentials, or that they were refused."""
     for link in causes(error):
-        if any(cls.__name__ in _CREDENTIALS.get(_root(cls), ()) for cls in type(link).__mro__):
+        if any(cls.__name__ in CREDENTIALS.get(_root(cls), ()) for cls in type(link).__mro__):
             return True
         response = getattr(link, "response", None)
-        if isinstance(response, dict) and response.get("Error", {}).get("Code") in _REFUSED_CREDENTIALS:
+        if isinstance(response, dict) and response.get("Error", {}).get("Code") in REFUSED_CREDENTIALS:
             return True
         if status(link) == 401:
             return True
@@ -299,12 +118,12 @@ def _own(error: BaseException) -> bool | None:
 
 
 def _by_status(error: BaseException) -> bool | None:
-    if any(cls.__name__ in _CREDENTIALS.get(_root(cls), ()) for cls in type(error).__mro__):
+    if any(cls.__name__ in CREDENTIALS.get(_root(cls), ()) for cls in type(error).__mro__):
         return False
     response = getattr(error, "response", None)
     code = str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else None
     found = status(error)
-    if code in _PASSING_CODES or (found == 409 and code in _CODELESS_CONFLICT):
+    if code in PASSING_CODES or (found == 409 and code in CODELESS_CONFLICT):
         return True
     if found is not None and found >= 400:
         return found in TRANSIENT_STATUSES or (found >= 500 and found not in LASTING_SERVER_STATUSES)
@@ -312,14 +131,14 @@ def _by_status(error: BaseException) -> bool | None:
         code = getattr(error, "error_code", None)
         if code == "INTERNAL_ERROR" and type(error).__name__ == "RestException":  # not a client's default
             return True
-        return _MLFLOW.get(str(code))
+        return MLFLOW.get(str(code))
     return None
 
 
 def _by_misleading_class(error: BaseException) -> bool | None:
     """Name resolution, redirects, certificates and databases: here the classes and errnos of the errors, or of those
     that wrap them, are misleading."""
-    if _module(error) == "aiohttp" and any(cls.__name__ in _REDIRECTS for cls in type(error).__mro__):
+    if _module(error) == "aiohttp" and any(cls.__name__ in REDIRECTS for cls in type(error).__mro__):
         return False
     if isinstance(error, socket.gaierror):
         # A resolver failure is transient. "No such name" is a definite answer, nearly always to a typo.
@@ -328,7 +147,7 @@ def _by_misleading_class(error: BaseException) -> bool | None:
         return False
     if isinstance(error, ssl.SSLError):
         cut = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLWantReadError, ssl.SSLWantWriteError))
-        return cut or error.reason in _PASSING_SSL
+        return cut or error.reason in PASSING_SSL
     if _module(error) == "sqlite3" and type(error).__name__ == "OperationalError":
         busy, locked = 5, 6
         code = getattr(error, "sqlite_errorcode", None)  # from Python 3.11 on
@@ -342,17 +161,17 @@ def _by_misleading_class(error: BaseException) -> bool | None:
 def _by_errno(error: BaseException) -> bool | None:
     rust = re.search(r"\(os error (\d+)\)", str(error))
     if rust and not isinstance(error, OSError):  # format of safetensors, tokenizers and hf_xet
-        return _ERRNOS.get(int(rust.group(1)))
+        return ERRNOS.get(int(rust.group(1)))
     if not isinstance(error, OSError) or _module(error) == "s3fs":
         return None
-    return _ERRNOS.get(error.errno) if error.errno is not None else None
+    return ERRNOS.get(error.errno) if error.errno is not None else None
 
 
 def _by_class(error: BaseException) -> bool | None:
     if "Certificate" in type(error).__name__:
         return False
     for cls in type(error).__mro__:
-        known = _CLASSES.get(_root(cls), {}).get(cls.__name__)
+        known = CLASSES.get(_root(cls), {}).get(cls.__name__)
         if known is not None:
             return known
     return None

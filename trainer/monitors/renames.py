@@ -35,7 +35,7 @@ PREVIEWS, OLD_PREVIEWS = "previews", "samples"
 def with_new_names(record: dict[str, Any]) -> dict[str, Any]:
     """A record of metrics.jsonl with today's names, in the same order; the same object where it has them already."""
     event = record.get("event")
-    event = EVENTS.get(event, event)
+    event = EVENTS.get(event, event) if isinstance(event, str) else None
     names = METRICS if event is None else FIELDS.get(event, {})
     if event == record.get("event") and not names.keys() & record.keys():
         return record
