@@ -75,8 +75,8 @@ def counts() -> list[Anchor]:
         Anchor("stage 1, 3B, trained", "", 2_779_496_448, trained("mllm-3b")),
         Anchor("Qwen2.5-VL-7B without its output layer", "", 8_292_166_656 - output, frozen(seven)),
         Anchor("Qwen2.5-VL-3B", "", 3_754_622_976, frozen(three)),
-        Anchor("vision encoder, 7B / 3B", "", 676_550_144, seven["vision tower"].size),
-        Anchor("", "", 668_684_288, three["vision tower"].size),
+        Anchor("vision encoder, 7B / 3B", "", 676_550_144, vision(seven).size),
+        Anchor("", "", 668_684_288, vision(three).size),
         Anchor("ControlNet 4 + 1, 7B latents", "", 1_771_186_432, trained("flux-controlnet")),
         Anchor("ControlNet 4 + 1, 3B latents", "", 1_653_998_848, controlnet(smaller)),
         Anchor("ControlNet 1 + 4", "", 1_176_467_968, controlnet("controlnet.double=1", "controlnet.single=4")),
@@ -88,18 +88,23 @@ def counts() -> list[Anchor]:
     ]
 
 
+def vision(some: dict[str, Part]) -> Part:
+    """The vision encoder with its merger."""
+    return next(part for name, part in some.items() if name.startswith("vision "))
+
+
 def frozen(some: dict[str, Part]) -> int:
     return sum(part.size for part in some.values() if part.gradient != "trained")
 
 
 def dense(some: dict[str, Part], text: int) -> float:
     """TFLOP of the public code's formulation: both branches on all tokens, gradients through both."""
-    branch, tower, head = some["generation branch"], some["vision tower"], some["head"]
+    branch, encoder, head = some["generation branch"], vision(some), some["head"]
     tokens = text + 256
     one = branch.linear * tokens / 256
     attention = branch.attention / (256 * 336) * tokens**2
     both = one * (2 + 2 + 1)  # two forward passes, weights and inputs of the trained one, inputs of the frozen one
-    return (tower.forward + both + attention * (1 + ATTENTION_BACKWARD) + head.forward + head.backward) / 1e12
+    return (encoder.forward + both + attention * (1 + ATTENTION_BACKWARD) + head.forward + head.backward) / 1e12
 
 
 def flops() -> list[Anchor]:
@@ -115,7 +120,7 @@ def flops() -> list[Anchor]:
         return tflop / (0.4 * 989) * 1e6 / 3600
 
     return [
-        row("stage 1, 7B, 80 + 256 tokens: vision encoder", 1.347, seven["vision tower"].forward),
+        row("stage 1, 7B, 80 + 256 tokens: vision encoder", 1.347, vision(seven).forward),
         row("frozen prefix, forward", 1.045, text),
         row("image, linear layers, forward", 3.341, branch.linear),
         row("image, attention, forward", 0.035, branch.attention),
@@ -136,7 +141,7 @@ def flops() -> list[Anchor]:
         row("ControlNet 4 + 1, backward", 4.56, net.backward),
         row("T5", 4.84, flux["T5"].forward),
         row("VAE, encoding", 1.09, flux["VAE encoder"].forward),
-        row("vision encoder", 1.35, flux["vision tower"].forward),
+        row("vision encoder", 1.35, vision(flux).forward),
         row("total", 59.5, stage2),
         row("with T5 cached", 54.7, stage2 - flux["T5"].forward),
         row("recomputed", 23.8, done_flops(list(flux.values()), True) - stage2),

@@ -1,4 +1,4 @@
-"""Writes docs/recipes.md from the recipe's schema: `python docs/make_recipes.py`. A test says when to run it again."""
+"""Writes docs/recipes.md from the schema: `python docs/make_recipes.py`. A test fails when it is out of date."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ changes; `micro_batch` is what fits in memory and changes no result beyond round
 
 
 def page() -> str:
-    """The page: one table a section of the recipe."""
+    """The page: one table per section of the recipe."""
     parts = [HEAD]
     for path, section, sentence in _sections(Recipe, "", None):
         title = f"`{path}`" if path else "Top level"
@@ -66,7 +66,7 @@ def page() -> str:
 def _sections(
     section: type[BaseModel], path: str, sentence: str | None
 ) -> Iterator[tuple[str, type[BaseModel], str | None]]:
-    """Every group of settings, outer before inner: key, type, and what is said of it."""
+    """Every group of settings, outer before inner: key, type, and description."""
     yield path, section, sentence
     for name, field in section.model_fields.items():
         nested = _section_of(field)
@@ -75,7 +75,7 @@ def _sections(
 
 
 def _section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The group of settings that a field is; of an optional one, too."""
+    """The group of settings of a field, also of an optional one."""
     options = [field.annotation, *get_args(field.annotation)]
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
