@@ -104,7 +104,7 @@ def evaluate(
     }
     text = table(found)
     picture = io.BytesIO()
-    found.sheet.save(picture, "PNG")
+    found.contact_sheet.save(picture, "PNG")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / SHEET, picture.getvalue())

@@ -22,17 +22,17 @@ from ...data.transforms import decode_image
 from ..distributed.launcher import adopt_rank, devices, run_ranks
 from ..errors import RunError
 from ..inference.outputs import (
+    ImageFile,
     Layout,
-    Picture,
     Prompt,
     begin,
     check,
     clean,
-    draw_sheet,
     plan,
     read_prompts,
     record,
     write,
+    write_contact_sheet,
 )
 from .options import RanksOption
 
@@ -131,20 +131,20 @@ def _make(
         # Refuses more steps than there are patches, before the folder is begun.
         reveal_counts(generator.mllm.branch.side**2, settings.steps, settings.schedule)
         begin(out, entries)
-        generator.warn_of_cut([picture.prompt.text for picture in missing], settings, image is None)
+        generator.warn_about_truncation([picture.prompt.text for picture in missing], settings, image is None)
         made, there = _made(generator, missing, settings, image, batch), len(share) - len(missing)
         with progress("making", len(share), "pictures", there, shown=rank == 0) as shown:
             for picture, images in made:
                 write(out, picture, images, layout)
                 shown.advance()
     if all((out / picture.file).exists() for picture in pictures):
-        draw_sheet(out, pictures)
+        write_contact_sheet(out, pictures)
     print(f"{out}: {len(missing)} pictures made, {len(share) - len(missing)} were there")
 
 
 def _made(
-    generator: Generator, pictures: Sequence[Picture], settings: Settings, image: bytes | None, batch: int
-) -> Iterator[tuple[Picture, list[Image.Image]]]:
+    generator: Generator, pictures: Sequence[ImageFile], settings: Settings, image: bytes | None, batch: int
+) -> Iterator[tuple[ImageFile, list[Image.Image]]]:
     """Every picture with its images, by its prompt or by the latents of `image`."""
     import torch
 

@@ -33,11 +33,13 @@ def plan(
         raise RunError("--plot: nothing to draw without times; give a --device that has bf16_tflops")
     from ..planner.curves import draw
     from ..planner.flops import parts
-    from ..planner.previews import painter_bytes
+    from ..planner.previews import image_generator_bytes
     from ..planner.report import Report
     from ..terminal import terminal
 
-    report = Report(settings, parts(settings, text_tokens), counts, chosen, text_tokens, painter_bytes(settings))
+    report = Report(
+        settings, parts(settings, text_tokens), counts, chosen, text_tokens, image_generator_bytes(settings)
+    )
     samples = samples or settings.steps * settings.global_batch
     if as_json:
         print(json.dumps(report.as_json(samples), indent=2))

@@ -1,6 +1,6 @@
-"""How well both stages do on a data set: latents, reconstructions, and whether pictures match their prompts.
+"""Evaluation of both stages on a data set: latents, reconstructions, and whether images match their prompts.
 
-Legend: B samples, N patch latents of width D, S and P sides in pixels of what the vision tower sees and FLUX paints.
+Legend: B samples, N patch latents of width D, S and P image sides in pixels for the vision encoder and for FLUX.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ...data import Dataset
 from ...data.progress import progress
 from ...kernels import PrefixLayout
-from ..inference.contact_sheet import sheet
+from ..inference.contact_sheet import make_contact_sheet
 from ..inference.generator import Generator, Settings
 from ..inference.masked_decoding import NO_EPOCH
 from ..models.flux import gaussian
@@ -31,22 +31,22 @@ from .samples import Sample, SampleSet
 MASK_RATES = (0.7, 0.8, 0.9, 1.0)
 GALLERY = 4096
 RECONSTRUCTIONS = {"": "ground_truth", "latents_alone_": "latents_alone"}
-"""Prefix of the figures -> pictures of the true latents, with the caption and with an empty text."""
-ON_SHEET = 8
-"""Columns of the contact sheet, of each data set."""
+"""Prefix of the metrics -> images from the true latents, with the caption and with the empty prompt."""
+SHEET_COLUMNS = 8
+"""Columns of the contact sheet per data set."""
 
 
 @dataclass
 class Evaluation:
-    """What an evaluation found."""
+    """Results of an evaluation."""
 
     figures: dict[str, dict[str, Any]]
-    """For `train` and perhaps `heldout`: `latents`, `reconstruction`, `match` and `frechet`, see docs/evaluation.md."""
+    """For `train` and optionally `heldout`: `latents`, `reconstruction`, `match`, `frechet`; see docs/evaluation.md."""
     samples: dict[str, list[Sample]]
     image_seeds: dict[str, list[int]]
     gallery: int
-    """Images among which reconstructions were looked up."""
-    sheet: Image.Image
+    """Number of images among which reconstructions were looked up."""
+    contact_sheet: Image.Image
 
 
 @torch.no_grad()
@@ -60,10 +60,10 @@ def evaluate(
     batch: int = 8,
     gallery: int = GALLERY,
 ) -> Evaluation:
-    """Figures over `samples` captions of each data set; the same ones for the same seed.
+    """Metrics over `samples` captions of each data set, the same samples for the same seed.
 
-    gallery: images of each set, at least `samples`, among which reconstructions are looked up and whose latents make
-    the mean. A held-out image that is also one of them is not taken. RunError when a set has too few samples.
+    gallery: images per set, at least `samples`, among which reconstructions are looked up and whose latents give the
+    mean. Held-out images that are among them are skipped. RunError if a set has too few samples.
     """
     sizes = generator.image_size, generator.flux_size
     gallery = max(gallery, samples)
@@ -73,7 +73,7 @@ def evaluate(
     known = sets[0].image_hashes(gallery) if heldout is not None else set()
     chosen = {one.name: one.choose(samples, () if one is sets[0] else known) for one in sets}
     kinds = sum(_Trial.KINDS[name] for name in chosen)
-    with progress("making", kinds * samples, "pictures") as shown:
+    with progress("generating", kinds * samples, "images") as shown:
         trials = {
             name: _Trial(generator, name, of, seed, settings, batch, shown.advance) for name, of in chosen.items()
         }
@@ -83,7 +83,7 @@ def evaluate(
         for prefix, kind in RECONSTRUCTIONS.items()
     }
     total, count = torch.zeros((), dtype=torch.float64), 0
-    with progress("looking reconstructions up among all images"):
+    with progress("looking up reconstructions among all images"):
         for one in sets:
             for part in one.gallery(gallery, 4 * batch, [sample.index for sample in chosen[one.name]]):
                 keys, originals = [(one.name, sample.index) for sample in part], _stack([s.original for s in part])
@@ -109,10 +109,10 @@ def evaluate(
 
 
 class _Trial:
-    """The pictures of one data set's captions, and what they are worth. Figures are taken in fp32 or more."""
+    """Images for the captions of one data set, and their metrics, computed in fp32 or fp64."""
 
     KINDS: ClassVar = {"train": 7, "heldout": 4}
-    """Pictures of each caption."""
+    """Images per caption."""
 
     def __init__(
         self,
@@ -149,9 +149,9 @@ class _Trial:
         assert len(plans) == self.KINDS[name]
 
     def latents(self, mean: Tensor) -> dict[str, dict[str, float]]:
-        """By mask rate: mean squared error and cosine of the branch's predictions on hidden patches.
+        """Mean squared error and cosine of the branch's predictions on masked patches, by mask rate.
 
-        mean [N, D]: another prediction, that of each position's mean, whose error is `mean_mse`.
+        mean [N, D]: a baseline that predicts the mean of each position; its error is `mean_mse`.
         """
         model, patches = self.generator.mllm, self.own.shape[1]
         mean = mean.to(self.own)
@@ -180,8 +180,8 @@ class _Trial:
         return {str(rate): dict(zip(names, row, strict=True)) for rate, row in zip(MASK_RATES, rows, strict=True)}
 
     def reconstruction(self) -> dict[str, float]:
-        """PSNR in dB and SSIM against the originals: of the true latents with and without the text, of the VAE alone,
-        and of the text alone."""
+        """PSNR in dB and SSIM against the originals, of images from the true latents with and without the text, from
+        the VAE only, and from the text only."""
         flux, device = self.generator.flux, self.generator.device
         parts = _parts(len(self.originals), self.batch)
         through = [flux.decode_latents(flux.encode_images(self.originals[p].to(device))).cpu() for p in parts]
@@ -198,9 +198,9 @@ class _Trial:
         return found
 
     def matches(self) -> dict[str, dict[str, Any]]:
-        """Which of the captions' real images each picture is nearest to, and how far both sets lie apart.
+        """How often a generated image is nearest to its caption's real image, and the distance between both sets.
 
-        Real images are looked at as the pictures are, from P pixels: else a difference in sharpness would count.
+        Real images are encoded at P pixels like generated ones: else a difference in sharpness would count.
         """
         real = self._encode([Image.fromarray(image) for image in self.originals.permute(0, 2, 3, 1).numpy()]).float()
         places = torch.arange(len(real), device=real.device)
@@ -208,7 +208,7 @@ class _Trial:
         apart: dict[str, float] = {}
         for kind, images in self.made.items():
             seen = self._encode(images).float()
-            # Not Euclidean: what the branch predicts is a mean and shorter, and short vectors are all near the centre.
+            # Not Euclidean: the branch predicts a mean, which is shorter, and short vectors are all near the centre.
             alike = centred_cosine(seen.flatten(1), real.flatten(1))
             match[kind] = {"r1": recall(alike, places, 1), "r5": recall(alike, places, 5)}
             if kind == "other_latents":
@@ -225,7 +225,7 @@ class _Trial:
         return torch.cat([self.generator.encode(_stack(resized[p])) for p in _parts(len(images), self.batch)])
 
     def _random_latents(self) -> Tensor:
-        """Gaussian latents [B, N, D] with the true ones' mean and deviation in every channel."""
+        """Gaussian latents [B, N, D] with the mean and deviation of the true latents in every channel."""
         lanes = self.own[0].numel()
         draws = uniform(self.seed, Stream.POSTERIOR, np.full_like(self.indices, NO_EPOCH), self.indices, lanes)
         noise = gaussian(torch.from_numpy(draws)).view(self.own.shape).to(self.own)
@@ -242,7 +242,7 @@ def _stack(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
 
 
 def _sheet(trials: dict[str, _Trial]) -> Image.Image:
-    """Rows of the first captions' pictures, those of training and then held-out ones."""
+    """Images of the first captions: training, then held-out ones."""
     rows: dict[str, list[Image.Image]] = {}
     columns: list[str] = []
     for trial in trials.values():
@@ -255,7 +255,7 @@ def _sheet(trials: dict[str, _Trial]) -> Image.Image:
             "original": originals,
         }
         for label, images in shown.items():
-            rows.setdefault(label, []).extend(images[:ON_SHEET])
+            rows.setdefault(label, []).extend(images[:SHEET_COLUMNS])
         mark = "" if trial.name == "train" else "held out: "
-        columns += [mark + caption for caption in trial.captions[:ON_SHEET]]
-    return sheet(rows, columns, across=ON_SHEET)
+        columns += [mark + caption for caption in trial.captions[:SHEET_COLUMNS]]
+    return make_contact_sheet(rows, columns, across=SHEET_COLUMNS)

@@ -1,6 +1,6 @@
-"""How alike images are: in their pixels, and in vectors that a network makes of them.
+"""Similarity of images, in pixels and in feature vectors.
 
-Legend: B images of H x W pixels, Q queries, G gallery images, F numbers of one.
+Legend: B images of H x W pixels, Q queries, G gallery images, F features.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LARGEST_PSNR = 100.0
-"""dB that equal images count as."""
+"""dB assigned to identical images."""
 
 
 def psnr(one: Tensor, other: Tensor) -> Tensor:
@@ -23,8 +23,8 @@ def ssim(one: Tensor, other: Tensor) -> Tensor:
     """Structural similarity of uint8 images [B, 3, H, W] of at least 11 x 11 pixels: [B], fp64.
 
     Wang, Bovik, Sheikh, Simoncelli 2004, "Image quality assessment: from error visibility to structural similarity":
-    Gaussian window of 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03, L = 255, mean over all windows that lie in the
-    image; here also over the three colours.
+    Gaussian window of 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03, L = 255, mean over all windows inside the image;
+    here also over the three colours.
     """
     offsets = torch.arange(11, dtype=torch.float64, device=one.device) - 5
     bell = (-offsets.square() / (2 * 1.5**2)).exp()
@@ -45,30 +45,30 @@ def ssim(one: Tensor, other: Tensor) -> Tensor:
 
 
 def frechet(one: Tensor, other: Tensor) -> float:
-    """Squared Fréchet distance of the Gaussians with the moments of vectors [Q, F] and [G, F], two or more each.
+    """Squared Fréchet distance between Gaussians fitted to vectors [Q, F] and [G, F], two or more each.
 
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2) as in Heusel et al. 2017 (FID), on other vectors than theirs;
-    the root by eigenvalues of the symmetric product, in fp64.
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2) as in Heusel et al. 2017 (FID), but on other features; the
+    square root from the eigenvalues of the symmetric product, in fp64.
     """
     one, other = one.double(), other.double()
     first, second = torch.atleast_2d(one.T.cov()), torch.atleast_2d(other.T.cov())
     values, vectors = torch.linalg.eigh(first)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     overlap = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
-    apart = (one.mean(0) - other.mean(0)).square().sum()
-    return max(0.0, float(apart + first.trace() + second.trace() - 2 * overlap))  # -1e-15 where both are the same
+    means = (one.mean(0) - other.mean(0)).square().sum()
+    return max(0.0, float(means + first.trace() + second.trace() - 2 * overlap))  # -1e-15 for equal sets
 
 
 def centred_cosine(queries: Tensor, gallery: Tensor) -> Tensor:
-    """Cosines [Q, G] of vectors [Q, F] and [G, F] after the gallery's mean is taken off both."""
-    middle = gallery.mean(0)
-    return F.normalize(queries - middle, dim=1) @ F.normalize(gallery - middle, dim=1).T
+    """Cosines [Q, G] of vectors [Q, F] and [G, F] after subtracting the gallery's mean from both."""
+    mean = gallery.mean(0)
+    return F.normalize(queries - mean, dim=1) @ F.normalize(gallery - mean, dim=1).T
 
 
 def recall(alike: Tensor, own: Tensor, first: int) -> float:
-    """Share of queries whose own gallery entry, `own` [Q], is among the `first` most alike of `alike` [Q, G].
+    """Fraction of queries whose own gallery entry, `own` [Q], is among the `first` most similar of `alike` [Q, G].
 
-    Entries that are just as alike do not count against it; what is not a number does.
+    Ties do not count against it; NaN does.
     """
     mine = alike.gather(1, own[:, None])
     before = (~(alike <= mine)).sum(1)
@@ -76,10 +76,10 @@ def recall(alike: Tensor, own: Tensor, first: int) -> float:
 
 
 class NearestPixels:
-    """Whether the image nearest to each query is its own, over a gallery that passes by in parts.
+    """Whether the image nearest to each query is its own, over a gallery added in parts.
 
-    queries: uint8 [Q, 3, H, W]. own: the key of each one's own image. Distances are Euclidean and, being sums of whole
-    numbers in fp64, exact.
+    queries: uint8 [Q, 3, H, W]. own: the key of each query's own image. Distances are Euclidean and exact, as they are
+    sums of integers in fp64.
     """
 
     def __init__(self, queries: Tensor, own: list[tuple[str, int]]) -> None:
@@ -101,5 +101,5 @@ class NearestPixels:
         self.seen += len(keys)
 
     def hits(self) -> Tensor:
-        """bool [Q]: the own image has passed by, and none was nearer."""
+        """bool [Q]: the query's own image was added, and none was nearer."""
         return self.mine.isfinite() & (self.mine <= self.nearest)

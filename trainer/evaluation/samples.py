@@ -1,4 +1,4 @@
-"""Which images and captions an evaluation takes from shards: a function of its seed and their places in the data."""
+"""Images and captions of an evaluation, chosen from shards by the seed and their index in the data."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class Sample:
     """One image-caption pair."""
 
     index: int
-    """Place in its data set."""
+    """Index in its data set."""
     key: str
     caption: str
     seen: np.ndarray
-    """uint8 [S, S, 3], as the vision tower sees the image."""
+    """uint8 [S, S, 3], the image at the vision encoder's size."""
     original: np.ndarray
     """uint8 [P, P, 3], the image at FLUX's size."""
 
 
 class SampleSet:
-    """The samples of one data set in the order in which evaluations with `seed` take them.
+    """The samples of one data set in the order of evaluations with `seed`.
 
     sizes: S and P of `Sample`.
     """
@@ -47,9 +47,9 @@ class SampleSet:
         self._ends: IntArray = dataset.samples_per_shard.cumsum()
 
     def choose(self, count: int, known: Collection[bytes] = ()) -> list[Sample]:
-        """The first `count` that can be read, whose captions differ and whose images are not among `known` hashes.
+        """The first `count` readable samples with distinct captions and images whose hashes are not in `known`.
 
-        Equal captions could not be format_shards apart.
+        Samples with equal captions would be indistinguishable.
         """
         chosen: dict[str, Sample] = {}
         trained = 0
@@ -63,19 +63,19 @@ class SampleSet:
                 chosen[raw.caption] = sample
                 if len(chosen) == count:
                     return list(chosen.values())
-        shared = f" ({trained} others have an image of --data)" if trained else ""
+        shared = f" ({trained} others share an image with --data)" if trained else ""
         raise RunError(
-            f"{format_shards(self.dataset.shards)}: {len(chosen)} readable samples with captions of their own{shared},"
-            f" {count} are asked for: lower --samples, or name more shards"
+            f"{format_shards(self.dataset.shards)}: {len(chosen)} readable samples with distinct captions{shared}, {count}"
+            " requested: lower --samples, or give more shards"
         )
 
     def image_hashes(self, most: int) -> set[bytes]:
-        """Of the first `most` samples' images."""
+        """Hashes of the images of the first `most` samples."""
         found = (self.raw(int(index)) for index in self.order[:most])
         return {image_hash(raw) for raw in found if raw is not None}
 
     def gallery(self, most: int, chunk: int, chosen: Sequence[int] = ()) -> Iterator[list[Sample]]:
-        """The readable ones of the first `most` samples, and those `chosen` beyond them, in lists of `chunk`."""
+        """The readable ones among the first `most` samples and `chosen` ones beyond, in lists of `chunk`."""
         part: list[Sample] = []
         for index in dict.fromkeys([*self.order[:most].tolist(), *chosen]):
             raw = self.raw(index)
@@ -88,7 +88,7 @@ class SampleSet:
             yield part
 
     def raw(self, index: int) -> RawSample | None:
-        """One sample as stored; None when it has no image or caption."""
+        """One sample as stored; None if it has no image or caption."""
         shard = int(self._ends.searchsorted(index, side="right"))
         try:
             return self.dataset.read(shard, index - int(self._ends[shard] - self.dataset.samples_per_shard[shard]))

@@ -1,4 +1,4 @@
-"""Contact sheets: rows of images side by side, a caption over every column and a label before every row."""
+"""Contact sheets: rows of images side by side, with a caption above every column and a label left of every row."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ log = logging.getLogger(__name__)
 
 GAP, TEXT = 6, 13
 LINES = 3
-"""Lines that a caption may take; a longer one ends in an ellipsis."""
+"""Maximum lines of a caption; a longer one ends in an ellipsis."""
 SMALLEST, LARGEST = 96, 256
-"""Sides in pixels between which images are shown; they are scaled by whole numbers up, and smoothly down."""
+"""Minimum and maximum side in pixels of displayed images: scaled up by whole numbers, scaled down smoothly."""
 
 
-def sheet(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str], across: int = 8) -> Image.Image:
-    """One picture of `rows`, label -> an image for every one of `columns`.
+def make_contact_sheet(
+    rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str], across: int = 8
+) -> Image.Image:
+    """One image of `rows`, label -> an image per column.
 
-    More columns than `across` go on in a block below.
+    Columns beyond `across` are placed in a block below.
     """
     assert rows and columns and all(len(images) == len(columns) for images in rows.values())
     side = _side(max(max(image.size) for images in rows.values() for image in images))
@@ -50,8 +52,8 @@ def sheet(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str], acr
 
 
 def font_for(text: str) -> FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings; where it lacks a character of `text`, a font of this machine that has all
-    of them, if there is one."""
+    """DejaVu Sans, bundled with matplotlib; if it lacks a character of `text`, an installed font that has all of its
+    characters, if there is one."""
     return _font(frozenset(ord(one) for one in text if one.isprintable()) - _covered(_dejavu()))
 
 
@@ -61,18 +63,17 @@ def _font(missing: frozenset[int]) -> FreeTypeFont:
     if missing:
         from matplotlib.font_manager import fontManager
 
-        # "Last Resort", which matplotlib brings too, has a box for every character.
+        # "Last Resort", also bundled with matplotlib, has a box for every character.
         others = sorted({entry.fname for entry in fontManager.ttflist if "Last Resort" not in entry.name})
-        found = next((other for other in others if missing <= _covered(other)), None) or _fontconfigs(missing)
+        found = next((other for other in others if missing <= _covered(other)), None) or _fontconfig_match(missing)
         if found is None:
             _warn_of_boxes(chr(min(missing)))
         file = found or file
     return ImageFont.truetype(file, TEXT)
 
 
-def _fontconfigs(missing: frozenset[int]) -> str | None:
-    """The font of fontconfig's choice for these characters; matplotlib does not know those installed since it looked
-    for them first."""
+def _fontconfig_match(missing: frozenset[int]) -> str | None:
+    """fontconfig's font for these characters; matplotlib's font list lacks those installed after it was cached."""
     if (program := shutil.which("fc-match")) is None:
         return None
     pattern = ":charset=" + " ".join(f"{point:x}" for point in sorted(missing))
@@ -84,7 +85,7 @@ def _fontconfigs(missing: frozenset[int]) -> str | None:
 
 
 _boxes: list[str] = []
-"""The first character that no font here has: it is logged once."""
+"""The first character missing from all fonts; logged once."""
 
 
 def _warn_of_boxes(character: str) -> None:
@@ -106,17 +107,17 @@ def _dejavu() -> str:
 
 @functools.lru_cache(maxsize=512)
 def _covered(file: str) -> frozenset[int]:
-    """Code points that a font has a glyph for."""
+    """Code points for which a font has a glyph."""
     from matplotlib.ft2font import FT2Font
 
     try:
         return frozenset(FT2Font(file).get_charmap())
-    except (OSError, RuntimeError):  # removed since matplotlib looked, or of a kind that FreeType cannot open
+    except (OSError, RuntimeError):  # removed since matplotlib listed it, or of a type that FreeType cannot open
         return frozenset()
 
 
 def _wrapped(caption: str, width: int, font: FreeTypeFont) -> list[str]:
-    """The caption in lines of at most `width` pixels, as nearly as characters of different widths allow."""
+    """The caption in lines of about `width` pixels at most."""
     average = font.getlength(caption) / len(caption) if caption else 1.0
     characters = max(6, int(width / max(average, font.getlength("n"))))
     return textwrap.wrap(caption, characters, max_lines=LINES, placeholder="…")
@@ -127,7 +128,7 @@ def _side(largest: int) -> int:
 
 
 def _fit(image: Image.Image, side: int) -> Image.Image:
-    """The image in a square of `side`, its proportions kept; small ones stay sharp."""
+    """The image fitted into a square of `side`, aspect ratio preserved; small ones stay sharp."""
     scale = side / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     kind = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS

@@ -1,4 +1,4 @@
-"""From noise to images on the frozen FLUX: Euler steps along its velocity, corrected by the latent ControlNet.
+"""Sampling images from noise with the frozen FLUX: Euler steps along its velocity, corrected by the latent ControlNet.
 
 Legend: B samples, N patch latents of width D, M packed FLUX tokens of C channels, L text tokens of width E, P pooled
 text width, S image side in pixels.
@@ -24,7 +24,7 @@ from .masked_decoding import NO_EPOCH
 
 
 class Text(NamedTuple):
-    """What FLUX is told: T5's states [B, L, E] and CLIP's pooled state [B, P]."""
+    """FLUX's text conditioning: T5 states [B, L, E] and CLIP pooled state [B, P]."""
 
     states: Tensor
     pooled: Tensor
@@ -32,15 +32,15 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are sampled. The defaults are those of the public release."""
+    """Sampling settings. The defaults are those of the public release."""
 
     steps: int = 28
     guidance: float = 3.5
-    """The guidance scale that FLUX is told, where it takes one."""
+    """FLUX guidance scale, if the model takes one."""
     conditioning_scale: float = 0.7
-    """What the ControlNet's residuals are multiplied by; training has 1."""
+    """Factor of the ControlNet's residuals; 1 in training."""
     cfg: float = 1.0
-    """w of empty + w (text - empty), over FLUX's text alone; 1 leaves the empty prompt out."""
+    """w of empty + w (text - empty), on FLUX's text only; 1 skips the empty prompt."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -48,16 +48,16 @@ class Sampling:
 
 
 def draw_noise(seeds: Sequence[int], tokens: int, channels: int) -> Tensor:
-    """Standard normal noise [B, tokens, channels], fp32: each image's is a function of its seed alone."""
+    """Standard normal noise [B, tokens, channels], fp32, per image a function of its seed only."""
     index = np.array(seeds, dtype=np.int64)
     draws = uniform(0, Stream.NOISE, np.full_like(index, NO_EPOCH), index, tokens * channels)
     return gaussian(torch.from_numpy(draws)).view(len(index), tokens, channels)
 
 
 def noise_levels(folder: FluxFolder, tokens: int, steps: int) -> list[float]:
-    """Noise levels from 1 to 0, [steps + 1], as diffusers' FluxPipeline has them for `tokens` packed tokens.
+    """Noise levels from 1 to 0, [steps + 1], as in diffusers' FluxPipeline for `tokens` packed tokens.
 
-    Where the folder's scheduler shifts dynamically, the shift grows linearly with the number of tokens.
+    If the folder's scheduler shifts dynamically, the shift grows linearly with the number of tokens.
     """
     scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(folder.path / "scheduler")
     known = scheduler.config
@@ -77,10 +77,10 @@ def sample(
     patch_latents: Tensor | None = None,
     empty: Text | None = None,
 ) -> Tensor:
-    """Latents [B, c, h, w], fp32, from noise [B, M, C] of a square image. `flux.decode_latents` makes pixels of them.
+    """Latents [B, c, h, w], fp32, from noise [B, M, C] of a square image, for `flux.decode_latents`.
 
-    patch_latents [B, N, D] are the ControlNet's; without a ControlNet FLUX has its text alone. empty: the empty
-    prompt, [1, L, E] and [1, P], which `cfg` other than 1 needs; both prompts are one batch, under the same ControlNet.
+    patch_latents [B, N, D] condition the ControlNet; without it, FLUX is conditioned on text only. empty: the empty
+    prompt, [1, L, E] and [1, P], required for `cfg` other than 1; both prompts form one batch with the same ControlNet.
     """
     assert (controlnet is None) == (patch_latents is None)
     samples, tokens, device = len(noise), noise.shape[1], noise.device
@@ -108,7 +108,7 @@ def sample(
             residuals = controlnet(noisy, patch_latents, **rest, scale=settings.conditioning_scale)
         v = velocity(flux.transformer, noisy, residuals, **rest)
         if copies == 2:
-            told, free = v.chunk(2)
-            v = free + settings.cfg * (told - free)
+            conditional, unconditional = v.chunk(2)
+            v = unconditional + settings.cfg * (conditional - unconditional)
         x = x + (then - now) * v
     return unpack(x, side, side)

@@ -1,6 +1,6 @@
-"""From prompts to images through both stages: loaded once, used often.
+"""Image generation from prompts through both stages; the models are loaded once.
 
-Legend: B images, N patch latents of width D, S and P sides in pixels of what the vision tower sees and FLUX paints.
+Legend: B images, N patch latents of width D, S and P image sides in pixels for the vision encoder and for FLUX.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ..models.prompt import PromptTemplate
 from ..models.weights import fill
 from ..stages.controlnet import ControlNetStage
 from ..stages.patch_latents import PatchLatentModel, PatchLatentStage
-from ..stages.placement import born
+from ..stages.placement import init_context
 from .flux_sampler import Sampling, Text, draw_noise, sample
 from .masked_decoding import Schedule, decode, draw_orders
 
@@ -42,38 +42,38 @@ log = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
 SLOTS = ("ema", "master")
-"""What is loaded of a checkpoint: the average, or else the weights as they are."""
+"""Weights to load from a checkpoint: the EMA if present, else the master weights."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How prompts become images."""
+    """Generation settings."""
 
     steps: int = 16
     """Decoding steps, up to the number of patches."""
     schedule: Schedule = "cosine"
     guidance: float = 1.0
-    """w of uncond + w (cond - uncond) on the patch latents; 1 computes the prompts alone."""
+    """w of uncond + w (cond - uncond) on the patch latents; 1 skips the unconditional prompts."""
     controlnet: bool = True
-    """False is a control: FLUX has its text alone, and nothing is decoded."""
+    """False is a control experiment: FLUX sees only its text, and no latents are decoded."""
     empty_prompt: bool = False
-    """True is a control: FLUX is told nothing, so that the latents alone decide."""
+    """True is a control experiment: FLUX gets the empty prompt, so that only the latents condition it."""
     flux: Sampling = field(default_factory=Sampling)
 
 
 @dataclass
 class Generator:
-    """Both stages on one device. `load` reads them from runs; a training loop can hand over its own modules."""
+    """Both stages on one device. `load` reads them from runs; a training loop can pass its own modules."""
 
     mllm: PatchLatentModel
     template: PromptTemplate
     image_size: int
-    """S, pixels that the vision tower sees."""
+    """S, side in pixels of the vision encoder's images."""
     flux: FrozenFlux
     controlnet: LatentControlNet
     tokenizers: FluxTokenizers
     flux_size: int
-    """P, pixels that FLUX paints."""
+    """P, side in pixels of the generated images."""
     device: torch.device
 
     @classmethod
@@ -87,19 +87,19 @@ class Generator:
     ) -> Generator:
         """mllm: a run folder or an export of one. controlnet, flux: see `load_controlnet`.
 
-        Averaged weights are taken where a run keeps them. Default: a GPU and bf16, or else fp32. RunError says what
+        EMA weights are used if the run has them. Default: a GPU with bf16, else CPU with fp32. RunError names what
         cannot be used.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         stage = PatchLatentStage.open(_recipe(Path(mllm), "patch-latents"))
         assert stage.tokenizer is not None
-        # The smaller one first: whether both fit each other is known before the large ones are read.
+        # The smaller model first: a mismatch is found before the large ones are read.
         width, side = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
-        painter = load_painter(Path(controlnet), flux, width, side, device, dtype)
+        image_generator = load_image_generator(Path(controlnet), flux, width, side, device, dtype)
         model = load_mllm(Path(mllm), stage, device, dtype)
         template = PromptTemplate(stage.tokenizer, stage.recipe.branch.max_text_tokens)
-        return cls(model, template, stage.recipe.data.image_size, *painter, device)
+        return cls(model, template, stage.recipe.data.image_size, *image_generator, device)
 
     def generate(
         self,
@@ -110,9 +110,9 @@ class Generator:
         batch: int = 8,
         made: Callable[[int], None] = lambda count: None,
     ) -> list[Image.Image]:
-        """An image for every prompt and its seed, whatever the others are.
+        """An image per prompt and seed, independent of the rest of the batch.
 
-        latents [B, N, D]: painted instead of decoded ones. made: called with the number of images of each batch.
+        latents [B, N, D]: used instead of decoded ones. made: called with the number of images of each batch.
         """
         assert len(prompts) == len(seeds)
         images = []
@@ -121,7 +121,7 @@ class Generator:
             given = latents[part] if latents is not None else None
             if given is None and settings.controlnet:
                 given = self.latents(prompts[part], seeds[part], settings)
-            pixels = self.paint(prompts[part], seeds[part], settings, given)
+            pixels = self.render(prompts[part], seeds[part], settings, given)
             images += [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()]
             made(len(pixels))
         return images
@@ -129,7 +129,7 @@ class Generator:
     @torch.no_grad()
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings = Settings()) -> Tensor:
         """Patch latents [B, N, D] decoded from the prompts, as one batch."""
-        # A dropped caption of training is the empty one: that is the unconditional prompt.
+        # Caption dropout trains with the empty caption: that is the unconditional prompt.
         rows = [*prompts, *([""] * len(prompts) if settings.guidance != 1 else [])]
         input_ids, lengths = self.template.batch(rows)
         patches = self.mllm.branch.side**2
@@ -138,29 +138,31 @@ class Generator:
         how = settings.steps, settings.schedule, settings.guidance
         return decode(self.mllm.branch, self.mllm.head, prefix, orders, *how)
 
-    def warn_of_cut(self, prompts: Sequence[str], settings: Settings, decoded: bool = True) -> None:
-        """One warning for each prompt that is longer than a text model reads, with the tokens kept and dropped: its end
-        is ignored, as that of a long caption is in training. decoded: whether the patch latents come from it."""
+    def warn_about_truncation(self, prompts: Sequence[str], settings: Settings, decoded: bool = True) -> None:
+        """Warn of each prompt beyond the limit of a text model, with the tokens read and dropped: its end is ignored,
+        as in training. decoded: whether the patch latents are decoded from the prompt."""
         for prompt in dict.fromkeys(prompts):
             limits = {} if settings.empty_prompt else self.tokenizers.limits(prompt)
             if settings.controlnet and decoded:
-                limits["the branch's text model"] = self.template.tokens(prompt), self.template.max_tokens
+                limits["the branch's text model"] = self.template.count_tokens(prompt), self.template.max_tokens
             cut = [f"{name} reads {m} of {n} tokens ({n - m} dropped)" for name, (n, m) in limits.items() if n > m]
             if cut:
                 log.warning("prompt %s is cut at its end: %s", textwrap.shorten(repr(prompt), 60), ", ".join(cut))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Patch latents [B, N, D] that the vision tower has of uint8 images [B, 3, S, S]."""
+        """The vision encoder's patch latents [B, N, D] of uint8 images [B, 3, S, S]."""
         return self.mllm.backbone.patch_latents(images.to(self.device))
 
     @torch.no_grad()
-    def paint(self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, latents: Tensor | None) -> Tensor:
-        """uint8 images [B, 3, P, P] of patch latents [B, N, D] and prompts, as one batch."""
-        told = [""] * len(prompts) if settings.empty_prompt else prompts
+    def render(
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, latents: Tensor | None
+    ) -> Tensor:
+        """uint8 images [B, 3, P, P] from patch latents [B, N, D] and prompts, as one batch."""
+        texts = [""] * len(prompts) if settings.empty_prompt else prompts
         tokens, channels = self.flux.folder.grid(self.flux_size) ** 2, self.flux.folder.transformer["in_channels"]
         found = sample(
             self.flux,
-            self._text(told),
+            self._text(texts),
             draw_noise(seeds, tokens, channels).to(self.device),
             settings.flux,
             self.controlnet if settings.controlnet else None,
@@ -175,32 +177,32 @@ class Generator:
 
 
 def load_mllm(path: Path, stage: PatchLatentStage, device: torch.device, dtype: torch.dtype) -> PatchLatentModel:
-    """The model of a stage-1 run, or of its export in either layout."""
+    """The model of a stage-1 run, or of an export of one in either layout."""
     fast = unavailable("varlen", device, dtype) is None
     stage.kernels = KernelChoice(attention="varlen" if fast else "sdpa")
-    with born(device, dtype):
+    with init_context(device, dtype):
         model = stage.build()
     stage.load(model)
-    model.to(device).eval()  # with the rotary tables that `load` has rebuilt
+    model.to(device).eval()  # includes the rotary tables rebuilt by `load`
     if (path / RECIPE).is_file():
         fill(model.trainable(), _trained(_checkpoint(path)), path)
     else:
-        source, names = stage.released(path)
+        source, names = stage.from_public_checkpoint(path)
         fill({names[name]: parameter for name, parameter in model.trainable().items()}, source, path)
     return model
 
 
-def load_painter(
+def load_image_generator(
     path: Path, flux: str | None, width: int, side: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[FrozenFlux, LatentControlNet, FluxTokenizers, int]:
-    """What paints patch latents [B, side^2, width]: a FLUX, its ControlNet, its tokenizers, and pixels of a side."""
+    """The image generator for patch latents [B, side^2, width]: FLUX, ControlNet, tokenizers, image side in pixels."""
     network, folder, size = load_controlnet(path, flux, width, side, device, dtype)
     return load_flux(folder, device, dtype), network, folder.tokenizers, size
 
 
 def load_flux(folder: FluxFolder, device: torch.device, dtype: torch.dtype) -> FrozenFlux:
     """All parts of a FLUX on `device`."""
-    with born(device, dtype):
+    with init_context(device, dtype):
         frozen = FrozenFlux(folder)
     frozen.load()
     return frozen
@@ -209,10 +211,10 @@ def load_flux(folder: FluxFolder, device: torch.device, dtype: torch.dtype) -> F
 def load_controlnet(
     path: Path, flux: str | None, width: int, side: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[LatentControlNet, FluxFolder, int]:
-    """The ControlNet of a stage-2 run or of a `flux_controlnet` folder, its FLUX, and the pixels that it paints.
+    """The ControlNet of a stage-2 run or of a `flux_controlnet` folder, its FLUX, and the image side in pixels.
 
-    flux: path of the FLUX; a run knows its own, a `flux_controlnet` folder does not. RunError unless it reads patch
-    latents [B, side^2, width].
+    flux: path of the FLUX; a run names its own, a `flux_controlnet` folder does not. RunError unless the ControlNet
+    fits patch latents [B, side^2, width].
     """
     if (path / RECIPE).is_file():
         recipe = _recipe(path, "controlnet")
@@ -225,12 +227,12 @@ def load_controlnet(
     else:
         shape, source = latent_controlnet.read_config(path)
         if flux is None:
-            raise RunError(f"{path}: names no FLUX; say which it was trained on, such as --flux FOLDER")
+            raise RunError(f"{path}: names no FLUX; give the one it was trained on, such as --flux FOLDER")
         folder = FluxFolder.open(locate(flux, None, "--flux", "*/*.safetensors"))
         size = 2 * folder.stride * {"up": 2 * side, "none": side, "down": side // 2}[shape.resampling]
         trained = None
     shape.require(folder.transformer, width, side, folder.grid(size))
-    with born(device, dtype):
+    with init_context(device, dtype):
         network = LatentControlNet(shape).eval().requires_grad_(False)
     if trained is None:
         network.load(source, path)
@@ -243,9 +245,9 @@ def load_controlnet(
 
 
 def origin(path: Path) -> str:
-    """Which weights `path` stands for: its place, and of a run the newest step."""
+    """An identifier of the weights at `path`: the resolved path, and the newest step of a run."""
     if not path.is_dir():
-        raise RunError(f"{path}: no such folder; give a run's")
+        raise RunError(f"{path}: no such folder; give a run folder")
     steps = Store(path / "checkpoints").steps()
     return f"{path.resolve()}{f' step {steps[-1]}' if steps else ''}"
 
@@ -258,18 +260,18 @@ def _recipe(path: Path, stage: str) -> Recipe:
     elif (recipe := _exported(exported) if exported.is_file() else None) is None:
         raise RunError(f"{path}: neither a run folder nor an export of one: no {RECIPE}, and none in config.json")
     if recipe.stage != stage:
-        raise RunError(f"{path}: is a {recipe.stage} run, here a {stage} run is needed")
+        raise RunError(f"{path}: is a {recipe.stage} run, expected a {stage} run")
     return recipe
 
 
 def _exported(file: Path) -> Recipe | None:
-    """The recipe in an export's `config.json`; None in one of something else."""
+    """The recipe in an export's `config.json`; None if it contains none."""
     try:
         found = json.loads(file.read_bytes())
         stored = found.get("recipe") if isinstance(found, dict) else None
         return None if stored is None else Recipe.model_validate(with_new_names(stored))
     except ValidationError as error:
-        raise RunError(f"{file}: {explain(error, Recipe)}; mend that there, or export the run again") from error
+        raise RunError(f"{file}: {explain(error, Recipe)}; fix it there, or export the run again") from error
     except (OSError, ValueError) as error:
         raise RunError(f"{file}: is not JSON ({error}); export the run again") from error
 
@@ -277,7 +279,7 @@ def _exported(file: Path) -> Recipe | None:
 def _checkpoint(path: Path) -> CheckpointReader:
     reader = Store(path / "checkpoints").newest_verified(slots=SLOTS)
     if reader is None:
-        raise RunError(f"{path}: has no checkpoint that verifies")
+        raise RunError(f"{path}: has no checkpoint that passes verification")
     return reader
 
 

@@ -1,7 +1,7 @@
 """Masked decoding: from prompts to patch latents, in any number of steps.
 
-Every step predicts all patches that are still hidden and keeps the predictions of a few, which are never revised. The
-latents are the mean that the branch regresses; nothing is sampled but the order.
+Each step predicts all patches that are still masked and keeps the predictions of a few, which are never revised. The
+latents are the mean that the branch regresses; only the order is random.
 
 Legend: B samples, N patches, D latent width, k patches revealed in a step.
 """
@@ -25,13 +25,13 @@ from ..models.rng import Stream, uniform
 Schedule = Literal["cosine", "linear"]
 
 NO_EPOCH = -1
-"""Stands where training draws have their epoch, so that no draw for an image is one of training's."""
+"""The epoch of draws for generation, so that none coincides with a training draw."""
 
 
 def reveal_counts(tokens: int, steps: int, schedule: Schedule = "cosine") -> list[int]:
-    """Patches revealed in each of `steps` steps: at least one each, `tokens` in all.
+    """Patches revealed per step: at least one in each of `steps` steps, `tokens` in total.
 
-    cosine: tokens * cos(pi/2 * (s + 1) / steps), rounded down, stay hidden after step s (LTH14/mar, `models/mar.py`).
+    cosine: tokens * cos(pi/2 * (s + 1) / steps), rounded down, stay masked after step s (LTH14/mar, `models/mar.py`).
     """
     if not 1 <= steps <= tokens:
         raise RunError(f"{steps} decoding steps for {tokens} patches: set 1 to {tokens}")
@@ -48,7 +48,7 @@ def reveal_counts(tokens: int, steps: int, schedule: Schedule = "cosine") -> lis
 
 
 def draw_orders(seeds: Sequence[int], tokens: int) -> Tensor:
-    """The order in which each image reveals its patches, int64 [B, tokens]: a function of its seed alone."""
+    """The order in which patches are revealed, int64 [B, tokens], per image a function of its seed only."""
     index = np.array(seeds, dtype=np.int64)
     draws = uniform(0, Stream.MASK_ORDER, np.full_like(index, NO_EPOCH), index, tokens)
     return torch.from_numpy(draws.argsort(axis=1))
@@ -66,8 +66,8 @@ def decode(
 ) -> Tensor:
     """Patch latents [B, N, D] of the prompts in `prefix`, revealed in `orders` [B, N].
 
-    guidance: w of uncond + w (cond - uncond). Unless it is 1, `prefix` holds 2 B prompts, the B unconditional ones
-    behind the others, and each step is one forward of 2 B samples.
+    guidance: w of uncond + w (cond - uncond). Unless it is 1, `prefix` contains 2 B prompts, the B unconditional ones
+    last, and each step is one forward pass of 2 B samples.
     """
     samples, tokens = orders.shape
     copies = 1 if guidance == 1 else 2
@@ -83,8 +83,8 @@ def decode(
         hidden = branch(latents.repeat(copies, 1, 1), mask, prefix, rows)
         found = head(hidden).unflatten(0, (copies, samples, count))
         if copies == 2:
-            conditional, free = found.float()
-            found = (free + guidance * (conditional - free))[None]
+            conditional, unconditional = found.float()
+            found = (unconditional + guidance * (conditional - unconditional))[None]
         latents.scatter_(1, chosen[..., None].expand(-1, -1, latents.shape[-1]), found[0].to(latents.dtype))
         revealed += count
     return latents

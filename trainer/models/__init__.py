@@ -1,4 +1,4 @@
 """Models: the frozen backbone, the generation branch, prompts, masks, weights."""
 
-# Before transformers, whose Qwen2.5-VL imports Triton: on a CPU it must be told first that it interprets.
+# Before transformers, whose Qwen2.5-VL imports Triton: on a CPU, Triton's interpreter must be enabled first.
 from ...kernels import runtime  # noqa: F401

@@ -1,6 +1,7 @@
-"""The frozen multimodal LLM: its vision tower gives the patch latents, its text model the prefix.
+"""The frozen multimodal LLM: its vision encoder produces the patch latents, its text model the prefix.
 
-Legend: B samples, T text tokens of one, N patches after the tower's merger, D hidden width, G key heads, C their width.
+Legend: B samples, T text tokens of a sample, N patches after the encoder's merger, D hidden width, G key heads, C head
+width.
 """
 
 from __future__ import annotations
@@ -31,34 +32,33 @@ from ...kernels.attention import Backend
 from ..errors import RunError
 from .weights import WeightFiles, backbone_names, fill, read_json
 
-# transformers hands an attention function the segment lengths only if "flash" is part of its name.
-TOWER_ATTENTION = "bifrost_flash_tower"
+# transformers passes segment lengths to an attention function only if its name contains "flash".
+VISION_ATTENTION = "bifrost_flash_vision"
 TEXT_ATTENTION = "bifrost_text"
 
-# Mean and standard deviation of CLIP's pixels, which Qwen's image processor normalises with.
+# CLIP's pixel mean and standard deviation, which Qwen's image processor uses.
 _PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def read_config(folder: Path) -> Any:  # a Qwen2_5_VLConfig, whose annotations promise less than it holds
+def read_config(folder: Path) -> Any:  # a Qwen2_5_VLConfig, whose annotations omit attributes
     """The model configuration in `folder`; RunError unless it is a Qwen2.5-VL."""
     file = folder / "config.json"
     if not file.is_file():
         raise RunError(f"{folder}: no config.json; backbone.path must be a Qwen2.5-VL model folder")
     stated = read_json(file)
     if (kind := stated.get("model_type")) != "qwen2_5_vl":
-        raise RunError(f"{file}: model_type is {kind}, a qwen2_5_vl is needed")
+        raise RunError(f"{file}: model_type is {kind}, expected qwen2_5_vl")
     try:
         config = Qwen2_5_VLConfig.from_dict(stated)
-    except Exception as error:  # its checks raise many kinds
-        raise RunError(f"{file}: is no configuration of a Qwen2.5-VL ({described(error)}); fetch it again") from error
+    except Exception as error:  # its validation raises many types
+        raise RunError(f"{file}: not a valid Qwen2.5-VL config ({described(error)}); fetch it again") from error
     _require_pixels(folder)
     return config
 
 
 def _require_pixels(folder: Path) -> None:
-    """RunError when the image processor normalises pixels otherwise than `pixel_patches`. One that is missing is
-    not missed."""
+    """RunError if the image processor's normalisation differs from `pixel_patches`. The processor file is optional."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if not (file := folder / name).is_file():
             continue
@@ -67,15 +67,15 @@ def _require_pixels(folder: Path) -> None:
         for key, ours in (("image_mean", _PIXEL_MEAN), ("image_std", _PIXEL_STD)):
             theirs = stated.get(key, ours)
             if len(theirs) != 3 or max(abs(a - b) for a, b in zip(theirs, ours, strict=True)) > 1e-4:
-                raise RunError(f"{file}: {key} is {theirs}, this trains with {list(ours)}, Qwen2.5-VL's own")
+                raise RunError(f"{file}: {key} is {theirs}, training uses Qwen2.5-VL's {list(ours)}")
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The captions' keys and values in every layer of the text model, constant for the branch.
+    """Keys and values of the captions in every layer of the text model, constant for the branch.
 
-    keys, values: per layer [sum T, G, C], packed; layout: which rows are whose. Nothing is ever added to it, so that
-    recomputed layers and repeated decode steps see the same prefix.
+    keys, values: per layer [sum T, G, C], packed. layout: which rows belong to which sample. Nothing is appended, so
+    recomputed layers and repeated decoding steps see the same prefix.
     """
 
     keys: tuple[Tensor, ...]
@@ -84,24 +84,24 @@ class Prefix:
 
 
 class FrozenBackbone(nn.Module):
-    """Vision tower and text model of a Qwen2.5-VL, or the tower alone. `load` fills the weights."""
+    """Vision encoder and text model of a Qwen2.5-VL, or the vision encoder only. `load` fills the weights."""
 
     def __init__(self, config: Any, attention: Backend = "sdpa", text: bool = True) -> None:
         super().__init__()
         config = copy.deepcopy(config)
-        dtype = torch.get_default_dtype()  # not the config's, which states how the weights are stored
+        dtype = torch.get_default_dtype()  # not the config's, which is the dtype of the stored weights
         with no_init_weights():
             if text:
                 self.text = Qwen2_5_VLTextModel._from_config(config.text_config, dtype=dtype)
                 self.text.config._attn_implementation = TEXT_ATTENTION
             self.vision = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config, dtype=dtype)
         self.vision.patch_embed.proj.__class__ = _PatchProjection
-        self.vision.config._attn_implementation = TOWER_ATTENTION
+        self.vision.config._attn_implementation = VISION_ATTENTION
         self.attention: Backend = attention
         self.requires_grad_(False)
 
     def names(self, files: WeightFiles) -> dict[str, str]:
-        """Parameter -> its name in `files`."""
+        """Parameter name -> name in `files`."""
         found = {}
         for part, module in self.named_children():
             own = [name for name, _ in module.named_parameters()]
@@ -113,8 +113,8 @@ class FrozenBackbone(nn.Module):
         fill({theirs: parameters[name] for name, theirs in self.names(files).items()}, files, files.path)
 
     def restore_rotary(self) -> None:
-        """Rebuild the rotary tables in fp32: under `zero.Init` every tensor is born in the compute dtype, and
-        frequencies rounded to bf16 move far positions by whole radians."""
+        """Rebuild the rotary tables in fp32: `zero.Init` creates every tensor in the compute dtype, and frequencies
+        rounded to bf16 are off by whole radians at far positions."""
         device = next(self.buffers()).device
         if hasattr(self, "text"):
             config: Any = self.text.config
@@ -141,7 +141,7 @@ class FrozenBackbone(nn.Module):
 
     @torch.no_grad()
     def read(self, input_ids: Tensor, layout: PrefixLayout) -> tuple[Tensor, Any]:
-        """Hidden states [sum T, D] of the prompts input_ids [sum T], packed, and transformers' cache of them."""
+        """Hidden states [sum T, D] of the packed prompts input_ids [sum T], and their transformers cache."""
         out = self.text(
             input_ids=input_ids[None],
             position_ids=layout.positions.expand(3, 1, -1),
@@ -156,8 +156,8 @@ class FrozenBackbone(nn.Module):
     def prefix(self, input_ids: Tensor, layout: PrefixLayout) -> Prefix:
         """Keys and values of the prompts input_ids [sum T].
 
-        Of the last layer nothing else is wanted: its queries, attention and MLP are not computed, nor their weights
-        gathered.
+        The last layer's queries, attention and MLP are neither computed nor gathered: only its keys and values are
+        used.
         """
         hidden = self.text.embed_tokens(input_ids[None])
         rotation = self.text.rotary_emb(hidden, layout.positions.expand(3, 1, -1))
@@ -184,8 +184,8 @@ class FrozenBackbone(nn.Module):
 
 
 class _PatchProjection(nn.Conv3d):
-    """The tower's patch embedding as the product that it is: its kernel covers a patch once. cuDNN has no good bf16
-    algorithm for a convolution of that shape. Name, shape and hooks of the weight stay the convolution's."""
+    """The patch embedding as a matrix product: kernel and stride equal the patch size. cuDNN has no fast bf16 algorithm
+    for a convolution of this shape. Name, shape and hooks of the weight stay the convolution's."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Patches [P, 3, t, p, p] -> [P, D]."""
@@ -193,16 +193,16 @@ class _PatchProjection(nn.Conv3d):
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, S, heads, C] turned by the angles of its positions, whose cosines and sines are [B, S, C]."""
+    """x [B, S, heads, C] with rotary embedding applied; cos, sin: [B, S, C]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.unsqueeze(-2) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(-2)
 
 
 def pixel_patches(images: Tensor, patch: int, temporal: int, merge: int) -> Tensor:
-    """Normalised patches of uint8 images [B, 3, S, S], as Qwen's image processor lays them out.
+    """Normalised patches of uint8 images [B, 3, S, S], in the layout of Qwen's image processor.
 
-    Returns [B * (S / patch)^2, 3 * temporal * patch * patch]: patches of one merge block stand together, a still image
-    is repeated over the temporal axis.
+    Returns [B * (S / patch)^2, 3 * temporal * patch * patch]: patches of a merge block are adjacent, a still image is
+    repeated over the temporal axis.
     """
     mean, std = _pixel_statistics(images.device)
     pixels = (images.float() / 255 - mean) / std
@@ -216,12 +216,12 @@ def pixel_patches(images: Tensor, patch: int, temporal: int, merge: int) -> Tens
 
 @lru_cache
 def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, [3, 1, 1] each. Made once: the host waits for the device when it copies values."""
+    """Mean and standard deviation, [3, 1, 1] each. Cached: copying values to the device synchronises the host."""
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (_PIXEL_MEAN, _PIXEL_STD))
     return mean, std
 
 
-def _tower_attention(
+def _vision_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -236,7 +236,7 @@ def _tower_attention(
     """Attention within the images or windows of one packed row: query, key, value [1, H, S, C] -> [1, S, H, C]."""
     assert cu_seq_lens_q is not None
     count, rows = cu_seq_lens_q.numel() - 1, query.shape[2]
-    # Square images of one size have windows of one size: their lengths are known without asking the device.
+    # Square images of one size have windows of one size: their lengths are known without a device sync.
     even = count * max_length_q == rows
     segments = Segments((max_length_q,) * count if even else tuple(cu_seq_lens_q.diff().tolist()), cu_seq_lens_q)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -259,7 +259,7 @@ def _text_attention(
     return segment_attention(q, k, v, layout.text, layout.text, True, scaling, backend)[None], None
 
 
-AttentionInterface.register(TOWER_ATTENTION, _tower_attention)
+AttentionInterface.register(VISION_ATTENTION, _vision_attention)
 AttentionInterface.register(TEXT_ATTENTION, _text_attention)
 
 
@@ -267,7 +267,7 @@ AttentionInterface.register(TEXT_ATTENTION, _text_attention)
 def _geometry(
     samples: int, side: int, merge: int, window: int, patch: int, device: torch.device
 ) -> dict[str, Tensor | int]:
-    """The tower's index tables for `samples` square images; they depend on shapes alone, so a run makes them once."""
+    """The vision encoder's index tables for `samples` square images; they depend on shapes only, so they are cached."""
     grid = torch.tensor([[1, side, side]]).expand(samples, 3)
     window_index, window_ends = get_vision_window_index(grid, merge, window, patch)
     return {

@@ -20,15 +20,15 @@ from .backbone import Prefix
 from .layers import BranchLayer, RmsNorm
 
 INIT_STD = 0.02
-"""Standard deviation of mask token and position table at the start (MAR). Zeros, as in the public release, would enter
-RMSNorm at its steepest point and multiply their first gradients by about a thousand."""
+"""Initial standard deviation of the mask token and position table (MAR). Zeros, as in the public release, hit RMSNorm
+at its steepest point and multiply the first gradients by about a thousand."""
 
 
 class GenerationBranch(nn.Module):
-    """Decoder layers, final norm, mask token and position table; `PatchLatentModel.load` sets their weights.
+    """Decoder layers, final norm, mask token and position table; `PatchLatentModel.load` fills the weights.
 
-    config: the text model's Qwen2_5_VLTextConfig. side: patches along one side of the image. fused: Triton for mask
-    mix and final norm.
+    config: the text model's Qwen2_5_VLTextConfig. side: patches per image side. fused: use Triton for mask mix and
+    final norm.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class GenerationBranch(nn.Module):
         self.restore_rotary()
 
     def restore_rotary(self) -> None:
-        """See `FrozenBackbone.restore_rotary`. DeepSpeed moves no buffer of a model built under `zero.Init`."""
+        """See `FrozenBackbone.restore_rotary`. DeepSpeed does not move buffers of a model built under `zero.Init`."""
         self.rotary_embedding = Qwen2_5_VLRotaryEmbedding(self.config).to(self.mask_token.device)
 
     def position_ids(self, lengths: Tensor) -> Tensor:
@@ -75,9 +75,9 @@ class GenerationBranch(nn.Module):
         return offsets[:, None, :] + lengths[None, :, None]
 
     def forward(self, latents: Tensor, mask: Tensor, prefix: Prefix, rows: Tensor | None = None) -> Tensor:
-        """Hidden states [B, N, D] after the final norm, for `latents` [B, N, D] hidden where `mask` [B, N] is True.
+        """Hidden states [B, N, D] after the final norm, for `latents` [B, N, D] masked where `mask` [B, N] is True.
 
-        rows: int64 [R], of the B N patches those that are wanted; the result is then [R, D].
+        rows: int64 [R], indices into the B N patches to return; the result is then [R, D].
         """
         hidden = mask_mix(latents, mask, self.mask_token, self.positions, "triton" if self.fused else "reference")
         rotation = None
@@ -91,7 +91,7 @@ class GenerationBranch(nn.Module):
 
 
 class FinalNorm(RmsNorm):
-    """Qwen's RMSNorm, which can leave out the rows that nobody asks for."""
+    """Qwen's RMSNorm, optionally on selected rows only."""
 
     def __init__(self, width: int, eps: float, fused: bool) -> None:
         super().__init__(width, eps)

@@ -1,11 +1,11 @@
-"""Norms and SwiGLU, which keep for the backward pass what matrix products need anyway, and nothing more.
+"""RMSNorm and SwiGLU that save for the backward pass only what the matrix products save anyway.
 
-A norm is computed again from its input, and SiLU(gate) * up, of all that a layer would keep the largest, from gate and
-up. That costs a few element-wise passes and no matrix product, and a layer keeps about half.
+The backward pass recomputes a norm from its input, and SiLU(gate) * up, a layer's largest activation, from gate and up.
+This costs a few element-wise passes and no matrix product; a layer keeps about half as much.
 
-By torch or by Liger's fused kernels. Liger's own patch of transformers replaces classes by name, for every model of the
-process, and switches on a fused cross-entropy; here its functions are put into one model's layers alone. Rotary
-embedding stays torch's: the published recipe does not rotate patches at all.
+Computed by torch or by Liger's fused kernels. Liger's own patch of transformers replaces classes by name for every
+model of the process and enables a fused cross-entropy; here its functions replace those of one model's layers only.
+Rotary embedding stays torch's: the published recipe does not rotate patches.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Provider = Literal["torch", "liger"]
 
 
 class _Norm(torch.autograd.Function):
-    """weight * n with n = x s rounded to the dtype of x, s = rsqrt(mean x^2 + eps) in fp32 or the inputs' fp64: Qwen's
-    casts. Keeps x and s."""
+    """weight * n with n = x s rounded to the dtype of x, s = rsqrt(mean x^2 + eps) in fp32 (fp64 for fp64 inputs), with
+    Qwen's casts. Saves x and s."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -37,7 +37,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        """dx = s (g - n mean(g n)) with g the gradient of n; dweight = the result's gradient times n, over all rows."""
+        """dx = s (g - n mean(g n)) with g the gradient of n; dweight = output gradient times n, summed over rows."""
         hidden, weight, scale = ctx.saved_tensors
         normed = hidden * scale
         product = gradient * normed
@@ -60,11 +60,11 @@ class RmsNorm(nn.Module):
 
 
 class SwiGlu:
-    """SiLU(gate) * up by torch."""
+    """SiLU(gate) * up in torch."""
 
     @staticmethod
     def apply(gate: Tensor, up: Tensor) -> Tensor:
-        """For autograd."""
+        """The product, differentiable by autograd."""
         return F.silu(gate) * up
 
     @staticmethod
@@ -73,17 +73,17 @@ class SwiGlu:
 
     @staticmethod
     def backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of gate and up; all three arguments may be overwritten."""
+        """Gradients of gate and up. May overwrite all three arguments."""
         d_up = F.silu(gate).mul_(gradient)
         return torch.ops.aten.silu_backward(gradient.mul_(up), gate), d_up
 
 
 class _GatedDown(torch.autograd.Function):
-    """(SiLU(gate) * up) weight^T. Keeps gate and up, not their product."""
+    """(SiLU(gate) * up) weight^T. Saves gate and up, not their product."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, product: type[SwiGlu]) -> Tensor:
-        # The parameter itself, never a copy: under ZeRO-3 it is empty between forward and backward, and gathered again.
+        # The parameter itself, not a copy: ZeRO-3 frees it after the forward pass and gathers it for the backward pass.
         ctx.save_for_backward(gate, up, weight)
         ctx.product = product
         return F.linear(product.forward(gate, up), weight)
@@ -97,38 +97,38 @@ class _GatedDown(torch.autograd.Function):
 
 
 class GatedDown(nn.Linear):
-    """The MLP's last linear map, over SiLU(gate) * up."""
+    """The MLP's down projection of SiLU(gate) * up."""
 
     product: type[SwiGlu] = SwiGlu
 
     def forward(self, gate: Tensor, up: Tensor, recomputed: bool) -> Tensor:  # type: ignore[override]
-        """recomputed: the layer is, by activation checkpointing, which stops before this map only if it is torch's."""
+        """recomputed: under activation checkpointing, whose recomputation skips this map only if it is torch's."""
         if recomputed:
             return F.linear(self.product.apply(gate, up), self.weight)
         return _GatedDown.apply(gate, up, self.weight, self.product)  # type: ignore[return-value]
 
 
 def unavailable(provider: Provider, device: torch.device) -> str | None:
-    """Why `provider` cannot run there, in one line; None where it can."""
+    """Why `provider` cannot run on `device`, in one line; None if it can."""
     if provider == "torch":
         return None
     if device.type != "cuda":
         return "liger needs a CUDA device"
     try:
         _liger()
-    except Exception as error:  # it fails in many ways when its Triton is not the installed one
+    except Exception as error:  # it fails in many ways with another version of Triton
         return f"liger cannot be imported ({type(error).__name__}: {error}): pip install liger-kernel"
     return None
 
 
 def use_liger(model: nn.Module) -> None:
-    """Let every RMSNorm and SwiGLU below `model` compute by Liger, norms out of place: their gradients have other
-    readers."""
+    """Compute every RMSNorm and SwiGLU in `model` with Liger; norms out of place, as other operations read their
+    gradients."""
     norm, product = _liger()
 
     def normalized(self: Any, hidden: Tensor) -> Tensor:
         eps = self.eps if isinstance(self, RmsNorm) else self.variance_epsilon
-        # Offset 0, Llama's casts (rounded before the weight multiplies), not in place.
+        # Offset 0, Llama's casts (rounded before the product with the weight), not in place.
         return norm.apply(hidden, self.weight, eps, 0.0, "llama", False)
 
     def gated(self: Any, hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The frozen FLUX: its folder, its parts, the geometry of its latents, and flow matching on them.
+"""The frozen FLUX: its folder and parts, the geometry of its latents, and flow matching.
 
 Legend: B samples, S image side in pixels, c latent channels, h x w latents, M = h w / 4 packed tokens of C = 4 c
 channels, L text tokens of width E, P pooled text width.
@@ -23,25 +23,25 @@ from transformers.initialization import no_init_weights
 from ..errors import RunError
 from . import weights
 from .latent_controlnet import Residuals
-from .safetensors_files import instead
+from .safetensors_files import other_format_hint
 from .tokenizers import open_tokenizer
 
 Part = Literal["transformer", "vae", "text_encoder", "text_encoder_2"]
 PARTS: tuple[Part, ...] = get_args(Part)
-"""The parts with weights: FLUX itself, its VAE, CLIP and T5."""
+"""The parts with weights: FLUX transformer, VAE, CLIP and T5."""
 SPACE_TO_DEPTH_KEY = "_bifrost_space_to_depth"
-"""In `vae/config.json`: pixels along one side that become channels in front of the VAE; 1 where it is missing."""
+"""In `vae/config.json`: side of the pixel blocks folded into channels before the VAE; default 1."""
 TABLE = 1000
-"""Noise levels that training draws from."""
+"""Number of noise levels that training draws from."""
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Latents [B, c, h, w] as FLUX's tokens of 2 x 2 each, [B, h w / 4, 4 c]."""
+    """Latents [B, c, h, w] as FLUX tokens of 2 x 2 latents, [B, h w / 4, 4 c]."""
     return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack` for latents of h = `height`, w = `width`."""
+    """Inverse of `pack` for latents of `height` x `width`."""
     return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
 
 
@@ -60,14 +60,14 @@ def gaussian(uniform: Tensor) -> Tensor:
 def sigmas(normal: Tensor) -> Tensor:
     """Noise levels in [0.001, 1] from standard normal draws, both [B].
 
-    Logit-normal index into a table of 1000 unshifted levels, as diffusers' train_controlnet_flux.py has it.
+    Logit-normal index into a table of 1000 unshifted levels, as in diffusers' train_controlnet_flux.py.
     """
     index = (normal.double().sigmoid() * TABLE).long().clamp(max=TABLE - 1)
     return ((TABLE - index) / TABLE).float()
 
 
 def noisy(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """(1 - sigma) latents + sigma noise, for sigma [B] and [B, ...] of any further shape."""
+    """(1 - sigma) latents + sigma noise, for sigma [B] and tensors [B, ...]."""
     sigma = sigma.view(-1, *[1] * (latents.ndim - 1))
     return (1 - sigma) * latents + sigma * noise
 
@@ -90,8 +90,8 @@ def velocity(
 ) -> Tensor:
     """FLUX's velocity [B, M, C], fp32, at noisy packed latents [B, M, C] and timestep [B] in [0, 1].
 
-    text [B, L, E], pooled [B, P], img_ids [M, 3], txt_ids [L, 3]; guidance [B] where FLUX takes one. Residual k of n
-    is added after double block i where k = i // ceil(blocks / n), and likewise for single blocks.
+    text [B, L, E], pooled [B, P], img_ids [M, 3], txt_ids [L, 3]; guidance [B] if this FLUX takes one. Of n residuals,
+    number i // ceil(blocks / n) is added after double block i; single blocks likewise.
     """
     dtype = transformer.x_embedder.weight.dtype
     return transformer(
@@ -109,19 +109,19 @@ def velocity(
 
 
 class Tokens(NamedTuple):
-    """Prompts for T5 [B, L] and CLIP [B, 77], padded to their full lengths: FLUX sees the padding too."""
+    """Prompts for T5 [B, L] and CLIP [B, 77], padded to full length: FLUX attends to the padding too."""
 
     t5: Tensor
     clip: Tensor
 
 
 class FluxTokenizers:
-    """Prompts -> Tokens, in a loader's workers."""
+    """Prompts -> Tokens; runs in the loader workers."""
 
     def __init__(self, folder: FluxFolder) -> None:
         self.t5 = open_tokenizer(folder.path / "tokenizer_2", folder.t5.vocab_size)
         self.clip = open_tokenizer(folder.path / "tokenizer", folder.clip.vocab_size)
-        # The lengths that dev and schnell were trained with; a smaller model's tokenizer states its own.
+        # Lengths used to train dev and schnell; the tokenizer of a smaller model sets its own.
         self.t5_length = min(self.t5.model_max_length, 512 if folder.guided else 256)
         self.clip_length = min(self.clip.model_max_length, folder.clip.max_position_embeddings)
 
@@ -129,7 +129,7 @@ class FluxTokenizers:
         return Tokens(_ids(self.t5, prompts, self.t5_length), _ids(self.clip, prompts, self.clip_length))
 
     def limits(self, prompt: str) -> dict[str, tuple[int, int]]:
-        """Text encoder -> (tokens of the prompt, tokens that it reads at most)."""
+        """Text encoder -> (tokens of the prompt, maximum it accepts)."""
         readers = {"T5": (self.t5, self.t5_length), "CLIP": (self.clip, self.clip_length)}
         return {name: (len(one(prompt, verbose=False).input_ids), limit) for name, (one, limit) in readers.items()}
 
@@ -141,7 +141,7 @@ def _ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
 
 @dataclass(frozen=True)
 class FluxFolder:
-    """A FLUX.1 model as diffusers lays it out, with the settings of its parts."""
+    """A FLUX.1 model in diffusers' folder layout, with the configs of its parts."""
 
     path: Path
     transformer: dict[str, Any]
@@ -151,20 +151,20 @@ class FluxFolder:
 
     @classmethod
     def open(cls, path: Path, for_counting: bool = False) -> FluxFolder:
-        """RunError names what is missing or does not fit. for_counting: the four parts' settings are enough."""
+        """Open and check a folder. RunError names what is missing or inconsistent. for_counting: configs suffice."""
         needed = [f"{part}/config.json" for part in PARTS]
         if not for_counting:
             needed += ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/*", "tokenizer_2/*"]
             needed += [f"{part}/*.safetensors" for part in PARTS]
         missing = [name for name in needed if not any(path.glob(name))]
         for name in missing:
-            if name.endswith(".safetensors") and (other := instead((path / name).parent)):
+            if name.endswith(".safetensors") and (other := other_format_hint((path / name).parent)):
                 raise RunError(f"{(path / name).parent}: no safetensors files there{other}")
         if missing:
             raise RunError(f"{path}: not a complete FLUX folder: {', '.join(missing)} missing; fetch it again")
         transformer, vae, clip, t5 = (_read(path / part / "config.json") for part in PARTS)
         if (name := transformer.get("_class_name")) != "FluxTransformer2DModel":
-            raise RunError(f"{path}/transformer/config.json: _class_name is {name}, a FluxTransformer2DModel is needed")
+            raise RunError(f"{path}/transformer/config.json: _class_name is {name}, expected FluxTransformer2DModel")
         folder = cls(path, transformer, vae, CLIPTextConfig.from_dict(clip), T5Config.from_dict(t5))
         for field, part, there in (
             ("in_channels", "4 x vae latent_channels", 4 * vae["latent_channels"]),
@@ -179,7 +179,7 @@ class FluxFolder:
                 f" ({SPACE_TO_DEPTH_KEY})"
             )
         if not for_counting:
-            assert folder.tokenizers  # refused here, before anything is built, and so are files of weights
+            assert folder.tokenizers  # like weight files, checked here before anything is built
             for part in PARTS:
                 weights.weight_files(path / part)
         return folder
@@ -199,19 +199,19 @@ class FluxFolder:
 
     @property
     def stride(self) -> int:
-        """Pixels along one side of a latent."""
+        """Pixels per latent along one side."""
         return self.depth * 2 ** (len(self.vae["block_out_channels"]) - 1)
 
     def grid(self, image_size: int) -> int:
-        """Packed tokens along one side of an image; RunError unless they come out whole."""
+        """Packed tokens along one side of an image; RunError unless the size is a multiple of a token."""
         unit = 2 * self.stride
         if image_size < unit or image_size % unit:
             below = max(1, image_size // unit) * unit
-            raise RunError(f"{image_size} px is no size for {self.path}: set a multiple of {unit}, such as {below}")
+            raise RunError(f"{image_size} px does not fit {self.path}: set a multiple of {unit}, such as {below}")
         return image_size // unit
 
     def build(self, part: Part) -> Any:
-        """One part without weights."""
+        """Build one part without weights."""
         with no_init_weights():
             if part == "transformer":
                 return FluxTransformer2DModel.from_config(self.transformer)
@@ -227,17 +227,17 @@ class FluxFolder:
         return weights.WeightFiles(self.path / part)
 
     def names(self, part: Part, module: nn.Module, files: weights.WeightFiles) -> dict[str, str]:
-        """Parameter of a built part -> its name in `files`."""
+        """Parameter name of a built part -> name in `files`."""
         names = {name: name for name, _ in module.named_parameters()}
-        if part == "text_encoder":  # hub files of a CLIPTextModel begin with its former attribute, newer ones do not
+        if part == "text_encoder":  # hub files of a CLIPTextModel have its former prefix, newer ones do not
             prefix = "text_model." if any(name.startswith("text_model.") for name in files.names) else ""
             names = {name: prefix + name.removeprefix("text_model.") for name in names}
-        elif part == "text_encoder_2" and files.shape("shared.weight") is None:  # the table's other name
+        elif part == "text_encoder_2" and files.shape("shared.weight") is None:  # the embedding's other name
             names["shared.weight"] = "encoder.embed_tokens.weight"
         return names
 
     def require_weights(self) -> None:
-        """RunError unless every part's files hold its weights; nothing is read of them."""
+        """RunError unless the files of every part contain its weights; reads no weights."""
         for part in PARTS:
             files = self.files(part)
             with torch.device("meta"):
@@ -264,7 +264,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 class FrozenFlux(nn.Module):
-    """Parts of a FLUX, frozen; those left out are None. `load` fills the weights after construction."""
+    """Parts of a FLUX, frozen; omitted parts are None. `load` fills the weights after construction."""
 
     def __init__(self, folder: FluxFolder, parts: Collection[Part] = PARTS) -> None:
         super().__init__()
@@ -278,7 +278,7 @@ class FrozenFlux(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> FrozenFlux:
-        """Never: T5 drops activations in training mode."""
+        """Stay in evaluation mode: T5 has dropout."""
         return super().train(False)
 
     def load(self) -> None:
@@ -288,17 +288,17 @@ class FrozenFlux(nn.Module):
                 self.folder.fill(part, module)
 
     def guidance(self, scale: float, samples: int, device: torch.device | None = None) -> Tensor | None:
-        """[B] of `scale`, or None for a FLUX that takes no guidance."""
+        """`scale` as [B], or None for a FLUX without guidance."""
         return torch.full((samples,), scale, device=device) if self.folder.guided else None
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents [B, c, h, w], fp32, of uint8 images [B, 3, S, S]: (z - shift) scale.
 
-        z is the posterior's sample for standard normal `noise` [B, c, h, w], or its mean without.
+        z is the posterior's sample for standard normal `noise` [B, c, h, w], or its mean without noise.
         """
         mean, std = self.posterior(images)
-        return self.drawn(mean, std, torch.zeros_like(std) if noise is None else noise)
+        return self.sample_posterior(mean, std, torch.zeros_like(std) if noise is None else noise)
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,20 +307,20 @@ class FrozenFlux(nn.Module):
         found: Any = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return found.mean, found.std
 
-    def drawn(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-        """Latents as FLUX takes them, fp32, drawn from a posterior with standard normal `noise`; all [B, c, h, w]."""
+    def sample_posterior(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """FLUX latents, fp32, sampled from a posterior with standard normal `noise`; all [B, c, h, w]."""
         return (mean.float() + std.float() * noise - self._shift) * self._scale
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """uint8 images [B, 3, S, S] of latents [B, c, h, w] as `encode_images` gives them."""
+        """uint8 images [B, 3, S, S] of latents [B, c, h, w] scaled as by `encode_images`."""
         z = latents / self._scale + self._shift
         pixels = F.pixel_shuffle(self.vae.decode(z.to(self.vae.dtype)).sample.float(), self.folder.depth)
         return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
     @torch.no_grad()
     def encode_text(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """T5's states [B, L, E] and CLIP's pooled state [B, P]."""
+        """T5 states [B, L, E] and CLIP pooled state [B, P]."""
         return self.text_encoder_2(tokens.t5).last_hidden_state, self.text_encoder(tokens.clip).pooler_output
 
     @property

@@ -1,7 +1,7 @@
-"""Which kernels a run computes with: what the recipe asks for, or the fastest on this device at the run's own shapes.
+"""Kernel selection: what the recipe sets, or the fastest on this device at the run's shapes.
 
-Rank 0 measures, all ranks take its choice, and `kernels.json` in the run folder keeps it: a run that goes on, on the
-same device, computes with the same kernels and so to the same bits, whatever a second measurement would say.
+Rank 0 measures, all ranks use its choice, and `kernels.json` in the run folder records it: a run resumed on the same
+device uses the same kernels and is bitwise reproducible, whatever a second measurement would choose.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FILE = "kernels.json"
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """What `PatchLatentModel` computes with; the defaults run everywhere."""
+    """Kernels of a `PatchLatentModel`; the defaults run everywhere."""
 
     head: Provider = "reference"
     attention: Backend = "sdpa"
@@ -37,14 +37,14 @@ class KernelChoice:
 
 
 def make_deterministic() -> None:
-    """Have this process add up in a fixed order, on a GPU too; before anything has been computed there.
+    """Use deterministic algorithms in this process. Call before any computation on the GPU.
 
-    Attention obeys: torch's own reads the switch, the packages of `kernels.attention` are passed it. An operation that
-    has no deterministic form raises RuntimeError with its name.
+    Applies to attention too: torch's own reads the switch, the packages of `kernels.attention` receive it as an
+    argument. An operation without a deterministic implementation raises RuntimeError with its name.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may split a product by what is free
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may split a product by free workspace
     torch.use_deterministic_algorithms(True)
-    # Memory that is allocated is written before it is read here: filling it would cost a pass over all of it.
+    # Allocated memory is always written before it is read here: filling it would only cost time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.benchmark = False
 
@@ -54,8 +54,8 @@ def choose_kernels(
 ) -> tuple[KernelChoice, dict[str, dict[str, Any]]]:
     """The kernels of this run, the same on every rank, and the record for `kernels.json`.
 
-    config: the backbone's Qwen2_5_VLConfig; patches: of one image; folder: of the run. RunError where the recipe asks
-    for what cannot run here.
+    config: the backbone's Qwen2_5_VLConfig; patches: per image; folder: the run folder. RunError if a kernel set in the
+    recipe cannot run here.
     """
     device, asked, text = ranks.device, recipe.kernels, config.text_config
     dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16

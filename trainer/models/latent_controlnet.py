@@ -1,7 +1,7 @@
-"""The latent ControlNet: a trainable copy of FLUX's first blocks that reads patch latents and corrects FLUX.
+"""The latent ControlNet: a trainable copy of FLUX's first blocks, conditioned on patch latents.
 
-diffusers' FLUX ControlNet, except that its condition is [B, N, D] patch latents, brought to FLUX's token grid.
-Names and folder are those of the public release's `flux_controlnet`.
+diffusers' FLUX ControlNet, except that its condition is [B, N, D] patch latents, resampled to FLUX's token grid.
+Names and folder layout are those of the public release's `flux_controlnet`.
 
 Legend: B samples, N patch latents of width D, M packed FLUX tokens of C channels, L text tokens of width E, P pooled
 text width, H FLUX's hidden width.
@@ -36,14 +36,14 @@ _SHARED = (
     "guidance_embeds",
     "axes_dims_rope",
 )
-"""Settings that the ControlNet has from its FLUX."""
+"""Settings that the ControlNet inherits from its FLUX."""
 _BLOCKS: dict[Resampling, str] = {"up": "up_sampling_block", "down": "down_sampling_block"}
 _ZERO = "controlnet_"
-"""Begin of the names of all tensors that start at zero: the condition's projection and the residuals'."""
+"""Name prefix of all zero-initialised tensors: the projections of the condition and of the residuals."""
 
 
 class Residuals(NamedTuple):
-    """What is added in FLUX: [B, M, H] each, for groups of double and of single blocks in order."""
+    """Residuals that FLUX adds, [B, M, H] each, in order of the groups of double and of single blocks."""
 
     double: tuple[Tensor, ...]
     single: tuple[Tensor, ...]
@@ -51,7 +51,7 @@ class Residuals(NamedTuple):
 
 @dataclass(frozen=True)
 class ControlNetConfig:
-    """Shape of a latent ControlNet. flux: the settings it has from its FLUX; double, single: copied blocks."""
+    """Shape of a latent ControlNet. flux: settings inherited from its FLUX; double, single: copied blocks."""
 
     flux: Mapping[str, Any]
     latent_width: int
@@ -71,7 +71,7 @@ class ControlNetConfig:
         single: int = 1,
         norm: Norm = "batch",
     ) -> ControlNetConfig:
-        """For a FLUX transformer's settings and patch latents [B, grid_in^2, latent_width]; RunError if none fits."""
+        """The shape for a FLUX transformer and patch latents [B, grid_in^2, latent_width]; RunError if none fits."""
         for kind, wanted, there in (
             ("double", double, transformer["num_layers"]),
             ("single", single, transformer["num_single_layers"]),
@@ -79,12 +79,12 @@ class ControlNetConfig:
             if not 0 <= wanted <= there:
                 raise RunError(f"a ControlNet of {wanted} {kind} blocks: this FLUX has {there} to copy from")
         if double + single == 0:
-            raise RunError("a ControlNet of 0 double and 0 single blocks changes nothing: give it at least one")
+            raise RunError("a ControlNet of 0 double and 0 single blocks has no effect: give it at least one")
         shared = {name: transformer[name] for name in _SHARED if name in transformer}
         return cls(shared, latent_width, resampling(grid_in, grid_out), double, single, norm)
 
     def require_use(self, transformer: Mapping[str, Any]) -> None:
-        """RunError when a FLUX of these settings adds some residual nowhere: its block would never learn."""
+        """RunError if this FLUX ignores some of the residuals: their blocks would never learn."""
         for kind, count, blocks in (
             ("double", self.double, transformer["num_layers"]),
             ("single", self.single, transformer["num_single_layers"]),
@@ -93,12 +93,12 @@ class ControlNetConfig:
                 fits = [n for n in range(1, blocks + 1) if residuals_added(n, blocks) == n]
                 near = [max(n for n in fits if n < count), min(n for n in fits if n > count)]
                 raise RunError(
-                    f"controlnet.{kind}={count}: a FLUX of {blocks} {kind} blocks adds the first {added} residuals"
-                    f" alone, the other blocks would never learn; set {near[0]} or {near[1]}"
+                    f"controlnet.{kind}={count}: a FLUX of {blocks} {kind} blocks uses only the first {added}"
+                    f" residuals, the other blocks would never learn; set {near[0]} or {near[1]}"
                 )
 
     def public(self) -> dict[str, Any]:
-        """`config.json` of a `flux_controlnet` folder. Width, resampling and norm show in the weights alone."""
+        """`config.json` of a `flux_controlnet` folder. Width, resampling and norm follow from the weights."""
         return {
             "_class_name": "FluxControlNetModel",
             "_diffusers_version": diffusers.__version__,
@@ -110,27 +110,27 @@ class ControlNetConfig:
         }
 
     def require(self, transformer: Mapping[str, Any], latent_width: int, grid_in: int, grid_out: int) -> None:
-        """RunError unless this ControlNet reads such latents and corrects such a FLUX."""
+        """RunError unless this ControlNet fits these latents and this FLUX."""
         if latent_width != self.latent_width:
             raise RunError(
-                f"the ControlNet reads patch latents of width {self.latent_width}, this MLLM's have {latent_width}:"
-                " take the ControlNet that was trained with it"
+                f"the ControlNet expects patch latents of width {self.latent_width}, this MLLM has {latent_width}:"
+                " use the ControlNet that was trained with it"
             )
         wanted = resampling(grid_in, grid_out)
         if wanted != self.resampling:
             raise RunError(
-                f"the ControlNet resamples patch latents by '{self.resampling}', {grid_in} x {grid_in} latents for"
+                f"the ControlNet resamples patch latents by '{self.resampling}', but {grid_in} x {grid_in} latents and"
                 f" {grid_out} x {grid_out} FLUX tokens need '{wanted}': change the image sizes"
             )
         for name, value in self.flux.items():
             there = transformer.get(name, value)
             if _plain(there) != _plain(value):
-                raise RunError(f"the ControlNet is for a FLUX with {name} {value}, this one has {there}")
+                raise RunError(f"the ControlNet was trained for a FLUX with {name} {value}, this one has {there}")
 
 
 def residuals_added(count: int, blocks: int) -> int:
-    """How many of `count` residuals a FLUX of `blocks` blocks adds: after block i that of i // ceil(blocks / count), as
-    diffusers' FluxTransformer2DModel has it."""
+    """How many of `count` residuals a FLUX of `blocks` blocks adds: number i // ceil(blocks / count) after block i, as
+    in diffusers' FluxTransformer2DModel."""
     return (blocks - 1) // math.ceil(blocks / count) + 1
 
 
@@ -141,13 +141,13 @@ def _plain(value: Any) -> Any:
 class LatentControlNet(FluxControlNetModel):
     """Residuals for FLUX from patch latents. `initialise` or `load` fills the weights after construction.
 
-    `enable_gradient_checkpointing()` recomputes every block in the backward pass.
+    With `enable_gradient_checkpointing()` the backward pass recomputes every block.
     """
 
     def __init__(self, shape: ControlNetConfig) -> None:
         settings = {name: value for name, value in shape.public().items() if not name.startswith("_")}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of an import that moved, in diffusers' own file
+            warnings.simplefilter("ignore", FutureWarning)  # a moved import in diffusers itself
             super().__init__(**settings)
         self.shape = shape
         width = shape.latent_width
@@ -196,18 +196,18 @@ class LatentControlNet(FluxControlNetModel):
         return Residuals(tuple(double or ()), tuple(single or ()))
 
     def statistics(self) -> dict[str, Tensor]:
-        """Name -> buffer of what training moves beside the weights: BatchNorm's running statistics."""
+        """Name -> buffer that training updates in addition to the weights: BatchNorm's running statistics."""
         return dict(self.named_buffers())
 
     def copied_names(self) -> dict[str, str]:
-        """Parameter -> FLUX transformer's parameter that it starts as."""
+        """Parameter -> FLUX transformer's parameter that initialises it."""
         fresh = (_ZERO, *_BLOCKS.values())
         return {name: name for name, _ in self.named_parameters() if not name.startswith(fresh)}
 
     def initialise(self, flux: weights.Source, where: object, seed: int) -> None:
-        """FLUX's first blocks and embeddings from `flux`, zeros where the copy meets FLUX, the rest as torch starts it.
+        """Copy FLUX's first blocks and embeddings from `flux`, zero the projections, initialise the rest as torch does.
 
-        flux: a FLUX transformer's weights, by its own names; `where` names them in errors.
+        flux: a FLUX transformer's weights under their own names; `where` names them in errors.
         """
         parameters = dict(self.named_parameters())
         copied = self.copied_names()
@@ -219,21 +219,21 @@ class LatentControlNet(FluxControlNetModel):
         weights.fill(norms, _Constants(ones), "norms")
         fans = {n.rpartition(".")[0]: weights.full_shape(p) for n, p in parameters.items() if n.endswith("weight")}
         drawn = {n: _as_torch(weights.full_shape(p), fans[n.rpartition(".")[0]]) for n, p in parameters.items()}
-        weights.fill(parameters, weights.Drawn(seed, drawn), "initial weights")
+        weights.fill(parameters, weights.RandomInit(seed, drawn), "initial weights")
 
     def load(self, source: weights.Source, where: object) -> None:
-        """Everything, running statistics included, from a ControlNet's weights in the public layout."""
+        """Load all weights and running statistics from a ControlNet in the public layout."""
         tensors: dict[str, Any] = {**dict(self.named_parameters()), **self.statistics()}
         weights.fill(tensors, source, where)
 
 
 def _as_torch(shape: tuple[int, ...], weight: tuple[int, ...]) -> weights.Distribution:
-    """A convolution's weight or bias as torch draws it: uniform in 1 / sqrt(fan in), which torch counts on axis 1."""
+    """torch's initialisation of a convolution: uniform in +-1 / sqrt(fan in), with the fan in counted on axis 1."""
     return weights.Distribution(shape, "uniform", (weight[1] * weight[2] * weight[3]) ** -0.5)
 
 
 class _Constants:
-    """Tensors of one value each, as a source of weights: name -> (shape, value)."""
+    """A source of constant weights: name -> (shape, value)."""
 
     def __init__(self, tensors: Mapping[str, tuple[tuple[int, ...], float]]) -> None:
         self.tensors = tensors
@@ -246,16 +246,16 @@ class _Constants:
 
 
 def read_config(folder: Path) -> tuple[ControlNetConfig, weights.WeightFiles]:
-    """Shape and weights of the `flux_controlnet` folder; RunError when it is none."""
+    """Shape and weights of a `flux_controlnet` folder; RunError for any other folder."""
     file = folder / "config.json"
     if not file.is_file():
         raise RunError(f"{folder}: no config.json; give a folder with a FLUX ControlNet, such as `flux_controlnet`")
     settings = weights.read_json(file)
     if settings.get("_class_name") != "FluxControlNetModel":
-        raise RunError(f"{file}: _class_name is {settings.get('_class_name')}, a FluxControlNetModel is needed")
+        raise RunError(f"{file}: _class_name is {settings.get('_class_name')}, expected FluxControlNetModel")
     for name in ("num_mode", "conditioning_embedding_channels"):
         if settings.get(name) is not None:
-            raise RunError(f"{file}: {name} is {settings[name]}; a ControlNet for patch latents has none")
+            raise RunError(f"{file}: {name} is {settings[name]}; a latent ControlNet has none")
     files = weights.WeightFiles(folder)
     projection = files.shape("controlnet_x_embedder.weight")
     if projection is None:
@@ -271,6 +271,6 @@ def read_config(folder: Path) -> tuple[ControlNetConfig, weights.WeightFiles]:
 
 
 def write_config(folder: Path, config: ControlNetConfig) -> None:
-    """`config.json` of a `flux_controlnet` folder, which is made when it is missing."""
+    """Write `config.json` of a `flux_controlnet` folder; creates the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.public(), indent=2) + "\n")

@@ -1,6 +1,6 @@
 """The branch's decoder layer: Qwen's mathematics and parameter names, for patches over a constant prefix.
 
-transformers' own layer also rotates what stands at position 0, and keeps more for the backward pass; see `elementwise`.
+transformers' own layer also rotates tokens at position 0 and saves more for the backward pass; see `elementwise`.
 
 Legend: B samples, N patches, D hidden width, C width of a head.
 """
@@ -17,28 +17,28 @@ from .backbone import Prefix, rotated
 from .elementwise import GatedDown, RmsNorm
 
 Rotation = tuple[Tensor, Tensor] | None
-"""Cosines and sines [B, N, C] of the patches' positions; None where all of these are zero, which turns nothing."""
+"""Cosines and sines [B, N, C] of the patches' positions; None if all positions are zero: no rotation."""
 
 
 class BranchLayer(nn.Module):
-    """Layer `index` of a Qwen2_5_VLTextConfig, hidden [B, N, D] -> [B, N, D]."""
+    """Decoder layer `index` of a Qwen2_5_VLTextConfig: [B, N, D] -> [B, N, D]."""
 
     def __init__(self, config: Any, index: int) -> None:
         super().__init__()
-        # In the order of transformers' layer, whose weights these begin as.
+        # In the order of transformers' layer, from which the weights are copied.
         self.self_attn = PrefixAttention(config, index)
         self.mlp = Mlp(config)
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, prefix: Prefix, rotation: Rotation, backend: Backend, recomputed: bool) -> Tensor:
-        """recomputed: by activation checkpointing, in the backward pass."""
+        """recomputed: whether activation checkpointing recomputes the layer in the backward pass."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), prefix, rotation, backend)
         return hidden + self.mlp(self.post_attention_layernorm(hidden), recomputed)
 
 
 class PrefixAttention(nn.Module):
-    """Every patch sees its sample's text and patches."""
+    """Attention of every patch to the text and patches of its sample."""
 
     def __init__(self, config: Any, index: int) -> None:
         super().__init__()

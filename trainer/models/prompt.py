@@ -1,4 +1,4 @@
-"""Captions as token ids: the model's chat template around them, and a suffix that truncation never touches."""
+"""Captions as token ids in the model's chat template; truncation preserves the suffix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a Qwen2.5-VL's folder; RunError when it is not whole, or another model's."""
+    """The tokenizer of a Qwen2.5-VL folder; RunError if it is incomplete or another model's."""
     config = read_config(folder)
     tokenizer = open_tokenizer(folder, config.text_config.vocab_size)
     for token, wanted in ((IMAGE_START, config.vision_start_token_id), (IMAGE, config.image_token_id)):
@@ -43,9 +43,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 class PromptTemplate:
     """Turns captions into token ids.
 
-    A prompt is the model's system turn, a user turn with the instruction, and an opened assistant turn that ends in
-    the image-start token. A prompt beyond `max_tokens` loses the end of its caption, never the closing of the user
-    turn and what follows it.
+    A prompt is the model's system turn, a user turn with the instruction, and an open assistant turn that ends with the
+    image-start token. Truncation to `max_tokens` removes the end of the caption, never the end of the user turn or
+    anything after it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
@@ -55,13 +55,13 @@ class PromptTemplate:
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         assert isinstance(text, str)
         if text.count(_MARK) != 1:
-            raise RunError(f"{tokenizer.name_or_path}: its chat template leaves out what the user says; fetch it again")
+            raise RunError(f"{tokenizer.name_or_path}: the chat template omits the user message; fetch it again")
         self.head, self.tail = (text + IMAGE_START).split(_MARK)
         self.suffix: list[int] = tokenizer.encode(self.tail, add_special_tokens=False)
         shortest = len(self._encode(""))
         if shortest > max_tokens:
             raise RunError(
-                f"branch.max_text_tokens is {max_tokens}, the empty prompt alone has {shortest} tokens: raise it"
+                f"branch.max_text_tokens is {max_tokens}, but the empty prompt has {shortest} tokens: raise it"
             )
 
     def ids(self, caption: str) -> list[int]:
@@ -71,16 +71,16 @@ class PromptTemplate:
             ids = ids[: self.max_tokens - len(self.suffix)] + self.suffix
         return ids
 
-    def tokens(self, caption: str) -> int:
-        """Token ids of the prompt before it is cut to `max_tokens`."""
+    def count_tokens(self, caption: str) -> int:
+        """Tokens of the prompt before truncation to `max_tokens`."""
         return len(self._encode(caption))
 
     def _encode(self, caption: str) -> list[int]:
-        # `head` and `tail` carry the template's own markers; a caption must not be able to close its turn.
+        # `head` and `tail` contain the template's control tokens; a caption must not be able to end its turn.
         caption = caption.replace("<|", "< |")
         return self.tokenizer.encode(self.head + caption + self.tail, add_special_tokens=False)
 
     def batch(self, captions: Sequence[str]) -> tuple[Tensor, tuple[int, ...]]:
-        """The prompts one behind the other, input_ids [sum T], and their lengths."""
+        """The concatenated prompts, input_ids [sum T], and their lengths."""
         rows = [self.ids(caption) for caption in captions]
         return torch.tensor(list(itertools.chain(*rows)), dtype=torch.int64), tuple(map(len, rows))

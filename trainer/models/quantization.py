@@ -1,12 +1,12 @@
-"""Quantized checkpoints: the schemes that are read exactly, and the names of those that are refused.
+"""Quantized checkpoints: schemes that are dequantized exactly, and the names of refused ones.
 
-A scheme is recognised twice: by the `quantization_config` in a model's config.json, and by the tensors that it stores.
-Both must agree. Every formula is the library's own, so that the weights equal to the bit what the library gives:
+A scheme is detected from the `quantization_config` in config.json and from the stored tensors; both must agree. Every
+formula is the library's own, so that weights equal the library's bit for bit:
 
 - compressed-tensors fp8 (`weight`, `weight_scale` [out, 1] or [1]): weight * scale in the scale's type
 - bitsandbytes int8 (`weight`, `SCB` [out]): weight * SCB * (1 / 127) in fp32
-- torchao int8 weight-only (`_weight_qdata`, `_weight_scale`, `_weight_zero_point`): (data - zero point) * scale in fp32
-  and rounded to the type that the weight had
+- torchao int8 weight-only (`_weight_qdata`, `_weight_scale`, `_weight_zero_point`): (data - zero point) * scale in
+  fp32, rounded to the weight's original type
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ..errors import RunError
 from .safetensors_files import StoredTensors
 
 FLOAT = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-"""Types of weights that are no quantized ones."""
+"""Types of unquantized weights."""
 REMEDY = (
-    "take the unquantized (bf16) weights, or a model in compressed-tensors fp8, bitsandbytes int8 or torchao int8"
+    "use unquantized (bf16) weights, or a model in compressed-tensors fp8, bitsandbytes int8 or torchao int8"
     " weight-only"
 )
 
@@ -44,7 +44,7 @@ _METHODS = {
     "quanto": "Quanto",
     "svdquant": "SVDQuant",
 }
-"""`quant_method` -> its name for people; others are named as they are written."""
+"""`quant_method` -> display name; others are shown as they are."""
 
 _TRACES = (
     (r"\.SCB|\.weight_format", _BITSANDBYTES),
@@ -62,41 +62,41 @@ _TRACES = (
     (r"\.codebooks?|\.codes", "AQLM"),
     (r"_proj_(blocks|scales)", "MXFP4"),
 )
-"""Ends of tensors' names that no plain checkpoint has, and whose they are."""
+"""Suffixes of tensor names that no unquantized checkpoint has, and their scheme."""
 
 _ACTIVATIONS = re.compile(r".+\.(input|output|k|v|q)_(scale|zero_point)")
-"""Of activations, which stay unquantized here, as they do in training with these libraries."""
+"""Scales of activations, which stay unquantized here, as in training with these libraries."""
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """One weight [out, in] that is stored as 8-bit numbers with scales: of each row, or one for all."""
+    """One weight [out, in] stored as 8-bit numbers with scales, per row or per tensor."""
 
     data: str
     scale: str
     zero_point: str | None = None
     factor: float | None = None
     wide: bool = True
-    """Whether the library computes in fp32, whatever the type of the scale."""
+    """Whether the library computes in fp32 regardless of the scale's type."""
     rounded: torch.dtype | None = None
-    """What the library rounds the result to."""
+    """The type to which the library rounds the result."""
 
     @property
     def stored(self) -> tuple[str, ...]:
         return tuple(name for name in (self.data, self.scale, self.zero_point) if name)
 
     def flat(self, tensors: StoredTensors, lo: int, hi: int) -> Tensor:
-        """Elements [lo, hi) of the flattened weight; of the data only their rows are read."""
+        """Elements [lo, hi) of the flattened weight; reads only the rows that contain them."""
         scale = tensors.tensor(self.scale)
         if hi <= lo:
             return scale.new_empty(0)
         width = tensors.shape(self.data)[1]
         first, last = lo // width, -(-hi // width)
         rows = slice(first, last)
-        scale = _of_rows(scale.float() if self.wide else scale, rows)
+        scale = _select_rows(scale.float() if self.wide else scale, rows)
         values = tensors.flat(self.data, first * width, last * width).view(-1, width).to(scale.dtype)
         if self.zero_point:
-            values = values - _of_rows(tensors.tensor(self.zero_point).to(scale.dtype), rows)
+            values = values - _select_rows(tensors.tensor(self.zero_point).to(scale.dtype), rows)
         values = values * scale
         if self.factor is not None:
             values = values * self.factor
@@ -104,16 +104,16 @@ class Quantized:
         return values.to(self.rounded) if self.rounded else values
 
 
-def _of_rows(values: Tensor, rows: slice) -> Tensor:
+def _select_rows(values: Tensor, rows: slice) -> Tensor:
     """[out, 1], [out], [1] or [] -> [rows, 1] or [1, 1]"""
     column = values.reshape(-1, 1)
     return column if len(column) == 1 else column[rows]
 
 
 def quantized(tensors: StoredTensors, config: Mapping[str, Any], where: object) -> dict[str, Quantized]:
-    """Names of weights that are stored quantized -> how; of a plain checkpoint none.
+    """Quantized weights by name; empty for an unquantized checkpoint.
 
-    config: the model's config.json. RunError, with the scheme's name, unless it is one that is read exactly.
+    config: the model's config.json. RunError names any scheme that cannot be read exactly.
     """
     schemes = {_scheme(settings, where) for settings in _settings(config)}
     if len(schemes) > 1:
@@ -127,12 +127,12 @@ def quantized(tensors: StoredTensors, config: Mapping[str, Any], where: object) 
             continue
         if scheme is None or reader is None:
             raise RunError(
-                f"{where}: {name} is of weights quantized by {trace}, and config.json has no quantization_config;"
+                f"{where}: {name} belongs to weights quantized by {trace}, but config.json has no quantization_config;"
                 f" {REMEDY}"
             )
         made = reader(name)
         if made is None:
-            raise RunError(f"{where}: {name} is not of {scheme}, which config.json names; {REMEDY}")
+            raise RunError(f"{where}: {name} does not belong to {scheme}, the scheme in config.json; {REMEDY}")
         weight, how = made
         if how is not None:
             found[weight] = _checked(tensors, weight, how, scheme, where)
@@ -140,7 +140,7 @@ def quantized(tensors: StoredTensors, config: Mapping[str, Any], where: object) 
 
 
 def hidden(name: str) -> bool:
-    """Whether a stored tensor is no weight, but says how one is to be read or activations to be rounded."""
+    """Whether a stored tensor is quantization metadata (of weights or activations) and not a weight."""
     return _trace(name) is not None or _ACTIVATIONS.fullmatch(name) is not None
 
 
@@ -151,7 +151,7 @@ def _trace(name: str) -> str | None:
 
 
 def _settings(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Every quantization setting in a config.json, that of sub-models included."""
+    """Every quantization config in a config.json, including those of sub-models."""
     for key, value in config.items():
         if isinstance(value, dict):
             if key in ("quantization_config", "compression_config", "quantization"):
@@ -175,12 +175,12 @@ def _scheme(settings: Mapping[str, Any], where: object) -> str:
     else:
         refused, scheme = _METHODS.get(method, method or "an unnamed scheme"), ""
     if refused:
-        raise RunError(f"{where}: its weights are quantized by {refused}, which cannot be read exactly; {REMEDY}")
+        raise RunError(f"{where}: weights are quantized by {refused}, which cannot be read exactly; {REMEDY}")
     return scheme
 
 
 def _compressed_refusal(settings: Mapping[str, Any]) -> str | None:
-    """What in a compressed-tensors setting is not fp8 per tensor or per channel."""
+    """What in a compressed-tensors config differs from fp8 per tensor or per channel."""
     for field in ("sparsity_config", "transform_config"):
         value = settings.get(field) or {}
         if value.get("format", "dense") != "dense" or value.get("config_groups"):
@@ -210,8 +210,8 @@ def _torchao_refusal(settings: Mapping[str, Any]) -> str | None:
     return None if kind == "Int8WeightOnlyConfig" else f"torchao {kind}"
 
 
-def _torchao_about(tensors: StoredTensors) -> dict[str, dict[str, Any]]:
-    """What a torchao file's header says of each weight that is no plain tensor."""
+def _torchao_metadata(tensors: StoredTensors) -> dict[str, dict[str, Any]]:
+    """Header metadata of each weight that is not a plain tensor in a torchao file."""
     found: dict[str, dict[str, Any]] = {}
     for metadata in tensors.metadata():
         for name, text in metadata.items():
@@ -225,9 +225,9 @@ def _torchao_about(tensors: StoredTensors) -> dict[str, dict[str, Any]]:
 
 
 _Found = tuple[str, Quantized | None]
-"""A weight's name and how it is stored; None where another of its tensors says it."""
+"""A weight's name and how it is stored; None if another of its tensors determines that."""
 _Reader = Callable[[str], _Found | None]
-"""A tensor's name -> the weight that it belongs to; None for one that the scheme has not."""
+"""A tensor's name -> the weight it belongs to; None if the scheme has no such tensor."""
 
 
 def _compressed(tensors: StoredTensors, where: object) -> _Reader:
@@ -243,7 +243,7 @@ def _bitsandbytes(tensors: StoredTensors, where: object) -> _Reader:
         module, _, end = name.rpartition(".")
         if end == "SCB":
             return f"{module}.weight", Quantized(f"{module}.weight", name, factor=7.874015718698502e-3)
-        if end == "weight_format" and int(tensors.tensor(name)) == 0:  # rows as they are; others are old GPUs'
+        if end == "weight_format" and int(tensors.tensor(name)) == 0:  # row-major; other layouts are for old GPUs
             return f"{module}.weight", None
         return None
 
@@ -251,14 +251,14 @@ def _bitsandbytes(tensors: StoredTensors, where: object) -> _Reader:
 
 
 def _torchao(tensors: StoredTensors, where: object) -> _Reader:
-    about = _torchao_about(tensors)
-    for kind in {entry["_type"] for entry in about.values()} - {"Int8Tensor"}:
-        raise RunError(f"{where}: holds a torchao {kind}, int8 weight-only has Int8Tensor alone; {REMEDY}")
-    # A header may have other names than the files, whose models were renamed since: all weights had one type.
-    types = {(entry.get("_data") or {}).get("dtype", {}).get("_data") for entry in about.values()}
+    metadata = _torchao_metadata(tensors)
+    for kind in {entry["_type"] for entry in metadata.values()} - {"Int8Tensor"}:
+        raise RunError(f"{where}: contains a torchao {kind}, int8 weight-only has only Int8Tensor; {REMEDY}")
+    # Names in the header may be those before a model was renamed, so all weights must have had one type.
+    types = {(entry.get("_data") or {}).get("dtype", {}).get("_data") for entry in metadata.values()}
     rounded = getattr(torch, str(types.pop()), None) if len(types) == 1 else None
     if rounded not in FLOAT:
-        raise RunError(f"{where}: the header does not say what torchao quantized; save the model again")
+        raise RunError(f"{where}: the header lacks the original type of the weights; save the model again")
 
     def read(name: str) -> _Found | None:
         found = re.fullmatch(r"(.+)\._(\w+)_(qdata|scale|zero_point)", name)
@@ -277,13 +277,13 @@ _DATA = {_COMPRESSED: torch.float8_e4m3fn, _BITSANDBYTES: torch.int8, _TORCHAO: 
 
 
 def _checked(tensors: StoredTensors, weight: str, how: Quantized, scheme: str, where: object) -> Quantized:
-    """RunError unless the tensors of a weight are there, in the types and shapes of the scheme."""
+    """RunError unless all tensors of a weight exist, with the types and shapes of the scheme."""
     if missing := [name for name in how.stored if name not in tensors]:
-        raise RunError(f"{where}: {weight} is stored in {scheme} and {missing[0]} is missing; fetch it again")
+        raise RunError(f"{where}: {weight} is stored in {scheme}, but {missing[0]} is missing; fetch it again")
     shape, dtype = tensors.shape(how.data), tensors.dtype(how.data)
     rows = {tensors.shape(name) for name in how.stored[1:]}
     fits = len(shape) == 2 and rows <= {(shape[0], 1), (shape[0],), (1, 1), (1,), ()}
     if dtype != _DATA[scheme] or tensors.dtype(how.scale) not in FLOAT or not fits:
         found = ", ".join(f"{name} {tensors.dtype(name)} {list(tensors.shape(name))}" for name in how.stored)
-        raise RunError(f"{where}: {weight} is not stored as {scheme} has it ({found}); {REMEDY}")
+        raise RunError(f"{where}: {weight} is not stored as {scheme} requires ({found}); {REMEDY}")
     return how

@@ -1,6 +1,6 @@
-"""From the grid of patch latents to FLUX's token grid: twice as fine, the same, or half as fine.
+"""Resampling of the patch latents' grid to FLUX's token grid: twice as fine, equal, or half as fine.
 
-The x2 block is the public release's, with its names `upconv`, `bn1`, `conv`, `bn2`; the /2 block mirrors it.
+The upsampling block is the public release's, with its names `upconv`, `bn1`, `conv`, `bn2`; downsampling mirrors it.
 
 Legend: B samples of this rank, D latent width, g side of a grid.
 """
@@ -22,11 +22,11 @@ Resampling = Literal["up", "none", "down"]
 Norm = Literal["batch", "group"]
 
 _OVER = (0, 2, 3)
-"""The axes of [B, D, g, g] that a channel's statistics go over."""
+"""Axes of [B, D, g, g] over which channel statistics are computed."""
 
 
 def resampling(grid_in: int, grid_out: int) -> Resampling:
-    """What leads from grid_in x grid_in patch latents to grid_out x grid_out FLUX tokens; RunError if nothing does."""
+    """Resampling of grid_in x grid_in patch latents to grid_out x grid_out FLUX tokens; RunError if there is none."""
     if grid_out == 2 * grid_in:
         return "up"
     if grid_out == grid_in:
@@ -34,16 +34,16 @@ def resampling(grid_in: int, grid_out: int) -> Resampling:
     if 2 * grid_out == grid_in:
         return "down"
     raise RunError(
-        f"{grid_in} x {grid_in} patch latents cannot become {grid_out} x {grid_out} FLUX tokens: choose image sizes"
-        " whose token grid has twice, once or half the latents' side"
+        f"{grid_in} x {grid_in} patch latents cannot be resampled to {grid_out} x {grid_out} FLUX tokens: choose image"
+        " sizes whose token grid has twice, once or half the latents' side"
     )
 
 
 class SyncedBatchNorm(nn.Module):
-    """BatchNorm2d over the samples of all ranks, as if one process held them; torch's own needs CUDA for that.
+    """BatchNorm2d over the samples of all ranks; torch's SyncBatchNorm needs CUDA.
 
-    Statistics and arithmetic are fp32 whatever the input, and the running ones stay fp32 when the module is cast.
-    Every rank must hold as many samples as the others.
+    Statistics and arithmetic are fp32 for any input dtype; running statistics stay fp32 when the module is cast. All
+    ranks must have the same number of samples.
     """
 
     running_mean: Tensor
@@ -56,7 +56,7 @@ class SyncedBatchNorm(nn.Module):
         self.momentum = momentum
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
-        # Under `zero.Init` tensors are born in the compute dtype, whatever one asks for.
+        # `zero.Init` creates every tensor in the compute dtype, whatever dtype is requested.
         self.register_buffer("running_mean", torch.zeros(width).float())
         self.register_buffer("running_var", torch.ones(width).float())
         self.register_buffer("num_batches_tracked", torch.tensor(0))
@@ -85,9 +85,9 @@ class SyncedBatchNorm(nn.Module):
 
 
 class _Normalise(torch.autograd.Function):
-    """Batch normalisation whose sums, forward and backward, go over all ranks (Ioffe, Szegedy 2015).
+    """Batch normalisation with sums over all ranks in the forward and backward pass (Ioffe, Szegedy 2015).
 
-    Gradients of weight and bias are this rank's own: they are averaged with all others, after the backward pass.
+    Gradients of weight and bias are local: the engine averages them over ranks after the backward pass.
     """
 
     @staticmethod
@@ -95,7 +95,7 @@ class _Normalise(torch.autograd.Function):
         values = x.float()
         var, mean = torch.var_mean(values, dim=_OVER, correction=0)
         common = _mean_over_ranks(mean)
-        # Around the common mean: a difference of large squares would lose what is asked for.
+        # Around the common mean: a difference of large squares would cancel.
         var = _mean_over_ranks(var + (mean - common).square())
         inverse = (var + eps).rsqrt()
         ctx.save_for_backward(x, weight, common, inverse)
@@ -156,7 +156,7 @@ class UpsamplingBlock(nn.Module):
 
 
 class DownsamplingBlock(nn.Module):
-    """relu(bn2(conv(relu(bn1(downconv(x))))) + means of x over 2 x 2)."""
+    """relu(bn2(conv(relu(bn1(downconv(x))))) + 2 x 2 average of x)."""
 
     def __init__(self, width: int, norm: Norm) -> None:
         super().__init__()
@@ -172,6 +172,6 @@ class DownsamplingBlock(nn.Module):
 
 
 def on_grid(block: nn.Module, latents: Tensor) -> Tensor:
-    """Apply `block` to latents [B, g^2, D] in raster order; its result likewise, [B, g'^2, D]."""
+    """Apply `block` to latents [B, g^2, D] in raster order; returns [B, g'^2, D]."""
     side = math.isqrt(latents.shape[1])
     return block(latents.unflatten(1, (side, side)).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)

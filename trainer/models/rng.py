@@ -1,4 +1,4 @@
-"""Draws that depend on the sample and on nothing else: not on rank, world size, worker or the number of resumes.
+"""Random draws that depend on the sample only, not on rank, world size, worker or number of resumes.
 
 Every number is a hash of (seed, stream, epoch, sample, lane) by SplitMix64's finaliser (Steele, Lea, Flood 2014).
 """
@@ -14,7 +14,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Stream(IntEnum):
-    """What a number is drawn for; one stream never reads another's numbers."""
+    """Purpose of a draw; streams are independent."""
 
     MASK_RATE = 1
     MASK_ORDER = 2
@@ -25,7 +25,7 @@ class Stream(IntEnum):
 
 
 def uniform(seed: int, stream: Stream, epoch: IntArray, index: IntArray, lanes: int) -> npt.NDArray[np.float64]:
-    """Uniform numbers in (0, 1) for samples `index` [B] of epochs `epoch` [B]: [B, lanes], 53 random bits each."""
+    """Uniform numbers in (0, 1), [B, lanes], for samples `index` [B] of epochs `epoch` [B]; 53 random bits each."""
     with np.errstate(over="ignore"):
         state = _mix(np.uint64(seed) + np.uint64(stream) * _GOLDEN)
         state = _mix(state ^ (epoch.astype(np.uint64) * _GOLDEN))
@@ -35,7 +35,7 @@ def uniform(seed: int, stream: Stream, epoch: IntArray, index: IntArray, lanes: 
 
 
 def chosen(seed: int, stream: Stream, epoch: IntArray, index: IntArray, share: float) -> npt.NDArray[np.bool_]:
-    """Which of the samples [B] fall into `share` of all."""
+    """Bool [B]: each sample is chosen with probability `share`."""
     return uniform(seed, stream, epoch, index, 1)[:, 0] < share
 
 

@@ -1,4 +1,4 @@
-"""Which safetensors files make up a model, and the tensors in them, read by range."""
+"""The safetensors files of a model, and their tensors, read by byte range."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from ...data.retry import call
 from ..errors import RunError
 
 _SINGLE_FIRST = "model"
-"""transformers takes `model.safetensors` before an index, which a folder that is saved again as one file keeps."""
+"""transformers prefers `model.safetensors` over an index, which remains when a folder is re-saved as one file."""
 _INDEX_FIRST = "diffusion_pytorch_model"
-"""diffusers takes the index first; saving again as one file removes the shards and leaves the index."""
+"""diffusers prefers the index; re-saving as one file removes the shards but keeps the index."""
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _OTHERS = {
-    ".gguf": "GGUF, which is quantized: take the model's safetensors files",
-    ".bin": "PyTorch pickles: convert them (save_pretrained of the library that reads them writes safetensors)",
+    ".gguf": "GGUF, which is quantized: use the model's safetensors files",
+    ".bin": "PyTorch pickles: convert them to safetensors (load and save_pretrained with the model's library)",
     ".pt": "PyTorch pickles: convert them to safetensors",
     ".pth": "PyTorch pickles: convert them to safetensors",
     ".ckpt": "PyTorch pickles: convert them to safetensors",
-    ".msgpack": "Flax weights: take the model's safetensors files",
-    ".h5": "TensorFlow weights: take the model's safetensors files",
-    ".onnx": "an ONNX graph: take the model's safetensors files",
+    ".msgpack": "Flax weights: use the model's safetensors files",
+    ".h5": "TensorFlow weights: use the model's safetensors files",
+    ".onnx": "an ONNX graph: use the model's safetensors files",
 }
-"""What else weights are stored in, and what to do about it."""
+"""Other weight formats, and the remedy."""
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -58,9 +58,9 @@ _DTYPES = {
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a model folder, as transformers and diffusers choose them, or the one file `path`.
+    """The safetensors files of a model folder, chosen as transformers and diffusers do, or the single file `path`.
 
-    RunError says which file is missing, or what the folder holds instead.
+    RunError names the missing file, or what the folder contains instead.
     """
     if path.is_file():
         return [path]
@@ -75,7 +75,7 @@ def weight_files(path: Path) -> list[Path]:
             if files := _indexed(index):
                 return files
         except RunError:
-            if not single.is_file():  # the index of an earlier save, whose shards were removed
+            if not single.is_file():  # else the index is left over from an earlier save
                 raise
     if single.is_file():
         return [single]
@@ -84,43 +84,43 @@ def weight_files(path: Path) -> list[Path]:
     if found and len(variants) == len(found):
         plain = variants[0].name.split(".")[0] + ".safetensors"
         raise RunError(
-            f"{path}: holds a variant alone, {variants[0].name}; fetch {plain}, or rename the variant to that"
+            f"{path}: contains only a variant, {variants[0].name}; fetch {plain}, or rename the variant to it"
         )
     if not found:
-        raise RunError(f"{path}: no safetensors files there{instead(path)}")
+        raise RunError(f"{path}: no safetensors files there{other_format_hint(path)}")
     found = [file for file in found if file not in variants]
     for shard in filter(None, (_SHARD.fullmatch(file.name) for file in found)):
         stem, _, count = shard.groups()
         for number in range(1, int(count) + 1):
             if not (file := path / f"{stem}-{number:05d}-of-{count}.safetensors").is_file():
-                raise RunError(f"{file}: is missing, one of {int(count)} files of the model; fetch it again")
+                raise RunError(f"{file}: missing, one of the model's {int(count)} files; fetch it again")
     return found
 
 
 def _indexed(index: Path) -> list[Path]:
-    """The files that an index names, none for one that says nothing."""
+    """The files named by an index; empty for an empty index."""
     try:
         stated = json.loads(call(lambda: index.read_text(encoding="utf-8"), index))
         where: list[str] = list(stated.get("weight_map", {}).values())
-    except DataError:  # of the storage
+    except DataError:  # a storage error
         raise
     except (ValueError, AttributeError) as error:
-        raise RunError(f"{index}: is no index of weights ({error}); fetch it again") from error
+        raise RunError(f"{index}: not a weight index ({error}); fetch it again") from error
     names = sorted(set(where))
     for name in names:
-        # An index is data from outside: it names files beside it and nothing else.
+        # An index is untrusted input: it may only name files in its own folder.
         if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name or name in ("", ".."):
-            raise RunError(f"{index}: names {name!r}, which is no file beside it; fetch the model again")
+            raise RunError(f"{index}: names {name!r}, which is not a file in this folder; fetch the model again")
         if not (index.parent / name).is_file():
             raise RunError(
-                f"{index.parent}: {where.count(name)} tensors are missing: {name} is not there, and {index.name} names"
-                " it; fetch it again"
+                f"{index.parent}: {where.count(name)} tensors are missing: {index.name} names {name}, which does not"
+                " exist; fetch it again"
             )
     return [index.parent / name for name in names]
 
 
-def instead(path: Path) -> str:
-    """What weights a folder holds in another format and what to do about it; empty where it holds none."""
+def other_format_hint(path: Path) -> str:
+    """Weights of another format in a folder, and the remedy; empty if there are none."""
     if not path.is_dir():
         return ""
     for file in sorted(path.iterdir()):
@@ -134,7 +134,7 @@ class _Entry(NamedTuple):
 
     file: _File
     kind: str
-    """Its type, as safetensors names it."""
+    """Data type in safetensors' notation."""
     shape: tuple[int, ...]
     start: int
     """First byte in the file."""
@@ -145,9 +145,9 @@ class _Entry(NamedTuple):
 class _File:
     """One safetensors file: its header, and ranges of its bytes.
 
-    Ranges are read by `pread` and not memory-mapped: storage that fails under a mapped page, or a file that becomes
-    shorter, ends the process with SIGBUS, which no retry and no message can follow. A read that fails for a transient
-    reason opens the file again, as a stale handle stays stale, and goes on only if it is the same file.
+    Ranges are read with `pread`, not memory-mapped: a storage failure under a mapped page, or a truncated file, kills
+    the process with SIGBUS, without retry or message. A read that fails transiently reopens the file, because a stale
+    handle stays stale, and continues only if the file is unchanged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -157,11 +157,11 @@ class _File:
         self.tensors, self.metadata = call(self._header, path)
 
     def read(self, start: int, view: memoryview) -> None:
-        """Fill `view` with the bytes from `start` on. DataLost, DataError or RunError with the file's name."""
+        """Fill `view` with the bytes from offset `start`. DataLost, DataError or RunError with the file's name."""
         call(lambda: self._read(start, view), self.path)
 
     def _header(self) -> tuple[dict[str, _Entry], Mapping[str, str]]:
-        with safe_open(self.path, framework="pt") as checked:  # whatever is wrong with a header is the library's to say
+        with safe_open(self.path, framework="pt") as checked:  # safetensors validates the header
             metadata = checked.metadata() or {}
         length = bytearray(8)
         self._read(0, memoryview(length))
@@ -197,13 +197,13 @@ class _File:
             seen = about.st_size, about.st_mtime_ns
             if self._seen not in (None, seen):
                 opened.close()
-                raise DataLost(f"{self.path}: was replaced while it was being read; start again")
+                raise DataLost(f"{self.path}: replaced while being read; start again")
             self._opened, self._seen = opened, seen
         return self._opened.fileno()
 
 
 class StoredTensors:
-    """Tensors of safetensors files by name, as they are stored; what is asked for is read, and nothing else."""
+    """Tensors of safetensors files by name, as stored; read on demand."""
 
     def __init__(self, files: list[Path]) -> None:
         self._entries: dict[str, _Entry] = {}
@@ -227,7 +227,7 @@ class StoredTensors:
         return iter(self._entries)
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """None for a type that torch has not, such as four-bit floats."""
+        """None for a type that torch lacks, such as four-bit floats."""
         return _DTYPES.get(self._entries[name].kind)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -250,5 +250,5 @@ class StoredTensors:
         return found
 
     def metadata(self) -> Iterator[Mapping[str, str]]:
-        """The headers' free text, file by file."""
+        """The `__metadata__` of each file's header."""
         return (file.metadata for file in self._files)

@@ -1,6 +1,6 @@
-"""Tokenizers from a model's folder, refused when they would give every caption the same tokens.
+"""Tokenizers of a model folder, refused if they would map every caption to the same tokens.
 
-transformers 5 builds a tokenizer of the special tokens alone where the vocabulary's files are missing, without a word.
+If the vocabulary files are missing, transformers 5 silently builds a tokenizer of the special tokens only.
 """
 
 from __future__ import annotations
@@ -15,44 +15,44 @@ from ...data.retry import described
 from ..errors import RunError
 
 SENTENCE = "a red apple"
-"""What every tokenizer of captions must give back."""
+"""A caption that every tokenizer must round-trip."""
 
 
 def open_tokenizer(folder: Path, rows: int) -> Any:
-    """The tokenizer in `folder`, for an embedding of `rows`. RunError unless it is whole and that model's."""
+    """The tokenizer in `folder`, for an embedding of `rows`. RunError unless it is complete and matches that model."""
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # its many readers raise many kinds
-        raise RunError(f"{folder}: no tokenizer can be read there; {_remedy(folder, error)}") from error
+    except Exception as error:  # its many readers raise many types
+        raise RunError(f"{folder}: the tokenizer cannot be read; {_remedy(folder, error)}") from error
     ids = tokenizer(SENTENCE, add_special_tokens=False).input_ids
     back = tokenizer.decode(ids, skip_special_tokens=True)
     if " ".join(back.lower().split()) != SENTENCE:
         raise RunError(
-            f"{folder}: the tokenizer there has no vocabulary: {SENTENCE!r} comes back as {back!r};"
+            f"{folder}: the tokenizer has no vocabulary: {SENTENCE!r} decodes to {back!r};"
             f" fetch {_vocabulary(tokenizer, folder)}"
         )
     if len(ids) >= len(SENTENCE):
         raise RunError(
-            f"{folder}: the tokenizer there splits {SENTENCE!r} into {len(ids)} tokens, its merges are missing;"
+            f"{folder}: the tokenizer splits {SENTENCE!r} into {len(ids)} tokens, its merges are missing;"
             f" fetch {_vocabulary(tokenizer, folder)}"
         )
     # Embeddings are padded by a few rows (Qwen2.5-VL 399, T5 28), never by a tenth.
     if not 0.9 * rows <= len(tokenizer) <= rows:
         raise RunError(
-            f"{folder}: the tokenizer there has {len(tokenizer)} tokens and the model's embedding {rows} rows; fetch"
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens but the model's embedding {rows} rows; fetch"
             " this model's own tokenizer"
         )
     return tokenizer
 
 
 def _vocabulary(tokenizer: Any, folder: Path) -> str:
-    """The files that hold this kind's vocabulary and are not in the folder."""
+    """The missing vocabulary files of this tokenizer class."""
     known: dict[str, str] = tokenizer.vocab_files_names
-    apart = [name for kind, name in known.items() if kind != "tokenizer_file" and not (folder / name).is_file()]
-    whole = known.get("tokenizer_file", "tokenizer.json")
-    if (folder / whole).is_file():
-        return f"{whole} again"
-    return " or ".join(filter(None, (whole, " and ".join(apart))))
+    separate = [name for kind, name in known.items() if kind != "tokenizer_file" and not (folder / name).is_file()]
+    single = known.get("tokenizer_file", "tokenizer.json")
+    if (folder / single).is_file():
+        return f"{single} again"
+    return " or ".join(filter(None, (single, " and ".join(separate))))
 
 
 def _remedy(folder: Path, error: Exception) -> str:

@@ -1,5 +1,5 @@
-"""Stored tensors right next to the weights that are read, which nothing reads: scales under names that no list has,
-adapters that were never merged, weights of another model. Reading the weights without them would be wrong in silence.
+"""Stored tensors next to the weights that nothing reads: scales under unknown names, unmerged adapters, weights of
+another model. Reading the weights without them would be silently wrong.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections.abc import Collection, Iterable
 from .quantization import hidden
 
 _HARMLESS = re.compile(r"(.+\.)?((original_)?inv_freq|position_ids|(cos|sin)_cached|freqs_cis)")
-"""Tables that every model computes itself: older releases of transformers saved them with the weights."""
+"""Tables that every model computes itself; older releases of transformers saved them with the weights."""
 
 
 def unread_neighbours(stored: Iterable[str], read: Collection[str]) -> list[tuple[str, str]]:
-    """Tensors in `stored` next to one of `read` and not among them, each with that one.
+    """Pairs of a tensor in `stored` that is not in `read`, and the weight in `read` next to it.
 
-    Next to a weight `a.b.weight` are the tensors of its module (`a.b.scale`), those of modules inside it
-    (`a.b.quantizer.amax`), and those directly in the module around it (`a.b_scale`). Whole modules that a model does
-    not use (`lm_head`, the other text encoder of a CLIP) are none of these. At the root, where tensors of any module
-    may be, a name has to begin with the module's.
+    Next to a weight `a.b.weight` are the tensors of its module (`a.b.scale`), of modules inside it
+    (`a.b.quantizer.amax`), and those directly in its parent (`a.b_scale`). Entire modules that a model does not use
+    (`lm_head`, the other text encoder of a CLIP) do not count. At the root, which may contain tensors of any module, a
+    name must begin with the module's.
     """
     modules: dict[str, str] = {}
     around: dict[str, str] = {}

@@ -1,7 +1,7 @@
-"""Reading weights: safetensors files into modules, each rank its own slice and nothing more.
+"""Loading weights from safetensors files into modules; each rank reads only its own slice.
 
-Under ZeRO-3 a parameter is flattened, padded and cut evenly over the ranks (`param.ds_tensor`). Every rank reads just
-those bytes from the files: no gather, no broadcast, no rank ever holds a model.
+ZeRO-3 flattens and pads each parameter and shards it evenly over the ranks (`param.ds_tensor`). Every rank reads just
+those bytes: there is no gather or broadcast, and no rank ever holds the full model.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .safetensors_files import StoredTensors, weight_files
 from .unread import unread_neighbours
 
 _HASHED = 1 << 23
-"""Elements read and hashed at a time."""
+"""Elements read and hashed per block."""
 
 
 class Source(Protocol):
-    """Where weights come from: files of a model, or a checkpoint of a run."""
+    """A source of weights: the files of a model, or a checkpoint of a run."""
 
     def shape(self, name: str) -> tuple[int, ...] | None: ...
 
@@ -40,9 +40,9 @@ class Source(Protocol):
 
 
 class WeightFiles:
-    """The weights of a model folder, or of one safetensors file, read lazily.
+    """The weights of a model folder or of one safetensors file, read lazily.
 
-    Weights that are stored quantized are read as the floats that they stand for; see `quantization`.
+    Quantized weights are dequantized when read; see `quantization`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,7 +62,7 @@ class WeightFiles:
         return self._stored.shape(name) if name in self._stored else None
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """As stored; None for a weight that is stored quantized and read as floats."""
+        """The stored type; None for a quantized weight."""
         return None if name in self._quantized else self._stored.dtype(name)
 
     def full(self, name: str) -> Tensor:
@@ -79,7 +79,7 @@ class WeightFiles:
         return self._stored.flat(name, lo, hi)
 
     def require(self, names: Iterable[str]) -> None:
-        """RunError unless all `names` are there as floats, or read as such, and nothing next to them is left over."""
+        """RunError unless all `names` can be read as floats and no tensor next to them is unread."""
         names = list(names)
         missing = [name for name in names if self.shape(name) is None]
         if missing:
@@ -87,23 +87,23 @@ class WeightFiles:
             raise RunError(f"{self.path}: {missing[0]}{more} missing; fetch it again")
         for name in names:
             if name not in self._quantized and (dtype := self._stored.dtype(name)) not in FLOAT:
-                raise _no_float(self.path, name, dtype)
+                raise _not_float(self.path, name, dtype)
         self.refuse_unread(names)
 
     def refuse_unread(self, names: Iterable[str]) -> None:
-        """RunError for a stored tensor next to `names`, which are read, that nothing reads."""
+        """RunError if a stored tensor next to the weights `names` is not read by anything."""
         read = {part for name in names for part in (name, *self._parts(name))}
         if not (found := unread_neighbours(self._stored, read)):
             return
         name, weight = found[0]
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise RunError(
-            f"{self.path}: {name}{more} is stored next to {weight}, and nothing here reads it. A scale of quantized"
-            f" weights: {REMEDY}; an adapter: merge it into the weights; else these are another model's weights"
+            f"{self.path}: {name}{more} is stored next to {weight}, but nothing reads it. If it is a scale of quantized"
+            f" weights: {REMEDY}; if an adapter: merge it into the weights; else these are another model's weights"
         )
 
     def content_hash(self, names: Iterable[str], rank: int = 0, ranks: int = 1, gather: Gather = alone) -> str:
-        """sha256 over names, types, shapes and bytes of `names` as stored; the work is spread over the ranks."""
+        """sha256 over names, types, shapes and stored bytes of `names`; the work is divided over the ranks."""
         stored = {part for name in names for part in self._parts(name)}
         digests: dict[str, str] = {}
         for name in sorted(stored)[rank::ranks]:
@@ -123,39 +123,39 @@ class WeightFiles:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """The config.json of a model folder; empty where there is none."""
+    """The config.json of a model folder; empty if there is none."""
     file = path / "config.json"
     return read_json(file) if file.is_file() else {}
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The settings in a JSON file of a model; RunError unless it is an object."""
+    """A JSON config of a model; RunError unless it is an object."""
     try:
         found = json.loads(call(lambda: file.read_text(encoding="utf-8"), file))
-    except DataError:  # of the storage
+    except DataError:  # a storage error
         raise
     except ValueError as error:
         raise RunError(f"{file}: is not JSON ({error}); fetch it again") from error
     if not isinstance(found, dict):
-        raise RunError(f"{file}: is no JSON object; fetch it again")
+        raise RunError(f"{file}: not a JSON object; fetch it again")
     return found
 
 
-def _no_float(where: object, name: str, dtype: torch.dtype | None) -> RunError:
+def _not_float(where: object, name: str, dtype: torch.dtype | None) -> RunError:
     kind = str(dtype).removeprefix("torch.") if dtype else "a type of fewer than 8 bits"
-    return RunError(f"{where}: {name} is stored as {kind}, without the scales that make it a weight; {REMEDY}")
+    return RunError(f"{where}: {name} is stored as {kind}, without scales to dequantize it; {REMEDY}")
 
 
 class Distribution(NamedTuple):
-    """How a fresh tensor is drawn: `normal` with standard deviation `scale`, or `uniform` in +-scale."""
+    """Initial distribution: `normal` with standard deviation `scale`, or `uniform` in +-scale."""
 
     shape: tuple[int, ...]
     kind: Literal["normal", "uniform"]
     scale: float
 
 
-class Drawn:
-    """Fresh weights as a source: a function of seed and name, so the same on any number of ranks."""
+class RandomInit:
+    """A source of initial weights: a function of seed and name, hence equal on any number of ranks."""
 
     def __init__(self, seed: int, tensors: Mapping[str, Distribution]) -> None:
         self.seed = seed
@@ -177,10 +177,10 @@ class Drawn:
 
 
 def fill(parameters: Mapping[str, nn.Parameter], source: Source, where: object) -> None:
-    """Set every parameter, named as in `source`, from it: this rank's slice, or all of it without ZeRO.
+    """Fill every parameter, keyed by its name in `source`: this rank's slice, or all of it without ZeRO.
 
-    RunError names the tensors that are missing, of another shape, no floats where the parameter is one, or stored next
-    to those in a model's files and not read.
+    RunError names tensors that are missing, have another shape, are not floats where the parameter is, or are stored
+    next to them in a model's files without being read.
     """
     missing = [name for name in parameters if source.shape(name) is None]
     if missing:
@@ -190,17 +190,17 @@ def fill(parameters: Mapping[str, nn.Parameter], source: Source, where: object) 
     for name, parameter in parameters.items():
         wanted, found = full_shape(parameter), source.shape(name)
         if wanted != found:
-            raise RunError(f"{where}: {name} has shape {found}, this model needs {wanted}; another model's weights?")
+            raise RunError(f"{where}: {name} has shape {found}, expected {wanted}; are these another model's weights?")
         destination, lo, hi = local_slice(parameter)
         values = source.flat(name, lo, hi)
         if destination.is_floating_point() and values.dtype not in FLOAT:
-            raise _no_float(where, name, values.dtype)
+            raise _not_float(where, name, values.dtype)
         destination[hi - lo :].zero_()
         destination[: hi - lo].copy_(values)
 
 
 def local_slice(parameter: nn.Parameter) -> tuple[Tensor, int, int]:
-    """This rank's flat storage of a parameter, and the range of its elements that lies there.
+    """This rank's flat storage of a parameter, and the range of elements it contains.
 
     The storage may be longer than the range: the last ranks' slices are padded.
     """
@@ -214,15 +214,15 @@ def local_slice(parameter: nn.Parameter) -> tuple[Tensor, int, int]:
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Shape of the whole parameter, also where only a slice of it is here."""
+    """Shape of the full parameter, also when only a slice of it is on this rank."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def backbone_names(part: str, names: Iterable[str], files: WeightFiles) -> dict[str, str]:
-    """Our parameter names of `text` or `vision` -> names in a Qwen2.5-VL's files.
+    """Our parameter names of `text` or `vision` -> names in the files of a Qwen2.5-VL.
 
-    Hub files say `model.layers…` and `visual…`; newer ones `model.language_model.layers…` and `model.visual…`; the
-    public Bifrost-1 release puts `vision_language_model.` before the first form.
+    Hub files use `model.layers…` and `visual…`; newer ones `model.language_model.layers…` and `model.visual…`; the
+    public Bifrost-1 release prefixes the first form with `vision_language_model.`.
     """
     options = {
         "text": ("model.", "model.language_model.", "vision_language_model.model."),
@@ -246,7 +246,7 @@ _PUBLIC_NAMES = {
 def public_name(name: str) -> str:
     """A trainable parameter's name in the public checkpoint's layout.
 
-    There the copies live among the frozen modules, told apart by `vision_branch_` in the last module's name.
+    There the copies are stored among the frozen modules, with `vision_branch_` in the last module's name.
     """
     if name in _PUBLIC_NAMES:
         return _PUBLIC_NAMES[name]
@@ -256,7 +256,7 @@ def public_name(name: str) -> str:
 
 
 def public_base_name(name: str) -> str:
-    """A frozen tensor's name in the public checkpoint's layout, from that of a hub's file, old or new, or that one."""
+    """A frozen tensor's name in the public checkpoint's layout, from any of the three layouts."""
     name = name.removeprefix(_PUBLIC_PREFIX)
     if is_trained(name):
         return name
@@ -265,5 +265,5 @@ def public_base_name(name: str) -> str:
 
 
 def is_trained(name: str) -> bool:
-    """Whether a name of the public layout is of the trained part."""
+    """Whether a name in the public layout belongs to the trained part."""
     return name in _PUBLIC_NAMES.values() or "vision_branch_" in name

@@ -133,7 +133,7 @@ def as_json(row: Row) -> dict[str, Any]:
         "passes": row.passes,
         "memory": {
             "held": row.memory.held,
-            "pass": row.memory.a_pass,
+            "pass": row.memory.per_pass,
             "update": row.memory.update,
             "previews": row.memory.previews,
             "static": row.memory.static,

@@ -128,7 +128,9 @@ def patch_latent_parts(stage: PatchLatentStage, model: Any, text: float) -> list
         return text if not name.startswith(f"layers.{layers - 1}.") or name.endswith(("k_proj", "v_proj")) else 0.0
 
     return [
-        _tower(model.backbone.vision, stage.config.vision_config, recipe.data.image_size, recipe.backbone.placement),
+        _vision_encoder(
+            model.backbone.vision, stage.config.vision_config, recipe.data.image_size, recipe.backbone.placement
+        ),
         Part(
             "text prefix",
             "none",
@@ -164,7 +166,7 @@ def patch_latent_parts(stage: PatchLatentStage, model: Any, text: float) -> list
     ]
 
 
-def _tower(vision: nn.Module, config: Any, image_size: int, place: str) -> Part:
+def _vision_encoder(vision: nn.Module, config: Any, image_size: int, place: str) -> Part:
     """Qwen's vision tower on a square image: most layers see windows, a few the whole."""
     side = image_size // config.patch_size
     patches = side * side
@@ -185,7 +187,7 @@ def _controlnet(stage: ControlNetStage, model: Any) -> list[Part]:
     flux, folder, placement = model.flux, stage.folder, stage.flux.placement
     latents = grid_side(stage.config, stage.recipe.data.image_size) ** 2
     return [
-        _tower(
+        _vision_encoder(
             model.backbone.vision, stage.config.vision_config, stage.recipe.data.image_size, placement.vision_encoder
         ),
         _vae(flux.vae, stage.latents[1], placement.vae),

@@ -37,7 +37,7 @@ class Layout:
             for part in parts
         ]
 
-    def second_cut(self, hpz: int | None, gpus: int, node: int) -> int | None:
+    def hpz_ranks(self, hpz: int | None, gpus: int, node: int) -> int | None:
         """GPUs that hpZ's copy is cut over; None without one, as on a single node."""
         width = hpz or (node if self.hpz else None)
         return width if width and width < gpus else None
@@ -111,7 +111,7 @@ class Workload:
         return cls(Zero.of(recipe), recipe.activation_checkpointing, averaged, workers)
 
 
-def cut(parameters: Sequence[int], ranks: int) -> int:
+def shard_size(parameters: Sequence[int], ranks: int) -> int:
     """Elements of one rank's slices: every parameter is padded to a multiple of the ranks."""
     return sum(-(-size // ranks) for size in parameters)
 

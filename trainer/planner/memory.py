@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .flops import Part
-from .layout import Layout, Workload, cut, small
+from .layout import Layout, Workload, shard_size, small
 
 GATHERED_SHARE = 2
 """A gathered bucket exists twice for a moment: as received, and as the parameters copied from it."""
@@ -14,11 +14,11 @@ GATHERED_SHARE = 2
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes a GPU, by name. held: always. a_pass: at the worst moment of a backward pass, beside `held`; update: in the
-    optimizer step. per_sample: of `a_pass`, what grows with the micro-batch."""
+    """Bytes per GPU, by name. held: permanently. per_pass: in addition at the peak of a backward pass; update: in
+    addition in the optimizer step. per_sample: the part of `per_pass` that grows with the micro-batch."""
 
     held: dict[str, float]
-    a_pass: dict[str, float]
+    per_pass: dict[str, float]
     update: dict[str, float]
     per_sample: float
     previews: float = 0.0
@@ -30,11 +30,11 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        return self.static + max(sum(self.a_pass.values()), sum(self.update.values()), self.previews)
+        return self.static + max(sum(self.per_pass.values()), sum(self.update.values()), self.previews)
 
     def largest_micro_batch(self, usable: float, micro_batch: int) -> int:
         """Samples a pass that `usable` bytes have room for, found from a plan for `micro_batch`; 0 if not even one."""
-        fixed = sum(self.a_pass.values()) - self.per_sample * micro_batch
+        fixed = sum(self.per_pass.values()) - self.per_sample * micro_batch
         if self.static + max(sum(self.update.values()), self.previews) > usable:
             return 0
         return max(0, int((usable - self.static - fixed) / self.per_sample))
@@ -55,9 +55,9 @@ def memory(
     trained = [part for part in placed if part.gradient == "trained"]
     frozen = [part for part in placed if part.gradient != "trained"]
     sharded = [part for part in placed if part.place == "sharded"]
-    second = layout.second_cut(zero.hpz, gpus, node)
+    second = layout.hpz_ranks(zero.hpz, gpus, node)
     node = min(node, gpus)
-    own = sum(cut(part.parameters, gpus) for part in trained)
+    own = sum(shard_size(part.parameters, gpus) for part in trained)
     weight = zero.weight_bytes
     lies = {"sharded": gpus, "node": node, "replicated": 1}
     held: dict[str, float] = {
@@ -67,10 +67,10 @@ def memory(
         "moments": 8 * own,
         "gradients": zero.accumulate_bytes * own,
         "EMA": 4 * own if work.averaged else 0,
-        "frozen weights": weight * sum(cut(p.parameters, lies[p.place]) for p in frozen if p.place in lies),
+        "frozen weights": weight * sum(shard_size(p.parameters, lies[p.place]) for p in frozen if p.place in lies),
         "small parameters, whole": weight * sum(small(part.parameters, zero.persistent) for part in sharded),
         "second copy (hpZ), frozen": weight
-        * sum(cut(p.parameters, second) for p in frozen if second and p.place == "sharded"),
+        * sum(shard_size(p.parameters, second) for p in frozen if second and p.place == "sharded"),
         "reduce bucket": zero.reduce_bytes * zero.reduce_bucket,
     }
     gathered = [size for part in placed if part.place in ("sharded", "node") for size in part.parameters]
@@ -81,11 +81,11 @@ def memory(
     layer = max((part.layer for part in placed), default=0.0) if work.recomputed else 0.0
     flight = max((part.gradients for part in placed), default=0.0)
     offloaded = max((weight * part.size for part in placed if part.place == "offloaded"), default=0)
-    a_pass = {
+    per_pass = {
         "gathered weights": weight * min(large, zero.max_live) if gpus > 1 else 0,
         "gather in flight": GATHERED_SHARE * weight * min(large, zero.prefetch_bucket + largest) if gpus > 1 else 0,
         # That of what is trained goes with every update.
-        "second copy (hpZ), trained": weight * sum(cut(p.parameters, second) for p in trained if second),
+        "second copy (hpZ), trained": weight * sum(shard_size(p.parameters, second) for p in trained if second),
         "gradients of a layer": 2 * weight * largest,
         # The bucket is cut into the ranks' shares by a copy before it is sent.
         "reduce in flight": zero.reduce_bytes * min(zero.reduce_bucket, trainable),
@@ -96,4 +96,4 @@ def memory(
     }
     # AdamW's gradient is a flat copy of the accumulated slices, made for one of DeepSpeed's sub-groups at a time.
     update: dict[str, float] = {"flat gradients": 4 * min(own, 1_000_000_000)}
-    return Memory(held, a_pass, update, kept + layer + flight, previews)
+    return Memory(held, per_pass, update, kept + layer + flight, previews)

@@ -19,7 +19,7 @@ STAND_IN = "flux-controlnet"
 """The recipe whose FLUX and ControlNet are counted where those of the recipe are not here."""
 
 
-def painter_bytes(recipe: Recipe) -> float:
+def image_generator_bytes(recipe: Recipe) -> float:
     """Bytes of the weights that paint a stage-1 preview; 0 for a recipe without previews, and in stage 2, whose model
     paints by itself. Only configurations are read."""
     previews = recipe.previews

@@ -177,10 +177,10 @@ class Report:
 
     def _memory(self) -> Table:
         """A column a number of GPUs."""
-        names = dict.fromkeys(name for row in self.rows for name in (*row.memory.held, *row.memory.a_pass))
+        names = dict.fromkeys(name for row in self.rows for name in (*row.memory.held, *row.memory.per_pass))
         lines: list[tuple[str, ...]] = []
         for name in names:
-            values = [row.memory.held.get(name, row.memory.a_pass.get(name, 0.0)) for row in self.rows]
+            values = [row.memory.held.get(name, row.memory.per_pass.get(name, 0.0)) for row in self.rows]
             if any(values):
                 lines.append((("" if name in self.rows[0].memory.held else "+ ") + name, *map(_gb, values)))
         if any(row.memory.previews for row in self.rows):
@@ -229,7 +229,7 @@ class Report:
     def _choices(self) -> Table:
         lines: list[tuple[str, ...]] = []
         for row in self.choices:
-            held, copies = row.memory.held, {**row.memory.held, **row.memory.a_pass}
+            held, copies = row.memory.held, {**row.memory.held, **row.memory.per_pass}
             line = (
                 row.layout.name,
                 _gb(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .devices import Device
 from .flops import Part
-from .layout import Workload, cut
+from .layout import Workload, shard_size
 from .traffic import Transfer
 
 
@@ -112,7 +112,7 @@ def timing(
     def seconds(some: Iterable[Transfer]) -> float:
         return sum(device.collective_s(one.bytes, one.count, one.ranks) for one in some)
 
-    own = sum(cut(part.parameters, gpus) for part in parts if part.gradient == "trained")
+    own = sum(shard_size(part.parameters, gpus) for part in parts if part.gradient == "trained")
     peak = device.bf16_tflops * 1e12
     return Timing(
         compute=samples * compute_s(parts, work.recomputed, device),

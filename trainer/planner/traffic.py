@@ -28,7 +28,7 @@ class Transfer:
 def traffic(parts: Sequence[Part], zero: Zero, layout: Layout, gpus: int, node: int, passes: int) -> list[Transfer]:
     """Of a step with `passes` backward passes; nothing on one GPU."""
     zero = zero.under(layout)
-    second = layout.second_cut(zero.hpz, gpus, node)
+    second = layout.hpz_ranks(zero.hpz, gpus, node)
     node = min(node, gpus)
     found: list[Transfer] = []
 

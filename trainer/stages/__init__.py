@@ -1,4 +1,4 @@
-"""The stages of training: what a batch becomes, what is trained on it, and what the loop reports of it."""
+"""The training stages: collation of a batch, the model trained on it, and the reported metrics."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..models.weights import Source, WeightFiles
 
 
 class Losses(NamedTuple):
-    """Of one micro-batch: `loss` [] to differentiate, and detached `sums` [Stage.sums], for `Stage.report`, and `each`
-    [B], the share of every sample in `loss`.
+    """Losses of a micro-batch: `loss` [] to differentiate, detached `sums` [Stage.sums] for `Stage.report`, and `each`
+    [B], the contribution of every sample to `loss`.
 
-    A tuple, because ZeRO-3's hooks find tensors in nothing else.
+    A tuple, because ZeRO-3's hooks find tensors only in tuples.
     """
 
     loss: Tensor
@@ -27,38 +27,38 @@ class Losses(NamedTuple):
 
 
 class StageModel(nn.Module):
-    """What a stage trains, with the frozen parts that it needs."""
+    """The trained module of a stage with its frozen parts."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter of everything that trains."""
+        """Name -> trainable parameter."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def statistics(self) -> dict[str, Tensor]:
-        """Name -> buffer of what training moves beside the weights, fp32 and equal on all ranks."""
+        """Name -> buffer that training updates in addition to the weights; fp32 and equal on all ranks."""
         return {}
 
 
 class Stage(Protocol):
-    """One stage with everything that its recipe names, opened and checked; nothing is built yet."""
+    """A stage whose models and folders are opened and checked; nothing is built yet."""
 
     recipe: Recipe
     sums: int
     """Entries of `Losses.sums`."""
     identity: tuple[str, ...]
-    """Settings of its own that a run which goes on must not change."""
+    """Settings of the stage that must not change when a run resumes."""
 
     @property
     def source(self) -> str:
-        """The settings that name the frozen weights, with their values, for errors."""
+        """The config keys of the frozen weights with their values, for errors."""
         ...
 
     @property
     def image_sizes(self) -> tuple[int, ...]:
-        """Pixels of a side of the images that `collate` takes."""
+        """Side lengths in pixels of the images that `collate` expects."""
         ...
 
     def choose_kernels(self, ranks: Ranks, folder: Path) -> dict[str, dict[str, Any]]:
-        """Decide what `build` computes with, the same on every rank; the record for `kernels.json`."""
+        """Select the kernels for `build`, equal on every rank; returns the record for `kernels.json`."""
         ...
 
     def build(self) -> StageModel:
@@ -66,36 +66,36 @@ class Stage(Protocol):
         ...
 
     def load(self, model: Any) -> None:
-        """Fill a built model: frozen parts from their files, trained ones as they start."""
+        """Fill a built model: frozen parts from their files, trained parts with initial weights."""
         ...
 
     def frozen(self) -> list[tuple[WeightFiles, list[str]]]:
-        """The files of the frozen weights, and the names of those that the run uses."""
+        """The files of the frozen weights, and the names of the weights used."""
         ...
 
-    def released(self, path: Path) -> tuple[Source, dict[str, str]]:
+    def from_public_checkpoint(self, path: Path) -> tuple[Source, dict[str, str]]:
         """Trained weights in the public layout at `path`, and parameter -> name in them."""
         ...
 
     def collate(self) -> Collate: ...
 
     def normalizer(self, epoch: IntArray, index: IntArray, passes: int) -> float:
-        """What each of `passes` backward passes (ranks x accumulation, which the engine averages over) divides its sum
-        by, for the mean over the global batch of samples `epoch`, `index` [G]. A function of the plan alone, so that
-        every rank knows it without asking."""
+        """Divisor of the loss sum of each of `passes` backward passes (ranks x accumulation, over which the engine
+        averages) that gives the mean over the global batch of samples `epoch`, `index` [G]. A function of the plan
+        only, so that no communication is needed."""
         ...
 
     def report(self, sums: list[float]) -> dict[str, float]:
-        """Metrics from the sums over a step's micro-batches and ranks."""
+        """Metrics from the sums over the micro-batches and ranks of a step."""
         ...
 
     def tokens(self, sums: list[float]) -> float:
-        """Tokens that a step went through."""
+        """Tokens processed in a step."""
         ...
 
 
 def open_stage(recipe: Recipe, for_counting: bool = False) -> Stage:
-    """The recipe's stage; RunError says what cannot be used. for_counting: neither weights nor tokenizers are read."""
+    """The recipe's stage; RunError names what cannot be used. for_counting: read no weights or tokenizers."""
     if recipe.stage == "patch-latents":
         from .patch_latents import PatchLatentStage
 

@@ -1,9 +1,9 @@
 """Stage 2: the latent ControlNet, trained by flow matching through a frozen FLUX on the images' own patch latents.
 
-Objective and constants are those of diffusers' train_controlnet_flux.py, whose class and names the public release has.
+Objective and constants are those of diffusers' train_controlnet_flux.py; the public release uses its class and names.
 
-Legend: B samples of a micro-batch, N patch latents of width D, M packed FLUX tokens of C channels, S and P sides in
-pixels of what the vision tower sees and FLUX paints.
+Legend: B samples of a micro-batch, N patch latents of width D, M packed FLUX tokens of C channels, S and P image sides
+in pixels for the vision encoder and for FLUX.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from ..models.kernel_selection import KernelChoice, choose_kernels
 from ..models.latent_controlnet import ControlNetConfig, LatentControlNet
 from ..models.rng import IntArray, Stream, chosen, uniform
 from . import Losses, StageModel
-from .latent_cache import Cache, Kind, cached_kinds, made_by, open_cache
+from .latent_cache import Cache, Kind, cache_fingerprint, cached_kinds, open_cache
 from .patch_latents import grid_side
-from .placement import PlacedFlux, build_whole, hide, offload, places
+from .placement import PlacedFlux, build_unsharded, offload, placements, set_unregistered_module
 
 
 class LatentControlNetModel(StageModel):
-    """Frozen vision tower and FLUX, and the ControlNet between them. `load` fills the weights after construction."""
+    """Frozen vision encoder and FLUX, and the ControlNet between them. `load` fills the weights after construction."""
 
     def __init__(self, stage: ControlNetStage) -> None:
         super().__init__()
         self.guidance = stage.flux.guidance
         self.recomputed = stage.recipe.activation_checkpointing
-        self.tower_place = stage.tower_place
-        self.build_tower: Callable[[], FrozenBackbone] = partial(
+        self.vision_placement = stage.vision_placement
+        self.build_vision_encoder: Callable[[], FrozenBackbone] = partial(
             FrozenBackbone, stage.config, stage.kernels.attention, text=False
         )
-        if self.tower_place == "sharded":
-            self.backbone = self.build_tower()
+        if self.vision_placement == "sharded":
+            self.backbone = self.build_vision_encoder()
         self.flux = PlacedFlux(stage.folder, stage.where)
         self.controlnet = LatentControlNet(stage.shape)
 
@@ -57,16 +57,18 @@ class LatentControlNetModel(StageModel):
         return {f"controlnet.{name}": buffer for name, buffer in self.controlnet.statistics().items()}
 
     def load(self, files: weights.WeightFiles, seed: int) -> None:
-        """Frozen parts from their files, the ControlNet as FLUX's copy with zeros where it meets FLUX."""
+        """Load frozen parts from their files; initialise the ControlNet as FLUX's copy with zero output projections."""
         like = next(self.controlnet.parameters())
         device = weights.local_slice(like)[0].device
-        if self.tower_place != "sharded":
-            hide(self, "backbone", build_whole(self.build_tower, self.tower_place, like))
+        if self.vision_placement != "sharded":
+            set_unregistered_module(
+                self, "backbone", build_unsharded(self.build_vision_encoder, self.vision_placement, like)
+            )
         self.flux.build_rest(like)
         self.backbone.restore_rotary()
         self.backbone.load(files)
         self.flux.load(device)
-        if self.tower_place == "offloaded":
+        if self.vision_placement == "offloaded":
             offload(self.backbone.vision, device)
         if self.recomputed:
             self.flux.transformer.enable_gradient_checkpointing()
@@ -81,7 +83,7 @@ class LatentControlNetModel(StageModel):
         noise: Tensor,
         level: Tensor,
         normalizer: float,
-        pictures: Tensor | None = None,
+        flux_images: Tensor | None = None,
         t5: Tensor | None = None,
         clip: Tensor | None = None,
         mean: Tensor | None = None,
@@ -89,19 +91,19 @@ class LatentControlNetModel(StageModel):
         text: Tensor | None = None,
         pooled: Tensor | None = None,
     ) -> Losses:
-        """Losses of images [B, 3, S, S] and the same as FLUX paints them, pictures [B, 3, P, P], both uint8.
+        """Losses of images [B, 3, S, S] and the same images at FLUX's size, flux_images [B, 3, P, P], both uint8.
 
-        posterior [B, c, h, w] and noise [B, M, C] standard normal, level [B] standard normal too: the logit of the
-        noise level. normalizer: elements that the mean goes over. t5 [B, L] and clip [B, 77] token ids. From a cache
-        instead of pictures: mean and std [B, c, h, w]; instead of token ids: text [B, L, E] and pooled [B, P].
+        posterior [B, c, h, w] and noise [B, M, C] are standard normal, as is level [B], the logit of the noise level.
+        normalizer: elements of the mean. t5 [B, L] and clip [B, 77] are token ids. A cache provides mean and std
+        [B, c, h, w] instead of flux_images, and text [B, L, E] and pooled [B, P] instead of token ids.
         """
         condition = self.backbone.patch_latents(images)
-        if pictures is not None:
-            mean, std = self.flux.posterior(pictures)
+        if flux_images is not None:
+            mean, std = self.flux.posterior(flux_images)
         if t5 is not None and clip is not None:
             text, pooled = self.flux.encode_text(Tokens(t5, clip))
         assert mean is not None and std is not None and text is not None and pooled is not None
-        latents = flow.pack(self.flux.drawn(mean, std, posterior))
+        latents = flow.pack(self.flux.sample_posterior(mean, std, posterior))
         sigma = flow.sigmas(level)
         height, width = posterior.shape[-2:]
         rest: dict[str, Any] = {
@@ -118,7 +120,7 @@ class LatentControlNetModel(StageModel):
             predicted = flow.velocity(self.flux.transformer, noisy, residuals, **rest)
         error = predicted - flow.target(latents, noise)
         squares = error.square().sum(dim=(1, 2))
-        # By halves of the noise: at the noisy end the loss is FLUX's own, at the other the ControlNet's to win.
+        # High-noise loss is dominated by FLUX; low-noise loss is what the ControlNet can improve.
         noisier = (sigma > 0.5).float()
         elements = noise[0].numel()
         tokens = len(sigma) * (noise.shape[1] + text.shape[1] + condition.shape[1])
@@ -128,9 +130,9 @@ class LatentControlNetModel(StageModel):
 
 
 class ControlNetCollate:
-    """Items of a micro-batch -> arguments of the model, in the loader's workers.
+    """Items of a micro-batch -> arguments of the model; runs in the loader workers.
 
-    Every draw depends on (seed, epoch, index) alone.
+    Every draw depends on (seed, epoch, index) only.
     """
 
     def __init__(self, stage: ControlNetStage) -> None:
@@ -151,16 +153,16 @@ class ControlNetCollate:
 
         return {
             "images": stacked([item.image for item in items]),
-            **self._pictures(items),
+            **self._flux_images(items),
             **self._text(items, dropped.tolist()),
             "posterior": normal(Stream.POSTERIOR, *self.latents),
             "noise": normal(Stream.NOISE, height * width // 4, 4 * channels),
             "level": normal(Stream.NOISE_LEVEL, 1)[:, 0],
         }
 
-    def _pictures(self, items: list[Item]) -> dict[str, Tensor]:
+    def _flux_images(self, items: list[Item]) -> dict[str, Tensor]:
         if "vae" not in self.caches:
-            return {"pictures": stacked([item.others[0] for item in items])}
+            return {"flux_images": stacked([item.others[0] for item in items])}
         return _stacked([self.caches["vae"].read(item.origin, item.key) for item in items])
 
     def _text(self, items: list[Item], dropped: list[bool]) -> dict[str, Tensor]:
@@ -188,7 +190,7 @@ class ControlNetStage:
     kernels: KernelChoice
     for_counting: bool
     caches: dict[Kind, Cache] | None = None
-    """Of the parts that are cached, once opened."""
+    """Caches of cached parts, once opened."""
     sums: int = 5
     """Squared error and elements at noise levels up to one half, the same above, tokens."""
     identity: tuple[str, ...] = ("controlnet", "flux.image_size", "flux.guidance", "flux.caption_dropout")
@@ -196,7 +198,7 @@ class ControlNetStage:
     @classmethod
     def open(cls, recipe: Recipe, for_counting: bool = False) -> ControlNetStage:
         flux = recipe.flux
-        assert flux is not None, "the recipe's schema asks for it"
+        assert flux is not None, "required by the recipe schema"
         find = architecture if for_counting else locate
         config = read_config(find(recipe.backbone.path, recipe.backbone.revision))
         if for_counting:
@@ -227,13 +229,13 @@ class ControlNetStage:
 
     @property
     def where(self) -> dict[Part, str]:
-        """Part of FLUX -> its placement; for counting all are in the model."""
+        """Part of FLUX -> its placement; for counting, all parts are in the model."""
         if self.for_counting:
             return dict.fromkeys(PARTS, "sharded")
-        return places(self.flux, whole=self.recipe.previews.every is not None)
+        return placements(self.flux, whole=self.recipe.previews.every is not None)
 
     @property
-    def tower_place(self) -> str:
+    def vision_placement(self) -> str:
         return "sharded" if self.for_counting else self.flux.placement.vision_encoder
 
     @property
@@ -243,16 +245,16 @@ class ControlNetStage:
         return self.folder.vae["latent_channels"], side, side
 
     def choose_kernels(self, ranks: Ranks, folder: Path) -> dict[str, dict[str, Any]]:
-        self.open_caches(ranks.rank, ranks.size, ranks.gather)  # refused here, the last place before anything is built
+        self.open_caches(ranks.rank, ranks.size, ranks.gather)  # checked here, before anything is built
         patches = grid_side(self.config, self.recipe.data.image_size) ** 2
         self.kernels, record = choose_kernels(self.recipe, self.config, patches, ranks, folder)
         return {"prefix_attention": record["prefix_attention"]}
 
     def open_caches(self, rank: int = 0, ranks: int = 1, gather: Gather = alone) -> dict[Kind, Cache]:
-        """Open what the recipe wants cached; an error, on all ranks alike, when it is not this recipe's."""
+        """Open the recipe's caches; raises on all ranks if one does not match the recipe."""
         self.caches = {}
         for kind in cached_kinds(self.recipe):
-            made = made_by(kind, self.recipe, self.folder, rank, ranks, gather)
+            made = cache_fingerprint(kind, self.recipe, self.folder, rank, ranks, gather)
             self.caches[kind] = open_cache(kind, self.recipe, made, rank, gather)
         return self.caches
 
@@ -260,10 +262,10 @@ class ControlNetStage:
         return LatentControlNetModel(self)
 
     def load(self, model: LatentControlNetModel) -> None:
-        model.load(self._tower_files(), self.recipe.seed)
+        model.load(self._backbone_files(), self.recipe.seed)
 
     def frozen(self) -> list[tuple[weights.WeightFiles, list[str]]]:
-        files = self._tower_files()
+        files = self._backbone_files()
         with torch.device("meta"):
             found = [(files, list(FrozenBackbone(self.config, text=False).names(files).values()))]
             for part in PARTS:
@@ -271,7 +273,7 @@ class ControlNetStage:
                 found.append((files, list(self.folder.names(part, self.folder.build(part), files).values())))
         return found
 
-    def released(self, path: Path) -> tuple[weights.Source, dict[str, str]]:
+    def from_public_checkpoint(self, path: Path) -> tuple[weights.Source, dict[str, str]]:
         shape, files = latent_controlnet.read_config(path)
         side = grid_side(self.config, self.recipe.data.image_size)
         width = self.config.vision_config.out_hidden_size
@@ -282,7 +284,7 @@ class ControlNetStage:
         return ControlNetCollate(self)
 
     def normalizer(self, epoch: IntArray, index: IntArray, passes: int) -> float:
-        """Elements of FLUX's latents, a pass."""
+        """Elements of FLUX's latents per pass."""
         return len(index) * float(np.prod(self.latents)) / passes
 
     def report(self, sums: list[float]) -> dict[str, float]:
@@ -296,5 +298,5 @@ class ControlNetStage:
         """Patch latents, text tokens and FLUX's image tokens."""
         return sums[4]
 
-    def _tower_files(self) -> weights.WeightFiles:
+    def _backbone_files(self) -> weights.WeightFiles:
         return weights.WeightFiles(locate(self.recipe.backbone.path, self.recipe.backbone.revision))

@@ -1,9 +1,10 @@
-"""What frozen parts compute of every sample, stored beside the shards and read instead of them.
+"""Outputs of frozen parts for every sample, stored next to the shards and read instead of recomputed.
 
-Beside `train-00000.tar` lies a folder `cache-vae-0123abcd` of the same shards, named after what made it (`made.json`):
-`train-00000.tar` holds `KEY.vae.safetensors` in the order of the original's samples, in the precision in which it was
-computed. `train-00000.cache.jsonl` beside it has a header (`Header`), then one line a sample: `["KEY", offset, size,
-crc32]`, or `["KEY"]` of a sample that does not read. A cache of text has one more line, key "": the empty caption's.
+Next to `train-00000.tar` is a folder `cache-vae-0123abcd` with the same shards, named after its fingerprint
+(`made.json`): its `train-00000.tar` contains `KEY.vae.safetensors` in the order of the original samples, in the
+precision in which they were computed. `train-00000.cache.jsonl` in that folder has a header (`Header`), then a line per
+sample: `["KEY", offset, size, crc32]`, or `["KEY"]` for an unreadable sample. A text cache has one more line with the
+key "", for the empty caption.
 """
 
 from __future__ import annotations
@@ -36,24 +37,24 @@ from ..models.flux import SPACE_TO_DEPTH_KEY, FluxFolder, Part
 Kind = Literal["vae", "text"]
 PARTS: dict[Kind, tuple[Part, ...]] = {"vae": ("vae",), "text": ("text_encoder", "text_encoder_2")}
 VERSION = 1
-AGAIN = "run `bifrost data encode` with this recipe"
+REENCODE_HINT = "run `bifrost data encode` with this recipe"
 
 
 @dataclass(frozen=True)
 class Header:
-    """Of one shard of a cache."""
+    """Header of one shard of a cache."""
 
     version: int
     made: str
-    """Hash over what made it."""
+    """Hash of the cache fingerprint."""
     source: str
     """Content hash of the original shard."""
     bytes: int
-    """Size of the cache's tar."""
+    """Size of the cached tar."""
     sha256: str
-    """Its content hash."""
+    """Content hash of the cached tar."""
     samples: int
-    """Samples of the original."""
+    """Samples of the original shard."""
 
 
 def cached_kinds(recipe: Recipe) -> list[Kind]:
@@ -62,10 +63,10 @@ def cached_kinds(recipe: Recipe) -> list[Kind]:
     return [kind for kind, place in asked.items() if place == "cached"]
 
 
-def made_by(
+def cache_fingerprint(
     kind: Kind, recipe: Recipe, folder: FluxFolder, rank: int = 0, ranks: int = 1, gather: Gather = alone
 ) -> dict[str, Any]:
-    """All that decides what a cache holds, apart from the data."""
+    """Everything except the data that determines the content of a cache."""
     assert recipe.flux is not None
     made: dict[str, Any] = {"version": VERSION, "kind": kind, "precision": recipe.precision}
     for part in PARTS[kind]:
@@ -93,20 +94,20 @@ def digest(made: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
 
 
-def place_of(shard: str, kind: Kind, made: str) -> str:
-    """The cache's tar of an original shard; made: the digest."""
+def cache_path(shard: str, kind: Kind, made: str) -> str:
+    """The cached tar of an original shard; made: the digest of the fingerprint."""
     folder, name = posixpath.split(shard)
     return posixpath.join(folder, f"cache-{kind}-{made[:8]}", name)
 
 
-def lines_path(tar: str) -> str:
+def index_path(tar: str) -> str:
     return tar.removesuffix(".tar") + ".cache.jsonl"
 
 
 def read_header(tar: str) -> Header | None:
-    """The header of a cache's shard; None where it is missing or does not parse."""
+    """The header of a cached shard; None if it is missing or does not parse."""
     try:
-        found = content(lines_path(tar), HEADER_LIMIT)
+        found = content(index_path(tar), HEADER_LIMIT)
     except DataMissing:
         return None
     try:
@@ -115,8 +116,8 @@ def read_header(tar: str) -> Header | None:
         return None
 
 
-def problem_of(shard: str, tar: str, made: str) -> str | None:
-    """Why the cache's `tar` of an original shard cannot be used, from header and size; None if it can."""
+def find_problem(shard: str, tar: str, made: str) -> str | None:
+    """Why the cached `tar` of an original shard is unusable, by header and size; None if it is usable."""
     header = read_header(tar)
     if header is None:
         return "missing"
@@ -125,42 +126,42 @@ def problem_of(shard: str, tar: str, made: str) -> str | None:
     except DataMissing:
         return "missing"
     if header.made != made:
-        return "made by other weights or settings than its folder's name says"
+        return "made with other weights or settings than its folder name states"
     if header.source != load_header(shard).sha256:
-        return f"made of another {posixpath.basename(shard)}"
+        return f"made from another {posixpath.basename(shard)}"
     if size != header.bytes:
         return f"damaged ({size} bytes instead of {header.bytes})"
     return None
 
 
 def open_cache(kind: Kind, recipe: Recipe, made: dict[str, Any], rank: int = 0, gather: Gather = alone) -> Cache:
-    """The cache that the recipe needs; RunError when it is missing, not whole, or made by or of anything else. Each
-    rank looks at its share of it."""
+    """The cache of a recipe; RunError if it is missing, incomplete, or made with other settings or from other shards.
+    Each rank checks its share."""
     shards: list[str] = shared(lambda: expand(recipe.data.shards) if rank == 0 else [], gather)[0]
     name = digest(made)
-    tars = [place_of(shard, kind, name) for shard in shards]
-    found = spread(lambda shard: problem_of(shard, place_of(shard, kind, name), name), shards, rank, gather)
+    tars = [cache_path(shard, kind, name) for shard in shards]
+    found = spread(lambda shard: find_problem(shard, cache_path(shard, kind, name), name), shards, rank, gather)
     problems = [(tar, problem) for tar, problem in zip(tars, found, strict=True) if problem]
     if not problems:
         return Cache(tars, max_open=max(64, 2 * recipe.data.shuffle_window))
     setting, (tar, problem) = f"flux.placement.{kind}=cached", problems[0]
     if len(problems) == len(tars) and {problem for _, problem in problems} == {"missing"}:
         if other := _difference(shards[0], kind, made):
-            raise RunError(f"{setting}: {other}; {AGAIN}")
-        raise RunError(f"{setting}: {posixpath.dirname(tar)} is missing; {AGAIN}")
-    more = f" ({len(problems)} of {len(tars)} shards cannot be used)" if len(tars) > 1 else ""
-    raise RunError(f"{setting}: {tar}: {problem}{more}; {AGAIN}")
+            raise RunError(f"{setting}: {other}; {REENCODE_HINT}")
+        raise RunError(f"{setting}: {posixpath.dirname(tar)} is missing; {REENCODE_HINT}")
+    more = f" ({len(problems)} of {len(tars)} shards are unusable)" if len(tars) > 1 else ""
+    raise RunError(f"{setting}: {tar}: {problem}{more}; {REENCODE_HINT}")
 
 
 def _difference(shard: str, kind: Kind, made: dict[str, Any]) -> str | None:
-    """What tells another cache beside `shard` from the one that is needed."""
+    """How another cache next to `shard` differs from the required one."""
     fs, folder = filesystem(posixpath.dirname(shard) or ".")
     for file in sorted(call(lambda: fs.glob(f"{folder}/cache-{kind}-*/made.json"), shard)):
         theirs = json.loads(call(partial(fs.cat_file, file), file))
         fields = [name for name in made if theirs.get(name) != made[name]]
         if fields:
             values = [f"{name} {_short(theirs.get(name))}, here {_short(made[name])}" for name in fields]
-            return f"{posixpath.dirname(str(file))}: made by another {'; '.join(values)}"
+            return f"{posixpath.dirname(str(file))}: made with another {'; '.join(values)}"
     return None
 
 
@@ -175,18 +176,18 @@ class _Shard:
 
 
 class Cache:
-    """One kind's stored tensors, read sample by sample; every read is checked."""
+    """Cached tensors of one kind, read sample by sample; every read is verified."""
 
     def __init__(self, tars: Sequence[str], max_open: int = 64) -> None:
         self.tars = list(tars)
         self.opened = OpenShards(self.tars, self._open, max_open)
 
     def read(self, origin: tuple[int, int], key: str) -> dict[str, Tensor]:
-        """Tensors of the sample with number `origin[1]` in shard `origin[0]`, which must be `key`'s."""
+        """Tensors of sample number `origin[1]` of shard `origin[0]`, whose key must be `key`."""
         return self._read(*origin, key)
 
     def empty(self, shard: int) -> dict[str, Tensor]:
-        """Tensors of the empty caption, as `shard` has them."""
+        """Tensors of the empty caption, from `shard`."""
         return self._read(shard, -1, "")
 
     def _read(self, shard: int, line: int, key: str) -> dict[str, Tensor]:
@@ -202,15 +203,15 @@ class Cache:
         except (ValueError, IndexError):
             pass
         what = f"sample {key}" if key else "the empty caption"
-        raise DataError(f"{self.tars[shard]}: damaged or incomplete at {what}; {AGAIN}")
+        raise DataError(f"{self.tars[shard]}: damaged or incomplete at {what}; {REENCODE_HINT}")
 
     def _open(self, shard: int) -> _Shard:
         tar = self.tars[shard]
-        return _Shard(content(lines_path(tar)).splitlines()[1:], open_file(tar))
+        return _Shard(content(index_path(tar)).splitlines()[1:], open_file(tar))
 
 
 def same_content(tar: str, header: Header) -> bool:
-    """Whether a local tar is what its header says, read in full."""
+    """Whether a local tar, read in full, matches its header."""
     digest = hashlib.sha256()
     with open(os.fspath(tar), "rb") as file:
         while part := file.read(1 << 20):

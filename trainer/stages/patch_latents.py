@@ -1,4 +1,4 @@
-"""Stage 1: predict the latents of masked patches from a caption and the patches left visible.
+"""Stage 1: predict the latents of masked patches from the caption and the visible patches.
 
 Legend: B samples of a micro-batch, N patches, T text tokens, S image side in pixels, D latent width.
 """
@@ -30,11 +30,11 @@ from ..models.masking import draw_masks, masked_counts
 from ..models.prompt import PromptTemplate, load_tokenizer
 from ..models.rng import IntArray, Stream, chosen
 from . import Losses, StageModel
-from .placement import build_whole, hide
+from .placement import build_unsharded, set_unregistered_module
 
 
 def grid_side(config: Any, image_size: int) -> int:
-    """Patches along one side of a square image, after the tower's merger."""
+    """Patches along one side of a square image, after the vision encoder's merger."""
     vision = config.vision_config
     unit = vision.patch_size * vision.spatial_merge_size
     if image_size % unit:
@@ -73,9 +73,11 @@ class PatchLatentModel(StageModel):
             use_liger(self)
 
     def load(self, files: weights.WeightFiles, seed: int) -> None:
-        """Fill the backbone from `files`, make the branch's layers and norm its text model's copies, draw the rest."""
+        """Fill the backbone from `files`, copy the text model's layers and norm to the branch, initialise the rest."""
         if self.place != "sharded":
-            hide(self, "backbone", build_whole(self.build_backbone, self.place, next(self.head.parameters())))
+            set_unregistered_module(
+                self, "backbone", build_unsharded(self.build_backbone, self.place, next(self.head.parameters()))
+            )
             if self.liger:
                 use_liger(self.backbone)
         self.restore_rotary()
@@ -84,10 +86,10 @@ class PatchLatentModel(StageModel):
         trainable = self.trainable()
         weights.fill({names[n]: p for n, p in trainable.items() if n in names}, files, files.path)
         fresh = {n: p for n, p in trainable.items() if n not in names}
-        weights.fill(fresh, weights.Drawn(seed, {n: _initial(n, p) for n, p in fresh.items()}), "initial weights")
+        weights.fill(fresh, weights.RandomInit(seed, {n: _initial(n, p) for n, p in fresh.items()}), "initial weights")
 
     def restore_rotary(self) -> None:
-        """Rotary tables in fp32, whatever the dtype the model was built in."""
+        """Rebuild rotary tables in fp32, whatever dtype the model was built in."""
         self.backbone.restore_rotary()
         self.branch.restore_rotary()
 
@@ -100,10 +102,10 @@ class PatchLatentModel(StageModel):
         masked: Tensor,
         normalizer: float,
     ) -> Losses:
-        """Losses of images [B, 3, S, S] uint8 with packed prompts [sum T], hidden where mask [B, N] is True.
+        """Losses of images [B, 3, S, S] uint8 with packed prompts [sum T], masked where mask [B, N] is True.
 
-        masked: int64 [R], the rows of `mask` that are True among its B N, known without asking the device.
-        normalizer: tokens that the mean goes over; see `Stage.normalizer`.
+        masked: int64 [R], the indices of the True entries among the B N of `mask`, known without a device sync.
+        normalizer: tokens of the mean; see `Stage.normalizer`.
         """
         latents = self.backbone.patch_latents(images)
         layout = PrefixLayout.of(text_lengths, mask.shape[1], mask.device)
@@ -111,7 +113,7 @@ class PatchLatentModel(StageModel):
         return self.losses(latents, mask, masked, prefix, normalizer)
 
     def losses(self, latents: Tensor, mask: Tensor, masked: Tensor, prefix: Prefix, normalizer: float) -> Losses:
-        """Losses of predicted against given latents [B, N, D]. With `loss_tokens: masked` no other row is projected."""
+        """Losses of predicted against given latents [B, N, D]. `loss_tokens: masked` projects only the masked rows."""
         target = latents.flatten(0, 1)
         if self.masked_only:
             loss, squares = self.head(self.branch(latents, mask, prefix, masked), target[masked], None, normalizer)
@@ -126,7 +128,7 @@ class PatchLatentModel(StageModel):
 
 
 def _initial(name: str, parameter: nn.Parameter) -> weights.Distribution:
-    """Mask token and table as in MAR; the head as a torch Linear starts."""
+    """Mask token and position table as in MAR; the head like a torch Linear."""
     shape = weights.full_shape(parameter)
     if name.startswith("head."):
         return weights.Distribution(shape, "uniform", shape[-1] ** -0.5)
@@ -134,9 +136,9 @@ def _initial(name: str, parameter: nn.Parameter) -> weights.Distribution:
 
 
 class PatchLatentCollate:
-    """Items of a micro-batch -> arguments of the model, in the loader's workers.
+    """Items of a micro-batch -> arguments of the model; runs in the loader workers.
 
-    Every draw depends on (seed, epoch, index) alone.
+    Every draw depends on (seed, epoch, index) only.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, tokens: int) -> None:
@@ -162,7 +164,7 @@ class PatchLatentCollate:
 
 
 def hidden_counts(recipe: Recipe, epoch: IntArray, index: IntArray, tokens: int) -> IntArray:
-    """Hidden patches of each sample [B] under the recipe's mask rate."""
+    """Masked patches per sample [B] under the recipe's mask rate."""
     return masked_counts(recipe.seed, epoch, index, tokens, **recipe.branch.mask_rate.model_dump())
 
 
@@ -190,7 +192,7 @@ class PatchLatentStage:
         config = read_config(folder)
         tokens = grid_side(config, recipe.data.image_size) ** 2
         tokenizer = load_tokenizer(folder)
-        PromptTemplate(tokenizer, recipe.branch.max_text_tokens)  # refuses a length that no prompt fits in
+        PromptTemplate(tokenizer, recipe.branch.max_text_tokens)  # refuses a limit that no prompt fits
         return cls(recipe, config, tokens, weights.WeightFiles(folder), tokenizer)
 
     @property
@@ -220,9 +222,9 @@ class PatchLatentStage:
             backbone = FrozenBackbone(self.config)
         return [(self.files, list(backbone.names(self.files).values()))]
 
-    def released(self, path: Path) -> tuple[weights.Source, dict[str, str]]:
+    def from_public_checkpoint(self, path: Path) -> tuple[weights.Source, dict[str, str]]:
         files = weights.WeightFiles(path)
-        own = files.shape("head.weight") is not None  # as `bifrost export --format hf` names them
+        own = files.shape("head.weight") is not None  # the names of `bifrost export --format hf`
         with torch.device("meta"):
             names = self.build().trainable()
         return files, {name: name if own else weights.public_name(name) for name in names}
@@ -232,7 +234,7 @@ class PatchLatentStage:
         return PatchLatentCollate(self.tokenizer, self.recipe, self.tokens_per_image)
 
     def normalizer(self, epoch: IntArray, index: IntArray, passes: int) -> float:
-        """Tokens that the loss averages over, a pass."""
+        """Tokens of the loss average per pass."""
         if self.recipe.branch.loss_tokens == "all":
             return len(index) * self.tokens_per_image / passes
         return float(hidden_counts(self.recipe, epoch, index, self.tokens_per_image).sum()) / passes

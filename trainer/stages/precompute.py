@@ -1,6 +1,6 @@
-"""`bifrost data encode`: stores what frozen parts compute of every sample, for `flux.placement` cached.
+"""`bifrost data encode`: store the outputs of frozen parts for every sample, for `flux.placement` cached.
 
-Every rank takes shards r, r + size, … and needs no other; the files are described in `stages/latent_cache.py`.
+Rank r takes shards r, r + size, … independently of other ranks; `stages/latent_cache.py` describes the files.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from ..errors import RunError
 from ..models.flux import PARTS, FluxTokenizers, Tokens
 from . import latent_cache
 from .controlnet import ControlNetStage
-from .placement import PlacedFlux, born
+from .placement import PlacedFlux, init_context
 
 EMPTY = "__empty__"
-"""Key of the empty caption in a tar of text."""
+"""Key of the empty caption in a text cache."""
 
 
 def encode(recipe: Recipe) -> int:
-    """Encode this rank's shards of what the recipe wants cached, those that are whole already left alone. Returns 0.
+    """Encode this rank's shards for the recipe's cached parts, skipping complete ones. Returns 0.
 
-    RunError and DataError say what cannot be used.
+    RunError and DataError name what cannot be used.
     """
     kinds = latent_cache.cached_kinds(recipe) if recipe.stage == "controlnet" else []
     if not kinds:
@@ -50,12 +50,12 @@ def encode(recipe: Recipe) -> int:
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     stage, dataset = ControlNetStage.open(recipe), open_dataset(recipe.data.shards)
     if remote := [shard for shard in dataset.shards if not is_local(shard)]:
-        raise RunError(f"{remote[0]}: a cache is written beside its shards, which must be local for that")
+        raise RunError(f"{remote[0]}: a cache is written next to its shards, which must be local")
     for kind in kinds:
         encoder = _Encoder(kind, stage, dataset, device)
         try:
             print(encoder.run(rank, ranks), flush=True)
-        except (RunError, DataError) as error:  # of this rank's shards alone, so it says which
+        except (RunError, DataError) as error:  # specific to this rank's shards, so name the rank
             raise RunError(f"rank {rank}: {error}") from error
     return 0
 
@@ -68,34 +68,34 @@ class _Encoder:
         self.stage = stage
         self.dataset = dataset
         self.device = device
-        self.made = latent_cache.made_by(kind, stage.recipe, stage.folder)
+        self.made = latent_cache.cache_fingerprint(kind, stage.recipe, stage.folder)
         self.name = latent_cache.digest(self.made)
         self._flux: PlacedFlux | None = None
 
     def run(self, rank: int, ranks: int) -> str:
-        """Encode shards `rank`, `rank` + `ranks`, …; a line that tells what was done."""
+        """Encode shards `rank`, `rank` + `ranks`, …; returns a one-line summary."""
         done = kept = samples = bad = 0
         mine = range(rank, len(self.dataset.shards), ranks)
         for shard in track(mine, f"encoding {self.kind}", len(mine), "shards", shown=rank == 0):
             counts = self._encode(shard)
             kept, done = kept + (counts is None), done + (counts is not None)
             samples, bad = (total + more for total, more in zip((samples, bad), counts or (0, 0), strict=True))
-        folder = Path(latent_cache.place_of(self.dataset.shards[0], self.kind, self.name)).parent
-        notes = (f", {kept:,} shards already there" if kept else "") + (f", {bad:,} do not read" if bad else "")
+        folder = Path(latent_cache.cache_path(self.dataset.shards[0], self.kind, self.name)).parent
+        notes = (f", {kept:,} shards already there" if kept else "") + (f", {bad:,} unreadable" if bad else "")
         return f"rank {rank}: {folder}: {samples:,} samples in {done:,} shards{notes}"
 
     def _encode(self, number: int) -> tuple[int, int] | None:
-        """Samples, and those among them that do not read; None where the shard's cache is whole."""
+        """Numbers of samples and of unreadable ones; None if the shard's cache is complete."""
         shard = self.dataset.shards[number]
-        tar = Path(latent_cache.place_of(shard, self.kind, self.name))
+        tar = Path(latent_cache.cache_path(shard, self.kind, self.name))
         header = latent_cache.read_header(str(tar))
-        whole = header and latent_cache.problem_of(shard, str(tar), self.name) is None
+        whole = header and latent_cache.find_problem(shard, str(tar), self.name) is None
         if whole and header and latent_cache.same_content(str(tar), header):
             return None
         tar.parent.mkdir(exist_ok=True)
         write_atomic(tar.with_name("made.json"), json.dumps(self.made, indent=2).encode())
-        lines = Path(latent_cache.lines_path(str(tar)))
-        lines.unlink(missing_ok=True)  # never lines beside another tar than their own
+        lines = Path(latent_cache.index_path(str(tar)))
+        lines.unlink(missing_ok=True)  # never an index next to a tar it does not describe
         for left in tar.parent.glob(f"{tar.name}.tmp-*"):
             left.unlink()
         entries: list[list] = []
@@ -112,7 +112,7 @@ class _Encoder:
         return samples, sum(len(entry) == 1 for entry in entries)
 
     def _members(self, shard: int, entries: list[list]) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """The tar's samples; `entries` gets key and checksum of each, the key alone of one that does not read."""
+        """The tar's samples. Appends the key and checksum of each to `entries`, only the key if unreadable."""
         samples, step = self.dataset.headers[shard].samples, self.stage.recipe.micro_batch
         member = f"{self.kind}.safetensors"
         with ThreadPoolExecutor() as pool:
@@ -132,7 +132,7 @@ class _Encoder:
             yield EMPTY, {member: content}
 
     def _read(self, shard: int, number: int) -> tuple[str, object]:
-        """Key, and pixels [3, P, P] or caption; None for what does not read."""
+        """Key, and pixels [3, P, P] or caption; None if unreadable."""
         key, _ = self.dataset.entry(shard, number)
         try:
             raw = self.dataset.read(shard, number)
@@ -141,11 +141,11 @@ class _Encoder:
             return key, torch.from_numpy(decode_image(raw.image, self.stage.flux.image_size).copy()).permute(2, 0, 1)
         except DataError:
             raise
-        except ValueError:  # training takes a neighbour in its place
+        except ValueError:  # training substitutes a neighbour
             return key, None
 
     def _contents(self, values: list) -> list[bytes]:
-        """A safetensors file for each of some pixels [3, P, P] or captions."""
+        """A safetensors file for each of `values`, pixels [3, P, P] or captions."""
         if not values:
             return []
         flux = self._flux or self._load()
@@ -162,7 +162,7 @@ class _Encoder:
     def _load(self) -> PlacedFlux:
         needed = latent_cache.PARTS[self.kind]
         dtype = torch.float32 if self.stage.recipe.precision == "fp32" else torch.bfloat16
-        with born(self.device, dtype):
+        with init_context(self.device, dtype):
             flux = PlacedFlux(self.stage.folder, {p: "sharded" if p in needed else "cached" for p in PARTS})
         flux.load()
         self._flux = flux

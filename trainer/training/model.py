@@ -46,7 +46,7 @@ def initialise_from(model: StageModel, stage: Stage, path: Path, ranks: Ranks | 
             raise RunError(f"init_from={path}: that run has no checkpoint that verifies")
         take_from(model, reader)
     elif path.exists():
-        source, names = stage.released(path)
+        source, names = stage.from_public_checkpoint(path)
         tensors: dict[str, Any] = {**model.trainable(), **model.statistics()}
         fill({names[name]: tensor for name, tensor in tensors.items()}, source, path)
     else:

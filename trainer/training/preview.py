@@ -26,7 +26,7 @@ from ...recipes import Recipe
 from ...recipes.schema import Previews
 from ..distributed.process_group import Ranks
 from ..errors import RunError
-from ..inference.contact_sheet import sheet
+from ..inference.contact_sheet import make_contact_sheet
 from ..inference.generator import Generator, Settings, load_controlnet, load_flux
 from ..models.prompt import PromptTemplate
 from ..monitors.phase_timer import PhaseTimer
@@ -63,7 +63,7 @@ def sampler(
     def write(rows: Rows, step: int) -> None:
         if ranks.first and rows:
             picture = BytesIO()
-            sheet(rows, captions).save(picture, "png")
+            make_contact_sheet(rows, captions).save(picture, "png")
             try:
                 (folder / PREVIEWS).mkdir(exist_ok=True)
                 write_atomic(folder / PREVIEWS / f"step-{step:08d}.png", picture.getvalue())

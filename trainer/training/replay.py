@@ -23,7 +23,7 @@ from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.state import take_from
 from ..checkpoint.store import Store
 from ..errors import RunError
-from ..inference.contact_sheet import sheet
+from ..inference.contact_sheet import make_contact_sheet
 from ..models.flux import sigmas
 from ..models.kernel_selection import KernelChoice
 from ..models.masking import draw_orders
@@ -32,7 +32,7 @@ from ..optim.train_state import Progress
 from ..stages import Stage, StageModel
 from ..stages.controlnet import ControlNetStage
 from ..stages.patch_latents import PatchLatentStage
-from ..stages.placement import born
+from ..stages.placement import init_context
 from .data_digest import SequenceDigest, version
 from .inputs import Inputs, open_inputs
 from .model import initialise_from
@@ -92,7 +92,7 @@ class Replay:
         rows = {"image": [Image.fromarray(self.items[i].image) for i in order]}
         if self.masks is not None:
             rows["hidden"] = [_hide(self.items[i].image, self.masks[i]) for i in order]
-        return sheet(
+        return make_contact_sheet(
             rows, [f"{self.samples[i]['loss']:.4g} {self.items[i].key}: {self.items[i].caption}" for i in order]
         )
 
@@ -154,7 +154,7 @@ def _model(stage: Any, reader: CheckpointReader | None, device: torch.device) ->
     dtype = torch.bfloat16 if stage.recipe.precision == "bf16" else torch.float32
     fast = unavailable("varlen", device, dtype) is None
     stage.kernels = KernelChoice(attention="varlen" if fast else "sdpa")
-    with born(device, dtype):
+    with init_context(device, dtype):
         model = stage.build()
     stage.load(model)
     model.to(device)

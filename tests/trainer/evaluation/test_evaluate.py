@@ -1,4 +1,4 @@
-"""Evaluation: its measures against formulas written out, its choice of samples, its controls, its files."""
+"""Evaluation: metrics against explicit formulas, choice of samples, controls, output files."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def one_thread():
 
 
 def make_run(folder: Path, recipe: Recipe, seed: int) -> Path:
-    """A run folder as training leaves it, of weights that are random where a stage begins with zeros."""
+    """A run folder as left by training, with random weights in place of zero-initialised ones."""
     stage = open_stage(recipe)
     model = stage.build()
     stage.load(model)
@@ -159,7 +159,7 @@ def test_recall() -> None:
     assert recall(alike, own, 1) == 0.5  # the first, and the third's equals
     assert recall(alike, own, 2) == 0.5
     assert recall(alike, own, 3) == 0.75
-    assert recall(alike, own.roll(-1), 1) == 0  # the last has a NaN beside it
+    assert recall(alike, own.roll(-1), 1) == 0  # the last row contains a NaN
     assert recall(alike, own.roll(-1), 2) == 0.75
     gallery = torch.randn(20, 7, generator=torch.Generator().manual_seed(0)) + 100  # a large part that all share
     order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
@@ -182,7 +182,7 @@ def test_nearest_pixels() -> None:
     assert nearest.seen == 8
 
 
-def test_the_choice_depends_on_seed_and_place_alone(shards: Path) -> None:
+def test_the_choice_depends_on_seed_and_index_only(shards: Path) -> None:
     dataset = open_dataset(train_shards(shards))
     samples = SampleSet("train", dataset, 3, (28, 16))
     eight = samples.choose(8)
@@ -201,14 +201,14 @@ def test_the_choice_depends_on_seed_and_place_alone(shards: Path) -> None:
     assert [s.index for s in samples.choose(4, known)] == [s.index for s in eight[2:6]]
 
 
-def test_unusable_samples_and_equal_captions_are_passed_over(shards: Path, tmp_path: Path) -> None:
+def test_unusable_samples_and_equal_captions_are_skipped(shards: Path, tmp_path: Path) -> None:
     image = open_dataset(train_shards(shards)).read(0, 0).image
     parts = [(image, b"moon"), (image, b"moon"), (image[:50], b"sun"), (image, b""), (image, b"star")]
     samples = [(f"{i}", {"png": data, "txt": text}) for i, (data, text) in enumerate(parts)]
     write_shard(tmp_path / "a.tar", samples)
     found = SampleSet("train", open_dataset(str(tmp_path / "a.tar")), 0, (28, 16))
     assert {sample.caption for sample in found.choose(2)} == {"moon", "star"}
-    with pytest.raises(RunError, match=r"a\.tar: 2 readable samples with captions of their own, 3 are asked for"):
+    with pytest.raises(RunError, match=r"a\.tar: 2 readable samples with distinct captions, 3 requested"):
         found.choose(3)
 
 
@@ -270,8 +270,8 @@ def numbers(figures: dict, prefix: str = "") -> dict[str, float]:
     return flat
 
 
-class Faithful(Generator):
-    """Paints the image that the latents are of, and for unknown latents that of the caption."""
+class Perfect(Generator):
+    """Return the image encoded by the latents, or for unknown latents that of the caption."""
 
     originals: dict[str, np.ndarray]
     known: dict[str, torch.Tensor]
@@ -294,14 +294,14 @@ class Faithful(Generator):
         return images
 
 
-def test_a_faithful_painter_scores_full_marks(generator: Generator, shards: Path) -> None:
-    painter = Faithful(**{field.name: getattr(generator, field.name) for field in fields(Generator)})
+def test_a_perfect_generator_scores_full_marks(generator: Generator, shards: Path) -> None:
+    perfect = Perfect(**{field.name: getattr(generator, field.name) for field in fields(Generator)})
     data = open_dataset(train_shards(shards))
     chosen = SampleSet("train", data, 0, (112, 64)).choose(6)
-    painter.originals = {sample.caption: sample.original for sample in chosen}
+    perfect.originals = {sample.caption: sample.original for sample in chosen}
     seen = torch.from_numpy(np.stack([sample.seen for sample in chosen])).permute(0, 3, 1, 2)
-    painter.known = dict(zip(painter.originals, painter.encode(seen), strict=True))
-    figures = evaluate(painter, data, None, 6, 0, FAST).figures["train"]
+    perfect.known = dict(zip(perfect.originals, perfect.encode(seen), strict=True))
+    figures = evaluate(perfect, data, None, 6, 0, FAST).figures["train"]
     for kind in set(CONTROLS) - {"other_latents"}:
         assert figures["match"][kind] == {"r1": 1.0, "r5": 1.0}, kind
     other = figures["match"]["other_latents"]
@@ -318,7 +318,7 @@ def test_a_faithful_painter_scores_full_marks(generator: Generator, shards: Path
 
 
 def bifrost(*arguments: object) -> None:
-    """The command in this process."""
+    """Run the command in this process."""
     code = main.app(["eval", *map(str, arguments)], standalone_mode=False)
     assert not code
 
@@ -355,22 +355,22 @@ def test_wrong_inputs_are_one_line_and_leave_nothing(mllm: Path, controlnet: Pat
     out = tmp_path / "out"
     usual = {"mllm": mllm, "controlnet": controlnet, "data": train_shards(shards), "out": out}
 
-    def refused(told: str, *arguments: str, **changes: object) -> None:
+    def refused(message: str, *arguments: str, **changes: object) -> None:
         options = [f"--{name}={value}" for name, value in {**usual, **changes}.items()]
         with pytest.raises((RunError, DataError)) as error:
             bifrost(*options, *QUICK, *arguments)
-        assert told in str(error.value) and "\n" not in str(error.value), error.value
+        assert message in str(error.value) and "\n" not in str(error.value), error.value
         assert not out.exists()
 
     missing = tmp_path / "missing"
     refused("missing: no such folder", mllm=missing)
     refused("missing: no such folder", controlnet=missing)
-    refused("is a controlnet run, here a patch-latents run is needed", mllm=controlnet)
+    refused("is a controlnet run, expected a patch-latents run", mllm=controlnet)
     refused("no such shard", data=f"{missing}.tar")
     refused("no .tar matches", data=f"{missing}/*.tar")
     refused("no .tar matches", heldout=f"{missing}/*.tar")
-    refused("45 readable samples with captions of their own, 46 are asked for", "--samples=46")
-    refused("0 readable samples with captions of their own (15 others have", heldout=f"{shards}/train-00001.tar")
+    refused("45 readable samples with distinct captions, 46 requested", "--samples=46")
+    refused("0 readable samples with distinct captions (15 others share", heldout=f"{shards}/train-00001.tar")
     refused("17 decoding steps for 16 patches: set 1 to 16", "--steps=17")
     taken = tmp_path / "taken"
     taken.mkdir()

@@ -1,4 +1,4 @@
-"""FLUX's sampler is diffusers' own pipeline, to rounding; the ControlNet's residuals come on top of it."""
+"""FLUX's sampler equals diffusers' pipeline up to rounding, plus the ControlNet's residuals."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def text_of(flux: FrozenFlux, prompts: list[str]) -> Text:
     return Text(*flux.encode_text(FluxTokenizers(flux.folder)(prompts)))
 
 
-def painted(flux: FrozenFlux, noise: Tensor, settings: Sampling, *given) -> Tensor:
+def sampled(flux: FrozenFlux, noise: Tensor, settings: Sampling, *given) -> Tensor:
     """Packed latents [B, 64, 16]."""
     return pack(sample(flux, text_of(flux, PROMPTS), noise, settings, *given, empty=text_of(flux, [""])))
 
@@ -55,7 +55,7 @@ def painted(flux: FrozenFlux, noise: Tensor, settings: Sampling, *given) -> Tens
 @pytest.mark.parametrize(("steps", "guidance"), [(1, 3.5), (9, 3.5), (9, 1.0)])
 def test_without_a_controlnet_it_is_diffusers_pipeline(pipeline, flux, steps: int, guidance: float, cfg: float) -> None:
     noise = draw_noise([3, 4], TOKENS, CHANNELS)
-    found = painted(flux, noise, Sampling(steps, guidance, cfg=cfg))
+    found = sampled(flux, noise, Sampling(steps, guidance, cfg=cfg))
     wanted = pipeline(
         PROMPTS,
         negative_prompt=["", ""],
@@ -109,7 +109,7 @@ def test_noise_levels_are_the_pipelines(scheduler: dict, tmp_path: Path) -> None
     assert noise_levels(folder, TOKENS, 5) == pytest.approx(pipeline.scheduler.sigmas.tolist(), abs=1e-6)
 
 
-def test_noise_is_its_seeds_alone() -> None:
+def test_noise_depends_on_the_seed_only() -> None:
     noise = draw_noise([5, 6, 5], TOKENS, CHANNELS)
     assert torch.equal(noise[0], noise[2]) and torch.equal(noise[1], draw_noise([6], TOKENS, CHANNELS)[0])
     many = draw_noise(range(400), TOKENS, CHANNELS)
@@ -118,7 +118,7 @@ def test_noise_is_its_seeds_alone() -> None:
 
 
 def controlnet(flux: FrozenFlux) -> LatentControlNet:
-    """One whose residuals are not zero, with statistics that are not those of its input."""
+    """A ControlNet with nonzero residuals and statistics that differ from those of its input."""
     shape = ControlNetConfig.of(flux.folder.transformer, WIDTH, 4, 8, double=1, single=1)
     network = LatentControlNet(shape).eval().requires_grad_(False)
     draw = torch.Generator().manual_seed(2)
@@ -130,7 +130,7 @@ def controlnet(flux: FrozenFlux) -> LatentControlNet:
 def test_the_controlnet_corrects_every_step(flux: FrozenFlux) -> None:
     network, text = controlnet(flux), text_of(flux, PROMPTS)
     noise, condition = draw_noise([1, 2], TOKENS, CHANNELS), torch.randn(2, 16, WIDTH)
-    found = painted(flux, noise, Sampling(2, conditioning_scale=0.7), network, condition)
+    found = sampled(flux, noise, Sampling(2, conditioning_scale=0.7), network, condition)
     x, (first, second, last) = noise, noise_levels(flux.folder, TOKENS, 2)
     ids = image_ids(SIDE, SIDE), torch.zeros(text.states.shape[1], 3)
     for now, then in ((first, second), (second, last)):
@@ -140,13 +140,13 @@ def test_the_controlnet_corrects_every_step(flux: FrozenFlux) -> None:
         with torch.no_grad():
             x = x + (then - now) * velocity(flux.transformer, x, scaled, *rest)
     torch.testing.assert_close(found, x, atol=1e-5, rtol=0)
-    plain = painted(flux, noise, Sampling(2))
-    torch.testing.assert_close(painted(flux, noise, Sampling(2, conditioning_scale=0.0), network, condition), plain)
+    plain = sampled(flux, noise, Sampling(2))
+    torch.testing.assert_close(sampled(flux, noise, Sampling(2, conditioning_scale=0.0), network, condition), plain)
     assert (found - plain).abs().mean() > 0.05
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
-def test_an_image_does_not_know_its_batch(flux: FrozenFlux, cfg: float) -> None:
+def test_an_image_is_independent_of_its_batch(flux: FrozenFlux, cfg: float) -> None:
     network, condition = controlnet(flux), torch.randn(2, 16, WIDTH)
     settings, empty = Sampling(4, cfg=cfg), text_of(flux, [""])
     both = sample(

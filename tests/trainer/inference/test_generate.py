@@ -1,4 +1,4 @@
-"""Prompts to images: the same ones in any batch, rank and restart; folders as the benches read them; errors a line."""
+"""Prompts to images: equal in any batch, rank and restart; benchmark layouts; one-line errors."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.cli import generate, main
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.inference import contact_sheet as sheets
-from bifrost.trainer.inference.contact_sheet import font_for, sheet
+from bifrost.trainer.inference.contact_sheet import font_for, make_contact_sheet
 from bifrost.trainer.inference.flux_sampler import Sampling
 from bifrost.trainer.inference.generator import Generator, Settings, load_controlnet
 from bifrost.trainer.models.latent_controlnet import LatentControlNet, write_config
@@ -39,7 +39,7 @@ def one_thread():
 
 
 def make_run(folder: Path, recipe: Recipe, slots: tuple[str, ...], seed: int) -> Path:
-    """A run folder as training leaves it, of weights that are random where a stage begins with zeros."""
+    """A run folder as left by training, with random weights in place of zero-initialised ones."""
     stage = open_stage(recipe)
     model = stage.build()
     stage.load(model)
@@ -65,7 +65,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def flux(place: Path) -> Path:
     made = tiny_flux.pipeline()
-    with torch.no_grad():  # the text is to show in the picture
+    with torch.no_grad():  # the text must affect the image
         made.transformer.proj_out.weight.mul_(3)
         made.transformer.context_embedder.weight.mul_(20)
     return tiny_flux.save(made, place / "flux")
@@ -108,12 +108,12 @@ def weights_of(model: StageModel | LatentControlNet) -> dict[str, torch.Tensor]:
 
 
 def bifrost(*arguments: object) -> None:
-    """The command in this process."""
+    """Run the command in this process."""
     code = main.app(["generate", *map(str, arguments)], standalone_mode=False)
     assert not code
 
 
-def test_weights_are_the_average_where_a_run_keeps_one(generator: Generator, mllm: Path, controlnet: Path) -> None:
+def test_ema_weights_are_used_if_a_run_has_them(generator: Generator, mllm: Path, controlnet: Path) -> None:
     averaged, trained = (
         Store(mllm / "checkpoints").newest_verified(),
         Store(controlnet / "checkpoints").newest_verified(),
@@ -129,7 +129,7 @@ def test_weights_are_the_average_where_a_run_keeps_one(generator: Generator, mll
 
 
 def test_averaged_weights_have_averaged_statistics(mllm: Path, flux: Path, tmp_path: Path, caplog) -> None:
-    """generate and export alike; a checkpoint from before they were kept gives the live ones, with a logged line."""
+    """In generate and export; a checkpoint without averaged statistics falls back to the live ones, with a log line."""
     recipe = load_recipe("tiny-controlnet", [f"flux.path={flux}"])
     run = make_run(tmp_path / "run", recipe, ("master", "ema"), 3)
     reader = Store(run / "checkpoints").newest_verified()
@@ -172,11 +172,11 @@ def test_same_prompt_and_seed_same_image_alone_and_in_a_batch(generator: Generat
 def test_controls(generator: Generator) -> None:
     prompts, seeds = ["a red apple", "moon"], [5, 5]
     usual = generator.generate(prompts, seeds, Settings(flux=FAST))
-    told = []
-    handle = generator.mllm.branch.register_forward_pre_hook(lambda *_: told.append(1))
+    decoded = []
+    handle = generator.mllm.branch.register_forward_pre_hook(lambda *_: decoded.append(1))
     plain = generator.generate(prompts, seeds, Settings(controlnet=False, flux=FAST))
     handle.remove()
-    assert not told, "FLUX alone needs no latents"
+    assert not decoded, "FLUX alone needs no latents"
     silent = Sampling(steps=3, conditioning_scale=0.0)
     for one, other, same in zip(plain, generator.generate(prompts, seeds, Settings(flux=silent)), usual, strict=True):
         assert equal(one, other) and differ(one, same)
@@ -191,9 +191,11 @@ def test_guidance_leads_away_from_the_empty_prompt(generator: Generator) -> None
     def latents(prompt: str, guidance: float) -> torch.Tensor:
         return generator.latents([prompt], [3], Settings(steps=1, guidance=guidance))
 
-    told, free = latents("a red apple", 1.0), latents("", 1.0)
-    torch.testing.assert_close(latents("a red apple", 2.5), free + 2.5 * (told - free), atol=1e-4, rtol=0)
-    assert (told - free).abs().mean() > 0.01
+    conditional, unconditional = latents("a red apple", 1.0), latents("", 1.0)
+    torch.testing.assert_close(
+        latents("a red apple", 2.5), unconditional + 2.5 * (conditional - unconditional), atol=1e-4, rtol=0
+    )
+    assert (conditional - unconditional).abs().mean() > 0.01
 
 
 def test_latents_of_an_image(generator: Generator) -> None:
@@ -269,7 +271,7 @@ def test_the_command(mllm: Path, controlnet: Path, generator: Generator, tmp_pat
     assert before.keys() == after.keys()
     assert [name for name in after if after[name] == before[name]] == ["00000-a-red-apple.png"]
     for change in (("--steps=5",), ("another prompt",)):
-        with pytest.raises(RunError, match="was begun with other prompts, settings or weights"):
+        with pytest.raises(RunError, match="was started with other prompts, settings or weights"):
             bifrost(*command, *change)
 
 
@@ -317,7 +319,7 @@ def test_geneval_on_two_ranks(mllm: Path, controlnet: Path, generator: Generator
 
 
 def test_dpg_bench(mllm: Path, controlnet: Path, generator: Generator, tmp_path: Path) -> None:
-    """The layout of TencentQQGYLab/ELLA's README: a grid a prompt, of its file's name, and no other file there."""
+    """The layout of TencentQQGYLab/ELLA's README: a grid per prompt, named like its file, and no other file."""
     prompts = tmp_path / "prompts"
     prompts.mkdir()
     (prompts / "COCOval_1.txt").write_text("a red apple\n")
@@ -366,30 +368,30 @@ def test_wrong_inputs_are_one_line_and_leave_nothing(
     out = tmp_path / "out"
     usual = {"mllm": mllm, "controlnet": controlnet, "out": out}
 
-    def refused(told: str, *arguments: object, **changes: object) -> None:
+    def refused(message: str, *arguments: object, **changes: object) -> None:
         options = [f"--{name}={value}" for name, value in {**usual, **changes}.items()]
         with pytest.raises(RunError) as error:
             bifrost(*options, *QUICK, *arguments)
-        assert told in str(error.value) and "\n" not in str(error.value), error.value
+        assert message in str(error.value) and "\n" not in str(error.value), error.value
         assert not out.exists()
 
     missing = tmp_path / "missing"
     refused("missing: no such folder", "moon", mllm=missing)
     refused("missing: no such folder", "moon", controlnet=missing)
-    refused("is a controlnet run, here a patch-latents run is needed", "moon", mllm=controlnet)
-    refused("is a patch-latents run, here a controlnet run is needed", "moon", controlnet=mllm)
+    refused("is a controlnet run, expected a patch-latents run", "moon", mllm=controlnet)
+    refused("is a patch-latents run, expected a controlnet run", "moon", controlnet=mllm)
     refused("neither a run folder nor an export", "moon", mllm=flux)
     exported = tmp_path / "exported"
     exported.mkdir()
     recipe = load_recipe(mllm / "recipe.yaml").model_dump(mode="json")
-    for content, told in (
+    for content, message in (
         (json.dumps({"recipe": recipe})[:-9], "config.json: is not JSON"),
-        (json.dumps({"recipe": {**recipe, "stepz": 3}}), "config.json: unknown key stepz; did you mean steps?; mend"),
+        (json.dumps({"recipe": {**recipe, "stepz": 3}}), "config.json: unknown key stepz; did you mean steps?; fix"),
         ("[]", "neither a run folder nor an export"),
     ):
         (exported / "config.json").write_text(content)
-        refused(told, "moon", mllm=exported)
-    refused("no such file of prompts", prompts=missing)
+        refused(message, "moon", mllm=exported)
+    refused("no such prompt file", prompts=missing)
     refused("no prompts: give some")
     refused("prompt 'a\\udcff': caption is not UTF-8", "a\udcff")
     refused("17 decoding steps for 16 patches: set 1 to 16", "moon", "--steps=17")
@@ -398,18 +400,18 @@ def test_wrong_inputs_are_one_line_and_leave_nothing(
     refused("--latents-from goes through the ControlNet", "--latents-from", drawing, "--no-controlnet")
     refused("geneval needs --prompts", "moon", "--layout=geneval")
     refused("dpg needs --prompts", "moon", "--layout=dpg")
-    for number, (content, told) in enumerate(
+    for number, (content, message) in enumerate(
         (
-            (b"\n \n", "holds no prompts"),
+            (b"\n \n", "contains no prompts"),
             (b"\xff\xfe\x00", "is not UTF-8"),
-            (b'{"prompt": "moon"}\n{"text": "moon"}\n', "line 2: has no text under prompt"),
+            (b'{"prompt": "moon"}\n{"text": "moon"}\n', "line 2: has no string `prompt`"),
             (b"moon\n", "line 1: is not JSON"),
-            (b'{"prompt": "moon", "id": "../moon"}\n', "id '../moon' cannot be a file's name"),
+            (b'{"prompt": "moon", "id": "../moon"}\n', "id '../moon' cannot be a file name"),
         )
     ):
         file = tmp_path / f"{number}.jsonl"
         file.write_bytes(content)
-        refused(told, prompts=file)
+        refused(message, prompts=file)
     file.write_text('{"prompt": "moon", "id": 1}\n' * 2)
     refused("two prompts have the same id", "--layout=dpg", prompts=file)
     refused("no such folder, and not a hub id", "moon", "--flux", missing)
@@ -424,7 +426,7 @@ def test_wrong_inputs_are_one_line_and_leave_nothing(
     write_config(public, shape)
     generator.controlnet.save_pretrained(public, safe_serialization=True)
     write_config(public, shape)
-    refused("names no FLUX; say which it was trained on", "moon", controlnet=public)
+    refused("names no FLUX; give the one it was trained on", "moon", controlnet=public)
     other = make_run(place / "other", load_recipe("tiny-mllm", ["data.image_size=224"]), ("master",), 3)
     refused("8 x 8 latents for 8 x 8 FLUX tokens need 'none'", "moon", mllm=other)
 
@@ -433,23 +435,25 @@ def test_a_controlnet_for_other_latents(generator: Generator, mllm: Path, flux: 
     network = LatentControlNet(replace(generator.controlnet.shape, latent_width=24))
     network.save_pretrained(tmp_path)
     write_config(tmp_path, network.shape)
-    with pytest.raises(RunError, match="reads patch latents of width 24, this MLLM's have"):
+    with pytest.raises(RunError, match="expects patch latents of width 24, this MLLM has"):
         Generator.load(mllm, tmp_path, str(flux))
 
 
 def test_contact_sheet() -> None:
     colours = ["red", "green", "blue"]
     rows = {"made": [Image.new("RGB", (64, 64), c) for c in colours], "real": [Image.new("RGB", (32, 64))] * 3}
-    picture = sheet(rows, ["a caption that is much longer than its image is wide and goes on", "b", "c"], across=2)
-    width, height = picture.size
-    pixels = np.asarray(picture).reshape(-1, 3)
+    made = make_contact_sheet(
+        rows, ["a caption that is much longer than its image is wide and continues", "b", "c"], across=2
+    )
+    width, height = made.size
+    pixels = np.asarray(made).reshape(-1, 3)
     for colour in ((255, 0, 0), (0, 128, 0), (0, 0, 255)):
         assert (pixels == colour).all(axis=1).sum() == 128 * 128  # at twice their size
     assert 2 * 128 < width < 2 * 128 + 100 and 4 * 128 < height < 4 * 128 + 200
 
 
 def test_captions_are_drawn_and_not_boxes() -> None:
-    """A character that a font lacks is drawn as its `.notdef` glyph, which U+FFFF gets too."""
+    """A missing character is drawn as the font's `.notdef` glyph, like U+FFFF."""
     for text in ("€", "é", "→", "ß", "я", "λ", "ﬁ", "½", "\u2013", "…"):
         font = font_for(text)
         assert bytes(font.getmask(text)) != bytes(font.getmask("\uffff")), text
@@ -468,8 +472,8 @@ def test_a_character_that_no_font_has_is_logged_once(monkeypatch, caplog) -> Non
     assert len(caplog.records) == 1
 
 
-def test_fontconfig_is_asked_for_what_matplotlib_does_not_know(monkeypatch, caplog, tmp_path: Path) -> None:
-    """A font installed after matplotlib first listed them."""
+def test_fontconfig_finds_fonts_unknown_to_matplotlib(monkeypatch, caplog, tmp_path: Path) -> None:
+    """A font installed after matplotlib cached its list."""
     new = Path(shutil.copy(sheets._dejavu(), tmp_path / "new.ttf"))
     program = tmp_path / "fc-match"
     program.write_text(f'#!/bin/sh\n[ "$2" = ":charset=16802 16803" ] && printf %s {new}\n')
@@ -483,9 +487,9 @@ def test_fontconfig_is_asked_for_what_matplotlib_does_not_know(monkeypatch, capl
     sheets._font.cache_clear()
 
 
-def test_a_prompt_that_is_cut_is_logged_with_its_tokens(generator: Generator, caplog) -> None:
+def test_a_truncated_prompt_is_logged_with_its_tokens(generator: Generator, caplog) -> None:
     long = "an apple and a pear " * 120
-    generator.warn_of_cut(["a red apple", long, long], Settings())
+    generator.warn_about_truncation(["a red apple", long, long], Settings())
     (line,) = [each.getMessage() for each in caplog.records]
     whole = len(generator.template.tokenizer(generator.template.head + long + generator.template.tail).input_ids)
     kept = len(generator.template.ids(long))
@@ -497,11 +501,11 @@ def test_a_prompt_that_is_cut_is_logged_with_its_tokens(generator: Generator, ca
         assert f"{name} reads {limit} of {count} tokens ({count - limit} dropped)" in line
     assert line.startswith("prompt 'an apple and a pear") and len(line) < 350
     caplog.clear()
-    generator.warn_of_cut([long], replace(Settings(), empty_prompt=True), decoded=False)
+    generator.warn_about_truncation([long], replace(Settings(), empty_prompt=True), decoded=False)
     assert not caplog.records, "nobody reads it"
 
 
-def test_the_command_warns_of_a_cut_prompt(mllm: Path, controlnet: Path, tmp_path: Path, caplog) -> None:
+def test_the_command_warns_about_a_truncated_prompt(mllm: Path, controlnet: Path, tmp_path: Path, caplog) -> None:
     runs = (f"--mllm={mllm}", f"--controlnet={controlnet}")
     bifrost(*runs, f"--out={tmp_path / 'out'}", *QUICK, "apple " * 300, "red apple")
     assert len([each for each in caplog.records if "is cut at its end" in each.getMessage()]) == 1

@@ -1,4 +1,4 @@
-"""Masked decoding: counts, orders, guidance, and the public loop's latents for a small part of its work."""
+"""Masked decoding: counts, orders, guidance, and the public loop's latents at a fraction of its cost."""
 
 import time
 from collections.abc import Callable
@@ -26,7 +26,7 @@ SIXTEEN = [2, 3, 7, 8, 11, 13, 15, 16, 19, 20, 22, 23, 23, 25, 24, 25]
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Threads that wait for one another on tiny tensors would be most of what is timed."""
+    """On tiny tensors, thread synchronisation would dominate the timing."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -34,7 +34,7 @@ def one_thread():
 
 
 def build(side: int, positions: str = "learned", width: int = 32) -> PatchLatentModel:
-    """A random model whose branch has left its copied weights."""
+    """A random model whose branch differs from its copied weights."""
     text = {
         "vocab_size": 32,
         "bos_token_id": None,
@@ -89,7 +89,7 @@ def decoded(model: PatchLatentModel, prompts: list[list[int]], orders: Tensor, g
 def public_loop(
     model: PatchLatentModel, prompts: list[list[int]], orders: Tensor, weight: float, steps: int | None = None
 ) -> Tensor:
-    """The released decoding, ported: both branches on all tokens of 2 B left-padded rows, no cache, one patch a step.
+    """The released decoding: both branches on all tokens of 2 B left-padded rows, no cache, one patch per step.
 
     steps: stop after so many.
     """
@@ -161,7 +161,7 @@ def test_schedules() -> None:
             reveal_counts(16, steps)
 
 
-def test_an_order_is_its_seeds_alone() -> None:
+def test_an_order_depends_on_the_seed_only() -> None:
     orders = draw_orders([7, 3, 7, 2**62], 16)
     assert orders.sort(dim=1).values.tolist() == [list(range(16))] * 4
     assert torch.equal(orders[0], orders[2]) and torch.equal(orders[1], draw_orders([3], 16)[0])
@@ -172,7 +172,7 @@ def test_an_order_is_its_seeds_alone() -> None:
 
 @pytest.mark.parametrize("positions", ["learned", "mrope"])
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_one_patch_a_step_is_the_public_loop(positions: str, guidance: float) -> None:
+def test_one_patch_per_step_is_the_public_loop(positions: str, guidance: float) -> None:
     model = build(4, positions, width=48)
     orders = draw_orders([1, 2, 3], 16)
     found = decoded(model, PROMPTS, orders, guidance, steps=16)
@@ -182,8 +182,8 @@ def test_one_patch_a_step_is_the_public_loop(positions: str, guidance: float) ->
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_guidance_with_several_patches_a_step(schedule) -> None:
-    """Against one forward a sample, prompt and step, and an assignment a patch."""
+def test_guidance_with_several_patches_per_step(schedule) -> None:
+    """Against one forward pass per sample, prompt and step, and an assignment per patch."""
     model = build(4)
     orders = draw_orders([4, 5, 6], 16)
     found = decoded(model, PROMPTS, orders, 3.0, steps=5, schedule=schedule)
@@ -220,7 +220,7 @@ def test_guidance_of_one_needs_no_unconditional_prompts() -> None:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_an_image_does_not_know_its_batch(guidance: float) -> None:
+def test_an_image_is_independent_of_its_batch(guidance: float) -> None:
     model = build(4)
     together = decoded(model, PROMPTS, draw_orders([8, 9, 10], 16), guidance, steps=6)
     alone = decoded(model, PROMPTS[1:2], draw_orders([9], 16), guidance, steps=6)
@@ -232,8 +232,8 @@ def test_an_image_does_not_know_its_batch(guidance: float) -> None:
     assert torch.equal(together[1], others[1])
 
 
-def test_a_small_part_of_the_public_loops_work() -> None:
-    """16 steps against the 144 of the loop, which computes both prompts also where guidance is 1."""
+def test_a_fraction_of_the_public_loops_cost() -> None:
+    """16 steps against the 144 of the loop, which computes both prompts even with guidance 1."""
     model = build(12, width=48)
     prompts = [[*range(1, 25)], [*range(2, 26)]]
     orders = draw_orders([1, 2], 144)

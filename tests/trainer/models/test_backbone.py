@@ -1,4 +1,4 @@
-"""The frozen tower and text model: patches as Qwen's processor makes them, cost linear in the batch, exact prefix."""
+"""The frozen vision encoder and text model: Qwen's patches, cost linear in the batch, exact prefix."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.backbone import FrozenBackbone, pixel_patches, read_config
 from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.weights import WeightFiles, backbone_names, fill
-from bifrost.trainer.stages.placement import build_whole
+from bifrost.trainer.stages.placement import build_unsharded
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +44,12 @@ def test_pixel_patches_equal_qwens_processor() -> None:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     batch = images(2, 56)
-    pictures = [Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy())) for image in batch]
-    wanted = Qwen2VLImageProcessorPil(do_resize=False)(pictures, return_tensors="pt")["pixel_values"]
+    pil_images = [Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy())) for image in batch]
+    wanted = Qwen2VLImageProcessorPil(do_resize=False)(pil_images, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixel_patches(batch, 14, 2, 2), wanted, atol=1e-6, rtol=0)
 
 
-def test_latents_equal_transformers_own_tower(
+def test_latents_equal_transformers_vision_encoder(
     backbone: FrozenBackbone, vanilla: Qwen2_5_VLForConditionalGeneration
 ) -> None:
     batch = images(3)
@@ -59,10 +59,10 @@ def test_latents_equal_transformers_own_tower(
     torch.testing.assert_close(backbone.patch_latents(batch).flatten(0, 1), wanted, atol=1e-5, rtol=0)
 
 
-def test_the_patch_embedding_is_no_convolution(
+def test_the_patch_embedding_is_a_matrix_product(
     backbone: FrozenBackbone, vanilla: Qwen2_5_VLForConditionalGeneration
 ) -> None:
-    """Same numbers and the same name and shape of the weight, but nothing of cuDNN's."""
+    """Same numbers and same name and shape of the weight, but without cuDNN."""
     called: set[str] = set()
 
     class Called(TorchDispatchMode):
@@ -83,8 +83,8 @@ def test_the_patch_embedding_is_no_convolution(
     assert (name, weight.shape) == (theirs, like.shape)
 
 
-def test_the_tower_is_linear_in_the_batch(backbone: FrozenBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores computed a batch: B times those of one image, in one call a layer."""
+def test_the_vision_encoder_is_linear_in_the_batch(backbone: FrozenBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention scores per batch: B times those of one image, in one call per layer."""
     calls: list[int] = []
     attention = attention_module.F.scaled_dot_product_attention
 
@@ -134,7 +134,7 @@ def test_packed_prompts_are_the_padded_ones_without_their_padding(
         torch.testing.assert_close(layer.keys[0], theirs.keys.transpose(0, 1)[:, real], atol=1e-5, rtol=0)
 
 
-def test_a_prompt_does_not_know_its_neighbours(backbone: FrozenBackbone) -> None:
+def test_packed_prompts_are_independent(backbone: FrozenBackbone) -> None:
     ids, layout = torch.arange(10, 34), PrefixLayout.of([4, 9, 11], 16)
     others = ids.clone()
     others[:4], others[13:] = 99, 98
@@ -162,7 +162,7 @@ def rotary_tables_under_zero_init() -> list[float]:
 
 
 def test_rotary_frequencies_stay_fp32_in_a_bf16_model() -> None:
-    """zero.Init creates every tensor in bf16; frequencies rounded to it would turn far positions by whole radians."""
+    """zero.Init creates every tensor in bf16; frequencies rounded to it would be off by radians at far positions."""
     (rank,) = ranked.run(rotary_tables_under_zero_init, 1)
     assert rank.value == [0.0, 1.0], rank.err
 
@@ -170,11 +170,11 @@ def test_rotary_frequencies_stay_fp32_in_a_bf16_model() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stated", ["bfloat16", "float32", None])
 def test_a_replicated_backbone_has_the_runs_precision(dtype: torch.dtype, stated: str | None) -> None:
-    """Whatever its config says of the stored weights: all published ones say bfloat16, for every part."""
+    """Whatever dtype its config gives for the stored weights: all published configs give bfloat16 for every part."""
     config = read_config(locate("builtin:tiny"))
     config.dtype = config.text_config.dtype = config.vision_config.dtype = stated and getattr(torch, stated)
     like = torch.nn.Parameter(torch.empty(1, dtype=dtype))
-    made = build_whole(partial(FrozenBackbone, config), "replicated", like)
+    made = build_unsharded(partial(FrozenBackbone, config), "replicated", like)
     assert {parameter.dtype for parameter in made.parameters()} == {dtype}
     made.restore_rotary()
     made.load(WeightFiles(locate("builtin:tiny")))
@@ -187,9 +187,9 @@ def test_a_replicated_backbone_has_the_runs_precision(dtype: torch.dtype, stated
     ("name", "content", "words"),
     [
         ("config.json", "{", r"config\.json: is not JSON"),
-        ("config.json", "[]", r"config\.json: is no JSON object"),
+        ("config.json", "[]", r"config\.json: not a JSON object"),
         ("config.json", '{"model_type": "qwen3_vl"}', "model_type is qwen3_vl"),
-        ("config.json", '{"model_type": "qwen2_5_vl", "text_config": 3}', "is no configuration of a Qwen2.5-VL"),
+        ("config.json", '{"model_type": "qwen2_5_vl", "text_config": 3}', "not a valid Qwen2.5-VL config"),
         ("preprocessor_config.json", '{"image_mean": [0.5, 0.5, 0.5]}', r"image_mean is \[0\.5, 0\.5, 0\.5\]"),
         ("processor_config.json", '{"image_processor": {"image_std": [1, 1, 1]}}', r"image_std is \[1, 1, 1\]"),
     ],

@@ -1,4 +1,4 @@
-"""The branch begins as an exact copy of the text model, and sees what it should see."""
+"""The branch starts as an exact copy of the text model and attends to the right tokens."""
 
 import pytest
 import torch
@@ -57,8 +57,8 @@ def test_copies_equal_their_source_and_are_their_own() -> None:
         assert not text[f"layers.{name}"].requires_grad
 
 
-def test_rotary_tables_lie_where_the_weights_do() -> None:
-    """They are made again after the model is built, by then without `zero.Init`, which places tensors."""
+def test_rotary_tables_are_on_the_device_of_the_weights() -> None:
+    """They are rebuilt after the model, outside `zero.Init`, which would place tensors."""
     model = build("branch.positions=mrope").to("meta")
     model.branch.restore_rotary()
     assert {buffer.device.type for buffer in model.branch.buffers()} == {"meta"}

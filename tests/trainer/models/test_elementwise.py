@@ -47,7 +47,7 @@ def test_gradients_are_those_of_the_formulas(dtype: torch.dtype) -> None:
 
 
 def test_inputs_survive_the_backward_pass() -> None:
-    """Gate and up are other maps' results: overwriting them would spoil whoever reads them after."""
+    """Gate and up are outputs of other layers, whose backward pass may still read them."""
     gate, up = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
     before = gate.detach().clone(), up.detach().clone()
     elementwise.GatedDown(8, 4, bias=False)(gate, up, recomputed=False).sum().backward()

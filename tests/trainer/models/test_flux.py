@@ -1,4 +1,4 @@
-"""The frozen FLUX: geometry and flow matching as diffusers has them, and what a FLUX folder must hold."""
+"""The frozen FLUX: geometry and flow matching as in diffusers, and checks of a FLUX folder."""
 
 import shutil
 from pathlib import Path
@@ -148,10 +148,10 @@ def test_a_folder_of_another_shape_or_with_missing_parts(copied: Path) -> None:
             FluxFolder.open(copied)
         assert words in str(error.value) and "\n" not in str(error.value)
 
-    def without(name: str, told: str) -> None:
+    def without(name: str, message: str) -> None:
         away = copied.parent / "away"
         (copied / name).rename(away)
-        refused(told)
+        refused(message)
         away.rename(copied / name)
 
     FluxFolder.open(copied)
@@ -161,7 +161,7 @@ def test_a_folder_of_another_shape_or_with_missing_parts(copied: Path) -> None:
     without("vae/config.json", "vae/config.json missing")
     without("text_encoder/model.safetensors", "text_encoder/*.safetensors missing")
     for file, settings, words in (
-        ("transformer", {"_class_name": "SD3Transformer2DModel"}, "a FluxTransformer2DModel is needed"),
+        ("transformer", {"_class_name": "SD3Transformer2DModel"}, "expected FluxTransformer2DModel"),
         ("transformer", {"in_channels": 64}, "transformer in_channels is 64, 4 x vae latent_channels is 16"),
         ("text_encoder_2", {"d_model": 16}, "joint_attention_dim is 12, text_encoder_2 d_model is 16"),
         ("text_encoder", {"hidden_size": 16}, "pooled_projection_dim is 8, text_encoder hidden_size is 16"),
@@ -178,19 +178,19 @@ def test_a_folder_of_another_shape_or_with_missing_parts(copied: Path) -> None:
     refused("is not JSON")
 
 
-def test_missing_shards_and_tokenizers_are_told(copied: Path) -> None:
+def test_missing_shards_and_tokenizers_are_named(copied: Path) -> None:
     shard = sorted((copied / "transformer").glob("*.safetensors"))[0]
     shard.unlink()
     with pytest.raises(RunError, match=r"transformer: \d+ tensors are missing"):
         loaded(copied, "transformer")
     for file in (copied / "tokenizer").iterdir():
         file.write_text("{}")
-    with pytest.raises(RunError, match="tokenizer: no tokenizer can be read"):
+    with pytest.raises(RunError, match="tokenizer: the tokenizer cannot be read"):
         FluxTokenizers(FluxFolder.open(copied))
 
 
 def test_the_other_names_of_text_encoders(saved: Path, copied: Path) -> None:
-    """Hub files put `text_model.` before CLIP's names, or leave it away, and know T5's table by two names."""
+    """Hub files may prefix CLIP's names with `text_model.`, and have two names for T5's embedding."""
     from safetensors.torch import load_file, save_file
 
     usual = dict(loaded(saved, "text_encoder", "text_encoder_2").named_parameters())

@@ -42,7 +42,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def use(monkeypatch, address, tmp_path):
-    """What HF_ENDPOINT=address, HF_HUB_OFFLINE=0 and an HF_HUB_CACHE set when the client is imported. No pauses."""
+    """Set what HF_ENDPOINT=address, HF_HUB_OFFLINE=0 and HF_HUB_CACHE set when the client is imported. No pauses."""
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -65,13 +65,13 @@ WANTED = {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()
 
 @pytest.mark.parametrize("fault", ["503", "429", "500", "reset", "cut", "cut-unstated"])
 @pytest.mark.parametrize("path", ["/revision/", "/tree/", "config.json", "model.safetensors"])
-def test_what_may_pass_is_asked_again_and_the_bytes_are_right(hub, fault, path):
+def test_transient_errors_are_retried_and_the_bytes_are_right(hub, fault, path):
     hub.rules.append(Rule(fault, path, times=2))
     assert held(model_hub.locate("owner/name")) == WANTED
     assert hub.fired[fault] == 2
 
 
-def test_a_model_is_asked_for_once_per_process(hub):
+def test_a_model_is_requested_once_per_process(hub):
     model_hub.locate("owner/name", hub_server.COMMIT)
     asked = len(hub.asked)
     model_hub.locate("owner/name", hub_server.COMMIT)
@@ -82,20 +82,20 @@ def test_a_model_is_asked_for_once_per_process(hub):
 
 @pytest.mark.parametrize("fault", ["503", "429", "reset", "cut", "cut-unstated"])
 @pytest.mark.parametrize("path", ["/revision/", "model.safetensors"])
-def test_a_hub_that_is_away_is_lost(hub, fault, path):
+def test_an_unavailable_hub_is_retryable(hub, fault, path):
     hub.rules.append(Rule(fault, path, math.inf))
     with pytest.raises(DataLost, match=r"^backbone\.path=owner/name: .*; check the storage") as caught:
         model_hub.locate("owner/name")
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_that_does_not_answer_is_lost(monkeypatch, tmp_path):
+def test_an_unreachable_hub_is_retryable(monkeypatch, tmp_path):
     use(monkeypatch, f"http://127.0.0.1:{free_port()}", tmp_path)
     with pytest.raises(DataLost, match=r"^backbone\.path=owner/name: .*; check the storage or the network"):
         model_hub.locate("owner/name")
 
 
-def test_a_model_that_is_not_there_is_refused(hub):
+def test_a_missing_model_is_refused(hub):
     with pytest.raises(RunError, match=r"^backbone\.path=owner/none: .*404.*; give a local folder") as caught:
         model_hub.locate("owner/none")
     assert "\n" not in str(caught.value) and not caught.value.passing
@@ -103,8 +103,8 @@ def test_a_model_that_is_not_there_is_refused(hub):
 
 
 @pytest.mark.parametrize("revision", ["66285546", "f" * 40])
-def test_a_revision_of_another_model_says_what_to_set(hub, revision):
-    """As with a recipe's own, when its `backbone.path` alone is overridden."""
+def test_a_revision_of_another_model_is_refused_with_the_remedy(hub, revision):
+    """As when only `backbone.path` of a recipe with a revision is overridden."""
     for setting in ("backbone", "flux"):
         with pytest.raises(RunError) as caught:
             model_hub.locate("owner/name", revision, f"{setting}.path")
@@ -116,7 +116,7 @@ def test_a_revision_of_another_model_says_what_to_set(hub, revision):
 
 
 @pytest.mark.parametrize("status", ["401", "403", "gated"])
-def test_a_model_that_is_closed_says_what_to_do(hub, status):
+def test_a_gated_model_is_refused_with_the_remedy(hub, status):
     if status != "gated":
         hub.rules.append(Rule(status, times=math.inf))
     name = "owner/gated" if status == "gated" else "owner/name"
@@ -139,7 +139,7 @@ def test_the_command_ends_with_the_code_of_its_error(hub, monkeypatch, capsys, f
 
 
 @pytest.mark.parametrize("local", [0, 1])
-def test_one_rank_of_each_node_asks_the_hub(hub, monkeypatch, shards, local):
+def test_one_rank_per_node_queries_the_hub(hub, monkeypatch, shards, local):
     order, only_cache = [], []
     download = huggingface_hub.snapshot_download
 

@@ -1,4 +1,4 @@
-"""Which kernels a run takes: the same on every rank, kept over restarts, and refused where they cannot run."""
+"""Kernel selection: equal on every rank, kept over restarts, refused where a kernel cannot run."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_without_a_gpu_it_is_plain_pytorch(tmp_path: Path) -> None:
     assert all(not choice["milliseconds"] for choice in record.values()), "nothing was measured"
 
 
-def test_what_the_recipe_says_is_taken(tmp_path: Path) -> None:
+def test_kernels_set_in_the_recipe_are_used(tmp_path: Path) -> None:
     kernels, record = choose(tmp_path, "kernels.head_backend=in-place", "kernels.attention=reference")
     assert (kernels.head, kernels.attention) == ("in-place", "reference")
     assert record["patch_latent_loss"]["reason"] == "set in the recipe"
@@ -70,7 +70,7 @@ def test_a_measured_choice_is_kept_until_something_changes(tmp_path: Path, monke
     assert choose(tmp_path)[0].head == "in-place", "the same shape on the same device"
     assert choose(tmp_path, "micro_batch=8")[0].head == "triton", "another shape"
     (tmp_path / kernel_selection.FILE).write_text("{")
-    assert choose(tmp_path)[0].head == "triton-tma", "an unreadable record is no record"
+    assert choose(tmp_path)[0].head == "triton-tma", "an unreadable record is ignored"
 
 
 class Second(Ranks):
@@ -81,7 +81,7 @@ class Second(Ranks):
         return [{name: {"provider": provider} for name, provider in chosen}, value]
 
 
-def test_other_ranks_take_the_first_ones_choice(tmp_path: Path) -> None:
+def test_other_ranks_use_the_choice_of_rank_0(tmp_path: Path) -> None:
     kernels, _ = choose(tmp_path, ranks=Second(1, 2, torch.device("cpu")))
     assert (kernels.head, kernels.attention) == ("triton", "reference")
 
@@ -96,7 +96,7 @@ def test_a_run_logs_and_keeps_its_choice(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_deterministic_run_sets_torchs_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention reads it: torch's own by itself, that of packages through `kernels.attention`."""
+    """Attention respects it: torch's own directly, packages through `kernels.attention`."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     try:

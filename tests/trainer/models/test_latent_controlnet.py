@@ -1,4 +1,4 @@
-"""The ControlNet begins as a copy of FLUX that changes nothing, and learns from the outside in."""
+"""The ControlNet starts as a copy of FLUX without effect, and learns from the output layers inward."""
 
 import inspect
 import json
@@ -70,7 +70,7 @@ def build(kind: str = "up", seed: int = 0, **options) -> LatentControlNet:
 
 
 def inputs(kind: str = "up") -> tuple[torch.Tensor, torch.Tensor, list]:
-    """Noisy latents, patch latents, and what both networks are told besides."""
+    """Noisy latents, patch latents, and the other inputs of both networks."""
     draw = torch.Generator().manual_seed(1)
     noisy, text, pooled = (torch.randn(s, generator=draw) for s in ((2, 16, 16), (2, 5, 24), (2, 20)))
     latents = torch.randn(2, GRIDS[kind][0] ** 2, WIDTH, generator=draw)
@@ -117,7 +117,7 @@ def test_only_double_or_only_single_blocks() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
 def test_gradients_appear_from_the_outside_in(checkpointing: bool) -> None:
-    """Spec 2.3: first the output linears, then all that the condition does not pass, last the up-sampler."""
+    """Spec 2.3: first the output projections, then layers off the condition's path, last the upsampler."""
     noisy, latents, conditions = inputs()
     transformer, model = flux(), build()
     if checkpointing:
@@ -197,7 +197,7 @@ def test_public_folder_round_trip(tmp_path: Path, kind: str, norm: str, shards: 
     assert {name for name in written if not name.startswith("_")} == known.keys() - {"self"}
 
 
-def test_wrong_folders_and_misfits_are_told_in_one_line(tmp_path: Path) -> None:
+def test_wrong_folders_and_mismatches_are_one_line_errors(tmp_path: Path) -> None:
     def refused(words: str) -> None:
         with pytest.raises(RunError) as error:
             read_config(tmp_path)
@@ -207,7 +207,7 @@ def test_wrong_folders_and_misfits_are_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     refused("is not JSON")
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
-    refused("a FluxControlNetModel is needed")
+    refused("expected FluxControlNetModel")
     settings = shape().public()
     (tmp_path / "config.json").write_text(json.dumps({**settings, "num_mode": 3}))
     refused("num_mode is 3")
@@ -225,7 +225,7 @@ def test_wrong_folders_and_misfits_are_told_in_one_line(tmp_path: Path) -> None:
     ours.require(FLUX, WIDTH, 2, 4)
     for arguments, words in (
         ((FLUX, 8, 2, 4), "of width 12, this MLLM's have 8"),
-        ((FLUX, WIDTH, 4, 4), "resamples patch latents by 'up', 4 x 4 latents for 4 x 4 FLUX tokens need 'none'"),
+        ((FLUX, WIDTH, 4, 4), "resamples patch latents by 'up', but 4 x 4 latents and 4 x 4 FLUX tokens need 'none'"),
         (({**FLUX, "in_channels": 64}, WIDTH, 2, 4), "in_channels 16, this one has 64"),
     ):
         with pytest.raises(RunError, match=words):
@@ -234,7 +234,7 @@ def test_wrong_folders_and_misfits_are_told_in_one_line(tmp_path: Path) -> None:
         shape(double=30)
     with pytest.raises(RunError, match="0 double and 0 single"):
         shape(double=0, single=0)
-    with pytest.raises(RunError, match="3 x 3 patch latents cannot become 4 x 4 FLUX tokens"):
+    with pytest.raises(RunError, match="3 x 3 patch latents cannot be resampled to 4 x 4 FLUX tokens"):
         resampling(3, 4)
 
 
@@ -315,7 +315,7 @@ def test_running_statistics_stay_fp32() -> None:
 
 
 def slices_under_zero_init(folder: str) -> list[bool]:
-    """Whether this rank holds just its slices, equal to those of a whole model, and fp32 statistics."""
+    """Whether this rank has only its slices, equal to those of a full model, and fp32 statistics."""
     from bifrost.trainer.distributed.process_group import join
     from bifrost.trainer.optim.engine import partitioned
 
@@ -341,7 +341,7 @@ def test_every_rank_fills_its_own_slice(tmp_path: Path) -> None:
 
 
 def test_idle_blocks_are_refused_with_the_nearest_that_learn() -> None:
-    """Against diffusers' own forward pass: a residual that it adds nowhere has no gradient."""
+    """Against diffusers' own forward pass: an unused residual has no gradient."""
     double, single = 7, 9
     settings = {**FLUX, "num_layers": double, "num_single_layers": single, "num_attention_heads": 1}
     torch.manual_seed(0)
@@ -371,7 +371,7 @@ def test_idle_blocks_are_refused_with_the_nearest_that_learn() -> None:
 
 
 def test_published_flux_and_idle_blocks() -> None:
-    """As found for FLUX.1-dev by hand: 19 double and 38 single blocks."""
+    """Worked out by hand for FLUX.1-dev: 19 double and 38 single blocks."""
     idle = [count for count in range(1, 20) if residuals_added(count, 19) < count]
     assert idle == [6, 8, 9, *range(11, 19)]
     idle = [count for count in range(1, 39) if residuals_added(count, 38) < count]
@@ -381,6 +381,6 @@ def test_published_flux_and_idle_blocks() -> None:
 def test_a_recipe_with_idle_blocks_is_refused() -> None:
     recipe = load_recipe("flux-controlnet", ["controlnet.double=6"])
     with pytest.raises(
-        RunError, match=r"controlnet\.double=6: a FLUX of 19 double blocks adds the first 5 .*set 5 or 7"
+        RunError, match=r"controlnet\.double=6: a FLUX of 19 double blocks uses only the first 5 .*set 5 or 7"
     ):
         open_stage(recipe, for_counting=True)

@@ -1,4 +1,4 @@
-"""Mask rate and order: MAR's truncated normal, exact counts, and nothing that depends on how samples are grouped."""
+"""Mask rate and order: MAR's truncated normal, exact counts, independent of how samples are grouped."""
 
 import numpy as np
 
@@ -47,8 +47,8 @@ def test_every_patch_is_hidden_alike() -> None:
     assert np.abs(pairs - 12 * 11 / (16 * 15)).max() < 0.015
 
 
-def test_draws_belong_to_the_sample() -> None:
-    """Any grouping, any order gives a sample its own mask; another epoch or seed gives another."""
+def test_draws_depend_on_the_sample() -> None:
+    """A sample has the same mask in any grouping and order, and another mask for another epoch or seed."""
     index = np.arange(64)
     epoch = np.zeros(64, dtype=np.int64)
     whole = draw_masks(0, epoch, index, np.full(64, 8), 16)

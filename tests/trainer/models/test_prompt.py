@@ -1,4 +1,4 @@
-"""Prompts: the model's own chat template, the caption as written, and a suffix that truncation never loses."""
+"""Prompts: the model's own chat template, the caption as written, and a suffix that truncation preserves."""
 
 import pytest
 import torch
@@ -22,8 +22,8 @@ def test_prompt_is_the_chat_template_with_an_opened_image(tokenizer) -> None:
 
 
 def test_captions_are_not_lower_cased(tokenizer) -> None:
-    text = tokenizer.decode(PromptTemplate(tokenizer, 64).ids("NASA's Mars Rover says HELLO"))
-    assert "NASA's Mars Rover says HELLO" in text
+    text = tokenizer.decode(PromptTemplate(tokenizer, 64).ids("NASA's Mars Rover PRINTS Hello"))
+    assert "NASA's Mars Rover PRINTS Hello" in text
 
 
 def test_truncation_keeps_the_suffix(tokenizer) -> None:

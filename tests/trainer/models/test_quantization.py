@@ -150,7 +150,7 @@ TRACES = {
 
 
 @pytest.mark.parametrize("name", TRACES)
-def test_tensors_alone_give_a_scheme_away(tmp_path: Path, name: str) -> None:
+def test_a_scheme_is_detected_from_tensors_alone(tmp_path: Path, name: str) -> None:
     tensors = {
         key: torch.zeros(2, 2, dtype=torch.uint8).repeat(1, 4).view(dtype) for key, dtype in TRACES[name].items()
     }
@@ -162,8 +162,8 @@ def test_tensors_alone_give_a_scheme_away(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool]
 )
-def test_a_parameter_that_is_no_float_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
-    """A model cast to fp8, or one whose scales are gone: values without meaning."""
+def test_a_parameter_that_is_not_a_float_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A model cast to fp8, or one whose scales are lost: its values are meaningless."""
     save_file({"weight": torch.zeros(2, 2, dtype=torch.uint8).to(dtype)}, tmp_path / "model.safetensors")
     files = WeightFiles(tmp_path)
     parameter = nn.Parameter(torch.zeros(2, 2))
@@ -220,7 +220,7 @@ HARMLESS = (
 )
 
 
-def test_what_real_checkpoints_hold_beside_is_accepted(tmp_path: Path) -> None:
+def test_harmless_tensors_of_real_checkpoints_are_accepted(tmp_path: Path) -> None:
     read = (
         "model.layers.0.mlp.up_proj.weight",
         "model.layers.0.self_attn.q_proj.weight",
@@ -257,7 +257,7 @@ def test_scales_of_activations_change_no_weight(tmp_path: Path) -> None:
 
 
 def test_the_installed_libraries_agree(tmp_path: Path) -> None:
-    """Against the libraries themselves, where they are: other shapes, and scales of other types."""
+    """Against the libraries themselves, if installed: other shapes, and scales of other types."""
     functional = pytest.importorskip("bitsandbytes.functional", reason="optional package bitsandbytes is not installed")
     weight = torch.randn(5, 12)
     data, scale, _ = functional.int8_vectorwise_quant(weight.half())

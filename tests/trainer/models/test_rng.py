@@ -10,7 +10,7 @@ def draws(seed: int = 0, stream: Stream = Stream.MASK_ORDER, epoch: int = 0, sam
 
 
 def test_values_are_pinned() -> None:
-    """A resume with a newer version must draw the same: these numbers never change."""
+    """A run resumed with a newer version must draw the same numbers: these never change."""
     found = uniform(7, Stream.MASK_RATE, np.array([0, 3]), np.array([0, 12345678901]), 2)
     np.testing.assert_array_equal(found, PINNED)
 
@@ -36,7 +36,7 @@ def test_lanes_samples_epochs_seeds_and_streams_are_unrelated() -> None:
         assert abs(np.corrcoef(base.ravel(), other.ravel())[0, 1]) < 0.02
 
 
-def test_a_sample_draws_the_same_in_any_company() -> None:
+def test_draws_are_independent_of_the_batch() -> None:
     alone = uniform(0, Stream.MASK_ORDER, np.array([2]), np.array([17]), 8)
     together = uniform(0, Stream.MASK_ORDER, np.array([1, 2, 2]), np.array([17, 16, 17]), 8)
     assert (alone[0] == together[2]).all()

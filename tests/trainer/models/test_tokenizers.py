@@ -55,7 +55,7 @@ def test_no_vocabulary_names_the_missing_files(tmp_path: Path, kind: str, files:
 
 
 def test_a_vocabulary_without_its_merges(qwen: Path) -> None:
-    """Every caption has other tokens then, but none that the model knows as words."""
+    """Captions then differ in tokens, but only single characters, which the model does not know as words."""
     file = qwen / "tokenizer.json"
     made = json.loads(file.read_text())
     assert made["model"]["merges"]
@@ -68,7 +68,7 @@ def test_a_vocabulary_without_its_merges(qwen: Path) -> None:
     file.unlink()
     (qwen / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
     (qwen / "vocab.json").write_text(json.dumps(vocabulary))
-    with pytest.raises(RunError, match=r"no tokenizer can be read there; fetch"):
+    with pytest.raises(RunError, match=r"the tokenizer cannot be read; fetch"):
         load_tokenizer(qwen)
 
 
@@ -83,7 +83,7 @@ BREAK: dict[str, Callable[[Path], None]] = {
     "no chat template": lambda folder: (folder / "chat_template.jinja").unlink(),
     "is token 3 of the tokenizer and 9": lambda folder: change(folder / "config.json", vision_start_token_id=9),
     "is token 5 of the tokenizer and 9": lambda folder: change(folder / "config.json", image_token_id=9),
-    "(has no vocabulary|no tokenizer can be read there).*fetch": lambda folder: (folder / "tokenizer.json").unlink(),
+    "(has no vocabulary|the tokenizer cannot be read).*fetch": lambda folder: (folder / "tokenizer.json").unlink(),
 }
 
 
@@ -96,7 +96,7 @@ def test_a_qwen_whose_files_do_not_fit(qwen: Path, reason: str) -> None:
 
 
 def test_a_missing_tokenizer_json_is_named_in_one_whole_line(qwen: Path) -> None:
-    """transformers' own message goes over several lines, the first of which ends in "from one of:"."""
+    """transformers' own message has several lines, the first of which ends in "from one of:"."""
     (qwen / "tokenizer.json").unlink()
     with pytest.raises(RunError) as caught:
         load_tokenizer(qwen)

@@ -1,4 +1,4 @@
-"""Weights: read by slice, named as the public release names them, told apart by content."""
+"""Weights: read by slice, named as in the public release, identified by content."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path) -> None:
     with pytest.raises(RunError, match=r"w\.safetensors: 1 tensors are missing, bias"):
         fill(parameters, files, files.path)
     save_file({"weight": torch.zeros(2, 2), "bias": torch.zeros(192)}, tmp_path / "w.safetensors")
-    with pytest.raises(RunError, match=r"weight has shape \(2, 2\), this model needs \(192, 192\)"):
+    with pytest.raises(RunError, match=r"weight has shape \(2, 2\), expected \(192, 192\)"):
         fill(parameters, WeightFiles(tmp_path / "w.safetensors"), "somewhere")
     (tmp_path / "w.safetensors").write_bytes(b"no safetensors")
     with pytest.raises(RunError, match="cannot be read as safetensors"):

@@ -1,4 +1,4 @@
-"""Storage that fails while base weights are read: asked again, then code 74 with the file's name."""
+"""Storage that fails while base weights are read: retried, then exit code 74 with the file's name."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ def model(tmp_path, monkeypatch):
 
 @pytest.fixture(params=["model-00001-of-00001.safetensors", "model.safetensors.index.json", "config.json"])
 def failing(request, monkeypatch):
-    """(name of a file, list with how often it fails yet)."""
+    """(name of a file, list with the number of failures left)."""
     name, left = request.param, [0]
     read_text, safe_open = Path.read_text, safetensors_files.safe_open
 
@@ -71,7 +71,7 @@ def test_storage_that_is_lost_is_one_line(model, failing):
 
 @pytest.fixture
 def preads(monkeypatch):
-    """Error numbers that the next `preadv` calls fail with; an odd 0 among them is a read that ends early."""
+    """Error numbers of the next `preadv` calls; a 0 among them is a short read."""
     errors, real = [], os.preadv
 
     def preadv(descriptor, buffers, offset):
@@ -135,18 +135,18 @@ def test_a_file_that_becomes_shorter_is_named(model):
 
 
 def test_a_file_that_was_replaced_is_not_read_on(model, preads):
-    """Its offsets are the other one's: what is there now are other bytes."""
+    """Offsets come from the old header: the file now has other bytes there."""
     files = WeightFiles(model)
     file = model / "model-00001-of-00001.safetensors"
     save_file({"a": torch.zeros(6)}, model / "other")
     (model / "other").replace(file)
     preads.append(errno.ESTALE)
-    with pytest.raises(DataLost, match=r"safetensors: was replaced while it was being read; start again"):
+    with pytest.raises(DataLost, match=r"safetensors: replaced while being read; start again"):
         files.full("a")
 
 
-def test_a_manifest_and_its_files_are_asked_for_again(model, monkeypatch):
-    """A checkpoint that could not be read for a moment is not refused for an older one."""
+def test_reads_of_a_manifest_and_its_files_are_retried(model, monkeypatch):
+    """A checkpoint that is briefly unreadable is not replaced by an older one."""
     checkpoint(model / "run")
     left, real = [2, 2], Path.read_bytes
     hash_file = shard.hash_file

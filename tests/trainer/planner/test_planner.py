@@ -188,7 +188,7 @@ def test_layouts_move_frozen_weights_and_traffic(models: dict[str, list[Part]]) 
     over_all = {t.kind for t in hpz.transfers if t.scope == "all"}
     assert over_all == {"gather trained, forward", "reduce gradients"}
     assert hpz.memory.held["second copy (hpZ), frozen"] == pytest.approx(15.494e9 / 8, rel=1e-3)
-    assert hpz.memory.a_pass["second copy (hpZ), trained"] == pytest.approx(13.079e9 / 8, rel=1e-3)
+    assert hpz.memory.per_pass["second copy (hpZ), trained"] == pytest.approx(13.079e9 / 8, rel=1e-3)
     assert hpz.memory.held == plan(models["mllm-7b"], load_recipe("mllm-7b", ["zero.hpz=8"]), 64).memory.held
 
 
@@ -199,7 +199,7 @@ def test_passes_gather_again_and_one_gpu_sends_nothing(models: dict[str, list[Pa
     assert per_pass[0] == pytest.approx(per_pass[1], rel=1e-3)
     alone = plan(models["mllm-7b"], recipe.model_copy(update={"global_batch": 16}), 1)
     assert alone.transfers == []
-    assert alone.memory.a_pass["gathered weights"] == 0
+    assert alone.memory.per_pass["gathered weights"] == 0
     cached = load_recipe("flux-controlnet", ["flux.placement.text=cached", "flux.placement.transformer=replicated"])
     found = parts(cached)
     row = plan(found, cached, 64, find_device("h100"))

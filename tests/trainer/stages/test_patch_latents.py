@@ -1,4 +1,4 @@
-"""Stage 1's batches: what a sample draws belongs to the sample; what the loss divides by belongs to the step."""
+"""Stage 1 batches: random draws depend on the sample, the loss normalizer on the step."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_shapes(tokenizer) -> None:
     assert torch.equal(batch["masked"], batch["mask"].flatten().nonzero()[:, 0])
 
 
-def test_any_grouping_gives_a_sample_the_same_draws(tokenizer) -> None:
+def test_draws_of_a_sample_are_independent_of_the_batch(tokenizer) -> None:
     collate = PatchLatentCollate(tokenizer, load_recipe("tiny-mllm", ["branch.caption_dropout=0.5"]), 16)
     together = collate(items(12))
     for index, item in enumerate(items(12)):
@@ -53,7 +53,7 @@ def test_captions_are_dropped_to_the_empty_template(tokenizer) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_normalizers_add_up_to_the_whole_batch(ranks: int) -> None:
-    """Gradients are averaged over ranks: each rank's share of the sum must divide by its share of the count."""
+    """Gradients are averaged over ranks: each rank's sum must be divided by the global count over the ranks."""
     recipe = load_recipe("tiny-mllm", ["branch.loss_tokens=masked"])
     stage = PatchLatentStage.open(recipe)
     epoch, index = np.zeros(32, dtype=np.int64), np.arange(32)

@@ -1,4 +1,4 @@
-"""Frozen parts lie where the recipe wants them, and no number changes."""
+"""Frozen parts are placed as in the recipe, and no number changes."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def train(shards: Path, flux: Path, runs_dir: Path, *settings: str) -> list[floa
 
 @pytest.mark.multi
 @pytest.mark.slow
-def test_no_placement_changes_the_curve_and_a_run_goes_on_with_another(shards: Path, tmp_path: Path) -> None:
+def test_placements_have_the_same_curve_and_a_run_resumes_with_another(shards: Path, tmp_path: Path) -> None:
     flux = tiny_flux.save(tiny_flux.pipeline(), tmp_path / "flux")
     wanted = train(shards, flux, tmp_path / "sharded", "steps=5")
     train(shards, flux, tmp_path / "moved", "steps=3", REPLICATED)
@@ -41,7 +41,7 @@ def test_no_placement_changes_the_curve_and_a_run_goes_on_with_another(shards: P
 
 @pytest.mark.multi
 @pytest.mark.slow
-def test_stage_1_trains_alike_with_its_frozen_parts_whole(shards: Path, tmp_path: Path) -> None:
+def test_stage_1_trains_alike_with_replicated_frozen_parts(shards: Path, tmp_path: Path) -> None:
     def train(steps: int, placement: str) -> None:
         settings = (f"steps={steps}", f"backbone.placement={placement}")
         ended = ranked.bifrost(2, *runs.arguments(shards, tmp_path, *settings))
@@ -77,7 +77,7 @@ class Probe(nn.Linear):
         return super().forward(x)
 
 
-def test_offloaded_parameters_are_on_the_device_for_the_call_alone() -> None:
+def test_offloaded_parameters_are_on_the_device_only_during_the_call() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     probe = Probe(3, 3, bias=False)
     module = nn.Sequential(probe)

@@ -1,4 +1,4 @@
-"""`bifrost data encode`: what it stores stands in for the frozen parts, and is refused for any others."""
+"""`bifrost data encode`: the cache replaces the frozen parts, and is refused for any others."""
 
 import json
 import shutil
@@ -94,10 +94,10 @@ def test_what_is_cached_is_not_loaded(data: Path, flux: Path) -> None:
     model = stage.build()
     stage.load(model)
     assert model.flux.vae is None and model.flux.text_encoder is not None
-    assert stage.image_sizes == (112,), "FLUX's pictures are not even decoded"
+    assert stage.image_sizes == (112,), "images at FLUX's size are not even decoded"
 
 
-def test_goes_on_where_it_was_interrupted_and_mends_what_is_damaged(
+def test_resumes_after_an_interruption_and_repairs_damaged_shards(
     data: Path, flux: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     wanted = recipe(data, flux, CACHED[0])
@@ -139,7 +139,7 @@ def test_goes_on_where_it_was_interrupted_and_mends_what_is_damaged(
     assert {file.name: file.read_bytes() for file in folder(data).iterdir()} == made, "the same bytes again"
 
 
-def test_a_cache_of_anything_else_is_refused(data: Path, flux: Path) -> None:
+def test_a_cache_of_other_weights_settings_or_shards_is_refused(data: Path, flux: Path) -> None:
     wanted = recipe(data, flux, *CACHED)
     encode(wanted)
     assert "flux.image_size 64, here 32" in refusal(recipe(data, flux, CACHED[0], "flux.image_size=32"))
@@ -152,15 +152,15 @@ def test_a_cache_of_anything_else_is_refused(data: Path, flux: Path) -> None:
     mine, theirs = sorted(data.glob("cache-vae-*"), key=lambda path: path.stat().st_ctime)
     shutil.rmtree(mine)
     theirs.rename(mine)
-    assert "other weights or settings than its folder's name says" in refusal(wanted)
+    assert "other weights or settings than its folder name states" in refusal(wanted)
     shutil.rmtree(mine)
     encode(recipe(data, flux, CACHED[0]))
     for name in ("train-00000.tar", "train-00000.index.jsonl"):  # the samples of another shard
         shutil.copy(data / name.replace("0.", "1."), data / name)
-    assert "made of another train-00000.tar (1 of 4" in refusal(wanted)
+    assert "made from another train-00000.tar (1 of 4" in refusal(wanted)
 
 
-def test_samples_that_do_not_read_are_left_out(shards: Path, data: Path, flux: Path, capsys) -> None:
+def test_unreadable_samples_are_left_out(shards: Path, data: Path, flux: Path, capsys) -> None:
     from bifrost.data import open_dataset, write_shard
 
     found = open_dataset(f"{shards}/train-00000.tar")
@@ -171,7 +171,7 @@ def test_samples_that_do_not_read_are_left_out(shards: Path, data: Path, flux: P
     pairs = [(s.key, {"png": image, "txt": s.caption.encode()}) for s, image in zip(samples, images, strict=True)]
     write_shard(data / "train-00000.tar", pairs)
     encode(recipe(data, flux, CACHED[0]))
-    assert "4 samples in 1 shards, 1 do not read" in capsys.readouterr().out
+    assert "4 samples in 1 shards, 1 unreadable" in capsys.readouterr().out
     cache = open_stage(recipe(data, flux, CACHED[0])).open_caches()["vae"]
     assert cache.read((0, 2), "pattern-002")["mean"].shape == (4, 16, 16)
     with pytest.raises(DataError, match="pattern-001"):

@@ -144,7 +144,7 @@ def controlnet_and_batch(device: str = "cpu") -> tuple[LatentControlNetModel, di
     channels, height, width = stage.latents
     batch = {
         "images": torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8, generator=draw),
-        "pictures": torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=draw),
+        "flux_images": torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=draw),
         "posterior": torch.randn(2, *stage.latents, generator=draw),
         "noise": torch.randn(2, height * width // 4, 4 * channels, generator=draw),
         "level": torch.randn(2, generator=draw),
