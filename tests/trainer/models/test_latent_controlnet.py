@@ -224,7 +224,7 @@ def test_wrong_folders_and_mismatches_are_one_line_errors(tmp_path: Path) -> Non
     ours = shape()
     ours.require(FLUX, WIDTH, 2, 4)
     for arguments, words in (
-        ((FLUX, 8, 2, 4), "of width 12, this MLLM's have 8"),
+        ((FLUX, 8, 2, 4), "of width 12, this MLLM has 8"),
         ((FLUX, WIDTH, 4, 4), "resamples patch latents by 'up', but 4 x 4 latents and 4 x 4 FLUX tokens need 'none'"),
         (({**FLUX, "in_channels": 64}, WIDTH, 2, 4), "in_channels 16, this one has 64"),
     ):
