@@ -1,4 +1,4 @@
-"""Time that a rank's thread spends in collectives: in the calls, and waiting for those that were started."""
+"""Time that a rank's thread spends in collectives: in the calls, and waiting for asynchronous ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = (
 
 
 class Clock:
-    """seconds: so far; a collective called by another is counted once."""
+    """Accumulated time in `seconds`; a collective called by another is counted once."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -46,8 +46,8 @@ class Clock:
 
     @contextmanager
     def running(self) -> Iterator[Clock]:
-        """Count what is called by its name in `torch.distributed`, as DeepSpeed and this project do. To be entered
-        before DeepSpeed is started, which keeps some of the functions."""
+        """Time the functions of `torch.distributed`, as called by DeepSpeed and this project. Enter before DeepSpeed is
+        initialised, which keeps references to some of them."""
         before = {name: getattr(dist, name) for name in NAMES}
         for name, call in before.items():
             setattr(dist, name, self.timed(call))
@@ -59,7 +59,7 @@ class Clock:
 
 
 class Waited:
-    """A collective under way, whose `wait` counts."""
+    """An asynchronous collective whose `wait` is timed."""
 
     def __init__(self, work: Any, clock: Clock) -> None:
         self._work, self._clock = work, clock

@@ -15,19 +15,19 @@ import numpy as np
 from PIL import Image
 from rich.table import Table
 
-from ...data import bench as rivals
+from ...data import bench as reader_bench
 from ...data.photos import QUALITY, make_photos
 from ...data.transforms import decode_sizes
 from ...recipes import load_recipe
 from ..errors import RunError, writing
 from ..terminal import terminal
-from .machine import machine, told, usable_cores
+from .machine import format_machine, machine, usable_cores
 
 READER = "our reader"
 OWN, PIL, PLAIN, MIXED = "our decoder alone", "Pillow alone", "webdataset", "webdataset, our decoder"
 LIMITS = (OWN, PIL)
 SHARDS = 16
-"""Of generated pictures."""
+"""Number of shards of generated images."""
 
 
 def bench(
@@ -41,10 +41,10 @@ def bench(
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Measure, print and return the record; `out` is a folder for `data.json`. source: shards, a recipe, or None for
-    generated pictures of `sides`."""
+    generated images of `sides`."""
     workers = workers or len(usable_cores())
     if overrides and source and _names_shards(source):
-        raise RunError(f"{overrides[0]}: settings are of a recipe, {source} are shards; name a recipe or leave it out")
+        raise RunError(f"{overrides[0]}: overrides need a recipe, {source} are shards; give a recipe or remove it")
     with _job(source, overrides, samples, workers, sides) as job:
         sizes = np.array([_side(data) for data in job.images[:256]])
         record: dict[str, Any] = {
@@ -58,10 +58,10 @@ def bench(
             "machine": machine("pillow", "webdataset", "numpy"),
         }
         measured = [_round(job, number) for number in range(rounds)]
-        # Unbroken by the rivals: the parts are shares of one whole.
-        parts = [rivals.parts(job) for _ in range(rounds)]
+        # Not interleaved with the baselines, so that the parts add up.
+        parts = [reader_bench.parts(job) for _ in range(rounds)]
     rates = {name: [one[name] for one in measured] for name in measured[0]}
-    spent = {name: statistics.median(one[name] for one in parts) for name in rivals.PARTS}
+    spent = {name: statistics.median(one[name] for one in parts) for name in reader_bench.PARTS}
     a_sample = workers / statistics.median(rates[READER])
     record["rates"] = rates
     record["samples_per_s"] = {name: statistics.median(values) for name, values in rates.items()}
@@ -80,38 +80,44 @@ def bench(
 
 
 def _names_shards(source: str) -> bool:
-    """Whether a source is shards, or a folder of them, and no recipe."""
+    """Whether a source is shards or a folder of them, not a recipe."""
     return source.endswith((".tar", "*")) or "://" in source or any(Path(source).glob("*.tar"))
 
 
 @contextmanager
-def _job(source: str | None, overrides: Sequence[str], samples: int, workers: int, sides: str) -> Iterator[rivals.Job]:
+def _job(
+    source: str | None, overrides: Sequence[str], samples: int, workers: int, sides: str
+) -> Iterator[reader_bench.Job]:
     if source is None:
         with tempfile.TemporaryDirectory(prefix="bifrost-") as folder:
             spec = make_photos(Path(folder), samples, max(SHARDS, workers), _sides(sides))
-            yield rivals.Job(rivals.first_shards(spec, samples, workers), rivals.stack, (448,), 16, workers)
+            yield reader_bench.Job(
+                reader_bench.first_shards(spec, samples, workers), reader_bench.stack, (448,), 16, workers
+            )
     elif _names_shards(source):
-        yield rivals.Job(rivals.first_shards(source, samples, workers), rivals.stack, (448,), 16, workers)
+        yield reader_bench.Job(
+            reader_bench.first_shards(source, samples, workers), reader_bench.stack, (448,), 16, workers
+        )
     else:
         from ..stages import open_stage
 
         recipe = load_recipe(source, overrides)
         stage = open_stage(recipe)
-        chosen = rivals.first_shards(recipe.data.shards, samples, workers)
+        chosen = reader_bench.first_shards(recipe.data.shards, samples, workers)
         batch, data = recipe.micro_batch, recipe.data
-        yield rivals.Job(
+        yield reader_bench.Job(
             chosen, stage.collate(), stage.image_sizes, batch, workers, data.prefetch, data.shuffle_window, recipe.seed
         )
 
 
-def _round(job: rivals.Job, number: int) -> dict[str, float]:
-    """Samples a second of every rival; who begins changes from round to round."""
+def _round(job: reader_bench.Job, number: int) -> dict[str, float]:
+    """Samples per second of the reader and every baseline; the first to run rotates from round to round."""
     turns = {
-        OWN: lambda: rivals.decode_rate(job, decode_sizes),
-        READER: lambda: rivals.rate(job, rivals.reader_batches(job)),
-        PLAIN: lambda: rivals.rate(job, rivals.webdataset_batches(job)),
-        PIL: lambda: rivals.decode_rate(job, rivals.pil_alone),
-        MIXED: lambda: rivals.rate(job, rivals.webdataset_batches(job, own_decoder=True)),
+        OWN: lambda: reader_bench.decode_rate(job, decode_sizes),
+        READER: lambda: reader_bench.rate(job, reader_bench.reader_batches(job)),
+        PLAIN: lambda: reader_bench.rate(job, reader_bench.webdataset_batches(job)),
+        PIL: lambda: reader_bench.decode_rate(job, reader_bench.pil_alone),
+        MIXED: lambda: reader_bench.rate(job, reader_bench.webdataset_batches(job, own_decoder=True)),
     }
     names = list(turns)
     order = names[number % len(names) :] + names[: number % len(names)]
@@ -125,7 +131,7 @@ def _sides(text: str) -> tuple[int, int]:
     except ValueError:
         least, most = 0, 0
     if not 0 < least <= most:
-        raise RunError(f"--sides {text}: give the least and the most pixels of the shorter side, such as 512,1024")
+        raise RunError(f"--sides {text}: give minimum and maximum pixels of the shorter side, such as 512,1024")
     return least, most
 
 
@@ -143,15 +149,15 @@ def _show(record: dict[str, Any]) -> None:
         f" {record['processes']} processes.",
         soft_wrap=True,
     )
-    table = Table("", "samples/s", "reader / it", "rounds", title="Samples a second, medians", title_justify="left")
+    table = Table("", "samples/s", "reader / it", "rounds", title="Samples per second, medians", title_justify="left")
     for name, value in record["samples_per_s"].items():
         over = record["reader_over"].get(name)
         each = " ".join(f"{rate:.0f}" for rate in record["rates"][name])
         table.add_row(name, f"{value:.0f}", "" if over is None else f"{over:.2f}", each)
     console.print(table)
     whole = sum(record["seconds_a_sample"].values())
-    table = Table("", "ms a sample", "share", title="Where a process's time goes", title_justify="left")
+    table = Table("", "ms per sample", "share", title="Time of a process", title_justify="left")
     for name, seconds in record["seconds_a_sample"].items():
         table.add_row(name, f"{1000 * seconds:.3f}", f"{seconds / whole:.1%}")
     console.print(table)
-    console.print(told(record["machine"]), soft_wrap=True)
+    console.print(format_machine(record["machine"]), soft_wrap=True)

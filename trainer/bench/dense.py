@@ -1,11 +1,10 @@
 """Stage 1 as the public release formulates it: the baseline that `bifrost bench step` measures the routed step against.
 
-Every token, padding included, goes through both sets of weights, and a 0/1 mask blends the two results; attention is
-eager, over a four-dimensional additive mask; gradients flow through the text's rows as well. Plain PyTorch over the
-weights of a `PatchLatentModel`, none of whose own code runs here; tests/conformance compares both with the release's
-numbers.
+Every token, padding included, passes through both sets of weights, and a 0/1 mask selects the result; attention is
+eager, with a four-dimensional additive mask; gradients flow through the text rows as well. Plain PyTorch on the weights
+of a `PatchLatentModel`, without its code; tests/conformance compares both with the release's numbers.
 
-Legend: B samples, T text tokens with padding, N patches, S = T + N, D hidden width, H query heads, G key heads, C their
+Legend: B samples, T text tokens with padding, N patches, S = T + N, D hidden width, H query heads, G key heads, C head
 width.
 """
 
@@ -25,18 +24,18 @@ from .prompts import Batch
 from .routed import Mark
 
 Attention = Literal["eager", "sdpa"]
-"""`eager` writes all scores out, as the release does; `sdpa` is torch's fused attention over the same mask."""
+"""`eager` materialises all scores, like the release; `sdpa` is torch's fused attention with the same mask."""
 
 
 class DenseStep:
-    """The loss of the public formulation, over the weights of `routed`."""
+    """The loss of the public formulation, on the weights of `routed`."""
 
     def __init__(self, routed: PatchLatentModel, attention: Attention = "eager") -> None:
         self.routed = routed
         self.fused = attention == "sdpa"
 
     def loss(self, latents: Tensor, mask: Tensor, input_ids: Tensor, real: Tensor) -> Tensor:
-        """Mean squared error of all patches of latents [B, N, D], hidden where mask [B, N] is True.
+        """Mean squared error of all patches of latents [B, N, D], masked where mask [B, N] is True.
 
         input_ids [B, T] are padded on the left, real [B, T] is True where they are not padding.
         """
@@ -69,8 +68,8 @@ class DenseStep:
         return loss.detach()
 
     def flops(self, samples: Sequence[Sequence[Part]], text: int) -> float:
-        """FLOPs a sample with `text` tokens, padding included: all S rows through both sets of weights, forward;
-        backward, gradients of the inputs of both and of the trained weights. samples: the routed step's parts."""
+        """FLOPs per sample with `text` tokens, padding included. Forward: all S rows through both sets of weights.
+        Backward: gradients of the inputs of both and of the trained weights. samples: the routed step's parts."""
         branch, named = self.routed.branch, {part.name: part for part in samples[0]}
         total, head = text + branch.side**2, named["head"]
         layers = named["generation branch"].linear / branch.side**2 * total
@@ -113,7 +112,7 @@ class DenseStep:
 
 
 def additive_mask(real: Tensor, patches: int, dtype: torch.dtype) -> Tensor:
-    """[B, 1, S, S]: causal, without the padding's columns, all patches seeing each other; 0 where seen."""
+    """[B, 1, S, S]: causal, padding columns masked, full attention among patches; 0 where attended."""
     samples, text = real.shape
     total = text + patches
     seen = torch.ones(total, total, dtype=torch.bool, device=real.device).tril()
@@ -124,13 +123,13 @@ def additive_mask(real: Tensor, patches: int, dtype: torch.dtype) -> Tensor:
 
 
 def _blend(outs: list[Tensor], patches: Tensor) -> Tensor:
-    """Results of the frozen and of the trained weights for every row; `patches` [B, S, 1] chooses."""
+    """Select the output of the frozen or the trained weights per row by `patches` [B, S, 1]."""
     frozen, trained = outs
     return frozen * (1 - patches) + trained * patches
 
 
 def _norm(pair: Any, hidden: Tensor, patches: Tensor) -> Tensor:
-    """Qwen's RMSNorm by both weights."""
+    """Qwen's RMSNorm with both sets of weights."""
 
     def normed(norm: Any) -> Tensor:
         exact = hidden.float()
@@ -141,6 +140,6 @@ def _norm(pair: Any, hidden: Tensor, patches: Tensor) -> Tensor:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, H, S, C] turned by its positions' angles."""
+    """x [B, H, S, C] with rotary embedding applied."""
     first, second = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]

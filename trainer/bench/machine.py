@@ -1,4 +1,4 @@
-"""What a benchmark ran on, for its record: nothing that names the machine itself."""
+"""The machine of a benchmark, for its record, without anything that identifies it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..versions import versions
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """Processor, cores that this process may use, GPUs, and versions of Python and `packages`."""
+    """CPU model, cores available to this process, GPUs, and versions of Python and `packages`."""
     import torch
 
     return {
@@ -27,11 +27,11 @@ def machine(*packages: str) -> dict[str, Any]:
 
 
 def usable_cores() -> list[int]:
-    """Numbers of the cores that this process may use."""
+    """Ids of the cores available to this process."""
     return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count() or 1))
 
 
-def told(found: dict[str, Any]) -> str:
+def format_machine(found: dict[str, Any]) -> str:
     """The record as one line."""
     devices = [f"{found['cpu']}, {found['cores']} cores", *found["gpus"]]
     return "; ".join([*devices, ", ".join(f"{name} {version}" for name, version in found["versions"].items())])

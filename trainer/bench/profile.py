@@ -1,7 +1,6 @@
-"""Where a training step's time goes: torch.profiler over a few steps of a recipe, summed by kind of work.
+"""Time breakdown of a training step: torch.profiler over a few steps of a recipe, summed by kind of work.
 
-On a GPU, kernels are counted: their own time, and the idle time between them. On a CPU, operators are: their own time
-without that of the operators that they call.
+On a GPU: time of kernels, and idle time between them. On a CPU: self time of operators, without operators they call.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ KINDS = {
     "GEMM": r"gemm|gemv|cutlass|cublas|nvjet|xmma|aten::(mm|addmm|bmm|baddbmm|_?convolution|mkldnn)|onednn|mkl",
     "copies": r"[Mm]emcpy|[Mm]emset|aten::(copy_|fill_|zero_)",
     "idle": r"^(idle|bifrost\.data)$",
-    # Sections of the loop and its hooks, without the operators inside: Python and DeepSpeed.
+    # Phases of the loop and its hooks, without the operators inside: Python and DeepSpeed.
     "host": r"^bifrost\.|^torch::autograd|^autograd::|BackwardFunction",
 }
-"""Kind -> what the names of its kernels or operators contain, tried in this order; the rest is element-wise."""
+"""Kind -> pattern for names of kernels or operators, tried in this order; the rest is element-wise."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One kernel or operator: its own microseconds and calls in all profiled steps."""
+    """One kernel or operator: self time in microseconds and calls, over all profiled steps."""
 
     name: str
     kind: str
@@ -54,7 +53,7 @@ def kind_of(name: str) -> str:
 
 
 def profile_steps(recipe: Recipe, steps: int, out: Path) -> int:
-    """Train WARMUP + `steps` steps of `recipe` from its beginning, as one of its ranks; nothing of the run is kept.
+    """Train WARMUP + `steps` steps of `recipe` from its first step, on this rank; the run is not kept.
 
     Rank 0 prints the table and writes `trace.json.gz` (for ui.perfetto.dev) and `profile.txt` to `out`. Returns the
     exit code.
@@ -72,7 +71,7 @@ def profile_steps(recipe: Recipe, steps: int, out: Path) -> int:
             raise _Profiled
 
     folder = out / ".run"
-    if os.environ.get("RANK", "0") == "0":  # what an interrupted one has left
+    if os.environ.get("RANK", "0") == "0":  # leftovers of an interrupted profile
         shutil.rmtree(folder, ignore_errors=True)
     last = WARMUP + steps + 1  # never reached: a last step saves
     update: dict[str, Any] = {"steps": last, "log_every": last, "runs_dir": str(folder), "init_from": None}
@@ -97,7 +96,7 @@ class _Profiled(Exception):
 
 
 def works(events: Iterable[Any]) -> list[Work]:
-    """What ran on the GPU, or without one on the CPU's threads, longest first; idle time of the device included."""
+    """Work on the GPU, or without one on the CPU threads, longest first; includes idle time of the device."""
     found = list(events)
     kernels = [event for event in found if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
     own: dict[str, list[float]] = defaultdict(list)
@@ -128,11 +127,11 @@ def table(rows: list[Work], steps: int, top: int = 15) -> str:
     kinds: dict[str, float] = defaultdict(float)
     for row in rows:
         kinds[row.kind] += row.microseconds
-    lines = [f"{'kind':<16} {'ms a step':>10} {'share':>7}"]
+    lines = [f"{'kind':<16} {'ms per step':>11} {'share':>7}"]
     for kind, spent in sorted(kinds.items(), key=lambda item: -item[1]):
-        lines.append(f"{kind:<16} {spent / steps / 1000:>10.2f} {spent / total:>7.1%}")
-    lines += ["", f"{'the longest':<64} {'kind':<14} {'calls a step':>12} {'ms a step':>10}"]
+        lines.append(f"{kind:<16} {spent / steps / 1000:>11.2f} {spent / total:>7.1%}")
+    lines += ["", f"{'the longest':<64} {'kind':<14} {'calls per step':>14} {'ms per step':>11}"]
     for row in rows[:top]:
         spent = row.microseconds / steps / 1000
-        lines.append(f"{row.name[:64]:<64} {row.kind:<14} {row.calls / steps:>12.1f} {spent:>10.2f}")
+        lines.append(f"{row.name[:64]:<64} {row.kind:<14} {row.calls / steps:>14.1f} {spent:>11.2f}")
     return "\n".join(lines)

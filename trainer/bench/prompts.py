@@ -1,4 +1,4 @@
-"""What a step is timed on: prompts of given or of real lengths, and random images beside them."""
+"""Input of a timed step: prompts of fixed or realistic lengths, and random images."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from ..errors import RunError
 
 MEAN, SPREAD = 80, 0.5
-"""Of `--text-tokens real`: mean number of tokens of a prompt, and standard deviation of its logarithm."""
+"""`--text-tokens real`: mean number of tokens per prompt, and standard deviation of its logarithm."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Prompts of so many tokens each, which the dense baseline pads to `padded`."""
+    """Prompts of the given lengths in tokens, which the dense baseline pads to `padded`."""
 
     name: str
     lengths: tuple[int, ...]
@@ -40,7 +40,7 @@ class Batch:
 
 
 def cases(text_tokens: str, samples: int, longest: int) -> list[Case]:
-    """The rows that `--text-tokens` asks for; RunError says what it cannot read."""
+    """The cases of `--text-tokens`; RunError names what cannot be parsed."""
     found = []
     for word in text_tokens.split(","):
         if word == "real":
@@ -54,7 +54,7 @@ def cases(text_tokens: str, samples: int, longest: int) -> list[Case]:
 
 
 def real_lengths(samples: int, longest: int) -> tuple[int, ...]:
-    """Tokens of prompts as captions have them: evenly spaced quantiles of a lognormal, at most `longest`."""
+    """Realistic prompt lengths in tokens: evenly spaced quantiles of a lognormal, at most `longest`."""
     normal = statistics.NormalDist(math.log(MEAN) - SPREAD**2 / 2, SPREAD)
     drawn = [math.exp(normal.inv_cdf((i + 0.5) / samples)) for i in range(samples)]
     return tuple(max(1, min(longest, round(length))) for length in drawn)

@@ -1,4 +1,4 @@
-"""The routed step, as it trains and, for comparison, with its layers compiled by torch; and a clock for both."""
+"""The routed step as in training and, for comparison, with layers compiled by torch; and a clock for both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Mark = Callable[[str], None]
 
 
 class Clock:
-    """Seconds between marks, on the device's own clock: the host is not made to wait in between."""
+    """Seconds between marks, measured on the device without host synchronisation."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -28,7 +28,7 @@ class Clock:
         self("")
 
     def __call__(self, name: str) -> None:
-        """`name` is what the device did since the mark before."""
+        """Mark the end of `name`, the work since the previous mark."""
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -52,7 +52,7 @@ def routed_step(model: PatchLatentModel, batch: Batch, mark: Mark = lambda name:
     mark("prefix")
     hidden = model.branch(batch.latents, batch.mask, prefix)
     mark("branch forward")
-    # The head by itself, so that its backward pass has a time of its own; the numbers are the same.
+    # The head separately, so that its backward pass is timed separately; the numbers are the same.
     leaf = hidden.detach().flatten(0, 1).requires_grad_()
     loss, _ = model.head(leaf, batch.latents.flatten(0, 1), None, float(batch.mask.numel()))
     loss.backward()
@@ -64,12 +64,12 @@ def routed_step(model: PatchLatentModel, batch: Batch, mark: Mark = lambda name:
 
 
 class CompiledStep:
-    """The same with every layer of the branch through torch.compile: what ZeRO-3, whose hooks gather the weights inside
-    a layer, does not allow as it stands."""
+    """The same with every branch layer through torch.compile, which ZeRO-3 rules out: its hooks gather weights inside a
+    layer."""
 
     def __init__(self, model: PatchLatentModel, recomputed: bool) -> None:
         self.model, self.recomputed, self.eager = model, recomputed, model.branch.layers
-        # One graph a layer: all are of one class, for which torch makes eight at most.
+        # One graph per layer: all layers share a class, for which torch's default limit is eight.
         torch._dynamo.config.recompile_limit = max(8, 2 * len(self.eager))
         self.layers = nn.ModuleList([_Compiled(layer) for layer in self.eager])
 
@@ -83,7 +83,7 @@ class CompiledStep:
         return loss
 
     def flops(self, samples: Sequence[Sequence[Part]], text: int) -> float:
-        """A sample's, like those of the step that is not compiled."""
+        """FLOPs per sample, equal to those of the uncompiled step."""
         return sum(done_flops(list(parts), self.recomputed) for parts in samples) / len(samples)
 
 

@@ -1,8 +1,8 @@
-"""`bifrost bench scale`: a recipe's first steps on several numbers of ranks, and what each costs over one.
+"""`bifrost bench scale`: a recipe's first steps on several numbers of ranks, and the scaling efficiency.
 
-Weak: every rank keeps `micro_batch`, one pass a step, so that the global batch grows with the ranks. Strong: the
-recipe's `global_batch` on any number. Each point is a file of its own in the output folder, so that jobs of different
-sizes add theirs; table and plot are of all that lie there.
+Weak: every rank has `micro_batch` samples and one pass per step, so that the global batch grows with the ranks. Strong:
+the recipe's `global_batch` on any number. Each point is a separate file in the output folder, so that jobs of different
+sizes can add theirs; table and plot cover all points in the folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..planner import batch
 from ..terminal import terminal
 from ..training.train import train
 from .collectives import Clock
-from .machine import machine, told, usable_cores
+from .machine import format_machine, machine, usable_cores
 from .profile import works
 
 Mode = Literal["weak", "strong"]
@@ -39,7 +39,7 @@ WARMUP = 2
 
 
 def read_modes(text: str | None) -> Sequence[Mode]:
-    """The modes that `--mode` names; all without one."""
+    """The modes of `--mode`; all modes by default."""
     if text is None:
         return MODES
     chosen: list[Mode] = [mode for mode in MODES if mode == text]
@@ -49,7 +49,7 @@ def read_modes(text: str | None) -> Sequence[Mode]:
 
 
 def read_ranks(text: str) -> list[int]:
-    """The numbers that `--ranks` names."""
+    """The numbers of ranks of `--ranks`."""
     try:
         counts = sorted({int(word) for word in text.split(",")})
     except ValueError:
@@ -60,12 +60,12 @@ def read_ranks(text: str) -> list[int]:
 
 
 def run_points(recipe: Recipe, modes: Sequence[Mode], counts: Sequence[int], out: Path, arguments: list[str]) -> int:
-    """Measure every mode on every number of local ranks, one by one, by `bench scale ARGUMENTS`; then show all points.
-    Returns the exit code of the first that fails."""
+    """Measure every mode on every number of local ranks, one by one, with `bench scale ARGUMENTS`; then show all
+    points. Returns the exit code of the first failure."""
     chosen: list[tuple[Mode, int]] = [(mode, count) for mode in modes for count in counts]
     for mode, count in chosen:
-        point_recipe(recipe, mode, count, 1, out)  # whether the batch divides is to be known before anything runs
-    os.environ["OMP_NUM_THREADS"] = "1"  # a core a rank: more would count for less, and differently at every number
+        point_recipe(recipe, mode, count, 1, out)  # check that the batch divides before anything runs
+    os.environ["OMP_NUM_THREADS"] = "1"  # one core per rank: more would scale differently at every number of ranks
     for mode, count in chosen:
         code = run_ranks(count, ["bench", "scale", *arguments, f"--mode={mode}"])
         if code:
@@ -75,7 +75,7 @@ def run_points(recipe: Recipe, modes: Sequence[Mode], counts: Sequence[int], out
 
 
 def point_recipe(recipe: Recipe, mode: Mode, ranks: int, steps: int, folder: Path) -> Recipe:
-    """The recipe that a point trains. RunError when its batch does not divide."""
+    """The recipe of a point. RunError if its batch does not divide."""
     weak = {"global_batch": recipe.micro_batch * ranks}
     sizes = weak if mode == "weak" else {"micro_batch": batch(recipe, ranks)[0]}
     last = WARMUP + steps + 1  # never reached: a last step saves
@@ -86,7 +86,7 @@ def point_recipe(recipe: Recipe, mode: Mode, ranks: int, steps: int, folder: Pat
 
 
 def measure(recipe: Recipe, mode: Mode, steps: int, out: Path) -> int:
-    """Train WARMUP + `steps` steps as one of the ranks; rank 0 writes the point into `out`. Returns the exit code."""
+    """Train WARMUP + `steps` steps on this rank; rank 0 writes the point to `out`. Returns the exit code."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     folder = out / f".{mode}-{ranks}"
     chosen = point_recipe(recipe, mode, ranks, steps, folder)
@@ -115,7 +115,7 @@ def measure(recipe: Recipe, mode: Mode, steps: int, out: Path) -> int:
         except _Measured:
             code = 0
     spent = communication[1] - communication[0]
-    if profiler:  # a call returns at once there: the kernels' own time counts
+    if profiler:  # calls return immediately on a GPU: use kernel time
         spent = sum(w.microseconds for w in works(profiler.events() or []) if w.kind == "communication") / 1e6
     mine: Rank = (host_name(), usable_cores(), spent)
     found = [mine]
@@ -127,9 +127,9 @@ def measure(recipe: Recipe, mode: Mode, steps: int, out: Path) -> int:
         one = point(chosen, mode, found, [json.loads(line) for line in lines])
         (out / f"{mode}-{ranks:04d}.json").write_text(json.dumps(one, indent=2), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
-        if "BIFROST_LAUNCHER" not in os.environ:  # srun's or torchrun's: nobody else will
+        if "BIFROST_LAUNCHER" not in os.environ:  # started by srun or torchrun: no launcher does it
             present(out)
-    dist.destroy_process_group()  # its threads may abort a process that ends while they run
+    dist.destroy_process_group()  # its threads may abort a process that exits while they run
     return code
 
 
@@ -138,11 +138,11 @@ class _Measured(Exception):
 
 
 Rank = tuple[str, Sequence[int], float]
-"""A rank's host, the cores that it may use there, and its seconds in collectives over the measured steps."""
+"""A rank's host, the cores available to it, and its seconds in collectives over the measured steps."""
 
 
 def point(recipe: Recipe, mode: Mode, found: Sequence[Rank], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The record of a point from its ranks and its metric lines."""
+    """The record of a point from its ranks and its metrics."""
     ranks, communication = len(found), [spent for *_, spent in found]
     measured = [line for line in lines if "event" not in line and line["step"] > WARMUP]
     step_s = statistics.median(line["step_s"] for line in measured)
@@ -172,14 +172,14 @@ def point(recipe: Recipe, mode: Mode, found: Sequence[Rank], lines: Sequence[dic
 
 
 def present(out: Path) -> None:
-    """Print all points of a folder and draw them into its `scale.png`."""
+    """Print all points of a folder and plot them to its `scale.png`."""
     modes = read_points(out)
     show(modes)
     draw(modes, out / "scale.png")
 
 
 def cores_in_use(found: Sequence[Rank]) -> int:
-    """Cores that the ranks keep busy: one each, as far as their hosts have them."""
+    """Cores in use by the ranks: one each, at most those of their hosts."""
     hosts: dict[str, list[Sequence[int]]] = {}
     for host, own, _ in found:
         hosts.setdefault(host, []).append(own)
@@ -187,22 +187,22 @@ def cores_in_use(found: Sequence[Rank]) -> int:
 
 
 def read_points(out: Path) -> dict[Mode, list[dict[str, Any]]]:
-    """All points of a folder by mode, in order of ranks, each with its `efficiency`: throughput a unit, core or GPU,
-    over that of the mode's first. RunError when they are of different recipes."""
+    """All points of a folder by mode, in order of ranks, each with its `efficiency`: throughput per unit (core or GPU)
+    relative to the mode's first point. RunError if they are of different recipes."""
     found: dict[Mode, list[dict[str, Any]]] = {
         mode: [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob(f"{mode}-*.json"))]
         for mode in MODES
     }
     names = {one["recipe"] for points in found.values() for one in points}
     if len(names) > 1:
-        raise RunError(f"--out {out}: holds points of {', '.join(sorted(names))}; take another folder")
+        raise RunError(f"--out {out}: contains points of {', '.join(sorted(names))}; give another folder")
     for points in found.values():
         for one in points:
-            one["efficiency"] = _a_unit(one) / _a_unit(points[0])
+            one["efficiency"] = _per_unit(one) / _per_unit(points[0])
     return {mode: points for mode, points in found.items() if points}
 
 
-def _a_unit(one: dict[str, Any]) -> float:
+def _per_unit(one: dict[str, Any]) -> float:
     return one["samples_per_s"] / one["units"]
 
 
@@ -211,8 +211,10 @@ def show(modes: dict[Mode, list[dict[str, Any]]]) -> None:
     console = terminal()
     for mode, points in modes.items():
         unit = points[0]["unit"]
-        title = {"weak": "Weak scaling: micro_batch a rank stays", "strong": "Strong scaling: global_batch stays"}[mode]
-        heads = ("ranks", f"{unit}s", "micro x passes", "step s", "samples/s", f"a {unit}", f"of the first's a {unit}")
+        title = {"weak": "Weak scaling: fixed micro_batch per rank", "strong": "Strong scaling: fixed global_batch"}[
+            mode
+        ]
+        heads = ("ranks", f"{unit}s", "micro x passes", "step s", "samples/s", f"per {unit}", "efficiency")
         table = Table(*heads, "data", "communication", "slowest / median", title=title, title_justify="left")
         for one in points:
             least, most = one["communication_share_least"], one["communication_share_most"]
@@ -222,7 +224,7 @@ def show(modes: dict[Mode, list[dict[str, Any]]]) -> None:
                 f"{one['micro_batch']} x {one['passes']}",
                 f"{one['step_s']:.3f}",
                 f"{one['samples_per_s']:.1f}",
-                f"{_a_unit(one):.1f}",
+                f"{_per_unit(one):.1f}",
                 f"{one['efficiency']:.0%}",
                 f"{one['data_wait_share']:.0%}",
                 f"{one['communication_share']:.0%} ({least:.0%} to {most:.0%})",
@@ -233,24 +235,24 @@ def show(modes: dict[Mode, list[dict[str, Any]]]) -> None:
         if over:
             console.print(
                 f"{', '.join(map(str, over))} ranks share {max(one['units'] for one in points)} cores: these rows show"
-                " what more processes cost, not what more machines bring.",
+                " the cost of more processes, not the gain of more machines.",
                 soft_wrap=True,
             )
-    console.print(told(next(iter(modes.values()))[0]["machine"]), soft_wrap=True)
+    console.print(format_machine(next(iter(modes.values()))[0]["machine"]), soft_wrap=True)
 
 
 def draw(modes: dict[Mode, list[dict[str, Any]]], file: Path) -> None:
-    """Throughput, what a core or GPU keeps of it, and communication, over the ranks, as a PNG."""
+    """Plot throughput, efficiency per core or GPU, and communication over the ranks, as a PNG."""
     from matplotlib.figure import Figure
 
     first = next(iter(modes.values()))[0]
     figure = Figure(figsize=(13, 4.2), layout="constrained")
-    figure.suptitle(f"{first['recipe']}, measured: {told(first['machine'])}", fontsize=9)
+    figure.suptitle(f"{first['recipe']}, measured: {format_machine(first['machine'])}", fontsize=9)
     for axes, key, scale, label in zip(
         figure.subplots(1, 3),
         ("samples_per_s", "efficiency", "communication_share"),
         (1, 100, 100),
-        ("samples/s", f"% of the first point's throughput a {first['unit']}", "% of a step in collectives"),
+        ("samples/s", f"% of the first point's throughput per {first['unit']}", "% of a step in collectives"),
         strict=True,
     ):
         for mode, points in modes.items():

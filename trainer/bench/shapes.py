@@ -1,4 +1,4 @@
-"""A recipe's stage-1 model with random weights: its real shapes on a GPU, cut down in proportion on a CPU."""
+"""A recipe's stage-1 model with random weights: real shapes on a GPU, scaled down in proportion on a CPU."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..models.kernel_selection import KernelChoice
 from ..stages.patch_latents import PatchLatentModel
 
 VOCABULARY = 4096
-"""Words of a model that is cut down: their embedding costs no FLOPs, only memory."""
+"""Vocabulary size of a scaled-down model: the embedding costs no FLOPs, only memory."""
 
 
 def scaled(config: Any, layers: int | None, width: int | None) -> Any:
-    """A copy of a Qwen2_5_VLConfig with so many layers and so wide; None leaves the model's own.
+    """A copy of a Qwen2_5_VLConfig with the given layers and width; None keeps the model's own.
 
-    Heads keep their width; MLP, groups of heads and the vision tower, its depth too, shrink in proportion. RunError for
-    what no head divides.
+    Heads keep their width; MLP, groups of heads and the vision encoder including its depth shrink in proportion.
+    RunError unless the width is a multiple of the head width.
     """
     config = copy.deepcopy(config)
     text, vision = config.text_config, config.vision_config
@@ -53,7 +53,7 @@ def scaled(config: Any, layers: int | None, width: int | None) -> Any:
 def random_model(
     config: Any, recipe: Recipe, kernels: KernelChoice, device: torch.device, dtype: torch.dtype
 ) -> PatchLatentModel:
-    """The model with random weights, the same ones for the same shapes on the same device."""
+    """The model with random weights, equal for equal shapes on the same device."""
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)

@@ -1,7 +1,7 @@
-"""A run on hundreds of ranks, gone through in one process: who holds, reads and writes what, and that all is covered.
+"""Simulation of a run on hundreds of ranks in one process: what each rank holds, reads and writes, and full coverage.
 
-What is checked is the code that such a run would use: the slices of a checkpoint, the plan of the data, the files of a
-save, the reads of a resume, the planner. No weight exists, and no rank is started.
+It checks the code that such a run would use: the slices of a checkpoint, the data plan, the files of a save, the reads
+of a resume, the planner. No weights are allocated and no ranks are started.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from ..planner.flops import parts
 from ..stages import open_stage
 
 SHARDS, SAMPLES = 384, 1000
-"""A data set of no shards at all: their number, and about how many samples each has."""
+"""The imaginary data set: number of shards, and approximate samples per shard."""
 SMALLER = (2, 64)
-"""What the number of ranks is divided by for resumes on fewer: 512 -> 256 -> 8."""
+"""Divisors of the number of ranks for resumes on fewer ranks: 512 -> 256 -> 8."""
 
 
 class Broken(Unhealthy):
-    """Something is not covered, or covered twice."""
+    """Some data is not covered, or covered twice."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Shapes:
 
 @dataclass
 class Simulation:
-    """What was checked, a title and its figures each."""
+    """The checks: title -> figures."""
 
     recipe: str
     ranks: int
@@ -70,8 +70,8 @@ class Simulation:
 
 
 def simulate(recipe: Recipe, ranks: int) -> Simulation:
-    """Go through the run's partition, data, checkpoint and memory on `ranks` ranks. Broken says what is not covered
-    exactly once; RunError when the batch does not divide."""
+    """Check partition, data, checkpoint and memory of the run on `ranks` ranks. Broken names what is not covered
+    exactly once; RunError if the batch does not divide."""
     micro_batch, passes = batch(recipe, ranks)
     recipe = recipe.model_copy(update={"micro_batch": micro_batch})
     found = Simulation(recipe.name, ranks)
@@ -93,12 +93,12 @@ def simulate(recipe: Recipe, ranks: int) -> Simulation:
 
 
 def fewer(ranks: int) -> list[int]:
-    """The smaller numbers of ranks that a run goes on with."""
+    """The smaller numbers of ranks on which a run resumes."""
     return [ranks // by for by in SMALLER if ranks % by == 0 and ranks // by]
 
 
 def partition(shapes: Shapes, ranks: int) -> dict[str, Any]:
-    """Every element of every parameter lies on exactly one rank."""
+    """Check that every element of every parameter is on exactly one rank."""
     found: dict[str, Any] = {}
     for kind, held in (("trained", shapes.trained), ("frozen", shapes.frozen)):
         padding = elements = 0
@@ -129,7 +129,7 @@ def partition(shapes: Shapes, ranks: int) -> dict[str, Any]:
 
 
 def data(recipe: Recipe, ranks: int, sizes: Sequence[int]) -> dict[str, Any]:
-    """An epoch over ranks x workers: every sample once, and on other numbers of ranks the same global batches."""
+    """Check an epoch over ranks x workers: every sample once, and equal global batches on other numbers of ranks."""
     counts = SAMPLES + np.random.default_rng(0).integers(-SAMPLES // 10, SAMPLES // 10 + 1, SHARDS)
     order = Plan(counts, recipe.seed, recipe.data.shuffle_window)
     size, workers = recipe.global_batch, max(recipe.data.workers, 1)
@@ -165,7 +165,7 @@ def _resumed(recipe: Recipe, ranks: int, steps: range, workers: int) -> np.ndarr
 
 
 def _epoch(recipe: Recipe, ranks: int, steps: range, workers: int) -> np.ndarray:
-    """Positions [steps, global_batch] in the order of ranks and of the loader's workers, which take turns."""
+    """Positions [steps, global_batch] in the order of ranks and of loader workers, which alternate."""
     size, micro_batch = recipe.global_batch, recipe.micro_batch
     passes = size // (ranks * micro_batch)
     numbers = np.arange(steps.start * passes, steps.stop * passes)
@@ -179,12 +179,12 @@ def _epoch(recipe: Recipe, ranks: int, steps: range, workers: int) -> np.ndarray
 
 
 def checkpoint(shapes: Shapes, ranks: int, ema: bool) -> dict[str, Any]:
-    """The files of a save: bytes of each rank, all of them together, and the manifest."""
+    """The files of a save: bytes per rank, in total, and of the manifest."""
     slots = ("master", "exp_avg", "exp_avg_sq", *(("ema",) if ema else ()))
     sizes, saved = {}, {name: 0 for name in shapes.trained}
     for rank in range(ranks):
         pieces = _content(shapes.trained, slots, rank, ranks).pieces()
-        # The header alone: the tensors behind it are not there.
+        # Only the header: the tensors do not exist.
         sizes[rank_file(rank)] = len(next(safetensors_parts(pieces))) + sum(piece.size for piece in pieces)
         for piece in pieces:
             slot, _, name = piece.name.partition("/")
@@ -218,7 +218,7 @@ def _content(shapes: dict[str, tuple[int, ...]], slots: Sequence[str], rank: int
 
 
 def move(shapes: dict[str, tuple[int, ...]], before: int, after: int) -> dict[str, Any]:
-    """A resume on `after` ranks of what `before` saved: what each new rank reads of one slot."""
+    """A resume on `after` ranks of a save by `before` ranks: what each new rank reads of one slot."""
     files, elements, count = [], [], 0
     for rank in range(after):
         opened: set[int] = set()
@@ -240,7 +240,7 @@ def move(shapes: dict[str, tuple[int, ...]], before: int, after: int) -> dict[st
         files.append(len(opened))
         elements.append(own)
     if sum(elements) != sum(map(math.prod, shapes.values())):
-        raise Broken(f"{after} ranks read {sum(elements)} elements in all")
+        raise Broken(f"{after} ranks read {sum(elements)} elements in total")
     return {
         "from": before,
         "to": after,
@@ -251,11 +251,11 @@ def move(shapes: dict[str, tuple[int, ...]], before: int, after: int) -> dict[st
 
 
 def memory(recipe: Recipe, shapes: Shapes, ranks: int) -> dict[str, Any]:
-    """The plan's figures, and whether its slices are those of the checkpoint."""
+    """The plan's figures; checks that its slices equal those of the checkpoint."""
     row = plan(parts(recipe), recipe, ranks)
     own = sum(slice_size(math.prod(shape), ranks) for shape in shapes.trained.values())
     if row.memory.held["masters"] != 4 * own:
-        raise Broken(f"the plan holds {row.memory.held['masters']:.0f} bytes of masters a rank, slices are {4 * own}")
+        raise Broken(f"the plan holds {row.memory.held['masters']:.0f} bytes of masters per rank, slices are {4 * own}")
     return {
         "held_bytes": row.memory.static,
         "peak_bytes": row.memory.peak,
@@ -265,49 +265,50 @@ def memory(recipe: Recipe, shapes: Shapes, ranks: int) -> dict[str, Any]:
 
 
 def report(recipe: Recipe, ranks: int, out: Path) -> Simulation:
-    """Simulate, print, and write `simulated-N.json` into `out`."""
+    """Simulate, print, and write `simulated-N.json` to `out`."""
     found = simulate(recipe, ranks)
     text = json.dumps({"simulated": True, **dataclasses.asdict(found)}, indent=2)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / f"simulated-{ranks}.json").write_text(text, encoding="utf-8")
-    print(f"{recipe.name} on {ranks} ranks, simulated in one process: nothing was run, everything is covered once.")
-    for title, lines in told(found).items():
+    print(f"{recipe.name} on {ranks} ranks, simulated in one process: nothing was run; all is covered once.")
+    for title, lines in format_simulation(found).items():
         print(f"{title} ({found.seconds[title]:.1f} s)")
         for line in lines:
             print(f"  {line}")
     return found
 
 
-def told(found: Simulation) -> dict[str, list[str]]:
-    """Every section in sentences."""
+def format_simulation(found: Simulation) -> dict[str, list[str]]:
+    """Every section as lines of text."""
     s, ranks = found.sections, found.ranks
     cut = [
         f"{kind}: {p['elements']:,} elements in {p['parameters']} parameters, {p['a_rank_least']:,} to"
-        f" {p['a_rank_most']:,} a rank; padding {p['padding']:,} ({p['padding_share']:.2e})"
+        f" {p['a_rank_most']:,} per rank; padding {p['padding']:,} ({p['padding_share']:.2e})"
         for kind, p in s["partition"].items()
     ]
     d, c, m = s["data"], s["checkpoint"], s["memory"]
     resumed = ", ".join(map(str, d["resumed_on"]))
     order = [
-        f"{d['samples']:,} samples of {d['shards']} imagined shards, {d['steps']} steps of {ranks} ranks x"
-        f" {d['micro_batch']} x {d['passes']}, {d['readers']:,} reading processes: every sample once an epoch",
-        f"a step touches {d['shards_a_step_most']} shards at most",
+        f"{d['samples']:,} samples of {d['shards']} imaginary shards, {d['steps']} steps of {ranks} ranks x"
+        f" {d['micro_batch']} x {d['passes']}, {d['readers']:,} reading processes: every sample once per epoch",
+        f"a step reads at most {d['shards_a_step_most']} shards",
     ]
     if resumed:
         order.append(f"resumed at step {d['resumed_at']} on {resumed} ranks: the same global batches")
     save = [
-        f"{c['files']} files, {c['bytes'] / 1e9:.2f} GB ({', '.join(c['slots'])}); a rank writes"
+        f"{c['files']} files, {c['bytes'] / 1e9:.2f} GB ({', '.join(c['slots'])}); each rank writes"
         f" {c['rank_bytes_least'] / 1e6:.1f} to {c['rank_bytes_most'] / 1e6:.1f} MB; manifest"
         f" {c['manifest_bytes'] / 1e3:.0f} kB"
     ]
     moves = [
-        f"{one['from']} -> {one['to']} ranks: a rank opens {one['files_a_rank_most']} files at most and reads"
-        f" {one['bytes_a_rank_most'] / 1e6:.1f} MB of each of {len(c['slots'])} slots; {one['pieces']:,} pieces a slot"
+        f"{one['from']} -> {one['to']} ranks: each rank opens at most {one['files_a_rank_most']} files and reads"
+        f" {one['bytes_a_rank_most'] / 1e6:.1f} MB of each of {len(c['slots'])} slots; {one['pieces']:,}"
+        " pieces per slot"
         for one in s["resume"]["moves"]
     ]
     needs = [
-        f"a GPU holds {m['held_bytes'] / 1e9:.2f} GB, {m['peak_bytes'] / 1e9:.2f} GB at its peak, predicted; masters"
-        f" {m['masters_bytes'] / 1e6:.1f} MB, as many as the slices have"
+        f"predicted per GPU: {m['held_bytes'] / 1e9:.2f} GB held, {m['peak_bytes'] / 1e9:.2f} GB at peak; masters"
+        f" {m['masters_bytes'] / 1e6:.1f} MB, equal to the slices"
     ]
     return {"partition": cut, "data": order, "checkpoint": save, "resume": moves, "memory": needs}

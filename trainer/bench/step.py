@@ -1,9 +1,9 @@
-"""`bifrost bench step`: a stage-1 step, routed by modality, against a baseline: the dense formulation of the
-public release, or itself with compiled layers.
+"""`bifrost bench step`: a stage-1 step, routed by modality, against a baseline: the dense formulation of the public
+release, or the routed step with compiled layers.
 
-Both baselines have the same weights and get the same batch. Their loss and all gradients of the branch are compared
-before any clock runs; then they take turns, and the medians count. The vision tower,
-which both need alike, is timed by itself and is in none of the ratios; there is no optimizer, and no other rank.
+Both steps use the same weights and batch. Loss and all gradients of the branch are compared before timing; then the
+steps alternate, and medians are reported. The vision encoder, needed by both, is timed separately and excluded from the
+ratios; there is no optimizer and only one rank.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .step_table import Row, table
 
 CPU_LAYERS, CPU_WIDTH, CPU_SAMPLES = 4, 768, 4
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Largest difference of loss and gradients between the baselines, of the size of each."""
+"""Largest relative difference of loss and gradients between routed step and baseline."""
 BASELINES = ("eager", "sdpa", "compiled")
 
 
@@ -100,7 +100,7 @@ def bench(
     for case in found:
         batch = draw_batch(case, tokens, recipe.data.image_size, config, device, dtype)
         flops = [step_parts(patch_latent_parts(stage, counted, float(length))) for length in case.lengths]
-        for against in (opponent, None):  # the baseline alone may not fit
+        for against in (opponent, None):  # without the baseline, if only that does not fit
             try:
                 rows.append(measure(model, batch, case, against, rounds, recomputed, flops))
                 break
@@ -120,7 +120,7 @@ def bench(
 
 
 def chosen_kernels(recipe: Recipe, config: Any, tokens: int, device: torch.device, dtype: torch.dtype) -> KernelChoice:
-    """The fastest here, as a run chooses them; what the recipe names is taken."""
+    """Kernels set in the recipe, or the fastest here, selected as in a run."""
     from ...kernels.providers import choose_attention, choose_loss
 
     text, asked = config.text_config, recipe.kernels
@@ -143,14 +143,16 @@ def measure(
     recomputed: bool,
     flops: list[list[Part]],
 ) -> Row:
-    """Compare the numbers, count the activations, then time in turns. RunError when the numbers differ.
+    """Compare the results, count the activations, then time in alternation. RunError if the results differ.
 
-    Without a baseline, the routed step by itself.
+    Without a baseline, measure the routed step only.
     """
-    loss_error, gradient_error = differences(model, batch, baseline) if baseline else (None, None)
-    baseline_kept = activation_bytes(model, lambda: baseline.step(batch), batch) if baseline else None
+    loss_error = gradient_error = baseline_kept = None
+    if baseline:
+        loss_error, gradient_error = compare(model, batch, baseline)
+        baseline_kept = activation_bytes(model, lambda: baseline.step(batch), batch)
     kept = activation_bytes(model, lambda: routed_step(model, batch), batch)
-    routed_times, baseline_times = timed(model, batch, baseline, rounds)
+    routed_times, baseline_times = time_rounds(model, batch, baseline, rounds)
     parts = {name: statistics.median(times[name] for times in routed_times) for name in routed_times[0]}
     steps = [sum(times.values()) - times["tower"] for times in routed_times]
     routed_s, baseline_s = statistics.median(steps), statistics.median(baseline_times) if baseline else None
@@ -170,7 +172,7 @@ def measure(
         padded_text_tokens=case.padded,
         routed_s=routed_s,
         baseline_s=baseline_s,
-        # Of each round's two neighbours: whatever else the machine does meanwhile slows both.
+        # Per round: other load on the machine then slows both alike.
         ratio=statistics.median(t / own for t, own in zip(baseline_times, steps, strict=True)) if baseline else None,
         routed_samples_s=samples / routed_s,
         baseline_samples_s=samples / baseline_s if baseline_s else None,
@@ -191,8 +193,8 @@ def measure(
     )
 
 
-def differences(model: PatchLatentModel, batch: Batch, baseline: DenseStep | CompiledStep) -> tuple[float, float]:
-    """Of the loss, and the largest of a gradient, relative to the baseline's. RunError where they are too large."""
+def compare(model: PatchLatentModel, batch: Batch, baseline: DenseStep | CompiledStep) -> tuple[float, float]:
+    """Relative errors of the loss and of the worst gradient; RunError if one is above TOLERANCE."""
     trained = model.trainable()
 
     def gradients(step: Callable[[], Tensor]) -> tuple[float, dict[str, Tensor]]:
@@ -205,22 +207,22 @@ def differences(model: PatchLatentModel, batch: Batch, baseline: DenseStep | Com
     ours, found = gradients(lambda: routed_step(model, batch))
     loss_error = abs(ours - loss) / abs(loss)
     if found.keys() != wanted.keys():
-        raise RunError(f"bench step: gradients of {sorted(found.keys() ^ wanted.keys())} on one side alone")
+        raise RunError(f"bench step: gradients of {sorted(found.keys() ^ wanted.keys())} exist on one side only")
     errors = {n: float((found[n] - wanted[n]).norm() / wanted[n].norm().clamp_min(1e-30)) for n in wanted}
     worst = max(errors, key=lambda name: errors[name])
     limit = TOLERANCE[batch.latents.dtype]
     if not max(loss_error, errors[worst]) <= limit:
         raise RunError(
-            f"bench step: the baselines differ: loss by {loss_error:.1e}, {worst} by {errors[worst]:.1e};"
+            f"bench step: the baseline differs: loss by {loss_error:.1e}, {worst} by {errors[worst]:.1e};"
             f" at most {limit}"
         )
     return loss_error, errors[worst]
 
 
-def timed(
+def time_rounds(
     model: PatchLatentModel, batch: Batch, baseline: DenseStep | CompiledStep | None, rounds: int
 ) -> tuple[list[dict[str, float]], list[float]]:
-    """Seconds of the routed step's parts and of the baseline's step, in turns, for each round."""
+    """Seconds per round: of each part of the routed step, and of the baseline's step, in alternation."""
     device = batch.latents.device
     routed_times: list[dict[str, float]] = []
     baseline_times: list[float] = []
@@ -240,15 +242,15 @@ def timed(
 
 
 def step_parts(parts: Iterable[Part]) -> list[Part]:
-    """Those of the step: all but the vision tower."""
-    return [part for part in parts if part.name != "vision tower"]
+    """The parts of the step: all but the vision encoder."""
+    return [part for part in parts if part.name != "vision encoder"]
 
 
 def activation_bytes(model: PatchLatentModel, step: Callable[[], object], batch: Batch) -> int:
-    """Bytes of activations at the worst moment of a step: on a GPU the allocator's peak beyond weights, batch and
-    gradients; on a CPU what autograd keeps for the backward pass, each storage once."""
+    """Peak bytes of activations in a step: on a GPU the allocator's peak beyond weights, batch and gradients; on a CPU
+    the storages that autograd saves for the backward pass, each counted once."""
     if batch.latents.device.type == "cuda":
-        step()  # the gradients lie there from now on
+        step()  # allocates the gradients
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -261,7 +263,7 @@ def activation_bytes(model: PatchLatentModel, step: Callable[[], object], batch:
     def pack(tensor: Tensor) -> Tensor:
         place = tensor.untyped_storage().data_ptr()
         if place not in known:
-            found[place] = tensor  # alive until the count: no other takes its place
+            found[place] = tensor  # kept alive until the count, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

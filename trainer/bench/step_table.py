@@ -1,17 +1,17 @@
-"""What a step's cases measured, as a record and as a table."""
+"""Measurements of a step as a record and as a table."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from .machine import told
+from .machine import format_machine
 
 
 @dataclass
 class Row:
-    """What a case measured; seconds a step, bytes, FLOPs a sample. The baseline's figures are None where it does not
-    fit in memory."""
+    """Measurements of a case: seconds per step, bytes, FLOPs per sample. The baseline's are None if it does not fit in
+    memory."""
 
     text_tokens: str
     mean_text_tokens: float
@@ -31,9 +31,9 @@ class Row:
     loss_error: float | None
     gradient_error: float | None
     shares: dict[str, float]
-    """Of the routed step with the tower: each part's share of the time."""
+    """Each part's fraction of the routed step's time, including the vision encoder."""
     mfu: float | None = None
-    """Useful FLOPs over what the device could do; None where its peak is not known."""
+    """Useful FLOPs over the device's peak; None if its peak is unknown."""
     hfu: float | None = None
     baseline_mfu: float | None = None
     baseline_hfu: float | None = None
@@ -43,10 +43,10 @@ def table(record: dict[str, Any], rows: list[Row]) -> str:
     heads, groups = record["heads"]
     lines = [
         f"{record['recipe']}: {record['layers']} layers, width {record['width']}, MLP {record['mlp']}, {heads} heads in"
-        f" {groups} groups, {record['patches']} patches; {record['samples']} samples a step, {record['precision']},"
+        f" {groups} groups, {record['patches']} patches; {record['samples']} samples per step, {record['precision']},"
         f" checkpointing {'on' if record['activation_checkpointing'] else 'off'}",
-        f"{told(record['machine'])}; {record['threads']} threads, {record['date']}; median of {record['rounds']}"
-        f" rounds, baselines in turns; the baseline: {record['baseline']}",
+        f"{format_machine(record['machine'])}; {record['threads']} threads, {record['date']}; median of"
+        f" {record['rounds']} rounds in alternation; baseline: {record['baseline']}",
         "",
         f"{'text tokens':>14} {'routed':>11} {'baseline':>11} {'ratio':>6} {'of FLOPs':>8} {'activations, MiB':>19}"
         f" {'ratio':>6} {'largest error':>13} {'MFU':>6} {'HFU':>6}",
@@ -66,7 +66,7 @@ def table(record: dict[str, Any], rows: list[Row]) -> str:
             f" {_shown(row.ratio, '.2f'):>6} {_shown(row.flops_ratio, '.2f'):>8} {mib:>19}"
             f" {_shown(row.activation_ratio, '.2f'):>6} {_shown(error, '.1e'):>13} {shares}"
         )
-    lines += ["", "share of the routed step's time, with the vision tower:"]
+    lines += ["", "share of the routed step's time, with the vision encoder:"]
     for row in rows:
         shares = ", ".join(f"{name} {spent:.1%}" for name, spent in row.shares.items())
         lines.append(f"{row.text_tokens:>14} {shares}")

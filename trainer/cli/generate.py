@@ -106,7 +106,7 @@ def generate(
 
 def _make(
     out: Path,
-    pictures: Sequence[Picture],
+    pictures: Sequence[ImageFile],
     entries: bytes,
     models: tuple[Path, Path, str | None],
     settings: Settings,

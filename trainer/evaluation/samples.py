@@ -65,8 +65,8 @@ class SampleSet:
                     return list(chosen.values())
         shared = f" ({trained} others share an image with --data)" if trained else ""
         raise RunError(
-            f"{format_shards(self.dataset.shards)}: {len(chosen)} readable samples with distinct captions{shared}, {count}"
-            " requested: lower --samples, or give more shards"
+            f"{format_shards(self.dataset.shards)}: {len(chosen)} readable samples with distinct captions{shared},"
+            f" {count} requested: lower --samples, or give more shards"
         )
 
     def image_hashes(self, most: int) -> set[bytes]:

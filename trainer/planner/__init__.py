@@ -1,6 +1,6 @@
-"""What a recipe needs and costs on N GPUs, before it is submitted: memory, traffic, time. Every figure is predicted.
+"""Predicted cost of a recipe on N GPUs, before it is submitted: memory, traffic, time.
 
-`plan` puts together what `flops`, `memory`, `traffic` and `timing` say; `bifrost plan` prints it.
+`plan` combines `flops`, `memory`, `traffic` and `timing`; `bifrost plan` prints it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .timing import Timing, timing
 from .traffic import Transfer, traffic
 
 NODE = 8
-"""GPUs of a node where no device says so."""
+"""GPUs per node if no device is given."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """The plan for one number of GPUs. times, fits and what depends on them are None without a device that has them."""
+    """The plan for one number of GPUs. times, fits and derived values are None without a device that provides them."""
 
     gpus: int
     layout: Layout
@@ -34,7 +34,7 @@ class Row:
     transfers: list[Transfer]
     times: Timing | None
     usable: float | None
-    """Bytes of a GPU that tensors may fill."""
+    """Bytes per GPU available to tensors."""
     largest_micro_batch: int | None
 
     @property
@@ -43,12 +43,12 @@ class Row:
 
     @property
     def received(self) -> float:
-        """Bytes that a GPU receives in a step."""
+        """Bytes received per GPU and step."""
         return sum(one.bytes for one in self.transfers)
 
     @property
     def samples_s(self) -> float | None:
-        """Of all GPUs."""
+        """Samples per second of all GPUs."""
         return None if self.times is None else self.global_batch / self.times.as_set
 
     @property
@@ -57,8 +57,8 @@ class Row:
 
 
 def batch(recipe: Recipe, gpus: int) -> tuple[int, int]:
-    """micro_batch and passes of the recipe's global batch on `gpus` GPUs: the recipe's own micro_batch, or where that
-    does not divide, the largest smaller one that does. RunError where none does."""
+    """micro_batch and passes for the recipe's global batch on `gpus` GPUs: the recipe's micro_batch, or, if it does not
+    divide, the largest smaller one that does. RunError if none does."""
     for micro_batch in range(recipe.micro_batch, 0, -1):
         if recipe.global_batch % (micro_batch * gpus) == 0:
             return micro_batch, recipe.global_batch // (micro_batch * gpus)
@@ -78,8 +78,11 @@ def plan(
     weak: bool = False,
     previews: float = 0.0,
 ) -> Row:
-    """weak: every GPU keeps `micro_batch` and does one pass a step, so that the global batch grows with the GPUs.
-    previews: bytes of what paints previews on rank 0."""
+    """The plan for `gpus` GPUs.
+
+    weak: every GPU has `micro_batch` samples and one pass per step, so that the global batch grows with the GPUs.
+    previews: bytes of the image generator for previews on rank 0.
+    """
     micro_batch, passes = (recipe.micro_batch, 1) if weak else batch(recipe, gpus)
     node = device.gpus_per_node if device else NODE
     placed = layout.place(parts)
@@ -102,7 +105,7 @@ def plan(
 
 
 def checkpoint_bytes(parts: Sequence[Part], recipe: Recipe) -> int:
-    """A checkpoint holds the masters, both moments and the EMA of what is trained, in fp32."""
+    """Bytes of a checkpoint: masters, both moments and EMA of the trained parameters, in fp32."""
     return 4 * (3 + (recipe.ema is not None)) * sum(part.size for part in parts if part.gradient == "trained")
 
 
@@ -112,7 +115,7 @@ def checkpoint_s(size: float, gpus: int, device: Device) -> float:
 
 
 def cost(row: Row, device: Device, samples: int) -> dict[str, float] | None:
-    """Of training on `samples` samples: hours, GPU-hours, and energy of the GPUs at full power."""
+    """Cost of training on `samples` samples: hours, GPU-hours, and energy of the GPUs at full power."""
     if row.samples_s is None:
         return None
     hours = samples / row.samples_s / 3600

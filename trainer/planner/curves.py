@@ -1,4 +1,4 @@
-"""Throughput over the number of GPUs: as rows, as shares, and as a picture."""
+"""Throughput over the number of GPUs: as rows, as fractions, and as a plot."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ CURVE = (8, 16, 32, 64, 128, 256, 512)
 
 
 def curves(parts: Sequence[Part], recipe: Recipe, device: Device | None) -> list[list[Row]]:
-    """A curve a layout: every GPU keeps its micro-batch, one pass a step."""
+    """A weak-scaling curve per layout: every GPU has its micro-batch and one pass per step."""
     return [[plan(parts, recipe, count, device, layout, weak=True) for count in CURVE] for layout in LAYOUTS]
 
 
 def fixed_batch(parts: Sequence[Part], recipe: Recipe, device: Device | None) -> list[Row]:
-    """The curve of the recipe's own global batch, as far as it divides."""
+    """The curve of the recipe's global batch, for the numbers of GPUs that divide it."""
     return [plan(parts, recipe, count, device) for count in CURVE if recipe.global_batch % count == 0]
 
 
@@ -33,13 +33,13 @@ MARKERS = "osD^vP*X<>"
 
 
 def retention(curve: Sequence[Row]) -> list[float]:
-    """Samples a second and GPU, over those of the first row."""
-    a_gpu = [(row.samples_s or 0.0) / row.gpus for row in curve]
-    return [value / a_gpu[0] for value in a_gpu]
+    """Samples per second and GPU, relative to the first row."""
+    per_gpu = [(row.samples_s or 0.0) / row.gpus for row in curve]
+    return [value / per_gpu[0] for value in per_gpu]
 
 
 def draw(parts: Sequence[Part], recipe: Recipe, device: Device, file: Path) -> None:
-    """Throughput, and the share of it that a GPU keeps, as a PNG. The device must have `bf16_tflops`."""
+    """Plot throughput, and the fraction of it retained per GPU, as a PNG. The device must have `bf16_tflops`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.4), layout="constrained")
@@ -63,13 +63,13 @@ def draw(parts: Sequence[Part], recipe: Recipe, device: Device, file: Path) -> N
         axes.grid(color="#e2e8f0")
         axes.set_ylim(bottom=0)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_atomic(file, picture.getvalue())
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    write_atomic(file, png.getvalue())
 
 
 def distinct(found: Sequence[Sequence[Row]]) -> list[tuple[Sequence[Row], str]]:
-    """Curves and names; those that no eye could tell apart are one curve with all their names."""
+    """Curves and names; visually identical curves are merged into one with all their names."""
     groups: list[list[Sequence[Row]]] = []
     for rows in found:
         rates = [row.samples_s or 0.0 for row in rows]

@@ -1,4 +1,4 @@
-"""What a plan takes of the hardware: `devices.yaml` beside this file, or a file of the same form."""
+"""Hardware figures for a plan: `devices.yaml` next to this file, or a file of the same format."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class Device(BaseModel):
 
     def collective_s(self, received: float, count: int, gpus: int) -> float:
         """Seconds of `count` ring collectives (all-gather, reduce-scatter) over `gpus` GPUs, in which every GPU
-        receives `received` bytes in all.
+        receives `received` bytes in total.
 
-        A ring enters and leaves every node once; NCCL makes as many rings as a node has network ports, so that a node
-        takes in what its GPUs lack through all of its ports together. Small messages go by a protocol that trades
-        bandwidth for latency, where that is faster.
+        A ring enters and leaves every node once; NCCL builds as many rings as a node has network ports, so that a node
+        receives through all of its ports together. Small messages use a protocol that trades bandwidth for latency, if
+        that is faster.
         """
         if gpus == 1:
             return 0.0
@@ -74,20 +74,18 @@ class Device(BaseModel):
 
 
 def find_device(name: str) -> Device:
-    """A device by its name, or that of a file of one; RunError names the nearest, or what the file lacks."""
+    """A device by name, or from a file with one device; RunError names the nearest, or what the file lacks."""
     if name.endswith((".yaml", ".yml")) or Path(name).is_file():
         return _only(name)
     known = load(FILE)
     if name.lower() in known:
         return known[name.lower()]
     near = difflib.get_close_matches(name.lower(), known, 1, cutoff=0.0)
-    raise RunError(
-        f"--device {name}: not known, nearest is {near[0]} of {', '.join(known)}; or give a file like {FILE}"
-    )
+    raise RunError(f"--device {name}: unknown, nearest is {near[0]} of {', '.join(known)}; or give a file like {FILE}")
 
 
 def this_device() -> Device | None:
-    """The GPU of this machine, if it is a known one."""
+    """The GPU of this machine, if it is known."""
     import torch
 
     if not torch.cuda.is_available():
@@ -97,7 +95,7 @@ def this_device() -> Device | None:
 
 
 def load(file: Path) -> dict[str, Device]:
-    """Name -> device of a file; RunError says which line of it cannot be used."""
+    """Name -> device of a file; RunError names the entry that cannot be used."""
     try:
         content: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:

@@ -1,4 +1,4 @@
-"""FLOPs of one sample, part by part: linear maps counted from the modules themselves, attention from its mask.
+"""FLOPs per sample of each part: linear layers counted from the modules, attention from its mask.
 
 A FLOP is half a multiply-add.
 """
@@ -21,29 +21,29 @@ from ..stages.patch_latents import PatchLatentStage, grid_side, hidden_counts
 
 Gradient = Literal["none", "through", "trained"]
 Count = Callable[[str], float]
-"""Name of a module -> how often a sample applies its weight."""
+"""Module name -> number of times its weight is applied per sample."""
 
 ATTENTION_BACKWARD = 2.5
-"""FLOPs of attention's backward pass over those of its forward: five products instead of two."""
+"""Ratio of attention's backward FLOPs to its forward FLOPs: five products instead of two."""
 
-# Elements that autograd keeps of a token and layer, in units of the widths; planner/test_flops.py measures them.
+# Elements saved by autograd per token and layer, in units of the widths; planner/test_flops.py measures them.
 BRANCH_KEPT = (6, 2, 2)
-"""Of a decoder layer: times hidden width, MLP width, width of the keys (these of the text's rows too)."""
+"""Decoder layer: times hidden width, MLP width, key width (the last for text rows too)."""
 BRANCH_RECOMPUTED = (6, 4, 2)
-"""The same of a layer that is recomputed, while it is."""
+"""The same for a layer during its recomputation."""
 FLUX_KEPT = {"through": (14, 13), "trained": (28, 25)}
-"""Of a double and a single block, times FLUX's hidden width."""
+"""Double and single block, times FLUX's hidden width."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the model: what it holds, and what a sample costs in it.
+    """One part of the model: its parameters and its cost per sample.
 
     parameters: elements of every parameter, in order. linear, attention: FLOPs of the forward pass. returned_linear,
-    returned_attention: those of them that gradients flow back through. kept: bytes that autograd keeps of a sample,
-    kept_recomputed: with every layer recomputed, layer: bytes of the one that is, and gradients: of the activations'
-    gradients in flight. last: FLOPs at the layers' ends, whose results nobody keeps: recomputation stops before them.
-    place: as in recipes' `Placement`.
+    returned_attention: the portion that gradients flow back through. kept: bytes saved by autograd; kept_recomputed:
+    the same with every layer recomputed; layer: bytes of the layer being recomputed; gradients: bytes of activation
+    gradients in flight. last: FLOPs at the end of the layers whose results are not saved: recomputation stops before
+    them. place: as in recipes' `Placement`.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Part:
 
     @property
     def backward(self) -> float:
-        """2 FLOPs a weight and token for the gradient of the input, and 2 more for that of a trained weight."""
+        """2 FLOPs per weight and token for the input gradient, and 2 more for the gradient of a trained weight."""
         products = {"none": 0, "through": 1, "trained": 2}[self.gradient]
         return products * self.returned_linear + self.backward_attention
 
@@ -80,12 +80,12 @@ class Part:
 
     @property
     def recomputed(self) -> float:
-        """FLOPs of the second forward pass of layers that are recomputed; only with activation checkpointing."""
+        """FLOPs of the second forward pass of recomputed layers; only with activation checkpointing."""
         return self.forward - self.last if self.layer else 0.0
 
 
 def parts(recipe: Recipe, text_tokens: float = 80) -> list[Part]:
-    """The parts of the recipe's model on `text_tokens` tokens of prompt (stage 1; FLUX pads its text)."""
+    """The parts of the recipe's model for prompts of `text_tokens` tokens (stage 1; FLUX pads its text)."""
     stage = open_stage(recipe, for_counting=True)
     with torch.device("meta"):
         model = stage.build()
@@ -96,7 +96,7 @@ def parts(recipe: Recipe, text_tokens: float = 80) -> list[Part]:
 
 
 def linear_flops(module: nn.Module, count: Count) -> float:
-    """FLOPs of all linear maps and convolutions in `module`."""
+    """FLOPs of all linear layers and convolutions in `module`."""
     kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Conv3d)
     return sum(2.0 * m.weight.numel() * count(name) for name, m in module.named_modules() if isinstance(m, kinds))
 
@@ -124,7 +124,7 @@ def patch_latent_parts(stage: PatchLatentStage, model: Any, text: float) -> list
     projection = linear_flops(model.head, lambda name: rows)
 
     def read(name: str) -> float:
-        """Of the last layer, keys and values alone."""
+        """Of the last layer, only keys and values are computed."""
         return text if not name.startswith(f"layers.{layers - 1}.") or name.endswith(("k_proj", "v_proj")) else 0.0
 
     return [
@@ -167,7 +167,7 @@ def patch_latent_parts(stage: PatchLatentStage, model: Any, text: float) -> list
 
 
 def _vision_encoder(vision: nn.Module, config: Any, image_size: int, place: str) -> Part:
-    """Qwen's vision tower on a square image: most layers see windows, a few the whole."""
+    """Qwen's vision encoder on a square image: windowed attention in most layers, full attention in a few."""
     side = image_size // config.patch_size
     patches = side * side
     window = config.window_size // config.patch_size
@@ -179,7 +179,7 @@ def _vision_encoder(vision: nn.Module, config: Any, image_size: int, place: str)
         return patches / config.spatial_merge_size**2 if name.startswith("merger") else patches
 
     return Part(
-        "vision tower", "none", sizes(vision), linear_flops(vision, count), 4.0 * pairs * config.hidden_size, place
+        "vision encoder", "none", sizes(vision), linear_flops(vision, count), 4.0 * pairs * config.hidden_size, place
     )
 
 
@@ -197,7 +197,7 @@ def _controlnet(stage: ControlNetStage, model: Any) -> list[Part]:
 
 
 def text_lengths(folder: FluxFolder) -> tuple[int, int]:
-    """Tokens of T5 and CLIP; a published model's without its tokenizers."""
+    """Tokens of T5 and CLIP; for published models known without their tokenizers."""
     if (folder.path / "tokenizer_2").is_dir():
         tokenizers = FluxTokenizers(folder)
         return tokenizers.t5_length, tokenizers.clip_length
@@ -205,7 +205,7 @@ def text_lengths(folder: FluxFolder) -> tuple[int, int]:
 
 
 def _vae(vae: nn.Module, side: int, place: str) -> Part:
-    """The encoder, whose blocks halve the sides down to `side`; the decoder only lies there."""
+    """The encoder, whose blocks halve the sides down to `side`; the decoder is stored but not run."""
     encoder: Any = vae.encoder
     blocks = len(encoder.down_blocks)
 
@@ -241,7 +241,7 @@ def _flow(transformer: Any, controlnet: Any, stage: ControlNetStage, latents: in
 
     def count(name: str) -> float:
         if "norm" in name or name.startswith("time_text_embed"):
-            return 1.0  # modulations: once a sample
+            return 1.0  # modulations: once per sample
         if name.startswith("single_transformer_blocks"):
             return image + text
         if any(word in name for word in ("context", "attn.add_", "attn.to_add")):
@@ -249,7 +249,7 @@ def _flow(transformer: Any, controlnet: Any, stage: ControlNetStage, latents: in
         return latents if name.endswith("upconv") else image
 
     def reached(name: str) -> float:
-        """Nothing before the first residual has a gradient."""
+        """Gradients stop at the first residual."""
         first = "transformer_blocks.0." if stage.recipe.controlnet.double else "single_transformer_blocks.0."
         before = name.startswith((first, "x_embedder", "context_embedder", "time_text_embed"))
         if not stage.recipe.controlnet.double:

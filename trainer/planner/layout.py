@@ -1,4 +1,4 @@
-"""How a plan may lay a model over GPUs: as the recipe says, and what if not."""
+"""Layouts of a model over GPUs: as set in the recipe, and alternatives."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ FrozenPlace = Literal["sharded", "node", "replicated"]
 
 @dataclass(frozen=True)
 class Layout:
-    """frozen: where all frozen parts lie that are on the GPU, None for the recipe's own choice. hpz: a second copy of
-    all weights, cut within a node (`zero.hpz`), which all gathers but the first after an update read; False leaves that
-    to the recipe. overlap: reduces run beside the backward pass (`zero.overlap_comm`), None for the recipe's own.
-    live: elements that may be gathered at a time (`zero.max_live_parameters`), None for the recipe's.
+    """A layout; None stands for the recipe's setting.
+
+    frozen: placement of all frozen parts on the GPU. hpz: a second copy of all weights, sharded within a node
+    (`zero.hpz`), from which all gathers but the first after an update read; False: as in the recipe. overlap: reduces
+    overlap the backward pass (`zero.overlap_comm`). live: elements gathered at the same time
+    (`zero.max_live_parameters`).
     """
 
     name: str
@@ -28,7 +30,7 @@ class Layout:
     live: int | None = None
 
     def place(self, parts: Sequence[Part]) -> list[Part]:
-        """The parts where this layout puts them; those in host memory or in a cache stay there."""
+        """The parts placed by this layout; offloaded and cached parts keep their placement."""
         if self.frozen is None:
             return list(parts)
         movable = ("sharded", "replicated")
@@ -38,7 +40,7 @@ class Layout:
         ]
 
     def hpz_ranks(self, hpz: int | None, gpus: int, node: int) -> int | None:
-        """GPUs that hpZ's copy is cut over; None without one, as on a single node."""
+        """GPUs over which hpZ's copy is sharded; None without one, as on a single node."""
         width = hpz or (node if self.hpz else None)
         return width if width and width < gpus else None
 
@@ -46,18 +48,18 @@ class Layout:
 AS_SET = Layout("as the recipe has it")
 LAYOUTS = (
     AS_SET,
-    Layout("frozen parts cut over all", frozen="sharded"),
-    Layout("frozen parts cut within a node", frozen="node"),
-    Layout("frozen parts whole on every GPU", frozen="replicated"),
-    Layout("hpZ: all weights also cut within a node", hpz=True),
-    Layout("frozen parts whole, hpZ", frozen="replicated", hpz=True),
-    Layout("frozen parts whole, hpZ, overlap", frozen="replicated", hpz=True, overlap=True),
+    Layout("frozen parts sharded over all", frozen="sharded"),
+    Layout("frozen parts sharded within a node", frozen="node"),
+    Layout("frozen parts replicated on every GPU", frozen="replicated"),
+    Layout("hpZ: all weights also sharded within a node", hpz=True),
+    Layout("frozen parts replicated, hpZ", frozen="replicated", hpz=True),
+    Layout("frozen parts replicated, hpZ, overlap", frozen="replicated", hpz=True, overlap=True),
 )
 
 
 @dataclass(frozen=True)
 class Zero:
-    """What DeepSpeed's configuration says that a plan needs; sizes in elements, `bytes` of an element."""
+    """Settings of DeepSpeed's configuration used by a plan; sizes in elements, `*_bytes` per element."""
 
     weight_bytes: int
     gather_bytes: int
@@ -97,8 +99,8 @@ class Zero:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a plan takes from a recipe. recomputed: layers run twice, their activations are not kept. averaged: with an
-    EMA. workers: of the loader, on each rank."""
+    """Settings of a recipe used by a plan. recomputed: activation checkpointing. averaged: with an EMA. workers: loader
+    processes per rank."""
 
     zero: Zero
     recomputed: bool
@@ -112,7 +114,7 @@ class Workload:
 
 
 def shard_size(parameters: Sequence[int], ranks: int) -> int:
-    """Elements of one rank's slices: every parameter is padded to a multiple of the ranks."""
+    """Elements per rank: every parameter is padded to a multiple of the ranks."""
     return sum(-(-size // ranks) for size in parameters)
 
 

@@ -1,4 +1,4 @@
-"""Bytes on one GPU: what DeepSpeed's ZeRO-3 holds all the time, and what a pass or an update needs beside it."""
+"""Bytes per GPU: what DeepSpeed's ZeRO-3 holds permanently, and what a pass or an update needs in addition."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .flops import Part
 from .layout import Layout, Workload, shard_size, small
 
 GATHERED_SHARE = 2
-"""A gathered bucket exists twice for a moment: as received, and as the parameters copied from it."""
+"""A gathered bucket briefly exists twice: as received, and as the parameters copied from it."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Memory:
     update: dict[str, float]
     per_sample: float
     previews: float = 0.0
-    """On rank 0's GPU alone, between steps: what paints stage 1's previews."""
+    """Only on rank 0's GPU, between steps: the image generator for stage 1's previews."""
 
     @property
     def static(self) -> float:
@@ -33,7 +33,7 @@ class Memory:
         return self.static + max(sum(self.per_pass.values()), sum(self.update.values()), self.previews)
 
     def largest_micro_batch(self, usable: float, micro_batch: int) -> int:
-        """Samples a pass that `usable` bytes have room for, found from a plan for `micro_batch`; 0 if not even one."""
+        """Samples per pass that fit into `usable` bytes, from a plan for `micro_batch`; 0 if none fits."""
         fixed = sum(self.per_pass.values()) - self.per_sample * micro_batch
         if self.static + max(sum(self.update.values()), self.previews) > usable:
             return 0
@@ -49,7 +49,7 @@ def memory(
     micro_batch: int,
     previews: float = 0.0,
 ) -> Memory:
-    """Of `parts` laid out by `layout` on `gpus` GPUs, `node` of them in a node. previews: see `Memory`."""
+    """Memory of `parts` with `layout` on `gpus` GPUs, `node` of them per node. previews: see `Memory`."""
     zero = work.zero.under(layout)
     placed = layout.place(parts)
     trained = [part for part in placed if part.gradient == "trained"]
@@ -59,15 +59,15 @@ def memory(
     node = min(node, gpus)
     own = sum(shard_size(part.parameters, gpus) for part in trained)
     weight = zero.weight_bytes
-    lies = {"sharded": gpus, "node": node, "replicated": 1}
+    shards = {"sharded": gpus, "node": node, "replicated": 1}
     held: dict[str, float] = {
-        # In fp32 too: DeepSpeed compares a device with its name, and so never shares the slices with the masters.
+        # In fp32 too: DeepSpeed compares a device with its name and therefore never shares the slices with the masters.
         "trained weights": weight * own,
         "masters": 4 * own,
         "moments": 8 * own,
         "gradients": zero.accumulate_bytes * own,
         "EMA": 4 * own if work.averaged else 0,
-        "frozen weights": weight * sum(shard_size(p.parameters, lies[p.place]) for p in frozen if p.place in lies),
+        "frozen weights": weight * sum(shard_size(p.parameters, shards[p.place]) for p in frozen if p.place in shards),
         "small parameters, whole": weight * sum(small(part.parameters, zero.persistent) for part in sharded),
         "second copy (hpZ), frozen": weight
         * sum(shard_size(p.parameters, second) for p in frozen if second and p.place == "sharded"),
@@ -84,16 +84,16 @@ def memory(
     per_pass = {
         "gathered weights": weight * min(large, zero.max_live) if gpus > 1 else 0,
         "gather in flight": GATHERED_SHARE * weight * min(large, zero.prefetch_bucket + largest) if gpus > 1 else 0,
-        # That of what is trained goes with every update.
+        # The trained part of the copy is freed with every update.
         "second copy (hpZ), trained": weight * sum(shard_size(p.parameters, second) for p in trained if second),
         "gradients of a layer": 2 * weight * largest,
-        # The bucket is cut into the ranks' shares by a copy before it is sent.
+        # The bucket is copied into the ranks' shards before it is sent.
         "reduce in flight": zero.reduce_bytes * min(zero.reduce_bucket, trainable),
         "activations": micro_batch * kept,
         "recomputed layer": micro_batch * layer,
         "gradients of activations": micro_batch * flight,
         "at work from host memory": offloaded,
     }
-    # AdamW's gradient is a flat copy of the accumulated slices, made for one of DeepSpeed's sub-groups at a time.
+    # AdamW's gradient is a flat copy of the accumulated slices, made per DeepSpeed sub-group.
     update: dict[str, float] = {"flat gradients": 4 * min(own, 1_000_000_000)}
     return Memory(held, per_pass, update, kept + layer + flight, previews)

@@ -1,4 +1,4 @@
-"""What stage 1's previews need on rank 0's GPU: a FLUX and a ControlNet, which are there for the preview alone."""
+"""Memory of stage 1's previews on rank 0's GPU: a FLUX and a ControlNet used only for previews."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..models.latent_controlnet import LatentControlNet
 from ..stages.controlnet import ControlNetStage
 
 WEIGHT_BYTES = 2
-"""Previews are painted in bf16."""
+"""Previews are generated in bf16."""
 STAND_IN = "flux-controlnet"
-"""The recipe whose FLUX and ControlNet are counted where those of the recipe are not here."""
+"""The recipe whose FLUX and ControlNet are counted if the recipe's own are not available."""
 
 
 def image_generator_bytes(recipe: Recipe) -> float:
-    """Bytes of the weights that paint a stage-1 preview; 0 for a recipe without previews, and in stage 2, whose model
-    paints by itself. Only configurations are read."""
+    """Bytes of the weights of the image generator for stage-1 previews; 0 without previews, and in stage 2, whose model
+    generates images itself. Reads only configs."""
     previews = recipe.previews
     if recipe.stage != "patch-latents" or previews.every is None or previews.controlnet is None:
         return 0.0
@@ -31,11 +31,11 @@ def image_generator_bytes(recipe: Recipe) -> float:
         folder = FluxFolder.open(architecture(previews.flux, None, "previews.flux"), for_counting=True)
     else:
         own = path / "recipe.yaml"
-        painter = load_recipe(own if own.is_file() else STAND_IN, stored=True)
-        if previews.flux and painter.flux:
-            flux = painter.flux.model_copy(update={"path": previews.flux, "revision": None})
-            painter = painter.model_copy(update={"flux": flux})
-        stage = ControlNetStage.open(painter, for_counting=True)
+        generator_recipe = load_recipe(own if own.is_file() else STAND_IN, stored=True)
+        if previews.flux and generator_recipe.flux:
+            flux = generator_recipe.flux.model_copy(update={"path": previews.flux, "revision": None})
+            generator_recipe = generator_recipe.model_copy(update={"flux": flux})
+        stage = ControlNetStage.open(generator_recipe, for_counting=True)
         shape, folder = stage.shape, stage.folder
     with torch.device("meta"):
         modules = [LatentControlNet(shape), *(folder.build(part) for part in PARTS)]

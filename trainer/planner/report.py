@@ -19,10 +19,10 @@ from .timing import done_flops, useful_flops
 
 
 class Report:
-    """The plan of one recipe for several numbers of GPUs, and what else the recipe could have.
+    """The plan of one recipe for several numbers of GPUs, with alternative layouts.
 
-    GPUs that the global batch does not divide over are left out, with the reason in `left_out`; RunError when none is
-    left.
+    Numbers of GPUs that do not divide the global batch are skipped, with the reason in `left_out`; RunError if none
+    remains.
     """
 
     def __init__(
@@ -53,39 +53,40 @@ class Report:
         return self.rows[0].times is not None
 
     def assumptions(self) -> list[str]:
-        """What the figures rest on, a sentence each."""
-        said = [
+        """The assumptions of the figures, one sentence each."""
+        sentences = [
             "All figures are predicted; none was measured.",
             "GB are 10^9 bytes. Activations: what autograd keeps of transformers' and diffusers' own layers,"
             " attention without a score matrix.",
-            "Not counted: gaps of the allocator beyond usable_memory, stragglers, file systems that stall, start-up,"
+            "Not counted: allocator fragmentation beyond usable_memory, stragglers, stalls of file systems, start-up,"
             " copies of offloaded parts, reads of cached ones.",
         ]
         if self.recipe.stage == "patch-latents":
-            said.append(f"Prompts of {self.text_tokens:g} tokens (--text-tokens), packed.")
+            sentences.append(f"Prompts of {self.text_tokens:g} tokens (--text-tokens), packed.")
         device = self.device
         if device is None:
-            said.append(f"No --device: no times; nodes of {NODE} GPUs.")
+            sentences.append(f"No --device: no times; nodes of {NODE} GPUs.")
         elif device.bf16_tflops is None:
-            said.append(f"{device.name} has no bf16_tflops: no times and no MFU.")
+            sentences.append(f"{device.name} has no bf16_tflops: no times and no MFU.")
         else:
-            said += [
+            sentences += [
                 f"{device.name}: {device.bf16_tflops:g} TFLOP/s, of which linear layers reach"
                 f" {device.gemm_efficiency:.0%} and attention {device.attention_efficiency:.0%};"
                 f" {device.hbm_gb:g} GB, of which {device.usable_memory:.0%} are used, less"
-                f" {device.runtime_gb:g} GB of the runtime's own.",
-                f"Links: {device.intra_gbs:g} GB/s a GPU in nodes of {device.gpus_per_node}, {device.inter_gbs:g} GB/s"
-                f" a GPU between nodes, {device.link_efficiency:.0%} of both reached; rings of"
-                f" {device.base_latency_us:g} us and {device.intra_latency_us:g} or {device.inter_latency_us:g} us a"
+                f" {device.runtime_gb:g} GB for the runtime.",
+                f"Links: {device.intra_gbs:g} GB/s per GPU in nodes of {device.gpus_per_node},"
+                f" {device.inter_gbs:g} GB/s per GPU between nodes, {device.link_efficiency:.0%} of both reached; rings"
+                f" of {device.base_latency_us:g} us and {device.intra_latency_us:g} or {device.inter_latency_us:g} us per"
                 f" hop, small messages of {device.small_base_latency_us:g}, {device.small_intra_latency_us:g} and"
                 f" {device.small_inter_latency_us:g} us.",
-                f"Data: {self.recipe.data.workers} loader processes a GPU, {device.loader_samples_s:g} samples/s each."
-                f" Storage: {device.storage_node_gbs:g} GB/s a node, {device.storage_gbs:g} GB/s in all."
-                f" Energy: {device.watts:g} W a GPU, nothing else.",
-                "A step as the recipe has it: gathers fetched ahead run beside computation, reduces do not unless"
-                " zero.overlap_comm is on, the loader runs beside everything.",
+                f"Data: {self.recipe.data.workers} loader processes per GPU, {device.loader_samples_s:g}"
+                " samples/s each."
+                f" Storage: {device.storage_node_gbs:g} GB/s per node, {device.storage_gbs:g} GB/s in total."
+                f" Energy: {device.watts:g} W per GPU, nothing else.",
+                "A step as the recipe has it: prefetched gathers overlap computation, reduces only with"
+                " zero.overlap_comm, the loader overlaps everything.",
             ]
-        return said
+        return sentences
 
     def as_json(self, samples: int) -> dict[str, Any]:
         size = checkpoint_bytes(self.parts, self.recipe)
@@ -139,7 +140,7 @@ class Report:
         console.print(self._parts())
         kept, recomputed = sum(p.kept for p in self.parts), sum(p.kept_recomputed for p in self.parts)
         console.print(
-            f"activations kept a sample: {_gb(kept)} GB, with activation checkpointing {_gb(recomputed)} GB"
+            f"activations kept per sample: {_gb(kept)} GB, with activation checkpointing {_gb(recomputed)} GB"
             f" ({'on' if recipe.activation_checkpointing else 'off'} in the recipe). A checkpoint: {_gb(size)} GB.",
         )
         console.print(self._memory())
@@ -155,7 +156,7 @@ class Report:
                     f"{row.gpus} GPUs need micro_batch={row.micro_batch}: with the recipe's {recipe.micro_batch},"
                     f" global_batch {recipe.global_batch} does not divide over them.",
                 )
-        for sentence in [*(f"Left out: {reason}" for reason in self.left_out), *self.assumptions()]:
+        for sentence in [*(f"Skipped: {reason}" for reason in self.left_out), *self.assumptions()]:
             console.print(f"- {sentence}", soft_wrap=True)
 
     def _parts(self) -> Table:
@@ -173,10 +174,10 @@ class Report:
         useful, done = useful_flops(self.parts), done_flops(self.parts, self.recipe.activation_checkpointing)
         rows.append(("useful / done", "", "", "", f"{useful / 1e12:.2f}", "", f"{done / 1e12:.2f}"))
         heads = ("part", "", "place", "parameters", "forward", "backward", "again")
-        return _table("TFLOP a sample", heads, rows)
+        return _table("TFLOP per sample", heads, rows)
 
     def _memory(self) -> Table:
-        """A column a number of GPUs."""
+        """Memory with a column per number of GPUs."""
         names = dict.fromkeys(name for row in self.rows for name in (*row.memory.held, *row.memory.per_pass))
         lines: list[tuple[str, ...]] = []
         for name in names:
@@ -185,12 +186,12 @@ class Report:
                 lines.append((("" if name in self.rows[0].memory.held else "+ ") + name, *map(_gb, values)))
         if any(row.memory.previews for row in self.rows):
             lines.append(("+ previews, rank 0", *(_gb(row.memory.previews) for row in self.rows)))
-        lines.append(("held all the time", *(_gb(row.memory.static) for row in self.rows)))
+        lines.append(("held permanently", *(_gb(row.memory.static) for row in self.rows)))
         lines.append(("peak", *(_gb(row.memory.peak) for row in self.rows)))
         if self.device:
             lines.append(("fits", *("yes" if row.fits else "NO" for row in self.rows)))
             lines.append(("largest micro_batch", *(str(row.largest_micro_batch) for row in self.rows)))
-        return _table("GB a GPU", ("", *(f"{row.gpus} GPUs" for row in self.rows)), lines)
+        return _table("GB per GPU", ("", *(f"{row.gpus} GPUs" for row in self.rows)), lines)
 
     def _traffic(self) -> Table:
         kinds = dict.fromkeys((t.kind, t.scope) for row in self.rows for t in row.transfers)
@@ -200,7 +201,7 @@ class Report:
             name = kind + (" (within a node)" if scope == "node" else "")
             lines.append((name, *(f"{_gb(t[0].bytes)} in {t[0].count}" if t else "-" for t in found)))
         lines.append(("received", *(_gb(row.received) for row in self.rows)))
-        return _table("GB a GPU and step, collectives", ("", *(f"{row.gpus} GPUs" for row in self.rows)), lines)
+        return _table("GB per GPU and step, collectives", ("", *(f"{row.gpus} GPUs" for row in self.rows)), lines)
 
     def _times(self, samples: int, size: int) -> Table:
         assert self.device is not None
@@ -246,7 +247,9 @@ class Report:
 
     def _scaling(self) -> Table:
         lines = [(curve[0].layout.name, *(f"{value:.1%}" for value in retention(curve))) for curve in self.curves]
-        title = f"Throughput a GPU kept from {CURVE[0]} GPUs on, micro_batch {self.recipe.micro_batch}, one pass a step"
+        title = (
+            f"Throughput per GPU relative to {CURVE[0]} GPUs, micro_batch {self.recipe.micro_batch}, one pass per step"
+        )
         return _table(title, ("", *(f"{count} GPUs" for count in CURVE)), lines)
 
 

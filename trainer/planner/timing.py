@@ -1,4 +1,4 @@
-"""Seconds of one step on a device, and what they make of it."""
+"""Step time on a device, and its utilisation."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .traffic import Transfer
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a step on every GPU.
+    """Seconds per step on every GPU.
 
-    ahead: transfers issued early enough to run beside computation; behind: the others. intra, inter: all transfers, by
-    the links they are bound by. at_peak, at_peak_done: useful FLOPs, and those really done, at the device's peak.
+    ahead: transfers issued early enough to overlap computation; behind: the others. intra, inter: all transfers, by the
+    links that bound them. at_peak, at_peak_done: useful and executed FLOPs at the device's peak.
     """
 
     compute: float
@@ -31,32 +31,32 @@ class Timing:
 
     @property
     def serial(self) -> float:
-        """One thing after the other."""
+        """Without any overlap."""
         return self.compute + self.ahead + self.behind + self.update + self.data
 
     @property
     def as_set(self) -> float:
-        """What is issued ahead runs beside computation, the loader beside everything."""
+        """Transfers issued ahead overlap computation, the loader overlaps everything."""
         return max(max(self.compute, self.ahead) + self.behind + self.update, self.data)
 
     @property
     def overlapped(self) -> float:
-        """All transfers run beside computation."""
+        """All transfers overlap computation."""
         return max(max(self.compute, self.ahead + self.behind) + self.update, self.data)
 
     @property
     def mfu(self) -> float:
-        """Share of the device's peak that goes into useful FLOPs, with the step as it is set."""
+        """Model FLOPs utilisation: useful FLOPs over the device's peak, for the step as set."""
         return self.at_peak / self.as_set
 
     @property
     def hfu(self) -> float:
-        """The same with recomputation."""
+        """Hardware FLOPs utilisation: the same including recomputation."""
         return self.at_peak_done / self.as_set
 
     @property
     def bound(self) -> str:
-        """What takes longest of all that could run at once."""
+        """The slowest of the activities that could overlap."""
         rates = {
             "compute": self.compute,
             "links within nodes": self.intra,
@@ -67,23 +67,23 @@ class Timing:
 
 
 def working(parts: Iterable[Part]) -> list[Part]:
-    """Nothing is computed of what a cache holds."""
+    """The parts that compute: all but cached ones."""
     return [part for part in parts if part.place != "cached"]
 
 
 def useful_flops(parts: Iterable[Part]) -> float:
-    """Of one sample, forward and backward."""
+    """FLOPs per sample, forward and backward."""
     return sum(part.forward + part.backward for part in working(parts))
 
 
 def done_flops(parts: Sequence[Part], recomputed: bool) -> float:
-    """Of one sample, recomputed layers counted twice."""
+    """FLOPs per sample with recomputation."""
     again = sum(part.recomputed for part in working(parts)) if recomputed else 0.0
     return useful_flops(parts) + again
 
 
 def compute_s(parts: Iterable[Part], recomputed: bool, device: Device) -> float:
-    """Seconds of one sample at the device's assumed efficiencies. The device must have `bf16_tflops`."""
+    """Seconds per sample at the device's assumed efficiencies. The device must have `bf16_tflops`."""
     assert device.bf16_tflops is not None
     linear = attention = 0.0
     for part in working(parts):
@@ -105,7 +105,7 @@ def timing(
     micro_batch: int,
     passes: int,
 ) -> Timing:
-    """Of `passes` passes over `micro_batch` samples on each of `gpus` GPUs. The device must have `bf16_tflops`."""
+    """Timing of `passes` passes over `micro_batch` samples on `gpus` GPUs. The device must have `bf16_tflops`."""
     assert device.bf16_tflops is not None
     samples = micro_batch * passes
 

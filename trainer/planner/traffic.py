@@ -1,4 +1,4 @@
-"""Bytes over the wire in one step, by kind, and the collectives that carry them."""
+"""Communication volume per step, by kind, and the number of collectives."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .layout import Layout, Zero
 
 @dataclass(frozen=True)
 class Transfer:
-    """One kind of transfer in a step: bytes that a GPU receives, in `count` collectives over `ranks` GPUs.
+    """One kind of transfer in a step: bytes received per GPU, in `count` collectives over `ranks` GPUs.
 
-    hidden: it is issued ahead, so that it can run beside computation.
+    hidden: issued ahead, so that it can overlap computation.
     """
 
     kind: str
@@ -26,7 +26,7 @@ class Transfer:
 
 
 def traffic(parts: Sequence[Part], zero: Zero, layout: Layout, gpus: int, node: int, passes: int) -> list[Transfer]:
-    """Of a step with `passes` backward passes; nothing on one GPU."""
+    """Transfers of a step with `passes` backward passes; empty on one GPU."""
     zero = zero.under(layout)
     second = layout.hpz_ranks(zero.hpz, gpus, node)
     node = min(node, gpus)
@@ -41,7 +41,7 @@ def traffic(parts: Sequence[Part], zero: Zero, layout: Layout, gpus: int, node: 
     placed = layout.place(parts)
     gathered = [part for part in placed if part.place in ("sharded", "node")]
     large = {part.name: [size for size in part.parameters if size > zero.persistent] for part in gathered}
-    # DeepSpeed fetches ahead up to max_live elements, from there on as much as has been freed: a parameter or so.
+    # DeepSpeed prefetches up to max_live elements, then as much as has been freed: about a parameter.
     sizes = [size for part in gathered for size in large[part.name]]
     bucket = zero.prefetch_bucket if sum(sizes) <= zero.max_live else min(zero.prefetch_bucket, usual(sizes))
 
@@ -49,14 +49,14 @@ def traffic(parts: Sequence[Part], zero: Zero, layout: Layout, gpus: int, node: 
         ahead = zero.prefetch_bucket > 0
         add(kind, sum(sizes), times, zero.gather_bytes, buckets(sizes, bucket), ranks, ahead)
 
-    # What is gathered when the backward pass begins stays so for it.
+    # Parameters that are gathered when the backward pass begins stay gathered for it.
     live = zero.max_live
     for part in sorted(gathered, key=lambda part: part.gradient != "through"):
         trained = part.gradient == "trained"
         over = node if part.place == "node" else gpus
         again = second or over
         what = "trained" if trained else "frozen"
-        # Copies cut within a node are made anew from the first gather after every update.
+        # Copies sharded within a node are rebuilt from the first gather after every update.
         first = passes if not second else 1 if trained else 0
         gather(f"gather {what}, forward", large[part.name], first, over)
         gather(f"gather {what}, forward", large[part.name], passes - first, again)
@@ -71,7 +71,7 @@ def traffic(parts: Sequence[Part], zero: Zero, layout: Layout, gpus: int, node: 
 
 
 def beyond(sizes: Sequence[int], live: int) -> list[int]:
-    """What a pass from the last size to the first has to fetch when the last `live` elements are there already."""
+    """Sizes to gather in a pass from last to first when the last `live` elements are already gathered."""
     rest = []
     for size in reversed(sizes):
         if size > live:
@@ -81,7 +81,7 @@ def beyond(sizes: Sequence[int], live: int) -> list[int]:
 
 
 def buckets(sizes: Iterable[int], limit: int) -> int:
-    """Collectives for parameters in order: DeepSpeed takes parameters into a fetch until `limit` elements are full."""
+    """Number of gathers for parameters in order: DeepSpeed adds parameters to a fetch until it has `limit` elements."""
     count = filled = 0
     for size in sizes:
         filled += size
@@ -91,7 +91,7 @@ def buckets(sizes: Iterable[int], limit: int) -> int:
 
 
 def usual(sizes: Iterable[int]) -> int:
-    """The size that half of all elements are in parameters of, or in smaller ones."""
+    """The median parameter size, weighted by elements."""
     ordered, passed = sorted(sizes), 0
     for size in ordered:
         passed += size
@@ -101,7 +101,7 @@ def usual(sizes: Iterable[int]) -> int:
 
 
 def packs(sizes: Iterable[int], limit: int) -> int:
-    """Collectives for gradients in order: DeepSpeed sends a bucket off when the next one would not fit."""
+    """Number of reduces for gradients in order: DeepSpeed sends a bucket when the next gradient would not fit."""
     count = filled = 0
     for size in sizes:
         if filled and filled + size > limit:
@@ -111,7 +111,7 @@ def packs(sizes: Iterable[int], limit: int) -> int:
 
 
 def _joined(transfers: Iterable[Transfer]) -> list[Transfer]:
-    """Of the same kind and scope in one."""
+    """Merge transfers of the same kind and scope."""
     sums: dict[tuple[str, str], Transfer] = {}
     for one in transfers:
         key = one.kind, one.scope

@@ -1,4 +1,4 @@
-"""`bifrost bench data`: rivals do the same work, and the record is made of what was measured."""
+"""`bifrost bench data`: all baselines do the same work, and the record contains what was measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bifrost.trainer.cli.main import app
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """24 pictures in 4 shards, with shorter sides of 64 to 160 px."""
+    """24 images in 4 shards, with shorter sides of 64 to 160 px."""
     return make_photos(tmp_path_factory.mktemp("photos"), 24, 4, (64, 160))
 
 
@@ -30,7 +30,7 @@ def job(spec: str, workers: int = 2) -> bench.Job:
     return bench.Job(open_dataset(spec), bench.stack, (56,), micro_batch=4, workers=workers)
 
 
-def test_generated_pictures_are_those_that_were_asked_for(photos: str, tmp_path: Path) -> None:
+def test_generated_images_are_those_that_were_asked_for(photos: str, tmp_path: Path) -> None:
     dataset = open_dataset(photos)
     assert dataset.samples_per_shard.tolist() == [6, 6, 6, 6]
     files = [dataset.read(shard, number).image for shard in range(4) for number in range(6)]
@@ -44,7 +44,7 @@ def test_generated_pictures_are_those_that_were_asked_for(photos: str, tmp_path:
 
 
 @pytest.mark.parametrize("own_decoder", [False, True])
-def test_rivals_make_the_same_batches(photos: str, own_decoder: bool) -> None:
+def test_baselines_make_the_same_batches(photos: str, own_decoder: bool) -> None:
     work = job(photos)
     ours, theirs = {}, {}
     for found, batches in ((ours, bench.reader_batches(work)), (theirs, bench.webdataset_batches(work, own_decoder))):
@@ -118,7 +118,7 @@ def test_a_recipe_brings_its_sizes_and_collate(shards: Path) -> None:
     settings = [f"data.shards={shards}/train-*.tar", "global_batch=8", "micro_batch=4", "data.shuffle_window=2"]
     with data._job("tiny-mllm", settings, samples=20, workers=1, sides="") as work:
         assert (work.sizes, work.micro_batch, work.block, len(work.dataset.shards)) == ((112,), 4, 2, 2)
-        ours, theirs = (next(iter(rival(work))) for rival in (bench.reader_batches, bench.webdataset_batches))
+        ours, theirs = (next(iter(baseline(work))) for baseline in (bench.reader_batches, bench.webdataset_batches))
     assert ours.keys() == theirs.keys() >= {"images", "input_ids", "mask"}
     assert ours["images"].shape == theirs["images"].shape == (4, 3, 112, 112)
 
@@ -128,7 +128,7 @@ def test_a_folder_of_shards_is_no_recipe(photos: str) -> None:
     with data._job(folder, [], samples=17, workers=2, sides="") as work:
         assert len(work.dataset.shards) == 3
     ended = CliRunner().invoke(app, ["bench", "data", folder, "data.workers=3"])
-    assert "settings are of a recipe" in str(ended.exception)
+    assert "overrides need a recipe" in str(ended.exception)
 
 
 def test_mistakes_are_one_line(photos: str) -> None:
@@ -137,6 +137,6 @@ def test_mistakes_are_one_line(photos: str) -> None:
     with pytest.raises(DataError, match="fewer than a micro-batch"):
         bench.Job(open_dataset(photos), bench.stack, (56,), micro_batch=25, workers=1)
     ended = CliRunner().invoke(app, ["bench", "data", photos, "data.workers=3"])
-    assert "settings are of a recipe" in str(ended.exception)
+    assert "overrides need a recipe" in str(ended.exception)
     ended = CliRunner().invoke(app, ["bench", "data", "--sides", "9,3"])
     assert "--sides 9,3" in str(ended.exception)

@@ -1,4 +1,4 @@
-"""The profile of a step: what kinds of work are told apart, how idle time is found, and a real run."""
+"""The profile of a step: kinds of work, idle time, and a real run."""
 
 import gzip
 import json

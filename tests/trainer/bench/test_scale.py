@@ -153,7 +153,7 @@ def test_slices_and_moves_of_a_small_model(small: simulate.Shapes) -> None:
     found = simulate.partition(small, 4)["trained"]
     # Slices of 6 + 1 + 16; the last rank has 3 of a's 21 and none of b's 2.
     assert (found["a_rank_most"], found["a_rank_least"], found["padding"]) == (6 + 1 + 16, 3 + 0 + 16, 3 + 2)
-    # The second of two ranks needs a's elements 11 to 20, which lie in slices 1, 2 and 3.
+    # The second of two ranks needs a's elements 11 to 20, which are in slices 1, 2 and 3.
     move = simulate.move(small.trained, 4, 2)
     assert (move["files_a_rank_most"], move["bytes_a_rank_most"]) == (3, 4 * (11 + 1 + 32))
 
@@ -188,7 +188,7 @@ def test_a_plan_that_gives_a_sample_twice_is_noticed(monkeypatch: pytest.MonkeyP
         with pytest.raises(simulate.Broken, match="misses"):
             simulate.data(recipe, 512, [])
     with monkeypatch.context() as patch:
-        # Fewer ranks go on one step late.
+        # Fewer ranks resume one step late.
         shift = lambda step, rank, ranks, *rest: right(step + (ranks == 256), rank, ranks, *rest)  # noqa: E731
         patch.setattr(simulate, "rank_positions", shift)
         with pytest.raises(simulate.Broken, match="256 ranks get other global batches"):

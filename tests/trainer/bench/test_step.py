@@ -97,7 +97,7 @@ def test_compiled_layers_are_a_baseline_with_the_same_numbers() -> None:
 def test_baselines_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A baseline that forgets the padding's columns, as a mask of the wrong kind would."""
     monkeypatch.setattr("bifrost.trainer.bench.dense.additive_mask", lambda real, patches, dtype: torch.zeros(()))
-    with pytest.raises(RunError, match="the baselines differ"):
+    with pytest.raises(RunError, match="the baseline differs"):
         step.bench(load_recipe("tiny-mllm"), text_tokens="real", out=None, **SMALL)
 
 

@@ -32,7 +32,7 @@ def choose(folder: Path, *overrides: str, ranks: Ranks = ALONE):
 
 def test_recipes_name_what_the_kernels_have() -> None:
     hints = typing.get_type_hints(Kernels)
-    assert typing.get_args(hints["provider"]) == ("auto", *typing.get_args(Provider))
+    assert typing.get_args(hints["head_backend"]) == ("auto", *typing.get_args(Provider))
     assert typing.get_args(hints["attention"]) == ("auto", *typing.get_args(Backend))
 
 

@@ -71,7 +71,7 @@ def test_variants_are_not_mixed_in(tmp_path: Path) -> None:
     assert weight_files(tmp_path) == [plain]
     plain.unlink()
     (tmp_path / "consolidated.safetensors").unlink()
-    with pytest.raises(RunError, match=r"a variant alone, model\.fp16\.safetensors; fetch model\.safetensors"):
+    with pytest.raises(RunError, match=r"only a variant, model\.fp16\.safetensors; fetch model\.safetensors"):
         weight_files(tmp_path)
     assert load_file(variant)["w"][0] == 2
 

@@ -74,7 +74,7 @@ def test_a_vocabulary_without_its_merges(qwen: Path) -> None:
 
 def test_another_models_tokenizer(qwen: Path) -> None:
     for rows in (ROWS - 1, ROWS * 2):
-        with pytest.raises(RunError, match=f"has {ROWS} tokens and the model's embedding {rows} rows"):
+        with pytest.raises(RunError, match=f"has {ROWS} tokens but the model's embedding {rows} rows"):
             open_tokenizer(qwen, rows)
     open_tokenizer(qwen, ROWS + 20)  # embeddings are padded
 

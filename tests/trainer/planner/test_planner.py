@@ -178,13 +178,13 @@ def test_layouts_move_frozen_weights_and_traffic(models: dict[str, list[Part]]) 
     recipe = load_recipe("mllm-7b")
     rows = {layout.name: plan(models["mllm-7b"], recipe, 64, layout=layout) for layout in LAYOUTS}
     frozen = {name: row.memory.held["frozen weights"] / 1e9 for name, row in rows.items()}
-    assert frozen["frozen parts cut over all"] == pytest.approx(15.494 / 64, rel=1e-3)
-    assert frozen["frozen parts cut within a node"] == pytest.approx(15.494 / 8, rel=1e-3)
-    assert frozen["frozen parts whole on every GPU"] == pytest.approx(15.494, rel=1e-3)
+    assert frozen["frozen parts sharded over all"] == pytest.approx(15.494 / 64, rel=1e-3)
+    assert frozen["frozen parts sharded within a node"] == pytest.approx(15.494 / 8, rel=1e-3)
+    assert frozen["frozen parts replicated on every GPU"] == pytest.approx(15.494, rel=1e-3)
     received = {name: row.received / 1e9 for name, row in rows.items()}
-    cut, whole = received["frozen parts cut over all"], received["frozen parts whole on every GPU"]
+    cut, whole = received["frozen parts sharded over all"], received["frozen parts replicated on every GPU"]
     assert cut - whole == pytest.approx(15.494 * 63 / 64, rel=1e-3)
-    hpz = rows["hpZ: all weights also cut within a node"]
+    hpz = rows["hpZ: all weights also sharded within a node"]
     over_all = {t.kind for t in hpz.transfers if t.scope == "all"}
     assert over_all == {"gather trained, forward", "reduce gradients"}
     assert hpz.memory.held["second copy (hpZ), frozen"] == pytest.approx(15.494e9 / 8, rel=1e-3)
@@ -289,7 +289,7 @@ def test_largest_micro_batch_is_the_last_that_fits(models: dict[str, list[Part]]
 
 
 def test_the_command(tmp_path: Path) -> None:
-    picture = tmp_path / "plan.png"
+    plot = tmp_path / "plan.png"
     found = json.loads(
         bifrost("plan", "mllm-7b", "--gpus", "8,64,3", "--device", "h200", "--samples", "1000000", "--json")
     )
@@ -303,9 +303,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert row["cost"]["energy_mwh"] == pytest.approx(hours * 700 / 1e6)
     assert found["checkpoint_bytes"] == 12 * 6_539_391_488
     assert row["checkpoint_s"] == pytest.approx(found["checkpoint_bytes"] / 16e9)
-    printed = bifrost("plan", "mllm-3b", "--gpus", "8", "--device", "H200", "--plot", str(picture))
+    printed = bifrost("plan", "mllm-3b", "--gpus", "8", "--device", "H200", "--plot", str(plot))
     assert "predicted" in printed and "bound by" in printed and "micro_batch" in printed
-    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 10_000
     with pytest.raises(RunError, match=r"missing/plan\.png: cannot be written"):
         bifrost("plan", "mllm-3b", "--gpus", "8", "--device", "H200", "--plot", str(tmp_path / "missing" / "plan.png"))
 
