@@ -76,8 +76,8 @@ class Report:
                 f" {device.runtime_gb:g} GB for the runtime.",
                 f"Links: {device.intra_gbs:g} GB/s per GPU in nodes of {device.gpus_per_node},"
                 f" {device.inter_gbs:g} GB/s per GPU between nodes, {device.link_efficiency:.0%} of both reached; rings"
-                f" of {device.base_latency_us:g} us and {device.intra_latency_us:g} or {device.inter_latency_us:g} us per"
-                f" hop, small messages of {device.small_base_latency_us:g}, {device.small_intra_latency_us:g} and"
+                f" of {device.base_latency_us:g} us and {device.intra_latency_us:g} or {device.inter_latency_us:g} us"
+                f" per hop, small messages of {device.small_base_latency_us:g}, {device.small_intra_latency_us:g} and"
                 f" {device.small_inter_latency_us:g} us.",
                 f"Data: {self.recipe.data.workers} loader processes per GPU, {device.loader_samples_s:g}"
                 " samples/s each."
