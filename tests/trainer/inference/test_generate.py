@@ -399,7 +399,7 @@ def test_wrong_inputs_are_one_line_and_leave_nothing(
     refused("image does not decode", "--latents-from", mllm / "recipe.yaml")
     refused("--latents-from goes through the ControlNet", "--latents-from", drawing, "--no-controlnet")
     refused("geneval needs --prompts", "moon", "--layout=geneval")
-    refused("dpg needs --prompts", "moon", "--layout=dpg")
+    refused("dpg needs only --prompts", "moon", "--layout=dpg")
     for number, (content, message) in enumerate(
         (
             (b"\n \n", "contains no prompts"),

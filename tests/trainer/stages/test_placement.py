@@ -18,7 +18,7 @@ from bifrost.trainer.stages.placement import offload
 
 CPU = torch.device("cpu"), torch.float32
 REPLICATED = "flux.placement={transformer: replicated, vae: replicated, text: replicated, vision_encoder: replicated}"
-OFFLOADED = "flux.placement={transformer: replicated, vae: offloaded, text: offloaded, tower: offloaded}"
+OFFLOADED = "flux.placement={transformer: replicated, vae: offloaded, text: offloaded, vision_encoder: offloaded}"
 
 
 def train(shards: Path, flux: Path, runs_dir: Path, *settings: str) -> list[float]:
