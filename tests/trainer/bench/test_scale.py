@@ -51,7 +51,7 @@ def test_a_point_leaves_out_the_warm_up() -> None:
     assert found["data_wait_share"] == pytest.approx(0.1) and found["straggler"] == 1.5
 
 
-def test_efficiency_is_throughput_a_core(tmp_path: Path) -> None:
+def test_efficiency_is_throughput_per_core(tmp_path: Path) -> None:
     recipe = load_recipe("tiny-mllm", ["global_batch=32", "micro_batch=4"])
     for ranks, step_s in ((1, 4.0), (2, 2.5), (8, 5.0)):
         one = scale.point(recipe, "strong", [("here", [4, 5], 0.0)] * ranks, lines(9, 9, step_s))
@@ -63,7 +63,7 @@ def test_efficiency_is_throughput_a_core(tmp_path: Path) -> None:
     scale.present(tmp_path)
     assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "weak-0001.json").write_text(json.dumps(points[0] | {"recipe": "other"}))
-    with pytest.raises(RunError, match="holds points of other, tiny-mllm"):
+    with pytest.raises(RunError, match="contains points of other, tiny-mllm"):
         scale.read_points(tmp_path)
 
 
