@@ -428,7 +428,7 @@ def test_wrong_inputs_are_one_line_and_leave_nothing(
     write_config(public, shape)
     refused("names no FLUX; give the one it was trained on", "moon", controlnet=public)
     other = make_run(place / "other", load_recipe("tiny-mllm", ["data.image_size=224"]), ("master",), 3)
-    refused("8 x 8 latents for 8 x 8 FLUX tokens need 'none'", "moon", mllm=other)
+    refused("8 x 8 latents and 8 x 8 FLUX tokens need 'none'", "moon", mllm=other)
 
 
 def test_a_controlnet_for_other_latents(generator: Generator, mllm: Path, flux: Path, tmp_path: Path) -> None:
