@@ -1,4 +1,4 @@
-"""The trainer's errors for its users."""
+"""Errors that the trainer reports to its users."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from ..data.transience import causes, verdict
 
 
 class RunError(ValueError):
-    """Bad input or state that the user can mend; the message is one line: what, where, what to do."""
+    """Bad input or state that the user can fix; the message is one line: what, where, what to do."""
 
     passing = False
     """Whether another attempt may succeed with nothing changed."""
 
     @classmethod
     def from_storage_error(cls, where: object, error: BaseException) -> RunError:
-        """What an error of storage, network or a service at `where` means for a run."""
-        told = failure(where, error)
-        found = cls(str(told))
-        found.passing = told.passing
+        """RunError for a storage, network or service error at `where`; `passing` is set if it may be transient."""
+        reason = failure(where, error)
+        found = cls(str(reason))
+        found.passing = reason.passing
         return found
 
 
 class Locked(RunError):
-    """Another start of the run is alive."""
+    """Another process is running this run."""
 
 
 class Unreachable(RunError):
-    """A service did not answer; another attempt may succeed."""
+    """A service did not answer. Retryable."""
 
     passing = True
 
 
 class AlreadyRunning(RunError):
-    """Another process does the same at this moment."""
+    """Another process is doing the same. Retryable."""
 
     passing = True
 
 
 class Unhealthy(RuntimeError):
-    """Training cannot usefully go on; the message is one line with the reason."""
+    """Training cannot usefully continue; the message is one line with the reason."""
 
 
 class RendezvousTimeout(RuntimeError):
-    """A rank of this start did not come; the message is one line that names it. To be started again."""
+    """A rank missed the rendezvous; the message is one line that names it. Retryable."""
 
 
 _DISTRIBUTED = {"RuntimeError", "DistError", "DistBackendError", "DistNetworkError", "DistStoreError"}
-"""Classes of the errors that torch.distributed raises; gloo's are plain RuntimeErrors."""
+"""Exception classes raised by torch.distributed; gloo raises plain RuntimeErrors."""
 _LOST_RANK = re.compile(
     r"Connection (closed|reset) by (remote )?peer|Connection was likely closed|Broken pipe|Connection refused|"
     r"gloo/.*(Timed out|timeout|Socket closed)|connectFullMesh failed|wait timeout after|Socket Timeout|"
@@ -69,23 +69,22 @@ _HOST_FULL = re.compile(r"DefaultCPUAllocator: (can't|not enough)|\[enforce fail
 
 
 def foreseen(error: BaseException) -> Exception | None:
-    """One line with what to do, as an exception that says whether another attempt may succeed, for an error that no
-    bug need be behind: storage, network, a service, memory. None for any other. Our own errors are returned as they
-    are."""
+    """A one-line exception with a remedy for an error that is not necessarily a bug: storage, network, a service,
+    memory. Its `passing` states whether a retry may succeed. None for other errors; our own are returned unchanged."""
     if isinstance(error, (RunError, DataError, Unhealthy, RendezvousTimeout)):
         return error
     links = list(causes(error))
     if any(_DEVICE_FULL.search(str(link)) or type(link).__name__ == "OutOfMemoryError" for link in links):
         line = next(str(link) for link in links if _DEVICE_FULL.search(str(link)) or link is error)
         return RunError(
-            f"the GPU's memory is full ({_sentence(line)}); lower micro_batch, take more ranks or offload, see"
-            " `bifrost plan`, and look for other processes on the GPU"
+            f"the GPU's memory is full ({_sentence(line)}); lower micro_batch, use more ranks or offload, see"
+            " `bifrost plan`, and check for other processes on the GPU"
         )
     full = any(isinstance(link, OSError) and link.errno == errno.ENOMEM for link in links)
     if full or isinstance(error, MemoryError) or any(_HOST_FULL.search(str(link)) for link in links):
         return RunError(
             f"this machine's memory is full ({_sentence(str(error)) or type(error).__name__}); lower micro_batch,"
-            " data.workers or data.prefetch, or ask for more memory"
+            " data.workers or data.prefetch, or request more memory"
         )
     if verdict(error) is None:
         return None
@@ -93,38 +92,38 @@ def foreseen(error: BaseException) -> Exception | None:
 
 
 def lost_rank(error: BaseException) -> str | None:
-    """One line on a collective or a store that broke because another rank is gone; None for any other error, and where
-    another one is behind it."""
+    """One line for a collective or store that failed because another rank exited; None for any other error, also if
+    it is the cause."""
     for link in causes(error):
         if type(link).__name__ not in _DISTRIBUTED or not _LOST_RANK.search(str(link)):
             return None
-    # gloo begins with the place in its own source.
+    # gloo's messages start with its source location.
     text = re.sub(r"^\[\S*?:\d+\] ", "", _sentence(str(error)))
     return f"lost the connection to another rank ({text}); the output of the rank that ended first has the cause"
 
 
 def with_message(error: Exception, text: str) -> Exception:
-    """The same error with another text."""
+    """The same error with another message."""
     found = type(error)(text)
     vars(found).update(vars(error))
     return found
 
 
 def _place(links: list[BaseException]) -> str:
-    """The file that an error is about, or its kind."""
+    """The file of an error, or the error's type."""
     names = [link.filename for link in links if isinstance(link, OSError) and link.filename is not None]
     return os.fsdecode(names[0]) if names and not isinstance(names[0], int) else type(links[0]).__name__
 
 
 def _sentence(text: str) -> str:
-    """The first sentence of an error's text."""
+    """The first sentence of an error message."""
     return re.split(r"(?<=[a-z\d])\.\s|\n", " ".join(text.split()))[0][:200].rstrip(".")
 
 
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """Around what writes a command's result to `place`: that it cannot is a RunError."""
+    """Convert an OSError while writing a command's result to `place` into a RunError."""
     try:
         yield
     except OSError as error:
-        raise RunError(f"{place}: cannot be written ({error}); mend that or name another place") from error
+        raise RunError(f"{place}: cannot be written ({error}); fix that or choose another path") from error

@@ -1,4 +1,4 @@
-"""Where commands print their tables and lines."""
+"""Terminal output of the commands."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from rich.console import Console
 
 
 def terminal() -> Console:
-    """Standard output. Captions, paths and settings are printed as they are: [brackets] and :colons: mean nothing."""
-    # A file or a pipe has no width to fold tables to.
+    """Console on standard output, without markup: [brackets] and :colons: in captions, paths and settings stay."""
+    # A file or pipe has no width to wrap tables to.
     return Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False)

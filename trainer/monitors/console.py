@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar on a terminal, plain lines in a file. Rank 0 speaks, the others log."""
+"""Console output of a run: a progress bar on a terminal, plain lines in a file. Rank 0 prints, other ranks log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("bifrost")
 
 
 class Console:
-    """Shows the metric records; `steps` is the run's length, `done` where it starts."""
+    """Shows metric records. steps: total steps of the run. done: steps done before this attempt."""
 
     def __init__(self, steps: int, done: int, shown: bool) -> None:
         self.shown = shown
@@ -52,26 +52,26 @@ class Console:
             self._show(self._bar.stop)
 
     def _show(self, write: Callable[[], None]) -> None:
-        """`write` to standard output, without which a run goes on: Ctrl-C also ends the `tee` behind it."""
+        """Call `write` on standard output; the run continues if it is gone: Ctrl-C also ends a `tee` behind it."""
         try:
             write()
         except OSError as error:
-            # Neither the next line nor what is left in the buffer at exit may fail again.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.close(nowhere)
-            log.warning("standard output is gone (%s): the run goes on without it, its lines are in logs/", error)
+            # Neither the next line nor the buffer flushed at exit may fail again.
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+            log.warning("standard output is gone (%s): the run continues, its output is in logs/", error)
 
 
 class WithoutSecrets(logging.Formatter):
-    """Hides logins and signatures in the addresses that errors of storage and services quote."""
+    """Redacts logins and signatures in addresses that error messages quote."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
 
 
 def step_fields(record: Mapping[str, Any]) -> list[str]:
-    """What a step line shows, the most wanted first."""
+    """Fields of a step line, most important first."""
     parts = {key[5:].replace("_", " "): value for key, value in record.items() if key.startswith("loss_")}
     return [
         f"step {record['step']:>6}",
@@ -86,7 +86,7 @@ def step_fields(record: Mapping[str, Any]) -> list[str]:
 
 
 def fitting(fields: Sequence[str], width: int) -> str:
-    """A line of `width` characters at most: what is wanted least is left out; metrics.jsonl and the log have it all."""
+    """A line of at most `width` characters, without the least important fields; metrics.jsonl and the log have all."""
     kept = list(fields)
     for least in ("wait", "skipped", "lr", "grad"):
         if len("  ".join(kept)) > width:
@@ -95,7 +95,7 @@ def fitting(fields: Sequence[str], width: int) -> str:
 
 
 def log_to_file(folder: Path, rank: int) -> None:
-    """Send this rank's log records to `folder/rank-00000.log`, warnings also to stderr on rank 0."""
+    """Write this rank's log records to `folder/rank-00000.log`, and warnings to stderr on rank 0."""
     folder.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(folder / f"rank-{rank:05d}.log", delay=True)
     file.setFormatter(WithoutSecrets("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -1,4 +1,4 @@
-"""What `bifrost eval` measured of a run, kept with it and mirrored to MLflow."""
+"""Results of `bifrost eval`, stored in the run folder and mirrored to MLflow."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..errors import AlreadyRunning, RunError
 from .metrics import MetricsFile
 
 FILE = "evaluations.jsonl"
-"""Next to metrics.jsonl, which a trainer on another node may be writing."""
+"""Separate from metrics.jsonl, which a trainer on another node may be writing."""
 
 
 def note_evaluation(run: Path, step: int, figures: dict[str, Any]) -> str | None:
-    """Add an evaluation of the checkpoint of `step` to a run folder and send it to MLflow, where the run is mirrored.
+    """Store an evaluation of the checkpoint of `step` in the run folder, and send it to MLflow if the run is mirrored.
 
-    Returns a line on what did not work, None when all did, or `run` is an export.
+    Returns a line that describes a failure; None on success, or if `run` is an export.
     """
     if not (run / "metrics.jsonl").is_file():
         return None
@@ -29,7 +29,7 @@ def note_evaluation(run: Path, step: int, figures: dict[str, Any]) -> str | None
     try:
         sync(run)
     except AlreadyRunning:
-        return None  # the run's own mirror is at work, and sends it
+        return None  # the run's own mirror is running and sends it
     except RunError as error:
         return f"the evaluation is not in MLflow yet, `bifrost track sync {run}` sends it: {error}"
     return None

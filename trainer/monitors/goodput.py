@@ -1,9 +1,9 @@
-"""Where the time of a run went, over all its starts: computed from `metrics.jsonl` alone.
+"""Goodput of a run over all attempts, computed from `metrics.jsonl` alone.
 
-Kinds of seconds: `step` (productive: steps that count, without their wait for data), `data_wait`, `startup` (the first
-start, up to its first step), `recovery` (from a start's last sign of life to where the next one is ready), `save` (what
-a save kept training waiting for), `lost` (steps that were done and had to be done again), `other` (pictures, the end).
-ETTR, the effective training time ratio, is `step` over all of them.
+Time is split into `step` (productive: steps that count, without waiting for data), `data_wait`, `startup` (first
+attempt, up to its first step), `recovery` (from an attempt's last sign of life until the next one is ready), `save`
+(time for which a save blocked training), `lost` (steps that had to be repeated) and `other` (previews, shutdown). ETTR,
+the effective training time ratio, is `step` divided by the total.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ FILE = "goodput.json"
 KINDS = ("step", "data_wait", "startup", "recovery", "save", "lost", "other")
 
 NOTHING_BEFORE = {"downtime_s": 0.0, "kept_s": 0.0, "lost_s": 0.0, "lost_steps": 0}
-"""What the first start says of the time before it."""
+"""Fields of the first `start` event."""
 
 
 class Sign(NamedTuple):
-    """A sign of life of an earlier start: Unix time, and the steps done by then."""
+    """A sign of life of an earlier attempt: Unix time, and steps done by then."""
 
     time: float
     step: int
 
 
 class Ledger:
-    """Adds up a run's records in their order."""
+    """Accumulates a run's records in order."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
         self.starts = self.step = self.lost_steps = 0
@@ -51,7 +51,7 @@ class Ledger:
             if self._begun is None:
                 self._begun = record["time"] - record["startup_s"]
                 seconds["startup"] += record["startup_s"]
-            elif self._finished:  # it was done, and got more steps: nobody waited for it
+            elif self._finished:  # finished and later extended: the idle time in between does not count
                 self._idle += record.get("downtime_s", 0.0)
                 seconds["startup"] += record["startup_s"]
             else:
@@ -93,7 +93,7 @@ def summary(run: str | Path) -> dict[str, Any]:
 
 
 class AccountedMetrics(MetricsFile):
-    """A metrics file whose lines carry the `ettr` so far, and the ledger beside it as `goodput.json`."""
+    """A metrics file with the `ettr` so far in each line, and the ledger in `goodput.json`."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
@@ -101,9 +101,9 @@ class AccountedMetrics(MetricsFile):
         self._writing = threading.Lock()
 
     def resume(self, step: int, begun: float, owner: Mapping[str, Any] | None) -> dict[str, float]:
-        """Rewind to `step`, for a start whose process began at the Unix time `begun`, or for a roll-back now; returns
-        what the `start` or `rollback` event says of the time before it. owner: of the lock that the start before left,
-        if it died. Raises OSError."""
+        """Rewind to `step` for an attempt whose process started at Unix time `begun`, or for a rollback now; return the
+        fields of the `start` or `rollback` event that describe the time before. owner: of the lock left by a previous
+        attempt that died. Raises OSError."""
         records = read_metrics(self.path) if self.path.exists() else []
         fields = _before(records, step, begun, owner)
         self.rewind(step)
@@ -111,7 +111,7 @@ class AccountedMetrics(MetricsFile):
         return fields
 
     def write(self, record: Mapping[str, Any]) -> None:
-        with self._writing:  # a save in the background reports from a thread of its own
+        with self._writing:  # background saves report from their own thread
             record = {"time": time.time(), **record}
             self._ledger.add(record)
             if "event" not in record:
@@ -126,41 +126,41 @@ class AccountedMetrics(MetricsFile):
 
 
 def _is_restart(record: Mapping[str, Any]) -> bool:
-    """Whether the lines after this one go on from an earlier step: those of a start, or of a roll-back."""
+    """Whether the lines after this one continue from an earlier step: a start or a rollback."""
     return record.get("event") in ("start", "rollback")
 
 
 def _step(record: Mapping[str, Any]) -> int:
-    """Where training stands after this record."""
+    """Steps done after this record."""
     return record.get("to", record["step"])
 
 
 def _before(
     records: list[dict[str, Any]], step: int, begun: float, owner: Mapping[str, Any] | None
 ) -> dict[str, float]:
-    """Of the start before, which went on after `step`: seconds of steps that count though no line tells of them
-    (`kept_s`), seconds and number of steps to be done again, and seconds between its last sign of life and `begun`."""
+    """Time of the previous attempt after its last kept line: seconds of steps up to `step` without a line (`kept_s`),
+    seconds and number of steps to repeat, and seconds from its last sign of life to `begun`."""
     starts = [index for index, record in enumerate(records) if _is_restart(record)]
     if not starts:
         return NOTHING_BEFORE
-    told = records[starts[-1]]  # up to here, lines that stay tell where the time went
-    signs = [Sign(told["time"], _step(told))]
-    if owner and owner.get("step") is not None and owner["started"] <= told["time"]:
+    accounted = records[starts[-1]]  # up to this record, kept lines account for the time
+    signs = [Sign(accounted["time"], _step(accounted))]
+    if owner and owner.get("step") is not None and owner["started"] <= accounted["time"]:
         signs.append(Sign(owner["beat"], owner["step"]))
     for record in records[starts[-1] :]:
         if "event" not in record and record["step"] <= step:
-            told = record
+            accounted = record
         if "step" in record:
             signs.append(Sign(record["time"], _step(record)))
-    since = [record for record in records if record["time"] > told["time"]]
+    since = [record for record in records if record["time"] > accounted["time"]]
     saves = sum(r.get("blocked_s", r["seconds"]) for r in since if r.get("event") == "checkpoint")
     end = max(sign.time for sign in signs)
-    spent = max(0.0, end - told["time"] - saves)
+    spent = max(0.0, end - accounted["time"] - saves)
     reached = max(step, *(sign.step for sign in signs))
-    lost = (reached - step) / max(reached - _step(told), 1)
+    lost = (reached - step) / max(reached - _step(accounted), 1)
     return {
         "downtime_s": max(0.0, begun - end),
-        "kept_s": spent * (1 - lost) if step > _step(told) else 0.0,
+        "kept_s": spent * (1 - lost) if step > _step(accounted) else 0.0,
         "lost_s": spent * lost,
         "lost_steps": reached - step,
     }

@@ -1,7 +1,7 @@
-"""The end of a run that hangs: every rank statuses, one of them reads the statuses and reports, and all leave.
+"""The end of a hung run: every rank writes its status, one rank reads them and reports, and all exit.
 
-All of it goes through the run folder, which is shared and perhaps slow: what a rank does there does not grow with the
-number of ranks, but for the one that reports, which lists the folder and reads each answer once.
+Statuses go through the run folder, which is shared and may be slow: the work per rank does not grow with the number of
+ranks, except for the reporting rank, which lists the folder and reads each status once.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from .phase_timer import PhaseTimer
 from .stacks import RankStatus, listed, read_statuses, recorded_collectives, suspect_rank, thread_at, write_status
 
 COLLECTION_S = 10.0
-"""For which up to AT_ONCE ranks wait for one another's statuses; more ranks wait longer, in proportion."""
+"""Wait for the statuses of up to AT_ONCE ranks; proportionally longer for more ranks."""
 AT_ONCE = 128
 
 
 def collection_timeout_s(ranks: int) -> float:
-    """Seconds in which that many ranks' statuses are through the storage."""
+    """Seconds in which the statuses of that many ranks are written."""
     return COLLECTION_S * max(1.0, ranks / AT_ONCE)
 
 
 def exit_timeout_s(ranks: int) -> float:
-    """Seconds after which a rank that hangs is ended, whatever its storage does."""
+    """Seconds after which a hung rank is ended, even if its storage is blocked."""
     return 3 * collection_timeout_s(ranks)
 
 
 def report_exit(line: str, host: str | None = None) -> None:
-    """Tell the user and the batch script why this rank ends. host: the node that is to blame."""
+    """Print and record why this rank exits. host: the suspect node."""
     print(f"error: {line}", file=sys.stderr, flush=True)
     record_outcome(HUNG, line, host=host)
 
 
 @dataclass(frozen=True)
 class HangReport:
-    """Rank `rank` gives up. folder: for the statuses. hosts: of every rank. training: the thread that trains.
+    """Report of rank `rank`. folder: for the statuses. hosts: of every rank. training: id of the training thread.
     stacks: an open file for this rank's. stalled_s, bound_s: how long it has waited, and might."""
 
     rank: int
@@ -58,7 +58,7 @@ class HangReport:
     bound_s: float
 
     def collect_and_report(self) -> None:
-        """Returns when this rank has answered and may leave. Raises OSError."""
+        """Write this rank's status and return when it may exit. Raises OSError."""
         trace, collectives, collective = recorded_collectives()
         status = RankStatus(
             rank=self.rank,
@@ -74,13 +74,13 @@ class HangReport:
         )
         write_status(self.folder, status, self.stacks, trace)
         begun, window = time.monotonic(), collection_timeout_s(len(self.hosts))
-        # The report is rank 0's, if it statuses. Who else would make it need not ask the storage before the time is up.
+        # Rank 0 reports if it responds. Other ranks only poll for its report until the time is up.
         if self.rank == 0:
             self._wait(lambda: len(listed(self.folder)) == len(self.hosts), begun + window)
         else:
             self._wait(self._reported, begun + window)
         if not self._reported() and listed(self.folder)[0] == self.rank:
-            # Made by one rank alone, also where they see the folder differently.
+            # Exactly one rank reports, even if the ranks see the folder differently.
             with suppress(FileExistsError), open(self.folder / "reporter", "x") as claim:
                 claim.write(f"{self.rank}\n")
                 self._report(begun + 2 * window)
@@ -92,7 +92,7 @@ class HangReport:
     def _wait(self, over: Callable[[], bool], deadline: float) -> None:
         while not over() and time.monotonic() < deadline:
             time.sleep(collection_timeout_s(len(self.hosts)) / 20)
-            os.utime(self.folder)  # a network file system then asks the server again what the folder holds
+            os.utime(self.folder)  # makes a network file system refresh the folder listing
 
     def _report(self, deadline: float) -> None:
         statuses = read_statuses(self.folder)
@@ -113,7 +113,7 @@ class HangReport:
         waited = f"no step for {self.stalled_s:.0f} s (bound {self.bound_s:.0f} s)"
         report_exit(f"{waited}: {clause}; stacks in {self.folder}, ended with code {HUNG}", event["host"])
         MetricsFile(run / "metrics.jsonl").write(event)
-        # Where the report is seen the ranks leave, and the first one to do so may end all: not before all is written.
+        # Ranks exit once they see the report, and the first exit may end all others: write everything before it.
         recorded = sum(status.collective is not None for status in statuses)
         self._wait(lambda: len(listed(self.folder, ".collectives.json")) >= recorded, deadline)
         write_json(self.folder / "report.json", event | {"reason": clause})

@@ -1,9 +1,9 @@
-"""Bad numbers: which steps must not change the weights, and when there were too many of them in a row.
+"""Step health: which steps must be skipped, and whether too many were skipped consecutively.
 
-A spike is told by the modified z-score, 0.6745 (x - median) / MAD, where MAD is the median of the absolute deviations
-from the median (Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993); 0.6745 makes it the usual z-score for
-normal numbers. Median and MAD stay where they are while less than half of the window is odd, and a skipped step's
-numbers never enter it.
+A spike is detected by the modified z-score, 0.6745 (x - median) / MAD, where MAD is the median absolute deviation
+(Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993); the factor 0.6745 makes it equal the usual z-score for
+normally distributed values. Median and MAD are robust while less than half of the window are outliers, and values of
+skipped steps never enter the window.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..optim.train_state import Progress
 from .metrics import finite
 
 FLOOR = 0.02
-"""Least MAD, as a share of the median: a window of nearly equal values makes no spike of a small step."""
+"""Minimum MAD as a fraction of the median: in a window of nearly equal values a small change is not a spike."""
 
 
 def robust_zscore(value: float, window: Sequence[float]) -> float:
@@ -30,9 +30,9 @@ def robust_zscore(value: float, window: Sequence[float]) -> float:
 
 
 class Health:
-    """Judges every step by its loss and gradient norm. Its memory is `progress`, so a resume judges alike.
+    """Checks every step by its loss and gradient norm. Its state is in `progress`, so a resume behaves the same.
 
-    Its inputs are equal on all ranks, to the bit, and so are its verdicts.
+    Inputs are bitwise equal on all ranks, and so are the decisions.
     """
 
     def __init__(self, settings: Settings, progress: Progress) -> None:
@@ -40,7 +40,7 @@ class Health:
         self.progress = progress
 
     def judge(self, loss: float, grad_norm: float) -> str | None:
-        """Why the step with these numbers must be skipped; None when they are good."""
+        """Why the step with these values must be skipped; None if it is healthy."""
         values = {"loss": loss, "gradient norm": grad_norm}
         for name, value in values.items():
             if not math.isfinite(value):
@@ -56,7 +56,7 @@ class Health:
         return None
 
     def record(self, skipped: bool, loss: float, grad_norm: float) -> None:
-        """Note how a step ended."""
+        """Record the outcome of a step."""
         progress = self.progress
         if not skipped:
             progress.bad_in_a_row = progress.spikes_in_a_row = 0
@@ -68,7 +68,7 @@ class Health:
 
     @property
     def exhausted(self) -> bool:
-        """Whether so many steps in a row were skipped that something must change."""
+        """Whether max_bad_steps consecutive steps were skipped."""
         return self.progress.bad_in_a_row >= self.settings.max_bad_steps
 
 
@@ -79,7 +79,7 @@ def skipped_event(
     grad_norm: float,
     shares: Sequence[tuple[list[str], list[float], float]],
 ) -> dict[str, Any]:
-    """The record of a skipped step. shares: every rank's sample keys, their losses, and the sum over its passes."""
+    """Event of a skipped step. shares: every rank's sample keys, their losses, and the sum over its passes."""
     return {
         "event": "skipped_step",
         "step": progress.step,

@@ -1,4 +1,4 @@
-"""What is done every few seconds beside the training, by a thread of its own that training never waits for."""
+"""Periodic actions in a background thread that training never waits for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Heartbeat:
-    """Calls `actions`, which raise nothing, every `seconds` inside a `with` block, and at its end."""
+    """Calls `actions`, which must not raise, every `seconds` inside a `with` block and at its end."""
 
     def __init__(self, seconds: float) -> None:
         self.actions: list[Callable[[], None]] = []
@@ -21,7 +21,7 @@ class Heartbeat:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._thread.join(self._seconds)  # a storage that is away may hold it for longer
+        self._thread.join(self._seconds)  # unavailable storage may block it for longer
 
     def _beat(self) -> None:
         over = False

@@ -1,4 +1,4 @@
-"""Rates of the loop between two metric lines: samples and tokens a second, time spent waiting for data."""
+"""Throughput between two metric lines: samples and tokens per second, time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .phase_timer import STEP, Times
 
 
 class Meter:
-    """Counts from one `rates` to the next. Work beside the steps, such as saves, does not dilute the rates."""
+    """Counts between calls of `rates`. Work outside the steps, such as saves, does not lower the rates."""
 
     def __init__(self) -> None:
         self._start()
@@ -19,15 +19,15 @@ class Meter:
         self._tokens = 0.0
 
     def count(self, samples: int, tokens: float) -> None:
-        """One step over `samples` samples and `tokens` text tokens and patches, of all ranks."""
+        """Count one step over `samples` samples and `tokens` text tokens and patches of all ranks."""
         self._steps += 1
         self._samples += samples
         self._tokens += tokens
 
     def rates(self, times: Times) -> dict[str, float]:
-        """Metrics since the last call, over which `times` were taken too. `data_wait_s`: this rank's seconds a step."""
-        beside = sum(seconds for name, seconds in times.wall.items() if name not in STEP)
-        elapsed = max(time.perf_counter() - self._begun - beside, 1e-9)
+        """Metrics since the last call. times: of the same period. `data_wait_s`: this rank's seconds per step."""
+        outside = sum(seconds for name, seconds in times.wall.items() if name not in STEP)
+        elapsed = max(time.perf_counter() - self._begun - outside, 1e-9)
         steps = max(self._steps, 1)
         rates = {
             "samples_per_s": self._samples / elapsed,

@@ -1,4 +1,4 @@
-"""The metrics file of a run: one JSON object a line, appended; the truth that trackers mirror."""
+"""The metrics file of a run: one JSON object per line, append-only; trackers mirror it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """Appends to `metrics.jsonl`. No failure to write stops the run: the first one is logged, lines are lost until
-    the disk takes them again. Threads may share it.
+    """Appends to `metrics.jsonl`. Thread-safe. A write failure does not stop the run: the first one is logged, and
+    lines are lost until the disk accepts writes again.
     """
 
     def __init__(self, path: str | Path):
@@ -31,9 +31,9 @@ class MetricsFile:
         self._torn = True  # whether the file may end inside a line
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append `record` as a line, with the Unix time as `time` unless it has one.
+        """Append `record` as a line, with the Unix time as `time` unless it is set.
 
-        The file is opened anew each time, so that a line is visible on other nodes once this returns.
+        The file is reopened each time, so that the line is visible on other nodes when this returns.
         """
         line = redact(json.dumps({"time": time.time(), **record})) + "\n"
         with self._lock:
@@ -54,11 +54,11 @@ class MetricsFile:
             self._torn = self._failing = False
 
     def rewind(self, step: int) -> int:
-        """Drop the metric lines after `step`, and what is no whole line; events stay, and all lines get today's names.
-        Returns the lines dropped.
+        """Drop the metric lines after `step` and truncated lines; events stay, and all lines get the current names.
+        Returns the number of lines dropped.
 
-        For a resume, before the first `write`: the run will log those steps again. The file is replaced in one move.
-        Raises OSError.
+        For a resume, before the first `write`: the run logs those steps again. The file is replaced atomically. Raises
+        OSError.
         """
         if not self.path.exists():
             return 0
@@ -72,9 +72,9 @@ class MetricsFile:
 
 
 class Tail:
-    """Follows a metrics file: each `read` returns the records that came since the last one.
+    """Follows a metrics file: each `read` returns the records appended since the previous one.
 
-    A file that was replaced (`rewind`) or cut is read from its start again.
+    A file that was replaced (`rewind`) or truncated is read again from its beginning.
     """
 
     def __init__(self, path: str | Path):
@@ -82,7 +82,7 @@ class Tail:
         self._inode = self._position = 0
 
     def read(self) -> list[dict[str, Any]]:
-        """New records, without a last line still being written. Raises OSError."""
+        """New records, without an incomplete last line. Raises OSError."""
         try:
             file = open(self.path, "rb")  # noqa: SIM115
         except FileNotFoundError:
@@ -99,12 +99,12 @@ class Tail:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All records of a metrics file in order; lines that a crash or a full disk tore are left out."""
+    """All records of a metrics file in order, without lines truncated by a crash or a full disk."""
     return Tail(path).read()
 
 
 def last_lines(path: str | Path, size: int) -> list[bytes]:
-    """The lines that begin within the last `size` bytes of a metrics file; the last one may be torn. Raises OSError."""
+    """Lines that start in the last `size` bytes of a metrics file; the last one may be truncated. Raises OSError."""
     with open(path, "rb") as file:
         begin = max(0, os.fstat(file.fileno()).st_size - size)
         file.seek(begin)
@@ -112,7 +112,7 @@ def last_lines(path: str | Path, size: int) -> list[bytes]:
 
 
 def finite(value: float) -> float | None:
-    """The value, or None for what JSON does not know."""
+    """The value, or None if it is not finite, which JSON cannot represent."""
     return value if math.isfinite(value) else None
 
 

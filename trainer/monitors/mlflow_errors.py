@@ -1,4 +1,4 @@
-"""What an error on the way to MLflow means for a person."""
+"""User-facing explanations of MLflow errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import RunError
 
 
 def explain(error: Exception, server: str) -> tuple[str, bool]:
-    """One line, and whether trying again is of no use until a person has done something."""
+    """(one line, whether the error is permanent: a retry does not help until the user acts)."""
     if isinstance(error, RunError):
         return str(error), not error.passing
     if isinstance(error, ModuleNotFoundError):
@@ -24,23 +24,23 @@ def explain(error: Exception, server: str) -> tuple[str, bool]:
         login = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         return f"{server} refuses access (HTTP {status}): set {login}", True
     if status == 404 and not is_missing(error):
-        return f"{server} is no MLflow server (HTTP 404): set tracking.uri or MLFLOW_TRACKING_URI", True
+        return f"{server} is not an MLflow server (HTTP 404): set tracking.uri or MLFLOW_TRACKING_URI", True
     found = verdict(error)
     return f"{server} is not available: {one_line(error)}" if found else f"{server}: {one_line(error)}", found is False
 
 
 def is_missing(error: Exception) -> bool:
-    """Whether MLflow says that what was asked for does not exist, and not that the address is wrong."""
+    """Whether MLflow reports that the requested object does not exist, rather than a wrong address."""
     return getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
 
 
 def one_line(error: Exception) -> str:
-    """Kind of an error and what happened, in one line of bounded length and without secrets."""
+    """Type and message of an error in one line of bounded length, without secrets."""
     return redact(f"{type(error).__name__}: {described(error)}").replace(f"{HIDDEN}@", "")
 
 
 def _status(error: Exception) -> int | None:
-    """Of HTTP, as MLflow has it for every error of its own, a database's too."""
+    """HTTP status of an error, which MLflow sets for all its own errors, also those of a database."""
     if (written := re.search(r"failed with error code (\d{3})", str(error))) is not None:
         return int(written[1])
     ask = getattr(error, "get_http_status_code", None)

@@ -1,4 +1,4 @@
-"""The files of a run folder that MLflow keeps with its run."""
+"""Files of a run folder that are logged as MLflow artifacts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ DOCUMENTS = ("recipe.yaml", "environment.json", "ds_config.json")
 def send_files(
     client: Any, run_id: str, folder: Path, sent: dict[str, list[int]], note: Callable[[], None], events: bool
 ) -> str | None:
-    """Send the files that are new or have changed, and with `events` all events as one; returns why it did not.
+    """Send new and changed files, and with `events` all events as one file; return the reason of a failure, else None.
 
-    sent: size and time of each file when it was sent, updated here; note: called after each one.
+    sent: size and modification time of each sent file, updated in place. note: called after each file.
     """
     try:
         for path in [folder / name for name in DOCUMENTS] + sorted(previews(folder).rglob("*.*")):
@@ -36,6 +36,6 @@ def send_files(
                 json.dumps(record) + "\n" for record in read_metrics(folder / "metrics.jsonl") if "event" in record
             ]
             client.log_text(run_id, "".join(lines), "events.jsonl")
-    except Exception as error:  # a server may take points and have no room for files
+    except Exception as error:  # a server may accept metrics and have no space for files
         return one_line(error)
     return None

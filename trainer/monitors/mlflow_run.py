@@ -1,4 +1,4 @@
-"""The MLflow run of a training run: its points, settings and files."""
+"""The MLflow run of a training run: metrics, parameters and artifacts."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from .mlflow_tags import EXPERIMENT_TAGS, dataset_input, run_tags
 
 log = logging.getLogger(__name__)
 
-FILES_EVERY_S = 30.0  # seconds between two looks for new files while the run goes on
-POINTS, PARAMS = 1000, 100  # that MLflow takes in one batch
+FILES_EVERY_S = 30.0  # seconds between checks for new files during training
+POINTS, PARAMS = 1000, 100  # MLflow's limits per batch
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 LOSS = series_name("loss", None)
 AS_TRAINING = "workflowType=machine_learning"
-"""In an address, has MLflow 3 show its pages for model training instead of those for language model applications."""
+"""URL parameter that makes MLflow 3 show its model training pages instead of those for LLM applications."""
 HARMLESS = (
     *("tracking.", "checkpoint.", "watchdog.", "previews.", "log_every", "runs_dir", "data.workers"),
     *("micro_batch", "activation_checkpointing", "zero."),
 )
-"""Settings that no logged loss depends on."""
+"""Settings that do not affect the logged loss."""
 
-# MLflow's own defaults retry one request for minutes; retries here are the mirror's, so that it can end in time.
+# MLflow's defaults retry a request for minutes; the mirror retries itself, so that it can end in time.
 SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -49,14 +49,14 @@ SETTINGS = {
 
 
 class MlflowRun:
-    """The MLflow run of a training run: one for all its restarts, its id kept in `tracking.json`.
+    """The MLflow run of a training run: one for all attempts, with its id in `tracking.json`.
 
-    Which points the server has is asked of the server, on every connection: no crash can make the two differ. MLflow
-    cannot delete points. Where the run dropped steps that it has, and did not repeat them as they were, a new MLflow
-    run takes the place of the old one.
+    Every connection queries which points the server has, so that a crash cannot make the two differ. MLflow cannot
+    delete points: if the training run dropped steps that were sent and repeats them differently, a new MLflow run
+    replaces the old one.
 
-    `live` says that the training run starts now, for the first time or again.
-    RunError when `run_dir` holds no recipe or another process is sending it; OSError when it cannot be written.
+    live: the training run is starting or resuming now. Raises RunError if `run_dir` has no recipe or another process
+    is sending it, OSError if it cannot be written.
     """
 
     def __init__(self, run_dir: Path, live: bool):
@@ -65,7 +65,7 @@ class MlflowRun:
         try:
             self.recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
         except FileNotFoundError:
-            raise RunError(f"{run_dir} is no run folder: it holds no recipe.yaml") from None
+            raise RunError(f"{run_dir} is not a run folder: it has no recipe.yaml") from None
         self._lock = _lock(run_dir / ".tracking.lock")
         self._state = self._load()
         self._live = live
@@ -73,15 +73,15 @@ class MlflowRun:
             self._state["starts"] += 1
             self._store()
         self._client: Any = None
-        self._files_due = 0.0  # time.monotonic() of the next look for new files
+        self._files_due = 0.0  # time.monotonic() of the next check for new files
         self.sent = 0
         self.file_error: str | None = None
-        """Why the last look for files did not send them all."""
+        """Why the last check for files did not send them all."""
 
     def push(self, last: bool) -> None:
-        """Send the points that are new; now and then, and when it is the `last` time, files too.
+        """Send new points, and periodically and on the `last` call, files.
 
-        Raises whatever MLflow raises for points; the next call goes on without losing or repeating one.
+        Raises MLflow's errors for points; the next call continues without losing or repeating one.
         """
         try:
             if self._client is None:
@@ -92,20 +92,20 @@ class MlflowRun:
                 records = self._tail.read()
             self._send_points([*records, *self._evaluations.read()])
         except Exception:
-            self._client = None  # what of the batch has arrived is unknown: the next connection asks
+            self._client = None  # unknown how much of the batch arrived: the next connection queries it
             raise
         self._new_events = self._new_events or any("event" in record for record in records)
         if last or time.monotonic() >= self._files_due:
             run_id, sent = self._state["run_id"], self._state["files"]
             problem = send_files(self._client, run_id, self.folder, sent, self._store, self._new_events)
             if problem and self.file_error is None:
-                log.error("files not sent, points are; will be tried again: %s", problem)
+                log.error("metrics were sent, files were not; will retry: %s", problem)
             self._new_events = self._new_events and problem is not None
             self.file_error = problem
             self._files_due = time.monotonic() + FILES_EVERY_S
 
     def end(self, otherwise: str | None) -> None:
-        """Set the run's status from its newest `end` event unless it started again since, else to `otherwise` unless
+        """Set the run's status from its newest `end` event unless it was restarted since, else to `otherwise` if not
         None."""
         turns = [record for record in read_metrics(self.metrics) if record.get("event") in ("start", "end")]
         last = turns[-1] if turns else {}
@@ -115,7 +115,7 @@ class MlflowRun:
             self._client.set_terminated(self._state["run_id"], status, end_time=milliseconds(time_of))
 
     def address(self) -> str:
-        """Where a person finds the run, once something was sent."""
+        """Address of the run for the user, once something was sent."""
         place = f"#/experiments/{self._experiment}/runs/{self._state['run_id']}?{AS_TRAINING}"
         if self.server.startswith("http"):
             return f"{self.server.rstrip('/')}/{place}"
@@ -124,16 +124,16 @@ class MlflowRun:
     def _load(self) -> dict[str, Any]:
         path = self.folder / "tracking.json"
         try:
-            # The key finds a run that was created by a request whose answer, or whose sender, was lost.
+            # The key finds a run created by a request whose reply, or whose sender, was lost.
             state = json.loads(path.read_text()) if path.exists() else {"key": uuid.uuid4().hex, "starts": 0}
         except json.JSONDecodeError:
             raise RunError(f"{path} is damaged: remove it, and the run is sent to a new MLflow run") from None
         if _is_copy(state, self.folder):
-            log.info("%s is a copy of %s: it gets an MLflow run of its own", self.folder, state["folder"])
+            log.info("%s is a copy of %s: it gets its own MLflow run", self.folder, state["folder"])
             state = {"key": uuid.uuid4().hex, "starts": 0, "uri": state.get("uri")}
         state["folder"] = str(self.folder.resolve())
         given = (self.recipe.get("tracking") or {}).get("uri") or os.environ.get("MLFLOW_TRACKING_URI")
-        # A shell without the variable still finds the server that the run was sent to.
+        # A shell without the variable still finds the server to which the run was sent.
         self._uri = given or state.get("uri") or f"sqlite:///{self.folder.parent / 'mlflow.db'}"
         self.server = redact(self._uri).replace(f"{HIDDEN}@", "")
         remembered = self.server if given or state.get("uri") else None
@@ -172,7 +172,7 @@ class MlflowRun:
         self._client = client
 
     def _run(self, client: Any, start_time: int) -> Any:
-        """The run on the server, found or created. RunError when it was deleted there."""
+        """Find or create the run on the server. Raises RunError if it was deleted there."""
         from mlflow.exceptions import MlflowException
 
         run = None
@@ -182,10 +182,10 @@ class MlflowRun:
             except MlflowException as error:
                 if not is_missing(error):
                     raise
-                log.warning("%s no longer has run %s: a new one is begun", self.server, self._state["run_id"])
+                log.warning("%s no longer has run %s: a new one is created", self.server, self._state["run_id"])
                 self._state |= {"run_id": None, "files": {}}
         if run is None:
-            self._store()  # the key, before there is a run that carries it
+            self._store()  # store the key before a run carries it
             run = self._find_or_create(client, start_time)
             self._state["run_id"] = run.info.run_id
             self._store()
@@ -194,8 +194,8 @@ class MlflowRun:
             self._require_active(client.get_experiment(run.info.experiment_id))
             command = f"MLFLOW_TRACKING_URI={self.server} mlflow runs restore --run-id {run.info.run_id}"
             raise RunError(
-                f"the run was deleted in MLflow: `{command}` brings it back; or remove"
-                f" {self.folder / 'tracking.json'}, and it is sent to a new one"
+                f"the run was deleted in MLflow: `{command}` restores it; or remove"
+                f" {self.folder / 'tracking.json'} to send it to a new one"
             )
         return run
 
@@ -203,7 +203,7 @@ class MlflowRun:
         if experiment.lifecycle_stage == "deleted":
             command = f"MLFLOW_TRACKING_URI={self.server} mlflow experiments restore -x {experiment.experiment_id}"
             raise RunError(
-                f"the experiment {experiment.name} was deleted in MLflow: `{command}` brings it back; or set another"
+                f"the experiment {experiment.name} was deleted in MLflow: `{command}` restores it; or set another"
                 " tracking.experiment"
             )
 
@@ -213,9 +213,9 @@ class MlflowRun:
         name = (self.recipe.get("tracking") or {}).get("experiment", "bifrost")
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
-            beside = None if self._state["uri"] else (self.folder.parent / "mlartifacts").as_uri()
+            artifacts = None if self._state["uri"] else (self.folder.parent / "mlartifacts").as_uri()
             try:
-                client.create_experiment(name, artifact_location=beside, tags=EXPERIMENT_TAGS)
+                client.create_experiment(name, artifact_location=artifacts, tags=EXPERIMENT_TAGS)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -229,8 +229,8 @@ class MlflowRun:
         return client.create_run(experiment.experiment_id, start_time, tags=tags, run_name=self.folder.name)
 
     def _dropped(self, records: list[dict[str, Any]], reached: int, params: dict[str, str]) -> bool:
-        """Whether the server has points, up to step `reached`, of steps that the run dropped and does otherwise now: a
-        rollback passes over samples, and a start with other settings repeats no step as it was."""
+        """Whether the server has points, up to step `reached`, of steps that the run dropped and repeats differently: a
+        rollback skips samples, and a resume with other settings changes later steps."""
         rollbacks = [record for record in records if record.get("event") == "rollback"][self._state["rollbacks"] :]
         if any(reached > record["to"] for record in rollbacks):
             return True
@@ -238,7 +238,7 @@ class MlflowRun:
         return self._live and bool(started) and reached > started[-1] and bool(self._changed(params))
 
     def _changed(self, params: dict[str, str]) -> dict[str, tuple[str, str]]:
-        """Settings other than on the server: there, here."""
+        """Settings that differ from the server's: key -> (there, here)."""
         here = dict(parameters(self.recipe))
         return {
             key: (params[key], text)
@@ -250,15 +250,15 @@ class MlflowRun:
         return _rollbacks(read_metrics(self.metrics)) > self._state["rollbacks"]
 
     def _mark_replaced(self, client: Any) -> None:
-        """Say on the runs that this one took the place of that they are not the training run's story any more."""
+        """Mark the runs that this one replaced."""
         for old in self._state["replaced"]:
-            note = f"Ends with steps that were dropped. Run {self._state['run_id']} has the whole course without them."
+            note = f"Ends with dropped steps. Run {self._state['run_id']} has the complete history without them."
             try:
                 client.set_tag(old, "bifrost.replaced_by", self._state["run_id"])
                 client.set_tag(old, "mlflow.note.content", note)
                 client.update_run(old, name=f"{self.folder.name} (dropped)")
                 client.set_terminated(old, "KILLED")
-            except Exception as error:  # it may have been deleted; the new run is what counts
+            except Exception as error:  # it may have been deleted; only the new run matters
                 log.warning("run %s could not be marked as replaced: %s", old, one_line(error))
         if self._state["replaced"]:
             client.set_tag(self._state["run_id"], "bifrost.continues", self._state["replaced"][-1])
@@ -291,7 +291,7 @@ class MlflowRun:
         for record in records:
             when = milliseconds(record)
             for key, value in series(record):
-                if "event" in record:  # several may be of one step, or of an earlier one
+                if "event" in record:  # several events may have the same step or an earlier one
                     fresh = (key, record["step"], when) not in self._seen
                 else:
                     fresh = record["step"] > self._reached.get(key, -1)
@@ -306,7 +306,7 @@ class MlflowRun:
 
 
 def _is_copy(state: dict[str, Any], folder: Path) -> bool:
-    """Whether `state` came to `folder` with a copy of a run that still exists elsewhere, and not because it moved."""
+    """Whether `folder` is a copy of a run that still exists elsewhere, rather than moved."""
     original = Path(state.get("folder", folder))
     try:
         if original.samefile(folder):
@@ -317,7 +317,7 @@ def _is_copy(state: dict[str, Any], folder: Path) -> bool:
 
 
 def _begun(records: list[dict[str, Any]]) -> int:
-    """When the run began, in milliseconds: it may be sent long afterwards."""
+    """Unix time in milliseconds at which the run started, which may be long before it is sent."""
     first = records[0] if records else {}
     return milliseconds(first) - int(1000 * first.get("startup_s", 0.0))
 
@@ -327,7 +327,7 @@ def _rollbacks(records: list[dict[str, Any]]) -> int:
 
 
 def _lock(path: Path) -> Any:
-    """A file that is locked until it is closed or garbage. RunError when another process has it."""
+    """A file that stays locked until it is closed or collected. Raises AlreadyRunning if another process holds it."""
     file = open(path, "wb")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

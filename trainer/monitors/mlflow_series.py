@@ -1,4 +1,4 @@
-"""What a run's records are called in MLflow: its charts are grouped by what stands before the slash."""
+"""Names of a run's metrics in MLflow, whose charts are grouped by the part before the slash."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ...recipes.secrets import redact
 
 PERFORMANCE = re.compile(r"_s($|_)|tflops|^mfu$|^hfu$|^ettr$|slowest")
 MEMORY = re.compile(r"memory|alloc_")
-LONGEST_VALUE = 6000  # characters of a parameter that MLflow takes
+LONGEST_VALUE = 6000  # MLflow's limit on the characters of a parameter
 LONGEST_TAG = 500
 
 
 def series_name(key: str, event: str | None) -> str:
-    """`train/`, `perf/` or `memory/` and the key of a step line; the kind of an event and its key, as in `eval/fid`."""
+    """`train/`, `perf/` or `memory/` plus the key of a step line, or the event plus its key, as in `eval/fid`."""
     group = event or ("memory" if MEMORY.search(key) else "perf" if PERFORMANCE.search(key) else "train")
     return re.sub(r"[^\w\-. /]", "_", f"{group}/{key}")
 
@@ -31,7 +31,7 @@ def series(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def parameters(recipe: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted key and text of each setting, without secrets."""
+    """(dotted key, text) of each setting, without secrets."""
     if isinstance(recipe, dict):
         for key, inner in recipe.items():
             yield from parameters(inner, f"{path}.{key}" if path else str(key))

@@ -1,10 +1,10 @@
-"""MLflow's SQLite file, set up whole or not at all.
+"""Atomic initialisation of MLflow's SQLite store.
 
-MLflow creates its tables in place and cannot continue a set-up that was interrupted: every later start then fails with
-"table … already exists". So the file is built next to its place and moved there, by a process of its own that no stop
-signal ends, under a lock. What an interrupted set-up left, which holds no experiment and no model, is replaced.
+MLflow creates its tables in place and cannot continue an interrupted initialisation: every later start fails with
+"table … already exists". Therefore a separate process that ignores stop signals builds the file under another name,
+under a lock, and renames it. A partial store without experiments or models is replaced.
 
-`python -m bifrost.trainer.monitors.mlflow_store URI` is that process.
+`python -m bifrost.trainer.monitors.mlflow_store URI` runs that process.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from typing import Any
 from ..errors import RunError
 
 QUIET_S = 10.0
-"""A half-made store that has not changed for so long is not being set up by anybody."""
+"""A partial store that has not changed for this long is not being initialised by another process."""
 LONGEST_S = 120.0
-"""For which another process that sets the store up is waited for."""
+"""Maximum wait for another process that initialises the store."""
 CONTENT = ("experiments", "runs", "registered_models")
-"""Tables of which one has a row in every store that was ever set up: MLflow adds an experiment as the last step."""
+"""At least one of these tables has a row in every initialised store: MLflow adds an experiment as the last step."""
 
 
 def ensure_store(uri: str) -> None:
-    """Set up the SQLite file that `uri` names, if it is one and not set up yet.
+    """Initialise the store if `uri` is an SQLite file that is not initialised yet.
 
-    A caller that is killed meanwhile leaves the set-up running to its end. RunError when it fails.
+    If the caller is killed, the initialisation continues to its end. Raises RunError if it fails.
     """
     path = database(uri)
     if path is None or is_set_up(path):
@@ -56,7 +56,7 @@ def ensure_store(uri: str) -> None:
 
 
 def database(uri: str) -> Path | None:
-    """The file of an SQLite URI; None for any other address."""
+    """File of an SQLite URI; None for other URIs."""
     if not uri.startswith("sqlite"):
         return None
     from sqlalchemy.engine import make_url
@@ -66,12 +66,12 @@ def database(uri: str) -> Path | None:
 
 
 def is_database(uri: str) -> bool:
-    """Whether MLflow speaks to a database there without a server between."""
+    """Whether MLflow accesses a database at `uri` directly, without a server."""
     return uri.partition(":")[0].partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql")
 
 
 def is_set_up(path: Path) -> bool:
-    """Whether `path` is a store that holds something. Raises sqlite3.Error where it is no database, or locked."""
+    """Whether `path` is an initialised store. Raises sqlite3.Error if it is not a database, or locked."""
     if not path.exists():
         return False
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=20)) as connection:
@@ -80,8 +80,8 @@ def is_set_up(path: Path) -> bool:
 
 
 def require_current(uri: str) -> None:
-    """RunError when the database of `uri` has the schema of another MLflow version: MLflow would change an older one
-    unasked, in place, and a migration that is interrupted cannot be repeated."""
+    """Raise RunError if the database of `uri` has the schema of another MLflow version: MLflow would migrate an older
+    one in place without asking, and an interrupted migration cannot be repeated."""
     from importlib.metadata import version
     from importlib.util import find_spec
 
@@ -110,7 +110,7 @@ def require_current(uri: str) -> None:
 
 
 def set_up(uri: str) -> None:
-    """Set up the file that `uri` names, unless another process does so first. Raises OSError, sqlite3.Error, and
+    """Initialise the SQLite file of `uri`, unless another process does so first. Raises OSError, sqlite3.Error and
     MLflow's errors."""
     path = database(uri)
     assert path is not None
@@ -126,14 +126,14 @@ def set_up(uri: str) -> None:
         if _others_set_up(path):
             aside.unlink()
             return
-        # The half-made file goes first: SQLite would roll its journal back into the new one.
+        # Remove the partial file first: SQLite would roll its journal back into the new one.
         for half_made in (path, *_companions(path)):
             half_made.unlink(missing_ok=True)
         aside.replace(path)
 
 
 def _others_set_up(path: Path) -> bool:
-    """Wait while another program, such as `mlflow ui`, sets `path` up in place; returns whether it got done."""
+    """Wait while another program, such as `mlflow ui`, initialises `path` in place; return whether it succeeded."""
     limit = time.monotonic() + LONGEST_S
     seen, since = _mark(path), time.monotonic()
     while seen is not None and time.monotonic() - since < QUIET_S:
@@ -148,7 +148,7 @@ def _others_set_up(path: Path) -> bool:
 
 
 def _mark(path: Path) -> Any:
-    """Changes with every write; None where there is nothing to wait for."""
+    """Sizes and times, which change with every write; None if there is nothing to wait for."""
     if not path.exists() or not path.stat().st_size:
         return None
     return [(file.stat().st_size, file.stat().st_mtime_ns) for file in (path, *_companions(path)) if file.exists()]

@@ -1,4 +1,4 @@
-"""What MLflow shows of a run next to its numbers: kind, source, user, commit, stage, and the data that it trains on."""
+"""MLflow tags and dataset of a run: experiment kind, source, user, commit, stage and training data."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ...recipes.secrets import redact
 from ..io import read_json
 
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""Without it, MLflow 3 guesses from the content what kind of experiment it is."""
+"""Without it, MLflow 3 infers the kind of the experiment from its content."""
 
 
 def run_tags(folder: Path, recipe: dict[str, Any]) -> dict[str, str]:
-    """Tags of a new run. MLflow's own ones name what the columns Source, User and Version show."""
+    """Tags of a new run; those starting with `mlflow.` fill the columns Source, User and Version."""
     environment = _environment(folder)
     tags = {
         "mlflow.source.name": f"bifrost train {recipe.get('name', folder.name)}",
@@ -33,7 +33,7 @@ def run_tags(folder: Path, recipe: dict[str, Any]) -> dict[str, str]:
 
 
 def dataset_input(folder: Path, recipe: dict[str, Any]) -> Any:
-    """The shards as an input of the run; None before their digest is known."""
+    """The shards as a dataset input; None before their digest is known."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     known = _environment(folder).get("dataset")
@@ -53,7 +53,7 @@ def dataset_input(folder: Path, recipe: dict[str, Any]) -> Any:
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
 
 
-LONGEST_NAME, LONGEST_DIGEST = 400, 16  # characters; MLflow takes 500 and 36
+LONGEST_NAME, LONGEST_DIGEST = 400, 16  # characters; MLflow's limits are 500 and 36
 
 
 def _environment(folder: Path) -> dict[str, Any]:
@@ -63,5 +63,5 @@ def _environment(folder: Path) -> dict[str, Any]:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's number without a name
+    except (KeyError, OSError):  # a user id without a name, as in containers
         return str(os.getuid())

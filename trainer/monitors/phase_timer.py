@@ -1,6 +1,6 @@
-"""Where this rank is in its step, and how long each part takes.
+"""Current phase of this rank's step, and the time per phase.
 
-The training thread only sets attributes; the watchdog's thread and the log lines read them.
+The training thread only sets attributes; the watchdog thread and the log lines read them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Literal
 from torch.profiler import record_function
 
 STEP = ("data", "forward", "backward", "exchange", "optimizer")
-"""The parts of a step; any other section is work beside it, such as `save`, and may take long."""
+"""Phases of a step; any other phase, such as `save`, is outside the step and may take long."""
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds a section since the last look, on the clock and of the training thread's own computing; steps done."""
+    """Seconds per phase since the last call of `take`: wall time and CPU time of the training thread; steps done."""
 
     wall: dict[str, float]
     cpu: dict[str, float]
@@ -29,26 +29,26 @@ class Times:
 
     @property
     def step_s(self) -> float:
-        """Seconds a step."""
+        """Seconds per step."""
         return sum(self.wall.get(name, 0.0) for name in STEP) / max(self.steps, 1)
 
 
 class PhaseTimer:
-    """`with sections("data"): …` around each part; `step_done` after each step."""
+    """`with phase("data"): …` around each phase; `step_done` after each step."""
 
     def __init__(self) -> None:
         self.name = "start"
-        """The section under way, or `after NAME` between two."""
+        """The current phase, or `after NAME` between two."""
         self.step = 0
         """Steps done."""
         self.entered = 0
-        """PhaseTimer entered: the same number on all ranks that are at the same place."""
+        """Phases entered: equal on all ranks that are at the same point."""
         self.timeout_class: Literal["start", "long", "step"] = "start"
-        """Until the next step is done: is it the first one, has there been work beside the step, or neither."""
+        """Which timeout applies until the next step is done: first step, work outside the step (`long`), or neither."""
         self.last_step = time.monotonic()
-        """When the last step was done."""
+        """time.monotonic() at the end of the last step."""
         self.on_steady_state: Callable[[], None] = lambda: None
-        """Called when the start, or a step with work beside it, is over."""
+        """Called at the end of the first step, and of a step with work outside it."""
         self._steps = 0
         self._durations: deque[float] = deque(maxlen=100)
         self._wall: dict[str, float] = defaultdict(float)
@@ -56,7 +56,7 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """A part of the step or work beside it, also under its name in a profiler's trace."""
+        """Time a phase, which also appears under its name in a profiler trace."""
         if name not in STEP:
             self.timeout_class = "start" if self.timeout_class == "start" else "long"
         self.name = name
@@ -69,23 +69,23 @@ class PhaseTimer:
         self.name = f"after {name}"
 
     def step_done(self, step: int) -> None:
-        """`step` steps of the run are done: before anything beside the step, such as a save."""
+        """Record that `step` steps are done; call it before work outside the step, such as a save."""
         now = time.monotonic()
-        ordinary = self.timeout_class == "step"
-        if ordinary:
+        steady = self.timeout_class == "step"
+        if steady:
             self._durations.append(now - self.last_step)
         self.step, self.last_step, self.timeout_class = step, now, "step"
         self._steps += 1
-        if not ordinary:
+        if not steady:
             self.on_steady_state()
 
     def median_step(self) -> float | None:
-        """Seconds that a step usually takes; None while fewer than five are known."""
+        """Median seconds per step; None while fewer than five are known."""
         durations = list(self._durations)
         return statistics.median(durations) if len(durations) >= 5 else None
 
     def take(self) -> Times:
-        """The times since the last call."""
+        """Times since the last call."""
         times = Times(dict(self._wall), dict(self._cpu), self._steps)
         self._wall.clear()
         self._cpu.clear()

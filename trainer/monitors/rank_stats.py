@@ -1,4 +1,4 @@
-"""What the ranks tell of themselves at a log line, in one exchange: their own work, wait for data, and memory."""
+"""Statistics over all ranks at a log line, in one exchange: rank work, wait for data, memory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .stragglers import WORK, Stragglers
 
 
 class RankStats:
-    """stragglers: judges the ranks' own work."""
+    """stragglers: evaluates the rank work."""
 
     def __init__(self, ranks: Ranks, stragglers: Stragglers) -> None:
         self.ranks, self.stragglers = ranks, stragglers
 
     def collect(self, step: int, times: Times) -> dict[str, float]:
-        """Metrics over the ranks, of the times since the last line. For all ranks, at log lines."""
+        """Metrics over all ranks since the last line. Collective: call it on all ranks at log lines."""
         device = self.ranks.device
         bytes_ = [memory.peak(device), memory.headroom(device), memory.retries(device)]
         rows = self.ranks.rows([*self.stragglers.rank_work(times), *bytes_])

@@ -1,8 +1,8 @@
-"""What a rank says of itself when the run hangs, and what the ranks' statuses say together.
+"""Status of each rank of a hung run, and the suspect rank that follows from them.
 
-`RUN/stacks/START/` holds, for each rank, `rank-00000.txt` (Python stacks of all threads), `rank-00000.json` (where it
-is) and, last, `rank-00000.collectives.json` (torch's flight recorder: the last collectives, some 1 MB); `report.json`
-names the rank that is furthest behind.
+`RUN/stacks/START/` holds for each rank `rank-00000.txt` (Python stacks of all threads), `rank-00000.json` (its
+position) and `rank-00000.collectives.json` (torch's flight recorder with the last collectives, about 1 MB);
+`report.json` names the rank that is furthest behind.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OURS = tuple(f"{Path(__file__).parents[2] / room}{os.sep}" for room in ("trainer
 
 @dataclass(frozen=True)
 class RankStatus:
-    """One rank: `entered` and `collectives` count the sections and collectives that it has begun since its start."""
+    """Status of one rank: `entered` and `collectives` count the phases and collectives started since process start."""
 
     rank: int
     host: str
@@ -40,13 +40,13 @@ class RankStatus:
     entered: int
     collectives: int
     collective: str | None
-    """The last collective, and whether it is finished; None where none is known."""
+    """The last collective, and whether it is finished; None if unknown."""
     at: str
     """Innermost line of the training thread in this project's code."""
 
 
 def write_status(folder: Path, status: RankStatus, stacks: TextIO, collectives: bytes | None) -> None:
-    """Write what this rank knows to `folder`, the large part last, each file whole or not at all. Raises OSError."""
+    """Write this rank's status to `folder`, the largest file last, each atomically. Raises OSError."""
     faulthandler.dump_traceback(stacks)
     name = f"rank-{status.rank:05d}"
     write_json(folder / f"{name}.json", asdict(status))
@@ -55,21 +55,21 @@ def write_status(folder: Path, status: RankStatus, stacks: TextIO, collectives: 
 
 
 def listed(folder: Path, ending: str = ".json") -> list[int]:
-    """The ranks whose file with that ending is there, in order."""
+    """Ranks with a file of that ending, in order."""
     named = re.compile(rf"rank-(\d+){re.escape(ending)}")
     return sorted(int(found[1]) for found in map(named.fullmatch, os.listdir(folder)) if found)
 
 
 def read_statuses(folder: Path) -> list[RankStatus]:
-    """The statuses so far, in order of rank."""
+    """Statuses so far, in rank order."""
     return [RankStatus(**json.loads((folder / f"rank-{rank:05d}.json").read_bytes())) for rank in listed(folder)]
 
 
 def suspect_rank(statuses: Sequence[RankStatus], hosts: Sequence[str]) -> tuple[int | None, str]:
-    """The rank that the others wait for, None where none is behind them, and a clause that says why.
+    """(rank that the others wait for, None if none is behind, and a clause with the reason).
 
-    hosts: of every rank. A rank that gave no answer is the first suspect; then the one that has begun the fewest
-    sections, and among equals the fewest collectives.
+    hosts: of every rank. The first suspect is a rank without a status, then the one that has entered the fewest
+    phases, and among equals the fewest collectives.
     """
     silent = [rank for rank in range(len(hosts)) if rank not in {status.rank for status in statuses}]
     if silent:
@@ -93,7 +93,7 @@ def suspect_rank(statuses: Sequence[RankStatus], hosts: Sequence[str]) -> tuple[
 
 
 def innermost(frame: FrameType | None) -> str:
-    """`loop.py:81 run`: the innermost line of a thread that lies in this project, or else its innermost of all."""
+    """`loop.py:81 run`: the innermost line of a thread in this project's code, else the innermost of all."""
     inner = frame
     while frame is not None and not frame.f_code.co_filename.startswith(OURS):
         frame = frame.f_back
@@ -102,18 +102,18 @@ def innermost(frame: FrameType | None) -> str:
 
 
 def thread_at(thread: int | None) -> str:
-    """`innermost` of a thread that runs now."""
+    """`innermost` of a running thread."""
     return innermost(sys._current_frames().get(thread or 0))
 
 
 def recorded_collectives() -> tuple[bytes | None, int, str | None]:
-    """Torch's flight recorder as JSON, the number of collectives begun, and the last one; (None, 0, None) without."""
+    """Torch's flight recorder as JSON, number of collectives started, and the last one; (None, 0, None) without."""
     for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # of NCCL, and of the others
         try:
             text: bytes = getattr(_distributed_c10d, name)()
-            # Training's own: what runs beside it may be further on one rank than on another.
+            # Only training's collectives: the background group may be further on some ranks.
             entries = [e for e in json.loads(text).get("entries", []) if e["process_group"][1] != APART]
-        except Exception:  # a view into torch's inside: whatever it raises, the stacks are worth more
+        except Exception:  # a private torch API: whatever it raises, the stacks matter more
             continue
         if entries:
             groups: dict[int, int] = {}

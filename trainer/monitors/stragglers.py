@@ -1,8 +1,8 @@
-"""Names a rank that holds the others up: slower in its own work, log line after log line.
+"""Straggler detection: names a rank whose own work is slower over several consecutive log lines.
 
-In lockstep every rank's step takes as long as the slowest one's, and the wait shows wherever the ranks exchange. Own
-work is therefore the time in `data`, which has no collective, and in the other sections the CPU time of the training
-thread: a rank that waits does not compute. On a GPU that tells nothing of the device, and only `data` is looked at.
+In lockstep every step takes as long as the slowest rank, and the wait shows up in whichever phase communicates. Rank
+work is therefore the wall time of `data`, which has no collective, plus the training thread's CPU time in the other
+phases, since a waiting rank does not compute. On a GPU, CPU time does not reflect the device, so only `data` counts.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from .phase_timer import Times
 
 WORK = ("data", "forward", "backward", "optimizer")
 LINES = 3
-"""Log lines in a row after which a rank is named."""
+"""Consecutive log lines after which a rank is named."""
 SHARE, SPREAD = 0.2, 6.0
-"""How much longer than the others' median counts: a share of the step, and so many of their median deviations."""
+"""Margin above the others' median: a fraction of the step time, and a multiple of their median deviation."""
 
 
 class Stragglers:
-    """hosts: of every rank; report: takes the event that names one."""
+    """hosts: of every rank. report: receives the straggler event."""
 
     def __init__(self, ranks: Ranks, hosts: Sequence[str], report: Callable[[Mapping[str, Any]], None]) -> None:
         self.ranks, self.hosts, self.report = ranks, hosts, report
@@ -30,14 +30,14 @@ class Stragglers:
         self._lines = 0
 
     def rank_work(self, times: Times) -> list[float]:
-        """This rank's seconds a step in each section of WORK."""
+        """This rank's seconds per step in each phase of WORK."""
         cpu = self.ranks.device.type == "cpu"
         mine = [times.wall.get("data", 0.0), *(times.cpu.get(name, 0.0) if cpu else 0.0 for name in WORK[1:])]
         return [seconds / max(times.steps, 1) for seconds in mine]
 
     def collect(self, step: int, times: Times, rows: Sequence[Sequence[float]]) -> dict[str, float]:
-        """Metrics of the ranks' own work since the last line, seconds a step. rows: every rank's `rank_work`. For all
-        ranks, at log lines."""
+        """Metrics of the rank work since the last line, in seconds per step. rows: every rank's `rank_work`. Call it on
+        all ranks at log lines."""
         own = [sum(row) for row in rows]
         slowest = max(range(len(own)), key=own.__getitem__)
         others = [value for rank, value in enumerate(own) if rank != slowest]
@@ -54,7 +54,7 @@ class Stragglers:
         if slow is not None and self._lines == LINES:
             others = [row for rank, row in enumerate(rows) if rank != slow]
             usual = [statistics.median(column) for column in zip(*others, strict=True)]
-            worst = max(range(len(WORK)), key=lambda section: rows[slow][section] - usual[section])
+            worst = max(range(len(WORK)), key=lambda phase: rows[slow][phase] - usual[phase])
             self.report(
                 {
                     "event": "straggler",

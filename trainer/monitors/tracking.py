@@ -1,7 +1,7 @@
-"""Mirror of a run's metrics file to MLflow, from a process of its own: whatever the server does, training never waits.
+"""Mirrors a run's metrics file to MLflow from a separate process, so that training never waits for the server.
 
-`python -m bifrost.trainer.monitors.tracking RUN_DIR PID` follows `metrics.jsonl` until process PID, its parent, says
-that the run ended or is gone. What a person should know it writes to standard output, a line each.
+`python -m bifrost.trainer.monitors.tracking RUN_DIR PID` follows `metrics.jsonl` until its parent, process PID, signals
+the end of the run or is gone. Messages for the user go to standard output, one per line.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .mlflow_run import MlflowRun
 
 log = logging.getLogger(__name__)
 
-POLL_S = 1.0  # between two looks at the metrics file
-LONGEST_WAIT_S = 60.0  # between two attempts at a server that fails
+POLL_S = 1.0  # between reads of the metrics file
+LONGEST_WAIT_S = 60.0  # maximum between attempts at a failing server
 DRAIN_S = 60.0  # for which the mirror of a dead run still tries to send
-QUIET_S = 2.0  # for which the end of a run waits without a word
+QUIET_S = 2.0  # for which the end of a run waits without a message
 
 
 class Mirror:
-    """Handle of a mirror process; without a process when it could not be started. say: prints a line."""
+    """Handle of a mirror process; `process` is None if it could not be started. say: prints a line."""
 
     def __init__(self, run_dir: Path, process: subprocess.Popen[bytes] | None, say: Callable[[str], None]):
         self.run_dir = run_dir
@@ -44,10 +44,10 @@ class Mirror:
             threading.Thread(target=self._listen, name="tracking", daemon=True).start()
 
     def finish(self, timeout_s: float = 30.0) -> bool:
-        """Say that the run ended and wait at most `timeout_s` seconds until all is sent; returns whether it was.
+        """Signal the end of the run, wait at most `timeout_s` seconds until everything is sent; return whether it was.
 
-        A mirror that takes longer is killed: the metrics file is whole, `bifrost track sync` sends the rest. So is the
-        store's set-up, which is a process of its own that goes on.
+        A mirror that takes longer is killed: the metrics file is complete, and `bifrost track sync` sends the rest. The
+        initialisation of a store is a separate process, which continues.
         """
         process = self.process
         if process is None:
@@ -79,9 +79,9 @@ class Mirror:
 
 
 def start_mirror(run_dir: str | Path, say: Callable[[str], None] = print) -> Mirror:
-    """Start the mirror of `run_dir` and return at once: for rank 0, after `MetricsFile.rewind`. Never raises OSError.
+    """Start the mirror of `run_dir` in the background, on rank 0 after `MetricsFile.rewind`. Never raises OSError.
 
-    Its log is `logs/tracking.log`; say: prints the few lines of it that matter while training.
+    Its log is `logs/tracking.log`. say: prints the lines that matter during training.
     """
     if importlib.util.find_spec("mlflow") is None:
         say("no tracking, mlflow is not installed: `pip install mlflow`, or set tracking.enabled=false")
@@ -106,15 +106,15 @@ def start_mirror(run_dir: str | Path, say: Callable[[str], None] = print) -> Mir
 
 
 def sync(run_dir: str | Path) -> int:
-    """Send everything that the server lacks, once; returns the number of points sent.
+    """Send everything that the server lacks; return the number of points sent.
 
-    RunError when the folder is no run's, its mirror is at work, or the server did not take everything.
+    Raises RunError if it is not a run folder, its mirror is running, or the server did not accept everything.
     """
     target = MlflowRun(Path(run_dir).resolve(), live=False)
     try:
         target.push(last=True)
         target.end(otherwise=None)
-    except Exception as error:  # MLflow, its database, the network and the disk raise a wide range
+    except Exception as error:  # MLflow, its database, the network and the disk raise many types
         reason, permanent = explain(error, target.server)
         kind = RunError if permanent else Unreachable
         raise kind(f"{run_dir} could not be sent to MLflow: {reason}{'' if permanent else '; try again'}") from error
@@ -124,14 +124,14 @@ def sync(run_dir: str | Path) -> int:
 
 
 class _Parent:
-    """The training process as its mirror sees it, through the pipe on standard input and the parent's id."""
+    """State of the training process, by the pipe on standard input and the parent's process id."""
 
     def __init__(self, pid: int):
         self.pid = pid
         self.over = False
 
     def wait(self, seconds: float) -> None:
-        """Sleep, at most until the run is over."""
+        """Sleep, at most until the end of the run."""
         if self.over:
             time.sleep(seconds)
         elif select.select([0], [], [], seconds)[0]:
@@ -142,13 +142,13 @@ class _Parent:
 
 
 def mirror(run_dir: Path, parent: _Parent, say: Callable[[str], None]) -> bool:
-    """Send until the run is over and everything is sent; returns False when that did not succeed in time.
+    """Send until the run has ended and everything is sent; return False if that did not succeed in time.
 
-    No error ends it before: a login may be granted, and what was deleted be restored, while the run goes on.
+    No error ends it earlier: access may be granted, or a deleted run restored, while training continues.
     """
     target, failures, deadline, place = None, 0, math.inf, ""
     while True:
-        over = parent.over  # taken before the file is read, so that nothing written before the end is missed
+        over = parent.over  # before reading the file, so that nothing written before the end is missed
         if over:
             deadline = min(deadline, time.monotonic() + DRAIN_S)
         try:
@@ -167,8 +167,8 @@ def mirror(run_dir: Path, parent: _Parent, say: Callable[[str], None]) -> bool:
             reason, permanent = explain(error, target.server if target else "MLflow")
             failures += 1
             if failures == 1:
-                log.error("not sent, will be tried again: %s", reason)
-                say(f"not sent to MLflow, training goes on: {reason}")
+                log.error("not sent, will retry: %s", reason)
+                say(f"not sent to MLflow, training continues: {reason}")
             if over and (permanent or time.monotonic() > deadline):
                 log.error("gave up: `bifrost track sync %s` sends the rest", run_dir)
                 return False
@@ -183,7 +183,7 @@ def _to_parent(line: str) -> None:
 def main(arguments: list[str]) -> int:
     """Run the mirror process: run folder and parent's process id."""
     run_dir, pid = Path(arguments[0]), int(arguments[1])
-    # Slurm signals every process of a job: only the training process decides when the run is over.
+    # Slurm signals every process of a job, but only the training process decides when the run ends.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     os.nice(10)

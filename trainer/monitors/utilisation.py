@@ -1,4 +1,4 @@
-"""How much of the hardware the steps use: useful FLOPs a second, their share of the device's peak, weights gathered."""
+"""Hardware utilisation: useful FLOPs per second, MFU and HFU, bandwidth of gathered weights."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..planner.timing import done_flops, useful_flops
 from ..planner.traffic import traffic
 
 TEXTS = (0.0, 100.0, 200.0)
-"""Prompt lengths that FLOPs are counted for; attention makes them a polynomial of second degree in the length."""
+"""Prompt lengths at which FLOPs are counted; because of attention they are quadratic in the length."""
 
 
 class Utilisation:
-    """patches: of an image, as the stage's tokens count them beside the text; 0 where FLOPs do not depend on the text.
-    node: ranks of a host. device: None when the hardware is not known, and then there is no MFU.
+    """patches: per image, included in the stage's token counts; 0 if FLOPs do not depend on the text. node: ranks per
+    host. device: None for unknown hardware, without MFU.
     """
 
     def __init__(self, recipe: Recipe, ranks: int, node: int, patches: int, device: Device | None) -> None:
@@ -30,16 +30,16 @@ class Utilisation:
             self.peak = device.bf16_tflops * 1e12
         moved = traffic(counted[0], Zero.of(recipe), AS_SET, ranks, node, recipe.accumulation(ranks))
         self.gathered = sum(one.bytes for one in moved if one.kind.startswith("gather"))
-        """Bytes of weights that a rank receives in a step."""
+        """Bytes of weights that a rank receives per step."""
 
     def flops(self, tokens: float) -> tuple[float, float]:
-        """FLOPs of a sample of `tokens` text tokens and patches: useful, and done with recomputation."""
+        """FLOPs of a sample of `tokens` text tokens and patches: useful, and including recomputation."""
         text = max(tokens - self.patches, 0.0)
         return float(np.polyval(self._useful, text)), float(np.polyval(self._done, text))
 
     def rates(self, samples_per_s: float, tokens_per_s: float, step_s: float) -> dict[str, float]:
-        """Metrics from the rates of all ranks together. The mean prompt stands for all: the error is that of attention
-        within the prompt, a ten-thousandth of the whole."""
+        """Metrics from the total rates of all ranks. Uses the mean prompt length: the error is that of attention within
+        the prompt, a ten-thousandth of the total."""
         useful, done = self.flops(tokens_per_s / samples_per_s if samples_per_s else 0.0)
         a_device = samples_per_s / self.ranks
         found = {"tflops_per_device": useful * a_device / 1e12}

@@ -1,8 +1,8 @@
-"""Ends a run that hangs: all ranks' stacks, the rank that the others wait for, and a code that asks for a new start.
+"""Ends a hung run: dumps the stacks of all ranks, names the suspect rank, and exits with a retryable code.
 
-A thread of every rank looks at the rank's own `PhaseTimer`. Training is in lockstep, so when one rank hangs all of them
-are silent soon after; each then writes its stacks to the run folder, and the lowest rank that can speaks for all.
-Two clocks of the operating system stand behind the thread, for a rank whose interpreter is blocked as a whole.
+A thread on every rank watches its `PhaseTimer`. Training is in lockstep, so all ranks stall within a step; each dumps
+its stacks to the run folder, and the lowest responsive rank writes the report. Two OS timers back up the thread in case
+the interpreter is blocked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .phase_timer import PhaseTimer
 
 POLL_S = 1.0
 FLOOR_S, STEPS = 100.0, 20
-"""The automatic bound: so many usual steps, and no less than so many seconds."""
+"""Automatic timeout: STEPS times the median step, but at least FLOOR_S seconds."""
 
 
 class Watchdog:
@@ -51,25 +51,25 @@ class Watchdog:
         return self
 
     def attach(self, ranks: Ranks, folder: Path) -> Sequence[str]:
-        """The ranks know each other and own the run: from now on statuses go to `folder/stacks/START`. For all ranks;
-        returns their hosts."""
+        """Called on all ranks once they have joined and own the run: statuses then go to `folder/stacks/START`.
+        Returns the hosts of all ranks."""
         statuses = ranks.gather((host_name(), time.strftime("%Y%m%d-%H%M%S", time.gmtime())))
         hosts, starts = zip(*statuses, strict=True)
         place = folder / "stacks" / starts[0]
         place.mkdir(parents=True, exist_ok=True)
-        # Open beforehand: what writes into it in the end may be unable to open anything.
+        # Opened in advance: the OS timer that writes to it cannot open files.
         self._file = open(place / f"rank-{ranks.rank:05d}.txt", "w")  # noqa: SIM115
         self._rank, self._hosts, self._folder = ranks.rank, hosts, place
         return hosts
 
     def __exit__(self, *_: object) -> None:
-        """The run is over. Ranks that had nothing to say leave nothing in the run folder."""
+        """Stop watching, and remove empty stack files."""
         self._over.set()
         self._thread.join()
         self.remove_empty_stacks()
 
     def remove_empty_stacks(self) -> None:
-        """Remove this rank's stacks file, into which nothing was written."""
+        """Remove this rank's empty stacks file."""
         if self._folder and self._file:
             self._file.close()
             with suppress(OSError):
@@ -79,7 +79,7 @@ class Watchdog:
                 self._folder.parents[1].rmdir()
 
     def bound_s(self) -> float:
-        """Seconds that the step under way may take in all."""
+        """Timeout of the current step in seconds."""
         settings, usual = self.settings, self.phases.median_step()
         step = settings.step_timeout_s or (max(FLOOR_S, STEPS * usual) if usual else settings.startup_timeout_s)
         return {"start": settings.startup_timeout_s, "long": settings.save_timeout_s, "step": step}[
@@ -97,14 +97,14 @@ class Watchdog:
         self._exit.cancel()
 
     def _set_timers(self) -> None:
-        """They go off only if the thread cannot put them off again. A long bound that ends between two of its looks
-        must not stay with them, so the training thread sets them then."""
+        """Postpone the OS timers, which fire only if this thread no longer does so. After a long timeout ends, the
+        training thread also calls this, so that they do not keep the long timeout until the next poll."""
         rest = max(0.0, self.bound_s() - (time.monotonic() - self.phases.last_step))
         faulthandler.dump_traceback_later(rest + 2 * POLL_S, file=self._file or sys.stderr)
         self._exit.set(rest + exit_timeout_s(len(self._hosts)))
 
     def _asked(self) -> bool:
-        """Whether another rank has given up waiting; looked for only when this one waits too."""
+        """Whether another rank has timed out; checked only when this one is waiting too."""
         with suppress(OSError):
             return self._folder is not None and (self._folder / "asked").exists()
         return False
@@ -113,7 +113,7 @@ class Watchdog:
         self._exit.set(exit_timeout_s(len(self._hosts)))
         if self._folder is None or self._file is None:
             faulthandler.dump_traceback(sys.stderr)
-            report_exit(f"no step for {silent:.0f} s (bound {bound:.0f} s), before the ranks had met; stacks above")
+            report_exit(f"no step for {silent:.0f} s (bound {bound:.0f} s), before the rendezvous; stacks above")
         else:
             try:
                 (self._folder / "asked").touch()

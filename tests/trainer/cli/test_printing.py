@@ -53,7 +53,7 @@ def test_replay_prints_captions_keys_and_reasons(tmp_path: Path, capsys: pytest.
 def test_replay_into_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "out"
-    with pytest.raises(RunError, match=rf"^{out}: cannot be written \(.*Not a directory.*name another place$"):
+    with pytest.raises(RunError, match=rf"^{out}: cannot be written \(.*Not a directory.*choose another path$"):
         replay.replay(tmp_path, step=1, batch=None, weights_step=None, out=out, as_json=False)
 
 

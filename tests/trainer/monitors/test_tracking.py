@@ -246,7 +246,7 @@ def test_what_was_deleted_in_mlflow(server, client, make_run):
     first = client.get_run(run_id(run)).info
     client.delete_run(first.run_id)
     command = f"MLFLOW_TRACKING_URI={server} mlflow runs restore --run-id {first.run_id}"
-    with pytest.raises(RunError, match=rf"run was deleted in MLflow: `{command}` brings it back") as error:
+    with pytest.raises(RunError, match=rf"run was deleted in MLflow: `{command}` restores it") as error:
         sync(run.folder)
     assert "try again" not in str(error.value)
     del error  # its frames hold the lock
@@ -292,7 +292,7 @@ class Answering(BaseHTTPRequestHandler):
     [
         (401, r"refuses access \(HTTP 401\): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD", False),
         (403, r"refuses access \(HTTP 403\)", False),
-        (404, r"is no MLflow server \(HTTP 404\): set tracking.uri", False),
+        (404, r"is not an MLflow server \(HTTP 404\): set tracking.uri", False),
         (503, r"503", True),
         (429, r"429", True),
     ],
@@ -319,7 +319,7 @@ def test_the_end_of_a_run_does_not_wait_for_what_cannot_succeed(make_run):
         assert not mirror.finish(60)
         assert time.monotonic() - begin < 15
         http.shutdown()
-    assert len(said) == 1 and "not sent to MLflow, training goes on: http" in said[0] and "HTTP 401" in said[0]
+    assert len(said) == 1 and "not sent to MLflow, training continues: http" in said[0] and "HTTP 401" in said[0]
 
 
 def test_a_long_wait_at_the_end_is_announced(door, make_run, monkeypatch):
@@ -504,7 +504,7 @@ def test_which_server(make_run, monkeypatch):
 
 
 def test_bad_folders(tmp_path, make_run):
-    with pytest.raises(RunError, match=r"is no run folder: it holds no recipe.yaml"):
+    with pytest.raises(RunError, match=r"is not a run folder: it has no recipe.yaml"):
         sync(tmp_path)
     run = make_run()
     (run.folder / "tracking.json").write_text("{")

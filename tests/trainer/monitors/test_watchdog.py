@@ -137,7 +137,7 @@ def test_before_the_ranks_have_met(tmp_path: Path) -> None:
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert ended.returncode == HUNG
-    assert "before the ranks had met" in ended.stderr and 'File "<string>", line 1' in ended.stderr
+    assert "before the rendezvous" in ended.stderr and 'File "<string>", line 1' in ended.stderr
     assert not any(tmp_path.iterdir())
 
 
