@@ -24,7 +24,7 @@ from ..checkpoint.durable import Entry, safetensors_parts
 from ..checkpoint.layout import local_range, reads, slice_size
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.reader import rank_file
-from ..checkpoint.shard import Content
+from ..checkpoint.shard import Payload
 from ..errors import Unhealthy, writing
 from ..planner import batch, plan
 from ..planner.flops import parts
@@ -193,8 +193,8 @@ def checkpoint(shapes: Shapes, ranks: int, ema: bool) -> dict[str, Any]:
         if saved[name] != math.prod(shape):
             raise Broken(f"{name}: {ranks} files hold {saved[name]} of its {math.prod(shape)} elements")
     files = {name: Entry(size, "0" * 64) for name, size in sizes.items()}
-    about = _content(shapes.trained, slots, 0, ranks).about()
-    manifest = Manifest(step=1, time=0.0, files=files, **about._asdict()).encode()
+    metadata = _content(shapes.trained, slots, 0, ranks).metadata()
+    manifest = Manifest(step=1, time=0.0, files=files, **metadata._asdict()).encode()
     return {
         "slots": list(slots),
         "files": ranks + 2,  # state and manifest
@@ -205,7 +205,7 @@ def checkpoint(shapes: Shapes, ranks: int, ema: bool) -> dict[str, Any]:
     }
 
 
-def _content(shapes: dict[str, tuple[int, ...]], slots: Sequence[str], rank: int, ranks: int) -> Content:
+def _content(shapes: dict[str, tuple[int, ...]], slots: Sequence[str], rank: int, ranks: int) -> Payload:
     def slices() -> dict[str, torch.Tensor]:
         held = {}
         for name, shape in shapes.items():
@@ -214,7 +214,7 @@ def _content(shapes: dict[str, tuple[int, ...]], slots: Sequence[str], rank: int
         return held
 
     own = slices()
-    return Content(rank, ranks, {slot: own for slot in slots}, shapes, {}, {})
+    return Payload(rank, ranks, {slot: own for slot in slots}, shapes, {}, {})
 
 
 def move(shapes: dict[str, tuple[int, ...]], before: int, after: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Files that are on the disk when the call returns, hashed from memory while they are written."""
+"""Durable file writes: flushed to disk on return, hashed from memory while being written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BLOCK = 1 << 24  # bytes hashed and written at a time
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a file: where it starts, its size in bytes and its content's SHA-256 in hex."""
+    """A byte range of a file: start, size, and the SHA-256 of its content in hex."""
 
     start: int
     size: int
@@ -29,20 +29,19 @@ class Span:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a file must be: its size in bytes and its content's SHA-256 in hex."""
+    """Expected file: size in bytes, and the SHA-256 of its content in hex."""
 
     size: int
     sha256: str
     spans: dict[str, Span] | None = field(default=None, compare=False)
-    """Parts that are verified alone, by name; None in files that have none, and in checkpoints from before there were
-    any."""
+    """Ranges that can be verified separately, by name; None for files without any, and in older checkpoints."""
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> Entry:
-    """Write `parts` one after the other, flush to the disk, and return what was written.
+    """Write `parts` in order, flush to disk, and return size and hash.
 
-    The hash is taken from memory, not read back: a disk that stores something else is found out by `hash_file`.
-    Raises OSError.
+    The hash is computed from memory, not read back: `hash_file` detects a disk that stored something else. Raises
+    OSError.
     """
     digest, size = hashlib.sha256(), 0
     try:
@@ -52,18 +51,18 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> Entry:
                 for start in range(0, len(view), _BLOCK):
                     block = view[start : start + _BLOCK]
                     digest.update(block)
-                    while block:  # an unbuffered write may take less than it was given
+                    while block:  # an unbuffered write may be partial
                         block = block[file.write(block) :]
                 size += len(view)
             os.fsync(file.fileno())
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk is reported by `write`, which knows no name
+        error.filename = error.filename or str(path)  # `write` reports a full disk without a file name
         raise
     return Entry(size, digest.hexdigest())
 
 
 def hash_file(path: Path) -> Entry:
-    """Size and hash of what the disk holds. Raises OSError."""
+    """Size and hash of a file on disk. Raises OSError."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(_BLOCK):
@@ -72,7 +71,7 @@ def hash_file(path: Path) -> Entry:
 
 
 def hash_span(path: Path, start: int, size: int) -> str:
-    """Hash of a part of what the disk holds; nothing else is read. Raises OSError."""
+    """Hash of a byte range of a file on disk; nothing else is read. Raises OSError."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
@@ -83,13 +82,13 @@ def hash_span(path: Path, start: int, size: int) -> str:
 
 
 class Spans:
-    """Hashes parts of a file while it is written: `found` has them, by name, once `over` is exhausted."""
+    """Hashes named ranges of a file while it is written; `found` is complete once `over` is exhausted."""
 
     def __init__(self) -> None:
         self.found: dict[str, Span] = {}
 
     def over(self, names: Iterable[str], parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-        """`parts`, each of the span that `names` gives; those of one span follow one another."""
+        """Yield `parts`, each belonging to the span named in `names`; parts of a span are consecutive."""
         start = 0
         for name, group in itertools.groupby(zip(names, parts, strict=True), key=lambda pair: pair[0]):
             digest, size = hashlib.sha256(), 0
@@ -102,7 +101,7 @@ class Spans:
 
 
 def sync_folder(path: Path) -> None:
-    """Flush a folder's own entries (names made, renamed, removed) to the disk. Raises OSError."""
+    """Flush a folder's entries (created, renamed and removed names) to disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -114,7 +113,7 @@ def sync_folder(path: Path) -> None:
 
 
 class Piece(NamedTuple):
-    """One tensor of a file to write: known by its header, read when its turn comes."""
+    """One tensor of a file to write: header known in advance, data read when it is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -128,10 +127,11 @@ class Piece(NamedTuple):
 
 
 def safetensors_parts(pieces: Sequence[Piece]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, header first, then one tensor at a time.
+    """The bytes of a safetensors file: the header, then one tensor at a time.
 
-    `safetensors.torch.save` builds the whole file in memory, twice; here one tensor is on the host at a time. Types
-    are converted to the announced ones. ValueError for another shape than announced, such as a size-0 placeholder.
+    `safetensors.torch.save` builds the whole file in memory, twice; here only one tensor is on the host at a time.
+    Tensors are converted to the declared dtypes. Raises ValueError for a shape other than declared, such as a size-0
+    placeholder.
     """
     header, end = {}, 0
     for piece in pieces:
@@ -142,11 +142,11 @@ def safetensors_parts(pieces: Sequence[Piece]) -> Iterator[bytes | memoryview]:
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format asks for tensor data that starts on a multiple of eight bytes
+    text += b" " * (-len(text) % 8)  # the format requires tensor data aligned to eight bytes
     yield len(text).to_bytes(8, "little") + text
     for piece in pieces:
         tensor = piece.read().detach()
         if tuple(tensor.shape) != piece.shape:
-            raise ValueError(f"{piece.name} has shape {tuple(tensor.shape)}, announced as {piece.shape}")
+            raise ValueError(f"{piece.name} has shape {tuple(tensor.shape)}, declared as {piece.shape}")
         tensor = tensor.to(device="cpu", dtype=piece.dtype).contiguous()
         yield tensor.flatten().view(torch.uint8).numpy().data

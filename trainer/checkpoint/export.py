@@ -1,4 +1,4 @@
-"""A run's trained weights as a model: in the public release's layout, or the trained part alone."""
+"""Export of a run's trained weights as a model: in the public release's layout, or only the trained part."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def export(
     ema: bool = False,
     step: int | None = None,
 ) -> int:
-    """Write the run's newest verified checkpoint, or that of `step`, as safetensors into `out`; returns the step.
+    """Write the run's newest verified checkpoint, or that of `step`, as safetensors into `out`; return the step.
 
-    Stage 1, public: frozen base and trained part under the public release's names; hf: the trained part alone, its
-    modules named as transformers names them, with the recipe as `config.json`. Stage 2: the `flux_controlnet` folder,
-    which is both. Each has a model card with the licences of its bases. One tensor is in memory at a time. RunError
-    when `out` is not empty, or the run has no such checkpoint or no average.
+    Stage 1, public: frozen base and trained part under the public release's names; hf: only the trained part, with
+    transformers' module names and the recipe as `config.json`. Stage 2: the `flux_controlnet` folder for both layouts.
+    Each has a model card with the licences of its bases. One tensor is in memory at a time. Raises RunError if `out`
+    is not empty, or the run has no such checkpoint or no EMA.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: is {'not empty' if out.is_dir() else 'a file'}, choose a new folder")
     slot = "ema" if ema else "master"
     reader = _checkpoint(run, step, slot)
     if slot not in reader.slots:
-        raise RunError(f"{run}: keeps no average of its weights (recipe key ema), leave --ema out")
+        raise RunError(f"{run}: has no EMA of its weights (recipe key ema), leave --ema out")
     recipe = load_recipe(run / "recipe.yaml", stored=True)
     pieces = {name: _piece(reader, slot, name, dtype) for name in reader.shapes}
-    # Under its name only when complete; what an interrupted one has left is written over.
+    # Renamed when complete; leftovers of an interrupted export are overwritten.
     partial = out.resolve().with_name(f".{out.resolve().name}.partial")
     with writing(out):
         shutil.rmtree(partial, ignore_errors=True)
@@ -84,7 +84,7 @@ def _write_branch(
         folder = locate(recipe.backbone.path, recipe.backbone.revision)
         tensors += _base(WeightFiles(folder), dtype, {tensor.name for tensor in tensors})
         if recipe.branch.positions == "mrope":
-            # The public model always has the table; with mRoPE it adds nothing.
+            # The public model always has the table; with mRoPE it is zero.
             width, side = reader.shapes["head.bias"][0], grid_side(read_config(folder), recipe.data.image_size)
             shape = (1, side * side, width)
             tensors.append(Piece("learnable_pos_emb", shape, dtype, lambda: torch.zeros(shape)))
@@ -92,7 +92,7 @@ def _write_branch(
 
 
 def _write_controlnet(out: Path, recipe: Recipe, pieces: dict[str, Piece], buffers: dict[str, torch.Tensor]) -> None:
-    """diffusers' folder, which is the public `flux_controlnet`: both layouts are one. Statistics stay fp32."""
+    """Write diffusers' folder, which is also the public `flux_controlnet` layout. Statistics stay fp32."""
     tensors = [piece._replace(name=name.removeprefix("controlnet.")) for name, piece in pieces.items()]
     for name, buffer in buffers.items():
         shape, dtype = tuple(buffer.shape), buffer.dtype
@@ -102,10 +102,10 @@ def _write_controlnet(out: Path, recipe: Recipe, pieces: dict[str, Piece], buffe
 
 
 def _checkpoint(run: Path, step: int | None, slot: str) -> CheckpointReader:
-    """The run's checkpoint, with `slot` of it verified where it is there."""
+    """The run's checkpoint, with its `slot` verified if present."""
     store = Store(run / "checkpoints")
     if not store.root.is_dir():
-        raise RunError(f"{run}: is no run folder, or its run has saved nothing yet")
+        raise RunError(f"{run}: is not a run folder, or has no checkpoint yet")
     if step is None:
         reader = store.newest_verified(slots=(slot,))
         if reader is None:
@@ -120,8 +120,8 @@ def _checkpoint(run: Path, step: int | None, slot: str) -> CheckpointReader:
 
 
 def _base(files: WeightFiles, dtype: torch.dtype, trained: Collection[str]) -> Iterator[Piece]:
-    """The frozen base under the public names, as stored: of a hub's folder of any age, or of an earlier export, whose
-    `trained` part is left out. Quantized weights become plain ones of `dtype`."""
+    """The frozen base under the public names, from a hub folder of any version or an earlier export, without its
+    `trained` part. Quantized weights are dequantized to `dtype`."""
     for name in files.names:
         public = public_base_name(name)
         if public in trained or is_trained(public):
@@ -132,7 +132,7 @@ def _base(files: WeightFiles, dtype: torch.dtype, trained: Collection[str]) -> I
 
 
 def _write(out: Path, tensors: list[Piece], stem: str = "model") -> None:
-    """Files of at most SHARD_BYTES (one tensor more, where it is larger), and the index when there are several."""
+    """Write files of at most SHARD_BYTES (or one larger tensor), and an index if there are several."""
     files: list[list[Piece]] = [[]]
     for tensor in tensors:
         if files[-1] and sum(t.size for t in files[-1]) + tensor.size > SHARD_BYTES:

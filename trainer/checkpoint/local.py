@@ -1,8 +1,8 @@
-"""Node-local parts of a save: on a disk before shared storage has them all, and brought there after a crash.
+"""Node-local shards of a save: on local disks before shared storage has them all, and recovered after a crash.
 
-Every rank writes its own part, a folder with its files and a manifest of them, into `DIR/RUN-ID/`, where ID is the run
-folder's own. When the shared store has the checkpoint the parts are removed; so what a start finds here is what a crash
-or a failing storage left.
+Every rank writes its shard, a folder with its files and their manifest, into `DIR/RUN-ID/`, where ID identifies the run
+folder. Local shards are removed once the shared store has the checkpoint; those found at startup were left by a crash
+or a storage failure.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..distributed.process_group import Gather
 from ..errors import RunError
 from .durable import sync_folder, write_file
 from .manifest import Manifest, read_manifest
-from .shard import About, Content, Part
+from .shard import Payload, Shard, ShardMetadata
 from .store import StorageError, Store, agreed
 
 log = logging.getLogger(__name__)
@@ -31,16 +31,16 @@ _BLOCK = 1 << 24
 
 
 class LocalParts:
-    """The parts on this rank's node; every rank makes one at the same time, which reads or writes the run's id."""
+    """Shards on this rank's node; all ranks create it together, which reads or creates the run's id."""
 
     def __init__(self, folder: str | Path, store: Store, name: str, rank: int, gather: Gather) -> None:
         self.rank = rank
         run_id = agreed(lambda: _run_id(store) if rank == 0 else None, "prepare", rank, gather)[0]
         self.root = Path(folder) / f"{name}-{run_id}"
 
-    def save(self, step: int, content: Content, gather: Gather) -> bool:
-        """Write this rank's part; whether every rank's is on its disk, else none is kept. Older ones are removed."""
-        # Parts of different saves never mix, even of the same step: rank 0 names the save.
+    def save(self, step: int, content: Payload, gather: Gather) -> bool:
+        """Write this rank's shard; return whether all ranks succeeded, else none is kept. Older ones are removed."""
+        # Shards of different saves never mix, even of the same step: rank 0 names the save.
         attempt = gather(f"{int(time.time()):x}-{uuid.uuid4().hex[:8]}")[0]
         name = f"step-{step:08d}.{attempt}.rank-{content.rank:05d}-of-{content.ranks:05d}"
         failure = None
@@ -48,24 +48,23 @@ class LocalParts:
             self._write(name, step, content)
         except OSError as error:
             failure = f"rank {self.rank}: {error.filename}: {error.strerror}"
-        except Exception as error:  # the others wait for this rank; the shared store meets it again and raises it
+        except Exception as error:  # the other ranks wait for this one; the save to the shared store raises it
             failure = f"rank {self.rank}: {error}"
         failures = [text for text in gather(failure) if text]
         self._remove(keep=name if not failures else None, among=name if failures else None)
         if failures:
-            log.warning("no local copy of step %d, shared storage alone gets it: %s", step, failures[0])
+            log.warning("no local copy of step %d, it goes to shared storage only: %s", step, failures[0])
         return not failures
 
     def clear(self) -> None:
-        """Remove this rank's parts: the shared store has the checkpoint."""
+        """Remove this rank's shards once the shared store has the checkpoint."""
         self._remove()
 
     def recover(self, store: Store, gather: Gather) -> int | None:
-        """Bring the newest whole set of parts, newer than the store's newest checkpoint, into `store`.
+        """Copy the newest complete set of shards, if newer than the store's newest checkpoint, into `store`.
 
-        Every rank of the run calls it, on any number of nodes; a set is whole when each part lies on one of them.
-        Returns its step. The nodes' parts are then removed. Raises StorageError, and removes nothing, where the shared
-        storage does not take them.
+        Call it on every rank, on any number of nodes; a set is complete if each shard is on one of them. Returns its
+        step, and removes the local shards. Raises StorageError, and removes nothing, if shared storage fails.
         """
         held = gather([path.name for path in self.root.glob("step-*")] if self.root.is_dir() else [])
         step, since = gather(_newest(store))[0]
@@ -76,7 +75,7 @@ class LocalParts:
             here, of = len(parts), int(next(iter(parts.values()))[0].rpartition("-")[2])
             if here < of:
                 if self.rank == 0:
-                    log.warning("the nodes hold %d of the %d local parts of step %d: passed over", here, of, found)
+                    log.warning("the nodes hold %d of the %d local parts of step %d: skipped", here, of, found)
                 continue
             mine = [name for part, (name, seers) in parts.items() if seers[part % len(seers)] == self.rank]
             try:
@@ -88,25 +87,25 @@ class LocalParts:
                     log.error("the local parts of step %d are not used: %s", found, error)
                 continue
             if self.rank == 0:
-                log.warning("checkpoint of step %d brought from the nodes' own disks, where its save had ended", found)
+                log.warning("checkpoint of step %d recovered from the nodes' local disks", found)
             brought = found
             break
-        gather(None)  # no rank removes what another still reads
+        gather(None)  # no rank may remove files that another still reads
         shutil.rmtree(self.root, ignore_errors=True)
         return brought
 
-    def _write(self, name: str, step: int, content: Content) -> None:
+    def _write(self, name: str, step: int, content: Payload) -> None:
         partial = self.root / f".{name}"
         partial.mkdir(parents=True, exist_ok=True)
         files = content.write(partial).files
-        about = content.about()
-        Manifest(step=step, time=time.time(), files=files, **about._asdict()).write(partial)
+        metadata = content.metadata()
+        Manifest(step=step, time=time.time(), files=files, **metadata._asdict()).write(partial)
         sync_folder(partial)
         partial.rename(self.root / name)
         sync_folder(self.root)
 
-    def _copy(self, names: list[str], partial: Path) -> Part:
-        files, about = {}, None
+    def _copy(self, names: list[str], partial: Path) -> Shard:
+        files, metadata = {}, None
         for name in names:
             manifest = read_manifest(self.root / name)
             partial.mkdir(exist_ok=True)
@@ -114,8 +113,8 @@ class LocalParts:
                 if write_file(partial / file, _blocks(self.root / name / file)) != entry:
                     raise RunError(f"{name}/{file}: damaged, its content does not match its manifest")
                 files[file] = entry
-            about = About(manifest.ranks, manifest.slots, manifest.shapes)
-        return Part(files, about)
+            metadata = ShardMetadata(manifest.ranks, manifest.slots, manifest.shapes)
+        return Shard(files, metadata)
 
     def _remove(self, keep: str | None = None, among: str | None = None) -> None:
         suffix = f".rank-{self.rank:05d}-of-"
@@ -125,19 +124,19 @@ class LocalParts:
 
 
 def _run_id(store: Store) -> str:
-    """The id of this run folder, so that a folder moved away takes its local parts' meaning with it."""
+    """Id of this run folder: moves with the folder, so that its local shards stay attributed to it."""
     path = store.root / ID
     if not path.exists():
         store.root.mkdir(parents=True, exist_ok=True)
         write_atomic(path, uuid.uuid4().hex[:12].encode())
     found = path.read_text(errors="replace").strip()
-    if not re.fullmatch("[0-9a-f]{12}", found):  # a folder's name is made of it, which is removed in the end
+    if not re.fullmatch("[0-9a-f]{12}", found):  # it becomes part of a folder name that is removed in the end
         raise RunError(f"{path}: not the id of a run's local parts; delete the file, and the parts with it")
     return found
 
 
 def _newest(store: Store) -> tuple[int, float]:
-    """Step and time of the newest checkpoint in the store."""
+    """(step, time) of the newest checkpoint in the store."""
     for step in reversed(store.steps()):
         try:
             return step, read_manifest(store.folder(step)).time

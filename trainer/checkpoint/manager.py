@@ -1,4 +1,4 @@
-"""Saving while training goes on: a step waits for a copy in host memory, a thread brings that to the disk."""
+"""Asynchronous checkpoints: a step waits only for a copy to host memory, which a thread writes to disk."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ..distributed.process_group import Gather, alone
 from ..errors import Unhealthy, lost_rank
 from .interval import best_interval, settled
 from .local import LocalParts
-from .shard import Content
+from .shard import Payload
 from .staging import Slots, Staging
 from .store import StorageError, Store
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
-"""Pause before a save that must succeed is tried again."""
+"""Pause before the final save is retried."""
 
 
 @dataclass
 class _Save:
-    """One save, from the copy on."""
+    """One save in progress."""
 
     step: int
     slots: Slots
@@ -40,25 +40,25 @@ class _Save:
     prune: bool
     begun: float
     step_s: float | None
-    """Seconds a step between the save before and this one."""
+    """Seconds per step since the previous save."""
     blocked: float
-    """Seconds that training waited for it: for the copy, and for a thread that was not done in time."""
+    """Seconds for which training was blocked: by the copy, and by a thread that was not done in time."""
     seconds: float = 0.0
-    """Until it was on the disk."""
+    """Seconds until it was on disk."""
     waited_since: float | None = None
-    """Since when training waits for the thread."""
+    """Time since which training has been waiting for the thread."""
     failure: str | None = None
-    """What the storage did not take."""
+    """Storage failure."""
     error: BaseException | None = None
-    """Anything else that ended it."""
+    """Any other failure."""
 
 
-class Saver:
-    """Saves of one run, one at a time; every rank makes one and calls it at the same steps.
+class CheckpointManager:
+    """Saves the checkpoints of a run, one at a time; every rank calls it at the same steps.
 
-    The ranks' threads agree through `gather`, which nothing else may use. `slots` is what will be saved, for the
-    memory to be allocated now. `report` takes events for the metrics file, on rank 0. `every` is the interval that an
-    earlier start arrived at, for `interval: auto` on `nodes` nodes.
+    gather: used by the ranks' threads exclusively. slots: what will be saved, to allocate its memory now. report:
+    receives events for the metrics file, on rank 0. every: interval of the previous attempt, for `interval: auto`.
+    nodes: number of nodes.
     """
 
     def __init__(
@@ -83,19 +83,19 @@ class Saver:
         self.every = every if every and self.automatic else settings.every
         self._best = self.every
         self._mtbf_s = settings.mtbf_hours * 3600 / nodes
-        self._last: tuple[int, float] | None = None  # step of the last save, and when training went on from it
+        self._last: tuple[int, float] | None = None  # step of the last save, and when training continued after it
         self._staging = Staging(slots)
         self._report = report
         self._gather = gather
         self._save: _Save | None = None
         self._thread: threading.Thread | None = None
-        self._failures = 0  # saves in a row that the storage did not take
+        self._failures = 0  # consecutive saves that failed because of storage
         self._told_slow = False
         self.seconds: deque[float] = deque(maxlen=10)
-        """How long the last saves took, until they were on the disk."""
+        """Seconds until each of the last saves was on disk."""
 
     def due(self, step: int) -> bool:
-        """Whether `step` is one to save at; the last step and a stop signal save as well."""
+        """Whether to save at `step`; the last step and a stop signal save as well."""
         return step % self.every == 0
 
     def save(
@@ -107,11 +107,11 @@ class Saver:
         buffers: Mapping[str, Tensor],
         prune: bool = True,
     ) -> None:
-        """Copy what `Store.save` takes and return; it is written in the background. Nothing is waited for but the
-        copy, and the save before, should that still be under way. prune: old checkpoints may go once it is written.
+        """Copy the arguments of `Store.save` and return; they are written in the background. Waits only for the copy,
+        and for the previous save if it is still running. prune: remove old checkpoints once it is written.
 
-        What the storage did not take is logged, reported as an event and tried again at the next save. Raises
-        Unhealthy on every rank after `max_failed_saves` in a row, RunError for what no other try can mend.
+        A storage failure is logged, reported as an event and retried at the next save. Raises Unhealthy on every rank
+        after `max_failed_saves` consecutive failures, RunError for a permanent error.
         """
         if self._thread is not None and self._thread.is_alive() and not self._told_slow:
             self._told_slow = True
@@ -122,7 +122,7 @@ class Saver:
             )
         self.wait()
         begun = time.perf_counter()
-        # The state belongs to the loop, the buffers to the model: both go on changing.
+        # Copies, since the loop's state and the model's buffers keep changing.
         held = {name: buffer.detach().to("cpu", copy=True).contiguous() for name, buffer in buffers.items()}
         staged = self._staging.take(slots)
         now = time.perf_counter()
@@ -132,10 +132,10 @@ class Saver:
         self._last = step, now
         self._start()
         if self._failures + 1 >= self.settings.max_failed_saves:
-            self.wait()  # the last try: no further step is made in vain
+            self.wait()  # the last attempt: avoid further steps that could not be saved
 
     def wait(self) -> None:
-        """Wait until no save is under way. Raises as `save` does, for what that one met."""
+        """Wait for the current save. Raises its errors, as `save` does."""
         save = self._join()
         if save is not None and save.error is not None:
             raise save.error
@@ -149,7 +149,7 @@ class Saver:
             raise Unhealthy(f"{self._failures} saves in a row failed, the last at step {save.step}: {save.failure}")
 
     def finish(self) -> None:
-        """Wait until the last save is on the disk, trying again as often as `max_failed_saves` allows."""
+        """Wait until the last save is on disk, with as many retries as `max_failed_saves` allows."""
         self.wait()
         while self._save is not None and self._save.failure:
             time.sleep(RETRY_S)
@@ -158,11 +158,11 @@ class Saver:
             self.wait()
 
     def abandon(self, timeout_s: float) -> None:
-        """For a run that failed: give the save under way a while, since what it holds is good. Raises nothing."""
+        """For a failed run: give the current save, whose content is valid, some time to finish. Does not raise."""
         self._join(timeout_s)
 
     def _start(self) -> None:
-        # A daemon: a process that fails does not wait for its disk.
+        # A daemon thread: a failing process does not wait for its disk.
         self._thread = threading.Thread(target=self._write, args=(self._save,), name="save", daemon=True)
         self._thread.start()
 
@@ -173,7 +173,7 @@ class Saver:
         return self._save
 
     def _write(self, save: _Save) -> None:
-        content = Content(self.rank, self.ranks, save.slots, save.shapes, save.state, save.buffers)
+        content = Payload(self.rank, self.ranks, save.slots, save.shapes, save.state, save.buffers)
         try:
             near = None
             if self.local and self.local.save(save.step, content, self._gather):
@@ -188,7 +188,7 @@ class Saver:
         except StorageError as error:
             self._failures += 1
             save.failure = str(error)
-            log.error("checkpoint of step %d not saved, training goes on: %s", save.step, error)
+            log.error("checkpoint of step %d not saved, training continues: %s", save.step, error)
             self._report(
                 {
                     "event": "save_failed",
@@ -199,7 +199,7 @@ class Saver:
             )
         except BaseException as error:  # raised in the training thread, at the next save
             save.error = error
-            # A lost rank is reported once for the whole run.
+            # A lost rank is reported once per run.
             level = logging.INFO if lost_rank(error) else logging.ERROR
             log.log(level, "checkpoint of step %d not saved: %s", save.step, error)
         else:
@@ -239,9 +239,9 @@ class Saver:
         return settled(self.every, best_interval(save.blocked, save.seconds, save.step_s, self._mtbf_s))
 
     def _prune(self) -> None:
-        """Remove old checkpoints; nothing that goes wrong there ends the run."""
+        """Remove old checkpoints; errors do not end the run."""
         if self.rank == 0:
             try:
                 self.store.prune(self.settings.keep)
             except Exception:
-                log.exception("old checkpoints could not be removed, training goes on")
+                log.exception("old checkpoints could not be removed, training continues")

@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint consists of. It is written last, so a folder without one is no checkpoint."""
+"""The manifest of a checkpoint. It is written last, so a folder without one is incomplete."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Manifest(BaseModel):
     format: Literal[1] = FORMAT
     step: int
     ranks: int
-    """Ranks that wrote it, each one file."""
+    """Ranks that wrote it, one file each."""
     time: float
-    """When it was written, in Unix seconds."""
+    """Unix time of the save."""
     slots: list[str]
-    """Kinds of values kept for each parameter, such as `master` and `exp_avg`."""
+    """Kinds of state stored for each parameter, such as `master` and `exp_avg`."""
     shapes: dict[str, tuple[int, ...]]
     """Shape of every parameter by name."""
     files: dict[str, Entry]
@@ -39,25 +39,25 @@ class Manifest(BaseModel):
     @field_validator("files")
     @classmethod
     def _in_the_folder(cls, files: dict[str, Entry]) -> dict[str, Entry]:
-        """Names are joined to folders, to read from one and to write to another: none may lead out of them."""
+        """Names are joined to folders for reading and writing: none may point outside of them."""
         for name in files:
             if not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII) or name == MANIFEST:
-                raise ValueError(f"{name!r} is no name of a file in the folder")
+                raise ValueError(f"{name!r} is not the name of a file in the folder")
         return files
 
     def encode(self) -> bytes:
-        """Readable JSON that ends with a hash of all that comes before it."""
-        body = self.model_dump(mode="json", exclude_none=True)  # as manifests were before files had spans
+        """Readable JSON that ends with a hash of everything before it."""
+        body = self.model_dump(mode="json", exclude_none=True)  # same as manifests of versions without spans
         digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
         return (json.dumps({**body, "sha256": digest}, indent=1) + "\n").encode()
 
     def write(self, folder: Path) -> None:
-        """Write it into `folder` and flush it. Raises OSError."""
+        """Write the manifest into `folder` and flush it. Raises OSError."""
         write_file(folder / MANIFEST, [self.encode()])
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the checkpoint in `folder`. RunError, naming the file, when it is missing or damaged."""
+    """The manifest of the checkpoint in `folder`. Raises RunError, naming the file, if it is missing or damaged."""
     path = folder / MANIFEST
     where = f"{folder.name}/{MANIFEST}"
     try:

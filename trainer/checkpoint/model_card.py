@@ -1,6 +1,6 @@
-"""The model card of an export: what the weights are, what they were trained from, and under which licences.
+"""The model card of an export: what the weights are, what they were trained from, and the licences.
 
-A card is the `README.md` of a model folder, with the metadata that the Hugging Face hub reads at its top.
+A card is the `README.md` of a model folder, with metadata for the Hugging Face hub at its top.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Licence(NamedTuple):
-    """name: in words. id: as the hub's metadata has it, one of its own or a name. link: to the text."""
+    """name: full name. id: as in the hub's metadata, one of its ids or a custom name. link: to the licence text."""
 
     name: str
     id: str
@@ -47,20 +47,20 @@ LICENCES = {
         "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
     ),
 }
-"""By hub id: those of the bases that the shipped recipes name, as their model cards state them."""
+"""Hub id -> licence, for the bases of the shipped recipes, as stated in their model cards."""
 OPENMOJI = Licence(
     "CC BY-SA 4.0: trained on drawings of OpenMoji (https://openmoji.org)",
     "cc-by-sa-4.0",
     "https://creativecommons.org/licenses/by-sa/4.0/",
     common=True,
 )
-"""Of the models that come with the package, `builtin:NAME`."""
+"""Licence of the models bundled with the package, `builtin:NAME`."""
 
 
 def licence_of(path: str) -> Licence | None:
-    """Licence of the base at `path`: `builtin:NAME`, a hub id, or a folder with a model card. None where unknown.
+    """Licence of the base at `path`: `builtin:NAME`, a hub id, or a folder with a model card. None if unknown.
 
-    Nothing is downloaded. A card that cannot be read is logged and counts as none.
+    Nothing is downloaded. An unreadable card is logged and counts as missing.
     """
     if path.startswith("builtin:"):
         return OPENMOJI
@@ -84,9 +84,9 @@ def licence_of(path: str) -> Licence | None:
 
 
 def card(run: Path, recipe: Recipe, reader: CheckpointReader, slot: str, dtype: str, with_base: bool) -> str:
-    """Text of the card of weights exported from `reader`, a checkpoint of the run in folder `run`.
+    """Text of the model card for weights exported from `reader`, a checkpoint of the run in folder `run`.
 
-    slot: `master` or `ema`. with_base: whether the frozen base is in the folder too.
+    slot: `master` or `ema`. with_base: whether the export includes the frozen base.
     """
     state: dict[str, Any] = reader.state
     progress = state.get("progress", {})
@@ -135,7 +135,7 @@ Equal data digests mean the same training samples in the same order.
 
 
 def bases(recipe: Recipe) -> dict[str, str]:
-    """Role -> path of the models that the weights were trained from, that whose layers were copied first."""
+    """Role -> path of the models that the weights were trained from, starting with the one whose layers were copied."""
     backbone = {"multimodal LLM": recipe.backbone.path}
     if recipe.stage != "controlnet":
         return backbone
@@ -177,7 +177,7 @@ def _licences(recipe: Recipe, with_base: bool) -> str:
     lines = []
     for role, path in bases(recipe).items():
         found = licence_of(path)
-        name = Path(path).name if Path(path).is_dir() else path  # the folders above are nobody's business
+        name = Path(path).name if Path(path).is_dir() else path  # without the private parent folders
         known = f"{found.name}, {found.link}" if found else "unknown to Bifrost; see its own model card"
         lines.append(f"- {role} `{name}`: {known}")
     kind = "contain weights of, and are trained from," if with_base else "are trained from"

@@ -1,4 +1,4 @@
-"""Reading one checkpoint: any range of any parameter, whatever the number of ranks that saved it."""
+"""Reads a checkpoint: any range of any parameter, independent of the number of ranks that saved it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .manifest import read_manifest
 STATE = "state.json"
 BUFFERS = "buffers.safetensors"
 AVERAGED = "ema/"
-"""Begin of the names of buffers that belong to the averaged weights."""
+"""Name prefix of buffers that belong to the averaged weights."""
 
 log = logging.getLogger(__name__)
 
 
 def rank_file(rank: int) -> str:
-    """Name of the file that `rank` writes."""
+    """Name of the file written by `rank`."""
     return f"rank-{rank:05d}.safetensors"
 
 
 class CheckpointReader:
-    """A checkpoint folder, opened lazily. `Store.newest_verified` hands out those that are whole.
+    """A checkpoint folder, opened lazily; `Store.newest_verified` returns verified ones.
 
-    RunError when the folder has no sound manifest; other files are not checked here.
+    Raises RunError if the folder has no valid manifest; other files are not checked here.
     """
 
     def __init__(self, folder: str | Path):
@@ -56,7 +56,7 @@ class CheckpointReader:
     def read(self, slot: str, name: str, lo: int, hi: int) -> torch.Tensor:
         """Elements [lo, hi) of the flattened parameter: [hi - lo], fp32, on the CPU; only those bytes are read.
 
-        RunError for a slot or parameter that the checkpoint does not hold, IndexError for a range outside it.
+        Raises RunError for a missing slot or parameter, IndexError for a range outside the parameter.
         """
         if slot not in self.slots:
             raise RunError(f"{self.folder} holds no {slot}, only {', '.join(self.slots)}")
@@ -70,14 +70,14 @@ class CheckpointReader:
         return result
 
     def full(self, slot: str, name: str) -> torch.Tensor:
-        """The whole parameter in its shape, fp32, on the CPU."""
+        """The full parameter in its shape, fp32, on the CPU."""
         shape = self.shapes[name]
         return self.read(slot, name, 0, math.prod(shape)).view(shape)
 
     def buffers(self, slot: str = "master") -> dict[str, torch.Tensor]:
         """Saved buffers by name, on the CPU: those of the live weights, or with slot `ema` of the averaged ones.
 
-        A checkpoint from before averaged weights had their own gives the live ones, and says so in the log.
+        An older checkpoint without averaged buffers returns the live ones and logs a warning.
         """
         path = self.folder / BUFFERS
         stored = StoredTensors([path] if BUFFERS in self.manifest.files else [])
@@ -86,7 +86,7 @@ class CheckpointReader:
         if slot != "ema":
             return live
         if live and len(live) == len(held):
-            log.warning("%s holds no averaged BatchNorm statistics: those of the live weights are taken", self.folder)
+            log.warning("%s holds no averaged BatchNorm statistics: those of the live weights are used", self.folder)
             return live
         return {name.removeprefix(AVERAGED): buffer for name, buffer in held.items() if name.startswith(AVERAGED)}
 

@@ -1,4 +1,4 @@
-"""One rank's part of a checkpoint: the files that it brings, and what rank 0 says about the whole."""
+"""One rank's shard of a checkpoint: its files, and rank 0's metadata of the whole checkpoint."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from .reader import BUFFERS, STATE, rank_file
 from .staging import Slots
 
 HEADER = "header"
-"""Name of the span in front of the slots in a rank's file."""
+"""Name of the span before the slots in a rank's file."""
 
 
-class About(NamedTuple):
-    """What a manifest says beside its files."""
+class ShardMetadata(NamedTuple):
+    """Fields of a manifest other than its files."""
 
     ranks: int
     slots: list[str]
     shapes: dict[str, tuple[int, ...]]
 
 
-class Part(NamedTuple):
-    """What lies in the folder of a save under way; `about` from rank 0 alone."""
+class Shard(NamedTuple):
+    """Files that a rank wrote to the folder of a save in progress; `metadata` only from rank 0."""
 
     files: dict[str, Entry]
-    about: About | None
+    metadata: ShardMetadata | None
 
 
 @dataclass(frozen=True)
-class Content:
+class Payload:
     """What one rank saves. `slots[slot][name]` is its slice of that parameter: 1-D fp32, without padding, possibly
-    empty; `shapes` are the whole parameters' shapes; `state` (JSON) and `buffers` are rank 0's to write."""
+    empty. shapes: of the full parameters. Rank 0 also writes `state` (JSON) and `buffers`."""
 
     rank: int
     ranks: int
@@ -50,8 +50,8 @@ class Content:
     state: Mapping[str, Any]
     buffers: Mapping[str, Tensor]
 
-    def write(self, folder: Path) -> Part:
-        """Write this rank's files into `folder`. Raises OSError, RunError for slices that do not fit the shapes."""
+    def write(self, folder: Path) -> Shard:
+        """Write this rank's files into `folder`. Raises OSError, or RunError for mismatched slices."""
         pieces = self.pieces()
         folder.mkdir(exist_ok=True)
         spans = Spans()
@@ -59,16 +59,16 @@ class Content:
         entry = write_file(folder / rank_file(self.rank), spans.over(names, safetensors_parts(pieces)))
         files = {rank_file(self.rank): replace(entry, spans=spans.found)}
         if self.rank:
-            return Part(files, None)
+            return Shard(files, None)
         files[STATE] = write_file(folder / STATE, [json.dumps(self.state, indent=1).encode()])
         if self.buffers:
             held = {name: tensor.detach().cpu().contiguous() for name, tensor in self.buffers.items()}
             files[BUFFERS] = write_file(folder / BUFFERS, [safetensors_bytes(held)])
-        return Part(files, self.about())
+        return Shard(files, self.metadata())
 
-    def about(self) -> About:
-        """What every rank knows alike of the whole."""
-        return About(self.ranks, list(self.slots), dict(self.shapes))
+    def metadata(self) -> ShardMetadata:
+        """Metadata of the whole checkpoint, equal on all ranks."""
+        return ShardMetadata(self.ranks, list(self.slots), dict(self.shapes))
 
     def pieces(self) -> list[Piece]:
         pieces = []
@@ -94,16 +94,16 @@ def _same(path: Path, entry: Entry, slot: str | None) -> bool:
 
 
 def file_problem(path: Path, entry: Entry, content: bool, slot: str | None = None) -> str | None:
-    """What is wrong with a file, or None; its bytes are read only when its size is right and `content` is set.
+    """What is wrong with a file, or None; its bytes are read only if the size matches and `content` is set.
 
-    slot: of a rank's file only the header and this slot are read, where the manifest knows their hashes.
+    slot: read only the header and this slot of a rank's file, if the manifest has their hashes.
     """
     try:
         size = path.stat().st_size
         if size < entry.size:
             return f"truncated, {size} of {entry.size} bytes"
         if size > entry.size:
-            return f"too long, {size} bytes where the manifest says {entry.size}"
+            return f"too long, {size} bytes, the manifest has {entry.size}"
         if content and not retrying(lambda: _same(path, entry, slot), path):
             return "damaged, its content does not match the manifest's sha256"
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Host memory that a save is copied to, so that training may go on while it is written."""
+"""Host memory to which a save is copied, so that training continues while it is written."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Slots = Mapping[str, Mapping[str, Tensor]]
 
 
 class Staging:
-    """A second copy of a rank's slices in host memory: allocated once, pinned where they lie on a GPU."""
+    """A second copy of a rank's slices in host memory: allocated once, pinned if they are on a GPU."""
 
     def __init__(self, slots: Slots) -> None:
         slices = [(slot, name, tensor) for slot, held in slots.items() for name, tensor in held.items()]
-        # Filled, so that its pages exist before the first save pays for them.
+        # Filled, so that its pages are allocated now and not during the first save.
         memory = torch.empty(sum(tensor.numel() for *_, tensor in slices)).fill_(0)
         if any(tensor.is_cuda for *_, tensor in slices):
             _pin(self, memory)
@@ -32,9 +32,9 @@ class Staging:
             start += tensor.numel()
 
     def take(self, slots: Slots) -> Slots:
-        """The slices' values as they are now; the result is overwritten by the next call.
+        """Copy the current values of the slices; the result is overwritten by the next call.
 
-        Returns when the copy is whole: the optimizer may change the slices at once.
+        Returns when the copy is complete: the optimizer may then change the slices.
         """
         device = None
         for slot, held in slots.items():
@@ -47,7 +47,7 @@ class Staging:
 
 
 def _pin(owner: Staging, memory: Tensor) -> None:
-    """Pin `memory` for as long as `owner` lives. torch's own pinned allocator would round it up to a power of two."""
+    """Pin `memory` for the lifetime of `owner`. torch's pinned allocator would round its size up to a power of two."""
     runtime: Any = torch.cuda.cudart()
     status = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0) if memory.nbytes else 0
     if int(status):
@@ -57,5 +57,5 @@ def _pin(owner: Staging, memory: Tensor) -> None:
             int(status),
         )
     elif memory.nbytes:
-        # The registration must end before the memory does, which the arguments keep alive until then.
+        # Unregister before the memory is freed: the finalizer's arguments keep it alive until then.
         weakref.finalize(owner, lambda held: runtime.cudaHostUnregister(held.data_ptr()), memory)

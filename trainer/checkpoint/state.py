@@ -1,4 +1,4 @@
-"""Engine <-> slices: what a checkpoint holds of a run's tensors."""
+"""Conversion between the engine's tensors and the slices in a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .reader import AVERAGED, CheckpointReader
 
 
 class CheckpointWeights:
-    """A checkpoint's weights as a source for `weights.fill`. slot: `master`, or `ema` for the average."""
+    """A checkpoint's weights as a source for `weights.fill`. slot: `master` or `ema`."""
 
     def __init__(self, reader: CheckpointReader, slot: str = "master") -> None:
         self.reader = reader
@@ -29,7 +29,7 @@ class CheckpointWeights:
 
 
 def capture(engine: Engine, ema: Ema | None) -> tuple[dict[str, dict[str, Tensor]], dict[str, tuple[int, ...]]]:
-    """Slots (slot -> name -> this rank's slice, 1-D fp32 without padding) and the whole parameters' shapes."""
+    """Slots (slot -> name -> this rank's slice, 1-D fp32 without padding) and the shapes of the full parameters."""
     parameters = engine.trainable()
     lengths = {}
     for name, parameter in parameters.items():
@@ -43,15 +43,15 @@ def capture(engine: Engine, ema: Ema | None) -> tuple[dict[str, dict[str, Tensor
 
 
 def capture_statistics(engine: Engine, ema: Ema | None) -> dict[str, Tensor]:
-    """Buffers to save: the model's, and the average's under a prefix."""
+    """Buffers to save: the model's, and those of the EMA with a prefix."""
     averaged = ema.statistics if ema is not None else {}
     return {**engine.model.statistics(), **{AVERAGED + name: buffer for name, buffer in averaged.items()}}
 
 
 def restore(engine: Engine, ema: Ema | None, reader: CheckpointReader, updates: int) -> None:
-    """Set masters, moments, EMA and AdamW's step count from a checkpoint of any number of ranks.
+    """Set masters, moments, EMA and AdamW's step count from a checkpoint saved by any number of ranks.
 
-    The engine's compute weights must have been filled from the same checkpoint before it was made.
+    The compute weights must have been filled from the same checkpoint before the engine was created.
     """
     parameters = engine.trainable()
     if parameters.keys() != reader.shapes.keys():
@@ -69,21 +69,21 @@ def restore(engine: Engine, ema: Ema | None, reader: CheckpointReader, updates: 
 
 
 def reload(engine: Engine, ema: Ema | None, reader: CheckpointReader) -> None:
-    """Bring a running engine, its model and the average to a checkpoint. Every rank calls it alike."""
-    take_from(engine.model, reader)
+    """Reset a running engine, its model and the EMA to a checkpoint. Call it on every rank."""
+    load_weights(engine.model, reader)
     restore(engine, ema, reader, reader.state["updates"])
     engine.refresh()
 
 
-def take_from(model: StageModel, reader: CheckpointReader) -> None:
-    """Give a model the weights that it computes with, and its statistics, from a checkpoint."""
+def load_weights(model: StageModel, reader: CheckpointReader) -> None:
+    """Load a model's compute weights and statistics from a checkpoint."""
     fill(model.trainable(), CheckpointWeights(reader), reader.folder)
     restore_statistics(model.statistics(), reader)
 
 
 def restore_statistics(statistics: Mapping[str, Tensor], reader: CheckpointReader, slot: str = "master") -> None:
-    """Set buffers, by their names in the run's model, from a checkpoint; RunError when it lacks one. slot: of which
-    weights, `ema` for the average's."""
+    """Set buffers, by their names in the model, from a checkpoint. slot: `ema` for those of the EMA. Raises RunError if
+    one is missing."""
     saved = reader.buffers(slot)
     for name, buffer in statistics.items():
         if name not in saved:

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written so that a kill at any moment leaves a whole one, verified before they are used."""
+"""Checkpoint store of a run: crash-safe writes, verification before use, pruning."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from ..errors import RunError
 from .durable import sync_folder
 from .manifest import Manifest, read_manifest
 from .reader import CheckpointReader
-from .shard import Content, Part, file_problem
+from .shard import Payload, Shard, file_problem
 from .staging import Slots
 
 log = logging.getLogger(__name__)
 
 
 class StorageError(RunError):
-    """The disk did not take a save; another try may succeed."""
+    """Storage failed during a save. Retryable."""
 
 
 class Store:
-    """Checkpoints in `folder` (`RUN/checkpoints`), one folder a step: `step-00000200/`.
+    """Checkpoints in `folder` (`RUN/checkpoints`), one folder per step: `step-00000200/`.
 
-    Opening a store touches nothing. Folders whose name starts with a dot are saves and removals under way, or what a
-    killed process left of them.
+    Opening a store changes nothing. Folders that start with a dot are saves and removals in progress, or leftovers of
+    a killed process.
     """
 
     def __init__(self, folder: str | Path):
@@ -39,11 +39,11 @@ class Store:
         self._sound: set[int] = set()  # steps that this process wrote, or verified in full
 
     def folder(self, step: int) -> Path:
-        """Where the checkpoint of `step` lies or would lie."""
+        """Folder of the checkpoint of `step`, existing or not."""
         return self.root / f"step-{step:08d}"
 
     def steps(self) -> list[int]:
-        """Steps that have a folder, oldest first; whether each can be used is for `verify` to say."""
+        """Steps that have a folder, oldest first, not verified."""
         if not self.root.is_dir():
             return []
         matches = (re.fullmatch(r"step-(\d{8,})", path.name) for path in self.root.iterdir())
@@ -60,15 +60,14 @@ class Store:
         buffers: Mapping[str, torch.Tensor],
         gather: Gather = alone,
     ) -> int:
-        """`save_content` of what these make up, see `Content`."""
-        return self.save_content(step, Content(rank, ranks, slots, shapes, state, buffers), gather)
+        """`save_content` of a `Payload` with these fields."""
+        return self.save_content(step, Payload(rank, ranks, slots, shapes, state, buffers), gather)
 
-    def save_content(self, step: int, content: Content, gather: Gather = alone) -> int:
-        """Write the checkpoint of `step`; every rank calls it and all leave together. Returns its bytes.
+    def save_content(self, step: int, content: Payload, gather: Gather = alone) -> int:
+        """Write the checkpoint of `step`; collective over all ranks. Returns its size in bytes.
 
-        A checkpoint of that step that verifies is kept as it is, 0 bytes; one that does not is replaced.
-        Raises the same RunError on all ranks when one of them could not write, a StorageError when the cause is the
-        disk's; nothing of the save stays.
+        An existing checkpoint of that step is kept if it verifies (returns 0), else replaced. If a rank fails, raises
+        the same RunError on all ranks (StorageError if storage is the cause) and removes the partial save.
         """
         rank = content.rank
         present = agreed(lambda: self._prepare(step) if rank == 0 else None, "prepare", rank, gather)[0]
@@ -76,20 +75,20 @@ class Store:
             return 0
         return self._collect(step, content.write, rank, gather)
 
-    def assemble(self, step: int, write: Callable[[Path], Part], rank: int, gather: Gather) -> int:
-        """Like `save`, of files that `write(folder)` puts there: the parts of all ranks make up the checkpoint."""
+    def assemble(self, step: int, write: Callable[[Path], Shard], rank: int, gather: Gather) -> int:
+        """Like `save`, with files written by `write(folder)` on every rank."""
         agreed(lambda: self._prepare(step) if rank == 0 else None, "prepare", rank, gather)
         return self._collect(step, write, rank, gather)
 
-    def _collect(self, step: int, write: Callable[[Path], Part], rank: int, gather: Gather) -> int:
+    def _collect(self, step: int, write: Callable[[Path], Shard], rank: int, gather: Gather) -> int:
         partial = self.root / f".{self.folder(step).name}.partial"
         try:
             parts = agreed(lambda: write(partial), "write", rank, gather)
             files = {name: entry for part in parts for name, entry in part.files.items()}
 
             def commit() -> None:
-                about = next(part.about for part in parts if part.about)
-                self._commit(partial, Manifest(step=step, time=time.time(), files=files, **about._asdict()))
+                metadata = next(part.metadata for part in parts if part.metadata)
+                self._commit(partial, Manifest(step=step, time=time.time(), files=files, **metadata._asdict()))
 
             agreed(lambda: commit() if rank == 0 else None, "commit", rank, gather)
         except RunError:
@@ -100,10 +99,10 @@ class Store:
         return sum(entry.size for entry in files.values())
 
     def verify(self, step: int, share: tuple[int, int] = (0, 1), slots: Sequence[str] = ()) -> list[str]:
-        """What is wrong with the checkpoint of `step`, each naming a file; empty when it is whole.
+        """Problems of the checkpoint of `step`, each naming a file; empty if it is valid.
 
-        `share` (rank, ranks) checks every `ranks`-th file only, so that ranks divide the hashing among them. slots:
-        only the first of these that the checkpoint holds is read, for those who load no other.
+        share: (rank, ranks), check only every `ranks`-th file, to divide the hashing over ranks. slots: read only the
+        first of these that the checkpoint has, for callers that load no other.
         """
         folder = self.folder(step)
         try:
@@ -128,10 +127,10 @@ class Store:
         gather: Gather = alone,
         slots: Sequence[str] = (),
     ) -> CheckpointReader | None:
-        """The newest checkpoint that is whole, `skip` left out; None when there is none.
+        """The newest valid checkpoint, except those in `skip`; None if there is none.
 
-        Each refused one is logged with the file's name. With `gather` every rank calls it, the hashing is divided
-        among them, and all get the same one. slots: see `verify`.
+        Each refused one is logged with the file name. With `gather`, it is collective: the hashing is divided over the
+        ranks, and all get the same result. slots: see `verify`.
         """
         steps = agreed(lambda: self.steps() if rank == 0 else None, "look for", rank, gather)[0]
         for step in reversed(steps):
@@ -145,10 +144,10 @@ class Store:
         return None
 
     def prune(self, keep: int) -> list[int]:
-        """Remove all but the newest `keep` checkpoints, for rank 0 alone; returns the removed steps.
+        """Remove all but the newest `keep` checkpoints, on rank 0 only; return the removed steps.
 
-        While none of those kept is whole, the newest older one that is whole stays too. A removal that fails is
-        logged, not raised.
+        If none of those kept is valid, the newest older valid one is kept too. A removal that fails is logged, not
+        raised.
         """
         steps = self.steps()
         kept, old = steps[-keep:], steps[:-keep]
@@ -166,7 +165,7 @@ class Store:
         return removed
 
     def remove_after(self, step: int, rank: int = 0, gather: Gather = alone) -> None:
-        """Remove those later than `step`, newest first; every rank calls it. RunError on all when one stays."""
+        """Remove those later than `step`, newest first; collective. Raises RunError on all ranks if one remains."""
 
         def remove() -> None:
             for late in reversed([each for each in self.steps() if each > step]):
@@ -175,9 +174,9 @@ class Store:
         agreed(lambda: remove() if rank == 0 else None, "remove", rank, gather)
 
     def sweep(self) -> None:
-        """Remove what killed saves and removals left, for rank 0 of the run that owns the folder.
+        """Remove leftovers of killed saves and removals, on rank 0 of the run that owns the folder.
 
-        What cannot be removed, such as a file that a reader on NFS still holds, is logged and left.
+        Files that cannot be removed, for example because a reader on NFS holds them, are logged and left.
         """
         for path in self.root.glob(".step-*"):
             try:
@@ -203,7 +202,7 @@ class Store:
         sync_folder(self.root)
 
     def _remove(self, step: int) -> None:
-        # Renamed first, in one move: a half-removed folder is never taken for a checkpoint.
+        # Renamed first, atomically: a half-removed folder is never mistaken for a checkpoint.
         aside = self.root / f".{self.folder(step).name}.removed"
         self.folder(step).rename(aside)
         self._sound.discard(step)
@@ -219,20 +218,20 @@ class Store:
 
 
 def agreed(action: Callable[[], Any], verb: str, rank: int, gather: Gather) -> list[Any]:
-    """Run `action` on every rank and return all results; what one rank raises becomes the same RunError on all, a
-    StorageError when no rank met anything but the disk's refusal."""
+    """Run `action` on every rank and return all results. An exception on any rank becomes the same RunError on all, or
+    a StorageError if all failures are storage failures."""
     result = failure = cause = None
     try:
         result = action()
     except OSError as error:
         cause = error
         failure = RunError.from_storage_error(f"rank {rank} could not {verb} the checkpoint: {error.filename}", error)
-    except Exception as error:  # any other failure must reach the other ranks too, or they wait for this one
+    except Exception as error:  # any other failure must also reach the other ranks, which would wait for this one
         failure, cause = RunError(f"rank {rank} could not {verb} the checkpoint: {error}"), error
     outcomes = gather((result, failure, isinstance(cause, OSError)))
     failures = sorted((storage, rank) for rank, (_, failure, storage) in enumerate(outcomes) if failure)
     if failures:
-        storage, first = failures[0]  # one that is not the disk's comes first
+        storage, first = failures[0]  # failures other than storage come first
         also = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
         raised = (StorageError if storage else RunError)(f"{outcomes[first][1]}{also}")
         raised.passing = outcomes[first][1].passing

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from ...data import Batch, Loader
 from ...slurm.exit_record import grace, stop_s
-from ..checkpoint.manager import Saver
+from ..checkpoint.manager import CheckpointManager
 from ..checkpoint.state import capture, capture_statistics, restore
 from ..distributed.stop_signals import TRAINING
 from ..monitors.rank_stats import RankStats
@@ -93,10 +93,12 @@ def _engine(run: RunContext, point: ResumePoint) -> tuple[Engine, Ema | None]:
     return engine, ema
 
 
-def _saver(run: RunContext, point: ResumePoint, record: RunRecord, engine: Engine, ema: Ema | None) -> Saver:
+def _saver(
+    run: RunContext, point: ResumePoint, record: RunRecord, engine: Engine, ema: Ema | None
+) -> CheckpointManager:
     """What saves, and makes the run stop early enough before the job's limit to save once more."""
     ranks = run.ranks
-    saver = Saver(
+    saver = CheckpointManager(
         point.store,
         run.recipe.checkpoint,
         capture(engine, ema)[0],
@@ -115,7 +117,7 @@ def _saver(run: RunContext, point: ResumePoint, record: RunRecord, engine: Engin
 
 
 def _save(
-    point: ResumePoint, record: RunRecord, saver: Saver, engine: Engine, ema: Ema | None, data: str
+    point: ResumePoint, record: RunRecord, saver: CheckpointManager, engine: Engine, ema: Ema | None, data: str
 ) -> Callable[[Progress], None]:
     """The loop's `save`. data: fingerprint of the data set."""
 

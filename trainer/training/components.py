@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...data import Batch
 from ...recipes import Recipe
-from ..checkpoint.manager import Saver
+from ..checkpoint.manager import CheckpointManager
 from ..distributed.process_group import Ranks
 from ..distributed.stop_signals import StopSignals
 from ..monitors.console import Console
@@ -39,7 +39,7 @@ class TrainerComponents:
     """Number of a global batch, from 0 -> what its backward passes divide the summed loss by."""
     save: Callable[[Progress], None]
     """Begins to save; `saver` says when, and when it is done."""
-    saver: Saver
+    saver: CheckpointManager
     recover: Callable[[Progress], None]
     """Called after too many skipped steps in a row: goes back to a checkpoint, or raises Unhealthy."""
     metrics: AccountedMetrics

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.reader import CheckpointReader
-from ..checkpoint.state import take_from
+from ..checkpoint.state import load_weights
 from ..checkpoint.store import Store
 from ..distributed.process_group import Ranks
 from ..errors import RunError
@@ -27,7 +27,7 @@ def build_model(inputs: Inputs, reader: CheckpointReader | None, ranks: Ranks) -
     def load() -> None:
         stage.load(model)
         if reader:
-            take_from(model, reader)
+            load_weights(model, reader)
         elif recipe.init_from:
             initialise_from(model, stage, Path(recipe.init_from), ranks)
 
@@ -44,7 +44,7 @@ def initialise_from(model: StageModel, stage: Stage, path: Path, ranks: Ranks | 
         reader = store.newest_verified((), ranks.rank, ranks.size, ranks.gather, slots=("master",))
         if reader is None:
             raise RunError(f"init_from={path}: that run has no checkpoint that verifies")
-        take_from(model, reader)
+        load_weights(model, reader)
     elif path.exists():
         source, names = stage.from_public_checkpoint(path)
         tensors: dict[str, Any] = {**model.trainable(), **model.statistics()}

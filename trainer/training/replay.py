@@ -20,7 +20,7 @@ from ...data import Dataset, Item, Loader
 from ...kernels.attention import unavailable
 from ...recipes import load_recipe
 from ..checkpoint.reader import CheckpointReader
-from ..checkpoint.state import take_from
+from ..checkpoint.state import load_weights
 from ..checkpoint.store import Store
 from ..errors import RunError
 from ..inference.contact_sheet import make_contact_sheet
@@ -159,7 +159,7 @@ def _model(stage: Any, reader: CheckpointReader | None, device: torch.device) ->
     stage.load(model)
     model.to(device)
     if reader:
-        take_from(model, reader)
+        load_weights(model, reader)
     elif stage.recipe.init_from:
         initialise_from(model, stage, Path(stage.recipe.init_from))
     return model

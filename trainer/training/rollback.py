@@ -16,7 +16,7 @@ import sys
 import time
 
 from ...recipes.schema import Health as Settings
-from ..checkpoint.manager import Saver
+from ..checkpoint.manager import CheckpointManager
 from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.state import reload
 from ..distributed.process_group import Ranks
@@ -36,7 +36,7 @@ class Recovery:
     def __init__(
         self,
         settings: Settings,
-        saver: Saver,
+        saver: CheckpointManager,
         engine: Engine,
         ema: Ema | None,
         ranks: Ranks,

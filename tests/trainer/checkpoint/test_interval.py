@@ -3,7 +3,7 @@ import pytest
 
 from bifrost.recipes.schema import Checkpoint
 from bifrost.trainer.checkpoint.interval import best_interval, settled
-from bifrost.trainer.checkpoint.manager import Saver
+from bifrost.trainer.checkpoint.manager import CheckpointManager
 from bifrost.trainer.checkpoint.store import Store
 
 
@@ -42,7 +42,7 @@ def test_all_ranks_change_to_rank_0s_interval_at_the_same_step(tmp_path, run_ran
     def work(rank, gather):
         events = []
         held = slices(rank, 2)
-        saver = Saver(Store(tmp_path), settings, held, events.append, rank, 2, gather, every=4)
+        saver = CheckpointManager(Store(tmp_path), settings, held, events.append, rank, 2, gather, every=4)
         saver._better = lambda save: (3 if save.step < 12 else 5) + 10 * rank  # ranks measure differently
         saved = []
         for step in range(1, 26):
@@ -62,7 +62,7 @@ def test_all_ranks_change_to_rank_0s_interval_at_the_same_step(tmp_path, run_ran
 
 
 def test_fixed_stays(tmp_path, slices):
-    saver = Saver(Store(tmp_path), Checkpoint(every=10), slices(0, 1), print, every=4)
+    saver = CheckpointManager(Store(tmp_path), Checkpoint(every=10), slices(0, 1), print, every=4)
     assert [step for step in range(1, 31) if saver.due(step)] == [10, 20, 30]
 
 
@@ -74,7 +74,7 @@ def test_from_measured_times(tmp_path, slices, monkeypatch):
         "bifrost.trainer.checkpoint.manager.best_interval", lambda *numbers: asked.append(numbers) or 1000
     )
     clock = iter(range(0, 100_000, 7))
-    saver = Saver(Store(tmp_path), settings, slices(0, 1), lambda event: None, nodes=100)
+    saver = CheckpointManager(Store(tmp_path), settings, slices(0, 1), lambda event: None, nodes=100)
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     for step in (10, 20):
         saver.save(step, slices(0, 1), shapes, {}, {})

@@ -9,7 +9,7 @@ import torch
 import boundaries
 from bifrost.recipes.schema import Checkpoint
 from bifrost.trainer.checkpoint.local import LocalParts
-from bifrost.trainer.checkpoint.manager import Saver
+from bifrost.trainer.checkpoint.manager import CheckpointManager
 from bifrost.trainer.checkpoint.store import Store
 
 SHAPES = {"layer.weight": (5, 3), "layer.bias": (3,), "scale": (), "empty": (0, 4)}
@@ -76,7 +76,9 @@ def test_killed_while_training_goes_on(tmp_path, run_ranks, slices, assert_holds
         def train(rank, gather):
             live = slices(rank, ranks)
             parts = near(place, rank, gather)
-            saver = Saver(Store(place), Checkpoint(keep=1), live, lambda event: None, rank, ranks, gather, parts)
+            saver = CheckpointManager(
+                Store(place), Checkpoint(keep=1), live, lambda event: None, rank, ranks, gather, parts
+            )
             for step in (1, 2):
                 for slot, values in slices(rank, ranks, seed=step).items():
                     for name, value in values.items():

@@ -13,7 +13,7 @@ from bifrost.trainer.checkpoint import local as local_module
 from bifrost.trainer.checkpoint import shard as part_module
 from bifrost.trainer.checkpoint.durable import Entry
 from bifrost.trainer.checkpoint.local import LocalParts
-from bifrost.trainer.checkpoint.manager import Saver
+from bifrost.trainer.checkpoint.manager import CheckpointManager
 from bifrost.trainer.checkpoint.manifest import Manifest, read_manifest
 from bifrost.trainer.checkpoint.store import StorageError, Store
 from bifrost.trainer.errors import RunError
@@ -48,7 +48,9 @@ def start(tmp_path, run_ranks, slices):
             brought = local.recover(store, gather)
             events = []
             held = slices(rank, ranks)
-            saver = Saver(store, Checkpoint(max_failed_saves=9), held, events.append, rank, ranks, gather, local)
+            saver = CheckpointManager(
+                store, Checkpoint(max_failed_saves=9), held, events.append, rank, ranks, gather, local
+            )
             for step in steps:
                 made = slices(rank, ranks, seed or step)
                 state, buffers = {"seed": seed or step}, {"mean": torch.ones(2) * (seed or step)}
@@ -100,7 +102,7 @@ def test_a_lost_node(tmp_path, start, broken, assert_holds, caplog):
     broken.clear()
     shutil.rmtree(tmp_path / "node-1")
     assert start([])[0][0] is None
-    assert "the nodes hold 1 of the 2 local parts of step 2: passed over" in caplog.text
+    assert "the nodes hold 1 of the 2 local parts of step 2: skipped" in caplog.text
     assert_holds(newest(tmp_path), 1)
 
 

@@ -11,7 +11,7 @@ import torch
 from bifrost.recipes.schema import Checkpoint
 from bifrost.trainer.checkpoint import manager as saver_module
 from bifrost.trainer.checkpoint import shard as part_module
-from bifrost.trainer.checkpoint.manager import Saver
+from bifrost.trainer.checkpoint.manager import CheckpointManager
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError, Unhealthy
 
@@ -28,7 +28,7 @@ def made(tmp_path):
     """A saver of one rank, its live values, and the events that it reported."""
     slots = {"master": {"a": torch.zeros(4)}, "ema": {"a": torch.zeros(4)}}
     events = []
-    saver = Saver(Store(tmp_path), Checkpoint(every=10, keep=2), slots, events.append)
+    saver = CheckpointManager(Store(tmp_path), Checkpoint(every=10, keep=2), slots, events.append)
 
     def save(step):
         state = {"progress": {"step": step}}
@@ -36,7 +36,7 @@ def made(tmp_path):
         for slot in slots.values():
             slot["a"].fill_(step)
         saver.save(step, slots, {"a": (4,)}, state, buffers)
-        # Training goes on, in the same memory.
+        # Training continues in the same memory.
         state["progress"]["step"] = -1
         for tensor in (slots["master"]["a"], slots["ema"]["a"], buffers["mean"]):
             tensor.fill_(-1)
@@ -56,7 +56,7 @@ def gate(monkeypatch):
 
 @pytest.fixture
 def refuse(monkeypatch):
-    """(rank, error) makes that rank's files fail from now on; (None) mends the disk."""
+    """(rank, error) makes that rank's files fail from now on; (None) fixes the disk."""
     real = part_module.write_file
     failing = {}
 
@@ -192,7 +192,7 @@ def test_a_purge_that_fails_ends_nothing(tmp_path, made, monkeypatch, caplog):
     for step in (10, 20):
         save(step)
     saver.finish()
-    assert "old checkpoints could not be removed, training goes on" in caplog.text
+    assert "old checkpoints could not be removed, training continues" in caplog.text
     assert Store(tmp_path).steps() == [10, 20]
 
 
@@ -215,7 +215,7 @@ def test_one_ranks_full_disk_is_every_ranks_failed_save(tmp_path, run_ranks, sli
         events = []
         held = slices(rank, 2)
         settings = Checkpoint(max_failed_saves=2)
-        saver = Saver(Store(tmp_path), settings, held, events.append, rank, 2, gather)
+        saver = CheckpointManager(Store(tmp_path), settings, held, events.append, rank, 2, gather)
         for step in (1, 2, 3, 4):
             at_step.wait()
             refuse(1 if step in (2, 4) else None)
@@ -246,7 +246,7 @@ def test_a_bug_on_one_rank_outweighs_a_full_disk_on_another(tmp_path, run_ranks,
         held = slices(rank, 2)
         if rank == 1:
             held["master"] = {}
-        saver = Saver(Store(tmp_path), Checkpoint(), held, print, rank, 2, gather)
+        saver = CheckpointManager(Store(tmp_path), Checkpoint(), held, print, rank, 2, gather)
         saver.save(1, held, SHAPES, {}, {})
         saver.wait()
 

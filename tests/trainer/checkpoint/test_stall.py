@@ -22,7 +22,7 @@ ROUNDS = 3
 def measure(folder: str) -> list[dict]:
     from bifrost.recipes.schema import Checkpoint
     from bifrost.trainer.checkpoint.layout import local_range
-    from bifrost.trainer.checkpoint.manager import Saver
+    from bifrost.trainer.checkpoint.manager import CheckpointManager
     from bifrost.trainer.checkpoint.store import Store
     from bifrost.trainer.distributed.process_group import join
 
@@ -31,7 +31,7 @@ def measure(folder: str) -> list[dict]:
     held = {name: local_range(numel, ranks.rank, ranks.size) for name, numel in sizes.items()}
     slots = {slot: {name: torch.randn(hi - lo) for name, (lo, hi) in held.items()} for slot in SLOTS}
     events: list[dict] = []
-    saver = Saver(
+    saver = CheckpointManager(
         Store(folder),
         Checkpoint(keep=1),
         slots,
