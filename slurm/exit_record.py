@@ -1,7 +1,7 @@
 """Records in the run folder that the batch script reads: attempts, exit reason of the last one, newest checkpoint.
 
-`slurm/attempts.jsonl` has one object per attempt and one per decision; `slurm/exit_record.json` is what the first rank
-to fail on purpose left; `stopped.json` says why a run is not started again.
+`slurm/attempts.jsonl` has one object per attempt and one per decision; `slurm/exit_record.json` is the
+exit reason of the first rank to record one; `stopped.json` has the reason why a run is not restarted.
 """
 
 from __future__ import annotations

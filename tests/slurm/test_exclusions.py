@@ -32,7 +32,7 @@ def test_nodes_found_bad_repeatedly_are_excluded_from_every_run(tmp_path: Path) 
     runs = [tmp_path / name for name in ("a", "b", "c", "new")]
     for run in runs:
         run.mkdir()
-    site = Site(str(tmp_path / "offenders.json"))
+    site = Site(str(tmp_path / "bad_nodes.json"))
     for found, run in enumerate(runs[:3]):
         assert excluded(runs[3], site) == [], f"excluded after {found} runs"
         exclude({"node2": "ECC"}, run, site)
@@ -53,7 +53,7 @@ for number in range(20):
 
 
 def test_concurrent_writers_lose_no_entry(tmp_path: Path) -> None:
-    file = tmp_path / "offenders.json"
+    file = tmp_path / "bad_nodes.json"
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(file), str(n)]) for n in range(3)]
     assert [writer.wait(60) for writer in writers] == [0, 0, 0]
     book = json.loads(file.read_text())

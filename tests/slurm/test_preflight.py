@@ -277,7 +277,7 @@ def test_a_port_in_use_is_a_fault_of_the_first_node(folder: Path) -> None:
 def test_bad_nodes_are_recorded_for_the_site(folder: Path, tmp_path: Path) -> None:
     from bifrost.slurm.exclusions import excluded
 
-    offenders = str(tmp_path / "offenders.json")
-    site = SimpleNamespace(bad_node_file=offenders, bad_node_threshold=1)
-    step(folder, 2, n0={"command": "true"}, n1={"command": "echo dust >&2; false"}, bad_node_file=offenders)
+    bad_nodes = str(tmp_path / "bad_nodes.json")
+    site = SimpleNamespace(bad_node_file=bad_nodes, bad_node_threshold=1)
+    step(folder, 2, n0={"command": "true"}, n1={"command": "echo dust >&2; false"}, bad_node_file=bad_nodes)
     assert excluded(None, site) == excluded(folder, None) == ["node2"]

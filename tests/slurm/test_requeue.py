@@ -180,12 +180,12 @@ def test_site_settings_are_those_of_the_submission(
     """A container has no site file; preflight and the last step read the copy in the run folder."""
     from bifrost.slurm import preflight
 
-    book = tmp_path / "offenders.json"
+    book = tmp_path / "bad_nodes.json"
     book.write_text('{"node3": {"times": 2}}')
     stand("sbatch", "echo 7")
     calls = stand("scontrol", failing("Invalid job id specified"), failing("Invalid job id specified"), "true")
     limits = {"free_gib": 0.5}
-    settings = {"preflight_command": "check-it", "preflight_limits": limits, "bad_node_file": "~/offenders.json"}
+    settings = {"preflight_command": "check-it", "preflight_limits": limits, "bad_node_file": "~/bad_nodes.json"}
     monkeypatch.setenv("HOME", str(tmp_path))
     submit(job, load_recipe("tiny-mllm"), Site.model_validate(settings))
     monkeypatch.delenv("BIFROST_SITE")

@@ -1,4 +1,4 @@
-"""Wrong inputs: one line that names the culprit and the remedy, exit code 2, nothing written over."""
+"""Invalid inputs: one line that names the cause and the remedy, exit code 2, nothing overwritten."""
 
 import json
 import shutil
@@ -136,13 +136,13 @@ def test_init_from_nothing(shards: Path, tmp_path: Path) -> None:
 @pytest.mark.multi
 @pytest.mark.slow
 def test_data_lost_on_one_rank_alone_is_said_by_that_rank(shards: Path, tmp_path: Path) -> None:
-    """A shard that vanishes during training: the rank that meets it says so, and no rank is left waiting."""
+    """A shard that vanishes during training: the affected rank reports it, and no rank is left waiting."""
     copy = tmp_path / "shards"
     shutil.copytree(shards, copy)
     ended = ranked.run(lose_a_shard, 2, str(copy), runs.arguments(copy, tmp_path, "steps=50"), timeout=90)
-    told = [rank.err for rank in ended if "error: rank" in rank.err]
-    assert told, [rank.err for rank in ended]
-    assert "the shard ends inside it" in told[0]
+    messages = [rank.err for rank in ended if "error: rank" in rank.err]
+    assert messages, [rank.err for rank in ended]
+    assert "the shard ends inside it" in messages[0]
     assert all(rank.code for rank in ended)
 
 

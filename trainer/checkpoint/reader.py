@@ -48,7 +48,7 @@ class CheckpointReader:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """What the run stored beside its tensors: positions, counters, hash of the frozen base, and its
+        """State of the run other than its tensors: positions, counters, hash of the frozen base, and its
         recipe, whose settings have today's names."""
         state = json.loads(call(lambda: (self.folder / STATE).read_bytes(), self.folder / STATE))
         return {**state, "recipe": with_new_names(state["recipe"])} if "recipe" in state else state

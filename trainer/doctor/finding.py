@@ -53,7 +53,7 @@ def ask(*command: str, limit_s: float = COMMAND_S) -> Answer | str:
         process.kill()
         return f"no answer within {limit_s:g} s"
     except UnicodeDecodeError:
-        return "an answer that is no text"
+        return "output that is not text"
     return Answer(process.returncode, text.strip())
 
 

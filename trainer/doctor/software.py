@@ -54,7 +54,7 @@ def python() -> list[Finding]:
 
 
 def requirements() -> list[Finding]:
-    """What the package requires, a row for each large one; of the small ones those that are amiss."""
+    """What the package requires, a row for each large one; of the small ones only those with a problem."""
     try:
         lines = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
@@ -64,10 +64,10 @@ def requirements() -> list[Finding]:
     wanted = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
     rows = {one.name: _requirement(one) for one in wanted}
     small = [row for name, row in rows.items() if name not in SHOWN]
-    amiss = [row for row in small if row.verdict != "ok"]
-    others = [] if amiss else [Finding("other requirements", f"{len(small)} installed")]
+    faulty = [row for row in small if row.verdict != "ok"]
+    others = [] if faulty else [Finding("other requirements", f"{len(small)} installed")]
     own = [Finding("bifrost", version(DISTRIBUTION) or "none")]
-    return [*own, *(rows[name] for name in SHOWN if name in rows), *amiss, *others]
+    return [*own, *(rows[name] for name in SHOWN if name in rows), *faulty, *others]
 
 
 def _requirement(wanted: Requirement) -> Finding:

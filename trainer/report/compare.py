@@ -16,9 +16,9 @@ WINDOW = 4
 """Final losses are taken over the last part, one of so many, of the steps that all runs have."""
 CURVES = {
     "loss": "loss, smoothed",
-    "samples_per_s": "samples a second",
+    "samples_per_s": "samples per second",
     "mfu": "MFU",
-    "tflops_per_device": "useful TFLOP/s a device",
+    "tflops_per_device": "useful TFLOP/s per device",
     "peak_memory_gib": "peak memory, GiB",
     "grad_norm": "gradient norm, smoothed",
     "lr": "learning rate",
@@ -189,7 +189,7 @@ FIGURES: dict[str, Callable[[RunFiles], float | None]] = {
     "samples/s, median": _median("samples_per_s"),
     "tokens/s, median": _median("tokens_per_s"),
     "s a step, median": _median("step_s"),
-    "TFLOP/s a device, median": _median("tflops_per_device"),
+    "TFLOP/s per device, median": _median("tflops_per_device"),
     "MFU, median": _median("mfu"),
     "HFU, median": _median("hfu"),
     "share waiting for data": _waiting,

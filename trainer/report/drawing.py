@@ -10,13 +10,13 @@ from itertools import pairwise
 from markupsafe import Markup, escape
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00", "#56b4e9", "#4d4d4d")
-"""Okabe and Ito's: told apart by all eyes."""
+"""Okabe and Ito's palette, distinguishable with colour blindness."""
 WIDTH, HEIGHT = 400, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 24
 CHARACTER = 6.5
 """Width of a digit of a label, at most."""
 EARLY = 0.03
-"""Share of a long run's steps that a chart's axis need not reach: a loss falls from a height that says little."""
+"""Fraction of a long run's steps that a chart's axis may omit: the initial drop of the loss is uninformative."""
 POINTS = 400
 """A curve of more points is drawn by the least and the most of each of half as many stretches."""
 
@@ -35,7 +35,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its heading; `note` stands below it."""
+    """A chart with its heading, and a `note` below it."""
 
     title: str
     svg: Markup

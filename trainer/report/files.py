@@ -1,4 +1,4 @@
-"""A run as its folder tells it. Nothing here needs the run to be over, or to have made a step."""
+"""Contents of a run folder. The run may be in progress or have no step yet."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def run_state(records: list[dict[str, Any]], folder: Path, now: float) -> tuple[
         return "failed", "hung, ended by the watchdog"
     if last["event"] == "end":
         outcome = last["outcome"]
-        return outcome, "stopped by a signal, to go on" if outcome == "stopped" else outcome
+        return outcome, "stopped by a signal, can be resumed" if outcome == "stopped" else outcome
     if silent <= STALE_S:
         return "running", f"running, last sign of life {max(silent, 0):.0f} s before this page"
     return "failed", "ended without a word: killed, or its node was lost"

@@ -1,4 +1,4 @@
-"""One page of a run: everything its folder tells, in one file that needs no server."""
+"""Report of a run: everything in its folder on one page, in a single file without a server."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from .timeline import KINDS, Start, starts, stretches
 
 SHOWN = 40
 """Rows of a table of events; of more, the newest."""
-PICTURES, WIDEST = 3, 1400
-"""Newest sheets of samples shown, and the pixels they may be wide."""
+SHEETS, WIDEST = 3, 1400
+"""Number of newest contact sheets shown, and their maximum width in pixels."""
 TROUBLE = ("skipped_step", "rollback", "baseline_reset", "bad_samples", "save_failed", "straggler", "hang")
 
 
@@ -50,7 +50,7 @@ def page(run: RunFiles, now: float | None = None) -> str:
         "trouble": _trouble(run),
         "counts": Counter(event["event"] for event in run.events(*TROUBLE)),
         "checkpoints": _checkpoints(run),
-        "pictures": _pictures(previews(run.folder)),
+        "images": _images(previews(run.folder)),
         "slowest": _slowest(run),
         "excluded": _excluded(run.folder),
         "stopped": (read_json(run.folder / STOPPED) or {}).get("reason"),
@@ -76,7 +76,7 @@ def template(name: str) -> Any:
 
 
 def tiles(run: RunFiles) -> list[tuple[str, str]]:
-    """The few figures that somebody looks for first."""
+    """The most important figures, shown first."""
     if not run.steps:
         return []
     last = run.steps[-1]
@@ -87,7 +87,7 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
     known = {
         "samples_per_s": ("samples/s", "{:.4g}"),
         "mfu": ("MFU", "{:.1%}"),
-        "tflops_per_device": ("TFLOP/s a device", "{:.3g}"),
+        "tflops_per_device": ("TFLOP/s per device", "{:.3g}"),
         "peak_memory_gib": ("peak memory", "{:.3g} GiB"),
         "memory_headroom_gib": ("head-room", "{:.3g} GiB"),
         "skipped_steps": ("steps skipped", "{:,}"),
@@ -123,7 +123,7 @@ def figures(run: RunFiles) -> list[Figure]:
             "Smoothed over a twentieth of the lines; faint: as logged.",
             falls=True,
         ),
-        figure("samples a second", noisy("samples/s", column("samples_per_s"), COLOURS[0]), zero=True),
+        figure("samples per second", noisy("samples/s", column("samples_per_s"), COLOURS[0]), zero=True),
         figure(
             "memory, GiB",
             [
@@ -142,10 +142,10 @@ def figures(run: RunFiles) -> list[Figure]:
             ],
             zero=True,
         ),
-        figure("useful TFLOP/s a device", noisy("TFLOP/s", column("tflops_per_device"), COLOURS[0]), zero=True),
+        figure("useful TFLOP/s per device", noisy("TFLOP/s", column("tflops_per_device"), COLOURS[0]), zero=True),
         figure("waiting for data, % of the step", noisy("rank 0", wait, COLOURS[0]), zero=True),
         figure(
-            "own work of the ranks, s a step",
+            "rank work, s per step",
             [
                 Curve("most", column("rank_work_s_max"), COLOURS[1]),
                 Curve("median", column("rank_work_s_median"), COLOURS[0]),
@@ -153,7 +153,7 @@ def figures(run: RunFiles) -> list[Figure]:
             zero=True,
         ),
         figure(
-            "weights gathered, GB/s a device",
+            "weights gathered, GB/s per device",
             [Curve("over the step", column("allgather_gb_per_s"), COLOURS[0])],
             zero=True,
         ),
@@ -223,7 +223,7 @@ def _starts(begun: list[Start]) -> list[list[Any]]:
 
 
 def _jobs(folder: Path) -> list[list[Any]]:
-    """The starts as Slurm's batch script saw them."""
+    """The attempts as recorded by Slurm's batch script."""
     return [
         [
             each.get("attempt"),
@@ -238,15 +238,17 @@ def _jobs(folder: Path) -> list[list[Any]]:
 
 
 def _trouble(run: RunFiles) -> list[list[str]]:
-    """What went wrong, newest last: when, step, what, and what is known of it."""
+    """Trouble events, newest last: time, step, event, details."""
     rows = []
     for event in run.events(*TROUBLE)[-SHOWN:]:
         known = {key: value for key, value in event.items() if key not in ("time", "event", "step")}
-        rows.append([moment(event["time"]), f"{event.get('step', ''):,}", event["event"], _told(event["event"], known)])
+        rows.append(
+            [moment(event["time"]), f"{event.get('step', ''):,}", event["event"], _text_of(event["event"], known)]
+        )
     return rows
 
 
-def _told(kind: str, known: dict[str, Any]) -> str:
+def _text_of(kind: str, known: dict[str, Any]) -> str:
     if kind == "skipped_step":
         numbers = ", ".join(f"{key} {_text(known.get(key))}" for key in ("loss", "grad_norm"))
         return f"{known.get('reason')} ({numbers})"
@@ -261,7 +263,7 @@ def _told(kind: str, known: dict[str, Any]) -> str:
 
 
 def _checkpoints(run: RunFiles) -> list[list[Any]]:
-    """Saves, newest last; kept: whether it still stands on the disk."""
+    """Saves, newest last, and whether each is still on disk."""
     rows = []
     for event in run.events("checkpoint")[-SHOWN:]:
         kept = (run.folder / "checkpoints" / f"step-{event['step']:08d}" / "manifest.json").is_file()
@@ -279,27 +281,27 @@ def _checkpoints(run: RunFiles) -> list[list[Any]]:
     return rows
 
 
-def _pictures(folder: Path) -> list[tuple[str, Markup]]:
-    """Name and address, with the content in it, of the newest sheets; newest first."""
+def _images(folder: Path) -> list[tuple[str, Markup]]:
+    """(name, data URL) of the newest contact sheets, newest first."""
     found = []
     for file in sorted(folder.glob("step-*.png"), reverse=True):
-        if len(found) == PICTURES:
+        if len(found) == SHEETS:
             break
         try:
-            with Image.open(file) as picture:
-                picture.thumbnail((WIDEST, 4 * WIDEST))
+            with Image.open(file) as image:
+                image.thumbnail((WIDEST, 4 * WIDEST))
                 data = io.BytesIO()
-                picture.convert("RGB").save(data, "webp", quality=85)
-        except OSError:  # being written, or torn
+                image.convert("RGB").save(data, "webp", quality=85)
+        except OSError:  # being written, or truncated
             continue
         found.append((file.stem, Markup("data:image/webp;base64," + base64.b64encode(data.getvalue()).decode())))
     return found
 
 
 def _slowest(run: RunFiles) -> list[list[Any]]:
-    """Rank, and the share of the lines on which it had most work of its own; the first few."""
-    told = Counter(line["slowest_rank"] for line in run.steps if "slowest_rank" in line)
-    return [[rank, f"{count / told.total():.0%}"] for rank, count in told.most_common(8)]
+    """(rank, fraction of log lines on which it had the most work) of the slowest ranks."""
+    counts = Counter(line["slowest_rank"] for line in run.steps if "slowest_rank" in line)
+    return [[rank, f"{count / counts.total():.0%}"] for rank, count in counts.most_common(8)]
 
 
 def _excluded(folder: Path) -> list[list[Any]]:

@@ -15,7 +15,7 @@ KINDS = {
     "lost": ("#d55e00", "steps done twice"),
     "other": ("#d9d9d9", "other"),
 }
-"""Kind of goodput -> colour, what it says."""
+"""Kind of goodput -> colour, label."""
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,8 @@ def test_wrong_folder_and_step(run_folder, tmp_path):
         assert text in str(error)
 
 
-def test_verify_says_how_far_it_is(run_folder, monkeypatch, capfd):
-    """Nothing while it is quick; a line with what is left where it takes long and the output is no terminal."""
+def test_verify_shows_progress(run_folder, monkeypatch, capfd):
+    """Nothing while it is quick; a line with what is left where it takes long and the output is not a terminal."""
     from bifrost.data import progress
     from bifrost.trainer.checkpoint import store
     from bifrost.trainer.cli import checkpoint

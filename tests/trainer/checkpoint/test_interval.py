@@ -53,7 +53,7 @@ def test_all_ranks_change_to_rank_0s_interval_at_the_same_step(tmp_path, run_ran
         return saved, [event for event in events if event["event"] == "checkpoint_interval"]
 
     (saved, events), (other, _) = run_ranks(2, work)
-    # Begun with the earlier start's interval; a save's measurement counts from the next save on.
+    # Starts with the previous attempt's interval; a save's measurement counts from the next save on.
     assert saved == other == [(4, 4), (8, 3), (9, 3), (12, 3), (15, 5), (20, 5), (25, 5)]
     assert events == [
         {"event": "checkpoint_interval", "step": 4, "every": 3},

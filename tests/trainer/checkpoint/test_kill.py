@@ -35,7 +35,7 @@ def die_at(fatal, work):
 
 
 def deaths(folder, prepare, work):
-    """Each k in turn: a fresh folder, `prepare` it, die at boundary k of `work`; yields (k, folder) until one lives."""
+    """Each k in turn: a fresh folder, `prepare` it, die at boundary k of `work`; yields (k, folder)."""
     for fatal in range(1000):
         place = folder / str(fatal)
         prepare(place)
@@ -64,7 +64,7 @@ def test_killed_save(tmp_path, save, assert_holds, ranks):
 
 
 @pytest.mark.parametrize(("ranks", "local"), [(1, False), (2, False), (2, True)])
-def test_killed_while_training_goes_on(tmp_path, run_ranks, slices, assert_holds, ranks, local):
+def test_killed_while_training_continues(tmp_path, run_ranks, slices, assert_holds, ranks, local):
     """As above, by the background writer: step 2 with what it removes, while the values in memory change already.
 
     Each rank is a node where saves go to the nodes' own disks first, and a start brings what is whole there."""

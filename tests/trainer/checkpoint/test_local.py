@@ -80,7 +80,7 @@ def test_parts_go_when_the_shared_store_has_the_checkpoint(tmp_path, start, asse
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
-def test_a_start_brings_what_storage_did_not_take(tmp_path, start, broken, assert_holds, ranks):
+def test_a_restart_recovers_what_storage_refused(tmp_path, start, broken, assert_holds, ranks):
     start([1])
     broken.add("checkpoints")
     start([2, 3])
@@ -141,7 +141,7 @@ def test_parts_of_different_saves_of_a_step_do_not_mix(tmp_path, start, broken, 
     assert_holds(newest(tmp_path), 1)
 
 
-def test_a_run_begun_anew_finds_nothing(tmp_path, start, broken):
+def test_a_new_run_finds_nothing(tmp_path, start, broken):
     broken.add("checkpoints")
     start([2])
     broken.clear()
@@ -155,7 +155,7 @@ def test_a_local_disk_that_is_full_costs_nothing_but_itself(tmp_path, start, bro
     results = start([1, 2])
     assert_holds(newest(tmp_path), 2)
     assert parts(tmp_path) == []
-    assert "no local copy of step 1, shared storage alone gets it: rank 1" in caplog.text
+    assert "no local copy of step 1, it goes to shared storage only: rank 1" in caplog.text
     assert all(event["event"] == "checkpoint" and "local_s" not in event for _, events in results for event in events)
 
 
@@ -171,7 +171,7 @@ def test_shared_storage_that_is_full_at_the_start_loses_nothing(tmp_path, start,
     assert_holds(newest(tmp_path), 2)
 
 
-def test_a_stale_set_is_not_older_work_in_newer_clothes(tmp_path, start, broken, monkeypatch):
+def test_a_stale_set_does_not_replace_a_newer_checkpoint(tmp_path, start, broken, monkeypatch):
     """Nodes that come back with a later step of an earlier time: the run has gone another way since."""
     start([1])
     broken.add("checkpoints")
@@ -202,7 +202,7 @@ def test_a_manifest_that_names_a_file_outside_of_its_folder_is_refused(tmp_path,
 
 
 @pytest.mark.parametrize("text", ["../../home", "", "abc"])
-def test_an_id_that_is_none_makes_no_folder(tmp_path, start, text):
+def test_an_invalid_id_creates_no_folder(tmp_path, start, text):
     """The folder whose name is made of it is removed in the end."""
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "local-id").write_text(text)

@@ -81,7 +81,7 @@ def assert_holds_step(reader, step):
     assert torch.equal(reader.buffers()["mean"], torch.full((2,), float(step)))
 
 
-def test_what_is_written_is_what_was_there_at_the_save(tmp_path, made, gate):
+def test_the_state_at_the_time_of_the_save_is_written(tmp_path, made, gate):
     saver, save, events = made
     save(10)
     assert events == []
@@ -110,7 +110,7 @@ def test_the_time_that_training_waits_is_counted(made, gate):
     assert waited["seconds"] >= waited["blocked_s"] > 0.25
 
 
-def test_one_save_at_a_time_and_said_once(tmp_path, made, gate, caplog):
+def test_one_save_at_a_time_with_one_warning(tmp_path, made, gate, caplog):
     saver, save, events = made
     save(10)
     for step in (20, 30):
@@ -124,7 +124,7 @@ def test_one_save_at_a_time_and_said_once(tmp_path, made, gate, caplog):
     assert events[0]["blocked_s"] > 0.05  # it was the first that the second one waited for
 
 
-def test_a_full_disk_is_an_event_and_training_goes_on(tmp_path, made, refuse):
+def test_a_full_disk_is_an_event_and_training_continues(tmp_path, made, refuse):
     saver, save, events = made
     refuse(0)
     for step in (10, 20):
@@ -149,7 +149,7 @@ def test_a_full_disk_is_an_event_and_training_goes_on(tmp_path, made, refuse):
     assert Store(tmp_path).steps() == [30]
 
 
-def test_saves_that_fail_in_a_row_end_the_run_at_once(made, refuse):
+def test_consecutive_failed_saves_end_the_run_at_once(made, refuse):
     _, save, events = made
     refuse(0)
     save(10)
@@ -159,7 +159,7 @@ def test_saves_that_fail_in_a_row_end_the_run_at_once(made, refuse):
     assert [event["consecutive_failures"] for event in events] == [1, 2, 3]
 
 
-def test_the_last_save_is_tried_again(tmp_path, made, refuse):
+def test_the_last_save_is_retried(tmp_path, made, refuse):
     saver, save, events = made
     refuse(0)
     saver._report = lambda event: (events.append(event), refuse(None))
@@ -169,7 +169,7 @@ def test_the_last_save_is_tried_again(tmp_path, made, refuse):
     assert_holds_step(Store(tmp_path).newest_verified(), 10)
 
 
-def test_the_last_save_that_never_works_is_said(made, refuse):
+def test_a_last_save_that_never_succeeds_is_reported(made, refuse):
     saver, save, events = made
     refuse(0)
     save(10)

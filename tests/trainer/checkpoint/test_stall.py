@@ -1,7 +1,7 @@
 """How long a step waits for a save: under a tenth of what the same save takes when it is waited for.
 
 `pytest tests/trainer/checkpoint/test_stall.py -s` prints the figures: 64 million parameters with both moments and an
-average, 1 GiB on two ranks, which go on computing while it is written.
+average, 1 GiB on two ranks, which keep computing while it is written.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def measure(folder: str) -> list[dict]:
         saver.save(step, slots, PARAMETERS, {}, {})
         if step % 2:
             saver.wait()  # the synchronous save
-        while not all(ranks.gather(len(events) == step)):  # training that goes on, with all ranks in step
+        while not all(ranks.gather(len(events) == step)):  # training continues, with all ranks in lockstep
             work = torch.tanh(work @ work)
     return events
 

@@ -117,7 +117,7 @@ def test_newest_verified_skips_and_agrees_on_every_rank(tmp_path, save, run_rank
     path.write_bytes(bytes(path.stat().st_size))
     readers = run_ranks(4, lambda rank, gather: Store(tmp_path).newest_verified((), rank, 4, gather))
     assert [reader.step for reader in readers] == [2] * 4
-    assert len(caplog.records) == 1  # rank 0 alone says so
+    assert len(caplog.records) == 1  # only rank 0 logs it
     assert "step-00000003/rank-00002.safetensors: damaged" in caplog.text
     assert Store(tmp_path).newest_verified(skip={2}).step == 1
 

@@ -1,4 +1,4 @@
-"""Where the time of a run went: the sums by hand, and over real starts that are killed and go on."""
+"""Goodput: sums computed by hand, and over real attempts that are killed and resumed."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def event(at: float, kind: str, step: int, **rest: float) -> dict:
 
 
 def went(metrics: AccountedMetrics, step: int, begun: float, ready: float, owner: dict | None = None) -> dict:
-    """Go on after `step` with a process that began and was ready at these moments; returns the event."""
+    """Resume after `step` with a process that started and was ready at these times; returns the event."""
     past = metrics.resume(step, START + begun, owner)
     record = event(ready, "start", step, startup_s=ready - begun, **past)
     metrics.write(record)
@@ -56,7 +56,7 @@ def test_the_sums(tmp_path: Path) -> None:
     assert (found["attempts"], found["step"], found["lost_steps"]) == (2, 20, 15)
 
 
-def test_steps_that_no_line_tells_of(tmp_path: Path) -> None:
+def test_steps_without_a_line(tmp_path: Path) -> None:
     """A save between two lines: of what came after the last line, a part counts and the rest is lost."""
     metrics = AccountedMetrics(tmp_path / "metrics.jsonl")
     went(metrics, 0, 0, 10)
@@ -72,7 +72,7 @@ def test_steps_that_no_line_tells_of(tmp_path: Path) -> None:
     assert summary(tmp_path)["seconds"]["step"] == pytest.approx(50 + 20 + 20)
 
 
-def test_a_start_that_never_got_going_is_recovery(tmp_path: Path) -> None:
+def test_an_attempt_without_a_step_is_recovery(tmp_path: Path) -> None:
     metrics = AccountedMetrics(tmp_path / "metrics.jsonl")
     went(metrics, 0, 0, 10)
     metrics.write(line(20, 1, step_s=10))
@@ -110,7 +110,7 @@ def test_more_steps_for_a_finished_run(tmp_path: Path) -> None:
 
 
 def test_no_line_of_the_file_is_needed_twice(tmp_path: Path) -> None:
-    """What the process adds up as it goes is what the file alone says."""
+    """The running totals of the process equal those computed from the file."""
     metrics = AccountedMetrics(tmp_path / "metrics.jsonl")
     went(metrics, 0, 0, 20)
     for step in range(1, 6):
@@ -124,7 +124,7 @@ def test_no_line_of_the_file_is_needed_twice(tmp_path: Path) -> None:
 
 @pytest.mark.multi
 @pytest.mark.slow
-def test_a_run_that_is_killed_and_goes_on(shards: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_and_resumed(shards: Path, tmp_path: Path) -> None:
     arguments = runs.arguments(shards, tmp_path, "steps=4000", "checkpoint.every=5", "log_every=2", "--ranks", "2")
     run = tmp_path / "tiny-mllm"
     begun = time.time()

@@ -63,7 +63,7 @@ def test_what_is_bad_is_named() -> None:
     assert judged(health, 2.0, math.inf) == "gradient norm is inf"
     assert "loss 20 is a spike" in (judged(health, 20.0, 0.5) or "")
     assert "gradient norm 9 is a spike" in (judged(health, 2.0, 9.0) or "")
-    assert judged(health, 0.01, 0.001) is None, "what is lower than usual is no spike"
+    assert judged(health, 0.01, 0.001) is None, "a low value is not a spike"
     assert health.progress.bad_in_a_row == 0 and health.progress.skipped_steps == 4
 
 
@@ -104,7 +104,7 @@ def test_exhausted_after_so_many_in_a_row() -> None:
     assert (health.progress.bad_in_a_row, health.progress.spikes_in_a_row) == (3, 2)
 
 
-def test_a_resume_judges_alike() -> None:
+def test_a_resume_makes_the_same_decisions() -> None:
     """Through the JSON of a checkpoint, to the bit."""
     health = settled()
     resumed = Health(health.settings, Progress(**json.loads(json.dumps(asdict(health.progress)))))

@@ -56,7 +56,7 @@ def test_a_caller_that_is_killed_leaves_a_whole_store(whole_store: bytes, tmp_pa
     mlflow_store.require_current(f"sqlite:///{path}")
 
 
-def test_what_mlflow_left_half_made_is_made_anew(tmp_path: Path, whole_store: bytes, build) -> None:
+def test_a_partial_store_of_mlflow_is_replaced(tmp_path: Path, whole_store: bytes, build) -> None:
     path = tmp_path / "mlflow.db"
     done = subprocess.run([sys.executable, "-c", OWN_SET_UP, f"sqlite:///{path}"], check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr

@@ -146,7 +146,7 @@ def test_a_rollback_that_the_server_has_not_seen_costs_no_new_run(server, client
 
 @pytest.mark.parametrize(("saved", "same"), [(10, False), (30, True)])
 def test_a_start_with_other_settings(server, client, make_run, saved, same):
-    """The run goes on in MLflow unless steps are done again; then the first values would be those of other settings."""
+    """The run continues in MLflow unless steps are repeated; then the first values would be those of other settings."""
     run = make_run(server)
     log_steps(run, (10, 20, 30))
     MlflowRun(run.folder, live=True).push(last=True)
@@ -221,7 +221,7 @@ def test_evaluations_arrive_in_any_order(server, client, make_run):
     run.metrics.write({"event": "end", "step": 20, "outcome": "finished"})
     MlflowRun(run.folder, live=True).push(last=True)
     for step, value in ((20, 0.5), (10, 0.25), (20, 0.75)):
-        time.sleep(0.002)  # points of one step are told apart by their milliseconds
+        time.sleep(0.002)  # points of one step differ in their milliseconds
         assert note_evaluation(run.folder, step, {"train": {"match": {"r1": value}, "name": "x"}}) is None
     assert history(client, run, "eval/train/match/r1") == [(10, 0.25), (20, 0.5), (20, 0.75)]
     assert client.get_run(run_id(run)).info.status == "FINISHED"
@@ -297,7 +297,7 @@ class Answering(BaseHTTPRequestHandler):
         (429, r"429", True),
     ],
 )
-def test_answers_that_no_second_try_changes(make_run, status, said, again):
+def test_permanent_errors_are_not_retried(make_run, status, said, again):
     handler = type("Handler", (Answering,), {"status": status})
     with HTTPServer(("127.0.0.1", 0), handler) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
@@ -406,7 +406,7 @@ def test_a_mirror_finds_its_server_again_by_itself(server, client, door, make_ru
     assert [step for step, _ in history(client, run, "train/loss")] == [10, 20, 30]
 
 
-def test_sync_says_what_is_wrong(door, make_run):
+def test_sync_reports_what_is_wrong(door, make_run):
     run = make_run(door.uri)
     log_steps(run, (10,))
     recipe = run.folder / "recipe.yaml"
@@ -445,7 +445,7 @@ def test_a_batch_of_unknown_fate_is_neither_lost_nor_repeated(server, client, ma
     assert len(calls) == 2 + (not arrived)
 
 
-def test_a_run_whose_creation_was_not_heard_of_is_found(server, client, make_run):
+def test_a_run_whose_creation_reply_was_lost_is_found(server, client, make_run):
     run = make_run(server)
     MlflowRun(run.folder, live=True).push(last=True)
     first = run_id(run)
@@ -472,7 +472,7 @@ def test_files_that_are_refused_do_not_hold_up_points(server, client, make_run, 
     assert [file.path for file in client.list_artifacts(run_id(run))] == ["recipe.yaml"]
 
 
-def test_the_default_store_lies_beside_the_run(make_run, whole_store):
+def test_the_default_store_is_next_to_the_run(make_run, whole_store):
     run = make_run()
     (run.folder.parent / "mlflow.db").write_bytes(whole_store)  # what the first run takes some seconds to make
     log_steps(run, (10,))
@@ -483,7 +483,7 @@ def test_the_default_store_lies_beside_the_run(make_run, whole_store):
     client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
     assert history(client, run, "train/loss") == [(10, 0.1)]
     assert (runs / "mlartifacts" / run_id(run) / "artifacts" / "recipe.yaml").is_file()
-    assert client.get_run(run_id(run)).info.status == "RUNNING"  # not ended, as far as the file says
+    assert client.get_run(run_id(run)).info.status == "RUNNING"  # not ended, according to the file
 
 
 def test_which_server(make_run, monkeypatch):

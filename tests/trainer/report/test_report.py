@@ -119,7 +119,7 @@ def start(at: float, step: int, **rest: float) -> dict:
 
 @pytest.fixture
 def eventful(tmp_path: Path) -> Path:
-    """Killed at step 14, gone on from step 10, and running."""
+    """Killed at step 14, resumed from step 10, and running."""
     lost = {"downtime_s": 12.0, "kept_s": 0.0, "lost_s": 8.0, "lost_steps": 4}
     records = [
         start(20, 0, downtime_s=0.0, kept_s=0.0, lost_s=0.0, lost_steps=0),
@@ -170,7 +170,7 @@ def test_a_page_has_it_all(eventful: Path) -> None:
     assert "running, last sign of life 10 s before" in found.text
     for text in ("40 of 100", "35.4%", "100 GiB", "20 GiB"):
         assert text in found.text
-    for title in ("loss", "samples a second", "memory, GiB", "learning rate", "gradient norm", "utilisation, %"):
+    for title in ("loss", "samples per second", "memory, GiB", "learning rate", "gradient norm", "utilisation, %"):
         assert f"{title} over the step" in html, title
     assert "4 steps, 8 s" in found.sections["time"] and "none so far" in found.sections["time"]
     assert "loss is <spike> & more (loss 9, grad_norm -)" in found.sections["trouble"]
@@ -184,8 +184,8 @@ def test_a_page_has_it_all(eventful: Path) -> None:
     assert settings["optimizer.lr"] == "0.0002" and "optimizer.betas" not in settings
     assert settings["versions.torch"] == "2.13.0"
     assert settings["tracking.uri"] == "http://REDACTED@tracker" and "secret" not in html
-    pictures = [base64.b64decode(address.split(",")[1]) for address in found.loads]
-    assert [Image.open(io.BytesIO(data)).size for data in pictures] == [(1400, 35), (1400, 28), (1400, 21)]
+    images = [base64.b64decode(address.split(",")[1]) for address in found.loads]
+    assert [Image.open(io.BytesIO(data)).size for data in images] == [(1400, 35), (1400, 28), (1400, 21)]
     assert len(html) < 60_000
     ettr = f"{open_run(eventful).goodput['ettr']:.1%}"
     assert ettr != "60.0%" and found.text.count(ettr) >= 2 and "60.0%" not in found.text
