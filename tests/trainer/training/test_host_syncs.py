@@ -136,7 +136,7 @@ def test_no_micro_batch_waits(settings: tuple[str, ...], monkeypatch: pytest.Mon
 
 
 def controlnet_and_batch(device: str = "cpu") -> tuple[LatentControlNetModel, dict[str, Any]]:
-    sharded = "flux.placement={transformer: sharded, vae: sharded, text: sharded, tower: sharded}"
+    sharded = "flux.placement={transformer: sharded, vae: sharded, text: sharded, vision_encoder: sharded}"
     stage = ControlNetStage.open(load_recipe("tiny-controlnet", ["precision=fp32", sharded]))
     model = stage.build()
     stage.load(model)
