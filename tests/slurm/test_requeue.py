@@ -216,4 +216,4 @@ def test_a_job_that_an_earlier_version_submitted_is_continued(job: Job, stand: S
     written = {"start": "7.0", "rank": "3", "code": HUNG, "reason": "no step", "host": "node2"}
     (folder / "outcome.json").write_text(json.dumps(written))
     line, code = after(job.path, 143)
-    assert code == HUNG and "3 starts without a checkpoint" in line and line.endswith("rank 3: no step")
+    assert code == HUNG and "3 attempts without a checkpoint" in line and line.endswith("rank 3: no step")
