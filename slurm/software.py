@@ -12,13 +12,13 @@ ROOMS = ("kernels", "data", "recipes", "slurm", "trainer")
 
 
 def all_versions() -> dict[str, str]:
-    """Of Python and of every installed distribution, by name."""
+    """Versions of Python and of every installed distribution, by name."""
     found = {each.name: each.version for each in metadata.distributions() if each.name}
     return {"python": platform.python_version(), **dict(sorted(found.items()))}
 
 
 def source_digest() -> str:
-    """Of this package's files: also where no version control says which commit it is."""
+    """Digest of this package's source files, which also works without version control."""
     root = Path(__file__).parents[1]
     return digest(file.read_text(encoding="utf-8") for room in ROOMS for file in sorted((root / room).rglob("*.py")))
 
