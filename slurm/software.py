@@ -24,7 +24,7 @@ def source_digest() -> str:
 
 
 def fingerprint() -> str:
-    """Of all of it."""
+    """One hash of the versions and of this package's source."""
     return digest([*map("==".join, all_versions().items()), source_digest()])
 
 
