@@ -41,7 +41,7 @@ class Left(Exception):
         ("slurm status FILE", "error: FILE/slurm/job.json: Not a directory"),
         ("checkpoint show FILE", "error: FILE/checkpoints does not exist: give a run's folder"),
         ("report FILE", "error: FILE: no run folder"),
-        ("export FILE out", "error: FILE: is no run folder"),
+        ("export FILE out", "error: FILE: is not a run folder"),
         ("init cats", "error: say which recipe to begin with, such as --from tiny-mllm; there are flux-controlnet"),
     ],
 )
