@@ -43,5 +43,5 @@ def test_any_range(data, numel, saved_ranks):
 
 @pytest.mark.parametrize(("lo", "hi"), [(-1, 2), (3, 2), (0, 11)])
 def test_range_outside_the_parameter(lo, hi):
-    with pytest.raises(IndexError, match="parameter of 10"):
+    with pytest.raises(IndexError, match="parameter with 10"):
         reads(10, lo, hi, 2)
