@@ -58,6 +58,7 @@ def test_the_recipe_that_a_run_stored_is_read(name: str) -> None:
         assert (recipe.previews.every, recipe.previews.count) == (2, 2)
     # Nothing is lost, and the names written out in the tests' support are those of the first version.
     now = yaml.safe_load(to_yaml(load_recipe(file, stored=True)))
+    assert written["zero"].pop("quantized_gradients") is False, "the one value that the removed setting had"
     assert first_version.recipe(now) == written
     assert with_new_names(now) == now
     with pytest.raises(RecipeError, match=r"override .*data\.block is now"):
