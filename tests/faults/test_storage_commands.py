@@ -137,7 +137,7 @@ COMMANDS = (("data", "index"), ("data", "verify"), ("data", "stats"), ("data", "
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        ("no credentials", "Unable to locate credentials; set the credentials that its client expects"),
+        ("no credentials", "Unable to locate credentials; set or renew the client's credentials"),
         ("403 s3", "check the permissions, or your credentials"),
         ("403 http", "check the permissions, or your credentials"),
         ("no bucket", "; check the "),
