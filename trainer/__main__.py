@@ -3,7 +3,7 @@
 import os
 import sys
 
-# Python before 3.11 knows no PYTHONSAFEPATH and puts the working directory first, whose folders `kernels/` and `data/`
+# Python before 3.11 ignores PYTHONSAFEPATH and puts the working directory first, whose folders `kernels/` and `data/`
 # would shadow distributions of those names.
 if sys.path and sys.path[0] in ("", os.getcwd()):
     del sys.path[0]
@@ -15,9 +15,9 @@ RANK_OF = {"BIFROST_LAUNCHER", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID"}
 
 
 def start() -> None:
-    """Run the command, with Ctrl-C answered while its imports, which take seconds, are under way."""
+    """Run the command; Ctrl-C is handled even during its imports, which take seconds."""
     end_on_interrupt()
-    # A rank takes seconds to import what it needs: a signal that comes then is for the run that follows.
+    # A rank's imports take seconds: a signal during them is held for the run that follows.
     if sys.argv[1:2] in (["train"], ["resume"]) and RANK_OF & os.environ.keys():
         hold_signals()
     from .cli.main import main

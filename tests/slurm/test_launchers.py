@@ -17,12 +17,12 @@ import os
 import torch
 from bifrost.slurm.preflight import find_rank_info
 from bifrost.slurm.preflight.fabric import Wire
-from bifrost.trainer.distributed.launcher import adopt_rank
+from bifrost.trainer.distributed.launcher import init_from_env
 from bifrost.trainer.distributed.process_group import _device
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 2
 torch.cuda.set_device = lambda device: None
 me = find_rank_info()
-assert adopt_rank()
+assert init_from_env()
 rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
 print(rank, os.environ["WORLD_SIZE"], me.node, Wire(me.local).device, _device(rank, local))
 """

@@ -18,7 +18,7 @@ from ..errors import RunError
 from ..io import flat
 from ..terminal import terminal
 
-if TYPE_CHECKING:  # torch stands behind them, which other commands do not need
+if TYPE_CHECKING:  # they import torch, which other commands do not need
     from ..checkpoint.manifest import Manifest
     from ..checkpoint.store import Store
 
@@ -32,7 +32,7 @@ Step = Annotated[int | None, typer.Option(help="Step of the checkpoint.", show_d
 
 @app.command("list")
 def list_checkpoints(run: Run) -> None:
-    """One line a checkpoint: step, time, ranks, size, and whether every file matches its hash."""
+    """One line per checkpoint: step, time, ranks, size, and whether every file matches its hash."""
     from ..checkpoint.manifest import read_manifest
 
     store, console = _store(run), terminal()
@@ -56,7 +56,7 @@ def list_checkpoints(run: Run) -> None:
 
 @app.command()
 def verify(run: Run, step: Step = None) -> None:
-    """Read every file of one checkpoint, or of all, and compare it with its hash; exit code 1 names each bad file."""
+    """Read every file of one checkpoint, or of all, and compare it with its hash; exit code 1 if any is bad."""
     store, console = _store(run), terminal()
     bad = False
     for each in store.steps() if step is None else [_existing(store, step)]:
@@ -70,7 +70,7 @@ def verify(run: Run, step: Step = None) -> None:
 
 @app.command()
 def show(run: Run, step: Step = None) -> None:
-    """State, parameters and sizes of one checkpoint, the newest unless `--step` says which. Nothing is verified."""
+    """State, parameters and sizes of one checkpoint, the newest or that of `--step`. Nothing is verified."""
     from ..checkpoint.reader import CheckpointReader
 
     store, console = _store(run), terminal()
@@ -93,8 +93,7 @@ def show(run: Run, step: Step = None) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value of the state as a person reads it; of a long list, such as the losses that health judges by, how long it
-    is and its range."""
+    """A readable form of a value of the state; for a long list, such as the accepted losses, its length and range."""
     if isinstance(value, (list, tuple)):
         rows = [row if isinstance(row, (list, tuple)) else [row] for row in value]
         alike = len({len(row) for row in rows}) == 1
@@ -110,7 +109,7 @@ def shown(value: Any) -> str:
 def _store(run: Path) -> Store:
     folder = run / "checkpoints"
     if not folder.is_dir():
-        raise RunError(f"{folder} does not exist: give a run's folder, which holds recipe.yaml and checkpoints/")
+        raise RunError(f"{folder} does not exist: give a run's folder, which contains recipe.yaml and checkpoints/")
     from ..checkpoint.store import Store
 
     return Store(folder)
@@ -124,7 +123,7 @@ def _existing(store: Store, step: int) -> int:
 
 
 def _problems(store: Store, step: int) -> list[str]:
-    """Like `store.verify`, one thread a CPU: hashing releases Python's lock."""
+    """Like `store.verify`, with one thread per CPU: hashing releases Python's lock."""
     from ..checkpoint.manifest import read_manifest
 
     try:

@@ -23,8 +23,8 @@ def doctor(
     folder: Annotated[Path, typer.Option(help="Folder of runs; a recipe's runs_dir.")] = Path("runs"),
     uri: Annotated[str | None, typer.Option(help="MLflow's tracking URI; default MLFLOW_TRACKING_URI.")] = None,
 ) -> None:
-    """Look at this machine: versions, GPUs, compilers, network, folders, Slurm, MLflow, and what to do; exit code 2
-    when something is missing that training needs."""
+    """Check this machine: versions, GPUs, compilers, network, folders, Slurm, MLflow, and what to do; exit code 2 when
+    something is missing that training needs."""
     findings = examine(folder, uri)
     show(findings)
     sys.stdout.flush()
@@ -33,7 +33,7 @@ def doctor(
 
 
 def examine(folder: Path, uri: str | None) -> list[Finding]:
-    """Every check's findings, within some ten seconds."""
+    """The findings of all checks, within about ten seconds."""
     checks: list[tuple[str, Check]] = [
         ("Python", software.python),
         ("requirements", software.requirements),
@@ -59,7 +59,7 @@ def _slurm() -> list[Finding]:
 
 
 def show(findings: list[Finding]) -> None:
-    """Print the table, and the verdict on all of it."""
+    """Print the table and the overall verdict."""
     table = Table("what", "found", "verdict", "what to do")
     for finding in findings:
         table.add_row(*finding)

@@ -1,4 +1,4 @@
-"""`bifrost eval`: figures of both stages as JSON, a table and a contact sheet."""
+"""`bifrost eval`: metrics of both stages as JSON, a table and a contact sheet."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Shards of the training images, braces and wildcards in quotes.")],
     out: Annotated[Path, typer.Option(help="A new folder, or one of an earlier evaluation, which is replaced.")],
     heldout: Annotated[str | None, typer.Option(help="Shards that neither stage was trained on.")] = None,
-    samples: Annotated[int, typer.Option(help="Captions of each, chosen by the seed.", min=2)] = 64,
+    samples: Annotated[int, typer.Option(help="Captions per data set, chosen by the seed.", min=2)] = 64,
     gallery: Annotated[
-        int, typer.Option(help="Images of each, at most, among which reconstructions are looked up.", min=1)
+        int, typer.Option(help="Images per data set, at most, for retrieval of reconstructions.", min=1)
     ] = 4096,
     flux: Annotated[str | None, typer.Option(help="FLUX, where the ControlNet does not name it.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice, the masks and the images.", min=0, max=2**62)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the captions, the masks and the images.", min=0, max=2**62)] = 0,
     steps: Annotated[int, typer.Option(help="Decoding steps, up to the number of patches.", min=1)] = 16,
     schedule: Annotated[Reveal, typer.Option(help="How many patches each step reveals.")] = Reveal.cosine,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance of the latents; 1 is none.")] = 1.0,
     flux_steps: Annotated[int, typer.Option(help="Euler steps of FLUX.", min=1)] = 28,
-    flux_guidance: Annotated[float, typer.Option(help="What FLUX is told as its guidance.")] = 3.5,
+    flux_guidance: Annotated[float, typer.Option(help="FLUX guidance scale.")] = 3.5,
     flux_cfg: Annotated[float, typer.Option(help="Classifier-free guidance of FLUX's text; 1 is none.")] = 1.0,
     conditioning_scale: Annotated[float, typer.Option(help="Strength of the ControlNet.")] = 0.7,
     batch: Annotated[int, typer.Option(help="Images made together.", min=1)] = 8,
@@ -74,7 +74,7 @@ def evaluate(
     made_with = {"mllm": origin(mllm), "controlnet": origin(controlnet)}
     with progress("loading the models"):
         generator = Generator.load(mllm, controlnet, flux)
-    reveal_counts(generator.mllm.branch.side**2, steps, settings.schedule)  # refuses more steps than patches
+    reveal_counts(generator.mllm.branch.side**2, steps, settings.schedule)  # raises for more steps than patches
     found = module.evaluate(generator, train, other, samples, seed, settings, batch, gallery)
     record: dict[str, Any] = {
         "figures": found.figures,
@@ -103,11 +103,11 @@ def evaluate(
         "versions": versions(VERSIONS),
     }
     text = table(found)
-    picture = io.BytesIO()
-    found.contact_sheet.save(picture, "PNG")
+    png = io.BytesIO()
+    found.contact_sheet.save(png, "PNG")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / SHEET, picture.getvalue())
+        write_atomic(out / SHEET, png.getvalue())
         write_atomic(out / TABLE, text.encode())
         write_atomic(out / METRICS, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
     for run in (mllm, controlnet):
@@ -118,7 +118,7 @@ def evaluate(
 
 
 def table(found: Evaluation) -> str:
-    """The figures, for people."""
+    """The metrics as a text table."""
     lines: list[str] = []
     for name, figures in found.figures.items():
         several = len(found.samples[name])
@@ -150,7 +150,7 @@ def _row(label: str, *values: str) -> str:
 
 
 def _check(out: Path) -> None:
-    """RunError unless `out` is new, empty, or holds an evaluation alone."""
+    """RunError unless `out` is new, empty, or contains only an evaluation."""
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: is not a folder")
     others = sorted({path.name for path in out.iterdir()} - {METRICS, TABLE, SHEET}) if out.is_dir() else []

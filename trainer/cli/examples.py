@@ -1,4 +1,4 @@
-"""One or two examples for every command, which its --help ends with."""
+"""One or two examples per command, shown at the end of its --help."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ EXAMPLES = {
     "kernels profile": ("bifrost kernels profile tiny-mllm --steps 3 --out profile",),
     "kernels bench": ("bifrost kernels bench --kernel all", "bifrost kernels bench --help"),
 }
-"""Command -> what to type."""
+"""Command -> example command lines."""
 
 
 def add_examples(app: typer.Typer, group: str = "") -> None:
@@ -58,7 +58,7 @@ def add_examples(app: typer.Typer, group: str = "") -> None:
     for info in app.registered_commands:
         name = info.name or (info.callback.__name__ if info.callback else "")
         if lines := EXAMPLES.get(f"{group}{name}"):
-            # A blank line apart: typer joins the others to one paragraph.
+            # With blank lines between them: typer joins other lines into one paragraph.
             info.epilog = "\n\n".join(["For example:", *lines])
     for inner in app.registered_groups:
         if inner.typer_instance is not None and inner.name:

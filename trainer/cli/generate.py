@@ -1,7 +1,7 @@
 """`bifrost generate`: prompts to a folder of images, over any number of ranks, restartable.
 
-Every rank writes the same record, makes its own share of the pictures, and skips those that are there; no rank waits
-for another.
+Every rank writes the same record, generates its own share of the images, and skips existing ones; no rank waits for
+another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image
 
 from ...data.progress import progress
 from ...data.transforms import decode_image
-from ..distributed.launcher import adopt_rank, devices, run_ranks
+from ..distributed.launcher import devices, init_from_env, run_ranks
 from ..errors import RunError
 from ..inference.outputs import (
     ImageFile,
@@ -49,42 +49,42 @@ def generate(
     context: typer.Context,
     mllm: Annotated[Path, typer.Option(help="A stage-1 run folder, or an export of one.")],
     controlnet: Annotated[Path, typer.Option(help="A stage-2 run folder, or a `flux_controlnet` folder.")],
-    out: Annotated[Path, typer.Option(help="A new folder, or one that the same command has begun.")],
+    out: Annotated[Path, typer.Option(help="A new folder, or one from the same command.")],
     text: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; all have the same seed.")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="More of them: a line each, JSON lines with prompt (and id), or a folder of ID.txt."),
+        typer.Option(help="More prompts: one per line, JSON lines with prompt (and id), or a folder of ID.txt."),
     ] = None,
     flux: Annotated[str | None, typer.Option(help="FLUX, where the ControlNet does not name it.")] = None,
     layout: Annotated[
-        Layout, typer.Option(help="plain; geneval and dpg: four samples a prompt, as those benches read them.")
+        Layout, typer.Option(help="plain; geneval and dpg: four samples per prompt, in those benchmarks' layouts.")
     ] = Layout.plain,
     seed: Annotated[
-        int, typer.Option(help="Of the first image; those of a file count up from it.", min=0, max=2**62)
+        int, typer.Option(help="Seed of the first image; prompts of a file count up from it.", min=0, max=2**62)
     ] = 0,
     steps: Annotated[int, typer.Option(help="Decoding steps, up to the number of patches.", min=1)] = 16,
     schedule: Annotated[Reveal, typer.Option(help="How many patches each step reveals.")] = Reveal.cosine,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance of the latents; 1 is none.")] = 1.0,
     flux_steps: Annotated[int, typer.Option(help="Euler steps of FLUX.", min=1)] = 28,
-    flux_guidance: Annotated[float, typer.Option(help="What FLUX is told as its guidance.")] = 3.5,
+    flux_guidance: Annotated[float, typer.Option(help="FLUX guidance scale.")] = 3.5,
     flux_cfg: Annotated[float, typer.Option(help="Classifier-free guidance of FLUX's text; 1 is none.")] = 1.0,
     conditioning_scale: Annotated[float, typer.Option(help="Strength of the ControlNet.")] = 0.7,
-    latents_from: Annotated[Path | None, typer.Option(help="An image whose own latents are painted.")] = None,
-    no_controlnet: Annotated[bool, typer.Option("--no-controlnet", help="A control: FLUX by its text alone.")] = False,
-    empty_prompt: Annotated[bool, typer.Option("--empty-prompt", help="A control: FLUX without its text.")] = False,
+    latents_from: Annotated[Path | None, typer.Option(help="Generate from this image's own latents.")] = None,
+    no_controlnet: Annotated[bool, typer.Option("--no-controlnet", help="Control: FLUX with its text only.")] = False,
+    empty_prompt: Annotated[bool, typer.Option("--empty-prompt", help="Control: FLUX without its text.")] = False,
     batch: Annotated[int, typer.Option(help="Images made together.", min=1)] = 8,
     ranks: RanksOption = None,
 ) -> None:
-    """Make images of prompts through both stages: a file each, a contact sheet, and what they were made with."""
+    """Generate images from prompts with both stages: one file each, a contact sheet, and a record of the settings."""
     if latents_from is not None and no_controlnet:
-        raise RunError("--latents-from goes through the ControlNet: leave --no-controlnet out")
+        raise RunError("--latents-from goes through the ControlNet: leave out --no-controlnet")
     asked = [Prompt(clean(prompt)) for prompt in text or []]
     listed = read_prompts(prompts) if prompts else []
     if latents_from is not None and not asked + listed:
         asked = [Prompt("", re.sub(r"[^\w-]+", "-", latents_from.stem))]
-    pictures = plan(asked, listed, seed, layout)
+    files = plan(asked, listed, seed, layout)
 
-    if not adopt_rank(ranks):
+    if not init_from_env(ranks):
         ranks = ranks or devices()
         if ranks > 1:
             raise typer.Exit(run_ranks(ranks, _arguments(context)))
@@ -101,12 +101,12 @@ def generate(
         "settings": asdict(settings),
     }
     image = _read(latents_from) if latents_from else None
-    _make(out, pictures, record(pictures, made_with), (mllm, controlnet, flux), settings, image, batch, layout)
+    _make(out, files, record(files, made_with), (mllm, controlnet, flux), settings, image, batch, layout)
 
 
 def _make(
     out: Path,
-    pictures: Sequence[ImageFile],
+    files: Sequence[ImageFile],
     entries: bytes,
     models: tuple[Path, Path, str | None],
     settings: Settings,
@@ -114,7 +114,7 @@ def _make(
     batch: int,
     layout: Layout,
 ) -> None:
-    """Make this rank's share of `pictures` that are not in `out` yet."""
+    """Generate this rank's share of `files` that are not in `out` yet."""
     import torch
 
     from ..inference.generator import Generator
@@ -122,45 +122,45 @@ def _make(
 
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     check(out, entries)
-    share = pictures[rank::size]
-    missing = [picture for picture in share if not (out / picture.file).exists()]
+    share = files[rank::size]
+    missing = [each for each in share if not (out / each.file).exists()]
     if missing:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
         with progress("loading the models", shown=rank == 0):
             generator = Generator.load(*models, device)
-        # Refuses more steps than there are patches, before the folder is begun.
+        # Raises for more steps than patches, before the folder is created.
         reveal_counts(generator.mllm.branch.side**2, settings.steps, settings.schedule)
         begin(out, entries)
-        generator.warn_about_truncation([picture.prompt.text for picture in missing], settings, image is None)
+        generator.warn_about_truncation([each.prompt.text for each in missing], settings, image is None)
         made, there = _made(generator, missing, settings, image, batch), len(share) - len(missing)
-        with progress("making", len(share), "pictures", there, shown=rank == 0) as shown:
-            for picture, images in made:
-                write(out, picture, images, layout)
+        with progress("generating", len(share), "images", there, shown=rank == 0) as shown:
+            for file, images in made:
+                write(out, file, images, layout)
                 shown.advance()
-    if all((out / picture.file).exists() for picture in pictures):
-        write_contact_sheet(out, pictures)
-    print(f"{out}: {len(missing)} pictures made, {len(share) - len(missing)} were there")
+    if all((out / each.file).exists() for each in files):
+        write_contact_sheet(out, files)
+    print(f"{out}: {len(missing)} images generated, {len(share) - len(missing)} already there")
 
 
 def _made(
-    generator: Generator, pictures: Sequence[ImageFile], settings: Settings, image: bytes | None, batch: int
+    generator: Generator, files: Sequence[ImageFile], settings: Settings, image: bytes | None, batch: int
 ) -> Iterator[tuple[ImageFile, list[Image.Image]]]:
-    """Every picture with its images, by its prompt or by the latents of `image`."""
+    """Every file with its images, from its prompt or from the latents of `image`."""
     import torch
 
     latents = None
     if image is not None:
         pixels = decode_image(image, generator.image_size)
         latents = generator.encode(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None])
-    several = max(1, batch // len(pictures[0].seeds))
-    for start in range(0, len(pictures), several):
-        part = pictures[start : start + several]
-        texts = [picture.prompt.text for picture in part for _ in picture.seeds]
-        seeds = [seed for picture in part for seed in picture.seeds]
+    several = max(1, batch // len(files[0].seeds))
+    for start in range(0, len(files), several):
+        part = files[start : start + several]
+        texts = [each.prompt.text for each in part for _ in each.seeds]
+        seeds = [seed for each in part for seed in each.seeds]
         given = latents.expand(len(seeds), -1, -1) if latents is not None else None
         images = iter(generator.generate(texts, seeds, settings, given, batch))
-        for picture in part:
-            yield picture, [next(images) for _ in picture.seeds]
+        for each in part:
+            yield each, [next(images) for _ in each.seeds]
 
 
 def _read(path: Path) -> bytes:
@@ -175,7 +175,7 @@ def _read(path: Path) -> bytes:
 
 
 def _arguments(context: typer.Context) -> list[str]:
-    """This command's own arguments for its ranks, `ranks` left out."""
+    """This command's arguments for its ranks, without `ranks`."""
     arguments, last = [str(context.info_name)], []
     for parameter in context.command.params:
         value = context.params[str(parameter.name)]

@@ -16,12 +16,12 @@ from ..terminal import terminal
 
 MEANING = {
     "step": "steps that count",
-    "data_wait": "of them, waiting for data",
-    "startup": "first start, up to its first step",
-    "recovery": "from a start's last sign of life to where the next is ready",
-    "save": "training waited for saves",
+    "data_wait": "part of it: waiting for data",
+    "startup": "first attempt, up to its first step",
+    "recovery": "from an attempt's last heartbeat to when the next is ready",
+    "save": "training blocked by saves",
     "lost": "steps that had to be done again",
-    "other": "pictures, the end of a start, what no line tells",
+    "other": "previews, the end of an attempt, unaccounted time",
 }
 
 
@@ -29,9 +29,9 @@ def goodput(
     run: Annotated[Path, typer.Argument(help="Run folder, such as runs/mllm-7b.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Where the time of RUN went, over all its starts."""
+    """Where the time of RUN went, over all its attempts."""
     if not (run / "metrics.jsonl").is_file():
-        raise RunError(f"{run}: no run folder, it holds no metrics.jsonl")
+        raise RunError(f"{run}: not a run folder, it contains no metrics.jsonl")
     found = summary(run)
     if as_json:
         print(json.dumps(found, indent=1))
@@ -43,7 +43,7 @@ def _show(found: dict[str, Any]) -> None:
     table = Table("", "time", "share", "")
     for kind, seconds in found["seconds"].items():
         table.add_row(kind, format_seconds(seconds), f"{seconds / found['wall_s']:.1%}", MEANING[kind])
-    table.add_row("all", format_seconds(found["wall_s"]), "", f"{found['attempts']} starts, {found['step']} steps")
+    table.add_row("all", format_seconds(found["wall_s"]), "", f"{found['attempts']} attempts, {found['step']} steps")
     console = terminal()
     console.print(table)
     lost = f", {found['lost_steps']} steps done twice" if found["lost_steps"] else ""

@@ -1,4 +1,4 @@
-"""`bifrost init`: a commented recipe to begin with."""
+"""`bifrost init`: a commented recipe to start from."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def init(
     name: Annotated[str, typer.Argument(help="Name of the run: letters, digits, . _ and -.")],
     source: Annotated[
         str | None,
-        typer.Option("--from", help=f"The recipe to begin with: {CHOICES}, or a file.", show_default=False),
+        typer.Option("--from", help=f"The recipe to start from: {CHOICES}, or a file.", show_default=False),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Your shards, braces and wildcards in quotes.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The file; default NAME.yaml here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file; default NAME.yaml.")] = None,
 ) -> None:
     """Write a recipe of your own: a shipped one with every setting explained."""
     if source is None:
-        raise RunError(f"say which recipe to begin with, such as --from tiny-mllm; there are {CHOICES}")
+        raise RunError(f"choose a recipe to start from, such as --from tiny-mllm; available: {CHOICES}")
     file = out or Path(f"{name}.yaml")
     text = template(source, name, data, str(file))
     with writing(file):
@@ -33,7 +33,7 @@ def init(
             with open(file, "x", encoding="utf-8") as opened:
                 opened.write(text)
         except FileExistsError:
-            raise RunError(f"{file}: exists and stays as it is; choose another NAME or --out") from None
+            raise RunError(f"{file}: already exists; choose another NAME or --out") from None
     recipe = load_recipe(file)
     tiny = recipe.backbone.path.startswith("builtin:")
     shards = recipe.data.shards if isinstance(recipe.data.shards, str) else recipe.data.shards[0]

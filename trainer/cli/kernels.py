@@ -28,7 +28,7 @@ def kernels_check() -> None:
 def kernels_profile(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(help="Profiled steps, after two others.", min=1)] = 3,
+    steps: Annotated[int, typer.Option(help="Profiled steps, after two warm-up steps.", min=1)] = 3,
     ranks: RanksOption = None,
     out: Annotated[Path, typer.Option(help="Folder for the trace and the table.")] = Path("profile"),
 ) -> None:
@@ -50,7 +50,7 @@ def kernels_profile(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def kernels_bench(context: typer.Context) -> None:
-    """Time the kernels against PyTorch and a floor measured in the same run; --help lists the options."""
+    """Time the kernels against PyTorch and a roofline measured in the same run; --help lists the options."""
     require("triton")
-    # A process of its own: this one has Triton's interpreter on a machine without a GPU, and much else in its memory.
+    # A process of its own: without a GPU this one has Triton's interpreter, and it has much else in memory.
     leave(run_child("bifrost.kernels.bench", *context.args))

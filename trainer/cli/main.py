@@ -1,4 +1,4 @@
-"""The `bifrost` command: thin, one function a verb; groups are mounted from the folders that own them."""
+"""The `bifrost` command: thin, one function per verb; groups are mounted from the folders that own them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data", help="Shards: make, check, count.")
 app.add_typer(checkpoint_app, name="checkpoint", help="Checkpoints of a run: list, verify, show.")
 app.add_typer(bench_app, name="bench", help="Measure a recipe on this machine.")
-app.add_typer(track_app, name="track", help="MLflow: send what a tracker missed.")
+app.add_typer(track_app, name="track", help="MLflow: send what the tracking server lacks.")
 
 app.add_typer(slurm_app, name="slurm")
 
@@ -64,11 +64,11 @@ app.command()(replay)
 app.command()(doctor)
 
 RANKED = [["train"], ["resume"], ["generate"], ["data", "encode"], ["kernels", "profile"], ["bench", "scale"]]
-"""Commands that launchers start as the ranks of a run."""
+"""Commands that launchers start as ranks."""
 
 
 RENAMED_OPTIONS = {"--rival": "--baseline"}
-"""Old name -> what it is refused with."""
+"""Old name -> new name, for the error message."""
 
 
 def _print_version(asked: bool) -> None:
@@ -95,7 +95,7 @@ add_examples(app)
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on stderr and exit code 2, a run that cannot go on exit code 1."""
+    """Run the command. A user's mistake is one line on stderr with exit code 2; a failed run has exit code 1."""
     try:
         code = app([_with_home(word) for word in sys.argv[1:]], standalone_mode=False)
     except (RecipeError, DataError, RunError, SlurmError) as error:
@@ -110,21 +110,21 @@ def main() -> None:
     except RendezvousTimeout as error:
         _fail(error, HUNG)
     except Exception as error:
-        if hasattr(error, "format_message"):  # of a wrong command line: typer may bring a click of its own
+        if hasattr(error, "format_message"):  # a usage error: typer may bundle its own click
             _refuse(error)
         if (found := foreseen(error)) is None:
             if (line := lost_rank(error)) is None or (rank := _rank()) is None:
                 raise
             _leave_lost(error, rank, line)
         logging.getLogger(__name__).debug("%s", found, exc_info=error)
-        if (rank := _rank()) is not None:  # it came on this rank alone: the others do not say it
+        if (rank := _rank()) is not None:  # raised only on this rank: the others do not report it
             found = with_message(found, f"rank {rank}: {found}")
         _fail(found, LOST if getattr(found, "passing", False) else USAGE)
     sys.exit(code if isinstance(code, int) else DONE)
 
 
 def _with_home(word: str) -> str:
-    """`--out=~/x` as the shell would have handed over `--out ~/x`, instead of a folder that is called `~`."""
+    """`--out=~/x` with the home folder expanded, as the shell does for `--out ~/x`, instead of a folder called `~`."""
     option, separator, value = word.partition("=~")
     if not separator or not option.startswith("--"):
         return word
@@ -132,7 +132,7 @@ def _with_home(word: str) -> str:
 
 
 def _refuse(error: Any) -> NoReturn:
-    """Say in one line what is wrong with the command line; a command without its words gets its help."""
+    """Print a usage error in one line; a command without arguments prints its help."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         sys.exit(USAGE)
@@ -145,8 +145,8 @@ def _refuse(error: Any) -> NoReturn:
 
 
 def _rank() -> int | None:
-    """Which of several ranks this process is; None for one that is alone, whatever an earlier launcher has left in its
-    environment: its errors are said by nobody else."""
+    """The rank of this process; None for a single process, whatever an earlier launcher has left in its environment: no
+    other process prints its errors."""
     words = sys.argv[1:]
     ranked = any(words[: len(verb)] == verb for verb in RANKED)
     if not ranked or "RANK" not in os.environ or any(word.startswith("--ranks") for word in words):
@@ -159,8 +159,8 @@ def _rank() -> int | None:
 
 
 def _leave_lost(error: Exception, rank: int, line: str) -> NoReturn:
-    """End a rank that lost another one: the traceback goes to its log, or is reduced to its place before there is one.
-    No outcome is recorded: the cause is the other rank's."""
+    """End a rank that lost a peer. The traceback goes to its log; without a log, only its last frame is printed.
+    No outcome is recorded: the cause is on the other rank."""
     logging.getLogger(__name__).info("%s", line, exc_info=error)
     logs = [each.baseFilename for each in logging.getLogger().handlers if isinstance(each, logging.FileHandler)]
     last = [
@@ -177,7 +177,7 @@ def _leave_lost(error: Exception, rank: int, line: str) -> NoReturn:
 
 
 def _fail(error: Exception, code: int) -> NoReturn:
-    # What all ranks raise alike is said once; a loss on one rank alone names it.
+    # An error that all ranks raise is printed once; one of a single rank names the rank.
     rank, text = _rank(), redact(str(error))
     if rank in (None, 0) or text.startswith(f"rank {rank}:"):
         print(f"error: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Commands that run as ranks: this process is one of them, or starts them."""
+"""Commands that run as ranks: this process is a rank or starts the ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from ...recipes import Recipe
 from ...slurm.exit_codes import DONE
 from ...slurm.rank_env import idle_nodes, remove_private_folders
-from ..distributed.launcher import adopt_rank, devices, run_ranks
+from ..distributed.launcher import devices, init_from_env, run_ranks
 from ..distributed.stop_signals import ignore_signals
 from ..errors import RunError
 from ..training.batch import batch_arithmetic
@@ -27,9 +27,9 @@ def on_ranks(
     trains: bool = False,
     usual: Callable[[], int] = devices,
 ) -> NoReturn:
-    """Do `work` as the rank that this process is, or run `arguments` as `ranks` processes that will be, or `usual()`
-    where no number is given. trains: whether ranks save when they are stopped."""
-    if adopt_rank(ranks):
+    """Do `work` if this process is a rank; otherwise run `arguments` as `ranks` processes, `usual()` without a number.
+    trains: whether ranks save when they are stopped."""
+    if init_from_env(ranks):
         code = work()
         ignore_signals()
         if code == DONE:
@@ -37,8 +37,8 @@ def on_ranks(
         leave(code)
     if ranks is None and (idle := idle_nodes(os.environ)):
         raise RunError(
-            f"this Slurm job has {idle + 1} nodes, and bifrost was started on one of them alone: put `srun"
-            " --ntasks-per-node=N` before it (N: GPUs per node), or give --ranks to use this machine alone"
+            f"this Slurm job has {idle + 1} nodes, and bifrost was started on only one of them: put `srun"
+            " --ntasks-per-node=N` before it (N: GPUs per node), or give --ranks to use only this machine"
         )
     run = Path(recipe.runs_dir) / recipe.name
     if trains and (steps := finished(recipe)):

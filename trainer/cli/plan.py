@@ -30,7 +30,7 @@ def plan(
 
     chosen = find_device(device) if device else this_device()
     if plot and (chosen is None or chosen.bf16_tflops is None):
-        raise RunError("--plot: nothing to draw without times; give a --device that has bf16_tflops")
+        raise RunError("--plot: needs step times; give a --device that has bf16_tflops")
     from ..planner.curves import draw
     from ..planner.flops import parts
     from ..planner.previews import image_generator_bytes

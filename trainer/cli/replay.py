@@ -1,4 +1,4 @@
-"""`bifrost replay`: a step's batch again, as a table, JSON and a contact sheet."""
+"""`bifrost replay`: a rebuilt batch as a table, JSON and a contact sheet."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def replay(
     run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
     step: Annotated[int | None, typer.Option(help="The step, as metrics.jsonl counts.", min=1)] = None,
     batch: Annotated[
-        int | None, typer.Option(help="The number of a global batch instead, for one that was passed over.", min=1)
+        int | None, typer.Option(help="A global batch instead, for one that a rollback skipped.", min=1)
     ] = None,
     weights_step: Annotated[
-        int | None, typer.Option(help="Losses by the checkpoint of this step; 0: by the initial weights.", min=0)
+        int | None, typer.Option(help="Use the checkpoint of this step; 0: the initial weights.", min=0)
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; default replay/ in the run folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all samples as JSON, no table.")] = False,
 ) -> None:
     """Rebuild a step's batch in one process: keys, captions, images, draws, and each sample's loss."""
     if (step is None) == (batch is None):
-        raise RunError("say which step with --step, or which global batch with --batch")
+        raise RunError("give either --step or --batch")
     history = History.read(run)
     place = history.step(step) if step is not None else history.batch(batch or 0)
 
@@ -48,12 +48,12 @@ def replay(
         found = rebuild(run, place, weights_step)
     out = out or run / "replay" / f"step-{place.step:08d}-batch-{place.batch:08d}"
     record = json.dumps(found.record(), indent=1)
-    picture = io.BytesIO()
-    found.sheet(SHOWN).save(picture, "PNG")
+    png = io.BytesIO()
+    found.sheet(SHOWN).save(png, "PNG")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / RECORD, record.encode())
-        write_atomic(out / SHEET, picture.getvalue())
+        write_atomic(out / SHEET, png.getvalue())
     if as_json:
         print(record)
     else:
@@ -68,18 +68,18 @@ def _print(found: Replay, out: Path) -> None:
         lines[0] += f", logged {place.line['loss']:.6g}"
     lines.append(
         f"weights of step {found.weights}"
-        + (", those that it had" if found.exact else f": no checkpoint is of step {place.step - 1}, so losses differ")
+        + (", the step's own" if found.exact else f": no checkpoint is of step {place.step - 1}, so losses differ")
     )
     if place.skipped:
         lines.append(f"it was skipped: {place.skipped['reason']}")
     if place.others:
         lines.append(f"before a rollback the step was also tried with --batch {' and '.join(map(str, place.others))}")
-    lines += [f"{key} could not be read, a neighbour came instead: {reason}" for key, reason in found.replaced]
+    lines += [f"{key} could not be read and was replaced by a neighbour: {reason}" for key, reason in found.replaced]
     for line in lines:
         console.print(line, soft_wrap=True)
     drawn = [name for name in found.samples[0] if name in ("mask_rate", "noise_level")]
     table = Table("loss", "key", *(name.replace("_", " ") for name in drawn), "caption")
-    order = found.worst(SHOWN)
+    order = found.highest_loss(SHOWN)
     for sample in (found.samples[i] for i in order):
         caption = f"(dropped) {sample['caption']}" if sample["caption_dropped"] else sample["caption"]
         table.add_row(f"{sample['loss']:.4g}", sample["key"], *(f"{sample[name]:.3f}" for name in drawn), caption)

@@ -15,10 +15,10 @@ from ..errors import RunError, writing
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder, such as runs/mllm-7b.", show_default=False)],
     out: Annotated[
-        Path | None, typer.Option(help="Where the page goes; default report.html in RUN.", show_default=False)
+        Path | None, typer.Option(help="Output file; default report.html in RUN.", show_default=False)
     ] = None,
 ) -> None:
-    """Write one HTML page of RUN: curves, starts and stops, what went wrong, samples, settings, environment."""
+    """Write one HTML page on RUN: curves, attempts, failures, previews, settings, environment."""
     from ..report.files import open_run
     from ..report.page import page
 
@@ -30,7 +30,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write an HTML page, with curves.", show_default=False)] = None,
 ) -> None:
-    """What differs between RUNs: settings, environment, losses of the same steps, samples, speed, memory."""
+    """Compare RUNs: settings, environment, losses at the same steps, previews, speed, memory."""
     from ..report.compare import compare as compared
     from ..report.compare import page, tables
     from ..report.files import open_run
@@ -66,7 +66,7 @@ def show(tables: dict[str, tuple[list[str], list[list[str]]]]) -> None:
 
 
 def write(file: Path, text: str, quiet: bool = False) -> None:
-    """The page at `file`, whole or not at all. Raises RunError."""
+    """Write the page to `file` atomically. Raises RunError."""
     with writing(file):
         write_atomic(file, text.encode())
     if not quiet:

@@ -27,12 +27,12 @@ from ..report.files import RECIPES, run_state
 from ..terminal import terminal
 
 NEWEST = 2**18
-"""Bytes from the end of a metrics file that are read: the newest lines, of a long run too."""
+"""Bytes read from the end of a metrics file: enough for the newest lines, however long the run."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder shows it. steps: of its recipe; active: Unix time of the last line or sign of life; bytes: of
+    """A run as shown by its folder. steps: of its recipe; active: Unix time of the last line or heartbeat; bytes: of
     all its checkpoints; reason: why it failed, or what it waits for."""
 
     name: str
@@ -54,18 +54,18 @@ def runs(
 ) -> None:
     """All runs in FOLDER: stage, state, step, loss, last activity, where, size of the checkpoints."""
     if not folder.is_dir():
-        raise RunError(f"{folder}: no such folder; name the one that holds the run folders, a recipe's runs_dir")
+        raise RunError(f"{folder}: no such folder; give the folder that contains the run folders, a recipe's runs_dir")
     found = find_runs(folder)
     if as_json:
         print(json.dumps([asdict(run) for run in found], indent=1))
         return
     if not found:
-        raise RunError(f"{folder}: holds no run; name the folder that holds the run folders, a recipe's runs_dir")
+        raise RunError(f"{folder}: contains no run; give the folder that contains the run folders, a recipe's runs_dir")
     _show(found, time.time())
 
 
 def find_runs(folder: Path, now: float | None = None) -> list[Run]:
-    """The runs in `folder`, the one that was active last at the end."""
+    """The runs in `folder`, the most recently active one last."""
     now = time.time() if now is None else now
     folders = [
         path for path in folder.iterdir() if any((path / name).is_file() for name in (*RECIPES, "metrics.jsonl"))
@@ -73,7 +73,7 @@ def find_runs(folder: Path, now: float | None = None) -> list[Run]:
     jobs = {path: str((read_json(path / JOB) or {}).get("id")) for path in folders}
     waiting: Mapping[str, str] = {}
     if any(job != "None" for job in jobs.values()):
-        with suppress(SlurmError):  # looked at from elsewhere
+        with suppress(SlurmError):  # no Slurm here
             waiting = waiting_jobs()
     found = [_read(path, waiting.get(jobs[path]), now) for path in folders]
     return sorted(found, key=lambda run: (run.active or 0.0, run.name))
@@ -88,8 +88,8 @@ def _read(folder: Path, waits_for: str | None, now: float) -> Run:
     beat = (read_json(folder / "lock.json") or {}).get("beat")
     if waits_for is not None and state != "running":
         state, reason = "waiting in Slurm", waits_for
-    elif state == "failed" and (told := (read_json(folder / STOPPED) or {}).get("reason")):
-        reason = told
+    elif state == "failed" and (recorded := (read_json(folder / STOPPED) or {}).get("reason")):
+        reason = recorded
     times = [record["time"] for record in records if isinstance(record.get("time"), (int, float))]
     steps = [record["step"] for record in records if isinstance(record.get("step"), int)]
     return Run(
@@ -119,13 +119,13 @@ def _newest(file: Path) -> list[dict[str, Any]]:
 def _recipe(file: Path) -> dict[str, Any]:
     try:
         found = read_yaml(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # being written, or damaged: the other columns still say something
+    except (OSError, ValueError):  # being written, or damaged: the other columns are still useful
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files below `folder`; of what is removed meanwhile, none."""
+    """Bytes of all files below `folder`, without those that are removed meanwhile."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:

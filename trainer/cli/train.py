@@ -1,4 +1,4 @@
-"""`bifrost train`, `resume`, `export` and `data encode`: a run, and what is made before and after it."""
+"""`bifrost train`, `resume`, `export` and `data encode`: a run, its cached inputs and its export."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from ...data.progress import progress
 from ...recipes import Recipe, load_recipe, to_yaml
-from ..distributed.launcher import adopt_rank, devices, run_ranks
+from ..distributed.launcher import devices, init_from_env, run_ranks
 from ..training.batch import batch_arithmetic
 from ..training.run_folder import check_run, placed, ranks_of
 from .on_ranks import leave, on_ranks
@@ -24,7 +24,7 @@ def train(
     ranks: RanksOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")] = False,
 ) -> None:
-    """Train a recipe, or go on from its newest checkpoint."""
+    """Train a recipe, or continue from its newest checkpoint."""
     settings = load_recipe(recipe, overrides or [])
     if dry_run:
         _show(settings, ranks)
@@ -36,9 +36,9 @@ def train(
 def resume(
     run: Annotated[Path, typer.Argument(help="A run folder, such as runs/mllm-7b.")],
     overrides: Overrides = None,
-    ranks: Annotated[int | None, typer.Option(help="Processes; default as many as the run had.", min=1)] = None,
+    ranks: Annotated[int | None, typer.Option(help="Processes; default the run's last number.", min=1)] = None,
 ) -> None:
-    """Continue a run from its newest checkpoint, with the settings that it has, or with some of them changed."""
+    """Continue a run from its newest checkpoint, with its stored settings, or with some of them changed."""
     check_run(run)
     given = overrides or []
     settings = load_recipe(run / "recipe.yaml", [*given, *placed(run, given)], stored=True)
@@ -49,9 +49,9 @@ def resume(
 
 
 def encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: RanksOption = None) -> None:
-    """Store what the frozen parts compute that the recipe wants cached (flux.placement), beside the shards."""
+    """Cache the outputs of the frozen parts (flux.placement=cached) next to the shards."""
     settings = load_recipe(recipe, overrides or [])
-    adopted = adopt_rank(ranks)
+    adopted = init_from_env(ranks)
     ranks = ranks or devices()
     if adopted or ranks == 1:
         from ..stages.precompute import encode as precompute
@@ -72,7 +72,7 @@ def export(
         Layout, typer.Option("--format", help="public: the release's layout with the base; hf: the trained part.")
     ] = Layout.public,
     ema: Annotated[bool, typer.Option("--ema", help="The averaged weights.")] = False,
-    step: Annotated[int | None, typer.Option(help="A step other than the newest.")] = None,
+    step: Annotated[int | None, typer.Option(help="Step; default the newest.")] = None,
 ) -> None:
     """Write a run's trained weights as safetensors in bf16."""
     from ..checkpoint.export import export as write

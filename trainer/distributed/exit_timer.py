@@ -1,4 +1,4 @@
-"""A clock that ends a process whose interpreter cannot."""
+"""A timer that ends the process even when its interpreter is blocked."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from ...slurm.exit_codes import INTERRUPTED
 from .exit_timer import ExitTimer
 
 UNWIND_S = 0.7
-"""For which a command may tidy up after Ctrl-C."""
+"""Seconds that a command has to clean up after Ctrl-C."""
 CONTINUED = {("data", "demo"), ("data", "ingest"), ("data", "encode"), ("generate",)}
-"""Commands that, given again, leave alone what they have done."""
+"""Commands that keep finished work when they are run again."""
 SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -26,10 +26,10 @@ def end_on_interrupt() -> None:
 
     def end(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-        if os.getpid() != process:  # forked: the process that this one works for says it
+        if os.getpid() != process:  # forked: the parent prints the line
             os._exit(INTERRUPTED)
         say(interrupted())
-        timer.set(UNWIND_S)  # threads and what swallows exceptions hold nobody up
+        timer.set(UNWIND_S)  # in case threads or a bare except delay the exit
         raise SystemExit(INTERRUPTED)
 
     signal.signal(signal.SIGINT, end)
@@ -37,15 +37,15 @@ def end_on_interrupt() -> None:
 
 
 def interrupted() -> str:
-    """What is said to that, by the command that this process runs."""
+    """The line to print on Ctrl-C, for the command that this process runs."""
     words = tuple(sys.argv[1:3])
     continued = words in CONTINUED or words[:1] in CONTINUED
     return "interrupted" + ("; the same command continues where it stopped" if continued else "")
 
 
 def say(line: str) -> None:
-    """Print on standard error from a signal handler: past Python's buffers, which it may have interrupted. The cursor
-    that a progress bar has hidden comes back."""
+    """Print on standard error from a signal handler: bypasses Python's buffers, which the signal may have interrupted.
+    On a terminal it also shows the cursor, which a progress bar may have hidden."""
     # On a terminal the line begins after the ^C that it shows.
     text = f"{SHOW_CURSOR}\n{line}\n" if os.isatty(2) else f"{line}\n"
     try:

@@ -1,7 +1,7 @@
-"""Ranks: which one this process is, or starting N of them on this machine.
+"""Which rank this process is, and the launcher of N ranks on this machine.
 
-The process that a person starts only looks after its ranks, a single one too: whatever these are at, it answers Ctrl-C
-at once. It imports no torch.
+The launcher only supervises its ranks, even a single one: it answers Ctrl-C at once, whatever the ranks are doing. It
+does not import torch.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from .run_lock import remove_lock_of
 from .stop_signals import ENDING, NOT_BEGUN, PHASE_FILE, SAVED, SAVING, SIGNALS, STARTING, farewell
 
 GRACE_S = 10.0
-"""After one rank has failed, how long the others may take to leave by themselves."""
+"""Seconds that the other ranks have to exit by themselves after one has failed."""
 QUIT_S = 0.5
-"""After Ctrl-C that saves nothing, the same."""
+"""The same after a Ctrl-C that saves nothing."""
 GPU_FILES = ("nvidia[0-9]*", "kfd", "dxg")
-"""What the drivers of GPUs put into /dev."""
+"""Device files of GPU drivers in /dev."""
 
 
-def adopt_rank(ranks: int | None = None) -> bool:
-    """Whether this process is one of the ranks that a launcher started, whose variables it then adopts.
+def init_from_env(ranks: int | None = None) -> bool:
+    """Whether a launcher started this process as a rank; if so, set the rank variables from the launcher's.
 
-    ranks: what --ranks says. With it, or where no launcher is, this process is none, and forgets what an earlier
-    launcher may have left in its environment. Raises SlurmError for variables that contradict each other.
+    ranks: value of --ranks. If it is given, or there is no launcher, this process is not a rank, and variables left by
+    an earlier launcher are removed. Raises SlurmError for variables that contradict each other.
     """
     launcher = launched_by(os.environ) if ranks is None else None
     if launcher is None:
@@ -51,12 +51,12 @@ def adopt_rank(ranks: int | None = None) -> bool:
     os.environ.update(rank_environment(os.environ) or {})
     if launcher == "slurm":
         os.environ.update(private_folders(os.environ))
-        tempfile.tempdir = None  # asked for before, it would stay the old one
+        tempfile.tempdir = None  # clears the cached folder
     return True
 
 
 def devices() -> int:
-    """GPUs of this machine, or 1 where there is none."""
+    """Number of GPUs of this machine, 1 without any."""
     if sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in GPU_FILES):
         return 1
     # Only torch knows which of them it can use.
@@ -74,7 +74,7 @@ def run_ranks(ranks: int, arguments: Sequence[str], run: Path | None = None) -> 
     """
     with tempfile.TemporaryDirectory(prefix="bifrost-") as folder:
         family = _Family(Path(folder), trains=run is not None)
-        # They pass on to what is started here: a training rank wants no signal before it can save.
+        # Children inherit the mask: a training rank must not receive a signal before it can save.
         before = {number: signal.signal(number, family.notice) for number in SIGNALS}
         signal.pthread_sigmask(signal.SIG_BLOCK if family.trains else signal.SIG_UNBLOCK, SIGNALS)
         try:
@@ -85,7 +85,7 @@ def run_ranks(ranks: int, arguments: Sequence[str], run: Path | None = None) -> 
             for process in family.processes:
                 process.kill()
                 process.wait()
-            if run is not None and family.quit_at:  # else the next attempt learns from it when this one died
+            if run is not None and family.quit_at:  # otherwise the next attempt reads from it when this one died
                 remove_lock_of(run, [process.pid for process in family.processes])
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -94,9 +94,9 @@ def run_ranks(ranks: int, arguments: Sequence[str], run: Path | None = None) -> 
 def run_child(module: str, *arguments: str, counts: str | None = None) -> int:
     """Run `python -m MODULE ARGUMENTS` as a process that never outlives this one; returns its exit code.
 
-    counts: what it has a line for each of, after a first one that begins with their number; they show as progress.
+    counts: what its output lines count, shown as progress; its first line begins with their total.
     """
-    # A session of its own: a Ctrl-C on the terminal is for this process to answer.
+    # A session of its own: this process handles Ctrl-C on the terminal.
     with subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         env=_safe_path(),
@@ -120,14 +120,14 @@ def run_child(module: str, *arguments: str, counts: str | None = None) -> int:
 
 
 class _Family:
-    """Ranks that this process has started, and what becomes of them on a signal. folder: of their rendezvous."""
+    """The ranks that this process has started, and their signal handling. folder: that of their rendezvous."""
 
     def __init__(self, folder: Path, trains: bool) -> None:
         self.folder = folder
         self.trains = trains
         self.processes: list[subprocess.Popen] = []
         self.quit_at: float | None = None
-        """`time.monotonic()` at which they are ended, once Ctrl-C has asked for that."""
+        """`time.monotonic()` at which the ranks are ended, set by Ctrl-C."""
         self.stopped_by: str | None = None
         """Name of the last stop signal other than Ctrl-C."""
         self._pressed_in: str | None = None
@@ -139,7 +139,7 @@ class _Family:
     def notice(self, number: int, frame: FrameType | None) -> None:
         """Handle a stop signal."""
         if number == signal.SIGINT:
-            # Noted before anything is said: the next press may interrupt this.
+            # Recorded before anything is printed: the next Ctrl-C may interrupt this handler.
             phase, before = self._phase(), self._pressed_in
             self._pressed_in = phase
             if self.trains and phase not in (STARTING, before):
@@ -154,7 +154,7 @@ class _Family:
                 process.send_signal(number)
 
     def wait(self) -> int:
-        """The exit code of all ranks: wait for them, or after the first failure for GRACE_S."""
+        """Wait for all ranks, after the first failure for GRACE_S at most; returns their common exit code."""
         deadline = None
         while True:
             codes = [process.poll() for process in self.processes]
@@ -162,10 +162,10 @@ class _Family:
                 return INTERRUPTED
             failed = [code for code in codes if code]
             if None not in codes or (deadline and time.monotonic() > deadline):
-                # A rank that died of a signal explains the others' failures, and so does one that left on purpose.
-                # NCCL aborts ranks that lose another one.
+                # A rank that died of a signal explains the others' failures, and so does one that exited on purpose.
+                # NCCL aborts ranks that lose a peer.
                 code = min(failed, key=lambda code: (code > 0, code in (FAILED, -signal.SIGABRT)), default=DONE)
-                if code < 0:  # it could not say so itself
+                if code < 0:  # it could not report that itself
                     say(_death(codes.index(code), -code, self.trains))
                 elif code == FAILED and (line := self._lost(codes)):
                     say(line)
@@ -177,7 +177,7 @@ class _Family:
             time.sleep(0.05)
 
     def _lost(self, codes: Sequence[int | None]) -> str | None:
-        """The line of a rank that lost another one, where no rank failed otherwise: nobody else has printed one."""
+        """The line of a rank that lost a peer, if no rank failed otherwise: then no rank has printed an error."""
         failed = [lost_file(self.phase_file, rank) for rank, code in enumerate(codes) if code]
         return failed[0].read_text() if all(file.exists() for file in failed) else None
 
@@ -189,12 +189,12 @@ class _Family:
 
 
 def lost_file(phase_file: Path, rank: int) -> Path:
-    """Where `rank` leaves its line for its launcher when it has lost another rank."""
+    """The file with the error line of a `rank` that has lost another rank, for the launcher."""
     return phase_file.with_name(f"lost-{rank}")
 
 
 def _death(rank: int, number: int, trains: bool) -> str:
-    """What is said of a rank that died of signal `number`."""
+    """The error line for a rank that died of signal `number`."""
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     cause = ", mostly for lack of memory: lower micro_batch or data.workers" if number == signal.SIGKILL else ""
     remedy = "; the same command continues from the last checkpoint" if trains else ""
@@ -212,7 +212,7 @@ def _start(rank: int, ranks: int, arguments: Sequence[str], family: _Family) -> 
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         **_safe_path(),
-        # Local ranks meet at a file and talk over loopback: no port to be taken, no host name to resolve.
+        # Local ranks use a file store and loopback: no port that may be taken, no host name to resolve.
         "BIFROST_RENDEZVOUS": str(family.folder / "rendezvous"),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

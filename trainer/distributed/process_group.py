@@ -1,4 +1,4 @@
-"""This process among the others: rank, size, device, and the few collectives that the loop itself needs."""
+"""The process group: rank, size, device, and the few collectives that the loop itself needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import HashStore
 
 from ...slurm.rank_env import UNBIND, host_name
 from ..errors import RunError, Unhealthy, foreseen, with_message
-from .rendezvous import come, interruptible, meet, require_agent
+from .rendezvous import interruptible, join_store, require_agent, wait_for_all
 
 T = TypeVar("T")
 Gather = Callable[[object], list[Any]]
@@ -45,7 +45,7 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: object) -> list:
-        """Every rank's `value`, in order of rank. Where another rank's `agreed` has failed, that failure is raised."""
+        """Every rank's `value`, in order of rank. If another rank's `agreed` has failed, that error is raised."""
         return self._exchange(value, None)
 
     def _exchange(self, value: object, failure: Exception | None) -> list:
@@ -61,29 +61,29 @@ class Ranks:
         return [each for each, _ in answers]
 
     def agreed(self, action: Callable[[], T]) -> T:
-        """The result of `action`, which may gather; what fails on one rank is raised on all, so that none waits for it.
+        """The result of `action`, which may gather; an error on one rank is raised on all, so that none waits forever.
 
-        A rank that fails says so in the next gather, whichever the others are in by then: all of them raise it there.
-        Other collectives (DeepSpeed's, sums, barriers) do not carry it: what has them inside is not for `agreed`. An
-        error that nobody foresaw is raised as it is where it happened, and as Unhealthy elsewhere.
+        A failed rank sends its error with the next gather, whichever one the others have reached, and all raise it
+        there. Other collectives (DeepSpeed's, sums, barriers) do not carry errors, so an action must not call them. An
+        unforeseen error is raised unchanged on its own rank and as Unhealthy on the others.
         """
         try:
             result = action()
         except Exception as error:
             if getattr(error, "agreed", False):
                 raise
-            told = foreseen(error)
-            if told is None:
+            described = foreseen(error)
+            if described is None:
                 what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                told = Unhealthy(f"rank {self.rank}: failed at the start with {what}; its traceback is in its output")
-            elif told is not error and self.size > 1:
-                told = with_message(told, f"rank {self.rank}: {told}")
+                described = Unhealthy(f"rank {self.rank}: startup failed with {what}; its traceback is in its output")
+            elif described is not error and self.size > 1:
+                described = with_message(described, f"rank {self.rank}: {described}")
             try:
-                self._exchange(None, told)
+                self._exchange(None, described)
             except Exception as first:
-                if first is error or (isinstance(told, Unhealthy) and not isinstance(error, Unhealthy)):
+                if first is error or (isinstance(described, Unhealthy) and not isinstance(error, Unhealthy)):
                     raise error from None
-                raise first from (error if str(first) == str(told) else None)
+                raise first from (error if str(first) == str(described) else None)
             raise
         self._exchange(None, None)
         return result
@@ -96,10 +96,10 @@ class Ranks:
         return vector.tolist()
 
     def apart(self) -> Gather:
-        """A gather that uses a process group of its own, so that a thread may wait in it while training goes on.
+        """A gather on a process group of its own, so that a thread can wait in it while training continues.
 
-        Every rank calls this at the same time. It runs over gloo and waits a day for a rank that is slow; one that
-        died is noticed at once.
+        A collective: every rank calls this at the same point. The group uses gloo and waits up to a day for a slow
+        rank; a dead one is detected at once.
         """
         if self.size == 1:
             return alone
@@ -126,11 +126,11 @@ class Ranks:
 
 
 def join(timeout: timedelta = timedelta(minutes=30), wait_s: float = 300) -> Ranks:
-    """Join the process group that RANK, WORLD_SIZE and LOCAL_RANK of the environment describe; alone without them.
+    """Join the process group that RANK, WORLD_SIZE and LOCAL_RANK describe; a single process without them.
 
     timeout: of each collective. wait_s: seconds in which all ranks must join, else RendezvousTimeout names the missing.
     """
-    # The last collectives are remembered, for whoever asks why a run hangs (monitors/stacks.py).
+    # Keeps the last collectives for hang reports (monitors/stacks.py).
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     # DeepSpeed reads these too.
     rank, size, local = (int(os.environ.setdefault(*d)) for d in _ALONE)
@@ -139,18 +139,18 @@ def join(timeout: timedelta = timedelta(minutes=30), wait_s: float = 300) -> Ran
     if size == 1:
         device, store = _device(rank, local), HashStore()
     elif "TORCHELASTIC_RUN_ID" in os.environ and "BIFROST_RENDEZVOUS" not in os.environ:
-        # torchrun has met already, in a store that may still hold the words of an earlier attempt.
+        # torchrun has had its own rendezvous, in a store that may still hold keys of an earlier attempt.
         require_agent(rank)
         device, store = _device(rank, local), None
     else:
-        # Before the device is touched: a broken one may never answer.
-        store = interruptible(partial(come, rank, size, wait_s))
+        # Before the device is touched: a broken one may hang.
+        store = interruptible(partial(join_store, rank, size, wait_s))
         problem = ""
         try:
             device = _device(rank, local)
         except RunError as error:
             device, problem = torch.device("cpu"), str(error)
-        interruptible(partial(meet, store, rank, size, wait_s, problem))
+        interruptible(partial(wait_for_all, store, rank, size, wait_s, problem))
         store.set_timeout(timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     start = partial(dist.init_process_group, backend, store=store, rank=rank, world_size=size, timeout=timeout)

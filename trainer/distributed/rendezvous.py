@@ -1,7 +1,7 @@
-"""Where the ranks of one start meet, and which of them never came.
+"""The rendezvous of an attempt's ranks, with an error that names the missing ones.
 
-Each rank says in a store that it has come, and once more when its device has answered. Rank 0 waits for all, for so
-long and no longer, and says the verdict to the others.
+Each rank registers in a store when it joins, and again when its device is ready. Rank 0 waits for all ranks up to a
+time limit and publishes the verdict in the store.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from ..errors import RendezvousTimeout, RunError
 T = TypeVar("T")
 
 AGENT_S = 10.0
-"""How long a rank tries to reach torchrun's agent."""
+"""Seconds for which a rank tries to reach torchrun's agent."""
 
 
 def interruptible(wait: Callable[[], T]) -> T:
-    """The result of `wait`, which runs in a thread of its own, so that signal handlers run in this one meanwhile:
-    torch's waits for other ranks return to Python only when they are over."""
+    """The result of `wait`, which runs in a thread of its own so that signal handlers can run in this one:
+    torch's waits for other ranks return to Python only when they end."""
     result: Future[T] = Future()
 
     def run() -> None:
@@ -44,11 +44,11 @@ def interruptible(wait: Callable[[], T]) -> T:
     return result.result()
 
 
-def come(rank: int, size: int, wait_s: float) -> Store:
-    """The store of this start, in which this rank has said that it has come; RendezvousTimeout when rank 0 opens none.
+def join_store(rank: int, size: int, wait_s: float) -> Store:
+    """The store of this attempt, in which this rank is registered; RendezvousTimeout if rank 0 does not open one.
 
-    BIFROST_RENDEZVOUS names a file for ranks of one machine (no port to be taken); otherwise rank 0 opens a store at
-    MASTER_ADDR and MASTER_PORT.
+    BIFROST_RENDEZVOUS names a file for ranks of one machine (no port to conflict); otherwise rank 0 opens a store
+    at MASTER_ADDR and MASTER_PORT.
     """
     if file := os.environ.get("BIFROST_RENDEZVOUS"):
         store: Store = FileStore(file, size)
@@ -64,16 +64,16 @@ def come(rank: int, size: int, wait_s: float) -> Store:
             raise RendezvousTimeout(
                 f"rank {rank}: rank 0 cannot be reached at {address}:{port} within {wait_s:.0f} s"
             ) from error
-        # A rank of a start that Slurm believes dead, or of a job whose id gives the same port, would pass for ours.
+        # The prefix keeps out ranks of an attempt that Slurm believes dead, or of a job whose id gives the same port.
         store = PrefixStore(this_start(), opened)
-    store.set(f"came-{rank}", host_name())
+    store.set(f"joined-{rank}", host_name())
     return store
 
 
-def meet(store: Store, rank: int, size: int, wait_s: float, problem: str = "") -> None:
-    """Wait for all ranks, once this rank's device has answered. Raises RendezvousTimeout naming a missing rank.
+def wait_for_all(store: Store, rank: int, size: int, wait_s: float, problem: str = "") -> None:
+    """Wait for all ranks, after this rank's device is ready. Raises RendezvousTimeout naming the missing ranks.
 
-    problem: why this rank cannot use its device; RunError on every rank with one of these.
+    problem: why this rank cannot use its device; raised as RunError on every rank.
     """
     if problem:
         store.set("problem", problem)
@@ -82,15 +82,15 @@ def meet(store: Store, rank: int, size: int, wait_s: float, problem: str = "") -
         verdict, host = _missing(store, size, wait_s)
         if verdict:
             record_outcome(HUNG, verdict, host=host)
-        store.set("met", verdict)
+        store.set("verdict", verdict)
     else:
         try:
-            # It decides so long after its own coming, which may be later than this rank's.
-            store.wait(["met"], timedelta(seconds=2 * wait_s))
-            verdict = store.get("met").decode()
+            # Rank 0's time limit starts when it joins, which may be later than this rank.
+            store.wait(["verdict"], timedelta(seconds=2 * wait_s))
+            verdict = store.get("verdict").decode()
         except RuntimeError as error:
             raise RendezvousTimeout(
-                f"rank {rank}: rank 0 has not come, or has left or stands still before all had met"
+                f"rank {rank}: rank 0 did not join, or it exited or stalled before all ranks had joined"
             ) from error
     if verdict:
         raise RendezvousTimeout(verdict)
@@ -99,8 +99,8 @@ def meet(store: Store, rank: int, size: int, wait_s: float, problem: str = "") -
 
 
 def require_agent(rank: int) -> None:
-    """RunError where torchrun's variables are set, and nobody listens where its agent would: an earlier one left them.
-    The agent is there before any of its ranks."""
+    """RunError if torchrun's variables are set but its agent does not listen: an earlier torchrun left them. The agent
+    starts before its ranks."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
@@ -124,35 +124,34 @@ def _first_line(error: Exception) -> str:
 
 
 def _missing(store: Store, size: int, wait_s: float) -> tuple[str, str | None]:
-    """Who is not ready within `wait_s`, in one line, and the host if it is a single one; nothing to say if all are."""
+    """One line on the ranks that are not ready within `wait_s`, and their host if there is one; empty if all are."""
     try:
         store.wait([f"ready-{rank}" for rank in range(size)], timedelta(seconds=wait_s))
         return "", None
     except RuntimeError:
-        came = {rank: store.get(f"came-{rank}").decode() for rank in range(size) if store.check([f"came-{rank}"])}
-        ready = {rank for rank in came if store.check([f"ready-{rank}"])}
-        # The last one may have come just now.
-        return ("", None) if len(ready) == size else absence(size, wait_s, came, ready, _nodes())
+        joined = {rank: store.get(f"joined-{rank}").decode() for rank in range(size) if store.check([f"joined-{rank}"])}
+        ready = {rank for rank in joined if store.check([f"ready-{rank}"])}
+        # The last one may have joined just now.
+        return ("", None) if len(ready) == size else describe_missing(size, wait_s, joined, ready, _nodes())
 
 
-def absence(
-    size: int, wait_s: float, came: Mapping[int, str], ready: set[int], nodes: Sequence[str]
+def describe_missing(
+    size: int, wait_s: float, joined: Mapping[int, str], ready: set[int], nodes: Sequence[str]
 ) -> tuple[str, str | None]:
     """A line on the ranks that are not ready, and their host if it is a single one.
 
-    came: hosts of the ranks that have come. nodes: of the whole step, empty where nobody knows them.
+    joined: hosts of the ranks that have joined. nodes: those of the Slurm step, empty if unknown.
     """
-    blocked = {rank: host for rank, host in came.items() if rank not in ready}
-    if len(came) == size:
+    blocked = {rank: host for rank, host in joined.items() if rank not in ready}
+    if len(joined) == size:
         hosts = list(dict.fromkeys(blocked.values()))
-        line = f"{_some(list(blocked))} of {size} came, but no device answered there within {wait_s:.0f} s"
+        line = f"{_some(list(blocked))} of {size} joined, but no device was ready there within {wait_s:.0f} s"
     else:
-        counts = Counter(came.values())
-        # As many ranks on each node: the launchers start them so, and the table of ranks refuses others.
+        counts = Counter(joined.values())
+        # Every node has the same number of ranks: launchers start them so, and check_ranks refuses other layouts.
         hosts = [] if not nodes or size % len(nodes) else [n for n in nodes if counts[n] < size // len(nodes)]
-        line = (
-            f"{_some([rank for rank in range(size) if rank not in came])} of {size} did not come within {wait_s:.0f} s"
-        )
+        missing = [rank for rank in range(size) if rank not in joined]
+        line = f"{_some(missing)} of {size} did not join within {wait_s:.0f} s"
     where = f", on {_listed(hosts)}" if hosts else ""
     return f"{line}{where}", hosts[0] if len(hosts) == 1 else None
 

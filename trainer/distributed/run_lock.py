@@ -1,7 +1,7 @@
-"""One live start a run: `lock.json` in the run folder names its owner and tells when it was last alive.
+"""At most one live attempt per run: `lock.json` in the run folder names its owner and the time of its last heartbeat.
 
-It needs nothing of the storage but files that are created exclusively and renames that are one move, which network file
-systems have; ages are taken from the storage's own clock, so that those of the nodes may differ.
+The storage must support exclusive file creation and atomic renames, as network file systems do. Ages are measured by
+the storage's own clock, so the nodes' clocks may differ.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 
 FILE = "lock.json"
 BEAT_S = 10.0
-"""Between two signs of life."""
+"""Seconds between heartbeats."""
 STALE_S = 120.0
-"""Without a sign of life for so long, an owner counts as dead."""
+"""An owner without a heartbeat for this many seconds counts as dead."""
 SIZE = 1024  # bytes of the file: written in place, it must never be seen shorter
 
 
@@ -63,9 +63,8 @@ class RunLock:
     def acquire(self) -> dict[str, Any] | None:
         """Take the lock; returns the dead owner that it was taken from, None where there was none.
 
-        An owner whose process is known to live is refused at once, one on another node when it gives a sign of life;
-        without one it is waited for, `stale_s` seconds after its last. Raises Locked, and RunError where the folder
-        cannot be written.
+        If the owner runs on this machine, Locked is raised at once. If it runs on another node, Locked is raised at its
+        next heartbeat; `stale_s` seconds without one make it dead. Raises RunError where the folder cannot be written.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,13 +81,13 @@ class RunLock:
         return None
 
     def beat(self, step: int) -> None:
-        """Give a sign of life, with the steps done. Ends the process where another start has taken the lock, which it
-        does only when this one was silent for too long. No failure to write is raised."""
+        """Write a heartbeat with the steps done. Ends the process if another attempt has taken the lock, which happens
+        only when heartbeats were missing for too long. Write failures are ignored."""
         if self._file is None:
             return
-        with suppress(OSError):  # a storage that is away tells nothing of the owner
+        with suppress(OSError):  # unavailable storage shows nothing about the owner
             if os.stat(self.path).st_ino != os.fstat(self._file).st_ino:
-                line = f"{self.path} was taken over while this process stood still"
+                line = f"{self.path} was taken over while this process was stalled"
                 print(f"error: {line}", file=sys.stderr, flush=True)
                 record_outcome(LOCKED, line)
                 os._exit(LOCKED)
@@ -119,14 +118,14 @@ class RunLock:
         os.fsync(self._file)
 
     def _await_death(self, path: Path, owner: Mapping[str, Any]) -> str | None:
-        """Why the file's `owner` counts as dead; None when it changed hands meanwhile. Raises Locked where it lives."""
+        """Why the file's `owner` counts as dead; None if the owner changed meanwhile. Raises Locked if alive."""
         if owner.get("space") == self._owner["space"]:
             if not _runs(owner):
                 return "its process is gone"
             raise Locked(self._refusal(owner))
         job = self._owner["job"]
         if job and owner.get("job") == job and self._owner["restarts"] > owner["restarts"]:
-            return "it was an earlier start of this job"
+            return "it was an earlier attempt of this job"
         while (age := _storage_time(self.path.parent) - owner["seen"]) <= self.stale_s:
             time.sleep(min(1.0, self.stale_s / 10))
             now = _read(path)
@@ -134,12 +133,12 @@ class RunLock:
                 return None
             if now["seen"] != owner["seen"]:
                 raise Locked(self._refusal(now))
-        return f"no sign of life for {age:.0f} s"
+        return f"no heartbeat for {age:.0f} s"
 
     def _take_over(self, path: Path, owner: Mapping[str, Any]) -> bool:
-        """Put this start in the place of `owner` of the file, which is dead; False when another has done so."""
-        # Only one process can create the file that belongs to this very owner, and only it replaces the owner's. One
-        # that died in between is replaced in the same way.
+        """Replace the dead `owner` of the file by this attempt; False when another attempt has done so."""
+        # Only one process can create the claim file of this owner, and only it replaces the lock. If it dies in
+        # between, its claim is taken over in the same way.
         claim = self.path.with_name(f"{FILE}.after-{owner['token']}")
         if not self._create(claim):
             other = _read(claim)
@@ -155,7 +154,7 @@ class RunLock:
         return False
 
     def _refusal(self, owner: Mapping[str, Any]) -> str:
-        return f"{self.path.parent}: another start of this run is alive: {describe(owner)}; nothing was touched"
+        return f"{self.path.parent}: another attempt of this run is alive: {describe(owner)}; nothing was touched"
 
 
 def remove_lock_of(folder: Path, processes: Collection[int]) -> None:
@@ -175,15 +174,15 @@ def describe(owner: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The owner, with `seen`, the storage's time of its last sign of life; None where there is no lock."""
+    """The owner, with `seen`, the storage's time of its last heartbeat; None where there is no lock."""
     try:
-        with open(path, "rb") as file:  # opened anew, so that a network file system asks its server
+        with open(path, "rb") as file:  # reopened, so that a network file system asks its server
             status, text = os.fstat(file.fileno()), file.read()
     except FileNotFoundError:
         return None
     try:
         owner = json.loads(text)
-    except ValueError:  # created a moment ago, or by a process that died at that
+    except ValueError:  # just created, or its creator died before writing it
         owner = {"token": f"{status.st_ino}-{status.st_mtime_ns}", "restarts": 0}
     return {**owner, "seen": status.st_mtime}
 
@@ -197,7 +196,7 @@ def _runs(owner: Mapping[str, Any]) -> bool:
 
 
 def _pid_space() -> str:
-    """What process ids are valid in: this machine since it was booted, and on it the container."""
+    """The scope in which process ids are valid: this boot of this machine, and the container."""
     if sys.platform != "linux":
         return platform.node()
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -205,7 +204,7 @@ def _pid_space() -> str:
 
 
 def _storage_time(folder: Path) -> float:
-    """Now, by the clock that dates files in `folder`."""
+    """Current time of the clock that sets the mtimes of files in `folder`."""
     probe = folder / f".now-{uuid.uuid4().hex}"
     try:
         with open(probe, "xb") as file:

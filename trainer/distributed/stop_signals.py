@@ -1,4 +1,4 @@
-"""Stop signals and the job's time limit: noticed here, acted on by all ranks at the same step."""
+"""Stop signals and the job's time limit: recorded here, acted on by all ranks at the same step."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .interrupt import say
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 STARTING, TRAINING, ENDING = "starting", "training", "ending"
-"""What a start has to lose by an interruption: nothing yet, its steps since the last save, nothing any more."""
+"""What an interruption costs in each phase: nothing yet, the steps since the last save, nothing any more."""
 PHASE_FILE = "BIFROST_PHASE"
-"""Variable with the file in which rank 0 leaves the phase for its launcher."""
+"""Variable that names the file in which rank 0 writes the phase for its launcher."""
 SAVING = "saving; press Ctrl-C again to quit without saving"
 NOTHING_YET = "interrupted before the first step; there was nothing to save"
 QUIT = "quit without saving; the same command continues from the last checkpoint"
@@ -29,47 +29,47 @@ QUIT_SAVED = "quit; all is saved"
 
 
 def farewell(phase: str) -> str:
-    """What is said when a start is ended at once."""
+    """The line to print when an attempt is ended at once."""
     return {STARTING: NOTHING_YET, ENDING: QUIT_SAVED}.get(phase, QUIT)
 
 
 def hold_signals() -> None:
-    """Keep stop signals waiting until StopSignals is there: before it they would end the process without a save."""
+    """Block stop signals until StopSignals is installed: before, they would end the process without a save."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def ignore_signals() -> None:
-    """The run is over: one more stop signal changes nothing, its exit code above all. Blocked, one would still reach
-    another thread while Python, as it ends, gives signals their deadly default back."""
+    """Ignore stop signals after the run, so that they do not change its exit code. A blocked signal would still reach
+    another thread once Python restores the default handlers at exit."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class StopSignals:
-    """Remembers that a stop signal came. Ctrl-C is answered at once; a second one ends the process without a
-    save, and so does the first one on a launched rank that has not begun to train. Once all is saved, the first one
-    ends the wait for MLflow."""
+    """Records stop signals. Ctrl-C is answered at once; a second one ends the process without a save, and so does the
+    first one on a launched rank that has not begun to train. Once all is saved, the first one ends the wait for
+    MLflow."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.phase = STARTING
-        self.met = False
+        self.joined = False
         """Whether all ranks have joined. Before that, which may take minutes when one is missing, any stop signal ends
-        the process: there is nothing to save, and other ranks cannot be asked."""
+        the process: there is nothing to save, and other ranks cannot be reached."""
         self.at_quit: list[Callable[[], None]] = []
-        """What is done before the process ends without a save: quick, and possible from a signal handler."""
+        """Actions before the process ends without a save: quick, and safe in a signal handler."""
         self._ends_at = math.inf
         self._needed_s: Callable[[], float] = lambda: 0.0
         self._pressed_in: str | None = None  # the phase of the last Ctrl-C
         self._waiting = False
         self._launched = "BIFROST_LAUNCHER" in os.environ
-        self._speaks = not self._launched and os.environ.get("RANK", "0") == "0"
+        self._prints = not self._launched and os.environ.get("RANK", "0") == "0"
         for number in SIGNALS:
             signal.signal(number, self._notice)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def end_before(self, ends_at: float, needed_s: Callable[[], float]) -> None:
-        """Stop, too, as soon as no more than `needed_s()` seconds are left until the Unix time `ends_at`."""
+        """Also stop as soon as no more than `needed_s()` seconds are left until the Unix time `ends_at`."""
         self._ends_at, self._needed_s = ends_at, needed_s
 
     def asked(self) -> str | None:
@@ -82,27 +82,27 @@ class StopSignals:
         return "the job's time limit"
 
     def announce(self) -> None:
-        """Let the launcher know the phase, which all ranks have reached; for rank 0."""
+        """Write the phase, which all ranks have reached, for the launcher; called on rank 0."""
         if place := os.environ.get(PHASE_FILE):
-            with suppress(OSError):  # Ctrl-C is then answered as if nothing were to be saved yet
+            with suppress(OSError):  # Ctrl-C is then handled as before training
                 Path(place).write_text(self.phase)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what Ctrl-C may cut short, after all is saved."""
+        """Wrap work that Ctrl-C may cut short, after all is saved."""
         self._waiting = True
         with suppress(KeyboardInterrupt):
             yield
         self._waiting = False
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
-        if not self.met:
+        if not self.joined:
             self._leave(signal.Signals(number))
         if number == signal.SIGINT:
             if self._pressed_in == self.phase or (self._launched and self.phase == STARTING):
                 self._quit()
             self._pressed_in = self.phase
-            if self._speaks:
+            if self._prints:
                 say(SAVED if self.phase == ENDING else SAVING)
         self.received = signal.Signals(number)
         if number == signal.SIGINT and self._waiting:
@@ -110,7 +110,7 @@ class StopSignals:
             raise KeyboardInterrupt
 
     def _leave(self, number: signal.Signals) -> None:
-        """End this rank, which may be the only one to know of the signal: without our launcher, each prints a line."""
+        """End this rank, which may be the only one to receive the signal: without our launcher, each prints a line."""
         if not self._launched:
             rank = os.environ.get("RANK", "0")
             line = NOTHING_YET if number == signal.SIGINT else NOT_BEGUN.format(number.name)
@@ -118,7 +118,7 @@ class StopSignals:
         os._exit(INTERRUPTED if number == signal.SIGINT else STOPPED)
 
     def _quit(self) -> None:
-        if self._speaks:
+        if self._prints:
             say(farewell(self.phase))
         for action in self.at_quit:
             with suppress(OSError):

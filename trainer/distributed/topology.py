@@ -1,4 +1,4 @@
-"""Who the ranks are: where each runs, on which device, with which software; a wrong table is refused."""
+"""The topology: host, device and software of every rank. An invalid one is refused."""
 
 from __future__ import annotations
 
@@ -16,45 +16,46 @@ from .process_group import Ranks
 
 
 @dataclass(frozen=True)
-class Place:
-    """A rank's place, as it sees it itself."""
+class RankInfo:
+    """Host, device and software of a rank, as it reads them itself."""
 
     rank: int
     host: str
     device: str
-    """Name and, of a GPU, its identity."""
+    """Name and, for a GPU, its UUID."""
     software: str
     """Hash of Python's version, every installed distribution's, and this package's source."""
 
 
 def check_ranks(ranks: Ranks) -> list[str]:
-    """The table of ranks, one line a host; RunError on all ranks when it is wrong.
+    """The topology, one line per host; RunError on all ranks when it is invalid.
 
-    A collective: every rank calls it, first of all.
+    A collective: every rank calls it, before any other.
     """
     places = _gather(ranks, here(ranks))
-    if problem := fault(places):
+    if problem := validate(places):
         raise RunError(problem)
     if len({place.software for place in places}) > 1:
         raise RunError(_difference(places, _gather(ranks, all_versions())))
     return table(places)
 
 
-def here(ranks: Ranks) -> Place:
-    """The place of this rank."""
+def here(ranks: Ranks) -> RankInfo:
+    """The RankInfo of this rank."""
     device = "cpu"
     if ranks.device.type == "cuda":
         properties = torch.cuda.get_device_properties(ranks.device)
         device = f"{properties.name} GPU-{properties.uuid}"  # as nvidia-smi writes it
-    return Place(ranks.rank, host_name(), device, fingerprint())
+    return RankInfo(ranks.rank, host_name(), device, fingerprint())
 
 
-def fault(places: Sequence[Place]) -> str | None:
-    """What is wrong with the ranks, in one line, or None."""
+def validate(places: Sequence[RankInfo]) -> str | None:
+    """What is wrong with the topology, in one line, or None."""
     for index, place in enumerate(places):
         if place.rank != index:
             return (
-                f"rank {place.rank} of {place.host} answers as rank {index}: start the ranks by srun or torchrun alone"
+                f"rank {place.rank} of {place.host} is at index {index} of the process group: start the ranks with srun"
+                " or with torchrun, not both"
             )
     for (host, device), count in Counter((place.host, place.device) for place in places).items():
         if count > 1 and device != "cpu":
@@ -67,8 +68,8 @@ def fault(places: Sequence[Place]) -> str | None:
     return None
 
 
-def table(places: Sequence[Place]) -> list[str]:
-    """One line a host: its ranks and their devices."""
+def table(places: Sequence[RankInfo]) -> list[str]:
+    """One line per host: its ranks and their devices."""
     lines = []
     for host in dict.fromkeys(place.host for place in places):
         mine = [place for place in places if place.host == host]
@@ -79,7 +80,7 @@ def table(places: Sequence[Place]) -> list[str]:
 
 
 def _gather(ranks: Ranks, value: object) -> list:
-    """As `ranks.gather`, without NCCL, which would fail on a shared device before we can name it."""
+    """Like `ranks.gather`, without NCCL, which would fail on a shared device before we can name it."""
     if ranks.device.type == "cpu" or ranks.size == 1:
         return ranks.gather(value)
     group = dist.new_group(backend="gloo")
@@ -90,12 +91,12 @@ def _gather(ranks: Ranks, value: object) -> list:
     return values
 
 
-def _difference(places: Sequence[Place], versions: Sequence[dict[str, str]]) -> str:
+def _difference(places: Sequence[RankInfo], versions: Sequence[dict[str, str]]) -> str:
     other = next(index for index, place in enumerate(places) if place.software != places[0].software)
     names = sorted(versions[0].keys() | versions[other].keys())
-    apart = [name for name in names if versions[0].get(name) != versions[other].get(name)]
+    different = [name for name in names if versions[0].get(name) != versions[other].get(name)]
     shown = (
-        ", ".join(f"{n} {versions[0].get(n, 'none')} and {versions[other].get(n, 'none')}" for n in apart[:3])
+        ", ".join(f"{n} {versions[0].get(n, 'none')} and {versions[other].get(n, 'none')}" for n in different[:3])
         or "this package's own source"
     )
     return f"{places[0].host} and {places[other].host} have different software: {shown}; install the same on all nodes"

@@ -12,11 +12,11 @@ from torch import Tensor
 class Ema:
     """average = d average + (1 - d) master, after every applied step; d = min(decay, (1 + n) / (10 + n)) at the n-th.
 
-    The warm-up, as in diffusers' EMAModel, lets go of the initial weights: without it their share after n steps is
-    decay^n, which for a ControlNet means zeros where it meets FLUX.
+    The warm-up, as in diffusers' EMAModel, forgets the initial weights: without it their share after n steps is
+    decay^n, which for a ControlNet means zeros in its output projections.
 
     statistics: buffers that belong to the weights, such as BatchNorm's running mean and variance. Averaged weights have
-    other activations than the live ones, so these are averaged alike; a count is taken over as it is.
+    other activations than the live ones, so the statistics are averaged too; a counter is copied.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""DeepSpeed, and nothing else: ZeRO-3 around a model of ours, behind the few calls that the loop makes."""
+"""The only user of DeepSpeed: ZeRO-3 around a stage's model, behind the few calls that the loop makes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ..versions import version
 
 T = TypeVar("T")
 
-# Below this version ZeRO-3 fails in our case: frozen parameters beside recomputed activations crash in backward
+# Below this version ZeRO-3 fails in our case: frozen parameters with activation checkpointing crash in backward
 # (fixed by deepspeed#8148), and non-finite bf16 gradients reach the masters.
 DEEPSPEED_FLOOR = "0.19.8"
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, checked and quietened. RunError when it is too old."""
+    """The deepspeed module, with its version checked and its logging reduced. RunError when it is too old."""
     found = version("deepspeed")
     if found is None:
         raise RunError(f"deepspeed is not installed: pip install 'deepspeed>={DEEPSPEED_FLOOR}'")
@@ -37,7 +37,7 @@ def import_deepspeed(device: torch.device) -> Any:
         )
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # torch renamed the collectives that DeepSpeed calls; a line a call is no use to anybody.
+    # torch renamed the collectives that DeepSpeed calls; a warning per call helps nobody.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
     import deepspeed.ops
@@ -74,7 +74,7 @@ def deepspeed_config(recipe: Recipe, ranks: int) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": zero.prefetch_bucket,
             "stage3_max_live_parameters": zero.max_live_parameters,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
-            # On one node the copy would be a second one of the very same slices.
+            # On one node the secondary partition would equal the primary one.
             "zero_hpz_partition_size": zero.hpz if zero.hpz and zero.hpz < ranks else 1,
             "zero_quantized_weights": zero.quantized_weights,
         },
@@ -82,29 +82,29 @@ def deepspeed_config(recipe: Recipe, ranks: int) -> dict[str, Any]:
 
 
 def _not_about_a_skip(record: logging.LogRecord) -> bool:
-    """DeepSpeed calls every skipped step one of non-finite gradients; the loop says which and why."""
+    """DeepSpeed logs every skipped step as an overflow; the loop logs the step and the true reason."""
     return "OVERFLOW" not in record.getMessage()
 
 
 @contextmanager
 def partitioned(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
-    """Inside, every module is cut over the ranks as soon as it is built (`zero.Init`), in the recipe's precision."""
+    """Within it, every module is sharded over the ranks when it is built (`zero.Init`), in the recipe's precision."""
     deepspeed = import_deepspeed(ranks.device)
-    # The dtype comes from the configuration: given as an argument it is ignored where there is no fp16 (0.19.8).
+    # The dtype comes from the configuration: the argument is ignored without fp16 (0.19.8).
     with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(recipe, ranks.size)):
         yield
 
 
 def require_quantizer(recipe: Recipe, device: torch.device) -> None:
-    """RunError unless DeepSpeed can send what the recipe wants quantized, by the ranks that have met."""
+    """RunError if the recipe wants quantized weights and DeepSpeed's quantizer is not available."""
     if not recipe.zero.quantized_weights:
         return
     if device.type != "cuda":
-        raise RunError(f"zero.quantized_weights: DeepSpeed quantizes on CUDA alone, not on {device.type}; leave it off")
+        raise RunError(f"zero.quantized_weights: DeepSpeed quantizes only on CUDA, not on {device.type}; leave it off")
     import_deepspeed(device)
     try:
         importlib.import_module("deepspeed.ops.op_builder").QuantizerBuilder().load()
-    except Exception as error:  # a compiler's or loader's failure, of many kinds
+    except Exception as error:  # compiler and loader failures have many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(
             f"zero.quantized_weights: DeepSpeed's quantizer cannot be built here ({reason}); install CUDA's compiler"
@@ -134,7 +134,7 @@ class Engine:
         )
         self._quantized = recipe.zero.quantized_weights
         if self._quantized:
-            self._require_whole_blocks()
+            self._require_quantizable()
         self._create_moments()
         self._drop_second_copies()
         self._gather_small()
@@ -162,8 +162,8 @@ class Engine:
         self._engine.step()
 
     def grad_norm(self) -> Tensor:
-        """Norm [] of this rank's slices of the reduced gradients, after the last backward pass of a step. The squares
-        of all ranks' add up to that of the global norm, before clipping."""
+        """Norm [] of this rank's slices of the reduced gradients, after the last backward pass of a step. The
+        squares of all ranks' norms add up to the square of the global norm, before clipping."""
         from deepspeed.utils import safe_get_local_grad
 
         return torch.nn.utils.get_total_norm([safe_get_local_grad(p) for p in self.trainable().values()])
@@ -189,14 +189,14 @@ class Engine:
         return applied
 
     def refresh(self) -> None:
-        """Drop what is gathered of the parameters, whose slices were set from outside."""
+        """Drop gathered parameters after their slices were set from outside."""
         self._engine.empty_partition_cache()
         self._drop_second_copies()
         self._gather_small()
 
     @torch.no_grad()
     def undisturbed(self, work: Callable[[], T]) -> T:
-        """The result of `work` on the model in evaluation mode: no statistics are taken. Every rank calls it alike."""
+        """The result of `work`, the model in evaluation mode; BatchNorm statistics are kept. Every rank calls it."""
         self._engine.eval()
         try:
             return work()
@@ -217,7 +217,7 @@ class Engine:
 
     @property
     def updates(self) -> int:
-        """AdamW's own step count: applied steps."""
+        """AdamW's step count: applied steps."""
         return int(self._adam_steps()[0])
 
     @updates.setter
@@ -229,7 +229,7 @@ class Engine:
         return [state["step"] for state in self._engine.optimizer.optimizer.state.values()]
 
     def _create_moments(self) -> None:
-        """Give AdamW its state before the first step, so that a resume finds something to set."""
+        """Create AdamW's state before the first step, so that a resume can fill it."""
         adam = self._engine.optimizer.optimizer
         for flat in self._engine.optimizer.fp32_partitioned_groups_flat:
             adam.state[flat] = {
@@ -239,28 +239,28 @@ class Engine:
             }
 
     def _drop_second_copies(self) -> None:
-        """hpZ's copies are made when weights are first released, and DeepSpeed makes new ones only after an update of
-        its own: those of weights that were set from outside are out of date, and of frozen ones would stay so."""
+        """DeepSpeed makes hpZ's copies when weights are first released and refreshes them only after its own updates:
+        copies of weights that were set from outside are stale, and those of frozen weights would stay stale."""
         for parameter in self.model.parameters():
             parameter.ds_secondary_tensor = None
 
-    def _require_whole_blocks(self) -> None:
-        """RunError unless every slice that is sent quantized is a number of whole blocks of 8."""
+    def _require_quantizable(self) -> None:
+        """RunError unless the size of every slice that is sent quantized is a multiple of 8."""
         for name, parameter in self.model.named_parameters():
             if not parameter.ds_persist and (parameter.ds_numel % (8 * self.ranks.size)):
                 raise RunError(
-                    f"zero.quantized_weights: {name} has {parameter.ds_numel} elements, no multiple of 8 on each of"
-                    f" {self.ranks.size} ranks; raise zero.persistence_threshold, or keep the frozen parts whole"
+                    f"zero.quantized_weights: {name} has {parameter.ds_numel} elements, not a multiple of 8 on each of"
+                    f" {self.ranks.size} ranks; raise zero.persistence_threshold, or keep the frozen parts replicated"
                 )
 
     def _gather_small(self) -> None:
-        """Gather the parameters that stay gathered, as DeepSpeed does after an update of its own. Left to the forward
-        pass they would be quantized, for which they are too small."""
+        """Gather the persistent parameters, as DeepSpeed does after its own updates. The forward pass would quantize
+        them, for which they are too small."""
         if self._quantized and (small := self._engine.optimizer.persistent_parameters):
             small[0].all_gather(small)
 
     def _poison(self) -> None:
-        """DeepSpeed discards a step whose gradient norm is not finite, with all its bookkeeping: let it do so."""
+        """Make the gradient norm infinite: DeepSpeed then skips the step with all its bookkeeping."""
         from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 
         parameter = next(iter(self.trainable().values()))

@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""The training state of a run besides its tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Progress:
-    """What a checkpoint's JSON holds beside the tensors. Every field has a default, so that older checkpoints load."""
+    """Stored in a checkpoint's JSON. Every field has a default, so that older checkpoints load."""
 
     step: int = 0
     """Steps done, skipped ones included."""
@@ -15,24 +15,24 @@ class Progress:
     """Samples consumed in all."""
     skipped_steps: int = 0
     bad_in_a_row: int = 0
-    """Steps skipped up to now without one that was not."""
+    """Length of the current streak of skipped steps."""
     digest: str = ""
     """Chain over every sample consumed so far; see `SequenceDigest`."""
     batch: int = -1
-    """Global batches taken from the sequence of samples: the step, and what rollbacks have passed over."""
+    """Global batches taken from the sample sequence: steps, plus those that rollbacks have skipped."""
     spikes_in_a_row: int = 0
-    """Those of `bad_in_a_row` whose numbers were finite."""
+    """Steps of `bad_in_a_row` whose loss and gradient norm were finite."""
     accepted: list[list[float]] = field(default_factory=list)
     """Loss and gradient norm of the last steps that were not skipped, oldest first; see `Health`."""
     rollbacks: int = 0
-    """Times that the run went back to a checkpoint, or took a new level for normal."""
+    """Number of rollbacks to a checkpoint and of baseline resets."""
     rolled_back_to: int = -1
-    """The step that the last rollback went to."""
+    """Step of the checkpoint of the last rollback."""
 
     def __post_init__(self) -> None:
         if self.batch < 0:
             self.batch = self.step
 
-    def become(self, other: Progress) -> None:
-        """Stand where `other` stands."""
+    def load(self, other: Progress) -> None:
+        """Replace every field by that of `other`."""
         vars(self).update(vars(other))

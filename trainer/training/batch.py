@@ -1,4 +1,4 @@
-"""How the global batch divides over ranks."""
+"""Division of the global batch over ranks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from ..errors import RunError
 
 
 def batch_arithmetic(recipe: Recipe, ranks: int) -> int:
-    """Backward passes a step; RunError when the batch does not divide over the ranks, or they over nodes."""
+    """Backward passes per step; RunError when the batch does not divide over the ranks, or the ranks over nodes."""
     if (node := recipe.zero.hpz) and ranks > node and ranks % node:
-        raise RunError(f"zero.hpz {node}: {ranks} ranks are no whole number of nodes of {node}; set zero.hpz=null")
+        raise RunError(f"zero.hpz={node} needs a multiple of {node} ranks, got {ranks}; set zero.hpz=null")
     try:
         return recipe.accumulation(ranks)
     except ValueError as error:

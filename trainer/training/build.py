@@ -1,4 +1,4 @@
-"""From a run that is open to the components of its loop."""
+"""Builds the components of the training loop from an open run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build(run: RunContext, after_step: Callable[[Progress], None]) -> TrainerCom
     """Model, engine, checkpoints, data and monitors of a run, at the point where it continues.
     after_step: called at the end of every step, on every rank.
 
-    Nothing of an earlier attempt is written over before all checks have passed.
+    Nothing of an earlier attempt is overwritten before all checks have passed.
     """
     inputs, ranks, recipe = run.inputs, run.ranks, run.recipe
     point = find_resume_point(run)
@@ -47,7 +47,7 @@ def build(run: RunContext, after_step: Callable[[Progress], None]) -> TrainerCom
     if ranks.first:
         run.stop.announce()
 
-    def at_the_end_of_a_step(progress: Progress) -> None:
+    def preview_and_call(progress: Progress) -> None:
         preview(progress)
         after_step(progress)
 
@@ -76,14 +76,14 @@ def build(run: RunContext, after_step: Callable[[Progress], None]) -> TrainerCom
         phases=run.phases,
         rank_stats=RankStats(ranks, Stragglers(ranks, run.hosts, record.metrics.write)),
         utilisation=_utilisation(run),
-        after_step=at_the_end_of_a_step,
+        after_step=preview_and_call,
         loaders=loaders,
         mirror=record.mirror,
     )
 
 
 def _engine(run: RunContext, point: ResumePoint) -> tuple[Engine, Ema | None]:
-    """The model under ZeRO-3 and its average, with the checkpoint's state where there is one."""
+    """The model under ZeRO-3 and its EMA, with the checkpoint's state if there is one."""
     recipe, ranks, reader = run.recipe, run.ranks, point.reader
     ranks.agreed(lambda: require_quantizer(recipe, ranks.device))
     engine = Engine(build_model(run.inputs, reader, ranks), recipe, ranks)
@@ -96,7 +96,7 @@ def _engine(run: RunContext, point: ResumePoint) -> tuple[Engine, Ema | None]:
 def _saver(
     run: RunContext, point: ResumePoint, record: RunRecord, engine: Engine, ema: Ema | None
 ) -> CheckpointManager:
-    """What saves, and makes the run stop early enough before the job's limit to save once more."""
+    """The checkpoint manager; also sets how long before the job's time limit the run must stop to save once more."""
     ranks = run.ranks
     saver = CheckpointManager(
         point.store,
@@ -130,7 +130,7 @@ def _save(
             "data": data,
             "save_every": saver.every,
         }
-        # Among bad steps nothing is pruned: the last checkpoint before them may be needed to go back to.
+        # No pruning during a streak of bad steps: a rollback may need the last checkpoint before them.
         prune = not progress.bad_in_a_row
         saver.save(progress.step, *capture(engine, ema), state, capture_statistics(engine, ema), prune)
 

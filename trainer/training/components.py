@@ -1,4 +1,4 @@
-"""What the loop of a run works with."""
+"""The objects that the training loop uses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..stages import Stage
 
 @dataclass
 class TrainerComponents:
-    """Everything that the loop calls, and what is closed after it."""
+    """Everything that the loop calls, and what is closed at its end."""
 
     recipe: Recipe
     stage: Stage
@@ -34,14 +34,14 @@ class TrainerComponents:
     engine: Engine
     ema: Ema | None
     batches: Callable[[Progress], Iterator[Batch]]
-    """This rank's micro-batches from where the run stands to its end."""
+    """This rank's micro-batches from the given progress to the end of the run."""
     normalizer: Callable[[int], float]
-    """Number of a global batch, from 0 -> what its backward passes divide the summed loss by."""
+    """Index of a global batch, from 0 -> divisor of the summed loss in its backward passes."""
     save: Callable[[Progress], None]
-    """Begins to save; `saver` says when, and when it is done."""
+    """Starts a save; `saver` decides when one is due and when it is complete."""
     saver: CheckpointManager
     recover: Callable[[Progress], None]
-    """Called after too many skipped steps in a row: goes back to a checkpoint, or raises Unhealthy."""
+    """Called after too many skipped steps in a row: rolls back to a checkpoint, or raises Unhealthy."""
     metrics: AccountedMetrics
     console: Console
     stop: StopSignals

@@ -1,4 +1,4 @@
-"""Proof of what was trained on: a chain of digests over the samples really read, the same for any number of ranks."""
+"""The data digest: a hash chain over the samples that were trained on, the same for any number of ranks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import hashlib
 from collections.abc import Iterable
 
 VERSION = "2"
-"""Of the digests: `2:` stands before those over shard and key. Older ones, without a mark, are over keys alone, which
-the tars of a data set may share; `1+2:` stands before those of a run that was begun with such."""
+"""Version prefix: `2:` marks digests over shard and key. Older digests, without a prefix, cover only keys, which tars
+of a data set may share; `1+2:` marks digests of a run that began with version 1."""
 
 
 class SequenceDigest:
-    """A step's digest covers its set of samples and the digest before it, so equal digests mean equal histories.
+    """A step's digest covers its set of samples and the previous digest, so equal digests mean equal histories.
 
-    Within a step the samples' names are summed, not listed: each rank adds its own and one all-reduce gives the whole.
+    Within a step the hashes of the samples' names are summed: each rank adds its own, and one all-reduce adds the
+    ranks'.
     """
 
     def __init__(self, value: str = "") -> None:
@@ -30,8 +31,8 @@ class SequenceDigest:
         return float(low), float(high)
 
     def advance(self, low: float, high: float) -> str:
-        """The digest after a step whose fingerprints sum to (low, high) over all ranks. It continues one of any
-        version, which stays the proof of what came before."""
+        """The digest after a step whose fingerprints sum to (low, high) over all ranks. It continues a
+        digest of any version, which still covers the earlier steps."""
         mark = VERSION if not self.value or version(self.value) == VERSION else f"1+{VERSION}"
         found = hashlib.sha256(f"{self.value} {int(low)} {int(high)}".encode()).hexdigest()[:16]
         self.value = f"{mark}:{found}"
@@ -39,12 +40,12 @@ class SequenceDigest:
 
 
 def version(digest: str) -> str:
-    """`1`, `2`, or `1+2` for a run that was begun with the one and continued with the other."""
+    """`1`, `2`, or `1+2` for a run that began with version 1 and continued with version 2."""
     return digest.partition(":")[0] if ":" in digest else "1"
 
 
 def comparable(one: str | None, other: str | None) -> bool:
-    """Whether it means something that two digests are equal or differ."""
+    """Whether two digests can be compared: both exist, and have the same version."""
     if not one or not other:
         return False
     return one == other or (version(one) == version(other) and "+" not in version(one))

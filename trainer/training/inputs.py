@@ -1,4 +1,4 @@
-"""What a run is made of, opened and checked before anything is built or written."""
+"""The inputs of a run, opened and checked before anything is built or written."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Inputs:
 
 
 def open_inputs(recipe: Recipe, ranks: int, rank: int = 0, gather: Gather = alone) -> Inputs:
-    """Open everything that `recipe` names, the shards shared out over the ranks that `gather` joins. RunError or
-    DataError says what cannot be used, where, and what to do."""
+    """Open everything that `recipe` names; the ranks that `gather` connects divide the reading of shards. Raises
+    RunError or DataError for an input that cannot be used."""
     batch_arithmetic(recipe, ranks)
     if HIDDEN in str(recipe.data.shards):
         raise RunError("data.shards was stored without the signature of its address: give it again, data.shards=…")
@@ -48,7 +48,7 @@ def open_inputs(recipe: Recipe, ranks: int, rank: int = 0, gather: Gather = alon
             f"data.shards hold {len(dataset)} samples in {len(dataset.shards)} shards, fewer than one global_batch"
             f" of {recipe.global_batch}: lower global_batch or add shards"
         )
-    # The first rank of each node asks the hub for models, the others read what it has fetched.
+    # The first rank of each node downloads models from the hub; the others read its cache.
     stage = open_stage(recipe) if os.environ.get("LOCAL_RANK", "0") == "0" else None
     gather(None)
     if stage is None:
@@ -58,10 +58,10 @@ def open_inputs(recipe: Recipe, ranks: int, rank: int = 0, gather: Gather = alon
 
 
 def require_places(recipe: Recipe) -> None:
-    """RunError where a folder is missing that a run reads after its model is built, named by its setting: opening the
-    stage has checked the model's own."""
+    """RunError for a missing folder that a run reads only after its model is built; the message names the setting. The
+    model's own files were checked when the stage was opened."""
     names = {"previews.controlnet": recipe.previews.controlnet} if recipe.previews.every else {}
-    if not newest_step(Path(recipe.runs_dir) / recipe.name):  # a run that continues does not read it again
+    if not newest_step(Path(recipe.runs_dir) / recipe.name):  # read only at the first start
         names["init_from"] = recipe.init_from
     for key, place in names.items():
         if place and not Path(place).exists():
@@ -70,7 +70,7 @@ def require_places(recipe: Recipe) -> None:
         architecture(recipe.previews.flux, None, "previews.flux")
 
 
-# Settings that decide what is trained and on which sequence: a run that goes on must not change them.
+# Settings that decide what is trained and on which sequence: a run that continues must not change them.
 IDENTITY = (
     "stage",
     "seed",
@@ -85,7 +85,7 @@ def check_continuation(inputs: Inputs, backbone_hash: str, state: dict[str, Any]
     """RunError when the checkpoint in `folder`, with JSON `state`, is not of this run."""
     name = inputs.recipe.name
     stage = state["recipe"]["stage"]
-    if stage != inputs.recipe.stage:  # of another one everything differs, the frozen weights above all
+    if stage != inputs.recipe.stage:  # checked first: between stages everything else differs too
         raise RunError(
             f"{folder}: the run {name} is of stage {stage}, this recipe of stage {inputs.recipe.stage}: give it another"
             " name, such as name=mine"

@@ -22,9 +22,9 @@ from .data_digest import SequenceDigest
 
 
 def run(parts: TrainerComponents, progress: Progress) -> bool:
-    """Train from `progress` to the recipe's last step, updating it. Returns False when a signal ended it before.
+    """Train from `progress` to the recipe's last step, updating it. Returns False when a stop signal ended it early.
 
-    Raises Unhealthy when bad numbers do not end, DataError for unreadable data.
+    Raises Unhealthy when steps stay bad, DataError for unreadable data.
     """
     recipe, phase = parts.recipe, parts.phases
     health = Health(recipe.health, progress)
@@ -43,7 +43,7 @@ def run(parts: TrainerComponents, progress: Progress) -> bool:
         reason = health.judge(total.loss, total.grad_norm)
         lr = learning_rate(recipe.optimizer, recipe.steps, progress.step)
         applied = _update(parts, lr, skip=reason is not None)
-        if not applied and reason is None:  # DeepSpeed adds the squares of the ranks in fp32
+        if not applied and reason is None:  # DeepSpeed sums the ranks' squares in fp32
             reason, total = "gradient norm is beyond fp32", total._replace(grad_norm=math.inf)
 
         progress.step += 1
@@ -73,7 +73,7 @@ def run(parts: TrainerComponents, progress: Progress) -> bool:
 
 @dataclass
 class _Share:
-    """What one rank's micro-batches of a step add up to: loss [], sums [Stage.sums], and each sample's loss [B]."""
+    """Sums over one rank's micro-batches of a step: loss [], sums [Stage.sums], and each sample's loss [B]."""
 
     loss: Tensor
     sums: Tensor
@@ -84,7 +84,7 @@ class _Share:
 
 
 class _Total(NamedTuple):
-    """The step over all ranks. names: the samples' fingerprint; replaced, stops: how many samples, how many ranks."""
+    """Sums of a step over all ranks. names: samples' fingerprint; replaced: samples; stops: ranks asked to stop."""
 
     loss: float
     grad_norm: float
@@ -118,7 +118,7 @@ def _accumulate(parts: TrainerComponents, progress: Progress, batches: Iterator[
 
 
 def _exchange(parts: TrainerComponents, mine: _Share) -> _Total:
-    """One exchange per step settles all that the ranks must agree on."""
+    """The step's only exchange: everything that the ranks must agree on, in one all-reduce."""
     ranks, engine = parts.ranks, parts.engine
     with parts.phases("exchange"):
         *values, norm = torch.cat((mine.loss[None], mine.sums, engine.grad_norm()[None])).tolist()
@@ -129,7 +129,7 @@ def _exchange(parts: TrainerComponents, mine: _Share) -> _Total:
 
 
 def _update(parts: TrainerComponents, lr: float, skip: bool) -> bool:
-    """Update weights and average; returns whether that was done."""
+    """Update weights and EMA; returns whether the step was applied."""
     with parts.phases("optimizer"):
         applied = parts.engine.step(lr, skip)
         if applied and parts.ema is not None:
@@ -144,14 +144,14 @@ def _report_skip(parts: TrainerComponents, progress: Progress, reason: str, mine
 
 
 def _report_replaced(parts: TrainerComponents, progress: Progress, mine: _Share) -> list[tuple[str, str]]:
-    """The samples that could not be read on any rank, and what took their places."""
+    """The samples that some rank could not read, and their replacements."""
     replaced = [pair for share in parts.ranks.gather(mine.replaced) for pair in share]
     parts.metrics.write({"event": "bad_samples", "step": progress.step, "samples": replaced})
     return replaced
 
 
 def _log(parts: TrainerComponents, progress: Progress, total: _Total, lr: float, meter: Meter) -> None:
-    """The metric line of a step. For all ranks."""
+    """Write the metric line of a step; every rank calls it."""
     times = parts.phases.take()
     rates = meter.rates(times)
     record = {

@@ -1,4 +1,4 @@
-"""The model of a run, sharded over its ranks, with the weights that it starts from."""
+"""The model of a run, sharded over its ranks, with its initial weights."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .inputs import Inputs
 
 
 def build_model(inputs: Inputs, reader: CheckpointReader | None, ranks: Ranks) -> StageModel:
-    """The model, cut over the ranks, with its stage's weights, then `init_from`'s, then the checkpoint's."""
+    """The sharded model, with its stage's weights, then the checkpoint's, or `init_from`'s in a new run."""
     recipe, stage = inputs.recipe, inputs.stage
-    with partitioned(recipe, ranks):  # with collectives: who fails here leaves, and is not waited for
+    with partitioned(recipe, ranks):  # has collectives, so it is not under `agreed`: a rank that fails here exits
         model = stage.build()
 
     def load() -> None:
@@ -36,8 +36,8 @@ def build_model(inputs: Inputs, reader: CheckpointReader | None, ranks: Ranks) -
 
 
 def initialise_from(model: StageModel, stage: Stage, path: Path, ranks: Ranks | None = None) -> None:
-    """Weights of an earlier run (its newest checkpoint), or of an export in either layout. Every rank of
-    `ranks` calls it."""
+    """Load the weights of an earlier run's newest checkpoint, or of an export in either layout. Every rank of `ranks`
+    calls it."""
     if (path / "checkpoints").is_dir():
         store = Store(path / "checkpoints")
         ranks = ranks or Ranks(0, 1, torch.device("cpu"))

@@ -1,7 +1,7 @@
-"""Pictures while training: a fixed set every so many steps, from the weights as they are.
+"""Previews during training: a fixed set of images every `previews.every` steps, from the current weights.
 
-All ranks run the trained modules, because every one holds a part of the weights; rank 0 writes. Nothing that training
-depends on moves: no random state is drawn from, and no statistics are taken.
+All ranks run the trained modules, because the weights are sharded; rank 0 writes the file. Training is not affected: no
+random state is used, and no BatchNorm statistics are updated.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Rows = dict[str, list[Image.Image]]
 def sampler(
     stage: Stage, engine: Engine, dataset: Dataset, ranks: Ranks, folder: Path, phase: PhaseTimer
 ) -> Callable[[Progress], None]:
-    """What makes `previews/step-NNNNNNNN.png` in the run folder at the recipe's steps, and nothing at others."""
+    """A function to call after each step: it writes `previews/step-NNNNNNNN.png` every `previews.every` steps."""
     recipe: Recipe = stage.recipe
     every = recipe.previews.every
     if every is None:
@@ -53,7 +53,7 @@ def sampler(
     if isinstance(stage, ControlNetStage):
         captions, draw = _reconstructions(stage, engine, dataset, ranks)
     else:
-        captions, draw = _pictures(cast(PatchLatentStage, stage), engine, dataset, ranks)
+        captions, draw = _generations(cast(PatchLatentStage, stage), engine, dataset, ranks)
 
     def after_step(progress: Progress) -> None:
         if progress.step % every == 0:
@@ -62,13 +62,13 @@ def sampler(
 
     def write(rows: Rows, step: int) -> None:
         if ranks.first and rows:
-            picture = BytesIO()
-            make_contact_sheet(rows, captions).save(picture, "png")
+            png = BytesIO()
+            make_contact_sheet(rows, captions).save(png, "png")
             try:
                 (folder / PREVIEWS).mkdir(exist_ok=True)
-                write_atomic(folder / PREVIEWS / f"step-{step:08d}.png", picture.getvalue())
-            except OSError as error:  # a picture is not worth the run
-                log.error("the samples of step %d are not written: %s", step, error)
+                write_atomic(folder / PREVIEWS / f"step-{step:08d}.png", png.getvalue())
+            except OSError as error:  # a preview is not worth the run
+                log.error("the preview of step %d was not written: %s", step, error)
 
     return after_step
 
@@ -76,11 +76,11 @@ def sampler(
 def _reconstructions(
     stage: ControlNetStage, engine: Engine, dataset: Dataset, ranks: Ranks
 ) -> tuple[list[str], Callable[[], Rows]]:
-    """Stage 2: the first images of the data, painted from their own latents."""
-    captions, images, pictures = _first(dataset, stage.recipe.previews.count, stage.image_sizes)
+    """Stage 2: the first images of the data, generated from their own latents."""
+    captions, images, originals = _first(dataset, stage.recipe.previews.count, stage.image_sizes)
     model: Any = engine.model
     generator = Generator(
-        model,  # of the MLLM only the vision tower is asked for, which this model has too
+        model,  # the generator uses only the vision encoder of an MLLM, which this model has too
         cast(PromptTemplate, None),
         stage.recipe.data.image_size,
         model.flux,
@@ -92,47 +92,48 @@ def _reconstructions(
 
     def draw() -> Rows:
         made = generator.generate(captions, range(len(captions)), Settings(), generator.encode(images))
-        return {"original": [Image.fromarray(p) for p in pictures], "its latents": made}
+        return {"original": [Image.fromarray(p) for p in originals], "its latents": made}
 
     return captions, draw
 
 
-def _pictures(
+def _generations(
     stage: PatchLatentStage, engine: Engine, dataset: Dataset, ranks: Ranks
 ) -> tuple[list[str], Callable[[], Rows]]:
-    """Stage 1: the first captions of the data, decoded here and painted by a trained ControlNet, on rank 0 alone."""
+    """Stage 1: images for the first captions of the data, by a trained ControlNet on rank 0."""
     settings = stage.recipe.previews
     captions, _, images = _first(dataset, settings.count, stage.image_sizes)
     model: Any = engine.model
     width, side = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
     assert settings.controlnet and stage.tokenizer, "the recipe's schema asks for it"
     template = PromptTemplate(stage.tokenizer, stage.recipe.branch.max_text_tokens)
-    unpainted: Any = (None, None, None, 0)
-    generator = Generator(model, template, stage.image_sizes[0], *unpainted, ranks.device)  # pyright: ignore
-    painter = _Painter(settings, width, side, ranks.device) if ranks.first else None
+    no_flux: Any = (None, None, None, 0)
+    generator = Generator(model, template, stage.image_sizes[0], *no_flux, ranks.device)  # pyright: ignore
+    image_generator = _ImageGenerator(settings, width, side, ranks.device) if ranks.first else None
 
     def draw() -> Rows:
         latents = generator.latents(captions, range(len(captions)), Settings())
-        if painter is None:
+        if image_generator is None:
             return {}
         try:
-            made = painter.paint(generator, captions, latents.float())
-        except (RunError, OSError, torch.OutOfMemoryError) as error:  # the other ranks go on, and so must this one
-            log.error("the samples are not painted: %s", error)
+            made = image_generator.generate(generator, captions, latents.float())
+        except (RunError, OSError, torch.OutOfMemoryError) as error:  # the other ranks continue, so this one must too
+            log.error("the preview images were not generated: %s", error)
             return {}
         return {"original": [Image.fromarray(image) for image in images], "generated": made}
 
     return captions, draw
 
 
-class _Painter:
-    """What paints latents on rank 0 beside its share of a run: the ControlNet waits in host memory, FLUX in its files.
+class _ImageGenerator:
+    """Generates images from latents on rank 0 of a run. Between previews the ControlNet is in host memory and FLUX
+    only in its files.
 
-    A preview brings both to the device and frees them again, so that a step has the memory that the plan gives it.
+    A preview loads both onto the device and frees them afterwards, so that a step has the memory planned for it.
     """
 
     def __init__(self, settings: Previews, width: int, side: int, device: torch.device) -> None:
-        """Everything is opened and checked here, where the run has not begun yet."""
+        """Opens and checks everything before the run begins."""
         assert settings.controlnet
         self.device = device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -141,7 +142,7 @@ class _Painter:
         self.controlnet: Any = network  # diffusers' wrapped `to` has an annotation that no call fits
         self.folder.require_weights()
 
-    def paint(self, generator: Generator, captions: list[str], latents: torch.Tensor) -> list[Image.Image]:
+    def generate(self, generator: Generator, captions: list[str], latents: torch.Tensor) -> list[Image.Image]:
         """Images of patch latents [B, N, D]."""
         try:
             flux = load_flux(self.folder, self.device, self.dtype)
@@ -162,7 +163,7 @@ def _first(dataset: Dataset, count: int, sizes: tuple[int, ...]) -> tuple[list[s
         for sample in range(samples):
             if len(captions) == count:
                 break
-            with suppress(ValueError):  # unreadable: the run says so when it comes to it
+            with suppress(ValueError):  # unreadable: reported when training reads it
                 raw = dataset.read(shard, sample)
                 decoded.append(decode_sizes(raw.image, sizes))
                 captions.append(raw.caption)

@@ -1,7 +1,7 @@
-"""One step of a run again, in one process: the very samples, draws and losses, to see what was wrong with them.
+"""Replays one step of a run in one process, with the same samples, random draws and losses, for debugging.
 
-Nothing of the run is needed but its folder, shards and frozen weights: which samples a step had is a function of the
-plan, and every draw one of the sample.
+Only the run's folder, shards and frozen weights are needed: the samples of a step are a function of the plan, and every
+random draw is a function of the sample.
 """
 
 from __future__ import annotations
@@ -43,29 +43,29 @@ GREY = 128
 
 @dataclass
 class Replay:
-    """A step's batch, rebuilt."""
+    """The rebuilt batch of a step."""
 
     place: Place
     weights: int
-    """The step whose weights the losses were computed with; 0 is the run's beginning."""
+    """Step of the weights that the losses were computed with; 0: initial weights."""
     exact: bool
-    """Whether these are the weights that the step itself had."""
+    """Whether these are the weights that the step itself used."""
     items: list[Item]
     samples: list[dict[str, Any]]
-    """Of each item what was drawn for it, and its `loss`; their mean is the step's."""
+    """Per item, its random draws and its `loss`; the mean of the losses is the step's loss."""
     masks: torch.Tensor | None
     """Stage 1: hidden patches [G, N]."""
     replaced: list[tuple[str, str]]
-    """Planned samples that could not be read, with the reason; their neighbours are among `items`."""
+    """Planned samples that could not be read, with the reason; `items` has their neighbours instead."""
     digest: str | None
-    """Of all samples up to the step; None where the one before it is not known."""
+    """Data digest up to the step; None if the previous step's is not known."""
 
     @property
     def loss(self) -> float:
         return float(np.mean([sample["loss"] for sample in self.samples]))
 
     def record(self) -> dict[str, Any]:
-        """All of it as JSON; images are on the sheet."""
+        """Everything but the images, for JSON."""
         place = self.place
         return {
             "step": place.step,
@@ -81,14 +81,14 @@ class Replay:
             "samples": self.samples,
         }
 
-    def worst(self, count: int) -> list[int]:
-        """Places in the batch of the samples with the highest losses, those that are not finite first."""
+    def highest_loss(self, count: int) -> list[int]:
+        """Indices in the batch of the samples with the highest losses, non-finite ones first."""
         losses = np.nan_to_num([sample["loss"] for sample in self.samples], nan=np.inf)
         return np.argsort(-losses, kind="stable")[:count].tolist()
 
     def sheet(self, count: int) -> Image.Image:
-        """The worst samples: what the model was shown, and in stage 1 what of it was hidden."""
-        order = self.worst(count)
+        """Contact sheet of the samples with the highest losses: input images, and in stage 1 the hidden patches."""
+        order = self.highest_loss(count)
         rows = {"image": [Image.fromarray(self.items[i].image) for i in order]}
         if self.masks is not None:
             rows["hidden"] = [_hide(self.items[i].image, self.masks[i]) for i in order]
@@ -98,10 +98,10 @@ class Replay:
 
 
 def replay(run: Path, place: Place, weights_step: int | None = None) -> Replay:
-    """The batch at `place` of the run in folder `run`, its losses by the newest weights from before it.
+    """The batch at `place` of the run in folder `run`, with losses from the newest checkpoint before it.
 
-    weights_step: those of this checkpoint instead; 0 is the run's beginning. RunError when the run lacks something, or
-    when the samples are not those that the run's digests say.
+    weights_step: use this checkpoint instead; 0: initial weights. RunError when something is missing from the run, or
+    when the samples do not match the run's data digest.
     """
     recipe = load_recipe(run / "recipe.yaml", stored=True)
     inputs = open_inputs(recipe, 1)
@@ -110,7 +110,7 @@ def replay(run: Path, place: Place, weights_step: int | None = None) -> Replay:
         raise RunError(f"data.shards={recipe.data.shards}: are not the shards that {run} was trained on; restore them")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _model(inputs.stage, reader, device)
-    # Batch statistics go over the samples of a pass on all ranks: as many here as there were then.
+    # BatchNorm's statistics cover the samples of a pass on all ranks: use the same number here.
     together = place.stretch.micro_batch or recipe.micro_batch
     together *= place.stretch.ranks if model.statistics() else 1
     items, arrays, replaced, losses = _passes(inputs, model, place.batch - 1, together, device)
@@ -126,7 +126,7 @@ def replay(run: Path, place: Place, weights_step: int | None = None) -> Replay:
 
 
 def _checkpoint(run: Path, place: Place, step: int | None) -> CheckpointReader | None:
-    """The newest checkpoint from before `place`, or that of `step`; None for the run's beginning."""
+    """The newest checkpoint from before `place`, or that of `step`; None for the initial weights."""
     store = Store(run / "checkpoints")
     if step == 0:
         return None
@@ -136,13 +136,13 @@ def _checkpoint(run: Path, place: Place, step: int | None) -> CheckpointReader |
         if problems := store.verify(step):
             raise RunError("; ".join(problems))
         return CheckpointReader(store.folder(step))
-    # A checkpoint after a rollback may be of an earlier step and yet know later samples.
+    # After a rollback, a checkpoint of an earlier step may have seen later samples.
     later = [step for step in store.steps() if step >= place.step or _taken(store, step) >= place.batch]
     return store.newest_verified(later)
 
 
 def _taken(store: Store, step: int) -> int:
-    """Global batches that the checkpoint of `step` has seen; 0 when it cannot be read, which is said elsewhere."""
+    """Global batches that the checkpoint of `step` has seen; 0 when it cannot be read, which is reported elsewhere."""
     try:
         return Progress(**CheckpointReader(store.folder(step)).state["progress"]).batch
     except (RunError, OSError, ValueError):
@@ -150,7 +150,7 @@ def _taken(store: Store, step: int) -> int:
 
 
 def _model(stage: Any, reader: CheckpointReader | None, device: torch.device) -> StageModel:
-    """The run's model, whole on `device`, in the precision that the run computes in."""
+    """The run's model, unsharded on `device`, in the run's compute precision."""
     dtype = torch.bfloat16 if stage.recipe.precision == "bf16" else torch.float32
     fast = unavailable("varlen", device, dtype) is None
     stage.kernels = KernelChoice(attention="varlen" if fast else "sdpa")
@@ -235,7 +235,7 @@ def _digest(place: Place, before: str | None, dataset: Dataset, items: Sequence[
     if version(logged) == "1":  # logged before digests knew shards
         return logged
     if logged != found:
-        raise RunError(f"step {place.step}: the run had other samples, its digest is {logged} and theirs is {found}")
+        raise RunError(f"step {place.step}: the samples differ from the run's: logged digest {logged}, rebuilt {found}")
     return found
 
 

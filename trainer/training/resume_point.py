@@ -1,4 +1,4 @@
-"""Where a run continues: its newest whole checkpoint, or its beginning."""
+"""Where a run continues: from its newest valid checkpoint, or from step 0."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .run_context import RunContext
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """reader: of the checkpoint to continue from, None for a new run. frozen_hash: of the frozen weights' content."""
+    """reader: of the checkpoint to resume from, None for a new run. frozen_hash: content hash of the frozen weights."""
 
     store: Store
     local: LocalParts | None
@@ -30,8 +30,8 @@ class ResumePoint:
 
 
 def find_resume_point(run: RunContext) -> ResumePoint:
-    """The checkpoint to continue from, checked to be this run's. RunError on every rank where there is none and should
-    be one."""
+    """The checkpoint to continue from, checked to be this run's. RunError on every rank if there should be one and is
+    not."""
     ranks, recipe = run.ranks, run.recipe
     store = Store(run.folder / "checkpoints")
     frozen_hash = ranks.agreed(lambda: _frozen_hash(run.inputs.stage, ranks))
@@ -51,7 +51,7 @@ def _frozen_hash(stage: Stage, ranks: Ranks) -> str:
 
 
 def _local(place: str | None, name: str, store: Store, ranks: Ranks) -> LocalParts | None:
-    """The checkpoints on the nodes' own disks, brought together where nodes were exchanged."""
+    """The checkpoints on the nodes' local disks, reassembled if nodes were replaced."""
     if not place:
         return None
     local = LocalParts(place, store, name, ranks.rank, ranks.gather)
@@ -60,38 +60,38 @@ def _local(place: str | None, name: str, store: Store, ranks: Ranks) -> LocalPar
 
 
 def _newest(store: Store, inputs: Inputs, frozen_hash: str, ranks: Ranks) -> CheckpointReader | None:
-    """The checkpoint to go on from, checked to be this run's; None for a new run."""
+    """The checkpoint to continue from, checked to be this run's; None for a new run."""
     reader = store.newest_verified(rank=ranks.rank, ranks=ranks.size, gather=ranks.gather)
     if reader is None and (steps := ranks.gather(store.steps())[0]):
         raise RunError(
             f"{store.root}: none of its {len(steps)} checkpoints verifies, see `bifrost checkpoint verify"
-            f" {store.root.parent}`; restore one, or move the folder away to begin anew"
+            f" {store.root.parent}`; restore one, or move the folder away to start over"
         )
     if reader is not None:
         check_continuation(inputs, frozen_hash, reader.state, reader.folder)
     elif saved := ranks.gather(_last_saved(store.root.parent) if ranks.first else 0)[0]:
         raise RunError(
             f"{store.root}: holds no checkpoint, but this run saved one at step {saved}; put it back, or move"
-            f" {store.root.parent} away to begin anew"
+            f" {store.root.parent} away to start over"
         )
     return reader
 
 
 def _last_saved(folder: Path) -> int:
-    """The newest step that the run in `folder` noted a save of; 0 where it noted none."""
+    """The last step that the run in `folder` recorded a save of; 0 without any."""
     path = folder / "metrics.jsonl"
     saves = [record for record in read_metrics(path) if record.get("event") == "checkpoint"] if path.exists() else []
     return saves[-1]["step"] if saves else 0
 
 
 def statistics_warning(model: StageModel, reader: CheckpointReader, now: int) -> str | None:
-    """A warning where a run with BatchNorm continues with other statistics than it began with. now: samples per
+    """A warning when a run with BatchNorm continues with another batch size for its statistics. now: samples per
     micro-batch, over all ranks."""
     before = reader.state["recipe"]["micro_batch"] * reader.ranks
     if not model.statistics() or before == now:
         return None
     return (
-        f"warning: controlnet.norm=batch: BatchNorm's statistics now go over {now} samples (micro_batch x ranks),"
-        f" {before} before: losses differ by more than rounding; set micro_batch so that it is {before} again, if it is"
-        " to be the same training"
+        f"warning: controlnet.norm=batch: BatchNorm's statistics now cover {now} samples (micro_batch x ranks),"
+        f" {before} before: losses differ by more than rounding; set micro_batch so that it is {before} again"
+        " for the same training"
     )

@@ -1,12 +1,12 @@
-"""What a run does after too many skipped steps in a row: back to the last good checkpoint, and past the bad samples.
+"""Recovery after too many skipped steps in a row: roll back to the last good checkpoint and skip the bad samples.
 
-Skipped steps leave the weights as they are. To repeat what was trained on since the checkpoint would lead to the same
-weights again, to the bit; so those samples are passed over together with the bad ones, as PaLM's runs did (Chowdhery
-et al. 2022, section 5.1). Weights and samples have then both been exchanged. When the numbers are finite and yet as
-high as before, neither is at fault: the level has changed, and the run takes it for normal instead of going back again.
+Skipped steps do not change the weights. Repeating the good steps since the checkpoint would give the same weights, to
+the bit; so their samples are skipped together with the bad ones, as in PaLM's runs (Chowdhery et al. 2022, section
+5.1). After a rollback both weights and data differ. If the loss is finite but still high, it is the new baseline, and
+the run does not roll back again.
 
-Nothing is written before the new state is whole. A run that is killed here, or before its next checkpoint, goes on
-from the one that is left, meets the same samples and decides the same.
+Nothing is written before the new state is complete. A run that is killed here, or before its next checkpoint, resumes
+from the remaining checkpoint, reads the same samples and takes the same decision.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Recovery:
-    """The loop's `recover`: brings engine, average and progress to where the run goes on. Every rank calls it alike."""
+    """The loop's `recover`: sets engine, EMA and progress to where the run continues. Every rank calls it."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Recovery:
         self.console = console
 
     def __call__(self, progress: Progress) -> None:
-        """Go back, or learn the level anew. Unhealthy, with the reason, when neither can help."""
+        """Roll back, or reset the baseline. Unhealthy, with the reason, when neither can help."""
         streak = progress.bad_in_a_row
         good = progress.step - streak
         trouble = f"step {progress.step}: {streak} steps in a row were skipped for a bad loss or gradient norm"
@@ -62,43 +62,43 @@ class Recovery:
             raise Unhealthy(f"{trouble}, and {limit}: {remedy}")
         spikes = progress.spikes_in_a_row == streak
         if spikes and progress.rolled_back_to == good:
-            return self._learn_anew(progress, "as high after going back, with other samples")
+            return self._reset_baseline(progress, "still high after a rollback, with other samples")
         self.saver.wait()
         reader = self.saver.store.newest_verified(
             range(good + 1, sys.maxsize), self.ranks.rank, self.ranks.size, self.ranks.gather
         )
         if reader is not None:
-            return self._go_back(progress, reader)
+            return self._roll_back(progress, reader)
         if spikes:
-            return self._learn_anew(progress, "as high for long, with no checkpoint to go back to")
+            return self._reset_baseline(progress, "high for long, with no checkpoint to roll back to")
         raise Unhealthy(f"{trouble}, and no checkpoint is from before them: {remedy}")
 
-    def _go_back(self, progress: Progress, reader: CheckpointReader) -> None:
+    def _roll_back(self, progress: Progress, reader: CheckpointReader) -> None:
         reload(self.engine, self.ema, reader)
         there = Progress(**reader.state["progress"])
         first, there.batch = there.batch + 1, progress.batch
         there.bad_in_a_row = there.spikes_in_a_row = 0
         there.rollbacks, there.rolled_back_to = progress.rollbacks + 1, there.step
-        # What was saved in between is of a run that is no more; a later save of the same step must not find it.
+        # Checkpoints saved in between are obsolete; a later save of the same step must not find them.
         self.saver.store.remove_after(there.step, self.ranks.rank, self.ranks.gather)
         if self.saver.local:
             self.saver.local.clear()
         past: dict[str, float] = {}
         try:
             past = self.metrics.resume(there.step, time.time(), None)
-        except OSError as error:  # the file is still read right: later lines of a step replace earlier ones
-            log.error("%s still holds the lines of steps given up: %s", self.metrics.path, error.strerror)
+        except OSError as error:  # the file still reads correctly: later lines of a step replace earlier ones
+            log.error("%s still holds the lines of discarded steps: %s", self.metrics.path, error.strerror)
         event = {"event": "rollback", "step": progress.step, "to": there.step, "batch": there.batch}
         self.metrics.write({**event, "skipped_batches": [first, progress.batch], "rollbacks": there.rollbacks, **past})
         self.console.say(
             f"{progress.bad_in_a_row} steps in a row were skipped up to step {progress.step}: back to the checkpoint of"
             f" step {there.step}, passing over global batches {first} to {progress.batch}"
         )
-        progress.become(there)
+        progress.load(there)
 
-    def _learn_anew(self, progress: Progress, why: str) -> None:
+    def _reset_baseline(self, progress: Progress, why: str) -> None:
         self.metrics.write({"event": "baseline_reset", "step": progress.step, "rollbacks": progress.rollbacks + 1})
-        self.console.say(f"up to step {progress.step} loss or gradient norm are {why}: taken for normal from here on")
+        self.console.say(f"up to step {progress.step} loss or gradient norm are {why}: this is the new baseline")
         progress.accepted = []
         progress.bad_in_a_row = progress.spikes_in_a_row = 0
         progress.rollbacks += 1

@@ -1,4 +1,4 @@
-"""A run as one of its ranks opens it: the process group, the inputs, the lock, and who watches over the process."""
+"""Opens a run on one of its ranks: process group, inputs, lock, heartbeat and watchdog."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ ENDS_AT = "BIFROST_ENDS_AT"
 
 @dataclass(frozen=True)
 class RunContext:
-    """Services of a run that exist before anything is built, and what it is about."""
+    """Run-wide services created before training starts, and the run's inputs."""
 
     inputs: Inputs
     ranks: Ranks
     folder: Path
     stop: StopSignals
     ends_at: float
-    """Unix time of the job's limit; infinity without one."""
+    """Unix time of the job's time limit; infinity without one."""
     phases: PhaseTimer
     heartbeat: Heartbeat
     previous_owner: dict[str, Any] | None
-    """Owner of the lock that the attempt before left behind, where it died."""
+    """Owner of the lock that the previous attempt left behind, if it died."""
     topology: list[str]
     """The ranks, one line per host."""
     hosts: Sequence[str]
-    """Of every rank."""
+    """Host of every rank."""
 
     @property
     def recipe(self) -> Recipe:
@@ -50,19 +50,19 @@ class RunContext:
 
 @contextmanager
 def open_run(recipe: Recipe) -> Iterator[RunContext]:
-    """Join the other ranks, open the inputs and take the lock of the run that `recipe` names; all of it is given back
-    at the end. RunError and DataError are raised on every rank alike."""
+    """Join the other ranks, open the inputs and take the lock of the run that `recipe` names; everything is
+    released at the end. RunError and DataError are raised on every rank alike."""
     stop = StopSignals()
     ends_at = _ends_at()
     phases = PhaseTimer()
     folder = Path(recipe.runs_dir) / recipe.name
     bounds = recipe.watchdog
     with Watchdog(bounds, phases) as watchdog:
-        # The collectives' own time limit comes after the watchdog's: it says more.
+        # The collectives' timeout is longer than the watchdog's, whose report has more detail.
         ranks = join(
             timedelta(seconds=max(bounds.startup_timeout_s, bounds.save_timeout_s) + 300), bounds.startup_timeout_s / 5
         )
-        stop.met = True
+        stop.joined = True
         topology = check_ranks(ranks)
         if ranks.first and (len(topology) > 1 or "SLURM_STEP_ID" in os.environ):
             print("\n".join(topology), flush=True)
@@ -77,7 +77,7 @@ def open_run(recipe: Recipe) -> Iterator[RunContext]:
 
 
 def _ends_at() -> float:
-    """Unix time at which the job is ended, as the batch script tells; infinity where nobody does."""
+    """Unix time of the job's end, exported by the batch script; infinity without it."""
     text = os.environ.get(ENDS_AT)
     try:
         return float(text or "inf")

@@ -1,4 +1,4 @@
-"""What `bifrost resume` takes from the run folder."""
+"""What `bifrost resume` reads from the run folder."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ def check_run(run: Path) -> None:
         return
     above = next((parent for parent in run.absolute().parents if (parent / "recipe.yaml").is_file()), None)
     if above is not None and run.exists():
-        raise RunError(f"{run}: lies in the run folder {above}; give that one, its newest checkpoint counts")
+        raise RunError(f"{run}: is inside the run folder {above}; give that folder, and its newest checkpoint is used")
     if (run / "slurm" / "recipe.yaml").is_file():
         raise RunError(f"{run}: was submitted and has not started yet, see `bifrost slurm status {run}`")
-    what = "no such run folder" if not run.exists() else "holds no recipe.yaml, so it is no run folder"
+    what = "no such run folder" if not run.exists() else "contains no recipe.yaml, so it is not a run folder"
     raise RunError(f"{run}: {what}; `bifrost train RECIPE` begins a run")
 
 
 def placed(run: Path, overrides: Sequence[str]) -> list[str]:
-    """Overrides that name the folder `run` itself, which may have been moved since its recipe was written. RunError
-    when `overrides` name another one."""
+    """Overrides for `runs_dir` and `name` from the path `run`, which may have moved since its recipe was written.
+    RunError when `overrides` name another run."""
     for override in overrides:
         if override.partition("=")[0] in ("name", "runs_dir"):
             raise RunError(f"{override}: resume continues {run}; a run of another name begins with `bifrost train`")
@@ -33,7 +33,7 @@ def placed(run: Path, overrides: Sequence[str]) -> list[str]:
 
 
 def ranks_of(run: Path) -> int | None:
-    """Ranks of the run's last attempt, None where that is not known. RunError where it had several nodes."""
+    """Number of ranks of the run's last attempt, None if unknown. RunError if it ran on several nodes."""
     environment = read_json(run / "environment.json") or {}
     hosts = environment.get("hosts")
     if isinstance(hosts, list) and len(hosts) > 1:

@@ -1,4 +1,4 @@
-"""Which global batch a step of a run trained on, from its metrics file: restarts and rollbacks make that a story."""
+"""Which global batch a step of a run trained on, from its metrics file, with restarts and rollbacks."""
 
 from __future__ import annotations
 
@@ -13,51 +13,51 @@ from ..monitors.metrics import read_metrics
 
 @dataclass
 class Stretch:
-    """From a start or a rollback to the next one: the batch's number less the step's is the same all along."""
+    """The steps from one start or rollback to the next, in which batch minus step is constant."""
 
     step: int
-    """Where it began, steps done."""
+    """Steps done at its beginning."""
     batch: int
-    """Global batches taken by then."""
+    """Global batches taken at its beginning."""
     ranks: int
     micro_batch: int | None
     reached: int
-    """The last step that it is known to have done."""
+    """The last step that is known to be done in it."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A step, or a global batch, in the story of a run. `batch` counts from 1, as metrics.jsonl does."""
+    """A step, with its global batch, in the history of a run. `batch` counts from 1, as metrics.jsonl does."""
 
     step: int
     batch: int
     stretch: Stretch
     line: dict[str, Any] | None
-    """The metric line of this very step, when there is one."""
+    """The metric line of this step, if there is one."""
     digest_before: str | None
-    """Digest of all samples before it, when it is known."""
+    """Data digest before the step, if known."""
     skipped: dict[str, Any] | None
-    """The event, when the step was skipped."""
+    """The `skipped_step` event, if the step was skipped."""
     others: tuple[int, ...]
-    """Other batches that were tried as the same step, before a rollback."""
+    """Other batches that were tried at the same step, before a rollback."""
 
 
 @dataclass
 class History:
-    """All that a run did."""
+    """All steps of a run."""
 
     stretches: list[Stretch] = field(default_factory=list)
     lines: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Step -> its metric line; those of steps that a resume or a rollback dropped are not in the file."""
     skipped: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Batch -> the event of its being skipped."""
+    """Batch -> its `skipped_step` event."""
 
     @classmethod
     def read(cls, run: Path) -> History:
         """RunError when `run` has no metrics."""
         history = cls.of(read_metrics(run / "metrics.jsonl"))
         if not history.stretches:
-            raise RunError(f"{run}: metrics.jsonl holds no start of a run; give a run folder")
+            raise RunError(f"{run}: metrics.jsonl contains no start of a run; give a run folder")
         return history
 
     @classmethod
@@ -86,7 +86,7 @@ class History:
         return history
 
     def step(self, step: int) -> Place:
-        """Where `step` lies: in the last stretch that did it. RunError for one that was not reached."""
+        """The place of `step` in the last stretch that did it. RunError if it was not reached."""
         reached = max(each.reached for each in self.stretches)
         if not 1 <= step <= reached:
             known = f"give 1 to {reached}" if reached else "no step has been logged yet"
@@ -98,7 +98,7 @@ class History:
         return self._place(step, (done or begun)[-1])
 
     def batch(self, batch: int) -> Place:
-        """Where the global batch of that number was trained on, or tried."""
+        """The place where global batch `batch` was trained on or tried."""
         for stretch in reversed(self.stretches):
             step = stretch.step + batch - stretch.batch
             if stretch.step < step <= stretch.reached:
@@ -113,7 +113,7 @@ class History:
         return Place(step, batch, stretch, self._line(step, batch), before, self.skipped.get(batch), others)
 
     def _line(self, step: int, batch: int, stretch: Stretch | None = None) -> dict[str, Any] | None:
-        """The line of that step when it had that batch, or, just before `stretch`, any."""
+        """The metric line of `step` if it had `batch`; just before `stretch`, of any batch."""
         line = self.lines.get(step)
         if line is None or (stretch and stretch.step == step):
             return line

@@ -1,4 +1,4 @@
-"""What a run writes about itself: its folder's description, its metrics, its first line, its MLflow run."""
+"""What a run records: the description in its folder, its metrics, its first console line, its MLflow run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ VERSIONS = (DISTRIBUTION, "torch", "deepspeed", "transformers", "triton", "webda
 
 @dataclass(frozen=True)
 class RunRecord:
-    """settings: the recipe's, as checkpoints hold them. mirror: sends the metrics to MLflow, on rank 0 if at all."""
+    """settings: the recipe's, as stored in checkpoints. mirror: sends the metrics to MLflow, only on rank 0."""
 
     settings: dict[str, Any]
     metrics: AccountedMetrics
@@ -53,16 +53,16 @@ class RunRecord:
 
 
 def open_record(run: RunContext, point: ResumePoint, engine: Engine, kernels: dict[str, dict[str, Any]]) -> RunRecord:
-    """Describe this attempt in the run folder and announce it. RunError on every rank where the folder cannot be
+    """Describe this attempt in the run folder and print its first line. RunError on every rank if the folder cannot be
     written. kernels: the record for `kernels.json`."""
     ranks, recipe, progress, reader = run.ranks, run.recipe, point.progress, point.reader
-    # Every rank passes the same records; those of rank 0 are the run's.
+    # Every rank passes the same records; only those of rank 0 are stored.
     metrics = AccountedMetrics(run.folder / "metrics.jsonl" if ranks.first else os.devnull)
     begun = psutil.Process().create_time()
-    # Before the folder describes this attempt.
+    # Read before the folder describes this attempt.
     settings = json.loads(redact(recipe.model_dump_json()))
     last = ranks.agreed(lambda: last_settings(run.folder))
-    # An attempt that was killed before its first save has left settings in the folder that nothing was trained with.
+    # The folder may have settings of an attempt that was killed before its first save: nothing was trained with them.
     changed = changes(settings, reader.state["recipe"] if reader else last)
 
     def open_folder() -> dict[str, float]:
@@ -71,7 +71,7 @@ def open_record(run: RunContext, point: ResumePoint, engine: Engine, kernels: di
                 _describe(run, kernels)
             log_to_file(run.folder / "logs", ranks.rank)
             return metrics.resume(progress.step, begun, run.previous_owner)
-        except OSError as error:  # a full disk is reported without a name
+        except OSError as error:  # ENOSPC is raised without a file name
             raise RunError.from_storage_error(error.filename or run.folder, error) from error
 
     past = ranks.agreed(open_folder)
@@ -97,12 +97,12 @@ def open_record(run: RunContext, point: ResumePoint, engine: Engine, kernels: di
 
 
 def _describe(run: RunContext, kernels: dict[str, Any]) -> None:
-    """Write what the run is: its recipe, DeepSpeed's configuration, its kernels, its data, and where it runs."""
+    """Write the run's recipe, DeepSpeed configuration, kernels, data and environment."""
     folder, ranks, recipe, data = run.folder, run.ranks, run.recipe, run.inputs.dataset
     dataset = {"shards": len(data.shards), "samples": len(data), "fingerprint": data.fingerprint}
     folder.mkdir(parents=True, exist_ok=True)
     rename_previews(folder)
-    # An attempt that dies here leaves a recipe.
+    # First, so that an attempt that dies here leaves a recipe.
     write_atomic(folder / "recipe.yaml", redact(to_yaml(recipe)).encode())
     write_json(folder / "ds_config.json", deepspeed_config(recipe, ranks.size))
     write_json(folder / KERNELS_FILE, kernels)
@@ -127,11 +127,11 @@ def _environment(ranks: Ranks) -> dict[str, Any]:
 def _greeting(engine: Engine, folder: Path, progress: Progress, stage: Stage, ranks: Ranks) -> str:
     recipe = stage.recipe
     trainable = sum(math.prod(full_shape(p)) for p in engine.trainable().values())
-    # By their files: not all of them are parameters of the model that the engine knows.
+    # Counted in the files: not all frozen weights are parameters of the engine's model.
     frozen = sum(math.prod(files.shape(name) or ()) for files, names in stage.frozen() for name in names)
     begin = f"continues at step {progress.step}" if progress.step else "begins"
     return (
         f"{recipe.name} {begin} in {folder}: {trainable:,} trainable and {frozen:,} frozen parameters,"
         f" {ranks.size} ranks x {recipe.micro_batch} x {recipe.accumulation(ranks.size)} = {recipe.global_batch}"
-        f" samples a step, {recipe.steps} steps, {recipe.precision} on {ranks.device.type}"
+        f" samples per step, {recipe.steps} steps, {recipe.precision} on {ranks.device.type}"
     )

@@ -1,4 +1,4 @@
-"""Which settings an attempt has changed, and whether a run needs another attempt at all."""
+"""Settings that an attempt changes, and whether a run is already finished."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..io import flat, read_json
 from ..monitors.metrics import last_lines, parse_line
 
 Changes = dict[str, tuple[Any, Any]]
-"""Dotted key -> value before and now."""
+"""Dotted key -> (old value, new value)."""
 
 
 def last_settings(run: Path) -> dict[str, Any] | None:
-    """Settings of the last attempt, from the run folder; None where there was none, or of another version."""
+    """Settings of the last attempt, from the run folder; None if there is none or this version cannot read it."""
     try:
         return load_recipe(run / "recipe.yaml", stored=True).model_dump(mode="json")
     except RecipeError:
@@ -26,7 +26,7 @@ def last_settings(run: Path) -> dict[str, Any] | None:
 
 
 def changes(now: dict[str, Any], before: dict[str, Any] | None) -> Changes:
-    """Settings that differ from those `before`, none without any. The folder of runs (`runs_dir`) does not count."""
+    """Settings that differ from those `before`; none without any. `runs_dir` is ignored."""
     if before is None:
         return {}
     current, earlier = dict(flat(now)), dict(flat(_complete(before)))
@@ -36,7 +36,7 @@ def changes(now: dict[str, Any], before: dict[str, Any] | None) -> Changes:
 
 
 def _complete(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as an earlier version wrote them, with today's names, and defaults for those that it did not know."""
+    """Settings of an earlier version under their current names, with defaults for newer settings."""
     settings = with_new_names(settings)
     try:
         return Recipe.model_validate(settings).model_dump(mode="json")
@@ -50,9 +50,9 @@ def describe(found: Changes) -> str:
 
 
 def finished(recipe: Recipe) -> int | None:
-    """Steps of the run that `recipe` names, if it has done them all with these settings and nobody is at it; else None.
+    """Steps of the run that `recipe` names, if it has done them all with these settings and is not running; else None.
 
-    Only small files are read. What this cannot tell, such as whether the checkpoint is whole, a start checks.
+    Only small files are read. Deeper checks, such as the checkpoint's hashes, are left to the training process.
     """
     folder = Path(recipe.runs_dir) / recipe.name
     if (folder / "lock.json").exists():
@@ -73,7 +73,7 @@ def finished(recipe: Recipe) -> int | None:
 
 
 def _last_record(path: Path) -> dict[str, Any]:
-    """The last line of a metrics file; empty where there is none."""
+    """The last line of a metrics file; empty without one."""
     try:
         return parse_line(last_lines(path, 65536)[-1]) or {}
     except (OSError, IndexError):

@@ -21,7 +21,7 @@ def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progre
 
     after_step: called at the end of every step, on every rank.
 
-    RunError and DataError are raised on every rank alike; nothing of an earlier run is written over before all checks
+    RunError and DataError are raised on every rank alike; nothing of an earlier run is overwritten before all checks
     have passed.
     """
     if recipe.kernels.deterministic:
@@ -48,13 +48,13 @@ def fit(run: RunContext, parts: TrainerComponents) -> int:
         else f"stopped by {run.stop.asked() or 'another rank'} at step {progress.step}, saved;"
         f" the same command or `bifrost resume {run.folder}` continues it"
     )
-    # srun ends the other ranks as soon as one has left with a code that is not 0: nobody leaves before all are ready.
+    # srun ends all ranks as soon as one exits with a code other than 0: no rank exits before all are ready.
     run.ranks.barrier()
     return DONE if finished else STOPPED
 
 
 def _close(run: RunContext, parts: TrainerComponents, outcome: str) -> None:
-    """End loaders, console, metrics and the mirror of a run that is `finished`, `stopped` or `failed`."""
+    """Close loaders, console, metrics and the mirror of a run. outcome: `finished`, `stopped` or `failed`."""
     if outcome != "failed":
         run.stop.phase = ENDING
         if run.ranks.first:

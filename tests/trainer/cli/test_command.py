@@ -69,7 +69,7 @@ def test_every_command_has_an_example_in_its_help_which_parses() -> None:
 
 @pytest.mark.parametrize("module", ["bifrost", "bifrost.trainer"])
 def test_version_of_the_module(module: str, tmp_path: Path) -> None:
-    """Also where folders named as the parts are lie in the working directory, which old Pythons search first."""
+    """Also if the working directory, which old Pythons search first, has folders with our packages' names."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "__init__.py").write_text("raise SystemExit('the wrong folder')")
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONSAFEPATH", "PYTHONPATH")}

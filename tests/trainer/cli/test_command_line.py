@@ -42,7 +42,7 @@ class Left(Exception):
         ("checkpoint show FILE", "error: FILE/checkpoints does not exist: give a run's folder"),
         ("report FILE", "error: FILE: no run folder"),
         ("export FILE out", "error: FILE: is not a run folder"),
-        ("init cats", "error: say which recipe to begin with, such as --from tiny-mllm; there are flux-controlnet"),
+        ("init cats", "error: choose a recipe to start from, such as --from tiny-mllm; available: flux-controlnet"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(

@@ -1,4 +1,4 @@
-"""A machine without the packages that a run can do without: it trains, and says in one line what it lacks."""
+"""A machine without the optional packages: it trains, and prints in one line what is missing."""
 
 import json
 import os

@@ -42,7 +42,7 @@ def test_replay_prints_captions_keys_and_reasons(tmp_path: Path, capsys: pytest.
     for text in (
         "[/k]",
         f"skipped {ODD}",
-        f"[/gone] could not be read, a neighbour came instead: unread {ODD}",
+        f"[/gone] could not be read and was replaced by a neighbour: unread {ODD}",
         "[out]",
     ):
         assert text in printed

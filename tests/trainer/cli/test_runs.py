@@ -1,4 +1,4 @@
-"""`bifrost runs`: what a table of all runs says of each, from its folder alone."""
+"""`bifrost runs`: the table of all runs, read only from their folders."""
 
 import json
 from pathlib import Path

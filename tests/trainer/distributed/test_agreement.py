@@ -76,7 +76,7 @@ def fails_at(rank: int, moment: int, error: Exception):
 @pytest.mark.parametrize(
     ("error", "kind", "line", "passing"),
     [
-        (RunError("folder: mend it"), RunError, "folder: mend it", False),
+        (RunError("folder: fix it"), RunError, "folder: fix it", False),
         (DataLost("x.tar: away"), DataLost, "x.tar: away", True),
         (OSError(errno.ESTALE, "Stale file handle", "/base/a"), DataLost, "rank 1: /base/a: Stale file handle;", True),
         (OSError(errno.ENOSPC, "No space left", "/runs/a"), DataError, "rank 1: /runs/a: No space left; free", False),
@@ -103,12 +103,10 @@ def test_several_that_fail_raise_one(together) -> None:
     assert [str(outcome) for outcome in together(act)] == ["of 1"] * 3
 
 
-def test_a_bug_is_raised_where_it_is_and_named_elsewhere(together) -> None:
+def test_a_bug_is_raised_on_its_rank_and_named_on_the_others(together) -> None:
     first, second, third = together(fails_at(1, 2, KeyError("bug")))
     assert type(second) is KeyError
-    assert type(first) is type(third) is Unhealthy and str(first).startswith(
-        "rank 1: failed at the start with KeyError"
-    )
+    assert type(first) is type(third) is Unhealthy and str(first).startswith("rank 1: startup failed with KeyError")
 
 
 def test_one_rank_alone() -> None:

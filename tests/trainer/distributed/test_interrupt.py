@@ -138,7 +138,7 @@ while True:
     ],
 )
 def test_a_command_ends_within_a_second_whatever_it_is_at(arguments: str, line: str) -> None:
-    """Threads that go on, code that swallows every exception, forked processes that get the same Ctrl-C."""
+    """Threads that keep running, code that swallows every exception, forked processes that get the same Ctrl-C."""
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         [sys.executable, "-c", STUBBORN, *arguments.split()],

@@ -1,4 +1,4 @@
-"""Who meets whom when ranks start, and who is named that does not come."""
+"""The rendezvous of ranks, and the errors that name missing ones."""
 
 import os
 import signal
@@ -20,8 +20,8 @@ from bifrost.trainer.cli.main import app
 from bifrost.trainer.distributed import process_group as ranks
 from bifrost.trainer.distributed import rendezvous
 from bifrost.trainer.distributed.interrupt import end_on_interrupt
-from bifrost.trainer.distributed.launcher import adopt_rank
-from bifrost.trainer.distributed.rendezvous import absence
+from bifrost.trainer.distributed.launcher import init_from_env
+from bifrost.trainer.distributed.rendezvous import describe_missing
 from bifrost.trainer.distributed.stop_signals import StopSignals
 from bifrost.trainer.errors import RunError, lost_rank
 from bifrost.trainer.monitors.console import log_to_file
@@ -41,10 +41,10 @@ torch.distributed.destroy_process_group()
 """
 
 
-def meet(
+def join_ranks(
     *restarts: str | None, wait_s: float = 10, blocked: int | None = None, bound: bool = False, **variables: str
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Ranks that each take themselves for one of that start of the same job, on the same port; None never comes."""
+    """Ranks of one job on the same port, each with the given SLURM_RESTART_COUNT; the rank of a None never starts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -79,47 +79,47 @@ def meet(
 
 
 @pytest.mark.multi
-def test_ranks_of_one_start_meet() -> None:
-    for rank in meet("1", "1"):
+def test_ranks_of_one_attempt_join() -> None:
+    for rank in join_ranks("1", "1"):
         assert rank.returncode == 0 and "['here', 'here']" in rank.stdout, rank.stderr
 
 
 @pytest.mark.multi
-def test_a_rank_of_an_earlier_start_is_none_of_ours() -> None:
-    first, second = meet("1", "0", wait_s=5)
-    assert "here" not in first.stdout and "RendezvousTimeout: rank 1 of 2 did not come within 5 s" in first.stderr, (
+def test_a_rank_of_an_earlier_attempt_is_ignored() -> None:
+    first, second = join_ranks("1", "0", wait_s=5)
+    assert "here" not in first.stdout and "RendezvousTimeout: rank 1 of 2 did not join within 5 s" in first.stderr, (
         first.stderr
     )
-    assert "here" not in second.stdout and "RendezvousTimeout: rank 1: rank 0 has not come" in second.stderr, (
+    assert "here" not in second.stdout and "RendezvousTimeout: rank 1: rank 0 did not join" in second.stderr, (
         second.stderr
     )
 
 
 @pytest.mark.multi
-def test_a_rank_that_never_comes_is_named_with_its_node() -> None:
-    for rank in meet("1", "1", None, SLURM_STEP_NODELIST="node[0-2]"):
+def test_a_missing_rank_is_named_with_its_node() -> None:
+    for rank in join_ranks("1", "1", None, SLURM_STEP_NODELIST="node[0-2]"):
         assert (
-            rank.returncode and "RendezvousTimeout: rank 2 of 3 did not come within 10 s, on node2\n" in rank.stderr
+            rank.returncode and "RendezvousTimeout: rank 2 of 3 did not join within 10 s, on node2\n" in rank.stderr
         ), rank.stderr
 
 
 @pytest.mark.multi
-def test_nobody_opens_the_meeting() -> None:
-    (second,) = meet(None, "1", wait_s=5)
+def test_rank_0_opens_no_store() -> None:
+    (second,) = join_ranks(None, "1", wait_s=5)
     assert second.returncode and "RendezvousTimeout: rank 1: rank 0 cannot be reached at 127.0.0.1:" in second.stderr
 
 
 @pytest.mark.multi
-def test_a_rank_whose_device_never_answers_is_named() -> None:
-    (first,) = meet("1", "1", blocked=1)
+def test_a_rank_whose_device_hangs_is_named() -> None:
+    (first,) = join_ranks("1", "1", blocked=1)
     assert (
-        "RendezvousTimeout: rank 1 of 2 came, but no device answered there within 10 s, on node1\n" in first.stderr
+        "RendezvousTimeout: rank 1 of 2 joined, but no device was ready there within 10 s, on node1\n" in first.stderr
     ), first.stderr
 
 
 @pytest.mark.multi
 def test_gpus_bound_to_tasks_are_refused_on_every_rank() -> None:
-    for rank in meet("1", "1", bound=True):
+    for rank in join_ranks("1", "1", bound=True):
         expected = "RunError: rank 1 on node1 is number 1 there and sees 1 GPU: each task must see all GPUs of its node"
         assert rank.returncode and expected in rank.stderr, rank.stderr
         assert "here" not in rank.stdout
@@ -143,7 +143,7 @@ def test_a_rank_uses_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) 
         ),
     ],
 )
-def test_a_start_that_its_environment_spoils(
+def test_contradicting_variables_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], problem: str
 ) -> None:
     for name, value in variables.items():
@@ -152,17 +152,17 @@ def test_a_start_that_its_environment_spoils(
         CliRunner().invoke(app, runs.arguments(tmp_path, tmp_path), catch_exceptions=False)
 
 
-def test_what_an_earlier_launcher_left_does_not_reach_ranks_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_option_ignores_variables_of_an_earlier_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     left = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "5", "TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "gone"}
     for name, value in left.items():
         monkeypatch.setenv(name, value)
-    assert adopt_rank(1) is False
+    assert init_from_env(1) is False
     assert not left.keys() & os.environ.keys()
 
 
 def test_a_torchrun_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        taken.bind(("127.0.0.1", 0))  # without listening
         port = str(taken.getsockname()[1])
         left = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
         for name, value in left.items():
@@ -175,17 +175,17 @@ def test_a_torchrun_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def train_without(missing: str, arguments: list[str]) -> None:
-    """The `bifrost` command on all ranks but one, which never comes."""
+    """The `bifrost` command on all ranks but one, which never joins."""
     if os.environ["RANK"] != missing:
         ranked.command(arguments)
 
 
 @pytest.mark.multi
-def test_a_start_without_one_of_its_ranks_ends_as_a_hang(shards: Path, tmp_path: Path) -> None:
+def test_an_attempt_without_one_of_its_ranks_ends_as_a_hang(shards: Path, tmp_path: Path) -> None:
     arguments = runs.arguments(shards, tmp_path, "watchdog.startup_timeout_s=60")
     ended = ranked.run(train_without, 3, "2", arguments)
     assert [rank.code for rank in ended] == [HUNG, HUNG, 0]
-    assert ended[0].err.count("error: rank 2 of 3 did not come within 12 s\n") == 1, ended[0].err
+    assert ended[0].err.count("error: rank 2 of 3 did not join within 12 s\n") == 1, ended[0].err
     assert "error" not in ended[1].err and not (tmp_path / "tiny-mllm").exists()
 
 
@@ -194,22 +194,22 @@ def test_an_error_without_a_message_is_named_by_its_type(text: str, line: str) -
     assert rendezvous._first_line(TimeoutError(text)) == line
 
 
-def test_who_is_missing() -> None:
+def test_missing_ranks_are_described() -> None:
     nodes = ["a", "b", "c", "d"]
     hosts = {rank: nodes[rank // 4] for rank in range(16)}
 
     def said(*missing: int, step: list[str] = nodes) -> tuple[str, str | None]:
-        came = {rank: host for rank, host in hosts.items() if rank not in missing}
-        return absence(16, 300, came, set(came), step)
+        joined = {rank: host for rank, host in hosts.items() if rank not in missing}
+        return describe_missing(16, 300, joined, set(joined), step)
 
-    assert said(5) == ("rank 5 of 16 did not come within 300 s, on b", "b")
-    assert said(8, 9, 10, 11) == ("ranks 8, 9, 10, 11 of 16 did not come within 300 s, on c", "c")
-    assert said(3, 15) == ("ranks 3, 15 of 16 did not come within 300 s, on a, d", None)
-    assert said(5, step=[]) == ("rank 5 of 16 did not come within 300 s", None)
+    assert said(5) == ("rank 5 of 16 did not join within 300 s, on b", "b")
+    assert said(8, 9, 10, 11) == ("ranks 8, 9, 10, 11 of 16 did not join within 300 s, on c", "c")
+    assert said(3, 15) == ("ranks 3, 15 of 16 did not join within 300 s, on a, d", None)
+    assert said(5, step=[]) == ("rank 5 of 16 did not join within 300 s", None)
     many, host = said(*range(4, 16))
     assert "ranks 4, 5, 6, 7, 8, 9, 10, 11 and 4 more of 16" in many and many.endswith("on b, c, d") and host is None
-    line, host = absence(16, 300, hosts, set(hosts) - {13}, nodes)
-    assert line == "rank 13 of 16 came, but no device answered there within 300 s, on d" and host == "d"
+    line, host = describe_missing(16, 300, hosts, set(hosts) - {13}, nodes)
+    assert line == "rank 13 of 16 joined, but no device was ready there within 300 s, on d" and host == "d"
 
 
 def wait_alone(rank: str, route: str, trains: bool) -> None:

@@ -63,16 +63,16 @@ def outcomes(processes: list[subprocess.Popen]) -> list[str]:
 
 
 @pytest.mark.parametrize("hosts", [0, 6])
-def test_of_many_starts_one_wins_also_over_a_dead_owner(tmp_path: Path, hosts: int) -> None:
+def test_one_of_many_attempts_wins_also_over_a_dead_owner(tmp_path: Path, hosts: int) -> None:
     for _ in range(2):  # in the second round all find the lock of the first one's winner, which was killed
         said = outcomes(starts(tmp_path / "run", 6, hosts))
         assert said.count("won") == 1, said
-        assert sum("another start of this run is alive: process" in line for line in said) == 5, said
+        assert sum("another attempt of this run is alive: process" in line for line in said) == 5, said
     assert [path.name for path in (tmp_path / "run").iterdir()] == [FILE]
 
 
 def edited(folder: Path, **changes: object) -> None:
-    """Replace what the lock in `folder` says of its owner."""
+    """Change the owner's fields in the lock in `folder`."""
     owner = json.loads((folder / FILE).read_text())
     (folder / FILE).write_text(json.dumps({**owner, **changes}))
 
@@ -108,11 +108,11 @@ def test_who_counts_as_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert taken()
     left(space="elsewhere")
     os.utime(run / FILE, (0, time.time() - 1001))
-    assert taken() and "no sign of life for 1001 s" in caplog.text
+    assert taken() and "no heartbeat for 1001 s" in caplog.text
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     left(space="elsewhere", restarts=0)
-    assert taken() and "an earlier start of this job" in caplog.text
+    assert taken() and "an earlier attempt of this job" in caplog.text
     for changes in ({"job": "17", "restarts": 1}, {"job": "18", "restarts": 0}):
         left(space="elsewhere", **changes)
         begun = time.monotonic()
@@ -131,7 +131,7 @@ def test_two_starts_that_find_the_same_dead_owner(tmp_path: Path, monkeypatch: p
         dead.acquire()
         edited(run, pid=2**22 - 1)
         token = json.loads((run / FILE).read_text())["token"]
-        # Another start is about to replace the lock: this one leaves it the time.
+        # Another attempt is about to replace the lock: this one waits for it.
         (run / f"{FILE}.after-{token}").write_text("")
         late = RunLock(run)
         waiting = threading.Thread(target=late.acquire, daemon=True)
@@ -176,13 +176,13 @@ def test_starts_that_died_while_they_took_over(tmp_path: Path) -> None:
 
 
 def test_an_owner_that_lost_its_lock_ends(tmp_path: Path) -> None:
-    """A process that stood still for so long that another start took over must not write any more."""
+    """A process that was stalled until another attempt took over must not write any more."""
     (process,) = starts(tmp_path, 1)
     assert process.stdout and process.stdout.readline() == "won\n"
     (tmp_path / "other").write_text("")
     (tmp_path / "other").replace(tmp_path / FILE)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == LOCKED and "was taken over while this process stood still" in err
+    assert process.returncode == LOCKED and "was taken over while this process was stalled" in err
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -204,21 +204,21 @@ def test_storage_that_is_away_is_no_mistake_of_the_user(tmp_path: Path, monkeypa
 
 @pytest.mark.multi
 @pytest.mark.slow
-def test_a_second_start_of_a_run_leaves(shards: Path, tmp_path: Path) -> None:
-    """Fault 12 of the list: all its ranks leave with one line, and the first start goes on as if nothing had been."""
+def test_a_second_attempt_of_a_run_exits(shards: Path, tmp_path: Path) -> None:
+    """Fault 12 of the list: its ranks exit with one line, and the first attempt continues undisturbed."""
     arguments = runs.arguments(shards, tmp_path, "steps=4000", "micro_batch=4")
-    folder = tmp_path / "meeting"
+    folder = tmp_path / "rendezvous"
     folder.mkdir()
     first = ranked.start(ranked.command, 2, arguments, folder=folder)
     run = tmp_path / "tiny-mllm"
     deadline = time.monotonic() + 240
     while not (run / "metrics.jsonl").exists() or not runs.steps(run):
-        assert time.monotonic() < deadline, "the run does not get going"
+        assert time.monotonic() < deadline, "the run does not start"
         time.sleep(0.05)
     stamps = {path: path.stat().st_mtime_ns for path in run.rglob("*.json") if path.name not in (FILE, "goodput.json")}
     second = ranked.bifrost(2, *arguments)
     assert [rank.code for rank in second] == [LOCKED] * 2, second[0].err
-    assert second[0].err.startswith(f"error: {run}: another start of this run is alive: process {first[0].pid} on ")
+    assert second[0].err.startswith(f"error: {run}: another attempt of this run is alive: process {first[0].pid} on ")
     assert len(second[0].err.splitlines()) == 1 and not second[1].err
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
     assert len(runs.events(run, "start")) == 1

@@ -15,7 +15,7 @@ from bifrost.trainer.distributed.stop_signals import QUIT, QUIT_SAVED, SAVED, SA
 def stop(monkeypatch: pytest.MonkeyPatch) -> StopSignals:
     monkeypatch.setattr("signal.signal", lambda *_: None)
     signals = StopSignals()
-    signals.met = True
+    signals.joined = True
     return signals
 
 
@@ -36,7 +36,7 @@ def test_time_is_kept_for_a_stop_as_long_as_it_was_measured(stop: StopSignals, m
     for now[0], late in ((1579.0, False), (1581.0, True)):
         assert (stop.asked() == "the job's time limit") == late, now
     saves[:] = [1.0]
-    assert stop.asked(), "other ranks have heard it"
+    assert stop.asked(), "other ranks know of the stop"
 
 
 def test_no_less_is_kept_than_slurm_makes_sense_of() -> None:
@@ -47,7 +47,7 @@ ALONE = """
 import os, signal, sys, time
 from bifrost.trainer.distributed import stop_signals as stop
 signals = stop.StopSignals()
-signals.phase, signals.met = sys.argv[1], True
+signals.phase, signals.joined = sys.argv[1], True
 signals.at_quit.append(lambda: os.write(1, b"lock released"))
 begun = time.monotonic()
 with signals.waiting() if signals.phase == stop.ENDING else stop.suppress():

@@ -1,4 +1,4 @@
-"""The table of ranks: what is refused, and that two real ranks give it."""
+"""The topology: which ones are refused, and that of two real ranks."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,19 +8,19 @@ import torch
 
 import ranked
 from bifrost.trainer.distributed.process_group import Ranks
-from bifrost.trainer.distributed.topology import Place, fault, here, table
+from bifrost.trainer.distributed.topology import RankInfo, here, table, validate
 
 GPU = "NVIDIA H100 80GB HBM3 GPU-{}"
-EIGHT = [Place(rank, f"gpu{rank // 4}", GPU.format(rank), "same") for rank in range(8)]
+EIGHT = [RankInfo(rank, f"gpu{rank // 4}", GPU.format(rank), "same") for rank in range(8)]
 
 
-def test_a_right_table() -> None:
-    assert fault(EIGHT) is None
+def test_a_valid_topology() -> None:
+    assert validate(EIGHT) is None
     assert table(EIGHT) == [
         "ranks       0-3  gpu0  4 x NVIDIA H100 80GB HBM3",
         "ranks       4-7  gpu1  4 x NVIDIA H100 80GB HBM3",
     ]
-    assert fault([replace(place, device="cpu") for place in EIGHT]) is None, "ranks share a CPU"
+    assert validate([replace(place, device="cpu") for place in EIGHT]) is None, "ranks share a CPU"
 
 
 def test_a_gpu_is_named_by_its_model_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,15 +37,15 @@ def test_a_gpu_is_named_by_its_model_in_the_table(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("rank", "change", "problem"),
     [
-        (5, {"rank": 4}, "rank 4 of gpu1 answers as rank 5"),
+        (5, {"rank": 4}, "rank 4 of gpu1 is at index 5 of the process group"),
         (5, {"device": EIGHT[6].device}, "ranks 5, 6 share one device of gpu1, NVIDIA H100"),
         (5, {"host": "gpu0"}, r"unequal numbers of ranks \(gpu0 5, gpu1 3\)"),
     ],
 )
-def test_a_wrong_table_is_refused(rank: int, change: dict, problem: str) -> None:
+def test_an_invalid_topology_is_refused(rank: int, change: dict, problem: str) -> None:
     places = [replace(place, **change) if place.rank == rank else place for place in EIGHT]
     with pytest.raises(AssertionError, match=problem):
-        assert not fault(places), fault(places)
+        assert not validate(places), validate(places)
 
 
 def on_two_hosts(other_software: bool) -> list[str]:

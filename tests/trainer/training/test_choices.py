@@ -1,4 +1,4 @@
-"""Every choice of sharding trains like plain PyTorch, and moves the weights that it says it moves."""
+"""Every sharding option trains like plain PyTorch, and moves the weights that it documents."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Stage 2 trains like stage 1: as plain PyTorch on any number of ranks, and a run that goes on never stopped.
+"""Stage 2 trains like stage 1: as plain PyTorch on any number of ranks, and a resumed run equals an unbroken one.
 
-BatchNorm's statistics go over one pass of all ranks, so that runs compared here have as many samples a pass.
+BatchNorm's statistics cover one pass on all ranks, so the runs compared here have equally many samples per pass.
 """
 
 import shutil
@@ -87,7 +87,7 @@ def test_batch_statistics_depend_on_micro_batch_times_ranks_alone(shards: Path, 
     whole = train(shards, flux, tmp_path / "whole", 1, "steps=4")
     begun = train(shards, flux, tmp_path / "begun", 1, "steps=2")
     other = Path(shutil.copytree(begun, tmp_path / "other" / "tiny-controlnet")).parent
-    word = "statistics now go over 4 samples (micro_batch x ranks), 8 before"
+    word = "statistics now cover 4 samples (micro_batch x ranks), 8 before"
     (ended, *_) = ranked.bifrost(2, *arguments(shards, flux, begun.parent, 2, "steps=4"))
     assert ended.code == 0 and "statistics now" not in ended.out
     np.testing.assert_allclose(runs.losses(begun), runs.losses(whole), rtol=0, atol=1e-5)

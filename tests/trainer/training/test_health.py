@@ -83,7 +83,7 @@ def test_a_bad_number_on_one_rank_skips_the_step_on_all(
 
 
 def test_statistics_of_a_skipped_step_are_not_kept(shards: Path, tmp_path: Path) -> None:
-    """Stage 2 has batch statistics beside its weights."""
+    """Stage 2 has batch statistics in addition to its weights."""
     flux = tiny_flux.save(tiny_flux.pipeline(), tmp_path / "flux")
     settings = ("steps=6", f"flux.path={flux}", "micro_batch=4", "health.window=8", "health.spike_zscore=100")
     arguments = runs.arguments(shards, tmp_path, *settings, recipe="tiny-controlnet")

@@ -1,8 +1,8 @@
-"""The host never waits for the device inside a micro-batch, and a fixed number of times a step.
+"""The host never waits for the device inside a micro-batch, and a fixed number of times per step.
 
 A CPU has nothing to wait for, so the places are counted where a GPU would: operators that hand values of a tensor to
-Python, applied to what would lie on the device. What lies there is followed by hand: the parameters, the batch and the
-layout, and every result of them.
+Python, applied to tensors that would be on the device. Those are tracked by hand: the parameters, the batch and the
+layout, and everything computed from them.
 """
 
 from collections import Counter
@@ -28,7 +28,7 @@ from bifrost.trainer.stages.controlnet import ControlNetStage, LatentControlNetM
 from bifrost.trainer.stages.patch_latents import PatchLatentModel
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
-"""Operators whose result, or its shape, the host needs before it goes on."""
+"""Operators whose result, or its shape, the host needs before it continues."""
 COPIES = "lift_fresh"
 """What `torch.tensor(values)` and `new_tensor(values)` end in: on a device, after a copy that the host waits for."""
 
@@ -108,7 +108,7 @@ VARIANTS = [
 @pytest.mark.parametrize("settings", VARIANTS, ids=["all-learned", "masked-mrope-recomputed"])
 def test_no_micro_batch_waits(settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = model_and_batch(*settings)
-    model(**batch)  # the tower's tables are made once a run
+    model(**batch)  # the vision encoder's tables are made once per run
     syncs = Syncs(batch, list(model.parameters()), list(model.buffers()))
     of = PrefixLayout.of
 
@@ -155,7 +155,7 @@ def controlnet_and_batch(device: str = "cpu") -> tuple[LatentControlNetModel, di
 
 def test_no_controlnet_micro_batch_waits() -> None:
     model, batch = controlnet_and_batch()
-    model(**batch)  # the tower's tables are made once a run
+    model(**batch)  # the vision encoder's tables are made once per run
     with Syncs(batch, list(model.parameters()), list(model.buffers())) as syncs:
         model(**batch).loss.backward()
     assert syncs.found == []

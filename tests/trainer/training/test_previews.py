@@ -1,4 +1,4 @@
-"""Stage 1's previews: what paints them is on rank 0's device for the preview alone, and in the plan."""
+"""Stage 1's previews: the image generator is on rank 0's device only during a preview, and in the plan."""
 
 import gc
 import weakref
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> Previews:
-    place = tmp_path_factory.mktemp("painter")
+    place = tmp_path_factory.mktemp("image_generator")
     flux = FluxFolder.open(tiny_flux.save(tiny_flux.pipeline(), place / "flux"))
     network = LatentControlNet(ControlNetConfig.of(flux.transformer, WIDTH, SIDE, 2 * SIDE, 1, 1))
     network.initialise(flux.files("transformer"), "flux", 0)
@@ -47,30 +47,30 @@ def test_flux_is_loaded_for_a_preview_and_freed(settings: Previews, monkeypatch:
 
     real = preview.load_flux
     monkeypatch.setattr(preview, "load_flux", load)
-    painter = preview._Painter(settings, WIDTH, SIDE, CPU)
-    assert not loaded, "nothing of FLUX is in memory before there is something to paint"
+    image_generator = preview._ImageGenerator(settings, WIDTH, SIDE, CPU)
+    assert not loaded, "FLUX is not in memory before the first preview"
     nothing: Any = None
     generator = Generator(nothing, nothing, 112, nothing, nothing, nothing, 0, CPU)
     draw = torch.Generator().manual_seed(0)
     for count in (1, 2):
-        images = painter.paint(generator, ["a red apple"], torch.randn(1, SIDE**2, WIDTH, generator=draw))
+        images = image_generator.generate(generator, ["a red apple"], torch.randn(1, SIDE**2, WIDTH, generator=draw))
         assert [image.size for image in images] == [(64, 64)]
         gc.collect()
         assert len(loaded) == count and all(one() is None for one in loaded)
 
 
-def test_what_cannot_paint_is_refused_before_the_run_begins(settings: Previews, tmp_path: Path) -> None:
+def test_incomplete_weights_are_refused_before_the_run_begins(settings: Previews, tmp_path: Path) -> None:
     flux = tiny_flux.save(tiny_flux.pipeline(), tmp_path)
     save_file({"x": torch.zeros(1)}, flux / "text_encoder" / "model.safetensors")
     with pytest.raises(RunError, match=r"text_encoder: .* missing"):
-        preview._Painter(settings.model_copy(update={"flux": str(flux)}), WIDTH, SIDE, CPU)
+        preview._ImageGenerator(settings.model_copy(update={"flux": str(flux)}), WIDTH, SIDE, CPU)
 
 
 @pytest.mark.parametrize("missing", ["/nowhere", "here"])
 def test_the_plan_counts_them(settings: Previews, missing: str) -> None:
-    painting = f"previews.controlnet={settings.controlnet if missing == 'here' else missing}"
+    controlnet = f"previews.controlnet={settings.controlnet if missing == 'here' else missing}"
     own = [f"previews.flux={settings.flux}"] if missing == "here" else []
-    recipe = load_recipe("tiny-mllm", ["previews.every=100", painting, *own])
+    recipe = load_recipe("tiny-mllm", ["previews.every=100", controlnet, *own])
     found = image_generator_bytes(recipe)
     if missing == "here":
         files = [

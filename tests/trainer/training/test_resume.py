@@ -1,4 +1,4 @@
-"""A run that goes on is the run that never stopped."""
+"""A resumed run equals the run that never stopped."""
 
 import json
 import shutil
@@ -86,7 +86,7 @@ def test_finished_run_is_left_alone(shards: Path, tmp_path: Path) -> None:
 
 
 def test_checkpoint_holds_trainables_alone(shards: Path, tmp_path: Path) -> None:
-    """Decision 5: frozen weights are never state; the size says so: 3 fp32 slices a trainable parameter."""
+    """Decision 5: frozen weights are never state; the size shows it: 3 fp32 slices per trainable parameter."""
     train(shards, tmp_path, 2, "steps=1", "ema=null")
     folder = tmp_path / "tiny-mllm/checkpoints/step-00000001"
     size = sum(file.stat().st_size for file in folder.glob("rank-*.safetensors"))

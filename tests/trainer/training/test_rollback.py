@@ -111,8 +111,8 @@ def test_goes_on_as_if_the_samples_had_never_been(shards: Path, tmp_path: Path, 
     assert same(run, without)
 
 
-def test_copies_within_nodes_go_back_too(shards: Path, tmp_path: Path) -> None:
-    """hpZ's copies of the weights given up are there when the run goes back."""
+def test_hpz_copies_are_rolled_back_too(shards: Path, tmp_path: Path) -> None:
+    """hpZ's copies of the discarded weights exist when the run rolls back."""
     nodes = ("zero.hpz=2", "zero.persistence_threshold=0", "micro_batch=1")
     run, ended = train(shards, tmp_path / "bad", 4, *nodes)
     wanted, _ = train(shards, tmp_path / "without", 4, *nodes, bad=[], cut=[8, 4])
@@ -157,7 +157,7 @@ def test_killed_in_a_rollback(shards: Path, tmp_path: Path, without: Path, momen
 
 
 def test_a_new_level_is_taken_for_normal(shards: Path, tmp_path: Path) -> None:
-    """From batch 9 on every loss is fifty times as high: going back once does not help, and is not tried again."""
+    """From batch 9 on every loss is fifty times as high: one rollback does not help, and no second one is tried."""
     run, ended = train(shards, tmp_path, 1, "steps=18", bad=list(range(9, 60)), factor=50)
     assert ended[0].code == 0, ended[0].err
     assert [line["to"] for line in runs.events(run, "rollback")] == [8]
@@ -174,7 +174,7 @@ def test_bad_numbers_without_end_stop_the_run(shards: Path, tmp_path: Path) -> N
     assert runs.events(run, "end")[-1]["outcome"] == "failed"
 
 
-def test_nothing_to_go_back_to(shards: Path, tmp_path: Path) -> None:
+def test_no_checkpoint_to_roll_back_to(shards: Path, tmp_path: Path) -> None:
     _, ended = train(shards, tmp_path, 1, bad=[1, 2, 3])
     assert ended[0].code == 1
     assert "no checkpoint is from before them" in ended[0].err

@@ -1,4 +1,4 @@
-"""Pictures while training: they appear, they show what is trained, and the run does not notice them."""
+"""Previews during training: they are written, they show the trained weights, and they do not change the run."""
 
 from pathlib import Path
 
@@ -37,19 +37,19 @@ def test_stage_2_is_undisturbed_to_the_bit(shards: Path, flux: Path, tmp_path: P
     assert files(seen) == files(calm)
     assert [file.name for file in sorted((seen / "previews").iterdir())] == ["step-00000002.png", "step-00000004.png"]
     first, second = (Image.open(file).convert("RGB") for file in sorted((seen / "previews").iterdir()))
-    assert first.size == second.size and first.tobytes() != second.tobytes(), "training changes what is painted"
+    assert first.size == second.size and first.tobytes() != second.tobytes(), "training changes the previews"
     assert not (calm / "previews").exists()
 
 
 def test_stage_1_is_undisturbed_to_the_bit(shards: Path, flux: Path, tmp_path: Path) -> None:
-    painter = train(shards, tmp_path / "painter", "tiny-controlnet", f"flux.path={flux}", "micro_batch=4")
+    controlnet = train(shards, tmp_path / "controlnet", "tiny-controlnet", f"flux.path={flux}", "micro_batch=4")
     calm = train(shards, tmp_path / "calm", "tiny-mllm")
-    seen = train(shards, tmp_path / "seen", "tiny-mllm", f"previews.controlnet={painter}", *SAMPLES)
+    seen = train(shards, tmp_path / "seen", "tiny-mllm", f"previews.controlnet={controlnet}", *SAMPLES)
     assert runs.losses(seen) == runs.losses(calm)
     assert files(seen) == files(calm)
     assert len(list((seen / "previews").iterdir())) == 2
 
 
-def test_stage_1_needs_a_painter(shards: Path, tmp_path: Path) -> None:
+def test_stage_1_needs_a_controlnet(shards: Path, tmp_path: Path) -> None:
     (ended,) = ranked.bifrost(1, *runs.arguments(shards, tmp_path, "previews.every=2"))
     assert ended.code == 2 and "previews.controlnet" in ended.err

@@ -88,7 +88,7 @@ def test_training_goes_on_while_a_disk_is_full(shards: Path, tmp_path: Path, cal
 
 
 def test_own_disks_first_and_an_interval_by_cost(shards: Path, tmp_path: Path, calm: list[float]) -> None:
-    """A crash while shared storage fails; the next start goes on from what lies on the nodes' disks."""
+    """A crash while shared storage fails; the next attempt resumes from the nodes' disks."""
     near, run = tmp_path / "near", tmp_path / "tiny-mllm"
     settings = (f"checkpoint.local={near}", "checkpoint.interval=auto", "checkpoint.every=2")
     arguments = runs.arguments(shards, tmp_path, "steps=8", "checkpoint.mtbf_hours=1e-9", *settings)

@@ -1,4 +1,4 @@
-"""What a continued run says of changed settings, and how little a finished one costs."""
+"""A continued run reports changed settings, and a finished one costs little."""
 
 import json
 import os
@@ -82,9 +82,9 @@ def test_resume_of_a_finished_run_takes_no_torch(run: Path) -> None:
 def test_resume_takes_a_run_folder_alone(run: Path, tmp_path: Path) -> None:
     check_run(run)
     for wrong, remedy in (
-        (run / "checkpoints" / "step-00000003", f"lies in the run folder {run}"),
+        (run / "checkpoints" / "step-00000003", f"is inside the run folder {run}"),
         (tmp_path / "nothing", "no such run folder"),
-        (tmp_path, "is no run folder"),
+        (tmp_path, "is not a run folder"),
     ):
         with pytest.raises(RunError, match=remedy):
             check_run(wrong)

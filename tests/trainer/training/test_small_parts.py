@@ -69,7 +69,7 @@ def test_digest_knows_samples_and_history_but_no_ranks() -> None:
 
 
 def test_samples_of_two_shards_with_one_key_are_two(tmp_path) -> None:
-    """Keys that start anew in every tar are the commonest: a run that read the one is not one that read the other."""
+    """Keys usually restart in every tar: runs that read different tars with equal keys must have different digests."""
     for number, caption in enumerate((b"one", b"other")):
         write_shard(tmp_path / f"s-{number}.tar", [("000000", {"png": b"x", "txt": caption})])
     dataset = open_dataset(str(tmp_path / "s-*.tar"))

@@ -1,4 +1,4 @@
-"""Stop signals: one step agreed by all ranks, one checkpoint, an exit code that asks to be started again."""
+"""Stop signals: one step agreed by all ranks, one checkpoint, an exit code that requests a restart."""
 
 import os
 import signal
