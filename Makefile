@@ -1,7 +1,7 @@
 # make setup   creates a virtual environment in .venv; TORCH=cpu installs torch's CPU build, gigabytes smaller
 # make demo    trains both stages on 1,800 drawings, two ranks, and writes a contact sheet: about 11 minutes
 # make test    the whole test suite
-# make lint    ruff and pyright
+# make lint    ruff, pyright and the words that this project does not use
 # make docs    builds the documentation site in build/docs; warnings, such as broken links, are errors
 # make faults  N=50 random kills, with a report in runs/faults/report.md or $(REPORT)
 # make faults-storage  N=200 runs on HTTP and S3 servers that fail at random, with a report like that of faults
@@ -41,6 +41,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python .ci/words.py
 
 docs: $(READY)
 	rm -rf build/docs build/doctrees
