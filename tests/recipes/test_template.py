@@ -45,7 +45,7 @@ def test_init_prints_next_steps_and_keeps_existing_files(tmp_path: Path, monkeyp
     assert ended.exit_code == 0 and "bifrost train cats.yaml --ranks 2" in ended.output
     before = Path("cats.yaml").read_text()
     ended = CliRunner().invoke(app, ["init", "cats", "--from", "mllm-7b"])
-    assert isinstance(ended.exception, RunError) and "cats.yaml: exists" in str(ended.exception)
+    assert isinstance(ended.exception, RunError) and "cats.yaml: already exists" in str(ended.exception)
     assert Path("cats.yaml").read_text() == before
     assert CliRunner().invoke(app, ["init", "cats", "--from", "mllm-7b", "--out", "dogs.yaml"]).exit_code == 0
 

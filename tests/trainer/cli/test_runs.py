@@ -114,5 +114,5 @@ def test_the_command(tmp_path: Path) -> None:
     for missing in (tmp_path / "no", tmp_path / "a-run" / "empty"):
         if missing.name == "empty":
             missing.mkdir()
-        with pytest.raises(RunError, match="holds the run folders, a recipe's runs_dir"):
+        with pytest.raises(RunError, match="contains the run folders, a recipe's runs_dir"):
             runs.runs(missing)
