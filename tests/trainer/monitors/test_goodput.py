@@ -148,9 +148,9 @@ def test_a_run_that_is_killed_and_resumed(shards: Path, tmp_path: Path) -> None:
     assert all(seconds >= 0 for seconds in found["seconds"].values()) and found["seconds"]["step"] > 0
     assert json.loads((run / FILE).read_text()) == found
     table = CliRunner().invoke(app, ["goodput", str(run)]).output
-    assert "2 starts" in table and f"{found['ettr']:.1%}" in table
+    assert "2 attempts" in table and f"{found['ettr']:.1%}" in table
 
 
 def test_no_run(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["goodput", str(tmp_path)])
-    assert "holds no metrics.jsonl" in str(result.exception)
+    assert "contains no metrics.jsonl" in str(result.exception)
