@@ -333,7 +333,7 @@ def test_without_a_peak_there_are_no_times(tmp_path: Path) -> None:
     assert row["memory"]["fits"] is False
     assert any("ours has no bf16_tflops" in sentence for sentence in found["assumptions"])
     assert "MFU" not in bifrost("plan", "mllm-7b", "--gpus", "8", "--device", str(file)).split("\n- ")[0]
-    with pytest.raises(RunError, match="without times"):
+    with pytest.raises(RunError, match="needs step times"):
         bifrost("plan", "mllm-7b", "--gpus", "8", "--device", str(file), "--plot", str(tmp_path / "a.png"))
     file.write_text(yaml.safe_dump({"assumed": content["assumed"], "devices": {"ours": {**own, "wats": 3}}}))
     with pytest.raises(RunError, match=r"own.yaml: ours.wats: Extra"):
