@@ -59,8 +59,8 @@ def test_a_job_is_requeued_until_done(run: ClusterRun) -> None:
         ),
     ],
 )
-def test_a_job_that_is_not_requeued(run: ClusterRun, start: str, code: int, reason: str) -> None:
-    run.stand_in(start)
+def test_a_job_that_is_not_requeued(run: ClusterRun, attempt: str, code: int, reason: str) -> None:
+    run.stand_in(attempt)
     number = run.submit()
     run.wait_for_end()
     assert decisions(run) == ["stopped"]
