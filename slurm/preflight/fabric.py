@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
+from ..errors import first_line
+
 PINGS, PAYLOADS, REDUCES = 5, 4, 3
 PRODUCT, COPY, TRIES = 8192, 2**30, 6
 """Matrix size, bytes of the copy, repetitions of each."""
@@ -131,7 +133,7 @@ def measure(wire: Wire, store: Store, rank: int, nodes: dict[str, list[int]], ro
         out.done = True
     except Exception as error:
         # A process group's errors are pages long.
-        out.trouble = f"{out.stage}: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"
+        out.trouble = f"{out.stage}: {first_line(error)}"
 
 
 def _measure(wire: Wire, store: Store, rank: int, nodes: dict[str, list[int]], rounds: int, out: Outcome) -> None:

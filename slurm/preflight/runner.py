@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch._C._distributed_c10d import HashStore, Store
 
+from ..errors import first_line
 from ..exclusions import BadNodeSettings
 from ..exit_codes import DONE, FAILED
 from .fabric import Outcome, Wire, measure
@@ -108,7 +109,7 @@ class _Session:
             try:
                 stores.append(KeyValueStore(self.me, patience))
             except (RuntimeError, OSError) as error:
-                trouble[0] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                trouble[0] = first_line(error)
 
         # Another program on that port may accept the connection and not answer: the store's own timeout fails then.
         within(patience + 1, connect)

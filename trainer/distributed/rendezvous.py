@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
+from ...slurm.errors import first_line
 from ...slurm.exit_codes import HUNG
 from ...slurm.exit_record import record_outcome, this_start
 from ...slurm.rank_env import expand_hosts, host_name
@@ -59,7 +60,7 @@ def join_store(rank: int, size: int, wait_s: float) -> Store:
         except RuntimeError as error:
             if rank == 0:
                 raise RendezvousTimeout(
-                    f"rank 0: port {port} of {host_name()} is taken: {_first_line(error)}"
+                    f"rank 0: port {port} of {host_name()} is taken: {first_line(error)}"
                 ) from error
             raise RendezvousTimeout(
                 f"rank {rank}: rank 0 cannot be reached at {address}:{port} within {wait_s:.0f} s"
@@ -117,10 +118,6 @@ def require_agent(rank: int) -> None:
                     " torchrun left them"
                 ) from error
         time.sleep(0.5)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _missing(store: Store, size: int, wait_s: float) -> tuple[str, str | None]:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import ranked
 import runs
+from bifrost.slurm.errors import first_line
 from bifrost.slurm.exit_codes import FAILED, HUNG, INTERRUPTED, STOPPED
 from bifrost.trainer.cli import main
 from bifrost.trainer.cli.main import app
@@ -191,7 +192,7 @@ def test_an_attempt_without_one_of_its_ranks_ends_as_a_hang(shards: Path, tmp_pa
 
 @pytest.mark.parametrize(("text", "line"), [("", "TimeoutError"), (" \n", "TimeoutError"), ("a\nb", "a")])
 def test_an_error_without_a_message_is_named_by_its_type(text: str, line: str) -> None:
-    assert rendezvous._first_line(TimeoutError(text)) == line
+    assert first_line(TimeoutError(text)) == line
 
 
 def test_missing_ranks_are_described() -> None:
