@@ -1,7 +1,7 @@
 """The rendezvous of an attempt's ranks, with an error that names the missing ones.
 
 Each rank registers in a store when it joins, and again when its device is ready. Rank 0 waits for all ranks up to a
-time limit and publishes the verdict in the store.
+time limit and publishes the verdict in the store. If the ranks cannot start, rank 0 leaves last: it holds the store.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -28,6 +29,8 @@ T = TypeVar("T")
 
 AGENT_S = 10.0
 """Seconds for which a rank tries to reach torchrun's agent."""
+READ_S = 10.0
+"""Seconds that the other ranks have to read why they cannot start, before rank 0 leaves with the store."""
 
 
 def interruptible(wait: Callable[[], T]) -> T:
@@ -94,9 +97,23 @@ def wait_for_all(store: Store, rank: int, size: int, wait_s: float, problem: str
                 f"rank {rank}: rank 0 did not join, or it exited or stalled before all ranks had joined"
             ) from error
     if verdict:
-        raise RendezvousTimeout(verdict)
-    if store.check(["problem"]):
-        raise RunError(store.get("problem").decode())
+        failure: Exception = RendezvousTimeout(verdict)
+    elif store.check(["problem"]):
+        failure = RunError(store.get("problem").decode())
+    else:
+        return
+    if rank == 0:
+        _wait_for_readers(store, size)
+    else:
+        store.set(f"read-{rank}", "")
+    raise failure
+
+
+def _wait_for_readers(store: Store, size: int) -> None:
+    """Wait until the ranks that are ready have read why they cannot start, READ_S at most."""
+    if readers := [f"read-{rank}" for rank in range(1, size) if store.check([f"ready-{rank}"])]:
+        with suppress(RuntimeError):  # one of them has died meanwhile
+            store.wait(readers, timedelta(seconds=READ_S))
 
 
 def require_agent(rank: int) -> None:

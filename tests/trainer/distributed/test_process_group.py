@@ -5,11 +5,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch._C._distributed_c10d import HashStore
 from typer.testing import CliRunner
 
 import ranked
@@ -24,7 +27,7 @@ from bifrost.trainer.distributed.interrupt import end_on_interrupt
 from bifrost.trainer.distributed.launcher import init_from_env
 from bifrost.trainer.distributed.rendezvous import describe_missing
 from bifrost.trainer.distributed.stop_signals import StopSignals
-from bifrost.trainer.errors import RunError, lost_rank
+from bifrost.trainer.errors import RendezvousTimeout, RunError, lost_rank
 from bifrost.trainer.monitors.console import log_to_file
 
 MEET = """
@@ -173,6 +176,59 @@ def test_a_torchrun_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> No
             rendezvous.require_agent(0)
         taken.listen()
         rendezvous.require_agent(0)
+
+
+class SlowStore:
+    """The store over a slow connection: reads take a while."""
+
+    def __init__(self, store: HashStore, events: list[str]) -> None:
+        self.store, self.events = store, events
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def get(self, key: str) -> bytes:
+        time.sleep(0.2)
+        self.events.append(key)
+        return self.store.get(key)
+
+
+@pytest.mark.parametrize(
+    ("size", "problem", "error", "read"),
+    [
+        (3, "", "rank 2 of 3 did not join within 0 s", ["verdict"]),
+        (2, "its GPU is gone", "its GPU is gone", ["verdict", "problem"]),
+    ],
+)
+def test_rank_0_leaves_after_the_others_have_read_why(size: int, problem: str, error: str, read: list[str]) -> None:
+    store, events, found = HashStore(), [], []
+    for rank in (0, 1):
+        store.set(f"joined-{rank}", "here")
+    store.set("ready-1", "")
+
+    def follow() -> None:
+        with pytest.raises((RunError, RendezvousTimeout)) as raised:
+            rendezvous.wait_for_all(SlowStore(store, events), 1, size, 5, problem)  # type: ignore[arg-type]
+        found.append(str(raised.value))
+
+    other = threading.Thread(target=follow)
+    other.start()
+    with pytest.raises((RunError, RendezvousTimeout), match=error):
+        rendezvous.wait_for_all(store, 0, size, 0.1, problem)
+    events.append("rank 0 left")
+    other.join()
+    assert found == [error] and events == [*read, "rank 0 left"]
+
+
+def test_rank_0_does_not_wait_long_for_a_rank_that_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "READ_S", 0.1)
+    store = HashStore()
+    for key in ("joined-0", "joined-1", "ready-1"):
+        store.set(key, "here")
+    begun = time.monotonic()
+    with pytest.raises(RendezvousTimeout, match="rank 2 of 3 did not join"):
+        rendezvous.wait_for_all(store, 0, 3, 0.1)
+    assert time.monotonic() - begun < 2
 
 
 def train_without(missing: str, arguments: list[str]) -> None:
