@@ -16,16 +16,16 @@ from typing import Any
 
 from .io import read_json, write_json
 
-STARTS = "slurm/attempts.jsonl"
+ATTEMPTS = "slurm/attempts.jsonl"
 OUTCOME = "slurm/exit_record.json"
 STOPPED = "stopped.json"
-OLD_STARTS, OLD_OUTCOME = "slurm/starts.jsonl", "slurm/outcome.json"
-"""What these two were called, and `attempt` was `start` in them: a run may have begun so, or its ranks may have."""
+OLD_ATTEMPTS, OLD_OUTCOME = "slurm/starts.jsonl", "slurm/outcome.json"
+"""Names of these two files in earlier versions, in which `attempt` was `start`."""
 GRACE_S, LEAST_GRACE_S = 120, 60
 """Default until a step and a save were timed, and the minimum: Slurm's timer may fire a minute early."""
 
 
-def this_start() -> str:
+def attempt_id() -> str:
     """Id of the attempt that this process belongs to: job id and restart count."""
     return f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
@@ -45,7 +45,7 @@ def record_outcome(code: int, reason: str, host: str | None = None) -> None:
         return
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
     with os.fdopen(file, "w") as out:
-        json.dump({"attempt": this_start(), "rank": rank, "code": code, "reason": reason, "host": host}, out)
+        json.dump({"attempt": attempt_id(), "rank": rank, "code": code, "reason": reason, "host": host}, out)
 
 
 def read_outcome(run: Path) -> dict[str, Any] | None:
@@ -54,7 +54,7 @@ def read_outcome(run: Path) -> dict[str, Any] | None:
         found = read_json(run / OUTCOME) or read_json(run / OLD_OUTCOME)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and _attempt(found) == this_start() else None
+    return found if isinstance(found, dict) and _attempt(found) == attempt_id() else None
 
 
 def newest_step(run: Path) -> int:
@@ -65,15 +65,15 @@ def newest_step(run: Path) -> int:
 
 def append(run: Path, record: Mapping[str, Any]) -> None:
     """Append a record to the run's attempts."""
-    with open(run / STARTS, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": time.time(), "attempt": this_start(), **record}) + "\n")
+    with open(run / ATTEMPTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": time.time(), "attempt": attempt_id(), **record}) + "\n")
 
 
-def starts(run: Path, since: float = 0.0) -> list[dict[str, Any]]:
+def attempts(run: Path, since: float = 0.0) -> list[dict[str, Any]]:
     """Attempts since that Unix time, oldest first: step, nodes and, if the attempt recorded its end, code, decision and
     reason."""
     found: dict[str, dict[str, Any]] = {}
-    for record in [*_lines(run / OLD_STARTS), *_lines(run / STARTS)]:
+    for record in [*_lines(run / OLD_ATTEMPTS), *_lines(run / ATTEMPTS)]:
         if record.get("time", 0.0) >= since:
             attempt = _attempt(record)
             found.setdefault(attempt, {}).update(record | {"attempt": attempt})
@@ -96,7 +96,7 @@ def restarts_without_progress(history: Iterable[Mapping[str, Any]], step: int) -
 
 def write_stopped(run: Path, code: int, reason: str) -> None:
     """Record why the run is not restarted."""
-    write_json(run / STOPPED, {"time": time.time(), "attempt": this_start(), "code": code, "reason": reason})
+    write_json(run / STOPPED, {"time": time.time(), "attempt": attempt_id(), "code": code, "reason": reason})
 
 
 def grace(run: Path) -> int:

@@ -126,13 +126,11 @@ def status(run: Path) -> list[tuple[str, str]]:
     if state and state.state == "RUNNING":
         shown += f", {state.elapsed} on {state.nodes}"
     lines = [("run", str(run)), ("job", f"{job.id} {shown}")]
-    history = exit_record.starts(run)
-    for start in history[-5:]:
-        when = time.strftime("%m-%d %H:%M", time.localtime(start["time"]))
-        ended = f"; {start['decision']}: {start['reason']}" if "decision" in start else ""
-        lines.append(
-            (f"start {start['attempt']}", f"{when}, {start.get('nodes')} nodes from step {start.get('step')}{ended}")
-        )
+    for each in exit_record.attempts(run)[-5:]:
+        when = time.strftime("%m-%d %H:%M", time.localtime(each["time"]))
+        ended = f"; {each['decision']}: {each['reason']}" if "decision" in each else ""
+        begun = f"{when}, {each.get('nodes')} nodes from step {each.get('step')}{ended}"
+        lines.append((f"attempt {each['attempt']}", begun))
     if last := exit_record.last_metrics(run):
         steps = f"{last['step']}, newest checkpoint {exit_record.newest_step(run)}, loss {_rounded(last.get('loss'))}"
         lines.append(("step", f"{steps}, {last.get('samples_per_s', 0):.1f} samples/s"))

@@ -61,10 +61,7 @@ def _begin(run: Path) -> int:
         (run / name).unlink(missing_ok=True)
     step = exit_record.newest_step(run)
     # After a lost node or a preemption Slurm requeues the job itself, without a call of `after`.
-    if (
-        exit_record.restarts_without_progress(exit_record.starts(run, job.submitted), step)
-        >= MAX_RESTARTS_WITHOUT_PROGRESS
-    ):
+    if _crash_looping(job, step):
         raise SlurmError(_crash_loop(step))
     got = int(os.environ.get("SLURM_JOB_NUM_NODES", job.nodes[1]))
     nodes = usable_nodes(recipe, job.tasks_per_node, min(job.nodes[0], got), got)
@@ -107,19 +104,16 @@ def after(run: Path, code: int) -> tuple[str, int]:
 
 
 def _restart(job: Job, code: int, reason: str, host: str | None, state: commands.JobState | None) -> tuple[str, int]:
-    history = exit_record.starts(job.path, job.submitted)
-    hung = 1 + sum(start.get("code") == HUNG and start.get("host") == host for start in history)
+    history = exit_record.attempts(job.path, job.submitted)
+    hung = 1 + sum(attempt.get("code") == HUNG and attempt.get("host") == host for attempt in history)
     bad = {host: f"hung in {hung} attempts: {reason}"} if host and code == HUNG and hung >= MAX_HANGS_PER_NODE else {}
     left_out = _excluded_nodes(job, bad)
     # An attempt that found a new bad node counts as progress.
-    known = {node for start in history for node in start.get("excluded", [])}
+    known = {node for attempt in history for node in attempt.get("excluded", [])}
     found = left_out if (code == BAD_NODE or bad) and left_out and set(left_out) - known else []
     exit_record.append(job.path, {"code": code, "decision": "again", "reason": reason, "host": host, "excluded": found})
     step = exit_record.newest_step(job.path)
-    if (
-        exit_record.restarts_without_progress(exit_record.starts(job.path, job.submitted), step)
-        >= MAX_RESTARTS_WITHOUT_PROGRESS
-    ):
+    if _crash_looping(job, step):
         return _stop(job, code, f"{_crash_loop(step)}; the last one: {reason}")
     if job.array:
         waiting = os.environ["SLURM_ARRAY_JOB_ID"]
@@ -175,6 +169,11 @@ def _end(job: Job, decision: str, reason: str) -> str:
     if job.array:
         commands.cancel(os.environ["SLURM_ARRAY_JOB_ID"], waiting_only=True)
     return f"{decision}: {reason}"
+
+
+def _crash_looping(job: Job, step: int) -> bool:
+    history = exit_record.attempts(job.path, job.submitted)
+    return exit_record.restarts_without_progress(history, step) >= MAX_RESTARTS_WITHOUT_PROGRESS
 
 
 def _crash_loop(step: int) -> str:

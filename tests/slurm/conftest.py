@@ -38,7 +38,7 @@ def run(cluster: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = ClusterRun(cluster, shards, tmp_path)
     yield run
     run.clear()
-    print(*run.starts(), run.log(), sep="\n")  # shown where a test fails
+    print(*run.attempts(), run.log(), sep="\n")  # shown where a test fails
 
 
 @pytest.fixture

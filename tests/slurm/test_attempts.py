@@ -17,7 +17,7 @@ CHECKPOINT = 'mkdir -p "$BIFROST_RUN/checkpoints/step-0000000{}"'
 
 
 def decisions(run: ClusterRun) -> list[str]:
-    return [start["decision"] for start in run.starts()]
+    return [attempt["decision"] for attempt in run.attempts()]
 
 
 def test_a_job_is_requeued_until_done(run: ClusterRun) -> None:
@@ -35,7 +35,7 @@ def test_a_job_is_requeued_until_done(run: ClusterRun) -> None:
     run.wait_for_end()
     assert 3000 < float((run.run / "end").read_text()) - time.time() <= 3600
     assert decisions(run) == ["again", "again", "again", "done"]
-    assert [start["step"] for start in run.starts()] == [0, 1, 1, 1]
+    assert [attempt["step"] for attempt in run.attempts()] == [0, 1, 1, 1]
     assert job(number)["Restarts"] == "3" and job(number)["JobState"] == "COMPLETED"
     assert "stopped by a signal, saved: requeued, from step 1" in run.log()
     assert "the storage is away: requeued, from step 1" in run.log() and "pending execution" not in run.log()
@@ -74,7 +74,7 @@ def test_a_crash_loop_stops(run: ClusterRun) -> None:
     run.stand_in("kill -9 $$", f"{CHECKPOINT.format(3)}; kill -9 $$", *["kill -9 $$"] * 5)
     run.submit()
     run.wait_for_end()
-    assert [start["step"] for start in run.starts()] == [0, 0, 3, 3, 3]
+    assert [attempt["step"] for attempt in run.attempts()] == [0, 0, 3, 3, 3]
     assert decisions(run) == ["again"] * 4 + ["stopped"]
     assert run.stopped()["reason"].startswith("3 attempts without a checkpoint after step 3")
     assert run.stopped()["reason"] in run.bifrost("status", str(run.run))
@@ -82,7 +82,7 @@ def test_a_crash_loop_stops(run: ClusterRun) -> None:
     run.stand_in(*["kill -9 $$"] * 5, "true")
     run.jobs.append(run.bifrost("resume", str(run.run)).strip())
     assert not (run.run / "stopped.json").exists()
-    run.wait("start", lambda: len(run.starts()) == 6)
+    run.wait("start", lambda: len(run.attempts()) == 6)
     run.wait_for_end()
     assert decisions(run)[5:] == ["done"]
 
@@ -168,7 +168,7 @@ def test_cancel_now(run: ClusterRun) -> None:
     run.wait("start", run.starts)
     run.bifrost("cancel", str(run.run), "--now")
     run.wait("end", lambda: job(number)["JobState"] == "CANCELLED")
-    assert len(run.starts()) == 1
+    assert len(run.attempts()) == 1
 
 
 def test_logs(run: ClusterRun, capfd: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from bifrost.recipes import load_recipe
 from bifrost.slurm.cli import slurm_app
 from bifrost.slurm.exit_codes import HUNG, STOPPED
-from bifrost.slurm.exit_record import record_outcome, starts
+from bifrost.slurm.exit_record import attempts, record_outcome
 from bifrost.slurm.job import Job
 from bifrost.slurm.jobs import submit
 from bifrost.slurm.requeue import after, before
@@ -48,7 +48,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 
 
 def decision(job: Job) -> str:
-    return starts(job.path)[-1]["decision"]
+    return attempts(job.path)[-1]["decision"]
 
 
 def test_an_unknown_job_state_counts_as_running(job: Job, stand: Stand) -> None:
@@ -117,7 +117,7 @@ def test_the_suspect_node_of_two_hangs_is_excluded(job: Job, stand: Stand, monke
     assert list(book) == ["node2"] and book["node2"]["reason"].startswith("hung in 2 attempts: ")
     assert "no step for 100 s" in book["node2"]["reason"]
     assert [call for call in calls() if "update" in call] == ["update JobId=7 ExcNodeList=node2"]
-    assert [start["excluded"] for start in starts(job.path)] == [[], [], ["node2"]]
+    assert [attempt["excluded"] for attempt in attempts(job.path)] == [[], [], ["node2"]]
 
 
 def test_an_error_before_the_ranks_start_is_recorded_in_the_run_folder(job: Job) -> None:
@@ -212,7 +212,11 @@ def test_a_job_that_an_earlier_version_submitted_is_continued(job: Job, stand: S
     before(job.path)
     assert load_recipe(recipe).data.shuffle_window == 2, "the ranks read it next"
     assert not (folder / "unable").exists() and not (folder / "outcome.json").exists()
-    assert [(start["attempt"], start["step"]) for start in starts(job.path)] == [("6.0", 0), ("6.1", 0), ("7.0", 0)]
+    assert [(attempt["attempt"], attempt["step"]) for attempt in attempts(job.path)] == [
+        ("6.0", 0),
+        ("6.1", 0),
+        ("7.0", 0),
+    ]
     written = {"start": "7.0", "rank": "3", "code": HUNG, "reason": "no step", "host": "node2"}
     (folder / "outcome.json").write_text(json.dumps(written))
     line, code = after(job.path, 143)

@@ -79,7 +79,7 @@ class ClusterRun:
     def wait_for_end(self) -> None:
         """Wait until the run's last decision is final and its job is gone."""
         self.wait(
-            "end", lambda: self.starts() and self.starts()[-1].get("decision") in ("done", "stopped", "cancelled")
+            "end", lambda: self.attempts() and self.attempts()[-1].get("decision") in ("done", "stopped", "cancelled")
         )
         self.wait("quiet", self.quiet)
 
@@ -90,11 +90,11 @@ class ClusterRun:
     def steps(self) -> list[dict]:
         return runs.steps(self.run) if (self.run / "metrics.jsonl").exists() else []
 
-    def starts(self) -> list[dict]:
+    def attempts(self) -> list[dict]:
         """The run's attempts, with their decisions."""
-        from bifrost.slurm.exit_record import starts
+        from bifrost.slurm.exit_record import attempts
 
-        return starts(self.run)
+        return attempts(self.run)
 
     def log(self) -> str:
         path = self.run / "slurm" / "job.log"

@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
 from ...slurm.errors import first_line
 from ...slurm.exit_codes import HUNG
-from ...slurm.exit_record import record_outcome, this_start
+from ...slurm.exit_record import attempt_id, record_outcome
 from ...slurm.rank_env import expand_hosts, host_name
 from ..errors import RendezvousTimeout, RunError
 
@@ -69,7 +69,7 @@ def join_store(rank: int, size: int, wait_s: float) -> Store:
                 f"rank {rank}: rank 0 cannot be reached at {address}:{port} within {wait_s:.0f} s"
             ) from error
         # The prefix keeps out ranks of an attempt that Slurm believes dead, or of a job whose id gives the same port.
-        store = PrefixStore(this_start(), opened)
+        store = PrefixStore(attempt_id(), opened)
     store.set(f"joined-{rank}", host_name())
     return store
 

@@ -19,7 +19,7 @@ from ...data.units import format_seconds
 from ...recipes import Recipe
 from ...slurm.exclusions import EXCLUDED
 from ...slurm.exit_record import STOPPED
-from ...slurm.exit_record import starts as slurm_starts
+from ...slurm.exit_record import attempts as slurm_attempts
 from ..io import flat, read_json
 from ..monitors.renames import previews
 from .drawing import COLOURS, Curve, Figure, bands, figure, noisy, smoothed
@@ -233,7 +233,7 @@ def _jobs(folder: Path) -> list[list[Any]]:
             each.get("decision"),
             each.get("reason"),
         ]
-        for each in slurm_starts(folder)[-SHOWN:]
+        for each in slurm_attempts(folder)[-SHOWN:]
     ]
 
 
