@@ -16,11 +16,12 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import psutil
 
 from .errors import DataError
+from .local import names_in, with_retries
 
 log = logging.getLogger(__name__)
 
@@ -80,26 +81,36 @@ def sole_owner(folder: Path) -> Iterator[None]:
     files are renamed into place atomically, and only temporary files of dead processes are removed.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
+        with_retries(lambda: folder.mkdir(parents=True, exist_ok=True), folder)
+        lock = with_retries(lambda: open(folder / ".lock", "w"), folder)  # noqa: SIM115
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}; name a folder that can be written") from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{folder}: another process writes here; wait for it or end it") from None
+            locked = with_retries(lambda: _lock(lock, folder), folder)
         except OSError as error:
-            if error.errno not in WITHOUT_LOCKS:
-                raise DataError(f"{folder}: cannot be locked ({error.strerror}); name another folder") from None
-            _warn_of_no_locks(folder)
-            for leftover in folder.glob(f"*.tmp-{platform.node()}-*"):
-                if not psutil.pid_exists(int(leftover.name.rpartition("-")[2])):
-                    leftover.unlink(missing_ok=True)
-        else:
-            for leftover in folder.glob("*.tmp-*"):
-                leftover.unlink()
+            raise DataError(f"{folder}: cannot be locked ({error.strerror}); name another folder") from None
+        for name in names_in(folder):
+            _, temporary, owner = name.partition(".tmp-")
+            host, _, process = owner.rpartition("-")
+            if temporary and (locked or (host == platform.node() and not psutil.pid_exists(int(process)))):
+                with_retries(lambda name=name: (folder / name).unlink(missing_ok=True), folder)
         yield
+
+
+def _lock(file: IO[str], folder: Path) -> bool:
+    """Lock an open file without waiting; False on a file system without locks, with a warning. Raises DataError when
+    another process holds the lock, OSError if the lock fails."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        raise DataError(f"{folder}: another process writes here; wait for it or end it") from None
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        _warn_of_no_locks(folder)
+        return False
 
 
 _warned: set[int] = set()

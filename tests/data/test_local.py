@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import fcntl
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 
 from bifrost.data import DataError, DataLost, index_shards, parquet, retry
 from bifrost.data.ingest import ingest
+from bifrost.data.processes import sole_owner
 from bifrost.data.shards import expand
 from bifrost.data.sources import list_source
 
@@ -176,6 +178,22 @@ def test_shards_in_a_failing_folder(sources, faults, spec) -> None:
     for work in (expand, index_shards):
         with pytest.raises(DataLost, match="/tars: Stale file handle; check the storage"):
             work(sources[spec])
+
+
+@pytest.mark.parametrize("name", [".lock", "x.tar.tmp-1", "out"])
+def test_a_folder_is_locked_despite_faults(faults, tmp_path, monkeypatch, name) -> None:
+    out = tmp_path / "out"
+    for call in ("mkdir", "unlink"):
+        monkeypatch.setattr(os, call, faults.failing(call, getattr(os, call)))
+    monkeypatch.setattr(fcntl, "flock", lambda file, flags: faults.may_fail("flock", file.name))
+    faults.times, faults.names = 2, {name}
+    for _ in range(2):
+        with sole_owner(out):
+            (out / "x.tar.tmp-1").touch()
+    assert len(faults.fired) >= 1
+    faults.times = 1000
+    with pytest.raises(DataLost, match="/out: Stale file handle; check the storage"), sole_owner(out):
+        pass
 
 
 def test_finished_ingest_is_recognized_despite_faults(sources, faults, tmp_path) -> None:
