@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 from fsspec.implementations.local import LocalFileSystem
 
 from .errors import DataLost, DataMissing
-from .remote import RemoteFile, filesystem, read_start, size_of
+from .remote import RemoteFile, filesystem, read_start
 from .retry import call
 from .transience import verdict
 
@@ -49,9 +49,10 @@ def open_file(url: str, total: int | None = None) -> File:
 
 
 def exists(url: str) -> bool:
-    """Whether the file or object exists; raises DataLost or DataError when this cannot be determined."""
+    """Whether the file or object exists; raises DataLost or DataError when this cannot be determined. Its first byte is
+    read: to a request for metadata, a login page has the status of a file."""
     try:
-        call(lambda: size_of(url), url)
+        content(url, 1)
     except DataMissing:
         return False
     return True

@@ -17,7 +17,7 @@ import numpy as np
 from braceexpand import braceexpand
 
 from .errors import BadSample, DataError, DataLost, DataMissing
-from .files import File, OpenShards, is_local, open_file
+from .files import File, OpenShards, content, is_local, open_file
 from .index import (
     CAPTION_TYPE,
     Header,
@@ -210,6 +210,7 @@ def _open_header(shard: str) -> Header:
     except DataMissing:
         raise DataError(f"{shard}: no index next to it; run `bifrost data index {shard}`") from None
     if size is not None and size != header.bytes:  # some HTTP servers do not state it; it is then checked on read
+        content(shard, 1)  # raises for a web page with the status of a shard
         raise DataError(
             f"{shard}: {size} bytes, indexed as {header.bytes}: truncated or altered; restore it, or run"
             f" `bifrost data index {shard}` to accept it"

@@ -315,6 +315,19 @@ def test_unusable_responses_are_permanent(served, fault, opening, listing, most)
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("served", ["http"], indirect=True)
+@pytest.mark.parametrize("path", ["", "s-00000.tar", "s-00000.index.jsonl"])
+def test_a_login_page_is_neither_a_shard_nor_an_index(served, path) -> None:
+    """In place of both or of one, for every command that looks at them."""
+    plan, address = served
+    plan.rules.append(Rule("page", path, math.inf))
+    works = [open_dataset, verify]
+    works += [] if path == "s-00000.tar" else [lambda shard: index_shards(shard, only_missing=True)]
+    for work in works:
+        with pytest.raises(DataError, match=r"s-00000.*: received a web page instead of the file; check the address"):
+            print(work(address + "00000.tar"))
+
+
 @pytest.mark.parametrize("served", ["s3"], indirect=True)
 @pytest.mark.parametrize("code", ["400 SlowDown", "409 OperationAborted"])
 def test_retryable_codes_with_status_400_and_409(served, folder, code) -> None:
