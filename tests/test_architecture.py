@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = {"kernels": [], "data": [], "recipes": [], "slurm": ["recipes", "data.retry", "data.atomic"]}
+FLOORS = {"kernels": [], "data": [], "recipes": [], "slurm": ["recipes", "data"]}
 """Folder -> what of ours it may import, apart from itself. trainer/ may import all of them."""
 ROOMS = {
     "": [],

@@ -5,19 +5,25 @@ from __future__ import annotations
 import os
 import platform
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from glob import glob
 from importlib import metadata
 from pathlib import Path
 
 from braceexpand import braceexpand
 
+from ...data.errors import DataError
+from ...data.files import is_local
+from ...data.local import is_kind, stat_of
+from ...data.retry import call
+from ...data.shards import expand
 from ...recipes import RecipeError, load_recipe
 from ..job import RECIPE
+from ..named_paths import require_paths
 from ..software import all_versions, digest, source_digest
 from .devices import device_findings
 from .finding import Finding, Limits
@@ -41,7 +47,7 @@ def node_checks(
         yield "site command", lambda: [_command(command, limits.node_s / 2)]
     if run:
         yield "run folder", lambda: [_folder("run folder", run, limits.free_gib, limits.inodes)]
-        yield "recipe and data", lambda: _recipe(_recipe_file(run))
+        yield "recipe and data", lambda: _recipe(run)
     yield "versions", _versions
 
 
@@ -50,9 +56,9 @@ def _local(check: str, folder: Path, limits: Limits) -> list[Finding]:
 
 
 def _folder(check: str, folder: Path, gib: float, inodes: int, own: bool = False) -> Finding:
-    if not folder.is_dir():
-        return Finding(check, str(folder), f"{folder} is not a folder on this node", own)
     try:
+        if not is_kind(folder, stat.S_ISDIR):
+            return Finding(check, str(folder), f"{folder} is not a folder on this node", own)
         # Read the content back: a full or failing disk may accept only the name.
         with tempfile.NamedTemporaryFile(prefix=".preflight-", dir=folder) as file:
             file.write(b"bifrost" * 1000)
@@ -60,6 +66,8 @@ def _folder(check: str, folder: Path, gib: float, inodes: int, own: bool = False
             os.fsync(file.fileno())
             written = Path(file.name).read_bytes() == b"bifrost" * 1000
         disk = os.statvfs(folder)
+    except DataError as error:
+        return Finding(check, str(folder), str(error), own)
     except OSError as error:
         return Finding(check, str(folder), f"{folder} cannot be written: {error.strerror or error}", own)
     if not written:
@@ -92,36 +100,27 @@ def _command(command: str, seconds: float) -> Finding:
     return Finding("site command", f"exit code {done.returncode}", said[:200], own=True)
 
 
-def _recipe_file(run: Path) -> Path:
-    """The submitted recipe, or that of a run started without Slurm."""
-    submitted = run / RECIPE
-    return submitted if submitted.exists() else run / "recipe.yaml"
-
-
-def _recipe(file: Path) -> list[Finding]:
-    """Check the run's recipe and its local shards; shards behind a URL are skipped."""
+def _recipe(run: Path) -> list[Finding]:
+    """Check the recipe submitted for the run, or that of a run started without Slurm, and its local shards; shards
+    behind a URL are skipped."""
     try:
-        recipe = Finding("recipe", digest([file.read_text(encoding="utf-8")]), same=True)
-        spec = load_recipe(file, stored=True).data.shards
-    except OSError as error:
-        return [Finding("recipe", "", f"{file}: {error.strerror}")]
-    except RecipeError as error:
+        file = run / RECIPE if stat_of(run / RECIPE) else run / "recipe.yaml"
+        text = call(lambda: file.read_text(encoding="utf-8"), file)
+        recipe = load_recipe(file, stored=True)
+        require_paths(recipe)
+    except (RecipeError, DataError) as error:
         return [Finding("recipe", "", str(error))]
-    files: list[str] = []
+    found = Finding("recipe", digest([text]), same=True)
+    spec = recipe.data.shards
     patterns = [each for one in ([spec] if isinstance(spec, str) else spec) for each in braceexpand(one)]
-    local = [pattern for pattern in patterns if "://" not in pattern]
-    for pattern in local:
-        if os.path.isdir(pattern):
-            pattern = os.path.join(pattern, "*.tar")
-        files += glob(pattern) if any(mark in pattern for mark in "*?[") else [pattern]
-    if local and not files:
-        return [recipe, Finding("data", "", f"{local[0]}: no shards found")]
-    files.sort()
+    local = [pattern for pattern in patterns if is_local(pattern)]
     try:
-        sizes = [str(os.stat(each).st_size) for each in files[:: max(1, len(files) // LOOKED_AT)]]
-    except OSError as error:
-        return [recipe, Finding("data", "", f"{error.filename}: {error.strerror}")]
-    return [recipe, Finding("data", f"{len(files)} shards ({digest([*files, *sizes])})", same=True)]
+        shards = expand(local, mixed=False) if local else []
+        chosen = shards[:: max(1, len(shards) // LOOKED_AT)]
+        sizes = [str(call(lambda each=each: os.stat(each), each).st_size) for each in chosen]
+    except DataError as error:
+        return [found, Finding("data", "", str(error))]
+    return [found, Finding("data", f"{len(shards)} shards ({digest([*shards, *sizes])})", same=True)]
 
 
 def _versions() -> list[Finding]:

@@ -1,5 +1,6 @@
 """Checks of one node alone: folders, GPUs by nvidia-smi, and a laptop without Slurm."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch._C._distributed_c10d import HashStore
 
+from bifrost.data import retry
 from bifrost.slurm.preflight import Limits, devices, fabric, find_rank_info, preflight, runner, smi
 from bifrost.slurm.preflight.node import _folder, _recipe, node_checks
 from bifrost.slurm.preflight.verdict import decide
@@ -17,6 +19,7 @@ from bifrost.slurm.preflight.verdict import decide
 SINGLE = """
 import os, sys
 from pathlib import Path
+from bifrost.data import retry
 from bifrost.slurm.preflight import Limits, find_rank_info, preflight
 run = Path(sys.argv[1]) if len(sys.argv) > 1 else None
 limits = Limits(free_gib=0.01, scratch_gib=0.01, inodes=1)
@@ -59,7 +62,7 @@ def test_a_missing_shard_is_named_and_no_secret_printed(tmp_path: Path, monkeypa
     )
     found = [f for _, check in node_checks(find_rank_info({}), tmp_path, (), None, Limits()) for f in check()]
     data = next(finding for finding in found if finding.check == "data")
-    assert data.reason == f"{tmp_path}/train-00000.tar: No such file or directory"
+    assert data.reason == f"{tmp_path}/train-00000.tar: No such file or directory; check the path"
     assert "hush" not in str(found)
 
 
@@ -71,8 +74,44 @@ def test_a_folder_as_shards(tmp_path: Path) -> None:
         "{stage: patch-latents, name: x, steps: 1, global_batch: 1, micro_batch: 1, backbone: {path: 'builtin:tiny'},"
         f" data: {{shards: '{tmp_path}'}}}}"
     )
-    data = next(finding for finding in _recipe(recipe) if finding.check == "data")
+    data = next(finding for finding in _recipe(tmp_path) if finding.check == "data")
     assert data.figure.startswith("2 shards (")
+
+
+@pytest.mark.parametrize("check", ["recipe", "data", "temp"])
+def test_a_storage_error_is_not_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str) -> None:
+    monkeypatch.setattr(retry, "_sleep", lambda seconds: None)
+    for name in ("shards", "scratch"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "shards" / "0.tar").touch()
+    (tmp_path / "recipe.yaml").write_text(
+        "{stage: patch-latents, name: x, steps: 1, global_batch: 1, micro_batch: 1, backbone: {path: 'builtin:tiny'},"
+        f" data: {{shards: '{tmp_path}/shards'}}}}"
+    )
+    failing = {"recipe": "slurm/recipe.yaml", "data": "shards", "temp": "scratch"}[check]
+    asked = os.stat
+
+    def stat(path: object = ".", *arguments: object, **options: object) -> os.stat_result:
+        if str(path) == str(tmp_path / failing):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        return asked(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    folder = [] if check != "temp" else [_folder("temp", tmp_path / "scratch", 0, 0)]
+    found = next(each for each in (*folder, *_recipe(tmp_path)) if each.check == check)
+    assert (
+        found.reason
+        == f"{tmp_path / failing}: Stale file handle; check the storage or the network; another attempt may succeed"
+    )
+
+
+def test_a_missing_path_of_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "{stage: patch-latents, name: x, steps: 1, global_batch: 1, micro_batch: 1, backbone: {path: 'builtin:tiny'},"
+        f" runs_dir: {tmp_path}, init_from: {tmp_path}/gone, data: {{shards: '{tmp_path}/0.tar'}}}}"
+    )
+    (found,) = _recipe(tmp_path)
+    assert (found.check, found.reason) == ("recipe", f"init_from={tmp_path}/gone: no such file or folder")
 
 
 SMI = """#!/bin/sh

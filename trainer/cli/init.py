@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ...recipes import load_recipe, shipped_recipes, template
+from ...slurm.named_paths import require_paths
 from ..errors import RunError, writing
 
 CHOICES = ", ".join(shipped_recipes())
@@ -28,6 +29,7 @@ def init(
         raise RunError(f"choose a recipe to start from, such as --from tiny-mllm; available: {CHOICES}")
     file = out or Path(f"{name}.yaml")
     text = template(source, name, data, str(file))
+    require_paths(load_recipe(source, [f"name={name}"]))
     with writing(file):
         try:
             with open(file, "x", encoding="utf-8") as opened:

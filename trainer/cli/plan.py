@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ...recipes import load_recipe
+from ...slurm.named_paths import require_paths
 from ..errors import RunError, writing
 from .options import Overrides, RecipeArgument
 
@@ -25,6 +26,7 @@ def plan(
 ) -> None:
     """Predict memory, FLOPs, traffic, step time and cost of a recipe on any number of GPUs."""
     settings = load_recipe(recipe, overrides or [])
+    require_paths(settings)
     counts = _counts(gpus)
     from ..planner.devices import find_device, this_device
 

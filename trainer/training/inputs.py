@@ -12,7 +12,7 @@ import numpy as np
 from ...data import Dataset, Plan, open_dataset
 from ...recipes import Recipe
 from ...recipes.secrets import HIDDEN
-from ...slurm.exit_record import newest_step
+from ...slurm.named_paths import require_paths
 from ..distributed.process_group import Gather, alone
 from ..errors import RunError
 from ..models.hub import architecture, from_cache
@@ -58,14 +58,9 @@ def open_inputs(recipe: Recipe, ranks: int, rank: int = 0, gather: Gather = alon
 
 
 def require_places(recipe: Recipe) -> None:
-    """RunError for a missing folder that a run reads only after its model is built; the message names the setting. The
-    model's own files were checked when the stage was opened."""
-    names = {"previews.controlnet": recipe.previews.controlnet} if recipe.previews.every else {}
-    if not newest_step(Path(recipe.runs_dir) / recipe.name):  # read only at the first start
-        names["init_from"] = recipe.init_from
-    for key, place in names.items():
-        if place and not Path(place).exists():
-            raise RunError(f"{key}={place}: no such file or folder")
+    """`require_paths`, and RunError for a missing FLUX of the previews; the stage's own models were checked when it was
+    opened."""
+    require_paths(recipe)
     if recipe.previews.every and recipe.previews.flux:
         architecture(recipe.previews.flux, None, "previews.flux")
 
