@@ -46,5 +46,5 @@ def _show(found: dict[str, Any]) -> None:
     table.add_row("all", format_seconds(found["wall_s"]), "", f"{found['attempts']} attempts, {found['step']} steps")
     console = terminal()
     console.print(table)
-    lost = f", {found['lost_steps']} steps done twice" if found["lost_steps"] else ""
+    lost = f", {found['lost_steps']} steps repeated" if found["lost_steps"] else ""
     console.print(f"effective training time ratio {found['ettr']:.1%}{lost}")

@@ -1,1 +1,1 @@
-"""Looking at runs from their folders alone: a page of one, and what differs between several."""
+"""Reports from run folders only: a page of one run, and a comparison of several."""

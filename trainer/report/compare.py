@@ -1,4 +1,4 @@
-"""What differs between runs: settings, environment, losses of the same steps, samples, speed."""
+"""Differences between runs: settings, environment, losses of the same steps, samples, speed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from ..io import flat
 from ..training.data_digest import comparable
-from .drawing import COLOURS, Curve, Figure, figure, smoothed
+from .drawing import COLOURS, Chart, Curve, chart, smoothed
 from .files import RunFiles
 from .page import template
 
 WINDOW = 4
-"""Final losses are taken over the last part, one of so many, of the steps that all runs have."""
+"""Final losses are those of the last 1/WINDOW of the steps that all runs have."""
 CURVES = {
     "loss": "loss, smoothed",
     "samples_per_s": "samples per second",
@@ -27,9 +27,9 @@ SMOOTH = ("loss", "grad_norm")
 
 
 def compare(runs: Sequence[RunFiles]) -> dict[str, Any]:
-    """`runs`: their names; `figures`: what is counted -> a value a run; `loss`: over the last steps that all have;
-    `against_first`: of every other run the losses and samples of the same steps; `settings` and `environment`: those
-    that differ, key -> a value a run. Values are None where a run has none."""
+    """`runs`: their names; `figures`: name -> values; `loss`: see `last_losses`; `against_first`: per other run, losses
+    and samples of the same steps; `settings` and `environment`: differing key -> values. Values are listed in the order
+    of the runs, None for a run without one."""
     return {
         "runs": [run.name for run in runs],
         "figures": {name: [of(run) for run in runs] for name, of in FIGURES.items()},
@@ -42,7 +42,7 @@ def compare(runs: Sequence[RunFiles]) -> dict[str, Any]:
 
 def last_losses(runs: Sequence[RunFiles]) -> dict[str, Any] | None:
     """Mean and standard deviation of each run's logged losses in `window`, the last steps that all runs have, and the
-    smoothed loss at its end; None where they have none in common."""
+    smoothed loss at its end; None if no step is common to all."""
     curves = [run.column("loss") for run in runs]
     if not all(curves):
         return None
@@ -61,7 +61,7 @@ def last_losses(runs: Sequence[RunFiles]) -> dict[str, Any] | None:
 
 
 def same_steps(first: RunFiles, other: RunFiles) -> dict[str, Any]:
-    """`lines`: steps that both logged a loss of; their differences, other less first."""
+    """`lines`: number of steps for which both logged a loss; the differences, other minus first."""
     before, after = dict(first.column("loss")), dict(other.column("loss"))
     both = sorted(before.keys() & after.keys())
     if not both:
@@ -80,8 +80,8 @@ def same_steps(first: RunFiles, other: RunFiles) -> dict[str, Any]:
 
 
 def samples(first: RunFiles, other: RunFiles) -> dict[str, Any]:
-    """The last logged step up to which both consumed the same samples, and the first at which they had not; None where
-    there is no such line."""
+    """The last logged step up to which both consumed the same samples, and the first at which they had not; None if
+    there is no such step."""
     before, after = ({line["step"]: line.get("data_digest") for line in run.steps} for run in (first, other))
     both = sorted(step for step in before.keys() & after.keys() if comparable(before[step], after[step]))
     apart = next((step for step in both if before[step] != after[step]), None)
@@ -90,7 +90,7 @@ def samples(first: RunFiles, other: RunFiles) -> dict[str, Any]:
 
 
 def differing(trees: Sequence[dict[str, Any]], besides: Sequence[str] = ()) -> dict[str, list[Any]]:
-    """Dotted key -> its value in each tree, where they are not all the same."""
+    """Dotted key -> its value in each tree, for values that differ."""
     leaves = [dict(flat(tree)) for tree in trees]
     keys = dict.fromkeys(key for each in leaves for key in each)
     found = {key: [each.get(key) for each in leaves] for key in keys if key and key not in besides}
@@ -98,34 +98,34 @@ def differing(trees: Sequence[dict[str, Any]], besides: Sequence[str] = ()) -> d
 
 
 def page(runs: Sequence[RunFiles], found: dict[str, Any]) -> str:
-    """The comparison `found` as HTML, with the runs' curves over each other."""
+    """The comparison `found` as HTML, with overlaid curves."""
     return template("compare").render(
         found=found,
         runs=runs,
-        figures=curves(runs),
+        charts=charts(runs),
         tables=tables(found),
         colours=[_colour(i) for i in range(len(runs))],
     )
 
 
-def curves(runs: Sequence[RunFiles]) -> list[Figure]:
+def charts(runs: Sequence[RunFiles]) -> list[Chart]:
     drawn = []
     for key, title in CURVES.items():
-        even: Callable[..., Any] = smoothed if key in SMOOTH else list
-        each = [Curve(run.name, even(run.column(key)), _colour(i)) for i, run in enumerate(runs)]
-        drawn.append(figure(title, each, zero=key not in SMOOTH, falls=key in SMOOTH))
+        shown: Callable[..., Any] = smoothed if key in SMOOTH else list
+        each = [Curve(run.name, shown(run.column(key)), _colour(i)) for i, run in enumerate(runs)]
+        drawn.append(chart(title, each, zero=key not in SMOOTH, falls=key in SMOOTH))
     base = dict(runs[0].column("loss"))
     apart = [
         Curve(run.name, [(step, loss - base[step]) for step, loss in run.column("loss") if step in base], _colour(i))
         for i, run in enumerate(runs)
         if i
     ]
-    drawn.insert(1, figure(f"loss less that of {runs[0].name}, same steps", apart))
+    drawn.insert(1, chart(f"loss minus that of {runs[0].name}, same steps", apart))
     return [each for each in drawn if each is not None]
 
 
 def tables(found: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """Heading -> column heads and rows, for a terminal and for the page."""
+    """Heading -> column heads and rows, for the terminal and the page."""
     names = found["runs"]
     figures = [[name, *map(_number, values)] for name, values in found["figures"].items() if any(_known(values))]
     if loss := found["loss"]:
@@ -145,12 +145,12 @@ def tables(found: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]
 
 def _losses(row: dict[str, Any]) -> str:
     if not row["lines"]:
-        return "no step that both logged"
+        return "no step logged by both"
     lines = f"{row['lines']:,} line{'s' * (row['lines'] > 1)}"
     if row["equal"]:
         return f"equal to the bit on {lines}"
     return (
-        f"{row['mean_difference']:+.3g} on average over {lines}, {row['mean_distance']:.3g} apart,"
+        f"{row['mean_difference']:+.3g} on average over {lines}, {row['mean_distance']:.3g} in absolute value,"
         f" at most {row['largest']:+.3g} (step {row['largest_at']:,}), last {row['last']:+.3g}"
     )
 
@@ -158,8 +158,8 @@ def _losses(row: dict[str, Any]) -> str:
 def _samples(row: dict[str, Any]) -> str:
     same, apart = row["same_samples_to"], row["other_samples_at"]
     if apart is not None:
-        return f"others from step {apart:,} on" + (f", the same up to step {same:,}" if same else ", none the same")
-    return f"the same up to step {same:,}" if same else "not known"
+        return f"different from step {apart:,}" + (f", the same up to step {same:,}" if same else "")
+    return f"the same up to step {same:,}" if same else "unknown"
 
 
 def _median(key: str) -> Callable[[RunFiles], float | None]:
@@ -188,19 +188,19 @@ FIGURES: dict[str, Callable[[RunFiles], float | None]] = {
     "samples": _last("samples"),
     "samples/s, median": _median("samples_per_s"),
     "tokens/s, median": _median("tokens_per_s"),
-    "s a step, median": _median("step_s"),
+    "s per step, median": _median("step_s"),
     "TFLOP/s per device, median": _median("tflops_per_device"),
     "MFU, median": _median("mfu"),
     "HFU, median": _median("hfu"),
     "share waiting for data": _waiting,
     "peak memory, GiB": _last("peak_memory_gib"),
-    "head-room, GiB": _last("memory_headroom_gib"),
+    "headroom, GiB": _last("memory_headroom_gib"),
     "allocator retries": _last("alloc_retries"),
     "steps skipped": _last("skipped_steps"),
     "effective training time": _goodput("ettr"),
-    "hours in all": lambda run: run.goodput["wall_s"] / 3600 if run.goodput else None,
-    "starts": _goodput("attempts"),
-    "steps done twice": _goodput("lost_steps"),
+    "hours in total": lambda run: run.goodput["wall_s"] / 3600 if run.goodput else None,
+    "attempts": _goodput("attempts"),
+    "steps repeated": _goodput("lost_steps"),
 }
 
 

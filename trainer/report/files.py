@@ -19,15 +19,16 @@ from ..monitors.goodput import Ledger
 from ..monitors.metrics import read_metrics
 
 RECIPES = ("recipe.yaml", "slurm/recipe.yaml")
-"""As resolved by a start; as handed to Slurm, before the first one."""
+"""As resolved by an attempt; as submitted to Slurm, before the first attempt."""
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """name: as shown; recipe, environment, kernels: content of the files of these names, {} without; records: all of
+    """recipe, environment, kernels: content of the files of these names, {} if missing; records: all of
     metrics.jsonl."""
 
     name: str
+    """As displayed."""
     folder: Path
     recipe: dict[str, Any]
     environment: dict[str, Any]
@@ -36,31 +37,30 @@ class RunFiles:
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
-        """The metric lines, events left out."""
+        """The metric lines, without events."""
         return [record for record in self.records if "event" not in record and isinstance(record.get("step"), int)]
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
         return [record for record in self.records if record.get("event") in kinds]
 
     def column(self, key: str) -> list[tuple[float, float]]:
-        """(step, value) of every line that has a number there."""
+        """(step, value) of every line with a number under `key`."""
         return [(line["step"], line[key]) for line in self.steps if isinstance(line.get(key), (int, float))]
 
     @cached_property
     def goodput(self) -> dict[str, Any] | None:
-        """As `bifrost goodput` has it; None before the first start."""
+        """The figures of `bifrost goodput`; None before the first attempt."""
         return Ledger(self.records).summary() if self.events("start") else None
 
     def state(self, now: float | None = None) -> str:
-        """What the run is doing or how it ended, in a few words."""
+        """The run's state in a few words."""
         return run_state(self.records, self.folder, time.time() if now is None else now)[1]
 
 
 def run_state(records: list[dict[str, Any]], folder: Path, now: float) -> tuple[str, str]:
-    """What a run is doing or how it ended, by its newest records: `new`, `running`, `stopped`, `finished` or `failed`,
-    and a few words on it."""
+    """State of a run from its newest records: `new`, `running`, `stopped`, `finished` or `failed`, and a few words."""
     turns = [record for record in records if record.get("event") in ("start", "end", "hang")]
-    # Of a long run the newest records may hold no turn: then it has run since.
+    # The newest records of a long attempt may lack its first one.
     last = turns[-1] if turns else {"event": "start"} if records else None
     owner = read_json(folder / "lock.json") or {}
     silent = now - owner.get("beat", 0.0)
@@ -72,18 +72,18 @@ def run_state(records: list[dict[str, Any]], folder: Path, now: float) -> tuple[
         outcome = last["outcome"]
         return outcome, "stopped by a signal, can be resumed" if outcome == "stopped" else outcome
     if silent <= STALE_S:
-        return "running", f"running, last sign of life {max(silent, 0):.0f} s before this page"
-    return "failed", "ended without a word: killed, or its node was lost"
+        return "running", f"running, last sign of life {max(silent, 0):.0f} s ago"
+    return "failed", "ended without a record: killed, or its node was lost"
 
 
 def open_run(folder: Path, name: str | None = None) -> RunFiles:
-    """The run in `folder`; RunError when there is none."""
+    """The run in `folder`; RunError if there is none."""
     recipe = next((file for place in RECIPES if (file := folder / place).is_file()), None)
     metrics = folder / "metrics.jsonl"
     if recipe is None and not metrics.is_file():
-        raise RunError(f"{folder}: no run folder, it holds neither recipe.yaml nor metrics.jsonl")
+        raise RunError(f"{folder}: is not a run folder: it has neither recipe.yaml nor metrics.jsonl")
     try:
-        # Pages are passed on: a password in an address stays behind.
+        # Pages are shared: remove passwords from addresses.
         text = redact(recipe.read_text(encoding="utf-8")) if recipe else ""
         settings = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -1,4 +1,4 @@
-"""Report of a run: everything in its folder on one page, in a single file without a server."""
+"""Report of a run: one self-contained HTML page of everything in its folder."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ...slurm.exit_record import STOPPED
 from ...slurm.exit_record import attempts as slurm_attempts
 from ..io import flat, read_json
 from ..monitors.renames import previews
-from .drawing import COLOURS, Curve, Figure, bands, figure, noisy, smoothed
+from .drawing import COLOURS, Chart, Curve, chart, noisy, smoothed
 from .files import RunFiles
-from .timeline import KINDS, Start, starts, stretches
+from .timeline import KINDS, Attempt, attempts, intervals
 
 SHOWN = 40
-"""Rows of a table of events; of more, the newest."""
+"""Maximum rows of a table of events: the newest."""
 SHEETS, WIDEST = 3, 1400
 """Number of newest contact sheets shown, and their maximum width in pixels."""
 TROUBLE = ("skipped_step", "rollback", "baseline_reset", "bad_samples", "save_failed", "straggler", "hang")
@@ -36,16 +36,16 @@ TROUBLE = ("skipped_step", "rollback", "baseline_reset", "bad_samples", "save_fa
 def page(run: RunFiles, now: float | None = None) -> str:
     """The page as HTML."""
     now = time.time() if now is None else now
-    begun = starts(run.records)
+    found = attempts(run.records)
     sections = {
         "run": run,
         "state": run.state(now),
         "made": moment(now),
         "tiles": tiles(run),
-        "figures": figures(run),
-        "strip": strip(run, begun),
+        "charts": charts(run),
+        "strip": strip(run, found),
         "goodput": _goodput(run),
-        "starts": _starts(begun),
+        "attempts": _attempts(found),
         "jobs": _jobs(run.folder),
         "trouble": _trouble(run),
         "counts": Counter(event["event"] for event in run.events(*TROUBLE)),
@@ -63,7 +63,7 @@ def page(run: RunFiles, now: float | None = None) -> str:
 
 
 def template(name: str) -> Any:
-    """The template of a page, with what all of them use."""
+    """A template, with the filters that all templates use."""
     environment = Environment(
         loader=PackageLoader(__package__ or "", "."),
         autoescape=True,
@@ -89,19 +89,19 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
         "mfu": ("MFU", "{:.1%}"),
         "tflops_per_device": ("TFLOP/s per device", "{:.3g}"),
         "peak_memory_gib": ("peak memory", "{:.3g} GiB"),
-        "memory_headroom_gib": ("head-room", "{:.3g} GiB"),
+        "memory_headroom_gib": ("headroom", "{:.3g} GiB"),
         "skipped_steps": ("steps skipped", "{:,}"),
     }
     found += [
         (name, form.format(last[key])) for key, (name, form) in known.items() if isinstance(last.get(key), (int, float))
     ]
-    if run.goodput:  # to the last record, as the section on goodput has it; a line's own is of its moment
+    if run.goodput:  # up to the last record, like the section on goodput, not of the last line
         found.append(("effective training time", f"{run.goodput['ettr']:.1%}"))
     return found
 
 
-def figures(run: RunFiles) -> list[Figure]:
-    """The charts that the run has numbers for."""
+def charts(run: RunFiles) -> list[Chart]:
+    """The charts for which the run has numbers."""
     column = run.column
     loss = column("loss")
     parts = [key for key in _keys(run) if key.startswith("loss_")]
@@ -111,7 +111,7 @@ def figures(run: RunFiles) -> list[Figure]:
         if line.get("step_s") and "data_wait_s" in line
     ]
     drawn = [
-        figure(
+        chart(
             "loss",
             [
                 *noisy("loss", loss, COLOURS[0]),
@@ -123,18 +123,18 @@ def figures(run: RunFiles) -> list[Figure]:
             "Smoothed over a twentieth of the lines; faint: as logged.",
             falls=True,
         ),
-        figure("samples per second", noisy("samples/s", column("samples_per_s"), COLOURS[0]), zero=True),
-        figure(
+        chart("samples per second", noisy("samples/s", column("samples_per_s"), COLOURS[0]), zero=True),
+        chart(
             "memory, GiB",
             [
                 Curve("peak", column("peak_memory_gib"), COLOURS[1]),
-                Curve("head-room", column("memory_headroom_gib"), COLOURS[2]),
+                Curve("headroom", column("memory_headroom_gib"), COLOURS[2]),
             ],
             zero=True,
         ),
-        figure("learning rate", [Curve("learning rate", column("lr"), COLOURS[0])], zero=True),
-        figure("gradient norm", noisy("before clipping", column("grad_norm"), COLOURS[0]), falls=True),
-        figure(
+        chart("learning rate", [Curve("learning rate", column("lr"), COLOURS[0])], zero=True),
+        chart("gradient norm", noisy("before clipping", column("grad_norm"), COLOURS[0]), falls=True),
+        chart(
             "utilisation, %",
             [
                 Curve(key.upper(), [(x, 100 * y) for x, y in column(key)], colour)
@@ -142,9 +142,9 @@ def figures(run: RunFiles) -> list[Figure]:
             ],
             zero=True,
         ),
-        figure("useful TFLOP/s per device", noisy("TFLOP/s", column("tflops_per_device"), COLOURS[0]), zero=True),
-        figure("waiting for data, % of the step", noisy("rank 0", wait, COLOURS[0]), zero=True),
-        figure(
+        chart("useful TFLOP/s per device", noisy("TFLOP/s", column("tflops_per_device"), COLOURS[0]), zero=True),
+        chart("waiting for data, % of the step", noisy("rank 0", wait, COLOURS[0]), zero=True),
+        chart(
             "rank work, s per step",
             [
                 Curve("most", column("rank_work_s_max"), COLOURS[1]),
@@ -152,35 +152,32 @@ def figures(run: RunFiles) -> list[Figure]:
             ],
             zero=True,
         ),
-        figure(
+        chart(
             "weights gathered, GB/s per device",
             [Curve("over the step", column("allgather_gb_per_s"), COLOURS[0])],
             zero=True,
         ),
-        figure("allocator retries", [Curve("since the start", column("alloc_retries"), COLOURS[1])], zero=True),
+        chart("allocator retries", [Curve("since the attempt began", column("alloc_retries"), COLOURS[1])], zero=True),
     ]
     return [each for each in drawn if each is not None]
 
 
-def strip(run: RunFiles, begun: list[Start]) -> dict[str, Any] | None:
-    """The timeline: a strip of stretches, with a line for every checkpoint."""
-    spans = stretches(begun)
+def strip(run: RunFiles, found: list[Attempt]) -> dict[str, Any] | None:
+    """The timeline: intervals as shares of its width with a colour and a tooltip, and a tick per checkpoint."""
+    spans = intervals(found)
     if not spans:
         return None
     first, last = spans[0].begin, spans[-1].end
-    width = max(last - first, 1e-9)
-    saved = [(event["time"] - first) / width for event in run.events("checkpoint")]
-    drawn = [
-        (
-            (each.begin - first) / width,
-            (each.end - first) / width,
-            KINDS[each.kind][0],
-            f"{KINDS[each.kind][1]}: {format_seconds(each.end - each.begin)} from {moment(each.begin)}",
-        )
-        for each in spans
-    ]
-    legend = [(text, colour) for kind, (colour, text) in KINDS.items() if kind in {each.kind for each in spans}]
-    return {"svg": bands(drawn, ticks=saved), "legend": legend, "begin": moment(first), "end": moment(last)}
+    whole = max(last - first, 1e-9)
+    bars = []
+    for span in spans:
+        colour, label = KINDS[span.kind]
+        seconds = span.end - span.begin
+        title = f"{label}: {format_seconds(seconds)} from {moment(span.begin)}"
+        bars.append(((span.begin - first) / whole, seconds / whole, colour, title))
+    ticks = [(event["time"] - first) / whole for event in run.events("checkpoint")]
+    legend = [(text, colour) for kind, (colour, text) in KINDS.items() if kind in {span.kind for span in spans}]
+    return {"bars": bars, "ticks": ticks, "legend": legend, "begin": moment(first), "end": moment(last)}
 
 
 def moment(when: float) -> str:
@@ -196,29 +193,26 @@ def _goodput(run: RunFiles) -> dict[str, Any] | None:
     found = run.goodput
     if found is None:
         return None
-    at, spans = 0.0, []
+    begin, bars, rows = 0.0, [], []
+    whole = max(found["wall_s"], sum(found["seconds"].values()))
     for kind, seconds in found["seconds"].items():
-        share = seconds / found["wall_s"]
-        spans.append((at, at + share, KINDS[kind][0], f"{KINDS[kind][1]}: {share:.1%}"))
-        at += share
-    whole = max(at, 1.0)
-    rows = [
-        (KINDS[kind][0], KINDS[kind][1], format_seconds(seconds), f"{seconds / found['wall_s']:.1%}")
-        for kind, seconds in found["seconds"].items()
-    ]
-    bar = bands([(a / whole, b / whole, colour, text) for a, b, colour, text in spans if b > a])
-    return {**found, "bar": bar, "rows": rows}
+        colour, label = KINDS[kind]
+        share = f"{seconds / found['wall_s']:.1%}"
+        bars.append((begin / whole, seconds / whole, colour, f"{label}: {share}"))
+        rows.append((colour, label, format_seconds(seconds), share))
+        begin += seconds
+    return {**found, "bars": bars, "rows": rows}
 
 
-def _starts(begun: list[Start]) -> list[list[Any]]:
+def _attempts(found: list[Attempt]) -> list[list[Any]]:
     rows = []
-    for number, start in enumerate(begun, 1):
-        lost = f"{start.lost_steps:,} steps, {format_seconds(start.lost_s)}" if start.lost_steps else ""
-        down = format_seconds(start.ready - begun[number - 2].seen if number > 1 else start.ready - start.begin)
-        span = f"{start.step:,} to {start.reached:,}"
-        worked = format_seconds(max(0.0, start.seen - start.ready))
-        outcome = start.outcome if number < len(begun) or start.outcome != "no word" else "none so far"
-        rows.append([number, moment(start.begin), start.ranks, span, down, worked, lost, outcome])
+    for number, attempt in enumerate(found, 1):
+        lost = f"{attempt.lost_steps:,} steps, {format_seconds(attempt.lost_s)}" if attempt.lost_steps else ""
+        down = format_seconds(attempt.ready - (found[number - 2].seen if number > 1 else attempt.begin))
+        span = f"{attempt.step:,} to {attempt.reached:,}"
+        worked = format_seconds(max(0.0, attempt.seen - attempt.ready))
+        outcome = attempt.outcome or ("not recorded" if number < len(found) else "none yet")
+        rows.append([number, moment(attempt.begin), attempt.ranks, span, down, worked, lost, outcome])
     return rows
 
 
@@ -254,7 +248,7 @@ def _text_of(kind: str, known: dict[str, Any]) -> str:
         return f"{known.get('reason')} ({numbers})"
     if kind == "rollback":
         first, last = known.get("skipped_batches") or ("?", "?")
-        return f"back to step {known.get('to')}, global batches {first} to {last} passed over"
+        return f"back to step {known.get('to')}, global batches {first} to {last} skipped"
     if kind == "bad_samples":
         samples = known.get("samples") or []
         listed = "; ".join(f"{key}: {reason}" for key, reason in samples[:3])
@@ -312,13 +306,13 @@ def _excluded(folder: Path) -> list[list[Any]]:
 
 
 def _settings(recipe: dict[str, Any]) -> list[list[Any]]:
-    """Settings other than their default: key, value, default."""
+    """Settings that differ from their default: key, value, default."""
     usual = dict(flat(_defaults(Recipe)))
     return [[key, value, usual.get(key)] for key, value in flat(recipe) if value != usual.get(key)]
 
 
 def _defaults(model: type[BaseModel]) -> dict[str, Any]:
-    """As a recipe is written; None where a value must be given."""
+    """Defaults as a recipe would state them; None for required values."""
     found: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         value = None if field.is_required() else field.get_default(call_default_factory=True)
@@ -333,7 +327,7 @@ def _objects(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _text(value: Any) -> str:
-    """A setting or a number as a person reads it."""
+    """A setting or a number, as displayed."""
     if value is None:
         return "-"
     if isinstance(value, bool):

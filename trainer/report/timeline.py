@@ -1,4 +1,4 @@
-"""When a run worked, waited and lost time: its starts and stops as stretches of the clock."""
+"""When a run trained, waited and lost time: its attempts, as intervals of the clock."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ KINDS = {
     "data_wait": ("#56b4e9", "waiting for data"),
     "save": ("#cc79a7", "waiting for saves"),
     "startup": ("#e6c200", "starting"),
-    "recovery": ("#999999", "down, and starting again"),
-    "lost": ("#d55e00", "steps done twice"),
+    "recovery": ("#999999", "down and restarting"),
+    "lost": ("#d55e00", "steps to repeat"),
     "other": ("#d9d9d9", "other"),
 }
 """Kind of goodput -> colour, label."""
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Interval:
     """Unix times, and a kind of KINDS."""
 
     begin: float
@@ -28,8 +28,8 @@ class Stretch:
 
 
 @dataclass
-class Start:
-    """One start. begin: of its process; ready: for its first step; seen: its last sign of life."""
+class Attempt:
+    """Unix times: begin of its process; ready for its first step; seen: its last sign of life."""
 
     begin: float
     ready: float
@@ -37,25 +37,30 @@ class Start:
     step: int
     ranks: int
     reached: int
-    outcome: str = "no word"
+    outcome: str = ""
+    """Empty until the attempt ends itself."""
     lost_s: float = 0.0
     lost_steps: int = 0
 
+    def lose(self, record: Mapping[str, Any]) -> None:
+        """Add the loss that a rollback or the next `start` records."""
+        self.lost_s += record.get("lost_s", 0.0)
+        self.lost_steps += record.get("lost_steps", 0)
 
-def starts(records: Iterable[Mapping[str, Any]]) -> list[Start]:
-    """The starts of a run, in order, each with what a roll-back or the next start found it to have lost."""
-    found: list[Start] = []
+
+def attempts(records: Iterable[Mapping[str, Any]]) -> list[Attempt]:
+    """The attempts of a run, in order."""
+    found: list[Attempt] = []
     for record in records:
         when, event = record.get("time", 0.0), record.get("event")
         if event == "start":
             begin = when - record.get("startup_s", 0.0)
             if found:
                 last = found[-1]
-                last.lost_s += record.get("lost_s", 0.0)
-                last.lost_steps += record.get("lost_steps", 0)
+                last.lose(record)
                 if record.get("downtime_s"):
                     last.seen = max(last.seen, begin - record["downtime_s"])
-            found.append(Start(begin, when, when, record["step"], record.get("ranks", 1), record["step"]))
+            found.append(Attempt(begin, when, when, record["step"], record.get("ranks", 1), record["step"]))
         elif found:
             last = found[-1]
             last.seen = max(last.seen, when)
@@ -65,21 +70,21 @@ def starts(records: Iterable[Mapping[str, Any]]) -> list[Start]:
             elif event == "hang":
                 last.outcome = "hung"
             elif event == "rollback":
-                last.lost_s += record.get("lost_s", 0.0)
-                last.lost_steps += record.get("lost_steps", 0)
+                last.lose(record)
     return found
 
 
-def stretches(all_starts: Sequence[Start]) -> list[Stretch]:
-    """Starting, steps, what of them was lost (drawn at their end), and the time between two starts, which is nobody's
-    loss where the one before had finished."""
-    found: list[Stretch] = []
-    for before, start in zip([None, *all_starts], all_starts, strict=False):
+def intervals(found: Sequence[Attempt]) -> list[Interval]:
+    """Start-up, steps, lost steps (drawn at the end of their attempt), and downtime; after a finished attempt, that is
+    not a loss."""
+    made: list[Interval] = []
+    for before, attempt in zip([None, *found], found, strict=False):
         if before is None:
-            found.append(Stretch(start.begin, start.ready, "startup"))
+            made.append(Interval(attempt.begin, attempt.ready, "startup"))
         else:
-            found.append(Stretch(before.seen, start.ready, "other" if before.outcome == "finished" else "recovery"))
-        good = max(start.ready, start.seen - start.lost_s)
-        found.append(Stretch(start.ready, good, "step"))
-        found.append(Stretch(good, start.seen, "lost"))
-    return [each for each in found if each.end > each.begin]
+            kind = "other" if before.outcome == "finished" else "recovery"
+            made.append(Interval(before.seen, attempt.ready, kind))
+        good = max(attempt.ready, attempt.seen - attempt.lost_s)
+        made.append(Interval(attempt.ready, good, "step"))
+        made.append(Interval(good, attempt.seen, "lost"))
+    return [each for each in made if each.end > each.begin]

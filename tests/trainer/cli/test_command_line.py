@@ -40,7 +40,7 @@ class Left(Exception):
         ("track sync FILE", "error: FILE/recipe.yaml: Not a directory"),
         ("slurm status FILE", "error: FILE/slurm/job.json: Not a directory"),
         ("checkpoint show FILE", "error: FILE/checkpoints does not exist: give a run's folder"),
-        ("report FILE", "error: FILE: no run folder"),
+        ("report FILE", "error: FILE: is not a run folder"),
         ("export FILE out", "error: FILE: is not a run folder"),
         ("init cats", "error: choose a recipe to start from, such as --from tiny-mllm; available: flux-controlnet"),
     ],
