@@ -1,1 +1,1 @@
-"""`bifrost doctor`: what a machine has of what training needs, what is missing, and what to do about it."""
+"""`bifrost doctor`: checks of a machine against the requirements of training, with remedies."""

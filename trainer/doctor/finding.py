@@ -1,18 +1,19 @@
-"""What a check finds, and how outside commands and file systems are asked without ever waiting for them for long."""
+"""Findings of checks, and running checks and external commands with time limits."""
 
 from __future__ import annotations
 
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Verdict = Literal["ok", "warning", "missing"]
 COMMAND_S = 8.0
-"""How long a command may take."""
+"""Time limit of a command."""
 CHECK_S = 10.0
-"""How long all checks together may take; they run at the same time."""
+"""Time limit of all checks, which run concurrently."""
 
 
 class Finding(NamedTuple):
@@ -21,9 +22,9 @@ class Finding(NamedTuple):
     what: str
     found: str
     verdict: Verdict = "ok"
-    """ok, warning: works, less well or not everything; missing: needed, and not there."""
+    """`warning`: training works, but not everything or more slowly; `missing`: training cannot run."""
     remedy: str = ""
-    """What to do; empty where nothing is to be done."""
+    """What to do; empty if nothing."""
 
 
 Check = Callable[[], list[Finding]]
@@ -31,14 +32,14 @@ Check = Callable[[], list[Finding]]
 
 @dataclass
 class Answer:
-    """What a command printed."""
+    """Exit code and output of a command."""
 
     code: int
     text: str
 
 
 def ask(*command: str, limit_s: float = COMMAND_S) -> Answer | str:
-    """Run a command; its answer, or why there is none. One that cannot even be killed is left behind."""
+    """Run a command; its answer, or why there is none. A process that cannot be killed is abandoned."""
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -53,38 +54,33 @@ def ask(*command: str, limit_s: float = COMMAND_S) -> Answer | str:
         process.kill()
         return f"no answer within {limit_s:g} s"
     except UnicodeDecodeError:
-        return "output that is not text"
+        return "its output is not text"
     return Answer(process.returncode, text.strip())
 
 
 def run_checks(checks: Sequence[tuple[str, Check]], limit_s: float = CHECK_S) -> list[Finding]:
-    """The findings of all checks, in their order. One that fails or does not end is a warning under its name.
+    """Findings of all checks, in order; a check that fails or hangs gives a warning under its name.
 
-    Threads that hang in a dead file system or driver are left behind: the caller ends the process by os._exit.
+    Threads that hang in a file system or driver are abandoned: the caller must exit by os._exit.
     """
     results: dict[int, list[Finding]] = {}
 
     def work(at: int, name: str, check: Check) -> None:
         try:
             results[at] = check()
-        except Exception as error:  # of a machine that is ill: the other rows still count
+        except Exception as error:  # of a faulty machine: the other checks still count
             line = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            results[at] = [Finding(name, line, "warning", "this could not be checked")]
+            results[at] = [Finding(name, line, "warning", "could not be checked")]
 
     threads = [
         threading.Thread(target=work, args=(at, name, check), daemon=True) for at, (name, check) in enumerate(checks)
     ]
-    ends = threading.Event()
-    timer = threading.Timer(limit_s, ends.set)
-    timer.daemon = True
-    timer.start()
+    deadline = time.monotonic() + limit_s
     for thread in threads:
         thread.start()
     for thread in threads:
-        while thread.is_alive() and not ends.is_set():
-            thread.join(0.02)
-    timer.cancel()
-    late = "it hangs: look at the driver, or at the file system or server behind it"
+        thread.join(max(0.0, deadline - time.monotonic()))
+    late = "it hangs: check the driver, file system or server that it uses"
     return [
         finding
         for at, (name, _) in enumerate(checks)

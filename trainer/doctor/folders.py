@@ -1,4 +1,4 @@
-"""Folders: whether they can be written and locked, how much room they have, and on what file system they are."""
+"""Checks of folders: write access, locks, free space, file system."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import psutil
+
 from .finding import Finding
 
 GIB = 2**30
-ROOM_GIB = {"runs": 10.0, "TMPDIR": 1.0, "cache": 5.0, "shared memory": 1.0}
-"""Below this a folder is called full."""
+MIN_FREE_GIB = {"runs": 10.0, "TMPDIR": 1.0, "cache": 5.0, "shared memory": 1.0}
+"""Minimum free space without a warning."""
 SHARED = {"9p", "beegfs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "gpfs", "lustre", "nfs", "nfs4", "wekafs"}
-"""File systems of several machines."""
+"""File systems that several machines share."""
 LONGEST_TMPDIR = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
-"""Bytes of TMPDIR in which the loader's workers can still make their sockets (unix(7), sun_path)."""
+"""Maximum bytes of TMPDIR, in which the loader's workers create sockets (unix(7), sun_path)."""
 
 
 def runs_folder(folder: Path) -> list[Finding]:
-    """The folder of runs; need not be there yet."""
+    """The folder of runs, which need not exist yet."""
     return [_folder("runs", folder, locks=True)]
 
 
@@ -28,23 +30,25 @@ def temporary() -> list[Finding]:
     place = Path(tempfile.gettempdir())
     found = _folder("TMPDIR", place, locks=True)
     if found.verdict == "ok" and len(os.fsencode(place)) > LONGEST_TMPDIR:
-        remedy = f"workers make sockets there: set TMPDIR to at most {LONGEST_TMPDIR} bytes, such as one in /tmp"
+        remedy = f"too long for the workers' sockets: set TMPDIR to a path of at most {LONGEST_TMPDIR} bytes"
         return [found._replace(verdict="warning", remedy=remedy)]
     return [found]
 
 
 def cache() -> list[Finding]:
-    """Where the hub's downloads go."""
+    """The folder of downloads from the Hugging Face hub."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
     return [_folder("cache", Path(home).expanduser(), locks=True)]
 
 
 def shared_memory(folder: Path = Path("/dev/shm")) -> list[Finding]:
     if not folder.is_dir():
-        return [Finding("shared memory", f"{folder} is not there", "warning", "data.workers=0 does without")]
+        return [Finding("shared memory", f"{folder} does not exist", "warning", "set data.workers=0")]
     found = _folder("shared memory", folder, locks=False)
     if found.verdict == "warning":
-        return [found._replace(remedy="workers pass batches through it: docker run --shm-size=8g, or data.workers=0")]
+        return [
+            found._replace(remedy="workers pass batches through it: docker run --shm-size=8g, or set data.workers=0")
+        ]
     return [found]
 
 
@@ -60,13 +64,13 @@ def _folder(what: str, folder: Path, locks: bool) -> Finding:
             file.write(b"0" * 4096)
             file.flush()
             if locks and (trouble := _lock(file.fileno())):
-                remedy = f"flock does not work there ({trouble}): mount it with locks, or take another folder"
+                remedy = f"flock does not work there ({trouble}): mount it with locks, or use another folder"
                 return Finding(what, found, "missing" if what == "runs" else "warning", remedy)
     except OSError as error:
-        remedy = f"{error.strerror}: make {there} writable, or name another folder"
+        remedy = f"{error.strerror}: make {there} writable, or use another folder"
         return Finding(what, found, "warning" if what == "cache" else "missing", remedy)
-    if free < ROOM_GIB[what]:
-        return Finding(what, found, "warning", f"less than {ROOM_GIB[what]:g} GiB: make room")
+    if free < MIN_FREE_GIB[what]:
+        return Finding(what, found, "warning", f"less than {MIN_FREE_GIB[what]:g} GiB: free some space")
     return Finding(what, found)
 
 
@@ -78,16 +82,11 @@ def _lock(descriptor: int) -> str:
     return ""
 
 
-def file_system(folder: Path, mounts: Path = Path("/proc/mounts")) -> str:
-    """Type of the file system under `folder`, by the longest mount point above it."""
-    try:
-        lines = [line.split() for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines()]
-    except OSError:
-        return "file system not known"
-    place = os.path.realpath(folder)
-    best, kind = "", "file system not known"
-    for line in lines:
-        point = line[1].replace("\\040", " ") if len(line) > 2 else ""
-        if point and (place == point or place.startswith(point.rstrip("/") + "/")) and len(point) >= len(best):
-            best, kind = point, line[2]
+def file_system(folder: Path) -> str:
+    """Type of the file system of `folder`, that of the longest mount point above it."""
+    place = Path(os.path.realpath(folder))
+    found = [one for one in psutil.disk_partitions(all=True) if place.is_relative_to(one.mountpoint)]
+    if not found:
+        return "unknown file system"
+    kind = max(found, key=lambda one: len(one.mountpoint)).fstype
     return f"{kind} (shared)" if kind in SHARED else kind

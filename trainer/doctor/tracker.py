@@ -1,4 +1,4 @@
-"""Whether the store that runs are mirrored to can be reached. Asked without MLflow itself, which loads for seconds."""
+"""Check of the MLflow store, without importing MLflow, which takes seconds."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .finding import Finding
 from .folders import runs_folder
 
 SERVER_S = 5.0
-"""How long a server may take to answer."""
+"""Time limit of a server's answer."""
 
 
 def mlflow(folder: Path, uri: str | None, variable: str | None = None) -> list[Finding]:
-    """The store at `uri`, else at that of MLFLOW_TRACKING_URI, `variable`, or without one the file in the folder of
-    runs. A database's whole address may be in the variable, and nowhere else."""
+    """The store at `uri`, else at `variable`, the value of MLFLOW_TRACKING_URI, else in the folder of runs. Only the
+    variable may contain a database's password."""
     given, uri = uri, uri or variable
     if not uri:
-        return [Finding("MLflow", f"{folder / 'mlflow.db'}, no server asked for")]
+        return [Finding("MLflow", f"{folder / 'mlflow.db'}, no server configured")]
     parts = urlsplit(uri)
     shown = redact(uri).replace(f"{HIDDEN}@", "")
     if (secret := tracker_secret(uri)) and (given or uri.startswith("http")):
@@ -32,9 +32,9 @@ def mlflow(folder: Path, uri: str | None, variable: str | None = None) -> list[F
         place = Path(uri.removeprefix("sqlite:///")).parent
         return [runs_folder(place)[0]._replace(what="MLflow")]
     if parts.scheme in ("", "file"):
-        remedy = "MLflow no longer takes folders: sqlite:///FILE, or a server's http://HOST:PORT"
+        remedy = "MLflow no longer supports folders: use sqlite:///FILE, or a server's http://HOST:PORT"
         return [Finding("MLflow", uri, "warning", remedy)]
-    return [Finding("MLflow", f"{shown}, not asked")]
+    return [Finding("MLflow", f"{shown}, not checked")]
 
 
 def _server(uri: str) -> Finding:
@@ -45,7 +45,7 @@ def _server(uri: str) -> Finding:
         code = error.code
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        remedy = f"no answer ({reason}): check the address, and whether the server runs; or tracking.enabled=false"
+        remedy = f"no answer ({reason}): check address and server, or set tracking.enabled=false"
         return Finding("MLflow", uri, "missing", remedy)
     if code in (401, 403):
         remedy = f"answers {code}: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,7 +53,7 @@ def smi(*gpus: str, cuda: str = "13.0") -> str:
     ("script", "cuda", "what", "verdict", "found", "remedy"),
     [
         (smi(*[H100] * 8), "13.0", "GPUs", "ok", "8 x NVIDIA H100 80GB HBM3, 80 GiB", ""),
-        (smi(H100), "13.0", "NVIDIA driver", "ok", "570.86.15, runs CUDA up to 13.0", ""),
+        (smi(H100), "13.0", "NVIDIA driver", "ok", "570.86.15, supports CUDA up to 13.0", ""),
         (smi(H100, cuda="12.8"), "13.0", "NVIDIA driver", "missing", "up to 12.8", "too old for torch's CUDA 13.0"),
         (smi(H100, cuda="13.2"), "12.8", "NVIDIA driver", "ok", "up to 13.2", ""),
         (smi(H100), None, "GPUs", "missing", "1 x NVIDIA H100", "CPU build"),
@@ -178,7 +179,8 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.verdict == "ok" and "GiB free" in row.found and not list(tmp_path.iterdir())
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda folder: Usage(3 * 2**30))
     assert (
-        folders.runs_folder(tmp_path)[0].verdict == "warning" and "make room" in folders.runs_folder(tmp_path)[0].remedy
+        folders.runs_folder(tmp_path)[0].verdict == "warning"
+        and "free some space" in folders.runs_folder(tmp_path)[0].remedy
     )
 
     def no_locks(descriptor: int, operation: int) -> None:
@@ -205,16 +207,16 @@ def test_a_long_tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.verdict == "warning" and "75 bytes" in row.remedy
 
 
-def test_file_systems(tmp_path: Path) -> None:
-    mounts = tmp_path / "mounts"
+def test_file_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = os.path.realpath(tmp_path)
-    mounts.write_text(
-        f"/dev/sda / ext4 rw 0 0\nserver:/x {inner}/my\\040home nfs4 rw 0 0\ntmpfs {inner}/my tmpfs rw 0 0\n"
-    )
-    assert folders.file_system(tmp_path / "my home" / "runs", mounts) == "nfs4 (shared)"
-    assert folders.file_system(tmp_path / "my" / "runs", mounts) == "tmpfs"
-    assert folders.file_system(tmp_path / "mystery", mounts) == "ext4"
-    assert folders.file_system(tmp_path, tmp_path / "none") == "file system not known"
+    mounts = {"/": "ext4", f"{inner}/my home": "nfs4", f"{inner}/my": "tmpfs"}
+    found = [SimpleNamespace(mountpoint=place, fstype=kind) for place, kind in mounts.items()]
+    monkeypatch.setattr(folders.psutil, "disk_partitions", lambda all: found)
+    assert folders.file_system(tmp_path / "my home" / "runs") == "nfs4 (shared)"
+    assert folders.file_system(tmp_path / "my" / "runs") == "tmpfs"
+    assert folders.file_system(tmp_path / "mystery") == "ext4"
+    found.clear()
+    assert folders.file_system(tmp_path) == "unknown file system"
 
 
 def test_slurm(tool: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
