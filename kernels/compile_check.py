@@ -19,6 +19,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from .errors import first_line
 from .gather_norm import BLOCK_R
 from .gather_norm import _backward_kernel as norm_backward
 from .gather_norm import _forward_kernel as norm_forward
@@ -259,10 +260,7 @@ def main() -> int:
                 made = build(case, arch)
             except Exception as error:  # any error of the compiler: the other cases are still checked
                 refused += 1
-                print(
-                    f"{label}  REFUSED: does not compile: {(str(error) or type(error).__name__).splitlines()[0]}",
-                    flush=True,
-                )
+                print(f"{label}  REFUSED: does not compile: {first_line(error)}", flush=True)
                 continue
             verdict = "; ".join(made.problems)
             refused += bool(verdict)

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .runtime import check_device, tl, triton
+from .runtime import accumulator, check_device, tl, triton, triton_accumulator
 
 Provider = Literal["reference", "triton"]
 
@@ -32,13 +32,9 @@ def gather_rms_norm(
     """
     if provider == "triton":
         return _fused(hidden, rows, weight, eps)
-    selected = hidden.index_select(0, rows).to(_accumulator(hidden))
+    selected = hidden.index_select(0, rows).to(accumulator(hidden))
     normalized = selected * torch.rsqrt(selected.square().mean(dim=-1, keepdim=True) + eps)
     return weight * normalized.to(hidden.dtype)
-
-
-def _accumulator(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 @triton.jit
@@ -117,7 +113,7 @@ def _fused(hidden, rows, weight, eps):
         block_d = int(triton.next_power_of_2(width))
         _forward_kernel[(len(rows),)](
             hidden, rows.contiguous(), weight.contiguous(), output, eps, width, hidden.stride(0),
-            ACCUMULATE=tl.float64 if hidden.dtype == torch.float64 else tl.float32, BLOCK_D=block_d,
+            ACCUMULATE=triton_accumulator(hidden), BLOCK_D=block_d,
             num_warps=_warps(block_d),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return output
@@ -137,7 +133,7 @@ def _(hidden, rows, weight, eps):
 )
 def _fused_backward(gradient, hidden, rows, weight, eps, need_hidden, need_weight):
     """dHidden [T, D], zero except in the selected rows, and dWeight [D] in fp32. Empty if not needed."""
-    accumulate = _accumulator(hidden)
+    accumulate = accumulator(hidden)
     selected, width = len(rows), hidden.shape[1]
     tiles = triton.cdiv(selected, BLOCK_R)
     d_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
@@ -149,7 +145,7 @@ def _fused_backward(gradient, hidden, rows, weight, eps, need_hidden, need_weigh
             gradient, hidden, rows.contiguous(), weight.contiguous(), d_hidden, partials,
             eps, selected, width, gradient.stride(0), hidden.stride(0),
             NEED_HIDDEN=need_hidden, NEED_WEIGHT=need_weight,
-            ACCUMULATE=tl.float64 if accumulate == torch.float64 else tl.float32,
+            ACCUMULATE=triton_accumulator(hidden),
             BLOCK_R=BLOCK_R, BLOCK_D=block_d,
             num_warps=_warps(block_d),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
@@ -160,7 +156,7 @@ def _fused_backward(gradient, hidden, rows, weight, eps, need_hidden, need_weigh
 def _(gradient, hidden, rows, weight, eps, need_hidden, need_weight):
     return (
         hidden.new_empty(hidden.shape if need_hidden else 0),
-        hidden.new_empty(hidden.shape[1] if need_weight else 0, dtype=_accumulator(hidden)),
+        hidden.new_empty(hidden.shape[1] if need_weight else 0, dtype=accumulator(hidden)),
     )
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .latent_loss_triton import descriptor_kernel, inplace_kernel, pointer_kernel, tiles
-from .runtime import INTERPRETED, check_device, tl, triton
+from .runtime import INTERPRETED, accumulator, check_device, triton, triton_accumulator
 
 Provider = Literal["reference", "in-place", "triton", "triton-tma", "triton-ws"]
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
@@ -61,7 +61,7 @@ def patch_latent_loss(
         sum_columns = training and bias is not None and bias.requires_grad
         total, squares, *_ = _fused(hidden, weight, bias, target, token_weight, provider, keep, sum_columns)
         return total / normalizer, squares.detach()
-    accumulate = _accumulator(hidden)
+    accumulate = accumulator(hidden)
     prediction = F.linear(hidden, weight, bias)
     squares = (prediction.to(accumulate) - target.to(accumulate)).square().mean(dim=-1)
     return (squares * token_weight.to(accumulate)).sum() / normalizer, squares.detach()
@@ -99,10 +99,6 @@ def halves_epilogue() -> bool:
     return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 
 
-def _accumulator(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
 @torch.library.custom_op(
     "bifrost::patch_latent_loss",
     mutates_args=(),
@@ -118,7 +114,7 @@ def _fused(hidden, weight, bias, target, token_weight, provider, keep, sum_colum
     if reason is not None:
         raise RuntimeError(reason)
     assert hidden.dtype == weight.dtype, f"hidden is {hidden.dtype}, weight {weight.dtype}"
-    accumulate = _accumulator(hidden)
+    accumulate = accumulator(hidden)
     hidden, weight, target = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight, target))
     if provider in ("triton-tma", "triton-ws"):
         reason = _no_descriptor(hidden) or _no_descriptor(weight)
@@ -153,7 +149,7 @@ def _launch(
     sum_columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d [T, D], partial sums of r^2 [column tiles, T] and of d [row tiles, D]; undefined if not requested."""
-    (tokens, width), latents, accumulate = hidden.shape, weight.shape[0], _accumulator(hidden)
+    (tokens, width), latents, accumulate = hidden.shape, weight.shape[0], accumulator(hidden)
     capability = 0 if INTERPRETED else torch.cuda.get_device_capability(hidden.device)[0]
     tile = tiles(provider, hidden.element_size(), capability)
     row_tiles, column_tiles = -(-tokens // tile.rows), -(-latents // tile.columns)
@@ -169,7 +165,7 @@ def _launch(
     grid = (row_tiles * column_tiles,)
     options: dict[str, Any] = {
         "STORE": store, "SUM_COLUMNS": sum_columns, "BLOCK_T": tile.rows, "BLOCK_D": tile.columns,
-        "ACCUMULATE": tl.float64 if accumulate == torch.float64 else tl.float32,
+        "ACCUMULATE": triton_accumulator(hidden),
         "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,  # not every version's default
     }  # fmt: skip
     if provider == "in-place":
@@ -215,7 +211,7 @@ def _warn_once(message: str) -> None:
 
 @_fused.register_fake
 def _(hidden, weight, bias, target, token_weight, provider, keep, sum_columns):
-    (tokens, _), latents, accumulate = hidden.shape, weight.shape[0], _accumulator(hidden)
+    (tokens, _), latents, accumulate = hidden.shape, weight.shape[0], accumulator(hidden)
     return (
         hidden.new_empty((), dtype=accumulate),
         hidden.new_empty(tokens, dtype=accumulate),

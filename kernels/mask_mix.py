@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .runtime import INTERPRETED, check_device, tl, triton
+from .runtime import INTERPRETED, accumulator, check_device, tl, triton, triton_accumulator
 
 Provider = Literal["reference", "triton"]
 
@@ -33,10 +33,6 @@ def mask_mix(
         return _fused(latents, mask, mask_token, positions)
     mixed = torch.where(mask[..., None], mask_token.to(latents.dtype), latents)
     return mixed if positions is None else mixed + positions.to(latents.dtype)
-
-
-def _accumulator(latents: Tensor) -> torch.dtype:
-    return torch.float64 if latents.dtype == torch.float64 else torch.float32
 
 
 @triton.jit
@@ -127,7 +123,7 @@ def _fused(latents, mask, mask_token, positions):
             rows, patches, width, latents.stride(0), latents.stride(1),
             0 if positions is None else positions.stride(1),
             HAS_POSITIONS=positions is not None,
-            ACCUMULATE=tl.float64 if latents.dtype == torch.float64 else tl.float32,
+            ACCUMULATE=triton_accumulator(latents),
             BLOCK_N=block_n, BLOCK_D=block_d,
             num_warps=warps,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
@@ -148,7 +144,7 @@ def _(latents, mask, mask_token, positions):
 def _fused_backward(gradient, mask, need_latents, need_token, need_positions):
     """dLatents [B, N, D] in the gradient's dtype; dToken [D] and dPositions [N, D] in fp32. Empty if not needed."""
     samples, patches, width = gradient.shape
-    accumulate = _accumulator(gradient)
+    accumulate = accumulator(gradient)
     block_n, block_d, warps = _INTERPRETED_TILES if INTERPRETED else TILES
     tiles = triton.cdiv(patches, block_n)
     d_latents = gradient.new_empty(gradient.shape if need_latents else 0)
@@ -160,7 +156,7 @@ def _fused_backward(gradient, mask, need_latents, need_token, need_positions):
             gradient, mask.contiguous(), d_latents, d_positions, partials,
             samples, patches, width, gradient.stride(0), gradient.stride(1),
             NEED_LATENTS=need_latents, NEED_TOKEN=need_token, NEED_POSITIONS=need_positions,
-            ACCUMULATE=tl.float64 if accumulate == torch.float64 else tl.float32,
+            ACCUMULATE=triton_accumulator(gradient),
             BLOCK_N=block_n, BLOCK_D=block_d,
             num_warps=warps,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
@@ -170,7 +166,7 @@ def _fused_backward(gradient, mask, need_latents, need_token, need_positions):
 @_fused_backward.register_fake
 def _(gradient, mask, need_latents, need_token, need_positions):
     _, patches, width = gradient.shape
-    accumulate = _accumulator(gradient)
+    accumulate = accumulator(gradient)
     return (
         gradient.new_empty(gradient.shape if need_latents else 0),
         gradient.new_empty(width if need_token else 0, dtype=accumulate),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import attention
 from .attention import Backend, PrefixLayout, prefix_attention, segment_attention
+from .errors import first_line
 from .latent_loss import Provider, patch_latent_loss, unavailable
 from .runtime import triton
 
@@ -59,7 +60,7 @@ def fastest(
         try:
             milliseconds[name] = timer(call)
         except Exception as error:  # of the compiler, driver or allocator; the others may still run
-            failed[name] = (str(error) or type(error).__name__).splitlines()[0]
+            failed[name] = first_line(error)
     if not milliseconds:
         raise RuntimeError(f"{operation}: no candidate runs on {where}: {failed}")
     best = min(milliseconds.values())

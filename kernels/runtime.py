@@ -19,6 +19,16 @@ from triton import knobs
 INTERPRETED: bool = bool(knobs.runtime.interpret)
 
 
+def accumulator(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which kernels compute: fp64 for fp64 inputs, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def triton_accumulator(x: torch.Tensor) -> tl.dtype:
+    """`accumulator` as Triton's type."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
 def check_device(device: torch.device) -> None:
     """Raise RuntimeError if Triton cannot run: on the CPU, when it was imported before the interpreter was selected."""
     if device.type == "cpu" and not INTERPRETED:
@@ -28,4 +38,4 @@ def check_device(device: torch.device) -> None:
         )
 
 
-__all__ = ["INTERPRETED", "check_device", "tl", "triton"]
+__all__ = ["INTERPRETED", "accumulator", "check_device", "tl", "triton", "triton_accumulator"]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..errors import first_line
 from . import measure
 from .arguments import BUILDERS, DTYPES, Plan, read_arguments
 from .cases import Candidate, Mode, Problem, Shape
@@ -133,7 +134,7 @@ class Run:
         if isinstance(error, torch.OutOfMemoryError):
             print(f"{where}: {candidate.provider} does not fit in the memory of this device", flush=True)
             return
-        text = f"{where}: {candidate.provider} failed: {(str(error) or type(error).__name__).splitlines()[0]}"
+        text = f"{where}: {candidate.provider} failed: {first_line(error)}"
         print(text, flush=True)
         if not candidate.baseline:
             self.failed.append(text)
