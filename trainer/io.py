@@ -24,10 +24,10 @@ def read_json(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of each leaf."""
+def flat(tree: Any, path: str = "", separator: str = ".") -> Iterator[tuple[str, Any]]:
+    """Key and value of each leaf; the keys on its path are joined by `separator`."""
     if isinstance(tree, dict) and tree:
         for key, value in tree.items():
-            yield from flat(value, f"{path}.{key}" if path else str(key))
+            yield from flat(value, f"{path}{separator}{key}" if path else str(key), separator)
     else:
         yield path, tree

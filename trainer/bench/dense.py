@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from ...kernels.bench.attention import dense_attention, sdpa_attention
 from ..planner.flops import Part
 from ..stages.patch_latents import PatchLatentModel
 from .prompts import Batch
@@ -101,13 +103,9 @@ class DenseStep:
             projected(name, hidden).unflatten(-1, (-1, pair[0].head_dim)).transpose(1, 2)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        query, key = _rotated(query, *rotation), _rotated(key, *rotation)
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        if self.fused:
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=pair[0].scaling)
-        else:
-            scores = query @ key.transpose(2, 3) * pair[0].scaling + seen
-            out = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+        query, key = apply_rotary_pos_emb(query, key, *rotation)
+        attend = sdpa_attention if self.fused else dense_attention
+        out = attend(query, key, value, seen, pair[0].scaling)
         return projected("o_proj", out.transpose(1, 2).flatten(2))
 
 
@@ -137,9 +135,3 @@ def _norm(pair: Any, hidden: Tensor, patches: Tensor) -> Tensor:
         return norm.weight * exact.to(hidden.dtype)
 
     return _blend([normed(norm) for norm in pair], patches)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, H, S, C] with rotary embedding applied."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]

@@ -5,7 +5,6 @@ On a GPU: time of kernels, and idle time between them. On a CPU: self time of op
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections import defaultdict
@@ -19,11 +18,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ...recipes import Recipe
-from ..optim.train_state import Progress
-from ..training.train import train
-
-WARMUP = 2
-"""Steps before the profiled ones: the first builds, measures and allocates."""
+from .short_run import WARMUP, measure_steps, short_recipe
 
 KINDS = {
     "head and loss": r"pointer_kernel|descriptor_kernel|inplace_kernel|bifrost::(patch_latent_loss)",
@@ -61,26 +56,13 @@ def profile_steps(recipe: Recipe, steps: int, out: Path) -> int:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     profiler = profile(activities=activities, acc_events=True)
 
-    def after_step(progress: Progress) -> None:
-        if progress.step == WARMUP:
-            profiler.start()
-        elif progress.step == WARMUP + steps:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            profiler.stop()
-            raise _Profiled
+    def stop() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        profiler.stop()
 
     folder = out / ".run"
-    if os.environ.get("RANK", "0") == "0":  # leftovers of an interrupted profile
-        shutil.rmtree(folder, ignore_errors=True)
-    last = WARMUP + steps + 1  # never reached: a last step saves
-    update: dict[str, Any] = {"steps": last, "log_every": last, "runs_dir": str(folder), "init_from": None}
-    update["checkpoint"] = recipe.checkpoint.model_copy(update={"every": last})
-    update["tracking"] = recipe.tracking.model_copy(update={"enabled": False})
-    try:
-        code = train(recipe.model_copy(update=update), after_step)
-    except _Profiled:
-        code = 0
+    code = measure_steps(short_recipe(recipe, steps, folder, log_every=WARMUP + steps + 1), profiler.start, stop)
     if torch.distributed.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
         if code == 0:
@@ -89,10 +71,6 @@ def profile_steps(recipe: Recipe, steps: int, out: Path) -> int:
             (out / "profile.txt").write_text(text + "\n", encoding="utf-8")
             print(f"{text}\n\n{out / 'trace.json.gz'}: open it at https://ui.perfetto.dev")
     return code
-
-
-class _Profiled(Exception):
-    """Ends the run after its profiled steps, before anything is saved."""
 
 
 def works(events: Iterable[Any]) -> list[Work]:

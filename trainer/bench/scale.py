@@ -24,18 +24,15 @@ from ...recipes import Recipe
 from ...slurm.rank_env import host_name
 from ..distributed.launcher import run_ranks
 from ..errors import RunError
-from ..optim.train_state import Progress
 from ..planner import batch
 from ..terminal import terminal
-from ..training.train import train
 from .collectives import Clock
 from .machine import format_machine, machine, usable_cores
 from .profile import works
+from .short_run import WARMUP, measure_steps, short_recipe
 
 Mode = Literal["weak", "strong"]
 MODES: tuple[Mode, ...] = ("weak", "strong")
-WARMUP = 2
-"""Steps before the measured ones: the first builds and allocates."""
 
 
 def read_modes(text: str | None) -> Sequence[Mode]:
@@ -78,11 +75,7 @@ def point_recipe(recipe: Recipe, mode: Mode, ranks: int, steps: int, folder: Pat
     """The recipe of a point. RunError if its batch does not divide."""
     weak = {"global_batch": recipe.micro_batch * ranks}
     sizes = weak if mode == "weak" else {"micro_batch": batch(recipe, ranks)[0]}
-    last = WARMUP + steps + 1  # never reached: a last step saves
-    update: dict[str, Any] = {**sizes, "steps": last, "log_every": 1, "runs_dir": str(folder), "init_from": None}
-    update["checkpoint"] = recipe.checkpoint.model_copy(update={"every": last})
-    update["tracking"] = recipe.tracking.model_copy(update={"enabled": False})
-    return recipe.model_copy(update=update)
+    return short_recipe(recipe, steps, folder, log_every=1, **sizes)
 
 
 def measure(recipe: Recipe, mode: Mode, steps: int, out: Path) -> int:
@@ -90,30 +83,24 @@ def measure(recipe: Recipe, mode: Mode, steps: int, out: Path) -> int:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     folder = out / f".{mode}-{ranks}"
     chosen = point_recipe(recipe, mode, ranks, steps, folder)
-    if os.environ.get("RANK", "0") == "0":
-        shutil.rmtree(folder, ignore_errors=True)
     communication = [0.0, 0.0]
     gpu = torch.cuda.is_available()
     profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) if gpu else None
 
     with Clock().running() as clock:
 
-        def after_step(progress: Progress) -> None:
-            if progress.step == WARMUP:
-                communication[0] = clock.seconds
-                if profiler:
-                    profiler.start()
-            elif progress.step == WARMUP + steps:
-                communication[1] = clock.seconds
-                if profiler:
-                    torch.cuda.synchronize()
-                    profiler.stop()
-                raise _Measured
+        def begin() -> None:
+            communication[0] = clock.seconds
+            if profiler:
+                profiler.start()
 
-        try:
-            code = train(chosen, after_step)
-        except _Measured:
-            code = 0
+        def end() -> None:
+            communication[1] = clock.seconds
+            if profiler:
+                torch.cuda.synchronize()
+                profiler.stop()
+
+        code = measure_steps(chosen, begin, end)
     spent = communication[1] - communication[0]
     if profiler:  # calls return immediately on a GPU: use kernel time
         spent = sum(w.microseconds for w in works(profiler.events() or []) if w.kind == "communication") / 1e6
@@ -131,10 +118,6 @@ def measure(recipe: Recipe, mode: Mode, steps: int, out: Path) -> int:
             present(out)
     dist.destroy_process_group()  # its threads may abort a process that exits while they run
     return code
-
-
-class _Measured(Exception):
-    """Ends the run after its measured steps, before anything is saved."""
 
 
 Rank = tuple[str, Sequence[int], float]

@@ -9,7 +9,7 @@ import subprocess
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.ImageFont import FreeTypeFont
 
 log = logging.getLogger(__name__)
@@ -129,9 +129,5 @@ def _side(largest: int) -> int:
 
 def _fit(image: Image.Image, side: int) -> Image.Image:
     """The image fitted into a square of `side`, aspect ratio preserved; small ones stay sharp."""
-    scale = side / max(image.size)
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    kind = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-    square = Image.new("RGB", (side, side), "white")
-    square.paste(image.convert("RGB").resize(size, kind), ((side - size[0]) // 2, (side - size[1]) // 2))
-    return square
+    kind = Image.Resampling.NEAREST if side >= max(image.size) else Image.Resampling.LANCZOS
+    return ImageOps.pad(image.convert("RGB"), (side, side), kind, "white")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import AlreadyRunning, RunError
+from ..io import flat
 from .metrics import MetricsFile
 
 FILE = "evaluations.jsonl"
@@ -20,7 +20,7 @@ def note_evaluation(run: Path, step: int, figures: dict[str, Any]) -> str | None
     """
     if not (run / "metrics.jsonl").is_file():
         return None
-    numbers = dict(_numbers(figures))
+    numbers = {key: float(value) for key, value in flat(figures, separator="/") if isinstance(value, (int, float))}
     MetricsFile(run / FILE).write({"event": "eval", "step": step, **numbers})
     if not (run / "tracking.json").is_file():
         return None
@@ -33,12 +33,3 @@ def note_evaluation(run: Path, step: int, figures: dict[str, Any]) -> str | None
     except RunError as error:
         return f"the evaluation is not in MLflow yet, `bifrost track sync {run}` sends it: {error}"
     return None
-
-
-def _numbers(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in tree.items():
-        name = f"{path}/{key}" if path else str(key)
-        if isinstance(value, dict):
-            yield from _numbers(value, name)
-        elif isinstance(value, (int, float)):
-            yield name, float(value)

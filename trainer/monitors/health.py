@@ -12,6 +12,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...recipes.schema import Health as Settings
@@ -29,15 +30,15 @@ def robust_zscore(value: float, window: Sequence[float]) -> float:
     return 0.6745 * (value - median) / max(deviation, FLOOR * abs(median), sys.float_info.min)
 
 
+@dataclass
 class Health:
     """Checks every step by its loss and gradient norm. Its state is in `progress`, so a resume behaves the same.
 
     Inputs are bitwise equal on all ranks, and so are the decisions.
     """
 
-    def __init__(self, settings: Settings, progress: Progress) -> None:
-        self.settings = settings
-        self.progress = progress
+    settings: Settings
+    progress: Progress
 
     def judge(self, loss: float, grad_norm: float) -> str | None:
         """Why the step with these values must be skipped; None if it is healthy."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...recipes.secrets import redact
+from ..io import flat
 
 PERFORMANCE = re.compile(r"_s($|_)|tflops|^mfu$|^hfu$|^ettr$|slowest")
 MEMORY = re.compile(r"memory|alloc_")
@@ -30,14 +31,10 @@ def series(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
                 yield series_name(key, record.get("event")), float(value)
 
 
-def parameters(recipe: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def parameters(recipe: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(dotted key, text) of each setting, without secrets."""
-    if isinstance(recipe, dict):
-        for key, inner in recipe.items():
-            yield from parameters(inner, f"{path}.{key}" if path else str(key))
-    else:
-        text = recipe if isinstance(recipe, str) else json.dumps(recipe)
-        yield path, redact(text)[:LONGEST_VALUE]
+    for key, value in flat(recipe):
+        yield key, redact(value if isinstance(value, str) else json.dumps(value))[:LONGEST_VALUE]
 
 
 def milliseconds(record: Mapping[str, Any]) -> int:

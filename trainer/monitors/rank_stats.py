@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..distributed.process_group import Ranks
 from . import memory
 from .phase_timer import Times
 from .stragglers import WORK, Stragglers
 
 
+@dataclass(frozen=True)
 class RankStats:
     """stragglers: evaluates the rank work."""
 
-    def __init__(self, ranks: Ranks, stragglers: Stragglers) -> None:
-        self.ranks, self.stragglers = ranks, stragglers
+    ranks: Ranks
+    stragglers: Stragglers
 
     def collect(self, step: int, times: Times) -> dict[str, float]:
         """Metrics over all ranks since the last line. Collective: call it on all ranks at log lines."""
