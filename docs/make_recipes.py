@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from bifrost.recipes import Recipe
+from bifrost.recipes.template import section_of, yaml_line
 
 HEAD = """\
 # Recipes
@@ -58,7 +58,7 @@ def page() -> str:
     for path, section, sentence in _sections(Recipe, "", None):
         title = f"`{path}`" if path else "Top level"
         note = f"\n{' '.join(sentence.split())}\n" if sentence else ""
-        rows = [_row(path, name, field) for name, field in section.model_fields.items() if not _section_of(field)]
+        rows = [_row(path, name, field) for name, field in section.model_fields.items() if not section_of(field)]
         parts.append(f"\n## {title}\n{note}\n| key | value | default | |\n|---|---|---|---|\n" + "".join(rows))
     return "".join(parts)
 
@@ -69,21 +69,15 @@ def _sections(
     """Every group of settings, outer before inner: key, type, and description."""
     yield path, section, sentence
     for name, field in section.model_fields.items():
-        nested = _section_of(field)
+        nested = section_of(field)
         if nested:
             yield from _sections(nested, f"{path}.{name}".lstrip("."), field.description or nested.__doc__)
-
-
-def _section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The group of settings of a field, also of an optional one."""
-    options = [field.annotation, *get_args(field.annotation)]
-    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 
 def _row(path: str, name: str, field: FieldInfo) -> str:
     key = f"{path}.{name}".lstrip(".")
     assert field.description, f"{key} has no sentence in recipes/schema.py"
-    default = "required" if field.default is PydanticUndefined else f"`{_text(field.default)}`"
+    default = "required" if field.default is PydanticUndefined else f"`{yaml_line(field.default)}`"
     return f"| `{key}` | {_kind(field.annotation)} | {default} | {' '.join(field.description.split())} |\n"
 
 
@@ -98,12 +92,6 @@ def _kind(annotation: Any) -> str:
         return f"list of {_kind(get_args(annotation)[0])}"
     names = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
     return names[annotation]
-
-
-def _text(value: Any) -> str:
-    """A default as YAML writes it."""
-    value = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(value, default_flow_style=True, width=1000).replace("\n...", "").strip()
 
 
 if __name__ == "__main__":

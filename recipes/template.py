@@ -40,18 +40,18 @@ def template(source: str | Path, name: str, shards: str | None, file: str) -> st
     skipped = OF_THE_OTHER_STAGE[recipe.stage] - recipe.model_fields_set
     for key, field in Recipe.model_fields.items():
         if key not in skipped:
-            gap = [""] if _section_of(field) else []
+            gap = [""] if section_of(field) else []
             lines += [*gap, *(f"# {note}" for note in notes.get(key, [])), *_setting(recipe, key, field, "")]
     return "\n".join(lines) + "\n"
 
 
 def _setting(section: BaseModel, key: str, field: FieldInfo, indent: str) -> Iterator[str]:
     """The lines of one setting or group of settings."""
-    value, inner = getattr(section, key), _section_of(field)
+    value, inner = getattr(section, key), section_of(field)
     given = key in section.model_fields_set
     if inner is None:
         yield from _explained(field.description, indent)
-        yield f"{indent}{'' if given else '#'}{key}: {_yaml(value)}"
+        yield f"{indent}{'' if given else '#'}{key}: {yaml_line(value)}"
         return
     yield from _explained(field.description or inner.__doc__, indent)
     if given and value is not None:
@@ -66,12 +66,12 @@ def _defaults(section: type[BaseModel], key: str, indent: str) -> Iterator[str]:
     """The lines of a group that the recipe leaves at its defaults."""
     yield f"{indent}#{key}:"
     for name, field in section.model_fields.items():
-        if inner := _section_of(field):
+        if inner := section_of(field):
             yield from _defaults(inner, name, indent + "  ")
         else:
             yield from _explained(field.description, indent + "  ")
             value = field.get_default(call_default_factory=True)
-            yield f"{indent}  #{name}: {'' if value is PydanticUndefined else _yaml(value)}"
+            yield f"{indent}  #{name}: {'' if value is PydanticUndefined else yaml_line(value)}"
 
 
 def _explained(text: str | None, indent: str) -> list[str]:
@@ -80,13 +80,14 @@ def _explained(text: str | None, indent: str) -> list[str]:
     )
 
 
-def _section_of(field: FieldInfo) -> type[BaseModel] | None:
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
     """The model of a field that is a group of settings, also of an optional one."""
     options = [field.annotation, *get_args(field.annotation)]
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 
-def _yaml(value: Any) -> str:
+def yaml_line(value: Any) -> str:
+    """A value as YAML in one line."""
     value = list(value) if isinstance(value, tuple) else value
     text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=10_000, allow_unicode=True)
     return text.removesuffix("...\n").strip()

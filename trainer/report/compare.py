@@ -127,7 +127,11 @@ def charts(runs: Sequence[RunFiles]) -> list[Chart]:
 def tables(found: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
     """Heading -> column heads and rows, for the terminal and the page."""
     names = found["runs"]
-    figures = [[name, *map(_number, values)] for name, values in found["figures"].items() if any(_known(values))]
+    figures = [
+        [name, *map(_number, values)]
+        for name, values in found["figures"].items()
+        if any(value is not None for value in values)
+    ]
     if loss := found["loss"]:
         first, last = loss["window"]
         pairs = zip(loss["mean"], loss["std"], strict=True)
@@ -210,10 +214,6 @@ def _kernels(run: RunFiles) -> dict[str, Any]:
 
 def _colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
-
-
-def _known(values: Sequence[Any]) -> list[bool]:
-    return [value is not None for value in values]
 
 
 def _number(value: float | None) -> str:

@@ -6,12 +6,13 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00", "#56b4e9", "#4d4d4d")
 """Okabe and Ito's palette, distinguishable with colour blindness."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.formatter.limits": (-3, 5),
     "axes.edgecolor": "#e2e8f0",
     "axes.spines.left": False,
@@ -92,9 +93,10 @@ def chart(title: str, curves: Iterable[Curve], note: str = "", zero: bool = Fals
         figure = Figure(figsize=(4, 2.1), layout="constrained")
         axes = figure.subplots()
         for curve in sorted(drawn, key=lambda curve: not curve.faint):
-            style = {"linewidth": 0.8, "alpha": 0.35} if curve.faint else {"linewidth": 1.4}
+            width, alpha = (0.8, 0.35) if curve.faint else (1.4, 1.0)
             marker = "o" if len(curve.points) == 1 else ""
-            axes.plot(*zip(*curve.points, strict=True), color=curve.colour, marker=marker, **style)
+            steps, values = zip(*curve.points, strict=True)
+            axes.plot(steps, values, color=curve.colour, marker=marker, linewidth=width, alpha=alpha)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(axis="y")

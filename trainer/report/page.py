@@ -104,7 +104,7 @@ def charts(run: RunFiles) -> list[Chart]:
     """The charts for which the run has numbers."""
     column = run.column
     loss = column("loss")
-    parts = [key for key in _keys(run) if key.startswith("loss_")]
+    parts = dict.fromkeys(key for line in run.steps for key in line if key.startswith("loss_"))
     wait = [
         (line["step"], 100 * line["data_wait_s"] / line["step_s"])
         for line in run.steps
@@ -184,10 +184,6 @@ def moment(when: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
 
 
-def _keys(run: RunFiles) -> list[str]:
-    return list(dict.fromkeys(key for line in run.steps for key in line))
-
-
 def _goodput(run: RunFiles) -> dict[str, Any] | None:
     """Seconds and share of each kind, and a bar of them."""
     found = run.goodput
@@ -218,17 +214,9 @@ def _attempts(found: list[Attempt]) -> list[list[Any]]:
 
 def _jobs(folder: Path) -> list[list[Any]]:
     """The attempts as recorded by Slurm's batch script."""
-    return [
-        [
-            each.get("attempt"),
-            moment(each["time"]),
-            each.get("hosts"),
-            each.get("code"),
-            each.get("decision"),
-            each.get("reason"),
-        ]
-        for each in slurm_attempts(folder)[-SHOWN:]
-    ]
+    keys = "hosts", "code", "decision", "reason"
+    shown = slurm_attempts(folder)[-SHOWN:]
+    return [[each.get("attempt"), moment(each["time"]), *map(each.get, keys)] for each in shown]
 
 
 def _trouble(run: RunFiles) -> list[list[str]]:

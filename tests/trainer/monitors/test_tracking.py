@@ -233,8 +233,9 @@ def test_an_evaluation_that_cannot_be_sent_is_kept(door, make_run):
     assert note_evaluation(run.folder, 10, {"r1": 1.0}) is None  # an export
     log_steps(run, (10,))
     (run.folder / "tracking.json").write_text(json.dumps({"key": "a", "starts": 1}))
-    assert "`bifrost track sync" in note_evaluation(run.folder, 10, {"r1": 1.0})
-    assert json.loads((run.folder / "evaluations.jsonl").read_text())["r1"] == 1.0
+    assert "`bifrost track sync" in note_evaluation(run.folder, 10, {"r1": 1.0, "latents": {"0.7": {"mse": 2.0}}})
+    kept = json.loads((run.folder / "evaluations.jsonl").read_text())
+    assert kept["r1"] == 1.0 and kept["latents/0.7/mse"] == 2.0
 
 
 def test_what_was_deleted_in_mlflow(server, client, make_run):
