@@ -85,7 +85,8 @@ def chart(title: str, curves: Iterable[Curve], note: str = "", zero: bool = Fals
     drawn = [curve for curve in drawn if curve.points]
     if not drawn:
         return None
-    left, right = (bound(x for curve in drawn for x, _ in curve.points) for bound in (min, max))
+    steps = [x for curve in drawn for x, _ in curve.points]
+    left, right = min(steps), max(steps)
     early = left + EARLY * (right - left) if falls and len(drawn[0].points) > 100 else left
     values = [y for curve in drawn for x, y in curve.points if x >= early]
     low, high = min(values), max(values)
@@ -95,8 +96,8 @@ def chart(title: str, curves: Iterable[Curve], note: str = "", zero: bool = Fals
         for curve in sorted(drawn, key=lambda curve: not curve.faint):
             width, alpha = (0.8, 0.35) if curve.faint else (1.4, 1.0)
             marker = "o" if len(curve.points) == 1 else ""
-            steps, values = zip(*curve.points, strict=True)
-            axes.plot(steps, values, color=curve.colour, marker=marker, linewidth=width, alpha=alpha)
+            xs, ys = zip(*curve.points, strict=True)
+            axes.plot(xs, ys, color=curve.colour, marker=marker, linewidth=width, alpha=alpha)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(axis="y")
