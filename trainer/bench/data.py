@@ -91,13 +91,9 @@ def _job(
     if source is None:
         with tempfile.TemporaryDirectory(prefix="bifrost-") as folder:
             spec = make_photos(Path(folder), samples, max(SHARDS, workers), _sides(sides))
-            yield reader_bench.Job(
-                reader_bench.first_shards(spec, samples, workers), reader_bench.stack, (448,), 16, workers
-            )
+            yield _images_only(spec, samples, workers)
     elif _names_shards(source):
-        yield reader_bench.Job(
-            reader_bench.first_shards(source, samples, workers), reader_bench.stack, (448,), 16, workers
-        )
+        yield _images_only(source, samples, workers)
     else:
         from ..stages import open_stage
 
@@ -108,6 +104,13 @@ def _job(
         yield reader_bench.Job(
             chosen, stage.collate(), stage.image_sizes, batch, workers, data.prefetch, data.shuffle_window, recipe.seed
         )
+
+
+def _images_only(shards: str, samples: int, workers: int) -> reader_bench.Job:
+    """The job without a recipe: images of 448 px in micro-batches of 16."""
+    return reader_bench.Job(
+        reader_bench.first_shards(shards, samples, workers), reader_bench.stack, (448,), 16, workers
+    )
 
 
 def _round(job: reader_bench.Job, number: int) -> dict[str, float]:

@@ -56,18 +56,15 @@ class Mirror:
         with suppress(OSError):  # it ended before
             process.stdin.write(b"end")
             process.stdin.close()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(min(QUIET_S, timeout_s))
-        except subprocess.TimeoutExpired:
-            try:
-                if timeout_s > QUIET_S:
-                    self.say(f"sending the end of the run to MLflow, {timeout_s:g} s at most")
-                    process.wait(timeout_s - QUIET_S)
-                else:
-                    raise
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        if process.returncode is None and timeout_s > QUIET_S:
+            self.say(f"sending the end of the run to MLflow, {timeout_s:g} s at most")
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout_s - QUIET_S)
+        if process.returncode is None:
+            process.kill()
+            process.wait()
         if process.returncode:
             log.warning("MLflow lacks the end of this run; `bifrost track sync %s` sends it", self.run_dir)
         return process.returncode == 0
