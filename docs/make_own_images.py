@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bifrost.recipes import load_recipe
+from bifrost.trainer.planner import parts, workload
 from bifrost.trainer.planner.devices import find_device
-from bifrost.trainer.planner.flops import parts
 from bifrost.trainer.planner.report import Report
 
 PAGE = Path(__file__).with_name("own-images.md")
@@ -29,7 +29,9 @@ def table() -> str:
         recipe = load_recipe(name)
         samples = _samples(name)
         model = parts(recipe, TEXT_TOKENS)
-        found = Report(recipe, model, list(gpus), find_device(DEVICE), TEXT_TOKENS).as_json(samples)
+        found = Report(recipe.name, model, workload(recipe), list(gpus), find_device(DEVICE), TEXT_TOKENS).as_json(
+            samples
+        )
         kept = (recipe.checkpoint.keep + 1) * found["checkpoint_bytes"] / 1e9
         frozen = 2 * found["parameters"]["frozen"] / 1e9
         for row in found["rows"]:

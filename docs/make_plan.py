@@ -12,10 +12,10 @@ import torch
 
 from bifrost.recipes import load_recipe
 from bifrost.trainer.models.latent_controlnet import LatentControlNet
-from bifrost.trainer.planner import Row, checkpoint_bytes, plan
+from bifrost.trainer.planner import Row, checkpoint_bytes, parts, plan, workload
 from bifrost.trainer.planner.curves import CURVE, retention
 from bifrost.trainer.planner.devices import find_device
-from bifrost.trainer.planner.flops import ATTENTION_BACKWARD, Part, parts
+from bifrost.trainer.planner.flops import ATTENTION_BACKWARD, Part
 from bifrost.trainer.planner.layout import AS_SET, LAYOUTS, Layout
 from bifrost.trainer.planner.timing import done_flops, useful_flops
 from bifrost.trainer.stages import open_stage
@@ -151,7 +151,7 @@ def flops() -> list[Anchor]:
 
 def bytes_of(name: str, gpus: int, layout: Layout = AS_SET, *overrides: str) -> Row:
     found = model(name, *overrides)
-    return plan(list(found.values()), load_recipe(name, list(overrides)), gpus, layout=layout)
+    return plan(list(found.values()), workload(load_recipe(name, list(overrides))), gpus, layout=layout)
 
 
 def state(row: Row) -> float:
@@ -191,7 +191,7 @@ def memory() -> list[Anchor]:
 
 
 def _checkpoint(name: str) -> float:
-    return checkpoint_bytes(list(model(name).values()), load_recipe(name)) / 1e9
+    return checkpoint_bytes(list(model(name).values()), workload(load_recipe(name))) / 1e9
 
 
 def traffic() -> list[Anchor]:
@@ -250,7 +250,7 @@ def plans_table() -> str:
     for name, sizes in SIZES.items():
         for gpus, overrides in sizes.items():
             recipe = load_recipe(name, list(overrides))
-            row = plan(list(model(name).values()), recipe, gpus, device)
+            row = plan(list(model(name).values()), workload(recipe), gpus, device)
             assert row.times is not None and row.fits
             rows.append(
                 (
@@ -282,7 +282,7 @@ def scaling_table() -> str:
 
     def kept(name: str, layout: Layout = AS_SET, *overrides: str) -> tuple[str, ...]:
         changed = load_recipe("mllm-7b-256", list(overrides)) if overrides else recipe
-        curve = [plan(found, changed, n, device, layout, weak=True) for n in CURVE]
+        curve = [plan(found, workload(changed), n, device, layout, weak=True) for n in CURVE]
         return (name, f"{curve[-1].memory.peak / 1e9:.0f}", *(f"{value:.1%}" for value in retention(curve)))
 
     rows = [kept(layout.name, layout) for layout in LAYOUTS]

@@ -1,5 +1,6 @@
 """Recipes: the typed configuration of a run, its loader, and one YAML file per published run."""
 
+from .batch import BatchSplit
 from .load import FOLDER, RecipeError, apply_overrides, explain, load_recipe, read_yaml, shipped_recipes, to_yaml
 from .renames import with_new_names
 from .schema import Recipe, Section
@@ -7,6 +8,7 @@ from .template import template
 
 __all__ = [
     "FOLDER",
+    "BatchSplit",
     "Recipe",
     "RecipeError",
     "Section",

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from .batch import BatchSplit
 from .fields import OptionalPlace, Place, given, named_shards
 from .secrets import stored_secret
 
@@ -79,6 +80,12 @@ class Placement(Section):
     """FLUX's text encoders, T5 and CLIP; cached T5 states take megabytes per sample."""
     vision_encoder: Literal["sharded", "replicated", "offloaded"] = "sharded"
     """The MLLM's vision encoder."""
+
+    @property
+    def cached(self) -> list[Literal["vae", "text"]]:
+        """The cached parts."""
+        asked: list[tuple[Literal["vae", "text"], str]] = [("vae", self.vae), ("text", self.text)]
+        return [part for part, place in asked if place == "cached"]
 
 
 class Flux(Section):
@@ -311,19 +318,6 @@ class Recipe(Section):
             raise ValueError("previews.every in stage patch-latents needs previews.controlnet to decode the latents")
         return self
 
-    def accumulation(self, ranks: int) -> int:
-        """Backward passes per step on `ranks` ranks. Raises ValueError when the batch does not divide evenly."""
-        per_pass = self.micro_batch * ranks
-        if self.global_batch % per_pass:
-            fits = [b for b in range(1, self.global_batch + 1) if self.global_batch % (b * ranks) == 0]
-            near = min(fits, key=lambda b: abs(b - self.micro_batch), default=None)
-            remedy = (
-                f"set micro_batch={near}"
-                if near
-                else f"set global_batch to a multiple of {ranks}, such as {-(-self.global_batch // ranks) * ranks}"
-            )
-            raise ValueError(
-                f"global_batch {self.global_batch} does not divide by micro_batch {self.micro_batch} x {ranks} ranks:"
-                f" {remedy}"
-            )
-        return self.global_batch // per_pass
+    def split(self, ranks: int) -> BatchSplit:
+        """The global batch on `ranks` ranks. Raises ValueError when it does not divide evenly."""
+        return BatchSplit(self.global_batch, self.micro_batch, ranks)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..recipes import Recipe, load_recipe
+from ..recipes import load_recipe, to_yaml
 
 if TYPE_CHECKING:
     from .job import Job
@@ -91,13 +91,12 @@ def submit(
     from .site import load_site
 
     settings, site = load_recipe(recipe, overrides or []), load_site()
-    job = jobs.describe(
-        settings, site, parse_nodes(nodes), gpus_per_node, tasks_per_node, partition, account, time, exclude, array
-    )
+    request = jobs.Request(parse_nodes(nodes), gpus_per_node, tasks_per_node, partition, account, time, exclude, array)
+    job = jobs.describe(settings, site, request)
     if context.info_name == "render":
         print(render(job, site), end="")
     else:
-        _submit(job, settings, site)
+        _submit(job, to_yaml(settings), site)
 
 
 @slurm_app.command()
@@ -112,14 +111,15 @@ def resume(run: Run) -> None:
     os.chdir(old.folder)
     asked = old.model_dump(include={"nodes", "gpus_per_node", "partition", "account", "time", "exclude", "array"})
     tasks = None if old.gpus_per_node else old.tasks_per_node
-    _submit(jobs.describe(settings, site, tasks_per_node=tasks, **asked), settings, site)
+    request = jobs.Request(tasks_per_node=tasks, **asked)
+    _submit(jobs.describe(settings, site, request), to_yaml(settings), site)
 
 
-def _submit(job: Job, recipe: Recipe, site: Site) -> None:
+def _submit(job: Job, settings: str, site: Site) -> None:
     """Submit and print the job id to stdout for scripts, and the next commands to stderr."""
     from . import jobs
 
-    print(jobs.submit(job, recipe, site), flush=True)
+    print(jobs.submit(job, settings, site), flush=True)
     run = shlex.quote(os.path.relpath(job.run) if Path(job.run).is_relative_to(Path.cwd()) else job.run)
     print(
         f"log:    bifrost slurm logs {run} --follow", f"status: bifrost slurm status {run}", sep="\n", file=sys.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from ..data.atomic import write_atomic
-from ..recipes import Recipe, to_yaml
+from ..recipes import BatchSplit
 from ..recipes.secrets import redact
 from .errors import SlurmError
 from .io import read_json, write_json
@@ -72,10 +72,9 @@ def load_job(run: Path) -> Job:
         raise SlurmError(f"{run / FILE}: not a job description; submit the run again") from error
 
 
-def write_recipe(run: Path, recipe: Recipe) -> None:
-    """Write the recipe that the job trains into the run folder; readable by its user alone where it holds what is
-    secret, which the job needs."""
-    settings = to_yaml(recipe)
+def write_recipe(run: Path, settings: str) -> None:
+    """Write the recipe that the job trains, as YAML, into the run folder; readable only by its user if it contains
+    credentials, which the job needs."""
     write_atomic(run / RECIPE, settings.encode(), 0o644 if redact(settings) == settings else 0o600)
 
 
@@ -91,13 +90,15 @@ def parse_nodes(text: str) -> tuple[int, int]:
     return least, most
 
 
-def usable_nodes(recipe: Recipe, tasks_per_node: int, least: int, most: int) -> int:
-    """The largest number of nodes in that range whose ranks divide the global batch. Raises SlurmError if none does."""
-    for nodes in range(most, least - 1, -1):
-        if recipe.global_batch % (recipe.micro_batch * tasks_per_node * nodes) == 0:
-            return nodes
+def usable_nodes(global_batch: int, micro_batch: int, tasks_per_node: int, nodes: tuple[int, int]) -> int:
+    """The largest number of nodes, from the range `nodes`, whose ranks divide the global batch. Raises SlurmError if
+    none does."""
+    least, most = nodes
+    for count in range(most, least - 1, -1):
+        if global_batch % (micro_batch * tasks_per_node * count) == 0:
+            return count
     try:
-        recipe.accumulation(tasks_per_node * most)
+        BatchSplit(global_batch, micro_batch, tasks_per_node * most)
     except ValueError as error:
         raise SlurmError(f"{error}, or choose other --nodes") from None
     raise AssertionError("a batch that divides")

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,43 +25,51 @@ BINDING = re.compile("--(gpus-per-task|gpu-bind|tres-per-task=.*gpu|ntasks-per-g
 """Options of sbatch that hide a node's GPUs from its tasks."""
 
 
-def describe(
-    recipe: Recipe,
-    site: Site,
-    nodes: tuple[int, int],
-    gpus_per_node: int,
-    tasks_per_node: int | None,
-    partition: str | None = None,
-    account: str | None = None,
-    time: str | None = None,
-    exclude: str | None = None,
-    array: str | None = None,
-) -> Job:
+@dataclass(frozen=True)
+class Request:
+    """What a user asks Slurm for; None stands for the site file's value."""
+
+    nodes: tuple[int, int]
+    """Minimum and maximum number of nodes."""
+    gpus_per_node: int
+    tasks_per_node: int | None
+    """Ranks per node; None with GPUs, which have one each."""
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+    exclude: str | None = None
+    array: str | None = None
+
+
+def describe(recipe: Recipe, site: Site, request: Request) -> Job:
     """A validated job for `recipe`; nothing is written. Raises SlurmError for invalid combinations."""
-    if gpus_per_node and tasks_per_node not in (None, gpus_per_node):
-        raise SlurmError(f"--tasks-per-node {tasks_per_node}: with GPUs there is one task per GPU, leave it out")
-    tasks = gpus_per_node or tasks_per_node
+    gpus_per_node, array = request.gpus_per_node, request.array
+    if gpus_per_node and request.tasks_per_node not in (None, gpus_per_node):
+        raise SlurmError(
+            f"--tasks-per-node {request.tasks_per_node}: with GPUs there is one task per GPU, leave it out"
+        )
+    tasks = gpus_per_node or request.tasks_per_node
     if not tasks:
         raise SlurmError("--gpus-per-node 0 needs --tasks-per-node: the number of ranks per node")
     if array and not array.endswith("%1"):
         raise SlurmError(f"--array {array}: elements must run one at a time, end it with %1, such as 1-10%1")
     if bound := next((option for option in site.sbatch if BINDING.match(option)), None):
         raise SlurmError(f"site file: sbatch: {bound}: {UNBIND}")
-    usable_nodes(recipe, tasks, *nodes)
+    usable_nodes(recipe.global_batch, recipe.micro_batch, tasks, request.nodes)
     run = (Path(recipe.runs_dir) / recipe.name).resolve()
     job = Job(
         name=recipe.name,
         run=str(run),
         folder=str(Path.cwd()),
-        nodes=nodes,
+        nodes=request.nodes,
         gpus_per_node=gpus_per_node,
         tasks_per_node=tasks,
         # Per GPU: the rank's main thread, one for communication, and the loader's workers.
         cpus_per_task=site.cpus_per_task or (recipe.data.workers + 2 if gpus_per_node else 1),
-        partition=partition,
-        account=account,
-        time=time,
-        exclude=exclude,
+        partition=request.partition,
+        account=request.account,
+        time=request.time,
+        exclude=request.exclude,
         array=array,
         grace_s=exit_record.grace(run),
     )
@@ -70,16 +79,16 @@ def describe(
     return job
 
 
-def submit(job: Job, recipe: Recipe, site: Site) -> str:
+def submit(job: Job, settings: str, site: Site) -> str:
     """Write script and recipe into the run folder, submit the script and return the job id.
 
-    Raises SlurmError if a job of this run is still pending or running, or if Slurm refuses.
+    settings: the recipe, as YAML. Raises SlurmError if a job of this run is pending or running, or if Slurm refuses.
     """
     refuse_second(job.path)
     script = render(job, site)
     commands.check_request(script, job.partition or site.partition, job.nodes[0])
     (job.path / "slurm").mkdir(parents=True, exist_ok=True)
-    write_recipe(job.path, recipe)
+    write_recipe(job.path, settings)
     write_json(job.path / COPY, site.model_dump(mode="json"))
     (job.path / SCRIPT).write_text(script, encoding="utf-8")
     (job.path / exit_record.STOPPED).unlink(missing_ok=True)

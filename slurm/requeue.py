@@ -54,8 +54,9 @@ def before(run: Path) -> tuple[int, float | None]:
 def _begin(run: Path) -> int:
     job = load_job(run)
     recipe = load_recipe(run / RECIPE, stored=True)
-    if to_yaml(recipe) != (run / RECIPE).read_text(encoding="utf-8"):
-        write_recipe(run, recipe)  # submitted by an earlier version: the ranks read it next, and refuse names of that
+    settings = to_yaml(recipe)
+    if settings != (run / RECIPE).read_text(encoding="utf-8"):
+        write_recipe(run, settings)  # submitted by an earlier version: the ranks read it next, and refuse names of that
         print(f"bifrost: {run / RECIPE}: rewritten for this version", file=sys.stderr, flush=True)
     for name in (exit_record.OUTCOME, exit_record.OLD_OUTCOME):
         (run / name).unlink(missing_ok=True)
@@ -64,7 +65,7 @@ def _begin(run: Path) -> int:
     if _crash_looping(job, step):
         raise SlurmError(_crash_loop(step))
     got = int(os.environ.get("SLURM_JOB_NUM_NODES", job.nodes[1]))
-    nodes = usable_nodes(recipe, job.tasks_per_node, min(job.nodes[0], got), got)
+    nodes = usable_nodes(recipe.global_batch, recipe.micro_batch, job.tasks_per_node, (min(job.nodes[0], got), got))
     exit_record.append(run, {"step": step, "nodes": nodes, "hosts": os.environ.get("SLURM_JOB_NODELIST")})
     return nodes
 

@@ -107,7 +107,7 @@ def _recipe(run: Path) -> list[Finding]:
         file = run / RECIPE if stat_of(run / RECIPE) else run / "recipe.yaml"
         text = call(lambda: file.read_text(encoding="utf-8"), file)
         recipe = load_recipe(file, stored=True)
-        require_paths(recipe)
+        require_paths(Path(recipe.runs_dir) / recipe.name, recipe.previews, recipe.init_from)
     except (RecipeError, DataError) as error:
         return [Finding("recipe", "", str(error))]
     found = Finding("recipe", digest([text]), same=True)

@@ -45,7 +45,7 @@ class Case:
                 },
             }
         )
-        model = PatchLatentModel(self.config, recipe)
+        model = PatchLatentModel(self.config, recipe.branch, recipe.data.image_size)
         model.load(self.weights, seed=0)
         fill({public_name(n): p for n, p in model.trainable().items()}, self.weights, self.weights.path)
         return model

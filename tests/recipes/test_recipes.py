@@ -196,16 +196,16 @@ def test_recipe_extends_another(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "micro", "passes"), [(1, 32, 2), (2, 32, 1), (4, 8, 2), (64, 1, 1)])
-def test_accumulation(ranks: int, micro: int, passes: int) -> None:
-    assert load_recipe("tiny-mllm", ["global_batch=64", f"micro_batch={micro}"]).accumulation(ranks) == passes
+def test_passes_per_step(ranks: int, micro: int, passes: int) -> None:
+    assert load_recipe("tiny-mllm", ["global_batch=64", f"micro_batch={micro}"]).split(ranks).passes == passes
 
 
 def test_indivisible_batch_error_has_the_remedy() -> None:
     recipe = load_recipe("tiny-mllm", ["global_batch=60", "micro_batch=32"])
     with pytest.raises(ValueError, match="micro_batch=30"):
-        recipe.accumulation(2)
+        recipe.split(2)
     with pytest.raises(ValueError, match="multiple of 7, such as 63"):
-        recipe.accumulation(7)
+        recipe.split(7)
 
 
 def test_every_setting_is_documented() -> None:

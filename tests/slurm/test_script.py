@@ -9,7 +9,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from bifrost.recipes import load_recipe
 from bifrost.slurm import SlurmError
 from bifrost.slurm.cli import slurm_app
 from bifrost.slurm.exit_record import grace
@@ -166,10 +165,9 @@ def test_docs_list_every_site_setting() -> None:
 
 
 def test_largest_number_of_nodes_that_divides_the_batch() -> None:
-    recipe = load_recipe("mllm-7b", ["global_batch=96", "micro_batch=1"])
-    assert [usable_nodes(recipe, 8, 1, most) for most in (1, 2, 3, 4, 5, 8)] == [1, 2, 3, 4, 4, 6]
+    assert [usable_nodes(96, 1, 8, (1, most)) for most in (1, 2, 3, 4, 5, 8)] == [1, 2, 3, 4, 4, 6]
     with pytest.raises(SlurmError, match="does not divide"):
-        usable_nodes(recipe, 8, 5, 5)
+        usable_nodes(96, 1, 8, (5, 5))
     assert parse_nodes("4") == (4, 4) and parse_nodes("2-8") == (2, 8)
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import opened
 import torch
 
 from bifrost.data import Loader
 from bifrost.recipes import Recipe
 from bifrost.trainer.optim.engine import parameter_groups
 from bifrost.trainer.optim.lr_schedule import learning_rate
-from bifrost.trainer.training.inputs import open_inputs
 
 
 def losses(recipe: Recipe) -> list[float]:
     """The loss of every step."""
-    inputs = open_inputs(recipe, 1)
+    inputs = opened.inputs(recipe)
     model = inputs.stage.build()
     inputs.stage.load(model)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, recipe), betas=recipe.optimizer.betas, eps=recipe.optimizer.eps
+        parameter_groups(model, recipe.optimizer.weight_decay), betas=recipe.optimizer.betas, eps=recipe.optimizer.eps
     )
     loader = Loader(
         inputs.dataset,

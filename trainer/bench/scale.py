@@ -73,8 +73,8 @@ def run_points(recipe: Recipe, modes: Sequence[Mode], counts: Sequence[int], out
 
 def point_recipe(recipe: Recipe, mode: Mode, ranks: int, steps: int, folder: Path) -> Recipe:
     """The recipe of a point. RunError if its batch does not divide."""
-    weak = {"global_batch": recipe.micro_batch * ranks}
-    sizes = weak if mode == "weak" else {"micro_batch": batch(recipe, ranks)[0]}
+    split = batch(recipe.micro_batch * ranks if mode == "weak" else recipe.global_batch, recipe.micro_batch, ranks)
+    sizes = {"global_batch": split.global_batch, "micro_batch": split.micro_batch}
     return short_recipe(recipe, steps, folder, log_every=1, **sizes)
 
 
@@ -139,7 +139,7 @@ def point(recipe: Recipe, mode: Mode, found: Sequence[Rank], lines: Sequence[dic
         "unit": "GPU" if gpus else "core",
         "global_batch": recipe.global_batch,
         "micro_batch": recipe.micro_batch,
-        "passes": recipe.accumulation(ranks),
+        "passes": recipe.split(ranks).passes,
         "steps": len(measured),
         "step_s": step_s,
         "samples_per_s": recipe.global_batch / step_s,

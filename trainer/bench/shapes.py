@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...recipes import Recipe
 from ..errors import RunError
-from ..models.kernel_selection import KernelChoice
 from ..stages.patch_latents import PatchLatentModel
 
 VOCABULARY = 4096
@@ -50,15 +49,13 @@ def scaled(config: Any, layers: int | None, width: int | None) -> Any:
     return config
 
 
-def random_model(
-    config: Any, recipe: Recipe, kernels: KernelChoice, device: torch.device, dtype: torch.dtype
-) -> PatchLatentModel:
-    """The model with random weights, equal for equal shapes on the same device."""
+def random_model(build: Callable[[], PatchLatentModel], device: torch.device, dtype: torch.dtype) -> PatchLatentModel:
+    """The model that `build` makes, with random weights, equal for equal shapes on the same device."""
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
         with torch.device(device):
-            model = PatchLatentModel(config, recipe, kernels)
+            model = build()
     finally:
         torch.set_default_dtype(before)
     model.restore_rotary()

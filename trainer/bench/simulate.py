@@ -19,16 +19,16 @@ import numpy as np
 import torch
 
 from ...data import Plan, rank_positions
-from ...recipes import Recipe
+from ...recipes import BatchSplit, Recipe
+from ...recipes.schema import Data
 from ..checkpoint.durable import Entry, safetensors_parts
 from ..checkpoint.layout import local_range, reads, slice_size
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.reader import rank_file
 from ..checkpoint.shard import Payload
 from ..errors import Unhealthy, writing
-from ..planner import batch, plan
-from ..planner.flops import parts
-from ..stages import open_stage
+from ..planner import Row, batch, parts, plan, workload
+from ..stages import Stage, open_stage
 
 SHARDS, SAMPLES = 384, 1000
 """The imaginary data set: number of shards, and approximate samples per shard."""
@@ -48,9 +48,10 @@ class Shapes:
     frozen: dict[str, tuple[int, ...]]
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Shapes:
+    def of(cls, stage: Stage) -> Shapes:
+        """Of a stage opened for counting."""
         with torch.device("meta"):
-            model = open_stage(recipe, for_counting=True).build()
+            model = stage.build()
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         trained = model.trainable()
         return cls(
@@ -72,23 +73,22 @@ class Simulation:
 def simulate(recipe: Recipe, ranks: int) -> Simulation:
     """Check partition, data, checkpoint and memory of the run on `ranks` ranks. Broken names what is not covered
     exactly once; RunError if the batch does not divide."""
-    micro_batch, passes = batch(recipe, ranks)
-    recipe = recipe.model_copy(update={"micro_batch": micro_batch})
-    found = Simulation(recipe.name, ranks)
-    shapes = Shapes.of(recipe)
     sizes = fewer(ranks)
+    splits = [batch(recipe.global_batch, recipe.micro_batch, number) for number in (ranks, *sizes)]
+    found = Simulation(recipe.name, ranks)
+    shapes = Shapes.of(open_stage(recipe, for_counting=True))
     checks: dict[str, Callable[[], dict[str, Any]]] = {
         "partition": lambda: partition(shapes, ranks),
-        "data": lambda: data(recipe, ranks, sizes),
+        "data": lambda: data(recipe.data, recipe.seed, splits),
         "checkpoint": lambda: checkpoint(shapes, ranks, recipe.ema is not None),
         "resume": lambda: {"moves": [move(shapes.trained, a, b) for a, b in zip((ranks, *sizes), sizes, strict=False)]},
-        "memory": lambda: memory(recipe, shapes, ranks),
+        "memory": lambda: memory(plan(parts(recipe), workload(recipe), ranks), shapes, ranks),
     }
     for title, check in checks.items():
         begun = time.perf_counter()
         found.sections[title] = check()
         found.seconds[title] = time.perf_counter() - begun
-    found.sections["data"].update(micro_batch=micro_batch, passes=passes)
+    found.sections["data"].update(micro_batch=splits[0].micro_batch, passes=splits[0].passes)
     return found
 
 
@@ -128,25 +128,25 @@ def partition(shapes: Shapes, ranks: int) -> dict[str, Any]:
     return found
 
 
-def data(recipe: Recipe, ranks: int, sizes: Sequence[int]) -> dict[str, Any]:
-    """Check an epoch over ranks x workers: every sample once, and equal global batches on other numbers of ranks."""
+def data(settings: Data, seed: int, splits: Sequence[BatchSplit]) -> dict[str, Any]:
+    """Check an epoch over ranks x workers: every sample once, and equal global batches on other numbers of ranks.
+    splits: of the run, then of resumes."""
     counts = SAMPLES + np.random.default_rng(0).integers(-SAMPLES // 10, SAMPLES // 10 + 1, SHARDS)
-    order = Plan(counts, recipe.seed, recipe.data.shuffle_window)
-    size, workers = recipe.global_batch, max(recipe.data.workers, 1)
-    steps = -(-len(order) // size)
+    order = Plan(counts, seed, settings.shuffle_window)
+    (split, *others), workers = splits, max(settings.workers, 1)
+    ranks, steps = split.ranks, -(-len(order) // split.global_batch)
     middle = steps // 2
-    whole = _epoch(recipe, ranks, range(steps), workers)
+    whole = _epoch(split, range(steps), workers)
     located = order.locate(whole)
     first = located.epoch == 0
     seen = np.bincount(located.index[first], minlength=len(order))
     if len(seen) != len(order) or (seen != 1).any():
         missing, twice = int((seen == 0).sum()), int((seen > 1).sum())
         raise Broken(f"an epoch over {ranks} ranks misses {missing} samples and repeats {twice}")
-    other = [_resumed(recipe, number, range(middle, steps), workers) for number in sizes]
     wanted = np.sort(whole[middle:], axis=1)
-    for number, rows in zip(sizes, other, strict=True):
-        if not np.array_equal(np.sort(rows, axis=1), wanted):
-            raise Broken(f"after step {middle}, {number} ranks get other global batches than {ranks}")
+    for other in others:
+        if not np.array_equal(np.sort(_epoch(other, range(middle, steps), workers), axis=1), wanted):
+            raise Broken(f"after step {middle}, {other.ranks} ranks get other global batches than {ranks}")
     shards = [len(np.unique(located.shard[step])) for step in range(steps)]
     return {
         "samples": len(order),
@@ -154,27 +154,23 @@ def data(recipe: Recipe, ranks: int, sizes: Sequence[int]) -> dict[str, Any]:
         "steps": steps,
         "readers": ranks * workers,
         "resumed_at": middle,
-        "resumed_on": list(sizes),
+        "resumed_on": [other.ranks for other in others],
         "shards_a_step_most": max(shards),
     }
 
 
-def _resumed(recipe: Recipe, ranks: int, steps: range, workers: int) -> np.ndarray:
-    micro_batch, _ = batch(recipe, ranks)
-    return _epoch(recipe.model_copy(update={"micro_batch": micro_batch}), ranks, steps, workers)
-
-
-def _epoch(recipe: Recipe, ranks: int, steps: range, workers: int) -> np.ndarray:
+def _epoch(split: BatchSplit, steps: range, workers: int) -> np.ndarray:
     """Positions [steps, global_batch] in the order of ranks and of loader workers, which alternate."""
-    size, micro_batch = recipe.global_batch, recipe.micro_batch
-    passes = size // (ranks * micro_batch)
+    passes, ranks = split.passes, split.ranks
     numbers = np.arange(steps.start * passes, steps.stop * passes)
     rows: list[list[np.ndarray]] = [[] for _ in steps]
     for rank in range(ranks):
         for worker in range(workers):
             for number in numbers[worker::workers].tolist():
                 step, row = divmod(number, passes)
-                rows[step - steps.start].append(rank_positions(step, rank, ranks, size, micro_batch)[row])
+                rows[step - steps.start].append(
+                    rank_positions(step, rank, ranks, split.global_batch, split.micro_batch)[row]
+                )
     return np.array([np.concatenate(row) for row in rows])
 
 
@@ -250,9 +246,8 @@ def move(shapes: dict[str, tuple[int, ...]], before: int, after: int) -> dict[st
     }
 
 
-def memory(recipe: Recipe, shapes: Shapes, ranks: int) -> dict[str, Any]:
+def memory(row: Row, shapes: Shapes, ranks: int) -> dict[str, Any]:
     """The plan's figures; checks that its slices equal those of the checkpoint."""
-    row = plan(parts(recipe), recipe, ranks)
     own = sum(slice_size(math.prod(shape), ranks) for shape in shapes.trained.values())
     if row.memory.held["masters"] != 4 * own:
         raise Broken(f"the plan holds {row.memory.held['masters']:.0f} bytes of masters per rank, slices are {4 * own}")

@@ -12,7 +12,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor
 
 from ...recipes import Recipe
+from ...recipes.schema import Kernels
 from ..errors import RunError, writing
 from ..models.backbone import read_config
 from ..models.hub import architecture
-from ..models.kernel_selection import KernelChoice
+from ..models.kernel_selection import KernelChoice, KernelWork
 from ..planner.devices import this_device
 from ..planner.flops import Part, patch_latent_parts
 from ..planner.timing import done_flops, useful_flops
@@ -65,18 +67,19 @@ def bench(
         samples = samples or CPU_SAMPLES
     samples = samples or recipe.micro_batch
     dtype = torch.bfloat16 if device.type == "cuda" and recipe.precision == "bf16" else torch.float32
-    update = {"precision": "bf16" if dtype == torch.bfloat16 else "fp32", "micro_batch": samples}
+    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     branch = recipe.branch.model_copy(update={"loss_tokens": "all"})  # what the release computes
-    recipe = recipe.model_copy(update={**update, "branch": branch})
-    found = cases(text_tokens, samples, recipe.branch.max_text_tokens)
+    found = cases(text_tokens, samples, branch.max_text_tokens)
     config = scaled(own, layers, width)
-    tokens = grid_side(config, recipe.data.image_size) ** 2
-    kernels = chosen_kernels(recipe, config, tokens, device, dtype)
-    model = random_model(config, recipe, kernels, device, dtype)
-    stage = PatchLatentStage(recipe, config, tokens, None, None, kernels)
+    size, recomputed = recipe.data.image_size, recipe.activation_checkpointing
+    tokens = grid_side(config, size) ** 2
+    work = KernelWork.of(config, samples, tokens, branch.max_text_tokens, precision)
+    lengths = real_lengths(samples, branch.max_text_tokens)
+    kernels = chosen_kernels(recipe.kernels, replace(work, lengths=lengths), device)
+    stage = PatchLatentStage(recipe.backbone, branch, size, recipe.seed, config, tokens, None, None, kernels)
+    model = random_model(partial(stage.build, recomputed), device, dtype)
     with torch.device("meta"):
         counted = stage.build()
-    recomputed = recipe.activation_checkpointing
     opponent = CompiledStep(model, recomputed) if baseline == "compiled" else DenseStep(model, baseline)  # type: ignore[arg-type]
     text = config.text_config
     record: dict[str, Any] = {
@@ -88,8 +91,8 @@ def bench(
         "patches": tokens,
         "samples": samples,
         "rounds": rounds,
-        "precision": recipe.precision,
-        "activation_checkpointing": recipe.activation_checkpointing,
+        "precision": precision,
+        "activation_checkpointing": recomputed,
         "baseline": baseline,
         "kernels": asdict(kernels),
         "threads": torch.get_num_threads(),
@@ -98,8 +101,8 @@ def bench(
     }
     rows: list[Row] = []
     for case in found:
-        batch = draw_batch(case, tokens, recipe.data.image_size, config, device, dtype)
-        flops = [step_parts(patch_latent_parts(stage, counted, float(length))) for length in case.lengths]
+        batch = draw_batch(case, tokens, size, config, device, dtype)
+        flops = [step_parts(patch_latent_parts(stage, counted, precision, float(length))) for length in case.lengths]
         for against in (opponent, None):  # without the baseline, if only that does not fit
             try:
                 rows.append(measure(model, batch, case, against, rounds, recomputed, flops))
@@ -119,18 +122,13 @@ def bench(
     return rows
 
 
-def chosen_kernels(recipe: Recipe, config: Any, tokens: int, device: torch.device, dtype: torch.dtype) -> KernelChoice:
+def chosen_kernels(asked: Kernels, work: KernelWork, device: torch.device) -> KernelChoice:
     """Kernels set in the recipe, or the fastest here, selected as in a run."""
-    from ...kernels.providers import choose_attention, choose_loss
-
-    text, asked = config.text_config, recipe.kernels
-    heads = text.num_attention_heads, text.num_key_value_heads, text.hidden_size // text.num_attention_heads
     head, attention = asked.head_backend, asked.attention
     if head == "auto":
-        head = choose_loss(recipe.micro_batch * tokens, text.hidden_size, text.hidden_size, dtype, device).provider
+        head = work.fastest_head(device).provider
     if attention == "auto":
-        lengths = real_lengths(recipe.micro_batch, recipe.branch.max_text_tokens)
-        attention = choose_attention(lengths, tokens, heads, dtype, device).provider
+        attention = work.fastest_attention(device).provider
     return KernelChoice(head, attention, asked.elementwise)  # type: ignore[arg-type]
 
 

@@ -10,13 +10,14 @@ from typing import Literal
 
 import torch
 
-from ...recipes import Recipe, load_recipe
+from ...recipes import load_recipe
+from ...recipes.schema import Backbone, Branch
 from ..errors import RunError, writing
 from ..models.backbone import read_config
 from ..models.hub import locate
 from ..models.latent_controlnet import write_config
 from ..models.weights import WeightFiles, is_trained, public_base_name, public_name
-from ..stages.controlnet import ControlNetStage
+from ..stages import open_controlnet
 from ..stages.patch_latents import grid_side
 from .durable import Piece, safetensors_parts, write_file
 from .model_card import CARD, card
@@ -54,9 +55,13 @@ def export(
     with writing(out):
         shutil.rmtree(partial, ignore_errors=True)
         if recipe.stage == "controlnet":
-            _write_controlnet(partial, recipe, pieces, reader.buffers(slot))
+            _write_controlnet(partial, pieces, reader.buffers(slot))
+            write_config(partial, open_controlnet(recipe, for_counting=True).shape)
         else:
-            _write_branch(partial, recipe, layout, pieces, reader, dtype)
+            tensors = list(pieces.values())
+            if layout == "public":
+                tensors = _public(pieces, recipe.backbone, recipe.branch, recipe.data.image_size, dtype)
+            _write(partial, tensors)
             config = {"step": reader.step, "weights": slot, "recipe": recipe.model_dump(mode="json")}
             (partial / "config.json").write_text(json.dumps(config, indent=2))
         with_base = recipe.stage != "controlnet" and layout == "public"
@@ -70,35 +75,27 @@ def _piece(reader: CheckpointReader, slot: str, name: str, dtype: torch.dtype) -
     return Piece(name, tuple(reader.shapes[name]), dtype, lambda: reader.full(slot, name))
 
 
-def _write_branch(
-    out: Path,
-    recipe: Recipe,
-    layout: str,
-    pieces: dict[str, Piece],
-    reader: CheckpointReader,
-    dtype: torch.dtype,
-) -> None:
-    tensors = list(pieces.values())
-    if layout == "public":
-        tensors = [piece._replace(name=public_name(name)) for name, piece in pieces.items()]
-        folder = locate(recipe.backbone.path, recipe.backbone.revision)
-        tensors += _base(WeightFiles(folder), dtype, {tensor.name for tensor in tensors})
-        if recipe.branch.positions == "mrope":
-            # The public model always has the table; with mRoPE it is zero.
-            width, side = reader.shapes["head.bias"][0], grid_side(read_config(folder), recipe.data.image_size)
-            shape = (1, side * side, width)
-            tensors.append(Piece("learnable_pos_emb", shape, dtype, lambda: torch.zeros(shape)))
-    _write(out, tensors)
+def _public(
+    pieces: dict[str, Piece], backbone: Backbone, branch: Branch, image_size: int, dtype: torch.dtype
+) -> list[Piece]:
+    """The trained `pieces` and the frozen base, under the public release's names."""
+    tensors = [piece._replace(name=public_name(name)) for name, piece in pieces.items()]
+    folder = locate(backbone.path, backbone.revision)
+    tensors += _base(WeightFiles(folder), dtype, {tensor.name for tensor in tensors})
+    if branch.positions == "mrope":
+        # The public model always has the table; with mRoPE it is zero.
+        shape = (1, grid_side(read_config(folder), image_size) ** 2, pieces["head.bias"].shape[0])
+        tensors.append(Piece("learnable_pos_emb", shape, dtype, lambda: torch.zeros(shape)))
+    return tensors
 
 
-def _write_controlnet(out: Path, recipe: Recipe, pieces: dict[str, Piece], buffers: dict[str, torch.Tensor]) -> None:
+def _write_controlnet(out: Path, pieces: dict[str, Piece], buffers: dict[str, torch.Tensor]) -> None:
     """Write diffusers' folder, which is also the public `flux_controlnet` layout. Statistics stay fp32."""
     tensors = [piece._replace(name=name.removeprefix("controlnet.")) for name, piece in pieces.items()]
     for name, buffer in buffers.items():
         shape, dtype = tuple(buffer.shape), buffer.dtype
         tensors.append(Piece(name.removeprefix("controlnet."), shape, dtype, lambda buffer=buffer: buffer))
     _write(out, tensors, "diffusion_pytorch_model")
-    write_config(out, ControlNetStage.open(recipe, for_counting=True).shape)
 
 
 def _checkpoint(run: Path, step: int | None, slot: str) -> CheckpointReader:

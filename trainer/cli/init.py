@@ -29,7 +29,8 @@ def init(
         raise RunError(f"choose a recipe to start from, such as --from tiny-mllm; available: {CHOICES}")
     file = out or Path(f"{name}.yaml")
     text = template(source, name, data, str(file))
-    require_paths(load_recipe(source, [f"name={name}"]))
+    recipe = load_recipe(source, [f"name={name}"])
+    require_paths(Path(recipe.runs_dir) / name, recipe.previews, recipe.init_from)
     with writing(file):
         try:
             with open(file, "x", encoding="utf-8") as opened:

@@ -15,7 +15,7 @@ from ...slurm.rank_env import idle_nodes, remove_private_folders
 from ..distributed.launcher import devices, init_from_env, run_ranks
 from ..distributed.stop_signals import ignore_signals
 from ..errors import RunError
-from ..training.batch import batch_arithmetic
+from ..training.batch import split_batch
 from ..training.setting_changes import finished
 
 
@@ -41,11 +41,11 @@ def on_ranks(
             " --ntasks-per-node=N` before it (N: GPUs per node), or give --ranks to use only this machine"
         )
     run = Path(recipe.runs_dir) / recipe.name
-    if trains and (steps := finished(recipe)):
+    if trains and (steps := finished(run, recipe.model_dump(mode="json"))):
         print(f"{recipe.name} is finished: {steps} steps in {run}; more steps continue it, such as steps={2 * steps}")
         leave(DONE)
     ranks = ranks or usual()
-    batch_arithmetic(recipe, ranks)
+    split_batch(recipe.global_batch, recipe.micro_batch, ranks, recipe.zero.hpz)
     leave(run_ranks(ranks, arguments, run if trains else None))
 
 

@@ -26,21 +26,23 @@ def plan(
 ) -> None:
     """Predict memory, FLOPs, traffic, step time and cost of a recipe on any number of GPUs."""
     settings = load_recipe(recipe, overrides or [])
-    require_paths(settings)
+    require_paths(Path(settings.runs_dir) / settings.name, settings.previews, settings.init_from)
     counts = _counts(gpus)
     from ..planner.devices import find_device, this_device
 
     chosen = find_device(device) if device else this_device()
     if plot and (chosen is None or chosen.bf16_tflops is None):
         raise RunError("--plot: needs step times; give a --device that has bf16_tflops")
+    from ..planner import parts, workload
     from ..planner.curves import draw
-    from ..planner.flops import parts
     from ..planner.previews import image_generator_bytes
     from ..planner.report import Report
     from ..terminal import terminal
 
+    work, prompted = workload(settings), settings.stage == "patch-latents"
+    previews = image_generator_bytes(settings.previews) if prompted else 0.0  # stage 2 generates images itself
     report = Report(
-        settings, parts(settings, text_tokens), counts, chosen, text_tokens, image_generator_bytes(settings)
+        settings.name, parts(settings, text_tokens), work, counts, chosen, text_tokens if prompted else None, previews
     )
     samples = samples or settings.steps * settings.global_batch
     if as_json:
@@ -49,7 +51,7 @@ def plan(
         report.show(terminal(), samples)
     if plot and chosen:
         with writing(plot):
-            draw(report.parts, settings, chosen, plot)
+            draw(settings.name, report.parts, work, chosen, plot)
 
 
 def _counts(text: str) -> list[int]:

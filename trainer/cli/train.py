@@ -10,9 +10,11 @@ from typing import Annotated
 import typer
 
 from ...data.progress import progress
-from ...recipes import Recipe, load_recipe, to_yaml
+from ...recipes import load_recipe, to_yaml
+from ...slurm.named_paths import require_paths
 from ..distributed.launcher import devices, init_from_env, run_ranks
-from ..training.batch import batch_arithmetic
+from ..errors import RunError
+from ..training.batch import split_batch
 from ..training.run_folder import check_run, placed, ranks_of
 from .on_ranks import leave, on_ranks
 from .options import Overrides, RanksOption, RecipeArgument
@@ -26,11 +28,37 @@ def train(
 ) -> None:
     """Train a recipe, or continue from its newest checkpoint."""
     settings = load_recipe(recipe, overrides or [])
-    if dry_run:
-        _show(settings, ranks)
-        return
 
-    on_ranks(settings, ranks, ["train", recipe, *(overrides or [])], lambda: _train(settings), trains=True)
+    def train_rank() -> int:
+        from ..training.train import train
+
+        return train(settings)
+
+    if not dry_run:
+        on_ranks(settings, ranks, ["train", recipe, *(overrides or [])], train_rank, trains=True)
+    import torch
+
+    from ..models.hub import architecture
+    from ..optim.engine import deepspeed_config
+    from ..stages import open_stage
+
+    batch = split_batch(settings.global_batch, settings.micro_batch, ranks or devices(), settings.zero.hpz)
+    with torch.device("meta"):
+        model = open_stage(settings, for_counting=True).build()
+    require_paths(Path(settings.runs_dir) / settings.name, settings.previews, settings.init_from)
+    if settings.previews.every and settings.previews.flux:
+        architecture(settings.previews.flux, None, "previews.flux")
+    trainable = sum(p.numel() for p in model.trainable().values())
+    frozen = sum(p.numel() for p in model.parameters()) - trainable
+    print(to_yaml(settings))
+    print("# DeepSpeed")
+    print(json.dumps(deepspeed_config(batch, settings.precision, settings.zero, settings.optimizer.clip), indent=2))
+    print(f"trainable parameters  {trainable:>16,}")
+    print(f"frozen parameters     {frozen:>16,}")
+    print(
+        f"global batch {batch.global_batch} = {batch.ranks} ranks x micro batch {batch.micro_batch}"
+        f" x {batch.passes} backward passes; {settings.steps} steps = {settings.steps * batch.global_batch:,} samples"
+    )
 
 
 def resume(
@@ -43,20 +71,30 @@ def resume(
     given = overrides or []
     settings = load_recipe(run / "recipe.yaml", [*given, *placed(run, given)], stored=True)
     arguments = ["resume", str(run), *given]
-    on_ranks(
-        settings, ranks, arguments, lambda: _train(settings), trains=True, usual=lambda: ranks_of(run) or devices()
-    )
+
+    def train_rank() -> int:
+        from ..training.train import train
+
+        return train(settings)
+
+    on_ranks(settings, ranks, arguments, train_rank, trains=True, usual=lambda: ranks_of(run) or devices())
 
 
 def encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: RanksOption = None) -> None:
     """Cache the outputs of the frozen parts (flux.placement=cached) next to the shards."""
     settings = load_recipe(recipe, overrides or [])
+    if settings.stage != "controlnet" or settings.flux is None or not settings.flux.placement.cached:
+        raise RunError(
+            f"{settings.name}: caches nothing; set flux.placement.vae=cached, flux.placement.text=cached or both in a"
+            " recipe of stage controlnet"
+        )
     adopted = init_from_env(ranks)
     ranks = ranks or devices()
     if adopted or ranks == 1:
+        from ..stages import open_controlnet
         from ..stages.precompute import encode as precompute
 
-        leave(precompute(settings))
+        leave(precompute(open_controlnet(settings), settings.micro_batch))
     leave(run_ranks(ranks, ["data", "encode", recipe, *(overrides or [])]))
 
 
@@ -80,34 +118,3 @@ def export(
     with progress("exporting"):
         taken = write(run, out, layout.value, ema=ema, step=step)
     print(f"{out}: step {taken} of {run} in the {layout.value} layout")
-
-
-def _train(recipe: Recipe) -> int:
-    from ..training.train import train as train_rank
-
-    return train_rank(recipe)
-
-
-def _show(recipe: Recipe, ranks: int | None) -> None:
-    import torch
-
-    from ..optim.engine import deepspeed_config
-    from ..stages import open_stage
-    from ..training.inputs import require_places
-
-    ranks = ranks or devices()
-    passes = batch_arithmetic(recipe, ranks)
-    with torch.device("meta"):
-        model = open_stage(recipe, for_counting=True).build()
-    require_places(recipe)
-    trainable = sum(p.numel() for p in model.trainable().values())
-    frozen = sum(p.numel() for p in model.parameters()) - trainable
-    print(to_yaml(recipe))
-    print("# DeepSpeed")
-    print(json.dumps(deepspeed_config(recipe, ranks), indent=2))
-    print(f"trainable parameters  {trainable:>16,}")
-    print(f"frozen parameters     {frozen:>16,}")
-    print(
-        f"global batch {recipe.global_batch} = {ranks} ranks x micro batch {recipe.micro_batch}"
-        f" x {passes} backward passes; {recipe.steps} steps = {recipe.steps * recipe.global_batch:,} samples"
-    )

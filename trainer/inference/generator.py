@@ -32,7 +32,7 @@ from ..models.kernel_selection import KernelChoice
 from ..models.latent_controlnet import LatentControlNet
 from ..models.prompt import PromptTemplate
 from ..models.weights import fill
-from ..stages.controlnet import ControlNetStage
+from ..stages import open_controlnet, open_patch_latents
 from ..stages.patch_latents import PatchLatentModel, PatchLatentStage
 from ..stages.placement import init_context
 from .flux_sampler import Sampling, Text, draw_noise, sample
@@ -92,14 +92,14 @@ class Generator:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        stage = PatchLatentStage.open(_recipe(Path(mllm), "patch-latents"))
+        stage = open_patch_latents(_recipe(Path(mllm), "patch-latents"))
         assert stage.tokenizer is not None
         # The smaller model first: a mismatch is found before the large ones are read.
         width, side = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
         image_generator = load_image_generator(Path(controlnet), flux, width, side, device, dtype)
         model = load_mllm(Path(mllm), stage, device, dtype)
-        template = PromptTemplate(stage.tokenizer, stage.recipe.branch.max_text_tokens)
-        return cls(model, template, stage.recipe.data.image_size, *image_generator, device)
+        template = PromptTemplate(stage.tokenizer, stage.branch.max_text_tokens)
+        return cls(model, template, stage.image_size, *image_generator, device)
 
     def generate(
         self,
@@ -221,7 +221,7 @@ def load_controlnet(
         assert recipe.flux is not None
         if flux:
             recipe = recipe.model_copy(update={"flux": recipe.flux.model_copy(update={"path": flux, "revision": None})})
-        stage = ControlNetStage.open(recipe)
+        stage = open_controlnet(recipe)
         shape, folder, size = stage.shape, stage.folder, stage.flux.image_size
         source = trained = _trained(_checkpoint(path))
     else:

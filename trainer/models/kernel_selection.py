@@ -7,7 +7,7 @@ device uses the same kernels and is bitwise reproducible, whatever a second meas
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ from ...kernels import attention, latent_loss
 from ...kernels.attention import Backend
 from ...kernels.latent_loss import Provider
 from ...kernels.providers import Choice, choose_attention, choose_loss
-from ...recipes import Recipe
+from ...recipes.schema import Kernels
 from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..io import read_json
@@ -49,27 +49,57 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+@dataclass(frozen=True)
+class KernelWork:
+    """The shapes of a backward pass for which kernels are chosen.
+
+    patches: per image. lengths: text tokens of each sample. width: of the hidden states. heads: of queries, of keys and
+    values, and the width of one.
+    """
+
+    patches: int
+    lengths: Sequence[int]
+    width: int
+    heads: tuple[int, int, int]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: Any, micro_batch: int, patches: int, max_text_tokens: int, precision: str) -> KernelWork:
+        """For captions of every length up to `max_text_tokens`. config: the backbone's Qwen2_5_VLConfig."""
+        text = config.text_config
+        width, heads = text.hidden_size, text.num_attention_heads
+        lengths = [max(1, (i + 1) * max_text_tokens // micro_batch) for i in range(micro_batch)]
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        return cls(patches, lengths, width, (heads, text.num_key_value_heads, width // heads), dtype)
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the head's product."""
+        return len(self.lengths) * self.patches
+
+    def fastest_head(self, device: torch.device) -> Choice:
+        return choose_loss(self.tokens, self.width, self.width, self.dtype, device)
+
+    def fastest_attention(self, device: torch.device) -> Choice:
+        return choose_attention(list(self.lengths), self.patches, self.heads, self.dtype, device)
+
+
 def choose_kernels(
-    recipe: Recipe, config: Any, patches: int, ranks: Ranks, folder: Path
+    asked: Kernels, work: KernelWork, ranks: Ranks, folder: Path
 ) -> tuple[KernelChoice, dict[str, dict[str, Any]]]:
     """The kernels of this run, the same on every rank, and the record for `kernels.json`.
 
-    config: the backbone's Qwen2_5_VLConfig; patches: per image; folder: the run folder. RunError if a kernel set in the
-    recipe cannot run here.
+    folder: the run folder. RunError if a kernel set in the recipe cannot run here.
     """
-    device, asked, text = ranks.device, recipe.kernels, config.text_config
-    dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
+    device, dtype = ranks.device, work.dtype
     if asked.head_backend != "auto":
         _refuse("head_backend", latent_loss.unavailable(asked.head_backend, device, dtype))
     if asked.attention != "auto":
         _refuse("attention", attention.unavailable(asked.attention, device, dtype))
     _refuse("elementwise", elementwise.unavailable(asked.elementwise, device))
 
-    tokens, width, heads = recipe.micro_batch * patches, text.hidden_size, text.num_attention_heads
-    # Captions of every length up to the longest.
-    lengths = [max(1, (i + 1) * recipe.branch.max_text_tokens // recipe.micro_batch) for i in range(recipe.micro_batch)]
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    key = f"{gpu}, torch {torch.__version__}, {dtype}, {tokens} x {width}, {max(lengths)} text tokens"
+    key = f"{gpu}, torch {torch.__version__}, {dtype}, {work.tokens} x {work.width}, {max(work.lengths)} text tokens"
     known = read_json(folder / FILE) or {} if ranks.first else {}
 
     def decide(operation: str, setting: str, measure: Callable[[], Choice]) -> dict[str, Any]:
@@ -80,14 +110,9 @@ def choose_kernels(
 
     record: dict[str, dict[str, Any]] = {}
     if ranks.first:
-        shape = heads, text.num_key_value_heads, width // heads
         record = {
-            "patch_latent_loss": decide(
-                "patch_latent_loss", asked.head_backend, lambda: choose_loss(tokens, width, width, dtype, device)
-            ),
-            "prefix_attention": decide(
-                "prefix_attention", asked.attention, lambda: choose_attention(lengths, patches, shape, dtype, device)
-            ),
+            "patch_latent_loss": decide("patch_latent_loss", asked.head_backend, lambda: work.fastest_head(device)),
+            "prefix_attention": decide("prefix_attention", asked.attention, lambda: work.fastest_attention(device)),
         }
     record = ranks.gather(record)[0]
     head, over = (record[operation]["provider"] for operation in ("patch_latent_loss", "prefix_attention"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from ...recipes import Recipe
 from ..planner.devices import Device
-from ..planner.flops import parts
-from ..planner.layout import AS_SET, Zero
+from ..planner.flops import Part
+from ..planner.layout import AS_SET, Workload
 from ..planner.timing import done_flops, useful_flops
 from ..planner.traffic import traffic
 
@@ -16,19 +17,27 @@ TEXTS = (0.0, 100.0, 200.0)
 
 
 class Utilisation:
-    """patches: per image, included in the stage's token counts; 0 if FLOPs do not depend on the text. node: ranks per
-    host. device: None for unknown hardware, without MFU.
+    """counted: the model's parts for prompts of each of TEXTS. patches: per image, included in the stage's token
+    counts; 0 if FLOPs do not depend on the text. node: ranks per host. device: None for unknown hardware, without MFU.
     """
 
-    def __init__(self, recipe: Recipe, ranks: int, node: int, patches: int, device: Device | None) -> None:
+    def __init__(
+        self,
+        counted: Sequence[Sequence[Part]],
+        work: Workload,
+        ranks: int,
+        node: int,
+        patches: int,
+        device: Device | None,
+    ) -> None:
         self.ranks, self.patches = ranks, patches
-        counted = [parts(recipe, text) for text in TEXTS]
         self._useful = np.polyfit(TEXTS, [useful_flops(each) for each in counted], 2)
-        self._done = np.polyfit(TEXTS, [done_flops(each, recipe.activation_checkpointing) for each in counted], 2)
+        self._done = np.polyfit(TEXTS, [done_flops(each, work.recomputed) for each in counted], 2)
         self.peak = None
-        if device is not None and device.bf16_tflops is not None and recipe.precision == "bf16":
+        if device is not None and device.bf16_tflops is not None and work.zero.weight_bytes == 2:
             self.peak = device.bf16_tflops * 1e12
-        moved = traffic(counted[0], Zero.of(recipe), AS_SET, ranks, node, recipe.accumulation(ranks))
+        passes = work.global_batch // (work.micro_batch * ranks)
+        moved = traffic(counted[0], work.zero, AS_SET, ranks, node, passes)
         self.gathered = sum(one.bytes for one in moved if one.kind.startswith("gather"))
         """Bytes of weights that a rank receives per step."""
 

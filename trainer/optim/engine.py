@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import os
@@ -13,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...recipes import Recipe
+from ...recipes import BatchSplit
+from ...recipes.schema import Optimizer, Zero
 from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..stages import StageModel
@@ -53,15 +55,15 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def deepspeed_config(recipe: Recipe, ranks: int) -> dict[str, Any]:
-    """The configuration handed to DeepSpeed; written to the run folder as `ds_config.json`."""
-    zero = recipe.zero
+def deepspeed_config(batch: BatchSplit, precision: str, zero: Zero, clip: float) -> dict[str, Any]:
+    """DeepSpeed's configuration; written to the run folder as `ds_config.json`. precision: `bf16` or `fp32`; clip:
+    global gradient norm."""
     return {
-        "train_batch_size": recipe.global_batch,
-        "train_micro_batch_size_per_gpu": recipe.micro_batch,
-        "gradient_accumulation_steps": recipe.accumulation(ranks),
-        "gradient_clipping": recipe.optimizer.clip,
-        "bf16": {"enabled": recipe.precision == "bf16"},
+        "train_batch_size": batch.global_batch,
+        "train_micro_batch_size_per_gpu": batch.micro_batch,
+        "gradient_accumulation_steps": batch.passes,
+        "gradient_clipping": clip,
+        "bf16": {"enabled": precision == "bf16"},
         # Sums over micro-batches and ranks lose too much in bf16.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
@@ -75,7 +77,7 @@ def deepspeed_config(recipe: Recipe, ranks: int) -> dict[str, Any]:
             "stage3_max_live_parameters": zero.max_live_parameters,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
             # On one node the secondary partition would equal the primary one.
-            "zero_hpz_partition_size": zero.hpz if zero.hpz and zero.hpz < ranks else 1,
+            "zero_hpz_partition_size": zero.hpz if zero.hpz and zero.hpz < batch.ranks else 1,
             "zero_quantized_weights": zero.quantized_weights,
         },
     }
@@ -87,17 +89,18 @@ def _not_about_a_skip(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def partitioned(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
-    """Within it, every module is sharded over the ranks when it is built (`zero.Init`), in the recipe's precision."""
-    deepspeed = import_deepspeed(ranks.device)
+def partitioned(config: dict[str, Any], device: torch.device) -> Iterator[None]:
+    """Within it, every module is sharded over the ranks when it is built (`zero.Init`), in the precision of
+    DeepSpeed's `config`."""
+    deepspeed = import_deepspeed(device)
     # The dtype comes from the configuration: the argument is ignored without fp16 (0.19.8).
-    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(recipe, ranks.size)):
+    with deepspeed.zero.Init(config_dict_or_path=copy.deepcopy(config)):
         yield
 
 
-def require_quantizer(recipe: Recipe, device: torch.device) -> None:
-    """RunError if the recipe wants quantized weights and DeepSpeed's quantizer is not available."""
-    if not recipe.zero.quantized_weights:
+def require_quantizer(zero: Zero, device: torch.device) -> None:
+    """RunError if quantized weights are set and DeepSpeed's quantizer is not available."""
+    if not zero.quantized_weights:
         return
     if device.type != "cuda":
         raise RunError(f"zero.quantized_weights: DeepSpeed quantizes only on CUDA, not on {device.type}; leave it off")
@@ -115,24 +118,25 @@ def require_quantizer(recipe: Recipe, device: torch.device) -> None:
 class Engine:
     """A model under ZeRO-3 with AdamW on its trainable parameters."""
 
-    def __init__(self, model: StageModel, recipe: Recipe, ranks: Ranks) -> None:
+    def __init__(self, model: StageModel, settings: Optimizer, config: dict[str, Any], ranks: Ranks) -> None:
+        """config: DeepSpeed's, as in `partitioned`."""
         deepspeed = import_deepspeed(ranks.device)
         self.ranks = ranks
-        self.groups = parameter_groups(model, recipe)
+        self.groups = parameter_groups(model, settings.weight_decay)
         optimizer = torch.optim.AdamW(
             self.groups,
-            lr=recipe.optimizer.lr,
-            betas=recipe.optimizer.betas,
-            eps=recipe.optimizer.eps,
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
             fused=ranks.device.type == "cuda",
         )
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(recipe, ranks.size),
+            config=copy.deepcopy(config),
             dist_init_required=False,
         )
-        self._quantized = recipe.zero.quantized_weights
+        self._quantized = bool(config["zero_optimization"]["zero_quantized_weights"])
         if self._quantized:
             self._require_quantizable()
         self._create_moments()
@@ -267,7 +271,7 @@ class Engine:
         safe_set_local_grad(parameter, torch.full_like(safe_get_local_grad(parameter), float("inf")))
 
 
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms, biases, mask token and position table do not."""
     decay, keep = [], []
     for name, parameter in model.named_parameters():
@@ -275,7 +279,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
             shape = getattr(parameter, "ds_shape", parameter.shape)
             matrix = len(shape) >= 2 and not name.endswith(("mask_token", "positions"))
             (decay if matrix else keep).append(parameter)
-    return [{"params": decay, "weight_decay": recipe.optimizer.weight_decay}, {"params": keep, "weight_decay": 0.0}]
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...recipes import Recipe
+from ...recipes import BatchSplit, Recipe
 from ..errors import RunError
+from ..stages import open_stage
 from .devices import Device
-from .flops import Part
-from .layout import AS_SET, Layout, Workload
+from .flops import Part, count_parts
+from .layout import AS_SET, Layout, Workload, Zero
 from .memory import Memory, memory
 from .timing import Timing, timing
 from .traffic import Transfer, traffic
@@ -56,22 +57,39 @@ class Row:
         return None if self.usable is None else self.memory.peak <= self.usable
 
 
-def batch(recipe: Recipe, gpus: int) -> tuple[int, int]:
-    """micro_batch and passes for the recipe's global batch on `gpus` GPUs: the recipe's micro_batch, or, if it does not
-    divide, the largest smaller one that does. RunError if none does."""
-    for micro_batch in range(recipe.micro_batch, 0, -1):
-        if recipe.global_batch % (micro_batch * gpus) == 0:
-            return micro_batch, recipe.global_batch // (micro_batch * gpus)
-    near = -(-recipe.global_batch // gpus) * gpus
+def workload(recipe: Recipe) -> Workload:
+    """The recipe's settings that a plan uses."""
+    return Workload(
+        zero=Zero.of(recipe.precision, recipe.zero),
+        recomputed=recipe.activation_checkpointing,
+        averaged=recipe.ema is not None,
+        workers=recipe.data.workers,
+        global_batch=recipe.global_batch,
+        micro_batch=recipe.micro_batch,
+    )
+
+
+def parts(recipe: Recipe, text_tokens: float = 80) -> list[Part]:
+    """The parts of the recipe's model for prompts of `text_tokens` tokens (stage 1; FLUX pads its text)."""
+    return count_parts(open_stage(recipe, for_counting=True), recipe.precision, text_tokens)
+
+
+def batch(global_batch: int, micro_batch: int, gpus: int) -> BatchSplit:
+    """The global batch on `gpus` GPUs, with the given micro_batch or, if it does not divide, the largest smaller one
+    that does. RunError if none does."""
+    for size in range(micro_batch, 0, -1):
+        if global_batch % (size * gpus) == 0:
+            return BatchSplit(global_batch, size, gpus)
+    near = -(-global_batch // gpus) * gpus
     raise RunError(
-        f"--gpus {gpus}: global_batch {recipe.global_batch} does not divide over {gpus} GPUs; set global_batch to a"
+        f"--gpus {gpus}: global_batch {global_batch} does not divide over {gpus} GPUs; set global_batch to a"
         f" multiple of {gpus}, such as {near}"
     )
 
 
 def plan(
     parts: Sequence[Part],
-    recipe: Recipe,
+    work: Workload,
     gpus: int,
     device: Device | None = None,
     layout: Layout = AS_SET,
@@ -83,10 +101,11 @@ def plan(
     weak: every GPU has `micro_batch` samples and one pass per step, so that the global batch grows with the GPUs.
     previews: bytes of the image generator for previews on rank 0.
     """
-    micro_batch, passes = (recipe.micro_batch, 1) if weak else batch(recipe, gpus)
+    whole = work.micro_batch * gpus if weak else work.global_batch
+    split = batch(whole, work.micro_batch, gpus)
+    micro_batch, passes = split.micro_batch, split.passes
     node = device.gpus_per_node if device else NODE
     placed = layout.place(parts)
-    work = Workload.of(recipe)
     needs = memory(parts, work, layout, gpus, node, micro_batch, previews)
     transfers = traffic(parts, work.zero, layout, gpus, node, passes)
     timed = device is not None and device.bf16_tflops is not None
@@ -104,9 +123,9 @@ def plan(
     )
 
 
-def checkpoint_bytes(parts: Sequence[Part], recipe: Recipe) -> int:
+def checkpoint_bytes(parts: Sequence[Part], work: Workload) -> int:
     """Bytes of a checkpoint: masters, both moments and EMA of the trained parameters, in fp32."""
-    return 4 * (3 + (recipe.ema is not None)) * sum(part.size for part in parts if part.gradient == "trained")
+    return 4 * (3 + work.averaged) * sum(part.size for part in parts if part.gradient == "trained")
 
 
 def checkpoint_s(size: float, gpus: int, device: Device) -> float:

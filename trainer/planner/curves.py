@@ -7,24 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...data.atomic import write_atomic
-from ...recipes import Recipe
 from . import Row, plan
 from .devices import Device
 from .flops import Part
-from .layout import LAYOUTS
+from .layout import LAYOUTS, Workload
 
 CURVE = (8, 16, 32, 64, 128, 256, 512)
 """Numbers of GPUs."""
 
 
-def curves(parts: Sequence[Part], recipe: Recipe, device: Device | None) -> list[list[Row]]:
+def curves(parts: Sequence[Part], work: Workload, device: Device | None) -> list[list[Row]]:
     """A weak-scaling curve per layout: every GPU has its micro-batch and one pass per step."""
-    return [[plan(parts, recipe, count, device, layout, weak=True) for count in CURVE] for layout in LAYOUTS]
+    return [[plan(parts, work, count, device, layout, weak=True) for count in CURVE] for layout in LAYOUTS]
 
 
-def fixed_batch(parts: Sequence[Part], recipe: Recipe, device: Device | None) -> list[Row]:
+def fixed_batch(parts: Sequence[Part], work: Workload, device: Device | None) -> list[Row]:
     """The curve of the recipe's global batch, for the numbers of GPUs that divide it."""
-    return [plan(parts, recipe, count, device) for count in CURVE if recipe.global_batch % count == 0]
+    return [plan(parts, work, count, device) for count in CURVE if work.global_batch % count == 0]
 
 
 SAME = 0.01
@@ -38,20 +37,21 @@ def retention(curve: Sequence[Row]) -> list[float]:
     return [value / per_gpu[0] for value in per_gpu]
 
 
-def draw(parts: Sequence[Part], recipe: Recipe, device: Device, file: Path) -> None:
-    """Plot throughput, and the fraction of it retained per GPU, as a PNG. The device must have `bf16_tflops`."""
+def draw(name: str, parts: Sequence[Part], work: Workload, device: Device, file: Path) -> None:
+    """Plot throughput, and the fraction of it retained per GPU, as a PNG. The device must have `bf16_tflops`.
+    name: of the recipe."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.4), layout="constrained")
-    title = f"{recipe.name} on {device.name}, predicted: micro_batch {recipe.micro_batch}, one pass per step"
+    title = f"{name} on {device.name}, predicted: micro_batch {work.micro_batch}, one pass per step"
     figure.suptitle(title, fontsize=10)
     rate, kept = figure.subplots(1, 2)
     lines = [
         (rows, name, {"marker": marker})
-        for (rows, name), marker in zip(distinct(curves(parts, recipe, device)), MARKERS, strict=False)
+        for (rows, name), marker in zip(distinct(curves(parts, work, device)), MARKERS, strict=False)
     ]
     fixed = {"color": "black", "linestyle": ":", "marker": "."}
-    lines.append((fixed_batch(parts, recipe, device), f"global_batch {recipe.global_batch} at all sizes", fixed))
+    lines.append((fixed_batch(parts, work, device), f"global_batch {work.global_batch} at all sizes", fixed))
     for rows, name, style in lines:
         counts = [row.gpus for row in rows]
         rate.plot(counts, [(row.samples_s or 0.0) / row.gpus for row in rows], label=name, **style)

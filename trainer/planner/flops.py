@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...recipes import Recipe
 from ..models.flux import FluxFolder, FluxTokenizers
-from ..stages import open_stage
+from ..stages import Stage
 from ..stages.controlnet import ControlNetStage
 from ..stages.patch_latents import PatchLatentStage, grid_side, hidden_counts
 
@@ -84,15 +83,15 @@ class Part:
         return self.forward - self.last if self.layer else 0.0
 
 
-def parts(recipe: Recipe, text_tokens: float = 80) -> list[Part]:
-    """The parts of the recipe's model for prompts of `text_tokens` tokens (stage 1; FLUX pads its text)."""
-    stage = open_stage(recipe, for_counting=True)
+def count_parts(stage: Stage, precision: str, text_tokens: float) -> list[Part]:
+    """The parts of a stage's model for prompts of `text_tokens` tokens (stage 1; FLUX pads its text). precision: `bf16`
+    or `fp32`; stage: opened for counting."""
     with torch.device("meta"):
         model = stage.build()
     if isinstance(stage, PatchLatentStage):
-        return patch_latent_parts(stage, model, text_tokens)
+        return patch_latent_parts(stage, model, precision, text_tokens)
     assert isinstance(stage, ControlNetStage)
-    return _controlnet(stage, model)
+    return _controlnet(stage, model, precision)
 
 
 def linear_flops(module: nn.Module, count: Count) -> float:
@@ -105,20 +104,21 @@ def sizes(module: nn.Module) -> tuple[int, ...]:
     return tuple(p.numel() for p in module.parameters())
 
 
-def patch_latent_parts(stage: PatchLatentStage, model: Any, text: float) -> list[Part]:
-    recipe, config = stage.recipe, stage.config.text_config
+def patch_latent_parts(stage: PatchLatentStage, model: Any, precision: str, text: float) -> list[Part]:
+    config = stage.config.text_config
     width, layers, patches = config.hidden_size, config.num_hidden_layers, stage.tokens_per_image
     keys = config.num_key_value_heads * (width // config.num_attention_heads)
-    byte = 2 if recipe.precision == "bf16" else 4
+    byte = 2 if precision == "bf16" else 4
     layer, recomputed = (
         byte * (patches * (hidden * width + mlp * config.intermediate_size) + key * keys * (patches + text))
         for hidden, mlp, key in (BRANCH_KEPT, BRANCH_RECOMPUTED)
     )
     constant = byte * layers * 2 * keys * text  # the prefix
     rows = float(patches)
-    if recipe.branch.loss_tokens == "masked":
+    if stage.branch.loss_tokens == "masked":
         draws = np.arange(4096)
-        rows = float(hidden_counts(recipe, np.zeros_like(draws), draws, patches).mean())
+        counts = hidden_counts(stage.branch.mask_rate, stage.seed, np.zeros_like(draws), draws, patches)
+        rows = float(counts.mean())
     linear = linear_flops(model.branch, lambda name: patches)
     attention = 4.0 * patches * (text + patches) * width * layers
     projection = linear_flops(model.head, lambda name: rows)
@@ -128,16 +128,14 @@ def patch_latent_parts(stage: PatchLatentStage, model: Any, text: float) -> list
         return text if not name.startswith(f"layers.{layers - 1}.") or name.endswith(("k_proj", "v_proj")) else 0.0
 
     return [
-        _vision_encoder(
-            model.backbone.vision, stage.config.vision_config, recipe.data.image_size, recipe.backbone.placement
-        ),
+        _vision_encoder(model.backbone.vision, stage.config.vision_config, stage.image_size, stage.backbone.placement),
         Part(
             "text prefix",
             "none",
             sizes(model.backbone.text),
             linear_flops(model.backbone.text, read),
             2.0 * text * text * width * (layers - 1),
-            recipe.backbone.placement,
+            stage.backbone.placement,
         ),
         Part(
             "generation branch",
@@ -183,16 +181,16 @@ def _vision_encoder(vision: nn.Module, config: Any, image_size: int, place: str)
     )
 
 
-def _controlnet(stage: ControlNetStage, model: Any) -> list[Part]:
+def _controlnet(stage: ControlNetStage, model: Any, precision: str) -> list[Part]:
     flux, folder, placement = model.flux, stage.folder, stage.flux.placement
-    latents = grid_side(stage.config, stage.recipe.data.image_size) ** 2
+    latents = grid_side(stage.config, stage.data.image_size) ** 2
     return [
         _vision_encoder(
-            model.backbone.vision, stage.config.vision_config, stage.recipe.data.image_size, placement.vision_encoder
+            model.backbone.vision, stage.config.vision_config, stage.data.image_size, placement.vision_encoder
         ),
         _vae(flux.vae, stage.latents[1], placement.vae),
         *_text(flux, folder, placement.text),
-        *_flow(flux.transformer, model.controlnet, stage, latents, text_lengths(folder)[0]),
+        *_flow(flux.transformer, model.controlnet, stage, precision, latents, text_lengths(folder)[0]),
     ]
 
 
@@ -232,11 +230,13 @@ def _text(flux: Any, folder: FluxFolder, place: str) -> list[Part]:
     ]
 
 
-def _flow(transformer: Any, controlnet: Any, stage: ControlNetStage, latents: int, text: int) -> list[Part]:
+def _flow(
+    transformer: Any, controlnet: Any, stage: ControlNetStage, precision: str, latents: int, text: int
+) -> list[Part]:
     """FLUX and its ControlNet: joint attention over image and text."""
     image = stage.folder.grid(stage.flux.image_size) ** 2
     width = transformer.inner_dim
-    byte = 2 if stage.recipe.precision == "bf16" else 4
+    byte = 2 if precision == "bf16" else 4
     token = byte * (image + text) * width
 
     def count(name: str) -> float:
@@ -250,9 +250,9 @@ def _flow(transformer: Any, controlnet: Any, stage: ControlNetStage, latents: in
 
     def reached(name: str) -> float:
         """Gradients stop at the first residual."""
-        first = "transformer_blocks.0." if stage.recipe.controlnet.double else "single_transformer_blocks.0."
+        first = "transformer_blocks.0." if stage.shape.double else "single_transformer_blocks.0."
         before = name.startswith((first, "x_embedder", "context_embedder", "time_text_embed"))
-        if not stage.recipe.controlnet.double:
+        if not stage.shape.double:
             before = before or name.startswith("transformer_blocks.")
         return 0.0 if before else count(name)
 
@@ -264,7 +264,7 @@ def _flow(transformer: Any, controlnet: Any, stage: ControlNetStage, latents: in
         blocks = double + single
         back = linear_flops(module, count), attention(blocks)
         if gradient == "through":
-            behind = blocks - 1 if stage.recipe.controlnet.double else single - 1
+            behind = blocks - 1 if stage.shape.double else single - 1
             back = linear_flops(module, reached), attention(behind)
         kept = FLUX_KEPT[gradient]
         grid = 0.0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ...recipes import Recipe
+from ...recipes import BatchSplit, schema
 from ..optim.engine import deepspeed_config
 from .flops import Part
 
@@ -73,8 +73,9 @@ class Zero:
     hpz: int | None
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Zero:
-        config = deepspeed_config(recipe.model_copy(update={"global_batch": recipe.micro_batch}), 1)
+    def of(cls, precision: str, settings: schema.Zero) -> Zero:
+        # Batch and clipping are irrelevant here.
+        config = deepspeed_config(BatchSplit(1, 1, 1), precision, settings, clip=1.0)
         zero: dict[str, Any] = config["zero_optimization"]
         width = {"fp32": 4, "bf16": 2, "fp16": 2}
         weight = 2 if config["bf16"]["enabled"] else 4
@@ -88,7 +89,7 @@ class Zero:
             max_live=zero["stage3_max_live_parameters"],
             persistent=zero["stage3_param_persistence_threshold"],
             overlap=zero["overlap_comm"],
-            hpz=recipe.zero.hpz,
+            hpz=settings.hpz,
         )
 
     def under(self, layout: Layout) -> Zero:
@@ -100,17 +101,14 @@ class Zero:
 @dataclass(frozen=True)
 class Workload:
     """Settings of a recipe used by a plan. recomputed: activation checkpointing. averaged: with an EMA. workers: loader
-    processes per rank."""
+    processes per rank. global_batch, micro_batch: samples per step, and per rank and backward pass."""
 
     zero: Zero
     recomputed: bool
     averaged: bool
     workers: int
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> Workload:
-        averaged, workers = recipe.ema is not None, recipe.data.workers
-        return cls(Zero.of(recipe), recipe.activation_checkpointing, averaged, workers)
+    global_batch: int
+    micro_batch: int
 
 
 def shard_size(parameters: Sequence[int], ranks: int) -> int:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from ...recipes import Recipe, load_recipe
+from ...recipes import load_recipe
+from ...recipes.schema import Previews
 from ..models import latent_controlnet
 from ..models.flux import PARTS, FluxFolder
 from ..models.hub import architecture
 from ..models.latent_controlnet import LatentControlNet
-from ..stages.controlnet import ControlNetStage
+from ..stages import open_controlnet
 
 WEIGHT_BYTES = 2
 """Previews are generated in bf16."""
@@ -19,11 +20,10 @@ STAND_IN = "flux-controlnet"
 """The recipe whose FLUX and ControlNet are counted if the recipe's own are not available."""
 
 
-def image_generator_bytes(recipe: Recipe) -> float:
-    """Bytes of the weights of the image generator for stage-1 previews; 0 without previews, and in stage 2, whose model
-    generates images itself. Reads only configs."""
-    previews = recipe.previews
-    if recipe.stage != "patch-latents" or previews.every is None or previews.controlnet is None:
+def image_generator_bytes(previews: Previews) -> float:
+    """Bytes of the weights of the image generator for the previews of a stage-1 run; 0 without previews. Reads only
+    configs."""
+    if previews.every is None or previews.controlnet is None:
         return 0.0
     path = Path(previews.controlnet)
     if (path / "config.json").is_file() and not (path / "recipe.yaml").is_file() and previews.flux:
@@ -35,7 +35,7 @@ def image_generator_bytes(recipe: Recipe) -> float:
         if previews.flux and generator_recipe.flux:
             flux = generator_recipe.flux.model_copy(update={"path": previews.flux, "revision": None})
             generator_recipe = generator_recipe.model_copy(update={"flux": flux})
-        stage = ControlNetStage.open(generator_recipe, for_counting=True)
+        stage = open_controlnet(generator_recipe, for_counting=True)
         shape, folder = stage.shape, stage.folder
     with torch.device("meta"):
         modules = [LatentControlNet(shape), *(folder.build(part) for part in PARTS)]

@@ -8,13 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ...recipes import Recipe
 from ..errors import RunError
 from . import NODE, Row, as_json, checkpoint_bytes, checkpoint_s, cost, plan
 from .curves import CURVE, curves, retention
 from .devices import Device
 from .flops import Part
-from .layout import LAYOUTS
+from .layout import LAYOUTS, Workload
 from .timing import done_flops, useful_flops
 
 
@@ -27,26 +26,28 @@ class Report:
 
     def __init__(
         self,
-        recipe: Recipe,
+        name: str,
         parts: Sequence[Part],
+        work: Workload,
         gpus: Sequence[int],
         device: Device | None,
-        text_tokens: float,
+        text_tokens: float | None,
         previews: float = 0.0,
     ) -> None:
-        self.recipe, self.parts, self.device, self.text_tokens = recipe, parts, device, text_tokens
+        """name: of the recipe. text_tokens: of a prompt; None if FLOPs do not depend on it. previews: see `plan`."""
+        self.name, self.parts, self.work, self.device, self.text_tokens = name, parts, work, device, text_tokens
         self.rows: list[Row] = []
         self.left_out: list[str] = []
         for count in gpus:
             try:
-                self.rows.append(plan(parts, recipe, count, device, previews=previews))
+                self.rows.append(plan(parts, work, count, device, previews=previews))
             except RunError as error:
                 self.left_out.append(str(error))
         if not self.rows:
             raise RunError(self.left_out[0])
         most = max(row.gpus for row in self.rows)
-        self.choices = [plan(parts, recipe, most, device, layout, previews=previews) for layout in LAYOUTS]
-        self.curves = curves(parts, recipe, device)
+        self.choices = [plan(parts, work, most, device, layout, previews=previews) for layout in LAYOUTS]
+        self.curves = curves(parts, work, device)
 
     @property
     def timed(self) -> bool:
@@ -61,7 +62,7 @@ class Report:
             "Not counted: allocator fragmentation beyond usable_memory, stragglers, stalls of file systems, start-up,"
             " copies of offloaded parts, reads of cached ones.",
         ]
-        if self.recipe.stage == "patch-latents":
+        if self.text_tokens is not None:
             sentences.append(f"Prompts of {self.text_tokens:g} tokens (--text-tokens), packed.")
         device = self.device
         if device is None:
@@ -79,7 +80,7 @@ class Report:
                 f" of {device.base_latency_us:g} us and {device.intra_latency_us:g} or {device.inter_latency_us:g} us"
                 f" per hop, small messages of {device.small_base_latency_us:g}, {device.small_intra_latency_us:g} and"
                 f" {device.small_inter_latency_us:g} us.",
-                f"Data: {self.recipe.data.workers} loader processes per GPU, {device.loader_samples_s:g}"
+                f"Data: {self.work.workers} loader processes per GPU, {device.loader_samples_s:g}"
                 " samples/s each."
                 f" Storage: {device.storage_node_gbs:g} GB/s per node, {device.storage_gbs:g} GB/s in total."
                 f" Energy: {device.watts:g} W per GPU, nothing else.",
@@ -89,7 +90,7 @@ class Report:
         return sentences
 
     def as_json(self, samples: int) -> dict[str, Any]:
-        size = checkpoint_bytes(self.parts, self.recipe)
+        size = checkpoint_bytes(self.parts, self.work)
         rows = []
         for row in self.rows:
             found = as_json(row)
@@ -99,7 +100,7 @@ class Report:
             rows.append(found)
         return {
             "predicted": True,
-            "recipe": self.recipe.name,
+            "recipe": self.name,
             "device": self.device.model_dump(mode="json") if self.device else None,
             "assumptions": self.assumptions(),
             "samples": samples,
@@ -109,7 +110,7 @@ class Report:
             },
             "flops_per_sample": {
                 "useful": useful_flops(self.parts),
-                "with_recomputation": done_flops(self.parts, self.recipe.activation_checkpointing),
+                "with_recomputation": done_flops(self.parts, self.work.recomputed),
                 "parts": {
                     part.name: {
                         "gradient": part.gradient,
@@ -118,7 +119,7 @@ class Report:
                         "forward": part.forward,
                         "attention": part.attention,
                         "backward": part.backward,
-                        "recomputed": part.recomputed if self.recipe.activation_checkpointing else 0.0,
+                        "recomputed": part.recomputed if self.work.recomputed else 0.0,
                     }
                     for part in self.parts
                 },
@@ -135,13 +136,13 @@ class Report:
         }
 
     def show(self, console: Console, samples: int) -> None:
-        recipe, size = self.recipe, checkpoint_bytes(self.parts, self.recipe)
-        console.print(f"{recipe.name}, predicted", style="bold")
+        size = checkpoint_bytes(self.parts, self.work)
+        console.print(f"{self.name}, predicted", style="bold")
         console.print(self._parts())
         kept, recomputed = sum(p.kept for p in self.parts), sum(p.kept_recomputed for p in self.parts)
         console.print(
             f"activations kept per sample: {_gb(kept)} GB, with activation checkpointing {_gb(recomputed)} GB"
-            f" ({'on' if recipe.activation_checkpointing else 'off'} in the recipe). A checkpoint: {_gb(size)} GB.",
+            f" ({'on' if self.work.recomputed else 'off'} in the recipe). A checkpoint: {_gb(size)} GB.",
         )
         console.print(self._memory())
         console.print(self._traffic())
@@ -151,16 +152,16 @@ class Report:
         if self.timed:
             console.print(self._scaling())
         for row in self.rows:
-            if row.micro_batch != recipe.micro_batch:
+            if row.micro_batch != self.work.micro_batch:
                 console.print(
-                    f"{row.gpus} GPUs need micro_batch={row.micro_batch}: with the recipe's {recipe.micro_batch},"
-                    f" global_batch {recipe.global_batch} does not divide over them.",
+                    f"{row.gpus} GPUs need micro_batch={row.micro_batch}: with the recipe's {self.work.micro_batch},"
+                    f" global_batch {self.work.global_batch} does not divide over them.",
                 )
         for sentence in [*(f"Skipped: {reason}" for reason in self.left_out), *self.assumptions()]:
             console.print(f"- {sentence}", soft_wrap=True)
 
     def _parts(self) -> Table:
-        again = self.recipe.activation_checkpointing
+        again = self.work.recomputed
         rows = [
             (
                 part.name,
@@ -171,7 +172,7 @@ class Report:
             )
             for part in self.parts
         ]
-        useful, done = useful_flops(self.parts), done_flops(self.parts, self.recipe.activation_checkpointing)
+        useful, done = useful_flops(self.parts), done_flops(self.parts, self.work.recomputed)
         rows.append(("useful / done", "", "", "", f"{useful / 1e12:.2f}", "", f"{done / 1e12:.2f}"))
         heads = ("part", "", "place", "parameters", "forward", "backward", "again")
         return _table("TFLOP per sample", heads, rows)
@@ -248,7 +249,7 @@ class Report:
     def _scaling(self) -> Table:
         lines = [(curve[0].layout.name, *(f"{value:.1%}" for value in retention(curve))) for curve in self.curves]
         title = (
-            f"Throughput per GPU relative to {CURVE[0]} GPUs, micro_batch {self.recipe.micro_batch}, one pass per step"
+            f"Throughput per GPU relative to {CURVE[0]} GPUs, micro_batch {self.work.micro_batch}, one pass per step"
         )
         return _table(title, ("", *(f"{count} GPUs" for count in CURVE)), lines)
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from ...data.reader import Collate
 from ...recipes import Recipe
+from ...recipes.schema import Kernels
 from ..distributed.process_group import Ranks
 from ..models.rng import IntArray
 from ..models.weights import Source, WeightFiles
+
+if TYPE_CHECKING:
+    from .controlnet import ControlNetStage
+    from .patch_latents import PatchLatentStage
 
 
 class Losses(NamedTuple):
@@ -41,7 +46,6 @@ class StageModel(nn.Module):
 class Stage(Protocol):
     """A stage whose models and folders are opened and checked; nothing is built yet."""
 
-    recipe: Recipe
     sums: int
     """Entries of `Losses.sums`."""
     identity: tuple[str, ...]
@@ -57,11 +61,14 @@ class Stage(Protocol):
         """Side lengths in pixels of the images that `collate` expects."""
         ...
 
-    def choose_kernels(self, ranks: Ranks, folder: Path) -> dict[str, dict[str, Any]]:
-        """Select the kernels for `build`, equal on every rank; returns the record for `kernels.json`."""
+    def choose_kernels(
+        self, asked: Kernels, micro_batch: int, precision: str, ranks: Ranks, folder: Path
+    ) -> dict[str, dict[str, Any]]:
+        """Select the kernels for `build`, equal on every rank; returns the record for `kernels.json`, which is in the
+        run folder `folder`."""
         ...
 
-    def build(self) -> StageModel:
+    def build(self, activation_checkpointing: bool = False) -> StageModel:
         """The model, without weights; its forward takes `collate`'s arrays and `normalizer` and returns `Losses`."""
         ...
 
@@ -97,11 +104,32 @@ class Stage(Protocol):
 def open_stage(recipe: Recipe, for_counting: bool = False) -> Stage:
     """The recipe's stage; RunError names what cannot be used. for_counting: read no weights or tokenizers."""
     if recipe.stage == "patch-latents":
-        from .patch_latents import PatchLatentStage
-
-        return PatchLatentStage.open(recipe, for_counting)
-    from .controlnet import ControlNetStage
-
-    stage = ControlNetStage.open(recipe, for_counting)
+        return open_patch_latents(recipe, for_counting)
+    stage = open_controlnet(recipe, for_counting)
     stage.shape.require_use(stage.folder.transformer)
     return stage
+
+
+def open_patch_latents(recipe: Recipe, for_counting: bool = False) -> PatchLatentStage:
+    """Stage 1; see `open_stage`."""
+    from .patch_latents import PatchLatentStage
+
+    size = recipe.data.image_size
+    return PatchLatentStage.open(recipe.backbone, recipe.branch, size, recipe.seed, for_counting)
+
+
+def open_controlnet(recipe: Recipe, for_counting: bool = False) -> ControlNetStage:
+    """Stage 2, of which some blocks may have no effect; see `open_stage`."""
+    from .controlnet import ControlNetStage
+
+    assert recipe.flux is not None, "required by the recipe schema"
+    return ControlNetStage.open(
+        recipe.backbone,
+        recipe.flux,
+        recipe.controlnet,
+        recipe.data,
+        recipe.seed,
+        recipe.precision,
+        previews=recipe.previews.every is not None,
+        for_counting=for_counting,
+    )

@@ -9,7 +9,7 @@ in pixels for the vision encoder and for FLUX.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,30 +20,32 @@ from torch import Tensor
 
 from ...data import Item, stacked
 from ...kernels import short_on_cpu
-from ...recipes import Recipe
-from ...recipes.schema import Flux
+from ...recipes.schema import Backbone, ControlNet, Data, Flux, Kernels
 from ..distributed.process_group import Gather, Ranks, alone
 from ..models import flux as flow
 from ..models import latent_controlnet, weights
 from ..models.backbone import FrozenBackbone, read_config
 from ..models.flux import PARTS, FluxFolder, Part, Tokens
 from ..models.hub import architecture, locate
-from ..models.kernel_selection import KernelChoice, choose_kernels
+from ..models.kernel_selection import KernelChoice, KernelWork, choose_kernels
 from ..models.latent_controlnet import ControlNetConfig, LatentControlNet
 from ..models.rng import IntArray, Stream, chosen, uniform
 from . import Losses, StageModel
-from .latent_cache import Cache, Kind, cache_fingerprint, cached_kinds, open_cache
+from .latent_cache import Cache, Kind, cache_fingerprint, open_cache
 from .patch_latents import grid_side
 from .placement import PlacedFlux, build_unsharded, offload, placements, set_unregistered_module
+
+TEXT_TOKENS = 300
+"""Longest prompt for which attention is timed, as in stage 1: here only the vision encoder uses it, without text."""
 
 
 class LatentControlNetModel(StageModel):
     """Frozen vision encoder and FLUX, and the ControlNet between them. `load` fills the weights after construction."""
 
-    def __init__(self, stage: ControlNetStage) -> None:
+    def __init__(self, stage: ControlNetStage, activation_checkpointing: bool) -> None:
         super().__init__()
         self.guidance = stage.flux.guidance
-        self.recomputed = stage.recipe.activation_checkpointing
+        self.recomputed = activation_checkpointing
         self.vision_placement = stage.vision_placement
         self.build_vision_encoder: Callable[[], FrozenBackbone] = partial(
             FrozenBackbone, stage.config, stage.kernels.attention, text=False
@@ -136,7 +138,7 @@ class ControlNetCollate:
     """
 
     def __init__(self, stage: ControlNetStage) -> None:
-        self.seed, self.dropout = stage.recipe.seed, stage.flux.caption_dropout
+        self.seed, self.dropout = stage.seed, stage.flux.caption_dropout
         self.caches = stage.caches if stage.caches is not None else stage.open_caches()
         self.tokenizers = stage.folder.tokenizers
         self.latents = stage.latents
@@ -181,14 +183,19 @@ def _stacked(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 class ControlNetStage:
     """`Stage` of the latent ControlNet."""
 
-    recipe: Recipe
+    backbone: Backbone
     flux: Flux
+    data: Data
+    seed: int
+    precision: str
+    previews: bool
+    """Whether the run makes previews, for which cached parts are needed too."""
     config: Any
     """The backbone's Qwen2_5_VLConfig."""
     folder: FluxFolder
     shape: ControlNetConfig
-    kernels: KernelChoice
     for_counting: bool
+    kernels: KernelChoice = field(default_factory=KernelChoice)
     caches: dict[Kind, Cache] | None = None
     """Caches of cached parts, once opened."""
     sums: int = 5
@@ -196,43 +203,51 @@ class ControlNetStage:
     identity: tuple[str, ...] = ("controlnet", "flux.image_size", "flux.guidance", "flux.caption_dropout")
 
     @classmethod
-    def open(cls, recipe: Recipe, for_counting: bool = False) -> ControlNetStage:
-        flux = recipe.flux
-        assert flux is not None, "required by the recipe schema"
-        find = architecture if for_counting else locate
-        config = read_config(find(recipe.backbone.path, recipe.backbone.revision))
+    def open(
+        cls,
+        backbone: Backbone,
+        flux: Flux,
+        controlnet: ControlNet,
+        data: Data,
+        seed: int,
+        precision: str,
+        previews: bool,
+        for_counting: bool = False,
+    ) -> ControlNetStage:
+        """See `open_stage`."""
+        config = read_config((architecture if for_counting else locate)(backbone.path, backbone.revision))
         if for_counting:
             path = architecture(flux.path, flux.revision, "flux.path")
         else:
             path = locate(flux.path, flux.revision, "flux.path", "*/*.safetensors")
         folder = FluxFolder.open(path, for_counting)
-        side = grid_side(config, recipe.data.image_size)
+        side = grid_side(config, data.image_size)
         shape = ControlNetConfig.of(
             folder.transformer,
             config.vision_config.out_hidden_size,
             side,
             folder.grid(flux.image_size),
-            recipe.controlnet.double,
-            recipe.controlnet.single,
-            recipe.controlnet.norm,
+            controlnet.double,
+            controlnet.single,
+            controlnet.norm,
         )
-        return cls(recipe, flux, config, folder, shape, KernelChoice(), for_counting)
+        return cls(backbone, flux, data, seed, precision, previews, config, folder, shape, for_counting)
 
     @property
     def source(self) -> str:
-        return f"backbone.path={self.recipe.backbone.path} and flux.path={self.flux.path}"
+        return f"backbone.path={self.backbone.path} and flux.path={self.flux.path}"
 
     @property
     def image_sizes(self) -> tuple[int, ...]:
         cached = self.flux.placement.vae == "cached"
-        return (self.recipe.data.image_size, *(() if cached else (self.flux.image_size,)))
+        return (self.data.image_size, *(() if cached else (self.flux.image_size,)))
 
     @property
     def where(self) -> dict[Part, str]:
         """Part of FLUX -> its placement; for counting, all parts are in the model."""
         if self.for_counting:
             return dict.fromkeys(PARTS, "sharded")
-        return placements(self.flux, whole=self.recipe.previews.every is not None)
+        return placements(self.flux, whole=self.previews)
 
     @property
     def vision_placement(self) -> str:
@@ -244,25 +259,32 @@ class ControlNetStage:
         side = 2 * self.folder.grid(self.flux.image_size)
         return self.folder.vae["latent_channels"], side, side
 
-    def choose_kernels(self, ranks: Ranks, folder: Path) -> dict[str, dict[str, Any]]:
+    def choose_kernels(
+        self, asked: Kernels, micro_batch: int, precision: str, ranks: Ranks, folder: Path
+    ) -> dict[str, dict[str, Any]]:
         self.open_caches(ranks.rank, ranks.size, ranks.gather)  # checked here, before anything is built
-        patches = grid_side(self.config, self.recipe.data.image_size) ** 2
-        self.kernels, record = choose_kernels(self.recipe, self.config, patches, ranks, folder)
+        patches = grid_side(self.config, self.data.image_size) ** 2
+        work = KernelWork.of(self.config, micro_batch, patches, TEXT_TOKENS, precision)
+        self.kernels, record = choose_kernels(asked, work, ranks, folder)
         return {"prefix_attention": record["prefix_attention"]}
 
     def open_caches(self, rank: int = 0, ranks: int = 1, gather: Gather = alone) -> dict[Kind, Cache]:
         """Open the recipe's caches; raises on all ranks if one does not match the recipe."""
         self.caches = {}
-        for kind in cached_kinds(self.recipe):
-            made = cache_fingerprint(kind, self.recipe, self.folder, rank, ranks, gather)
-            self.caches[kind] = open_cache(kind, self.recipe, made, rank, gather)
+        for kind in self.flux.placement.cached:
+            made = self.cache_fingerprint(kind, rank, ranks, gather)
+            self.caches[kind] = open_cache(kind, self.data, made, rank, gather)
         return self.caches
 
-    def build(self) -> LatentControlNetModel:
-        return LatentControlNetModel(self)
+    def cache_fingerprint(self, kind: Kind, rank: int = 0, ranks: int = 1, gather: Gather = alone) -> dict[str, Any]:
+        size = self.flux.image_size
+        return cache_fingerprint(kind, self.folder, size, self.precision, rank, ranks, gather)
+
+    def build(self, activation_checkpointing: bool = False) -> LatentControlNetModel:
+        return LatentControlNetModel(self, activation_checkpointing)
 
     def load(self, model: LatentControlNetModel) -> None:
-        model.load(self._backbone_files(), self.recipe.seed)
+        model.load(self._backbone_files(), self.seed)
 
     def frozen(self) -> list[tuple[weights.WeightFiles, list[str]]]:
         files = self._backbone_files()
@@ -275,7 +297,7 @@ class ControlNetStage:
 
     def from_public_checkpoint(self, path: Path) -> tuple[weights.Source, dict[str, str]]:
         shape, files = latent_controlnet.read_config(path)
-        side = grid_side(self.config, self.recipe.data.image_size)
+        side = grid_side(self.config, self.data.image_size)
         width = self.config.vision_config.out_hidden_size
         shape.require(self.folder.transformer, width, side, self.folder.grid(self.flux.image_size))
         return files, {f"controlnet.{name}": name for name in files.names}
@@ -299,4 +321,4 @@ class ControlNetStage:
         return sums[4]
 
     def _backbone_files(self) -> weights.WeightFiles:
-        return weights.WeightFiles(locate(self.recipe.backbone.path, self.recipe.backbone.revision))
+        return weights.WeightFiles(locate(self.backbone.path, self.backbone.revision))

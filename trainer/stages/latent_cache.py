@@ -29,7 +29,7 @@ from ...data.index import HEADER_LIMIT, load_header
 from ...data.remote import filesystem, size_of
 from ...data.retry import call
 from ...data.shards import expand, shared, spread
-from ...recipes import Recipe
+from ...recipes.schema import Data
 from ..distributed.process_group import Gather, alone
 from ..errors import RunError
 from ..models.flux import SPACE_TO_DEPTH_KEY, FluxFolder, Part
@@ -57,18 +57,17 @@ class Header:
     """Samples of the original shard."""
 
 
-def cached_kinds(recipe: Recipe) -> list[Kind]:
-    assert recipe.flux is not None
-    asked: dict[Kind, str] = {"vae": recipe.flux.placement.vae, "text": recipe.flux.placement.text}
-    return [kind for kind, place in asked.items() if place == "cached"]
-
-
 def cache_fingerprint(
-    kind: Kind, recipe: Recipe, folder: FluxFolder, rank: int = 0, ranks: int = 1, gather: Gather = alone
+    kind: Kind,
+    folder: FluxFolder,
+    image_size: int,
+    precision: str,
+    rank: int = 0,
+    ranks: int = 1,
+    gather: Gather = alone,
 ) -> dict[str, Any]:
-    """Everything except the data that determines the content of a cache."""
-    assert recipe.flux is not None
-    made: dict[str, Any] = {"version": VERSION, "kind": kind, "precision": recipe.precision}
+    """Everything except the data that determines the content of a cache. image_size: FLUX's, in pixels."""
+    made: dict[str, Any] = {"version": VERSION, "kind": kind, "precision": precision}
     for part in PARTS[kind]:
         files = folder.files(part)
         with torch.device("meta"):
@@ -79,7 +78,7 @@ def cache_fingerprint(
         about = ("_class_name", "_diffusers_version", "_name_or_path", "scaling_factor", "shift_factor")
         made["vae config"] = {name: value for name, value in folder.vae.items() if name not in about}
         made["vae config"][SPACE_TO_DEPTH_KEY] = folder.depth
-        made["flux.image_size"] = recipe.flux.image_size
+        made["flux.image_size"] = image_size
     else:
         tokenizers = folder.tokenizers
         made["tokens"] = [tokenizers.t5_length, tokenizers.clip_length]
@@ -134,16 +133,16 @@ def find_problem(shard: str, tar: str, made: str) -> str | None:
     return None
 
 
-def open_cache(kind: Kind, recipe: Recipe, made: dict[str, Any], rank: int = 0, gather: Gather = alone) -> Cache:
-    """The cache of a recipe; RunError if it is missing, incomplete, or made with other settings or from other shards.
+def open_cache(kind: Kind, data: Data, made: dict[str, Any], rank: int = 0, gather: Gather = alone) -> Cache:
+    """The cache of a data set; RunError if it is missing, incomplete, or made with other settings or from other shards.
     Each rank checks its share."""
-    shards: list[str] = shared(lambda: expand(recipe.data.shards) if rank == 0 else [], gather)[0]
+    shards: list[str] = shared(lambda: expand(data.shards) if rank == 0 else [], gather)[0]
     name = digest(made)
     tars = [cache_path(shard, kind, name) for shard in shards]
     found = spread(lambda shard: find_problem(shard, cache_path(shard, kind, name), name), shards, rank, gather)
     problems = [(tar, problem) for tar, problem in zip(tars, found, strict=True) if problem]
     if not problems:
-        return Cache(tars, max_open=max(64, 2 * recipe.data.shuffle_window))
+        return Cache(tars, max_open=max(64, 2 * data.shuffle_window))
     setting, (tar, problem) = f"flux.placement.{kind}=cached", problems[0]
     if len(problems) == len(tars) and {problem for _, problem in problems} == {"missing"}:
         if other := _difference(shards[0], kind, made):

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...data import Item, stacked
 from ...kernels import PatchLatentHead, PrefixLayout
-from ...recipes import Recipe
+from ...recipes.schema import Backbone, Branch, Kernels, MaskRate
 from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..models import weights
@@ -25,7 +25,7 @@ from ..models.backbone import FrozenBackbone, Prefix, read_config
 from ..models.branch import INIT_STD, GenerationBranch
 from ..models.elementwise import use_liger
 from ..models.hub import architecture, locate
-from ..models.kernel_selection import KernelChoice, choose_kernels
+from ..models.kernel_selection import KernelChoice, KernelWork, choose_kernels
 from ..models.masking import draw_masks, masked_counts
 from ..models.prompt import PromptTemplate, load_tokenizer
 from ..models.rng import IntArray, Stream, chosen
@@ -50,20 +50,26 @@ class PatchLatentModel(StageModel):
     """Frozen backbone, generation branch and head. `load` fills the weights after construction."""
 
     def __init__(
-        self, config: Any, recipe: Recipe, kernels: KernelChoice = KernelChoice(), place: str = "sharded"
+        self,
+        config: Any,
+        branch: Branch,
+        image_size: int,
+        activation_checkpointing: bool = False,
+        kernels: KernelChoice = KernelChoice(),
+        place: str = "sharded",
     ) -> None:
+        """config: the backbone's Qwen2_5_VLConfig. image_size: S, in pixels. place: the backbone's placement."""
         super().__init__()
-        side = grid_side(config, recipe.data.image_size)
-        self.masked_only = recipe.branch.loss_tokens == "masked"
+        self.masked_only = branch.loss_tokens == "masked"
         self.place = place
         self.build_backbone = partial(FrozenBackbone, config, kernels.attention)
         if place == "sharded":
             self.backbone = self.build_backbone()
         self.branch = GenerationBranch(
             config.text_config,
-            side,
-            recipe.branch.positions,
-            recipe.activation_checkpointing,
+            grid_side(config, image_size),
+            branch.positions,
+            activation_checkpointing,
             kernels.attention,
             fused=kernels.head != "reference",
         )
@@ -141,19 +147,22 @@ class PatchLatentCollate:
     Every draw depends on (seed, epoch, index) only.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, tokens: int) -> None:
-        self.template = PromptTemplate(tokenizer, recipe.branch.max_text_tokens)
-        self.recipe = recipe
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, branch: Branch, seed: int, tokens: int) -> None:
+        """tokens: N."""
+        self.template = PromptTemplate(tokenizer, branch.max_text_tokens)
+        self.dropout = branch.caption_dropout
+        self.mask_rate = branch.mask_rate
+        self.seed = seed
         self.tokens = tokens
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:
-        seed = self.recipe.seed
         epoch = np.array([item.epoch for item in items], dtype=np.int64)
         index = np.array([item.index for item in items], dtype=np.int64)
-        dropped = chosen(seed, Stream.CAPTION_DROPOUT, epoch, index, self.recipe.branch.caption_dropout)
+        dropped = chosen(self.seed, Stream.CAPTION_DROPOUT, epoch, index, self.dropout)
         captions = ["" if drop else item.caption for drop, item in zip(dropped, items, strict=True)]
         input_ids, text_lengths = self.template.batch(captions)
-        mask = draw_masks(seed, epoch, index, hidden_counts(self.recipe, epoch, index, self.tokens), self.tokens)
+        counts = hidden_counts(self.mask_rate, self.seed, epoch, index, self.tokens)
+        mask = draw_masks(self.seed, epoch, index, counts, self.tokens)
         return {
             "images": stacked([item.image for item in items]),
             "input_ids": input_ids,
@@ -163,16 +172,19 @@ class PatchLatentCollate:
         }
 
 
-def hidden_counts(recipe: Recipe, epoch: IntArray, index: IntArray, tokens: int) -> IntArray:
-    """Masked patches per sample [B] under the recipe's mask rate."""
-    return masked_counts(recipe.seed, epoch, index, tokens, **recipe.branch.mask_rate.model_dump())
+def hidden_counts(rate: MaskRate, seed: int, epoch: IntArray, index: IntArray, tokens: int) -> IntArray:
+    """Masked patches per sample [B], of `tokens`."""
+    return masked_counts(seed, epoch, index, tokens, **rate.model_dump())
 
 
 @dataclass
 class PatchLatentStage:
     """`Stage` of the patch latents."""
 
-    recipe: Recipe
+    backbone: Backbone
+    branch: Branch
+    image_size: int
+    seed: int
     config: Any
     """The backbone's Qwen2_5_VLConfig."""
     tokens_per_image: int
@@ -184,37 +196,43 @@ class PatchLatentStage:
     identity: tuple[str, ...] = ("branch",)
 
     @classmethod
-    def open(cls, recipe: Recipe, for_counting: bool = False) -> PatchLatentStage:
-        if for_counting:
-            config = read_config(architecture(recipe.backbone.path, recipe.backbone.revision))
-            return cls(recipe, config, grid_side(config, recipe.data.image_size) ** 2, None, None)
-        folder = locate(recipe.backbone.path, recipe.backbone.revision)
+    def open(
+        cls, backbone: Backbone, branch: Branch, image_size: int, seed: int, for_counting: bool = False
+    ) -> PatchLatentStage:
+        """See `open_stage`; image_size: S, in pixels."""
+        folder = (architecture if for_counting else locate)(backbone.path, backbone.revision)
         config = read_config(folder)
-        tokens = grid_side(config, recipe.data.image_size) ** 2
+        tokens = grid_side(config, image_size) ** 2
+        if for_counting:
+            return cls(backbone, branch, image_size, seed, config, tokens, None, None)
         tokenizer = load_tokenizer(folder)
-        PromptTemplate(tokenizer, recipe.branch.max_text_tokens)  # refuses a limit that no prompt fits
-        return cls(recipe, config, tokens, weights.WeightFiles(folder), tokenizer)
+        PromptTemplate(tokenizer, branch.max_text_tokens)  # refuses a limit that no prompt fits
+        return cls(backbone, branch, image_size, seed, config, tokens, weights.WeightFiles(folder), tokenizer)
 
     @property
     def source(self) -> str:
-        return f"backbone.path={self.recipe.backbone.path}"
+        return f"backbone.path={self.backbone.path}"
 
     @property
     def image_sizes(self) -> tuple[int, ...]:
-        return (self.recipe.data.image_size,)
+        return (self.image_size,)
 
-    def choose_kernels(self, ranks: Ranks, folder: Path) -> dict[str, dict[str, Any]]:
-        self.kernels, record = choose_kernels(self.recipe, self.config, self.tokens_per_image, ranks, folder)
+    def choose_kernels(
+        self, asked: Kernels, micro_batch: int, precision: str, ranks: Ranks, folder: Path
+    ) -> dict[str, dict[str, Any]]:
+        work = KernelWork.of(self.config, micro_batch, self.tokens_per_image, self.branch.max_text_tokens, precision)
+        self.kernels, record = choose_kernels(asked, work, ranks, folder)
         return record
 
-    def build(self) -> PatchLatentModel:
+    def build(self, activation_checkpointing: bool = False) -> PatchLatentModel:
         for_counting = self.files is None
-        place = "sharded" if for_counting else self.recipe.backbone.placement
-        return PatchLatentModel(self.config, self.recipe, self.kernels, place)
+        place = "sharded" if for_counting else self.backbone.placement
+        settings = self.branch, self.image_size, activation_checkpointing
+        return PatchLatentModel(self.config, *settings, self.kernels, place)
 
     def load(self, model: PatchLatentModel) -> None:
         assert self.files is not None
-        model.load(self.files, self.recipe.seed)
+        model.load(self.files, self.seed)
 
     def frozen(self) -> list[tuple[weights.WeightFiles, list[str]]]:
         assert self.files is not None
@@ -231,13 +249,14 @@ class PatchLatentStage:
 
     def collate(self) -> PatchLatentCollate:
         assert self.tokenizer is not None
-        return PatchLatentCollate(self.tokenizer, self.recipe, self.tokens_per_image)
+        return PatchLatentCollate(self.tokenizer, self.branch, self.seed, self.tokens_per_image)
 
     def normalizer(self, epoch: IntArray, index: IntArray, passes: int) -> float:
         """Tokens of the loss average per pass."""
-        if self.recipe.branch.loss_tokens == "all":
+        if self.branch.loss_tokens == "all":
             return len(index) * self.tokens_per_image / passes
-        return float(hidden_counts(self.recipe, epoch, index, self.tokens_per_image).sum()) / passes
+        counts = hidden_counts(self.branch.mask_rate, self.seed, epoch, index, self.tokens_per_image)
+        return float(counts.sum()) / passes
 
     def report(self, sums: list[float]) -> dict[str, float]:
         squares, masked, _ = sums

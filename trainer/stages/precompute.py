@@ -24,7 +24,6 @@ from ...data.progress import track
 from ...data.tars import TarInput, scan
 from ...data.transforms import decode_image
 from ...data.write import write_shard
-from ...recipes import Recipe
 from ..errors import RunError
 from ..models.flux import PARTS, FluxTokenizers, Tokens
 from . import latent_cache
@@ -35,24 +34,19 @@ EMPTY = "__empty__"
 """Key of the empty caption in a text cache."""
 
 
-def encode(recipe: Recipe) -> int:
-    """Encode this rank's shards for the recipe's cached parts, skipping complete ones. Returns 0.
+def encode(stage: ControlNetStage, micro_batch: int) -> int:
+    """Encode this rank's shards for the stage's cached parts, skipping complete ones. Returns 0. micro_batch: samples
+    encoded at a time.
 
     RunError and DataError name what cannot be used.
     """
-    kinds = latent_cache.cached_kinds(recipe) if recipe.stage == "controlnet" else []
-    if not kinds:
-        raise RunError(
-            f"{recipe.name}: caches nothing; set flux.placement.vae=cached, flux.placement.text=cached or both in a"
-            " recipe of stage controlnet"
-        )
     rank, ranks, local = (int(os.environ.get(*d)) for d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    stage, dataset = ControlNetStage.open(recipe), open_dataset(recipe.data.shards)
+    dataset = open_dataset(stage.data.shards)
     if remote := [shard for shard in dataset.shards if not is_local(shard)]:
         raise RunError(f"{remote[0]}: a cache is written next to its shards, which must be local")
-    for kind in kinds:
-        encoder = _Encoder(kind, stage, dataset, device)
+    for kind in stage.flux.placement.cached:
+        encoder = _Encoder(kind, stage, dataset, micro_batch, device)
         try:
             print(encoder.run(rank, ranks), flush=True)
         except (RunError, DataError) as error:  # specific to this rank's shards, so name the rank
@@ -63,12 +57,20 @@ def encode(recipe: Recipe) -> int:
 class _Encoder:
     """Encodes shards of one kind; the frozen parts are loaded when the first shard needs them."""
 
-    def __init__(self, kind: latent_cache.Kind, stage: ControlNetStage, dataset: Dataset, device: torch.device) -> None:
+    def __init__(
+        self,
+        kind: latent_cache.Kind,
+        stage: ControlNetStage,
+        dataset: Dataset,
+        micro_batch: int,
+        device: torch.device,
+    ) -> None:
         self.kind: latent_cache.Kind = kind
         self.stage = stage
         self.dataset = dataset
+        self.micro_batch = micro_batch
         self.device = device
-        self.made = latent_cache.cache_fingerprint(kind, stage.recipe, stage.folder)
+        self.made = stage.cache_fingerprint(kind)
         self.name = latent_cache.digest(self.made)
         self._flux: PlacedFlux | None = None
 
@@ -113,7 +115,7 @@ class _Encoder:
 
     def _members(self, shard: int, entries: list[list]) -> Iterator[tuple[str, dict[str, bytes]]]:
         """The tar's samples. Appends the key and checksum of each to `entries`, only the key if unreadable."""
-        samples, step = self.dataset.headers[shard].samples, self.stage.recipe.micro_batch
+        samples, step = self.dataset.headers[shard].samples, self.micro_batch
         member = f"{self.kind}.safetensors"
         with ThreadPoolExecutor() as pool:
             for start in range(0, samples, step):
@@ -161,7 +163,7 @@ class _Encoder:
 
     def _load(self) -> PlacedFlux:
         needed = latent_cache.PARTS[self.kind]
-        dtype = torch.float32 if self.stage.recipe.precision == "fp32" else torch.bfloat16
+        dtype = torch.float32 if self.stage.precision == "fp32" else torch.bfloat16
         with init_context(self.device, dtype):
             flux = PlacedFlux(self.stage.folder, {p: "sharded" if p in needed else "cached" for p in PARTS})
         flux.load()

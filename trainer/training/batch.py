@@ -1,16 +1,16 @@
-"""Division of the global batch over ranks."""
+"""Division of the global batch over the ranks of a run."""
 
 from __future__ import annotations
 
-from ...recipes import Recipe
+from ...recipes import BatchSplit
 from ..errors import RunError
 
 
-def batch_arithmetic(recipe: Recipe, ranks: int) -> int:
-    """Backward passes per step; RunError when the batch does not divide over the ranks, or the ranks over nodes."""
-    if (node := recipe.zero.hpz) and ranks > node and ranks % node:
-        raise RunError(f"zero.hpz={node} needs a multiple of {node} ranks, got {ranks}; set zero.hpz=null")
+def split_batch(global_batch: int, micro_batch: int, ranks: int, hpz: int | None) -> BatchSplit:
+    """The batch on `ranks` ranks; RunError when it does not divide over them, or they not over nodes of `hpz` ranks."""
+    if hpz and ranks > hpz and ranks % hpz:
+        raise RunError(f"zero.hpz={hpz} needs a multiple of {hpz} ranks, got {ranks}; set zero.hpz=null")
     try:
-        return recipe.accumulation(ranks)
+        return BatchSplit(global_batch, micro_batch, ranks)
     except ValueError as error:
         raise RunError(str(error)) from None

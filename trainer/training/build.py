@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict
+from functools import partial
+from typing import Any
 
-from ...data import Batch, Loader
+from ...data import BadSamples, Batch, Loader
 from ...slurm.exit_record import grace, stop_s
 from ..checkpoint.manager import CheckpointManager
 from ..checkpoint.state import capture, capture_statistics, restore
 from ..distributed.stop_signals import TRAINING
 from ..monitors.rank_stats import RankStats
 from ..monitors.stragglers import Stragglers
-from ..monitors.utilisation import Utilisation
+from ..monitors.utilisation import TEXTS, Utilisation
 from ..optim.ema import Ema
 from ..optim.engine import Engine, require_quantizer
+from ..optim.lr_schedule import learning_rate
 from ..optim.train_state import Progress
+from ..planner import parts, workload
 from ..planner.devices import this_device
 from ..stages.patch_latents import PatchLatentStage
 from .components import TrainerComponents
@@ -36,14 +40,16 @@ def build(run: RunContext, after_step: Callable[[Progress], None]) -> TrainerCom
     """
     inputs, ranks, recipe = run.inputs, run.ranks, run.recipe
     point = find_resume_point(run)
-    kernels = ranks.agreed(lambda: inputs.stage.choose_kernels(ranks, run.folder))
+    kernels = ranks.agreed(lambda: _choose_kernels(run))
     engine, ema = _engine(run, point)
     run.phases.step = point.progress.step
     record = open_record(run, point, engine, kernels)
     saver = _saver(run, point, record, engine, ema)
 
     run.stop.phase = TRAINING
-    preview = ranks.agreed(lambda: sampler(inputs.stage, engine, inputs.dataset, ranks, run.folder, run.phases))
+    preview = ranks.agreed(
+        lambda: sampler(recipe.previews, inputs.stage, engine, inputs.dataset, ranks, run.folder, run.phases)
+    )
     if ranks.first:
         run.stop.announce()
 
@@ -57,9 +63,14 @@ def build(run: RunContext, after_step: Callable[[Progress], None]) -> TrainerCom
         loaders.close()
         return iter(loaders.enter_context(closing(_loader(run, progress))))
 
-    passes = ranks.size * recipe.accumulation(ranks.size)
+    passes = ranks.size * run.batch.passes
     return TrainerComponents(
-        recipe=recipe,
+        steps=recipe.steps,
+        log_every=recipe.log_every,
+        batch=run.batch,
+        health=recipe.health,
+        learning_rate=partial(learning_rate, recipe.optimizer, recipe.steps),
+        bad_samples=BadSamples(recipe.data.max_bad_fraction),
         stage=inputs.stage,
         ranks=ranks,
         progress=point.progress,
@@ -82,11 +93,17 @@ def build(run: RunContext, after_step: Callable[[Progress], None]) -> TrainerCom
     )
 
 
+def _choose_kernels(run: RunContext) -> dict[str, dict[str, Any]]:
+    """Select the stage's kernels; returns the record for `kernels.json`."""
+    recipe, batch = run.recipe, run.batch
+    return run.inputs.stage.choose_kernels(recipe.kernels, batch.micro_batch, recipe.precision, run.ranks, run.folder)
+
+
 def _engine(run: RunContext, point: ResumePoint) -> tuple[Engine, Ema | None]:
     """The model under ZeRO-3 and its EMA, with the checkpoint's state if there is one."""
     recipe, ranks, reader = run.recipe, run.ranks, point.reader
-    ranks.agreed(lambda: require_quantizer(recipe, ranks.device))
-    engine = Engine(build_model(run.inputs, reader, ranks), recipe, ranks)
+    ranks.agreed(lambda: require_quantizer(recipe.zero, ranks.device))
+    engine = Engine(build_model(run, reader), recipe.optimizer, run.deepspeed, ranks)
     ema = Ema(engine.masters(), recipe.ema.decay, engine.model.statistics()) if recipe.ema else None
     if reader:
         ranks.agreed(lambda: restore(engine, ema, reader, reader.state["updates"]))
@@ -146,8 +163,8 @@ def _loader(run: RunContext, progress: Progress) -> Loader:
         image_size=inputs.stage.image_sizes,
         rank=ranks.rank,
         ranks=ranks.size,
-        global_batch=recipe.global_batch,
-        micro_batch=recipe.micro_batch,
+        global_batch=run.batch.global_batch,
+        micro_batch=run.batch.micro_batch,
         start_step=progress.batch,
         stop_step=progress.batch + recipe.steps - progress.step,
         workers=recipe.data.workers,
@@ -159,4 +176,6 @@ def _loader(run: RunContext, progress: Progress) -> Loader:
 def _utilisation(run: RunContext) -> Utilisation:
     stage = run.inputs.stage
     patches = stage.tokens_per_image if isinstance(stage, PatchLatentStage) else 0
-    return Utilisation(run.recipe, run.ranks.size, run.hosts.count(run.hosts[0]), patches, this_device())
+    counted = [parts(run.recipe, text) for text in TEXTS]
+    node = run.hosts.count(run.hosts[0])
+    return Utilisation(counted, workload(run.recipe), run.ranks.size, node, patches, this_device())

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from ...data import Batch
-from ...recipes import Recipe
+from ...data import BadSamples, Batch
+from ...recipes import BatchSplit
+from ...recipes.schema import Health
 from ..checkpoint.manager import CheckpointManager
 from ..distributed.process_group import Ranks
 from ..distributed.stop_signals import StopSignals
@@ -27,7 +28,14 @@ from ..stages import Stage
 class TrainerComponents:
     """Everything that the loop calls, and what is closed at its end."""
 
-    recipe: Recipe
+    steps: int
+    """Last step of the run."""
+    log_every: int
+    batch: BatchSplit
+    health: Health
+    learning_rate: Callable[[int], float]
+    """Step, from 0 -> its learning rate."""
+    bad_samples: BadSamples
     stage: Stage
     ranks: Ranks
     progress: Progress

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,59 +11,50 @@ from typing import Any
 import numpy as np
 
 from ...data import Dataset, Plan, open_dataset
-from ...recipes import Recipe
+from ...recipes.schema import Data
 from ...recipes.secrets import HIDDEN
-from ...slurm.named_paths import require_paths
 from ..distributed.process_group import Gather, alone
 from ..errors import RunError
-from ..models.hub import architecture, from_cache
-from ..stages import Stage, open_stage
-from .batch import batch_arithmetic
+from ..models.hub import from_cache
+from ..stages import Stage
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Data, plan and stage of a run."""
 
-    recipe: Recipe
     dataset: Dataset
     plan: Plan
     stage: Stage
+    global_batch: int
 
     def normalizer(self, step: int, passes: int) -> float:
         """See `Stage.normalizer`, for the samples of global step `step`."""
-        batch = self.recipe.global_batch
-        located = self.plan.locate(np.arange(step * batch, (step + 1) * batch))
+        located = self.plan.locate(np.arange(step * self.global_batch, (step + 1) * self.global_batch))
         return self.stage.normalizer(located.epoch, located.index, passes)
 
 
-def open_inputs(recipe: Recipe, ranks: int, rank: int = 0, gather: Gather = alone) -> Inputs:
-    """Open everything that `recipe` names; the ranks that `gather` connects divide the reading of shards. Raises
-    RunError or DataError for an input that cannot be used."""
-    batch_arithmetic(recipe, ranks)
-    if HIDDEN in str(recipe.data.shards):
+def open_inputs(
+    data: Data, seed: int, global_batch: int, stage: Callable[[], Stage], rank: int = 0, gather: Gather = alone
+) -> Inputs:
+    """Open everything that a run reads; the ranks that `gather` connects divide the reading of shards. Raises RunError
+    or DataError for an input that cannot be used. seed: of the sample order; stage: opens the stage."""
+    if HIDDEN in str(data.shards):
         raise RunError("data.shards was stored without the signature of its address: give it again, data.shards=…")
-    dataset = open_dataset(recipe.data.shards, rank=rank, gather=gather)
-    if len(dataset) < recipe.global_batch:
+    dataset = open_dataset(data.shards, rank=rank, gather=gather)
+    if len(dataset) < global_batch:
         raise RunError(
             f"data.shards hold {len(dataset)} samples in {len(dataset.shards)} shards, fewer than one global_batch"
-            f" of {recipe.global_batch}: lower global_batch or add shards"
+            f" of {global_batch}: lower global_batch or add shards"
         )
     # The first rank of each node downloads models from the hub; the others read its cache.
-    stage = open_stage(recipe) if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    opened = stage() if os.environ.get("LOCAL_RANK", "0") == "0" else None
     gather(None)
-    if stage is None:
+    if opened is None:
         with from_cache():
-            stage = open_stage(recipe)
-    return Inputs(recipe, dataset, Plan(dataset.samples_per_shard, recipe.seed, recipe.data.shuffle_window), stage)
-
-
-def require_places(recipe: Recipe) -> None:
-    """`require_paths`, and RunError for a missing FLUX of the previews; the stage's own models were checked when it was
-    opened."""
-    require_paths(recipe)
-    if recipe.previews.every and recipe.previews.flux:
-        architecture(recipe.previews.flux, None, "previews.flux")
+            opened = stage()
+    plan = Plan(dataset.samples_per_shard, seed, data.shuffle_window)
+    return Inputs(dataset, plan, opened, global_batch)
 
 
 # Settings that decide what is trained and on which sequence: a run that continues must not change them.
@@ -76,13 +68,15 @@ IDENTITY = (
 )
 
 
-def check_continuation(inputs: Inputs, backbone_hash: str, state: dict[str, Any], folder: Path) -> None:
-    """RunError when the checkpoint in `folder`, with JSON `state`, is not of this run."""
-    name = inputs.recipe.name
+def check_continuation(
+    settings: dict[str, Any], inputs: Inputs, backbone_hash: str, state: dict[str, Any], folder: Path
+) -> None:
+    """RunError when the checkpoint in `folder`, with JSON `state`, is not of the run with these `settings`."""
+    name = settings["name"]
     stage = state["recipe"]["stage"]
-    if stage != inputs.recipe.stage:  # checked first: between stages everything else differs too
+    if stage != settings["stage"]:  # checked first: between stages everything else differs too
         raise RunError(
-            f"{folder}: the run {name} is of stage {stage}, this recipe of stage {inputs.recipe.stage}: give it another"
+            f"{folder}: the run {name} is of stage {stage}, this recipe of stage {settings['stage']}: give it another"
             " name, such as name=mine"
         )
     if state["backbone"] != backbone_hash:
@@ -92,12 +86,11 @@ def check_continuation(inputs: Inputs, backbone_hash: str, state: dict[str, Any]
         )
     if state["data"] != inputs.dataset.fingerprint:
         raise RunError(
-            f"{folder}: was trained on other shards than data.shards={inputs.recipe.data.shards} (content differs):"
+            f"{folder}: was trained on other shards than data.shards={settings['data']['shards']} (content differs):"
             f" restore them, or take another name than {name}"
         )
-    here = inputs.recipe.model_dump(mode="json")
     for key in (*IDENTITY, *inputs.stage.identity):
-        before, now = _at(state["recipe"], key), _at(here, key)
+        before, now = _at(state["recipe"], key), _at(settings, key)
         if before != now:
             raise RunError(
                 f"{folder}: {key} was {before} in this run and is {now} now: set it back, or take another name"

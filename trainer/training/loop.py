@@ -10,29 +10,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...data import BadSamples, Batch
+from ...data import Batch
 from ..distributed.process_group import Ranks
 from ..monitors.health import Health, skipped_event
 from ..monitors.meter import Meter
 from ..monitors.metrics import finite
-from ..optim.lr_schedule import learning_rate
 from ..optim.train_state import Progress
 from .components import TrainerComponents
 from .data_digest import SequenceDigest
 
 
 def run(parts: TrainerComponents, progress: Progress) -> bool:
-    """Train from `progress` to the recipe's last step, updating it. Returns False when a stop signal ended it early.
+    """Train from `progress` to the last step, updating it. Returns False when a stop signal ended it early.
 
     Raises Unhealthy when steps stay bad, DataError for unreadable data.
     """
-    recipe, phase = parts.recipe, parts.phases
-    health = Health(recipe.health, progress)
-    bad_samples = BadSamples(recipe.data.max_bad_fraction)
+    phase, global_batch = parts.phases, parts.batch.global_batch
+    health = Health(parts.health, progress)
     meter = Meter()
     batches = parts.batches(progress)
 
-    while health.exhausted or progress.step < recipe.steps:
+    while health.exhausted or progress.step < parts.steps:
         if health.exhausted:
             with phase("rollback"):
                 parts.recover(progress)
@@ -41,7 +39,7 @@ def run(parts: TrainerComponents, progress: Progress) -> bool:
         mine = _accumulate(parts, progress, batches)
         total = _exchange(parts, mine)
         reason = health.judge(total.loss, total.grad_norm)
-        lr = learning_rate(recipe.optimizer, recipe.steps, progress.step)
+        lr = parts.learning_rate(progress.step)
         applied = _update(parts, lr, skip=reason is not None)
         if not applied and reason is None:  # DeepSpeed sums the ranks' squares in fp32
             reason, total = "gradient norm is beyond fp32", total._replace(grad_norm=math.inf)
@@ -49,16 +47,16 @@ def run(parts: TrainerComponents, progress: Progress) -> bool:
         progress.step += 1
         progress.batch += 1
         phase.step_done(progress.step)
-        progress.samples += recipe.global_batch
+        progress.samples += global_batch
         progress.digest = SequenceDigest(progress.digest).advance(*total.names)
         health.record(not applied, total.loss, total.grad_norm)
         if reason is not None:
             _report_skip(parts, progress, reason, mine, total)
-        bad_samples.add(_report_replaced(parts, progress, mine) if total.replaced else [], recipe.global_batch)
-        meter.count(recipe.global_batch, parts.stage.tokens(total.sums))
+        parts.bad_samples.add(_report_replaced(parts, progress, mine) if total.replaced else [], global_batch)
+        meter.count(global_batch, parts.stage.tokens(total.sums))
 
-        last = progress.step == recipe.steps
-        if last or progress.step % recipe.log_every == 0:
+        last = progress.step == parts.steps
+        if last or progress.step % parts.log_every == 0:
             _log(parts, progress, total, lr, meter)
         if last or total.stops or parts.saver.due(progress.step):
             with phase("save"):
@@ -97,7 +95,7 @@ class _Total(NamedTuple):
 def _accumulate(parts: TrainerComponents, progress: Progress, batches: Iterator[Batch]) -> _Share:
     """The forward and backward passes of a step."""
     ranks, engine, phase = parts.ranks, parts.engine, parts.phases
-    passes, normalizer = parts.recipe.accumulation(ranks.size), parts.normalizer(progress.batch)
+    passes, normalizer = parts.batch.passes, parts.normalizer(progress.batch)
     mine = _Share(torch.zeros((), device=ranks.device), torch.zeros(parts.stage.sums, device=ranks.device))
     for number in range(passes):
         with phase("data"):
@@ -124,7 +122,7 @@ def _exchange(parts: TrainerComponents, mine: _Share) -> _Total:
         *values, norm = torch.cat((mine.loss[None], mine.sums, engine.grad_norm()[None])).tolist()
         values += [norm**2, *SequenceDigest.fingerprint(mine.names), len(mine.replaced), parts.stop.asked() is not None]
         loss, *sums, norm_squared, low, high, replaced, stops = ranks.total(values)
-    passes = ranks.size * parts.recipe.accumulation(ranks.size)
+    passes = ranks.size * parts.batch.passes
     return _Total(loss / passes, math.sqrt(norm_squared), sums, (low, high), replaced, stops)
 
 

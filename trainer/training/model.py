@@ -15,14 +15,15 @@ from ..errors import RunError
 from ..models.weights import fill
 from ..optim.engine import partitioned
 from ..stages import Stage, StageModel
-from .inputs import Inputs
+from .run_context import RunContext
 
 
-def build_model(inputs: Inputs, reader: CheckpointReader | None, ranks: Ranks) -> StageModel:
+def build_model(run: RunContext, reader: CheckpointReader | None) -> StageModel:
     """The sharded model, with its stage's weights, then the checkpoint's, or `init_from`'s in a new run."""
-    recipe, stage = inputs.recipe, inputs.stage
-    with partitioned(recipe, ranks):  # has collectives, so it is not under `agreed`: a rank that fails here exits
-        model = stage.build()
+    recipe, stage, ranks = run.recipe, run.inputs.stage, run.ranks
+    # Has collectives, so it is not under `agreed`: a rank that fails here exits.
+    with partitioned(run.deepspeed, ranks.device):
+        model = stage.build(recipe.activation_checkpointing)
 
     def load() -> None:
         stage.load(model)

@@ -22,7 +22,6 @@ from PIL import Image
 from ...data import Dataset
 from ...data.atomic import write_atomic
 from ...data.transforms import decode_sizes
-from ...recipes import Recipe
 from ...recipes.schema import Previews
 from ..distributed.process_group import Ranks
 from ..errors import RunError
@@ -43,17 +42,22 @@ Rows = dict[str, list[Image.Image]]
 
 
 def sampler(
-    stage: Stage, engine: Engine, dataset: Dataset, ranks: Ranks, folder: Path, phase: PhaseTimer
+    settings: Previews,
+    stage: Stage,
+    engine: Engine,
+    dataset: Dataset,
+    ranks: Ranks,
+    folder: Path,
+    phase: PhaseTimer,
 ) -> Callable[[Progress], None]:
     """A function to call after each step: it writes `previews/step-NNNNNNNN.png` every `previews.every` steps."""
-    recipe: Recipe = stage.recipe
-    every = recipe.previews.every
+    every = settings.every
     if every is None:
         return lambda progress: None
     if isinstance(stage, ControlNetStage):
-        captions, draw = _reconstructions(stage, engine, dataset, ranks)
+        captions, draw = _reconstructions(settings.count, stage, engine, dataset, ranks)
     else:
-        captions, draw = _generations(cast(PatchLatentStage, stage), engine, dataset, ranks)
+        captions, draw = _generations(settings, cast(PatchLatentStage, stage), engine, dataset, ranks)
 
     def after_step(progress: Progress) -> None:
         if progress.step % every == 0:
@@ -74,15 +78,15 @@ def sampler(
 
 
 def _reconstructions(
-    stage: ControlNetStage, engine: Engine, dataset: Dataset, ranks: Ranks
+    count: int, stage: ControlNetStage, engine: Engine, dataset: Dataset, ranks: Ranks
 ) -> tuple[list[str], Callable[[], Rows]]:
     """Stage 2: the first images of the data, generated from their own latents."""
-    captions, images, originals = _first(dataset, stage.recipe.previews.count, stage.image_sizes)
+    captions, images, originals = _first(dataset, count, stage.image_sizes)
     model: Any = engine.model
     generator = Generator(
         model,  # the generator uses only the vision encoder of an MLLM, which this model has too
         cast(PromptTemplate, None),
-        stage.recipe.data.image_size,
+        stage.data.image_size,
         model.flux,
         model.controlnet,
         stage.folder.tokenizers,
@@ -98,15 +102,14 @@ def _reconstructions(
 
 
 def _generations(
-    stage: PatchLatentStage, engine: Engine, dataset: Dataset, ranks: Ranks
+    settings: Previews, stage: PatchLatentStage, engine: Engine, dataset: Dataset, ranks: Ranks
 ) -> tuple[list[str], Callable[[], Rows]]:
     """Stage 1: images for the first captions of the data, by a trained ControlNet on rank 0."""
-    settings = stage.recipe.previews
     captions, _, images = _first(dataset, settings.count, stage.image_sizes)
     model: Any = engine.model
     width, side = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
     assert settings.controlnet and stage.tokenizer, "the recipe's schema asks for it"
-    template = PromptTemplate(stage.tokenizer, stage.recipe.branch.max_text_tokens)
+    template = PromptTemplate(stage.tokenizer, stage.branch.max_text_tokens)
     no_flux: Any = (None, None, None, 0)
     generator = Generator(model, template, stage.image_sizes[0], *no_flux, ranks.device)  # pyright: ignore
     image_generator = _ImageGenerator(settings, width, side, ranks.device) if ranks.first else None

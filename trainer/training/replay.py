@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..models.kernel_selection import KernelChoice
 from ..models.masking import draw_orders
 from ..models.rng import Stream, chosen
 from ..optim.train_state import Progress
-from ..stages import Stage, StageModel
+from ..stages import Stage, StageModel, open_stage
 from ..stages.controlnet import ControlNetStage
 from ..stages.patch_latents import PatchLatentStage
 from ..stages.placement import init_context
@@ -104,19 +105,21 @@ def replay(run: Path, place: Place, weights_step: int | None = None) -> Replay:
     when the samples do not match the run's data digest.
     """
     recipe = load_recipe(run / "recipe.yaml", stored=True)
-    inputs = open_inputs(recipe, 1)
+    inputs = open_inputs(recipe.data, recipe.seed, recipe.global_batch, partial(open_stage, recipe))
     reader = _checkpoint(run, place, weights_step)
     if reader and reader.state["data"] != inputs.dataset.fingerprint:
         raise RunError(f"data.shards={recipe.data.shards}: are not the shards that {run} was trained on; restore them")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = _model(inputs.stage, reader, device)
+    model = _model(inputs.stage, recipe.precision, reader, device)
+    if reader is None and recipe.init_from:
+        initialise_from(model, inputs.stage, Path(recipe.init_from))
     # BatchNorm's statistics cover the samples of a pass on all ranks: use the same number here.
     together = place.stretch.micro_batch or recipe.micro_batch
     together *= place.stretch.ranks if model.statistics() else 1
     items, arrays, replaced, losses = _passes(inputs, model, place.batch - 1, together, device)
     samples = [
         {**_identity(item), **drawn, "loss": loss, "caption": item.caption}
-        for item, drawn, loss in zip(items, _draws(inputs.stage, items, arrays), losses, strict=True)
+        for item, drawn, loss in zip(items, _draws(recipe.seed, inputs.stage, items, arrays), losses, strict=True)
     ]
     masks = torch.cat([part["mask"] for part in arrays]) if "mask" in arrays[0] else None
     at = Progress(**reader.state["progress"]) if reader else Progress()
@@ -149,9 +152,9 @@ def _taken(store: Store, step: int) -> int:
         return 0
 
 
-def _model(stage: Any, reader: CheckpointReader | None, device: torch.device) -> StageModel:
-    """The run's model, unsharded on `device`, in the run's compute precision."""
-    dtype = torch.bfloat16 if stage.recipe.precision == "bf16" else torch.float32
+def _model(stage: Any, precision: str, reader: CheckpointReader | None, device: torch.device) -> StageModel:
+    """The run's model, unsharded on `device`, in the run's compute precision, with the weights of `reader`."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     fast = unavailable("varlen", device, dtype) is None
     stage.kernels = KernelChoice(attention="varlen" if fast else "sdpa")
     with init_context(device, dtype):
@@ -160,8 +163,6 @@ def _model(stage: Any, reader: CheckpointReader | None, device: torch.device) ->
     model.to(device)
     if reader:
         load_weights(model, reader)
-    elif stage.recipe.init_from:
-        initialise_from(model, stage, Path(stage.recipe.init_from))
     return model
 
 
@@ -169,7 +170,7 @@ def _passes(
     inputs: Inputs, model: StageModel, number: int, together: int, device: torch.device
 ) -> tuple[list[Item], list[dict[str, Any]], list[tuple[str, str]], list[float]]:
     """Items of global batch `number`, each pass's arrays, replaced samples, and every sample's loss."""
-    batch = inputs.recipe.global_batch
+    batch = inputs.global_batch
     collate = inputs.stage.collate()
     loader = Loader(
         inputs.dataset,
@@ -208,9 +209,8 @@ def _identity(item: Item) -> dict[str, Any]:
     }
 
 
-def _draws(stage: Stage, items: Sequence[Item], arrays: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _draws(seed: int, stage: Stage, items: Sequence[Item], arrays: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What training draws for each sample from (seed, epoch, index)."""
-    seed = stage.recipe.seed
     epoch, index = (np.array([getattr(item, name) for item in items], dtype=np.int64) for name in ("epoch", "index"))
     if isinstance(stage, ControlNetStage):
         dropped = chosen(seed, Stream.CAPTION_DROPOUT, epoch, index, stage.flux.caption_dropout).tolist()
@@ -219,7 +219,7 @@ def _draws(stage: Stage, items: Sequence[Item], arrays: Sequence[dict[str, Any]]
         draws = [{"noise_level": level, "noise_seed": each} for level, each in zip(levels, seeds, strict=True)]
     else:
         assert isinstance(stage, PatchLatentStage)
-        dropped = chosen(seed, Stream.CAPTION_DROPOUT, epoch, index, stage.recipe.branch.caption_dropout).tolist()
+        dropped = chosen(seed, Stream.CAPTION_DROPOUT, epoch, index, stage.branch.caption_dropout).tolist()
         counts = torch.cat([part["mask"] for part in arrays]).sum(1).tolist()
         orders = draw_orders(seed, epoch, index, stage.tokens_per_image).tolist()
         draws = [{"mask_rate": n / len(order), "hidden": order[:n]} for n, order in zip(counts, orders, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.local import LocalParts
 from ..checkpoint.reader import CheckpointReader
@@ -36,7 +37,8 @@ def find_resume_point(run: RunContext) -> ResumePoint:
     store = Store(run.folder / "checkpoints")
     frozen_hash = ranks.agreed(lambda: _frozen_hash(run.inputs.stage, ranks))
     local = ranks.agreed(lambda: _local(recipe.checkpoint.local, recipe.name, store, ranks))
-    reader = ranks.agreed(lambda: _newest(store, run.inputs, frozen_hash, ranks))
+    settings = recipe.model_dump(mode="json")
+    reader = ranks.agreed(lambda: _newest(store, settings, run.inputs, frozen_hash, ranks))
     progress = Progress(**reader.state["progress"]) if reader else Progress()
     return ResumePoint(store, local, reader, frozen_hash, progress)
 
@@ -59,8 +61,10 @@ def _local(place: str | None, name: str, store: Store, ranks: Ranks) -> LocalPar
     return local
 
 
-def _newest(store: Store, inputs: Inputs, frozen_hash: str, ranks: Ranks) -> CheckpointReader | None:
-    """The checkpoint to continue from, checked to be this run's; None for a new run."""
+def _newest(
+    store: Store, settings: dict[str, Any], inputs: Inputs, frozen_hash: str, ranks: Ranks
+) -> CheckpointReader | None:
+    """The checkpoint to continue from, checked to be of the run with these `settings`; None for a new run."""
     reader = store.newest_verified(rank=ranks.rank, ranks=ranks.size, gather=ranks.gather)
     if reader is None and (steps := ranks.gather(store.steps())[0]):
         raise RunError(
@@ -68,7 +72,7 @@ def _newest(store: Store, inputs: Inputs, frozen_hash: str, ranks: Ranks) -> Che
             f" {store.root.parent}`; restore one, or move the folder away to start over"
         )
     if reader is not None:
-        check_continuation(inputs, frozen_hash, reader.state, reader.folder)
+        check_continuation(settings, inputs, frozen_hash, reader.state, reader.folder)
     elif saved := ranks.gather(_last_saved(store.root.parent) if ranks.first else 0)[0]:
         raise RunError(
             f"{store.root}: holds no checkpoint, but this run saved one at step {saved}; put it back, or move"

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...recipes import Recipe
+from ...recipes import BatchSplit, Recipe
 from ..distributed.process_group import Ranks, join
 from ..distributed.run_lock import BEAT_S, RunLock
 from ..distributed.stop_signals import StopSignals
@@ -19,6 +20,9 @@ from ..errors import RunError
 from ..monitors.heartbeat import Heartbeat
 from ..monitors.phase_timer import PhaseTimer
 from ..monitors.watchdog import Watchdog
+from ..optim.engine import deepspeed_config
+from ..stages import open_stage
+from .batch import split_batch
 from .inputs import Inputs, open_inputs
 
 ENDS_AT = "BIFROST_ENDS_AT"
@@ -28,6 +32,10 @@ ENDS_AT = "BIFROST_ENDS_AT"
 class RunContext:
     """Run-wide services created before training starts, and the run's inputs."""
 
+    recipe: Recipe
+    batch: BatchSplit
+    deepspeed: dict[str, Any]
+    """DeepSpeed's configuration."""
     inputs: Inputs
     ranks: Ranks
     folder: Path
@@ -42,10 +50,6 @@ class RunContext:
     """The ranks, one line per host."""
     hosts: Sequence[str]
     """Host of every rank."""
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.inputs.recipe
 
 
 @contextmanager
@@ -66,14 +70,32 @@ def open_run(recipe: Recipe) -> Iterator[RunContext]:
         topology = check_ranks(ranks)
         if ranks.first and (len(topology) > 1 or "SLURM_STEP_ID" in os.environ):
             print("\n".join(topology), flush=True)
-        inputs = ranks.agreed(lambda: open_inputs(recipe, ranks.size, ranks.rank, ranks.gather))
+        batch = ranks.agreed(lambda: split_batch(recipe.global_batch, recipe.micro_batch, ranks.size, recipe.zero.hpz))
+        stage = partial(open_stage, recipe)
+        inputs = ranks.agreed(
+            lambda: open_inputs(recipe.data, recipe.seed, batch.global_batch, stage, ranks.rank, ranks.gather)
+        )
         with RunLock(folder) as lock, Heartbeat(BEAT_S) as heartbeat:
             stop.at_quit += [lock.release, watchdog.remove_empty_stacks]
             previous = ranks.agreed(lambda: lock.acquire() if ranks.first else None)
             if ranks.first:
                 heartbeat.actions.append(lambda: lock.beat(phases.step))
             hosts = ranks.agreed(lambda: watchdog.attach(ranks, folder))
-            yield RunContext(inputs, ranks, folder, stop, ends_at, phases, heartbeat, previous, topology, hosts)
+            yield RunContext(
+                recipe=recipe,
+                batch=batch,
+                deepspeed=deepspeed_config(batch, recipe.precision, recipe.zero, recipe.optimizer.clip),
+                inputs=inputs,
+                ranks=ranks,
+                folder=folder,
+                stop=stop,
+                ends_at=ends_at,
+                phases=phases,
+                heartbeat=heartbeat,
+                previous_owner=previous,
+                topology=topology,
+                hosts=hosts,
+            )
 
 
 def _ends_at() -> float:

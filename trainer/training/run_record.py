@@ -29,9 +29,8 @@ from ..monitors.console import Console, log_to_file
 from ..monitors.goodput import AccountedMetrics
 from ..monitors.renames import rename_previews
 from ..monitors.tracking import Mirror, start_mirror
-from ..optim.engine import Engine, deepspeed_config
+from ..optim.engine import Engine
 from ..optim.train_state import Progress
-from ..stages import Stage
 from ..versions import DISTRIBUTION, versions
 from .resume_point import ResumePoint, statistics_warning
 from .run_context import RunContext
@@ -86,10 +85,10 @@ def open_record(run: RunContext, point: ResumePoint, engine: Engine, kernels: di
     if ranks.first:
         metrics.store()
         run.heartbeat.actions.append(metrics.store)
-    console.say(_greeting(engine, run.folder, progress, run.inputs.stage, ranks))
+    console.say(_greeting(run, engine, progress))
     if changed:
         console.say(f"settings changed since {'the checkpoint' if reader else 'the last attempt'}: {describe(changed)}")
-    if reader and (warning := statistics_warning(engine.model, reader, recipe.micro_batch * ranks.size)):
+    if reader and (warning := statistics_warning(engine.model, reader, run.batch.micro_batch * ranks.size)):
         console.say(warning)
     tracked = ranks.first and recipe.tracking.enabled
     mirror = ranks.agreed(lambda: start_mirror(run.folder, console.say) if tracked else None)
@@ -104,7 +103,7 @@ def _describe(run: RunContext, kernels: dict[str, Any]) -> None:
     rename_previews(folder)
     # First, so that an attempt that dies here leaves a recipe.
     write_atomic(folder / "recipe.yaml", redact(to_yaml(recipe)).encode())
-    write_json(folder / "ds_config.json", deepspeed_config(recipe, ranks.size))
+    write_json(folder / "ds_config.json", run.deepspeed)
     write_json(folder / KERNELS_FILE, kernels)
     write_json(folder / "environment.json", {**_environment(ranks), "dataset": dataset, "hosts": run.topology})
 
@@ -124,14 +123,14 @@ def _environment(ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def _greeting(engine: Engine, folder: Path, progress: Progress, stage: Stage, ranks: Ranks) -> str:
-    recipe = stage.recipe
+def _greeting(run: RunContext, engine: Engine, progress: Progress) -> str:
+    recipe, batch = run.recipe, run.batch
     trainable = sum(math.prod(full_shape(p)) for p in engine.trainable().values())
     # Counted in the files: not all frozen weights are parameters of the engine's model.
-    frozen = sum(math.prod(files.shape(name) or ()) for files, names in stage.frozen() for name in names)
+    frozen = sum(math.prod(files.shape(name) or ()) for files, names in run.inputs.stage.frozen() for name in names)
     begin = f"continues at step {progress.step}" if progress.step else "begins"
     return (
-        f"{recipe.name} {begin} in {folder}: {trainable:,} trainable and {frozen:,} frozen parameters,"
-        f" {ranks.size} ranks x {recipe.micro_batch} x {recipe.accumulation(ranks.size)} = {recipe.global_batch}"
-        f" samples per step, {recipe.steps} steps, {recipe.precision} on {ranks.device.type}"
+        f"{recipe.name} {begin} in {run.folder}: {trainable:,} trainable and {frozen:,} frozen parameters,"
+        f" {batch.ranks} ranks x {batch.micro_batch} x {batch.passes} = {batch.global_batch}"
+        f" samples per step, {recipe.steps} steps, {recipe.precision} on {run.ranks.device.type}"
     )

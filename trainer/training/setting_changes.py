@@ -49,16 +49,15 @@ def describe(found: Changes) -> str:
     return ", ".join(f"{key} {_text(before)} -> {_text(now)}" for key, (before, now) in found.items())
 
 
-def finished(recipe: Recipe) -> int | None:
-    """Steps of the run that `recipe` names, if it has done them all with these settings and is not running; else None.
+def finished(folder: Path, settings: dict[str, Any]) -> int | None:
+    """Steps of the run in `folder`, if it has done them all with these `settings` and is not running; else None.
 
     Only small files are read. Deeper checks, such as the checkpoint's hashes, are left to the training process.
     """
-    folder = Path(recipe.runs_dir) / recipe.name
     if (folder / "lock.json").exists():
         return None
     last = _last_record(folder / "metrics.jsonl")
-    if last.get("event") != "end" or last.get("outcome") != "finished" or last.get("step", 0) < recipe.steps:
+    if last.get("event") != "end" or last.get("outcome") != "finished" or last.get("step", 0) < settings["steps"]:
         return None
     checkpoint = folder / "checkpoints" / f"step-{last['step']:08d}"
     state, manifest = read_json(checkpoint / "state.json"), read_json(checkpoint / "manifest.json")
@@ -68,7 +67,7 @@ def finished(recipe: Recipe) -> int | None:
         sizes = all(os.stat(checkpoint / name).st_size == entry["size"] for name, entry in manifest["files"].items())
     except (OSError, KeyError, TypeError, AttributeError):
         return None
-    changed = changes(recipe.model_dump(mode="json"), state.get("recipe"))
+    changed = changes(settings, state.get("recipe"))
     return last["step"] if sizes and not changed.keys() - {"steps"} else None
 
 

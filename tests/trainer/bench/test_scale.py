@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import ranked
 import runs
-from bifrost.recipes import load_recipe
+from bifrost.recipes import BatchSplit, load_recipe
 from bifrost.trainer.bench import scale, simulate
 from bifrost.trainer.bench.collectives import Clock
 from bifrost.trainer.cli.main import app
@@ -79,8 +79,8 @@ def test_cores_are_counted_once_a_host() -> None:
 def test_batches_of_weak_and_strong_scaling(tmp_path: Path) -> None:
     recipe = load_recipe("tiny-mllm", ["global_batch=48", "micro_batch=8"])
     weak, strong = (scale.point_recipe(recipe, mode, 4, 3, tmp_path) for mode in scale.MODES)
-    assert (weak.global_batch, weak.micro_batch, weak.accumulation(4)) == (32, 8, 1)
-    assert (strong.global_batch, strong.micro_batch, strong.accumulation(4)) == (48, 6, 2)
+    assert (weak.global_batch, weak.micro_batch, weak.split(4).passes) == (32, 8, 1)
+    assert (strong.global_batch, strong.micro_batch, strong.split(4).passes) == (48, 6, 2)
     for wrong in ("0,2", "two", ""):
         with pytest.raises(RunError, match="--ranks"):
             scale.read_ranks(wrong)
@@ -186,18 +186,17 @@ def test_a_plan_that_gives_a_sample_twice_is_noticed(monkeypatch: pytest.MonkeyP
             simulate, "rank_positions", lambda step, rank, ranks, *rest: right(step, rank % 511, ranks, *rest)
         )
         with pytest.raises(simulate.Broken, match="misses"):
-            simulate.data(recipe, 512, [])
+            simulate.data(recipe.data, recipe.seed, [recipe.split(512)])
     with monkeypatch.context() as patch:
         # Fewer ranks resume one step late.
         shift = lambda step, rank, ranks, *rest: right(step + (ranks == 256), rank, ranks, *rest)  # noqa: E731
         patch.setattr(simulate, "rank_positions", shift)
         with pytest.raises(simulate.Broken, match="256 ranks get other global batches"):
-            simulate.data(recipe, 512, [256])
+            simulate.data(recipe.data, recipe.seed, [recipe.split(512), recipe.split(256)])
 
 
 def test_figures_are_those_of_a_walk_by_hand() -> None:
-    recipe = load_recipe("tiny-mllm", ["global_batch=8", "micro_batch=2", "data.workers=3"])
-    rows = simulate._epoch(recipe, 2, range(5, 9), 3)
+    rows = simulate._epoch(BatchSplit(global_batch=8, micro_batch=2, ranks=2), range(5, 9), 3)
     assert rows.shape == (4, 8)
     assert np.array_equal(np.sort(rows, axis=1), 8 * np.arange(5, 9)[:, None] + np.arange(8))
     assert math.prod(rows.shape) == len(set(rows.flatten().tolist()))

@@ -64,7 +64,9 @@ def build(side: int, positions: str = "learned", width: int = 32) -> PatchLatent
             "data": {"shards": "unused", "image_size": 28 * side},
         }
     )
-    model = PatchLatentModel(Qwen2_5_VLConfig(text_config=text, vision_config=vision), recipe).eval()
+    model = PatchLatentModel(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision), recipe.branch, recipe.data.image_size
+    ).eval()
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -3,6 +3,7 @@
 from functools import partial
 
 import numpy as np
+import opened
 import pytest
 import torch
 from PIL import Image
@@ -152,9 +153,9 @@ def rotary_tables_under_zero_init() -> list[float]:
 
     config = read_config(locate("builtin:tiny"))
     recipe = load_recipe("tiny-mllm")
-    plain = PatchLatentModel(config, recipe)
-    with partitioned(recipe, join()):
-        model = PatchLatentModel(config, recipe)
+    plain = PatchLatentModel(config, recipe.branch, recipe.data.image_size)
+    with partitioned(opened.deepspeed(recipe, (ranks := join()).size), ranks.device):
+        model = PatchLatentModel(config, recipe.branch, recipe.data.image_size)
     model.restore_rotary()
     tables = dict(plain.named_buffers())
     worst = max((buffer.double() - tables[name].double()).abs().max() for name, buffer in model.named_buffers())

@@ -1,5 +1,6 @@
 """The branch starts as an exact copy of the text model and attends to the right tokens."""
 
+import opened
 import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -16,7 +17,7 @@ from bifrost.trainer.stages.patch_latents import PatchLatentModel
 def build(*overrides: str) -> PatchLatentModel:
     recipe = load_recipe("tiny-mllm", overrides)
     folder = locate("builtin:tiny")
-    model = PatchLatentModel(read_config(folder), recipe)
+    model = PatchLatentModel(read_config(folder), recipe.branch, recipe.data.image_size)
     model.load(WeightFiles(folder), seed=0)
     return model
 
@@ -28,8 +29,8 @@ def copies_under_zero_init() -> list[bool]:
 
     recipe = load_recipe("tiny-mllm")
     folder = locate("builtin:tiny")
-    with partitioned(recipe, join()):
-        model = PatchLatentModel(read_config(folder), recipe)
+    with partitioned(opened.deepspeed(recipe, (ranks := join()).size), ranks.device):
+        model = PatchLatentModel(read_config(folder), recipe.branch, recipe.data.image_size)
     model.load(WeightFiles(folder), seed=0)
     pairs = [(model.branch.layers, model.backbone.text.layers), (model.branch.norm, model.backbone.text.norm)]
     equal = [

@@ -86,7 +86,8 @@ class Product(elementwise.SwiGlu):
 
 def built(choice: KernelChoice) -> PatchLatentModel:
     folder = locate("builtin:tiny")
-    model = PatchLatentModel(read_config(folder), load_recipe("tiny-mllm"), choice)
+    recipe = load_recipe("tiny-mllm")
+    model = PatchLatentModel(read_config(folder), recipe.branch, recipe.data.image_size, kernels=choice)
     model.load(WeightFiles(folder), seed=0)
     return model
 

@@ -151,7 +151,6 @@ def test_one_rank_per_node_queries_the_hub(hub, monkeypatch, shards, local):
     monkeypatch.setattr(model_hub, "_snapshots", {})
     monkeypatch.setattr(huggingface_hub, "snapshot_download", seen)
     monkeypatch.setenv("LOCAL_RANK", str(local))
-    monkeypatch.setattr(inputs, "open_stage", lambda recipe: order.append(model_hub.locate("owner/name")))
     recipe = load_recipe("tiny-mllm", [f"data.shards={shards}/train-*.tar", "global_batch=4", "micro_batch=2"])
 
     def gather(value):
@@ -159,7 +158,11 @@ def test_one_rank_per_node_queries_the_hub(hub, monkeypatch, shards, local):
         return [value]
 
     before = len(hub.asked)
-    inputs.open_inputs(recipe, 2, gather=gather)
+
+    def stage():
+        order.append(model_hub.locate("owner/name"))
+
+    inputs.open_inputs(recipe.data, recipe.seed, recipe.global_batch, stage, gather=gather)
     assert set(only_cache) == {local > 0}
     if local:
         assert len(hub.asked) == before

@@ -27,7 +27,10 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 def choose(folder: Path, *overrides: str, ranks: Ranks = ALONE):
     config = read_config(locate("builtin:tiny"))
-    return kernel_selection.choose_kernels(load_recipe("tiny-mllm", overrides), config, 16, ranks, folder)
+    recipe = load_recipe("tiny-mllm", overrides)
+    shapes = recipe.micro_batch, 16, recipe.branch.max_text_tokens, recipe.precision
+    work = kernel_selection.KernelWork.of(config, *shapes)
+    return kernel_selection.choose_kernels(recipe.kernels, work, ranks, folder)
 
 
 def test_recipes_name_what_the_kernels_have() -> None:

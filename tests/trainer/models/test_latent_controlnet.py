@@ -4,6 +4,7 @@ import inspect
 import json
 from pathlib import Path
 
+import opened
 import pytest
 import torch
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
@@ -321,7 +322,7 @@ def slices_under_zero_init(folder: str) -> list[bool]:
 
     ranks = join()
     whole = dict(build().named_parameters())
-    with partitioned(load_recipe("tiny-mllm", ("precision=bf16",)), ranks):
+    with partitioned(opened.deepspeed(load_recipe("tiny-mllm", ("precision=bf16",)), ranks.size), ranks.device):
         model = LatentControlNet(shape())
     model.initialise(WeightFiles(Path(folder)), folder, 0)
     equal = []

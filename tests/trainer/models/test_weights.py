@@ -51,9 +51,9 @@ def test_content_hash_sees_every_bit_and_no_rank(tmp_path) -> None:
 
 
 def test_missing_and_misshapen_tensors_are_named(tmp_path) -> None:
-    folder = locate("builtin:tiny")
+    folder, recipe = locate("builtin:tiny"), load_recipe("tiny-mllm")
     with torch.device("meta"):
-        head = PatchLatentModel(read_config(folder), load_recipe("tiny-mllm")).head
+        head = PatchLatentModel(read_config(folder), recipe.branch, recipe.data.image_size).head
     parameters = dict(head.to_empty(device="cpu").named_parameters())
     save_file({"weight": torch.zeros(2, 2)}, tmp_path / "w.safetensors")
     files = WeightFiles(tmp_path / "w.safetensors")

@@ -7,7 +7,7 @@ import torch
 
 import ranked
 import runs
-from bifrost.recipes import load_recipe
+from bifrost.recipes import Recipe, load_recipe
 from bifrost.trainer.distributed.process_group import Ranks
 from bifrost.trainer.models.backbone import read_config
 from bifrost.trainer.models.hub import locate
@@ -15,8 +15,9 @@ from bifrost.trainer.monitors import memory
 from bifrost.trainer.monitors.phase_timer import Times
 from bifrost.trainer.monitors.rank_stats import RankStats
 from bifrost.trainer.monitors.stragglers import Stragglers
-from bifrost.trainer.monitors.utilisation import Utilisation
-from bifrost.trainer.planner.devices import find_device
+from bifrost.trainer.monitors.utilisation import TEXTS, Utilisation
+from bifrost.trainer.planner import parts, workload
+from bifrost.trainer.planner.devices import Device, find_device
 
 CPU = torch.device("cpu")
 PATCHES = 16
@@ -46,10 +47,14 @@ def by_hand(text: int) -> tuple[float, float]:
     return useful, useful + 2 * PATCHES * (weights - layers * width * lm.intermediate_size) + attention
 
 
+def utilisation(recipe: Recipe, ranks: int, node: int, patches: int, device: Device | None) -> Utilisation:
+    return Utilisation([parts(recipe, text) for text in TEXTS], workload(recipe), ranks, node, patches, device)
+
+
 def test_mfu_by_hand() -> None:
     h200 = find_device("h200")
     recipe = load_recipe("tiny-mllm", ["branch.loss_tokens=all", "activation_checkpointing=true"])
-    used = Utilisation(recipe, 2, 2, PATCHES, h200)
+    used = utilisation(recipe, 2, 2, PATCHES, h200)
     for text in (0, 37, 61):
         assert used.flops(text + PATCHES) == pytest.approx(by_hand(text), rel=1e-6)
     useful, done = by_hand(37)
@@ -59,7 +64,7 @@ def test_mfu_by_hand() -> None:
     assert rates["hfu"] == pytest.approx(3000 * done / 989e12)
     assert rates["hfu"] > rates["mfu"] * 1.1
     plain = recipe.model_copy(update={"activation_checkpointing": False})
-    (useful, done) = Utilisation(plain, 2, 2, PATCHES, h200).flops(37 + PATCHES)
+    (useful, done) = utilisation(plain, 2, 2, PATCHES, h200).flops(37 + PATCHES)
     assert useful == done
 
 
@@ -69,13 +74,13 @@ def test_no_mfu_rather_than_a_wrong_one(unknown: str) -> None:
     if unknown == "a device without a peak":
         device = find_device("h200").model_copy(update={"bf16_tflops": None})
     recipe = load_recipe("tiny-mllm", ["precision=fp32"] if unknown == "fp32" else [])
-    rates = Utilisation(recipe, 1, 1, PATCHES, device).rates(10.0, 500.0, 1.0)
+    rates = utilisation(recipe, 1, 1, PATCHES, device).rates(10.0, 500.0, 1.0)
     assert rates.keys() == {"tflops_per_device"}, "and a single rank gathers nothing"
     assert rates["tflops_per_device"] > 0
 
 
 def test_the_other_stage_does_not_ask_for_the_text() -> None:
-    used = Utilisation(load_recipe("tiny-controlnet", []), 1, 1, 0, None)
+    used = utilisation(load_recipe("tiny-controlnet", []), 1, 1, 0, None)
     assert used.flops(10)[0] == pytest.approx(used.flops(1000)[0], rel=1e-9)
 
 

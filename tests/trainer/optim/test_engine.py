@@ -2,6 +2,7 @@
 
 import importlib.metadata
 
+import opened
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ from bifrost.recipes import load_recipe
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.backbone import read_config
 from bifrost.trainer.models.hub import locate
-from bifrost.trainer.optim.engine import deepspeed_config, import_deepspeed, parameter_groups
+from bifrost.trainer.optim.engine import import_deepspeed, parameter_groups
 from bifrost.trainer.stages.patch_latents import PatchLatentModel
 
 
@@ -22,9 +23,9 @@ def test_old_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_norms_biases_mask_token_and_table_do_not_decay() -> None:
     recipe = load_recipe("tiny-mllm", ["optimizer.weight_decay=0.3", "branch.positions=learned"])
     with torch.device("meta"):
-        model = PatchLatentModel(read_config(locate("builtin:tiny")), recipe)
+        model = PatchLatentModel(read_config(locate("builtin:tiny")), recipe.branch, recipe.data.image_size)
     names = {id(p): name for name, p in model.named_parameters()}
-    decay, keep = parameter_groups(model, recipe)
+    decay, keep = parameter_groups(model, recipe.optimizer.weight_decay)
     assert (decay["weight_decay"], keep["weight_decay"]) == (0.3, 0.0)
     kept = {names[id(p)] for p in keep["params"]}
     assert kept == {
@@ -37,7 +38,7 @@ def test_norms_biases_mask_token_and_table_do_not_decay() -> None:
 
 def test_deepspeed_gets_what_the_recipe_says() -> None:
     recipe = load_recipe("mllm-7b", ["optimizer.clip=0.7", "zero.persistence_threshold=5"])
-    config = deepspeed_config(recipe, 32)
+    config = opened.deepspeed(recipe, 32)
     assert config["gradient_accumulation_steps"] == 2
     assert config["gradient_clipping"] == 0.7
     assert config["bf16"] == {"enabled": True}

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import opened
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -15,13 +16,13 @@ from bifrost.recipes import Recipe, load_recipe
 from bifrost.trainer.models.backbone import Prefix, read_config
 from bifrost.trainer.models.branch import GenerationBranch
 from bifrost.trainer.models.hub import locate
-from bifrost.trainer.planner.flops import BRANCH_KEPT, FLUX_KEPT, parts
-from bifrost.trainer.training.inputs import open_inputs
+from bifrost.trainer.planner import parts
+from bifrost.trainer.planner.flops import BRANCH_KEPT, FLUX_KEPT
 
 
 def batch_of(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
     """A loaded model of the recipe, and the arguments of one pass."""
-    inputs = open_inputs(recipe, 1)
+    inputs = opened.inputs(recipe)
     model = inputs.stage.build()
     inputs.stage.load(model)
     size = recipe.micro_batch

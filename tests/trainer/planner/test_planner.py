@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import opened
 import pytest
 import torch
 import yaml
@@ -15,10 +16,10 @@ import ranked
 from bifrost.recipes import load_recipe
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.hub import locate
-from bifrost.trainer.planner import batch, plan
+from bifrost.trainer.planner import batch, parts, plan, workload
 from bifrost.trainer.planner.curves import CURVE, curves, distinct, retention
 from bifrost.trainer.planner.devices import FILE, find_device, load
-from bifrost.trainer.planner.flops import Part, parts
+from bifrost.trainer.planner.flops import Part
 from bifrost.trainer.planner.layout import LAYOUTS, Layout
 from bifrost.trainer.planner.traffic import buckets, packs
 
@@ -53,12 +54,13 @@ def allocated(recipe_name: str, overrides: list[str]) -> int:
     recipe = load_recipe(recipe_name, overrides)
     stage: Any = open_stage(recipe, for_counting=True)
     before = storages()
-    with partitioned(recipe, ranks):
-        model = stage.build()
+    config = opened.deepspeed(recipe, ranks.size)
+    with partitioned(config, ranks.device):
+        model = stage.build(recipe.activation_checkpointing)
     model.restore_rotary()
     for parameter in model.parameters():
         parameter.ds_tensor.normal_(std=0.02)
-    engine = Engine(model, recipe, ranks)
+    engine = Engine(model, recipe.optimizer, config, ranks)
     ema = Ema(engine.masters(), 0.9) if recipe.ema else None
     side, size = recipe.data.image_size, recipe.micro_batch
     patches = stage.tokens_per_image
@@ -97,7 +99,7 @@ def test_held_memory_is_what_deepspeed_allocates(model: str, settings: list[str]
     overrides = [f"backbone.path={path}", "backbone.placement=sharded", "global_batch=2", "micro_batch=1"]
     overrides += ["zero.reduce_bucket=1000000", *settings]
     recipe = load_recipe("tiny-mllm", overrides)
-    planned = plan(parts(recipe), recipe, 2).memory
+    planned = plan(parts(recipe), workload(recipe), 2).memory
     ended = ranked.run(allocated, 2, "tiny-mllm", overrides)
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
     for rank in ended:
@@ -136,10 +138,11 @@ def test_large_recipes_run_dry_with_the_plans_figures(
     name: str, gpus: int, batch_of: tuple[int, int], models: dict[str, list[Part]]
 ) -> None:
     recipe = load_recipe(name)
-    assert batch(recipe, gpus) == batch_of
+    split = batch(recipe.global_batch, recipe.micro_batch, gpus)
+    assert (split.micro_batch, split.passes) == batch_of
     micro_batch, passes = batch_of
     for device in ("h100", "h200"):
-        row = plan(models[name], recipe, gpus, find_device(device))
+        row = plan(models[name], workload(recipe), gpus, find_device(device))
         assert row.global_batch == recipe.global_batch
         assert row.fits and row.times is not None and 0.4 < row.times.mfu <= row.times.hfu < 0.5
         assert row.largest_micro_batch and row.largest_micro_batch >= micro_batch
@@ -152,7 +155,7 @@ def test_large_recipes_run_dry_with_the_plans_figures(
 
 def test_the_7b_recipe_keeps_its_throughput(models: dict[str, list[Part]]) -> None:
     recipe, device = load_recipe("mllm-7b-256"), find_device("h200")
-    curve = [plan(models["mllm-7b-256"], recipe, count, device, weak=True) for count in CURVE]
+    curve = [plan(models["mllm-7b-256"], workload(recipe), count, device, weak=True) for count in CURVE]
     kept = dict(zip(CURVE, retention(curve), strict=True))
     assert kept[8] == 1
     assert kept[128] >= 0.97
@@ -162,7 +165,9 @@ def test_the_7b_recipe_keeps_its_throughput(models: dict[str, list[Part]]) -> No
 def test_sizes_keep_the_throughput_of_a_gpu(models: dict[str, list[Part]]) -> None:
     """With the batch of each size, its own micro_batch and passes."""
     device = find_device("h200")
-    rates = {(name, gpus): plan(models[name], load_recipe(name), gpus, device).samples_s for name, gpus, _ in SIZES}
+    rates = {
+        (name, gpus): plan(models[name], workload(load_recipe(name)), gpus, device).samples_s for name, gpus, _ in SIZES
+    }
     for (name, gpus), rate in rates.items():
         at_8 = rates[name.removesuffix("-256"), 8]
         assert rate and at_8 and rate / gpus >= 0.94 * at_8 / 8, name
@@ -176,7 +181,7 @@ def test_sizes_keep_the_throughput_of_a_gpu(models: dict[str, list[Part]]) -> No
 
 def test_layouts_move_frozen_weights_and_traffic(models: dict[str, list[Part]]) -> None:
     recipe = load_recipe("mllm-7b")
-    rows = {layout.name: plan(models["mllm-7b"], recipe, 64, layout=layout) for layout in LAYOUTS}
+    rows = {layout.name: plan(models["mllm-7b"], workload(recipe), 64, layout=layout) for layout in LAYOUTS}
     frozen = {name: row.memory.held["frozen weights"] / 1e9 for name, row in rows.items()}
     assert frozen["frozen parts sharded over all"] == pytest.approx(15.494 / 64, rel=1e-3)
     assert frozen["frozen parts sharded within a node"] == pytest.approx(15.494 / 8, rel=1e-3)
@@ -189,20 +194,20 @@ def test_layouts_move_frozen_weights_and_traffic(models: dict[str, list[Part]]) 
     assert over_all == {"gather trained, forward", "reduce gradients"}
     assert hpz.memory.held["second copy (hpZ), frozen"] == pytest.approx(15.494e9 / 8, rel=1e-3)
     assert hpz.memory.per_pass["second copy (hpZ), trained"] == pytest.approx(13.079e9 / 8, rel=1e-3)
-    assert hpz.memory.held == plan(models["mllm-7b"], load_recipe("mllm-7b", ["zero.hpz=8"]), 64).memory.held
+    assert hpz.memory.held == plan(models["mllm-7b"], workload(load_recipe("mllm-7b", ["zero.hpz=8"])), 64).memory.held
 
 
 def test_passes_gather_again_and_one_gpu_sends_nothing(models: dict[str, list[Part]]) -> None:
     recipe = load_recipe("mllm-7b")
-    eight, sixty_four = (plan(models["mllm-7b"], recipe, gpus) for gpus in (8, 64))
+    eight, sixty_four = (plan(models["mllm-7b"], workload(recipe), gpus) for gpus in (8, 64))
     per_pass = [row.received / row.passes * row.gpus / (row.gpus - 1) for row in (eight, sixty_four)]
     assert per_pass[0] == pytest.approx(per_pass[1], rel=1e-3)
-    alone = plan(models["mllm-7b"], recipe.model_copy(update={"global_batch": 16}), 1)
+    alone = plan(models["mllm-7b"], workload(recipe.model_copy(update={"global_batch": 16})), 1)
     assert alone.transfers == []
     assert alone.memory.per_pass["gathered weights"] == 0
     cached = load_recipe("flux-controlnet", ["flux.placement.text=cached", "flux.placement.transformer=replicated"])
     found = parts(cached)
-    row = plan(found, cached, 64, find_device("h100"))
+    row = plan(found, workload(cached), 64, find_device("h100"))
     assert not any("frozen, backward" in t.kind for t in row.transfers)
     assert row.memory.held["frozen weights"] / 1e9 == pytest.approx(2 * (11.901 + 0.760 / 64), rel=1e-3)
 
@@ -212,7 +217,7 @@ def test_what_stays_gathered_is_not_fetched_again(models: dict[str, list[Part]])
     threshold is fetched alone, once after the update."""
 
     def fetched(*overrides: str) -> dict[str, tuple[float, int]]:
-        row = plan(models["mllm-7b"], load_recipe("mllm-7b", list(overrides)), 8)
+        row = plan(models["mllm-7b"], workload(load_recipe("mllm-7b", list(overrides))), 8)
         return {t.kind: (t.bytes / row.passes / 2e9 * 8 / 7, t.count) for t in row.transfers}
 
     trained = 6.539391488
@@ -257,7 +262,7 @@ def test_steps_overlap_as_far_as_they_are_let(models: dict[str, list[Part]]) -> 
     device = find_device("h200")
 
     def times(layout: Layout, **changes: Any) -> Any:
-        return plan(models["mllm-7b"], recipe, 64, device.model_copy(update=changes), layout).times
+        return plan(models["mllm-7b"], workload(recipe), 64, device.model_copy(update=changes), layout).times
 
     plain = times(LAYOUTS[0])
     assert plain.serial == pytest.approx(plain.compute + plain.ahead + plain.behind + plain.update + plain.data)
@@ -267,7 +272,7 @@ def test_steps_overlap_as_far_as_they_are_let(models: dict[str, list[Part]]) -> 
     overlapping = times(Layout("", overlap=True))
     assert overlapping.as_set == pytest.approx(plain.overlapped, rel=5e-3)
     unfetched = load_recipe("mllm-7b", ["zero.prefetch_bucket=0"])
-    behind = plan(models["mllm-7b"], unfetched, 64, device).times
+    behind = plan(models["mllm-7b"], workload(unfetched), 64, device).times
     assert behind and behind.ahead == 0
     slow = times(LAYOUTS[0], inter_gbs=1.0)
     assert slow.bound == "links between nodes" and slow.as_set > 2 * plain.as_set
@@ -277,15 +282,16 @@ def test_steps_overlap_as_far_as_they_are_let(models: dict[str, list[Part]]) -> 
 
 def test_largest_micro_batch_is_the_last_that_fits(models: dict[str, list[Part]]) -> None:
     recipe, device = load_recipe("mllm-3b"), find_device("a100-40gb")
-    most = plan(models["mllm-3b"], recipe, 8, device).largest_micro_batch
+    most = plan(models["mllm-3b"], workload(recipe), 8, device).largest_micro_batch
     assert most
 
     def fits(micro_batch: int) -> bool | None:
         whole = recipe.model_copy(update={"micro_batch": micro_batch, "global_batch": 8 * micro_batch})
-        return plan(models["mllm-3b"], whole, 8, device).fits
+        return plan(models["mllm-3b"], workload(whole), 8, device).fits
 
     assert fits(most) and not fits(most + 1)
-    assert plan(models["mllm-3b"], recipe.model_copy(update={"global_batch": 32}), 1, device).largest_micro_batch == 0
+    small = workload(recipe.model_copy(update={"global_batch": 32}))
+    assert plan(models["mllm-3b"], small, 1, device).largest_micro_batch == 0
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -312,7 +318,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 def test_curves_that_nobody_can_tell_apart_are_drawn_once(models: dict) -> None:
     recipe, device = load_recipe("mllm-7b-256"), find_device("h200")
-    found = curves(models["mllm-7b"], recipe, device)
+    found = curves(models["mllm-7b"], workload(recipe), device)
     drawn = distinct(found)
     assert 1 < len(drawn) < len(found)
     named = [name for _, names in drawn for name in names.split("\n")]

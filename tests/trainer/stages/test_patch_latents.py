@@ -6,11 +6,17 @@ import torch
 
 from bifrost.data import Item
 from bifrost.recipes import load_recipe
+from bifrost.recipes.schema import Branch
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.backbone import read_config
 from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.prompt import load_tokenizer
-from bifrost.trainer.stages.patch_latents import PatchLatentCollate, PatchLatentStage, grid_side, hidden_counts
+from bifrost.trainer.stages import open_patch_latents
+from bifrost.trainer.stages.patch_latents import PatchLatentCollate, grid_side, hidden_counts
+
+
+def branch(*overrides: str) -> Branch:
+    return load_recipe("tiny-mllm", overrides).branch
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +30,7 @@ def items(count: int, epoch: int = 0) -> list[Item]:
 
 
 def test_shapes(tokenizer) -> None:
-    batch = PatchLatentCollate(tokenizer, load_recipe("tiny-mllm"), 16)(items(3))
+    batch = PatchLatentCollate(tokenizer, branch(), 0, 16)(items(3))
     assert batch["images"].shape == (3, 3, 28, 28)
     assert batch["images"].dtype == torch.uint8
     assert batch["images"][2, 0, 0, 0] == 2
@@ -34,7 +40,7 @@ def test_shapes(tokenizer) -> None:
 
 
 def test_draws_of_a_sample_are_independent_of_the_batch(tokenizer) -> None:
-    collate = PatchLatentCollate(tokenizer, load_recipe("tiny-mllm", ["branch.caption_dropout=0.5"]), 16)
+    collate = PatchLatentCollate(tokenizer, branch("branch.caption_dropout=0.5"), 0, 16)
     together = collate(items(12))
     for index, item in enumerate(items(12)):
         alone = collate([item])
@@ -45,7 +51,7 @@ def test_draws_of_a_sample_are_independent_of_the_batch(tokenizer) -> None:
 
 
 def test_captions_are_dropped_to_the_empty_template(tokenizer) -> None:
-    collate = PatchLatentCollate(tokenizer, load_recipe("tiny-mllm", ["branch.caption_dropout=0.25"]), 16)
+    collate = PatchLatentCollate(tokenizer, branch("branch.caption_dropout=0.25"), 0, 16)
     empty = len(collate.template.ids(""))
     lengths = collate(items(2000))["text_lengths"]
     assert abs(lengths.count(empty) / len(lengths) - 0.25) < 0.04
@@ -55,12 +61,12 @@ def test_captions_are_dropped_to_the_empty_template(tokenizer) -> None:
 def test_normalizers_add_up_to_the_whole_batch(ranks: int) -> None:
     """Gradients are averaged over ranks: each rank's sum must be divided by the global count over the ranks."""
     recipe = load_recipe("tiny-mllm", ["branch.loss_tokens=masked"])
-    stage = PatchLatentStage.open(recipe)
+    stage = open_patch_latents(recipe)
     epoch, index = np.zeros(32, dtype=np.int64), np.arange(32)
-    counts = hidden_counts(recipe, epoch, index, 16)
+    counts = hidden_counts(recipe.branch.mask_rate, recipe.seed, epoch, index, 16)
     assert counts.min() < counts.max()
     assert stage.normalizer(epoch, index, ranks) * ranks == counts.sum()
-    every = PatchLatentStage.open(load_recipe("tiny-mllm", ["branch.loss_tokens=all"]))
+    every = open_patch_latents(load_recipe("tiny-mllm", ["branch.loss_tokens=all"]))
     assert every.normalizer(epoch, index, ranks) * ranks == 32 * 16
 
 

@@ -13,7 +13,7 @@ import runs
 import tiny_flux
 from bifrost.recipes import load_recipe
 from bifrost.trainer.inference.generator import load_mllm
-from bifrost.trainer.stages.patch_latents import PatchLatentStage
+from bifrost.trainer.stages import open_patch_latents
 from bifrost.trainer.stages.placement import offload
 
 CPU = torch.device("cpu"), torch.float32
@@ -55,12 +55,12 @@ def test_stage_1_trains_alike_with_replicated_frozen_parts(shards: Path, tmp_pat
     run = tmp_path / "tiny-mllm"
     np.testing.assert_allclose(runs.losses(run), wanted, rtol=1e-5)
     # What is made of the run afterwards does not ask where its frozen parts lay.
-    stage = PatchLatentStage.open(load_recipe(run / "recipe.yaml"))
+    stage = open_patch_latents(load_recipe(run / "recipe.yaml"))
     whole, cut = (
-        load_mllm(run, PatchLatentStage.open(load_recipe(run / "recipe.yaml", [f"backbone.placement={place}"])), *CPU)
+        load_mllm(run, open_patch_latents(load_recipe(run / "recipe.yaml", [f"backbone.placement={place}"])), *CPU)
         for place in ("replicated", "sharded")
     )
-    assert stage.recipe.backbone.placement == "replicated" and "backbone" not in dict(whole.named_modules())
+    assert stage.backbone.placement == "replicated" and "backbone" not in dict(whole.named_modules())
     images = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
     assert torch.equal(whole.backbone.patch_latents(images), cut.backbone.patch_latents(images))
     for name, weight in whole.trainable().items():

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import plain
 import ranked
@@ -14,11 +15,11 @@ import runs
 import tiny_flux
 from bifrost.data import DataError, verify
 from bifrost.recipes import Recipe, load_recipe
+from bifrost.trainer.cli.main import app
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.stages import open_stage
+from bifrost.trainer.stages import open_controlnet, open_stage
 from bifrost.trainer.stages import precompute as module
 from bifrost.trainer.stages.precompute import encode
-from bifrost.trainer.training.inputs import open_inputs
 
 CACHED = ("flux.placement.vae=cached", "flux.placement.text=cached")
 
@@ -50,6 +51,10 @@ def settings(data: Path, flux: Path, *more: str) -> list[str]:
 def recipe(data: Path, flux: Path, *more: str) -> Recipe:
     name, *overrides = settings(data, flux, *more)
     return load_recipe(name, overrides)
+
+
+def encoded(recipe: Recipe) -> None:
+    encode(open_controlnet(recipe), recipe.micro_batch)
 
 
 def folder(data: Path, kind: str = "vae") -> Path:
@@ -89,8 +94,8 @@ def test_ranks_encode_and_train_from_it_as_without(data: Path, flux: Path) -> No
 
 
 def test_what_is_cached_is_not_loaded(data: Path, flux: Path) -> None:
-    encode(recipe(data, flux, CACHED[0]))
-    stage = open_inputs(recipe(data, flux, CACHED[0]), 1).stage
+    encoded(recipe(data, flux, CACHED[0]))
+    stage = open_stage(recipe(data, flux, CACHED[0]))
     model = stage.build()
     stage.load(model)
     assert model.flux.vae is None and model.flux.text_encoder is not None
@@ -112,11 +117,11 @@ def test_resumes_after_an_interruption_and_repairs_damaged_shards(
 
     monkeypatch.setattr(module, "write_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        encode(wanted)
+        encoded(wanted)
     assert "2 of 4 shards" in refusal(wanted)
     (folder(data) / "train-00002.tar.tmp-1").write_bytes(b"of a killed process")
     monkeypatch.setattr(module, "write_shard", whole)
-    encode(wanted)
+    encoded(wanted)
     assert "30 samples in 2 shards, 2 shards already there" in capsys.readouterr().out
     made = {file.name: file.read_bytes() for file in folder(data).iterdir()}
     assert len(made) == 1 + 4 * 3, "made.json, and of each shard tar, index and lines"
@@ -134,27 +139,27 @@ def test_resumes_after_an_interruption_and_repairs_damaged_shards(
         cache.read((1, 0), "pattern-000")
     tar.write_bytes(content[:-512])
     assert "damaged (" in refusal(wanted)
-    encode(wanted)
+    encoded(wanted)
     assert "15 samples in 1 shards, 3 shards already there" in capsys.readouterr().out
     assert {file.name: file.read_bytes() for file in folder(data).iterdir()} == made, "the same bytes again"
 
 
 def test_a_cache_of_other_weights_settings_or_shards_is_refused(data: Path, flux: Path) -> None:
     wanted = recipe(data, flux, *CACHED)
-    encode(wanted)
+    encoded(wanted)
     assert "flux.image_size 64, here 32" in refusal(recipe(data, flux, CACHED[0], "flux.image_size=32"))
     assert "precision fp32, here bf16" in refusal(recipe(data, flux, CACHED[1], "precision=bf16"))
     other = tiny_flux.save(tiny_flux.pipeline(seed=1), data.parent / "other")
     assert "another vae weights" in refusal(recipe(data, other, CACHED[0]))
     assert "another text_encoder weights" in refusal(recipe(data, other, CACHED[1]))
 
-    encode(recipe(data, other, CACHED[0]))
+    encoded(recipe(data, other, CACHED[0]))
     mine, theirs = sorted(data.glob("cache-vae-*"), key=lambda path: path.stat().st_ctime)
     shutil.rmtree(mine)
     theirs.rename(mine)
     assert "other weights or settings than its folder name states" in refusal(wanted)
     shutil.rmtree(mine)
-    encode(recipe(data, flux, CACHED[0]))
+    encoded(recipe(data, flux, CACHED[0]))
     for name in ("train-00000.tar", "train-00000.index.jsonl"):  # the samples of another shard
         shutil.copy(data / name.replace("0.", "1."), data / name)
     assert "made from another train-00000.tar (1 of 4" in refusal(wanted)
@@ -170,7 +175,7 @@ def test_unreadable_samples_are_left_out(shards: Path, data: Path, flux: Path, c
         file.unlink()
     pairs = [(s.key, {"png": image, "txt": s.caption.encode()}) for s, image in zip(samples, images, strict=True)]
     write_shard(data / "train-00000.tar", pairs)
-    encode(recipe(data, flux, CACHED[0]))
+    encoded(recipe(data, flux, CACHED[0]))
     assert "4 samples in 1 shards, 1 unreadable" in capsys.readouterr().out
     cache = open_stage(recipe(data, flux, CACHED[0])).open_caches()["vae"]
     assert cache.read((0, 2), "pattern-002")["mean"].shape == (4, 16, 16)
@@ -182,8 +187,7 @@ def test_unreadable_samples_are_left_out(shards: Path, data: Path, flux: Path, c
     np.testing.assert_allclose(found, wanted, rtol=1e-6, err_msg="a neighbour in its place has its own latents")
 
 
-def test_a_recipe_that_caches_nothing(data: Path, flux: Path) -> None:
-    with pytest.raises(RunError, match=r"flux\.placement\.vae=cached"):
-        encode(recipe(data, flux))
-    with pytest.raises(RunError, match="caches nothing"):
-        encode(load_recipe("tiny-mllm"))
+@pytest.mark.parametrize("name", ["tiny-controlnet", "tiny-mllm"])
+def test_a_recipe_that_caches_nothing(name: str) -> None:
+    with pytest.raises(RunError, match=rf"^{name}: caches nothing; set flux\.placement\.vae=cached"):
+        CliRunner().invoke(app, ["data", "encode", name, "data.shards=none"], catch_exceptions=False)

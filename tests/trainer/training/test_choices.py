@@ -16,10 +16,10 @@ from bifrost.recipes import load_recipe
 from bifrost.trainer.checkpoint.reader import CheckpointReader
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.planner.flops import parts
+from bifrost.trainer.planner import parts
 from bifrost.trainer.planner.layout import AS_SET, Zero
 from bifrost.trainer.planner.traffic import traffic
-from bifrost.trainer.training.inputs import batch_arithmetic
+from bifrost.trainer.training.batch import split_batch
 
 Counts = dict[str, list[int]]
 
@@ -50,7 +50,7 @@ def counted(arguments: list[str]) -> list[Counts]:
     """Train on this rank; of every step: kind of collective and ranks that take part -> calls, elements received."""
     import torch.distributed as dist
 
-    from bifrost.trainer.optim import engine
+    from bifrost.trainer.training import run_context
     from bifrost.trainer.training.train import train
 
     steps: list[Counts] = [{}]
@@ -71,7 +71,7 @@ def counted(arguments: list[str]) -> list[Counts]:
 
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         counting(name)
-    given = engine.deepspeed_config
+    given = run_context.deepspeed_config
 
     def config(*args: Any) -> dict[str, Any]:
         found = given(*args)
@@ -79,7 +79,7 @@ def counted(arguments: list[str]) -> list[Counts]:
         found["zero_optimization"]["stage3_max_reuse_distance"] = 0
         return found
 
-    engine.deepspeed_config = config
+    run_context.deepspeed_config = config
     train(load_recipe("tiny-mllm", arguments), after_step=lambda progress: steps.append({}))
     return steps[:-1]
 
@@ -136,7 +136,7 @@ def test_a_step_moves_what_the_plan_says(name: str, trained: Any, tmp_path: Path
     *_, step = trained(name)[1]
     recipe = load_recipe("tiny-mllm", runs.arguments(tmp_path, tmp_path, *SETTINGS, *CHOICES[name])[2:])
     planned: dict[str, list[float]] = {}
-    for one in traffic(parts(recipe), Zero.of(recipe), AS_SET, gpus=4, node=2, passes=2):
+    for one in traffic(parts(recipe), Zero.of(recipe.precision, recipe.zero), AS_SET, gpus=4, node=2, passes=2):
         function = "reduce_scatter_tensor" if "reduce" in one.kind else "all_gather_into_tensor"
         sums = planned.setdefault(f"{function} of {one.ranks}", [0, 0.0])
         sums[0] += one.count
@@ -170,8 +170,7 @@ def test_a_run_goes_on_with_other_choices(trained: Any, shards: Path, tmp_path: 
 
 
 def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
-    recipe = load_recipe("tiny-mllm", ["zero.hpz=4", "global_batch=96", "micro_batch=1"])
     with pytest.raises(RunError, match=r"zero\.hpz=4 needs a multiple of 4 ranks, got 6; set zero\.hpz=null"):
-        batch_arithmetic(recipe, 6)
-    assert batch_arithmetic(recipe, 8) == 12
-    assert batch_arithmetic(recipe, 2) == 48, "less than a node: nothing to copy"
+        split_batch(96, 1, 6, hpz=4)
+    assert split_batch(96, 1, 8, hpz=4).passes == 12
+    assert split_batch(96, 1, 2, hpz=4).passes == 48, "less than a node: nothing to copy"

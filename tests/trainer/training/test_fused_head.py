@@ -1,5 +1,6 @@
 """The fused head under real ZeRO-3: two ranks train it to the same bits as one process with plain torch."""
 
+import opened
 import pytest
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ def sharded(provider: str) -> list[list[float]]:
     from bifrost.trainer.optim.engine import Engine, partitioned
 
     ranks = join()
-    with partitioned(recipe(), ranks):
+    config = opened.deepspeed(recipe(), 2)
+    with partitioned(config, ranks.device):
         model = Trunk(provider)
     for name, parameter in model.named_parameters():
         whole = initial(name, tuple(parameter.ds_shape)).flatten()
@@ -51,7 +53,7 @@ def sharded(provider: str) -> list[list[float]]:
         whole = torch.nn.functional.pad(whole, (0, slice_.numel() * 2 - whole.numel()))
         slice_.data.copy_(whole[ranks.rank * slice_.numel() :][: slice_.numel()])
     assert model.head.weight.numel() == 0, "nothing is gathered outside of a pass"
-    engine = Engine(model, recipe(), ranks)
+    engine = Engine(model, recipe().optimizer, config, ranks)
     losses = []
     for step in range(STEPS):
         seed = 2 * step + ranks.rank
@@ -72,7 +74,7 @@ def single(provider: str) -> tuple[list[list[float]], list[Tensor]]:
         for name, parameter in model.named_parameters():
             parameter.copy_(initial(name, parameter.shape))
     settings = recipe().optimizer
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe()), 0.01, settings.betas, settings.eps)
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), 0.01, settings.betas, settings.eps)
     losses = []
     for step in range(STEPS):
         parts = []

@@ -24,7 +24,8 @@ from bifrost.trainer.models.backbone import read_config
 from bifrost.trainer.models.flux import FluxTokenizers
 from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.weights import WeightFiles
-from bifrost.trainer.stages.controlnet import ControlNetStage, LatentControlNetModel
+from bifrost.trainer.stages import open_controlnet
+from bifrost.trainer.stages.controlnet import LatentControlNetModel
 from bifrost.trainer.stages.patch_latents import PatchLatentModel
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
@@ -85,7 +86,7 @@ def _storage(tensor: Tensor) -> int:
 def model_and_batch(*settings: str, device: str = "cpu") -> tuple[PatchLatentModel, dict[str, Any]]:
     recipe = load_recipe("tiny-mllm", ["precision=fp32", *settings])
     folder = locate("builtin:tiny")
-    model = PatchLatentModel(read_config(folder), recipe)
+    model = PatchLatentModel(read_config(folder), recipe.branch, recipe.data.image_size, True)
     model.load(WeightFiles(folder), seed=0)
     draw = torch.Generator().manual_seed(0)
     mask = torch.rand(2, 16, generator=draw) < 0.8
@@ -137,8 +138,8 @@ def test_no_micro_batch_waits(settings: tuple[str, ...], monkeypatch: pytest.Mon
 
 def controlnet_and_batch(device: str = "cpu") -> tuple[LatentControlNetModel, dict[str, Any]]:
     sharded = "flux.placement={transformer: sharded, vae: sharded, text: sharded, vision_encoder: sharded}"
-    stage = ControlNetStage.open(load_recipe("tiny-controlnet", ["precision=fp32", sharded]))
-    model = stage.build()
+    stage = open_controlnet(load_recipe("tiny-controlnet", ["precision=fp32", sharded]))
+    model = stage.build(activation_checkpointing=True)
     stage.load(model)
     draw = torch.Generator().manual_seed(0)
     channels, height, width = stage.latents

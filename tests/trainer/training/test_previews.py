@@ -16,8 +16,7 @@ from bifrost.trainer.errors import RunError
 from bifrost.trainer.inference.generator import Generator
 from bifrost.trainer.models.flux import FluxFolder
 from bifrost.trainer.models.latent_controlnet import ControlNetConfig, LatentControlNet, write_config
-from bifrost.trainer.planner import plan
-from bifrost.trainer.planner.flops import parts
+from bifrost.trainer.planner import parts, plan, workload
 from bifrost.trainer.planner.previews import image_generator_bytes
 from bifrost.trainer.training import preview
 
@@ -71,7 +70,7 @@ def test_the_plan_counts_them(settings: Previews, missing: str) -> None:
     controlnet = f"previews.controlnet={settings.controlnet if missing == 'here' else missing}"
     own = [f"previews.flux={settings.flux}"] if missing == "here" else []
     recipe = load_recipe("tiny-mllm", ["previews.every=100", controlnet, *own])
-    found = image_generator_bytes(recipe)
+    found = image_generator_bytes(recipe.previews)
     if missing == "here":
         files = [
             *Path(str(settings.controlnet)).glob("*.safetensors"),
@@ -81,7 +80,7 @@ def test_the_plan_counts_them(settings: Previews, missing: str) -> None:
     else:
         # FLUX.1-dev, T5, CLIP and the VAE, and a ControlNet of 4 double and 1 single blocks: spec 7.1.
         assert found == pytest.approx(2 * (11.901e9 + 4.762e9 + 0.123e9 + 0.0838e9 + 1.771e9), rel=0.01)
-    without, counted = (plan(parts(recipe), recipe, 2, previews=bytes_) for bytes_ in (0.0, found))
+    without, counted = (plan(parts(recipe), workload(recipe), 2, previews=bytes_) for bytes_ in (0.0, found))
     assert counted.memory.peak == max(without.memory.peak, without.memory.static + found)
-    assert image_generator_bytes(load_recipe("tiny-mllm")) == 0
-    assert image_generator_bytes(load_recipe("tiny-controlnet", ["previews.every=5"])) == 0
+    assert image_generator_bytes(load_recipe("tiny-mllm").previews) == 0
+    assert image_generator_bytes(load_recipe("tiny-controlnet", ["previews.every=5"]).previews) == 0

@@ -47,12 +47,17 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+def finished_steps(overrides: list[str]) -> int | None:
+    recipe = load_recipe("tiny-mllm", overrides)
+    return finished(Path(recipe.runs_dir) / recipe.name, recipe.model_dump(mode="json"))
+
+
 def test_a_finished_run_is_known_by_its_small_files(run: Path) -> None:
     runs_dir = f"runs_dir={run.parent}"
-    assert finished(load_recipe("tiny-mllm", ["steps=3", runs_dir])) == 3
-    assert finished(load_recipe("tiny-mllm", ["steps=2", runs_dir])) == 3
+    assert finished_steps(["steps=3", runs_dir]) == 3
+    assert finished_steps(["steps=2", runs_dir]) == 3
     for override in ("steps=4", "seed=1", "name=other", "optimizer.lr=1"):
-        assert finished(load_recipe("tiny-mllm", ["steps=3", runs_dir, override])) is None, override
+        assert finished_steps(["steps=3", runs_dir, override]) is None, override
 
 
 @pytest.mark.parametrize("damage", ["locked", "cut", "unreadable", "stopped"])
@@ -65,7 +70,7 @@ def test_a_doubtful_one_is_looked_at_by_a_start(run: Path, damage: str) -> None:
         (run / "checkpoints/step-00000003/manifest.json").write_text("{")
     else:
         (run / "metrics.jsonl").write_text(json.dumps({"event": "end", "step": 3, "outcome": "stopped"}) + "\n")
-    assert finished(load_recipe("tiny-mllm", ["steps=3", f"runs_dir={run.parent}"])) is None
+    assert finished_steps(["steps=3", f"runs_dir={run.parent}"]) is None
 
 
 def test_resume_of_a_finished_run_takes_no_torch(run: Path) -> None:
