@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 from .errors import BadSample, DataError, DataLost, DataMissing
 
 if TYPE_CHECKING:
-    from .plan import Located, Plan, rank_positions
-    from .reader import BadSamples, Batch, Item, Loader, stacked, worker_failure
+    from .plan import Located, Plan, Share, rank_positions
+    from .reader import BadSamples, Batch, Item, Loader, LoaderSettings, stacked, worker_failure
     from .shards import Dataset, RawSample, open_dataset
     from .transforms import clean_caption, decode_image
     from .write import index_shards, verify, write_shard
 
 _MODULES = {
-    "plan": ("Located", "Plan", "rank_positions"),
-    "reader": ("BadSamples", "Batch", "Item", "Loader", "stacked", "worker_failure"),
+    "plan": ("Located", "Plan", "Share", "rank_positions"),
+    "reader": ("BadSamples", "Batch", "Item", "Loader", "LoaderSettings", "stacked", "worker_failure"),
     "shards": ("Dataset", "RawSample", "open_dataset"),
     "transforms": ("clean_caption", "decode_image"),
     "write": ("index_shards", "verify", "write_shard"),
@@ -36,9 +36,11 @@ __all__ = [
     "Dataset",
     "Item",
     "Loader",
+    "LoaderSettings",
     "Located",
     "Plan",
     "RawSample",
+    "Share",
     "clean_caption",
     "decode_image",
     "index_shards",

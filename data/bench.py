@@ -22,9 +22,9 @@ from PIL import Image
 
 from .errors import DataError
 from .index import image_type
-from .plan import Plan, rank_positions
+from .plan import Plan, Share, rank_positions
 from .processes import die_with_launcher
-from .reader import Collate, Item, Loader, stacked
+from .reader import Collate, Item, Loader, LoaderSettings, stacked
 from .shards import Dataset, open_dataset
 from .transforms import centre_square, decode_sizes, resized
 
@@ -126,14 +126,10 @@ def reader_batches(job: Job) -> Iterator[dict[str, Any]]:
         job.dataset,
         job.plan,
         job.collate,
-        image_size=job.sizes,
-        rank=0,
-        ranks=1,
-        global_batch=job.micro_batch,
-        micro_batch=job.micro_batch,
-        stop_step=2 * job.warm + job.batches,  # workers are still busy when the last measured batch arrives
-        workers=job.workers,
-        prefetch=job.prefetch,
+        Share(0, 1, job.micro_batch, job.micro_batch),
+        # Workers are still busy when the last measured batch arrives.
+        range(2 * job.warm + job.batches),
+        LoaderSettings(job.sizes, job.workers, job.prefetch),
     )
     for batch in loader:
         yield batch.arrays

@@ -120,6 +120,17 @@ def _remember(cache: OrderedDict, key: object, value: object, limit: int) -> Non
         cache.popitem(last=False)
 
 
+class Share(NamedTuple):
+    """The part of every global batch that a rank reads."""
+
+    rank: int
+    ranks: int
+    global_batch: int
+    """Samples per step."""
+    micro_batch: int
+    """Samples per rank and backward pass."""
+
+
 def rank_positions(step: int, rank: int, ranks: int, global_batch: int, micro_batch: int) -> np.ndarray:
     """Global positions that `rank` of `ranks` trains on in `step`, int64 [accumulation, micro_batch].
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
 from .errors import BadSample, DataError, DataLost
-from .plan import Plan, rank_positions
+from .plan import Plan, Share, rank_positions
 from .processes import START_METHOD, die_with_launcher
 from .retry import failure
 from .shards import Dataset, RawSample
@@ -79,13 +79,24 @@ class Batch:
 Collate = Callable[[list[Item]], dict[str, Any]]
 
 
-class Loader:
-    """Iterates over one rank's micro-batches of steps `start_step` .. `stop_step` - 1, in order.
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How a loader reads; the sequence of samples does not depend on it."""
 
-    collate: picklable, list of `micro_batch` items -> `Batch.arrays`; runs in the workers. image_size: side in pixels,
-    or several, of which the first is that of `Item.image`. The sequence depends only on the dataset, the plan and the
-    batch sizes, never on `workers` (0 reads in the calling process) or `prefetch` (micro-batches prepared per worker).
-    Every `iter` restarts at `start_step`.
+    image_sizes: tuple[int, ...]
+    """Sides in pixels; the first is that of `Item.image`, the others those of `Item.others`."""
+    workers: int = 0
+    """Processes that read; 0 reads in the calling process."""
+    prefetch: int = 2
+    """Micro-batches prepared by each worker."""
+    pin_memory: bool = False
+
+
+class Loader:
+    """Iterates over one rank's micro-batches of `steps`, in order.
+
+    collate: picklable, list of `micro_batch` items -> `Batch.arrays`; runs in the workers. The sequence depends only on
+    the dataset, the plan and the share of the global batch. Every `iter` restarts at the first step.
     Raises DataLost when a shard becomes unreadable or a worker dies, DataError for what the user has to fix.
     """
 
@@ -94,36 +105,28 @@ class Loader:
         dataset: Dataset,
         plan: Plan,
         collate: Collate,
-        *,
-        image_size: int | Sequence[int],
-        rank: int,
-        ranks: int,
-        global_batch: int,
-        micro_batch: int,
-        start_step: int = 0,
-        stop_step: int,
-        workers: int = 0,
-        prefetch: int = 2,
-        pin_memory: bool = False,
+        share: Share,
+        steps: range,
+        settings: LoaderSettings,
     ) -> None:
         if not np.array_equal(plan.samples_per_shard, dataset.samples_per_shard):
             raise DataError("the plan was made for other shards; make it from dataset.samples_per_shard")
         # The shards of two consecutive groups; with fewer, every read would open a shard.
         dataset.opened.max_open = max(dataset.opened.max_open, 2 * plan.shuffle_window)
-        sizes = (image_size,) if isinstance(image_size, int) else tuple(image_size)
-        accumulation = len(rank_positions(0, rank, ranks, global_batch, micro_batch))
-        self.rank = rank
+        workers = settings.workers
+        accumulation = len(rank_positions(0, *share))
+        self.rank = share.rank
         if workers:
             make_socket_folder()
-        self._micro_batches = range(start_step * accumulation, stop_step * accumulation)
+        self._micro_batches = range(steps.start * accumulation, steps.stop * accumulation)
         self._loader = DataLoader(
-            _MicroBatches(dataset, plan, collate, sizes, (rank, ranks, global_batch, micro_batch), accumulation),
+            _MicroBatches(dataset, plan, collate, settings.image_sizes, share, accumulation),
             batch_size=None,
             sampler=self._micro_batches,
             num_workers=workers,
             collate_fn=_as_is,
-            pin_memory=pin_memory,
-            prefetch_factor=prefetch if workers else None,
+            pin_memory=settings.pin_memory,
+            prefetch_factor=settings.prefetch if workers else None,
             worker_init_fn=partial(_start_worker, reports=_reports()) if workers else None,
             multiprocessing_context=START_METHOD if workers else None,
             generator=torch.Generator(),  # otherwise every creation of workers draws from the caller's random state
@@ -257,7 +260,7 @@ class _MicroBatches(TorchDataset):
         plan: Plan,
         collate: Collate,
         image_sizes: tuple[int, ...],
-        share: tuple[int, int, int, int],
+        share: Share,
         accumulation: int,
     ) -> None:
         self.dataset = dataset

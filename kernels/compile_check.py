@@ -12,7 +12,7 @@ import itertools
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from triton import knobs
@@ -50,10 +50,10 @@ class Case:
     """Arguments that the launcher treats as divisible by 16."""
     warps: int
     stages: int
-    matrix: bool
+    matrix: bool = False
     """Whether it is a GEMM on tensor cores."""
-    arches: tuple[int, ...]
-    warps_expected: int | None
+    arches: tuple[int, ...] = tuple(SHARED_LIMITS)
+    warps_expected: int | None = None
     """Warps of a warp-specialized program, including those that load; the compiler may silently drop the request."""
 
 
@@ -173,7 +173,7 @@ def _latent_loss_case(provider: str, dtype: str, mode: str, arches: tuple[int, .
         types["hidden weight"] = f"*{dtype}"
     if provider != "triton":
         constants["WARP_SPECIALIZE"] = provider == "triton-ws"
-    return _case(
+    case = _case(
         f"{name}x{tile.depth} {mode}",
         pointer_kernel if provider == "triton" else descriptor_kernel,
         types,
@@ -181,10 +181,9 @@ def _latent_loss_case(provider: str, dtype: str, mode: str, arches: tuple[int, .
         constants,
         tile.warps,
         tile.stages,
-        matrix=dtype != "fp32",
-        arches=arches,
-        warps_expected=12 if provider == "triton-ws" else None,  # four load, eight multiply
     )
+    warps = 12 if provider == "triton-ws" else None  # four load, eight multiply
+    return replace(case, matrix=dtype != "fp32", arches=arches, warps_expected=warps)
 
 
 def _case(
@@ -195,9 +194,6 @@ def _case(
     constants: dict[str, Any],
     warps: int,
     stages: int = 3,
-    matrix: bool = False,
-    arches: tuple[int, ...] = tuple(SHARED_LIMITS),
-    warps_expected: int | None = None,
 ) -> Case:
     """types: space-separated names -> Triton type. divisible: integers that are multiples of 16, as pointers are."""
     signature = {argument: kind for names, kind in types.items() for argument in names.split()}
@@ -205,7 +201,7 @@ def _case(
     pointers = [argument for argument, kind in signature.items() if kind.startswith("*")]
     constants = {"ACCUMULATE": tl.float32, **constants}
     aligned = (*pointers, *divisible.split())
-    return Case(name, kernel, signature, constants, aligned, warps, stages, matrix, arches, warps_expected)
+    return Case(name, kernel, signature, constants, aligned, warps, stages)
 
 
 def build(case: Case, arch: int) -> Build:

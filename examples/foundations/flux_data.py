@@ -14,7 +14,7 @@ from diffusers import FluxPipeline
 from torch import Tensor
 from torch.nn import functional as F
 
-from bifrost.data import Loader, Plan, open_dataset
+from bifrost.data import Loader, LoaderSettings, Plan, Share, open_dataset
 
 IMAGE_SIZE = 64
 DEPTH = 4
@@ -53,12 +53,9 @@ def read_drawings(shards: str, seed: int) -> Drawings:
         dataset,
         plan,
         collate,
-        image_size=IMAGE_SIZE,
-        rank=0,
-        ranks=1,
-        global_batch=1,
-        micro_batch=1,
-        stop_step=len(plan),
+        Share(0, 1, 1, 1),
+        range(len(plan)),
+        LoaderSettings((IMAGE_SIZE,)),
     )
     images = torch.cat([batch.arrays["images"] for batch in loader]).contiguous()
     return Drawings(images, captions)

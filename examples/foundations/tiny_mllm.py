@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bifrost.data import Loader, Plan, open_dataset
+from bifrost.data import Loader, LoaderSettings, Plan, Share, open_dataset
 
 BATCH = 48
 LEARNING_RATE = 1.5e-3
@@ -58,12 +58,9 @@ def read_pairs(shards: str, seed: int) -> Pairs:
         dataset,
         plan,
         collate,
-        image_size=IMAGE_SIZE,
-        rank=0,
-        ranks=1,
-        global_batch=1,
-        micro_batch=1,
-        stop_step=len(plan),
+        Share(0, 1, 1, 1),
+        range(len(plan)),
+        LoaderSettings((IMAGE_SIZE,)),
     )
     images = torch.cat([batch.arrays["images"] for batch in loader]).contiguous()
     return Pairs(images, captions, Plan([len(captions)], seed))

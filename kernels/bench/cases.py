@@ -143,23 +143,25 @@ def _in_fp64(function: Callable[..., Tensor], leaves: tuple[Tensor, ...], gradie
     return [output.detach(), *torch.autograd.grad(output, doubles, gradient.double())]
 
 
-def _memory_bound(
-    kernel: str,
-    shape: Shape,
-    tokens: int,
-    device: torch.device,
-    wanted: Wanted,
-    operation: Callable[..., Tensor],
-    leaves: tuple[Tensor, ...],
-    gradient: Tensor,
-    passes: dict[Mode, Work],
-    config: str,
-) -> Problem:
-    """operation(*leaves, provider): plain PyTorch as baseline, compiled, and the Triton kernel. Floors are copies."""
+@dataclass(frozen=True)
+class Operation:
+    """A memory-bound kernel and its inputs. call(*leaves, provider): the result; work: per pass."""
+
+    kernel: str
+    config: str
+    call: Callable[..., Tensor]
+    leaves: tuple[Tensor, ...]
+    gradient: Tensor
+    work: dict[Mode, Work]
+
+
+def _memory_bound(operation: Operation, shape: Shape, tokens: int, device: torch.device, wanted: Wanted) -> Problem:
+    """Plain PyTorch as baseline, compiled, and the Triton kernel. Floors are copies."""
     candidates, skipped = [], {}
+    leaves, gradient, passes = operation.leaves, operation.gradient, operation.work
 
     def plain(*inputs: Tensor) -> Tensor:
-        return operation(*inputs, "reference")
+        return operation.call(*inputs, "reference")
 
     if wanted("eager"):
         candidates.append(Candidate("eager", True, lambda: plain(*leaves), leaves, gradient))
@@ -170,11 +172,11 @@ def _memory_bound(
         if reason := not_compiled(device):
             skipped["triton"] = reason
         else:
-            call = lambda: operation(*leaves, "triton")  # noqa: E731
-            candidates.append(Candidate("triton", False, call, leaves, gradient, config=config))
+            call = lambda: operation.call(*leaves, "triton")  # noqa: E731
+            candidates.append(Candidate("triton", False, call, leaves, gradient, config=operation.config))
     work: dict[Mode, Work] = {**passes, "full": passes["forward"] + passes["backward"], "no-grad": passes["forward"]}
     return Problem(
-        kernel,
+        operation.kernel,
         shape,
         tokens,
         candidates,
@@ -208,7 +210,8 @@ def mask_mix_problem(shape: Shape, tokens: int, dtype: torch.dtype, device: torc
     passes = mask_mix_work(tokens, int(mask.sum()), shape.width, latents.element_size())
     config = f"rows={rows} columns={columns} warps={warps}"
     gradient = normal(samples, PATCHES, shape.width)
-    return _memory_bound("mask-mix", shape, tokens, device, wanted, operation, leaves, gradient, passes, config)
+    made = Operation("mask-mix", config, operation, leaves, gradient, passes)
+    return _memory_bound(made, shape, tokens, device, wanted)
 
 
 def gather_norm_work(tokens: int, selected: int, width: int, itemsize: int) -> dict[Mode, Work]:
@@ -233,7 +236,8 @@ def gather_norm_problem(shape: Shape, tokens: int, dtype: torch.dtype, device: t
 
     passes = gather_norm_work(tokens, half, shape.width, leaves[0].element_size())
     config, gradient = f"rows={gather_norm.BLOCK_R}", normal(half, shape.width)
-    problem = _memory_bound("gather-norm", shape, tokens, device, wanted, operation, leaves, gradient, passes, config)
+    made = Operation("gather-norm", config, operation, leaves, gradient, passes)
+    problem = _memory_bound(made, shape, tokens, device, wanted)
     if wanted("liger"):
         found = not_compiled(device) or _liger_norm()
         if isinstance(found, str):

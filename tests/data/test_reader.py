@@ -13,7 +13,17 @@ import psutil
 import pytest
 import torch
 
-from bifrost.data import BadSamples, DataError, DataLost, Loader, Plan, worker_failure, write_shard
+from bifrost.data import (
+    BadSamples,
+    DataError,
+    DataLost,
+    Loader,
+    LoaderSettings,
+    Plan,
+    Share,
+    worker_failure,
+    write_shard,
+)
 
 SIZE = 8
 
@@ -38,14 +48,9 @@ def make_loader(dataset, rank=0, ranks=1, global_batch=24, micro_batch=2, steps=
         dataset,
         plan,
         made_by,
-        image_size=SIZE,
-        rank=rank,
-        ranks=ranks,
-        global_batch=global_batch,
-        micro_batch=micro_batch,
-        start_step=steps[0],
-        stop_step=steps[1],
-        **options,
+        Share(rank, ranks, global_batch, micro_batch),
+        range(*steps),
+        LoaderSettings((SIZE,), **options),
     )
 
 
@@ -211,15 +216,14 @@ def test_early_exit_ends_workers_and_a_new_loop_restarts(make_shards):
 
 SCRIPT = """
 import sys, time, torch
-from bifrost.data import Loader, Plan, open_dataset
+from bifrost.data import Loader, LoaderSettings, Share, Plan, open_dataset
 dataset = open_dataset(sys.argv[1])
 plan = Plan(dataset.samples_per_shard, 0)
 def collate(items, calls=[]):
     calls.append(0)
     time.sleep(600 * (len(calls) > 1))  # each worker hangs in its second micro-batch
     return {}
-loader = Loader(dataset, plan, collate, image_size=8, rank=0, ranks=1, global_batch=4,
-                micro_batch=4, stop_step=10**6, workers=2)
+loader = Loader(dataset, plan, collate, Share(0, 1, 4, 4), range(10**6), LoaderSettings((8,), workers=2))
 batches = iter(loader)
 next(batches)
 import psutil
@@ -251,9 +255,7 @@ def test_workers_end_with_the_main_process(make_shards, tmp_path, end, code):
 def test_plan_for_other_shards_is_refused(make_shards):
     dataset = make_shards([4, 4])
     with pytest.raises(DataError, match="made for other shards"):
-        Loader(
-            dataset, Plan([8], 0), collate, image_size=8, rank=0, ranks=1, global_batch=4, micro_batch=4, stop_step=1
-        )
+        Loader(dataset, Plan([8], 0), collate, Share(0, 1, 4, 4), range(1), LoaderSettings((8,)))
 
 
 def test_vanished_shard_is_named(make_shards, tmp_path):

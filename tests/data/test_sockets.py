@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bifrost.data import DataError, Loader, Plan, sockets
+from bifrost.data import DataError, Loader, LoaderSettings, Plan, Share, sockets
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +45,9 @@ def loader(dataset, collate, workers: int = 1) -> Loader:
         dataset,
         Plan(dataset.samples_per_shard, seed=3, shuffle_window=2),
         collate,
-        image_size=8,
-        rank=0,
-        ranks=1,
-        global_batch=4,
-        micro_batch=2,
-        stop_step=2,
-        workers=workers,
+        Share(0, 1, 4, 2),
+        range(2),
+        LoaderSettings((8,), workers),
     )
 
 

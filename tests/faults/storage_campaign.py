@@ -148,7 +148,7 @@ class StorageCampaign:
 
 def read(spec: Path | str, environment: dict[str, str], seed: int, workers: int) -> dict:
     """Read one epoch of shards through the loader: keys and content hashes in order, or the error."""
-    from bifrost.data import DataError, Loader, Plan, open_dataset, retry
+    from bifrost.data import DataError, Loader, LoaderSettings, Plan, Share, open_dataset, retry
 
     os.environ.update(environment)
     retry.PATIENCE_S = PATIENCE_S
@@ -160,13 +160,9 @@ def read(spec: Path | str, environment: dict[str, str], seed: int, workers: int)
             dataset,
             plan,
             _hashes,
-            image_size=64,
-            rank=0,
-            ranks=1,
-            global_batch=4,
-            micro_batch=4,
-            stop_step=len(dataset) // 4,
-            workers=workers,
+            Share(0, 1, 4, 4),
+            range(len(dataset) // 4),
+            LoaderSettings((64,), workers),
         )
         for batch in loader:
             samples += zip(batch.keys, batch.arrays["hashes"], strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import opened
 import torch
 
-from bifrost.data import Loader
+from bifrost.data import Loader, LoaderSettings, Share
 from bifrost.recipes import Recipe
 from bifrost.trainer.optim.engine import parameter_groups
 from bifrost.trainer.optim.lr_schedule import learning_rate
@@ -23,12 +23,9 @@ def losses(recipe: Recipe) -> list[float]:
         inputs.dataset,
         inputs.plan,
         inputs.stage.collate(),
-        image_size=inputs.stage.image_sizes,
-        rank=0,
-        ranks=1,
-        global_batch=recipe.global_batch,
-        micro_batch=recipe.global_batch,
-        stop_step=recipe.steps,
+        Share(0, 1, recipe.global_batch, recipe.global_batch),
+        range(recipe.steps),
+        LoaderSettings(inputs.stage.image_sizes),
     )
     losses = []
     for step, batch in enumerate(loader):

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ...recipes.schema import Checkpoint
-from ..distributed.process_group import Gather, alone
+from ..distributed.process_group import Group
 from ..errors import Unhealthy, lost_rank
 from .interval import best_interval, settled
 from .local import LocalParts
@@ -56,7 +56,7 @@ class _Save:
 class CheckpointManager:
     """Saves the checkpoints of a run, one at a time; every rank calls it at the same steps.
 
-    gather: used by the ranks' threads exclusively. slots: what will be saved, to allocate its memory now. report:
+    group: used by the ranks' threads exclusively. slots: what will be saved, to allocate its memory now. report:
     receives events for the metrics file, on rank 0. every: interval of the previous attempt, for `interval: auto`.
     nodes: number of nodes.
     """
@@ -67,9 +67,7 @@ class CheckpointManager:
         settings: Checkpoint,
         slots: Slots,
         report: Callable[[Mapping[str, Any]], None],
-        rank: int = 0,
-        ranks: int = 1,
-        gather: Gather = alone,
+        group: Group = Group(),
         local: LocalParts | None = None,
         nodes: int = 1,
         every: int | None = None,
@@ -77,8 +75,7 @@ class CheckpointManager:
         self.store = store
         self.local = local
         self.settings = settings
-        self.rank = rank
-        self.ranks = ranks
+        self.group = group
         self.automatic = settings.interval == "auto"
         self.every = every if every and self.automatic else settings.every
         self._best = self.every
@@ -86,7 +83,6 @@ class CheckpointManager:
         self._last: tuple[int, float] | None = None  # step of the last save, and when training continued after it
         self._staging = Staging(slots)
         self._report = report
-        self._gather = gather
         self._save: _Save | None = None
         self._thread: threading.Thread | None = None
         self._failures = 0  # consecutive saves that failed because of storage
@@ -173,18 +169,18 @@ class CheckpointManager:
         return self._save
 
     def _write(self, save: _Save) -> None:
-        content = Payload(self.rank, self.ranks, save.slots, save.shapes, save.state, save.buffers)
+        content = Payload(self.group.rank, self.group.size, save.slots, save.shapes, save.state, save.buffers)
         try:
             near = None
-            if self.local and self.local.save(save.step, content, self._gather):
+            if self.local and self.local.save(save.step, content, self.group.gather):
                 near = time.perf_counter() - save.begun
-            size = self.store.save_content(save.step, content, self._gather)
+            size = self.store.save_content(save.step, content, self.group.gather)
             self._failures = 0
             self._tell(save, size, near)
             if self.local:
                 self.local.clear()
             if self.automatic and size:
-                self._best = self._gather(self._better(save))[0]
+                self._best = self.group.gather(self._better(save))[0]
         except StorageError as error:
             self._failures += 1
             save.failure = str(error)
@@ -240,7 +236,7 @@ class CheckpointManager:
 
     def _prune(self) -> None:
         """Remove old checkpoints; errors do not end the run."""
-        if self.rank == 0:
+        if self.group.rank == 0:
             try:
                 self.store.prune(self.settings.keep)
             except Exception:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..distributed.process_group import Gather, alone
+from ..distributed.process_group import Gather, single_process
 from ..errors import RunError
 from .durable import sync_folder
 from .manifest import Manifest, read_manifest
@@ -58,12 +58,12 @@ class Store:
         shapes: Mapping[str, tuple[int, ...]],
         state: Mapping[str, Any],
         buffers: Mapping[str, torch.Tensor],
-        gather: Gather = alone,
+        gather: Gather = single_process,
     ) -> int:
         """`save_content` of a `Payload` with these fields."""
         return self.save_content(step, Payload(rank, ranks, slots, shapes, state, buffers), gather)
 
-    def save_content(self, step: int, content: Payload, gather: Gather = alone) -> int:
+    def save_content(self, step: int, content: Payload, gather: Gather = single_process) -> int:
         """Write the checkpoint of `step`; collective over all ranks. Returns its size in bytes.
 
         An existing checkpoint of that step is kept if it verifies (returns 0), else replaced. If a rank fails, raises
@@ -124,7 +124,7 @@ class Store:
         skip: Collection[int] = (),
         rank: int = 0,
         ranks: int = 1,
-        gather: Gather = alone,
+        gather: Gather = single_process,
         slots: Sequence[str] = (),
     ) -> CheckpointReader | None:
         """The newest valid checkpoint, except those in `skip`; None if there is none.
@@ -164,7 +164,7 @@ class Store:
                 removed.append(step)
         return removed
 
-    def remove_after(self, step: int, rank: int = 0, gather: Gather = alone) -> None:
+    def remove_after(self, step: int, rank: int = 0, gather: Gather = single_process) -> None:
         """Remove those later than `step`, newest first; collective. Raises RunError on all ranks if one remains."""
 
         def remove() -> None:

@@ -21,15 +21,25 @@ T = TypeVar("T")
 Gather = Callable[[object], list[Any]]
 """All-gather of a Python object: every rank passes one and gets those of all ranks, in rank order."""
 
-APART = "apart"
-"""Description of the process groups of `Ranks.apart`."""
+BACKGROUND = "background"
+"""Description of the process groups of `Ranks.background_group`."""
 
-_ALONE = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+_SINGLE = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
-def alone(value: object) -> list[Any]:
+def single_process(value: object) -> list[Any]:
     """The gather of a single rank."""
     return [value]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that exchange objects on a process group of their own: this one's number, how many they are, their
+    gather."""
+
+    rank: int = 0
+    size: int = 1
+    gather: Gather = single_process
 
 
 @dataclass(frozen=True)
@@ -95,22 +105,22 @@ class Ranks:
             dist.all_reduce(vector)
         return vector.tolist()
 
-    def apart(self) -> Gather:
-        """A gather on a process group of its own, so that a thread can wait in it while training continues.
+    def background_group(self) -> Group:
+        """All ranks, with a process group of its own, so that a thread can wait in it while training continues.
 
         A collective: every rank calls this at the same point. The group uses gloo and waits up to a day for a slow
         rank; a dead one is detected at once.
         """
         if self.size == 1:
-            return alone
-        group = dist.new_group(backend="gloo", timeout=timedelta(days=1), group_desc=APART)
+            return Group()
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=1), group_desc=BACKGROUND)
 
         def gather(value: object) -> list:
             values: list = [None] * self.size
             dist.all_gather_object(values, value, group=group)
             return values
 
-        return gather
+        return Group(self.rank, self.size, gather)
 
     def rows(self, values: Sequence[float]) -> list[list[float]]:
         """Every rank's `values`, as many on each, in order of rank: exact, by one sum over the ranks."""
@@ -133,7 +143,7 @@ def join(timeout: timedelta = timedelta(minutes=30), wait_s: float = 300) -> Ran
     # Keeps the last collectives for hang reports (monitors/stacks.py).
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     # DeepSpeed reads these too.
-    rank, size, local = (int(os.environ.setdefault(*d)) for d in _ALONE)
+    rank, size, local = (int(os.environ.setdefault(*d)) for d in _SINGLE)
     if dist.is_initialized():
         return Ranks(rank, size, _device(rank, local))
     if size == 1:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...data import DataError
 from ...data.retry import call
-from ..distributed.process_group import Gather, alone
+from ..distributed.process_group import Gather, single_process
 from ..errors import RunError
 from .quantization import FLOAT, REMEDY, hidden, quantized
 from .safetensors_files import StoredTensors, weight_files
@@ -102,7 +102,7 @@ class WeightFiles:
             f" weights: {REMEDY}; if an adapter: merge it into the weights; else these are another model's weights"
         )
 
-    def content_hash(self, names: Iterable[str], rank: int = 0, ranks: int = 1, gather: Gather = alone) -> str:
+    def content_hash(self, names: Iterable[str], rank: int = 0, ranks: int = 1, gather: Gather = single_process) -> str:
         """sha256 over names, types, shapes and stored bytes of `names`; the work is divided over the ranks."""
         stored = {part for name in names for part in self._parts(name)}
         digests: dict[str, str] = {}

@@ -21,7 +21,7 @@ from typing import TextIO
 from torch._C import _distributed_c10d
 
 from ...data.atomic import write_atomic
-from ..distributed.process_group import APART
+from ..distributed.process_group import BACKGROUND
 from ..io import write_json
 
 OURS = tuple(f"{Path(__file__).parents[2] / room}{os.sep}" for room in ("trainer", "data", "kernels"))
@@ -112,7 +112,7 @@ def recorded_collectives() -> tuple[bytes | None, int, str | None]:
         try:
             text: bytes = getattr(_distributed_c10d, name)()
             # Only training's collectives: the background group may be further on some ranks.
-            entries = [e for e in json.loads(text).get("entries", []) if e["process_group"][1] != APART]
+            entries = [e for e in json.loads(text).get("entries", []) if e["process_group"][1] != BACKGROUND]
         except Exception:  # a private torch API: whatever it raises, the stacks matter more
             continue
         if entries:

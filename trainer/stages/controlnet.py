@@ -21,7 +21,7 @@ from torch import Tensor
 from ...data import Item, stacked
 from ...kernels import short_on_cpu
 from ...recipes.schema import Backbone, ControlNet, Data, Flux, Kernels
-from ..distributed.process_group import Gather, Ranks, alone
+from ..distributed.process_group import Gather, Ranks, single_process
 from ..models import flux as flow
 from ..models import latent_controlnet, weights
 from ..models.backbone import FrozenBackbone, read_config
@@ -268,7 +268,7 @@ class ControlNetStage:
         self.kernels, record = choose_kernels(asked, work, ranks, folder)
         return {"prefix_attention": record["prefix_attention"]}
 
-    def open_caches(self, rank: int = 0, ranks: int = 1, gather: Gather = alone) -> dict[Kind, Cache]:
+    def open_caches(self, rank: int = 0, ranks: int = 1, gather: Gather = single_process) -> dict[Kind, Cache]:
         """Open the recipe's caches; raises on all ranks if one does not match the recipe."""
         self.caches = {}
         for kind in self.flux.placement.cached:
@@ -276,7 +276,9 @@ class ControlNetStage:
             self.caches[kind] = open_cache(kind, self.data, made, rank, gather)
         return self.caches
 
-    def cache_fingerprint(self, kind: Kind, rank: int = 0, ranks: int = 1, gather: Gather = alone) -> dict[str, Any]:
+    def cache_fingerprint(
+        self, kind: Kind, rank: int = 0, ranks: int = 1, gather: Gather = single_process
+    ) -> dict[str, Any]:
         size = self.flux.image_size
         return cache_fingerprint(kind, self.folder, size, self.precision, rank, ranks, gather)
 

@@ -30,7 +30,7 @@ from ...data.remote import filesystem, size_of
 from ...data.retry import call
 from ...data.shards import expand, shared, spread
 from ...recipes.schema import Data
-from ..distributed.process_group import Gather, alone
+from ..distributed.process_group import Gather, single_process
 from ..errors import RunError
 from ..models.flux import SPACE_TO_DEPTH_KEY, FluxFolder, Part
 
@@ -64,7 +64,7 @@ def cache_fingerprint(
     precision: str,
     rank: int = 0,
     ranks: int = 1,
-    gather: Gather = alone,
+    gather: Gather = single_process,
 ) -> dict[str, Any]:
     """Everything except the data that determines the content of a cache. image_size: FLUX's, in pixels."""
     made: dict[str, Any] = {"version": VERSION, "kind": kind, "precision": precision}
@@ -133,7 +133,7 @@ def find_problem(shard: str, tar: str, made: str) -> str | None:
     return None
 
 
-def open_cache(kind: Kind, data: Data, made: dict[str, Any], rank: int = 0, gather: Gather = alone) -> Cache:
+def open_cache(kind: Kind, data: Data, made: dict[str, Any], rank: int = 0, gather: Gather = single_process) -> Cache:
     """The cache of a data set; RunError if it is missing, incomplete, or made with other settings or from other shards.
     Each rank checks its share."""
     shards: list[str] = shared(lambda: expand(data.shards) if rank == 0 else [], gather)[0]

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from ...data import BadSamples, Batch, Loader
+from ...data import BadSamples, Batch, Loader, LoaderSettings, Share
 from ...slurm.exit_record import grace, stop_s
 from ..checkpoint.manager import CheckpointManager
 from ..checkpoint.state import capture, capture_statistics, restore
@@ -120,9 +120,7 @@ def _saver(
         run.recipe.checkpoint,
         capture(engine, ema)[0],
         record.metrics.write,
-        ranks.rank,
-        ranks.size,
-        ranks.apart(),
+        ranks.background_group(),
         point.local,
         nodes=len(set(run.hosts)),
         every=point.reader.state.get("save_every") if point.reader else None,
@@ -160,16 +158,11 @@ def _loader(run: RunContext, progress: Progress) -> Loader:
         inputs.dataset,
         inputs.plan,
         inputs.stage.collate(),
-        image_size=inputs.stage.image_sizes,
-        rank=ranks.rank,
-        ranks=ranks.size,
-        global_batch=run.batch.global_batch,
-        micro_batch=run.batch.micro_batch,
-        start_step=progress.batch,
-        stop_step=progress.batch + recipe.steps - progress.step,
-        workers=recipe.data.workers,
-        prefetch=recipe.data.prefetch,
-        pin_memory=ranks.device.type == "cuda",
+        Share(ranks.rank, ranks.size, run.batch.global_batch, run.batch.micro_batch),
+        range(progress.batch, progress.batch + recipe.steps - progress.step),
+        LoaderSettings(
+            inputs.stage.image_sizes, recipe.data.workers, recipe.data.prefetch, ranks.device.type == "cuda"
+        ),
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from ...data import Dataset, Plan, open_dataset
 from ...recipes.schema import Data
 from ...recipes.secrets import HIDDEN
-from ..distributed.process_group import Gather, alone
+from ..distributed.process_group import Gather, single_process
 from ..errors import RunError
 from ..models.hub import from_cache
 from ..stages import Stage
@@ -35,7 +35,7 @@ class Inputs:
 
 
 def open_inputs(
-    data: Data, seed: int, global_batch: int, stage: Callable[[], Stage], rank: int = 0, gather: Gather = alone
+    data: Data, seed: int, global_batch: int, stage: Callable[[], Stage], rank: int = 0, gather: Gather = single_process
 ) -> Inputs:
     """Open everything that a run reads; the ranks that `gather` connects divide the reading of shards. Raises RunError
     or DataError for an input that cannot be used. seed: of the sample order; stage: opens the stage."""

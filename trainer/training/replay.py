@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...data import Dataset, Item, Loader
+from ...data import Dataset, Item, Loader, LoaderSettings, Share
 from ...kernels.attention import unavailable
 from ...recipes import load_recipe
 from ..checkpoint.reader import CheckpointReader
@@ -176,13 +176,9 @@ def _passes(
         inputs.dataset,
         inputs.plan,
         lambda items: {"items": items, "arrays": collate(items)},
-        image_size=inputs.stage.image_sizes,
-        rank=0,
-        ranks=1,
-        global_batch=batch,
-        micro_batch=together,
-        start_step=number,
-        stop_step=number + 1,
+        Share(0, 1, batch, together),
+        range(number, number + 1),
+        LoaderSettings(inputs.stage.image_sizes),
     )
     passes = batch // together
     normalizer = inputs.normalizer(number, passes)

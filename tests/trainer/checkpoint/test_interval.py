@@ -5,6 +5,7 @@ from bifrost.recipes.schema import Checkpoint
 from bifrost.trainer.checkpoint.interval import best_interval, settled
 from bifrost.trainer.checkpoint.manager import CheckpointManager
 from bifrost.trainer.checkpoint.store import Store
+from bifrost.trainer.distributed.process_group import Group
 
 
 @pytest.mark.parametrize(("blocked_s", "mtbf_s", "minutes"), [(40, 86400, 44), (5, 86400, 15)])
@@ -42,7 +43,7 @@ def test_all_ranks_change_to_rank_0s_interval_at_the_same_step(tmp_path, run_ran
     def work(rank, gather):
         events = []
         held = slices(rank, 2)
-        saver = CheckpointManager(Store(tmp_path), settings, held, events.append, rank, 2, gather, every=4)
+        saver = CheckpointManager(Store(tmp_path), settings, held, events.append, Group(rank, 2, gather), every=4)
         saver._better = lambda save: (3 if save.step < 12 else 5) + 10 * rank  # ranks measure differently
         saved = []
         for step in range(1, 26):

@@ -11,6 +11,7 @@ from bifrost.recipes.schema import Checkpoint
 from bifrost.trainer.checkpoint.local import LocalParts
 from bifrost.trainer.checkpoint.manager import CheckpointManager
 from bifrost.trainer.checkpoint.store import Store
+from bifrost.trainer.distributed.process_group import Group
 
 SHAPES = {"layer.weight": (5, 3), "layer.bias": (3,), "scale": (), "empty": (0, 4)}
 
@@ -77,7 +78,7 @@ def test_killed_while_training_continues(tmp_path, run_ranks, slices, assert_hol
             live = slices(rank, ranks)
             parts = near(place, rank, gather)
             saver = CheckpointManager(
-                Store(place), Checkpoint(keep=1), live, lambda event: None, rank, ranks, gather, parts
+                Store(place), Checkpoint(keep=1), live, lambda event: None, Group(rank, ranks, gather), parts
             )
             for step in (1, 2):
                 for slot, values in slices(rank, ranks, seed=step).items():

@@ -16,6 +16,7 @@ from bifrost.trainer.checkpoint.local import LocalParts
 from bifrost.trainer.checkpoint.manager import CheckpointManager
 from bifrost.trainer.checkpoint.manifest import Manifest, read_manifest
 from bifrost.trainer.checkpoint.store import StorageError, Store
+from bifrost.trainer.distributed.process_group import Group
 from bifrost.trainer.errors import RunError
 
 SHAPES = {"layer.weight": (5, 3), "layer.bias": (3,), "scale": (), "empty": (0, 4)}
@@ -49,7 +50,7 @@ def start(tmp_path, run_ranks, slices):
             events = []
             held = slices(rank, ranks)
             saver = CheckpointManager(
-                store, Checkpoint(max_failed_saves=9), held, events.append, rank, ranks, gather, local
+                store, Checkpoint(max_failed_saves=9), held, events.append, Group(rank, ranks, gather), local
             )
             for step in steps:
                 made = slices(rank, ranks, seed or step)

@@ -13,6 +13,7 @@ from bifrost.trainer.checkpoint import manager as saver_module
 from bifrost.trainer.checkpoint import shard as part_module
 from bifrost.trainer.checkpoint.manager import CheckpointManager
 from bifrost.trainer.checkpoint.store import Store
+from bifrost.trainer.distributed.process_group import Group
 from bifrost.trainer.errors import RunError, Unhealthy
 
 SHAPES = {"layer.weight": (5, 3), "layer.bias": (3,), "scale": (), "empty": (0, 4)}
@@ -215,7 +216,7 @@ def test_one_ranks_full_disk_is_every_ranks_failed_save(tmp_path, run_ranks, sli
         events = []
         held = slices(rank, 2)
         settings = Checkpoint(max_failed_saves=2)
-        saver = CheckpointManager(Store(tmp_path), settings, held, events.append, rank, 2, gather)
+        saver = CheckpointManager(Store(tmp_path), settings, held, events.append, Group(rank, 2, gather))
         for step in (1, 2, 3, 4):
             at_step.wait()
             refuse(1 if step in (2, 4) else None)
@@ -246,7 +247,7 @@ def test_a_bug_on_one_rank_outweighs_a_full_disk_on_another(tmp_path, run_ranks,
         held = slices(rank, 2)
         if rank == 1:
             held["master"] = {}
-        saver = CheckpointManager(Store(tmp_path), Checkpoint(), held, print, rank, 2, gather)
+        saver = CheckpointManager(Store(tmp_path), Checkpoint(), held, print, Group(rank, 2, gather))
         saver.save(1, held, SHAPES, {}, {})
         saver.wait()
 

@@ -36,9 +36,7 @@ def measure(folder: str) -> list[dict]:
         Checkpoint(keep=1),
         slots,
         lambda e: events.append(dict(e)),
-        ranks.rank,
-        ranks.size,
-        ranks.apart(),
+        ranks.background_group(),
     )
     work = torch.randn(512, 512)
     for step in range(1, 2 * ROUNDS + 1):

@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bifrost.data import Loader
+from bifrost.data import Loader, LoaderSettings, Share
 from bifrost.kernels import PrefixLayout
 from bifrost.recipes import Recipe, load_recipe
 from bifrost.trainer.models.backbone import Prefix, read_config
@@ -30,12 +30,9 @@ def batch_of(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
         inputs.dataset,
         inputs.plan,
         inputs.stage.collate(),
-        image_size=inputs.stage.image_sizes,
-        rank=0,
-        ranks=1,
-        global_batch=size,
-        micro_batch=size,
-        stop_step=1,
+        Share(0, 1, size, size),
+        range(1),
+        LoaderSettings(inputs.stage.image_sizes),
     )
     return model, {**next(iter(loader)).arrays, "normalizer": 1.0}
 
