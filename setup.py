@@ -9,16 +9,16 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-ROOMS = ["kernels", "data", "recipes", "slurm", "trainer"]
+PACKAGES = ["kernels", "data", "recipes", "slurm", "trainer"]
 
 
 def packages() -> dict[str, str]:
-    """Package name -> folder, for the top-level package, the folders in ROOMS and their subpackages."""
+    """Package name -> folder, for the top-level package, the folders in PACKAGES and their subpackages."""
     found = {"bifrost": "package"}
-    for room in ROOMS:
-        found[f"bifrost.{room}"] = room
-        for sub in find_packages(room):
-            found[f"bifrost.{room}.{sub}"] = f"{room}/{sub.replace('.', '/')}"
+    for folder in PACKAGES:
+        found[f"bifrost.{folder}"] = folder
+        for sub in find_packages(folder):
+            found[f"bifrost.{folder}.{sub}"] = f"{folder}/{sub.replace('.', '/')}"
     return found
 
 

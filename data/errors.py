@@ -6,7 +6,7 @@ from __future__ import annotations
 class DataError(ValueError):
     """An error that the user can fix. The message is one line: what is wrong, where, what to do."""
 
-    passing = False
+    transient = False
     """Whether another attempt may succeed without any change."""
 
 
@@ -17,7 +17,7 @@ class DataMissing(DataError):
 class DataLost(DataError):
     """Data became unreadable, or the process that read it was killed. Retryable."""
 
-    passing = True
+    transient = True
 
 
 class InvalidResponse(ConnectionError):

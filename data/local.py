@@ -29,7 +29,7 @@ def with_retries(action: Callable[[], Found], where: object) -> Found:
     try:
         return retrying(action, where)
     except Exception as error:
-        if is_transient(error) and not hasattr(error, "passing"):
+        if is_transient(error) and not hasattr(error, "transient"):
             raise failure(where, error) from error
         raise
 

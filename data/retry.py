@@ -65,7 +65,7 @@ def retrying(action: Callable[[], Result], where: object, patience_s: float | No
         nonlocal all_wrong
         wrong = [link for link in causes(error) if isinstance(link, InvalidResponse)]
         all_wrong = all_wrong and bool(wrong)
-        if not is_transient(error) or hasattr(error, "passing"):
+        if not is_transient(error) or hasattr(error, "transient"):
             return False
         if all_wrong and own >= patience:
             wrong[0].lasting = True
@@ -94,7 +94,7 @@ def call(action: Callable[[], Result], where: object, patience_s: float | None =
     try:
         return retrying(action, where, patience_s)
     except Exception as error:
-        if hasattr(error, "passing") or verdict(error) is None:
+        if hasattr(error, "transient") or verdict(error) is None:
             raise
         raise failure(where, error) from error
 

@@ -113,8 +113,8 @@ def _own(error: BaseException) -> bool | None:
     """This package's errors carry their verdict."""
     if getattr(error, "lasting", None) is True:
         return False
-    passing = getattr(error, "passing", None)
-    return passing if isinstance(passing, bool) else None
+    transient = getattr(error, "transient", None)
+    return transient if isinstance(transient, bool) else None
 
 
 def _by_status(error: BaseException) -> bool | None:

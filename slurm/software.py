@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-ROOMS = ("kernels", "data", "recipes", "slurm", "trainer")
+PACKAGES = ("kernels", "data", "recipes", "slurm", "trainer")
 
 
 def all_versions() -> dict[str, str]:
@@ -20,7 +20,7 @@ def all_versions() -> dict[str, str]:
 def source_digest() -> str:
     """Digest of this package's source files, which also works without version control."""
     root = Path(__file__).parents[1]
-    return digest(file.read_text(encoding="utf-8") for room in ROOMS for file in sorted((root / room).rglob("*.py")))
+    return digest(file.read_text(encoding="utf-8") for name in PACKAGES for file in sorted((root / name).rglob("*.py")))
 
 
 def fingerprint() -> str:

@@ -17,15 +17,15 @@ from ..data.transience import causes, verdict
 class RunError(ValueError):
     """Bad input or state that the user can fix; the message is one line: what, where, what to do."""
 
-    passing = False
+    transient = False
     """Whether another attempt may succeed with nothing changed."""
 
     @classmethod
     def from_storage_error(cls, where: object, error: BaseException) -> RunError:
-        """RunError for a storage, network or service error at `where`; `passing` is set if it may be transient."""
+        """RunError for a storage, network or service error at `where`; `transient` is set if a retry may succeed."""
         reason = failure(where, error)
         found = cls(str(reason))
-        found.passing = reason.passing
+        found.transient = reason.transient
         return found
 
 
@@ -36,13 +36,13 @@ class Locked(RunError):
 class Unreachable(RunError):
     """A service did not answer. Retryable."""
 
-    passing = True
+    transient = True
 
 
 class AlreadyRunning(RunError):
     """Another process is doing the same. Retryable."""
 
-    passing = True
+    transient = True
 
 
 class Unhealthy(RuntimeError):
@@ -70,7 +70,7 @@ _HOST_FULL = re.compile(r"DefaultCPUAllocator: (can't|not enough)|\[enforce fail
 
 def foreseen(error: BaseException) -> Exception | None:
     """A one-line exception with a remedy for an error that is not necessarily a bug: storage, network, a service,
-    memory. Its `passing` states whether a retry may succeed. None for other errors; our own are returned unchanged."""
+    memory. Its `transient` states whether a retry may succeed. None for other errors; our own are returned as is."""
     if isinstance(error, (RunError, DataError, Unhealthy, RendezvousTimeout)):
         return error
     links = list(causes(error))

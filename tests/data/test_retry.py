@@ -75,7 +75,7 @@ class HttpError(Exception):  # as in gcsfs, which is not installed
 
 
 class Passing(ValueError):
-    passing = True
+    transient = True
 
 
 TRANSIENT = [

@@ -70,7 +70,7 @@ def bench(
         for name, values in rates.items()
         if name != READER
     }
-    record["seconds_a_sample"] = {**spent, "queue and the rest": a_sample - sum(spent.values())}
+    record["seconds_per_sample"] = {**spent, "queue and the rest": a_sample - sum(spent.values())}
     _show(record)
     if out:
         with writing(out):
@@ -158,9 +158,9 @@ def _show(record: dict[str, Any]) -> None:
         each = " ".join(f"{rate:.0f}" for rate in record["rates"][name])
         table.add_row(name, f"{value:.0f}", "" if over is None else f"{over:.2f}", each)
     console.print(table)
-    whole = sum(record["seconds_a_sample"].values())
+    whole = sum(record["seconds_per_sample"].values())
     table = Table("", "ms per sample", "share", title="Time of a process", title_justify="left")
-    for name, seconds in record["seconds_a_sample"].items():
+    for name, seconds in record["seconds_per_sample"].items():
         table.add_row(name, f"{1000 * seconds:.3f}", f"{seconds / whole:.1%}")
     console.print(table)
     console.print(format_machine(record["machine"]), soft_wrap=True)

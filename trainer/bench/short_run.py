@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...recipes import Recipe
-from ..optim.train_state import Progress
+from ..optim.train_state import TrainState
 from ..training.train import train
 
 WARMUP = 2
@@ -29,7 +29,7 @@ def measure_steps(recipe: Recipe, begin: Callable[[], None], end: Callable[[], N
     """Train a `short_recipe` on this rank and call `begin` after the warm-up, `end` after the last step. Returns the
     exit code."""
 
-    def after_step(progress: Progress) -> None:
+    def after_step(progress: TrainState) -> None:
         if progress.step == WARMUP:
             begin()
         elif progress.step == recipe.steps - 1:

@@ -120,8 +120,8 @@ def partition(shapes: Shapes, ranks: int) -> dict[str, Any]:
         found[kind] = {
             "parameters": len(held),
             "elements": elements,
-            "a_rank_least": least,
-            "a_rank_most": most,
+            "per_rank_least": least,
+            "per_rank_most": most,
             "padding": padding,
             "padding_share": padding / max(elements, 1),
         }
@@ -155,7 +155,7 @@ def data(settings: Data, seed: int, splits: Sequence[BatchSplit]) -> dict[str, A
         "readers": ranks * workers,
         "resumed_at": middle,
         "resumed_on": [other.ranks for other in others],
-        "shards_a_step_most": max(shards),
+        "shards_per_step_most": max(shards),
     }
 
 
@@ -240,8 +240,8 @@ def move(shapes: dict[str, tuple[int, ...]], before: int, after: int) -> dict[st
     return {
         "from": before,
         "to": after,
-        "files_a_rank_most": max(files),
-        "bytes_a_rank_most": 4 * max(elements),
+        "files_per_rank_most": max(files),
+        "bytes_per_rank_most": 4 * max(elements),
         "pieces": count,
     }
 
@@ -255,7 +255,7 @@ def memory(row: Row, shapes: Shapes, ranks: int) -> dict[str, Any]:
         "held_bytes": row.memory.static,
         "peak_bytes": row.memory.peak,
         "masters_bytes": row.memory.held["masters"],
-        "received_bytes_a_step": row.received,
+        "received_bytes_per_step": row.received,
     }
 
 
@@ -278,8 +278,8 @@ def format_simulation(found: Simulation) -> dict[str, list[str]]:
     """Every section as lines of text."""
     s, ranks = found.sections, found.ranks
     cut = [
-        f"{kind}: {p['elements']:,} elements in {p['parameters']} parameters, {p['a_rank_least']:,} to"
-        f" {p['a_rank_most']:,} per rank; padding {p['padding']:,} ({p['padding_share']:.2e})"
+        f"{kind}: {p['elements']:,} elements in {p['parameters']} parameters, {p['per_rank_least']:,} to"
+        f" {p['per_rank_most']:,} per rank; padding {p['padding']:,} ({p['padding_share']:.2e})"
         for kind, p in s["partition"].items()
     ]
     d, c, m = s["data"], s["checkpoint"], s["memory"]
@@ -287,7 +287,7 @@ def format_simulation(found: Simulation) -> dict[str, list[str]]:
     order = [
         f"{d['samples']:,} samples of {d['shards']} imaginary shards, {d['steps']} steps of {ranks} ranks x"
         f" {d['micro_batch']} x {d['passes']}, {d['readers']:,} reading processes: every sample once per epoch",
-        f"a step reads at most {d['shards_a_step_most']} shards",
+        f"a step reads at most {d['shards_per_step_most']} shards",
     ]
     if resumed:
         order.append(f"resumed at step {d['resumed_at']} on {resumed} ranks: the same global batches")
@@ -297,8 +297,8 @@ def format_simulation(found: Simulation) -> dict[str, list[str]]:
         f" {c['manifest_bytes'] / 1e3:.0f} kB"
     ]
     moves = [
-        f"{one['from']} -> {one['to']} ranks: each rank opens at most {one['files_a_rank_most']} files and reads"
-        f" {one['bytes_a_rank_most'] / 1e6:.1f} MB of each of {len(c['slots'])} slots; {one['pieces']:,}"
+        f"{one['from']} -> {one['to']} ranks: each rank opens at most {one['files_per_rank_most']} files and reads"
+        f" {one['bytes_per_rank_most'] / 1e6:.1f} MB of each of {len(c['slots'])} slots; {one['pieces']:,}"
         " pieces per slot"
         for one in s["resume"]["moves"]
     ]

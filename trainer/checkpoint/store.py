@@ -234,6 +234,6 @@ def agreed(action: Callable[[], Any], verb: str, rank: int, gather: Gather) -> l
         storage, first = failures[0]  # failures other than storage come first
         also = f" (and {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
         raised = (StorageError if storage else RunError)(f"{outcomes[first][1]}{also}")
-        raised.passing = outcomes[first][1].passing
+        raised.transient = outcomes[first][1].transient
         raise raised from cause
     return [result for result, *_ in outcomes]

@@ -99,8 +99,8 @@ def main() -> None:
     try:
         code = app([_with_home(word) for word in sys.argv[1:]], standalone_mode=False)
     except (RecipeError, DataError, RunError, SlurmError) as error:
-        passing = getattr(error, "passing", False)
-        _fail(error, LOCKED if isinstance(error, Locked) else LOST if passing else USAGE)
+        transient = getattr(error, "transient", False)
+        _fail(error, LOCKED if isinstance(error, Locked) else LOST if transient else USAGE)
     except Unhealthy as error:
         _fail(error, FAILED)
     except ModuleNotFoundError as error:
@@ -119,7 +119,7 @@ def main() -> None:
         logging.getLogger(__name__).debug("%s", found, exc_info=error)
         if (rank := _rank()) is not None:  # raised only on this rank: the others do not report it
             found = with_message(found, f"rank {rank}: {found}")
-        _fail(found, LOST if getattr(found, "passing", False) else USAGE)
+        _fail(found, LOST if getattr(found, "transient", False) else USAGE)
     sys.exit(code if isinstance(code, int) else DONE)
 
 

@@ -212,7 +212,7 @@ class StoredTensors:
             try:
                 file = _File(path)
             except DataError as error:
-                if error.passing:
+                if error.transient:
                     raise
                 raise RunError(str(error)) from error
             except (OSError, SafetensorError) as error:

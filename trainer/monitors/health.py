@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...recipes.schema import Health as Settings
-from ..optim.train_state import Progress
+from ..optim.train_state import TrainState
 from .metrics import finite
 
 FLOOR = 0.02
@@ -38,7 +38,7 @@ class Health:
     """
 
     settings: Settings
-    progress: Progress
+    progress: TrainState
 
     def judge(self, loss: float, grad_norm: float) -> str | None:
         """Why the step with these values must be skipped; None if it is healthy."""
@@ -74,7 +74,7 @@ class Health:
 
 
 def skipped_event(
-    progress: Progress,
+    progress: TrainState,
     reason: str,
     loss: float,
     grad_norm: float,

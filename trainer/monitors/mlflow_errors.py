@@ -13,7 +13,7 @@ from ..errors import RunError
 def explain(error: Exception, server: str) -> tuple[str, bool]:
     """(one line, whether the error is permanent: a retry does not help until the user acts)."""
     if isinstance(error, RunError):
-        return str(error), not error.passing
+        return str(error), not error.transient
     if isinstance(error, ModuleNotFoundError):
         package = "mlflow" if error.name in ("mlflow", "sqlalchemy", "alembic") else error.name
         return f"{error.name} is not installed: `pip install {package}`, or set tracking.enabled=false", True

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Progress:
+class TrainState:
     """Stored in a checkpoint's JSON. Every field has a default, so that older checkpoints load."""
 
     step: int = 0
@@ -33,6 +33,6 @@ class Progress:
         if self.batch < 0:
             self.batch = self.step
 
-    def load(self, other: Progress) -> None:
+    def load(self, other: TrainState) -> None:
         """Replace every field by that of `other`."""
         vars(self).update(vars(other))

@@ -19,7 +19,7 @@ from ..monitors.utilisation import TEXTS, Utilisation
 from ..optim.ema import Ema
 from ..optim.engine import Engine, require_quantizer
 from ..optim.lr_schedule import learning_rate
-from ..optim.train_state import Progress
+from ..optim.train_state import TrainState
 from ..planner import parts, workload
 from ..planner.devices import this_device
 from ..stages.patch_latents import PatchLatentStage
@@ -32,7 +32,7 @@ from .run_context import RunContext
 from .run_record import RunRecord, open_record
 
 
-def build(run: RunContext, after_step: Callable[[Progress], None]) -> TrainerComponents:
+def build(run: RunContext, after_step: Callable[[TrainState], None]) -> TrainerComponents:
     """Model, engine, checkpoints, data and monitors of a run, at the point where it continues.
     after_step: called at the end of every step, on every rank.
 
@@ -53,13 +53,13 @@ def build(run: RunContext, after_step: Callable[[Progress], None]) -> TrainerCom
     if ranks.first:
         run.stop.announce()
 
-    def preview_and_call(progress: Progress) -> None:
+    def preview_and_call(progress: TrainState) -> None:
         preview(progress)
         after_step(progress)
 
     loaders = ExitStack()
 
-    def batches(progress: Progress) -> Iterator[Batch]:
+    def batches(progress: TrainState) -> Iterator[Batch]:
         loaders.close()
         return iter(loaders.enter_context(closing(_loader(run, progress))))
 
@@ -133,10 +133,10 @@ def _saver(
 
 def _save(
     point: ResumePoint, record: RunRecord, saver: CheckpointManager, engine: Engine, ema: Ema | None, data: str
-) -> Callable[[Progress], None]:
+) -> Callable[[TrainState], None]:
     """The loop's `save`. data: fingerprint of the data set."""
 
-    def save(progress: Progress) -> None:
+    def save(progress: TrainState) -> None:
         state = {
             "progress": asdict(progress),
             "updates": engine.updates,
@@ -152,7 +152,7 @@ def _save(
     return save
 
 
-def _loader(run: RunContext, progress: Progress) -> Loader:
+def _loader(run: RunContext, progress: TrainState) -> Loader:
     inputs, ranks, recipe = run.inputs, run.ranks, run.recipe
     return Loader(
         inputs.dataset,

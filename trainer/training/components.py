@@ -20,7 +20,7 @@ from ..monitors.tracking import Mirror
 from ..monitors.utilisation import Utilisation
 from ..optim.ema import Ema
 from ..optim.engine import Engine
-from ..optim.train_state import Progress
+from ..optim.train_state import TrainState
 from ..stages import Stage
 
 
@@ -38,17 +38,17 @@ class TrainerComponents:
     bad_samples: BadSamples
     stage: Stage
     ranks: Ranks
-    progress: Progress
+    progress: TrainState
     engine: Engine
     ema: Ema | None
-    batches: Callable[[Progress], Iterator[Batch]]
+    batches: Callable[[TrainState], Iterator[Batch]]
     """This rank's micro-batches from the given progress to the end of the run."""
     normalizer: Callable[[int], float]
     """Index of a global batch, from 0 -> divisor of the summed loss in its backward passes."""
-    save: Callable[[Progress], None]
+    save: Callable[[TrainState], None]
     """Starts a save; `saver` decides when one is due and when it is complete."""
     saver: CheckpointManager
-    recover: Callable[[Progress], None]
+    recover: Callable[[TrainState], None]
     """Called after too many skipped steps in a row: rolls back to a checkpoint, or raises Unhealthy."""
     metrics: AccountedMetrics
     console: Console
@@ -56,7 +56,7 @@ class TrainerComponents:
     phases: PhaseTimer
     rank_stats: RankStats
     utilisation: Utilisation
-    after_step: Callable[[Progress], None]
+    after_step: Callable[[TrainState], None]
     """Called at the end of every step, on every rank."""
     loaders: ExitStack
     mirror: Mirror | None

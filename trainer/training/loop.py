@@ -15,12 +15,12 @@ from ..distributed.process_group import Ranks
 from ..monitors.health import Health, skipped_event
 from ..monitors.meter import Meter
 from ..monitors.metrics import finite
-from ..optim.train_state import Progress
+from ..optim.train_state import TrainState
 from .components import TrainerComponents
 from .data_digest import SequenceDigest
 
 
-def run(parts: TrainerComponents, progress: Progress) -> bool:
+def run(parts: TrainerComponents, progress: TrainState) -> bool:
     """Train from `progress` to the last step, updating it. Returns False when a stop signal ended it early.
 
     Raises Unhealthy when steps stay bad, DataError for unreadable data.
@@ -92,7 +92,7 @@ class _Total(NamedTuple):
     stops: float
 
 
-def _accumulate(parts: TrainerComponents, progress: Progress, batches: Iterator[Batch]) -> _Share:
+def _accumulate(parts: TrainerComponents, progress: TrainState, batches: Iterator[Batch]) -> _Share:
     """The forward and backward passes of a step."""
     ranks, engine, phase = parts.ranks, parts.engine, parts.phases
     passes, normalizer = parts.batch.passes, parts.normalizer(progress.batch)
@@ -135,20 +135,20 @@ def _update(parts: TrainerComponents, lr: float, skip: bool) -> bool:
     return applied
 
 
-def _report_skip(parts: TrainerComponents, progress: Progress, reason: str, mine: _Share, total: _Total) -> None:
+def _report_skip(parts: TrainerComponents, progress: TrainState, reason: str, mine: _Share, total: _Total) -> None:
     shares = parts.ranks.gather((mine.keys, torch.cat(mine.each).tolist(), float(mine.loss)))
     parts.metrics.write(skipped_event(progress, reason, total.loss, total.grad_norm, shares))
     parts.console.say(f"step {progress.step:>6}  skipped: {reason}")
 
 
-def _report_replaced(parts: TrainerComponents, progress: Progress, mine: _Share) -> list[tuple[str, str]]:
+def _report_replaced(parts: TrainerComponents, progress: TrainState, mine: _Share) -> list[tuple[str, str]]:
     """The samples that some rank could not read, and their replacements."""
     replaced = [pair for share in parts.ranks.gather(mine.replaced) for pair in share]
     parts.metrics.write({"event": "bad_samples", "step": progress.step, "samples": replaced})
     return replaced
 
 
-def _log(parts: TrainerComponents, progress: Progress, total: _Total, lr: float, meter: Meter) -> None:
+def _log(parts: TrainerComponents, progress: TrainState, total: _Total, lr: float, meter: Meter) -> None:
     """Write the metric line of a step; every rank calls it."""
     times = parts.phases.take()
     rates = meter.rates(times)

@@ -31,7 +31,7 @@ from ..models.prompt import PromptTemplate
 from ..monitors.phase_timer import PhaseTimer
 from ..monitors.renames import PREVIEWS
 from ..optim.engine import Engine
-from ..optim.train_state import Progress
+from ..optim.train_state import TrainState
 from ..stages import Stage
 from ..stages.controlnet import ControlNetStage
 from ..stages.patch_latents import PatchLatentStage
@@ -49,7 +49,7 @@ def sampler(
     ranks: Ranks,
     folder: Path,
     phase: PhaseTimer,
-) -> Callable[[Progress], None]:
+) -> Callable[[TrainState], None]:
     """A function to call after each step: it writes `previews/step-NNNNNNNN.png` every `previews.every` steps."""
     every = settings.every
     if every is None:
@@ -59,7 +59,7 @@ def sampler(
     else:
         captions, draw = _generations(settings, cast(PatchLatentStage, stage), engine, dataset, ranks)
 
-    def after_step(progress: Progress) -> None:
+    def after_step(progress: TrainState) -> None:
         if progress.step % every == 0:
             with phase("previews"):
                 write(engine.undisturbed(draw), progress.step)

@@ -29,7 +29,7 @@ from ..models.flux import sigmas
 from ..models.kernel_selection import KernelChoice
 from ..models.masking import draw_orders
 from ..models.rng import Stream, chosen
-from ..optim.train_state import Progress
+from ..optim.train_state import TrainState
 from ..stages import Stage, StageModel, open_stage
 from ..stages.controlnet import ControlNetStage
 from ..stages.patch_latents import PatchLatentStage
@@ -122,7 +122,7 @@ def replay(run: Path, place: Place, weights_step: int | None = None) -> Replay:
         for item, drawn, loss in zip(items, _draws(recipe.seed, inputs.stage, items, arrays), losses, strict=True)
     ]
     masks = torch.cat([part["mask"] for part in arrays]) if "mask" in arrays[0] else None
-    at = Progress(**reader.state["progress"]) if reader else Progress()
+    at = TrainState(**reader.state["progress"]) if reader else TrainState()
     exact = at.step == place.step - 1 and at.batch < place.batch
     before = at.digest if exact else place.digest_before
     return Replay(place, at.step, exact, items, samples, masks, replaced, _digest(place, before, inputs.dataset, items))
@@ -147,7 +147,7 @@ def _checkpoint(run: Path, place: Place, step: int | None) -> CheckpointReader |
 def _taken(store: Store, step: int) -> int:
     """Global batches that the checkpoint of `step` has seen; 0 when it cannot be read, which is reported elsewhere."""
     try:
-        return Progress(**CheckpointReader(store.folder(step)).state["progress"]).batch
+        return TrainState(**CheckpointReader(store.folder(step)).state["progress"]).batch
     except (RunError, OSError, ValueError):
         return 0
 

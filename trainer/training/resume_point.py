@@ -13,7 +13,7 @@ from ..checkpoint.store import Store
 from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..monitors.metrics import read_metrics
-from ..optim.train_state import Progress
+from ..optim.train_state import TrainState
 from ..stages import Stage, StageModel
 from .inputs import Inputs, check_continuation
 from .run_context import RunContext
@@ -27,7 +27,7 @@ class ResumePoint:
     local: LocalParts | None
     reader: CheckpointReader | None
     frozen_hash: str
-    progress: Progress
+    progress: TrainState
 
 
 def find_resume_point(run: RunContext) -> ResumePoint:
@@ -39,7 +39,7 @@ def find_resume_point(run: RunContext) -> ResumePoint:
     local = ranks.agreed(lambda: _local(recipe.checkpoint.local, recipe.name, store, ranks))
     settings = recipe.model_dump(mode="json")
     reader = ranks.agreed(lambda: _newest(store, settings, run.inputs, frozen_hash, ranks))
-    progress = Progress(**reader.state["progress"]) if reader else Progress()
+    progress = TrainState(**reader.state["progress"]) if reader else TrainState()
     return ResumePoint(store, local, reader, frozen_hash, progress)
 
 

@@ -25,7 +25,7 @@ from ..monitors.console import Console
 from ..monitors.goodput import AccountedMetrics
 from ..optim.ema import Ema
 from ..optim.engine import Engine
-from ..optim.train_state import Progress
+from ..optim.train_state import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Recovery:
         self.metrics = metrics
         self.console = console
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: TrainState) -> None:
         """Roll back, or reset the baseline. Unhealthy, with the reason, when neither can help."""
         streak = progress.bad_in_a_row
         good = progress.step - streak
@@ -73,9 +73,9 @@ class Recovery:
             return self._reset_baseline(progress, "high for long, with no checkpoint to roll back to")
         raise Unhealthy(f"{trouble}, and no checkpoint is from before them: {remedy}")
 
-    def _roll_back(self, progress: Progress, reader: CheckpointReader) -> None:
+    def _roll_back(self, progress: TrainState, reader: CheckpointReader) -> None:
         reload(self.engine, self.ema, reader)
-        there = Progress(**reader.state["progress"])
+        there = TrainState(**reader.state["progress"])
         first, there.batch = there.batch + 1, progress.batch
         there.bad_in_a_row = there.spikes_in_a_row = 0
         there.rollbacks, there.rolled_back_to = progress.rollbacks + 1, there.step
@@ -96,7 +96,7 @@ class Recovery:
         )
         progress.load(there)
 
-    def _reset_baseline(self, progress: Progress, why: str) -> None:
+    def _reset_baseline(self, progress: TrainState, why: str) -> None:
         self.metrics.write({"event": "baseline_reset", "step": progress.step, "rollbacks": progress.rollbacks + 1})
         self.console.say(f"up to step {progress.step} loss or gradient norm are {why}: this is the new baseline")
         progress.accepted = []

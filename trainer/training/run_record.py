@@ -30,7 +30,7 @@ from ..monitors.goodput import AccountedMetrics
 from ..monitors.renames import rename_previews
 from ..monitors.tracking import Mirror, start_mirror
 from ..optim.engine import Engine
-from ..optim.train_state import Progress
+from ..optim.train_state import TrainState
 from ..versions import DISTRIBUTION, versions
 from .resume_point import ResumePoint, statistics_warning
 from .run_context import RunContext
@@ -123,7 +123,7 @@ def _environment(ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def _greeting(run: RunContext, engine: Engine, progress: Progress) -> str:
+def _greeting(run: RunContext, engine: Engine, progress: TrainState) -> str:
     recipe, batch = run.recipe, run.batch
     trainable = sum(math.prod(full_shape(p)) for p in engine.trainable().values())
     # Counted in the files: not all frozen weights are parameters of the engine's model.

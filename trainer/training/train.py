@@ -9,14 +9,14 @@ from ...recipes import Recipe
 from ...slurm.exit_codes import DONE, STOPPED
 from ..distributed.stop_signals import ENDING
 from ..models.kernel_selection import make_deterministic
-from ..optim.train_state import Progress
+from ..optim.train_state import TrainState
 from . import loop
 from .build import build
 from .components import TrainerComponents
 from .run_context import RunContext, open_run
 
 
-def train(recipe: Recipe, after_step: Callable[[Progress], None] = lambda progress: None) -> int:
+def train(recipe: Recipe, after_step: Callable[[TrainState], None] = lambda progress: None) -> int:
     """Train or continue the run that `recipe` names, as one of its ranks. Returns the exit code.
 
     after_step: called at the end of every step, on every rank.

@@ -111,7 +111,7 @@ def test_the_command_reports_ratios_of_its_rounds(photos: str, tmp_path: Path) -
         assert name in ended.output and f"{over:.2f}" in ended.output
     assert record["shorter_side"][0] >= 64 and record["shorter_side"][2] <= 160
     whole = 2 / np.median(reader)
-    assert sum(record["seconds_a_sample"].values()) == pytest.approx(whole)
+    assert sum(record["seconds_per_sample"].values()) == pytest.approx(whole)
 
 
 def test_a_recipe_brings_its_sizes_and_collate(shards: Path) -> None:

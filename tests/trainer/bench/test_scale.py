@@ -140,8 +140,8 @@ def test_512_ranks_of_the_7b_recipe(tmp_path: Path) -> None:
     assert 512 * save["rank_bytes_most"] >= save["bytes"] >= 512 * save["rank_bytes_least"]
     one, other = found["resume"]["moves"]
     assert (one["from"], one["to"], other["from"], other["to"]) == (512, 256, 256, 8)
-    assert one["files_a_rank_most"] in (2, 3) and other["files_a_rank_most"] in (32, 33)
-    assert other["bytes_a_rank_most"] == pytest.approx(4 * KNOWN_7B["trained"] / 8, rel=0.01)
+    assert one["files_per_rank_most"] in (2, 3) and other["files_per_rank_most"] in (32, 33)
+    assert other["bytes_per_rank_most"] == pytest.approx(4 * KNOWN_7B["trained"] / 8, rel=0.01)
 
 
 @pytest.fixture
@@ -152,10 +152,10 @@ def small() -> simulate.Shapes:
 def test_slices_and_moves_of_a_small_model(small: simulate.Shapes) -> None:
     found = simulate.partition(small, 4)["trained"]
     # Slices of 6 + 1 + 16; the last rank has 3 of a's 21 and none of b's 2.
-    assert (found["a_rank_most"], found["a_rank_least"], found["padding"]) == (6 + 1 + 16, 3 + 0 + 16, 3 + 2)
+    assert (found["per_rank_most"], found["per_rank_least"], found["padding"]) == (6 + 1 + 16, 3 + 0 + 16, 3 + 2)
     # The second of two ranks needs a's elements 11 to 20, which are in slices 1, 2 and 3.
     move = simulate.move(small.trained, 4, 2)
-    assert (move["files_a_rank_most"], move["bytes_a_rank_most"]) == (3, 4 * (11 + 1 + 32))
+    assert (move["files_per_rank_most"], move["bytes_per_rank_most"]) == (3, 4 * (11 + 1 + 32))
 
 
 def test_a_slice_that_is_missing_is_noticed(small: simulate.Shapes, monkeypatch: pytest.MonkeyPatch) -> None:

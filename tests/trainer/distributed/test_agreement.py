@@ -74,7 +74,7 @@ def fails_at(rank: int, moment: int, error: Exception):
 
 @pytest.mark.parametrize("moment", range(4))
 @pytest.mark.parametrize(
-    ("error", "kind", "line", "passing"),
+    ("error", "kind", "line", "transient"),
     [
         (RunError("folder: fix it"), RunError, "folder: fix it", False),
         (DataLost("x.tar: away"), DataLost, "x.tar: away", True),
@@ -82,9 +82,9 @@ def fails_at(rank: int, moment: int, error: Exception):
         (OSError(errno.ENOSPC, "No space left", "/runs/a"), DataError, "rank 1: /runs/a: No space left; free", False),
     ],
 )
-def test_one_rank_that_fails_between_gathers_ends_all(together, moment, error, kind, line, passing) -> None:
+def test_one_rank_that_fails_between_gathers_ends_all(together, moment, error, kind, line, transient) -> None:
     for outcome in together(fails_at(1, moment, error)):
-        assert type(outcome) is kind and str(outcome).startswith(line) and outcome.passing is passing
+        assert type(outcome) is kind and str(outcome).startswith(line) and outcome.transient is transient
 
 
 def test_nobody_fails(together) -> None:
@@ -119,7 +119,7 @@ def test_one_rank_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "line", "passing"),
+    ("error", "line", "transient"),
     [
         (
             torch.OutOfMemoryError(
@@ -144,9 +144,9 @@ def test_one_rank_alone() -> None:
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_foreseen_errors_are_one_line(error, line, passing) -> None:
+def test_foreseen_errors_are_one_line(error, line, transient) -> None:
     found = foreseen(error)
-    assert str(found).startswith(line) and "\n" not in str(found) and found.passing is passing
+    assert str(found).startswith(line) and "\n" not in str(found) and found.transient is transient
 
 
 def test_bugs_are_not_foreseen() -> None:
@@ -230,7 +230,7 @@ def fail_in_turn(arguments: list[str], steps: dict[str, str]) -> dict[str, str]:
             train(load(arguments))
             said[step] = "trained"
         except Exception as error:
-            said[step] = f"{type(error).__name__} {getattr(error, 'passing', None)} {error}"
+            said[step] = f"{type(error).__name__} {getattr(error, 'transient', None)} {error}"
         setattr(target, method, before)
     return said
 

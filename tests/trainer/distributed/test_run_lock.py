@@ -189,7 +189,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(RunError, match="run: File exists; move what is in its place") as caught:
         RunLock(tmp_path / "run").acquire()
-    assert not caught.value.passing
+    assert not caught.value.transient
 
 
 def test_storage_that_is_away_is_no_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_storage_that_is_away_is_no_mistake_of_the_user(tmp_path: Path, monkeypa
     monkeypatch.setattr(Path, "mkdir", stale)
     with pytest.raises(RunError, match="Stale file handle; check the storage") as caught:
         RunLock(tmp_path / "run").acquire()
-    assert caught.value.passing
+    assert caught.value.transient
 
 
 @pytest.mark.multi

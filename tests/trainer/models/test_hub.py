@@ -98,7 +98,7 @@ def test_an_unreachable_hub_is_retryable(monkeypatch, tmp_path):
 def test_a_missing_model_is_refused(hub):
     with pytest.raises(RunError, match=r"^backbone\.path=owner/none: .*404.*; give a local folder") as caught:
         model_hub.locate("owner/none")
-    assert "\n" not in str(caught.value) and not caught.value.passing
+    assert "\n" not in str(caught.value) and not caught.value.transient
     assert max(Counter(hub.asked).values()) == 1, "asked again"
 
 
@@ -112,7 +112,7 @@ def test_a_revision_of_another_model_is_refused_with_the_remedy(hub, revision):
             f"{setting}.path=owner/name: {setting}.revision={revision} does not exist there; set {setting}.revision="
             "null, or to a commit of this model"
         )
-        assert not caught.value.passing
+        assert not caught.value.transient
 
 
 @pytest.mark.parametrize("status", ["401", "403", "gated"])

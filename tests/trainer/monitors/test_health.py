@@ -12,7 +12,7 @@ from scipy.stats import median_abs_deviation
 
 from bifrost.recipes.schema import Health as Settings
 from bifrost.trainer.monitors.health import FLOOR, Health, robust_zscore
-from bifrost.trainer.optim.train_state import Progress
+from bifrost.trainer.optim.train_state import TrainState
 
 numbers = st.floats(0.01, 100)
 bad = st.one_of(st.sampled_from([math.nan, math.inf, -math.inf]), st.floats(1e4, 1e30))
@@ -27,7 +27,7 @@ def judged(health: Health, loss: float, grad_norm: float) -> str | None:
 
 def settled(count: int = 16, **values: float) -> Health:
     """After `count` good steps around loss 2 and gradient norm 0.5."""
-    health = Health(Settings(window=16, **values), Progress())
+    health = Health(Settings(window=16, **values), TrainState())
     draw = np.random.default_rng(0)
     for _ in range(count):
         assert judged(health, 2 + 0.1 * draw.standard_normal(), 0.5 + 0.05 * draw.standard_normal()) is None
@@ -79,7 +79,7 @@ def test_null_judges_finiteness_alone() -> None:
 
 
 def test_nearly_equal_values_make_no_spike_of_a_small_step() -> None:
-    health = Health(Settings(window=16), Progress())
+    health = Health(Settings(window=16), TrainState())
     for _ in range(16):
         judged(health, 2.0, 0.5)
     assert judged(health, 2.2, 0.55) is None
@@ -107,7 +107,7 @@ def test_exhausted_after_so_many_in_a_row() -> None:
 def test_a_resume_makes_the_same_decisions() -> None:
     """Through the JSON of a checkpoint, to the bit."""
     health = settled()
-    resumed = Health(health.settings, Progress(**json.loads(json.dumps(asdict(health.progress)))))
+    resumed = Health(health.settings, TrainState(**json.loads(json.dumps(asdict(health.progress)))))
     for loss in (2.0, 9.0, 2.1):
         assert judged(resumed, loss, 0.5) == judged(health, loss, 0.5)
     assert asdict(resumed.progress) == asdict(health.progress)
@@ -115,5 +115,5 @@ def test_a_resume_makes_the_same_decisions() -> None:
 
 def test_an_older_checkpoint_stands_at_its_step() -> None:
     old = {"step": 7, "samples": 56, "skipped_steps": 1, "bad_in_a_row": 0, "digest": "ab"}
-    assert Progress(**old).batch == 7
-    assert Progress(**old).accepted == []
+    assert TrainState(**old).batch == 7
+    assert TrainState(**old).accepted == []

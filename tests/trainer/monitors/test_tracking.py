@@ -417,7 +417,7 @@ def test_sync_reports_what_is_wrong(door, make_run):
     ) as error:
         sync(run.folder)
     assert "secret" not in str(error.value)
-    assert error.value.passing  # code 74: the server may come back
+    assert error.value.transient  # code 74: the server may come back
 
 
 @pytest.mark.parametrize("arrived", [True, False])
