@@ -13,10 +13,10 @@ def test_import_tables_are_the_tested_rules() -> None:
     rules = runpy.run_path(str(ROOT / "tests" / "test_architecture.py"))
     rows = re.findall(r"^\| `(\w+)/` \| .* \| (.*?) ?\|$", TEXT, flags=re.M)
     tables = {name: set(re.findall(r"`([\w.]+)`", allowed)) for name, allowed in rows}
-    rooms = {name: set(allowed) for name, allowed in rules["PACKAGES"].items() if name}
-    floors = {name: set(allowed) for name, allowed in rules["FLOORS"].items()}
+    packages = {name: set(allowed) for name, allowed in rules["PACKAGES"].items() if name}
+    layers = {name: set(allowed) for name, allowed in rules["LAYERS"].items()}
     # trainer/ and cli/ may import everything.
-    assert tables == {**rooms, **floors, "trainer": set(), "cli": set()}
+    assert tables == {**packages, **layers, "trainer": set(), "cli": set()}
 
 
 def test_every_name_is_defined_in_the_linked_file() -> None:
