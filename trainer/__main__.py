@@ -9,7 +9,7 @@ if sys.path and sys.path[0] in ("", os.getcwd()):
     del sys.path[0]
 
 from .distributed.interrupt import end_on_interrupt
-from .distributed.stop_signals import hold_signals
+from .distributed.stop_signals import end_on_signals
 
 RANK_OF = {"BIFROST_LAUNCHER", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID"}
 
@@ -17,9 +17,9 @@ RANK_OF = {"BIFROST_LAUNCHER", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID"}
 def start() -> None:
     """Run the command; Ctrl-C is handled even during its imports, which take seconds."""
     end_on_interrupt()
-    # A rank's imports take seconds: a signal during them is held for the run that follows.
+    # The launcher starts its ranks with stop signals blocked.
     if sys.argv[1:2] in (["train"], ["resume"]) and RANK_OF & os.environ.keys():
-        hold_signals()
+        end_on_signals()
     from .cli.main import main
 
     main()

@@ -33,9 +33,21 @@ def farewell(phase: str) -> str:
     return {STARTING: NOTHING_YET, ENDING: QUIT_SAVED}.get(phase, QUIT)
 
 
-def hold_signals() -> None:
-    """Block stop signals until StopSignals is installed: before, they would end the process without a save."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+def end_on_signals() -> None:
+    """Until StopSignals is installed, a stop signal ends this rank at once, even during imports: there is nothing to
+    save."""
+    for number in SIGNALS:
+        signal.signal(number, leave)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def leave(number: int, frame: FrameType | None = None) -> None:
+    """End this rank, which may be the only one to receive the signal: without our launcher, each prints a line."""
+    if "BIFROST_LAUNCHER" not in os.environ:
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+        line = NOTHING_YET if number == signal.SIGINT else NOT_BEGUN.format(signal.Signals(number).name)
+        say(line if rank == "0" else f"rank {rank}: {line}")
+    os._exit(INTERRUPTED if number == signal.SIGINT else STOPPED)
 
 
 def ignore_signals() -> None:
@@ -97,7 +109,7 @@ class StopSignals:
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         if not self.joined:
-            self._leave(signal.Signals(number))
+            leave(number)
         if number == signal.SIGINT:
             if self._pressed_in == self.phase or (self._launched and self.phase == STARTING):
                 self._quit()
@@ -108,14 +120,6 @@ class StopSignals:
         if number == signal.SIGINT and self._waiting:
             self._waiting = False
             raise KeyboardInterrupt
-
-    def _leave(self, number: signal.Signals) -> None:
-        """End this rank, which may be the only one to receive the signal: without our launcher, each prints a line."""
-        if not self._launched:
-            rank = os.environ.get("RANK", "0")
-            line = NOTHING_YET if number == signal.SIGINT else NOT_BEGUN.format(number.name)
-            say(line if rank == "0" else f"rank {rank}: {line}")
-        os._exit(INTERRUPTED if number == signal.SIGINT else STOPPED)
 
     def _quit(self) -> None:
         if self._prints:

@@ -8,7 +8,15 @@ import sys
 import pytest
 
 from bifrost.slurm.exit_record import stop_s
-from bifrost.trainer.distributed.stop_signals import QUIT, QUIT_SAVED, SAVED, SAVING, StopSignals
+from bifrost.trainer.distributed.stop_signals import (
+    NOT_BEGUN,
+    NOTHING_YET,
+    QUIT,
+    QUIT_SAVED,
+    SAVED,
+    SAVING,
+    StopSignals,
+)
 
 
 @pytest.fixture
@@ -41,6 +49,35 @@ def test_time_is_kept_for_a_stop_as_long_as_it_was_measured(stop: StopSignals, m
 
 def test_no_less_is_kept_than_slurm_makes_sense_of() -> None:
     assert stop_s(0.1, [0.1]) == 60 and stop_s(None, [1.0]) is stop_s(1.0, []) is None
+
+
+IMPORTING = """
+import os, signal, sys, time, types
+from bifrost.trainer.distributed.stop_signals import SIGNALS
+signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # as the launcher does
+import bifrost.trainer.cli
+name = "bifrost.trainer.cli.main"
+sys.modules[name] = types.ModuleType(name)
+sys.modules[name].__getattr__ = lambda _: (os.kill(os.getpid(), int(sys.argv[2])), time.sleep(30))
+from bifrost.trainer.__main__ import start
+start()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [(signal.SIGTERM, 75, NOT_BEGUN.format("SIGTERM")), (signal.SIGINT, 130, NOTHING_YET)],
+)
+@pytest.mark.parametrize("launcher", ["SLURM_STEP_ID", "BIFROST_LAUNCHER"])
+def test_a_signal_during_a_ranks_imports_ends_it_at_once(
+    launcher: str, number: signal.Signals, code: int, line: str
+) -> None:
+    names = ("RANK", "SLURM_PROCID", "BIFROST_LAUNCHER", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID")
+    environment = {key: value for key, value in os.environ.items() if key not in names}
+    command = [sys.executable, "-c", IMPORTING, "train", str(int(number))]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**environment, launcher: "1"}, timeout=20)
+    said = [] if launcher == "BIFROST_LAUNCHER" else [line]  # our launcher prints the line itself
+    assert (ended.returncode, ended.stderr.splitlines()) == (code, said)
 
 
 ALONE = """
