@@ -79,8 +79,9 @@ WHOLE_RECIPE = {
     "trainer/training/run_context.py": "opens its run",
     "trainer/planner/__init__.py": "opens its plan",
     "trainer/checkpoint/model_card.py": "prints it",
-    "trainer/bench/profile.py": "trains the first steps of it",
-    "trainer/bench/scale.py": "trains the first steps of it on several numbers of ranks",
+    "trainer/bench/profile.py": "profiles its first steps",
+    "trainer/bench/scale.py": "measures its first steps on several numbers of ranks",
+    "trainer/bench/short_run.py": "trains its first steps",
     "trainer/bench/simulate.py": "simulates its run",
     "trainer/bench/step.py": "measures its step",
 }
