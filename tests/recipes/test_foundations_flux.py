@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel, T5EncoderModel
 
 from bifrost.data import demo
+from bifrost.data.openmoji import find_drawings
 from bifrost.data.transforms import decode_image
 from bifrost.recipes import FOLDER
 
@@ -30,7 +31,7 @@ def pipeline() -> FluxPipeline:
 @pytest.fixture(scope="module")
 def drawings() -> tuple[list[str], Tensor]:
     """CAPTIONS names, evenly spaced in the demo's training split, and their drawings [CAPTIONS, 3, 64, 64], -1 .. 1."""
-    svgs = demo._drawings()
+    svgs = find_drawings()
     train = [name for name in svgs if int(hashlib.md5(name.encode()).hexdigest(), 16) % 20]
     names = train[:: len(train) // CAPTIONS][:CAPTIONS]
     return names, torch.stack([render(svgs[name]) for name in names])

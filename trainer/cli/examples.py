@@ -19,7 +19,7 @@ EXAMPLES = {
     "compare": ("bifrost compare runs/tiny-mllm runs/faster",),
     "replay": ("bifrost replay runs/tiny-mllm --step 120",),
     "export": ("bifrost export runs/tiny-mllm exported --ema", "bifrost export runs/tiny-mllm part --format hf"),
-    "data demo": ("bifrost data demo demo",),
+    "data demo": ("bifrost data demo demo", "bifrost data demo scenes --set scenes"),
     "data ingest": (
         "bifrost data ingest photos shards",
         "bifrost data ingest photos shards --table captions.csv --caption-column text",
