@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ...recipes import Recipe, to_yaml
+from ...recipes.schema import Backbone, Flux
 from ...recipes.secrets import redact
 from ..io import read_json
 from ..versions import BIFROST
@@ -105,13 +106,14 @@ def card(run: Path, recipe: Recipe, reader: CheckpointReader, slot: str, dtype: 
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     settings = redact(to_yaml(recipe)).strip()
+    models = bases(recipe.backbone, recipe.flux if recipe.stage == "controlnet" else None)
     return f"""---
-{_metadata(recipe)}
+{_metadata(recipe.stage, models)}
 ---
 
 # {recipe.name}
 
-{_what(recipe, with_base)}
+{_what(recipe.stage, with_base)}
 Method: [Bifrost-1]({PAPER}).
 
 ## Training
@@ -124,7 +126,7 @@ Equal data digests mean the same training samples in the same order.
 
 ## Licences
 
-{_licences(recipe, with_base)}
+{_licences(models, with_base)}
 
 ## Recipe
 
@@ -134,17 +136,14 @@ Equal data digests mean the same training samples in the same order.
 """
 
 
-def bases(recipe: Recipe) -> dict[str, str]:
-    """Role -> path of the models that the weights were trained from, starting with the one whose layers were copied."""
-    backbone = {"multimodal LLM": recipe.backbone.path}
-    if recipe.stage != "controlnet":
-        return backbone
-    assert recipe.flux is not None  # the stage requires it
-    return {"image generator": recipe.flux.path, **backbone}
+def bases(backbone: Backbone, flux: Flux | None) -> dict[str, str]:
+    """Role -> path of the models that the weights were trained from, starting with the one whose layers were copied.
+    flux: that of stage 2."""
+    return {**({"image generator": flux.path} if flux else {}), "multimodal LLM": backbone.path}
 
 
-def _what(recipe: Recipe, with_base: bool) -> str:
-    if recipe.stage == "controlnet":
+def _what(stage: str, with_base: bool) -> str:
+    if stage == "controlnet":
         return (
             "Stage 2 of Bifrost-1: the latent ControlNet, which conditions a frozen FLUX on the patch latents of a"
             " multimodal LLM's vision encoder. Use it with `bifrost generate --controlnet THIS_FOLDER --flux FLUX`."
@@ -156,10 +155,10 @@ def _what(recipe: Recipe, with_base: bool) -> str:
     )
 
 
-def _metadata(recipe: Recipe) -> str:
+def _metadata(stage: str, models: dict[str, str]) -> str:
     from huggingface_hub import ModelCardData
 
-    paths = list(bases(recipe).values())
+    paths = list(models.values())
     found = licence_of(paths[0])
     on_hub = [path for path in paths if path.count("/") == 1 and not Path(path).is_dir()]
     data = ModelCardData(
@@ -168,14 +167,14 @@ def _metadata(recipe: Recipe) -> str:
         license_name=found.id if found and not found.common else None,
         license_link=found.link if found and not found.common else None,
         pipeline_tag="text-to-image",
-        tags=["bifrost-1", "latent-controlnet" if recipe.stage == "controlnet" else "visual-generation-branch"],
+        tags=["bifrost-1", "latent-controlnet" if stage == "controlnet" else "visual-generation-branch"],
     )
     return data.to_yaml().strip()
 
 
-def _licences(recipe: Recipe, with_base: bool) -> str:
+def _licences(models: dict[str, str], with_base: bool) -> str:
     lines = []
-    for role, path in bases(recipe).items():
+    for role, path in models.items():
         found = licence_of(path)
         name = Path(path).name if Path(path).is_dir() else path  # without the private parent folders
         known = f"{found.name}, {found.link}" if found else "unknown to Bifrost; see its own model card"
