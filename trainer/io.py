@@ -1,18 +1,29 @@
-"""Small files: JSON written in one move and read if it is whole, and settings as dotted keys."""
+"""Small files: JSON and images written atomically, JSON read if it is complete; settings as dotted keys."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.atomic import write_atomic
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def write_json(file: Path, value: Any) -> None:
     """Replace `file` in one move: a reader sees the old object or the whole new one. Raises OSError."""
     write_atomic(file, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def write_png(file: Path, image: Image.Image) -> None:
+    """Write the image atomically. Raises OSError."""
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    write_atomic(file, png.getvalue())
 
 
 def read_json(file: Path) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,9 +18,9 @@ from ...data import bench as reader_bench
 from ...data.photos import QUALITY, make_photos
 from ...data.transforms import decode_sizes
 from ...recipes import load_recipe
-from ..errors import RunError, writing
+from ..errors import RunError
 from ..terminal import terminal
-from .machine import format_machine, machine, usable_cores
+from .machine import format_machine, machine, usable_cores, write_record
 
 READER = "our reader"
 OWN, PIL, PLAIN, MIXED = "our decoder alone", "Pillow alone", "webdataset", "webdataset, our decoder"
@@ -73,9 +72,7 @@ def bench(
     record["seconds_per_sample"] = {**spent, "queue and the rest": a_sample - sum(spent.values())}
     _show(record)
     if out:
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "data.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        write_record(out, "data.json", record)
     return record
 
 

@@ -1,4 +1,4 @@
-"""The machine of a benchmark, for its record, without anything that identifies it."""
+"""The record of a benchmark, and its machine without anything that identifies it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..errors import writing
+from ..io import write_json
 from ..versions import versions
 
 
@@ -24,6 +26,13 @@ def machine(*packages: str) -> dict[str, Any]:
             **versions(("torch", *packages)),
         },
     }
+
+
+def write_record(folder: Path, name: str, record: dict[str, Any]) -> None:
+    """Write a benchmark's record as JSON; RunError if `folder` cannot be written."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / name, record)
 
 
 def usable_cores() -> list[int]:

@@ -27,7 +27,7 @@ from ..errors import RunError
 from ..planner import batch
 from ..terminal import terminal
 from .collectives import Clock
-from .machine import format_machine, machine, usable_cores
+from .machine import format_machine, machine, usable_cores, write_record
 from .profile import works
 from .short_run import WARMUP, measure_steps, short_recipe
 
@@ -112,7 +112,7 @@ def measure(recipe: Recipe, mode: Mode, steps: int, out: Path) -> int:
     if dist.get_rank() == 0 and code == 0:
         lines = (folder / chosen.name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         one = point(chosen, mode, found, [json.loads(line) for line in lines])
-        (out / f"{mode}-{ranks:04d}.json").write_text(json.dumps(one, indent=2), encoding="utf-8")
+        write_record(out, f"{mode}-{ranks:04d}.json", one)
         shutil.rmtree(folder, ignore_errors=True)
         if "BIFROST_LAUNCHER" not in os.environ:  # started by srun or torchrun: no launcher does it
             present(out)

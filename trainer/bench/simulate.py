@@ -7,7 +7,6 @@ of a resume, the planner. No weights are allocated and no ranks are started.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -26,9 +25,10 @@ from ..checkpoint.layout import local_range, reads, slice_size
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.reader import rank_file
 from ..checkpoint.shard import Payload
-from ..errors import Unhealthy, writing
+from ..errors import Unhealthy
 from ..planner import Row, batch, parts, plan, workload
 from ..stages import Stage, open_stage
+from .machine import write_record
 
 SHARDS, SAMPLES = 384, 1000
 """The imaginary data set: number of shards, and approximate samples per shard."""
@@ -262,10 +262,7 @@ def memory(row: Row, shapes: Shapes, ranks: int) -> dict[str, Any]:
 def report(recipe: Recipe, ranks: int, out: Path) -> Simulation:
     """Simulate, print, and write `simulated-N.json` to `out`."""
     found = simulate(recipe, ranks)
-    text = json.dumps({"simulated": True, **dataclasses.asdict(found)}, indent=2)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"simulated-{ranks}.json").write_text(text, encoding="utf-8")
+    write_record(out, f"simulated-{ranks}.json", {"simulated": True, **dataclasses.asdict(found)})
     print(f"{recipe.name} on {ranks} ranks, simulated in one process: nothing was run; all is covered once.")
     for title, lines in format_simulation(found).items():
         print(f"{title} ({found.seconds[title]:.1f} s)")

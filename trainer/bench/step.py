@@ -8,7 +8,6 @@ ratios; there is no optimizer and only one rank.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ...recipes import Recipe
 from ...recipes.schema import Kernels
-from ..errors import RunError, writing
+from ..errors import RunError
 from ..models.backbone import read_config
 from ..models.hub import architecture
 from ..models.kernel_selection import KernelChoice, KernelWork
@@ -31,7 +30,7 @@ from ..planner.flops import Part, patch_latent_parts
 from ..planner.timing import done_flops, useful_flops
 from ..stages.patch_latents import PatchLatentModel, PatchLatentStage, grid_side
 from .dense import DenseStep
-from .machine import machine
+from .machine import machine, write_record
 from .prompts import Batch, Case, cases, draw_batch, real_lengths
 from .routed import Clock, CompiledStep, routed_step
 from .shapes import random_model, scaled
@@ -113,9 +112,7 @@ def bench(
                 print(f"{case.name} text tokens: {which} does not fit in the memory of this device", flush=True)
         record["cases"] = [asdict(row) for row in rows]
         if out:
-            with writing(out):
-                out.mkdir(parents=True, exist_ok=True)
-                (out / "step.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            write_record(out, "step.json", record)
     if not rows:
         raise RunError("bench step: no case fits in the memory of this device; give fewer --samples")
     print(table(record, rows))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import platform
 import sys
 from dataclasses import asdict
@@ -17,6 +15,7 @@ from ...data.progress import progress
 from ...data.shards import open_dataset
 from ...slurm.exit_record import newest_step
 from ..errors import RunError, writing
+from ..io import write_json, write_png
 from ..monitors.evaluations import note_evaluation
 from ..versions import versions
 from .generate import Reveal
@@ -103,13 +102,11 @@ def evaluate(
         "versions": versions(VERSIONS),
     }
     text = table(found)
-    png = io.BytesIO()
-    found.contact_sheet.save(png, "PNG")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / SHEET, png.getvalue())
+        write_png(out / SHEET, found.contact_sheet)
         write_atomic(out / TABLE, text.encode())
-        write_atomic(out / METRICS, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+        write_json(out / METRICS, record)
     for run in (mllm, controlnet):
         if problem := note_evaluation(run, newest_step(run), found.figures):
             print(problem, file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ...data.atomic import write_atomic
 from ...data.progress import progress
 from ..errors import RunError, writing
+from ..io import write_json, write_png
 from ..terminal import terminal
 from ..training.run_history import History
 
@@ -47,15 +46,13 @@ def replay(
     with progress("rebuilding the step"):
         found = rebuild(run, place, weights_step)
     out = out or run / "replay" / f"step-{place.step:08d}-batch-{place.batch:08d}"
-    record = json.dumps(found.record(), indent=1)
-    png = io.BytesIO()
-    found.sheet(SHOWN).save(png, "PNG")
+    record, sheet = found.record(), found.sheet(SHOWN)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / RECORD, record.encode())
-        write_atomic(out / SHEET, png.getvalue())
+        write_json(out / RECORD, record)
+        write_png(out / SHEET, sheet)
     if as_json:
-        print(record)
+        print(json.dumps(record, indent=1))
     else:
         _print(found, out)
 

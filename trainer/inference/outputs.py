@@ -5,7 +5,6 @@ The content of a folder is a function of the command only, recorded in its `prom
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from PIL import Image
 from ...data.atomic import commit, write_atomic
 from ...data.transforms import clean_caption
 from ..errors import RunError, writing
+from ..io import write_png
 from .contact_sheet import make_contact_sheet
 
 RECORD, SHEET = "prompts.jsonl", "contact_sheet.png"
@@ -153,7 +153,7 @@ def _write(out: Path, image_file: ImageFile, images: Sequence[Image.Image], layo
             whole.paste(image, (i % 2 * width, i // 2 * height))
     # Hidden while it is written, so that no benchmark reads a partial file; a leftover is overwritten.
     temporary = out / f".{image_file.file.replace('/', '-')}"
-    temporary.write_bytes(_png(whole))
+    whole.save(temporary, "PNG")
     commit(str(temporary), path)
 
 
@@ -167,9 +167,9 @@ def write_contact_sheet(out: Path, image_files: Sequence[ImageFile]) -> None:
     for row in range(len(shown[0])):
         label = "" if len(shown[0]) == 1 else f"sample {row}"
         rows[label] = [Image.open(out / column[row].file) for column in shown]
-    png = _png(make_contact_sheet(rows, [column[0].prompt.text for column in shown]))
+    sheet = make_contact_sheet(rows, [column[0].prompt.text for column in shown])
     with writing(out):
-        write_atomic(out / SHEET, png)
+        write_png(out / SHEET, sheet)
 
 
 def clean(text: str) -> str:
@@ -198,9 +198,3 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise RunError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
