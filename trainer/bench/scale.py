@@ -35,27 +35,6 @@ Mode = Literal["weak", "strong"]
 MODES: tuple[Mode, ...] = ("weak", "strong")
 
 
-def read_modes(text: str | None) -> Sequence[Mode]:
-    """The modes of `--mode`; all modes by default."""
-    if text is None:
-        return MODES
-    chosen: list[Mode] = [mode for mode in MODES if mode == text]
-    if not chosen:
-        raise RunError(f"--mode {text}: give weak or strong")
-    return chosen
-
-
-def read_ranks(text: str) -> list[int]:
-    """The numbers of ranks of `--ranks`."""
-    try:
-        counts = sorted({int(word) for word in text.split(",")})
-    except ValueError:
-        counts = []
-    if not counts or counts[0] < 1:
-        raise RunError(f"--ranks {text}: give whole numbers from 1, such as 1,2,4")
-    return counts
-
-
 def run_points(recipe: Recipe, modes: Sequence[Mode], counts: Sequence[int], out: Path, arguments: list[str]) -> int:
     """Measure every mode on every number of local ranks, one by one, with `bench scale ARGUMENTS`; then show all
     points. Returns the exit code of the first failure."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +11,14 @@ import typer
 from ...recipes import load_recipe
 from ..distributed.launcher import init_from_env
 from ..distributed.stop_signals import ignore_signals
-from .options import Overrides, RecipeArgument
+from .options import Overrides, RecipeArgument, counts
 
 app = typer.Typer(no_args_is_help=True)
+
+
+class ScalingMode(str, Enum):
+    weak = "weak"
+    strong = "strong"
 
 
 @app.command("step")
@@ -78,7 +84,7 @@ def bench_scale(
         str, typer.Option(help="Numbers of local ranks; srun's or torchrun's takes precedence.")
     ] = "1,2,4,8",
     mode: Annotated[
-        str | None, typer.Option(help="weak: fixed micro_batch; strong: fixed global_batch; default both.")
+        ScalingMode | None, typer.Option(help="Fixed micro_batch (weak) or global_batch (strong); default both.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Measured steps per point, after two warm-up steps.", min=1)] = 8,
     out: Annotated[Path, typer.Option(help="Folder for one JSON per point, and scale.png.")] = Path("scale"),
@@ -95,10 +101,11 @@ def bench_scale(
         return
     from ..bench import scale
 
-    modes = scale.read_modes(mode)
+    modes = [each for each in scale.MODES if mode in (None, each)]
     if not init_from_env():
         options = [f"--steps={steps}", f"--out={out}"]
-        code = scale.run_points(settings, modes, scale.read_ranks(ranks), out, [recipe, *(overrides or []), *options])
+        numbers = sorted(set(counts("--ranks", ranks)))
+        code = scale.run_points(settings, modes, numbers, out, [recipe, *(overrides or []), *options])
     else:
         code = scale.measure(settings, modes[0], steps, out)
         ignore_signals()

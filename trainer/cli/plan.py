@@ -11,7 +11,7 @@ import typer
 from ...recipes import load_recipe
 from ...slurm.named_paths import require_paths
 from ..errors import RunError, writing
-from .options import Overrides, RecipeArgument
+from .options import Overrides, RecipeArgument, counts
 
 
 def plan(
@@ -27,7 +27,7 @@ def plan(
     """Predict memory, FLOPs, traffic, step time and cost of a recipe on any number of GPUs."""
     settings = load_recipe(recipe, overrides or [])
     require_paths(Path(settings.runs_dir) / settings.name, settings.previews, settings.init_from)
-    counts = _counts(gpus)
+    numbers = counts("--gpus", gpus)
     from ..planner.devices import find_device, this_device
 
     chosen = find_device(device) if device else this_device()
@@ -42,7 +42,7 @@ def plan(
     work, prompted = workload(settings), settings.stage == "patch-latents"
     previews = image_generator_bytes(settings.previews) if prompted else 0.0  # stage 2 generates images itself
     report = Report(
-        settings.name, parts(settings, text_tokens), work, counts, chosen, text_tokens if prompted else None, previews
+        settings.name, parts(settings, text_tokens), work, numbers, chosen, text_tokens if prompted else None, previews
     )
     samples = samples or settings.steps * settings.global_batch
     if as_json:
@@ -52,13 +52,3 @@ def plan(
     if plot and chosen:
         with writing(plot):
             draw(settings.name, report.parts, work, chosen, plot)
-
-
-def _counts(text: str) -> list[int]:
-    try:
-        counts = [int(word) for word in text.split(",")]
-    except ValueError:
-        counts = []
-    if not counts or min(counts) < 1:
-        raise RunError(f"--gpus {text}: give whole numbers from 1, such as 8,64,256")
-    return counts

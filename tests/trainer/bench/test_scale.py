@@ -20,6 +20,7 @@ from bifrost.recipes import BatchSplit, load_recipe
 from bifrost.trainer.bench import scale, simulate
 from bifrost.trainer.bench.collectives import Clock
 from bifrost.trainer.cli.main import app
+from bifrost.trainer.cli.options import counts
 from bifrost.trainer.errors import RunError
 
 KNOWN_7B = {"trained": 6_539_391_488, "frozen": 7_747_169_280}  # docs/plan.md, counted by hand
@@ -83,9 +84,7 @@ def test_batches_of_weak_and_strong_scaling(tmp_path: Path) -> None:
     assert (strong.global_batch, strong.micro_batch, strong.split(4).passes) == (48, 6, 2)
     for wrong in ("0,2", "two", ""):
         with pytest.raises(RunError, match="--ranks"):
-            scale.read_ranks(wrong)
-    with pytest.raises(RunError, match="--mode"):
-        scale.read_modes("fast")
+            counts("--ranks", wrong)
 
 
 def collectives_of_a_slow_rank() -> list[float]:

@@ -31,6 +31,10 @@ class Left(Exception):
             "generate --layout x",
             "error: invalid value for '--layout': 'x' is not one of 'plain', 'geneval', 'dpg'; see",
         ),
+        (
+            "bench scale tiny-mllm --mode x",
+            "error: invalid value for '--mode': 'x' is not one of 'weak', 'strong'; see",
+        ),
         ("plan tiny-mllm --gpus", "error: option '--gpus' requires an argument"),
         (
             "init my/cats --from tiny-mllm",
