@@ -101,7 +101,7 @@ def bench_scale(
         return
     from ..bench import scale
 
-    modes = [each for each in scale.MODES if mode in (None, each)]
+    modes: list[scale.Mode] = [each for each in scale.MODES if mode in (None, each)]
     if not init_from_env():
         options = [f"--steps={steps}", f"--out={out}"]
         numbers = sorted(set(counts("--ranks", ranks)))

@@ -20,7 +20,7 @@ from ...data import Dataset
 from ...data.progress import progress
 from ...kernels import PrefixLayout
 from ..inference.contact_sheet import make_contact_sheet
-from ..inference.generator import Generator, Settings
+from ..inference.generator import Generator, Settings, to_images
 from ..inference.masked_decoding import NO_EPOCH
 from ..models.flux import gaussian
 from ..models.masking import draw_masks
@@ -202,7 +202,7 @@ class _Trial:
 
         Real images are encoded at P pixels like generated ones: else a difference in sharpness would count.
         """
-        real = self._encode([Image.fromarray(image) for image in self.originals.permute(0, 2, 3, 1).numpy()]).float()
+        real = self._encode(to_images(self.originals)).float()
         places = torch.arange(len(real), device=real.device)
         match: dict[str, dict[str, float]] = {}
         apart: dict[str, float] = {}
@@ -246,13 +246,12 @@ def _sheet(trials: dict[str, _Trial]) -> Image.Image:
     rows: dict[str, list[Image.Image]] = {}
     columns: list[str] = []
     for trial in trials.values():
-        originals = [Image.fromarray(image) for image in trial.originals.permute(0, 2, 3, 1).numpy()]
         shown = {
             "generated": trial.made["full"],
             "true latents": trial.made["ground_truth"],
             "true latents alone": trial.made["latents_alone"],
             "no ControlNet": trial.made["no_controlnet"],
-            "original": originals,
+            "original": to_images(trial.originals),
         }
         for label, images in shown.items():
             rows.setdefault(label, []).extend(images[:SHEET_COLUMNS])

@@ -122,7 +122,7 @@ class Generator:
             if given is None and settings.controlnet:
                 given = self.latents(prompts[part], seeds[part], settings)
             pixels = self.render(prompts[part], seeds[part], settings, given)
-            images += [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()]
+            images += to_images(pixels)
             made(len(pixels))
         return images
 
@@ -174,6 +174,11 @@ class Generator:
     def _text(self, prompts: Sequence[str]) -> Text:
         tokens = self.tokenizers(prompts)
         return Text(*self.flux.encode_text(Tokens(tokens.t5.to(self.device), tokens.clip.to(self.device))))
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """RGB images of uint8 pixels [B, 3, H, W]."""
+    return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()]
 
 
 def load_mllm(path: Path, stage: PatchLatentStage, device: torch.device, dtype: torch.dtype) -> PatchLatentModel:
