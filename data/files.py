@@ -26,7 +26,11 @@ def is_local(url: str) -> bool:
 
 class _LocalFile:
     def __init__(self, path: str) -> None:
-        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 closed by `OpenShards` or `Stream`
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 closed by `close`
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):  # opening may have failed
+            self.close()
 
     def read(self, start: int, size: int) -> bytes:
         parts, missing = [], size
@@ -132,22 +136,11 @@ Opened = TypeVar("Opened", bound=_Opened)
 Found = TypeVar("Found")
 
 
-class _Held(Generic[Opened]):
-    """An open shard and the number of threads that read from it."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        """Held while the shard is being opened."""
-        self.opened: Opened | None = None
-        self.readers = 0
-        self.dropped = False
-
-
 class OpenShards(Generic[Opened]):
     """LRU cache of at most `max_open` open shards; `opened` opens shard number i.
 
-    Thread-safe: a shard is not closed while another thread reads from it. Range reads have no shared cursor, so a fork
-    may keep using files that its parent opened.
+    Thread-safe: a file is closed when nothing refers to it any more, so not while another thread reads from it. Range
+    reads have no shared cursor, so a fork may keep using files that its parent opened.
     """
 
     def __init__(self, urls: Sequence[str], opened: Callable[[int], Opened], max_open: int) -> None:
@@ -158,7 +151,7 @@ class OpenShards(Generic[Opened]):
 
     def _renew(self) -> None:
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, _Held[Opened]] = OrderedDict()
+        self._open: OrderedDict[int, Opened] = OrderedDict()
         self._pid = os.getpid()
 
     def read(self, shard: int, action: Callable[[Opened], Found]) -> Found:
@@ -170,57 +163,35 @@ class OpenShards(Generic[Opened]):
             raise DataLost(f"{self.urls[shard]}: cannot be read any more; check the storage") from error
 
     def _once(self, shard: int, action: Callable[[Opened], Found]) -> Found:
-        held = self._take(shard)
+        opened = self._get(shard)
         try:
-            with held.lock:
-                if held.opened is None:
-                    held.opened = self._opened(shard)
-            return action(held.opened)
+            return action(opened)
         except BaseException as error:
-            if verdict(error) is not None and not (held.opened and isinstance(held.opened.file, RemoteFile)):
-                self._drop(shard, held)  # a remote file has no handle, and keeps track of the object's version
+            # A remote file has no handle, and keeps track of the object's version.
+            if verdict(error) is not None and isinstance(opened.file, _LocalFile):
+                with self._lock:
+                    if self._open.get(shard) is opened:
+                        del self._open[shard]
             raise
-        finally:
-            self._give_back(held)
 
-    def _take(self, shard: int) -> _Held[Opened]:
+    def _get(self, shard: int) -> Opened:
         if self._pid != os.getpid():  # a fork: the parent's other threads, which may have held the lock, do not exist
-            before = self._open
+            local = {number: each for number, each in self._open.items() if isinstance(each.file, _LocalFile)}
             self._renew()
-            for number, held in before.items():
-                if held.opened is not None and isinstance(held.opened.file, _LocalFile):
-                    self._open[number] = _Held()
-                    self._open[number].opened = held.opened
+            self._open.update(local)
         with self._lock:
-            held = self._open.setdefault(shard, _Held())
-            held.readers += 1
+            opened = self._open.get(shard)
+        opened = self._opened(shard) if opened is None else opened
+        with self._lock:
+            opened = self._open.setdefault(shard, opened)  # another thread may have been first
             self._open.move_to_end(shard)
             while len(self._open) > self.max_open:
-                _, oldest = self._open.popitem(last=False)
-                self._close(oldest)
-            return held
-
-    def _drop(self, shard: int, held: _Held[Opened]) -> None:
-        with self._lock:
-            if self._open.get(shard) is held:
-                del self._open[shard]
-                self._close(held)
-
-    def _give_back(self, held: _Held[Opened]) -> None:
-        with self._lock:
-            held.readers -= 1
-            if held.dropped:
-                self._close(held)
-
-    def _close(self, held: _Held[Opened]) -> None:
-        """Close a shard that is no longer listed, once no thread reads from it."""
-        held.dropped = True
-        if not held.readers and held.opened is not None:
-            held.opened.file.close()
+                self._open.popitem(last=False)
+            return opened
 
     def __getstate__(self) -> dict:
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_open", "_pid")}
-        return state  # descriptors and locks cannot be pickled
+        # Descriptors and locks cannot be pickled.
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_open", "_pid")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)

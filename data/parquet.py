@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +47,15 @@ class RowBytes:
         return value
 
     def _value(self) -> Any:
-        global _last
-        try:
+        with _reopened(_reader):
             return _reader(self.table, self.group, self.column).value(self.row)
-        except OSError:
-            _last = None  # the handle of a network file system may never recover
-            raise
 
 
 class _Reader:
     """Values of one column of a row group, read sequentially, since a row group may be larger than memory."""
 
-    def __init__(self, place: tuple[str, int, str]) -> None:
-        self.place = place
+    def __init__(self, table: str, group: int, column: str) -> None:
+        self.place = table, group, column
         self._begin()
 
     def _begin(self) -> None:
@@ -79,21 +77,30 @@ class _Reader:
         return self.batch.column(0)[row - self.start].as_py()
 
 
-_last: _Reader | None = None
+_reader = lru_cache(maxsize=1)(_Reader)
 
 
-def _reader(*place: Any) -> _Reader:
-    global _last
-    if _last is None or _last.place != place:
-        _last = _Reader(place)
-    return _last
+@lru_cache(maxsize=1)
+def _file(table: Path) -> ParquetFile:
+    return ParquetFile(table)
+
+
+@contextmanager
+def _reopened(cached: Any) -> Iterator[None]:
+    """Forget a cached open file after an error: the handle of a network file system may never recover."""
+    try:
+        yield
+    except OSError:
+        cached.cache_clear()
+        raise
 
 
 def read_parquet(table: Path, columns: Columns) -> Iterator[Row]:
     """Rows of a Parquet table, without reading embedded images. Raises DataError when it is not a Parquet file, lacks a
     column, or has an image column whose type is neither file names nor images."""
+    _file.cache_clear()  # the table may have been replaced
     try:
-        file = with_retries(lambda: ParquetFile(table), table)
+        file = with_retries(lambda: _file(table), table)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{table}: not a Parquet file ({_first_line(error)}); check it") from None
     names = file.schema_arrow.names
@@ -107,29 +114,19 @@ def read_parquet(table: Path, columns: Columns) -> Iterator[Row]:
     return _rows(table, file, image, caption, kind)
 
 
-class _Opened:
-    """A table whose row groups are read in sequence. After an error the file is reopened, since the handle of a network
-    file system may never recover."""
-
-    def __init__(self, table: Path, file: ParquetFile) -> None:
-        self.table = table
-        self.file: ParquetFile | None = file
-
-    def group(self, number: int, columns: list[str]) -> pyarrow.Table:
-        file, self.file = self.file or ParquetFile(self.table), None
-        found = file.read_row_group(number, columns=columns, use_threads=False)
-        self.file = file
-        return found
+def _group(table: Path, number: int, columns: list[str]) -> pyarrow.Table:
+    with _reopened(_file):
+        return _file(table).read_row_group(number, columns=columns, use_threads=False)
 
 
 def _rows(table: Path, file: ParquetFile, image: str, caption: str, kind: pyarrow.DataType) -> Iterator[Row]:
-    before, opened = 0, _Opened(table, file)
+    before = 0
     # Embedded images are not read here, only their names.
     wanted = [caption] + ([f"{image}.path"] if _has_path(kind) else [image] if _is_text(kind) else [])
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         try:
-            found = with_retries(lambda group=group: opened.group(group, wanted), table)
+            found = with_retries(lambda group=group: _group(table, group, wanted), table)
             captions = found.column(caption).to_pylist()
             named = found.column(image).to_pylist() if image in found.column_names else [None] * rows
         except (pyarrow.ArrowException, OSError) as error:

@@ -114,10 +114,10 @@ def fetch(url: str, start: int, size: int) -> Response:
     if size == 0:
         return Response(b"")
     fs, path = filesystem(url)
-    if _has_protocol(fs, "http"):
-        return _not_none(sync(fs.loop, _over_http, fs, path, start, size))
-    if _has_protocol(fs, "s3"):
-        return _not_none(sync(fs.loop, _from_s3, fs, path, start, size))
+    own = _over_http if _has_protocol(fs, "http") else _from_s3 if _has_protocol(fs, "s3") else None
+    if own is not None:
+        response: Any = sync(fs.loop, own, fs, path, start, size)
+        return response
     total = fs.size(path)
     end = min(start + size, total)
     if start >= end:
@@ -125,12 +125,8 @@ def fetch(url: str, start: int, size: int) -> Response:
     body = fs.cat_file(path, start=start, end=end)
     if len(body) == total != end - start:
         return Response(b"", total, whole=Kept(url, body))
-    return Response(_exact(body, end - start), total)
-
-
-def _not_none(response: Response | None) -> Response:
-    assert response is not None, "fsspec's sync returns the result of the coroutine"
-    return response
+    _check_size(len(body), end - start)
+    return Response(body, total)
 
 
 def read_start(url: str, limit: int = LONGEST) -> bytes:
@@ -140,7 +136,7 @@ def read_start(url: str, limit: int = LONGEST) -> bytes:
     if response.whole is None:
         return response.body
     with closing(response.whole):
-        _require(response.whole, response.total or size_of(url))
+        _check_size(response.whole.size, response.total or size_of(url))
         return response.whole.read(0, min(limit, response.whole.size))
 
 
@@ -178,10 +174,12 @@ class RemoteFile:
             response = fetch(self.url, start, size)
             with self._lock:
                 if response.whole and response.total is None:  # its end was the end of the connection
-                    _require(response.whole, self.total or size_of(self.url))
+                    _check_size(response.whole.size, self.total or size_of(self.url))
                 self._same(response)
                 if response.whole is None:
-                    return self._complete(response, start, size)
+                    if self.total is not None:
+                        _check_size(len(response.body), max(0, min(start + size, self.total) - start))
+                    return response.body
                 if self._whole is None:
                     log.warning("%s: the server ignores byte ranges; reading and keeping the whole object", self.url)
                     self._whole = response.whole
@@ -195,12 +193,6 @@ class RemoteFile:
             if self._whole is not None:
                 self._whole.close()
                 self._whole = None
-
-    def _complete(self, response: Response, start: int, size: int) -> bytes:
-        end = start + size if self.total is None else min(start + size, self.total)
-        if len(response.body) < end - start and self.total is not None:
-            raise InvalidResponse(f"received {len(response.body)} of {end - start} bytes")
-        return response.body
 
     def _same(self, response: Response) -> None:
         if response.total is not None:
@@ -241,15 +233,10 @@ async def _over_http(fs: Any, url: str, start: int, size: int) -> Response:
         # Some servers compress despite the header; aiohttp decompresses, and the stated length is the compressed one.
         length = None if "Content-Encoding" in response.headers else response.content_length
         kept = Kept(url)
-        try:
-            async for chunk in response.content.iter_chunked(CHUNK):
-                kept.write(chunk)
-            if length not in (None, kept.size):
-                raise InvalidResponse(f"received {kept.size} of {length} bytes")
-            _refuse_page(response.headers.get("Content-Type"), kept.read(0, 64))
-        except BaseException:
-            kept.close()
-            raise
+        async for chunk in response.content.iter_chunked(CHUNK):
+            kept.write(chunk)
+        _check_size(kept.size, length)
+        _refuse_page(response.headers.get("Content-Type"), kept.read(0, 64))
         return Response(b"", length, tag, kept)
 
 
@@ -266,7 +253,7 @@ async def _from_s3(fs: Any, path: str, start: int, size: int) -> Response:
         raise
     async with response["Body"] as stream:
         body = await asyncio.wait_for(stream.read(), 60 + response.get("ContentLength", 0) / SLOWEST)
-    _exact(body, response.get("ContentLength"))
+    _check_size(len(body), response.get("ContentLength"))
     tag = _strong(response.get("ETag"))
     if "ContentRange" in response:
         return _part(body, response["ContentRange"], start, size, tag)
@@ -284,7 +271,8 @@ def _part(body: bytes, content_range: str | None, start: int, size: int, tag: st
     end = start + size if total is None else min(start + size, total)
     if first != start or last + 1 > end or (total is not None and last + 1 != end):
         raise InvalidResponse(f"received bytes {first} to {last}, requested {start} to {end - 1}")
-    return Response(_exact(body, last + 1 - first), total, tag)
+    _check_size(len(body), last + 1 - first)
+    return Response(body, total, tag)
 
 
 def _refuse_page(content_type: str | None, start: bytes) -> None:
@@ -294,17 +282,9 @@ def _refuse_page(content_type: str | None, start: bytes) -> None:
         raise InvalidResponse("received a web page instead of the file")
 
 
-def _exact(body: bytes, length: int | None) -> bytes:
-    if length is not None and len(body) != length:
-        raise InvalidResponse(f"received {len(body)} of {length} bytes")
-    return body
-
-
-def _require(whole: Kept, size: int | None) -> None:
-    if size not in (None, whole.size):
-        received = whole.size
-        whole.close()
-        raise InvalidResponse(f"received {received} of {size} bytes")
+def _check_size(received: int, stated: int | None) -> None:
+    if stated not in (None, received):
+        raise InvalidResponse(f"received {received} of {stated} bytes")
 
 
 def _strong(tag: str | None) -> str | None:
