@@ -28,11 +28,18 @@ def write_atomic(path: str | os.PathLike, data: bytes, mode: int | None = None) 
 
 def commit(temporary: str, path: str | os.PathLike) -> None:
     """Sync a complete temporary file, rename it to `path`, and sync the folder."""
-    for target in (temporary, os.path.dirname(os.path.abspath(path))):
-        handle = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        if target is temporary:
-            os.replace(temporary, path)
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(os.path.dirname(os.path.abspath(path)))
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Flush a file, or a folder's entries (created, renamed and removed names), to disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        error.filename = os.fspath(path)
+        raise
+    finally:
+        os.close(handle)

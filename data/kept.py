@@ -1,4 +1,4 @@
-"""Objects of servers that ignore byte ranges, kept whole in temporary files."""
+"""Temporary copies of whole objects, for servers that ignore byte ranges."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Kept:
     """A whole object in an unnamed temporary file; a process keeps at most WHOLE_LIMIT bytes of them in total."""
 
     _lock = threading.Lock()
-    _in_all = 0
+    _total = 0
 
     def __init__(self, url: str, body: bytes = b"") -> None:
         self.url = url
@@ -27,9 +27,9 @@ class Kept:
 
     def write(self, chunk: bytes) -> None:
         with Kept._lock:
-            Kept._in_all += len(chunk)
+            Kept._total += len(chunk)
             self.size += len(chunk)
-            full = Kept._in_all > WHOLE_LIMIT
+            full = Kept._total > WHOLE_LIMIT
         if full:
             self.close()
             raise DataError(
@@ -49,6 +49,6 @@ class Kept:
 
     def close(self) -> None:
         with Kept._lock:
-            Kept._in_all -= self.size
+            Kept._total -= self.size
             self.size = 0
         self._file.close()

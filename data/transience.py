@@ -73,10 +73,8 @@ def status(error: BaseException) -> int | None:
         return None  # aiohttp's own 400 for an invalid HTTP response, not sent by the server
     found = getattr(response, "status_code", None) or getattr(response, "status", None)
     found = found or getattr(error, "status_code", None) or getattr(error, "status", None)
-    if found is None and type(error).__name__ in ("HttpError", "HTTPError"):  # gcsfs, urllib
-        found = getattr(error, "code", None)
-    if found is None and _module(error) == "google":
-        found = getattr(error, "code", None)
+    if found is None and (type(error).__name__ in ("HttpError", "HTTPError") or _module(error) == "google"):
+        found = getattr(error, "code", None)  # gcsfs, urllib, google
     if isinstance(found, int) or (isinstance(found, str) and found.isdigit()):
         return int(found) if 100 <= int(found) < 600 else None
     return None
@@ -86,27 +84,28 @@ def is_missing(error: BaseException) -> bool:
     """Whether an error means that the file or object does not exist, as opposed to being unreachable or in a missing
     bucket."""
     found, link = judged(error)
-    response = getattr(link, "response", None)
-    if found is not False or (isinstance(response, dict) and response.get("Error", {}).get("Code") == "NoSuchBucket"):
+    if found is not False or _s3_code(link) == "NoSuchBucket":
         return False
-    return (
-        status(link) in (404, 410)
-        or (isinstance(link, OSError) and link.errno == errno.ENOENT)
-        or (isinstance(link, FileNotFoundError))
-    )
+    no_file = isinstance(link, FileNotFoundError) or (isinstance(link, OSError) and link.errno == errno.ENOENT)
+    return no_file or status(link) in (404, 410)
 
 
 def lacks_credentials(error: BaseException) -> bool:
     """Whether an error means that a client has no credentials, or that they were refused."""
-    for link in causes(error):
-        if any(cls.__name__ in CREDENTIALS.get(_root(cls), ()) for cls in type(link).__mro__):
-            return True
-        response = getattr(link, "response", None)
-        if isinstance(response, dict) and response.get("Error", {}).get("Code") in REFUSED_CREDENTIALS:
-            return True
-        if status(link) == 401:
-            return True
-    return False
+    return any(
+        _is_credentials_class(link) or _s3_code(link) in REFUSED_CREDENTIALS or status(link) == 401
+        for link in causes(error)
+    )
+
+
+def _is_credentials_class(error: BaseException) -> bool:
+    return any(cls.__name__ in CREDENTIALS.get(_root(cls), ()) for cls in type(error).__mro__)
+
+
+def _s3_code(error: BaseException) -> str | None:
+    """The S3 error code of a botocore error, empty if the response has none."""
+    response = getattr(error, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else None
 
 
 def _own(error: BaseException) -> bool | None:
@@ -118,11 +117,9 @@ def _own(error: BaseException) -> bool | None:
 
 
 def _by_status(error: BaseException) -> bool | None:
-    if any(cls.__name__ in CREDENTIALS.get(_root(cls), ()) for cls in type(error).__mro__):
+    if _is_credentials_class(error):
         return False
-    response = getattr(error, "response", None)
-    code = str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else None
-    found = status(error)
+    code, found = _s3_code(error), status(error)
     if code in PASSING_CODES or (found == 409 and code in CODELESS_CONFLICT):
         return True
     if found is not None and found >= 400:

@@ -6,17 +6,18 @@ Both files hold {"node": {"times": n, "last": unix time, "reason": "…"}}. Dele
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from ..data.processes import WITHOUT_LOCKS
 from .errors import SlurmError
 from .io import read_json, write_json
+from .site import Site
 
 EXCLUDED = "excluded.json"
 
@@ -24,35 +25,25 @@ log = logging.getLogger(__name__)
 
 LOCK_S = 30.0
 """How long a writer waits for the lock."""
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
-class BadNodeSettings(Protocol):
-    """Settings of the site file for nodes that are found bad repeatedly."""
-
-    bad_node_file: str | None
-    """File shared by all runs; null for none."""
-    bad_node_threshold: int
-    """A node is excluded once it was found bad this many times."""
-
-
-def excluded(run_folder: Path | None, site: BadNodeSettings | None) -> list[str]:
+def excluded(run_folder: Path | None, site: Site | None) -> list[str]:
     """Nodes that the run found bad, and those that the site's runs found bad `site.bad_node_threshold` times, in order.
 
     Raises SlurmError for a malformed file, OSError if it cannot be read.
     """
     names = set(read_exclusions(run_folder / EXCLUDED)) if run_folder else set()
     if site and site.bad_node_file:
-        book = read_exclusions(Path(site.bad_node_file).expanduser())
+        book = read_exclusions(Path(site.bad_node_file))
         names |= {node for node, entry in book.items() if entry["times"] >= site.bad_node_threshold}
     return sorted(names)
 
 
-def exclude(bad: Mapping[str, str], run_folder: Path | None, site: BadNodeSettings | None) -> None:
+def exclude(bad: Mapping[str, str], run_folder: Path | None, site: Site | None) -> None:
     """Add nodes with their reasons to the run's file and the site's. Raises OSError or SlurmError."""
     files = [run_folder / EXCLUDED] if run_folder else []
     if site and site.bad_node_file:
-        files.append(Path(site.bad_node_file).expanduser())
+        files.append(Path(site.bad_node_file))
     for file in files:
         with _locked(file):
             book = read_exclusions(file)
@@ -88,7 +79,7 @@ def _locked(file: Path) -> Iterator[None]:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
-                if error.errno in NO_LOCKS:
+                if error.errno in WITHOUT_LOCKS:
                     log.warning("%s: written without a lock (%s)", file, error.strerror)
                     break
                 if time.monotonic() > deadline:

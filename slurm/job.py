@@ -73,8 +73,7 @@ def load_job(run: Path) -> Job:
 
 
 def write_recipe(run: Path, settings: str) -> None:
-    """Write the recipe that the job trains, as YAML, into the run folder; readable only by its user if it contains
-    credentials, which the job needs."""
+    """Write the job's recipe, as YAML, into the run folder, with mode 0600 if it contains a secret."""
     write_atomic(run / RECIPE, settings.encode(), 0o644 if redact(settings) == settings else 0o600)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_WORDS = {
+_EXPLANATIONS = {
     "AssociationJobLimit": "the account's job limit is reached; it starts when other jobs end",
     "AssocGrp": "the account's share of the cluster is in use; it starts when other jobs of the account end",
     "AssocMax": "it requests more than the account may use at once: submit with fewer --nodes or a shorter --time",
@@ -37,5 +37,5 @@ _WORDS = {
 def explained(reason: str) -> str:
     """Slurm's `reason` with its explanation, if known, by the longest matching prefix: Slurm appends details
     (`ReqNodeNotAvail, UnavailableNodes:node2`, `QOSMaxNodePerUserLimit`)."""
-    known = max((name for name in _WORDS if reason.startswith(name)), key=len, default=None)
-    return f"{reason}: {_WORDS[known]}" if known else reason
+    known = max((name for name in _EXPLANATIONS if reason.startswith(name)), key=len, default=None)
+    return f"{reason}: {_EXPLANATIONS[known]}" if known else reason

@@ -113,7 +113,7 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
             "RANK": environ["SLURM_PROCID"],
             "WORLD_SIZE": str(step_tasks(environ)),
             "LOCAL_RANK": environ["SLURM_LOCALID"],
-            "MASTER_ADDR": environ.get("MASTER_ADDR") or first_host(nodes),
+            "MASTER_ADDR": environ.get("MASTER_ADDR") or expand_hosts(nodes)[0],
             "MASTER_PORT": environ.get("MASTER_PORT") or str(FIRST_PORT + number % PORTS),
         }
     rank, size = _rank_and_size(environ)
@@ -252,13 +252,11 @@ def _private_name(environ: Mapping[str, str]) -> str:
     return f"bifrost-{task}"
 
 
-def first_host(nodelist: str) -> str:
-    """First host of Slurm's list notation: `gpu[007-012,020],login1` -> `gpu007`."""
-    return expand_hosts(nodelist)[0]
-
-
 def expand_hosts(nodelist: str) -> list[str]:
-    """Every host of Slurm's list notation: `gpu[007-008,020],login1` -> gpu007, gpu008, gpu020, login1."""
+    """Every host of Slurm's list notation: `gpu[007-008,020],login1` -> gpu007, gpu008, gpu020, login1.
+
+    Not python-hostlist: that is GPL, and this package is Apache-2.0.
+    """
     return [host for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist) for host in _expand(part)]
 
 

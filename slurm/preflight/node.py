@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -38,8 +37,9 @@ def node_checks(
 ) -> Iterator[tuple[str, Callable[[], Sequence[Finding]]]]:
     """(name, check) of all checks that this node makes alone."""
     yield "GPUs", lambda: device_findings(me.devices, limits.idle_gib, me.bound)
+    limited = partial(_folder, gib=limits.scratch_gib, inodes=limits.inodes, own=True)
     for name, folder in [("temp", tempfile.gettempdir()), *((f"scratch {each}", each) for each in scratch)]:
-        yield name, partial(_local, name, Path(folder), limits)
+        yield name, lambda name=name, folder=Path(folder): [limited(name, folder)]
     if me.size > 1:
         yield "own name", lambda: [_resolve("own name", socket.gethostname(), own=True)]
         yield "rendezvous name", lambda: [_resolve("rendezvous name", me.host)]
@@ -49,10 +49,6 @@ def node_checks(
         yield "run folder", lambda: [_folder("run folder", run, limits.free_gib, limits.inodes)]
         yield "recipe and data", lambda: _recipe(run)
     yield "versions", _versions
-
-
-def _local(check: str, folder: Path, limits: Limits) -> list[Finding]:
-    return [_folder(check, folder, limits.scratch_gib, limits.inodes, own=True)]
 
 
 def _folder(check: str, folder: Path, gib: float, inodes: int, own: bool = False) -> Finding:
@@ -131,18 +127,11 @@ def _versions() -> list[Finding]:
     versions = {
         "python": f"{platform.python_version()} {sys.executable}",
         "torch": torch.__version__,
-        "deepspeed": _version("deepspeed"),
-        "transformers": _version("transformers"),
+        "deepspeed": every.get("deepspeed", "none"),
+        "transformers": every.get("transformers", "none"),
         "CUDA": torch.version.cuda or "none",
         "NCCL": ".".join(map(str, nccl.version())) if torch.cuda.is_available() else "none",
-        "bifrost": f"{_version('bifrost-train')} {source_digest()}",
+        "bifrost": f"{every.get('bifrost-train', 'none')} {source_digest()}",
         "packages": f"{len(every) - 1} ({digest(map('=='.join, every.items()))})",
     }
     return [Finding(name, version, same=True) for name, version in versions.items()]
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "none"

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import SlurmError
-from ..exclusions import BadNodeSettings, exclude
+from ..exclusions import exclude
 from ..exit_codes import DONE, FAILED
 from ..exit_record import record_outcome
 from ..io import write_json
+from ..site import Site
 from .store import ReportFolder
 from .verdict import Findings, Verdict
 
@@ -24,7 +25,7 @@ CLAIM_S = 30.0
 
 
 def conclude(
-    findings: Findings, verdict: Verdict, run: Path | None, site: BadNodeSettings | None, folder: ReportFolder | None
+    findings: Findings, verdict: Verdict, run: Path | None, site: Site | None, folder: ReportFolder | None
 ) -> int:
     """Write and print the verdict, unless another process was first; return the exit code of the verdict."""
     if folder and not folder.claim():

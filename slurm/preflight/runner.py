@@ -13,8 +13,8 @@ from pathlib import Path
 from torch._C._distributed_c10d import HashStore, Store
 
 from ..errors import first_line
-from ..exclusions import BadNodeSettings
 from ..exit_codes import DONE, FAILED
+from ..site import Site
 from .fabric import Outcome, Wire, measure
 from .finding import Finding, Limits, within
 from .node import node_checks
@@ -27,7 +27,7 @@ from .verdict import compare, decide, fabric, missing_nodes, shared_folder
 def preflight(
     run: Path | None,
     me: RankInfo,
-    site: BadNodeSettings | None = None,
+    site: Site | None = None,
     limits: Limits | None = None,
     scratch: Sequence[str] = (),
     command: str | None = None,
@@ -45,9 +45,7 @@ def preflight(
 
 
 class _Session:
-    def __init__(
-        self, run: Path | None, me: RankInfo, site: BadNodeSettings | None, limits: Limits, wire: Wire
-    ) -> None:
+    def __init__(self, run: Path | None, me: RankInfo, site: Site | None, limits: Limits, wire: Wire) -> None:
         self.run, self.me, self.site, self.limits, self.wire = run, me, site, limits, wire
         self.folder = ReportFolder(run, me) if run else None
         self.start = time.monotonic()

@@ -168,10 +168,10 @@ def test_server_without_ranges(folder, caplog) -> None:
         assert len([path for method, path, _ in plan.asked if method == "GET" and path.endswith(".tar")]) == 3
         assert caplog.text.count("the server ignores byte ranges") == 3
         assert verify(f"{address}/s-{{00000..00002}}.tar") == []
-        in_all = kept_module.Kept._in_all
+        in_all = kept_module.Kept._total
         del dataset
         gc.collect()
-        assert in_all - kept_module.Kept._in_all == sum((folder / f"s-0000{n}.tar").stat().st_size for n in range(3))
+        assert in_all - kept_module.Kept._total == sum((folder / f"s-0000{n}.tar").stat().st_size for n in range(3))
 
 
 def test_server_that_always_compresses(folder) -> None:
@@ -196,13 +196,13 @@ def test_failing_server_without_ranges(folder, fault) -> None:
 
 def test_server_without_ranges_and_too_much_data(folder, monkeypatch) -> None:
     gc.collect()  # objects of earlier tests, which would free space if collected later
-    kept = kept_module.Kept._in_all
+    kept = kept_module.Kept._total
     monkeypatch.setattr(kept_module, "WHOLE_LIMIT", kept + 8000)
     with faulty_server.serving(folder, Plan(ranges=False)) as (address, _):
         dataset = open_dataset(f"{address}/s-00000.tar")
         with pytest.raises(DataError, match=r"s-00000\.tar: the server ignores byte ranges, and whole") as caught:
             samples(dataset)
-    assert not isinstance(caught.value, DataLost) and kept_module.Kept._in_all == kept
+    assert not isinstance(caught.value, DataLost) and kept_module.Kept._total == kept
 
 
 def test_empty_objects_and_empty_ranges(served, folder) -> None:

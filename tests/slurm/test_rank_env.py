@@ -10,7 +10,6 @@ import pytest
 from bifrost.slurm import SlurmError, launched_by, rank_environment
 from bifrost.slurm.rank_env import (
     expand_hosts,
-    first_host,
     free_port,
     idle_nodes,
     private_folders,
@@ -149,7 +148,7 @@ def test_nodes_left_idle_without_srun() -> None:
     ],
 )
 def test_first_host(nodes: str, first: str) -> None:
-    assert first_host(nodes) == first
+    assert expand_hosts(nodes)[0] == first
 
 
 def test_all_hosts() -> None:

@@ -61,24 +61,22 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> Entry:
     return Entry(size, digest.hexdigest())
 
 
-def hash_file(path: Path) -> Entry:
-    """Size and hash of a file on disk. Raises OSError."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(_BLOCK):
-            digest.update(block)
-        return Entry(file.tell(), digest.hexdigest())
-
-
-def hash_span(path: Path, start: int, size: int) -> str:
-    """Hash of a byte range of a file on disk; nothing else is read. Raises OSError."""
-    digest = hashlib.sha256()
+def read_blocks(path: Path, start: int = 0, size: float = math.inf) -> Iterator[bytes]:
+    """Content of a byte range of a file, by default all of it; nothing else is read. Raises OSError."""
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
-        while size > 0 and (block := file.read(min(_BLOCK, size))):
-            digest.update(block)
+        while size > 0 and (block := file.read(int(min(_BLOCK, size)))):
+            yield block
             size -= len(block)
-    return digest.hexdigest()
+
+
+def hash_file(path: Path, start: int = 0, size: float = math.inf) -> Entry:
+    """Size and hash of a byte range of a file on disk, by default all of it. Raises OSError."""
+    digest, found = hashlib.sha256(), 0
+    for block in read_blocks(path, start, size):
+        digest.update(block)
+        found += len(block)
+    return Entry(found, digest.hexdigest())
 
 
 class Spans:
@@ -98,18 +96,6 @@ class Spans:
                 yield part
             self.found[name] = Span(start, size, digest.hexdigest())
             start += size
-
-
-def sync_folder(path: Path) -> None:
-    """Flush a folder's entries (created, renamed and removed names) to disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    finally:
-        os.close(descriptor)
 
 
 class Piece(NamedTuple):

@@ -49,7 +49,10 @@ def export(
     if slot not in reader.slots:
         raise RunError(f"{run}: has no EMA of its weights (recipe key ema), leave --ema out")
     recipe = load_recipe(run / "recipe.yaml", stored=True)
-    pieces = {name: _piece(reader, slot, name, dtype) for name in reader.shapes}
+    pieces = {
+        name: Piece(name, tuple(shape), dtype, lambda name=name: reader.full(slot, name))
+        for name, shape in reader.shapes.items()
+    }
     # Renamed when complete; leftovers of an interrupted export are overwritten.
     partial = out.resolve().with_name(f".{out.resolve().name}.partial")
     with writing(out):
@@ -69,10 +72,6 @@ def export(
         (partial / CARD).write_text(text, encoding="utf-8")
         partial.replace(out)
     return reader.step
-
-
-def _piece(reader: CheckpointReader, slot: str, name: str, dtype: torch.dtype) -> Piece:
-    return Piece(name, tuple(reader.shapes[name]), dtype, lambda: reader.full(slot, name))
 
 
 def _public(

@@ -15,10 +15,10 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...data.atomic import write_atomic
+from ...data.atomic import sync, write_atomic
 from ..distributed.process_group import Gather
 from ..errors import RunError
-from .durable import sync_folder, write_file
+from .durable import read_blocks, write_file
 from .manifest import Manifest, read_manifest
 from .shard import Payload, Shard, ShardMetadata
 from .store import StorageError, Store, agreed
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 
 ID = "local-id"
 _NAME = re.compile(r"step-(\d{8,})\.([0-9a-f]+)-[0-9a-f]+\.rank-(\d{5,})-of-(\d{5,})")
-_BLOCK = 1 << 24
 
 
 class LocalParts:
@@ -68,16 +67,16 @@ class LocalParts:
         """
         held = gather([path.name for path in self.root.glob("step-*")] if self.root.is_dir() else [])
         step, since = gather(_newest(store))[0]
-        brought = None
+        recovered = None
         for (found, made, _), parts in sorted(_sets(held).items(), reverse=True):
             if found <= step or made < int(since):
                 continue
-            here, of = len(parts), int(next(iter(parts.values()))[0].rpartition("-")[2])
-            if here < of:
+            ranks = int(next(iter(parts.values()))[0].rpartition("-")[2])
+            if len(parts) < ranks:
                 if self.rank == 0:
-                    log.warning("the nodes hold %d of the %d local parts of step %d: skipped", here, of, found)
+                    log.warning("the nodes hold %d of the %d local parts of step %d: skipped", len(parts), ranks, found)
                 continue
-            mine = [name for part, (name, seers) in parts.items() if seers[part % len(seers)] == self.rank]
+            mine = [name for part, (name, seen_by) in parts.items() if seen_by[part % len(seen_by)] == self.rank]
             try:
                 store.assemble(found, lambda partial, mine=mine: self._copy(mine, partial), self.rank, gather)
             except StorageError:
@@ -88,11 +87,11 @@ class LocalParts:
                 continue
             if self.rank == 0:
                 log.warning("checkpoint of step %d recovered from the nodes' local disks", found)
-            brought = found
+            recovered = found
             break
         gather(None)  # no rank may remove files that another still reads
         shutil.rmtree(self.root, ignore_errors=True)
-        return brought
+        return recovered
 
     def _write(self, name: str, step: int, content: Payload) -> None:
         partial = self.root / f".{name}"
@@ -100,9 +99,9 @@ class LocalParts:
         files = content.write(partial).files
         metadata = content.metadata()
         Manifest(step=step, time=time.time(), files=files, **metadata._asdict()).write(partial)
-        sync_folder(partial)
+        sync(partial)
         partial.rename(self.root / name)
-        sync_folder(self.root)
+        sync(self.root)
 
     def _copy(self, names: list[str], partial: Path) -> Shard:
         files, metadata = {}, None
@@ -159,8 +158,6 @@ def _sets(held: list[list[str]]) -> dict[tuple[int, int, str], dict[int, tuple[s
 
 def _blocks(path: Path) -> Iterator[bytes]:
     try:
-        with open(path, "rb") as file:
-            while block := file.read(_BLOCK):
-                yield block
+        yield from read_blocks(path)
     except OSError as error:  # not the shared storage's
         raise RunError(f"{path.parent.name}/{path.name}: unreadable, {error.strerror}") from error

@@ -174,7 +174,7 @@ class CheckpointManager:
             near = None
             if self.local and self.local.save(save.step, content, self.group.gather):
                 near = time.perf_counter() - save.begun
-            size = self.store.save_content(save.step, content, self.group.gather)
+            size = self.store.save(save.step, content, self.group.gather)
             self._failures = 0
             self._tell(save, size, near)
             if self.local:

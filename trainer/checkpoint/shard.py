@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...data.retry import retrying
 from ..errors import RunError
-from .durable import Entry, Piece, Spans, hash_file, hash_span, safetensors_parts, write_file
+from .durable import Entry, Piece, Spans, hash_file, safetensors_parts, write_file
 from .layout import local_range
 from .reader import BUFFERS, STATE, rank_file
 from .staging import Slots
@@ -90,7 +90,7 @@ def _same(path: Path, entry: Entry, slot: str | None) -> bool:
     if slot is None or not entry.spans or slot not in entry.spans:
         return hash_file(path) == entry
     spans = (entry.spans[HEADER], entry.spans[slot])
-    return all(hash_span(path, span.start, span.size) == span.sha256 for span in spans)
+    return all(hash_file(path, span.start, span.size).sha256 == span.sha256 for span in spans)
 
 
 def file_problem(path: Path, entry: Entry, content: bool, slot: str | None = None) -> str | None:

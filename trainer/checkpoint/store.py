@@ -6,19 +6,16 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ...data.atomic import sync
 from ..distributed.process_group import Gather, single_process
 from ..errors import RunError
-from .durable import sync_folder
 from .manifest import Manifest, read_manifest
 from .reader import CheckpointReader
 from .shard import Payload, Shard, file_problem
-from .staging import Slots
 
 log = logging.getLogger(__name__)
 
@@ -49,21 +46,7 @@ class Store:
         matches = (re.fullmatch(r"step-(\d{8,})", path.name) for path in self.root.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
-    def save(
-        self,
-        step: int,
-        rank: int,
-        ranks: int,
-        slots: Slots,
-        shapes: Mapping[str, tuple[int, ...]],
-        state: Mapping[str, Any],
-        buffers: Mapping[str, torch.Tensor],
-        gather: Gather = single_process,
-    ) -> int:
-        """`save_content` of a `Payload` with these fields."""
-        return self.save_content(step, Payload(rank, ranks, slots, shapes, state, buffers), gather)
-
-    def save_content(self, step: int, content: Payload, gather: Gather = single_process) -> int:
+    def save(self, step: int, content: Payload, gather: Gather = single_process) -> int:
         """Write the checkpoint of `step`; collective over all ranks. Returns its size in bytes.
 
         An existing checkpoint of that step is kept if it verifies (returns 0), else replaced. If a rank fails, raises
@@ -195,18 +178,18 @@ class Store:
             if problem:
                 raise RunError(f"{name} as rank 0 sees it: {problem}; is {self.root} on a disk that all nodes share?")
         manifest.write(partial)
-        sync_folder(partial)
+        sync(partial)
         if self.folder(manifest.step).is_dir():  # one that did not verify
             self._remove(manifest.step)
         partial.rename(self.folder(manifest.step))
-        sync_folder(self.root)
+        sync(self.root)
 
     def _remove(self, step: int) -> None:
         # Renamed first, atomically: a half-removed folder is never mistaken for a checkpoint.
         aside = self.root / f".{self.folder(step).name}.removed"
         self.folder(step).rename(aside)
         self._sound.discard(step)
-        sync_folder(self.root)
+        sync(self.root)
         shutil.rmtree(aside)
 
     def _is_sound(self, step: int) -> bool:

@@ -118,7 +118,7 @@ def _store(run: Path) -> Store:
 def _existing(store: Store, step: int) -> int:
     if step not in store.steps():
         held = ", ".join(map(str, store.steps())) or "none"
-        raise RunError(f"{store.root} holds no checkpoint of step {step}; it holds {held or 'none'}")
+        raise RunError(f"{store.root} holds no checkpoint of step {step}; it holds {held}")
     return step
 
 

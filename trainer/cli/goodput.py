@@ -27,7 +27,7 @@ MEANING = {
 
 def goodput(
     run: Annotated[Path, typer.Argument(help="Run folder, such as runs/mllm-7b.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Where the time of RUN went, over all its attempts."""
     if not (run / "metrics.jsonl").is_file():

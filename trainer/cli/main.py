@@ -145,8 +145,7 @@ def _refuse(error: Any) -> NoReturn:
 
 
 def _rank() -> int | None:
-    """The rank of this process; None for a single process, whatever an earlier launcher has left in its environment: no
-    other process prints its errors."""
+    """The rank of this process; None for a single process, even if an earlier launcher left its variables."""
     words = sys.argv[1:]
     ranked = any(words[: len(verb)] == verb for verb in RANKED)
     if not ranked or "RANK" not in os.environ or any(word.startswith("--ranks") for word in words):

@@ -27,7 +27,7 @@ def on_ranks(
     trains: bool = False,
     usual: Callable[[], int] = devices,
 ) -> NoReturn:
-    """Do `work` if this process is a rank; otherwise run `arguments` as `ranks` processes, `usual()` without a number.
+    """Do `work` if this process is a rank; otherwise start `ranks` processes with `arguments`, by default `usual()`.
     trains: whether ranks save when they are stopped."""
     if init_from_env(ranks):
         code = work()

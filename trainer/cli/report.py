@@ -27,7 +27,7 @@ def report(
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, two or more.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write an HTML page, with curves.", show_default=False)] = None,
 ) -> None:
     """Compare RUNs: settings, environment, losses at the same steps, previews, speed, memory."""

@@ -50,7 +50,7 @@ class Run:
 
 def runs(
     folder: Annotated[Path, typer.Argument(help="Folder of runs; a recipe's runs_dir.")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """All runs in FOLDER: stage, state, step, loss, last activity, where, size of the checkpoints."""
     if not folder.is_dir():

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..io import write_json
+from ...slurm.io import write_json
 from .metrics import MetricsFile, read_metrics
 
 FILE = "goodput.json"

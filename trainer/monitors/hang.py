@@ -17,7 +17,7 @@ from typing import TextIO
 
 from ...slurm.exit_codes import HUNG
 from ...slurm.exit_record import record_outcome
-from ..io import write_json
+from ...slurm.io import write_json
 from .metrics import MetricsFile
 from .phase_timer import PhaseTimer
 from .stacks import RankStatus, listed, read_statuses, recorded_collectives, suspect_rank, thread_at, write_status

@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from ...recipes.secrets import HIDDEN, redact
+from ...slurm.io import write_json
 from ..errors import AlreadyRunning, RunError
-from ..io import read_json, write_json
+from ..io import read_json
 from .evaluations import FILE as EVALUATIONS
 from .metrics import Tail, read_metrics
 from .mlflow_errors import is_missing, one_line

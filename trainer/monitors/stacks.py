@@ -21,8 +21,8 @@ from typing import TextIO
 from torch._C import _distributed_c10d
 
 from ...data.atomic import write_atomic
+from ...slurm.io import write_json
 from ..distributed.process_group import BACKGROUND
-from ..io import write_json
 
 OURS = tuple(f"{Path(__file__).parents[2] / room}{os.sep}" for room in ("trainer", "data", "kernels"))
 

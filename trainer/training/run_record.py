@@ -19,10 +19,10 @@ import torch
 from ...data.atomic import write_atomic
 from ...recipes import to_yaml
 from ...recipes.secrets import redact
+from ...slurm.io import write_json
 from ...slurm.rank_env import host_name
 from ..distributed.process_group import Ranks
 from ..errors import RunError
-from ..io import write_json
 from ..models.kernel_selection import FILE as KERNELS_FILE
 from ..models.weights import full_shape
 from ..monitors.console import Console, log_to_file

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bifrost.trainer.checkpoint.layout import local_range
+from bifrost.trainer.checkpoint.shard import Payload
 from bifrost.trainer.checkpoint.store import Store
 
 SHAPES = {"layer.weight": (5, 3), "layer.bias": (3,), "scale": (), "empty": (0, 4)}
@@ -83,7 +84,9 @@ def save(run_ranks, slices):
 
         def work(rank, gather):
             held = slices(rank, ranks, seed)
-            Store(folder).save(step, rank, ranks, held, SHAPES, {"seed": seed}, {"mean": torch.ones(2) * seed}, gather)
+            Store(folder).save(
+                step, Payload(rank, ranks, held, SHAPES, {"seed": seed}, {"mean": torch.ones(2) * seed}), gather
+            )
 
         return run_ranks(ranks, work)
 

@@ -15,6 +15,7 @@ import bifrost
 import ranked
 import runs
 from bifrost.trainer.checkpoint.export import _base, export
+from bifrost.trainer.checkpoint.shard import Payload
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.hub import locate
@@ -132,7 +133,7 @@ def test_memory_is_a_few_tensors(run: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
     tensors = {f"t{number:02d}": torch.randn(2_000_000) for number in range(40)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    Store(tmp_path / "run" / "checkpoints").save(1, 0, 1, {"master": tensors}, shapes, {}, {})
+    Store(tmp_path / "run" / "checkpoints").save(1, Payload(0, 1, {"master": tensors}, shapes, {}, {}))
     tensors.clear()
     export(tmp_path / "run", tmp_path / "first", "hf", dtype=torch.float32)  # imports are no memory of an export
     before = own_memory()

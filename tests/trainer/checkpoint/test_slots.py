@@ -8,6 +8,7 @@ import torch
 
 from bifrost.trainer.checkpoint.layout import local_range
 from bifrost.trainer.checkpoint.manifest import read_manifest
+from bifrost.trainer.checkpoint.shard import Payload
 from bifrost.trainer.checkpoint.store import Store
 
 SLOTS = ("master", "exp_avg", "exp_avg_sq", "ema")
@@ -24,7 +25,7 @@ def checkpoint(tmp_path_factory, run_ranks) -> Path:
     def save(rank, gather):
         mine = values[slice(*local_range(NUMBERS, rank, 4))]
         slots = {slot: {"w": mine + place} for place, slot in enumerate(SLOTS)}
-        Store(folder).save(1, rank, 4, slots, {"w": (NUMBERS,)}, {}, {"mean": torch.ones(2)}, gather)
+        Store(folder).save(1, Payload(rank, 4, slots, {"w": (NUMBERS,)}, {}, {"mean": torch.ones(2)}), gather)
 
     assert run_ranks(4, save) == [None] * 4
     return folder

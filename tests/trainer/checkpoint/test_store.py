@@ -11,6 +11,7 @@ from bifrost.trainer.checkpoint import durable
 from bifrost.trainer.checkpoint import shard as part_module
 from bifrost.trainer.checkpoint.layout import local_range
 from bifrost.trainer.checkpoint.manifest import read_manifest
+from bifrost.trainer.checkpoint.shard import Payload
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
 
@@ -61,7 +62,7 @@ def test_reader_names_what_it_lacks(tmp_path, save):
 
 
 def test_no_buffers_no_file(tmp_path):
-    Store(tmp_path).save(1, 0, 1, {"master": {"a": torch.ones(2)}}, {"a": (2,)}, {}, {})
+    Store(tmp_path).save(1, Payload(0, 1, {"master": {"a": torch.ones(2)}}, {"a": (2,)}, {}, {}))
     reader = Store(tmp_path).newest_verified()
     assert reader.buffers() == {}
     assert sorted(os.listdir(reader.folder)) == ["manifest.json", "rank-00000.safetensors", "state.json"]
@@ -168,7 +169,7 @@ def test_a_read_only_folder_is_named(tmp_path, save):
 
 def test_nodes_that_do_not_share_the_disk(tmp_path, run_ranks, slices):
     def work(rank, gather):
-        Store(tmp_path / f"node-{rank}").save(1, rank, 2, slices(rank, 2), SHAPES, {}, {}, gather)
+        Store(tmp_path / f"node-{rank}").save(1, Payload(rank, 2, slices(rank, 2), SHAPES, {}, {}), gather)
 
     (tmp_path / "node-1").mkdir()
     errors = run_ranks(2, work)
@@ -186,7 +187,7 @@ def test_nodes_that_do_not_share_the_disk(tmp_path, run_ranks, slices):
 )
 def test_wrong_slices(tmp_path, slots, match):
     with pytest.raises(RunError, match=match):
-        Store(tmp_path).save(1, 0, 1, slots, {"a": (2,)}, {}, {})
+        Store(tmp_path).save(1, Payload(0, 1, slots, {"a": (2,)}, {}, {}))
     assert os.listdir(tmp_path) == []
 
 
@@ -222,7 +223,7 @@ def test_prune_never_removes_the_only_sound_one(tmp_path, save, assert_holds):
 def test_prune_after_a_save_reads_nothing_back(tmp_path, monkeypatch):
     store = Store(tmp_path)
     for step in (1, 2, 3):
-        store.save(step, 0, 1, {"master": {"a": torch.ones(2)}}, {"a": (2,)}, {}, {})
+        store.save(step, Payload(0, 1, {"master": {"a": torch.ones(2)}}, {"a": (2,)}, {}, {}))
     monkeypatch.setattr(Store, "verify", lambda *_: pytest.fail("verified"))
     assert store.prune(1) == [1, 2]
 

@@ -17,6 +17,7 @@ from bifrost.data.shards import open_dataset
 from bifrost.data.transforms import decode_image
 from bifrost.kernels import PrefixLayout
 from bifrost.recipes import Recipe, load_recipe, to_yaml
+from bifrost.trainer.checkpoint.shard import Payload
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.cli import main
 from bifrost.trainer.errors import RunError
@@ -59,7 +60,7 @@ def make_run(folder: Path, recipe: Recipe, seed: int) -> Path:
     noise = {name: torch.randn(p.shape, generator=draw) * 0.05 for name, p in model.trainable().items()}
     tensors = {"master": {name: (p.detach() + noise[name]).flatten() for name, p in model.trainable().items()}}
     shapes = {name: tuple(p.shape) for name, p in model.trainable().items()}
-    Store(folder / "checkpoints").save(7, 0, 1, tensors, shapes, {}, dict(model.statistics()))
+    Store(folder / "checkpoints").save(7, Payload(0, 1, tensors, shapes, {}, dict(model.statistics())))
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     return folder
 

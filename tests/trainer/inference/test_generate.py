@@ -16,6 +16,7 @@ import ranked
 import tiny_flux
 from bifrost.recipes import Recipe, load_recipe, to_yaml
 from bifrost.trainer.checkpoint.export import export
+from bifrost.trainer.checkpoint.shard import Payload
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.cli import generate, main
 from bifrost.trainer.errors import RunError
@@ -52,7 +53,7 @@ def make_run(folder: Path, recipe: Recipe, slots: tuple[str, ...], seed: int) ->
         tensors[slot] = {name: p.detach().flatten().clone() for name, p in model.trainable().items()}
     buffers = {name: torch.rand(b.shape, generator=draw).add(0.5).to(b.dtype) for name, b in model.statistics().items()}
     shapes = {name: tuple(p.shape) for name, p in model.trainable().items()}
-    Store(folder / "checkpoints").save(7, 0, 1, tensors, shapes, {}, buffers)
+    Store(folder / "checkpoints").save(7, Payload(0, 1, tensors, shapes, {}, buffers))
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     return folder
 
@@ -147,7 +148,7 @@ def test_averaged_weights_have_averaged_statistics(mllm: Path, flux: Path, tmp_p
     slots = {slot: {n: reader.full(slot, n).flatten() for n in reader.shapes} for slot in reader.slots}
     averaged = {name: (buffer * 2).to(buffer.dtype) for name, buffer in live.items()}
     held = {**live, **{f"ema/{name}": buffer for name, buffer in averaged.items()}}
-    Store(run / "checkpoints").save(8, 0, 1, slots, reader.shapes, {}, held)
+    Store(run / "checkpoints").save(8, Payload(0, 1, slots, reader.shapes, {}, held))
     assert all(torch.equal(buffer, averaged[name]) for name, buffer in taken(run).items())
     for ema, wanted in ((True, averaged), (False, live)):
         export(run, tmp_path / str(ema), "public", ema=ema)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from bifrost.data import DataError, DataLost, retry
 from bifrost.trainer.checkpoint import shard
 from bifrost.trainer.checkpoint.reader import CheckpointReader
+from bifrost.trainer.checkpoint.shard import Payload
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models import safetensors_files
@@ -86,7 +87,7 @@ def preads(monkeypatch):
 def checkpoint(folder):
     weights = {"w": torch.arange(40.0)}
     slots = {"master": weights}
-    Store(folder).save(1, 0, 1, slots, {"w": (40,)}, {"updates": 1}, {"count": torch.arange(3)})
+    Store(folder).save(1, Payload(0, 1, slots, {"w": (40,)}, {"updates": 1}, {"count": torch.arange(3)}))
     return CheckpointReader(Store(folder).folder(1))
 
 
