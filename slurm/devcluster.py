@@ -71,7 +71,6 @@ echo export GLOO_SOCKET_IFNAME=lo
 
 
 def default_folder() -> Path:
-    """Default folder of the cluster."""
     return Path.home() / ".cache" / "bifrost" / "devcluster"
 
 

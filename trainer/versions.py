@@ -43,7 +43,7 @@ def require(module: str) -> None:
 
 
 def how_to_install(error: ModuleNotFoundError) -> str | None:
-    """One line that says how to install the missing package; None if the error has another cause."""
+    """How to install the missing package, in one line; None if the error has another cause."""
     module = (error.name or "").partition(".")[0]
     if not module or module == "bifrost" or installed(module):
         return None

@@ -129,7 +129,7 @@ def test_an_answer_comes_before_its_collectives(folder: Path, monkeypatch: pytes
 
     written: list[str] = []
     monkeypatch.setattr(stacks, "write_atomic", write)
-    monkeypatch.setattr("bifrost.trainer.io.write_atomic", write)
+    monkeypatch.setattr("bifrost.slurm.io.write_atomic", write)
     with open(folder / "rank-00003.txt", "w") as file:
         write_status(folder, RankStatus(**status(3)), file, b"{}")
     assert written == ["rank-00003.json", "rank-00003.collectives.json"]
