@@ -147,7 +147,7 @@ def test_nodes_left_idle_without_srun() -> None:
         ("a-b[5]", "a-b5"),
     ],
 )
-def test_first_host(nodes: str, first: str) -> None:
+def test_the_first_of_the_hosts(nodes: str, first: str) -> None:
     assert expand_hosts(nodes)[0] == first
 
 
