@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ...slurm.io import write_json
 from ..errors import writing
-from ..io import write_json
 from ..versions import versions
 
 

@@ -14,8 +14,9 @@ from ...data.atomic import write_atomic
 from ...data.progress import progress
 from ...data.shards import open_dataset
 from ...slurm.exit_record import newest_step
+from ...slurm.io import write_json
 from ..errors import RunError, writing
-from ..io import write_json, write_png
+from ..io import write_png
 from ..monitors.evaluations import note_evaluation
 from ..versions import versions
 from .generate import Reveal

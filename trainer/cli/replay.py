@@ -10,8 +10,9 @@ import typer
 from rich.table import Table
 
 from ...data.progress import progress
+from ...slurm.io import write_json
 from ..errors import RunError, writing
-from ..io import write_json, write_png
+from ..io import write_png
 from ..terminal import terminal
 from ..training.run_history import History
 
