@@ -1,9 +1,9 @@
 """The combinations that no training set contains, by a rule, and the scenes of both parts.
 
 Held out are a fifth of the unordered pairs of things, of (thing, number) and of (colour, thing), and one phrasing of
-each relation: by the hash of their names, for colourings by the order of the things' hashes, so that every thing lacks
-one or two colours and every colour about as many things. The rule applies to all categories: two things that are held
-out as a pair are never together in a training image, whatever its caption is.
+each relation: pairs by the hash of their names, the others by the order of the things' hashes, so that every thing
+lacks one or two colours and at most one number, and every colour and number about as many things. The rule applies to
+all categories: two things that are held out as a pair are never together in a training image, whatever its caption is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import combinations
 
 import numpy as np
 
-from .drawings import COLOURED, COLOURS
+from .drawings import COLOURED, COLOURS, THINGS
 from .grammar import Scene, draw
 from .places import HELD_OUT_PHRASINGS
 
@@ -24,14 +24,14 @@ Combination = tuple[str, ...]
 """("pair", thing, thing) in alphabetical order, ("count", thing, number), ("colour", colour, thing) or ("phrasing",
 template)."""
 MIX = {
-    "single": 0.05,
+    "single": 0.04,
     "colour": 0.12,
-    "count": 0.10,
-    "two": 0.10,
+    "count": 0.12,
+    "two": 0.06,
     "binding": 0.28,
-    "position": 0.20,
-    "mixed": 0.09,
-    "grid": 0.06,
+    "position": 0.18,
+    "mixed": 0.10,
+    "grid": 0.10,
 }
 """Share of each category in the training scenes; colour and binding are 40 %."""
 HELD_OUT = {
@@ -67,6 +67,8 @@ def is_held_out(combination: Combination) -> bool:
         return combination[1] in HELD_OUT_PHRASINGS
     if combination[0] == "colour":
         return combination[1:] in _held_out_colourings()
+    if combination[0] == "count":
+        return combination[1:] in _held_out_counts()
     return _hash(*combination) % FIFTH == 0
 
 
@@ -83,6 +85,14 @@ def _held_out_colourings() -> frozenset[tuple[str, str]]:
         if order % FIFTH == 0:  # a sixth and a fifth of a sixth are a fifth
             found.add((colours[(order + len(colours) // 2) % len(colours)], thing))
     return frozenset(found)
+
+
+@cache
+def _held_out_counts() -> frozenset[tuple[str, str]]:
+    found = ((thing, order) for order, thing in enumerate(sorted(THINGS, key=_hash)))
+    return frozenset(
+        (thing, str(2 + order % 3)) for thing, order in found if order % FIFTH < 3
+    )  # three fifths of a third
 
 
 def held_out_in(scene: Scene) -> set[Combination]:

@@ -96,6 +96,7 @@ def test_a_fifth_of_the_combinations_is_held_out() -> None:
     colourings = [("colour", colour, thing) for thing in COLOURED for colour in COLOURS]
     for kind in (pairs, counts, colourings):
         assert sum(map(is_held_out, kind)) / len(kind) == pytest.approx(0.2, abs=0.015)
+    assert max(Counter(each[1] for each in filter(is_held_out, counts)).values()) == 1, "every plural is seen"
     out = list(filter(is_held_out, colourings))
     assert len(out) >= 20
     assert all(1 <= sum(each[2] == thing for each in out) <= 2 for thing in COLOURED)
