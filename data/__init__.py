@@ -1,6 +1,6 @@
 """Shards, indexes, the sample plan, reading and batching, ingest and the demo dataset.
 
-Names are imported lazily: `Loader` and `BadSamples` need torch, `bifrost.data.plan` does not.
+Names are imported lazily: `Loader` needs torch, `bifrost.data.plan` does not.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from .errors import BadSample, DataError, DataLost, DataMissing
 
 if TYPE_CHECKING:
     from .plan import Located, Plan, Share, rank_positions
-    from .reader import BadSamples, Batch, Item, Loader, LoaderSettings, stacked, worker_failure
+    from .reader import Batch, Loader, LoaderSettings, stacked, worker_failure
+    from .samples import BadSamples, Item, ReadableSamples
     from .shards import Dataset, RawSample, open_dataset
     from .transforms import clean_caption, decode_image
     from .write import index_shards, verify, write_shard
 
 _MODULES = {
     "plan": ("Located", "Plan", "Share", "rank_positions"),
-    "reader": ("BadSamples", "Batch", "Item", "Loader", "LoaderSettings", "stacked", "worker_failure"),
+    "reader": ("Batch", "Loader", "LoaderSettings", "stacked", "worker_failure"),
+    "samples": ("BadSamples", "Item", "ReadableSamples"),
     "shards": ("Dataset", "RawSample", "open_dataset"),
     "transforms": ("clean_caption", "decode_image"),
     "write": ("index_shards", "verify", "write_shard"),
@@ -40,6 +42,7 @@ __all__ = [
     "Located",
     "Plan",
     "RawSample",
+    "ReadableSamples",
     "Share",
     "clean_caption",
     "decode_image",

@@ -24,7 +24,8 @@ from .errors import DataError
 from .index import image_type
 from .plan import Plan, Share, rank_positions
 from .processes import die_with_launcher
-from .reader import Collate, Item, Loader, LoaderSettings, stacked
+from .reader import Collate, Loader, LoaderSettings, stacked
+from .samples import Item
 from .shards import Dataset, open_dataset
 from .transforms import centre_square, decode_sizes, resized
 

@@ -108,10 +108,8 @@ def _drawing_png(svg: Path) -> bytes:
 
 
 def _scene_parts() -> tuple[dict[str, list[Sample]], Callable[[Any], bytes]]:
-    from .scenes.drawings import sprites
     from .scenes.heldout import heldout_scenes, training_scenes
 
-    sprites()  # once, for all processes that are forked to render
     found = {"train": training_scenes(TRAINING_SCENES, seed=0), "heldout": heldout_scenes(HELD_OUT_SCENES, seed=1)}
     parts = {
         part: [Sample(f"{part}{number:05d}", scene.caption, scene) for number, scene in enumerate(scenes)]

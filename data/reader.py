@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from multiprocessing import get_context
 from multiprocessing.queues import Queue, SimpleQueue
 from typing import Any
@@ -23,13 +22,13 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
-from .errors import BadSample, DataError, DataLost
+from .errors import DataError, DataLost
 from .plan import Plan, Share, rank_positions
 from .processes import START_METHOD, die_with_launcher
 from .retry import failure
-from .shards import Dataset, RawSample
+from .samples import Item, ReadableSamples
+from .shards import Dataset
 from .sockets import make_socket_folder
-from .transforms import decode_sizes
 from .transience import verdict
 
 log = logging.getLogger(__name__)
@@ -38,25 +37,6 @@ STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 FAILED_TO_SEND = 71
 """Exit code of a worker that cannot send a batch."""
 GRACE_S = 2.0  # for workers to finish their micro-batch when the loader is closed
-
-
-@dataclass(frozen=True)
-class Item:
-    """One sample, decoded."""
-
-    epoch: int
-    index: int
-    """Number within the dataset. Epoch and index are those of the planned sample, which keeps draws keyed on them
-    stable."""
-    key: str
-    """Key, image and caption are those of the sample that was read: the planned one or its replacement."""
-    image: np.ndarray
-    """uint8 [S, S, 3]."""
-    caption: str
-    others: tuple[np.ndarray, ...] = ()
-    """The same image at the loader's further sizes."""
-    origin: tuple[int, int] = (0, 0)
-    """Shard and number within it of the sample that was read."""
 
 
 @dataclass(frozen=True)
@@ -266,19 +246,19 @@ class _MicroBatches(TorchDataset):
         self.dataset = dataset
         self.plan = plan
         self.collate = collate
-        self.image_sizes = image_sizes
+        self.samples = ReadableSamples(dataset, image_sizes)
         self.share = share
         self.accumulation = accumulation
-        self.bad: dict[tuple[int, int], BadSample] = {}
 
     def __getitem__(self, number: int) -> Batch | DataError:
         step, row = divmod(number, self.accumulation)
         located = self.plan.locate(rank_positions(step, *self.share)[row])
-        items, replaced = [], []
+        replaced: list[tuple[str, str]] = []
         try:
-            for epoch, shard, sample, index in zip(*(part.tolist() for part in located), strict=True):
-                origin, raw, (image, *others) = self._read(shard, sample, replaced)
-                items.append(Item(epoch, index, raw.key, image, raw.caption, tuple(others), origin))
+            planned = zip(*(part.tolist() for part in located), strict=True)
+            items = [
+                self.samples.read(epoch, shard, sample, index, replaced) for epoch, shard, sample, index in planned
+            ]
             names = [self.dataset.name(item.origin[0], item.key) for item in items]
             return Batch(self.collate(items), [item.key for item in items], replaced, names)
         except Exception as error:  # an exception raised in a worker reaches the caller as the text of a traceback
@@ -287,61 +267,3 @@ class _MicroBatches(TorchDataset):
             if verdict(error) is None:
                 raise
             return failure("a loader worker", error)
-
-    def _read(
-        self, shard: int, sample: int, replaced: list[tuple[str, str]]
-    ) -> tuple[tuple[int, int], RawSample, list[np.ndarray]]:
-        """The planned sample or the first readable one after it: within its shard, wrapping, then in later shards."""
-        planned = None
-        for candidate in self._candidates(shard, sample):
-            if candidate not in self.bad:
-                try:
-                    raw = self.dataset.read(*candidate)
-                    try:
-                        images = decode_sizes(raw.image, self.image_sizes)
-                    except ValueError as error:
-                        raise BadSample(raw.key, str(error)) from None
-                except BadSample as error:
-                    self.bad[candidate] = error
-                else:
-                    if planned:
-                        replaced.append((planned.key, planned.reason))
-                    return candidate, raw, images
-            planned = planned or self.bad[candidate]
-        raise DataError(f"no sample of the dataset is readable, the first: {planned}; run `bifrost data verify`")
-
-    def _candidates(self, shard: int, sample: int) -> Iterator[tuple[int, int]]:
-        counts = self.dataset.samples_per_shard
-        for here in chain(range(shard, len(counts)), range(shard)):
-            count, first = int(counts[here]), sample if here == shard else 0
-            yield from ((here, (first + k) % count) for k in range(count))
-
-
-class BadSamples:
-    """Counts replaced samples, and stops the run when they are too many.
-
-    max_bad_fraction: largest fraction of replaced samples; checked once `judged_after` samples were seen, since one bad
-    sample among the first ten is not significant.
-    """
-
-    judged_after = 100
-    listed = 10
-
-    def __init__(self, max_bad_fraction: float) -> None:
-        self.max_bad_fraction = max_bad_fraction
-        self.bad = 0
-        self.seen = 0
-        self._first: list[tuple[str, str]] = []
-
-    def add(self, replaced: list[tuple[str, str]], seen: int) -> None:
-        """Count `seen` samples, `replaced` among them. Raises DataError with keys when the fraction is too large."""
-        self.bad += len(replaced)
-        self.seen += seen
-        self._first += replaced[: self.listed - len(self._first)]
-        if self.seen >= self.judged_after and self.bad > self.max_bad_fraction * self.seen:
-            names = ", ".join(f"{key} ({reason})" for key, reason in self._first)
-            more = f" and {self.bad - len(self._first)} more" if self.bad > len(self._first) else ""
-            raise DataError(
-                f"{self.bad} of {self.seen} samples were unreadable, above data.max_bad_fraction"
-                f" {self.max_bad_fraction}: {names}{more}; run `bifrost data verify`, or raise the share"
-            )

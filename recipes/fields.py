@@ -7,7 +7,7 @@ import re
 from typing import Annotated
 
 from braceexpand import braceexpand
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 
 def given(value: object) -> object:
@@ -38,5 +38,6 @@ def expanded(value: str) -> str:
     return path
 
 
+Shards = Annotated[str | list[str], BeforeValidator(given), AfterValidator(named_shards)]
 Place = Annotated[str, AfterValidator(expanded)]
 OptionalPlace = Place | None

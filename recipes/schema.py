@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .batch import BatchSplit
-from .fields import OptionalPlace, Place, given, named_shards
+from .fields import OptionalPlace, Place, Shards
 from .secrets import stored_secret
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -113,7 +113,7 @@ class ControlNet(Section):
 
 
 class Data(Section):
-    shards: Annotated[str | list[str], BeforeValidator(given), AfterValidator(named_shards)]
+    shards: Shards
     """Training shards: a path, folder or URL, with braces and wildcards expanded, or a list of these."""
     image_size: int = Field(default=448, gt=0)
     """Side in pixels of the square image given to the vision encoder; a multiple of patch size x merge size (28)."""
@@ -214,6 +214,8 @@ class Checkpoint(Section):
     local: OptionalPlace = None
     """Folder on each node's local disk to which a save is written first; after a crash the next attempt copies what is
     left there to the run folder."""
+    keep_best: bool = False
+    """Also save at, and keep, the step with the lowest held-out loss: of the EMA weights if there are any."""
     max_failed_saves: int = Field(default=3, ge=1)
     """Consecutive failed saves after which the run stops; until then training continues."""
 
@@ -227,6 +229,18 @@ class Previews(Section):
     """Stage 1 only: the stage-2 run or `flux_controlnet` folder that decodes the predicted latents to images."""
     flux: OptionalPlace = None
     """Stage 1 only: the FLUX model for a `flux_controlnet` folder."""
+
+
+class Validation(Section):
+    shards: Shards | None = None
+    """Held-out shards, named like `data.shards`, none of which may be training data; null disables validation."""
+    every: int = Field(default=500, ge=1)
+    """Steps between validations; the last step validates too."""
+    samples: int = Field(default=512, ge=1)
+    """Number of samples, spread evenly over the shards. They are decoded once, and each rank keeps its share in host
+    memory."""
+    patience: int | None = Field(default=None, ge=1)
+    """Consecutive validations without a lower loss after which the run ends; null: it never ends early."""
 
 
 class Health(Section):
@@ -250,7 +264,7 @@ class Watchdog(Section):
     startup_timeout_s: float = Field(default=1500.0, gt=0)
     """Seconds for startup, up to the end of the first step; all ranks have to join within a fifth of it."""
     save_timeout_s: float = Field(default=1500.0, gt=0)
-    """Seconds for a step with additional work: a save, previews, a rollback."""
+    """Seconds for a step with additional work: a save, previews, a validation, a rollback."""
 
 
 class Tracking(Section):
@@ -298,6 +312,7 @@ class Recipe(Section):
     kernels: Kernels = Kernels()
     checkpoint: Checkpoint = Checkpoint()
     previews: Previews = Previews()
+    validation: Validation = Validation()
     health: Health = Health()
     watchdog: Watchdog = Watchdog()
     tracking: Tracking = Tracking()
@@ -316,6 +331,13 @@ class Recipe(Section):
             raise ValueError("backbone.placement is for stage 1; in stage controlnet set flux.placement.vision_encoder")
         if self.stage == "patch-latents" and self.previews.every and not self.previews.controlnet:
             raise ValueError("previews.every in stage patch-latents needs previews.controlnet to decode the latents")
+        if self.validation.shards is None:
+            for key, asked in (
+                ("checkpoint.keep_best", self.checkpoint.keep_best),
+                ("validation.patience", self.validation.patience),
+            ):
+                if asked:
+                    raise ValueError(f"{key} needs validation.shards, the held-out shards")
         return self
 
     def split(self, ranks: int) -> BatchSplit:

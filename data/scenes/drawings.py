@@ -18,6 +18,7 @@ from ..openmoji import find_drawings, render
 CELL, MARGIN = 56, 2
 """Side in pixels of an object's cell, and the white border in it."""
 RENDERED = 256
+WHITENING = 4  # light shades of the fill keep the colour, white stays white
 INK = 250  # a pixel is ink where its darkest channel is below this
 COLOURS = {
     "red": (215, 35, 35),
@@ -151,14 +152,14 @@ def _cropped(image: Image.Image) -> Image.Image:
 
 def _tinted(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     """The image with every hue replaced: black and white stay, the median luminance of the fill becomes `colour`."""
-    pixels = np.asarray(image, dtype=np.float32) / 255
-    light = pixels @ np.array((0.299, 0.587, 0.114), dtype=np.float32)
+    pixels = np.asarray(image, dtype=np.float64) / 255
+    light = pixels @ (0.299, 0.587, 0.114)
     fill = float(np.clip(np.median(light[(light > 0.15) & (light < 0.97)]), 0.3, 0.8))
-    tone = np.array(colour, dtype=np.float32) / 255
-    below = light[..., None] / fill
-    above = np.maximum(light[..., None] - fill, 0) / (1 - fill)
-    whiter = tone + np.square(np.square(above)) * (1 - tone)  # light shades of the fill keep the colour
-    return Image.fromarray((np.where(below < 1, below * tone, whiter) * 255).round().astype(np.uint8))
+    tone = np.array(colour) / 255
+    below, above = light[..., None] / fill, np.maximum(light[..., None] - fill, 0) / (1 - fill)
+    return Image.fromarray(
+        (np.where(below < 1, below * tone, tone + above**WHITENING * (1 - tone)) * 255).round().astype(np.uint8)
+    )
 
 
 def _cell(image: Image.Image) -> np.ndarray:

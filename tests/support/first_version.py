@@ -24,6 +24,8 @@ SETTINGS = {
     "watchdog.save_timeout_s": "watchdog.save_s",
     "zero.overlap_comm": "zero.overlap",
 }
+LATER = ("validation", "checkpoint.keep_best")
+"""Settings that the first version did not have."""
 METRICS = {
     "allgather_gb_per_s": "gathered_gb_per_s",
     "data_digest": "digest",
@@ -40,6 +42,8 @@ def recipe(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
     found = {}
     for key, value in tree.items():
         dotted = f"{path}{key}"
+        if dotted in LATER:
+            continue
         name = SETTINGS.get(dotted, dotted).rpartition(".")[2]
         found[name] = recipe(value, f"{dotted}.") if isinstance(value, dict) else value
     return found

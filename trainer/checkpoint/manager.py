@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ class _Save:
     state: Mapping[str, Any]
     buffers: Mapping[str, Tensor]
     prune: bool
+    best: int
     begun: float
     step_s: float | None
     """Seconds per step since the previous save."""
@@ -90,9 +91,10 @@ class CheckpointManager:
         self.seconds: deque[float] = deque(maxlen=10)
         """Seconds until each of the last saves was on disk."""
 
-    def due(self, step: int) -> bool:
-        """Whether to save at `step`; the last step and a stop signal save as well."""
-        return step % self.every == 0
+    def due(self, step: int, best: bool = False) -> bool:
+        """Whether to save at `step`; the last step and a stop signal save as well. best: the held-out loss is the
+        lowest so far."""
+        return step % self.every == 0 or (best and self.settings.keep_best)
 
     def save(
         self,
@@ -102,9 +104,11 @@ class CheckpointManager:
         state: Mapping[str, Any],
         buffers: Mapping[str, Tensor],
         prune: bool = True,
+        best: int = -1,
     ) -> None:
         """Copy the arguments of `Store.save` and return; they are written in the background. Waits only for the copy,
-        and for the previous save if it is still running. prune: remove old checkpoints once it is written.
+        and for the previous save if it is still running. prune: remove old checkpoints once it is written. best: step
+        with the lowest held-out loss, whose checkpoint `keep_best` keeps.
 
         A storage failure is logged, reported as an event and retried at the next save. Raises Unhealthy on every rank
         after `max_failed_saves` consecutive failures, RunError for a permanent error.
@@ -124,7 +128,7 @@ class CheckpointManager:
         now = time.perf_counter()
         step_s = (begun - self._last[1]) / (step - self._last[0]) if self._last and step > self._last[0] else None
         state = copy.deepcopy(state)
-        self._save = _Save(step, staged, shapes, state, held, prune, begun, step_s, now - begun)
+        self._save = _Save(step, staged, shapes, state, held, prune, best, begun, step_s, now - begun)
         self._last = step, now
         self._start()
         if self._failures + 1 >= self.settings.max_failed_saves:
@@ -200,7 +204,7 @@ class CheckpointManager:
             log.log(level, "checkpoint of step %d not saved: %s", save.step, error)
         else:
             if save.prune:
-                self._prune()
+                self._prune({save.best} if self.settings.keep_best else set())
 
     def _tell(self, save: _Save, size: int, near: float | None) -> None:
         now = time.perf_counter()
@@ -234,10 +238,10 @@ class CheckpointManager:
             return self.every
         return settled(self.every, best_interval(save.blocked, save.seconds, save.step_s, self._mtbf_s))
 
-    def _prune(self) -> None:
+    def _prune(self, spared: Collection[int]) -> None:
         """Remove old checkpoints; errors do not end the run."""
         if self.group.rank == 0:
             try:
-                self.store.prune(self.settings.keep)
+                self.store.prune(self.settings.keep, spared)
             except Exception:
                 log.exception("old checkpoints could not be removed, training continues")

@@ -126,17 +126,18 @@ class Store:
                 log.error("checkpoint of step %d refused: %s", step, "; ".join(problems))
         return None
 
-    def prune(self, keep: int) -> list[int]:
-        """Remove all but the newest `keep` checkpoints, on rank 0 only; return the removed steps.
+    def prune(self, keep: int, spared: Collection[int] = ()) -> list[int]:
+        """Remove all but the newest `keep` checkpoints and those of the steps `spared`, on rank 0 only; return the
+        removed steps.
 
         If none of those kept is valid, the newest older valid one is kept too. A removal that fails is logged, not
         raised.
         """
         steps = self.steps()
-        kept, old = steps[-keep:], steps[:-keep]
+        kept, old = steps[-keep:], [step for step in steps[:-keep] if step not in spared]
         if old and not any(self._is_sound(step) for step in reversed(kept)):
-            spared = next((step for step in reversed(old) if self._is_sound(step)), None)
-            old = [step for step in old if step != spared]
+            sound = next((step for step in reversed(old) if self._is_sound(step)), None)
+            old = [step for step in old if step != sound]
         removed = []
         for step in old:
             try:

@@ -15,7 +15,7 @@ from rich.table import Table
 from ...data.progress import progress
 from ...data.units import format_bytes
 from ..errors import RunError
-from ..io import flat
+from ..io import flat, read_json
 from ..terminal import terminal
 
 if TYPE_CHECKING:  # they import torch, which other commands do not need
@@ -32,12 +32,12 @@ Step = Annotated[int | None, typer.Option(help="Step of the checkpoint.", show_d
 
 @app.command("list")
 def list_checkpoints(run: Run) -> None:
-    """One line per checkpoint: step, time, ranks, size, and whether every file matches its hash."""
+    """One line per checkpoint: step, time, ranks, size, whether every file matches its hash, and which is the best."""
     from ..checkpoint.manifest import read_manifest
 
     store, console = _store(run), terminal()
-    table = Table("step", "saved", "ranks", "size", "verified")
-    refused = []
+    table = Table("step", "saved", "ranks", "size", "verified", "lowest held-out loss")
+    refused, best = [], _best(store)
     for step in store.steps():
         problems = _problems(store, step)
         refused += problems
@@ -45,10 +45,10 @@ def list_checkpoints(run: Run) -> None:
         try:
             manifest = read_manifest(store.folder(step))
         except RunError:
-            table.add_row(str(step), "", "", "", verdict)
+            table.add_row(str(step), "", "", "", verdict, "")
         else:
             saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.time))
-            table.add_row(str(step), saved, str(manifest.ranks), _size(manifest), verdict)
+            table.add_row(str(step), saved, str(manifest.ranks), _size(manifest), verdict, best.get(step, ""))
     console.print(table)
     for line in refused:
         console.print(line, soft_wrap=True)
@@ -113,6 +113,13 @@ def _store(run: Path) -> Store:
     from ..checkpoint.store import Store
 
     return Store(folder)
+
+
+def _best(store: Store) -> dict[int, str]:
+    """The step with the lowest held-out loss so far, and that loss; empty without validations."""
+    states = [read_json(store.folder(step) / "state.json") or {} for step in store.steps()[-1:]]
+    found = [state.get("progress", {}) for state in states]
+    return {each["best_step"]: f"{each['best_loss']:.6g}" for each in found if each.get("best_loss") is not None}
 
 
 def _existing(store: Store, step: int) -> int:

@@ -21,7 +21,7 @@ MEANING = {
     "recovery": "from an attempt's last heartbeat to when the next is ready",
     "save": "training blocked by saves",
     "lost": "steps that had to be done again",
-    "other": "previews, the end of an attempt, unaccounted time",
+    "other": "previews, validations, the end of an attempt, unaccounted time",
 }
 
 

@@ -42,7 +42,10 @@ def on_ranks(
         )
     run = Path(recipe.runs_dir) / recipe.name
     if trains and (steps := finished(run, recipe.model_dump(mode="json"))):
-        print(f"{recipe.name} is finished: {steps} steps in {run}; more steps continue it, such as steps={2 * steps}")
+        early = steps < recipe.steps
+        more = "more patience continues" if early else "more steps continue"
+        example = f"validation.patience={2 * (recipe.validation.patience or 1)}" if early else f"steps={2 * steps}"
+        print(f"{recipe.name} is finished: {steps} steps in {run}; {more} it, such as {example}")
         leave(DONE)
     ranks = ranks or usual()
     split_batch(recipe.global_batch, recipe.micro_batch, ranks, recipe.zero.hpz)

@@ -94,7 +94,7 @@ def encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: RanksOpti
         from ..stages import open_controlnet
         from ..stages.precompute import encode as precompute
 
-        leave(precompute(open_controlnet(settings), settings.micro_batch))
+        leave(precompute(open_controlnet(settings), settings.validation.shards, settings.micro_batch))
     leave(run_ranks(ranks, ["data", "encode", recipe, *(overrides or [])]))
 
 

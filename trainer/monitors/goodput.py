@@ -2,8 +2,8 @@
 
 Time is split into `step` (productive: steps that count, without waiting for data), `data_wait`, `startup` (first
 attempt, up to its first step), `recovery` (from an attempt's last sign of life until the next one is ready), `save`
-(time for which a save blocked training), `lost` (steps that had to be repeated) and `other` (previews, shutdown). ETTR,
-the effective training time ratio, is `step` divided by the total.
+(time for which a save blocked training), `lost` (steps that had to be repeated) and `other` (previews, validations,
+shutdown). ETTR, the effective training time ratio, is `step` divided by the total.
 """
 
 from __future__ import annotations

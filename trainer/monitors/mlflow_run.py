@@ -34,7 +34,7 @@ LOSS = series_name("loss", None)
 AS_TRAINING = "workflowType=machine_learning"
 """URL parameter that makes MLflow 3 show its model training pages instead of those for LLM applications."""
 HARMLESS = (
-    *("tracking.", "checkpoint.", "watchdog.", "previews.", "log_every", "runs_dir", "data.workers"),
+    *("tracking.", "checkpoint.", "watchdog.", "previews.", "validation.", "log_every", "runs_dir", "data.workers"),
     *("micro_batch", "activation_checkpointing", "zero."),
 )
 """Settings that do not affect the logged loss."""

@@ -13,12 +13,16 @@ from ..io import flat
 
 PERFORMANCE = re.compile(r"_s($|_)|tflops|^mfu$|^hfu$|^ettr$|slowest")
 MEMORY = re.compile(r"memory|alloc_")
+HELD_OUT = "val_"
 LONGEST_VALUE = 6000  # MLflow's limit on the characters of a parameter
 LONGEST_TAG = 500
 
 
 def series_name(key: str, event: str | None) -> str:
-    """`train/`, `perf/` or `memory/` plus the key of a step line, or the event plus its key, as in `eval/fid`."""
+    """`train/`, `validation/`, `perf/` or `memory/` plus the key of a step line, or the event plus its key, as in
+    `eval/fid`."""
+    if event is None and key.startswith(HELD_OUT):
+        event, key = "validation", key.removeprefix(HELD_OUT)
     group = event or ("memory" if MEMORY.search(key) else "perf" if PERFORMANCE.search(key) else "train")
     return re.sub(r"[^\w\-. /]", "_", f"{group}/{key}")
 

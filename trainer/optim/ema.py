@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
+
+from .engine import Engine
 
 
 class Ema:
@@ -39,3 +42,21 @@ class Ema:
                 average.lerp_(statistics[name], 1 - decay)
             else:
                 average.copy_(statistics[name])
+
+    @contextmanager
+    def applied(self, engine: Engine) -> Iterator[None]:
+        """Within it, the engine's model has the averaged weights and statistics; every rank enters it. The live ones
+        are restored bit by bit; masters and moments are not touched."""
+        live = engine.slices()
+        pairs = [(live[name], average) for name, average in self.slices.items()]
+        pairs += [(buffer, self.statistics[name]) for name, buffer in engine.model.statistics().items()]
+        kept = [tensor.clone() for tensor, _ in pairs]
+        try:
+            for tensor, average in pairs:
+                tensor.copy_(average)
+            engine.refresh()
+            yield
+        finally:
+            for (tensor, _), before in zip(pairs, kept, strict=True):
+                tensor.copy_(before)
+            engine.refresh()

@@ -152,6 +152,10 @@ class Engine:
         """Name -> parameter; each holds this rank's slice (`ds_tensor`)."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def slices(self) -> dict[str, Tensor]:
+        """Name -> this rank's slice of the compute weights: 1-D, padding included. Call `refresh` after changing it."""
+        return {name: parameter.ds_tensor.data for name, parameter in self.trainable().items()}  # type: ignore[attr-defined]
+
     def forward(self, batch: Mapping[str, Any]) -> Any:
         if not self._before_step:
             self._before_step = {name: buffer.clone() for name, buffer in self.model.statistics().items()}

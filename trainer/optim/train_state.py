@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -29,6 +30,12 @@ class TrainState:
     rolled_back_to: int = -1
     """Step of the checkpoint of the last rollback."""
 
+    best_loss: float | None = None
+    """Lowest held-out loss so far: of the EMA weights if there are any."""
+    best_step: int = -1
+    """Step of `best_loss`."""
+    validations_since_best: int = 0
+
     def __post_init__(self) -> None:
         if self.batch < 0:
             self.batch = self.step
@@ -36,3 +43,14 @@ class TrainState:
     def load(self, other: TrainState) -> None:
         """Replace every field by that of `other`."""
         vars(self).update(vars(other))
+
+    def validated(self, loss: float) -> None:
+        """Record the held-out loss of this step; one that is not finite is never the best."""
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            self.best_loss, self.best_step, self.validations_since_best = loss, self.step, 0
+        else:
+            self.validations_since_best += 1
+
+    def done(self, steps: int, patience: int | None) -> bool:
+        """Whether no step is left: all are done, or that many validations in a row were not the best."""
+        return self.step >= steps or (patience is not None and self.validations_since_best >= patience)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .patch_latents import PatchLatentStage
 
 
+VALIDATION_SEED = 0
+"""Seed of the draws for held-out samples, whatever the run's seed is."""
+
+
 class Losses(NamedTuple):
     """Losses of a micro-batch: `loss` [] to differentiate, detached `sums` [Stage.sums] for `Stage.report`, and `each`
     [B], the contribution of every sample to `loss`.
@@ -85,6 +89,15 @@ class Stage(Protocol):
         ...
 
     def collate(self) -> Collate: ...
+
+    def validation_collates(self, shards: str | list[str], ranks: Ranks) -> dict[str, Collate]:
+        """Name -> collate function of each mask rate or noise level at which the loss on the held-out `shards` is
+        measured: without dropped captions, and with draws that depend on an item's index only. Every rank calls it."""
+        ...
+
+    def mean_loss(self, sums: list[float]) -> float:
+        """The held-out loss from summed `Losses.sums`: the mean over the masked patches, or over FLUX's latents."""
+        ...
 
     def normalizer(self, epoch: IntArray, index: IntArray, passes: int) -> float:
         """Divisor of the loss sum of each of `passes` backward passes (ranks x accumulation, over which the engine

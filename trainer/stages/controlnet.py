@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data import Item, stacked
 from ...kernels import short_on_cpu
 from ...recipes.schema import Backbone, ControlNet, Data, Flux, Kernels
 from ..distributed.process_group import Gather, Ranks, single_process
@@ -29,12 +28,16 @@ from ..models.flux import PARTS, FluxFolder, Part, Tokens
 from ..models.hub import architecture, locate
 from ..models.kernel_selection import KernelChoice, KernelWork, choose_kernels
 from ..models.latent_controlnet import ControlNetConfig, LatentControlNet
-from ..models.rng import IntArray, Stream, chosen, uniform
-from . import Losses, StageModel
+from ..models.rng import IntArray
+from . import VALIDATION_SEED, Losses, StageModel
+from .controlnet_collate import ControlNetCollate
 from .latent_cache import Cache, Kind, cache_fingerprint, open_cache
 from .patch_latents import grid_side
 from .placement import PlacedFlux, build_unsharded, offload, placements, set_unregistered_module
 
+VALIDATION_LEVELS = 8
+"""Noise levels at which the held-out loss is measured: the middles of as many equal intervals of 0 .. 1, as torchtitan
+validates FLUX for MLPerf Training."""
 TEXT_TOKENS = 300
 """Longest prompt for which attention is timed, as in stage 1: here only the vision encoder uses it, without text."""
 
@@ -131,54 +134,6 @@ class LatentControlNetModel(StageModel):
         return Losses(squares.sum() / normalizer, sums, squares.detach() / normalizer)
 
 
-class ControlNetCollate:
-    """Items of a micro-batch -> arguments of the model; runs in the loader workers.
-
-    Every draw depends on (seed, epoch, index) only.
-    """
-
-    def __init__(self, stage: ControlNetStage) -> None:
-        self.seed, self.dropout = stage.seed, stage.flux.caption_dropout
-        self.caches = stage.caches if stage.caches is not None else stage.open_caches()
-        self.tokenizers = stage.folder.tokenizers
-        self.latents = stage.latents
-
-    def __call__(self, items: list[Item]) -> dict[str, Any]:
-        epoch = np.array([item.epoch for item in items], dtype=np.int64)
-        index = np.array([item.index for item in items], dtype=np.int64)
-        dropped = chosen(self.seed, Stream.CAPTION_DROPOUT, epoch, index, self.dropout)
-        channels, height, width = self.latents
-
-        def normal(stream: Stream, *shape: int) -> Tensor:
-            draws = uniform(self.seed, stream, epoch, index, int(np.prod(shape)))
-            return flow.gaussian(torch.from_numpy(draws)).view(len(items), *shape)
-
-        return {
-            "images": stacked([item.image for item in items]),
-            **self._flux_images(items),
-            **self._text(items, dropped.tolist()),
-            "posterior": normal(Stream.POSTERIOR, *self.latents),
-            "noise": normal(Stream.NOISE, height * width // 4, 4 * channels),
-            "level": normal(Stream.NOISE_LEVEL, 1)[:, 0],
-        }
-
-    def _flux_images(self, items: list[Item]) -> dict[str, Tensor]:
-        if "vae" not in self.caches:
-            return {"flux_images": stacked([item.others[0] for item in items])}
-        return _stacked([self.caches["vae"].read(item.origin, item.key) for item in items])
-
-    def _text(self, items: list[Item], dropped: list[bool]) -> dict[str, Tensor]:
-        pairs = list(zip(items, dropped, strict=True))
-        if cache := self.caches.get("text"):
-            found = [cache.empty(i.origin[0]) if drop else cache.read(i.origin, i.key) for i, drop in pairs]
-            return _stacked(found)
-        return self.tokenizers(["" if drop else item.caption for item, drop in pairs])._asdict()
-
-
-def _stacked(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-
 @dataclass
 class ControlNetStage:
     """`Stage` of the latent ControlNet."""
@@ -270,11 +225,15 @@ class ControlNetStage:
 
     def open_caches(self, rank: int = 0, ranks: int = 1, gather: Gather = single_process) -> dict[Kind, Cache]:
         """Open the recipe's caches; raises on all ranks if one does not match the recipe."""
-        self.caches = {}
+        self.caches = self._open_caches(self.data, rank, ranks, gather)
+        return self.caches
+
+    def _open_caches(self, data: Data, rank: int, ranks: int, gather: Gather) -> dict[Kind, Cache]:
+        found: dict[Kind, Cache] = {}
         for kind in self.flux.placement.cached:
             made = self.cache_fingerprint(kind, rank, ranks, gather)
-            self.caches[kind] = open_cache(kind, self.data, made, rank, gather)
-        return self.caches
+            found[kind] = open_cache(kind, data, made, rank, gather)
+        return found
 
     def cache_fingerprint(
         self, kind: Kind, rank: int = 0, ranks: int = 1, gather: Gather = single_process
@@ -305,7 +264,19 @@ class ControlNetStage:
         return files, {f"controlnet.{name}": name for name in files.names}
 
     def collate(self) -> ControlNetCollate:
-        return ControlNetCollate(self)
+        caches = self.caches if self.caches is not None else self.open_caches()
+        return ControlNetCollate(self.folder.tokenizers, self.latents, caches, self.seed, self.flux.caption_dropout)
+
+    def validation_collates(self, shards: str | list[str], ranks: Ranks) -> dict[str, ControlNetCollate]:
+        data = self.data.model_copy(update={"shards": shards})
+        caches = self._open_caches(data, ranks.rank, ranks.size, ranks.gather)
+        middles = [(level + 0.5) / VALIDATION_LEVELS for level in range(VALIDATION_LEVELS)]
+        inputs = self.folder.tokenizers, self.latents, caches, VALIDATION_SEED
+        return {f"noise_{middle:.4g}": ControlNetCollate(*inputs, 0.0, middle) for middle in middles}
+
+    def mean_loss(self, sums: list[float]) -> float:
+        squares, count, noisier, noisier_count, _ = sums
+        return (squares + noisier) / (count + noisier_count)
 
     def normalizer(self, epoch: IntArray, index: IntArray, passes: int) -> float:
         """Elements of FLUX's latents per pass."""

@@ -29,8 +29,11 @@ from ..models.kernel_selection import KernelChoice, KernelWork, choose_kernels
 from ..models.masking import draw_masks, masked_counts
 from ..models.prompt import PromptTemplate, load_tokenizer
 from ..models.rng import IntArray, Stream, chosen
-from . import Losses, StageModel
+from . import VALIDATION_SEED, Losses, StageModel
 from .placement import build_unsharded, set_unregistered_module
+
+VALIDATION_RATES = 4
+"""Mask rates at which the held-out loss is measured, equidistant over the recipe's range."""
 
 
 def grid_side(config: Any, image_size: int) -> int:
@@ -250,6 +253,19 @@ class PatchLatentStage:
     def collate(self) -> PatchLatentCollate:
         assert self.tokenizer is not None
         return PatchLatentCollate(self.tokenizer, self.branch, self.seed, self.tokens_per_image)
+
+    def validation_collates(self, shards: str | list[str], ranks: Ranks) -> dict[str, PatchLatentCollate]:
+        assert self.tokenizer is not None
+        rate, found = self.branch.mask_rate, {}
+        for fixed in sorted(set(np.linspace(rate.low, rate.high, VALIDATION_RATES).tolist())):
+            always = rate.model_copy(update={"low": fixed, "high": fixed})
+            branch = self.branch.model_copy(update={"caption_dropout": 0.0, "mask_rate": always})
+            collate = PatchLatentCollate(self.tokenizer, branch, VALIDATION_SEED, self.tokens_per_image)
+            found[f"mask_{fixed:.4g}"] = collate
+        return found
+
+    def mean_loss(self, sums: list[float]) -> float:
+        return self.report(sums)["loss_masked"]
 
     def normalizer(self, epoch: IntArray, index: IntArray, passes: int) -> float:
         """Tokens of the loss average per pass."""

@@ -34,15 +34,16 @@ EMPTY = "__empty__"
 """Key of the empty caption in a text cache."""
 
 
-def encode(stage: ControlNetStage, micro_batch: int) -> int:
-    """Encode this rank's shards for the stage's cached parts, skipping complete ones. Returns 0. micro_batch: samples
-    encoded at a time.
+def encode(stage: ControlNetStage, held_out: str | list[str] | None, micro_batch: int) -> int:
+    """Encode this rank's shards for the stage's cached parts, skipping complete ones. Returns 0. held_out: shards to
+    encode in addition to the training data; micro_batch: samples encoded at a time.
 
     RunError and DataError name what cannot be used.
     """
     rank, ranks, local = (int(os.environ.get(*d)) for d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    dataset = open_dataset(stage.data.shards)
+    named = [[spec] if isinstance(spec, str) else spec for spec in (stage.data.shards, held_out or [])]
+    dataset = open_dataset([shard for spec in named for shard in spec])
     if remote := [shard for shard in dataset.shards if not is_local(shard)]:
         raise RunError(f"{remote[0]}: a cache is written next to its shards, which must be local")
     for kind in stage.flux.placement.cached:

@@ -30,6 +30,7 @@ from .resume_point import ResumePoint, find_resume_point
 from .rollback import Recovery
 from .run_context import RunContext
 from .run_record import RunRecord, open_record
+from .validation import Validator
 
 
 def build(run: RunContext, after_step: Callable[[TrainState], None]) -> TrainerComponents:
@@ -46,16 +47,13 @@ def build(run: RunContext, after_step: Callable[[TrainState], None]) -> TrainerC
     record = open_record(run, point, engine, kernels)
     saver = _saver(run, point, record, engine, ema)
 
+    validator = ranks.agreed(lambda: _validator(run, engine, ema))
     run.stop.phase = TRAINING
     preview = ranks.agreed(
         lambda: sampler(recipe.previews, inputs.stage, engine, inputs.dataset, ranks, run.folder, run.phases)
     )
     if ranks.first:
         run.stop.announce()
-
-    def preview_and_call(progress: TrainState) -> None:
-        preview(progress)
-        after_step(progress)
 
     loaders = ExitStack()
 
@@ -80,6 +78,8 @@ def build(run: RunContext, after_step: Callable[[TrainState], None]) -> TrainerC
         normalizer=lambda batch: inputs.normalizer(batch, passes),
         save=_save(point, record, saver, engine, ema, inputs.dataset.fingerprint),
         saver=saver,
+        validator=validator,
+        patience=recipe.validation.patience,
         recover=Recovery(recipe.health, saver, engine, ema, ranks, record.metrics, record.console),
         metrics=record.metrics,
         console=record.console,
@@ -87,10 +87,18 @@ def build(run: RunContext, after_step: Callable[[TrainState], None]) -> TrainerC
         phases=run.phases,
         rank_stats=RankStats(ranks, Stragglers(ranks, run.hosts, record.metrics.write)),
         utilisation=_utilisation(run),
-        after_step=preview_and_call,
+        after_step=_in_turn(preview, after_step),
         loaders=loaders,
         mirror=record.mirror,
     )
+
+
+def _in_turn(*calls: Callable[[TrainState], None]) -> Callable[[TrainState], None]:
+    def call_each(progress: TrainState) -> None:
+        for call in calls:
+            call(progress)
+
+    return call_each
 
 
 def _choose_kernels(run: RunContext) -> dict[str, dict[str, Any]]:
@@ -147,9 +155,19 @@ def _save(
         }
         # No pruning during a streak of bad steps: a rollback may need the last checkpoint before them.
         prune = not progress.bad_in_a_row
-        saver.save(progress.step, *capture(engine, ema), state, capture_statistics(engine, ema), prune)
+        saver.save(
+            progress.step, *capture(engine, ema), state, capture_statistics(engine, ema), prune, progress.best_step
+        )
 
     return save
+
+
+def _validator(run: RunContext, engine: Engine, ema: Ema | None) -> Validator | None:
+    stage, recipe = run.inputs.stage, run.recipe
+    if run.held_out is None:
+        return None
+    collates = stage.validation_collates(run.held_out.shards, run.ranks)
+    return Validator(recipe.validation, recipe.micro_batch, stage, collates, run.held_out, engine, ema, run.ranks)
 
 
 def _loader(run: RunContext, progress: TrainState) -> Loader:

@@ -22,6 +22,7 @@ from ..optim.ema import Ema
 from ..optim.engine import Engine
 from ..optim.train_state import TrainState
 from ..stages import Stage
+from .validation import Validator
 
 
 @dataclass
@@ -48,6 +49,9 @@ class TrainerComponents:
     save: Callable[[TrainState], None]
     """Starts a save; `saver` decides when one is due and when it is complete."""
     saver: CheckpointManager
+    validator: Validator | None
+    patience: int | None
+    """Consecutive validations without a lower loss after which the run ends."""
     recover: Callable[[TrainState], None]
     """Called after too many skipped steps in a row: rolls back to a checkpoint, or raises Unhealthy."""
     metrics: AccountedMetrics

@@ -39,8 +39,7 @@ def open_inputs(
 ) -> Inputs:
     """Open everything that a run reads; the ranks that `gather` connects divide the reading of shards. Raises RunError
     or DataError for an input that cannot be used. seed: of the sample order; stage: opens the stage."""
-    if HIDDEN in str(data.shards):
-        raise RunError("data.shards was stored without the signature of its address: give it again, data.shards=…")
+    _require_signature("data.shards", data.shards)
     dataset = open_dataset(data.shards, rank=rank, gather=gather)
     if len(dataset) < global_batch:
         raise RunError(
@@ -55,6 +54,29 @@ def open_inputs(
             opened = stage()
     plan = Plan(dataset.samples_per_shard, seed, data.shuffle_window)
     return Inputs(dataset, plan, opened, global_batch)
+
+
+def open_held_out(
+    shards: str | list[str] | None, training: Dataset, rank: int = 0, gather: Gather = single_process
+) -> Dataset | None:
+    """The data of `validation.shards`. RunError if some of it is training data, also under another name."""
+    if shards is None:
+        return None
+    _require_signature("validation.shards", shards)
+    held_out = open_dataset(shards, rank=rank, gather=gather)
+    trained = {header.sha256: shard for shard, header in zip(training.shards, training.headers, strict=True)}
+    for shard, header in zip(held_out.shards, held_out.headers, strict=True):
+        if header.sha256 in trained:
+            raise RunError(
+                f"validation.shards: {shard} is training data, {trained[header.sha256]} of data.shards; name held-out"
+                " shards"
+            )
+    return held_out
+
+
+def _require_signature(key: str, shards: str | list[str]) -> None:
+    if HIDDEN in str(shards):
+        raise RunError(f"{key} was stored without the signature of its address: give it again, {key}=…")
 
 
 # Settings that decide what is trained and on which sequence: a run that continues must not change them.

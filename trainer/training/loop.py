@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...data import Batch
-from ..distributed.process_group import Ranks
 from ..monitors.health import Health, skipped_event
 from ..monitors.meter import Meter
 from ..monitors.metrics import finite
 from ..optim.train_state import TrainState
 from .components import TrainerComponents
 from .data_digest import SequenceDigest
+from .transfer import on_device
 
 
 def run(parts: TrainerComponents, progress: TrainState) -> bool:
@@ -30,7 +30,7 @@ def run(parts: TrainerComponents, progress: TrainState) -> bool:
     meter = Meter()
     batches = parts.batches(progress)
 
-    while health.exhausted or progress.step < parts.steps:
+    while health.exhausted or not progress.done(parts.steps, parts.patience):
         if health.exhausted:
             with phase("rollback"):
                 parts.recover(progress)
@@ -55,10 +55,11 @@ def run(parts: TrainerComponents, progress: TrainState) -> bool:
         parts.bad_samples.add(_report_replaced(parts, progress, mine) if total.replaced else [], global_batch)
         meter.count(global_batch, parts.stage.tokens(total.sums))
 
-        last = progress.step == parts.steps
-        if last or progress.step % parts.log_every == 0:
-            _log(parts, progress, total, lr, meter)
-        if last or total.stops or parts.saver.due(progress.step):
+        held_out = _validate(parts, progress)
+        last = progress.done(parts.steps, parts.patience)
+        if last or held_out or progress.step % parts.log_every == 0:
+            _log(parts, progress, total, lr, meter, held_out)
+        if last or total.stops or parts.saver.due(progress.step, best=progress.best_step == progress.step):
             with phase("save"):
                 parts.save(progress)
                 if last or total.stops:
@@ -104,7 +105,7 @@ def _accumulate(parts: TrainerComponents, progress: TrainState, batches: Iterato
         mine.names += batch.names
         mine.replaced += batch.replaced
         with phase("forward"):
-            losses = engine.forward(_on_device(batch, ranks) | {"normalizer": normalizer})
+            losses = engine.forward(on_device(batch, ranks.device) | {"normalizer": normalizer})
         with phase("backward"):
             engine.backward(losses.loss)
         mine.loss = mine.loss + losses.loss.detach()
@@ -148,7 +149,23 @@ def _report_replaced(parts: TrainerComponents, progress: TrainState, mine: _Shar
     return replaced
 
 
-def _log(parts: TrainerComponents, progress: TrainState, total: _Total, lr: float, meter: Meter) -> None:
+def _validate(parts: TrainerComponents, progress: TrainState) -> dict[str, float | None]:
+    """The held-out metrics of this step; empty if none are due."""
+    step, validator = progress.step, parts.validator
+    if validator is None or not (validator.due(step) or step == parts.steps):
+        return {}
+    with parts.phases("validation"):
+        return validator.measure(progress)
+
+
+def _log(
+    parts: TrainerComponents,
+    progress: TrainState,
+    total: _Total,
+    lr: float,
+    meter: Meter,
+    held_out: dict[str, float | None],
+) -> None:
     """Write the metric line of a step; every rank calls it."""
     times = parts.phases.take()
     rates = meter.rates(times)
@@ -158,6 +175,7 @@ def _log(parts: TrainerComponents, progress: TrainState, total: _Total, lr: floa
         "samples": progress.samples,
         "loss": finite(total.loss),
         **{name: finite(value) for name, value in parts.stage.report(total.sums).items()},
+        **held_out,
         "grad_norm": finite(total.grad_norm),
         "lr": lr,
         **rates,
@@ -168,10 +186,3 @@ def _log(parts: TrainerComponents, progress: TrainState, total: _Total, lr: floa
     }
     parts.metrics.write(record)
     parts.console.metrics(record)
-
-
-def _on_device(batch: Batch, ranks: Ranks) -> dict[str, Any]:
-    return {
-        name: value.to(ranks.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.arrays.items()
-    }

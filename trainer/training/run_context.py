@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...data import Dataset
 from ...recipes import BatchSplit, Recipe
 from ..distributed.process_group import Ranks, join
 from ..distributed.run_lock import BEAT_S, RunLock
@@ -23,7 +24,7 @@ from ..monitors.watchdog import Watchdog
 from ..optim.engine import deepspeed_config
 from ..stages import open_stage
 from .batch import split_batch
-from .inputs import Inputs, open_inputs
+from .inputs import Inputs, open_held_out, open_inputs
 
 ENDS_AT = "BIFROST_ENDS_AT"
 
@@ -37,6 +38,8 @@ class RunContext:
     deepspeed: dict[str, Any]
     """DeepSpeed's configuration."""
     inputs: Inputs
+    held_out: Dataset | None
+    """The data of `validation.shards`."""
     ranks: Ranks
     folder: Path
     stop: StopSignals
@@ -75,6 +78,9 @@ def open_run(recipe: Recipe) -> Iterator[RunContext]:
         inputs = ranks.agreed(
             lambda: open_inputs(recipe.data, recipe.seed, batch.global_batch, stage, ranks.rank, ranks.gather)
         )
+        held_out = ranks.agreed(
+            lambda: open_held_out(recipe.validation.shards, inputs.dataset, ranks.rank, ranks.gather)
+        )
         with RunLock(folder) as lock, Heartbeat(BEAT_S) as heartbeat:
             stop.at_quit += [lock.release, watchdog.remove_empty_stacks]
             previous = ranks.agreed(lambda: lock.acquire() if ranks.first else None)
@@ -86,6 +92,7 @@ def open_run(recipe: Recipe) -> Iterator[RunContext]:
                 batch=batch,
                 deepspeed=deepspeed_config(batch, recipe.precision, recipe.zero, recipe.optimizer.clip),
                 inputs=inputs,
+                held_out=held_out,
                 ranks=ranks,
                 folder=folder,
                 stop=stop,

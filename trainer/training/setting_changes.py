@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ...recipes import Recipe, RecipeError, load_recipe, with_new_names
 from ..io import flat, read_json
 from ..monitors.metrics import last_lines, parse_line
+from ..optim.train_state import TrainState
 
 Changes = dict[str, tuple[Any, Any]]
 """Dotted key -> (old value, new value)."""
@@ -57,18 +58,19 @@ def finished(folder: Path, settings: dict[str, Any]) -> int | None:
     if (folder / "lock.json").exists():
         return None
     last = _last_record(folder / "metrics.jsonl")
-    if last.get("event") != "end" or last.get("outcome") != "finished" or last.get("step", 0) < settings["steps"]:
+    if last.get("event") != "end" or last.get("outcome") != "finished":
         return None
-    checkpoint = folder / "checkpoints" / f"step-{last['step']:08d}"
+    checkpoint = folder / "checkpoints" / f"step-{last.get('step', 0):08d}"
     state, manifest = read_json(checkpoint / "state.json"), read_json(checkpoint / "manifest.json")
     if state is None or manifest is None:
         return None
     try:
+        done = TrainState(**state["progress"]).done(settings["steps"], settings["validation"]["patience"])
         sizes = all(os.stat(checkpoint / name).st_size == entry["size"] for name, entry in manifest["files"].items())
     except (OSError, KeyError, TypeError, AttributeError):
         return None
     changed = changes(settings, state.get("recipe"))
-    return last["step"] if sizes and not changed.keys() - {"steps"} else None
+    return last["step"] if done and sizes and not changed.keys() - {"steps"} else None
 
 
 def _last_record(path: Path) -> dict[str, Any]:

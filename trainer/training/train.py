@@ -43,7 +43,7 @@ def fit(run: RunContext, parts: TrainerComponents) -> int:
     finally:
         _close(run, parts, outcome)
     parts.console.say(
-        f"done: {progress.step} steps, {progress.samples} samples, run folder {run.folder}"
+        f"done: {progress.step} steps{_early(run, progress)}, {progress.samples} samples, run folder {run.folder}"
         if finished
         else f"stopped by {run.stop.asked() or 'another rank'} at step {progress.step}, saved;"
         f" the same command or `bifrost resume {run.folder}` continues it"
@@ -51,6 +51,13 @@ def fit(run: RunContext, parts: TrainerComponents) -> int:
     # srun ends all ranks as soon as one exits with a code other than 0: no rank exits before all are ready.
     run.ranks.barrier()
     return DONE if finished else STOPPED
+
+
+def _early(run: RunContext, progress: TrainState) -> str:
+    """Why a finished run has fewer steps than its recipe."""
+    if progress.step >= run.recipe.steps:
+        return ""
+    return f" of {run.recipe.steps} (val_loss is lowest at step {progress.best_step}, {progress.best_loss:.4g})"
 
 
 def _close(run: RunContext, parts: TrainerComponents, outcome: str) -> None:

@@ -54,7 +54,7 @@ def recipe(data: Path, flux: Path, *more: str) -> Recipe:
 
 
 def encoded(recipe: Recipe) -> None:
-    encode(open_controlnet(recipe), recipe.micro_batch)
+    encode(open_controlnet(recipe), recipe.validation.shards, recipe.micro_batch)
 
 
 def folder(data: Path, kind: str = "vae") -> Path:

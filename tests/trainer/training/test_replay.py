@@ -30,14 +30,14 @@ def train_and_keep(arguments: list[str], step: int, spike: float | None) -> list
     from bifrost.trainer.training import loop
 
     kept, done = [], 0
-    forward, on_device, advance = engine.Engine.forward, loop._on_device, engine.Engine.step
+    forward, on_device, advance = engine.Engine.forward, loop.on_device, engine.Engine.step
 
-    def watched(batch: reader.Batch, ranks):
+    def watched(batch: reader.Batch, device):
         if done == step - 1:
             arrays = batch.arrays
             extra = {name: arrays[name].tolist() for name in ("mask", "level") if name in arrays}
             kept.append({"keys": batch.keys, **extra})
-        return on_device(batch, ranks)
+        return on_device(batch, device)
 
     def spiking(self, batch):
         losses = forward(self, batch)
@@ -48,7 +48,7 @@ def train_and_keep(arguments: list[str], step: int, spike: float | None) -> list
         done += 1
         return advance(self, lr, skip)
 
-    loop._on_device, engine.Engine.forward, engine.Engine.step = watched, spiking, counted
+    loop.on_device, engine.Engine.forward, engine.Engine.step = watched, spiking, counted
     try:
         ranked.command(arguments)
     except SystemExit as ended:

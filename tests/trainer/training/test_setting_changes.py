@@ -37,7 +37,9 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "tiny-mllm"
     checkpoint = folder / "checkpoints" / "step-00000003"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
+    (checkpoint / "state.json").write_text(
+        json.dumps({"recipe": recipe.model_dump(mode="json"), "progress": {"step": 3}})
+    )
     (checkpoint / "rank-00000.safetensors").write_bytes(b"12345")
     (checkpoint / "manifest.json").write_text(json.dumps({"files": {"rank-00000.safetensors": {"size": 5}}}))
     ended = {"time": 1.0, "event": "end", "step": 3, "outcome": "finished"}

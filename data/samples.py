@@ -1,0 +1,98 @@
+"""Decoded samples; unreadable ones are replaced by a neighbour, and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from .errors import BadSample, DataError
+from .shards import Dataset
+from .transforms import decode_sizes
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample, decoded."""
+
+    epoch: int
+    index: int
+    """Number within the dataset. Epoch and index are those of the planned sample, which keeps draws keyed on them
+    stable."""
+    key: str
+    """Key, image and caption are those of the sample that was read: the planned one or its replacement."""
+    image: np.ndarray
+    """uint8 [S, S, 3]."""
+    caption: str
+    others: tuple[np.ndarray, ...] = ()
+    """The same image at the loader's further sizes."""
+    origin: tuple[int, int] = (0, 0)
+    """Shard and number within it of the sample that was read."""
+
+
+class ReadableSamples:
+    """Decoded samples of a dataset, unreadable ones replaced by their next readable neighbour."""
+
+    def __init__(self, dataset: Dataset, image_sizes: tuple[int, ...]) -> None:
+        self.dataset = dataset
+        self.image_sizes = image_sizes
+        self._bad: dict[tuple[int, int], BadSample] = {}
+
+    def read(self, epoch: int, shard: int, sample: int, index: int, replaced: list[tuple[str, str]]) -> Item:
+        """The planned sample, or the first readable one after it: within its shard, wrapping, then in later shards.
+        Appends key and reason of an unreadable planned sample to `replaced`. Raises DataError if none is readable."""
+        planned = None
+        for candidate in self._candidates(shard, sample):
+            if candidate not in self._bad:
+                try:
+                    raw = self.dataset.read(*candidate)
+                    try:
+                        image, *others = decode_sizes(raw.image, self.image_sizes)
+                    except ValueError as error:
+                        raise BadSample(raw.key, str(error)) from None
+                except BadSample as error:
+                    self._bad[candidate] = error
+                else:
+                    if planned:
+                        replaced.append((planned.key, planned.reason))
+                    return Item(epoch, index, raw.key, image, raw.caption, tuple(others), candidate)
+            planned = planned or self._bad[candidate]
+        raise DataError(f"no sample of the dataset is readable, the first: {planned}; run `bifrost data verify`")
+
+    def _candidates(self, shard: int, sample: int) -> Iterator[tuple[int, int]]:
+        counts = self.dataset.samples_per_shard
+        for here in chain(range(shard, len(counts)), range(shard)):
+            count, first = int(counts[here]), sample if here == shard else 0
+            yield from ((here, (first + k) % count) for k in range(count))
+
+
+class BadSamples:
+    """Counts replaced samples, and stops the run when they are too many.
+
+    max_bad_fraction: largest fraction of replaced samples; checked once `judged_after` samples were seen, since one bad
+    sample among the first ten is not significant.
+    """
+
+    judged_after = 100
+    listed = 10
+
+    def __init__(self, max_bad_fraction: float) -> None:
+        self.max_bad_fraction = max_bad_fraction
+        self.bad = 0
+        self.seen = 0
+        self._first: list[tuple[str, str]] = []
+
+    def add(self, replaced: list[tuple[str, str]], seen: int) -> None:
+        """Count `seen` samples, `replaced` among them. Raises DataError with keys when the fraction is too large."""
+        self.bad += len(replaced)
+        self.seen += seen
+        self._first += replaced[: self.listed - len(self._first)]
+        if self.seen >= self.judged_after and self.bad > self.max_bad_fraction * self.seen:
+            names = ", ".join(f"{key} ({reason})" for key, reason in self._first)
+            more = f" and {self.bad - len(self._first)} more" if self.bad > len(self._first) else ""
+            raise DataError(
+                f"{self.bad} of {self.seen} samples were unreadable, above data.max_bad_fraction"
+                f" {self.max_bad_fraction}: {names}{more}; run `bifrost data verify`, or raise the share"
+            )

@@ -1,0 +1,76 @@
+"""Micro-batches of stage 2: images or cached tensors, text, noise."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...data import Item, stacked
+from ..models import flux as flow
+from ..models.flux import FluxTokenizers
+from ..models.rng import Stream, chosen, uniform
+from .latent_cache import Cache, Kind
+
+
+class ControlNetCollate:
+    """Items of a micro-batch -> arguments of the model; runs in the loader workers.
+
+    Every draw depends on (seed, epoch, index) only. noise_level: of all samples, instead of a draw.
+    """
+
+    def __init__(
+        self,
+        tokenizers: FluxTokenizers,
+        latents: tuple[int, int, int],
+        caches: dict[Kind, Cache],
+        seed: int,
+        dropout: float,
+        noise_level: float | None = None,
+    ) -> None:
+        """latents: channels, height and width of the VAE's latents. caches: of the shards that items come from."""
+        self.tokenizers = tokenizers
+        self.latents = latents
+        self.caches = caches
+        self.seed, self.dropout = seed, dropout
+        self.noise_level = noise_level
+
+    def __call__(self, items: list[Item]) -> dict[str, Any]:
+        epoch = np.array([item.epoch for item in items], dtype=np.int64)
+        index = np.array([item.index for item in items], dtype=np.int64)
+        dropped = chosen(self.seed, Stream.CAPTION_DROPOUT, epoch, index, self.dropout)
+        channels, height, width = self.latents
+
+        def normal(stream: Stream, *shape: int) -> Tensor:
+            draws = uniform(self.seed, stream, epoch, index, int(np.prod(shape)))
+            return flow.gaussian(torch.from_numpy(draws)).view(len(items), *shape)
+
+        return {
+            "images": stacked([item.image for item in items]),
+            **self._flux_images(items),
+            **self._text(items, dropped.tolist()),
+            "posterior": normal(Stream.POSTERIOR, *self.latents),
+            "noise": normal(Stream.NOISE, height * width // 4, 4 * channels),
+            "level": normal(Stream.NOISE_LEVEL, 1)[:, 0]
+            if self.noise_level is None
+            else torch.full((len(items),), math.log(1 / self.noise_level - 1)),
+        }
+
+    def _flux_images(self, items: list[Item]) -> dict[str, Tensor]:
+        if "vae" not in self.caches:
+            return {"flux_images": stacked([item.others[0] for item in items])}
+        return _stacked([self.caches["vae"].read(item.origin, item.key) for item in items])
+
+    def _text(self, items: list[Item], dropped: list[bool]) -> dict[str, Tensor]:
+        pairs = list(zip(items, dropped, strict=True))
+        if cache := self.caches.get("text"):
+            found = [cache.empty(i.origin[0]) if drop else cache.read(i.origin, i.key) for i, drop in pairs]
+            return _stacked(found)
+        return self.tokenizers(["" if drop else item.caption for item, drop in pairs])._asdict()
+
+
+def _stacked(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
