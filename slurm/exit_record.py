@@ -100,20 +100,22 @@ def write_stopped(run: Path, code: int, reason: str) -> None:
 
 
 def grace(run: Path) -> int:
-    """Seconds that all ranks need to stop: twice the time of one step and one save as measured, else a default."""
+    """Seconds that all ranks need to stop, from the run's measurements (see `stop_s`), else a default."""
     lines = _lines(run / "metrics.jsonl")
+    validations = [line["validation_s"] for line in lines if isinstance(line.get("validation_s"), float)][-10:]
     steps = [line["step_s"] for line in lines if isinstance(line.get("step_s"), float)][-100:]
     saves = [
         line["seconds"]
         for line in lines
         if line.get("event") == "checkpoint" and isinstance(line.get("seconds"), float)
     ][-10:]
-    return round(stop_s(statistics.median(steps) if steps else None, saves) or GRACE_S)
+    return round(stop_s(statistics.median(steps) if steps else None, saves, max(validations, default=0.0)) or GRACE_S)
 
 
-def stop_s(step_s: float | None, saves: Sequence[float]) -> float | None:
-    """Seconds to reserve for a stop: twice the sum of one step and the longest save; None before both were timed."""
-    return None if step_s is None or not saves else max(LEAST_GRACE_S, 2 * (step_s + max(saves)))
+def stop_s(step_s: float | None, saves: Sequence[float], between_s: float = 0.0) -> float | None:
+    """Seconds to reserve for a stop: twice the sum of one step, the longest save and `between_s`, the longest work
+    between two steps, such as a validation; None before step and save were timed."""
+    return None if step_s is None or not saves else max(LEAST_GRACE_S, 2 * (step_s + max(saves) + between_s))
 
 
 def last_metrics(run: Path) -> dict[str, Any] | None:

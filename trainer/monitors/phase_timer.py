@@ -49,6 +49,9 @@ class PhaseTimer:
         """time.monotonic() at the end of the last step."""
         self.on_steady_state: Callable[[], None] = lambda: None
         """Called at the end of the first step, and of a step with work outside it."""
+        self.longest_between = 0.0
+        """Seconds of the longest work between two steps, such as a validation or previews; saves are timed by their
+        manager."""
         self._steps = 0
         self._durations: deque[float] = deque(maxlen=100)
         self._wall: dict[str, float] = defaultdict(float)
@@ -64,7 +67,10 @@ class PhaseTimer:
         wall, cpu = time.perf_counter(), time.thread_time()
         with record_function(f"bifrost.{name}"):
             yield
-        self._wall[name] += time.perf_counter() - wall
+        seconds = time.perf_counter() - wall
+        self._wall[name] += seconds
+        if name not in (*STEP, "save"):
+            self.longest_between = max(self.longest_between, seconds)
         self._cpu[name] += time.thread_time() - cpu
         self.name = f"after {name}"
 

@@ -134,8 +134,10 @@ def _saver(
         every=point.reader.state.get("save_every") if point.reader else None,
     )
     if ranks.first:
-        guess = grace(run.folder)
-        run.stop.end_before(run.ends_at, lambda: stop_s(run.phases.median_step(), list(saver.seconds)) or guess)
+        guess, phases = grace(run.folder), run.phases
+        run.stop.end_before(
+            run.ends_at, lambda: stop_s(phases.median_step(), list(saver.seconds), phases.longest_between) or guess
+        )
     return saver
 
 

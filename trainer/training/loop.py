@@ -55,7 +55,7 @@ def run(parts: TrainerComponents, progress: TrainState) -> bool:
         parts.bad_samples.add(_report_replaced(parts, progress, mine) if total.replaced else [], global_batch)
         meter.count(global_batch, parts.stage.tokens(total.sums))
 
-        held_out = _validate(parts, progress)
+        held_out = {} if total.stops else _validate(parts, progress)
         last = progress.done(parts.steps, parts.patience)
         if last or held_out or progress.step % parts.log_every == 0:
             _log(parts, progress, total, lr, meter, held_out)

@@ -43,6 +43,7 @@ def test_time_is_kept_for_a_stop_as_long_as_it_was_measured(stop: StopSignals, m
     saves += [200.0, 90.0]
     for now[0], late in ((1579.0, False), (1581.0, True)):
         assert (stop.asked() == "the job's time limit") == late, now
+    assert stop_s(10.0, saves, 300.0) == 2 * 510, "a validation may come between the signal and the save"
     saves[:] = [1.0]
     assert stop.asked(), "other ranks know of the stop"
 

@@ -3,7 +3,10 @@ and ends a run that no longer improves."""
 
 import json
 import math
+import os
+import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +199,41 @@ def test_the_best_checkpoint_stays_and_the_run_ends_early(shards: Path, tmp_path
     train(1, arguments(shards, tmp_path / "killed", *settings))
     assert Store(killed / "checkpoints").steps() == [best, last]
     assert {step: found["val_loss"] for step, found in validations(killed).items()} == losses
+
+
+def train_until_a_stop(given: list[str]) -> None:
+    """Train; the job is asked to stop while the second step is computed."""
+    from bifrost.trainer.optim import engine
+
+    advance, steps = engine.Engine.step, []
+
+    def signalled(self, lr, skip):
+        steps.append(lr)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return advance(self, lr, skip)
+
+    engine.Engine.step = signalled
+    ranked.command(given)
+
+
+def test_a_stop_is_not_delayed_by_a_validation(shards: Path, tmp_path: Path) -> None:
+    (ended,) = ranked.run(train_until_a_stop, 1, arguments(shards, tmp_path, "validation.every=1"))
+    assert ended.code == 75, ended.err
+    run = tmp_path / "tiny-mllm"
+    stopped = Store(run / "checkpoints").steps()[-1]
+    assert list(validations(run)) == list(range(1, stopped)), "the step that stopped saved at once"
+
+
+def test_the_documented_keys_are_those_of_a_validation(shards: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
+    table = text.split("With [validation](#validation)")[1].split("Stage 2 has")[0]
+    documented = re.findall(r"`(val[\w.]+)`(?:, …)? \|", table)
+    run = train(1, arguments(shards, tmp_path, "steps=2", "ema.decay=0.9"))
+    (line,) = [line for line in runs.steps(run) if "val_loss" in line]
+    found = {re.sub(r"(mask|noise)_[\d.]+", r"\1", key) for key in line if key.startswith("val")}
+    wanted = {re.sub(r"(mask|noise)_[\d.]+", r"\1", key) for key in documented}
+    assert found == wanted - {"val_loss_noise"}
 
 
 def test_only_a_finite_loss_is_the_best() -> None:
