@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import opened
 import torch
 
@@ -9,17 +11,20 @@ from bifrost.data import Loader, LoaderSettings, Share
 from bifrost.recipes import Recipe
 from bifrost.trainer.optim.engine import parameter_groups
 from bifrost.trainer.optim.lr_schedule import learning_rate
+from bifrost.trainer.stages import StageModel
 
 
-def losses(recipe: Recipe) -> list[float]:
-    """The loss of every step."""
+def loaded(recipe: Recipe) -> tuple[Any, StageModel]:
+    """The recipe's inputs, and its model with its first weights."""
     inputs = opened.inputs(recipe)
     model = inputs.stage.build()
     inputs.stage.load(model)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, recipe.optimizer.weight_decay), betas=recipe.optimizer.betas, eps=recipe.optimizer.eps
-    )
-    loader = Loader(
+    return inputs, model
+
+
+def batches(recipe: Recipe, inputs: Any) -> Loader:
+    """The whole batch of every step."""
+    return Loader(
         inputs.dataset,
         inputs.plan,
         inputs.stage.collate(),
@@ -27,8 +32,16 @@ def losses(recipe: Recipe) -> list[float]:
         range(recipe.steps),
         LoaderSettings(inputs.stage.image_sizes),
     )
+
+
+def losses(recipe: Recipe) -> list[float]:
+    """The loss of every step."""
+    inputs, model = loaded(recipe)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, recipe.optimizer.weight_decay), betas=recipe.optimizer.betas, eps=recipe.optimizer.eps
+    )
     losses = []
-    for step, batch in enumerate(loader):
+    for step, batch in enumerate(batches(recipe, inputs)):
         loss = model(**batch.arrays, normalizer=inputs.normalizer(step, 1)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.trainable().values(), recipe.optimizer.clip)

@@ -85,6 +85,14 @@ def command(arguments: list[str]) -> None:
     main.main()
 
 
+def succeed(arguments: list[str]) -> None:
+    """Run the `bifrost` command in this process and return after its success."""
+    try:
+        command(arguments)
+    except SystemExit as ended:
+        assert not ended.code
+
+
 def _child(named: tuple[str, str], args: tuple, environment: dict[str, str], folder: str) -> None:
     os.environ.update(environment)
     rank = environment["RANK"]

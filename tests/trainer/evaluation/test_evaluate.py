@@ -11,14 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+import run_folders
 import tiny_flux
 from bifrost.data import DataError, write_shard
 from bifrost.data.shards import open_dataset
 from bifrost.data.transforms import decode_image
 from bifrost.kernels import PrefixLayout
-from bifrost.recipes import Recipe, load_recipe, to_yaml
-from bifrost.trainer.checkpoint.shard import Payload
-from bifrost.trainer.checkpoint.store import Store
+from bifrost.recipes import load_recipe
 from bifrost.trainer.cli import main
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.evaluation.evaluate import evaluate
@@ -36,33 +35,13 @@ from bifrost.trainer.inference.flux_sampler import Sampling
 from bifrost.trainer.inference.generator import Generator, Settings
 from bifrost.trainer.models.masking import draw_masks
 from bifrost.trainer.monitors.metrics import read_metrics
-from bifrost.trainer.stages import open_stage
 
 FAST = Settings(steps=2, flux=Sampling(steps=1))
 QUICK = ("--steps=2", "--flux-steps=1", "--samples=4")
 CONTROLS = ["full", "ground_truth", "latents_alone", "no_controlnet", "empty_prompt", "other_latents", "random_latents"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def make_run(folder: Path, recipe: Recipe, seed: int) -> Path:
-    """A run folder as left by training, with random weights in place of zero-initialised ones."""
-    stage = open_stage(recipe)
-    model = stage.build()
-    stage.load(model)
-    draw = torch.Generator().manual_seed(seed)
-    noise = {name: torch.randn(p.shape, generator=draw) * 0.05 for name, p in model.trainable().items()}
-    tensors = {"master": {name: (p.detach() + noise[name]).flatten() for name, p in model.trainable().items()}}
-    shapes = {name: tuple(p.shape) for name, p in model.trainable().items()}
-    Store(folder / "checkpoints").save(7, Payload(0, 1, tensors, shapes, {}, dict(model.statistics())))
-    (folder / "recipe.yaml").write_text(to_yaml(recipe))
-    return folder
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +51,13 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def mllm(place: Path) -> Path:
-    return make_run(place / "mllm", load_recipe("tiny-mllm", ["ema=null"]), 1)
+    return run_folders.save(place / "mllm", load_recipe("tiny-mllm", ["ema=null"]), 1)
 
 
 @pytest.fixture(scope="module")
 def controlnet(place: Path) -> Path:
     flux = tiny_flux.save(tiny_flux.pipeline(), place / "flux")
-    return make_run(place / "controlnet", load_recipe("tiny-controlnet", [f"flux.path={flux}", "ema=null"]), 2)
+    return run_folders.save(place / "controlnet", load_recipe("tiny-controlnet", [f"flux.path={flux}", "ema=null"]), 2)
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,7 @@ PROMPTS = ["a red apple", "moon"]
 SIDE, TOKENS, CHANNELS, WIDTH = 16, 64, 16, 12
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

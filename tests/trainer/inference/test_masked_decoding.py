@@ -24,13 +24,7 @@ NULL = [3, 1]
 SIXTEEN = [2, 3, 7, 8, 11, 13, 15, 16, 19, 20, 22, 23, 23, 25, 24, 25]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On tiny tensors, thread synchronisation would dominate the timing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(side: int, positions: str = "learned", width: int = 32) -> PatchLatentModel:

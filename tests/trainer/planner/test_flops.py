@@ -3,38 +3,20 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import opened
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bifrost.data import Loader, LoaderSettings, Share
+import plain
 from bifrost.kernels import PrefixLayout
-from bifrost.recipes import Recipe, load_recipe
+from bifrost.recipes import load_recipe
 from bifrost.trainer.models.backbone import Prefix, read_config
 from bifrost.trainer.models.branch import GenerationBranch
 from bifrost.trainer.models.hub import locate
 from bifrost.trainer.planner import parts
 from bifrost.trainer.planner.flops import BRANCH_KEPT, FLUX_KEPT
-
-
-def batch_of(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
-    """A loaded model of the recipe, and the arguments of one pass."""
-    inputs = opened.inputs(recipe)
-    model = inputs.stage.build()
-    inputs.stage.load(model)
-    size = recipe.micro_batch
-    loader = Loader(
-        inputs.dataset,
-        inputs.plan,
-        inputs.stage.collate(),
-        Share(0, 1, size, size),
-        range(1),
-        LoaderSettings(inputs.stage.image_sizes),
-    )
-    return model, {**next(iter(loader)).arrays, "normalizer": 1.0}
 
 
 def counted(work: Callable[[], Any]) -> tuple[int, Any]:
@@ -52,7 +34,8 @@ KINDS = ("mm", "addmm", "convolution", "_convolution", "convolution_backward")
 def test_linear_flops_are_torchs_own(name: str, shards) -> None:
     small = ["precision=fp32", "global_batch=4", "micro_batch=4", "data.workers=0", "data.shuffle_window=2"]
     recipe = load_recipe(name, [*small, f"data.shards={shards}/train-*.tar"])
-    model, batch = batch_of(recipe)
+    inputs, model = plain.loaded(recipe)
+    batch = {**next(iter(plain.batches(recipe, inputs))).arrays, "normalizer": 1.0}
     text = sum(batch["text_lengths"]) / 4 if "text_lengths" in batch else 0
     planned = parts(recipe, text)
     forward, losses = counted(lambda: model(**batch))

@@ -47,10 +47,7 @@ def logits_and_hash_around_training(arguments: list[str]) -> list:
         return finished
 
     run_module.loop.run = watched
-    try:
-        ranked.command(arguments)
-    except SystemExit as ended:
-        assert not ended.code
+    ranked.succeed(arguments)
     return seen
 
 
