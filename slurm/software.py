@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
 from collections.abc import Iterable
@@ -11,12 +12,16 @@ from pathlib import Path
 PACKAGES = ("kernels", "data", "recipes", "slurm", "trainer")
 
 
+@functools.cache
 def all_versions() -> dict[str, str]:
     """Versions of Python and of every installed distribution, by name."""
-    found = {each.name: each.version for each in metadata.distributions() if each.name}
+    # `name` and `version` of a distribution each parse its whole metadata file.
+    described = [each.metadata for each in metadata.distributions()]
+    found = {each["Name"]: each["Version"] for each in described if each["Name"]}
     return {"python": platform.python_version(), **dict(sorted(found.items()))}
 
 
+@functools.cache
 def source_digest() -> str:
     """Digest of this package's source files, which also works without version control."""
     root = Path(__file__).parents[1]

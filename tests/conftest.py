@@ -49,6 +49,12 @@ def pytest_make_collect_report(collector):
     return _required((yield))
 
 
+def pytest_collection_modifyitems(items):
+    """Tests on a Slurm cluster first: they wait for minutes, and all go to xdist's first worker, which has the time of
+    the whole run for them, since the others take over its remaining tests."""
+    items.sort(key=lambda item: "cluster" not in item.fixturenames)
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Iterator[Path]:
     """A folder with 60 small image-caption pairs in four shards, train-00000.tar …, for every test to read and none to

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.multi, pytest.mark.slow]
 def uninterrupted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """Losses of 20 uninterrupted steps on four ranks."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    ended = ranked.bifrost(4, *runs.arguments(shards, folder, "steps=20"))
+    ended = ranked.bifrost(4, *runs.arguments(shards, folder, "steps=20", *runs.TINY))
     assert [rank.code for rank in ended] == [0] * 4, ended[0].err
     return runs.losses(folder / "tiny-mllm")
 

@@ -40,7 +40,8 @@ class ClusterRun:
         self.cluster = cluster
         self.folder = folder
         self.run = folder / "tiny-mllm"
-        self.settings = runs.arguments(shards, folder)[2:]
+        # Steps long enough for a signal or a dead node to meet a run in the middle.
+        self.settings = runs.arguments(shards, folder, *runs.TINY)[2:]
         self.jobs: list[str] = []
 
     def site(self, **settings: object) -> None:

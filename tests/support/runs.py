@@ -26,9 +26,21 @@ SMALL = (
 )
 
 
+TINY = ("backbone.path=builtin:tiny", "data.image_size=112")
+"""The tiny recipes' own backbone, with several layers and 16 patches, for tests that need these."""
+
+
 def arguments(shards: Path, runs_dir: Path, *overrides: str, recipe: str = "tiny-mllm") -> list[str]:
-    """Arguments of the `bifrost` command for a small run of a tiny recipe."""
-    return ["train", recipe, *SMALL, f"data.shards={shards}/train-*.tar", f"runs_dir={runs_dir}", *overrides]
+    """Arguments of the `bifrost` command for a small run of a tiny recipe, with a backbone of one layer: DeepSpeed's
+    work per layer takes most of the time of so small a step."""
+    import small_model  # not at the top: it imports transformers, which most tests do without
+
+    model: list[str] = []
+    if not any(override.startswith("backbone.path=") for override in overrides):
+        backbone, image_size = small_model.settings(small_model.shared())
+        model = [backbone, image_size] if recipe == "tiny-mllm" else [backbone]
+    folders = [f"data.shards={shards}/train-*.tar", f"runs_dir={runs_dir}"]
+    return ["train", recipe, *SMALL, *model, *folders, *overrides]
 
 
 def steps(run: Path) -> list[dict]:

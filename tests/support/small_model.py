@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -37,3 +40,11 @@ def save(folder: Path) -> Path:
 def settings(folder: Path) -> tuple[str, str]:
     """Save the model to `folder`; returns the overrides that train it."""
     return f"backbone.path={save(folder)}", "data.image_size=56"
+
+
+@functools.cache
+def shared() -> Path:
+    """The model in a folder for every test of this process to read."""
+    folder = tempfile.mkdtemp(prefix="small-model-")
+    atexit.register(shutil.rmtree, folder)
+    return save(Path(folder) / "backbone")

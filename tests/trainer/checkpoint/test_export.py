@@ -25,7 +25,7 @@ from bifrost.trainer.models.weights import WeightFiles, is_trained, public_name
 @pytest.fixture(scope="module")
 def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
-    arguments = runs.arguments(shards, folder, "steps=3", "ema.decay=0.5", "branch.positions=learned")
+    arguments = runs.arguments(shards, folder, "steps=3", "ema.decay=0.5", "branch.positions=learned", *runs.TINY)
     assert ranked.bifrost(2, *arguments)[0].code == 0
     return folder / "tiny-mllm"
 
@@ -73,7 +73,7 @@ def test_init_from_takes_up_where_the_export_stands(run: Path, shards: Path, tmp
     export(run, tmp_path / "out", layout, dtype=torch.float32)
     losses = []
     for number, source in enumerate((tmp_path / "out", run)):
-        settings = ("steps=1", "branch.positions=learned", f"init_from={source}", f"name=from-{number}")
+        settings = ("steps=1", "branch.positions=learned", f"init_from={source}", f"name=from-{number}", *runs.TINY)
         assert ranked.bifrost(1, *runs.arguments(shards, tmp_path, *settings))[0].code == 0
         losses += runs.losses(tmp_path / f"from-{number}")
     assert losses[0] == losses[1]

@@ -23,10 +23,11 @@ from bifrost.trainer.training.batch import split_batch
 
 Counts = dict[str, list[int]]
 
-STEPS = 6
+STEPS = 4
 # Small enough for everything to be cut, and two passes a step.
 SETTINGS = (
     f"steps={STEPS}",
+    *runs.TINY,
     "backbone.placement=sharded",
     "micro_batch=1",
     "activation_checkpointing=true",
@@ -162,7 +163,7 @@ def test_passes_of_a_step_gather_again_only_if_let(trained: Any) -> None:
 @pytest.mark.multi
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_choices(trained: Any, shards: Path, tmp_path: Path) -> None:
-    for steps, choices in ((2, CHOICES["all of it"]), (4, ()), (STEPS, ("zero.hpz=2",))):
+    for steps, choices in ((1, CHOICES["all of it"]), (2, ()), (STEPS, ("zero.hpz=2",))):
         settings = (*SETTINGS, *choices, f"steps={steps}")
         ended = ranked.bifrost(4, *runs.arguments(shards, tmp_path, *settings))
         assert [rank.code for rank in ended] == [0] * 4, ended[0].err

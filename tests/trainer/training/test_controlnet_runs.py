@@ -28,7 +28,7 @@ def flux(tmp_path_factory) -> Path:
 
 
 def arguments(shards: Path, flux: Path, runs_dir: Path, ranks: int, *settings: str) -> list[str]:
-    whole = (f"flux.path={flux}", f"micro_batch={8 // ranks}", "optimizer.lr=3e-3", *settings)
+    whole = (*runs.TINY, f"flux.path={flux}", f"micro_batch={8 // ranks}", "optimizer.lr=3e-3", *settings)
     return runs.arguments(shards, runs_dir, *whole, recipe="tiny-controlnet")
 
 
@@ -47,7 +47,7 @@ def train(shards: Path, flux: Path, runs_dir: Path, ranks: int, *settings: str) 
     ids=["batch", "group-recomputed"],
 )
 def test_ranks_equal_plain_pytorch(shards: Path, flux: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
-    settings = ("steps=12", *settings)
+    settings = ("steps=5", *settings)
     wanted = plain.losses(load_recipe("tiny-controlnet", arguments(shards, flux, tmp_path, 1, *settings)[2:]))
     digests = set()
     for ranks in (1, 2, 4):

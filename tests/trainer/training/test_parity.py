@@ -10,7 +10,7 @@ import ranked
 import runs
 from bifrost.recipes import load_recipe
 
-STEPS = 20
+STEPS = 5
 
 
 @pytest.mark.multi
@@ -29,7 +29,7 @@ STEPS = 20
     ids=["all-mrope", "masked-learned"],
 )
 def test_ranks_equal_plain_pytorch(shards: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
-    settings = (f"steps={STEPS}", *settings)
+    settings = (f"steps={STEPS}", *runs.TINY, *settings)
     arguments = runs.arguments(shards, tmp_path, *settings)
     wanted = plain.losses(load_recipe("tiny-mllm", arguments[2:]))
     assert len(wanted) == STEPS and wanted[-1] < 0.8 * wanted[0]

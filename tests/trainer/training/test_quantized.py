@@ -60,7 +60,7 @@ def trained(arguments: list[str]) -> int:
 @pytest.mark.parametrize("more", [(), ("zero.hpz=2",), ("backbone.placement=replicated",)])
 def test_weights_in_8_bits_train_nearly_alike(more: tuple[str, ...], shards: Path, tmp_path: Path) -> None:
     ranks = 4 if "zero.hpz=2" in more else 2  # 4: two nodes of two
-    settings = ("steps=5", "micro_batch=1", "zero.persistence_threshold=1000", *more)
+    settings = ("steps=3", f"micro_batch={4 // ranks}", "zero.persistence_threshold=1000", *more)
     losses = {}
     for name, ends in {"whole": (), "rounded": (WEIGHTS,)}.items():
         ended = ranked.run(trained, ranks, runs.arguments(shards, tmp_path / name, *settings, *ends)[2:])

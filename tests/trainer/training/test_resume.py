@@ -59,7 +59,7 @@ def test_groups_keep_their_own_decay(shards: Path, tmp_path: Path) -> None:
     """After a resume on another number of ranks norms still do not decay and matrices do."""
     from bifrost.trainer.checkpoint.store import Store
 
-    heavy = ("optimizer.weight_decay=5", "optimizer.lr=1e-2", "optimizer.warmup_steps=0")
+    heavy = (*runs.TINY, "optimizer.weight_decay=5", "optimizer.lr=1e-2", "optimizer.warmup_steps=0")
     train(shards, tmp_path, 1, "steps=1", *heavy)
     train(shards, tmp_path, 2, "steps=6", *heavy)
     reader = Store(tmp_path / "tiny-mllm/checkpoints").newest_verified()
@@ -87,7 +87,7 @@ def test_finished_run_is_left_alone(shards: Path, tmp_path: Path) -> None:
 
 def test_checkpoint_holds_trainables_alone(shards: Path, tmp_path: Path) -> None:
     """Decision 5: frozen weights are never state; the size shows it: 3 fp32 slices per trainable parameter."""
-    train(shards, tmp_path, 2, "steps=1", "ema=null")
+    train(shards, tmp_path, 2, "steps=1", "ema=null", *runs.TINY)
     folder = tmp_path / "tiny-mllm/checkpoints/step-00000001"
     size = sum(file.stat().st_size for file in folder.glob("rank-*.safetensors"))
     manifest = json.loads((folder / "manifest.json").read_text())

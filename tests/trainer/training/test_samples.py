@@ -19,7 +19,7 @@ def flux(tmp_path_factory) -> Path:
 
 
 def train(shards: Path, runs_dir: Path, recipe: str, *settings: str) -> Path:
-    whole = ("steps=5", "ema.decay=0.9", *settings)
+    whole = ("steps=5", "ema.decay=0.9", "micro_batch=4", "data.image_size=112", *settings)
     ended = ranked.bifrost(2, *runs.arguments(shards, runs_dir, *whole, recipe=recipe))
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
     return runs_dir / recipe
@@ -30,7 +30,7 @@ def files(run: Path) -> dict[str, bytes]:
 
 
 def test_stage_2_is_undisturbed_to_the_bit(shards: Path, flux: Path, tmp_path: Path) -> None:
-    settings = (f"flux.path={flux}", "micro_batch=4")
+    settings = (f"flux.path={flux}",)
     calm = train(shards, tmp_path / "calm", "tiny-controlnet", *settings)
     seen = train(shards, tmp_path / "seen", "tiny-controlnet", *settings, *SAMPLES)
     assert runs.losses(seen) == runs.losses(calm)
@@ -42,7 +42,7 @@ def test_stage_2_is_undisturbed_to_the_bit(shards: Path, flux: Path, tmp_path: P
 
 
 def test_stage_1_is_undisturbed_to_the_bit(shards: Path, flux: Path, tmp_path: Path) -> None:
-    controlnet = train(shards, tmp_path / "controlnet", "tiny-controlnet", f"flux.path={flux}", "micro_batch=4")
+    controlnet = train(shards, tmp_path / "controlnet", "tiny-controlnet", f"flux.path={flux}")
     calm = train(shards, tmp_path / "calm", "tiny-mllm")
     seen = train(shards, tmp_path / "seen", "tiny-mllm", f"previews.controlnet={controlnet}", *SAMPLES)
     assert runs.losses(seen) == runs.losses(calm)

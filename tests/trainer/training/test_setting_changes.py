@@ -146,7 +146,7 @@ def killed_before_a_save(recipe: list[str]) -> None:
 
 @pytest.mark.slow
 def test_a_continued_run_says_what_has_changed(shards: Path, tmp_path: Path) -> None:
-    small = runs.arguments(shards, tmp_path, "steps=1")
+    small = runs.arguments(shards, tmp_path, "steps=1", "data.image_size=112")
     assert ranked.bifrost(1, *small)[0].code == 0
     run = tmp_path / "tiny-mllm"
     unsaved = ranked.run(killed_before_a_save, 1, [*small[1:], "steps=4", "optimizer.lr=0.5"])[0]
