@@ -39,10 +39,10 @@ def train_and_watch(arguments: list[str]) -> list[dict]:
     steps: list[dict] = []
     init, forward = engine.Engine.__init__, engine.Engine.forward
 
-    def watched_init(self, model, recipe, ranks):
+    def watched_init(self, model, *rest):
         for name, parameter in model.trainable().items():
             parameter.register_hook(lambda gradient, name=name: steps[-1]["without"].remove(name))
-        init(self, model, recipe, ranks)
+        init(self, model, *rest)
 
     def watched_forward(self, batch):
         lengths, hidden = batch["text_lengths"], int(batch["mask"].sum())

@@ -129,7 +129,7 @@ def test_a_second_job_of_a_run_is_refused(run: ClusterRun) -> None:
     with pytest.raises(SlurmError, match=f"job {number} of this run"):
         run.bifrost("resume", str(run.run))
     assert slurm("squeue", "-h", "-o", "%i") == number
-    run.wait("start", run.starts)
+    run.wait("start", run.attempts)
     assert re.search(rf"job +{number} RUNNING, .* on node\[1-2\]", run.bifrost("status", str(run.run)))
 
 
@@ -165,7 +165,7 @@ def test_cancel_saves_and_ends_the_run(run: ClusterRun) -> None:
 def test_cancel_now(run: ClusterRun) -> None:
     run.stand_in("sleep 100", "true")
     number = run.submit()
-    run.wait("start", run.starts)
+    run.wait("start", run.attempts)
     run.bifrost("cancel", str(run.run), "--now")
     run.wait("end", lambda: job(number)["JobState"] == "CANCELLED")
     assert len(run.attempts()) == 1

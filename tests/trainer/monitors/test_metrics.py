@@ -7,6 +7,7 @@ import time
 import pytest
 
 from bifrost.trainer.monitors.metrics import MetricsFile, Tail, read_metrics
+from bifrost.trainer.monitors.mlflow_series import series_name
 
 
 @pytest.fixture
@@ -103,3 +104,10 @@ def test_writing_is_cheap(path):
     for step in range(200):
         metrics.write({"step": step, "loss": 0.1})
     assert (time.perf_counter() - begin) / 200 < 5e-3
+
+
+def test_groups_of_metrics_in_mlflow() -> None:
+    names = {"loss": "train/loss", "step_s": "perf/step_s", "alloc_retries": "memory/alloc_retries"}
+    names |= {"val_loss": "validation/loss", "val_loss_mask_0.7": "validation/loss_mask_0.7"}
+    assert {key: series_name(key, None) for key in names} == names
+    assert series_name("seconds", "checkpoint") == "checkpoint/seconds"

@@ -28,7 +28,7 @@ def train_badly(arguments: list[str], bad: list[int], factor: float, cut: list[i
     from bifrost.data import reader
     from bifrost.trainer.checkpoint.store import Store
     from bifrost.trainer.optim import engine
-    from bifrost.trainer.training import loop
+    from bifrost.trainer.training import build
     from bifrost.trainer.training.inputs import Inputs
 
     current = 0
@@ -68,10 +68,10 @@ def train_badly(arguments: list[str], bad: list[int], factor: float, cut: list[i
             die()
         return rate(optimizer, steps, step)
 
-    rate = loop.learning_rate
+    rate = build.learning_rate
     engine.Engine.forward, Inputs.normalizer, Store.remove_after = bad_forward, watched_normalizer, deadly_remove
     reader.rank_positions = lambda step, *share: positions(moved(step), *share)
-    loop.learning_rate = deadly_rate
+    build.learning_rate = deadly_rate
     ranked.command(arguments)
 
 

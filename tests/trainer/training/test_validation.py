@@ -181,7 +181,7 @@ def test_the_best_checkpoint_stays_and_the_run_ends_early(shards: Path, tmp_path
     settings = (
         *("optimizer.lr=0.3", "optimizer.warmup_steps=4", "optimizer.clip=1e9", "health.spike_zscore=null", "steps=40"),
         *("checkpoint.keep_best=true", "checkpoint.keep=1", "checkpoint.every=3", "validation.every=1"),
-        "validation.patience=6",
+        *("validation.patience=6", *runs.TINY),
     )
     given = arguments(shards, tmp_path / "whole", *settings)
     whole = train(1, given)
