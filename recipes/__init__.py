@@ -1,10 +1,11 @@
 """Recipes: the typed configuration of a run, its loader, and one YAML file per published run."""
 
 from .batch import BatchSplit
-from .load import FOLDER, RecipeError, apply_overrides, explain, load_recipe, read_yaml, shipped_recipes, to_yaml
+from .load import FOLDER, RecipeError, apply_overrides, explain, load_recipe, shipped_recipes
 from .renames import with_new_names
 from .schema import Recipe, Section
 from .template import template
+from .yaml_dialect import read_yaml
 
 __all__ = [
     "FOLDER",
@@ -18,6 +19,5 @@ __all__ = [
     "read_yaml",
     "shipped_recipes",
     "template",
-    "to_yaml",
     "with_new_names",
 ]

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .batch import BatchSplit
 from .fields import OptionalPlace, Place, Shards
 from .secrets import stored_secret
+from .yaml_dialect import Dumper
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Pattern of a run's name, which is also the name of its folder."""
@@ -339,6 +341,10 @@ class Recipe(Section):
                 if asked:
                     raise ValueError(f"{key} needs validation.shards, the held-out shards")
         return self
+
+    def to_yaml(self) -> str:
+        """All settings, defaults included, as YAML that `load_recipe` can read."""
+        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
     def split(self, ranks: int) -> BatchSplit:
         """The global batch on `ranks` ranks. Raises ValueError when it does not divide evenly."""

@@ -14,8 +14,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from .load import NO_NAME, Dumper, RecipeError, find_recipe, load_recipe, read_yaml
+from .load import NO_NAME, RecipeError, find_recipe, load_recipe
 from .schema import NAME, Recipe
+from .yaml_dialect import Dumper, read_yaml
 
 WIDTH = 100
 OF_THE_OTHER_STAGE = {"patch-latents": {"flux", "controlnet"}, "controlnet": {"branch"}}

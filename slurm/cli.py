@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..recipes import load_recipe, to_yaml
+from ..recipes import load_recipe
 
 if TYPE_CHECKING:
     from .job import Job
@@ -96,7 +96,7 @@ def submit(
     if context.info_name == "render":
         print(render(job, site), end="")
     else:
-        _submit(job, to_yaml(settings), site)
+        _submit(job, settings.to_yaml(), site)
 
 
 @slurm_app.command()
@@ -112,7 +112,7 @@ def resume(run: Run) -> None:
     asked = old.model_dump(include={"nodes", "gpus_per_node", "partition", "account", "time", "exclude", "array"})
     tasks = None if old.gpus_per_node else old.tasks_per_node
     request = jobs.Request(tasks_per_node=tasks, **asked)
-    _submit(jobs.describe(settings, site, request), to_yaml(settings), site)
+    _submit(jobs.describe(settings, site, request), settings.to_yaml(), site)
 
 
 def _submit(job: Job, settings: str, site: Site) -> None:

@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from ..recipes import RecipeError, load_recipe, to_yaml
+from ..recipes import RecipeError, load_recipe
 from . import commands, exit_record
 from .errors import SlurmError
 from .exclusions import exclude, excluded
@@ -54,7 +54,7 @@ def before(run: Path) -> tuple[int, float | None]:
 def _begin(run: Path) -> int:
     job = load_job(run)
     recipe = load_recipe(run / RECIPE, stored=True)
-    settings = to_yaml(recipe)
+    settings = recipe.to_yaml()
     if settings != (run / RECIPE).read_text(encoding="utf-8"):
         write_recipe(run, settings)  # submitted by an earlier version: the ranks read it next, and refuse names of that
         print(f"bifrost: {run / RECIPE}: rewritten for this version", file=sys.stderr, flush=True)

@@ -71,16 +71,11 @@ def test_no_package_imports_one_above_it_and_few_files_lie_beside_them() -> None
 
 
 WHOLE_RECIPE = {
-    "recipes/load.py": "writes it as YAML",
     "slurm/jobs.py": "describes its job",
-    "trainer/cli/on_ranks.py": "starts its ranks",
     "trainer/stages/__init__.py": "opens its stage",
     "trainer/training/train.py": "trains it",
     "trainer/training/run_context.py": "opens its run",
     "trainer/planner/__init__.py": "opens its plan",
-    "trainer/checkpoint/model_card.py": "prints it",
-    "trainer/bench/profile.py": "profiles its first steps",
-    "trainer/bench/scale.py": "measures its first steps on several numbers of ranks",
     "trainer/bench/short_run.py": "trains its first steps",
     "trainer/bench/simulate.py": "simulates its run",
     "trainer/bench/step.py": "measures its step",

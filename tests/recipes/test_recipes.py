@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel
 
 import ranked
-from bifrost.recipes import Recipe, RecipeError, apply_overrides, load_recipe, shipped_recipes, to_yaml
+from bifrost.recipes import Recipe, RecipeError, apply_overrides, load_recipe, shipped_recipes
 
 
 def test_shipped() -> None:
@@ -18,7 +18,7 @@ def test_shipped() -> None:
 def test_round_trip(name: str, tmp_path) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
-    (tmp_path / "again.yaml").write_text(to_yaml(recipe))
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
     assert load_recipe(tmp_path / "again.yaml") == recipe
 
 
@@ -140,7 +140,7 @@ def test_quoted_numbers_are_text(tmp_path) -> None:
     for name in ("1e5", "7", "0.5", "2e-3"):
         recipe = load_recipe("tiny-mllm", [f"name='{name}'"])
         assert recipe.name == name
-        (tmp_path / "again.yaml").write_text(to_yaml(recipe))
+        (tmp_path / "again.yaml").write_text(recipe.to_yaml())
         assert load_recipe(tmp_path / "again.yaml") == recipe
 
 
@@ -181,7 +181,7 @@ def test_recipe_extends_another(tmp_path) -> None:
     changed = {"lr": 2e-3, "warmup_steps": 3}
     assert mine.optimizer == shipped.optimizer.model_copy(update=changed)
     assert mine.data == shipped.data
-    assert "extends" not in to_yaml(mine)
+    assert "extends" not in mine.to_yaml()
     (tmp_path / "base.yaml").write_text("extends: mine.yaml\n")
     with pytest.raises(RecipeError, match=r"base.yaml: extends mine.yaml, which extends it in turn"):
         load_recipe(tmp_path / "mine.yaml")

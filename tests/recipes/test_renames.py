@@ -8,7 +8,7 @@ import first_version
 import pytest
 import yaml
 
-from bifrost.recipes import RecipeError, load_recipe, to_yaml, with_new_names
+from bifrost.recipes import RecipeError, load_recipe, with_new_names
 from bifrost.slurm.errors import SlurmError
 from bifrost.slurm.site import COPY, load_site
 
@@ -57,7 +57,7 @@ def test_the_recipe_that_a_run_stored_is_read(name: str) -> None:
         assert recipe.flux and recipe.flux.placement.vision_encoder == "replicated"
         assert (recipe.previews.every, recipe.previews.count) == (2, 2)
     # Nothing is lost, and the names written out in the tests' support are those of the first version.
-    now = yaml.safe_load(to_yaml(load_recipe(file, stored=True)))
+    now = yaml.safe_load(load_recipe(file, stored=True).to_yaml())
     assert written["zero"].pop("quantized_gradients") is False, "the one value that the removed setting had"
     assert first_version.recipe(now) == written
     assert with_new_names(now) == now

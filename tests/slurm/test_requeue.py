@@ -10,7 +10,7 @@ import first_version
 import pytest
 from typer.testing import CliRunner
 
-from bifrost.recipes import load_recipe, to_yaml
+from bifrost.recipes import load_recipe
 from bifrost.slurm.cli import slurm_app
 from bifrost.slurm.exit_codes import HUNG, STOPPED
 from bifrost.slurm.exit_record import attempts, record_outcome
@@ -187,7 +187,7 @@ def test_site_settings_are_those_of_the_submission(
     limits = {"free_gib": 0.5}
     settings = {"preflight_command": "check-it", "preflight_limits": limits, "bad_node_file": "~/bad_nodes.json"}
     monkeypatch.setenv("HOME", str(tmp_path))
-    submit(job, to_yaml(load_recipe("tiny-mllm")), Site.model_validate(settings))
+    submit(job, load_recipe("tiny-mllm").to_yaml(), Site.model_validate(settings))
     monkeypatch.delenv("BIFROST_SITE")
     monkeypatch.setenv("HOME", str(tmp_path / "of-a-container"))
     seen = []

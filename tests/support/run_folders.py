@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from bifrost.recipes import Recipe, to_yaml
+from bifrost.recipes import Recipe
 from bifrost.trainer.checkpoint.shard import Payload
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.stages import open_stage
@@ -28,6 +28,8 @@ def save(folder: Path, recipe: Recipe, seed: int, slots: Sequence[str] = ("maste
         tensors[slot] = {name: p.detach().flatten().clone() for name, p in model.trainable().items()}
     buffers = {name: torch.rand(b.shape, generator=draw).add(0.5).to(b.dtype) for name, b in model.statistics().items()}
     shapes = {name: tuple(p.shape) for name, p in model.trainable().items()}
-    Store(folder / "checkpoints").save(7, Payload(0, 1, tensors, shapes, {}, buffers))
-    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    Store(folder / "checkpoints").save(
+        7, Payload(0, 1, tensors, shapes, {"recipe": recipe.model_dump(mode="json")}, buffers)
+    )
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
     return folder

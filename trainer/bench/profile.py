@@ -17,8 +17,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ...recipes import Recipe
-from .short_run import WARMUP, measure_steps, short_recipe
+from .short_run import ShortRun
 
 KINDS = {
     "head and loss": r"pointer_kernel|descriptor_kernel|inplace_kernel|bifrost::(patch_latent_loss)",
@@ -47,8 +46,8 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "element-wise")
 
 
-def profile_steps(recipe: Recipe, steps: int, out: Path) -> int:
-    """Train WARMUP + `steps` steps of `recipe` from its first step, on this rank; the run is not kept.
+def profile_steps(run: ShortRun, out: Path) -> int:
+    """Profile the steps of a short run on this rank.
 
     Rank 0 prints the table and writes `trace.json.gz` (for ui.perfetto.dev) and `profile.txt` to `out`. Returns the
     exit code.
@@ -61,13 +60,12 @@ def profile_steps(recipe: Recipe, steps: int, out: Path) -> int:
             torch.cuda.synchronize()
         profiler.stop()
 
-    folder = out / ".run"
-    code = measure_steps(short_recipe(recipe, steps, folder, log_every=WARMUP + steps + 1), profiler.start, stop)
+    code = run.measure(profiler.start, stop)
     if torch.distributed.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(run.folder, ignore_errors=True)
         if code == 0:
             profiler.export_chrome_trace(str(out / "trace.json.gz"))
-            text = table(works(profiler.events() or []), steps)
+            text = table(works(profiler.events() or []), run.steps)
             (out / "profile.txt").write_text(text + "\n", encoding="utf-8")
             print(f"{text}\n\n{out / 'trace.json.gz'}: open it at https://ui.perfetto.dev")
     return code

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from ...recipes import Recipe
+from ...recipes import BatchSplit
 from ...slurm.rank_env import host_name
 from ..distributed.launcher import run_ranks
 from ..errors import RunError
@@ -29,18 +29,20 @@ from ..terminal import terminal
 from .collectives import Clock
 from .machine import format_machine, machine, usable_cores, write_record
 from .profile import works
-from .short_run import WARMUP, measure_steps, short_recipe
+from .short_run import WARMUP, ShortRun
 
 Mode = Literal["weak", "strong"]
 MODES: tuple[Mode, ...] = ("weak", "strong")
 
 
-def run_points(recipe: Recipe, modes: Sequence[Mode], counts: Sequence[int], out: Path, arguments: list[str]) -> int:
+def run_points(
+    global_batch: int, micro_batch: int, modes: Sequence[Mode], counts: Sequence[int], out: Path, arguments: list[str]
+) -> int:
     """Measure every mode on every number of local ranks, one by one, with `bench scale ARGUMENTS`; then show all
     points. Returns the exit code of the first failure."""
     chosen: list[tuple[Mode, int]] = [(mode, count) for mode in modes for count in counts]
     for mode, count in chosen:
-        point_recipe(recipe, mode, count, 1, out)  # check that the batch divides before anything runs
+        split(mode, global_batch, micro_batch, count)  # check that the batch divides before anything runs
     os.environ["OMP_NUM_THREADS"] = "1"  # one core per rank: more would scale differently at every number of ranks
     for mode, count in chosen:
         code = run_ranks(count, ["bench", "scale", *arguments, f"--mode={mode}"])
@@ -50,18 +52,18 @@ def run_points(recipe: Recipe, modes: Sequence[Mode], counts: Sequence[int], out
     return 0
 
 
-def point_recipe(recipe: Recipe, mode: Mode, ranks: int, steps: int, folder: Path) -> Recipe:
-    """The recipe of a point. RunError if its batch does not divide."""
-    split = batch(recipe.micro_batch * ranks if mode == "weak" else recipe.global_batch, recipe.micro_batch, ranks)
-    sizes = {"global_batch": split.global_batch, "micro_batch": split.micro_batch}
-    return short_recipe(recipe, steps, folder, log_every=1, **sizes)
+def split(mode: Mode, global_batch: int, micro_batch: int, ranks: int) -> BatchSplit:
+    """The batch of a point. RunError if it does not divide."""
+    return batch(micro_batch * ranks if mode == "weak" else global_batch, micro_batch, ranks)
 
 
-def measure(recipe: Recipe, mode: Mode, steps: int, out: Path) -> int:
-    """Train WARMUP + `steps` steps on this rank; rank 0 writes the point to `out`. Returns the exit code."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    folder = out / f".{mode}-{ranks}"
-    chosen = point_recipe(recipe, mode, ranks, steps, folder)
+def folder(mode: Mode, ranks: int, out: Path) -> Path:
+    """Folder of the run of a point, in `out`."""
+    return out / f".{mode}-{ranks}"
+
+
+def measure(run: ShortRun, mode: Mode, sizes: BatchSplit, out: Path) -> int:
+    """Train a short run on this rank; rank 0 writes the point to `out`. Returns the exit code."""
     communication = [0.0, 0.0]
     gpu = torch.cuda.is_available()
     profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) if gpu else None
@@ -79,20 +81,20 @@ def measure(recipe: Recipe, mode: Mode, steps: int, out: Path) -> int:
                 torch.cuda.synchronize()
                 profiler.stop()
 
-        code = measure_steps(chosen, begin, end)
+        code = run.measure(begin, end)
     spent = communication[1] - communication[0]
     if profiler:  # calls return immediately on a GPU: use kernel time
         spent = sum(w.microseconds for w in works(profiler.events() or []) if w.kind == "communication") / 1e6
     mine: Rank = (host_name(), usable_cores(), spent)
     found = [mine]
-    if ranks > 1:
-        found = [mine] * ranks
+    if sizes.ranks > 1:
+        found = [mine] * sizes.ranks
         dist.all_gather_object(found, mine)
     if dist.get_rank() == 0 and code == 0:
-        lines = (folder / chosen.name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        one = point(chosen, mode, found, [json.loads(line) for line in lines])
-        write_record(out, f"{mode}-{ranks:04d}.json", one)
-        shutil.rmtree(folder, ignore_errors=True)
+        lines = (run.folder / run.name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        one = point(run.name, sizes, mode, found, [json.loads(line) for line in lines])
+        write_record(out, f"{mode}-{sizes.ranks:04d}.json", one)
+        shutil.rmtree(run.folder, ignore_errors=True)
         if "BIFROST_LAUNCHER" not in os.environ:  # started by srun or torchrun: no launcher does it
             present(out)
     dist.destroy_process_group()  # its threads may abort a process that exits while they run
@@ -103,25 +105,27 @@ Rank = tuple[str, Sequence[int], float]
 """A rank's host, the cores available to it, and its seconds in collectives over the measured steps."""
 
 
-def point(recipe: Recipe, mode: Mode, found: Sequence[Rank], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The record of a point from its ranks and its metrics."""
-    ranks, communication = len(found), [spent for *_, spent in found]
+def point(
+    name: str, sizes: BatchSplit, mode: Mode, found: Sequence[Rank], lines: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """The record of a point from its ranks and its metrics. name: the recipe's."""
+    communication = [spent for *_, spent in found]
     measured = [line for line in lines if "event" not in line and line["step"] > WARMUP]
     step_s = statistics.median(line["step_s"] for line in measured)
     whole = sum(line["step_s"] for line in measured)
     gpus = torch.cuda.is_available()
     return {
         "mode": mode,
-        "recipe": recipe.name,
-        "ranks": ranks,
-        "units": ranks if gpus else cores_in_use(found),
+        "recipe": name,
+        "ranks": sizes.ranks,
+        "units": sizes.ranks if gpus else cores_in_use(found),
         "unit": "GPU" if gpus else "core",
-        "global_batch": recipe.global_batch,
-        "micro_batch": recipe.micro_batch,
-        "passes": recipe.split(ranks).passes,
+        "global_batch": sizes.global_batch,
+        "micro_batch": sizes.micro_batch,
+        "passes": sizes.passes,
         "steps": len(measured),
         "step_s": step_s,
-        "samples_per_s": recipe.global_batch / step_s,
+        "samples_per_s": sizes.global_batch / step_s,
         "data_wait_share": sum(line["data_wait_s"] for line in measured) / whole,
         "communication_share": statistics.mean(communication) / whole,
         "communication_share_least": min(communication) / whole,

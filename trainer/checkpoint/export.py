@@ -68,7 +68,7 @@ def export(
             config = {"step": reader.step, "weights": slot, "recipe": recipe.model_dump(mode="json")}
             (partial / "config.json").write_text(json.dumps(config, indent=2))
         with_base = recipe.stage != "controlnet" and layout == "public"
-        text = card(run, recipe, reader, slot, str(dtype).removeprefix("torch."), with_base)
+        text = card(run, reader, slot, str(dtype).removeprefix("torch."), with_base)
         (partial / CARD).write_text(text, encoding="utf-8")
         partial.replace(out)
     return reader.step

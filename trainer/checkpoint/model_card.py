@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ...recipes import Recipe, to_yaml
+from ...recipes import Recipe
 from ...recipes.schema import Backbone, Flux
 from ...recipes.secrets import redact
 from ..io import read_json
@@ -84,12 +84,14 @@ def licence_of(path: str) -> Licence | None:
     return Licence(name, name, str(metadata.get("license_link") or f"the card of {Path(path).name}"))
 
 
-def card(run: Path, recipe: Recipe, reader: CheckpointReader, slot: str, dtype: str, with_base: bool) -> str:
-    """Text of the model card for weights exported from `reader`, a checkpoint of the run in folder `run`.
+def card(run: Path, reader: CheckpointReader, slot: str, dtype: str, with_base: bool) -> str:
+    """Text of the model card for weights exported from `reader`, a checkpoint of the run in folder `run`, with the
+    recipe that the checkpoint was trained with.
 
     slot: `master` or `ema`. with_base: whether the export includes the frozen base.
     """
     state: dict[str, Any] = reader.state
+    recipe = Recipe.model_validate(state["recipe"])
     progress = state.get("progress", {})
     environment = read_json(run / "environment.json") or {}
     trained = environment.get("versions", {})
@@ -105,7 +107,7 @@ def card(run: Path, recipe: Recipe, reader: CheckpointReader, slot: str, dtype: 
         ("exported with", f"bifrost {BIFROST}"),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    settings = redact(to_yaml(recipe)).strip()
+    settings = redact(recipe.to_yaml()).strip()
     models = bases(recipe.backbone, recipe.flux if recipe.stage == "controlnet" else None)
     return f"""---
 {_metadata(recipe.stage, models)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -100,13 +101,19 @@ def bench_scale(
         report(settings, simulate, out)
         return
     from ..bench import scale
+    from ..bench.short_run import ShortRun
 
     modes: list[scale.Mode] = [each for each in scale.MODES if mode in (None, each)]
     if not init_from_env():
         options = [f"--steps={steps}", f"--out={out}"]
         numbers = sorted(set(counts("--ranks", ranks)))
-        code = scale.run_points(settings, modes, numbers, out, [recipe, *(overrides or []), *options])
+        arguments = [recipe, *(overrides or []), *options]
+        code = scale.run_points(settings.global_batch, settings.micro_batch, modes, numbers, out, arguments)
     else:
-        code = scale.measure(settings, modes[0], steps, out)
+        ranks_now = int(os.environ["WORLD_SIZE"])
+        sizes = scale.split(modes[0], settings.global_batch, settings.micro_batch, ranks_now)
+        batch = {"global_batch": sizes.global_batch, "micro_batch": sizes.micro_batch}
+        run = ShortRun.of(settings, steps, scale.folder(modes[0], ranks_now, out), log_every=1, **batch)
+        code = scale.measure(run, modes[0], sizes, out)
         ignore_signals()
     raise typer.Exit(code)

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ...recipes import load_recipe
+from ...recipes import BatchSplit, load_recipe
 from ..distributed.launcher import run_child
+from ..training.batch import split_batch
 from ..versions import require
 from .on_ranks import leave, on_ranks
 from .options import Overrides, RanksOption, RecipeArgument
@@ -38,10 +39,14 @@ def kernels_profile(
 
     def profiled() -> int:
         from ..bench.profile import profile_steps
+        from ..bench.short_run import ShortRun
 
-        return profile_steps(settings, steps, out)
+        return profile_steps(ShortRun.of(settings, steps, out / ".run", log_every=settings.steps), out)
 
-    on_ranks(settings, ranks, arguments, profiled)
+    def split(ranks: int) -> BatchSplit:
+        return split_batch(settings.global_batch, settings.micro_batch, ranks, settings.zero.hpz)
+
+    on_ranks(ranks, arguments, profiled, split)
 
 
 @app.command(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ...data.progress import progress
-from ...recipes import load_recipe, to_yaml
+from ...recipes import BatchSplit, load_recipe
 from ...slurm.named_paths import require_paths
 from ..distributed.launcher import devices, init_from_env, run_ranks
 from ..errors import RunError
 from ..training.batch import split_batch
 from ..training.run_folder import check_run, placed, ranks_of
+from ..training.setting_changes import finished_line
 from .on_ranks import leave, on_ranks
 from .options import Overrides, RanksOption, RecipeArgument
 
@@ -34,23 +36,28 @@ def train(
 
         return train(settings)
 
+    def split(ranks: int) -> BatchSplit:
+        return split_batch(settings.global_batch, settings.micro_batch, ranks, settings.zero.hpz)
+
+    run = Path(settings.runs_dir) / settings.name
     if not dry_run:
-        on_ranks(settings, ranks, ["train", recipe, *(overrides or [])], train_rank, trains=True)
+        done = partial(finished_line, run, settings.model_dump(mode="json"))
+        on_ranks(ranks, ["train", recipe, *(overrides or [])], train_rank, split, run, done)
     import torch
 
     from ..models.hub import architecture
     from ..optim.engine import deepspeed_config
     from ..stages import open_stage
 
-    batch = split_batch(settings.global_batch, settings.micro_batch, ranks or devices(), settings.zero.hpz)
+    batch = split(ranks or devices())
     with torch.device("meta"):
         model = open_stage(settings, for_counting=True).build()
-    require_paths(Path(settings.runs_dir) / settings.name, settings.previews, settings.init_from)
+    require_paths(run, settings.previews, settings.init_from)
     if settings.previews.every and settings.previews.flux:
         architecture(settings.previews.flux, None, "previews.flux")
     trainable = sum(p.numel() for p in model.trainable().values())
     frozen = sum(p.numel() for p in model.parameters()) - trainable
-    print(to_yaml(settings))
+    print(settings.to_yaml())
     print("# DeepSpeed")
     print(json.dumps(deepspeed_config(batch, settings.precision, settings.zero, settings.optimizer.clip), indent=2))
     print(f"trainable parameters  {trainable:>16,}")
@@ -77,7 +84,11 @@ def resume(
 
         return train(settings)
 
-    on_ranks(settings, ranks, arguments, train_rank, trains=True, usual=lambda: ranks_of(run) or devices())
+    def split(ranks: int) -> BatchSplit:
+        return split_batch(settings.global_batch, settings.micro_batch, ranks, settings.zero.hpz)
+
+    done = partial(finished_line, run, settings.model_dump(mode="json"))
+    on_ranks(ranks, arguments, train_rank, split, run, done, usual=lambda: ranks_of(run) or devices())
 
 
 def encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: RanksOption = None) -> None:

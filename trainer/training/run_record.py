@@ -17,7 +17,6 @@ import psutil
 import torch
 
 from ...data.atomic import write_atomic
-from ...recipes import to_yaml
 from ...recipes.secrets import redact
 from ...slurm.io import write_json
 from ...slurm.rank_env import host_name
@@ -102,7 +101,7 @@ def _describe(run: RunContext, kernels: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rename_previews(folder)
     # First, so that an attempt that dies here leaves a recipe.
-    write_atomic(folder / "recipe.yaml", redact(to_yaml(recipe)).encode())
+    write_atomic(folder / "recipe.yaml", redact(recipe.to_yaml()).encode())
     write_json(folder / "ds_config.json", run.deepspeed)
     write_json(folder / KERNELS_FILE, kernels)
     write_json(folder / "environment.json", {**_environment(ranks), "dataset": dataset, "hosts": run.topology})

@@ -73,6 +73,17 @@ def finished(folder: Path, settings: dict[str, Any]) -> int | None:
     return last["step"] if done and sizes and not changed.keys() - {"steps"} else None
 
 
+def finished_line(folder: Path, settings: dict[str, Any]) -> str | None:
+    """A line that a run is finished, and how to continue it; None if it is not, see `finished`."""
+    steps = finished(folder, settings)
+    if steps is None:
+        return None
+    how = f"more steps continue it, such as steps={2 * steps}"
+    if steps < settings["steps"]:
+        how = f"more patience continues it, such as validation.patience={2 * settings['validation']['patience']}"
+    return f"{settings['name']} is finished: {steps} steps in {folder}; {how}"
+
+
 def _last_record(path: Path) -> dict[str, Any]:
     """The last line of a metrics file; empty without one."""
     try:

@@ -45,7 +45,7 @@ def lines(*step_s: float) -> list[dict]:
 def test_a_point_leaves_out_the_warm_up() -> None:
     recipe = load_recipe("tiny-mllm", ["global_batch=32", "micro_batch=4"])
     ranks = [("here", [0, 1], spent) for spent in (2.0, 6.0, 2.0, 2.0)]
-    found = scale.point(recipe, "strong", ranks, lines(100, 100, 2, 4, 2))
+    found = scale.point(recipe.name, recipe.split(4), "strong", ranks, lines(100, 100, 2, 4, 2))
     assert (found["steps"], found["step_s"], found["samples_per_s"], found["passes"]) == (3, 2, 16, 2)
     assert found["communication_share"] == pytest.approx(3 / 8)
     assert (found["communication_share_least"], found["communication_share_most"]) == (2 / 8, 6 / 8)
@@ -55,7 +55,9 @@ def test_a_point_leaves_out_the_warm_up() -> None:
 def test_efficiency_is_throughput_per_core(tmp_path: Path) -> None:
     recipe = load_recipe("tiny-mllm", ["global_batch=32", "micro_batch=4"])
     for ranks, step_s in ((1, 4.0), (2, 2.5), (8, 5.0)):
-        one = scale.point(recipe, "strong", [("here", [4, 5], 0.0)] * ranks, lines(9, 9, step_s))
+        one = scale.point(
+            recipe.name, recipe.split(ranks), "strong", [("here", [4, 5], 0.0)] * ranks, lines(9, 9, step_s)
+        )
         (tmp_path / f"strong-{ranks:04d}.json").write_text(json.dumps(one))
     (tmp_path / "simulated-512.json").write_text("{}")
     (points,) = scale.read_points(tmp_path).values()
@@ -77,11 +79,10 @@ def test_cores_are_counted_once_a_host() -> None:
     assert ranks(("a", [0]), ("a", [1]), ("b", [0]), ("b", [1])) == 4, "as Slurm binds tasks"
 
 
-def test_batches_of_weak_and_strong_scaling(tmp_path: Path) -> None:
-    recipe = load_recipe("tiny-mllm", ["global_batch=48", "micro_batch=8"])
-    weak, strong = (scale.point_recipe(recipe, mode, 4, 3, tmp_path) for mode in scale.MODES)
-    assert (weak.global_batch, weak.micro_batch, weak.split(4).passes) == (32, 8, 1)
-    assert (strong.global_batch, strong.micro_batch, strong.split(4).passes) == (48, 6, 2)
+def test_batches_of_weak_and_strong_scaling() -> None:
+    weak, strong = (scale.split(mode, 48, 8, 4) for mode in scale.MODES)
+    assert (weak.global_batch, weak.micro_batch, weak.passes) == (32, 8, 1)
+    assert (strong.global_batch, strong.micro_batch, strong.passes) == (48, 6, 2)
     for wrong in ("0,2", "two", ""):
         with pytest.raises(RunError, match="--ranks"):
             counts("--ranks", wrong)

@@ -19,8 +19,10 @@ STATE = {"progress": {"samples": 128_000, "digest": "2:abcdef"}, "data": "shards
 
 def written(tmp_path: Path, recipe: Recipe, with_base: bool = True, **state: Any) -> ModelCard:
     """The card as the hub's own library reads it."""
-    reader = cast(CheckpointReader, SimpleNamespace(step=2000, state={**STATE, **state}))
-    return ModelCard(card(tmp_path, recipe, reader, "ema", "bfloat16", with_base))
+    reader = cast(
+        CheckpointReader, SimpleNamespace(step=2000, state={**STATE, "recipe": recipe.model_dump(mode="json"), **state})
+    )
+    return ModelCard(card(tmp_path, reader, "ema", "bfloat16", with_base))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import ranked
 import runs
-from bifrost.recipes import load_recipe, to_yaml
+from bifrost.recipes import load_recipe
 from bifrost.trainer.cli.main import app
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.report.drawing import Curve, chart, smoothed
@@ -105,7 +105,7 @@ def make(folder: Path, records: list[dict], *overrides: str) -> Path:
     """A run folder with these lines of metrics."""
     folder.mkdir(parents=True)
     recipe = load_recipe("tiny-mllm", [f"name={folder.name}", "steps=100", *overrides])
-    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
     environment = {"ranks": 2, "device": "NVIDIA H200", "versions": {"torch": "2.13.0"}, "hosts": ["ranks 0-1  n7  2"]}
     (folder / "environment.json").write_text(json.dumps(environment))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -199,7 +199,7 @@ def test_states(eventful: Path, tmp_path: Path) -> None:
     assert open_run(eventful).state() == "finished"
     waiting = tmp_path / "waiting"
     (waiting / "slurm").mkdir(parents=True)
-    (waiting / "slurm" / "recipe.yaml").write_text(to_yaml(load_recipe("tiny-mllm")))
+    (waiting / "slurm" / "recipe.yaml").write_text(load_recipe("tiny-mllm").to_yaml())
     found = read(page(open_run(waiting)))
     assert list(found.sections) == SECTIONS and "not started yet" in found.text and "64" in found.sections["settings"]
     begun = read(page(open_run(make(tmp_path / "begun", [start(20, 0)]))))
