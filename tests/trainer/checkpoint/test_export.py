@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import bifrost
 import ranked
 import runs
+from bifrost.recipes import load_recipe
 from bifrost.trainer.checkpoint.export import _base, export
 from bifrost.trainer.checkpoint.shard import Payload
 from bifrost.trainer.checkpoint.store import Store
@@ -133,7 +134,8 @@ def test_memory_is_a_few_tensors(run: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
     tensors = {f"t{number:02d}": torch.randn(2_000_000) for number in range(40)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    Store(tmp_path / "run" / "checkpoints").save(1, Payload(0, 1, {"master": tensors}, shapes, {}, {}))
+    state = {"recipe": load_recipe(run / "recipe.yaml").model_dump(mode="json")}
+    Store(tmp_path / "run" / "checkpoints").save(1, Payload(0, 1, {"master": tensors}, shapes, state, {}))
     tensors.clear()
     export(tmp_path / "run", tmp_path / "first", "hf", dtype=torch.float32)  # imports are no memory of an export
     before = own_memory()

@@ -65,7 +65,7 @@ def test_averaged_weights_have_averaged_statistics(mllm: Path, flux: Path, tmp_p
     slots = {slot: {n: reader.full(slot, n).flatten() for n in reader.shapes} for slot in reader.slots}
     averaged = {name: (buffer * 2).to(buffer.dtype) for name, buffer in live.items()}
     held = {**live, **{f"ema/{name}": buffer for name, buffer in averaged.items()}}
-    Store(run / "checkpoints").save(8, Payload(0, 1, slots, reader.shapes, {}, held))
+    Store(run / "checkpoints").save(8, Payload(0, 1, slots, reader.shapes, reader.state, held))
     assert all(torch.equal(buffer, averaged[name]) for name, buffer in taken(run).items())
     for ema, wanted in ((True, averaged), (False, live)):
         export(run, tmp_path / str(ema), "public", ema=ema)
