@@ -123,6 +123,14 @@ def charts(run: RunFiles) -> list[Chart]:
             "Smoothed over a twentieth of the lines; faint: as logged.",
             falls=True,
         ),
+        chart(
+            "held-out loss",
+            [
+                Curve("live weights", column("val_loss"), COLOURS[0]),
+                Curve("averaged weights", column("val_loss_ema"), COLOURS[1]),
+            ],
+            "Mean over mask rates or noise levels, on samples that training never reads.",
+        ),
         chart("samples per second", noisy("samples/s", column("samples_per_s"), COLOURS[0]), zero=True),
         chart(
             "memory, GiB",

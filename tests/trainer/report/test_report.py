@@ -190,6 +190,15 @@ def test_a_page_has_it_all(eventful: Path) -> None:
     assert ettr != "60.0%" and found.text.count(ettr) >= 2 and "60.0%" not in found.text
 
 
+def test_a_run_with_validation_has_a_chart_of_it(eventful: Path) -> None:
+    assert "held-out loss over the step" not in page(open_run(eventful), now=T + 200)
+    with (eventful / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        for step in (41, 42):
+            file.write(json.dumps(line(step, val_loss=2.0, val_loss_ema=1.9)) + "\n")
+    html = page(open_run(eventful), now=T + 200)
+    assert "held-out loss over the step" in html and "averaged weights" in html
+
+
 def test_states(eventful: Path, tmp_path: Path) -> None:
     assert "ended without a record" in open_run(eventful).state(now=T + 400)
     metrics = eventful / "metrics.jsonl"
