@@ -334,12 +334,9 @@ class Recipe(Section):
         if self.stage == "patch-latents" and self.previews.every and not self.previews.controlnet:
             raise ValueError("previews.every in stage patch-latents needs previews.controlnet to decode the latents")
         if self.validation.shards is None:
-            for key, asked in (
-                ("checkpoint.keep_best", self.checkpoint.keep_best),
-                ("validation.patience", self.validation.patience),
-            ):
-                if asked:
-                    raise ValueError(f"{key} needs validation.shards, the held-out shards")
+            asked = {"checkpoint.keep_best": self.checkpoint.keep_best, "validation.patience": self.validation.patience}
+            if key := next((key for key, value in asked.items() if value), None):
+                raise ValueError(f"{key} needs validation.shards, the held-out shards")
         return self
 
     def to_yaml(self) -> str:
