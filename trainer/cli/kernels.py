@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ...recipes import BatchSplit, load_recipe
+from ...recipes import load_recipe
 from ..distributed.launcher import run_child
 from ..training.batch import split_batch
 from ..versions import require
@@ -43,9 +44,7 @@ def kernels_profile(
 
         return profile_steps(ShortRun.of(settings, steps, out / ".run", log_every=settings.steps), out)
 
-    def split(ranks: int) -> BatchSplit:
-        return split_batch(settings.global_batch, settings.micro_batch, ranks, settings.zero.hpz)
-
+    split = partial(split_batch, settings.global_batch, settings.micro_batch, hpz=settings.zero.hpz)
     on_ranks(ranks, arguments, profiled, split)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ...data.progress import progress
-from ...recipes import BatchSplit, load_recipe
+from ...recipes import load_recipe
 from ...slurm.named_paths import require_paths
 from ..distributed.launcher import devices, init_from_env, run_ranks
 from ..errors import RunError
@@ -36,9 +36,7 @@ def train(
 
         return train(settings)
 
-    def split(ranks: int) -> BatchSplit:
-        return split_batch(settings.global_batch, settings.micro_batch, ranks, settings.zero.hpz)
-
+    split = partial(split_batch, settings.global_batch, settings.micro_batch, hpz=settings.zero.hpz)
     run = Path(settings.runs_dir) / settings.name
     if not dry_run:
         done = partial(finished_line, run, settings.model_dump(mode="json"))
@@ -84,9 +82,7 @@ def resume(
 
         return train(settings)
 
-    def split(ranks: int) -> BatchSplit:
-        return split_batch(settings.global_batch, settings.micro_batch, ranks, settings.zero.hpz)
-
+    split = partial(split_batch, settings.global_batch, settings.micro_batch, hpz=settings.zero.hpz)
     done = partial(finished_line, run, settings.model_dump(mode="json"))
     on_ranks(ranks, arguments, train_rank, split, run, done, usual=lambda: ranks_of(run) or devices())
 
