@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,27 @@ def pytest_collection_modifyitems(items):
     """Tests on a Slurm cluster first: they wait for minutes, and all go to xdist's first worker, which has the time of
     the whole run for them, since the others take over its remaining tests."""
     items.sort(key=lambda item: "cluster" not in item.fixturenames)
+
+
+def _replaceable() -> dict[str, Any]:
+    """The constants and functions of the product's loaded modules, by dotted name."""
+    return {
+        f"{module.__name__}.{name}": value
+        for module in list(sys.modules.values())
+        if module.__name__.startswith("bifrost.")
+        for name, value in vars(module).items()
+        if name.isupper() or callable(value)
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def product_is_unchanged() -> Iterator[None]:
+    """A test module that replaces a constant or a function of the product puts it back: the next module of the same
+    process would be run with the replacement."""
+    before = _replaceable()
+    yield
+    after = _replaceable()
+    assert [name for name, value in before.items() if after.get(name) is not value] == []
 
 
 @pytest.fixture(scope="session")

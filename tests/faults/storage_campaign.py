@@ -61,7 +61,8 @@ class StorageCampaign:
         shutil.rmtree(folder, ignore_errors=True)
         self.shards = small_shards.save(folder / "shards")
         self.settings = [*small_model.settings(folder / "backbone"), f"steps={STEPS}", "checkpoint.every=2"]
-        self.truth = read(self.shards / "train-{00000..00003}.tar", {}, 0, 0)["samples"]
+        (calm,) = ranked.run(read, 1, f"{self.shards}/train-{{00000..00003}}.tar", {}, 0, 0)
+        self.truth = [tuple(sample) for sample in calm.value["samples"]]
         assert len({key for key, _ in self.truth}) == len(self.truth) == 60
         (trained,) = self._train(f"{self.shards}/train-{{00000..00003}}.tar", {}, "calm")
         assert trained.code == 0, trained.err
