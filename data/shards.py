@@ -229,9 +229,15 @@ class Dataset:
         self.fingerprint = hashlib.sha256("".join(header.sha256 for header in headers).encode()).hexdigest()
         """Hash over the shards' content hashes in order: identifies samples and their order, wherever stored."""
         self.opened = OpenShards(shards, self._open, max_open)
+        self._ends = self.samples_per_shard.cumsum()
 
     def __len__(self) -> int:
         return int(self.samples_per_shard.sum())
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Shard number, and number within the shard, of the sample with that number in the dataset."""
+        shard = int(self._ends.searchsorted(index, side="right"))
+        return shard, index - int(self._ends[shard]) + int(self.samples_per_shard[shard])
 
     def name(self, shard: int, key: str) -> str:
         """Globally unique name of a sample: its shard's content hash and its key, which other shards may use too."""

@@ -7,13 +7,14 @@ import sys
 if sys.path and sys.path[0] in ("", os.getcwd()):
     del sys.path[0]
 
+from ..data.errors import DataError
 from ..recipes import RecipeError
 from .cli import slurm_app
 from .errors import SlurmError
-from .exit_codes import USAGE
+from .exit_codes import LOST, USAGE
 
 try:
     slurm_app()
-except (RecipeError, SlurmError) as error:
+except (DataError, RecipeError, SlurmError) as error:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(USAGE)
+    sys.exit(LOST if isinstance(error, DataError) and error.transient else USAGE)

@@ -87,6 +87,7 @@ def submit(
 ) -> None:
     from . import jobs
     from .job import parse_nodes
+    from .named_paths import require_paths
     from .script import render
     from .site import load_site
 
@@ -96,6 +97,7 @@ def submit(
     if context.info_name == "render":
         print(render(job, site), end="")
     else:
+        require_paths(Path(job.run), settings.previews, settings.init_from)
         _submit(job, settings.to_yaml(), site)
 
 
@@ -104,6 +106,7 @@ def resume(run: Run) -> None:
     """Submit a run again with the same options, after a cancel or after fixing what stopped it."""
     from . import jobs
     from .job import RECIPE, load_job
+    from .named_paths import require_paths
     from .site import load_site
 
     old, site = load_job(run), load_site()
@@ -112,7 +115,9 @@ def resume(run: Run) -> None:
     asked = old.model_dump(include={"nodes", "gpus_per_node", "partition", "account", "time", "exclude", "array"})
     tasks = None if old.gpus_per_node else old.tasks_per_node
     request = jobs.Request(tasks_per_node=tasks, **asked)
-    _submit(jobs.describe(settings, site, request), settings.to_yaml(), site)
+    job = jobs.describe(settings, site, request)
+    require_paths(Path(job.run), settings.previews, settings.init_from)
+    _submit(job, settings.to_yaml(), site)
 
 
 def _submit(job: Job, settings: str, site: Site) -> None:

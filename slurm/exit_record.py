@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.local import names_in
 from .io import read_json, write_json
 
 ATTEMPTS = "slurm/attempts.jsonl"
@@ -58,9 +59,14 @@ def read_outcome(run: Path) -> dict[str, Any] | None:
 
 
 def newest_step(run: Path) -> int:
-    """Step of the newest checkpoint; 0 if there is none."""
-    names = [path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")]
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    """Step of the newest checkpoint; 0 if there is none. Storage errors are retried, then DataLost: a run whose folder
+    cannot be read has not lost its checkpoints."""
+    try:
+        names = names_in(run / "checkpoints")
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    steps = [name.removeprefix("step-") for name in names if name.startswith("step-")]
+    return max((int(step) for step in steps if step.isdigit()), default=0)
 
 
 def append(run: Path, record: Mapping[str, Any]) -> None:

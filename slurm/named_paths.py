@@ -1,4 +1,4 @@
-"""Check of the paths that a recipe names, before anything is built; plan, init, preflight and training share it."""
+"""Check of the paths that a recipe names, before anything is built: by init, plan, submit, preflight and training."""
 
 from __future__ import annotations
 

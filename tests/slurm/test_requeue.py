@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from bifrost.recipes import load_recipe
 from bifrost.slurm.cli import slurm_app
-from bifrost.slurm.exit_codes import HUNG, STOPPED
+from bifrost.slurm.exit_codes import HUNG, LOST, STOPPED
 from bifrost.slurm.exit_record import attempts, record_outcome
 from bifrost.slurm.job import Job
 from bifrost.slurm.jobs import submit
@@ -221,3 +221,20 @@ def test_a_job_that_an_earlier_version_submitted_is_continued(job: Job, stand: S
     (folder / "outcome.json").write_text(json.dumps(written))
     line, code = after(job.path, 143)
     assert code == HUNG and "3 attempts without a checkpoint" in line and line.endswith("rank 3: no step")
+
+
+def test_a_storage_failure_in_a_step_is_retryable(job: Job) -> None:
+    """The batch script requeues on any code but that of a user error."""
+    program = f"""
+import errno, os, runpy, sys
+from bifrost.data import retry
+def fail(path):
+    raise OSError(errno.ESTALE, "Stale file handle", str(path))
+retry.PATIENCE_S = 0.1
+os.listdir = fail
+sys.argv = ["bifrost.slurm", "after", {str(job.path)!r}, "--code", "137"]
+runpy.run_module("bifrost.slurm", run_name="__main__")
+"""
+    found = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
+    assert found.returncode == LOST, found.stderr
+    assert found.stderr.splitlines()[-1].startswith(f"error: {job.path / 'checkpoints'}: Stale file handle; ")

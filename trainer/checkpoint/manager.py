@@ -87,7 +87,7 @@ class CheckpointManager:
         self._save: _Save | None = None
         self._thread: threading.Thread | None = None
         self._failures = 0  # consecutive saves that failed because of storage
-        self._told_slow = False
+        self._warned_slow = False
         self.seconds: deque[float] = deque(maxlen=10)
         """Seconds until each of the last saves was on disk."""
 
@@ -113,8 +113,8 @@ class CheckpointManager:
         A storage failure is logged, reported as an event and retried at the next save. Raises Unhealthy on every rank
         after `max_failed_saves` consecutive failures, RunError for a permanent error.
         """
-        if self._thread is not None and self._thread.is_alive() and not self._told_slow:
-            self._told_slow = True
+        if self._thread is not None and self._thread.is_alive() and not self._warned_slow:
+            self._warned_slow = True
             log.warning(
                 "the save before step %d is still being written, steps wait for it: raise checkpoint.every (%d)",
                 step,
@@ -180,7 +180,7 @@ class CheckpointManager:
                 near = time.perf_counter() - save.begun
             size = self.store.save(save.step, content, self.group.gather)
             self._failures = 0
-            self._tell(save, size, near)
+            self._report_save(save, size, near)
             if self.local:
                 self.local.clear()
             if self.automatic and size:
@@ -206,7 +206,7 @@ class CheckpointManager:
             if save.prune:
                 self._prune({save.best} if self.settings.keep_best else set())
 
-    def _tell(self, save: _Save, size: int, near: float | None) -> None:
+    def _report_save(self, save: _Save, size: int, near: float | None) -> None:
         now = time.perf_counter()
         if save.waited_since is not None:
             save.blocked += now - save.waited_since

@@ -44,7 +44,6 @@ class SampleSet:
         index = np.arange(len(dataset))
         draws = uniform(seed, Stream.MASK_RATE, np.full_like(index, NO_EPOCH), index, 1)[:, 0]
         self.order: IntArray = draws.argsort(kind="stable")
-        self._ends: IntArray = dataset.samples_per_shard.cumsum()
 
     def choose(self, count: int, known: Collection[bytes] = ()) -> list[Sample]:
         """The first `count` readable samples with distinct captions and images whose hashes are not in `known`.
@@ -89,9 +88,8 @@ class SampleSet:
 
     def raw(self, index: int) -> RawSample | None:
         """One sample as stored; None if it has no image or caption."""
-        shard = int(self._ends.searchsorted(index, side="right"))
         try:
-            return self.dataset.read(shard, index - int(self._ends[shard] - self.dataset.samples_per_shard[shard]))
+            return self.dataset.read(*self.dataset.place(index))
         except BadSample:
             return None
 

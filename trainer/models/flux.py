@@ -207,7 +207,9 @@ class FluxFolder:
         unit = 2 * self.stride
         if image_size < unit or image_size % unit:
             below = max(1, image_size // unit) * unit
-            raise RunError(f"{image_size} px does not fit {self.path}: set a multiple of {unit}, such as {below}")
+            raise RunError(
+                f"flux.image_size={image_size}: does not fit {self.path}; set a multiple of {unit}, such as {below}"
+            )
         return image_size // unit
 
     def build(self, part: Part) -> Any:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,13 +19,13 @@ import torch
 from PIL import Image
 
 from ...data import Dataset
-from ...data.atomic import write_atomic
 from ...data.transforms import decode_sizes
 from ...recipes.schema import Previews
 from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..inference.contact_sheet import make_contact_sheet
 from ..inference.generator import Generator, Settings, load_controlnet, load_flux
+from ..io import write_png
 from ..models.prompt import PromptTemplate
 from ..monitors.phase_timer import PhaseTimer
 from ..monitors.renames import PREVIEWS
@@ -66,11 +65,9 @@ def sampler(
 
     def write(rows: Rows, step: int) -> None:
         if ranks.first and rows:
-            png = BytesIO()
-            make_contact_sheet(rows, captions).save(png, "png")
             try:
                 (folder / PREVIEWS).mkdir(exist_ok=True)
-                write_atomic(folder / PREVIEWS / f"step-{step:08d}.png", png.getvalue())
+                write_png(folder / PREVIEWS / f"step-{step:08d}.png", make_contact_sheet(rows, captions))
             except OSError as error:  # a preview is not worth the run
                 log.error("the preview of step %d was not written: %s", step, error)
 

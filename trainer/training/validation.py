@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from ...data import Batch, Dataset, Item, ReadableSamples
@@ -125,13 +124,10 @@ def _mean(values: list[float]) -> float:
 def _reader(dataset: Dataset, samples: int, sizes: tuple[int, ...]) -> Callable[[int], Item]:
     """Number of a validation sample -> its item, `samples` of them spread evenly over the dataset."""
     found = ReadableSamples(dataset, sizes)
-    ends = np.cumsum(dataset.samples_per_shard)
 
     def read(number: int) -> Item:
-        index = number * len(dataset) // samples
-        shard = int(np.searchsorted(ends, index, side="right"))
         replaced: list[tuple[str, str]] = []
-        item = found.read(0, shard, index - int(ends[shard - 1] if shard else 0), number, replaced)
+        item = found.read(0, *dataset.place(number * len(dataset) // samples), number, replaced)
         for key, reason in replaced:
             log.warning("validation.shards: %s is unreadable (%s); %s takes its place", key, reason, item.key)
         return item

@@ -131,14 +131,15 @@ def test_a_command_without_its_words_prints_its_help(
         ("previews.flux", "previews.every=5 previews.controlnet={1} previews.flux={0}"),
     ],
 )
-def test_a_dry_run_and_a_plan_name_a_folder_that_is_missing(tmp_path: Path, setting: str, named: str) -> None:
+def test_what_comes_before_a_run_names_a_folder_that_is_missing(tmp_path: Path, setting: str, named: str) -> None:
     gone = tmp_path / "gone"
     overrides = named.format(gone, tmp_path).split()
     ended = CliRunner().invoke(app, ["train", "tiny-mllm", "--dry-run", f"runs_dir={tmp_path}", *overrides])
     assert str(ended.exception).startswith(f"{setting}={gone}: no such "), ended.output
     if setting in ("init_from", "previews.controlnet"):
-        planned = CliRunner().invoke(app, ["plan", "tiny-mllm", "--gpus", "8", f"runs_dir={tmp_path}", *overrides])
-        assert str(planned.exception) == str(ended.exception)
+        for words in (["plan", "tiny-mllm", "--gpus", "8"], ["slurm", "submit", "tiny-mllm"]):
+            other = CliRunner().invoke(app, [*words, f"runs_dir={tmp_path}", "micro_batch=8", *overrides])
+            assert str(other.exception) == str(ended.exception), words
     if setting == "init_from":  # a run that continues has read it
         (tmp_path / "tiny-mllm" / "checkpoints" / "step-00000001").mkdir(parents=True)
         ended = CliRunner().invoke(app, ["train", "tiny-mllm", "--dry-run", f"runs_dir={tmp_path}", *overrides])

@@ -128,7 +128,8 @@ def test_wrong_inputs_are_one_line(shards: Path, flux: Path, tmp_path: Path) -> 
     shutil.rmtree(half / "vae")
     assert "vae/config.json" in refused(shards, half, tmp_path, "steps=1")
     assert "flux.path=nowhere" in refused(shards, Path("nowhere"), tmp_path, "steps=1")
-    assert "multiple of 8" in refused(shards, flux, tmp_path, "steps=1", "flux.image_size=60")
+    line = refused(shards, flux, tmp_path, "steps=1", "flux.image_size=60")
+    assert "flux.image_size=60: does not fit" in line and "multiple of 8" in line
     assert "4 x 4" in refused(shards, flux, tmp_path, "steps=1", "flux.image_size=96")
     assert "this FLUX has 2" in refused(shards, flux, tmp_path, "steps=1", "controlnet.double=3")
     assert "flux.path" in refused(shards, flux, tmp_path, "steps=1", "flux=null")
