@@ -16,7 +16,7 @@ from itertools import combinations
 import numpy as np
 
 from .drawings import COLOURED, COLOURS, THINGS
-from .grammar import Scene, draw
+from .grammar import CATEGORIES, Scene, draw
 from .places import HELD_OUT_PHRASINGS
 
 FIFTH = 5
@@ -47,6 +47,8 @@ HELD_OUT = {
 }
 """Category of held-out scenes -> the category that they are drawn from, and the only kinds of combination that are
 held out in them."""
+CATEGORY_NAMES = tuple(dict.fromkeys((*CATEGORIES, *HELD_OUT)))
+"""Of training and of held-out scenes."""
 ATTEMPTS = 2000
 
 

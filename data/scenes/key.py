@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import DataError
-from .drawings import Look
+from ..retry import call
+from .drawings import NUMBER, Look
 from .grammar import Object, Scene
+from .heldout import CATEGORY_NAMES
+from .places import PLACES
 
 KEY = "KEY.json"
 
@@ -26,19 +30,26 @@ def to_json(scenes: Mapping[str, Scene]) -> str:
 
 
 def read_key(path: Path) -> dict[str, Scene]:
-    """The scenes by key; raises DataError for a file that is not a key."""
+    """The scenes by key; raises DataError for a file that is not a key, or names drawings or places unknown here."""
     try:
-        return {
-            key: Scene(
-                found["category"],
-                found["caption"],
-                tuple(
-                    Object(Look(each["thing"], each["colour"]), (each["row"], each["column"]))
-                    for each in found["objects"]
-                ),
-                found["phrasing"],
-            )
-            for key, found in json.loads(path.read_text(encoding="utf-8")).items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: no ground truth of scenes ({error!r}); make it with `bifrost data demo`") from error
+        text = call(lambda: path.read_text(encoding="utf-8"), path)
+        return {key: _scene(found) for key, found in json.loads(text).items()}
+    except DataError:  # a storage error
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: not the ground truth of scenes ({error!r}); give the {KEY} that `bifrost data demo OUT --set"
+            " scenes` wrote next to the shards"
+        ) from error
+
+
+def _scene(found: dict[str, Any]) -> Scene:
+    objects = tuple(
+        Object(Look(each["thing"], each["colour"]), (each["row"], each["column"])) for each in found["objects"]
+    )
+    if not objects or found["category"] not in CATEGORY_NAMES:
+        raise ValueError(f"{len(objects)} objects in the category {found['category']}")
+    for look, place in objects:
+        if look not in NUMBER or place not in PLACES:
+            raise ValueError(f"unknown object: {look} at {place}")
+    return Scene(found["category"], str(found["caption"]), objects, found["phrasing"])

@@ -80,10 +80,15 @@ def summary(scores: Iterable[Score]) -> dict[str, float]:
 
 
 def score_images(images: np.ndarray | Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str, dict[str, float]]:
+    """`summarize` what is read from the images."""
+    return summarize(read(images), scenes)
+
+
+def summarize(found: Iterable[Found], scenes: Sequence[Scene]) -> dict[str, dict[str, float]]:
     """`summary` for every category of the scenes, in their order."""
     by_category: dict[str, list[Score]] = {}
-    for found, scene in zip(read(images), scenes, strict=True):
-        by_category.setdefault(scene.category, []).append(score(found, scene))
+    for one, scene in zip(found, scenes, strict=True):
+        by_category.setdefault(scene.category, []).append(score(one, scene))
     return {category: summary(scores) for category, scores in by_category.items()}
 
 

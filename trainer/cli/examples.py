@@ -12,7 +12,10 @@ EXAMPLES = {
     "runs": ("bifrost runs", "bifrost runs runs"),
     "doctor": ("bifrost doctor", "bifrost doctor --folder runs --uri http://tracker:5000"),
     "generate": (f"bifrost generate {RUNS} --out images 'red apple' 'grinning cat'",),
-    "eval": (f"bifrost eval {RUNS} --data 'demo/train-*.tar' --out runs/demo",),
+    "eval": (
+        f"bifrost eval {RUNS} --data 'demo/train-*.tar' --out runs/demo",
+        f"bifrost eval {RUNS} --data 'scenes/train-*.tar' --scenes scenes/KEY.json --out runs/scenes",
+    ),
     "plan": ("bifrost plan mllm-7b --gpus 8,64 --device h200", "bifrost plan flux-controlnet --gpus 16 micro_batch=2"),
     "goodput": ("bifrost goodput runs/tiny-mllm",),
     "report": ("bifrost report runs/tiny-mllm",),

@@ -48,6 +48,10 @@ class Evaluation:
     """Number of images among which reconstructions were looked up."""
     contact_sheet: Image.Image
 
+    def record(self) -> dict[str, Any]:
+        """The metrics, for metrics.json."""
+        return {"figures": self.figures, "chance": 1 / len(self.samples["train"]), "gallery": self.gallery}
+
 
 @torch.no_grad()
 def evaluate(

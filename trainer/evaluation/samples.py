@@ -77,8 +77,7 @@ class SampleSet:
         """The readable ones among the first `most` samples and `chosen` ones beyond, in lists of `chunk`."""
         part: list[Sample] = []
         for index in dict.fromkeys([*self.order[:most].tolist(), *chosen]):
-            raw = self.raw(index)
-            if raw is not None and (sample := self._decoded(index, raw)):
+            if sample := self.read(index):
                 part.append(sample)
             if len(part) == chunk:
                 yield part
@@ -86,12 +85,21 @@ class SampleSet:
         if part:
             yield part
 
+    def read(self, index: int) -> Sample | None:
+        """One sample; None if it has no caption or no readable image."""
+        raw = self.raw(index)
+        return raw and self._decoded(index, raw)
+
     def raw(self, index: int) -> RawSample | None:
         """One sample as stored; None if it has no image or caption."""
         try:
             return self.dataset.read(*self.dataset.place(index))
         except BadSample:
             return None
+
+    def key(self, index: int) -> str:
+        """The sample's key, from the index of its shard."""
+        return self.dataset.entry(*self.dataset.place(index))[0]
 
     def _decoded(self, index: int, raw: RawSample) -> Sample | None:
         try:

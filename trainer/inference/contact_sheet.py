@@ -16,23 +16,22 @@ log = logging.getLogger(__name__)
 
 GAP, TEXT = 6, 13
 LINES = 3
-"""Maximum lines of a caption; a longer one ends in an ellipsis."""
 SMALLEST, LARGEST = 96, 256
 """Minimum and maximum side in pixels of displayed images: scaled up by whole numbers, scaled down smoothly."""
 
 
 def make_contact_sheet(
-    rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str], across: int = 8
+    rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str], across: int = 8, lines: int = LINES
 ) -> Image.Image:
     """One image of `rows`, label -> an image per column.
 
-    Columns beyond `across` are placed in a block below.
+    Columns beyond `across` are placed in a block below. lines: of a caption at most; a longer one ends in an ellipsis.
     """
     assert rows and columns and all(len(images) == len(columns) for images in rows.values())
     side = _side(max(max(image.size) for images in rows.values() for image in images))
     margin = max(int(font_for(label).getlength(label)) for label in rows)
     margin += 2 * GAP if margin else GAP
-    heading = LINES * (TEXT + 3) + GAP if any(columns) else GAP
+    heading = lines * (TEXT + 3) + GAP if any(columns) else GAP
     across = min(across, len(columns))
     blocks = -(-len(columns) // across)
     block = heading + len(rows) * (side + GAP)
@@ -41,8 +40,8 @@ def make_contact_sheet(
     for number, caption in enumerate(columns):
         left, top = margin + number % across * (side + GAP), number // across * block + GAP
         font = font_for(caption)
-        lines = _wrapped(caption, side, font)
-        pen.multiline_text((left, top), "\n".join(lines), fill="black", font=font, spacing=2)
+        wrapped = _wrapped(caption, side, font, lines)
+        pen.multiline_text((left, top), "\n".join(wrapped), fill="black", font=font, spacing=2)
         for place, (label, images) in enumerate(rows.items()):
             y = number // across * block + heading + place * (side + GAP)
             canvas.paste(_fit(images[number], side), (left, y))
@@ -116,11 +115,11 @@ def _covered(file: str) -> frozenset[int]:
         return frozenset()
 
 
-def _wrapped(caption: str, width: int, font: FreeTypeFont) -> list[str]:
-    """The caption in lines of about `width` pixels at most."""
+def _wrapped(caption: str, width: int, font: FreeTypeFont, most: int) -> list[str]:
+    """The caption in up to `most` lines of about `width` pixels at most."""
     average = font.getlength(caption) / len(caption) if caption else 1.0
     characters = max(6, int(width / max(average, font.getlength("n"))))
-    return textwrap.wrap(caption, characters, max_lines=LINES, placeholder="…")
+    return textwrap.wrap(caption, characters, max_lines=most, placeholder="…")
 
 
 def _side(largest: int) -> int:

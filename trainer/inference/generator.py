@@ -249,6 +249,12 @@ def load_controlnet(
     return network, folder, size
 
 
+def base_folder(path: Path) -> Path:
+    """The folder of the MLLM that the stage-1 run, or export of one, at `path` was trained from."""
+    backbone = _recipe(path, "patch-latents").backbone
+    return locate(backbone.path, backbone.revision)
+
+
 def origin(path: Path) -> str:
     """An identifier of the weights at `path`: the resolved path, and the newest step of a run."""
     if not path.is_dir():

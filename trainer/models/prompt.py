@@ -1,10 +1,11 @@
-"""Captions as token ids in the model's chat template; truncation preserves the suffix."""
+"""Captions, and questions about an image, as token ids in the model's chat template."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from .tokenizers import open_tokenizer
 INSTRUCTION = "Generate an image of {caption}"
 IMAGE_START = "<|vision_start|>"
 IMAGE = "<|image_pad|>"
+IMAGE_END = "<|vision_end|>"
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
@@ -84,3 +86,26 @@ class PromptTemplate:
         """The concatenated prompts, input_ids [sum T], and their lengths."""
         rows = [self.ids(caption) for caption in captions]
         return torch.tensor(list(itertools.chain(*rows)), dtype=torch.int64), tuple(map(len, rows))
+
+
+class QuestionTemplate:
+    """Turns questions about an image, and their answers, into token ids.
+
+    A question is the model's system turn, a user turn with the image's `patches` placeholders and the question, and an
+    open assistant turn.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, patches: int) -> None:
+        self.tokenizer = tokenizer
+        turn = [{"role": "user", "content": f"{IMAGE_START}{IMAGE * patches}{IMAGE_END}{_MARK}"}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str)
+        self.head, self.tail = text.split(_MARK)
+        self.end: Any = tokenizer.eos_token_id
+
+    def question(self, text: str) -> list[int]:
+        return self.tokenizer.encode(self.head + text + self.tail, add_special_tokens=False)
+
+    def answer(self, text: str) -> list[int]:
+        """The answer and the end of its turn, which follow the question."""
+        return [*self.tokenizer.encode(text, add_special_tokens=False), self.end]

@@ -17,7 +17,7 @@ from bifrost.data.scenes import heldout
 from bifrost.data.scenes.drawings import COLOURED, COLOURS, THINGS
 from bifrost.data.scenes.grammar import PLURALS
 from bifrost.data.scenes.heldout import HELD_OUT, MIX, heldout_scenes, is_held_out, training_scenes
-from bifrost.data.scenes.key import read_key
+from bifrost.data.scenes.key import read_key, to_json
 from bifrost.data.scenes.places import HELD_OUT_PHRASINGS, RELATIONS
 
 THING = {PLURALS.get(thing, f"{thing}s"): thing for thing in THINGS} | {thing: thing for thing in THINGS}
@@ -123,9 +123,15 @@ def test_mix_and_determinism() -> None:
 
 
 def test_a_file_that_is_not_a_key_is_one_line(tmp_path: Path) -> None:
-    for text in ("[]", "{", json.dumps({"train0": {"category": "single"}})):
+    whole = json.loads(to_json({"train0": training_scenes(20, 0)[0]}))
+    unknown = [{**whole["train0"]["objects"][0], **change} for change in ({"thing": "unicorn"}, {"row": 3})]
+    parts = [
+        {"category": "single"},
+        *({**whole["train0"], "objects": objects} for objects in ([], *([o] for o in unknown))),
+    ]
+    for text in ("[]", "{", "\0", *(json.dumps({"train0": part}) for part in parts)):
         (tmp_path / "KEY.json").write_text(text)
-        with pytest.raises(DataError, match=r"^.*KEY.json: no ground truth of scenes \(.*\); make it with"):
+        with pytest.raises(DataError, match=r"^.*KEY.json: not the ground truth of scenes \(.*\); give the KEY.json"):
             read_key(tmp_path / "KEY.json")
     with pytest.raises(DataError, match="No such file"):
         read_key(tmp_path / "none.json")

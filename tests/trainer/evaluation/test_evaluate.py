@@ -11,13 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-import run_folders
-import tiny_flux
 from bifrost.data import DataError, write_shard
 from bifrost.data.shards import open_dataset
 from bifrost.data.transforms import decode_image
 from bifrost.kernels import PrefixLayout
-from bifrost.recipes import load_recipe
 from bifrost.trainer.cli import main
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.evaluation.evaluate import evaluate
@@ -42,27 +39,6 @@ CONTROLS = ["full", "ground_truth", "latents_alone", "no_controlnet", "empty_pro
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("evaluate")
-
-
-@pytest.fixture(scope="module")
-def mllm(place: Path) -> Path:
-    return run_folders.save(place / "mllm", load_recipe("tiny-mllm", ["ema=null"]), 1)
-
-
-@pytest.fixture(scope="module")
-def controlnet(place: Path) -> Path:
-    flux = tiny_flux.save(tiny_flux.pipeline(), place / "flux")
-    return run_folders.save(place / "controlnet", load_recipe("tiny-controlnet", [f"flux.path={flux}", "ema=null"]), 2)
-
-
-@pytest.fixture(scope="module")
-def generator(mllm: Path, controlnet: Path) -> Generator:
-    return Generator.load(mllm, controlnet)
 
 
 def train_shards(shards: Path) -> str:

@@ -1,0 +1,193 @@
+"""Evaluation of both stages on scenes whose objects are known: which objects the images show, with controls.
+
+Legend: B scenes, N patch latents of width D, S and P image sides in pixels for the vision encoder and for FLUX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...data import Dataset
+from ...data.progress import progress
+from ...data.scenes.grammar import Scene
+from ...data.scenes.scorer import read, score, summarize
+from ..inference.contact_sheet import make_contact_sheet
+from ..inference.generator import Generator, Settings
+from .pixel_probe import PixelProbe
+from .samples import SampleSet
+from .scene_samples import SceneSample, captions, choose_scenes
+from .understanding import Understanding
+
+PROBE_IMAGES = 1000
+"""Training images on which the probe is fitted, at most."""
+IMAGES = 5
+"""Images generated per scene."""
+ENCODED = 64
+"""Images encoded at once."""
+CAPTION_LINES = 7
+PARTS = {"heldout": "heldout", "train": "seen"}
+"""Data set -> name of its scenes in the metrics."""
+
+
+@dataclass
+class SceneEvaluation:
+    """Results of an evaluation by ground truth."""
+
+    scenes: dict[str, dict[str, dict[str, dict[str, float]]]]
+    """Part of the data (`heldout`, `seen`) -> control -> category -> scores; see docs/evaluation.md."""
+    samples: dict[str, list[SceneSample]]
+    """`train` and optionally `heldout`, by category."""
+    image_seeds: dict[str, list[int]]
+    contact_sheet: Image.Image
+    understanding: Understanding | None = None
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """All metrics."""
+        answers = {} if self.understanding is None else {"understanding": asdict(self.understanding)}
+        return {"scenes": self.scenes, **answers}
+
+    def record(self) -> dict[str, Any]:
+        """The metrics, for metrics.json."""
+        return self.figures
+
+
+def evaluate_scenes(
+    generator: Generator,
+    data: Dataset,
+    heldout: Dataset | None,
+    truth: Mapping[str, Scene],
+    samples: int = 64,
+    seed: int = 0,
+    settings: Settings = Settings(),
+    batch: int = 8,
+) -> SceneEvaluation:
+    """Scores of up to `samples` scenes of each category, the same scenes for the same seed.
+
+    truth: the scenes by the keys of their samples. Held-out captions that are among the training captions are skipped.
+    RunError if `truth` does not belong to the data, or a category has fewer than two scenes.
+    """
+    sizes = generator.image_size, generator.flux_size
+    train = SampleSet("train", data, seed, sizes)
+    chosen: dict[str, list[SceneSample]] = {}
+    if heldout is not None:
+        held_out = SampleSet("heldout", heldout, seed, sizes)
+        chosen["heldout"] = choose_scenes(held_out, truth, samples, captions(train, truth))
+    chosen["train"] = choose_scenes(train, truth, samples)
+    with progress("fitting the probe"):
+        probe = PixelProbe(
+            (_encode(generator, images), images)
+            for part in train.gallery(PROBE_IMAGES, ENCODED)
+            for images in [_stack([sample.seen for sample in part])]
+        )
+    seeds = {name: [seed + sample.index for sample in part] for name, part in chosen.items()}
+    with progress("generating", IMAGES * sum(map(len, chosen.values())), "images") as shown:
+        trials = {
+            name: _Trial(generator, part, seeds[name], settings, batch, shown.advance) for name, part in chosen.items()
+        }
+    with progress("reading the objects of the images"):
+        figures = {PARTS[name]: trial.scores(probe) for name, trial in trials.items()}
+    sheet = next(iter(trials.values())).contact_sheet()
+    return SceneEvaluation(figures, chosen, seeds, sheet)
+
+
+class _Trial:
+    """Images of the scenes of one part of the data, whose categories follow one another."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        samples: Sequence[SceneSample],
+        seeds: Sequence[int],
+        settings: Settings,
+        batch: int,
+        made: Callable[[int], None],
+    ) -> None:
+        self.samples = samples
+        self.scenes = [sample.scene for sample in samples]
+        self.other = others(self.scenes)
+        prompts = [sample.caption for sample in samples]
+        self.true = _encode(generator, _stack([sample.seen for sample in samples]))
+        self.decoded = torch.cat(
+            [
+                generator.latents(prompts[start : start + batch], seeds[start : start + batch], settings)
+                for start in range(0, len(samples), batch)
+            ]
+        )
+        alone = replace(settings, empty_prompt=True)
+        plans: dict[str, tuple[Settings, Tensor | None]] = {
+            "both": (settings, self.decoded),
+            "latents_alone": (alone, self.decoded),
+            "flux_alone": (replace(settings, controlnet=False), None),
+            "true_latents": (alone, self.true),
+            "swapped": (settings, self.true[self.other]),
+        }
+        assert len(plans) == IMAGES
+        self.made = {
+            control: generator.generate(prompts, seeds, how, latents, batch, made)
+            for control, (how, latents) in plans.items()
+        }
+
+    def scores(self, probe: PixelProbe) -> dict[str, dict[str, dict[str, float]]]:
+        """Control -> category -> scores."""
+        images: dict[str, Sequence[Image.Image] | np.ndarray] = {
+            **self.made,
+            "probe": probe.images(self.decoded),
+            "probe_true": probe.images(self.true),
+        }
+        found = {control: read(each) for control, each in images.items()}
+        other = [self.scenes[number] for number in self.other]
+        figures = {
+            control: summarize(each, other if control == "swapped" else self.scenes) for control, each in found.items()
+        }
+        for control, of in (("shuffled", "both"), ("probe_shuffled", "probe")):
+            figures[control] = summarize(found[of], other)
+        wins: dict[str, list[bool]] = {}
+        for each, scene in zip(found["swapped"], self.scenes, strict=True):
+            wins.setdefault(scene.category, []).append(score(each, scene).everything)
+        for category, won in wins.items():
+            figures["swapped"][category]["caption_wins"] = sum(won) / len(won)
+        return figures
+
+    def contact_sheet(self) -> Image.Image:
+        """The first scene of every category."""
+        first = {scene.category: number for number, scene in reversed(list(enumerate(self.scenes)))}
+        numbers = sorted(first.values())
+        rows = {
+            "FLUX alone": self.made["flux_alone"],
+            "both stages": self.made["both"],
+            "latents alone": self.made["latents_alone"],
+            "another's latents": self.made["swapped"],
+            "original": [Image.fromarray(sample.original) for sample in self.samples],
+        }
+        shown = {label: [images[number] for number in numbers] for label, images in rows.items()}
+        heads = [f"{self.scenes[number].category}: {self.samples[number].caption}" for number in numbers]
+        return make_contact_sheet(shown, heads, across=len(numbers), lines=CAPTION_LINES)
+
+
+def others(scenes: Sequence[Scene]) -> list[int]:
+    """For each scene the number of the next one of its category, of the last one the first's."""
+    members: dict[str, list[int]] = {}
+    for number, scene in enumerate(scenes):
+        members.setdefault(scene.category, []).append(number)
+    following = {
+        now: then for group in members.values() for now, then in zip(group, group[1:] + group[:1], strict=True)
+    }
+    return [following[number] for number in range(len(scenes))]
+
+
+def _encode(generator: Generator, images: Tensor) -> Tensor:
+    """Patch latents [B, N, D] of uint8 images [B, 3, S, S]."""
+    return torch.cat([generator.encode(part) for part in images.split(ENCODED)])
+
+
+def _stack(images: Sequence[np.ndarray]) -> Tensor:
+    """uint8 [B, 3, S, S]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
