@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -79,10 +79,12 @@ def make_demo(out: str | Path, contents: Literal["scenes", "drawings"] = "drawin
         for number, start in enumerate(range(0, len(samples), size))
     ]
     console.print(f"OpenMoji drawings (https://openmoji.org), CC BY-SA 4.0: see {out / 'LICENSE.txt'}", soft_wrap=True)
+    changes, captions = CHANGES[contents]
+    texts = {"LICENSE.txt": LICENSE.format(changes=changes, captions=captions)}
+    if contents == "scenes":
+        texts[KEY] = to_json({sample.key: sample.source for samples in parts.values() for sample in samples})
     with sole_owner(out):
-        _write_key(out, parts if contents == "scenes" else None)
-        changes, captions = CHANGES[contents]
-        write_atomic(out / "LICENSE.txt", LICENSE.format(changes=changes, captions=captions).encode())
+        _claim(out, texts)
         missing = [shard for shard in shards if not _written(shard)]
         if missing:
             preload()
@@ -126,18 +128,18 @@ def _scene_png(scene: Any) -> bytes:
     return file.getvalue()
 
 
-def _write_key(out: Path, parts: dict[str, list[Sample]] | None) -> None:
-    """Write KEY.json, of None none. Raises DataError if `out` holds another dataset, of which shards could remain."""
-    path = out / KEY
-    text = None
-    if parts:
-        text = to_json({sample.key: sample.source for samples in parts.values() for sample in samples})
-    if (path.read_text(encoding="utf-8") if path.exists() else None) == text:
+def _claim(out: Path, texts: Mapping[str, str]) -> None:
+    """Write these files before any shard. Raises DataError if `out` holds shards, or other versions of these files,
+    that a call with the same contents has not written."""
+    found = {name: (out / name).read_text(encoding="utf-8") if (out / name).exists() else None for name in texts}
+    if found == texts:
         return
-    if other := sorted(out.glob("*.tar")):
-        raise DataError(f"{out}: {other[0].name} belongs to another dataset; name an empty folder")
-    if text:
-        write_atomic(path, text.encode())
+    foreign = [name for name, text in found.items() if text not in (None, texts[name])]
+    foreign += sorted(path.name for path in out.glob("*.tar"))
+    if foreign:
+        raise DataError(f"{out}: {foreign[0]} belongs to another dataset; name an empty folder")
+    for name, text in texts.items():
+        write_atomic(out / name, text.encode())
 
 
 def _written(shard: Shard) -> bool:

@@ -23,7 +23,7 @@ from .local import is_kind, names_in, stat_of, with_retries
 from .processes import in_processes, sole_owner
 from .progress import progress
 from .retry import described, is_transient
-from .sources import list_source
+from .sources import REPORTS, list_source
 from .transforms import clean_caption, decode_image, image_kind
 from .transience import verdict
 from .write import Sample, preload, write_shard
@@ -81,7 +81,7 @@ def ingest(
         "samples_per_shard": samples_per_shard,
         "content": source.state,
     }
-    reports = out / ".ingest"
+    reports = out / REPORTS
     starts = range(0, len(source.candidates), samples_per_shard)
     tasks = [
         _Task(

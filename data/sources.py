@@ -11,7 +11,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +28,8 @@ from .tar_source import tar_source
 
 OTHER_IMAGES = ("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpe", "jxl", "svg", "tif", "tiff")
 """Extensions of images that are set aside with a reason instead of being ignored."""
+REPORTS = ".ingest"
+"""Folder with an ingest's own records, in its output folder."""
 PACKED = (".gz", ".tgz", ".zip", ".zst", ".xz", ".bz2", ".7z")
 
 
@@ -87,16 +89,25 @@ def _local_folder(root: Path, columns: Columns, out: Path | None) -> Source:
         return table_source(root, tables, columns)
     if not tars:
         return _folder(root, columns, out)
-    texts = {name for name in names if name.endswith(f".{CAPTION_TYPE}")}
-    for name in names:
-        stem, _, kind = name.rpartition(".")
-        if kind.lower() not in IMAGE_TYPES or f"{stem}.{CAPTION_TYPE}" not in texts:
-            continue
-        raise DataError(
-            f"{root}: holds tars and also images with captions ({name}); name the tars as '{root}/*.tar', or"
-            " move them elsewhere to read the images"
-        )
+    for folder, inside, _ in _walk(root, out, []):
+        texts = _captions(inside)
+        for name in inside:
+            stem, _, kind = name.rpartition(".")
+            if kind.lower() in IMAGE_TYPES and stem in texts:
+                raise _mixed(root, os.path.join(folder, name), "tars", f"{root}/*.tar")
     return tar_source(tars, columns)
+
+
+def _captions(names: Iterable[str]) -> dict[str, str]:
+    """Caption files among the names of a folder, by their name without extension."""
+    return {stem: name for name in names for stem, _, kind in [name.rpartition(".")] if kind.lower() == CAPTION_TYPE}
+
+
+def _mixed(root: Path, image: str, others: str, pattern: str) -> DataError:
+    return DataError(
+        f"{root}: holds {others} and also images with captions ({os.path.relpath(image, root)}); name the {others} as"
+        f" '{pattern}', or move them elsewhere to read the images"
+    )
 
 
 def _is_file_or_link(path: str) -> bool:
@@ -133,8 +144,8 @@ class _Listed(NamedTuple):
 
 
 def _walk(root: Path, out: Path | None, rejected: list[tuple[str, str]]) -> Iterator[_Listed]:
-    """Yield `root` and the folders below it once each, following links. Unlike `os.walk`, does not take a folder for a
-    file on a storage error."""
+    """Yield `root` and the folders below it once each, following links, without the outputs of ingests. Unlike
+    `os.walk`, does not take a folder for a file on a storage error."""
     left_out = stat_of(out) if out else None
     seen = {_identity(left_out)} if left_out else set()
     waiting = [str(root)]
@@ -149,6 +160,8 @@ def _walk(root: Path, out: Path | None, rejected: list[tuple[str, str]]) -> Iter
             rejected.append((os.path.relpath(folder, root), f"the folder cannot be read: {error.strerror}"))
             continue
         seen.add(identity)
+        if folder != str(root) and (REPORTS, stat.S_IFDIR) in kinds:
+            continue  # shards of an earlier ingest
         listed, folders, linked = _Listed(folder, [], {}), [], []
         for name, kind in sorted(kinds):
             path = os.path.join(folder, name)
@@ -183,7 +196,7 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
 def _folder(root: Path, columns: Columns, out: Path | None) -> Source:
     source, seen, images, tables, tar = Source(), hashlib.sha256(), 0, [], None
     for folder, names, broken in _walk(root, out, source.rejected):
-        texts = {(stem, kind.lower()): name for name in names for stem, _, kind in [name.rpartition(".")]}
+        texts = _captions(names)
         for name in names:
             stem, dot, kind = name.rpartition(".")
             path = os.path.join(folder, name)
@@ -197,7 +210,7 @@ def _folder(root: Path, columns: Columns, out: Path | None) -> Source:
                 continue
             images += 1
             key = key_of(os.path.relpath(path, root))
-            text = texts.get((stem, CAPTION_TYPE))
+            text = texts.get(stem)
             if kind.lower() in OTHER_IMAGES:
                 source.rejected.append((key, f"{WRONG_TYPE}: {name}"))
             elif problem := note(seen, path):
@@ -208,7 +221,10 @@ def _folder(root: Path, columns: Columns, out: Path | None) -> Source:
                 source.rejected.append((key, f"its caption {text}: {problem}"))
             else:
                 source.candidates.append(Candidate(key, {kind.lower(): Piece(path)}, Piece(os.path.join(folder, text))))
-    if tables and not images:
+    if source.candidates and (tables or tar):
+        others, pattern = ("tars", f"{tar}/*.tar") if tar else ("Parquet tables", f"{tables[0].parent}/*.parquet")
+        raise _mixed(root, next(iter(source.candidates[0].members.values())).url, others, pattern)
+    if tables and not source.candidates:  # images without captions, such as a logo, are not the data
         return table_source(root, one_split(root, sorted(tables)), columns)
     if not images:
         packed = next((name for name in names_in(root) if name.endswith(PACKED)), None)

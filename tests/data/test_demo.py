@@ -54,6 +54,14 @@ def test_license_is_written_and_printed(demo, capsys):
     assert "already complete" in said
 
 
+@pytest.mark.parametrize("name", ["train-00000.tar", "LICENSE.txt"])
+def test_a_folder_of_other_files_is_left_unchanged(tmp_path, name):
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(DataError, match=rf"{name} belongs to another dataset; name an empty folder"):
+        make_demo(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("[!.]*")} == {name: b"mine"}
+
+
 def test_interrupted_demo_is_resumed(demo):
     before = {path.name: path.read_bytes() for path in demo.glob("*.tar")}
     times = {path.name: path.stat().st_mtime_ns for path in demo.glob("*.tar")}

@@ -107,6 +107,7 @@ def test_output_folder_is_not_a_source(tmp_path, make_image):
             ingest(root, out)
     assert {path.name for path in root.iterdir()} == {f"{i}.{kind}" for i in range(3) for kind in ("png", "txt")}
     assert ingest(root, root / "shards", processes=1) == ingest(root, root / "shards", processes=1) == (1, 3, 0)
+    assert ingest(root, root / "other", processes=1) == (1, 3, 0), "an earlier output is not a source either"
     with pytest.raises(DataError, match=r"/alias: not made by this ingest; name a new or an empty folder"):
         ingest(root, tmp_path)
     (tmp_path / "used").mkdir()
@@ -142,6 +143,23 @@ def test_options_without_effect_and_mixed_folders_are_refused(tmp_path, make_ima
     with pytest.raises(DataError, match=r"holds metadata\.csv and \*\.tar; name the one to read: a table with --table"):
         ingest(folder, tmp_path / "out", caption_column="caption")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("image", "tar"),
+    [("a.png", "b.tar"), ("below/a.png", "b.tar"), ("a.png", "below/b.tar"), ("one/a.png", "two/b.tar")],
+)
+def test_images_and_tars_in_one_folder_are_refused_at_any_depth(tmp_path, make_image, image, tar):
+    root = tmp_path / "root"
+    pair(root / image, make_image(1))
+    write_shard(root / tar, [("b", {"png": make_image(2), "txt": b"b"})])
+    with pytest.raises(DataError) as refused:
+        ingest(root, tmp_path / "out")
+    named = f"holds tars and also images with captions ({image}); name the tars as '{(root / tar).parent}/*.tar'"
+    assert named in str(refused.value)
+    (root / image).with_suffix(".txt").unlink()  # a picture without a caption, such as a logo, is not data
+    if (root / tar).parent == root:
+        assert ingest(root, tmp_path / "out", processes=1).samples == 1
 
 
 def test_error_of_folders_without_images_describes_their_content(tmp_path):

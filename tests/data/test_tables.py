@@ -153,6 +153,12 @@ def test_hugging_face_parquet_is_read(tmp_path, make_image):
     assert read[0].key == "image" and read[-1].key == "train-00001-of-00002/00000004"
     rejected = (out / "rejected.jsonl").read_text()
     assert "it is a GIF" in rejected and "no such file: gone.png" in rejected
+    (root / "logo.png").write_bytes(make_image(1))
+    assert ingest(root, tmp_path / "logo", processes=1).samples == 10, "a picture without a caption is not data"
+    (root / "logo.txt").write_text("a logo")
+    with pytest.raises(DataError, match=r"holds Parquet tables and also images with captions \(logo\.png\); name the"):
+        ingest(root, tmp_path / "both")
+    (root / "logo.txt").unlink()
     assert ingest(root / "data/train-00000-of-00002.parquet", tmp_path / "one", processes=1).samples == 5
     assert ingest(str(root / "data/*-0000?-of*.parquet"), tmp_path / "both", processes=1).samples == 10
     hugging_face(root / "data/test-00000-of-00001.parquet", rows[:1], ["x"])
