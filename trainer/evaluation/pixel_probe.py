@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 PENALTY = 1e-4
 """Of the latents' mean square, added to every one of the D."""
+AT_ONCE = 64
 
 
 class PixelProbe:
@@ -36,10 +37,13 @@ class PixelProbe:
 
     def images(self, latents: Tensor) -> np.ndarray:
         """uint8 [B, S, S, 3] from latents [B, N, D]."""
+        return np.concatenate([self._images(part) for part in latents.split(AT_ONCE)])
+
+    def _images(self, latents: Tensor) -> np.ndarray:
         samples, patches, _ = latents.shape
         side = math.isqrt(patches)
-        pixels = (_with_one(latents) @ self.weights).view(samples, side, side, 3, -1)
-        unit = math.isqrt(pixels.shape[-1])
+        pixels = _with_one(latents) @ self.weights
+        unit = math.isqrt(pixels.shape[-1] // 3)
         pixels = pixels.view(samples, side, side, 3, unit, unit).permute(0, 1, 4, 2, 5, 3)
         pixels = pixels.reshape(samples, side * unit, side * unit, 3)
         return (pixels * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()

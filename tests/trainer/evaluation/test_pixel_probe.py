@@ -32,12 +32,12 @@ def test_the_fit_is_the_regularised_least_squares_solution() -> None:
 
 
 def test_pixels_that_are_linear_in_the_latents_are_found_in_their_places() -> None:
-    _, images = drawn(60, 1, 6)
+    _, images = drawn(160, 1, 6)
     draws = np.random.default_rng(1)
     mixing = np.linalg.qr(draws.normal(size=(30, 27)))[0].T
     tiles = [images[:, :, 3 * row : 3 * row + 3, 3 * column : 3 * column + 3] for row in (0, 1) for column in (0, 1)]
     latents = torch.from_numpy(np.stack([tile.flatten(1).numpy() @ mixing / 255 for tile in tiles], axis=1))
-    probe = PixelProbe([(latents[:50], images[:50])])
-    found = probe.images(latents[50:]).astype(int)
-    assert np.abs(found - images[50:].permute(0, 2, 3, 1).numpy().astype(int)).max() <= 2
-    assert probe.images(1e3 * latents[50:]).dtype == np.uint8
+    probe = PixelProbe([(latents[:80], images[:80])])
+    found = probe.images(latents[80:]).astype(int)
+    assert np.abs(found - images[80:].permute(0, 2, 3, 1).numpy().astype(int)).max() <= 2
+    assert probe.images(1e3 * latents[80:]).dtype == np.uint8
