@@ -21,7 +21,8 @@ class BatchSplit:
         fits = [b for b in range(1, self.global_batch + 1) if self.global_batch % (b * self.ranks) == 0]
         near = min(fits, key=lambda b: abs(b - self.micro_batch), default=None)
         multiple = -(-self.global_batch // self.ranks) * self.ranks
-        remedy = f"micro_batch={near}" if near else f"global_batch to a multiple of {self.ranks}, such as {multiple}"
+        fewer = max(ranks for ranks in range(1, self.ranks + 1) if self.global_batch % ranks == 0)
+        remedy = f"micro_batch={near}" if near else f"global_batch={multiple}, or use {fewer} ranks"
         raise ValueError(
             f"global_batch {self.global_batch} does not divide by micro_batch {self.micro_batch} x {self.ranks} ranks:"
             f" set {remedy}"

@@ -11,6 +11,7 @@ from ..recipes import BatchSplit
 from ..recipes.secrets import redact
 from .errors import SlurmError
 from .io import read_json, write_json
+from .run_folder import MARKS, no_run
 
 RECIPE = "slurm/recipe.yaml"
 SCRIPT = "slurm/job.sh"
@@ -64,6 +65,8 @@ def load_job(run: Path) -> Job:
     try:
         found = read_json(run / FILE)
         if found is None:
+            if not any((run / mark).is_file() for mark in MARKS):
+                raise SlurmError(no_run(run, "recipe.yaml"))
             raise SlurmError(f"{run}: no job was submitted for this run, {FILE} is missing; see bifrost slurm submit")
         return Job.model_validate(found)
     except (ValidationError, ValueError) as error:

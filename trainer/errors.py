@@ -126,4 +126,6 @@ def writing(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{place}: cannot be written ({error}); fix that or choose another path") from error
+        raise RunError(
+            f"{place}: cannot be written ({error.strerror or error}); fix that or choose another path"
+        ) from error

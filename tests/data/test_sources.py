@@ -157,7 +157,7 @@ def test_images_and_tars_in_one_folder_are_refused_at_any_depth(tmp_path, make_i
         ingest(root, tmp_path / "out")
     named = f"holds tars and also images with captions ({image}); name the tars as '{(root / tar).parent}/*.tar'"
     assert named in str(refused.value)
-    (root / image).with_suffix(".txt").unlink()  # a picture without a caption, such as a logo, is not data
+    (root / image).with_suffix(".txt").unlink()  # an image without a caption, such as a logo, is not data
     if (root / tar).parent == root:
         assert ingest(root, tmp_path / "out", processes=1).samples == 1
 

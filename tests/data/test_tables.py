@@ -154,7 +154,7 @@ def test_hugging_face_parquet_is_read(tmp_path, make_image):
     rejected = (out / "rejected.jsonl").read_text()
     assert "it is a GIF" in rejected and "no such file: gone.png" in rejected
     (root / "logo.png").write_bytes(make_image(1))
-    assert ingest(root, tmp_path / "logo", processes=1).samples == 10, "a picture without a caption is not data"
+    assert ingest(root, tmp_path / "logo", processes=1).samples == 10, "an image without a caption is not data"
     (root / "logo.txt").write_text("a logo")
     with pytest.raises(DataError, match=r"holds Parquet tables and also images with captions \(logo\.png\); name the"):
         ingest(root, tmp_path / "both")

@@ -246,11 +246,11 @@ def test_resume_rules_are_those_of_the_code() -> None:
     from bifrost.slurm.exit_codes import STOPPED
     from bifrost.trainer.stages.controlnet import ControlNetStage
     from bifrost.trainer.stages.patch_latents import PatchLatentStage
-    from bifrost.trainer.training.inputs import IDENTITY
+    from bifrost.trainer.training.setting_changes import FIXED
 
     text = TEXT[ROOT / "docs" / "training.md"]
     refused = re.search(r"These may not.*?take another", text, flags=re.S)
-    named = {*IDENTITY, *PatchLatentStage.identity, *ControlNetStage.identity}
+    named = {"stage", *FIXED, *PatchLatentStage.identity, *ControlNetStage.identity}
     assert refused and set(re.findall(r"`([\w.]+)`", refused[0])) == named
     assert f"| {STOPPED} | stopped" in text
 

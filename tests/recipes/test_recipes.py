@@ -204,7 +204,7 @@ def test_indivisible_batch_error_has_the_remedy() -> None:
     recipe = load_recipe("tiny-mllm", ["global_batch=60", "micro_batch=32"])
     with pytest.raises(ValueError, match="micro_batch=30"):
         recipe.split(2)
-    with pytest.raises(ValueError, match="multiple of 7, such as 63"):
+    with pytest.raises(ValueError, match="set global_batch=63, or use 6 ranks"):
         recipe.split(7)
 
 

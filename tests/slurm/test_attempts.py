@@ -173,7 +173,7 @@ def test_cancel_now(run: ClusterRun) -> None:
 
 def test_logs(run: ClusterRun, capfd: pytest.CaptureFixture[str]) -> None:
     run.stand_in("echo output of rank $SLURM_PROCID; sleep 2; echo and again")
-    with pytest.raises(SlurmError, match="no job was submitted"):
+    with pytest.raises(SlurmError, match="no such run folder"):
         run.bifrost("status", str(run.run))
     run.submit()
     run.wait("output", lambda: "output of" in run.log())

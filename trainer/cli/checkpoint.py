@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ...data.progress import progress
 from ...data.units import format_bytes
+from ...slurm.run_folder import no_run
 from ..errors import RunError
 from ..io import flat, read_json
 from ..terminal import terminal
@@ -109,7 +110,9 @@ def shown(value: Any) -> str:
 def _store(run: Path) -> Store:
     folder = run / "checkpoints"
     if not folder.is_dir():
-        raise RunError(f"{folder} does not exist: give a run's folder, which contains recipe.yaml and checkpoints/")
+        if (run / "recipe.yaml").is_file():
+            raise RunError(f"{run}: has no checkpoint yet")
+        raise RunError(no_run(run, "recipe.yaml"))
     from ..checkpoint.store import Store
 
     return Store(folder)

@@ -8,7 +8,7 @@ RUNS = "--mllm runs/tiny-mllm --controlnet runs/tiny-controlnet"
 EXAMPLES = {
     "train": ("bifrost train recipes/tiny-mllm.yaml --ranks 2", "bifrost train mllm-7b --ranks 64 --dry-run"),
     "resume": ("bifrost resume runs/tiny-mllm", "bifrost resume runs/tiny-mllm steps=800"),
-    "init": ("bifrost init birds --from mllm-7b", "bifrost init sketch --from tiny"),
+    "init": ("bifrost init birds --from mllm-7b", "bifrost init sketch --from tiny-mllm"),
     "runs": ("bifrost runs", "bifrost runs runs"),
     "doctor": ("bifrost doctor", "bifrost doctor --folder runs --uri http://tracker:5000"),
     "generate": (f"bifrost generate {RUNS} --out images 'red apple' 'grinning cat'",),
@@ -30,7 +30,7 @@ EXAMPLES = {
     "data index": ("bifrost data index '/data/pairs/*.tar' --only-missing",),
     "data verify": ("bifrost data verify '/data/pairs/{00000..00127}.tar'",),
     "data stats": ("bifrost data stats 'demo/train-*.tar'",),
-    "data encode": ("bifrost data encode flux-controlnet flux.placement=cached",),
+    "data encode": ("bifrost data encode flux-controlnet flux.placement.vae=cached",),
     "checkpoint list": ("bifrost checkpoint list runs/tiny-mllm",),
     "checkpoint verify": ("bifrost checkpoint verify runs/tiny-mllm",),
     "checkpoint show": ("bifrost checkpoint show runs/tiny-mllm",),

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from ...data.units import format_seconds
+from ...slurm.run_folder import no_run
 from ..errors import RunError
 from ..monitors.goodput import summary
 from ..terminal import terminal
@@ -31,7 +32,7 @@ def goodput(
 ) -> None:
     """Where the time of RUN went, over all its attempts."""
     if not (run / "metrics.jsonl").is_file():
-        raise RunError(f"{run}: not a run folder, it contains no metrics.jsonl")
+        raise RunError(no_run(run, "metrics.jsonl"))
     found = summary(run)
     if as_json:
         print(json.dumps(found, indent=1))

@@ -6,18 +6,18 @@ import json
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ...data.progress import progress
-from ...recipes import load_recipe
+from ...recipes import BatchSplit, load_recipe
 from ...slurm.named_paths import require_paths
 from ..distributed.launcher import devices, init_from_env, run_ranks
 from ..errors import RunError
 from ..training.batch import split_batch
 from ..training.run_folder import check_run, placed, ranks_of
-from ..training.setting_changes import finished_line
+from ..training.setting_changes import check_fixed, finished_line
 from .on_ranks import leave, on_ranks
 from .options import Overrides, RanksOption, RecipeArgument
 
@@ -36,10 +36,9 @@ def train(
 
         return train(settings)
 
-    split = partial(split_batch, settings.global_batch, settings.micro_batch, hpz=settings.zero.hpz)
-    run = Path(settings.runs_dir) / settings.name
+    run, values = Path(settings.runs_dir) / settings.name, settings.model_dump(mode="json")
     if not dry_run:
-        done = partial(finished_line, run, settings.model_dump(mode="json"))
+        split, done = partial(_split, run, values), partial(finished_line, run, values)
         on_ranks(ranks, ["train", recipe, *(overrides or [])], train_rank, split, run, done)
     import torch
 
@@ -47,7 +46,7 @@ def train(
     from ..optim.engine import deepspeed_config
     from ..stages import open_stage
 
-    batch = split(ranks or devices())
+    batch = split_batch(settings.global_batch, settings.micro_batch, ranks or devices(), settings.zero.hpz)
     with torch.device("meta"):
         model = open_stage(settings, for_counting=True).build()
     require_paths(run, settings.previews, settings.init_from)
@@ -82,13 +81,19 @@ def resume(
 
         return train(settings)
 
-    split = partial(split_batch, settings.global_batch, settings.micro_batch, hpz=settings.zero.hpz)
-    done = partial(finished_line, run, settings.model_dump(mode="json"))
+    values = settings.model_dump(mode="json")
+    split, done = partial(_split, run, values), partial(finished_line, run, values)
     on_ranks(ranks, arguments, train_rank, split, run, done, usual=lambda: ranks_of(run) or devices())
 
 
+def _split(run: Path, settings: dict[str, Any], ranks: int) -> BatchSplit:
+    """The batch on `ranks` ranks; RunError when it does not divide, or the run cannot continue with these settings."""
+    check_fixed(run, settings)
+    return split_batch(settings["global_batch"], settings["micro_batch"], ranks, settings["zero"]["hpz"])
+
+
 def encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: RanksOption = None) -> None:
-    """Cache the outputs of the frozen parts (flux.placement=cached) next to the shards."""
+    """Cache the outputs of the frozen parts (those placed as `cached`) next to the shards."""
     settings = load_recipe(recipe, overrides or [])
     if settings.stage != "controlnet" or settings.flux is None or not settings.flux.placement.cached:
         raise RunError(

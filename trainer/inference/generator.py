@@ -21,6 +21,7 @@ from torch import Tensor
 from ...kernels import PrefixLayout
 from ...kernels.attention import unavailable
 from ...recipes import Recipe, explain, load_recipe, with_new_names
+from ...slurm.run_folder import no_run
 from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.state import CheckpointWeights, restore_statistics
 from ..checkpoint.store import Store
@@ -258,7 +259,7 @@ def base_folder(path: Path) -> Path:
 def origin(path: Path) -> str:
     """An identifier of the weights at `path`: the resolved path, and the newest step of a run."""
     if not path.is_dir():
-        raise RunError(f"{path}: no such folder; give a run folder")
+        raise RunError(no_run(path, RECIPE))
     steps = Store(path / "checkpoints").steps()
     return f"{path.resolve()}{f' step {steps[-1]}' if steps else ''}"
 
@@ -269,7 +270,7 @@ def _recipe(path: Path, stage: str) -> Recipe:
     if (path / RECIPE).is_file():
         recipe = load_recipe(path / RECIPE, stored=True)
     elif (recipe := _exported(exported) if exported.is_file() else None) is None:
-        raise RunError(f"{path}: neither a run folder nor an export of one: no {RECIPE}, and none in config.json")
+        raise RunError(no_run(path, f"{RECIPE}, nor is it an export of one: none in config.json"))
     if recipe.stage != stage:
         raise RunError(f"{path}: is a {recipe.stage} run, expected a {stage} run")
     return recipe

@@ -15,6 +15,7 @@ import yaml
 
 from ...recipes.secrets import HIDDEN, redact
 from ...slurm.io import write_json
+from ...slurm.run_folder import no_run
 from ..errors import AlreadyRunning, RunError
 from ..io import read_json
 from .evaluations import FILE as EVALUATIONS
@@ -66,7 +67,7 @@ class MlflowRun:
         try:
             self.recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
         except FileNotFoundError:
-            raise RunError(f"{run_dir} is not a run folder: it has no recipe.yaml") from None
+            raise RunError(no_run(run_dir, "recipe.yaml")) from None
         self._lock = _lock(run_dir / ".tracking.lock")
         self._state = self._load()
         self._live = live

@@ -12,6 +12,7 @@ import yaml
 
 from ...recipes import with_new_names
 from ...recipes.secrets import redact
+from ...slurm.run_folder import no_run
 from ..distributed.run_lock import STALE_S
 from ..errors import RunError
 from ..io import read_json
@@ -81,7 +82,7 @@ def open_run(folder: Path, name: str | None = None) -> RunFiles:
     recipe = next((file for place in RECIPES if (file := folder / place).is_file()), None)
     metrics = folder / "metrics.jsonl"
     if recipe is None and not metrics.is_file():
-        raise RunError(f"{folder}: is not a run folder: it has neither recipe.yaml nor metrics.jsonl")
+        raise RunError(no_run(folder, "recipe.yaml and no metrics.jsonl"))
     try:
         # Pages are shared: remove passwords from addresses.
         text = redact(recipe.read_text(encoding="utf-8")) if recipe else ""

@@ -17,6 +17,7 @@ from ..distributed.process_group import Gather, single_process
 from ..errors import RunError
 from ..models.hub import from_cache
 from ..stages import Stage
+from .setting_changes import FIXED, check_stage, check_unchanged
 
 
 @dataclass(frozen=True)
@@ -79,28 +80,12 @@ def _require_signature(key: str, shards: str | list[str]) -> None:
         raise RunError(f"{key} was stored without the signature of its address: give it again, {key}=…")
 
 
-# Settings that decide what is trained and on which sequence: a run that continues must not change them.
-IDENTITY = (
-    "stage",
-    "seed",
-    "global_batch",
-    "data.image_size",
-    "data.shuffle_window",
-    "ema",
-)
-
-
 def check_continuation(
     settings: dict[str, Any], inputs: Inputs, backbone_hash: str, state: dict[str, Any], folder: Path
 ) -> None:
     """RunError when the checkpoint in `folder`, with JSON `state`, is not of the run with these `settings`."""
     name = settings["name"]
-    stage = state["recipe"]["stage"]
-    if stage != settings["stage"]:  # checked first: between stages everything else differs too
-        raise RunError(
-            f"{folder}: the run {name} is of stage {stage}, this recipe of stage {settings['stage']}: give it another"
-            " name, such as name=mine"
-        )
+    check_stage(settings, state["recipe"], folder)  # first: between stages everything else differs too
     if state["backbone"] != backbone_hash:
         raise RunError(
             f"{folder}: was trained on other frozen weights than {inputs.stage.source} (content hash"
@@ -111,16 +96,4 @@ def check_continuation(
             f"{folder}: was trained on other shards than data.shards={settings['data']['shards']} (content differs):"
             f" restore them, or take another name than {name}"
         )
-    for key in (*IDENTITY, *inputs.stage.identity):
-        before, now = _at(state["recipe"], key), _at(settings, key)
-        if before != now:
-            raise RunError(
-                f"{folder}: {key} was {before} in this run and is {now} now: set it back, or take another name"
-                f" than {name}"
-            )
-
-
-def _at(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree[part]
-    return tree
+    check_unchanged(settings, state["recipe"], (*FIXED, *inputs.stage.identity), folder)

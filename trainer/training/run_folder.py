@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...slurm.run_folder import no_run
 from ..errors import RunError
 from ..io import read_json
 
@@ -18,8 +19,7 @@ def check_run(run: Path) -> None:
         raise RunError(f"{run}: is inside the run folder {above}; give that folder, and its newest checkpoint is used")
     if (run / "slurm" / "recipe.yaml").is_file():
         raise RunError(f"{run}: was submitted and has not started yet, see `bifrost slurm status {run}`")
-    what = "no such run folder" if not run.exists() else "contains no recipe.yaml, so it is not a run folder"
-    raise RunError(f"{run}: {what}; `bifrost train RECIPE` begins a run")
+    raise RunError(no_run(run, "recipe.yaml"))
 
 
 def placed(run: Path, overrides: Sequence[str]) -> list[str]:

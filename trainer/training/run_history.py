@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...slurm.run_folder import no_run
 from ..errors import RunError
 from ..monitors.metrics import read_metrics
 
@@ -55,9 +56,11 @@ class History:
     @classmethod
     def read(cls, run: Path) -> History:
         """RunError when `run` has no metrics."""
+        if not (run / "metrics.jsonl").is_file():
+            raise RunError(no_run(run, "metrics.jsonl"))
         history = cls.of(read_metrics(run / "metrics.jsonl"))
         if not history.stretches:
-            raise RunError(f"{run}: metrics.jsonl contains no start of a run; give a run folder")
+            raise RunError(f"{run}: metrics.jsonl contains no start of a run: it has not begun to train")
         return history
 
     @classmethod

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from ...recipes import Recipe, RecipeError, load_recipe, with_new_names
+from ...slurm.exit_record import newest_step
+from ..errors import RunError
 from ..io import flat, read_json
 from ..monitors.metrics import last_lines, parse_line
 from ..optim.train_state import TrainState
 
 Changes = dict[str, tuple[Any, Any]]
 """Dotted key -> (old value, new value)."""
+FIXED = ("seed", "global_batch", "data.image_size", "data.shuffle_window", "ema")
+"""Settings that decide what is trained and on which sequence: a run that continues must not change them, nor its stage,
+nor those of `Stage.identity`."""
 
 
 def last_settings(run: Path) -> dict[str, Any] | None:
@@ -43,6 +49,41 @@ def _complete(settings: dict[str, Any]) -> dict[str, Any]:
         return Recipe.model_validate(settings).model_dump(mode="json")
     except ValidationError:
         return settings
+
+
+def check_fixed(run: Path, settings: dict[str, Any]) -> None:
+    """RunError when `settings` differ from those of the run's last attempt in what a run with a checkpoint must keep.
+    For commands, before they start ranks; a rank compares with the checkpoint itself."""
+    before = last_settings(run) if newest_step(run) else None
+    if before is not None:
+        check_stage(settings, before, run)
+        check_unchanged(settings, before, FIXED, run)
+
+
+def check_stage(settings: dict[str, Any], before: dict[str, Any], place: Path) -> None:
+    """RunError when the run with settings `before` is of another stage."""
+    if before["stage"] != settings["stage"]:
+        raise RunError(
+            f"{place}: the run {settings['name']} is of stage {before['stage']}, this recipe of stage"
+            f" {settings['stage']}: give it another name, such as name=mine"
+        )
+
+
+def check_unchanged(settings: dict[str, Any], before: dict[str, Any], keys: Sequence[str], place: Path) -> None:
+    """RunError when one of the dotted `keys` has another value than `before`."""
+    for key in keys:
+        was, now = _at(before, key), _at(settings, key)
+        if was != now:
+            raise RunError(
+                f"{place}: {key} was {was} in this run and is {now} now: set it back, or take another name than"
+                f" {settings['name']}"
+            )
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[part]
+    return tree
 
 
 def describe(found: Changes) -> str:

@@ -99,7 +99,7 @@ def test_refusals(run: Path, tmp_path: Path) -> None:
     (tmp_path / "full" / "x").touch()
     with pytest.raises(RunError, match="not empty"):
         export(run, tmp_path / "full", "public")
-    with pytest.raises(RunError, match="nothing: is not a run folder"):
+    with pytest.raises(RunError, match="nothing: no such run folder"):
         export(tmp_path / "nothing", tmp_path / "out", "public")
     assert not (tmp_path / "out").exists()
     with pytest.raises(RunError, match=r"x/out: cannot be written"):

@@ -17,6 +17,7 @@ import typer
 from typer.testing import CliRunner
 
 from bifrost.kernels.bench.arguments import read_arguments
+from bifrost.recipes import load_recipe
 from bifrost.trainer.cli.examples import EXAMPLES
 from bifrost.trainer.cli.main import app
 
@@ -64,7 +65,9 @@ def test_every_command_has_an_example_in_its_help_which_parses() -> None:
             if name == "kernels bench":
                 continue
             assert re.sub(r"\s+", "", example) in shown(*name.split()), example
-            verb.make_context(name, words[len(name.split()) :])  # raises for what the command would refuse
+            given = verb.make_context(name, words[len(name.split()) :]).params  # raises for what it would refuse
+            if recipe := given.get("recipe") or (name == "init" and given["source"]):
+                load_recipe(str(recipe), given.get("overrides") or [])
 
 
 @pytest.mark.parametrize("module", ["bifrost", "bifrost.trainer"])

@@ -174,18 +174,18 @@ def test_wrong_inputs_are_one_line_and_leave_nothing(
         assert not out.exists()
 
     missing = tmp_path / "missing"
-    refused("missing: no such folder", "moon", mllm=missing)
-    refused("missing: no such folder", "moon", controlnet=missing)
+    refused("missing: no such run folder", "moon", mllm=missing)
+    refused("missing: no such run folder", "moon", controlnet=missing)
     refused("is a controlnet run, expected a patch-latents run", "moon", mllm=controlnet)
     refused("is a patch-latents run, expected a controlnet run", "moon", controlnet=mllm)
-    refused("neither a run folder nor an export", "moon", mllm=flux)
+    refused("not a run folder, it has no recipe.yaml, nor is it an export of one", "moon", mllm=flux)
     exported = tmp_path / "exported"
     exported.mkdir()
     recipe = load_recipe(mllm / "recipe.yaml").model_dump(mode="json")
     for content, message in (
         (json.dumps({"recipe": recipe})[:-9], "config.json: is not JSON"),
         (json.dumps({"recipe": {**recipe, "stepz": 3}}), "config.json: unknown key stepz; did you mean steps?; fix"),
-        ("[]", "neither a run folder nor an export"),
+        ("[]", "not a run folder, it has no recipe.yaml, nor is it an export of one"),
     ):
         (exported / "config.json").write_text(content)
         refused(message, "moon", mllm=exported)

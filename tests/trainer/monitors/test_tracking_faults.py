@@ -223,7 +223,7 @@ def test_files_that_are_refused_do_not_hold_up_points(server, client, make_run, 
 
 
 def test_bad_folders(tmp_path, make_run):
-    with pytest.raises(RunError, match=r"is not a run folder: it has no recipe.yaml"):
+    with pytest.raises(RunError, match=r": not a run folder, it has no recipe\.yaml; "):
         sync(tmp_path)
     run = make_run()
     (run.folder / "tracking.json").write_text("{")

@@ -219,7 +219,7 @@ def test_no_run(tmp_path: Path) -> None:
     for arguments in (["report", str(tmp_path)], ["compare", str(tmp_path), str(tmp_path)]):
         result = CliRunner().invoke(app, arguments)
         assert isinstance(result.exception, RunError) and str(result.exception).count("\n") == 0
-        assert f"{tmp_path}: is not a run folder" in str(result.exception)
+        assert f"{tmp_path}: not a run folder" in str(result.exception)
     (tmp_path / "recipe.yaml").write_text("a: [")
     assert "not valid YAML" in str(CliRunner().invoke(app, ["report", str(tmp_path)]).exception)
 

@@ -91,10 +91,14 @@ def test_resume_takes_a_run_folder_alone(run: Path, tmp_path: Path) -> None:
     for wrong, remedy in (
         (run / "checkpoints" / "step-00000003", f"is inside the run folder {run}"),
         (tmp_path / "nothing", "no such run folder"),
-        (tmp_path, "is not a run folder"),
+        (tmp_path, "not a run folder"),
     ):
         with pytest.raises(RunError, match=remedy):
             check_run(wrong)
+    (tmp_path / "tiny-mllm-2" / "slurm").mkdir(parents=True)
+    (tmp_path / "tiny-mllm-2" / "slurm" / "recipe.yaml").touch()
+    with pytest.raises(RunError, match=rf"tiny-mlm-2: no such run folder; did you mean {tmp_path}/tiny-mllm-2\?"):
+        check_run(tmp_path / "tiny-mlm-2")
     with pytest.raises(RunError, match="another name"):
         placed(run, ["steps=5", "name=other"])
     assert placed(Path("runs/a"), []) == ["runs_dir=runs", "name=a"]
@@ -105,6 +109,27 @@ def test_resume_has_as_many_ranks_as_the_run_had(run: Path) -> None:
     (run / "environment.json").write_text(json.dumps({"ranks": 16, "hosts": ["ranks 0-7 a", "ranks 8-15 b"]}))
     with pytest.raises(RunError, match=r"2 nodes.*bifrost slurm resume"):
         ranks_of(run)
+
+
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        (["global_batch=8"], "global_batch was 64 in this run and is 8 now: set it back, or take another name"),
+        (["ema.decay=0.5"], "ema was "),
+        (
+            ["--ranks", "3"],
+            "global_batch 64 does not divide by micro_batch 32 x 3 ranks: set global_batch=66, or use 2 ranks",
+        ),
+    ],
+)
+def test_what_a_run_cannot_continue_with_is_refused_before_ranks_start(
+    run: Path, words: list[str], refusal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bifrost.trainer.cli.main import app
+
+    monkeypatch.setattr("bifrost.trainer.cli.on_ranks.run_ranks", lambda *_: pytest.fail("ranks were started"))
+    ended = CliRunner().invoke(app, ["resume", str(run), "steps=9", *words])
+    assert isinstance(ended.exception, RunError) and refusal in str(ended.exception), ended.exception
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "resume"])
