@@ -22,6 +22,9 @@ def write_atomic(path: str | os.PathLike, data: bytes, mode: int | None = None) 
                 os.fchmod(file.fileno(), mode)
             file.write(data)
         commit(temporary, path)
+    except OSError as error:
+        error.filename = os.fspath(path)  # not the temporary name, and some errors have none
+        raise
     finally:
         Path(temporary).unlink(missing_ok=True)  # exists only after an error, such as a full disk
 

@@ -141,7 +141,7 @@ def _make_shard(task: _Task) -> int:
             except (ValueError, FileNotFoundError, PermissionError) as error:
                 if isinstance(error, DataError) or is_transient(error) or _folder_is_gone(error):
                     raise  # a failure of the storage, not of the item
-                rejected.append((candidate.key, str(error)))
+                rejected.append((candidate.key, described(error) if isinstance(error, OSError) else str(error)))
             else:
                 unused += more
                 yield candidate.key, sample

@@ -201,6 +201,8 @@ def shared(work: Callable[[], Result], gather: Gather) -> list[Result]:
 def _open_header(shard: str) -> Header:
     try:
         size = call(lambda: size_of(shard), shard)
+        if is_local(shard):
+            call(lambda: open(filesystem(shard)[1], "rb").close(), shard)  # an index may be readable without its shard
     except DataMissing:
         raise DataError(
             f"{shard}: no such shard{_seen_from(shard)}; check the path, or make it with `bifrost data ingest`"

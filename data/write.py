@@ -53,6 +53,10 @@ def write_shard(path: str | os.PathLike, samples: Iterable[tuple[str, Sample]]) 
         index = build_index(str(temporary))
         Path(index_path(str(path))).unlink(missing_ok=True)  # an index must never be next to another tar than its own
         commit(str(temporary), path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # such as a full disk
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     save_index(str(path), index)

@@ -38,6 +38,16 @@ def expanded(value: str) -> str:
     return path
 
 
+def tracking_uri(value: str) -> str:
+    """Refuse a folder, in which MLflow no longer keeps runs, and a missing scheme."""
+    if value.startswith("file:") or ("://" not in value and value != "databricks"):
+        raise ValueError(
+            f"{value}: names no tracking server or database; give http://HOST:PORT, or sqlite:///FOLDER/mlflow.db"
+        )
+    return value
+
+
 Shards = Annotated[str | list[str], BeforeValidator(given), AfterValidator(named_shards)]
 Place = Annotated[str, AfterValidator(expanded)]
 OptionalPlace = Place | None
+TrackingUri = Annotated[str, AfterValidator(tracking_uri)]

@@ -16,6 +16,8 @@ from .secrets import redact
 from .yaml_dialect import read_yaml
 
 FOLDER = Path(__file__).parent
+UNUSED = {"patch-latents": ("flux", "controlnet"), "controlnet": ("branch",)}
+"""Stage -> groups of settings that it does not read."""
 NO_NAME = "is not a valid run name, which is also a folder name; use letters, digits, `.`, `_` and `-`"
 
 
@@ -41,10 +43,30 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), stored: bool 
     if stored:
         tree = with_new_names(tree)
     try:
-        return Recipe.model_validate(apply_overrides(tree, overrides))
+        recipe = Recipe.model_validate(apply_overrides(tree, overrides))
+        if not stored:  # earlier versions accepted them
+            _refuse_unused(path, tree, overrides)
+        return recipe
     except ValidationError as error:
+        if error.errors()[0]["loc"][:1] in {("flux",), ("controlnet",), ("branch",)}:
+            _refuse_unused(path, tree, overrides)
         where = _cause(tree, overrides, error) or str(path)
         raise RecipeError(redact(f"{where}: {explain(error, Recipe)}")) from error
+
+
+def _refuse_unused(path: Path, tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """RecipeError for a setting of the other stage, unless it has its default value."""
+    settings = apply_overrides(tree, overrides)
+    for group in UNUSED.get(str(settings.get("stage")), ()):
+        default = Recipe.model_fields[group].default
+        usual = default.model_dump(mode="json") if default is not None else {}
+        given = settings.get(group)
+        for key, value in (given if isinstance(given, dict) else {}).items():
+            if key not in usual or value != usual[key]:
+                name = f"{group}.{key}"
+                cause = next((one for one in overrides if one.startswith((f"{name}=", f"{name}."))), None)
+                where = f"override {cause!r}" if cause else path
+                raise RecipeError(redact(f"{where}: {name} has no effect in stage {settings['stage']}; leave it out"))
 
 
 def _cause(tree: dict[str, Any], overrides: Sequence[str], error: ValidationError) -> str | None:

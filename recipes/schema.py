@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .batch import BatchSplit
-from .fields import OptionalPlace, Place, Shards
+from .fields import OptionalPlace, Place, Shards, TrackingUri
 from .secrets import stored_secret
 from .yaml_dialect import Dumper
 
@@ -272,7 +272,7 @@ class Watchdog(Section):
 class Tracking(Section):
     enabled: bool = True
     """Mirror metrics.jsonl to MLflow from a separate process."""
-    uri: OptionalPlace = None
+    uri: TrackingUri | None = None
     """MLflow tracking URI, without credentials; null uses MLFLOW_TRACKING_URI, or else a SQLite file in `runs_dir`."""
     experiment: str = "bifrost"
     """MLflow experiment."""

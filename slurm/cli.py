@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..recipes import load_recipe
+from .errors import SlurmError
 
 if TYPE_CHECKING:
     from .job import Job
@@ -56,12 +57,16 @@ def preflight(
 ) -> None:
     """Check the nodes of this job step, or this machine; exit code 2 for a fault on all nodes, 77 for bad nodes."""
     from . import preflight as module
+    from .run_folder import no_run
     from .site import load_site
 
+    me = module.find_rank_info()
+    if run is not None and me.size == 1 and not run.is_dir():  # of several nodes, the one that lacks it is reported
+        raise SlurmError(no_run(run, "recipe.yaml"))
     site = load_site(run)
     scratch = [folder for folder in [os.environ.get("BIFROST_SCRATCH")] if folder]
     limits = module.read_limits(site.preflight_limits)
-    code = module.preflight(run, module.find_rank_info(), site, limits, scratch, site.preflight_command)
+    code = module.preflight(run, me, site, limits, scratch, site.preflight_command)
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads stuck in an unresponsive file system or network would keep the process alive.

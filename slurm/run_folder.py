@@ -11,13 +11,13 @@ MARKS = ("recipe.yaml", "slurm/recipe.yaml")
 
 
 def no_run(run: Path, lacking: str) -> str:
-    """One line that says what is wrong with the path `run`, and names the run beside it whose name is most similar.
+    """One line with what is wrong with the path `run`, naming the run next to it of the most similar name.
 
     lacking: what a run folder would have, such as "recipe.yaml"."""
     what = f"not a run folder, it has no {lacking}" if run.exists() else "no such run folder"
-    beside: list[str] = []
+    others: list[str] = []
     with suppress(OSError):
-        beside = [path.name for path in run.parent.iterdir() if any((path / mark).is_file() for mark in MARKS)]
-    near = difflib.get_close_matches(run.name, sorted(beside), n=1)
+        others = [path.name for path in run.parent.iterdir() if any((path / mark).is_file() for mark in MARKS)]
+    near = difflib.get_close_matches(run.name, sorted(others), n=1)
     hint = f"did you mean {run.parent / near[0]}?" if near else "`bifrost runs FOLDER` lists the runs in a folder"
     return f"{run}: {what}; {hint}"

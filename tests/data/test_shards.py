@@ -122,7 +122,7 @@ def test_forked_child_reads_concurrently_with_its_parent(make_shards):
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_errors_contain_place_and_remedy(make_shards, tmp_path, make_image):
+def test_errors_contain_place_and_remedy(make_shards, tmp_path, make_image, monkeypatch):
     make_shards([2, 2])
     first = str(tmp_path / "s-00000.tar")
     write_shard(tmp_path / "mute/a.tar", [("k", {"png": make_image(0)})])
@@ -141,6 +141,14 @@ def test_errors_contain_place_and_remedy(make_shards, tmp_path, make_image):
     os.truncate(first, 5000)
     with pytest.raises(DataError, match=r"s-00000\.tar: 5000 bytes, indexed as .* truncated"):
         open_dataset(first)
+
+    def denied(path, *_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "open", denied, raising=False)
+        with pytest.raises(DataError, match=r"s-00001\.tar: Permission denied; "):
+            open_dataset(str(tmp_path / "s-00001.tar"))
     os.unlink(tmp_path / "s-00001.index.jsonl")
     with pytest.raises(DataError, match=r"s-00001\.tar: no index next to it; run `bifrost data index"):
         open_dataset(str(tmp_path / "s-00001.tar"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -10,6 +11,7 @@ import pytest
 import webdataset
 
 from bifrost.data import DataError, index_shards, open_dataset, verify, write_shard
+from bifrost.data.atomic import write_atomic
 from bifrost.data.index import build_index, index_path, load_index
 
 
@@ -176,3 +178,21 @@ def test_remote_shards_are_indexed_and_verified_in_place(shard):
         assert "truncated" in verify("memory://far/a.tar")[0] or "altered" in verify("memory://far/a.tar")[0]
     finally:
         fs.rm("/far", recursive=True)
+
+
+def test_a_full_disk_is_reported_with_the_files_name(tmp_path, monkeypatch):
+    """The system's own error names no file, or the temporary one."""
+
+    def full(temporary, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([temporary] if "x" in str(path) else []))
+
+    monkeypatch.setattr("bifrost.data.atomic.commit", full)
+    monkeypatch.setattr("bifrost.data.write.commit", full)
+    for name in ("x.tar", "other.tar"):
+        with pytest.raises(OSError, match="No space left") as caught:
+            write_shard(tmp_path / name, [("a", {"png": b"1", "txt": b"a"})])
+        assert caught.value.filename == str(tmp_path / name)
+        with pytest.raises(OSError, match="No space left") as caught:
+            write_atomic(tmp_path / name, b"1")
+        assert caught.value.filename == str(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []

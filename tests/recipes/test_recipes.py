@@ -263,14 +263,14 @@ PLACES = [
     "checkpoint.local",
     "previews.controlnet",
     "previews.flux",
-    "tracking.uri",
 ]
 
 
 @pytest.mark.parametrize("key", PLACES)
 def test_home_folder_is_expanded(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/somebody")
-    value: Any = load_recipe("tiny-mllm", [f"{key}=~/mine"])
+    recipe = "tiny-controlnet" if key.startswith("flux.") else "tiny-mllm"
+    value: Any = load_recipe(recipe, [f"{key}=~/mine"])
     for part in key.split("."):
         value = getattr(value, part)
     assert value == "/somebody/mine"
@@ -280,7 +280,7 @@ def test_home_folder_is_expanded(key: str, monkeypatch: pytest.MonkeyPatch) -> N
         ("~nobody-here/mine", "no home folder is known for ~nobody-here; write the path out"),
     ):
         with pytest.raises(RecipeError, match=said):
-            load_recipe("tiny-mllm", [f"{key}={written}"])
+            load_recipe(recipe, [f"{key}={written}"])
 
 
 @pytest.mark.parametrize(
@@ -350,3 +350,28 @@ def test_a_setting_that_is_gone_is_left_out_or_refused() -> None:
     assert load_recipe("tiny-mllm", ["zero.quantized_gradients=false"]) == load_recipe("tiny-mllm")
     with pytest.raises(RecipeError, match=r"zero.*quantized_gradients is no longer a setting: .*; leave it out"):
         load_recipe("tiny-mllm", ["zero.quantized_gradients=true"])
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "said"),
+    [
+        ("tiny-mllm", "controlnet.double=2", "controlnet.double has no effect in stage patch-latents; leave it out"),
+        ("tiny-mllm", "flux.guidance=2", "flux.guidance has no effect in stage patch-latents; leave it out"),
+        (
+            "tiny-controlnet",
+            "branch.positions=mrope",
+            "branch.positions has no effect in stage controlnet",
+        ),
+        ("tiny-mllm", "tracking.uri=foo", "tracking.uri: foo: names no tracking server or database; give http://"),
+        ("tiny-mllm", "tracking.uri=file:///runs", "tracking.uri: file:///runs: names no tracking server or database"),
+    ],
+)
+def test_settings_without_effect_are_refused(name: str, override: str, said: str, tmp_path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(name, [override])
+    assert str(caught.value).startswith(f"override {override!r}: {said}")
+    if override == "controlnet.double=2":  # a run of an earlier version may have it
+        assert load_recipe(name, [override], stored=True).controlnet.double == 2
+    whole = tmp_path / "whole.yaml"  # every setting of the other stage, at its default
+    whole.write_text(load_recipe(name).to_yaml())
+    assert load_recipe(whole) == load_recipe(name)

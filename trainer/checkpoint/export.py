@@ -58,20 +58,24 @@ def export(
     partial = out.resolve().with_name(f".{out.resolve().name}.partial")
     with writing(out):
         shutil.rmtree(partial, ignore_errors=True)
-        if recipe.stage == "controlnet":
-            _write_controlnet(partial, pieces, reader.buffers(slot))
-            write_config(partial, open_controlnet(recipe, for_counting=True).shape)
-        else:
-            tensors = list(pieces.values())
-            if layout == "public":
-                tensors = _public(pieces, recipe.backbone, recipe.branch, recipe.data.image_size, dtype)
-            _write(partial, tensors)
-            config = {"step": reader.step, "weights": slot, "recipe": recipe.model_dump(mode="json")}
-            (partial / "config.json").write_text(json.dumps(config, indent=2))
-        with_base = recipe.stage != "controlnet" and layout == "public"
-        text = card(run, reader, slot, str(dtype).removeprefix("torch."), with_base)
-        (partial / CARD).write_text(text, encoding="utf-8")
-        partial.replace(out)
+        try:
+            if recipe.stage == "controlnet":
+                _write_controlnet(partial, pieces, reader.buffers(slot))
+                write_config(partial, open_controlnet(recipe, for_counting=True).shape)
+            else:
+                tensors = list(pieces.values())
+                if layout == "public":
+                    tensors = _public(pieces, recipe.backbone, recipe.branch, recipe.data.image_size, dtype)
+                _write(partial, tensors)
+                config = {"step": reader.step, "weights": slot, "recipe": recipe.model_dump(mode="json")}
+                (partial / "config.json").write_text(json.dumps(config, indent=2))
+            with_base = recipe.stage != "controlnet" and layout == "public"
+            text = card(run, reader, slot, str(dtype).removeprefix("torch."), with_base)
+            (partial / CARD).write_text(text, encoding="utf-8")
+            partial.replace(out)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
+            raise
     return reader.step
 
 

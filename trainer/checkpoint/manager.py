@@ -188,7 +188,7 @@ class CheckpointManager:
         except StorageError as error:
             self._failures += 1
             save.failure = str(error)
-            log.error("checkpoint of step %d not saved, training continues: %s", save.step, error)
+            log.error("checkpoint of step %d not saved: %s", save.step, error)
             self._report(
                 {
                     "event": "save_failed",

@@ -16,8 +16,8 @@ from ..monitors.goodput import summary
 from ..terminal import terminal
 
 MEANING = {
-    "step": "steps that count",
-    "data_wait": "part of it: waiting for data",
+    "step": "steps that count, without waiting for data",
+    "data_wait": "waiting for data",
     "startup": "first attempt, up to its first step",
     "recovery": "from an attempt's last heartbeat to when the next is ready",
     "save": "training blocked by saves",

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ...data.atomic import write_atomic
 from ...recipes import load_recipe, shipped_recipes, template
 from ...slurm.named_paths import require_paths
 from ..errors import RunError, writing
@@ -31,12 +32,10 @@ def init(
     text = template(source, name, data, str(file))
     recipe = load_recipe(source, [f"name={name}"])
     require_paths(Path(recipe.runs_dir) / name, recipe.previews, recipe.init_from)
+    if os.path.lexists(file):
+        raise RunError(f"{file}: already exists; choose another NAME or --out")
     with writing(file):
-        try:
-            with open(file, "x", encoding="utf-8") as opened:
-                opened.write(text)
-        except FileExistsError:
-            raise RunError(f"{file}: already exists; choose another NAME or --out") from None
+        write_atomic(file, text.encode())
     recipe = load_recipe(file)
     tiny = recipe.backbone.path.startswith("builtin:")
     shards = recipe.data.shards if isinstance(recipe.data.shards, str) else recipe.data.shards[0]

@@ -83,7 +83,9 @@ def _snapshot(path: str, **options: Any) -> str:
     distinguishes from a full disk.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # it would log each of its own retries; `retrying` logs the first of ours
     try:
         return snapshot_download(path, **options)
     except json.JSONDecodeError as error:

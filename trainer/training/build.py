@@ -44,14 +44,14 @@ def build(run: RunContext, after_step: Callable[[TrainState], None]) -> TrainerC
     kernels = ranks.agreed(lambda: _choose_kernels(run))
     engine, ema = _engine(run, point)
     run.phases.step = point.progress.step
-    record = open_record(run, point, engine, kernels)
-    saver = _saver(run, point, record, engine, ema)
-
     validator = ranks.agreed(lambda: _validator(run, engine, ema))
-    run.stop.phase = TRAINING
     preview = ranks.agreed(
         lambda: sampler(recipe.previews, inputs.stage, engine, inputs.dataset, ranks, run.folder, run.phases)
     )
+    record = open_record(run, point, engine, kernels)
+    saver = _saver(run, point, record, engine, ema)
+
+    run.stop.phase = TRAINING
     if ranks.first:
         run.stop.announce()
 

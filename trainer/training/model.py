@@ -30,21 +30,23 @@ def build_model(run: RunContext, reader: CheckpointReader | None) -> StageModel:
         if reader:
             load_weights(model, reader)
         elif recipe.init_from:
-            initialise_from(model, stage, Path(recipe.init_from), ranks)
+            initialise_from(model, recipe.stage, stage, Path(recipe.init_from), ranks)
 
     ranks.agreed(load)
     return model
 
 
-def initialise_from(model: StageModel, stage: Stage, path: Path, ranks: Ranks | None = None) -> None:
-    """Load the weights of an earlier run's newest checkpoint, or of an export in either layout. Every rank of `ranks`
-    calls it."""
+def initialise_from(model: StageModel, kind: str, stage: Stage, path: Path, ranks: Ranks | None = None) -> None:
+    """Load the weights of an earlier run's newest checkpoint, or of an export in either layout. kind: the
+    recipe's `stage`, of which that run has to be. Every rank of `ranks` calls it."""
     if (path / "checkpoints").is_dir():
         store = Store(path / "checkpoints")
         ranks = ranks or Ranks(0, 1, torch.device("cpu"))
         reader = store.newest_verified((), ranks.rank, ranks.size, ranks.gather, slots=("master",))
         if reader is None:
             raise RunError(f"init_from={path}: that run has no checkpoint that verifies")
+        if (theirs := reader.state["recipe"]["stage"]) != kind:
+            raise RunError(f"init_from={path}: is a {theirs} run, expected a {kind} run")
         load_weights(model, reader)
     elif path.exists():
         source, names = stage.from_public_checkpoint(path)

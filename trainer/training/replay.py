@@ -112,7 +112,7 @@ def replay(run: Path, place: Place, weights_step: int | None = None) -> Replay:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _model(inputs.stage, recipe.precision, reader, device)
     if reader is None and recipe.init_from:
-        initialise_from(model, inputs.stage, Path(recipe.init_from))
+        initialise_from(model, recipe.stage, inputs.stage, Path(recipe.init_from))
     # BatchNorm's statistics cover the samples of a pass on all ranks: use the same number here.
     together = place.stretch.micro_batch or recipe.micro_batch
     together *= place.stretch.ranks if model.statistics() else 1

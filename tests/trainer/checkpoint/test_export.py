@@ -1,6 +1,8 @@
 """Exports: the public layout loads where the public checkpoint does, to the bit; memory is a few tensors'."""
 
+import errno
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -120,6 +122,16 @@ def test_an_export_that_is_cut_short_is_written_again(
         with pytest.raises(SystemExit):
             export(run, tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()
+
+    def full(path: Path, parts: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bifrost.trainer.checkpoint.export.write_file", full)
+        with pytest.raises(RunError, match=r"out: cannot be written \(No space left on device\)"):
+            export(run, tmp_path / "out", "hf")
+    assert list(tmp_path.iterdir()) == [], "what was written is removed, since the disk is full"
     assert export(run, tmp_path / "out", "hf") == export(run, tmp_path / "whole", "hf")
     contents = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("out", "whole")]
     assert contents[0] == contents[1] and {p.name for p in tmp_path.iterdir()} == {"out", "whole"}

@@ -158,4 +158,4 @@ def test_a_run_that_is_killed_and_resumed(shards: Path, tmp_path: Path) -> None:
 
 def test_no_run(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["goodput", str(tmp_path)])
-    assert "contains no metrics.jsonl" in str(result.exception)
+    assert "it has no metrics.jsonl" in str(result.exception)

@@ -48,6 +48,10 @@ def test_stage_1_is_undisturbed_to_the_bit(shards: Path, flux: Path, tmp_path: P
     assert runs.losses(seen) == runs.losses(calm)
     assert files(seen) == files(calm)
     assert len(list((seen / "previews").iterdir())) == 2
+    wrong = runs.arguments(shards, tmp_path / "wrong", f"previews.controlnet={calm}", *SAMPLES)
+    (ended,) = ranked.bifrost(1, *wrong)
+    assert ended.code == 2 and "is a patch-latents run, expected a controlnet run" in ended.err, ended.err
+    assert not list((tmp_path / "wrong").rglob("metrics.jsonl")), "refused before the run began"
 
 
 def test_stage_1_needs_a_controlnet(shards: Path, tmp_path: Path) -> None:

@@ -1,19 +1,25 @@
-"""Schedule, average, sequence digest, meter: small pure parts."""
+"""Schedule, average, sequence digest, meter, initial weights: small parts."""
 
 import math
 import shutil
 import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from bifrost.data import open_dataset, write_shard
 from bifrost.recipes import load_recipe
+from bifrost.trainer.checkpoint.store import Store
+from bifrost.trainer.errors import RunError
 from bifrost.trainer.monitors.meter import Meter
 from bifrost.trainer.monitors.phase_timer import PhaseTimer
 from bifrost.trainer.optim.ema import Ema
 from bifrost.trainer.optim.lr_schedule import learning_rate
 from bifrost.trainer.training.data_digest import SequenceDigest, comparable
+from bifrost.trainer.training.model import initialise_from
 
 
 def test_warm_up_then_cosine() -> None:
@@ -103,3 +109,12 @@ def test_rates_leave_out_what_is_not_the_steps() -> None:
     assert rates["data_wait_s"] == pytest.approx(0.05, abs=0.02)
     assert rates["step_s"] < 0.15
     assert rates["tokens_per_s"] == pytest.approx(10 * rates["samples_per_s"])
+
+
+def test_a_run_of_the_other_stage_gives_no_initial_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    reader = SimpleNamespace(state={"recipe": {"stage": "controlnet"}})
+    monkeypatch.setattr(Store, "newest_verified", lambda *_, **__: reader)
+    model: Any = None
+    with pytest.raises(RunError, match=r"is a controlnet run, expected a patch-latents run"):
+        initialise_from(model, "patch-latents", model, tmp_path)
