@@ -1,7 +1,8 @@
 """Make indexed shards from images and captions. After a kill, the same command resumes.
 
-Candidates are assigned to shards before anything is read, so every attempt does the same work. A shard is done when its
-report is in `OUT/.ingest`; the report is written after the shard and its index, and all three are written atomically.
+Candidates are assigned to shards before anything is read, so every attempt does the same work. A shard is finished when
+its report is in `OUT/.ingest`, written after the shard and its index, and both still fit it (`finished.py`); all three
+are written atomically.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from .atomic import write_atomic
 from .candidates import Candidate, Piece
 from .captions import caption_of
 from .errors import DataError, DataLost
-from .index import CAPTION_TYPE, image_type, index_path
+from .finished import is_finished, save_report
+from .index import CAPTION_TYPE, image_type
 from .local import is_kind, names_in, stat_of, with_retries
 from .processes import in_processes, sole_owner
-from .progress import progress
+from .progress import progress, track
 from .retry import described, is_transient
 from .sources import REPORTS, list_source
 from .transforms import clean_caption, decode_image, image_kind
@@ -105,7 +107,14 @@ def _agree(out: Path, path: Path, journal: dict) -> None:
             raise DataError(f"{out / foreign}: not made by this ingest; name a new or an empty folder for the shards")
         with_retries(lambda: write_atomic(path, json.dumps(journal, indent=1).encode()), path)
         return
-    before = json.loads(with_retries(path.read_bytes, path))
+    try:
+        before = json.loads(with_retries(path.read_bytes, path))
+        if not isinstance(before, dict):
+            raise ValueError
+    except DataLost:
+        raise
+    except ValueError:
+        raise DataError(f"{path}: damaged; name a new folder for the shards") from None
     other = [name for name in journal if before.get(name) != journal[name]]
     if other:
         raise DataError(
@@ -114,7 +123,11 @@ def _agree(out: Path, path: Path, journal: dict) -> None:
 
 
 def _work(tasks: list[_Task], processes: int | None) -> None:
-    missing = [task for task in tasks if not _done(task)]
+    missing = [
+        task
+        for task in track(tasks, "checking the finished ones of", len(tasks), "shards")
+        if not is_finished(task.shard, task.report)
+    ]
     images, left = (sum(len(task.candidates) for task in some) for some in (tasks, missing))
     if not missing:
         return
@@ -122,10 +135,6 @@ def _work(tasks: list[_Task], processes: int | None) -> None:
     with progress("ingesting", images, "images", done=images - left) as shown:
         for advanced in in_processes(_make_shard, missing, processes):
             shown.advance(advanced)
-
-
-def _done(task: _Task) -> bool:
-    return all(stat_of(path) for path in (task.report, task.shard, index_path(str(task.shard))))
 
 
 def _make_shard(task: _Task) -> int:
@@ -149,8 +158,7 @@ def _make_shard(task: _Task) -> int:
     try:
         header = write_shard(task.shard, samples())
         assert header.samples + len(rejected) == len(task.candidates), "every candidate is one or the other"
-        report = {"samples": header.samples, "rejected": rejected, "unused_captions": unused}
-        with_retries(lambda: write_atomic(task.report, json.dumps(report).encode()), task.report)
+        save_report(task.report, task.shard, header, rejected, unused)
     except DataError:
         raise
     except Exception as error:
