@@ -11,13 +11,16 @@ MARKS = ("recipe.yaml", "slurm/recipe.yaml")
 
 
 def no_run(run: Path, lacking: str) -> str:
-    """One line with what is wrong with the path `run`, naming the run next to it of the most similar name.
+    """One line with what is wrong with the path `run`, naming the run of the most similar path.
 
     lacking: what a run folder would have, such as "recipe.yaml"."""
     what = f"not a run folder, it has no {lacking}" if run.exists() else "no such run folder"
     others: list[str] = []
-    with suppress(OSError):
-        others = [path.name for path in run.parent.iterdir() if any((path / mark).is_file() for mark in MARKS)]
-    near = difflib.get_close_matches(run.name, sorted(others), n=1)
-    hint = f"did you mean {run.parent / near[0]}?" if near else "`bifrost runs FOLDER` lists the runs in a folder"
+    for folder in (run.parent, Path("runs")):  # a name alone is one in the usual folder
+        with suppress(OSError):
+            others += [str(path) for path in folder.iterdir() if any((path / mark).is_file() for mark in MARKS)]
+    near = difflib.get_close_matches(str(run), sorted(others), n=1) or [
+        other for other in sorted(others) if Path(other).name == run.name
+    ]
+    hint = f"did you mean {near[0]}?" if near else "`bifrost runs FOLDER` lists the runs in a folder"
     return f"{run}: {what}; {hint}"

@@ -86,7 +86,7 @@ def test_resume_of_a_finished_run_takes_no_torch(run: Path) -> None:
     assert said.startswith("tiny-mllm is finished: 3 steps in ") and "steps=6" in said and torch == "False"
 
 
-def test_resume_takes_a_run_folder_alone(run: Path, tmp_path: Path) -> None:
+def test_resume_takes_a_run_folder_alone(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_run(run)
     for wrong, remedy in (
         (run / "checkpoints" / "step-00000003", f"is inside the run folder {run}"),
@@ -99,6 +99,11 @@ def test_resume_takes_a_run_folder_alone(run: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny-mllm-2" / "slurm" / "recipe.yaml").touch()
     with pytest.raises(RunError, match=rf"tiny-mlm-2: no such run folder; did you mean {tmp_path}/tiny-mllm-2\?"):
         check_run(tmp_path / "tiny-mlm-2")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "tiny-mllm-2").rename(tmp_path / "runs" / "cats")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match=r"^cats: no such run folder; did you mean runs/cats\?"):
+        check_run(Path("cats"))
     with pytest.raises(RunError, match="another name"):
         placed(run, ["steps=5", "name=other"])
     assert placed(Path("runs/a"), []) == ["runs_dir=runs", "name=a"]
