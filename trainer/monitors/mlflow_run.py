@@ -69,8 +69,8 @@ class MlflowRun:
         except FileNotFoundError:
             raise RunError(no_run(run_dir, "recipe.yaml")) from None
         self._lock = _lock(run_dir / ".tracking.lock")
-        self._state = self._load()
         self._live = live
+        self._state = self._load()
         if live:
             self._state["starts"] += 1
             self._store()
@@ -138,10 +138,13 @@ class MlflowRun:
         # A shell without the variable still finds the server to which the run was sent.
         self._uri = given or state.get("uri") or f"sqlite:///{self.folder.parent / 'mlflow.db'}"
         self.server = redact(self._uri).replace(f"{HIDDEN}@", "")
-        remembered = self.server if given or state.get("uri") else None
-        if "run_id" not in state or state["uri"] != remembered:
-            state |= {"uri": remembered, "run_id": None, "files": {}}
-        return {"rollbacks": 0, "replaced": [], **state}
+        state = {"uri": None, "run_id": None, "files": {}, "rollbacks": 0, "replaced": [], **state}
+        self._target = self.server if given or state["uri"] else None
+        # Runs that were never sent keep the address of their training. An existing MLflow run is replaced only once the
+        # server of another address has created its own: a mistyped one, or a server that is down, must not redirect it.
+        if self._live and state["run_id"] is None:
+            state["uri"] = self._target
+        return state
 
     def _store(self) -> None:
         write_json(self.folder / "tracking.json", self._state)
@@ -178,7 +181,7 @@ class MlflowRun:
         from mlflow.exceptions import MlflowException
 
         run = None
-        if self._state["run_id"] is not None:
+        if self._state["run_id"] is not None and self._state["uri"] == self._target:
             try:
                 run = client.get_run(self._state["run_id"])
             except MlflowException as error:
@@ -187,9 +190,8 @@ class MlflowRun:
                 log.warning("%s no longer has run %s: a new one is created", self.server, self._state["run_id"])
                 self._state |= {"run_id": None, "files": {}}
         if run is None:
-            self._store()  # store the key before a run carries it
             run = self._find_or_create(client, start_time)
-            self._state["run_id"] = run.info.run_id
+            self._state |= {"uri": self._target, "run_id": run.info.run_id, "files": {}}
             self._store()
         self._experiment = run.info.experiment_id
         if run.info.lifecycle_stage == "deleted":
@@ -215,7 +217,7 @@ class MlflowRun:
         name = (self.recipe.get("tracking") or {}).get("experiment", "bifrost")
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
-            artifacts = None if self._state["uri"] else (self.folder.parent / "mlartifacts").as_uri()
+            artifacts = None if self._target else (self.folder.parent / "mlartifacts").as_uri()
             try:
                 client.create_experiment(name, artifact_location=artifacts, tags=EXPERIMENT_TAGS)
             except MlflowException as error:
@@ -227,6 +229,7 @@ class MlflowRun:
         found = client.search_runs([experiment.experiment_id], f"tags.`bifrost.key` = '{key}'", max_results=1)
         if found:
             return found[0]
+        self._store()  # store the key before a run carries it
         tags = {**run_tags(self.folder, self.recipe), "bifrost.key": key}
         return client.create_run(experiment.experiment_id, start_time, tags=tags, run_name=self.folder.name)
 

@@ -1,5 +1,6 @@
 """MLflow that fails, refuses or is away: training does not wait, and nothing is lost or sent twice."""
 
+import gc
 import json
 import os
 import signal
@@ -203,6 +204,38 @@ def test_a_run_whose_creation_reply_was_lost_is_found(server, client, make_run):
     (run.folder / "tracking.json").write_text(json.dumps({**state, "run_id": None}))
     sync(run.folder)
     assert run_id(run) == first
+
+
+@pytest.mark.parametrize("status", [None, 404, 503])
+def test_an_address_without_an_answer_does_not_redirect_a_run(server, client, make_run, monkeypatch, status):
+    from mlflow.exceptions import MlflowException
+
+    run = make_run()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    log_steps(run, (10,))
+    sync(run.folder)
+    before = json.loads((run.folder / "tracking.json").read_text())
+    assert before["uri"] == server and before["run_id"]
+    with HTTPServer(("127.0.0.1", 0), type("Handler", (Answering,), {"status": status})) as http:
+        if status is None:
+            http.server_close()
+        else:
+            threading.Thread(target=http.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{http.server_port}")
+        assert "could not be sent to MLflow" in (note_evaluation(run.folder, 10, {"r1": 1.0}) or "")
+        gc.collect()  # the traceback of the failed attempt holds its lock
+        resumed = MlflowRun(run.folder, live=True)
+        with pytest.raises(MlflowException):
+            resumed.push(last=False)
+        del resumed
+        gc.collect()
+        if status is not None:
+            http.shutdown()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert json.loads((run.folder / "tracking.json").read_text()) == {**before, "starts": before["starts"] + 1}
+    sync(run.folder)
+    assert run_id(run) == before["run_id"]
+    assert history(client, run, "eval/r1") == [(10, 1.0)]
 
 
 def test_files_that_are_refused_do_not_hold_up_points(server, client, make_run, monkeypatch):
