@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from .known_keys import section, suggestion
 from .renames import new_name, with_new_names
 from .schema import Recipe
 from .secrets import redact
@@ -48,7 +50,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), stored: bool 
             _refuse_unused(path, tree, overrides)
         return recipe
     except ValidationError as error:
-        if error.errors()[0]["loc"][:1] in {("flux",), ("controlnet",), ("branch",)}:
+        if _problems(error)[0]["loc"][:1] in {("flux",), ("controlnet",), ("branch",)}:
             _refuse_unused(path, tree, overrides)
         where = _cause(tree, overrides, error) or str(path)
         raise RecipeError(redact(f"{where}: {explain(error, Recipe)}")) from error
@@ -72,7 +74,7 @@ def _refuse_unused(path: Path, tree: dict[str, Any], overrides: Sequence[str]) -
 def _cause(tree: dict[str, Any], overrides: Sequence[str], error: ValidationError) -> str | None:
     """The override that causes the first problem of `error`; None if settings `tree` have it without overrides. A
     problem of several settings together, such as a stage without its model, carries no key."""
-    fault, count = _fault(error.errors()[0]), len(overrides)
+    fault, count = _fault(_problems(error)[0]), len(overrides)
     while count:
         try:
             Recipe.model_validate(apply_overrides(tree, overrides[: count - 1]))
@@ -106,10 +108,21 @@ def find_recipe(source: str | Path) -> Path:
     # A path as in the README also works when the package is installed without a checkout.
     shipped = shipped_recipes().get(path.stem) if path.suffix in ("", ".yaml") else None
     if shipped is None or path.parent.name not in ("", "recipes"):
-        near = difflib.get_close_matches(path.stem, shipped_recipes(), n=1, cutoff=0.7)
-        hint = f"did you mean {near[0]}?" if near else f"shipped ones are {', '.join(shipped_recipes())}"
-        raise RecipeError(f"{source}: no such recipe; {hint}")
+        raise RecipeError(f"{source}: no such recipe; {_nearest(path)}")
     return shipped
+
+
+def _nearest(path: Path) -> str:
+    """What may have been meant by a `path` that is not a recipe: a file next to it, a run, or a shipped recipe."""
+    files: list[Path] = []
+    with suppress(OSError):
+        files = sorted(file for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml") and file.is_file())
+    run = Path("runs", path.name)
+    names = {**{name: name for name in shipped_recipes()}, **{file.stem: str(file) for file in files}}
+    if path.stem not in names and (run / "recipe.yaml").is_file():
+        return f"`bifrost resume {run}` continues the run of that name"
+    near = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.7)
+    return f"did you mean {names[near[0]]}?" if near else f"shipped ones are {', '.join(shipped_recipes())}"
 
 
 def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -176,9 +189,14 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """What is wrong with settings that are not a valid `model`, in one line; for an unknown key, with the closest known
     key."""
-    problems = error.errors()
+    problems = _problems(error)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return _explain(problems[0], model) + more
+
+
+def _problems(error: ValidationError) -> list[Any]:
+    """All problems, missing settings last: a misspelt key is also missing under its right name."""
+    return sorted(error.errors(), key=lambda problem: problem["type"] == "missing")
 
 
 def _explain(problem: Any, model: type[BaseModel]) -> str:
@@ -187,18 +205,14 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden":
         if renamed := new_name(key, model):
             return f"{key} is now {renamed}; write that instead"
-        section = _section(path[:-1], model)
-        names = list(section.model_fields) if section else []
-        near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"known here: {', '.join(names)}"
-        return f"unknown key {key}; {hint}"
+        return f"unknown key {key}; {suggestion(key, model)}"
     if problem["type"] == "missing":
         return f"{key} is not set; add it to the recipe or give {key}=value"
     if problem["type"] == "string_pattern_mismatch":
         return f"{key}: {problem['input']!r} {NO_NAME}"
     if problem["type"] == "model_type":
-        section = _section(path, model)
-        names = ", ".join(f"{key}.{name}" for name in list(section.model_fields)[:3]) if section else ""
+        group = section(path, model)
+        names = ", ".join(f"{key}.{name}" for name in list(group.model_fields)[:3]) if group else ""
         return f"{key}: is a group of settings (got {problem['input']!r}); set one of them, such as {names}"
     message = problem["msg"].removeprefix("Value error, ")
     # The messages of our own validators contain the values; their input is a whole group or the whole recipe.
@@ -207,14 +221,3 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
         got += "; leave the quotes out"
     # Messages about several settings together begin with their names.
     return f"{key}: {message[0].lower()}{message[1:]}{got}" if key else message
-
-
-def _section(path: list[str], model: type[BaseModel]) -> type[BaseModel] | None:
-    section: Any = model
-    for part in path:
-        if not (isinstance(section, type) and issubclass(section, BaseModel)) or part not in section.model_fields:
-            return None
-        annotation = section.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-    return section

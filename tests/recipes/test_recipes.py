@@ -65,6 +65,15 @@ def dry_run(arguments: list[str]) -> None:
     [
         ("stepz=3", ["unknown key stepz", "steps"]),
         ("data.worker=1", ["unknown key data.worker", "data.workers"]),
+        ("lr=1e-3", ["unknown key lr; did you mean optimizer.lr?"]),
+        ("data.lr=1e-3", ["unknown key data.lr; did you mean optimizer.lr?"]),
+        ("path=x", ["did you mean backbone.path or flux.path?"]),
+        ("data_shards=x", ["did you mean data.shards?"]),
+        ("num_workers=2", ["did you mean data.workers?"]),
+        ("ranks=2", ["unknown key ranks; the number of processes is the option --ranks N"]),
+        ("batch_size=32", ["unknown key batch_size; did you mean global_batch (", "micro_batch ("]),
+        ("optimizer.learning_rate=1", ["did you mean optimizer.lr?"]),
+        ("ema.momentum=1", ["unknown key ema.momentum; known here: decay"]),
         ("data=3", ["data", "got 3"]),
         ("steps=0", ["steps", "greater than or equal to 1"]),
         ("branch.mask_rate.low=1.5", ["branch.mask_rate.low"]),
@@ -235,6 +244,12 @@ def test_every_setting_is_documented() -> None:
             "optimizer: is a group of settings (got 3); set one of them, such as optim",
         ),
         ("extends: nope\n", "mine.yaml: extends nope: no such recipe"),
+        (
+            "extends: tiny-controlnet\nflux: {pth: x}\n",
+            "mine.yaml: unknown key flux.pth; did you mean flux.path?",
+        ),
+        ("stage: patch-latents\nbackbone: {pth: x}\n", "unknown key backbone.pth; did you mean backbone.path? (and "),
+        ("stage: patch-latents\nstepz: 3\n", "mine.yaml: unknown key stepz; did you mean steps? (and "),
         ("", "mine.yaml: is empty; a recipe is a mapping"),
         ("just words", "mine.yaml: has no settings; a recipe is a mapping"),
     ],
@@ -337,8 +352,20 @@ def test_error_of_the_file_names_the_file(tmp_path) -> None:
 
 @pytest.mark.parametrize("wrong", ["tiny_mllm", "tiny-mllm.yml", "mllm7b", "recipes/tiny-mlm.yaml"])
 def test_misspelled_recipe_gets_a_suggestion(wrong: str) -> None:
-    with pytest.raises(RecipeError, match=r"no such recipe; did you mean (tiny-mllm|mllm-7b)\?"):
+    with pytest.raises(RecipeError, match=r"no such recipe; did you mean (recipes/)?(tiny-mllm|mllm-7b)(\.yaml)?\?"):
         load_recipe(wrong)
+
+
+def test_recipe_without_its_ending_or_with_a_run_of_its_name(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "cats").mkdir(parents=True)
+    (tmp_path / "runs" / "cats" / "recipe.yaml").touch()
+    with pytest.raises(RecipeError, match=r"^cats: no such recipe; `bifrost resume runs/cats` continues the run"):
+        load_recipe("cats")
+    (tmp_path / "cats.yaml").touch()
+    for wrong in ("cats", "cat", "cats.yml", "cat.yaml"):
+        with pytest.raises(RecipeError, match=r"no such recipe; did you mean cats\.yaml\?"):
+            load_recipe(wrong)
 
 
 def test_folder_is_not_a_recipe(tmp_path) -> None:

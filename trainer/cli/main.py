@@ -13,7 +13,8 @@ import typer
 
 from ...data import DataError
 from ...data.cli import app as data_app
-from ...recipes import RecipeError
+from ...recipes import Recipe, RecipeError
+from ...recipes.known_keys import keys_named
 from ...recipes.secrets import redact
 from ...slurm import SlurmError, rank_environment
 from ...slurm.cli import slurm_app
@@ -139,9 +140,25 @@ def _refuse(error: Any) -> NoReturn:
     old = getattr(error, "option_name", "")
     if type(error).__name__ == "NoSuchOption" and old in RENAMED_OPTIONS:
         _fail(RunError(f"{old} is now {RENAMED_OPTIONS[old]}; write that instead"), USAGE)
+    if type(error).__name__ == "NoSuchOption" and (line := _as_setting(error)):
+        _fail(RunError(line), USAGE)
     text = " ".join(error.format_message().split()).replace("Value error, ", "").rstrip(".")
     usage = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
     _fail(RunError(f"{text[:1].lower()}{text[1:]}{usage}"), USAGE)
+
+
+def _as_setting(error: Any) -> str | None:
+    """The error of an unknown option that is the name of a setting, of a command with settings; None for others."""
+    option = error.option_name
+    keys = keys_named(option.lstrip("-").replace("-", "_"), Recipe)
+    if not keys or error.ctx is None or all(each.name != "overrides" for each in error.ctx.command.params):
+        return None
+    words = [*sys.argv[1:], "VALUE"]
+    given = next((word for word in words if word.startswith(f"{option}=")), None)
+    value = given.partition("=")[2] if given else words[words.index(option) + 1] if option in words else "VALUE"
+    if value.startswith("-") or "=" in value:
+        value = "VALUE"
+    return f"{option} is a setting, not an option: write {' or '.join(f'{key}={value}' for key in keys[:3])}"
 
 
 def _rank() -> int | None:

@@ -26,6 +26,10 @@ class Left(Exception):
             "train tiny-mllm --rank 2",
             "error: no such option: --rank (Possible options: --ranks); see `bifrost train --help`",
         ),
+        ("train tiny-mllm --steps 20", "error: --steps is a setting, not an option: write steps=20\n"),
+        ("train tiny-mllm --lr=1e-3", "error: --lr is a setting, not an option: write optimizer.lr=1e-3\n"),
+        ("plan tiny-mllm --micro-batch", "error: --micro-batch is a setting, not an option: write micro_batch=VALUE\n"),
+        ("replay RUN --lr 20", "error: no such option: --lr"),  # has no settings
         ("train tiny-mllm --ranks 0", "error: invalid value for '--ranks': "),
         (
             "generate --layout x",
