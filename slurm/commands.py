@@ -29,6 +29,7 @@ REFUSED = re.compile(
     re.I,
 )
 """Errors that a retry does not change."""
+UNREACHABLE = re.compile("(?:unable to contact slurm controller|could not establish a configuration source).*", re.I)
 UNAVAILABLE = "node configuration is not available"
 AWAY = ("down", "drain", "fail", "maint", "reboot", "unknown", "power")
 """Node states that may be temporary."""
@@ -66,15 +67,31 @@ def check_request(script: str, partition: str | None, least: int) -> None:
     try:
         _once("sbatch", "--test-only", stdin=script)
     except SlurmError as error:
+        if "generic resource" in str(error):
+            raise SlurmError(
+                f"{error}: these nodes have no such GPUs, see sinfo -o '%P %G'; on a CPU cluster give"
+                " --gpus-per-node 0 --tasks-per-node N"
+            ) from error
+        if "invalid partition" in str(error).lower():
+            raise SlurmError(f"{error}{_partitions()}") from error
         if UNAVAILABLE in str(error):
             counts = _node_counts(partition)
             away = sum(count for state, count in counts if state.startswith(AWAY))
             if not away or sum(count for _, count in counts) < least:
                 raise SlurmError(f"{error}; it would never start: see sinfo, and request less") from error
             log.warning("%s: %d nodes of the partition are down or drained, the job waits for them", error, away)
-        elif REFUSED.search(str(error)):
+        elif REFUSED.search(str(error)) or UNREACHABLE.search(str(error)):
             raise
-        # Otherwise Slurm does not answer: the submission itself reports that.
+        # Otherwise Slurm is busy: the submission itself reports that.
+
+
+def _partitions() -> str:
+    """The remedy for a wrong partition: the names of all; empty if Slurm does not answer."""
+    try:
+        names = sorted(set(_once("sinfo", "--noheader", "--format=%R").split()))
+    except SlurmError:
+        return ""
+    return f"; give --partition as one of {', '.join(names)}" if names else ""
 
 
 def _node_counts(partition: str | None) -> list[tuple[str, int]]:
@@ -186,6 +203,8 @@ def _once(*command: str, stdin: str | None = None) -> str:
         raise SlurmError(problem) from ConnectionError(problem)
     if ended.returncode:
         problem = " ".join(ended.stderr.split()).removeprefix(f"{command[0]}: ").removeprefix("error: ")
+        if found := UNREACHABLE.search(problem):
+            problem = f"{found[0]}; check SLURM_CONF ({environment.get('SLURM_CONF', 'not set')}) and scontrol ping"
         problem = f"{command[0]}: {problem or f'exit code {ended.returncode}'}"
         raise SlurmError(problem) from None if REFUSED.search(problem) else ConnectionError(problem)
     return ended.stdout

@@ -1,13 +1,22 @@
-"""Check of the paths that a recipe names, before anything is built: by init, plan, submit, preflight and training."""
+"""Checks of the paths that a recipe names, before anything is built: by init, plan, submit, preflight and training."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from braceexpand import braceexpand
+
+from ..data.files import is_local
 from ..data.local import stat_of
+from ..data.retry import call
+from ..data.shards import expand
 from ..recipes import RecipeError
 from ..recipes.schema import Previews
 from .exit_record import newest_step
+
+SAMPLE = 64
+"""Shards whose sizes are read, evenly spaced: a stat of each of 100,000 would load the file system."""
 
 
 def require_paths(run: Path, previews: Previews, init_from: str | None) -> None:
@@ -19,3 +28,15 @@ def require_paths(run: Path, previews: Previews, init_from: str | None) -> None:
     for key, path in paths.items():
         if path and stat_of(path) is None:
             raise RecipeError(f"{key}={path}: no such file or folder")
+
+
+def local_shards(*specs: str | list[str] | None) -> tuple[list[str], list[int]]:
+    """The local shards that a recipe names, and the sizes in bytes of a sample of them; those behind a URL are left
+    out. DataError if a path or pattern has none, or one of the sample is missing; DataLost after retries."""
+    shards: list[str] = []
+    for spec in specs:
+        patterns = [each for one in ([spec] if isinstance(spec, str) else spec or []) for each in braceexpand(one)]
+        local = [pattern for pattern in patterns if is_local(pattern)]
+        shards += expand(local, mixed=False) if local else []
+    sample = shards[:: max(1, len(shards) // SAMPLE)]
+    return shards, [call(lambda each=each: os.stat(each), each).st_size for each in sample]

@@ -13,23 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from braceexpand import braceexpand
-
 from ...data.errors import DataError
-from ...data.files import is_local
 from ...data.local import is_kind, stat_of
 from ...data.retry import call
-from ...data.shards import expand
 from ...recipes import RecipeError, load_recipe
 from ..job import RECIPE
-from ..named_paths import require_paths
+from ..named_paths import local_shards, require_paths
 from ..software import all_versions, digest, source_digest
 from .devices import device_findings
 from .finding import Finding, Limits
 from .rank_info import RankInfo
-
-LOOKED_AT = 64
-"""Shards whose sizes are compared, evenly spaced: a stat of each of 100,000 would load the file system."""
 
 
 def node_checks(
@@ -107,16 +100,11 @@ def _recipe(run: Path) -> list[Finding]:
     except (RecipeError, DataError) as error:
         return [Finding("recipe", "", str(error))]
     found = Finding("recipe", digest([text]), same=True)
-    spec = recipe.data.shards
-    patterns = [each for one in ([spec] if isinstance(spec, str) else spec) for each in braceexpand(one)]
-    local = [pattern for pattern in patterns if is_local(pattern)]
     try:
-        shards = expand(local, mixed=False) if local else []
-        chosen = shards[:: max(1, len(shards) // LOOKED_AT)]
-        sizes = [str(call(lambda each=each: os.stat(each), each).st_size) for each in chosen]
+        shards, sizes = local_shards(recipe.data.shards)
     except DataError as error:
         return [found, Finding("data", "", str(error))]
-    return [found, Finding("data", f"{len(shards)} shards ({digest([*shards, *sizes])})", same=True)]
+    return [found, Finding("data", f"{len(shards)} shards ({digest([*shards, *map(str, sizes)])})", same=True)]
 
 
 def _versions() -> list[Finding]:

@@ -85,8 +85,33 @@ UNAVAILABLE = failing("allocation failure: Requested node configuration is not a
         (UNAVAILABLE, "main* idle 2; echo main* drained 1", 4, "it would never start"),
         # Nodes that are down may return.
         (UNAVAILABLE, "main* idle 2; echo main* down* 2", 4, None),
-        (failing("error: invalid partition specified: x"), "", 1, "^sbatch: invalid partition specified: x$"),
-        (failing("allocation failure: Invalid generic resource (gres) specification"), "", 1, "Invalid generic"),
+        (
+            failing("error: invalid partition specified: x"),
+            "main; echo gpu; echo main",
+            1,
+            "^sbatch: invalid partition specified: x; give --partition as one of gpu, main$",
+        ),
+        (
+            failing("allocation failure: Invalid generic resource (gres) specification"),
+            "",
+            1,
+            "Invalid generic .* on a CPU cluster give --gpus-per-node 0 --tasks-per-node N$",
+        ),
+        (
+            failing(
+                "sbatch: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\n"
+                "sbatch: fatal: Could not establish a configuration source"
+            ),
+            "",
+            1,
+            r"^sbatch: Could not establish a configuration source; check SLURM_CONF \(.*\) and scontrol ping$",
+        ),
+        (
+            failing("error: Unable to contact slurm controller (connect failure)"),
+            "",
+            1,
+            r"^sbatch: Unable to contact slurm controller \(connect failure\); check SLURM_CONF",
+        ),
         (failing(BUSY), "", 1, None),
     ],
 )
@@ -100,6 +125,13 @@ def test_a_request_that_would_never_start_is_refused(
     else:
         with pytest.raises(SlurmError, match=problem):
             commands.check_request("#!/bin/bash", None, least)
+
+
+def test_a_wrong_partition_without_an_answer_from_sinfo(stand: Stand) -> None:
+    stand("sbatch", failing("error: invalid partition specified: x"))
+    stand("sinfo", failing(BUSY))
+    with pytest.raises(SlurmError, match=r"^sbatch: invalid partition specified: x$"):
+        commands.check_request("#!/bin/bash", None, 1)
 
 
 def test_pending_reasons_are_explained() -> None:
