@@ -139,7 +139,8 @@ def _make(
                 shown.advance()
     if all((out / each.file).exists() for each in files):
         write_contact_sheet(out, files)
-    print(f"{out}: {len(missing)} images generated, {len(share) - len(missing)} already there")
+    whose = f"rank {rank} of {size}: " if size > 1 else ""
+    print(f"{out}: {whose}{len(missing)} images generated, {len(share) - len(missing)} already there")
 
 
 def _made(

@@ -143,8 +143,18 @@ def _refuse(error: Any) -> NoReturn:
     if type(error).__name__ == "NoSuchOption" and (line := _as_setting(error)):
         _fail(RunError(line), USAGE)
     text = " ".join(error.format_message().split()).replace("Value error, ", "").rstrip(".")
+    if "unexpected extra argument" in text:
+        text += _paths_hint(text)
     usage = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
     _fail(RunError(f"{text[:1].lower()}{text[1:]}{usage}"), USAGE)
+
+
+def _paths_hint(text: str) -> str:
+    """The remedy for the unexpected arguments in the message `text` if the shell made them from a wildcard."""
+    extra = [Path(word) for word in sys.argv[1:] if word in text and os.path.exists(word)]
+    if shard := next((path for path in extra if path.suffix == ".tar"), None):
+        return f": put wildcards in quotes, such as '{shard.parent / '*.tar'}'"
+    return ": give one folder, not each path in it" if extra else ""
 
 
 def _as_setting(error: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -33,8 +34,14 @@ def compare(
     """Compare RUNs: settings, environment, losses at the same steps, previews, speed, memory."""
     from ..report.compare import compare as compared
     from ..report.compare import page, tables
-    from ..report.files import open_run
+    from ..report.files import is_run, open_run
 
+    # `runs/*` also names the store of MLflow; a path that does not exist is a typing error.
+    others = [path for path in runs if path.exists() and not is_run(path)]
+    if len(runs) - len(others) >= 2:
+        for path in others:
+            print(f"{path}: not a run folder, left out", file=sys.stderr)
+        runs = [path for path in runs if path not in others]
     if len(runs) < 2:
         raise RunError("bifrost compare: give two run folders or more")
     names = [folder.resolve().name for folder in runs]

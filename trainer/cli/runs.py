@@ -23,7 +23,7 @@ from ...slurm.job import FILE as JOB
 from ..errors import RunError
 from ..io import read_json
 from ..monitors.metrics import last_lines, parse_line
-from ..report.files import RECIPES, run_state
+from ..report.files import RECIPES, is_run, run_state
 from ..terminal import terminal
 
 NEWEST = 2**18
@@ -67,9 +67,7 @@ def runs(
 def find_runs(folder: Path, now: float | None = None) -> list[Run]:
     """The runs in `folder`, the most recently active one last."""
     now = time.time() if now is None else now
-    folders = [
-        path for path in folder.iterdir() if any((path / name).is_file() for name in (*RECIPES, "metrics.jsonl"))
-    ]
+    folders = [path for path in folder.iterdir() if is_run(path)]
     jobs = {path: str((read_json(path / JOB) or {}).get("id")) for path in folders}
     waiting: Mapping[str, str] = {}
     if any(job != "None" for job in jobs.values()):

@@ -77,11 +77,16 @@ def run_state(records: list[dict[str, Any]], folder: Path, now: float) -> tuple[
     return "failed", "ended without a record: killed, or its node was lost"
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run has written into `folder`, or was submitted from it."""
+    return any((folder / name).is_file() for name in (*RECIPES, "metrics.jsonl"))
+
+
 def open_run(folder: Path, name: str | None = None) -> RunFiles:
     """The run in `folder`; RunError if there is none."""
     recipe = next((file for place in RECIPES if (file := folder / place).is_file()), None)
     metrics = folder / "metrics.jsonl"
-    if recipe is None and not metrics.is_file():
+    if not is_run(folder):
         raise RunError(no_run(folder, "recipe.yaml and no metrics.jsonl"))
     try:
         # Pages are shared: remove passwords from addresses.

@@ -30,6 +30,19 @@ class Left(Exception):
         ("train tiny-mllm --lr=1e-3", "error: --lr is a setting, not an option: write optimizer.lr=1e-3\n"),
         ("plan tiny-mllm --micro-batch", "error: --micro-batch is a setting, not an option: write micro_batch=VALUE\n"),
         ("replay RUN --lr 20", "error: no such option: --lr"),  # has no settings
+        (
+            "eval --mllm a --controlnet b --out c --data SHARD SHARD SHARD",
+            "error: got unexpected extra argument(s) (SHARD SHARD): put wildcards in quotes, such as 'FOLDER/*.tar'",
+        ),
+        (
+            "init cats --data x SHARD",
+            "error: got unexpected extra argument(s) (SHARD): put wildcards in quotes, such as",
+        ),
+        ("init cats dogs", "error: got unexpected extra argument(s) (dogs); see `bifrost init --help`"),
+        (
+            "data ingest SHARD FILE FILE",
+            "error: got unexpected extra argument(s) (FILE): give one folder, not each path",
+        ),
         ("train tiny-mllm --ranks 0", "error: invalid value for '--ranks': "),
         (
             "generate --layout x",
@@ -56,11 +69,13 @@ class Left(Exception):
 def test_a_wrong_command_line_is_one_line(
     words: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    """FILE stands for a file where a folder is wanted."""
+    """FILE stands for a file where a folder is wanted, SHARD for a shard, FOLDER for its folder."""
     codes = []
-    file = tmp_path / "file"
+    file, shard = tmp_path / "file", tmp_path / "a.tar"
+    for name, path in (("FILE", file), ("SHARD", shard), ("FOLDER", tmp_path)):
+        words, said = words.replace(name, str(path)), said.replace(name, str(path))
     file.touch()
-    words, said = words.replace("FILE", str(file)), said.replace("FILE", str(file))
+    shard.touch()
 
     def leave(code: int) -> None:
         codes.append(code)

@@ -328,6 +328,15 @@ def test_compare_what_has_little(tmp_path: Path, eventful: Path) -> None:
     assert "no step logged by both" in output
     twin = CliRunner().invoke(app, ["compare", str(eventful), str(eventful)], catch_exceptions=False).output
     assert "equal to the bit on 40 lines" in twin and "Settings that differ: none" in twin
+    (tmp_path / "mlartifacts").mkdir()
+    others = [str(tmp_path / "mlartifacts"), __file__]
+    with_others = CliRunner().invoke(app, ["compare", others[0], str(eventful), others[1], str(eventful)])
+    assert [f"{path}: not a run folder, left out" in with_others.stderr for path in others] == [True, True]
+    assert with_others.stdout == twin
+    missing = CliRunner().invoke(app, ["compare", str(eventful), str(eventful), str(tmp_path / "typo")])
+    assert "typo: no such run folder" in str(missing.exception)
+    lone = CliRunner().invoke(app, ["compare", str(eventful), others[0]])
+    assert "mlartifacts: not a run folder" in str(lone.exception)
     assert "two run folders" in str(CliRunner().invoke(app, ["compare", str(begun)]).exception)
 
 
