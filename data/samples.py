@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -59,7 +61,7 @@ class ReadableSamples:
                         replaced.append((planned.key, planned.reason))
                     return Item(epoch, index, raw.key, image, raw.caption, tuple(others), candidate)
             planned = planned or self._bad[candidate]
-        raise DataError(f"no sample of the dataset is readable, the first: {planned}; run `bifrost data verify`")
+        raise DataError(f"no sample of the dataset is readable, the first: {planned}; name other shards")
 
     def _candidates(self, shard: int, sample: int) -> Iterator[tuple[int, int]]:
         counts = self.dataset.samples_per_shard
@@ -76,23 +78,31 @@ class BadSamples:
     """
 
     judged_after = 100
-    listed = 10
+    listed = 3
 
     def __init__(self, max_bad_fraction: float) -> None:
         self.max_bad_fraction = max_bad_fraction
         self.bad = 0
         self.seen = 0
-        self._first: list[tuple[str, str]] = []
+        self._reasons: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+        """Reason -> key of its first sample."""
 
     def add(self, replaced: list[tuple[str, str]], seen: int) -> None:
-        """Count `seen` samples, `replaced` among them. Raises DataError with keys when the fraction is too large."""
+        """Count `seen` samples, `replaced` among them. Raises DataError with the commonest reasons when the fraction is
+        too large."""
         self.bad += len(replaced)
         self.seen += seen
-        self._first += replaced[: self.listed - len(self._first)]
+        for key, text in replaced:
+            reason = re.sub(r"\d[\d.,]*", "N", text)  # of the size of an image, for example
+            self._reasons[reason] += 1
+            self._first.setdefault(reason, f"{key} ({text})")
         if self.seen >= self.judged_after and self.bad > self.max_bad_fraction * self.seen:
-            names = ", ".join(f"{key} ({reason})" for key, reason in self._first)
-            more = f" and {self.bad - len(self._first)} more" if self.bad > len(self._first) else ""
+            listed = self._reasons.most_common(self.listed)
+            named = ", ".join(f"{count} like {self._first[reason]}" for reason, count in listed)
+            rest = self.bad - sum(count for _, count in listed)
             raise DataError(
                 f"{self.bad} of {self.seen} samples were unreadable, above data.max_bad_fraction"
-                f" {self.max_bad_fraction}: {names}{more}; run `bifrost data verify`, or raise the share"
+                f" {self.max_bad_fraction}: {named}{f', and {rest} more' if rest else ''}; make shards without"
+                " them with `bifrost data ingest SHARDS NEW`, or raise data.max_bad_fraction"
             )

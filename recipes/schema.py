@@ -126,7 +126,7 @@ class Data(Section):
     shuffle_window: int = Field(default=16, ge=1)
     """Number of shards that are shuffled together and open at the same time."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Largest fraction of unreadable samples; above it the run stops and lists them."""
+    """Largest fraction of unreadable samples; above it the run stops and counts the reasons."""
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]

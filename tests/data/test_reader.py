@@ -21,6 +21,7 @@ from bifrost.data import (
     LoaderSettings,
     Plan,
     Share,
+    open_dataset,
     worker_failure,
     write_shard,
 )
@@ -271,19 +272,27 @@ def test_run_stops_above_the_largest_fraction_of_bad_samples():
     ledger.add([], 91)
     ledger.add([("c", "cut")], 1)
     assert (ledger.bad, ledger.seen) == (3, 100)
-    with pytest.raises(
-        DataError, match=r"6 of 110 .*max_bad_fraction 0\.05: a \(cut\), b \(cut\), c \(cut\), d \(no"
-    ) as e:
+    with pytest.raises(DataError, match=r"6 of 110 .*max_bad_fraction 0\.05: 3 like a \(cut\), 3 like d \(no\);") as e:
         ledger.add([("d", "no"), ("e", "no"), ("f", "no")], 10)
     assert "\n" not in str(e.value)
-    with pytest.raises(DataError, match="and 90 more"):
-        BadSamples(0.5).add([(str(i), "x") for i in range(100)], 100)
+    many = [(str(i), f"ends at byte {i}") for i in range(90)] + [(kind, kind) for kind in "xyz"]
+    with pytest.raises(DataError, match=r"90 like 0 \(ends at byte 0\), 1 like x \(x\), 1 like y \(y\), and 1 more;"):
+        BadSamples(0.5).add(many, 100)
     BadSamples(0).add([], 1000)
 
 
-def test_many_open_shards_do_not_thrash(tmp_path, make_image):
-    from bifrost.data import open_dataset
+def test_the_remedy_for_unreadable_samples_makes_readable_shards(make_shards, tmp_path):
+    from bifrost.data.ingest import ingest
 
+    (batch,) = make_loader(make_shards([6, 6], {1, 2, 8}), global_batch=12, micro_batch=12, steps=(0, 1))
+    with pytest.raises(DataError, match="make shards without them with `bifrost data ingest SHARDS NEW`"):
+        BadSamples(0).add(batch.replaced, 100)
+    assert ingest(str(tmp_path / "*.tar"), tmp_path / "new", processes=1) == (1, 9, 3)
+    (batch,) = make_loader(open_dataset(str(tmp_path / "new")), global_batch=9, micro_batch=9, steps=(0, 1))
+    assert not batch.replaced and len(set(batch.keys)) == 9
+
+
+def test_many_open_shards_do_not_thrash(tmp_path, make_image):
     for shard in range(6):
         write_shard(tmp_path / f"w-{shard}.tar", [(f"{shard}", {"png": make_image(shard), "txt": b"x 0"})])
     dataset = open_dataset(str(tmp_path / "w-*.tar"), max_open=1)

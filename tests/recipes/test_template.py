@@ -50,6 +50,26 @@ def test_init_prints_next_steps_and_keeps_existing_files(tmp_path: Path, monkeyp
     assert CliRunner().invoke(app, ["init", "cats", "--from", "mllm-7b", "--out", "dogs.yaml"]).exit_code == 0
 
 
+@pytest.mark.parametrize("source", ["tiny-mllm", "mllm-7b"])
+def test_own_images_are_not_advised_into_the_folder_of_other_shards(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    printed = CliRunner().invoke(app, ["init", "cats", "--from", source]).output
+    shards = load_recipe("cats.yaml").data.shards
+    assert f"ingest IMAGES cats-shards    # then set data.shards to cats-shards/*.tar; now it is {shards}" in printed
+    printed = CliRunner().invoke(app, ["init", "dogs", "--from", source, "--data", "mine/*.tar"]).output
+    assert "ingest" not in printed and "bifrost train dogs.yaml" in printed
+
+
+@pytest.mark.parametrize("name", ["cats.yaml", "cats.YML"])
+def test_a_file_name_as_the_name_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(app, ["init", name, "--from", "tiny-mllm"])
+    assert isinstance(ended.exception, RunError) and str(ended.exception).endswith("give cats")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("name", "source", "said"), [("cats", "mllm-8b", "mllm-7b"), ("my cats", "mllm-7b", "name")])
 def test_invalid_arguments_are_one_line_and_write_nothing(
     name: str, source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -28,6 +28,8 @@ def init(
     """Write a recipe of your own: a shipped one with every setting explained."""
     if source is None:
         raise RunError(f"choose a recipe to start from, such as --from tiny-mllm; available: {CHOICES}")
+    if name.lower().endswith((".yaml", ".yml")):
+        raise RunError(f"{name}: NAME is the name of the run, without the ending of a file: give {Path(name).stem}")
     file = out or Path(f"{name}.yaml")
     text = template(source, name, data, str(file))
     recipe = load_recipe(source, [f"name={name}"])
@@ -38,11 +40,11 @@ def init(
         write_atomic(file, text.encode())
     recipe = load_recipe(file)
     tiny = recipe.backbone.path.startswith("builtin:")
-    shards = recipe.data.shards if isinstance(recipe.data.shards, str) else recipe.data.shards[0]
     print(f"{file}: stage {recipe.stage}, as {source}. Next:")
     if data is None:
-        folder = os.path.dirname(shards) or "."
-        print(f"  bifrost data ingest IMAGES {folder}    # makes the shards that it names")
+        shards = recipe.data.shards if isinstance(recipe.data.shards, str) else ", ".join(recipe.data.shards)
+        own = f"{name}-shards"
+        print(f"  bifrost data ingest IMAGES {own}    # then set data.shards to {own}/*.tar; now it is {shards}")
     print(f"  bifrost plan {file} --device h100     # memory, hours and cost")
     print(f"  bifrost train {file}{' --ranks 2' if tiny else ''}")
     if not tiny:

@@ -1,5 +1,6 @@
 """Damaged samples during training: replaced by a determined neighbour, reported by key, too many stop the run."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -44,10 +45,10 @@ def test_replaced_alike_on_any_number_of_ranks_and_reported(damaged: Path, tmp_p
     assert {key for _, keys in reports[0] for key in keys} == {f"pattern-{n:03d}" for n in (3, 18, 33, 48)}
 
 
-def test_too_many_stop_the_run_with_their_list(damaged: Path, tmp_path: Path) -> None:
+def test_too_many_stop_the_run_with_their_reason(damaged: Path, tmp_path: Path) -> None:
     ended = ranked.bifrost(2, *runs.arguments(damaged, tmp_path, "steps=40", "data.max_bad_fraction=0.02"))
     assert [rank.code for rank in ended] == [2, 2]
     (line,) = ended[0].err.strip().splitlines()
-    assert "above data.max_bad_fraction 0.02" in line and "pattern-003" in line
+    assert "above data.max_bad_fraction 0.02" in line and re.search(r" \d+ like pattern-0(03|18|33|48) \(", line)
     assert not ended[1].err
     assert runs.events(tmp_path / "tiny-mllm", "end")[-1]["outcome"] == "failed"
