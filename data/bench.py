@@ -28,6 +28,7 @@ from .reader import Collate, Loader, LoaderSettings, stacked
 from .samples import Item
 from .shards import Dataset, open_dataset
 from .transforms import centre_square, decode_sizes, resized
+from .units import counted
 
 SHUFFLE = 1000
 """Shuffle buffer of webdataset's pipeline in samples, as in its documentation."""
@@ -51,11 +52,11 @@ class Job:
 
     def __post_init__(self) -> None:
         if len(self.dataset) < self.micro_batch:
-            raise DataError(f"{len(self.dataset)} samples are fewer than a micro-batch of {self.micro_batch}: add some")
+            raise DataError(f"fewer samples ({len(self.dataset)}) than a micro-batch of {self.micro_batch}: add some")
         if len(self.dataset.shards) < self.workers:
             raise DataError(
-                f"{len(self.dataset.shards)} shards for {self.workers} workers: webdataset gives each worker its own;"
-                " use fewer workers or more shards"
+                f"{counted(len(self.dataset.shards), 'shard')} for {self.workers} workers: webdataset gives each worker"
+                " its own; use fewer workers or more shards"
             )
 
     @property

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import DataError
-from .units import format_bytes
+from .units import counted, format_bytes
 
 app = typer.Typer(help="Make, index, check and describe shards.", no_args_is_help=True)
 Shards = Annotated[list[str], typer.Argument(help="Paths, folders or URLs; braces and wildcards are expanded.")]
@@ -64,7 +64,7 @@ def ingest(
     )
     read = made.samples + made.rejected
     aside = f", {made.rejected:,} set aside in {out / 'rejected.jsonl'}" if made.rejected else ", none set aside"
-    typer.echo(f"{out}: {read:,} read: {made.samples:,} samples in {made.shards:,} shards{aside}")
+    typer.echo(f"{out}: {read:,} read: {counted(made.samples, 'sample')} in {counted(made.shards, 'shard')}{aside}")
     for reason, count in module.reasons(out).most_common(5):
         typer.echo(f"  {count:,} set aside: {reason}")
 
@@ -82,13 +82,14 @@ def index(
     samples, captions = (sum(getattr(header, name) for header in headers) for name in ("samples", "captions"))
     left_out = found.left_out.total()
     read = f"{samples + left_out:,} read, {left_out:,} of them without a sample" if left_out else f"{samples:,} read"
-    typer.echo(f"{len(headers):,} shards indexed: {samples:,} samples, {captions:,} of them with a caption ({read})")
+    indexed = f"{counted(len(headers), 'shard')} indexed: {counted(samples, 'sample')}"
+    typer.echo(f"{indexed}, {captions:,} of them with a caption ({read})")
     for reason, count in found.left_out.most_common(5):
         typer.echo(f"  {count:,} left out: {reason}")
     if empty := sum(not header.samples for header in headers):
-        typer.echo(f"  {empty:,} of the shards are empty")
+        typer.echo(f"  {counted(empty, 'shard')} without samples")
     if found.problems:
-        typer.echo(f"  {len(found.problems):,} shards could not be indexed")
+        typer.echo(f"  {counted(len(found.problems), 'shard')} could not be indexed")
         raise DataError("\n".join(found.problems))
 
 
@@ -102,7 +103,7 @@ def verify(shards: Shards) -> None:
     for problem in problems:
         typer.echo(problem)
     checked = len(expand(shards))
-    typer.echo(f"{checked:,} shards checked, {len(problems):,} with problems")
+    typer.echo(f"{counted(checked, 'shard')} checked, {len(problems):,} with problems")
     raise typer.Exit(1 if problems else 0)
 
 

@@ -140,7 +140,7 @@ def rank_positions(step: int, rank: int, ranks: int, global_batch: int, micro_ba
         raise DataError(f"rank {rank} is outside 0 .. {ranks - 1}; ranks are counted from 0")
     if global_batch % (ranks * micro_batch):
         raise DataError(
-            f"global_batch {global_batch} does not divide by {ranks} ranks x micro_batch {micro_batch}:"
+            f"global_batch {global_batch} does not divide by ranks x micro_batch, {ranks} x {micro_batch}:"
             " change global_batch or micro_batch"
         )
     rows = np.arange(global_batch // (ranks * micro_batch), dtype=np.int64) * ranks + rank

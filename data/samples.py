@@ -104,5 +104,5 @@ class BadSamples:
             raise DataError(
                 f"{self.bad} of {self.seen} samples were unreadable, above data.max_bad_fraction"
                 f" {self.max_bad_fraction}: {named}{f', and {rest} more' if rest else ''}; make shards without"
-                " them with `bifrost data ingest SHARDS NEW`, or raise data.max_bad_fraction"
+                " them, for a new run, with `bifrost data ingest SHARDS NEW`, or raise data.max_bad_fraction"
             )

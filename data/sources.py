@@ -25,6 +25,7 @@ from .shards import expand
 from .table_source import one_split, table_source
 from .tables import TABLES, Columns
 from .tar_source import tar_source
+from .units import counted
 
 OTHER_IMAGES = ("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpe", "jxl", "svg", "tif", "tiff")
 """Extensions of images that are set aside with a reason instead of being ignored."""
@@ -61,7 +62,8 @@ def list_source(
     elif src.endswith((".tar", "*", "]", "}")) or "://" in src:
         source = tar_source(expand(src), columns)
     elif stat_of(src):
-        raise DataError(f"{src}: neither a folder, a table ({', '.join(TABLES)}) nor a plain .tar; unpack it")
+        remedy = "unpack it" if src.lower().endswith(PACKED) else "give a folder of images, a table, or WebDataset tars"
+        raise DataError(f"{src}: neither a folder, a table ({', '.join(TABLES)}) nor a plain .tar; {remedy}")
     else:
         raise DataError(f"{src}: no such folder; give a folder of images, or WebDataset tars")
     return _distinct(source)
@@ -236,10 +238,10 @@ def _folder(root: Path, columns: Columns, out: Path | None) -> Source:
         reasons = Counter(re.sub(r":.*", "", reason) for _, reason in source.rejected)
         reason = reasons.most_common(1)[0][0]
         raise DataError(
-            f"{root}: {images} images and no captions; put NAME.txt next to each image, or give a table with"
+            f"{root}: {counted(images, 'image')} and no captions; put NAME.txt next to each image, or give a table with"
             f" --table{table}"
             if reason == "no caption"
-            else f"{root}: none of {images} images is usable, most of them: {reason}"
+            else f"{root}: none of {counted(images, 'image')} is usable, most of them: {reason}"
         )
     for option, value in zip(("--image-column", "--caption-column"), columns, strict=True):
         if value:

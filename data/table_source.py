@@ -32,13 +32,14 @@ def one_split(root: Path, tables: list[Path]) -> list[Path]:
 
 
 def table_source(root: Path, tables: list[Path], columns: Columns) -> Source:
-    source, seen, captions, read, url = Source(), hashlib.sha256(), 0, 0, None
+    source, seen, captions, read, unreadable, url = Source(), hashlib.sha256(), 0, 0, 0, None
     for table in tables:
         rows = read_table(table, columns)
         seen.update(state_of(table).encode() if table.suffix == ".parquet" else with_retries(table.read_bytes, table))
         for row in rows:
             read += 1
             if row.problem:
+                unreadable += 1
                 source.rejected.append((row.where, row.problem))
                 continue
             captions += row.caption not in (None, "", b"")
@@ -68,9 +69,9 @@ def table_source(root: Path, tables: list[Path], columns: Columns) -> Source:
         if url:
             raise DataError(f"{first}: holds URLs ({url}) instead of files; download the images first")
         key, reason = source.rejected[0]
-        raise DataError(
-            f"{first}: none of the images of its {read} rows is in {root} ({key}: {reason}); check SRC and the column"
-        )
+        if unreadable == read:
+            raise DataError(f"{first}: no row can be read, the first: {key}: {reason}")
+        raise DataError(f"{first}: no image of its rows is in {root} ({key}: {reason}); check SRC and the column")
     if not captions:
         raise DataError(f"{first}: no captions in the caption column; name another column with --caption-column")
     source.state = seen.hexdigest()

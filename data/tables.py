@@ -16,6 +16,7 @@ from .captions import CAPTION_COLUMNS
 from .errors import DataError
 from .index import IMAGE_TYPES
 from .local import is_kind, with_retries
+from .units import counted
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 IMAGE_COLUMNS = ("file", "file_name", "filename", "image", "path")
@@ -143,9 +144,8 @@ def _csv_rows(name: str, lines: _Numbered, delimiter: str, width: int, image: in
             while len(fields) > width and not fields[-1].strip():
                 fields.pop()
             if not problem and len(fields) != width:
-                problem = (
-                    f"{len(fields)} fields, and the header names {width}: quote a text that contains {delimiter!r}"
-                )
+                remedy = f"quote a text that contains {delimiter!r}" if len(fields) > width else "add the missing ones"
+                problem = f"{counted(len(fields), 'field')}, and the header names {width}: {remedy}"
             yield Row(where, None, None, problem) if problem else Row(where, fields[image], fields[caption])
     finally:
         csv.field_size_limit(limit)

@@ -18,6 +18,7 @@ from .retry import call
 from .shards import format_shards
 from .tables import Columns
 from .tars import ManyZeros, Member, TarInput, scan
+from .units import counted
 
 HEADER_BLOCK = 16 << 10
 """Bytes read at once of a local tar, whose contents are passed over."""
@@ -144,7 +145,7 @@ def _scanned(tar: str) -> tuple[str, list[Group], str | None]:
         groups = group_members(members)
         if len(groups) > 1 and set(groups[-1].members) != set(groups[-2].members):
             groups[-1] = groups[-1]._replace(problem="the tar may be cut off within it")
-        return state, groups, f"after {len(groups)} samples at {error}"
+        return state, groups, f"after {counted(len(groups), 'sample')} at {error}"
     except tarfile.TarError as error:
         damage = str(error)
     groups = group_members(members)
@@ -153,4 +154,4 @@ def _scanned(tar: str) -> tuple[str, list[Group], str | None]:
     last = next((split[0] for split in map(split_key, (m.name for m in reversed(members))) if split), None)
     groups = [group._replace(problem="the tar is damaged here") if group.key == last else group for group in groups]
     whole = sum(not group.problem for group in groups)
-    return state, groups, f"the tar is damaged after {whole} samples: {damage}"
+    return state, groups, f"the tar is damaged after {counted(whole, 'sample')}: {damage}"

@@ -1,6 +1,11 @@
-"""How bytes and seconds are printed."""
+"""How counts, bytes and seconds are printed."""
 
 from __future__ import annotations
+
+
+def counted(number: int, noun: str, ending: str = "s") -> str:
+    """`1 shard`, `2,000 shards`; `ending` makes the plural."""
+    return f"{number:,} {noun}{'' if number == 1 else ending}"
 
 
 def format_bytes(size: float, digits: int) -> str:

@@ -217,7 +217,8 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     # The messages of our own validators contain the values; their input is a whole group or the whole recipe.
     got = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
-    if problem["type"] in ("int_type", "float_type") and re.fullmatch(r"[-+.\deE]+", str(problem["input"])):
+    quoted = isinstance(problem["input"], str)
+    if quoted and problem["type"] in ("int_type", "float_type") and re.fullmatch(r"[-+.\deE]+", problem["input"]):
         got += "; leave the quotes out"
     # Messages about several settings together begin with their names.
     return f"{key}: {message[0].lower()}{message[1:]}{got}" if key else message

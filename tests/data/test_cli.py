@@ -24,7 +24,7 @@ def test_index_verify_and_stats(make_shards, tmp_path):
     assert "s-00000.tar: unindexed" in call("verify", shards, code=1)
     with pytest.raises(DataError, match="no index next to it"):
         call("stats", shards)
-    assert "1 shards indexed: 3 samples, 3 of them with a caption" in call("index", "--only-missing", shards)
+    assert "1 shard indexed: 3 samples, 3 of them with a caption" in call("index", "--only-missing", shards)
     assert "2 shards checked, 0 with problems" in call("verify", shards)
     printed = call("stats", tmp_path / "s-{00000..00001}.tar")
     for value in ("3 to 4", "9 to 9 characters, mean 9.0", "samples"):

@@ -201,7 +201,7 @@ def test_input_errors_contain_the_remedy(tree, tmp_path, make_image):
     for src, options, message in [
         (tmp_path / "nowhere", {}, "no such folder"),
         (empty, {}, "no images"),
-        (mute, {}, "1 images and no captions; put NAME.txt next to each image, or give a table with --table"),
+        (mute, {}, "1 image and no captions; put NAME.txt next to each image, or give a table with --table"),
         (blank, {}, "nothing was usable, 1 times because: caption is empty"),
         (root, {"table": root / "none.csv"}, "no such table"),
         (root, {"table": root / "part0/image0.txt"}, "not a table"),

@@ -116,7 +116,7 @@ def test_plan_of_hundreds_of_millions_of_samples_is_cheap():
         (lambda: Plan([1], 0, shuffle_window=0), "shuffle_window is 0"),
         (lambda: Plan([1], -1), "seed is -1"),
         (lambda: rank_positions(0, 2, 2, 8, 1), "rank 2"),
-        (lambda: rank_positions(0, 0, 3, 8, 1), "does not divide by 3 ranks"),
+        (lambda: rank_positions(0, 0, 3, 8, 1), "does not divide by ranks x micro_batch, 3 x 1"),
     ],
 )
 def test_invalid_arguments_are_named(make, message):

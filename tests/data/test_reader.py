@@ -285,7 +285,7 @@ def test_the_remedy_for_unreadable_samples_makes_readable_shards(make_shards, tm
     from bifrost.data.ingest import ingest
 
     (batch,) = make_loader(make_shards([6, 6], {1, 2, 8}), global_batch=12, micro_batch=12, steps=(0, 1))
-    with pytest.raises(DataError, match="make shards without them with `bifrost data ingest SHARDS NEW`"):
+    with pytest.raises(DataError, match="them, for a new run, with `bifrost data ingest SHARDS NEW`"):
         BadSamples(0).add(batch.replaced, 100)
     assert ingest(str(tmp_path / "*.tar"), tmp_path / "new", processes=1) == (1, 9, 3)
     (batch,) = make_loader(open_dataset(str(tmp_path / "new")), global_batch=9, micro_batch=9, steps=(0, 1))

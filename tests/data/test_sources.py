@@ -165,11 +165,13 @@ def test_images_and_tars_in_one_folder_are_refused_at_any_depth(tmp_path, make_i
 def test_error_of_folders_without_images_describes_their_content(tmp_path):
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed/images.tar.gz").touch()
+    (tmp_path / "packed/labels.txt").touch()
     (tmp_path / "deep/data").mkdir(parents=True)
     (tmp_path / "deep/data/0.tar").touch()
     for folder, message in {
         "packed": r"it holds images\.tar\.gz: unpack that",
         "deep": "name the tars below it as '.*/deep/data/\\*\\.tar'",
+        "packed/labels.txt": r"neither a folder, a table .* nor a plain \.tar; give a folder of images",
         "packed/images.tar.gz": r"neither a folder, a table .* nor a plain \.tar; unpack it",
     }.items():
         with pytest.raises(DataError, match=message):
@@ -181,9 +183,7 @@ def test_unnamed_table_is_suggested(tmp_path, make_image):
     root.mkdir()
     (root / "a.png").write_bytes(make_image(1))
     (root / "labels.csv").write_text("image,caption\na.png,x\n")
-    with pytest.raises(
-        DataError, match=r"1 images and no captions; .* or give a table with --table .*/in/labels\.csv$"
-    ):
+    with pytest.raises(DataError, match=r"1 image and no captions; .* or give a table with --table .*/in/labels\.csv$"):
         ingest(root, tmp_path / "out")
     assert ingest(root, tmp_path / "out", table=root / "labels.csv", processes=1) == (1, 1, 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow
@@ -50,7 +51,7 @@ def made(folder: Path, out: Path, **options) -> tuple[dict[str, str], dict[str, 
         (
             "a.png,a dog, running\nb.png,two\nc.png\nd.png,four,,\n",
             "b d",
-            {2: "3 fields, and the header names 2", 4: "1 fields"},
+            {2: "3 fields, and the header names 2", 4: "1 field, and the header"},
         ),
         # Line ends, blank lines, spaces after the comma, NUL bytes, a very long caption, no file name.
         ("a.png,one\r\n\r\nb.png, two\r\n", "a b", {}),
@@ -67,6 +68,21 @@ def test_csv_rows_become_samples_or_are_rejected_by_line(images, tmp_path, text,
     assert len(reasons) == len(rejected)
     for line, words in rejected.items():
         assert words in reasons[f"metadata.csv line {line}"]
+
+
+def test_a_table_without_a_readable_row_has_one_cause_and_one_remedy(images, tmp_path):
+    for number, (text, message) in enumerate(
+        {
+            "a.png,a cat, asleep\nb.png,a dog, awake\n": "no row can be read, the first: metadata.csv line 2: 3 fields,"
+            " and the header names 2: quote a text that contains ','",
+            "a.png\n": "metadata.csv line 2: 1 field, and the header names 2: add the missing ones",
+            "no.png,a cat\n": f"no image of its rows is in {images} (no: no such file: no.png); check SRC and",
+        }.items()
+    ):
+        (images / "metadata.csv").write_text("file_name,text\n" + text)
+        with pytest.raises(DataError, match=re.escape(message)) as refused:
+            ingest(images, tmp_path / f"out{number}")
+        assert str(refused.value).count(";") <= 1
 
 
 def test_quote_closed_by_a_later_row_is_detected_for_any_column_order(images, tmp_path):

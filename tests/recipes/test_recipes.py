@@ -53,7 +53,7 @@ def test_dry_run_counts_parameters_and_batches(name: str, ranks: int, trainable:
     assert '"stage": 3' in ended.out
     recipe = load_recipe(name)
     passes = recipe.global_batch // (ranks * recipe.micro_batch)
-    assert f"{ranks} ranks x micro batch {recipe.micro_batch} x {passes} backward passes" in ended.out
+    assert f"{ranks} ranks x micro batch {recipe.micro_batch} x {passes} backward pass" in ended.out
 
 
 def dry_run(arguments: list[str]) -> None:
@@ -259,6 +259,11 @@ def test_file_errors_are_one_line_with_the_place(tmp_path, text: str, said: str)
     with pytest.raises(RecipeError) as caught:
         load_recipe(tmp_path / "mine.yaml")
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_fraction_is_not_taken_for_a_quoted_number() -> None:
+    with pytest.raises(RecipeError, match=r"steps: input should be a valid integer \(got 10\.5\)$"):
+        load_recipe("tiny-mllm", ["steps=10.5"])
 
 
 def test_files_of_other_systems(tmp_path) -> None:

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from ...data.progress import progress
-from ...data.units import format_bytes
+from ...data.units import counted, format_bytes
 from ...slurm.run_folder import no_run
 from ..errors import RunError
 from ..io import flat, read_json
@@ -79,8 +79,8 @@ def show(run: Run, step: Step = None) -> None:
     if step is None and not steps:
         raise RunError(f"{store.root} holds no checkpoint yet")
     reader = CheckpointReader(store.folder(_existing(store, steps[-1] if step is None else step)))
-    line = f"{reader.folder}: saved by {reader.ranks} ranks, {_size(reader.manifest)}, slots {', '.join(reader.slots)}"
-    console.print(line, soft_wrap=True)
+    line = f"{reader.folder}: saved by {counted(reader.ranks, 'rank')}, {_size(reader.manifest)}"
+    console.print(f"{line}, slots {', '.join(reader.slots)}", soft_wrap=True)
     state = Table("state", "value")
     for key, value in flat(reader.state):
         state.add_row(key, shown(value))

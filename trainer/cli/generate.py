@@ -19,6 +19,7 @@ from PIL import Image
 
 from ...data.progress import progress
 from ...data.transforms import decode_image
+from ...data.units import counted
 from ..distributed.launcher import devices, init_from_env, run_ranks
 from ..errors import RunError
 from ..inference.outputs import (
@@ -140,7 +141,7 @@ def _make(
     if all((out / each.file).exists() for each in files):
         write_contact_sheet(out, files)
     whose = f"rank {rank} of {size}: " if size > 1 else ""
-    print(f"{out}: {whose}{len(missing)} images generated, {len(share) - len(missing)} already there")
+    print(f"{out}: {whose}{counted(len(missing), 'image')} generated, {len(share) - len(missing)} already there")
 
 
 def _made(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ...data.units import format_seconds
+from ...data.units import counted, format_seconds
 from ...slurm.run_folder import no_run
 from ..errors import RunError
 from ..monitors.goodput import summary
@@ -44,8 +44,13 @@ def _show(found: dict[str, Any]) -> None:
     table = Table("", "time", "share", "")
     for kind, seconds in found["seconds"].items():
         table.add_row(kind, format_seconds(seconds), f"{seconds / found['wall_s']:.1%}", MEANING[kind])
-    table.add_row("all", format_seconds(found["wall_s"]), "", f"{found['attempts']} attempts, {found['step']} steps")
+    table.add_row(
+        "all",
+        format_seconds(found["wall_s"]),
+        "",
+        f"{counted(found['attempts'], 'attempt')}, {counted(found['step'], 'step')}",
+    )
     console = terminal()
     console.print(table)
-    lost = f", {found['lost_steps']} steps repeated" if found["lost_steps"] else ""
+    lost = f", {counted(found['lost_steps'], 'step')} repeated" if found["lost_steps"] else ""
     console.print(f"effective training time ratio {found['ettr']:.1%}{lost}")

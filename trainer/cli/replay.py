@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from ...data.progress import progress
+from ...data.units import counted
 from ...slurm.io import write_json
 from ..errors import RunError, writing
 from ..io import write_png
@@ -61,7 +62,9 @@ def replay(
 def _print(found: Replay, out: Path) -> None:
     console = terminal()
     place = found.place
-    lines = [f"step {place.step}, global batch {place.batch}: {len(found.samples)} samples, loss {found.loss:.6g}"]
+    lines = [
+        f"step {place.step}, global batch {place.batch}: {counted(len(found.samples), 'sample')}, loss {found.loss:.6g}"
+    ]
     if place.line and place.line["loss"] is not None:
         lines[0] += f", logged {place.line['loss']:.6g}"
     lines.append(

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ...data.progress import progress
+from ...data.units import counted
 from ...recipes import BatchSplit, load_recipe
 from ...slurm.named_paths import require_paths
 from ..distributed.launcher import devices, init_from_env, run_ranks
@@ -59,9 +60,10 @@ def train(
     print(json.dumps(deepspeed_config(batch, settings.precision, settings.zero, settings.optimizer.clip), indent=2))
     print(f"trainable parameters  {trainable:>16,}")
     print(f"frozen parameters     {frozen:>16,}")
+    samples = counted(settings.steps * batch.global_batch, "sample")
     print(
-        f"global batch {batch.global_batch} = {batch.ranks} ranks x micro batch {batch.micro_batch}"
-        f" x {batch.passes} backward passes; {settings.steps} steps = {settings.steps * batch.global_batch:,} samples"
+        f"global batch {batch.global_batch} = {counted(batch.ranks, 'rank')} x micro batch {batch.micro_batch}"
+        f" x {counted(batch.passes, 'backward pass', 'es')}; {counted(settings.steps, 'step')} = {samples}"
     )
 
 

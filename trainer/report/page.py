@@ -15,7 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 from pydantic import BaseModel
 
-from ...data.units import format_seconds
+from ...data.units import counted, format_seconds
 from ...recipes import Recipe
 from ...slurm.exclusions import EXCLUDED
 from ...slurm.exit_record import STOPPED
@@ -211,7 +211,7 @@ def _goodput(run: RunFiles) -> dict[str, Any] | None:
 def _attempts(found: list[Attempt]) -> list[list[Any]]:
     rows = []
     for number, attempt in enumerate(found, 1):
-        lost = f"{attempt.lost_steps:,} steps, {format_seconds(attempt.lost_s)}" if attempt.lost_steps else ""
+        lost = f"{counted(attempt.lost_steps, 'step')}, {format_seconds(attempt.lost_s)}" if attempt.lost_steps else ""
         down = format_seconds(attempt.ready - (found[number - 2].seen if number > 1 else attempt.begin))
         span = f"{attempt.step:,} to {attempt.reached:,}"
         worked = format_seconds(max(0.0, attempt.seen - attempt.ready))
@@ -248,7 +248,7 @@ def _text_of(kind: str, known: dict[str, Any]) -> str:
     if kind == "bad_samples":
         samples = known.get("samples") or []
         listed = "; ".join(f"{key}: {reason}" for key, reason in samples[:3])
-        return f"{len(samples)} samples: {listed}" + (" …" if len(samples) > 3 else "")
+        return f"{counted(len(samples), 'sample')}: {listed}" + (" …" if len(samples) > 3 else "")
     return ", ".join(f"{key} {_text(value)}" for key, value in known.items())
 
 

@@ -42,10 +42,8 @@ def grid_side(config: Any, image_size: int) -> int:
     unit = vision.patch_size * vision.spatial_merge_size
     if image_size % unit:
         below = image_size // unit * unit
-        raise RunError(
-            f"data.image_size {image_size} is not a multiple of {unit} (patch x merge): set {below or unit}"
-            f" or {below + unit}"
-        )
+        fits = f"{below} or {below + unit}" if below else f"{unit}"
+        raise RunError(f"data.image_size {image_size} is not a multiple of {unit} (patch x merge): set {fits}")
     return image_size // unit
 
 

@@ -23,6 +23,7 @@ from ...data.index import load_header
 from ...data.progress import track
 from ...data.tars import TarInput, scan
 from ...data.transforms import decode_image
+from ...data.units import counted
 from ...data.write import write_shard
 from ..errors import RunError
 from ..models.flux import PARTS, FluxTokenizers, Tokens
@@ -84,8 +85,8 @@ class _Encoder:
             kept, done = kept + (counts is None), done + (counts is not None)
             samples, bad = (total + more for total, more in zip((samples, bad), counts or (0, 0), strict=True))
         folder = Path(latent_cache.cache_path(self.dataset.shards[0], self.kind, self.name)).parent
-        notes = (f", {kept:,} shards already there" if kept else "") + (f", {bad:,} unreadable" if bad else "")
-        return f"rank {rank}: {folder}: {samples:,} samples in {done:,} shards{notes}"
+        notes = (f", {counted(kept, 'shard')} already there" if kept else "") + (f", {bad:,} unreadable" if bad else "")
+        return f"rank {rank}: {folder}: {counted(samples, 'sample')} in {counted(done, 'shard')}{notes}"
 
     def _encode(self, number: int) -> tuple[int, int] | None:
         """Numbers of samples and of unreadable ones; None if the shard's cache is complete."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...data import Dataset, Plan, open_dataset
+from ...data.units import counted
 from ...recipes.schema import Data
 from ...recipes.secrets import HIDDEN
 from ..distributed.process_group import Gather, single_process
@@ -44,8 +45,8 @@ def open_inputs(
     dataset = open_dataset(data.shards, rank=rank, gather=gather)
     if len(dataset) < global_batch:
         raise RunError(
-            f"data.shards hold {len(dataset)} samples in {len(dataset.shards)} shards, fewer than one global_batch"
-            f" of {global_batch}: lower global_batch or add shards"
+            f"data.shards hold {counted(len(dataset), 'sample')} in {counted(len(dataset.shards), 'shard')}, fewer than"
+            f" one global_batch of {global_batch}: lower global_batch or add shards"
         )
     # The first rank of each node downloads models from the hub; the others read its cache.
     opened = stage() if os.environ.get("LOCAL_RANK", "0") == "0" else None

@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from ...data.atomic import write_atomic
+from ...data.units import counted
 from ...recipes.secrets import redact
 from ...slurm.io import write_json
 from ...slurm.rank_env import host_name
@@ -130,6 +131,6 @@ def _greeting(run: RunContext, engine: Engine, progress: TrainState) -> str:
     begin = f"continues at step {progress.step}" if progress.step else "begins"
     return (
         f"{recipe.name} {begin} in {run.folder}: {trainable:,} trainable and {frozen:,} frozen parameters,"
-        f" {batch.ranks} ranks x {batch.micro_batch} x {batch.passes} = {batch.global_batch}"
-        f" samples per step, {recipe.steps} steps, {recipe.precision} on {run.ranks.device.type}"
+        f" {counted(batch.ranks, 'rank')} x {batch.micro_batch} x {batch.passes} = {batch.global_batch}"
+        f" samples per step, {counted(recipe.steps, 'step')}, {recipe.precision} on {run.ranks.device.type}"
     )

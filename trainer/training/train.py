@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ...data import worker_failure
+from ...data.units import counted
 from ...recipes import Recipe
 from ...slurm.exit_codes import DONE, STOPPED
 from ..distributed.stop_signals import ENDING
@@ -43,7 +44,8 @@ def fit(run: RunContext, parts: TrainerComponents) -> int:
     finally:
         _close(run, parts, outcome)
     parts.console.say(
-        f"done: {progress.step} steps{_early(run, progress)}, {progress.samples} samples, run folder {run.folder}"
+        f"done: {counted(progress.step, 'step')}{_early(run, progress)}, {counted(progress.samples, 'sample')},"
+        f" run folder {run.folder}"
         if finished
         else f"stopped by {run.stop.asked() or 'another rank'} at step {progress.step}, saved;"
         f" the same command or `bifrost resume {run.folder}` continues it"

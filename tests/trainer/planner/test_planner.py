@@ -147,7 +147,7 @@ def test_large_recipes_run_dry_with_the_plans_figures(
         assert row.fits and row.times is not None and 0.4 < row.times.mfu <= row.times.hfu < 0.5
         assert row.largest_micro_batch and row.largest_micro_batch >= micro_batch
     printed = bifrost("train", name, "--dry-run", "--ranks", str(gpus))
-    assert f"{gpus} ranks x micro batch {micro_batch} x {passes} backward passes" in printed
+    assert f"{gpus} ranks x micro batch {micro_batch} x {passes} backward pass" in printed
     trained = sum(part.size for part in models[name] if part.gradient == "trained")
     assert f"trainable parameters  {trained:>16,}" in printed
     assert f"frozen parameters     {sum(p.size for p in models[name]) - trained:>16,}" in printed

@@ -75,3 +75,5 @@ def test_image_sizes() -> None:
     assert grid_side(config, 112) == 4
     with pytest.raises(RunError, match="set 84 or 112"):
         grid_side(config, 100)
+    with pytest.raises(RunError, match=r"set 28$"):
+        grid_side(config, 14)

@@ -134,7 +134,7 @@ def test_resumes_after_an_interruption_and_repairs_damaged_shards(
     tar.write_bytes(content[:-512])
     assert "damaged (" in refusal(wanted)
     encoded(wanted)
-    assert "15 samples in 1 shards, 3 shards already there" in capsys.readouterr().out
+    assert "15 samples in 1 shard, 3 shards already there" in capsys.readouterr().out
     assert {file.name: file.read_bytes() for file in folder(data).iterdir()} == made, "the same bytes again"
 
 
@@ -170,7 +170,7 @@ def test_unreadable_samples_are_left_out(shards: Path, data: Path, flux: Path, c
     pairs = [(s.key, {"png": image, "txt": s.caption.encode()}) for s, image in zip(samples, images, strict=True)]
     write_shard(data / "train-00000.tar", pairs)
     encoded(recipe(data, flux, CACHED[0]))
-    assert "4 samples in 1 shards, 1 unreadable" in capsys.readouterr().out
+    assert "4 samples in 1 shard, 1 unreadable" in capsys.readouterr().out
     cache = open_stage(recipe(data, flux, CACHED[0])).open_caches()["vae"]
     assert cache.read((0, 2), "pattern-002")["mean"].shape == (4, 16, 16)
     with pytest.raises(DataError, match="pattern-001"):
