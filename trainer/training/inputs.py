@@ -16,6 +16,7 @@ from ...recipes.schema import Data
 from ...recipes.secrets import HIDDEN
 from ..distributed.process_group import Gather, single_process
 from ..errors import RunError
+from ..io import read_json
 from ..models.hub import from_cache
 from ..stages import Stage
 from .setting_changes import FIXED, check_stage, check_unchanged
@@ -93,8 +94,20 @@ def check_continuation(
             f" {state['backbone'][:12]}, here {backbone_hash[:12]}): set that back, or take another name than {name}"
         )
     if state["data"] != inputs.dataset.fingerprint:
+        differ = difference(folder.parents[1], inputs.dataset, state["data"])
         raise RunError(
-            f"{folder}: was trained on other shards than data.shards={settings['data']['shards']} (content differs):"
-            f" restore them, or take another name than {name}"
+            f"{folder}: was trained on other shards than data.shards={settings['data']['shards']} ({differ}): restore"
+            f" them, or take another name than {name}"
         )
     check_unchanged(settings, state["recipe"], (*FIXED, *inputs.stage.identity), folder)
+
+
+def difference(run: Path, dataset: Dataset, trained_on: str) -> str:
+    """How `dataset` differs from the one with the fingerprint `trained_on`, whose size is in the folder `run`."""
+    before = (read_json(run / "environment.json") or {}).get("dataset")
+    now = f"{counted(len(dataset), 'sample')} in {counted(len(dataset.shards), 'shard')}"
+    if isinstance(before, dict) and before.get("fingerprint") == trained_on:
+        then = f"{counted(before['samples'], 'sample')} in {counted(before['shards'], 'shard')}"
+        if then != now:
+            return f"{then} then, {now} now"
+    return "content differs"

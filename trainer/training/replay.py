@@ -35,7 +35,7 @@ from ..stages.controlnet import ControlNetStage
 from ..stages.patch_latents import PatchLatentStage
 from ..stages.placement import init_context
 from .data_digest import SequenceDigest, version
-from .inputs import Inputs, open_inputs
+from .inputs import Inputs, difference, open_inputs
 from .model import initialise_from
 from .run_history import Place
 
@@ -108,7 +108,10 @@ def replay(run: Path, place: Place, weights_step: int | None = None) -> Replay:
     inputs = open_inputs(recipe.data, recipe.seed, recipe.global_batch, partial(open_stage, recipe))
     reader = _checkpoint(run, place, weights_step)
     if reader and reader.state["data"] != inputs.dataset.fingerprint:
-        raise RunError(f"data.shards={recipe.data.shards}: are not the shards that {run} was trained on; restore them")
+        differ = difference(run, inputs.dataset, reader.state["data"])
+        raise RunError(
+            f"data.shards={recipe.data.shards}: are not the shards that {run} was trained on ({differ}); restore them"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _model(inputs.stage, recipe.precision, reader, device)
     if reader is None and recipe.init_from:
