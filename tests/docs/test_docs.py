@@ -109,13 +109,16 @@ def folder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def own_images(photos: Path) -> None:
-    """The inputs of the page on own images: images, and the table whose first lines it shows."""
+    """The inputs of the page on own images: images with texts next to them, and a table; it shows their first lines."""
     photos.mkdir()
-    (shown,) = [block for block in blocks(ROOT / "docs" / "own-images.md", "text") if block.startswith("file,caption")]
-    names = [f"cat-{number:02}.jpg" for number in range(1, 13)]
-    (photos / "captions.csv").write_text(shown + "".join(f"{name},a cat\n" for name in names[2:]))
-    for number, name in enumerate(names):
-        Image.new("RGB", (80, 60), (20 * number, 100, 0)).save(photos / name)
+    texts, table = (block for block in blocks(ROOT / "docs" / "own-images.md", "text") if "cat-01" in block)
+    names = [f"cat-{number:02}" for number in range(1, 13)]
+    captions = dict.fromkeys(names, "a cat")
+    captions |= {name: text for name, text in re.findall(r"photos/(cat-\d+)\.txt +(.+)", texts)}
+    (photos / "captions.csv").write_text(table + "".join(f"{name}.jpg,a cat\n" for name in names[2:]))
+    for number, (name, caption) in enumerate(captions.items()):
+        Image.new("RGB", (80, 60), (20 * number, 100, 0)).save(photos / f"{name}.jpg")
+        (photos / f"{name}.txt").write_text(caption)
 
 
 @pytest.mark.multi
