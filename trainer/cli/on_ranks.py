@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,6 +15,7 @@ from ...slurm.rank_env import idle_nodes, remove_private_folders
 from ..distributed.launcher import devices, init_from_env, run_ranks
 from ..distributed.stop_signals import ignore_signals
 from ..errors import RunError
+from ..monitors.metrics import record_interruption
 
 
 def on_ranks(
@@ -44,7 +46,8 @@ def on_ranks(
         leave(DONE)
     ranks = ranks or usual()
     check(ranks)
-    leave(run_ranks(ranks, arguments, run))
+    at_quit = partial(record_interruption, run / "metrics.jsonl") if run else lambda: None
+    leave(run_ranks(ranks, arguments, run, at_quit))
 
 
 def leave(code: int) -> NoReturn:

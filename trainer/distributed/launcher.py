@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -25,7 +25,7 @@ from ...slurm.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED
 from ...slurm.rank_env import LAUNCHER_VARIABLES
 from .interrupt import interrupted, say
 from .run_lock import remove_lock_of
-from .stop_signals import ENDING, NOT_BEGUN, PHASE_FILE, SAVED, SAVING, SIGNALS, STARTING, farewell
+from .stop_signals import ENDING, NOT_BEGUN, PHASE_FILE, SAVED, SAVING, SIGNALS, STARTING, TRAINING, farewell
 
 GRACE_S = 10.0
 """Seconds that the other ranks have to exit by themselves after one has failed."""
@@ -65,12 +65,14 @@ def devices() -> int:
     return max(1, int(found.stdout or 0))
 
 
-def run_ranks(ranks: int, arguments: Sequence[str], run: Path | None = None) -> int:
+def run_ranks(
+    ranks: int, arguments: Sequence[str], run: Path | None = None, at_quit: Callable[[], None] = lambda: None
+) -> int:
     """Run `python -m bifrost.trainer ARGUMENTS` as `ranks` ranks on this machine; returns their exit code.
 
     When one rank fails the others are ended, and its code is returned. SIGTERM and SIGUSR1 are passed on to every
     rank. Ctrl-C ends them, with INTERRUPTED; ranks that train the run in folder `run` save first, unless there is
-    nothing to save or it is pressed again.
+    nothing to save or it is pressed again; then, if they were training, `at_quit` is called after they have ended.
     """
     with tempfile.TemporaryDirectory(prefix="bifrost-") as folder:
         family = _Family(Path(folder), trains=run is not None)
@@ -85,6 +87,8 @@ def run_ranks(ranks: int, arguments: Sequence[str], run: Path | None = None) -> 
             for process in family.processes:
                 process.kill()
                 process.wait()
+            if run is not None and family.quit_at and family.phase() == TRAINING:
+                at_quit()
             if run is not None and family.quit_at:  # otherwise the next attempt reads from it when this one died
                 remove_lock_of(run, [process.pid for process in family.processes])
             for number, handler in before.items():
@@ -140,7 +144,7 @@ class _Family:
         """Handle a stop signal."""
         if number == signal.SIGINT:
             # Recorded before anything is printed: the next Ctrl-C may interrupt this handler.
-            phase, before = self._phase(), self._pressed_in
+            phase, before = self.phase(), self._pressed_in
             self._pressed_in = phase
             if self.trains and phase not in (STARTING, before):
                 say(SAVED if phase == ENDING else SAVING)
@@ -169,7 +173,7 @@ class _Family:
                     say(_death(codes.index(code), -code, self.trains))
                 elif code == FAILED and (line := self._lost(codes)):
                     say(line)
-                elif code == STOPPED and self.stopped_by and self._phase() == STARTING:
+                elif code == STOPPED and self.stopped_by and self.phase() == STARTING:
                     say(NOT_BEGUN.format(self.stopped_by))
                 return code
             if failed and deadline is None:
@@ -181,7 +185,8 @@ class _Family:
         failed = [lost_file(self.phase_file, rank) for rank, code in enumerate(codes) if code]
         return failed[0].read_text() if all(file.exists() for file in failed) else None
 
-    def _phase(self) -> str:
+    def phase(self) -> str:
+        """The phase that rank 0 wrote last."""
         try:
             return self.phase_file.read_text() or STARTING
         except OSError:

@@ -111,6 +111,18 @@ def last_lines(path: str | Path, size: int) -> list[bytes]:
         return file.read().splitlines()[begin > 0 :]
 
 
+def record_interruption(path: Path) -> None:
+    """Append the `end` event of an attempt whose ranks were ended without a save, to the metrics file that they had
+    begun. Does nothing without an attempt that has not ended. Failures are logged."""
+    try:
+        lines = last_lines(path, 2**16)
+    except OSError:
+        return
+    records = [record for line in lines if (record := parse_line(line)) is not None]
+    if records and records[-1].get("event") != "end":
+        MetricsFile(path).write({"event": "end", "step": records[-1].get("step", 0), "outcome": "interrupted"})
+
+
 def finite(value: float) -> float | None:
     """The value, or None if it is not finite, which JSON cannot represent."""
     return value if math.isfinite(value) else None

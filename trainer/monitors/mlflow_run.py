@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 FILES_EVERY_S = 30.0  # seconds between checks for new files during training
 POINTS, PARAMS = 1000, 100  # MLflow's limits per batch
-STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+STATUS = {"finished": "FINISHED", "stopped": "KILLED", "interrupted": "KILLED", "failed": "FAILED"}
 LOSS = series_name("loss", None)
 AS_TRAINING = "workflowType=machine_learning"
 """URL parameter that makes MLflow 3 show its model training pages instead of those for LLM applications."""

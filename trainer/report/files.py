@@ -22,6 +22,12 @@ from ..monitors.metrics import read_metrics
 RECIPES = ("recipe.yaml", "slurm/recipe.yaml")
 """As resolved by an attempt; as submitted to Slurm, before the first attempt."""
 
+ENDS = {
+    "stopped": "stopped by a signal, can be resumed",
+    "interrupted": "quit by Ctrl-C without a save, can be resumed from its last checkpoint",
+}
+"""Outcome of an attempt -> what it means."""
+
 
 @dataclass(frozen=True)
 class RunFiles:
@@ -59,7 +65,8 @@ class RunFiles:
 
 
 def run_state(records: list[dict[str, Any]], folder: Path, now: float) -> tuple[str, str]:
-    """State of a run from its newest records: `new`, `running`, `stopped`, `finished` or `failed`, and a few words."""
+    """State of a run from its newest records, and a few words: `new`, `running`, `stopped`, `interrupted`, `finished`
+    or `failed`."""
     turns = [record for record in records if record.get("event") in ("start", "end", "hang")]
     # The newest records of a long attempt may lack its first one.
     last = turns[-1] if turns else {"event": "start"} if records else None
@@ -70,8 +77,7 @@ def run_state(records: list[dict[str, Any]], folder: Path, now: float) -> tuple[
     if last["event"] == "hang":
         return "failed", "hung, ended by the watchdog"
     if last["event"] == "end":
-        outcome = last["outcome"]
-        return outcome, "stopped by a signal, can be resumed" if outcome == "stopped" else outcome
+        return last["outcome"], ENDS.get(last["outcome"], last["outcome"])
     if silent <= STALE_S:
         return "running", f"running, last sign of life {max(silent, 0):.0f} s ago"
     return "failed", "ended without a record: killed, or its node was lost"

@@ -12,12 +12,16 @@ import pytest
 import runs
 from bifrost.slurm.exit_codes import INTERRUPTED, STOPPED
 from bifrost.trainer.distributed.run_lock import RunLock
+from bifrost.trainer.monitors.metrics import read_metrics
+from bifrost.trainer.report.files import run_state
 
 # A launcher whose two ranks never look at Ctrl-C: whatever it does, it does alone.
 LAUNCHER = """
 import os, subprocess, sys
 from pathlib import Path
+from functools import partial
 from bifrost.trainer.distributed import launcher as launch
+from bifrost.trainer.monitors.metrics import record_interruption
 
 RANK = '''
 import os, signal, sys, time
@@ -32,7 +36,9 @@ time.sleep(60)
 phase, trains = sys.argv[1], sys.argv[2] == "trains"
 launch._start = lambda rank, ranks, arguments, family: subprocess.Popen(
     [sys.executable, "-c", RANK, str(family.phase_file), phase], start_new_session=True)
-sys.exit(launch.run_ranks(2, [], Path(sys.argv[3]) if trains else None))
+run = Path(sys.argv[3])
+at_quit = partial(record_interruption, run / "metrics.jsonl")
+sys.exit(launch.run_ranks(2, [], run, at_quit) if trains else launch.run_ranks(2, []))
 """
 
 
@@ -60,6 +66,26 @@ class Started:
         assert (out, err) == ("", "") and time.monotonic() - begun < within_s
         assert not any(Path(f"/proc/{rank}").exists() for rank in self.ranks)
         return self.process.returncode
+
+
+def test_a_quit_is_recorded_as_the_end_of_the_attempt(tmp_path: Path) -> None:
+    """The ranks are killed, one of them within a line; the run has not failed. A second attempt begins like any."""
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"time": 1, "event": "start", "step": 0}\n{"time": 2, "step": 7}\n{"time": 3, "st')
+    started = Started("training", str(tmp_path))
+    started.press()
+    started.press()
+    assert started.ended(1) == INTERRUPTED
+    end = read_metrics(metrics)[-1]
+    assert (end["event"], end["step"], end["outcome"]) == ("end", 7, "interrupted")
+    assert run_state(read_metrics(metrics), tmp_path, end["time"])[0] == "interrupted"
+    before = metrics.read_bytes()
+    for phase in ("", "ending"):  # nothing begun; an end that the ranks have recorded
+        started = Started(phase, str(tmp_path))
+        started.press()
+        if phase:
+            started.press()
+        assert started.ended() == INTERRUPTED and metrics.read_bytes() == before
 
 
 def test_before_the_first_step_ctrl_c_ends_at_once() -> None:
@@ -198,6 +224,8 @@ def test_a_run_is_quit_in_the_middle_of_training(shards: Path, tmp_path: Path) -
         _, err = launcher.communicate(timeout=60)
     assert launcher.returncode == INTERRUPTED and err.startswith("quit without saving") and err.count("\n") == 1
     assert time.monotonic() - begun < 5
+    # Stopped: a rank busy for both presses takes them as one, and may still save in the time that it has left.
+    assert run_state(read_metrics(run / "metrics.jsonl"), run, time.time())[0] in ("interrupted", "stopped")
     leave(family)
     assert not (run / "lock.json").exists()
     saved = [path for path in (run / "checkpoints").iterdir() if path.name.startswith("step-")]
