@@ -22,10 +22,11 @@ class BatchSplit:
         near = min(fits, key=lambda b: abs(b - self.micro_batch), default=None)
         multiple = -(-self.global_batch // self.ranks) * self.ranks
         fewer = max(ranks for ranks in range(1, self.ranks + 1) if self.global_batch % ranks == 0)
-        remedy = f"micro_batch={near}" if near else f"global_batch={multiple}, or use {fewer} ranks"
+        use = f"{fewer} ranks" if fewer > 1 else "1 rank"
+        remedy = f"micro_batch={near}" if near else f"global_batch={multiple}, or use {use}"
         raise ValueError(
-            f"global_batch {self.global_batch} does not divide by micro_batch {self.micro_batch} x {self.ranks} ranks:"
-            f" set {remedy}"
+            f"global_batch {self.global_batch} does not divide by micro_batch x ranks,"
+            f" {self.micro_batch} x {self.ranks}: set {remedy}"
         )
 
     @property

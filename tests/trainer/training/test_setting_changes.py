@@ -123,7 +123,7 @@ def test_resume_has_as_many_ranks_as_the_run_had(run: Path) -> None:
         (["ema.decay=0.5"], "ema was "),
         (
             ["--ranks", "3"],
-            "global_batch 64 does not divide by micro_batch 32 x 3 ranks: set global_batch=66, or use 2 ranks",
+            "global_batch 64 does not divide by micro_batch x ranks, 32 x 3: set global_batch=66, or use 2 ranks",
         ),
     ],
 )
