@@ -17,9 +17,6 @@ RANK_OF = {"BIFROST_LAUNCHER", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID"}
 def start() -> None:
     """Run the command; Ctrl-C is handled even during its imports, which take seconds."""
     end_on_interrupt()
-    # OpenMP's threads spin while they wait for one another. On cores that other processes use as well, images took ten
-    # times as long as with one thread. Read when torch is imported; ranks and loader workers inherit it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The launcher starts its ranks with stop signals blocked.
     if sys.argv[1:2] in (["train"], ["resume"]) and RANK_OF & os.environ.keys():
         end_on_signals()

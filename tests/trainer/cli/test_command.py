@@ -87,21 +87,3 @@ def test_completion_by_the_shell(words: str, offered: list[str], monkeypatch: py
     monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
     shown = CliRunner().invoke(app, [], prog_name="bifrost", env={"_BIFROST_COMPLETE": "complete_bash"})
     assert sorted(shown.output.split()) == sorted(offered)
-
-
-def test_threads_that_wait_leave_their_core_to_others() -> None:
-    """As reported by OpenMP itself, which torch loads after the command has started."""
-    script = """if True:
-        import sys
-        from bifrost.trainer.__main__ import start
-        sys.argv[1:] = ["--version"]
-        try:
-            start()
-        finally:
-            import torch
-    """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    environment["OMP_DISPLAY_ENV"] = "verbose"
-    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert re.findall(r"GOMP_SPINCOUNT *= *'(\d+)'", ended.stderr) == ["0"], ended.stderr
