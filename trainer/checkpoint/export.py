@@ -114,9 +114,7 @@ def _checkpoint(run: Path, step: int | None, slot: str) -> CheckpointReader:
         if reader is None:
             raise RunError(f"{run}: has no checkpoint that verifies")
         return reader
-    if step not in store.steps():
-        raise RunError(f"{run}: has no checkpoint of step {step}, there are {store.steps() or 'none'}")
-    problems = store.verify(step, slots=(slot,))
+    problems = store.verify(store.require(step), slots=(slot,))
     if problems:
         raise RunError("; ".join(problems))
     return CheckpointReader(store.folder(step))

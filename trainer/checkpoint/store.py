@@ -46,6 +46,13 @@ class Store:
         matches = (re.fullmatch(r"step-(\d{8,})", path.name) for path in self.root.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
+    def require(self, step: int) -> int:
+        """`step`; RunError if it has no folder."""
+        if step not in (steps := self.steps()):
+            there = f"it has steps {', '.join(map(str, steps))}" if steps else "it has none"
+            raise RunError(f"{self.root}: no checkpoint of step {step}; {there}")
+        return step
+
     def save(self, step: int, content: Payload, gather: Gather = single_process) -> int:
         """Write the checkpoint of `step`; collective over all ranks. Returns its size in bytes.
 

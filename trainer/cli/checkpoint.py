@@ -60,7 +60,7 @@ def verify(run: Run, step: Step = None) -> None:
     """Read every file of one checkpoint, or of all, and compare it with its hash; exit code 1 if any is bad."""
     store, console = _store(run), terminal()
     bad = False
-    for each in store.steps() if step is None else [_existing(store, step)]:
+    for each in store.steps() if step is None else [store.require(step)]:
         problems = _problems(store, each)
         bad = bad or bool(problems)
         for line in problems or [f"{store.folder(each).name}: verified"]:
@@ -78,7 +78,7 @@ def show(run: Run, step: Step = None) -> None:
     steps = store.steps()
     if step is None and not steps:
         raise RunError(f"{store.root} holds no checkpoint yet")
-    reader = CheckpointReader(store.folder(_existing(store, steps[-1] if step is None else step)))
+    reader = CheckpointReader(store.folder(store.require(steps[-1] if step is None else step)))
     line = f"{reader.folder}: saved by {counted(reader.ranks, 'rank')}, {_size(reader.manifest)}"
     console.print(f"{line}, slots {', '.join(reader.slots)}", soft_wrap=True)
     state = Table("state", "value")
@@ -123,13 +123,6 @@ def _best(store: Store) -> dict[int, str]:
     states = [read_json(store.folder(step) / "state.json") or {} for step in store.steps()[-1:]]
     found = [state.get("progress", {}) for state in states]
     return {each["best_step"]: f"{each['best_loss']:.6g}" for each in found if each.get("best_loss") is not None}
-
-
-def _existing(store: Store, step: int) -> int:
-    if step not in store.steps():
-        held = ", ".join(map(str, store.steps())) or "none"
-        raise RunError(f"{store.root} holds no checkpoint of step {step}; it holds {held}")
-    return step
 
 
 def _problems(store: Store, step: int) -> list[str]:

@@ -137,9 +137,7 @@ def _checkpoint(run: Path, place: Place, step: int | None) -> CheckpointReader |
     if step == 0:
         return None
     if step is not None:
-        if step not in store.steps():
-            raise RunError(f"{store.root} holds no checkpoint of step {step}; it holds {store.steps() or 'none'}")
-        if problems := store.verify(step):
+        if problems := store.verify(store.require(step)):
             raise RunError("; ".join(problems))
         return CheckpointReader(store.folder(step))
     # After a rollback, a checkpoint of an earlier step may have seen later samples.

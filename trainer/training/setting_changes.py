@@ -73,11 +73,16 @@ def check_unchanged(settings: dict[str, Any], before: dict[str, Any], keys: Sequ
     """RunError when one of the dotted `keys` has another value than `before`."""
     for key in keys:
         was, now = _at(before, key), _at(settings, key)
-        if was != now:
-            raise RunError(
-                f"{place}: {key} was {was} in this run and is {now} now: set it back, or take another name than"
-                f" {settings['name']}"
-            )
+        if was == now:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):
+            earlier, current = dict(flat(was, key)), dict(flat(now, key))
+            key = next(each for each in {**earlier, **current} if earlier.get(each) != current.get(each))
+            was, now = earlier.get(key), current.get(key)
+        raise RunError(
+            f"{place}: {key} was {_text(was)} in this run and is {_text(now)} now: set it back, or take another name"
+            f" than {settings['name']}"
+        )
 
 
 def _at(tree: Any, key: str) -> Any:

@@ -76,8 +76,8 @@ def test_a_state_is_shown_for_people():
 def test_wrong_folder_and_step(run_folder, tmp_path):
     for args, text in [
         (("list", tmp_path / "none"), "none: no such run folder"),
-        (("verify", run_folder, "--step", 7), "no checkpoint of step 7; it holds 100, 200"),
-        (("show", run_folder, "--step", 7), "no checkpoint of step 7; it holds 100, 200"),
+        (("verify", run_folder, "--step", 7), "checkpoints: no checkpoint of step 7; it has steps 100, 200"),
+        (("show", run_folder, "--step", 7), "checkpoints: no checkpoint of step 7; it has steps 100, 200"),
     ]:
         error = invoke(*args).exception
         assert isinstance(error, RunError)
