@@ -92,7 +92,7 @@ def submit(
 ) -> None:
     from . import jobs
     from .job import parse_nodes
-    from .named_paths import local_shards, require_paths
+    from .named_paths import require_paths
     from .script import render
     from .site import load_site
 
@@ -103,7 +103,7 @@ def submit(
         print(render(job, site), end="")
     else:
         require_paths(Path(job.run), settings.previews, settings.init_from)
-        local_shards(settings.data.shards, settings.validation.shards)
+        _warn_of_missing(settings.data.shards, settings.validation.shards)
         _submit(job, settings.to_yaml(), site)
 
 
@@ -112,7 +112,7 @@ def resume(run: Run) -> None:
     """Submit a run again with the same options, after a cancel or after fixing what stopped it."""
     from . import jobs
     from .job import RECIPE, load_job
-    from .named_paths import local_shards, require_paths
+    from .named_paths import require_paths
     from .site import load_site
 
     old, site = load_job(run), load_site()
@@ -123,8 +123,19 @@ def resume(run: Run) -> None:
     request = jobs.Request(tasks_per_node=tasks, **asked)
     job = jobs.describe(settings, site, request)
     require_paths(Path(job.run), settings.previews, settings.init_from)
-    local_shards(settings.data.shards, settings.validation.shards)
+    _warn_of_missing(settings.data.shards, settings.validation.shards)
     _submit(job, settings.to_yaml(), site)
+
+
+def _warn_of_missing(*specs: str | list[str] | None) -> None:
+    """Print a warning for local shards that this machine cannot read: they may be on the nodes' own disks."""
+    from ..data import DataError
+    from .named_paths import local_shards
+
+    try:
+        local_shards(*specs)
+    except DataError as error:
+        print(f"warning: {error}; submitted, since the nodes may have it: preflight checks it there", file=sys.stderr)
 
 
 def _submit(job: Job, settings: str, site: Site) -> None:
