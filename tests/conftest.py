@@ -63,7 +63,7 @@ def _replaceable() -> dict[str, Any]:
         for module in list(sys.modules.values())
         if module.__name__.startswith("bifrost.")
         for name, value in vars(module).items()
-        if name.isupper() or callable(value)
+        if name.isupper() or (callable(value) and not name.startswith("__"))  # torch.compile adds __compiled_fn_…
     }
 
 

@@ -72,7 +72,10 @@ def launched(arguments: list[str], **options: Any) -> Iterator[subprocess.Popen]
 
 def children(pid: int) -> list[int]:
     """Child processes of all threads of a process."""
-    return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    try:
+        return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):  # it has ended, as a process of an import does
+        return []
 
 
 def wait_for_steps(run: Path, count: int, timeout: float = 300) -> None:

@@ -113,7 +113,9 @@ def test_a_run_goes_on_only_as_itself(shards: Path, tmp_path: Path) -> None:
         1, *runs.arguments(shards, tmp_path, "steps=2", f"data.shards={shards}/*-00001.tar")
     )
     assert "seed was 0" in refused(1, *runs.arguments(shards, tmp_path, "steps=2", "seed=1"))
-    assert "branch was" in refused(1, *runs.arguments(shards, tmp_path, "steps=2", "branch.loss_tokens=masked"))
+    assert 'branch.loss_tokens was "all" in this run and is "masked" now' in refused(
+        1, *runs.arguments(shards, tmp_path, "steps=2", "branch.loss_tokens=masked")
+    )
 
     damaged = run / "checkpoints/step-00000001/rank-00000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")

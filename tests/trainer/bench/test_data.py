@@ -134,7 +134,7 @@ def test_a_folder_of_shards_is_no_recipe(photos: str) -> None:
 def test_mistakes_are_one_line(photos: str) -> None:
     with pytest.raises(DataError, match="5 workers"):
         job(photos, workers=5)
-    with pytest.raises(DataError, match="fewer than a micro-batch"):
+    with pytest.raises(DataError, match=r"fewer samples \(24\) than a micro-batch of 25"):
         bench.Job(open_dataset(photos), bench.stack, (56,), micro_batch=25, workers=1)
     ended = CliRunner().invoke(app, ["bench", "data", photos, "data.workers=3"])
     assert "overrides need a recipe" in str(ended.exception)

@@ -95,7 +95,7 @@ def test_files_are_split_and_indexed(run: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_refusals(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="there are \\[3\\]"):
+    with pytest.raises(RunError, match="no checkpoint of step 2; it has steps 3"):
         export(run, tmp_path / "out", "public", step=2)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()

@@ -319,8 +319,8 @@ def test_wrong_inputs_are_one_line_and_leave_nothing(mllm: Path, controlnet: Pat
         assert not out.exists()
 
     missing = tmp_path / "missing"
-    refused("missing: no such folder", mllm=missing)
-    refused("missing: no such folder", controlnet=missing)
+    refused("missing: no such run folder", mllm=missing)
+    refused("missing: no such run folder", controlnet=missing)
     refused("is a controlnet run, expected a patch-latents run", mllm=controlnet)
     refused("no such shard", data=f"{missing}.tar")
     refused("no .tar matches", data=f"{missing}/*.tar")
