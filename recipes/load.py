@@ -50,7 +50,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), stored: bool 
             _refuse_unused(path, tree, overrides)
         return recipe
     except ValidationError as error:
-        if _problems(error)[0]["loc"][:1] in {("flux",), ("controlnet",), ("branch",)}:
+        if _problems(error)[0]["loc"][:1] in {(group,) for groups in UNUSED.values() for group in groups}:
             _refuse_unused(path, tree, overrides)
         where = _cause(tree, overrides, error) or str(path)
         raise RecipeError(redact(f"{where}: {explain(error, Recipe)}")) from error

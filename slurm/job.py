@@ -11,7 +11,7 @@ from ..recipes import BatchSplit
 from ..recipes.secrets import redact
 from .errors import SlurmError
 from .io import read_json, write_json
-from .run_folder import MARKS, no_run
+from .run_folder import has_recipe, no_run
 
 RECIPE = "slurm/recipe.yaml"
 SCRIPT = "slurm/job.sh"
@@ -65,7 +65,7 @@ def load_job(run: Path) -> Job:
     try:
         found = read_json(run / FILE)
         if found is None:
-            if not any((run / mark).is_file() for mark in MARKS):
+            if not has_recipe(run):
                 raise SlurmError(no_run(run, "recipe.yaml"))
             raise SlurmError(f"{run}: no job was submitted for this run, {FILE} is missing; see bifrost slurm submit")
         return Job.model_validate(found)

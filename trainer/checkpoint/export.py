@@ -12,7 +12,7 @@ import torch
 
 from ...recipes import load_recipe
 from ...recipes.schema import Backbone, Branch
-from ...slurm.run_folder import no_run
+from ...slurm.run_folder import no_checkpoint
 from ..errors import RunError, writing
 from ..models.backbone import read_config
 from ..models.hub import locate
@@ -106,9 +106,7 @@ def _checkpoint(run: Path, step: int | None, slot: str) -> CheckpointReader:
     """The run's checkpoint, with its `slot` verified if present."""
     store = Store(run / "checkpoints")
     if not store.root.is_dir():
-        if (run / "recipe.yaml").is_file():
-            raise RunError(f"{run}: has no checkpoint yet")
-        raise RunError(no_run(run, "recipe.yaml"))
+        raise RunError(no_checkpoint(run))
     if step is None:
         reader = store.newest_verified(slots=(slot,))
         if reader is None:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ...data.progress import progress
 from ...data.units import counted, format_bytes
-from ...slurm.run_folder import no_run
+from ...slurm.run_folder import no_checkpoint
 from ..errors import RunError
 from ..io import flat, read_json
 from ..terminal import terminal
@@ -110,9 +110,7 @@ def shown(value: Any) -> str:
 def _store(run: Path) -> Store:
     folder = run / "checkpoints"
     if not folder.is_dir():
-        if (run / "recipe.yaml").is_file():
-            raise RunError(f"{run}: has no checkpoint yet")
-        raise RunError(no_run(run, "recipe.yaml"))
+        raise RunError(no_checkpoint(run))
     from ..checkpoint.store import Store
 
     return Store(folder)

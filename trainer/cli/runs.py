@@ -20,10 +20,11 @@ from ...slurm import SlurmError
 from ...slurm.commands import waiting_jobs
 from ...slurm.exit_record import STOPPED
 from ...slurm.job import FILE as JOB
+from ...slurm.run_folder import RECIPES
 from ..errors import RunError
 from ..io import read_json
 from ..monitors.metrics import last_lines, parse_line
-from ..report.files import RECIPES, is_run, run_state
+from ..report.files import is_run, run_state
 from ..terminal import terminal
 
 NEWEST = 2**18

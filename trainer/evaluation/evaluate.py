@@ -26,7 +26,7 @@ from ..models.flux import gaussian
 from ..models.masking import draw_masks
 from ..models.rng import Stream, uniform
 from .image_metrics import NearestPixels, centred_cosine, frechet, psnr, recall, ssim
-from .samples import Sample, SampleSet
+from .samples import Sample, SampleSet, stack
 
 MASK_RATES = (0.7, 0.8, 0.9, 1.0)
 GALLERY = 4096
@@ -83,18 +83,18 @@ def evaluate(
         }
     own = [(name, sample.index) for name, of in chosen.items() for sample in of]
     nearest = {
-        prefix: NearestPixels(torch.cat([_stack(trial.made[kind]) for trial in trials.values()]), own)
+        prefix: NearestPixels(torch.cat([stack(trial.made[kind]) for trial in trials.values()]), own)
         for prefix, kind in RECONSTRUCTIONS.items()
     }
     total, count = torch.zeros((), dtype=torch.float64), 0
     with progress("looking up reconstructions among all images"):
         for one in sets:
             for part in one.gallery(gallery, 4 * batch, [sample.index for sample in chosen[one.name]]):
-                keys, originals = [(one.name, sample.index) for sample in part], _stack([s.original for s in part])
+                keys, originals = [(one.name, sample.index) for sample in part], stack([s.original for s in part])
                 for lookup in nearest.values():
                     lookup.add(keys, originals)
                 if one.name == "train":
-                    total = total + generator.encode(_stack([s.seen for s in part])).double().sum(0).cpu()
+                    total = total + generator.encode(stack([s.seen for s in part])).double().sum(0).cpu()
                     count += len(part)
     found: dict[str, dict[str, float]] = {name: {} for name in trials}
     for prefix, lookup in nearest.items():
@@ -132,7 +132,7 @@ class _Trial:
         self.indices = np.array([sample.index for sample in samples], dtype=np.int64)
         self.captions = [sample.caption for sample in samples]
         self.seeds = [seed + sample.index for sample in samples]
-        self.originals = _stack([sample.original for sample in samples])
+        self.originals = stack([sample.original for sample in samples])
         self.own = self._encode([Image.fromarray(sample.seen) for sample in samples])
         decoded = torch.cat(
             [generator.latents(self.captions[p], self.seeds[p], settings) for p in _parts(len(samples), batch)]
@@ -191,9 +191,9 @@ class _Trial:
         through = [flux.decode_latents(flux.encode_images(self.originals[p].to(device))).cpu() for p in parts]
         found: dict[str, float] = {}
         compared = {
-            **{prefix: _stack(self.made[kind]) for prefix, kind in RECONSTRUCTIONS.items()},
+            **{prefix: stack(self.made[kind]) for prefix, kind in RECONSTRUCTIONS.items()},
             "vae_": torch.cat(through),
-            "no_controlnet_": _stack(self.made["no_controlnet"]),
+            "no_controlnet_": stack(self.made["no_controlnet"]),
         }
         for prefix, images in compared.items():
             for name, measure in (("psnr", psnr), ("ssim", ssim)):
@@ -226,7 +226,7 @@ class _Trial:
         """Patch latents [B, N, D] of square images of any size."""
         side = self.generator.image_size
         resized = [image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
-        return torch.cat([self.generator.encode(_stack(resized[p])) for p in _parts(len(images), self.batch)])
+        return torch.cat([self.generator.encode(stack(resized[p])) for p in _parts(len(images), self.batch)])
 
     def _random_latents(self) -> Tensor:
         """Gaussian latents [B, N, D] with the mean and deviation of the true latents in every channel."""
@@ -238,11 +238,6 @@ class _Trial:
 
 def _parts(count: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
-
-
-def _stack(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
-    """uint8 [B, 3, H, W] of RGB images of one size."""
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
 
 def _sheet(trials: dict[str, _Trial]) -> Image.Image:

@@ -7,6 +7,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
 from ...data import Dataset
 from ...data.errors import BadSample
@@ -111,3 +114,8 @@ class SampleSet:
 
 def image_hash(raw: RawSample) -> bytes:
     return hashlib.sha256(raw.image).digest()
+
+
+def stack(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
+    """uint8 [B, 3, H, W] of RGB images of one size."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()

@@ -21,7 +21,7 @@ from ...data.scenes.scorer import read, score, summarize
 from ..inference.contact_sheet import make_contact_sheet
 from ..inference.generator import Generator, Settings
 from .pixel_probe import PixelProbe
-from .samples import SampleSet
+from .samples import SampleSet, stack
 from .scene_samples import SceneSample, captions, choose_scenes
 from .understanding import Understanding
 
@@ -85,7 +85,7 @@ def evaluate_scenes(
         probe = PixelProbe(
             (_encode(generator, images), images)
             for part in train.gallery(PROBE_IMAGES, ENCODED)
-            for images in [_stack([sample.seen for sample in part])]
+            for images in [stack([sample.seen for sample in part])]
         )
     seeds = {name: [seed + sample.index for sample in part] for name, part in chosen.items()}
     with progress("generating", IMAGES * sum(map(len, chosen.values())), "images") as shown:
@@ -114,7 +114,7 @@ class _Trial:
         self.scenes = [sample.scene for sample in samples]
         self.other = others(self.scenes)
         prompts = [sample.caption for sample in samples]
-        self.true = _encode(generator, _stack([sample.seen for sample in samples]))
+        self.true = _encode(generator, stack([sample.seen for sample in samples]))
         self.decoded = torch.cat(
             [
                 generator.latents(prompts[start : start + batch], seeds[start : start + batch], settings)
@@ -186,8 +186,3 @@ def others(scenes: Sequence[Scene]) -> list[int]:
 def _encode(generator: Generator, images: Tensor) -> Tensor:
     """Patch latents [B, N, D] of uint8 images [B, 3, S, S]."""
     return torch.cat([generator.encode(part) for part in images.split(ENCODED)])
-
-
-def _stack(images: Sequence[np.ndarray]) -> Tensor:
-    """uint8 [B, 3, S, S]."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

@@ -24,6 +24,7 @@ from ..inference.generator import Generator
 from ..models.backbone import FrozenBackbone, pixel_patches, read_config
 from ..models.prompt import QuestionTemplate
 from ..models.weights import WeightFiles
+from .samples import stack
 from .scene_samples import SceneSample
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def measure_understanding(
         log.warning("no questions are asked of the MLLM: %s %s", folder, reason)
         return None
     asked = [_Asked(number, drawn) for number, sample in enumerate(samples) for drawn in _drawn(sample, seed)]
-    images = torch.from_numpy(np.stack([sample.seen for sample in samples])).permute(0, 3, 1, 2).contiguous()
+    images = stack([sample.seen for sample in samples])
     template = QuestionTemplate(generator.template.tokenizer, generator.mllm.branch.side**2)
     with progress("answering", 2 * len(asked), "questions") as shown:
         model = _load(folder, next(generator.mllm.backbone.parameters()).dtype).to(generator.device)

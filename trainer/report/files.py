@@ -12,15 +12,12 @@ import yaml
 
 from ...recipes import with_new_names
 from ...recipes.secrets import redact
-from ...slurm.run_folder import no_run
+from ...slurm.run_folder import RECIPES, has_recipe, no_run
 from ..distributed.run_lock import STALE_S
 from ..errors import RunError
 from ..io import read_json
 from ..monitors.goodput import Ledger
 from ..monitors.metrics import read_metrics
-
-RECIPES = ("recipe.yaml", "slurm/recipe.yaml")
-"""As resolved by an attempt; as submitted to Slurm, before the first attempt."""
 
 ENDS = {
     "stopped": "stopped by a signal, can be resumed",
@@ -85,7 +82,7 @@ def run_state(records: list[dict[str, Any]], folder: Path, now: float) -> tuple[
 
 def is_run(folder: Path) -> bool:
     """Whether a run has written into `folder`, or was submitted from it."""
-    return any((folder / name).is_file() for name in (*RECIPES, "metrics.jsonl"))
+    return has_recipe(folder) or (folder / "metrics.jsonl").is_file()
 
 
 def open_run(folder: Path, name: str | None = None) -> RunFiles:
