@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from .errors import DataError
 from .units import counted, format_bytes
@@ -110,6 +108,9 @@ def verify(shards: Shards) -> None:
 @app.command()
 def stats(shards: Shards) -> None:
     """Show counts, sizes and caption lengths, from the indexes alone."""
+    from rich.console import Console
+    from rich.table import Table
+
     from .shards import open_dataset
 
     dataset = open_dataset(shards, mixed=True)

@@ -18,8 +18,6 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import IO, TypeVar
 
-import psutil
-
 from .errors import DataError
 from .local import names_in, with_retries
 
@@ -86,6 +84,8 @@ def sole_owner(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}; name a folder that can be written") from None
     with lock:
+        import psutil
+
         try:
             locked = with_retries(lambda: _lock(lock, folder), folder)
         except OSError as error:

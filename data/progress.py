@@ -11,9 +11,6 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from .units import format_seconds
 
 Item = TypeVar("Item")
@@ -65,6 +62,16 @@ class progress:
         return f"{self.what}: {self.done:,} of {self.total:,} {self.unit}".rstrip() + f", {time_shown}"
 
     def _show(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
         if not sys.stderr.isatty():
             while not self._over.wait(LINE_EVERY_S):
                 print(self.line(), file=sys.stderr, flush=True)

@@ -9,14 +9,13 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
-from typing import TypeVar
-
-from tenacity import RetryCallState, Retrying, retry_if_exception
+from typing import TYPE_CHECKING, TypeVar
 
 from .errors import DataError, DataLost, DataMissing, InvalidResponse
 from .transience import causes, is_missing, judged, lacks_credentials, status, verdict
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -43,6 +42,8 @@ def retrying(action: Callable[[], Result], where: object, patience_s: float | No
     PATIENCE_S) seconds in total. The first retry logs one warning that names `where`. The last error is raised
     unchanged. A DataError was already retried at its origin and is raised at once. When every response was wrong, the
     `InvalidResponse` is marked as lasting, since the server will not recover by itself."""
+    from tenacity import Retrying, retry_if_exception
+
     patience = PATIENCE_S if patience_s is None else patience_s
     own = spent = 0.0  # seconds of pauses, excluding server requests: with and without the coming one
     all_wrong = True
@@ -185,6 +186,9 @@ def _retry_after_s(error: BaseException) -> float:
 
 def _seconds(value: str) -> float:
     """Seconds until a Retry-After header's value, a number or a date (RFC 9110); 0 when it is neither."""
+    from datetime import datetime, timezone
+    from email.utils import parsedate_to_datetime
+
     try:
         return max(0.0, float(value))
     except ValueError:

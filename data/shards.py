@@ -29,12 +29,13 @@ from .index import (
     load_header,
     load_index,
 )
-from .local import is_kind, matches
+from .local import is_kind
 from .remote import RemoteFile, filesystem, size_of
 from .retry import call
 from .retry import failure as storage_failure
 from .transforms import clean_caption
 from .transience import verdict
+from .wildcards import matches
 
 HELD_OUT = ("dev", "eval", "heldout", "test", "val", "valid", "validation")
 """First words of the names of held-out shards."""

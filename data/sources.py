@@ -19,13 +19,14 @@ from typing import NamedTuple
 from .candidates import WRONG_TYPE, Candidate, Piece, Source, key_of, note, why_not
 from .errors import DataError
 from .index import CAPTION_TYPE, IMAGE_TYPES
-from .local import is_kind, matches, names_in, stat_of, with_retries
+from .local import is_kind, names_in, stat_of, with_retries
 from .retry import call
 from .shards import expand
 from .table_source import one_split, table_source
 from .tables import TABLES, Columns
 from .tar_source import tar_source
 from .units import counted
+from .wildcards import matches
 
 OTHER_IMAGES = ("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpe", "jxl", "svg", "tif", "tiff")
 """Extensions of images that are set aside with a reason instead of being ignored."""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ValidationError
-
-from .known_keys import section, suggestion
 from .renames import new_name, with_new_names
-from .schema import Recipe
 from .secrets import redact
-from .yaml_dialect import read_yaml
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+
+    from .schema import Recipe
 
 FOLDER = Path(__file__).parent
 UNUSED = {"patch-latents": ("flux", "controlnet"), "controlnet": ("branch",)}
@@ -40,6 +39,10 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), stored: bool 
 
     `extends: NAME` or `extends: FILE`, relative to its folder, names a recipe with the settings that it does not set.
     """
+    from pydantic import ValidationError
+
+    from .schema import Recipe
+
     path = find_recipe(source)
     tree = _read(path)
     if stored:
@@ -58,6 +61,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), stored: bool 
 
 def _refuse_unused(path: Path, tree: dict[str, Any], overrides: Sequence[str]) -> None:
     """RecipeError for a setting of the other stage, unless it has its default value."""
+    from .schema import Recipe
+
     settings = apply_overrides(tree, overrides)
     for group in UNUSED.get(str(settings.get("stage")), ()):
         default = Recipe.model_fields[group].default
@@ -74,6 +79,10 @@ def _refuse_unused(path: Path, tree: dict[str, Any], overrides: Sequence[str]) -
 def _cause(tree: dict[str, Any], overrides: Sequence[str], error: ValidationError) -> str | None:
     """The override that causes the first problem of `error`; None if settings `tree` have it without overrides. A
     problem of several settings together, such as a stage without its model, carries no key."""
+    from pydantic import ValidationError
+
+    from .schema import Recipe
+
     fault, count = _fault(_problems(error)[0]), len(overrides)
     while count:
         try:
@@ -114,6 +123,8 @@ def find_recipe(source: str | Path) -> Path:
 
 def _nearest(path: Path) -> str:
     """What may have been meant by a `path` that is not a recipe: a file next to it, a run, or a shipped recipe."""
+    import difflib
+
     files: list[Path] = []
     with suppress(OSError):
         files = sorted(file for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml") and file.is_file())
@@ -127,6 +138,8 @@ def _nearest(path: Path) -> str:
 
 def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The settings in a file, merged over those of the recipe that it `extends`."""
+    from .yaml_dialect import read_yaml
+
     try:
         tree = read_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -164,6 +177,8 @@ def _over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`tree` with each `key.path=value` set; values are parsed as YAML and, if not valid YAML (`*.tar`), are text."""
+    from .yaml_dialect import read_yaml
+
     tree = dict(tree)
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -200,6 +215,8 @@ def _problems(error: ValidationError) -> list[Any]:
 
 
 def _explain(problem: Any, model: type[BaseModel]) -> str:
+    from .known_keys import section, suggestion
+
     path = [str(part) for part in problem["loc"]]
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":

@@ -7,9 +7,10 @@ recipe, its checkpoints, exports) is read under the new names and never written 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 RECIPE = {
     "data.block": "data.shuffle_window",

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from braceexpand import braceexpand
-
-from ..data.files import is_local
 from ..data.local import stat_of
 from ..data.retry import call
-from ..data.shards import expand
 from ..recipes import RecipeError
-from ..recipes.schema import Previews
 from .exit_record import newest_step
+
+if TYPE_CHECKING:
+    from ..recipes.schema import Previews
 
 SAMPLE = 64
 """Shards whose sizes are read, evenly spaced: a stat of each of 100,000 would load the file system."""
@@ -33,6 +32,11 @@ def require_paths(run: Path, previews: Previews, init_from: str | None) -> None:
 def local_shards(*specs: str | list[str] | None) -> tuple[list[str], list[int]]:
     """The local shards that a recipe names, and the sizes in bytes of a sample of them; those behind a URL are left
     out. DataError if a path or pattern has none, or one of the sample is missing; DataLost after retries."""
+    from braceexpand import braceexpand
+
+    from ..data.files import is_local
+    from ..data.shards import expand
+
     shards: list[str] = []
     for spec in specs:
         patterns = [each for one in ([spec] if isinstance(spec, str) else spec or []) for each in braceexpand(one)]

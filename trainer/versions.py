@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from collections.abc import Iterable
 
@@ -25,6 +24,8 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 
 def version(name: str) -> str | None:
     """Version of the distribution `name`, None if it is not installed."""
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

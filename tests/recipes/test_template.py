@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bifrost.recipes import Recipe, RecipeError, load_recipe, read_yaml, shipped_recipes, template
+from bifrost.recipes import Recipe, RecipeError, load_recipe, read_yaml, shipped_recipes
+from bifrost.recipes.template import template
 from bifrost.trainer.cli.main import app
 from bifrost.trainer.errors import RunError
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from ...data.progress import progress
 from ...data.units import counted, format_bytes
@@ -34,6 +33,8 @@ Step = Annotated[int | None, typer.Option(help="Step of the checkpoint.", show_d
 @app.command("list")
 def list_checkpoints(run: Run) -> None:
     """One line per checkpoint: step, time, ranks, size, whether every file matches its hash, and which is the best."""
+    from rich.table import Table
+
     from ..checkpoint.manifest import read_manifest
 
     store, console = _store(run), terminal()
@@ -72,6 +73,8 @@ def verify(run: Run, step: Step = None) -> None:
 @app.command()
 def show(run: Run, step: Step = None) -> None:
     """State, parameters and sizes of one checkpoint, the newest or that of `--step`. Nothing is verified."""
+    from rich.table import Table
+
     from ..checkpoint.reader import CheckpointReader
 
     store, console = _store(run), terminal()

@@ -6,17 +6,14 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from ...slurm.exit_codes import DONE, USAGE
-from ...slurm.reachable import slurm_here
-from ..doctor import folders, machine, software
-from ..doctor.finding import Check, Finding, run_checks
-from ..doctor.tracker import mlflow
-from ..terminal import terminal
+
+if TYPE_CHECKING:
+    from ..doctor.finding import Check, Finding
 
 
 def doctor(
@@ -34,6 +31,10 @@ def doctor(
 
 def examine(folder: Path, uri: str | None) -> list[Finding]:
     """The findings of all checks, within about ten seconds."""
+    from ..doctor import folders, machine, software
+    from ..doctor.finding import run_checks
+    from ..doctor.tracker import mlflow
+
     checks: list[tuple[str, Check]] = [
         ("Python", software.python),
         ("requirements", software.requirements),
@@ -54,12 +55,19 @@ def examine(folder: Path, uri: str | None) -> list[Finding]:
 
 
 def _slurm() -> list[Finding]:
+    from ...slurm.reachable import slurm_here
+    from ..doctor.finding import Finding
+
     found, wrong = slurm_here()
     return [Finding("Slurm", found, "warning" if wrong else "ok", wrong)]
 
 
 def show(findings: list[Finding]) -> None:
     """Print the table and the overall verdict."""
+    from rich.table import Table
+
+    from ..terminal import terminal
+
     table = Table("what", "found", "verdict", "what to do")
     for finding in findings:
         table.add_row(*finding)

@@ -12,8 +12,6 @@ import typer
 
 from ...data.atomic import write_atomic
 from ...data.progress import progress
-from ...data.scenes.key import read_key
-from ...data.shards import Dataset, open_dataset
 from ...slurm.exit_record import newest_step
 from ...slurm.io import write_json
 from ..errors import RunError, writing
@@ -23,6 +21,7 @@ from ..versions import versions
 from .generate import Reveal
 
 if TYPE_CHECKING:
+    from ...data.shards import Dataset
     from ..evaluation.evaluate import Evaluation
     from ..evaluation.scenes import SceneEvaluation
     from ..inference.generator import Generator
@@ -65,9 +64,11 @@ def evaluate(
     On scenes with their ground truth instead: the objects in the images, with controls, and answers of the MLLM.
     """
     _check(out)
-    sets = {"train": (data, open_dataset(data)), **({"heldout": (heldout, open_dataset(heldout))} if heldout else {})}
+    sets = _open({"train": data, **({"heldout": heldout} if heldout else {})})
     if scenes and gallery:
         raise RunError("--gallery is for retrieval, which --scenes replaces; leave one of them out")
+    from ...data.scenes.key import read_key
+
     truth = read_key(scenes) if scenes else None
 
     from ..evaluation import evaluate as retrieval
@@ -109,6 +110,13 @@ def evaluate(
             f"{mllm}: the MLLM's logits differ from those before stage 1, see {out / METRICS}: its frozen weights have"
             " changed, which is an error of this program; report it"
         )
+
+
+def _open(shards: dict[str, str]) -> dict[str, tuple[str, Dataset]]:
+    """Data set -> its shards as given, and opened."""
+    from ...data.shards import open_dataset
+
+    return {name: (given, open_dataset(given)) for name, given in shards.items()}
 
 
 def _environment(generator: Generator) -> dict[str, Any]:

@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from PIL import Image
 
 from ...data.progress import progress
-from ...data.transforms import decode_image
 from ...data.units import counted
 from ..distributed.launcher import devices, init_from_env, run_ranks
 from ..errors import RunError
@@ -38,6 +36,8 @@ from ..inference.outputs import (
 from .options import RanksOption
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..inference.generator import Generator, Settings
 
 
@@ -150,6 +150,8 @@ def _made(
     """Every file with its images, from its prompt or from the latents of `image`."""
     import torch
 
+    from ...data.transforms import decode_image
+
     latents = None
     if image is not None:
         pixels = decode_image(image, generator.image_size)
@@ -166,6 +168,8 @@ def _made(
 
 
 def _read(path: Path) -> bytes:
+    from ...data.transforms import decode_image
+
     try:
         data = path.read_bytes()
         decode_image(data, 1)

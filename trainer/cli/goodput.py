@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from ...data.units import counted, format_seconds
 from ...slurm.run_folder import no_run
@@ -41,6 +40,8 @@ def goodput(
 
 
 def _show(found: dict[str, Any]) -> None:
+    from rich.table import Table
+
     table = Table("", "time", "share", "")
     for kind, seconds in found["seconds"].items():
         table.add_row(kind, format_seconds(seconds), f"{seconds / found['wall_s']:.1%}", MEANING[kind])

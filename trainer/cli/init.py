@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ...data.atomic import write_atomic
-from ...recipes import load_recipe, shipped_recipes, template
+from ...recipes import load_recipe, shipped_recipes
 from ...slurm.named_paths import require_paths
 from ..errors import RunError, writing
 
@@ -31,6 +31,8 @@ def init(
     if name.lower().endswith((".yaml", ".yml")):
         raise RunError(f"{name}: NAME is the name of the run, without the ending of a file: give {Path(name).stem}")
     file = out or Path(f"{name}.yaml")
+    from ...recipes.template import template
+
     text = template(source, name, data, str(file))
     recipe = load_recipe(source, [f"name={name}"])
     require_paths(Path(recipe.runs_dir) / name, recipe.previews, recipe.init_from)

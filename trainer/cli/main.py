@@ -13,8 +13,7 @@ import typer
 
 from ...data import DataError
 from ...data.cli import app as data_app
-from ...recipes import Recipe, RecipeError
-from ...recipes.known_keys import keys_named
+from ...recipes import RecipeError
 from ...recipes.secrets import redact
 from ...slurm import SlurmError, rank_environment
 from ...slurm.cli import slurm_app
@@ -159,6 +158,9 @@ def _paths_hint(text: str) -> str:
 
 def _as_setting(error: Any) -> str | None:
     """The error of an unknown option that is the name of a setting, of a command with settings; None for others."""
+    from ...recipes import Recipe
+    from ...recipes.known_keys import keys_named
+
     option = error.option_name
     keys = keys_named(option.lstrip("-").replace("-", "_"), Recipe)
     if not keys or error.ctx is None or all(each.name != "overrides" for each in error.ctx.command.params):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from ...data.progress import progress
 from ...data.units import counted
@@ -60,6 +59,8 @@ def replay(
 
 
 def _print(found: Replay, out: Path) -> None:
+    from rich.table import Table
+
     console = terminal()
     place = found.place
     lines = [

@@ -12,19 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from ...data.units import format_bytes
-from ...recipes.load import read_yaml
 from ...slurm import SlurmError
 from ...slurm.commands import waiting_jobs
 from ...slurm.exit_record import STOPPED
-from ...slurm.job import FILE as JOB
 from ...slurm.run_folder import RECIPES
 from ..errors import RunError
 from ..io import read_json
 from ..monitors.metrics import last_lines, parse_line
-from ..report.files import is_run, run_state
 from ..terminal import terminal
 
 NEWEST = 2**18
@@ -67,6 +63,9 @@ def runs(
 
 def find_runs(folder: Path, now: float | None = None) -> list[Run]:
     """The runs in `folder`, the most recently active one last."""
+    from ...slurm.job import FILE as JOB
+    from ..report.files import is_run
+
     now = time.time() if now is None else now
     folders = [path for path in folder.iterdir() if is_run(path)]
     jobs = {path: str((read_json(path / JOB) or {}).get("id")) for path in folders}
@@ -79,6 +78,8 @@ def find_runs(folder: Path, now: float | None = None) -> list[Run]:
 
 
 def _read(folder: Path, waits_for: str | None, now: float) -> Run:
+    from ..report.files import run_state
+
     records = _newest(folder / "metrics.jsonl")
     recipe = next((_recipe(file) for name in RECIPES if (file := folder / name).is_file()), {})
     environment = read_json(folder / "environment.json") or {}
@@ -116,6 +117,8 @@ def _newest(file: Path) -> list[dict[str, Any]]:
 
 
 def _recipe(file: Path) -> dict[str, Any]:
+    from ...recipes import read_yaml
+
     try:
         found = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # being written, or damaged: the other columns are still useful
@@ -136,6 +139,8 @@ def _size(folder: Path) -> int:
 
 
 def _show(found: list[Run], now: float) -> None:
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for head, justify in (("run", "left"), ("stage", "left"), ("state", "left"), ("step", "right"), ("loss", "right")):
         table.add_column(head, justify=justify)  # type: ignore[arg-type]

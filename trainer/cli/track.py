@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..monitors.tracking import sync as send
-
 app = typer.Typer(help="Mirror runs to MLflow.", no_args_is_help=True)
 
 
@@ -20,5 +18,7 @@ def _group() -> None:
 @app.command()
 def sync(run: Annotated[Path, typer.Argument(help="Run folder, such as runs/mllm-7b.", show_default=False)]) -> None:
     """Send every point and file of RUN that its tracking server lacks."""
+    from ..monitors.tracking import sync as send
+
     points = send(run)
     typer.echo(f"{run}: {points} points sent, the server is up to date")

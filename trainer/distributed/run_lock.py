@@ -18,8 +18,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from ...data.units import format_seconds
 from ...slurm.exit_codes import LOCKED
 from ...slurm.exit_record import record_outcome
@@ -40,6 +38,8 @@ class RunLock:
     """The lock of the run in `folder`; released by `release` or at the end of a `with` block, if it is held."""
 
     def __init__(self, folder: Path, stale_s: float = STALE_S) -> None:
+        import psutil
+
         self.path = folder / FILE
         self.stale_s = stale_s
         self._file: int | None = None
@@ -188,6 +188,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _runs(owner: Mapping[str, Any]) -> bool:
+    import psutil
+
     try:
         process = psutil.Process(owner["pid"])
         return abs(process.create_time() - owner["born"]) < 2 and process.status() != psutil.STATUS_ZOMBIE

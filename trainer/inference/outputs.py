@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from ...data.atomic import commit, write_atomic
-from ...data.transforms import clean_caption
 from ..errors import RunError, writing
 from ..io import write_png
-from .contact_sheet import make_contact_sheet
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 RECORD, SHEET = "prompts.jsonl", "contact_sheet.png"
 SHEET_PROMPTS = 64
@@ -147,6 +146,8 @@ def _write(out: Path, image_file: ImageFile, images: Sequence[Image.Image], layo
         write_atomic(path.parents[1] / "metadata.jsonl", (image_file.prompt.line + "\n").encode())
     whole = images[0]
     if len(images) == 4:
+        from PIL import Image
+
         width, height = whole.size
         whole = Image.new("RGB", (2 * width, 2 * height))
         for i, image in enumerate(images):
@@ -159,6 +160,10 @@ def _write(out: Path, image_file: ImageFile, images: Sequence[Image.Image], layo
 
 def write_contact_sheet(out: Path, image_files: Sequence[ImageFile]) -> None:
     """Write the contact sheet of the first prompts, with the samples of a prompt in a column."""
+    from PIL import Image
+
+    from .contact_sheet import make_contact_sheet
+
     columns: dict[str, list[ImageFile]] = {}
     for image_file in image_files:
         columns.setdefault(image_file.file.split("/samples/")[0], []).append(image_file)
@@ -174,6 +179,8 @@ def write_contact_sheet(out: Path, image_files: Sequence[ImageFile]) -> None:
 
 def clean(text: str) -> str:
     """A prompt cleaned like the captions in training."""
+    from ...data.transforms import clean_caption
+
     try:
         return clean_caption(text) if text.strip() else ""
     except ValueError as error:

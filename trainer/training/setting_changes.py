@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from ...recipes import Recipe, RecipeError, load_recipe, with_new_names
+from ...recipes import RecipeError, load_recipe, with_new_names
 from ...slurm.exit_record import newest_step
 from ..errors import RunError
 from ..io import flat, read_json
@@ -44,6 +42,10 @@ def changes(now: dict[str, Any], before: dict[str, Any] | None) -> Changes:
 
 def _complete(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of an earlier version under their current names, with defaults for newer settings."""
+    from pydantic import ValidationError
+
+    from ...recipes import Recipe
+
     settings = with_new_names(settings)
     try:
         return Recipe.model_validate(settings).model_dump(mode="json")

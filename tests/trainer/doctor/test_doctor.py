@@ -84,7 +84,7 @@ def test_gpus(
 
 
 def test_the_build_of_torch_is_read_without_importing_it() -> None:
-    code = "import sys, bifrost.trainer.cli.doctor as d; print(d.software.torch_cuda(), 'torch' in sys.modules)"
+    code = "import sys, bifrost.trainer.doctor.software as d; print(d.torch_cuda(), 'torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     torch = subprocess.run(
         [sys.executable, "-c", "import torch; print(torch.version.cuda)"], capture_output=True, text=True, check=True
