@@ -39,7 +39,11 @@ PARTS = ("read", "decode", "resize", "collate")
 
 @dataclass
 class Job:
-    """The work of all contenders. sizes: sides in pixels of each image's copies. collate: as for the loader."""
+    """The work of all contenders.
+
+    sizes: sides in pixels of each image's copies. collate: as for the loader. urls: of the same shards, where the
+    reader and webdataset read them.
+    """
 
     dataset: Dataset
     collate: Collate
@@ -49,6 +53,7 @@ class Job:
     prefetch: int = 2
     block: int = 16
     seed: int = 0
+    urls: list[str] | None = None
 
     def __post_init__(self) -> None:
         if len(self.dataset) < self.micro_batch:
@@ -72,6 +77,11 @@ class Job:
     @cached_property
     def plan(self) -> Plan:
         return Plan(self.dataset.samples_per_shard, self.seed, self.block)
+
+    @cached_property
+    def measured(self) -> Dataset:
+        """The dataset that the reader reads."""
+        return open_dataset(self.urls) if self.urls else self.dataset
 
     @cached_property
     def places(self) -> list[tuple[int, int]]:
@@ -123,14 +133,13 @@ def decode_rate(job: Job, decode: Callable[[bytes, Sequence[int]], object]) -> f
 
 
 def reader_batches(job: Job) -> Iterator[dict[str, Any]]:
-    """Micro-batches of the reader as training uses it."""
+    """Endless micro-batches of the reader as training uses it."""
     loader = Loader(
-        job.dataset,
+        job.measured,
         job.plan,
         job.collate,
         Share(0, 1, job.micro_batch, job.micro_batch),
-        # Workers are still busy when the last measured batch arrives.
-        range(2 * job.warm + job.batches),
+        range(1 << 30),  # workers are still busy, and still read ahead, when the last measured batch arrives
         LoaderSettings(job.sizes, job.workers, job.prefetch),
     )
     for batch in loader:
@@ -144,7 +153,7 @@ def webdataset_batches(job: Job, own_decoder: bool = False) -> Iterator[dict[str
 
     if any(image_type(job.dataset.entry(*place)[1]) == "webp" for place in job.places):
         raise DataError("some images are WebP, which webdataset's decoder does not support; name shards of JPEG or PNG")
-    pipeline: Any = WebDataset(job.dataset.shards, shardshuffle=100, seed=job.seed)
+    pipeline: Any = WebDataset(job.urls or job.dataset.shards, shardshuffle=100, seed=job.seed)
     pipeline = pipeline.repeat().shuffle(SHUFFLE)
     if not own_decoder:
         pipeline = pipeline.decode("pil")

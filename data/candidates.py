@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import DataError, DataLost, DataMissing
 from .files import is_local
 from .local import NOTHING, with_retries
-from .remote import RemoteFile, filesystem
+from .remote import filesystem
+from .remote_file import RemoteFile
 from .retry import call
 
 if TYPE_CHECKING:

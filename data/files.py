@@ -12,7 +12,8 @@ from typing import Generic, Protocol, TypeVar
 from fsspec.implementations.local import LocalFileSystem
 
 from .errors import DataLost, DataMissing
-from .remote import RemoteFile, filesystem, read_start
+from .remote import LONGEST, Fetch, Response, fetch, filesystem, read_start
+from .remote_file import RemoteFile
 from .retry import call
 from .transience import verdict
 
@@ -46,10 +47,10 @@ class _LocalFile:
 File = _LocalFile | RemoteFile
 
 
-def open_file(url: str, total: int | None = None) -> File:
+def open_file(url: str, total: int | None = None, get: Fetch = fetch) -> File:
     """Open a file for range reads: `read(start, size)` returns less only at the end of the file. total: its size in
-    bytes, if known."""
-    return _LocalFile(filesystem(url)[1]) if is_local(url) else RemoteFile(url, total)
+    bytes, if known. get: makes the requests for a remote file."""
+    return _LocalFile(filesystem(url)[1]) if is_local(url) else RemoteFile(url, total, get)
 
 
 def exists(url: str) -> bool:
@@ -62,14 +63,15 @@ def exists(url: str) -> bool:
     return True
 
 
-def content(url: str, limit: int | None = None) -> bytes:
-    """Read a small file or object, or its first `limit` bytes. Raises DataMissing, DataLost or DataError."""
+def content(url: str, limit: int | None = None, get: Fetch = fetch) -> bytes:
+    """Read a small file or object, or its first `limit` bytes. get: makes the request for a remote one. Raises
+    DataMissing, DataLost or DataError."""
 
     def read() -> bytes:
         if is_local(url):
             with closing(_LocalFile(filesystem(url)[1])) as file:
                 return file.read(0, os.fstat(file.file.fileno()).st_size if limit is None else limit)
-        return read_start(url) if limit is None else read_start(url, limit)
+        return read_start(url, LONGEST if limit is None else limit, get)
 
     return call(read, url)
 
@@ -153,6 +155,19 @@ class OpenShards(Generic[Opened]):
         self._lock = threading.Lock()
         self._open: OrderedDict[int, Opened] = OrderedDict()
         self._pid = os.getpid()
+        self._ahead: Fetch | None = None
+
+    def take_from(self, ahead: Fetch | None) -> None:
+        """Take responses from requests that were sent ahead."""
+        self._renew_after_fork()
+        self._ahead = ahead
+
+    def __contains__(self, shard: int) -> bool:
+        return shard in self._open
+
+    def fetch(self, url: str, start: int, size: int) -> Response:
+        """`remote.fetch`, or its response from a request that was sent ahead."""
+        return (self._ahead or fetch)(url, start, size)
 
     def read(self, shard: int, action: Callable[[Opened], Found]) -> Found:
         """The result of `action` on a shard. Retries storage errors, each time with a newly opened file, since the
@@ -175,10 +190,7 @@ class OpenShards(Generic[Opened]):
             raise
 
     def _get(self, shard: int) -> Opened:
-        if self._pid != os.getpid():  # a fork: the parent's other threads, which may have held the lock, do not exist
-            local = {number: each for number, each in self._open.items() if isinstance(each.file, _LocalFile)}
-            self._renew()
-            self._open.update(local)
+        self._renew_after_fork()
         with self._lock:
             opened = self._open.get(shard)
         opened = self._opened(shard) if opened is None else opened
@@ -189,9 +201,15 @@ class OpenShards(Generic[Opened]):
                 self._open.popitem(last=False)
             return opened
 
+    def _renew_after_fork(self) -> None:
+        if self._pid != os.getpid():  # the parent's other threads, which may have held the lock, do not exist
+            local = {number: each for number, each in self._open.items() if isinstance(each.file, _LocalFile)}
+            self._renew()
+            self._open.update(local)
+
     def __getstate__(self) -> dict:
         # Descriptors and locks cannot be pickled.
-        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_open", "_pid")}
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_open", "_pid", "_ahead")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)

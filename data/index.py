@@ -18,7 +18,7 @@ from typing import NamedTuple
 from .atomic import write_atomic
 from .errors import DataError, DataMissing
 from .files import Stream, content, is_local
-from .remote import filesystem
+from .remote import Fetch, fetch, filesystem
 from .retry import call
 from .tars import ManyZeros, Member, TarInput, scan
 from .transforms import clean_caption
@@ -216,9 +216,9 @@ def load_header(shard: str) -> Header:
     return _parse_header(shard, content(index_path(shard), HEADER_LIMIT))
 
 
-def load_index(shard: str) -> Index:
-    """The whole index of a shard; raises like `load_header`."""
-    data = content(index_path(shard))
+def load_index(shard: str, get: Fetch = fetch) -> Index:
+    """The whole index of a shard. get: makes the request for a remote one. Raises like `load_header`."""
+    data = content(index_path(shard), get=get)
     header, lines = _parse_header(shard, data), data.splitlines()[1:]
     if len(lines) != header.samples:
         raise damaged(shard)

@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, default_collate, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from .errors import DataError, DataLost
-from .plan import Plan, Share, rank_positions
+from .plan import Located, Plan, Share, rank_positions
 from .processes import START_METHOD, die_with_launcher
+from .read_ahead import ReadAhead
 from .retry import failure
 from .samples import Item, ReadableSamples
 from .shards import Dataset
@@ -99,8 +100,11 @@ class Loader:
         if workers:
             make_socket_folder()
         self._micro_batches = range(steps.start * accumulation, steps.stop * accumulation)
+        self._source = _MicroBatches(
+            dataset, plan, collate, settings.image_sizes, share, accumulation, self._micro_batches.stop
+        )
         self._loader = DataLoader(
-            _MicroBatches(dataset, plan, collate, settings.image_sizes, share, accumulation),
+            self._source,
             batch_size=None,
             sampler=self._micro_batches,
             num_workers=workers,
@@ -148,6 +152,7 @@ class Loader:
         """Stop the workers, also unresponsive ones. The loader can be iterated again."""
         running, self._running = self._running, None
         atexit.unregister(self.close)
+        self._source.close()
         workers = getattr(running, "_workers", None)
         if running is None or not workers:
             return
@@ -242,6 +247,7 @@ class _MicroBatches(TorchDataset):
         image_sizes: tuple[int, ...],
         share: Share,
         accumulation: int,
+        stop: int,
     ) -> None:
         self.dataset = dataset
         self.plan = plan
@@ -249,12 +255,21 @@ class _MicroBatches(TorchDataset):
         self.samples = ReadableSamples(dataset, image_sizes)
         self.share = share
         self.accumulation = accumulation
+        self.stop = stop
+        self._has_urls = any("://" in shard for shard in dataset.shards)
+        self._ahead: ReadAhead | None = None
+
+    def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def __getitem__(self, number: int) -> Batch | DataError:
-        step, row = divmod(number, self.accumulation)
-        located = self.plan.locate(rank_positions(step, *self.share)[row])
+        located = self._locate(number)
         replaced: list[tuple[str, str]] = []
         try:
+            if self._has_urls:
+                self._request_ahead(number)
             planned = zip(*(part.tolist() for part in located), strict=True)
             items = [
                 self.samples.read(epoch, shard, sample, index, replaced) for epoch, shard, sample, index in planned
@@ -267,3 +282,20 @@ class _MicroBatches(TorchDataset):
             if verdict(error) is None:
                 raise
             return failure("a loader worker", error)
+
+    def _locate(self, number: int) -> Located:
+        step, row = divmod(number, self.accumulation)
+        return self.plan.locate(rank_positions(step, *self.share)[row])
+
+    def _request_ahead(self, number: int) -> None:
+        if self._ahead is None or self._ahead.pid != os.getpid():
+            # DataLoader passes the micro-batches to its workers in turn.
+            worker = get_worker_info()
+            numbers = range(number, self.stop, worker.num_workers if worker else 1)
+            self._ahead = ReadAhead(self.dataset, self._samples, numbers)
+        self._ahead.advance(number)
+
+    def _samples(self, number: int) -> Iterator[tuple[int, int]]:
+        """Shard and number within it of each sample of a micro-batch."""
+        located = self._locate(number)
+        return zip(located.shard.tolist(), located.sample.tolist(), strict=True)

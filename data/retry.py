@@ -42,6 +42,16 @@ def retrying(action: Callable[[], Result], where: object, patience_s: float | No
     PATIENCE_S) seconds in total. The first retry logs one warning that names `where`. The last error is raised
     unchanged. A DataError was already retried at its origin and is raised at once. When every response was wrong, the
     `InvalidResponse` is marked as lasting, since the server will not recover by itself."""
+    try:
+        return action()  # without tenacity, which takes as long as a local read
+    except Exception as error:
+        failed = [error]
+
+    def attempt() -> Result:
+        if failed:
+            raise failed.pop()
+        return action()
+
     from tenacity import Retrying, retry_if_exception
 
     patience = PATIENCE_S if patience_s is None else patience_s
@@ -73,7 +83,7 @@ def retrying(action: Callable[[], Result], where: object, patience_s: float | No
             return False
         return True
 
-    for attempt in Retrying(
+    for again in Retrying(
         retry=retry_if_exception(should_retry),
         wait=pause_s,
         stop=lambda state: spent >= patience,
@@ -81,8 +91,8 @@ def retrying(action: Callable[[], Result], where: object, patience_s: float | No
         sleep=_sleep,
         reraise=True,
     ):
-        with attempt:
-            return action()
+        with again:
+            return attempt()
     raise AssertionError("tenacity returns or raises")
 
 

@@ -14,9 +14,10 @@ import pytest
 
 import faulty_server
 import object_store
-from bifrost.data import DataError, DataLost, index_shards, open_dataset, remote, retry, verify
+from bifrost.data import DataError, DataLost, index_shards, open_dataset, retry, verify
 from bifrost.data import kept as kept_module
 from bifrost.data.files import Stream, content, exists
+from bifrost.data.remote_file import RemoteFile
 from faulty_server import Plan, Rule
 
 
@@ -209,7 +210,7 @@ def test_empty_objects_and_empty_ranges(served, folder) -> None:
     plan, address = served
     assert content(address + "00000.index.jsonl", 10) == (folder / "s-00000.index.jsonl").read_bytes()[:10]
     plan.asked.clear()
-    with_size = remote.RemoteFile(address + "00000.tar")
+    with_size = RemoteFile(address + "00000.tar")
     assert with_size.read(100, 0) == b"" and plan.asked == []
     size = (folder / "s-00000.tar").stat().st_size
     assert with_size.read(size - 10, 100) == (folder / "s-00000.tar").read_bytes()[-10:]

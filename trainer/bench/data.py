@@ -1,12 +1,14 @@
-"""`bifrost bench data`: the reader against the decode limit of the machine and against webdataset."""
+"""`bifrost bench data`: the reader against the decode limit of the machine and against webdataset, on local files or
+over HTTP."""
 
 from __future__ import annotations
 
 import io
+import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ from PIL import Image
 from rich.table import Table
 
 from ...data import bench as reader_bench
+from ...data.files import is_local
 from ...data.photos import QUALITY, make_photos
 from ...data.transforms import decode_sizes
 from ...recipes import load_recipe
 from ..errors import RunError
 from ..terminal import terminal
 from .machine import format_machine, machine, usable_cores, write_record
+from .range_server import latency_seconds, served
 
 READER = "our reader"
 OWN, PIL, PLAIN, MIXED = "our decoder alone", "Pillow alone", "webdataset", "webdataset, our decoder"
@@ -37,14 +41,20 @@ def bench(
     workers: int | None = None,
     rounds: int = 5,
     sides: str = "512,1024",
+    latency: str | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Measure, print and return the record; `out` is a folder for `data.json`. source: shards, a recipe, or None for
-    generated images of `sides`."""
+    generated images of `sides`. latency: the reader and webdataset read from an HTTP server whose responses begin so
+    late, such as `30ms`; None reads the files."""
     workers = workers or len(usable_cores())
     if overrides and source and _names_shards(source):
         raise RunError(f"{overrides[0]}: overrides need a recipe, {source} are shards; give a recipe or remove it")
-    with _job(source, overrides, samples, workers, sides) as job:
+    latency_s = None if latency is None else latency_seconds(latency)
+    with ExitStack() as stack:
+        job = stack.enter_context(_job(source, overrides, samples, workers, sides))
+        if latency_s is not None:
+            job.urls = stack.enter_context(served(_servable(job.dataset.shards), latency_s))
         sizes = np.array([_side(data) for data in job.images[:256]])
         record: dict[str, Any] = {
             "source": source or f"generated: JPEG, quality {QUALITY}, shorter side {sides.replace(',', ' to ')} px",
@@ -54,7 +64,8 @@ def bench(
             "image_size": list(job.sizes),
             "micro_batch": job.micro_batch,
             "processes": workers,
-            "machine": machine("pillow", "webdataset", "numpy"),
+            "latency_s": latency_s,
+            "machine": machine("pillow", "webdataset", "numpy", "aiohttp"),
         }
         measured = [_round(job, number) for number in range(rounds)]
         # Not interleaved with the baselines, so that the parts add up.
@@ -74,6 +85,14 @@ def bench(
     if out:
         write_record(out, "data.json", record)
     return record
+
+
+def _servable(shards: list[str]) -> list[str]:
+    if remote := [shard for shard in shards if not is_local(shard)]:
+        raise RunError(f"{remote[0]}: --latency serves local shards; leave it out, or name local ones")
+    if shutil.which("curl") is None:
+        raise RunError("--latency: webdataset reads URLs with curl, which is not installed; install it")
+    return shards
 
 
 def _names_shards(source: str) -> bool:
@@ -143,10 +162,12 @@ def _show(record: dict[str, Any]) -> None:
     console = terminal()
     low, middle, high = record["shorter_side"]
     size = ", ".join(map(str, record["image_size"]))
+    latency = record["latency_s"]
+    over = "" if latency is None else f" over HTTP with {1000 * latency:g} ms latency"
     console.print(
         f"{record['samples']:,} samples of {record['source']}: shorter side {low} to {high} px (median {middle}),"
         f" {record['image_bytes'] / 1000:.0f} kB each; to {size} px, micro_batch {record['micro_batch']},"
-        f" {record['processes']} processes.",
+        f" {record['processes']} processes{over}.",
         soft_wrap=True,
     )
     table = Table("", "samples/s", "reader / it", "rounds", title="Samples per second, medians", title_justify="left")

@@ -69,12 +69,18 @@ def bench_data(
     ] = None,
     rounds: Annotated[int, typer.Option(help="Rounds over all baselines; medians are reported.", min=1)] = 5,
     sides: Annotated[str, typer.Option(help="Range of generated images' shorter side, pixels.")] = "512,1024",
+    latency: Annotated[
+        str | None,
+        typer.Option(help="Read over HTTP, from a server on loopback with this latency, such as 30ms; default files."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for data.json.")] = None,
 ) -> None:
     """Time the reader against the machine's decode limit and a plain webdataset pipeline, by part."""
     from ..bench.data import bench
 
-    bench(source, overrides or [], samples=samples, workers=workers, rounds=rounds, sides=sides, out=out)
+    bench(
+        source, overrides or [], samples=samples, workers=workers, rounds=rounds, sides=sides, latency=latency, out=out
+    )
 
 
 @app.command("scale")

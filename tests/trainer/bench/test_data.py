@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import time
+import urllib.request
 from itertools import islice
 from pathlib import Path
 
@@ -15,9 +17,12 @@ from typer.testing import CliRunner
 
 from bifrost.data import DataError, bench, open_dataset
 from bifrost.data.photos import make_photos
+from bifrost.data.remote import fetch
+from bifrost.data.remote_file import RemoteFile
 from bifrost.data.transforms import decode_sizes
-from bifrost.trainer.bench import data
+from bifrost.trainer.bench import data, range_server
 from bifrost.trainer.cli.main import app
+from bifrost.trainer.errors import RunError
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +145,50 @@ def test_mistakes_are_one_line(photos: str) -> None:
     assert "overrides need a recipe" in str(ended.exception)
     ended = CliRunner().invoke(app, ["bench", "data", "--sides", "9,3"])
     assert "--sides 9,3" in str(ended.exception)
+
+
+def test_over_http_the_samples_are_those_of_the_files(photos: str) -> None:
+    """From a server that answers late; both read the URLs."""
+    work = job(photos, workers=1)
+    shards = open_dataset(photos).shards
+    with range_server.served(shards, 0.001) as urls:
+        work.urls = urls
+        assert work.measured.shards == urls != shards
+        ours, theirs = (
+            dict(zip(batch["captions"], batch["images"], strict=True))
+            for batches in (bench.reader_batches(work), bench.webdataset_batches(work, own_decoder=True))
+            for batch in islice(batches, 1)
+        )
+    assert ours.keys() <= set(local := captions(photos)) and theirs.keys() <= set(local)
+    for batch in (ours, theirs):
+        assert all(torch.equal(image, local[caption]) for caption, image in batch.items())
+
+
+def captions(spec: str) -> dict[str, torch.Tensor]:
+    work = job(spec, workers=1)
+    batches = islice(bench.reader_batches(work), work.batches)
+    return {
+        caption: image for batch in batches for caption, image in zip(batch["captions"], batch["images"], strict=True)
+    }
+
+
+def test_the_server_sends_ranges_late(photos: str) -> None:
+    shards = open_dataset(photos).shards
+    content = Path(shards[1]).read_bytes()
+    with range_server.served(shards, 0.2) as urls:
+        begun = time.monotonic()
+        assert RemoteFile(urls[1]).read(1000, 500) == content[1000:1500]
+        assert time.monotonic() - begun >= 0.2
+        assert fetch(urls[1], len(content) - 5, 9).body == content[-5:]
+        assert urllib.request.urlopen(urls[1]).read() == content
+        with pytest.raises(FileNotFoundError):
+            fetch(urls[0].replace("00000", "00009"), 0, 5)
+
+
+def test_latencies() -> None:
+    assert [range_server.latency_seconds(text) for text in ("30ms", "0.1s", "0", "1.5 ms")] == [0.03, 0.1, 0, 0.0015]
+    for text in ("30", "fast", "-1ms"):
+        with pytest.raises(RunError, match=f"--latency {text}: give a time with its unit, such as 30ms"):
+            range_server.latency_seconds(text)
+    with pytest.raises(RunError, match=r"http://h/a\.tar: --latency serves local shards"):
+        data._servable(["http://h/a.tar"])
