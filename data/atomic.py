@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -12,15 +13,15 @@ def temporary_name(path: str | os.PathLike) -> str:
     return f"{os.fspath(path)}.tmp-{platform.node()}-{os.getpid()}"
 
 
-def write_atomic(path: str | os.PathLike, data: bytes, mode: int | None = None) -> None:
-    """Write a local file atomically: readers see the old or the complete new file, also after a crash. mode: its
-    permissions, by default those from the process's umask."""
+def write_atomic(path: str | os.PathLike, data: bytes | Iterable[bytes], mode: int | None = None) -> None:
+    """Write a local file atomically, from bytes or from their parts in order: readers see the old or the complete new
+    file, also after a crash. mode: its permissions, by default those from the process's umask."""
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             if mode is not None:
                 os.fchmod(file.fileno(), mode)
-            file.write(data)
+            file.writelines((data,) if isinstance(data, bytes) else data)
         commit(temporary, path)
     except OSError as error:
         error.filename = os.fspath(path)  # not the temporary name, and some errors have none

@@ -11,17 +11,20 @@ import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..data.local import names_in
-from .io import read_json, write_json
+from .io import newest_records, read_json, write_json
 
 ATTEMPTS = "slurm/attempts.jsonl"
 OUTCOME = "slurm/exit_record.json"
 STOPPED = "stopped.json"
 OLD_ATTEMPTS, OLD_OUTCOME = "slurm/starts.jsonl", "slurm/outcome.json"
 """Names of these two files in earlier versions, in which `attempt` was `start`."""
+TIMED_LINES = 100_000
+"""Newest lines of metrics.jsonl from which the time for a stop is estimated: more than lie between two saves."""
 GRACE_S, LEAST_GRACE_S = 120, 60
 """Default until a step and a save were timed, and the minimum: Slurm's timer may fire a minute early."""
 
@@ -107,14 +110,20 @@ def write_stopped(run: Path, code: int, reason: str) -> None:
 
 def grace(run: Path) -> int:
     """Seconds that all ranks need to stop, from the run's measurements (see `stop_s`), else a default."""
-    lines = _lines(run / "metrics.jsonl")
-    validations = [line["validation_s"] for line in lines if isinstance(line.get("validation_s"), float)][-10:]
-    steps = [line["step_s"] for line in lines if isinstance(line.get("step_s"), float)][-100:]
-    saves = [
-        line["seconds"]
-        for line in lines
-        if line.get("event") == "checkpoint" and isinstance(line.get("seconds"), float)
-    ][-10:]
+    validations: list[float] = []
+    steps: list[float] = []
+    saves: list[float] = []
+    for line in islice(newest_records(run / "metrics.jsonl"), TIMED_LINES):
+        save = line.get("event") == "checkpoint"
+        for found, most, value in (
+            (validations, 10, line.get("validation_s")),
+            (steps, 100, line.get("step_s")),
+            (saves, 10, line.get("seconds") if save else None),
+        ):
+            if isinstance(value, float) and len(found) < most:
+                found.append(value)
+        if (len(validations), len(steps), len(saves)) == (10, 100, 10):
+            break
     return round(stop_s(statistics.median(steps) if steps else None, saves, max(validations, default=0.0)) or GRACE_S)
 
 
@@ -126,7 +135,7 @@ def stop_s(step_s: float | None, saves: Sequence[float], between_s: float = 0.0)
 
 def last_metrics(run: Path) -> dict[str, Any] | None:
     """The newest metrics record of the run."""
-    return next((line for line in reversed(_lines(run / "metrics.jsonl")) if "event" not in line), None)
+    return next((line for line in newest_records(run / "metrics.jsonl") if "event" not in line), None)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

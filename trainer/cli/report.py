@@ -32,9 +32,10 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Also write an HTML page, with curves.", show_default=False)] = None,
 ) -> None:
     """Compare RUNs: settings, environment, losses at the same steps, previews, speed, memory."""
+    from ..report.compare import CURVES, page, read, tables
     from ..report.compare import compare as compared
-    from ..report.compare import page, tables
     from ..report.files import is_run, open_run
+    from ..report.summary import Summary
 
     # `runs/*` also names the store of MLflow; a path that does not exist is a typing error.
     others = [path for path in runs if path.exists() and not is_run(path)]
@@ -46,14 +47,16 @@ def compare(
         raise RunError("bifrost compare: give two run folders or more")
     names = [folder.resolve().name for folder in runs]
     shown = names if len(set(names)) == len(names) else [str(folder) for folder in runs]
-    opened = [open_run(folder, name) for folder, name in zip(runs, shown, strict=True)]
-    found = compared(opened)
+    drawn = tuple(CURVES) if out else ("loss",)
+    opened = [open_run(folder, name, Summary(drawn, compared=True)) for folder, name in zip(runs, shown, strict=True)]
+    lines = read(opened)
+    found = compared(opened, lines)
     if as_json:
         print(json.dumps(found, indent=1))
     else:
         show(tables(found))
     if out:
-        write(out, page(opened, found), quiet=as_json)
+        write(out, page(opened, lines, found), quiet=as_json)
 
 
 def show(tables: dict[str, tuple[list[str], list[list[str]]]]) -> None:
@@ -75,6 +78,6 @@ def show(tables: dict[str, tuple[list[str], list[list[str]]]]) -> None:
 def write(file: Path, text: str, quiet: bool = False) -> None:
     """Write the page to `file` atomically. Raises RunError."""
     with writing(file):
-        write_atomic(file, text.encode())
+        write_atomic(file, text.encode(errors="backslashreplace"))  # names of files that are not UTF-8
     if not quiet:
         print(file)

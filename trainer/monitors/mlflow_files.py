@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .metrics import read_metrics
+from .metrics import read_events
 from .mlflow_errors import one_line
 from .renames import previews
 
@@ -32,9 +32,7 @@ def send_files(
                 sent[str(name)] = mark
                 note()
         if events:
-            lines = [
-                json.dumps(record) + "\n" for record in read_metrics(folder / "metrics.jsonl") if "event" in record
-            ]
+            lines = [json.dumps(record) + "\n" for record in read_events(folder / "metrics.jsonl")]
             client.log_text(run_id, "".join(lines), "events.jsonl")
     except Exception as error:  # a server may accept metrics and have no space for files
         return one_line(error)

@@ -19,7 +19,7 @@ from ...slurm.run_folder import no_run
 from ..errors import AlreadyRunning, RunError
 from ..io import read_json
 from .evaluations import FILE as EVALUATIONS
-from .metrics import Tail, read_metrics
+from .metrics import Tail, iter_metrics, read_events
 from .mlflow_errors import is_missing, one_line
 from .mlflow_files import send_files
 from .mlflow_series import LONGEST_TAG, milliseconds, parameters, series, series_name
@@ -109,7 +109,7 @@ class MlflowRun:
     def end(self, otherwise: str | None) -> None:
         """Set the run's status from its newest `end` event unless it was restarted since, else to `otherwise` if not
         None."""
-        turns = [record for record in read_metrics(self.metrics) if record.get("event") in ("start", "end")]
+        turns = [record for record in read_events(self.metrics) if record["event"] in ("start", "end")]
         last = turns[-1] if turns else {}
         status = STATUS.get(last.get("outcome", ""), "FINISHED") if last.get("event") == "end" else otherwise
         if status:
@@ -158,17 +158,17 @@ class MlflowRun:
         if is_database(self._uri):
             require_current(self._uri)
         client = MlflowClient(self._uri)
-        records = read_metrics(self.metrics)
-        run = self._run(client, _begun(records))
+        events = read_events(self.metrics)
+        run = self._run(client, _begun(next(iter_metrics(self.metrics), [{}])[0]))
         history = client.get_metric_history(run.info.run_id, LOSS) if LOSS in run.data.metrics else []
-        if self._dropped(records, max((point.step for point in history), default=0), run.data.params):
+        if self._dropped(events, max((point.step for point in history), default=0), run.data.params):
             self._state |= {"key": uuid.uuid4().hex, "run_id": None, "files": {}}
             self._state["replaced"].append(run.info.run_id)
             run = self._run(client, run.info.start_time)
-        self._state["rollbacks"] = _rollbacks(records)
+        self._state["rollbacks"] = _rollbacks(events)
         self._store()
         self._mark_replaced(client)
-        self._send_settings(client, run, records)
+        self._send_settings(client, run, events)
         histories = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
         self._reached = {key: max(point.step for point in history) for key, history in histories.items()}
         self._seen = {(key, p.step, p.timestamp) for key, history in histories.items() for p in history}
@@ -233,13 +233,13 @@ class MlflowRun:
         tags = {**run_tags(self.folder, self.recipe), "bifrost.key": key}
         return client.create_run(experiment.experiment_id, start_time, tags=tags, run_name=self.folder.name)
 
-    def _dropped(self, records: list[dict[str, Any]], reached: int, params: dict[str, str]) -> bool:
+    def _dropped(self, events: list[dict[str, Any]], reached: int, params: dict[str, str]) -> bool:
         """Whether the server has points, up to step `reached`, of steps that the run dropped and repeats differently: a
         rollback skips samples, and a resume with other settings changes later steps."""
-        rollbacks = [record for record in records if record.get("event") == "rollback"][self._state["rollbacks"] :]
-        if any(reached > record["to"] for record in rollbacks):
+        rollbacks = [event for event in events if event["event"] == "rollback"][self._state["rollbacks"] :]
+        if any(reached > rollback["to"] for rollback in rollbacks):
             return True
-        started = [record["step"] for record in records if record.get("event") == "start"]
+        started = [event["step"] for event in events if event["event"] == "start"]
         return self._live and bool(started) and reached > started[-1] and bool(self._changed(params))
 
     def _changed(self, params: dict[str, str]) -> dict[str, tuple[str, str]]:
@@ -252,7 +252,7 @@ class MlflowRun:
         }
 
     def _rollbacks_to_see(self) -> bool:
-        return _rollbacks(read_metrics(self.metrics)) > self._state["rollbacks"]
+        return _rollbacks(read_events(self.metrics)) > self._state["rollbacks"]
 
     def _mark_replaced(self, client: Any) -> None:
         """Mark the runs that this one replaced."""
@@ -270,7 +270,7 @@ class MlflowRun:
             self._state["replaced"] = []
             self._store()
 
-    def _send_settings(self, client: Any, run: Any, records: list[dict[str, Any]]) -> None:
+    def _send_settings(self, client: Any, run: Any, events: list[dict[str, Any]]) -> None:
         from mlflow.entities import Param
 
         run_id = run.info.run_id
@@ -282,7 +282,7 @@ class MlflowRun:
         if not self._live:
             return
         tags = {"bifrost.restarts": str(self._state["starts"] - 1), "bifrost.folder": str(self.folder)}
-        step = max((record["step"] for record in records if record.get("event") == "start"), default=0)
+        step = max((event["step"] for event in events if event["event"] == "start"), default=0)
         for key, (there, here) in self._changed(run.data.params).items():
             tags[f"bifrost.changed.{key}"] = f"{there} -> {here}, step {step}"[:LONGEST_TAG]
         for key, text in tags.items():
@@ -321,14 +321,13 @@ def _is_copy(state: dict[str, Any], folder: Path) -> bool:
     return (read_json(original / "tracking.json") or {}).get("key") == state["key"]
 
 
-def _begun(records: list[dict[str, Any]]) -> int:
-    """Unix time in milliseconds at which the run started, which may be long before it is sent."""
-    first = records[0] if records else {}
+def _begun(first: dict[str, Any]) -> int:
+    """Unix time in milliseconds at which a run with this first record began; it may be sent long after."""
     return milliseconds(first) - int(1000 * first.get("startup_s", 0.0))
 
 
-def _rollbacks(records: list[dict[str, Any]]) -> int:
-    return sum(record.get("event") == "rollback" for record in records)
+def _rollbacks(events: list[dict[str, Any]]) -> int:
+    return sum(event["event"] == "rollback" for event in events)
 
 
 def _lock(path: Path) -> Any:

@@ -37,7 +37,7 @@ def with_new_names(record: dict[str, Any]) -> dict[str, Any]:
     event = record.get("event")
     event = EVENTS.get(event, event) if isinstance(event, str) else None
     names = METRICS if event is None else FIELDS.get(event, {})
-    if event == record.get("event") and not names.keys() & record.keys():
+    if event == record.get("event") and record.keys().isdisjoint(names):
         return record
     found = {names.get(key, key): value for key, value in record.items()}
     return found if event is None else found | {"event": event}

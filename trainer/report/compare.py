@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+from ...slurm.io import newest_records
 from ..io import flat
-from ..training.data_digest import comparable
-from .drawing import COLOURS, Chart, Curve, chart, smoothed
-from .files import RunFiles
+from ..monitors.columns import Lines, blocks
+from ..monitors.metrics import iter_metrics
+from .drawing import COLOURS, Chart, Curve, Points, chart
+from .files import METRICS, RunFiles
 from .page import template
+from .same_steps import Rows, SameSteps, matched
+from .series import Mean, Series
 
 WINDOW = 4
 """Final losses are those of the last 1/WINDOW of the steps that all runs have."""
@@ -26,67 +32,94 @@ CURVES = {
 SMOOTH = ("loss", "grad_norm")
 
 
-def compare(runs: Sequence[RunFiles]) -> dict[str, Any]:
+@dataclass
+class Read:
+    """What `compare` needs of several metrics files at once."""
+
+    window: tuple[int, int] | None
+    """The last steps that all runs have, of which the final losses are; None if no step is common to all."""
+    losses: list[Mean]
+    """Of each run, the losses in the window."""
+    same: list[SameSteps]
+    """Of each run but the first, against the first."""
+
+
+def read(runs: Sequence[RunFiles]) -> Read:
+    """Read the metrics of the runs, two or more, into their summaries, and compare them line by line."""
+    found = Read(_window(runs), [Mean() for _ in runs], [SameSteps() for _ in runs[1:]])
+
+    def rows(number: int) -> Iterator[Rows]:
+        for lines in runs[number].metrics.read(runs[number].folder / METRICS):
+            new = Rows.of(lines)
+            first, last = found.window or (math.inf, -math.inf)
+            inside = zip(new.steps, new.losses, strict=True) if new.steps[-1] >= first else ()
+            found.losses[number].extend(
+                loss for step, loss in inside if first <= step <= last and isinstance(loss, (int, float))
+            )
+            yield new
+
+    for number, same in enumerate(found.same, 1):
+        again = (Rows.of(part) for part in blocks(iter_metrics(runs[0].folder / METRICS)) if isinstance(part, Lines))
+        for mine, others in matched(rows(0) if number == 1 else again, rows(number)):
+            same.add(mine, others)
+    return found
+
+
+def _window(runs: Sequence[RunFiles]) -> tuple[int, int] | None:
+    """See `Read.window`: the last 1/WINDOW of the steps at which all runs have a loss."""
+    begin, end = -math.inf, math.inf
+    for run in runs:
+        file = run.folder / METRICS
+        both = chain.from_iterable(iter_metrics(file)), newest_records(file)
+        first, last = (next(filter(_has_loss, records), None) for records in both)
+        if first is None or last is None:
+            return None
+        begin, end = max(begin, first["step"]), min(end, last["step"])
+    return None if end < begin else (int(end - (end - begin) / WINDOW), int(end))
+
+
+def _has_loss(record: dict[str, Any]) -> bool:
+    return (
+        "event" not in record and isinstance(record.get("step"), int) and isinstance(record.get("loss"), (int, float))
+    )
+
+
+def compare(runs: Sequence[RunFiles], found: Read) -> dict[str, Any]:
     """`runs`: their names; `figures`: name -> values; `loss`: see `last_losses`; `against_first`: per other run, losses
     and samples of the same steps; `settings` and `environment`: differing key -> values. Values are listed in the order
     of the runs, None for a run without one."""
+    against = [
+        {"run": run.name, **same.losses(), **same.samples()} for run, same in zip(runs[1:], found.same, strict=True)
+    ]
     return {
         "runs": [run.name for run in runs],
         "figures": {name: [of(run) for run in runs] for name, of in FIGURES.items()},
-        "loss": last_losses(runs),
-        "against_first": [{"run": run.name, **same_steps(runs[0], run), **samples(runs[0], run)} for run in runs[1:]],
+        "loss": last_losses(runs, found),
+        "against_first": against,
         "settings": differing([run.recipe for run in runs], besides=("name",)),
         "environment": differing([{**run.environment, "kernels": _kernels(run)} for run in runs], besides=("hosts",)),
     }
 
 
-def last_losses(runs: Sequence[RunFiles]) -> dict[str, Any] | None:
+def last_losses(runs: Sequence[RunFiles], found: Read) -> dict[str, Any] | None:
     """Mean and standard deviation of each run's logged losses in `window`, the last steps that all runs have, and the
     smoothed loss at its end; None if no step is common to all."""
-    curves = [run.column("loss") for run in runs]
-    if not all(curves):
+    if found.window is None:
         return None
-    begin, end = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
-    if end < begin:
-        return None
-    window = [int(end - (end - begin) / WINDOW), int(end)]
-    inside = [[loss for step, loss in curve if window[0] <= step <= end] for curve in curves]
+    curves = [_curve(run, "loss").smoothed() for run in runs]
     return {
-        "window": window,
-        "lines": [len(losses) for losses in inside],
-        "mean": [statistics.fmean(losses) if losses else None for losses in inside],
-        "std": [statistics.stdev(losses) if len(losses) > 1 else None for losses in inside],
-        "smoothed": [[loss for step, loss in smoothed(curve) if step <= end][-1] for curve in curves],
+        "window": list(found.window),
+        "lines": [losses.count for losses in found.losses],
+        "mean": [losses.mean for losses in found.losses],
+        "std": [losses.deviation for losses in found.losses],
+        "smoothed": [
+            next((loss for step, loss in reversed(curve) if step <= found.window[1]), curve[0][1]) for curve in curves
+        ],
     }
 
 
-def same_steps(first: RunFiles, other: RunFiles) -> dict[str, Any]:
-    """`lines`: number of steps for which both logged a loss; the differences, other minus first."""
-    before, after = dict(first.column("loss")), dict(other.column("loss"))
-    both = sorted(before.keys() & after.keys())
-    if not both:
-        return {"lines": 0}
-    apart = [after[step] - before[step] for step in both]
-    worst = max(range(len(both)), key=lambda i: abs(apart[i]))
-    return {
-        "lines": len(both),
-        "equal": not any(apart),
-        "mean_difference": statistics.fmean(apart),
-        "mean_distance": statistics.fmean(map(abs, apart)),
-        "largest": apart[worst],
-        "largest_at": both[worst],
-        "last": apart[-1],
-    }
-
-
-def samples(first: RunFiles, other: RunFiles) -> dict[str, Any]:
-    """The last logged step up to which both consumed the same samples, and the first at which they had not; None if
-    there is no such step."""
-    before, after = ({line["step"]: line.get("data_digest") for line in run.steps} for run in (first, other))
-    both = sorted(step for step in before.keys() & after.keys() if comparable(before[step], after[step]))
-    apart = next((step for step in both if before[step] != after[step]), None)
-    same = [step for step in both if apart is None or step < apart]
-    return {"same_samples_to": same[-1] if same else None, "other_samples_at": apart}
+def _curve(run: RunFiles, key: str) -> Series:
+    return run.metrics.curves.get(key, Series())
 
 
 def differing(trees: Sequence[dict[str, Any]], besides: Sequence[str] = ()) -> dict[str, list[Any]]:
@@ -97,29 +130,25 @@ def differing(trees: Sequence[dict[str, Any]], besides: Sequence[str] = ()) -> d
     return {key: values for key, values in found.items() if any(value != values[0] for value in values[1:])}
 
 
-def page(runs: Sequence[RunFiles], found: dict[str, Any]) -> str:
+def page(runs: Sequence[RunFiles], read: Read, found: dict[str, Any]) -> str:
     """The comparison `found` as HTML, with overlaid curves."""
     return template("compare").render(
         found=found,
         runs=runs,
-        charts=charts(runs),
+        charts=charts(runs, read),
         tables=tables(found),
         colours=[_colour(i) for i in range(len(runs))],
     )
 
 
-def charts(runs: Sequence[RunFiles]) -> list[Chart]:
+def charts(runs: Sequence[RunFiles], read: Read) -> list[Chart]:
     drawn = []
     for key, title in CURVES.items():
-        shown: Callable[..., Any] = smoothed if key in SMOOTH else list
-        each = [Curve(run.name, shown(run.column(key)), _colour(i)) for i, run in enumerate(runs)]
+        shown: Callable[[Series], Points] = Series.smoothed if key in SMOOTH else Series.drawn
+        each = [Curve(run.name, shown(_curve(run, key)), _colour(i)) for i, run in enumerate(runs)]
         drawn.append(chart(title, each, zero=key not in SMOOTH, falls=key in SMOOTH))
-    base = dict(runs[0].column("loss"))
-    apart = [
-        Curve(run.name, [(step, loss - base[step]) for step, loss in run.column("loss") if step in base], _colour(i))
-        for i, run in enumerate(runs)
-        if i
-    ]
+    others = zip(runs[1:], read.same, strict=True)
+    apart = [Curve(run.name, same.apart.drawn(), _colour(i)) for i, (run, same) in enumerate(others, 1)]
     drawn.insert(1, chart(f"loss minus that of {runs[0].name}, same steps", apart))
     return [each for each in drawn if each is not None]
 
@@ -167,20 +196,16 @@ def _samples(row: dict[str, Any]) -> str:
 
 
 def _median(key: str) -> Callable[[RunFiles], float | None]:
-    def of(run: RunFiles) -> float | None:
-        values = [value for _, value in run.column(key)]
-        return statistics.median(values) if values else None
-
-    return of
+    return lambda run: run.metrics.medians[key].value()
 
 
 def _last(key: str) -> Callable[[RunFiles], float | None]:
-    return lambda run: next((value for _, value in reversed(run.column(key))), None)
+    return lambda run: run.metrics.last_values.get(key)
 
 
 def _waiting(run: RunFiles) -> float | None:
-    spent = sum(line["step_s"] for line in run.steps if "step_s" in line)
-    return sum(line.get("data_wait_s", 0.0) for line in run.steps) / spent if spent else None
+    spent = run.metrics.step_s
+    return run.metrics.data_wait_s / spent if spent else None
 
 
 def _goodput(key: str) -> Callable[[RunFiles], float | None]:
@@ -188,7 +213,7 @@ def _goodput(key: str) -> Callable[[RunFiles], float | None]:
 
 
 FIGURES: dict[str, Callable[[RunFiles], float | None]] = {
-    "steps": lambda run: run.steps[-1]["step"] if run.steps else None,
+    "steps": lambda run: run.metrics.last["step"] if run.metrics.last else None,
     "samples": _last("samples"),
     "samples/s, median": _median("samples_per_s"),
     "tokens/s, median": _median("tokens_per_s"),

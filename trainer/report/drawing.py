@@ -10,6 +10,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from .series import Series
+
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00", "#56b4e9", "#4d4d4d")
 """Okabe and Ito's palette, distinguishable with colour blindness."""
 STYLE: dict[Any, Any] = {
@@ -58,20 +60,9 @@ class Chart:
     note: str = ""
 
 
-def smoothed(points: Points) -> list[tuple[float, float]]:
-    """Exponential mean over about a twentieth of the points, without a bias to the first."""
-    keep = 1 - 1 / max(1.0, len(points) / 20)
-    mean = weight = 0.0
-    found = []
-    for x, y in points:
-        mean, weight = keep * mean + (1 - keep) * y, keep * weight + (1 - keep)
-        found.append((x, mean / weight))
-    return found
-
-
-def noisy(name: str, points: Points, colour: str) -> list[Curve]:
+def noisy(name: str, series: Series, colour: str) -> list[Curve]:
     """The smoothed curve, and the original faint behind it."""
-    return [Curve(name, points, colour, faint=True), Curve(name, smoothed(points), colour)]
+    return [Curve(name, series.drawn(), colour, faint=True), Curve(name, series.smoothed(), colour)]
 
 
 def chart(title: str, curves: Iterable[Curve], note: str = "", zero: bool = False, falls: bool = False) -> Chart | None:

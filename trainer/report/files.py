@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from ...slurm.run_folder import RECIPES, has_recipe, no_run
 from ..distributed.run_lock import STALE_S
 from ..errors import RunError
 from ..io import read_json
-from ..monitors.goodput import Ledger
-from ..monitors.metrics import read_metrics
+from .summary import Summary
 
+METRICS = "metrics.jsonl"
 ENDS = {
     "stopped": "stopped by a signal, can be resumed",
     "interrupted": "quit by Ctrl-C without a save, can be resumed from its last checkpoint",
@@ -28,8 +28,7 @@ ENDS = {
 
 @dataclass(frozen=True)
 class RunFiles:
-    """recipe, environment, kernels: content of the files of these names, {} if missing; records: all of
-    metrics.jsonl."""
+    """recipe, environment, kernels: content of the files of these names, {} if missing; metrics: of metrics.jsonl."""
 
     name: str
     """As displayed."""
@@ -37,31 +36,20 @@ class RunFiles:
     recipe: dict[str, Any]
     environment: dict[str, Any]
     kernels: dict[str, Any]
-    records: list[dict[str, Any]] = field(repr=False)
+    metrics: Summary = field(repr=False)
 
-    @cached_property
-    def steps(self) -> list[dict[str, Any]]:
-        """The metric lines, without events."""
-        return [record for record in self.records if "event" not in record and isinstance(record.get("step"), int)]
-
-    def events(self, *kinds: str) -> list[dict[str, Any]]:
-        return [record for record in self.records if record.get("event") in kinds]
-
-    def column(self, key: str) -> list[tuple[float, float]]:
-        """(step, value) of every line with a number under `key`."""
-        return [(line["step"], line[key]) for line in self.steps if isinstance(line.get(key), (int, float))]
-
-    @cached_property
+    @property
     def goodput(self) -> dict[str, Any] | None:
         """The figures of `bifrost goodput`; None before the first attempt."""
-        return Ledger(self.records).summary() if self.events("start") else None
+        return self.metrics.ledger.summary() if self.metrics.counts["start"] else None
 
     def state(self, now: float | None = None) -> str:
         """The run's state in a few words."""
-        return run_state(self.records, self.folder, time.time() if now is None else now)[1]
+        turn = self.metrics.turn
+        return run_state([turn] if turn else [], self.folder, time.time() if now is None else now)[1]
 
 
-def run_state(records: list[dict[str, Any]], folder: Path, now: float) -> tuple[str, str]:
+def run_state(records: Sequence[dict[str, Any]], folder: Path, now: float) -> tuple[str, str]:
     """State of a run from its newest records, and a few words: `new`, `running`, `stopped`, `interrupted`, `finished`
     or `failed`."""
     turns = [record for record in records if record.get("event") in ("start", "end", "hang")]
@@ -82,13 +70,12 @@ def run_state(records: list[dict[str, Any]], folder: Path, now: float) -> tuple[
 
 def is_run(folder: Path) -> bool:
     """Whether a run has written into `folder`, or was submitted from it."""
-    return has_recipe(folder) or (folder / "metrics.jsonl").is_file()
+    return has_recipe(folder) or (folder / METRICS).is_file()
 
 
-def open_run(folder: Path, name: str | None = None) -> RunFiles:
-    """The run in `folder`; RunError if there is none."""
+def open_run(folder: Path, name: str | None = None, metrics: Summary | None = None) -> RunFiles:
+    """The run in `folder`; RunError if there is none. metrics: left as it is, for a caller that reads the file."""
     recipe = next((file for place in RECIPES if (file := folder / place).is_file()), None)
-    metrics = folder / "metrics.jsonl"
     if not is_run(folder):
         raise RunError(no_run(folder, "recipe.yaml and no metrics.jsonl"))
     try:
@@ -103,5 +90,5 @@ def open_run(folder: Path, name: str | None = None) -> RunFiles:
         with_new_names(settings) if isinstance(settings, dict) else {},
         read_json(folder / "environment.json") or {},
         read_json(folder / "kernels.json") or {},
-        read_metrics(metrics) if metrics.is_file() else [],
+        Summary().read_all(folder / METRICS) if metrics is None else metrics,
     )

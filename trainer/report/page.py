@@ -22,21 +22,20 @@ from ...slurm.exit_record import STOPPED
 from ...slurm.exit_record import attempts as slurm_attempts
 from ..io import flat, read_json
 from ..monitors.renames import previews
-from .drawing import COLOURS, Chart, Curve, chart, noisy, smoothed
+from .drawing import COLOURS, Chart, Curve, Points, chart, noisy
 from .files import RunFiles
-from .timeline import KINDS, Attempt, attempts, intervals
+from .series import Series
+from .summary import PART, SHOWN, TROUBLE
+from .timeline import KINDS, Attempt, intervals
 
-SHOWN = 40
-"""Maximum rows of a table of events: the newest."""
 SHEETS, WIDEST = 3, 1400
 """Number of newest contact sheets shown, and their maximum width in pixels."""
-TROUBLE = ("skipped_step", "rollback", "baseline_reset", "bad_samples", "save_failed", "straggler", "hang")
 
 
 def page(run: RunFiles, now: float | None = None) -> str:
     """The page as HTML."""
     now = time.time() if now is None else now
-    found = attempts(run.records)
+    found = run.metrics.attempts.found
     sections = {
         "run": run,
         "state": run.state(now),
@@ -48,7 +47,7 @@ def page(run: RunFiles, now: float | None = None) -> str:
         "attempts": _attempts(found),
         "jobs": _jobs(run.folder),
         "trouble": _trouble(run),
-        "counts": Counter(event["event"] for event in run.events(*TROUBLE)),
+        "counts": Counter({kind: count for kind, count in run.metrics.counts.items() if kind in TROUBLE}),
         "checkpoints": _checkpoints(run),
         "images": _images(previews(run.folder)),
         "slowest": _slowest(run),
@@ -77,12 +76,12 @@ def template(name: str) -> Any:
 
 def tiles(run: RunFiles) -> list[tuple[str, str]]:
     """The most important figures, shown first."""
-    if not run.steps:
+    last = run.metrics.last
+    if last is None:
         return []
-    last = run.steps[-1]
     wanted = run.recipe.get("steps")
     found = [("step", f"{last['step']:,}" + (f" of {wanted:,}" if isinstance(wanted, int) else ""))]
-    if loss := smoothed(run.column("loss")):
+    if loss := run.metrics.curves.get("loss", Series()).smoothed():
         found.append(("loss, smoothed", f"{loss[-1][1]:.4g}"))
     known = {
         "samples_per_s": ("samples/s", "{:.4g}"),
@@ -102,22 +101,22 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
 
 def charts(run: RunFiles) -> list[Chart]:
     """The charts for which the run has numbers."""
-    column = run.column
-    loss = column("loss")
-    parts = dict.fromkeys(key for line in run.steps for key in line if key.startswith("loss_"))
-    wait = [
-        (line["step"], 100 * line["data_wait_s"] / line["step_s"])
-        for line in run.steps
-        if line.get("step_s") and "data_wait_s" in line
-    ]
+    metrics = run.metrics
+
+    def curve(key: str) -> Series:
+        return metrics.curves.get(key, Series())
+
+    def column(key: str) -> Points:
+        return curve(key).drawn()
+
     drawn = [
         chart(
             "loss",
             [
-                *noisy("loss", loss, COLOURS[0]),
+                *noisy("loss", curve("loss"), COLOURS[0]),
                 *(
-                    Curve(key.removeprefix("loss_").replace("_", " "), smoothed(column(key)), colour)
-                    for key, colour in zip(parts, COLOURS[1:], strict=False)
+                    Curve(key.removeprefix(PART).replace("_", " "), curve(key).smoothed(), colour)
+                    for key, colour in zip(metrics.parts, COLOURS[1:], strict=False)
                 ),
             ],
             "Smoothed over a twentieth of the lines; faint: as logged.",
@@ -131,7 +130,7 @@ def charts(run: RunFiles) -> list[Chart]:
             ],
             "Mean over mask rates or noise levels, on samples that training never reads.",
         ),
-        chart("samples per second", noisy("samples/s", column("samples_per_s"), COLOURS[0]), zero=True),
+        chart("samples per second", noisy("samples/s", curve("samples_per_s"), COLOURS[0]), zero=True),
         chart(
             "memory, GiB",
             [
@@ -141,7 +140,7 @@ def charts(run: RunFiles) -> list[Chart]:
             zero=True,
         ),
         chart("learning rate", [Curve("learning rate", column("lr"), COLOURS[0])], zero=True),
-        chart("gradient norm", noisy("before clipping", column("grad_norm"), COLOURS[0]), falls=True),
+        chart("gradient norm", noisy("before clipping", curve("grad_norm"), COLOURS[0]), falls=True),
         chart(
             "utilisation, %",
             [
@@ -150,8 +149,8 @@ def charts(run: RunFiles) -> list[Chart]:
             ],
             zero=True,
         ),
-        chart("useful TFLOP/s per device", noisy("TFLOP/s", column("tflops_per_device"), COLOURS[0]), zero=True),
-        chart("waiting for data, % of the step", noisy("rank 0", wait, COLOURS[0]), zero=True),
+        chart("useful TFLOP/s per device", noisy("TFLOP/s", curve("tflops_per_device"), COLOURS[0]), zero=True),
+        chart("waiting for data, % of the step", noisy("rank 0", metrics.waiting, COLOURS[0]), zero=True),
         chart(
             "rank work, s per step",
             [
@@ -183,7 +182,7 @@ def strip(run: RunFiles, found: list[Attempt]) -> dict[str, Any] | None:
         seconds = span.end - span.begin
         title = f"{label}: {format_seconds(seconds)} from {moment(span.begin)}"
         bars.append(((span.begin - first) / whole, seconds / whole, colour, title))
-    ticks = [(event["time"] - first) / whole for event in run.events("checkpoint")]
+    ticks = [(when - first) / whole for _, when in run.metrics.checkpoints.drawn()]
     legend = [(text, colour) for kind, (colour, text) in KINDS.items() if kind in {span.kind for span in spans}]
     return {"bars": bars, "ticks": ticks, "legend": legend, "begin": moment(first), "end": moment(last)}
 
@@ -230,7 +229,7 @@ def _jobs(folder: Path) -> list[list[Any]]:
 def _trouble(run: RunFiles) -> list[list[str]]:
     """Trouble events, newest last: time, step, event, details."""
     rows = []
-    for event in run.events(*TROUBLE)[-SHOWN:]:
+    for event in run.metrics.newest["trouble"]:
         known = {key: value for key, value in event.items() if key not in ("time", "event", "step")}
         rows.append(
             [moment(event["time"]), f"{event.get('step', ''):,}", event["event"], _text_of(event["event"], known)]
@@ -255,7 +254,7 @@ def _text_of(kind: str, known: dict[str, Any]) -> str:
 def _checkpoints(run: RunFiles) -> list[list[Any]]:
     """Saves, newest last, and whether each is still on disk."""
     rows = []
-    for event in run.events("checkpoint")[-SHOWN:]:
+    for event in run.metrics.newest["checkpoint"]:
         kept = (run.folder / "checkpoints" / f"step-{event['step']:08d}" / "manifest.json").is_file()
         size, seconds = event.get("bytes"), event.get("seconds", 0.0)
         rows.append(
@@ -290,7 +289,7 @@ def _images(folder: Path) -> list[tuple[str, Markup]]:
 
 def _slowest(run: RunFiles) -> list[list[Any]]:
     """(rank, fraction of log lines on which it had the most work) of the slowest ranks."""
-    counts = Counter(line["slowest_rank"] for line in run.steps if "slowest_rank" in line)
+    counts = run.metrics.slowest
     return [[rank, f"{count / counts.total():.0%}"] for rank, count in counts.most_common(8)]
 
 

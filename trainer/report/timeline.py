@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from ..monitors.columns import Lines
 
 KINDS = {
     "step": ("#009e73", "steps"),
@@ -48,21 +50,24 @@ class Attempt:
         self.lost_steps += record.get("lost_steps", 0)
 
 
-def attempts(records: Iterable[Mapping[str, Any]]) -> list[Attempt]:
-    """The attempts of a run, in order."""
-    found: list[Attempt] = []
-    for record in records:
+class Attempts:
+    """The attempts of a run, from its records in order."""
+
+    def __init__(self) -> None:
+        self.found: list[Attempt] = []
+
+    def add(self, record: Mapping[str, Any]) -> None:
         when, event = record.get("time", 0.0), record.get("event")
         if event == "start":
             begin = when - record.get("startup_s", 0.0)
-            if found:
-                last = found[-1]
+            if self.found:
+                last = self.found[-1]
                 last.lose(record)
                 if record.get("downtime_s"):
                     last.seen = max(last.seen, begin - record["downtime_s"])
-            found.append(Attempt(begin, when, when, record["step"], record.get("ranks", 1), record["step"]))
-        elif found:
-            last = found[-1]
+            self.found.append(Attempt(begin, when, when, record["step"], record.get("ranks", 1), record["step"]))
+        elif self.found:
+            last = self.found[-1]
             last.seen = max(last.seen, when)
             last.reached = max(last.reached, record.get("step", 0))
             if event == "end":
@@ -71,7 +76,13 @@ def attempts(records: Iterable[Mapping[str, Any]]) -> list[Attempt]:
                 last.outcome = "hung"
             elif event == "rollback":
                 last.lose(record)
-    return found
+
+    def add_lines(self, lines: Lines) -> None:
+        """`add` of metric lines."""
+        if self.found:
+            last = self.found[-1]
+            last.seen = max(last.seen, *(when or 0.0 for when in lines.values("time")))
+            last.reached = max(last.reached, *lines.steps)
 
 
 def intervals(found: Sequence[Attempt]) -> list[Interval]:

@@ -12,7 +12,7 @@ from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.store import Store
 from ..distributed.process_group import Ranks
 from ..errors import RunError
-from ..monitors.metrics import read_metrics
+from ..monitors.metrics import read_events
 from ..optim.train_state import TrainState
 from ..stages import Stage, StageModel
 from .inputs import Inputs, check_continuation
@@ -83,8 +83,7 @@ def _newest(
 
 def _last_saved(folder: Path) -> int:
     """The last step that the run in `folder` recorded a save of; 0 without any."""
-    path = folder / "metrics.jsonl"
-    saves = [record for record in read_metrics(path) if record.get("event") == "checkpoint"] if path.exists() else []
+    saves = [event for event in read_events(folder / "metrics.jsonl") if event["event"] == "checkpoint"]
     return saves[-1]["step"] if saves else 0
 
 

@@ -17,10 +17,11 @@ import runs
 from bifrost.recipes import load_recipe
 from bifrost.trainer.cli.main import app
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.report.drawing import Curve, chart, smoothed
+from bifrost.trainer.report.drawing import Curve, chart
 from bifrost.trainer.report.files import open_run
 from bifrost.trainer.report.page import page
-from bifrost.trainer.report.timeline import Interval, attempts, intervals
+from bifrost.trainer.report.series import Series
+from bifrost.trainer.report.timeline import Interval, intervals
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 SECTIONS = ["curves", "time", "trouble", "checkpoints", "samples", "ranks", "settings", "environment"]
@@ -226,7 +227,7 @@ def test_no_run(tmp_path: Path) -> None:
 
 def test_the_timeline(eventful: Path) -> None:
     """By hand: ready at 20; the last sign of the first start is 12 s before the second one's process began at 60."""
-    found = attempts(open_run(eventful).records)
+    found = open_run(eventful).metrics.attempts.found
     assert [(s.step, s.reached, s.lost_steps) for s in found] == [(0, 10, 4), (10, 40, 0)]
     at = [Interval(each.begin - T, each.end - T, each.kind) for each in intervals(found)]
     assert at == [
@@ -281,9 +282,11 @@ def test_the_first_steps_may_leave_the_axis() -> None:
 
 
 def test_smoothed() -> None:
-    assert smoothed([(1, 5.0), (2, 5.0)]) == [(1, 5.0), (2, 5.0)]
-    wavy = smoothed([(i, float(i % 2)) for i in range(2000)])
-    assert all(0.4 < y < 0.6 for _, y in wavy[200:])
+    flat, wavy = Series(), Series()
+    flat.extend([1, 2], [5.0, 5.0])
+    assert flat.smoothed() == [(1, 5.0), (2, 5.0)]
+    wavy.extend(range(2000), [float(i % 2) for i in range(2000)])
+    assert all(0.4 < y < 0.6 for _, y in wavy.smoothed()[200:])
 
 
 def test_compare_by_hand(tmp_path: Path) -> None:
