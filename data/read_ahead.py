@@ -20,11 +20,11 @@ from .index import index_path
 from .remote import LONGEST, Response, fetch, has_requests
 from .shards import Dataset
 
-AHEAD_BYTES = 64 << 20
+AHEAD_BYTES = 128 << 20
 """Bytes of samples that a process requests ahead, including those received and not yet used."""
 FIRST_BYTES = 4 << 20
-"""The same at first; it doubles each time that half of it is used, so that the first samples arrive soon."""
-AHEAD_SAMPLES = 4096
+"""The same before the first micro-batch, which therefore arrives soon."""
+AHEAD_SAMPLES = 8192
 """Number of samples that a process requests ahead."""
 GAP = 64 << 10
 """Gap in bytes between two samples up to which they are requested together: reading it costs about as much processor
@@ -88,7 +88,8 @@ class ReadAhead:
     samples: micro-batch -> shard and number within the shard of each of its samples. numbers: the thread's
     micro-batches in the order in which it reads them. Until `close`, the dataset takes responses from here.
 
-    More is requested once half of what was requested is used, so that there are samples to request together.
+    More is requested once three quarters are used: the more samples are requested at a time, the more are close
+    together.
     """
 
     def __init__(
@@ -111,7 +112,8 @@ class ReadAhead:
         """Whether a shard is read ahead; local ones and ones with a damaged index are not."""
         self._number = -1
         self._bytes = 0
-        self._size = FIRST_BYTES
+        self._most = FIRST_BYTES
+        """Bytes to request ahead."""
         self._requested = 0
         """Spans in `_spans`."""
         self._connections = Connections()
@@ -127,6 +129,8 @@ class ReadAhead:
 
     def advance(self, number: int) -> None:
         """Request what is coming; the thread reads micro-batch `number` next."""
+        if self._number >= 0:
+            self._most = AHEAD_BYTES
         self._number = number
         for past in [each for each in self._spans if each < number]:
             for merged, sample in self._spans.pop(past).values():
@@ -208,11 +212,11 @@ class ReadAhead:
         self._held.sort()
 
     def _fill(self) -> None:
-        """Request held samples where that is possible now, and further ones if half of those requested are used."""
+        """Request held samples where that is possible now, and further ones if few are left."""
         planned: dict[str, list[_Planned]] = defaultdict(list)
         held, self._held = self._held, []
         is_low = self._is_low()
-        room, left = self._size - self._bytes, AHEAD_SAMPLES - self._requested - len(held)
+        room, left = self._most - self._bytes, AHEAD_SAMPLES - self._requested - len(held)
         for sample in held:
             if sample.number < self._number:
                 self._forget(sample.shard)
@@ -225,11 +229,10 @@ class ReadAhead:
                     room -= self._plan(self._next, planned)
                     left -= 1
                 self._next = next(self._coming, None)
-            self._size = min(AHEAD_BYTES, 2 * self._size)
         self._request(planned)
 
     def _is_low(self) -> bool:
-        return self._bytes <= self._size // 2 and self._requested <= AHEAD_SAMPLES // 2
+        return self._bytes <= self._most // 4 and self._requested <= AHEAD_SAMPLES // 4
 
     def _may_open(self, shard: int) -> bool:
         """Whether all shards that are in use stay open if this one is opened."""

@@ -7,7 +7,7 @@ import mmap
 import re
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 
 from ...data.index import index_path
@@ -63,8 +63,9 @@ def _serve(listening: socket.socket, shards: list[str], latency_s: float) -> Non
         response.content_length = stop - start
         await response.prepare(request)
         if request.method == "GET":
-            for at in range(start, stop, CHUNK):  # by `write`, which costs less than aiohttp's FileResponse
-                await response.write(whole[at : min(at + CHUNK, stop)])
+            with suppress(ConnectionError):  # a reader that was closed
+                for at in range(start, stop, CHUNK):  # by `write`, which costs less than aiohttp's FileResponse
+                    await response.write(whole[at : min(at + CHUNK, stop)])
         return response
 
     app = web.Application()
