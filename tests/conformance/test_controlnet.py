@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 
 from bifrost.trainer.models import flux, weights
+from bifrost.trainer.models.flux_transformer import FluxTransformer
 from bifrost.trainer.models.latent_controlnet import ControlNetConfig, LatentControlNet, Residuals
 
 TOLERANCE = 1e-5
@@ -19,7 +19,7 @@ class Case:
         config = json.loads(path.with_name(f"{path.name}.config.json").read_text())
         self.data = load_file(path.with_name(f"{path.name}.case.safetensors"))
         self.scale = config["conditioning_scale"]
-        self.flux = FluxTransformer2DModel(**config["flux"]).requires_grad_(False)
+        self.flux = FluxTransformer.build(config["flux"]).requires_grad_(False)
         self.flux.load_state_dict(load_file(path.with_name(f"{path.name}.flux.safetensors")))
         grids = (round(self.data[name].shape[1] ** 0.5) for name in ("patch_latents", "noisy_latents"))
         control = config["controlnet"]

@@ -86,7 +86,10 @@ class GenerationBranch(nn.Module):
         recomputed = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:
             settings = hidden, prefix, rotation, self.attention, recomputed
-            hidden = checkpoint(layer, *settings, use_reentrant=False) if recomputed else layer(*settings)
+            if recomputed:  # layers draw nothing
+                hidden = checkpoint(layer, *settings, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = layer(*settings)
         return self.norm(hidden, rows)
 
 

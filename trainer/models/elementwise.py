@@ -83,17 +83,17 @@ class _GatedDown(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, product: type[SwiGlu]) -> Tensor:
-        # The parameter itself, not a copy: ZeRO-3 frees it after the forward pass and gathers it for the backward pass.
-        ctx.save_for_backward(gate, up, weight)
+        ctx.save_for_backward(gate, up)
+        ctx.weight = weight  # an attribute: see `linear`
         ctx.product = product
         return F.linear(product.forward(gate, up), weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        gate, up, weight = ctx.saved_tensors
+        gate, up = ctx.saved_tensors
         d_weight = gradient.flatten(0, -2).T @ ctx.product.forward(gate, up).flatten(0, -2)
-        return *ctx.product.backward(gradient @ weight, gate, up), d_weight, None
+        return *ctx.product.backward(gradient @ ctx.weight, gate, up), d_weight, None
 
 
 class GatedDown(nn.Linear):

@@ -22,6 +22,7 @@ from transformers.initialization import no_init_weights
 
 from ..errors import RunError
 from . import weights
+from .flux_transformer import FluxTransformer
 from .latent_controlnet import Residuals
 from .safetensors_files import other_format_hint
 from .tokenizers import open_tokenizer
@@ -216,7 +217,7 @@ class FluxFolder:
         """Build one part without weights."""
         with no_init_weights():
             if part == "transformer":
-                return FluxTransformer2DModel.from_config(self.transformer)
+                return FluxTransformer.build(self.transformer)
             if part == "vae":
                 return AutoencoderKL.from_config(self.vae)
             if part == "text_encoder":

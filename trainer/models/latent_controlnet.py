@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from ..errors import RunError
 from . import weights
+from .flux_blocks import use_own_blocks
+from .flux_transformer import embed, run_block
 from .resampler import DownsamplingBlock, Norm, Resampling, UpsamplingBlock, on_grid, resampling
 
 _SHARED = (
@@ -156,6 +158,7 @@ class LatentControlNet(FluxControlNetModel):
             self.up_sampling_block = UpsamplingBlock(width, shape.norm)
         elif shape.resampling == "down":
             self.down_sampling_block = DownsamplingBlock(width, shape.norm)
+        use_own_blocks(self)
 
     def resample(self, latents: Tensor) -> Tensor:
         """Patch latents [B, N, D] on FLUX's token grid, [B, M, D]."""
@@ -181,19 +184,20 @@ class LatentControlNet(FluxControlNetModel):
         FLUX that takes one, else None.
         """
         dtype = self.x_embedder.weight.dtype
-        inputs: dict[str, Any] = {  # Any: diffusers' annotations are narrower than what it takes
-            "hidden_states": noisy.to(dtype),
-            "controlnet_cond": self.resample(patch_latents.to(dtype)),
-            "conditioning_scale": scale,
-            "encoder_hidden_states": text.to(dtype),
-            "pooled_projections": pooled.to(dtype),
-            "timestep": timestep,
-            "guidance": guidance,
-            "img_ids": img_ids,
-            "txt_ids": txt_ids,
-        }
-        double, single = super().forward(**inputs, return_dict=False)
-        return Residuals(tuple(double or ()), tuple(single or ()))
+        condition = self.controlnet_x_embedder(self.resample(patch_latents.to(dtype)))
+        rest = text.to(dtype), pooled.to(dtype), timestep, guidance, img_ids, txt_ids
+        text, image, level, rotation = embed(self, self.x_embedder(noisy.to(dtype)) + condition, *rest)
+        double, single = [], []
+        for block, project in zip(self.transformer_blocks, self.controlnet_blocks, strict=True):
+            text, image = run_block(self, block, text, image, level, rotation)
+            double.append(project(image))
+        hidden, tokens = torch.cat((text, image), dim=1), image.shape[1]
+        blocks: Any = self.single_transformer_blocks
+        for block, project in zip(blocks, self.controlnet_single_blocks, strict=True):
+            last = {"image": tokens} if block is blocks[-1] else {}
+            hidden = run_block(self, block, hidden, level, rotation, **last)
+            single.append(project(hidden if last else hidden[:, -tokens:]))
+        return Residuals(*(tuple(x if scale == 1 else x * scale for x in part) for part in (double, single)))
 
     def statistics(self) -> dict[str, Tensor]:
         """Name -> buffer that training updates in addition to the weights: BatchNorm's running statistics."""

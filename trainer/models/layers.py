@@ -15,6 +15,7 @@ from ...kernels import prefix_attention
 from ...kernels.attention import Backend
 from .backbone import Prefix, rotated
 from .elementwise import GatedDown, RmsNorm
+from .linear import Linear
 
 Rotation = tuple[Tensor, Tensor] | None
 """Cosines and sines [B, N, C] of the patches' positions; None if all positions are zero: no rotation."""
@@ -45,10 +46,10 @@ class PrefixAttention(nn.Module):
         width, self.index = config.hidden_size, index
         self.head_dim = width // config.num_attention_heads
         keys = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, keys)
-        self.v_proj = nn.Linear(width, keys)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, keys)
+        self.v_proj = Linear(width, keys)
+        self.o_proj = Linear(width, width, bias=False)
 
     def forward(self, hidden: Tensor, prefix: Prefix, rotation: Rotation, backend: Backend) -> Tensor:
         projections = self.q_proj, self.k_proj, self.v_proj
@@ -66,8 +67,8 @@ class Mlp(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = GatedDown(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor, recomputed: bool = False) -> Tensor:

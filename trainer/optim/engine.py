@@ -79,6 +79,8 @@ def deepspeed_config(batch: BatchSplit, precision: str, zero: Zero, clip: float)
             # On one node the secondary partition would equal the primary one.
             "zero_hpz_partition_size": zero.hpz if zero.hpz and zero.hpz < batch.ranks else 1,
             "zero_quantized_weights": zero.quantized_weights,
+            # It would replace torch's linear layers in the whole process; see models/linear.py.
+            "memory_efficient_linear": False,
         },
     }
 

@@ -30,8 +30,15 @@ BRANCH_KEPT = (6, 2, 2)
 """Decoder layer: times hidden width, MLP width, key width (the last for text rows too)."""
 BRANCH_RECOMPUTED = (6, 4, 2)
 """The same for a layer during its recomputation."""
-FLUX_KEPT = {"through": (14, 13), "trained": (28, 25)}
-"""Double and single block, times FLUX's hidden width."""
+FLUX_KEPT = {"through": (10, 9), "trained": (14, 11)}
+"""Double and single block, times FLUX's hidden width; see models/flux_blocks.py. A trained block also keeps the inputs
+of its linear layers and the changes that its gates scale."""
+FLUX_KEPT_BY_TEXT = {"through": 3, "trained": 4}
+"""The same of the last single block's text tokens, of which only keys and values are computed."""
+FLUX_RECOMPUTED = {"through": (12, 11), "trained": (16, 13)}
+"""The same for a block during its recomputation: with the rotated queries and keys."""
+FLUX_STATISTICS = 3
+"""Values in fp32 per token and head: the scales of queries and keys, and the logarithm of attention's sum."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ def patch_latent_parts(stage: PatchLatentStage, model: Any, precision: str, text
         byte * (patches * (hidden * width + mlp * config.intermediate_size) + key * keys * (patches + text))
         for hidden, mlp, key in (BRANCH_KEPT, BRANCH_RECOMPUTED)
     )
-    constant = byte * layers * 2 * keys * text  # the prefix
+    constant = byte * (layers * 2 * keys * text + patches * width)  # the prefix, and the input of the final norm
     rows = float(patches)
     if stage.branch.loss_tokens == "masked":
         draws = np.arange(4096)
@@ -235,53 +242,74 @@ def _flow(
 ) -> list[Part]:
     """FLUX and its ControlNet: joint attention over image and text."""
     image = stage.folder.grid(stage.flux.image_size) ** 2
-    width = transformer.inner_dim
+    width, heads = transformer.inner_dim, transformer.config.num_attention_heads
     byte = 2 if precision == "bf16" else 4
-    token = byte * (image + text) * width
-
-    def count(name: str) -> float:
-        if "norm" in name or name.startswith("time_text_embed"):
-            return 1.0  # modulations: once per sample
-        if name.startswith("single_transformer_blocks"):
-            return image + text
-        if any(word in name for word in ("context", "attn.add_", "attn.to_add")):
-            return text
-        return latents if name.endswith("upconv") else image
-
-    def reached(name: str) -> float:
-        """Gradients stop at the first residual."""
-        first = "transformer_blocks.0." if stage.shape.double else "single_transformer_blocks.0."
-        before = name.startswith((first, "x_embedder", "context_embedder", "time_text_embed"))
-        if not stage.shape.double:
-            before = before or name.startswith("transformer_blocks.")
-        return 0.0 if before else count(name)
-
-    def attention(blocks: int) -> float:
-        return 4.0 * blocks * (image + text) ** 2 * width
+    tokens = image + text
 
     def part(name: str, module: Any, gradient: Gradient, place: str) -> Part:
         double, single = len(module.transformer_blocks), len(module.single_transformer_blocks)
-        blocks = double + single
-        back = linear_flops(module, count), attention(blocks)
-        if gradient == "through":
-            behind = blocks - 1 if stage.shape.double else single - 1
-            back = linear_flops(module, reached), attention(behind)
-        kept = FLUX_KEPT[gradient]
-        grid = 0.0
-        if gradient == "trained":  # the resampling block's inputs, its norms in fp32 twice
-            grid = 2.0 * byte * (latents + 6 * image) * stage.shape.latent_width
+        last = f"single_transformer_blocks.{single - 1}."
+        # Gradients stop at the first residual.
+        skipped = (1, 0) if stage.shape.double else (double, 1)
+        behind = (double, single) if gradient == "trained" else (double - skipped[0], single - skipped[1])
+
+        def count(name: str) -> float:
+            if "norm" in name or name.startswith("time_text_embed"):
+                return 1.0  # modulations: once per sample
+            if name.startswith(last) and name.endswith(("to_q", "proj_mlp", "proj_out")):
+                return image  # its text output is not used
+            if name.startswith("single_transformer_blocks"):
+                return tokens
+            if any(word in name for word in ("context", "attn.add_", "attn.to_add")):
+                return text
+            return latents if name.endswith("upconv") else image
+
+        def reached(name: str) -> float:
+            kind, _, rest = name.partition(".")
+            number = int(rest.split(".")[0]) if kind.endswith("transformer_blocks") else 0
+            first = {"transformer_blocks": skipped[0], "single_transformer_blocks": skipped[1], "proj_out": 0}
+            return count(name) if gradient == "trained" or number >= first.get(kind, 1) else 0.0
+
+        def again(name: str) -> float:
+            """Recomputed: a frozen block only up to the image's last layer, whose result is not saved."""
+            if gradient == "through" and name.endswith(("ff.net.2", "proj_out")):
+                return 0.0
+            return reached(name) if "transformer_blocks" in name else 0.0
+
+        def attention(blocks: tuple[int, int]) -> float:
+            pairs = sum(blocks) * tokens**2 - (text * tokens if blocks[1] else 0)
+            return 4.0 * pairs * width
+
+        forward = linear_flops(module, count), attention((double, single))
+        unit, statistics = byte * width, 4 * FLUX_STATISTICS * heads
+        kept = sum(n * tokens * (k * unit + statistics) for n, k in zip(behind, FLUX_KEPT[gradient], strict=True))
+        if behind[1]:
+            kept -= text * unit * (FLUX_KEPT[gradient][1] - FLUX_KEPT_BY_TEXT[gradient])
+        # The rotation, complex, and the last state, for the layer behind the blocks.
+        outside = 4.0 * tokens * width / heads + image * unit
+        recomputed = sum(behind) * tokens * unit
+        if gradient == "trained":  # inputs and the resampling block's states
+            states = latents + 3 * image if stage.shape.resampling != "none" else 0
+            outside += byte * states * stage.shape.latent_width
+            inputs = image * stage.shape.latent_width + text * controlnet.config.joint_attention_dim
+            outside += byte * (inputs + image * controlnet.config.in_channels)
+            outside += image * unit if double and single else 0
+        else:  # the loss's error, and the residuals, which blocks add
+            outside += 4 * image * transformer.config.in_channels
+            recomputed += (stage.shape.double + stage.shape.single) * image * unit
         return Part(
             name,
             gradient,
             sizes(module),
-            linear_flops(module, count),
-            attention(blocks),
+            *forward,
             place,
-            *back,
-            kept=token * (double * kept[0] + single * kept[1]) + grid,
-            kept_recomputed=token * blocks + grid,
-            layer=token * (kept[0] if double else kept[1]),
-            gradients=5.0 * token,
+            linear_flops(module, reached),
+            attention(behind),
+            kept=kept + outside,
+            kept_recomputed=recomputed + outside,
+            layer=tokens * unit * FLUX_RECOMPUTED[gradient][0 if behind[0] else 1],
+            gradients=5.0 * tokens * unit,
+            last=sum(forward) - linear_flops(module, again) - attention(behind),
         )
 
     return [

@@ -7,13 +7,14 @@ from pathlib import Path
 import opened
 import pytest
 import torch
-from diffusers import FluxControlNetModel, FluxTransformer2DModel
+from diffusers import FluxControlNetModel
 from safetensors.torch import save_file
 
 import ranked
 from bifrost.recipes import FOLDER, load_recipe
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.flux import FluxFolder, image_ids, velocity
+from bifrost.trainer.models.flux_transformer import FluxTransformer
 from bifrost.trainer.models.latent_controlnet import (
     ControlNetConfig,
     LatentControlNet,
@@ -59,9 +60,9 @@ class InMemory:
         return self.tensors[name].flatten()[lo:hi]
 
 
-def flux() -> FluxTransformer2DModel:
+def flux() -> FluxTransformer:
     torch.manual_seed(0)
-    return FluxTransformer2DModel(**FLUX).requires_grad_(False)
+    return FluxTransformer.build(FLUX).requires_grad_(False)
 
 
 def build(kind: str = "up", seed: int = 0, **options) -> LatentControlNet:
@@ -346,7 +347,7 @@ def test_idle_blocks_are_refused_with_the_nearest_that_learn() -> None:
     double, single = 7, 9
     settings = {**FLUX, "num_layers": double, "num_single_layers": single, "num_attention_heads": 1}
     torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(**settings).requires_grad_(False)
+    transformer = FluxTransformer.build(settings).requires_grad_(False)
     noisy, _, conditions = inputs()
     for count in range(1, single + 1):
         residuals = Residuals(

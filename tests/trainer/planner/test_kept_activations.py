@@ -1,0 +1,118 @@
+"""The plan's activations against what DeepSpeed's ranks keep between the forward and the backward pass."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import opened
+import pytest
+import torch
+
+import ranked
+from bifrost.recipes import load_recipe
+from bifrost.trainer.planner import parts, plan, workload
+
+# Every parameter is gathered and freed, and attention runs in its fused kernel, as on a GPU: more than 128 tokens.
+SETTINGS = ["precision=bf16", "global_batch=2", "micro_batch=1", "zero.persistence_threshold=0"]
+STAGE_1 = [*SETTINGS, "backbone.placement=sharded", "data.image_size=336"]
+STAGE_2 = [*SETTINGS, "flux.image_size=96", "data.image_size=168"]
+SHARDED = "flux.placement={transformer: sharded, vae: sharded, text: sharded, vision_encoder: sharded}"
+TEXT = 20
+
+
+def inputs(stage: Any, size: int) -> dict[str, Any]:
+    """One sample of random inputs, `size` pixels wide for the vision encoder."""
+    images = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    if hasattr(stage, "folder"):
+        folder, (channels, height, width) = stage.folder, stage.latents
+        normal = torch.randn(1, channels, height, width)
+        lengths = folder.tokenizers.t5_length
+        return {
+            "images": images,
+            "posterior": normal,
+            "noise": torch.randn(1, height * width // 4, 4 * channels),
+            "level": torch.zeros(1),
+            "normalizer": 1.0,
+            "mean": normal,
+            "std": normal,
+            "text": torch.randn(1, lengths, folder.t5.d_model),
+            "pooled": torch.randn(1, folder.clip.hidden_size),
+        }
+    mask = torch.ones(1, stage.tokens_per_image, dtype=torch.bool)
+    return {
+        "images": images,
+        "input_ids": torch.arange(TEXT),
+        "text_lengths": (TEXT,),
+        "mask": mask,
+        "masked": mask.flatten().nonzero()[:, 0],
+        "normalizer": 1.0,
+    }
+
+
+def kept(recipe_name: str, overrides: list[str]) -> tuple[int, bool]:
+    """Bytes that this rank keeps for the backward pass of a micro-batch, and whether that pass gives every trained
+    parameter a finite gradient; runs in a process of its own."""
+    from bifrost.trainer.distributed.process_group import join
+    from bifrost.trainer.optim.engine import Engine, import_deepspeed, partitioned
+    from bifrost.trainer.stages import open_stage
+
+    def alive() -> dict[int, int]:
+        gc.collect()
+        found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
+
+    ranks = join()
+    import_deepspeed(ranks.device)
+    recipe = load_recipe(recipe_name, overrides)
+    stage: Any = open_stage(recipe, for_counting=True)
+    config = opened.deepspeed(recipe, ranks.size)
+    with partitioned(config, ranks.device):
+        model: Any = stage.build(recipe.activation_checkpointing)
+    model.backbone.restore_rotary()
+    if hasattr(model, "controlnet"):
+        if model.recomputed:
+            model.flux.transformer.enable_gradient_checkpointing()
+            model.controlnet.enable_gradient_checkpointing()
+    else:
+        model.branch.restore_rotary()
+    for parameter in model.parameters():
+        parameter.ds_tensor.normal_(std=0.1)
+    engine = Engine(model, recipe.optimizer, config, ranks)
+    batch = inputs(stage, recipe.data.image_size)
+    engine.backward(engine.forward(batch).loss)  # allocates what stays for the whole run
+    engine.after_pass()
+    before = alive()
+    saved = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in {p.untyped_storage().data_ptr() for p in model.parameters()}:
+            saved[storage.data_ptr()] = tensor  # kept alive, so that its address is not reused
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = engine.forward(batch)
+    after = {**alive(), **{at: tensor.untyped_storage().nbytes() for at, tensor in saved.items()}}
+    gathered = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved.clear()
+    engine.backward(losses.loss)
+    finite = bool(torch.isfinite(engine.grad_norm()))
+    return sum(size for at, size in after.items() if at not in before and at not in gathered), finite
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+@pytest.mark.parametrize("recomputed", [False, True], ids=["stored", "recomputed"])
+@pytest.mark.parametrize(("name", "settings"), [("tiny-mllm", STAGE_1), ("tiny-controlnet", [*STAGE_2, SHARDED])])
+def test_activations_are_what_deepspeeds_ranks_keep(name: str, settings: list[str], recomputed: bool) -> None:
+    overrides = [*settings, f"activation_checkpointing={str(recomputed).lower()}"]
+    recipe = load_recipe(name, overrides)
+    planned = plan(parts(recipe, TEXT), workload(recipe), 2).memory.per_pass["activations"]
+    ended = ranked.run(kept, 2, name, overrides)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    for rank in ended:
+        found, finite = rank.value
+        assert finite
+        print(name, recomputed, found, planned, found / planned)
+        assert planned == pytest.approx(found, rel=0.05)
