@@ -110,6 +110,7 @@ MOST_ARGUMENTS = 8
 PRESCRIBED = {
     ("trainer/models/backbone.py", "_vision_attention"): "transformers' signature of an attention",
     ("trainer/models/flux.py", "velocity"): "the arguments of diffusers' FLUX transformer",
+    ("trainer/models/flux_transformer.py", "forward"): "the arguments of diffusers' FLUX transformer",
     ("trainer/models/latent_controlnet.py", "forward"): "the arguments of diffusers' FLUX ControlNet",
     ("trainer/stages/controlnet.py", "forward"): "the arrays of a batch, some of them from a cache",
 }
