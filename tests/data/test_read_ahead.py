@@ -211,6 +211,7 @@ def test_random_faults_with_workers(folder) -> None:
 
 def test_a_server_with_few_connections_is_not_asked_for_more(folder, monkeypatch) -> None:
     """Above four requests at once it answers 503: the limit is learned, and every sample is read."""
+    monkeypatch.setattr(retry, "_sleep", lambda seconds: time.sleep(min(seconds, 0.3)))  # requests under way end
     monkeypatch.setattr(read_ahead, "LONGEST_RANGE", 1)
     plan = Plan()
     with counted(faulty_server._folder(folder), plan) as (address, _, running):

@@ -281,7 +281,7 @@ def test_truncated_object_is_damaged(served, folder, s3) -> None:
     data = (folder / "s-00000.tar").read_bytes()
     (folder / "s-00000.tar").write_bytes(data[: len(data) // 2])
     if address.startswith("s3"):
-        object_store.fill(s3, "bucket", folder, "s-00000.tar")
+        object_store.fill(s3, "bucket", folder)
     (problem,) = verify(address + "{00000..00002}.tar")
     assert "s-00000.tar: truncated" in problem
 

@@ -33,7 +33,7 @@ def environment(endpoint: str) -> dict[str, str]:
 
 
 def fill(endpoint: str, bucket: str, folder: Path, pattern: str = "*") -> None:
-    """Copy the files of a folder to a newly created bucket."""
+    """Make a bucket contain the files of a folder alone: all of moto's servers in a process share buckets."""
     import boto3
 
     client = boto3.client(
@@ -41,5 +41,7 @@ def fill(endpoint: str, bucket: str, folder: Path, pattern: str = "*") -> None:
     )
     with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
         client.create_bucket(Bucket=bucket)
+    for known in client.list_objects_v2(Bucket=bucket).get("Contents", ()):
+        client.delete_object(Bucket=bucket, Key=known["Key"])
     for file in sorted(folder.glob(pattern)):
         client.put_object(Bucket=bucket, Key=file.name, Body=file.read_bytes())

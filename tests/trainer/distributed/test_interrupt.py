@@ -218,7 +218,9 @@ def test_a_run_is_quit_in_the_middle_of_training(shards: Path, tmp_path: Path) -
         family = [*ranks, *(worker for rank in ranks for worker in runs.children(rank))]
         assert len(family) >= 2
         launcher.send_signal(signal.SIGINT)
-        assert launcher.stderr and "press Ctrl-C again" in launcher.stderr.readline()
+        assert launcher.stderr
+        while "press Ctrl-C again" not in (line := launcher.stderr.readline()):
+            assert line.startswith("WARNING: the save"), line  # on a busy machine, saves at every step are slow
         launcher.send_signal(signal.SIGINT)
         begun = time.monotonic()
         _, err = launcher.communicate(timeout=60)
