@@ -8,17 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from bifrost.recipes import load_recipe
-from bifrost.trainer.models.latent_controlnet import LatentControlNet
 from bifrost.trainer.planner import Row, checkpoint_bytes, parts, plan, workload
 from bifrost.trainer.planner.curves import CURVE, retention
 from bifrost.trainer.planner.devices import find_device
 from bifrost.trainer.planner.flops import ATTENTION_BACKWARD, FLUX_RECOMPUTED, Part
 from bifrost.trainer.planner.layout import AS_SET, LAYOUTS, Layout
 from bifrost.trainer.planner.timing import done_flops, useful_flops
-from bifrost.trainer.stages import open_stage
 
 PAGE = Path(__file__).with_name("plan.md")
 SIZES: dict[str, dict[int, tuple[str, ...]]] = {
@@ -58,9 +54,7 @@ def model(name: str, *overrides: str) -> dict[str, Part]:
 @cache
 def controlnet(*overrides: str) -> int:
     """Parameters of a ControlNet."""
-    stage = open_stage(load_recipe("flux-controlnet", list(overrides)), for_counting=True)
-    with torch.device("meta"):
-        return sum(p.numel() for p in LatentControlNet(stage.shape).parameters())  # type: ignore[attr-defined]
+    return model("flux-controlnet", *overrides)["ControlNet"].size
 
 
 def trained(name: str) -> int:

@@ -16,7 +16,7 @@ PACKAGES = {
     "models": ["distributed"],
     "stages": ["models", "distributed"],
     "optim": ["stages", "distributed"],
-    "planner": ["optim", "stages", "models"],
+    "planner": ["optim", "models", "distributed"],
     "checkpoint": ["optim", "stages", "models", "distributed"],
     "monitors": ["planner", "optim", "distributed"],
     "inference": ["checkpoint", "stages", "models"],

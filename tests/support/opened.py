@@ -16,6 +16,6 @@ def inputs(recipe: Recipe) -> Any:
 
 def deepspeed(recipe: Recipe, ranks: int) -> dict[str, Any]:
     """DeepSpeed's configuration."""
-    from bifrost.trainer.optim.engine import deepspeed_config
+    from bifrost.trainer.optim.deepspeed_config import deepspeed_config
 
     return deepspeed_config(recipe.split(ranks), recipe.precision, recipe.zero, recipe.optimizer.clip)

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from bifrost.trainer.models.flux import SPACE_TO_DEPTH_KEY
+from bifrost.trainer.models.flux_config import SPACE_TO_DEPTH_KEY
 
 
 def tokenizer(length: int) -> PreTrainedTokenizerFast:

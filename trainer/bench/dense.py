@@ -10,6 +10,8 @@ width.
 
 from __future__ import annotations
 
+from ...kernels import runtime  # noqa: F401  # isort: skip
+
 from collections.abc import Sequence
 from typing import Any, Literal
 

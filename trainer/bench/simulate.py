@@ -20,10 +20,11 @@ import torch
 from ...data import Plan, rank_positions
 from ...recipes import BatchSplit, Recipe
 from ...recipes.schema import Data
-from ..checkpoint.durable import Entry, safetensors_parts
+from ..checkpoint.durable import Entry
 from ..checkpoint.layout import local_range, reads, slice_size
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.reader import rank_file
+from ..checkpoint.safetensors_parts import safetensors_parts
 from ..checkpoint.shard import Payload
 from ..errors import Unhealthy
 from ..planner import Row, batch, parts, plan, workload

@@ -23,12 +23,14 @@ from ...recipes import Recipe
 from ...recipes.schema import Kernels
 from ..errors import RunError
 from ..models.backbone import read_config
+from ..models.backbone_config import grid_side
 from ..models.hub import architecture
 from ..models.kernel_selection import KernelChoice, KernelWork
 from ..planner.devices import this_device
 from ..planner.flops import Part, patch_latent_parts
+from ..planner.opened import PatchLatents
 from ..planner.timing import done_flops, useful_flops
-from ..stages.patch_latents import PatchLatentModel, PatchLatentStage, grid_side
+from ..stages.patch_latents import PatchLatentModel, PatchLatentStage
 from .dense import DenseStep
 from .machine import machine, write_record
 from .prompts import Batch, Case, cases, draw_batch, real_lengths
@@ -77,8 +79,7 @@ def bench(
     kernels = chosen_kernels(recipe.kernels, replace(work, lengths=lengths), device)
     stage = PatchLatentStage(recipe.backbone, branch, size, recipe.seed, config, tokens, None, None, kernels)
     model = random_model(partial(stage.build, recomputed), device, dtype)
-    with torch.device("meta"):
-        counted = stage.build()
+    counted = PatchLatents(config, recipe.backbone, branch, size, recipe.seed)
     opponent = CompiledStep(model, recomputed) if baseline == "compiled" else DenseStep(model, baseline)  # type: ignore[arg-type]
     text = config.text_config
     record: dict[str, Any] = {
@@ -101,7 +102,7 @@ def bench(
     rows: list[Row] = []
     for case in found:
         batch = draw_batch(case, tokens, size, config, device, dtype)
-        flops = [step_parts(patch_latent_parts(stage, counted, precision, float(length))) for length in case.lengths]
+        flops = [step_parts(patch_latent_parts(counted, precision, float(length))) for length in case.lengths]
         for against in (opponent, None):  # without the baseline, if only that does not fit
             try:
                 rows.append(measure(model, batch, case, against, rounds, recomputed, flops))

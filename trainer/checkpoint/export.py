@@ -15,14 +15,15 @@ from ...recipes.schema import Backbone, Branch
 from ...slurm.run_folder import no_checkpoint
 from ..errors import RunError, writing
 from ..models.backbone import read_config
+from ..models.backbone_config import grid_side
 from ..models.hub import locate
 from ..models.latent_controlnet import write_config
 from ..models.weights import WeightFiles, is_trained, public_base_name, public_name
 from ..stages import open_controlnet
-from ..stages.patch_latents import grid_side
-from .durable import Piece, safetensors_parts, write_file
+from .durable import write_file
 from .model_card import CARD, card
 from .reader import CheckpointReader
+from .safetensors_parts import Piece, safetensors_parts
 from .store import Store
 
 SHARD_BYTES = 5 * 10**9

@@ -8,14 +8,17 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...data.atomic import sync
-from ..distributed.process_group import Gather, single_process
+from ..distributed.gather import Gather, single_process
 from ..errors import RunError
 from .manifest import Manifest, read_manifest
-from .reader import CheckpointReader
-from .shard import Payload, Shard, file_problem
+from .verification import file_problem
+
+if TYPE_CHECKING:  # they import torch, without which checkpoints can be listed and verified
+    from .reader import CheckpointReader
+    from .shard import Payload, Shard
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +125,8 @@ class Store:
         Each refused one is logged with the file name. With `gather`, it is collective: the hashing is divided over the
         ranks, and all get the same result. slots: see `verify`.
         """
+        from .reader import CheckpointReader
+
         steps = agreed(lambda: self.steps() if rank == 0 else None, "look for", rank, gather)[0]
         for step in reversed(steps):
             if step in skip:

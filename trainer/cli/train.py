@@ -41,20 +41,17 @@ def train(
     if not dry_run:
         split, done = partial(_split, run, values), partial(finished_line, run, values)
         on_ranks(ranks, ["train", recipe, *(overrides or [])], train_rank, split, run, done)
-    import torch
-
     from ..models.hub import architecture
-    from ..optim.engine import deepspeed_config
-    from ..stages import open_stage
+    from ..optim.deepspeed_config import deepspeed_config
+    from ..planner import parts
 
     batch = split_batch(settings.global_batch, settings.micro_batch, ranks or devices(), settings.zero.hpz)
-    with torch.device("meta"):
-        model = open_stage(settings, for_counting=True).build()
+    planned = parts(settings)
     require_paths(run, settings.previews, settings.init_from)
     if settings.previews.every and settings.previews.flux:
         architecture(settings.previews.flux, None, "previews.flux")
-    trainable = sum(p.numel() for p in model.trainable().values())
-    frozen = sum(p.numel() for p in model.parameters()) - trainable
+    trainable = sum(part.size for part in planned if part.gradient == "trained")
+    frozen = sum(part.size for part in planned) - trainable
     print(settings.to_yaml())
     print("# DeepSpeed")
     print(json.dumps(deepspeed_config(batch, settings.precision, settings.zero, settings.optimizer.clip), indent=2))

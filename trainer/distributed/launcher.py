@@ -55,9 +55,14 @@ def init_from_env(ranks: int | None = None) -> bool:
     return True
 
 
+def has_gpu_files() -> bool:
+    """Whether this machine has a GPU driver's device files; True where that cannot be known."""
+    return sys.platform != "linux" or any(any(Path("/dev").glob(name)) for name in GPU_FILES)
+
+
 def devices() -> int:
     """Number of GPUs of this machine, 1 without any."""
-    if sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in GPU_FILES):
+    if not has_gpu_files():
         return 1
     # Only torch knows which of them it can use.
     asked = "import torch; print(torch.cuda.device_count())"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,21 +15,14 @@ from torch._C._distributed_c10d import HashStore
 
 from ...slurm.rank_env import UNBIND, host_name
 from ..errors import RunError, Unhealthy, foreseen, with_message
+from .gather import Gather, single_process
 from .rendezvous import interruptible, join_store, require_agent, wait_for_all
 
 T = TypeVar("T")
-Gather = Callable[[object], list[Any]]
-"""All-gather of a Python object: every rank passes one and gets those of all ranks, in rank order."""
-
 BACKGROUND = "background"
 """Description of the process groups of `Ranks.background_group`."""
 
 _SINGLE = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-
-
-def single_process(value: object) -> list[Any]:
-    """The gather of a single rank."""
-    return [value]
 
 
 @dataclass(frozen=True)

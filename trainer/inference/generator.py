@@ -35,7 +35,7 @@ from ..models.prompt import PromptTemplate
 from ..models.weights import fill
 from ..stages import open_controlnet, open_patch_latents
 from ..stages.patch_latents import PatchLatentModel, PatchLatentStage
-from ..stages.placement import init_context
+from ..stages.unsharded import init_context
 from .flux_sampler import Sampling, Text, draw_noise, sample
 from .masked_decoding import Schedule, decode, draw_orders
 

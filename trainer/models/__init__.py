@@ -1,4 +1,6 @@
-"""Models: the frozen backbone, the generation branch, prompts, masks, weights."""
+"""Models: the frozen backbone, the generation branch, prompts, masks, weights.
 
-# Before transformers, whose Qwen2.5-VL imports Triton: on a CPU, Triton's interpreter must be enabled first.
-from ...kernels import runtime  # noqa: F401
+`hub`, `masking`, `rng` and the modules about configs import neither torch nor a model library: `bifrost plan` needs no
+others. A module that imports transformers or diffusers, which import Triton, first imports `kernels.runtime`: on a
+CPU, Triton's interpreter must be enabled before.
+"""

@@ -6,6 +6,8 @@ width.
 
 from __future__ import annotations
 
+from ...kernels import runtime  # noqa: F401  # isort: skip
+
 import copy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,44 +32,23 @@ from ...data.retry import described
 from ...kernels import PrefixLayout, Segments, segment_attention
 from ...kernels.attention import Backend
 from ..errors import RunError
-from .weights import WeightFiles, backbone_names, fill, read_json
+from .backbone_config import PIXEL_MEAN, PIXEL_STD, read_stated
+from .weights import WeightFiles, backbone_names, fill
 
 # transformers passes segment lengths to an attention function only if its name contains "flash".
 VISION_ATTENTION = "bifrost_flash_vision"
 TEXT_ATTENTION = "bifrost_text"
 
-# CLIP's pixel mean and standard deviation, which Qwen's image processor uses.
-_PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 def read_config(folder: Path) -> Any:  # a Qwen2_5_VLConfig, whose annotations omit attributes
     """The model configuration in `folder`; RunError unless it is a Qwen2.5-VL."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise RunError(f"{folder}: no config.json; backbone.path must be a Qwen2.5-VL model folder")
-    stated = read_json(file)
-    if (kind := stated.get("model_type")) != "qwen2_5_vl":
-        raise RunError(f"{file}: model_type is {kind}, expected qwen2_5_vl")
+    stated = read_stated(folder)
     try:
-        config = Qwen2_5_VLConfig.from_dict(stated)
+        return Qwen2_5_VLConfig.from_dict(stated)
     except Exception as error:  # its validation raises many types
-        raise RunError(f"{file}: not a valid Qwen2.5-VL config ({described(error)}); fetch it again") from error
-    _require_pixels(folder)
-    return config
-
-
-def _require_pixels(folder: Path) -> None:
-    """RunError if the image processor's normalisation differs from `pixel_patches`. The processor file is optional."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if not (file := folder / name).is_file():
-            continue
-        stated = read_json(file)
-        stated = stated.get("image_processor", stated)
-        for key, ours in (("image_mean", _PIXEL_MEAN), ("image_std", _PIXEL_STD)):
-            theirs = stated.get(key, ours)
-            if len(theirs) != 3 or max(abs(a - b) for a, b in zip(theirs, ours, strict=True)) > 1e-4:
-                raise RunError(f"{file}: {key} is {theirs}, training uses Qwen2.5-VL's {list(ours)}")
+        raise RunError(
+            f"{folder / 'config.json'}: not a valid Qwen2.5-VL config ({described(error)}); fetch it again"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -217,7 +198,7 @@ def pixel_patches(images: Tensor, patch: int, temporal: int, merge: int) -> Tens
 @lru_cache
 def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, [3, 1, 1] each. Cached: copying values to the device synchronises the host."""
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (_PIXEL_MEAN, _PIXEL_STD))
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
     return mean, std
 
 

@@ -6,11 +6,12 @@ channels, L text tokens of width E, P pooled text width.
 
 from __future__ import annotations
 
+from ...kernels import runtime  # noqa: F401  # isort: skip
+
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -22,16 +23,12 @@ from transformers.initialization import no_init_weights
 
 from ..errors import RunError
 from . import weights
+from .flux_config import PARTS, FluxConfig, Part, require_files
 from .flux_transformer import FluxTransformer
 from .latent_controlnet import Residuals
 from .safetensors_files import other_format_hint
 from .tokenizers import open_tokenizer
 
-Part = Literal["transformer", "vae", "text_encoder", "text_encoder_2"]
-PARTS: tuple[Part, ...] = get_args(Part)
-"""The parts with weights: FLUX transformer, VAE, CLIP and T5."""
-SPACE_TO_DEPTH_KEY = "_bifrost_space_to_depth"
-"""In `vae/config.json`: side of the pixel blocks folded into channels before the VAE; default 1."""
 TABLE = 1000
 """Number of noise levels that training draws from."""
 
@@ -122,9 +119,7 @@ class FluxTokenizers:
     def __init__(self, folder: FluxFolder) -> None:
         self.t5 = open_tokenizer(folder.path / "tokenizer_2", folder.t5.vocab_size)
         self.clip = open_tokenizer(folder.path / "tokenizer", folder.clip.vocab_size)
-        # Lengths used to train dev and schnell; the tokenizer of a smaller model sets its own.
-        self.t5_length = min(self.t5.model_max_length, 512 if folder.guided else 256)
-        self.clip_length = min(self.clip.model_max_length, folder.clip.max_position_embeddings)
+        self.t5_length, self.clip_length = folder.text_lengths
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         return Tokens(_ids(self.t5, prompts, self.t5_length), _ids(self.clip, prompts, self.clip_length))
@@ -140,45 +135,21 @@ def _ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
     return tokenizer(list(prompts), **settings).input_ids
 
 
-@dataclass(frozen=True)
-class FluxFolder:
-    """A FLUX.1 model in diffusers' folder layout, with the configs of its parts."""
-
-    path: Path
-    transformer: dict[str, Any]
-    vae: dict[str, Any]
-    clip: CLIPTextConfig
-    t5: T5Config
+class FluxFolder(FluxConfig):
+    """A FLUX.1 model in diffusers' folder layout, with its weights and tokenizers."""
 
     @classmethod
     def open(cls, path: Path, for_counting: bool = False) -> FluxFolder:
         """Open and check a folder. RunError names what is missing or inconsistent. for_counting: configs suffice."""
-        needed = [f"{part}/config.json" for part in PARTS]
         if not for_counting:
+            needed = [f"{part}/config.json" for part in PARTS]
             needed += ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/*", "tokenizer_2/*"]
-            needed += [f"{part}/*.safetensors" for part in PARTS]
-        missing = [name for name in needed if not any(path.glob(name))]
-        for name in missing:
-            if name.endswith(".safetensors") and (other := other_format_hint((path / name).parent)):
-                raise RunError(f"{(path / name).parent}: no safetensors files there{other}")
-        if missing:
-            raise RunError(f"{path}: not a complete FLUX folder: {', '.join(missing)} missing; fetch it again")
-        transformer, vae, clip, t5 = (_read(path / part / "config.json") for part in PARTS)
-        if (name := transformer.get("_class_name")) != "FluxTransformer2DModel":
-            raise RunError(f"{path}/transformer/config.json: _class_name is {name}, expected FluxTransformer2DModel")
-        folder = cls(path, transformer, vae, CLIPTextConfig.from_dict(clip), T5Config.from_dict(t5))
-        for field, part, there in (
-            ("in_channels", "4 x vae latent_channels", 4 * vae["latent_channels"]),
-            ("joint_attention_dim", "text_encoder_2 d_model", folder.t5.d_model),
-            ("pooled_projection_dim", "text_encoder hidden_size", folder.clip.hidden_size),
-        ):
-            if (here := transformer[field]) != there:
-                raise RunError(f"{path}: transformer {field} is {here}, {part} is {there}; parts of different models?")
-        if vae["in_channels"] != 3 * folder.depth**2:
-            raise RunError(
-                f"{path}/vae/config.json: in_channels {vae['in_channels']} are not 3 x {folder.depth} x {folder.depth}"
-                f" ({SPACE_TO_DEPTH_KEY})"
-            )
+            for part in PARTS:
+                if not any((path / part).glob("*.safetensors")) and (other := other_format_hint(path / part)):
+                    raise RunError(f"{path / part}: no safetensors files there{other}")
+            require_files(path, [*needed, *(f"{part}/*.safetensors" for part in PARTS)])
+        folder = super().open(path)
+        assert isinstance(folder, FluxFolder)
         if not for_counting:
             assert folder.tokenizers  # like weight files, checked here before anything is built
             for part in PARTS:
@@ -189,30 +160,6 @@ class FluxFolder:
     def tokenizers(self) -> FluxTokenizers:
         return FluxTokenizers(self)
 
-    @property
-    def guided(self) -> bool:
-        """Whether this FLUX takes a guidance scale: dev does, schnell does not."""
-        return bool(self.transformer.get("guidance_embeds"))
-
-    @property
-    def depth(self) -> int:
-        return self.vae.get(SPACE_TO_DEPTH_KEY, 1)
-
-    @property
-    def stride(self) -> int:
-        """Pixels per latent along one side."""
-        return self.depth * 2 ** (len(self.vae["block_out_channels"]) - 1)
-
-    def grid(self, image_size: int) -> int:
-        """Packed tokens along one side of an image; RunError unless the size is a multiple of a token."""
-        unit = 2 * self.stride
-        if image_size < unit or image_size % unit:
-            below = max(1, image_size // unit) * unit
-            raise RunError(
-                f"flux.image_size={image_size}: does not fit {self.path}; set a multiple of {unit}, such as {below}"
-            )
-        return image_size // unit
-
     def build(self, part: Part) -> Any:
         """Build one part without weights."""
         with no_init_weights():
@@ -221,8 +168,8 @@ class FluxFolder:
             if part == "vae":
                 return AutoencoderKL.from_config(self.vae)
             if part == "text_encoder":
-                return CLIPTextModel(self.clip)
-            t5 = T5EncoderModel(self.t5)
+                return CLIPTextModel(CLIPTextConfig.from_dict(self.clip.as_stated()))
+            t5 = T5EncoderModel(T5Config.from_dict(self.t5.as_stated()))
             t5.encoder.set_input_embeddings(t5.shared)
             return t5
 
@@ -251,19 +198,6 @@ class FluxFolder:
         files, parameters = self.files(part), dict(module.named_parameters())
         names = self.names(part, module, files)
         weights.fill({names[name]: p for name, p in parameters.items()}, files, files.path)
-
-
-_REQUIRED = {
-    "transformer": ("in_channels", "num_layers", "num_single_layers", "joint_attention_dim", "pooled_projection_dim"),
-    "vae": ("in_channels", "latent_channels", "block_out_channels"),
-}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    settings = weights.read_json(file)
-    if missing := [name for name in _REQUIRED.get(file.parent.name, ()) if name not in settings]:
-        raise RunError(f"{file}: {', '.join(missing)} missing; fetch it again")
-    return settings
 
 
 class FrozenFlux(nn.Module):

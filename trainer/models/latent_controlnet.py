@@ -9,36 +9,26 @@ text width, H FLUX's hidden width.
 
 from __future__ import annotations
 
+from ...kernels import runtime  # noqa: F401  # isort: skip
+
 import json
-import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
 from torch import Tensor, nn
 
 from ..errors import RunError
 from . import weights
+from .config_files import read_json
+from .controlnet_config import SHARED, ControlNetConfig, Resampling
 from .flux_blocks import use_own_blocks
 from .flux_transformer import embed, run_block
-from .resampler import DownsamplingBlock, Norm, Resampling, UpsamplingBlock, on_grid, resampling
+from .resampler import DownsamplingBlock, UpsamplingBlock, on_grid
 
-_SHARED = (
-    "patch_size",
-    "in_channels",
-    "attention_head_dim",
-    "num_attention_heads",
-    "joint_attention_dim",
-    "pooled_projection_dim",
-    "guidance_embeds",
-    "axes_dims_rope",
-)
-"""Settings that the ControlNet inherits from its FLUX."""
 _BLOCKS: dict[Resampling, str] = {"up": "up_sampling_block", "down": "down_sampling_block"}
 _ZERO = "controlnet_"
 """Name prefix of all zero-initialised tensors: the projections of the condition and of the residuals."""
@@ -49,95 +39,6 @@ class Residuals(NamedTuple):
 
     double: tuple[Tensor, ...]
     single: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class ControlNetConfig:
-    """Shape of a latent ControlNet. flux: settings inherited from its FLUX; double, single: copied blocks."""
-
-    flux: Mapping[str, Any]
-    latent_width: int
-    resampling: Resampling
-    double: int = 4
-    single: int = 1
-    norm: Norm = "batch"
-
-    @classmethod
-    def of(
-        cls,
-        transformer: Mapping[str, Any],
-        latent_width: int,
-        grid_in: int,
-        grid_out: int,
-        double: int = 4,
-        single: int = 1,
-        norm: Norm = "batch",
-    ) -> ControlNetConfig:
-        """The shape for a FLUX transformer and patch latents [B, grid_in^2, latent_width]; RunError if none fits."""
-        for kind, wanted, there in (
-            ("double", double, transformer["num_layers"]),
-            ("single", single, transformer["num_single_layers"]),
-        ):
-            if not 0 <= wanted <= there:
-                raise RunError(f"a ControlNet of {wanted} {kind} blocks: this FLUX has {there} to copy from")
-        if double + single == 0:
-            raise RunError("a ControlNet of 0 double and 0 single blocks has no effect: give it at least one")
-        shared = {name: transformer[name] for name in _SHARED if name in transformer}
-        return cls(shared, latent_width, resampling(grid_in, grid_out), double, single, norm)
-
-    def require_use(self, transformer: Mapping[str, Any]) -> None:
-        """RunError if this FLUX ignores some of the residuals: their blocks would never learn."""
-        for kind, count, blocks in (
-            ("double", self.double, transformer["num_layers"]),
-            ("single", self.single, transformer["num_single_layers"]),
-        ):
-            if count and (added := residuals_added(count, blocks)) < count:
-                fits = [n for n in range(1, blocks + 1) if residuals_added(n, blocks) == n]
-                near = [max(n for n in fits if n < count), min(n for n in fits if n > count)]
-                raise RunError(
-                    f"controlnet.{kind}={count}: a FLUX of {blocks} {kind} blocks uses only the first {added}"
-                    f" residuals, the other blocks would never learn; set {near[0]} or {near[1]}"
-                )
-
-    def public(self) -> dict[str, Any]:
-        """`config.json` of a `flux_controlnet` folder. Width, resampling and norm follow from the weights."""
-        return {
-            "_class_name": "FluxControlNetModel",
-            "_diffusers_version": diffusers.__version__,
-            **self.flux,
-            "num_layers": self.double,
-            "num_single_layers": self.single,
-            "num_mode": None,
-            "conditioning_embedding_channels": None,
-        }
-
-    def require(self, transformer: Mapping[str, Any], latent_width: int, grid_in: int, grid_out: int) -> None:
-        """RunError unless this ControlNet fits these latents and this FLUX."""
-        if latent_width != self.latent_width:
-            raise RunError(
-                f"the ControlNet expects patch latents of width {self.latent_width}, this MLLM has {latent_width}:"
-                " use the ControlNet that was trained with it"
-            )
-        wanted = resampling(grid_in, grid_out)
-        if wanted != self.resampling:
-            raise RunError(
-                f"the ControlNet resamples patch latents by '{self.resampling}', but {grid_in} x {grid_in} latents and"
-                f" {grid_out} x {grid_out} FLUX tokens need '{wanted}': change the image sizes"
-            )
-        for name, value in self.flux.items():
-            there = transformer.get(name, value)
-            if _plain(there) != _plain(value):
-                raise RunError(f"the ControlNet was trained for a FLUX with {name} {value}, this one has {there}")
-
-
-def residuals_added(count: int, blocks: int) -> int:
-    """How many of `count` residuals a FLUX of `blocks` blocks adds: number i // ceil(blocks / count) after block i, as
-    in diffusers' FluxTransformer2DModel."""
-    return (blocks - 1) // math.ceil(blocks / count) + 1
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 class LatentControlNet(FluxControlNetModel):
@@ -254,7 +155,7 @@ def read_config(folder: Path) -> tuple[ControlNetConfig, weights.WeightFiles]:
     file = folder / "config.json"
     if not file.is_file():
         raise RunError(f"{folder}: no config.json; give a folder with a FLUX ControlNet, such as `flux_controlnet`")
-    settings = weights.read_json(file)
+    settings = read_json(file)
     if settings.get("_class_name") != "FluxControlNetModel":
         raise RunError(f"{file}: _class_name is {settings.get('_class_name')}, expected FluxControlNetModel")
     for name in ("num_mode", "conditioning_embedding_channels"):
@@ -267,10 +168,10 @@ def read_config(folder: Path) -> tuple[ControlNetConfig, weights.WeightFiles]:
     prefixes: list[Resampling] = [kind for kind, name in _BLOCKS.items() if files.shape(f"{name}.conv.weight")]
     kind: Resampling = prefixes[0] if prefixes else "none"
     batch = kind == "none" or files.shape(f"{_BLOCKS[kind]}.bn1.running_mean") is not None
-    if missing := [name for name in ("num_layers", "num_single_layers", *_SHARED) if name not in settings]:
+    if missing := [name for name in ("num_layers", "num_single_layers", *SHARED) if name not in settings]:
         raise RunError(f"{file}: {', '.join(missing)} missing; fetch it again")
     double, single = settings["num_layers"], settings["num_single_layers"]
-    shared = {name: settings[name] for name in _SHARED}
+    shared = {name: settings[name] for name in SHARED}
     return ControlNetConfig(shared, projection[1], kind, double, single, "batch" if batch else "group"), files
 
 

@@ -6,24 +6,35 @@ grouped into batches.
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from ...recipes.schema import MaskRate
 from .rng import IntArray, Stream, uniform
+
+
+def hidden_counts(rate: MaskRate, seed: int, epoch: IntArray, index: IntArray, tokens: int) -> IntArray:
+    """Masked patches per sample [B], of `tokens`."""
+    return masked_counts(seed, epoch, index, tokens, **rate.model_dump())
 
 
 def masked_counts(
     seed: int, epoch: IntArray, index: IntArray, tokens: int, *, mean: float, std: float, low: float, high: float
 ) -> IntArray:
     """Masked patches per sample [B]: ceil(tokens * rate), rate ~ N(mean, std) truncated to [low, high]."""
-    draws = torch.from_numpy(uniform(seed, Stream.MASK_RATE, epoch, index, 1)[:, 0])
-    floor = torch.special.ndtr(torch.tensor((low - mean) / std, dtype=torch.float64))
-    ceiling = torch.special.ndtr(torch.tensor((high - mean) / std, dtype=torch.float64))
-    rate = mean + std * torch.special.ndtri(floor + draws * (ceiling - floor))
-    rate = rate.clamp(low, high).numpy()
+    draws = uniform(seed, Stream.MASK_RATE, epoch, index, 1)[:, 0]
+    normal = NormalDist(mean, std)
+    floor, ceiling = normal.cdf(low), normal.cdf(high)
+    # Far from the mean, cdf rounds to 0 or 1, of which there is no inverse.
+    shares = (floor + draws * (ceiling - floor)).clip(_LEAST, 1 - _LEAST)
+    rate = np.array([normal.inv_cdf(share) for share in shares.tolist()]).clip(low, high)
     # A rate of exactly k / tokens must give k: the tolerance absorbs the rounding of the product.
     return np.ceil(rate * tokens - 1e-9).astype(np.int64)
+
+
+_LEAST = 2.0**-53
 
 
 def draw_masks(seed: int, epoch: IntArray, index: IntArray, counts: IntArray, tokens: int) -> npt.NDArray[np.bool_]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ...kernels import runtime  # noqa: F401  # isort: skip
+
 import itertools
 from collections.abc import Sequence
 from pathlib import Path

@@ -9,34 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import RunError
-
-Resampling = Literal["up", "none", "down"]
-Norm = Literal["batch", "group"]
+from .controlnet_config import Norm
 
 _OVER = (0, 2, 3)
 """Axes of [B, D, g, g] over which channel statistics are computed."""
-
-
-def resampling(grid_in: int, grid_out: int) -> Resampling:
-    """Resampling of grid_in x grid_in patch latents to grid_out x grid_out FLUX tokens; RunError if there is none."""
-    if grid_out == 2 * grid_in:
-        return "up"
-    if grid_out == grid_in:
-        return "none"
-    if 2 * grid_out == grid_in:
-        return "down"
-    raise RunError(
-        f"{grid_in} x {grid_in} patch latents cannot be resampled to {grid_out} x {grid_out} FLUX tokens: choose image"
-        " sizes whose token grid has twice, once or half the latents' side"
-    )
 
 
 class SyncedBatchNorm(nn.Module):

@@ -5,6 +5,8 @@ If the vocabulary files are missing, transformers 5 silently builds a tokenizer 
 
 from __future__ import annotations
 
+from ...kernels import runtime  # noqa: F401  # isort: skip
+
 import importlib.util
 from pathlib import Path
 from typing import Any

@@ -17,10 +17,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...data import DataError
-from ...data.retry import call
 from ..distributed.process_group import Gather, single_process
 from ..errors import RunError
+from .config_files import read_json
 from .quantization import FLOAT, REMEDY, hidden, quantized
 from .safetensors_files import StoredTensors, weight_files
 from .unread import unread_neighbours
@@ -126,19 +125,6 @@ def _config(path: Path) -> dict[str, Any]:
     """The config.json of a model folder; empty if there is none."""
     file = path / "config.json"
     return read_json(file) if file.is_file() else {}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON config of a model; RunError unless it is an object."""
-    try:
-        found = json.loads(call(lambda: file.read_text(encoding="utf-8"), file))
-    except DataError:  # a storage error
-        raise
-    except ValueError as error:
-        raise RunError(f"{file}: is not JSON ({error}); fetch it again") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{file}: not a JSON object; fetch it again")
-    return found
 
 
 def _not_float(where: object, name: str, dtype: torch.dtype | None) -> RunError:

@@ -6,6 +6,7 @@ import copy
 import importlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...recipes import BatchSplit
 from ...recipes.schema import Optimizer, Zero
 from ..distributed.process_group import Ranks
 from ..errors import RunError
@@ -41,8 +41,9 @@ def import_deepspeed(device: torch.device) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # torch renamed the collectives that DeepSpeed calls; a warning per call helps nobody.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    import deepspeed
-    import deepspeed.ops
+    with _without("mlflow"):  # DeepSpeed's autotuner, which is not used, imports it in more time than all the rest
+        import deepspeed
+        import deepspeed.ops
 
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
@@ -55,34 +56,17 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def deepspeed_config(batch: BatchSplit, precision: str, zero: Zero, clip: float) -> dict[str, Any]:
-    """DeepSpeed's configuration; written to the run folder as `ds_config.json`. precision: `bf16` or `fp32`; clip:
-    global gradient norm."""
-    return {
-        "train_batch_size": batch.global_batch,
-        "train_micro_batch_size_per_gpu": batch.micro_batch,
-        "gradient_accumulation_steps": batch.passes,
-        "gradient_clipping": clip,
-        "bf16": {"enabled": precision == "bf16"},
-        # Sums over micro-batches and ranks lose too much in bf16.
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": zero.stage,
-            "overlap_comm": zero.overlap_comm,
-            "contiguous_gradients": True,
-            "reduce_bucket_size": zero.reduce_bucket,
-            "stage3_prefetch_bucket_size": zero.prefetch_bucket,
-            "stage3_max_live_parameters": zero.max_live_parameters,
-            "stage3_param_persistence_threshold": zero.persistence_threshold,
-            # On one node the secondary partition would equal the primary one.
-            "zero_hpz_partition_size": zero.hpz if zero.hpz and zero.hpz < batch.ranks else 1,
-            "zero_quantized_weights": zero.quantized_weights,
-            # It would replace torch's linear layers in the whole process; see models/linear.py.
-            "memory_efficient_linear": False,
-        },
-    }
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Within it, an import of `module`, if it was not imported before, fails as if it were not installed."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _not_about_a_skip(record: logging.LogRecord) -> bool:

@@ -11,11 +11,11 @@ from typing import Any
 
 from ...recipes import BatchSplit, Recipe
 from ..errors import RunError
-from ..stages import open_stage
 from .devices import Device
 from .flops import Part, count_parts
 from .layout import AS_SET, Layout, Workload, Zero
 from .memory import Memory, memory
+from .opened import LatentControl, PatchLatents
 from .timing import Timing, timing
 from .traffic import Transfer, traffic
 
@@ -70,8 +70,16 @@ def workload(recipe: Recipe) -> Workload:
 
 
 def parts(recipe: Recipe, text_tokens: float = 80) -> list[Part]:
-    """The parts of the recipe's model for prompts of `text_tokens` tokens (stage 1; FLUX pads its text)."""
-    return count_parts(open_stage(recipe, for_counting=True), recipe.precision, text_tokens)
+    """The parts of the recipe's model for prompts of `text_tokens` tokens (stage 1; FLUX pads its text). RunError names
+    what of its models' folders cannot be used; no weights or tokenizers are read."""
+    image_size = recipe.data.image_size
+    if recipe.stage == "patch-latents":
+        model = PatchLatents.open(recipe.backbone, recipe.branch, image_size, recipe.seed)
+    else:
+        assert recipe.flux is not None, "required by the recipe schema"
+        model = LatentControl.open(recipe.backbone, recipe.flux, recipe.controlnet, image_size)
+        model.shape.require_use(model.folder.transformer)
+    return count_parts(model, recipe.precision, text_tokens)
 
 
 def batch(global_batch: int, micro_batch: int, gpus: int) -> BatchSplit:

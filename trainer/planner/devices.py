@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..distributed.launcher import has_gpu_files
 from ..errors import RunError
 
 FILE = Path(__file__).with_name("devices.yaml")
@@ -86,6 +87,8 @@ def find_device(name: str) -> Device:
 
 def this_device() -> Device | None:
     """The GPU of this machine, if it is known."""
+    if not has_gpu_files():
+        return None
     import torch
 
     if not torch.cuda.is_available():

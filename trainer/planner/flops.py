@@ -1,22 +1,22 @@
-"""FLOPs per sample of each part: linear layers counted from the modules, attention from its mask.
+"""FLOPs per sample of each part: linear layers counted from their shapes, attention from its mask.
 
 A FLOP is half a multiply-add.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import nn
 
-from ..models.flux import FluxFolder, FluxTokenizers
-from ..stages import Stage
-from ..stages.controlnet import ControlNetStage
-from ..stages.patch_latents import PatchLatentStage, grid_side, hidden_counts
+from ..models.backbone_config import grid_side
+from ..models.flux_config import FluxConfig
+from ..models.masking import hidden_counts
+from . import flux_shapes, shapes
+from .opened import LatentControl, PatchLatents
+from .shapes import Weight
 
 Gradient = Literal["none", "through", "trained"]
 Count = Callable[[str], float]
@@ -90,30 +90,29 @@ class Part:
         return self.forward - self.last if self.layer else 0.0
 
 
-def count_parts(stage: Stage, precision: str, text_tokens: float) -> list[Part]:
+def count_parts(model: PatchLatents | LatentControl, precision: str, text_tokens: float) -> list[Part]:
     """The parts of a stage's model for prompts of `text_tokens` tokens (stage 1; FLUX pads its text). precision: `bf16`
-    or `fp32`; stage: opened for counting."""
-    with torch.device("meta"):
-        model = stage.build()
-    if isinstance(stage, PatchLatentStage):
-        return patch_latent_parts(stage, model, precision, text_tokens)
-    assert isinstance(stage, ControlNetStage)
-    return _controlnet(stage, model, precision)
+    or `fp32`."""
+    if isinstance(model, PatchLatents):
+        return patch_latent_parts(model, precision, text_tokens)
+    return _controlnet(model, precision)
 
 
-def linear_flops(module: nn.Module, count: Count) -> float:
-    """FLOPs of all linear layers and convolutions in `module`."""
-    kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Conv3d)
-    return sum(2.0 * m.weight.numel() * count(name) for name, m in module.named_modules() if isinstance(m, kinds))
+def linear_flops(weights: Iterable[Weight], count: Count) -> float:
+    """FLOPs of all linear layers and convolutions among `weights`."""
+    return sum(2.0 * w.size * count(w.name.removesuffix(".weight")) for w in weights if w.product)
 
 
-def sizes(module: nn.Module) -> tuple[int, ...]:
-    return tuple(p.numel() for p in module.parameters())
+def sizes(weights: Iterable[Weight]) -> tuple[int, ...]:
+    return tuple(weight.size for weight in weights)
 
 
-def patch_latent_parts(stage: PatchLatentStage, model: Any, precision: str, text: float) -> list[Part]:
-    config = stage.config.text_config
-    width, layers, patches = config.hidden_size, config.num_hidden_layers, stage.tokens_per_image
+def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list[Part]:
+    """Stage 1's parts; see `count_parts`."""
+    config, side = model.config.text_config, grid_side(model.config, model.image_size)
+    width, layers, patches = config.hidden_size, config.num_hidden_layers, side * side
+    prefix, head = list(shapes.text_model(config)), list(shapes.head(width))
+    branch = list(shapes.branch(config, side, model.branch.positions == "learned"))
     keys = config.num_key_value_heads * (width // config.num_attention_heads)
     byte = 2 if precision == "bf16" else 4
     layer, recomputed = (
@@ -122,32 +121,32 @@ def patch_latent_parts(stage: PatchLatentStage, model: Any, precision: str, text
     )
     constant = byte * (layers * 2 * keys * text + patches * width)  # the prefix, and the input of the final norm
     rows = float(patches)
-    if stage.branch.loss_tokens == "masked":
+    if model.branch.loss_tokens == "masked":
         draws = np.arange(4096)
-        counts = hidden_counts(stage.branch.mask_rate, stage.seed, np.zeros_like(draws), draws, patches)
+        counts = hidden_counts(model.branch.mask_rate, model.seed, np.zeros_like(draws), draws, patches)
         rows = float(counts.mean())
-    linear = linear_flops(model.branch, lambda name: patches)
+    linear = linear_flops(branch, lambda name: patches)
     attention = 4.0 * patches * (text + patches) * width * layers
-    projection = linear_flops(model.head, lambda name: rows)
+    projection = linear_flops(head, lambda name: rows)
 
     def read(name: str) -> float:
         """Of the last layer, only keys and values are computed."""
         return text if not name.startswith(f"layers.{layers - 1}.") or name.endswith(("k_proj", "v_proj")) else 0.0
 
     return [
-        _vision_encoder(model.backbone.vision, stage.config.vision_config, stage.image_size, stage.backbone.placement),
+        _vision_encoder(model.config.vision_config, model.image_size, model.backbone.placement),
         Part(
             "text prefix",
             "none",
-            sizes(model.backbone.text),
-            linear_flops(model.backbone.text, read),
+            sizes(prefix),
+            linear_flops(prefix, read),
             2.0 * text * text * width * (layers - 1),
-            stage.backbone.placement,
+            model.backbone.placement,
         ),
         Part(
             "generation branch",
             "trained",
-            sizes(model.branch),
+            sizes(branch),
             linear,
             attention,
             returned_linear=linear,
@@ -156,12 +155,12 @@ def patch_latent_parts(stage: PatchLatentStage, model: Any, precision: str, text
             kept_recomputed=layers * byte * patches * width + constant,
             layer=recomputed,
             gradients=byte * patches * (3 * config.intermediate_size + width),
-            last=linear_flops(model.branch, lambda name: patches if name.endswith("down_proj") else 0.0),
+            last=linear_flops(branch, lambda name: patches if name.endswith("down_proj") else 0.0),
         ),
         Part(
             "head",
             "trained",
-            sizes(model.head),
+            sizes(head),
             projection,
             0.0,
             returned_linear=projection,
@@ -171,8 +170,9 @@ def patch_latent_parts(stage: PatchLatentStage, model: Any, precision: str, text
     ]
 
 
-def _vision_encoder(vision: nn.Module, config: Any, image_size: int, place: str) -> Part:
+def _vision_encoder(config: Any, image_size: int, place: str) -> Part:
     """Qwen's vision encoder on a square image: windowed attention in most layers, full attention in a few."""
+    vision = list(shapes.vision_encoder(config))
     side = image_size // config.patch_size
     patches = side * side
     window = config.window_size // config.patch_size
@@ -188,31 +188,21 @@ def _vision_encoder(vision: nn.Module, config: Any, image_size: int, place: str)
     )
 
 
-def _controlnet(stage: ControlNetStage, model: Any, precision: str) -> list[Part]:
-    flux, folder, placement = model.flux, stage.folder, stage.flux.placement
-    latents = grid_side(stage.config, stage.data.image_size) ** 2
+def _controlnet(model: LatentControl, precision: str) -> list[Part]:
+    folder, placement = model.folder, model.flux.placement
+    side = 2 * folder.grid(model.flux.image_size)
     return [
-        _vision_encoder(
-            model.backbone.vision, stage.config.vision_config, stage.data.image_size, placement.vision_encoder
-        ),
-        _vae(flux.vae, stage.latents[1], placement.vae),
-        *_text(flux, folder, placement.text),
-        *_flow(flux.transformer, model.controlnet, stage, precision, latents, text_lengths(folder)[0]),
+        _vision_encoder(model.config.vision_config, model.image_size, placement.vision_encoder),
+        _vae(folder, side, placement.vae),
+        *_text(folder, placement.text),
+        *_flow(model, precision),
     ]
 
 
-def text_lengths(folder: FluxFolder) -> tuple[int, int]:
-    """Tokens of T5 and CLIP; for published models known without their tokenizers."""
-    if (folder.path / "tokenizer_2").is_dir():
-        tokenizers = FluxTokenizers(folder)
-        return tokenizers.t5_length, tokenizers.clip_length
-    return 512 if folder.guided else 256, min(77, folder.clip.max_position_embeddings)
-
-
-def _vae(vae: nn.Module, side: int, place: str) -> Part:
+def _vae(folder: FluxConfig, side: int, place: str) -> Part:
     """The encoder, whose blocks halve the sides down to `side`; the decoder is stored but not run."""
-    encoder: Any = vae.encoder
-    blocks = len(encoder.down_blocks)
+    widths = folder.vae["block_out_channels"]
+    blocks = len(widths)
 
     def count(name: str) -> float:
         level = 0 if name == "conv_in" else blocks - 1
@@ -221,36 +211,38 @@ def _vae(vae: nn.Module, side: int, place: str) -> Part:
             level = block + ("downsamplers" in name)
         return float(side * 2 ** (blocks - 1 - level)) ** 2
 
-    attention = 4.0 * side**4 * encoder.conv_norm_out.num_channels
-    return Part("VAE encoder", "none", sizes(vae), linear_flops(encoder, count), attention, place)
+    attention = 4.0 * side**4 * widths[-1]
+    linear = linear_flops(flux_shapes.vae_encoder(folder), count)
+    return Part("VAE encoder", "none", sizes(flux_shapes.vae(folder)), linear, attention, place)
 
 
-def _text(flux: Any, folder: FluxFolder, place: str) -> list[Part]:
-    t5, clip = text_lengths(folder)
+def _text(folder: FluxConfig, place: str) -> list[Part]:
+    lengths = folder.text_lengths
     settings, other = folder.t5, folder.clip
-    joint = 4.0 * t5 * t5 * settings.num_heads * settings.d_kv * settings.num_layers
-    causal = 2.0 * clip * clip * other.hidden_size * other.num_hidden_layers
-    encoders = ((flux.text_encoder_2, "T5", t5, joint), (flux.text_encoder, "CLIP", clip, causal))
-    return [
-        Part(name, "none", sizes(module), linear_flops(module, lambda _, tokens=tokens: tokens), attention, place)
-        for module, name, tokens, attention in encoders
-    ]
+    joint = 4.0 * lengths[0] ** 2 * settings.num_heads * settings.d_kv * settings.num_layers
+    causal = 2.0 * lengths[1] ** 2 * other.hidden_size * other.num_hidden_layers
+    encoders = ((flux_shapes.t5(settings), "T5", joint), (flux_shapes.clip(other), "CLIP", causal))
+    found = []
+    for (weights, name, attention), tokens in zip(encoders, lengths, strict=True):
+        own = list(weights)
+        found.append(Part(name, "none", sizes(own), linear_flops(own, lambda _, n=tokens: n), attention, place))
+    return found
 
 
-def _flow(
-    transformer: Any, controlnet: Any, stage: ControlNetStage, precision: str, latents: int, text: int
-) -> list[Part]:
+def _flow(model: LatentControl, precision: str) -> list[Part]:
     """FLUX and its ControlNet: joint attention over image and text."""
-    image = stage.folder.grid(stage.flux.image_size) ** 2
-    width, heads = transformer.inner_dim, transformer.config.num_attention_heads
+    settings, shape = model.folder.transformer, model.shape
+    latents = grid_side(model.config, model.image_size) ** 2
+    image, text = model.folder.grid(model.flux.image_size) ** 2, model.folder.text_lengths[0]
+    width, heads = flux_shapes.hidden_width(settings), flux_shapes.heads(settings)
     byte = 2 if precision == "bf16" else 4
     tokens = image + text
 
-    def part(name: str, module: Any, gradient: Gradient, place: str) -> Part:
-        double, single = len(module.transformer_blocks), len(module.single_transformer_blocks)
+    def part(name: str, weights: Sequence[Weight], blocks: tuple[int, int], gradient: Gradient, place: str) -> Part:
+        double, single = blocks
         last = f"single_transformer_blocks.{single - 1}."
         # Gradients stop at the first residual.
-        skipped = (1, 0) if stage.shape.double else (double, 1)
+        skipped = (1, 0) if shape.double else (double, 1)
         behind = (double, single) if gradient == "trained" else (double - skipped[0], single - skipped[1])
 
         def count(name: str) -> float:
@@ -280,7 +272,7 @@ def _flow(
             pairs = sum(blocks) * tokens**2 - (text * tokens if blocks[1] else 0)
             return 4.0 * pairs * width
 
-        forward = linear_flops(module, count), attention((double, single))
+        forward = linear_flops(weights, count), attention((double, single))
         unit, statistics = byte * width, 4 * FLUX_STATISTICS * heads
         kept = sum(n * tokens * (k * unit + statistics) for n, k in zip(behind, FLUX_KEPT[gradient], strict=True))
         if behind[1]:
@@ -289,30 +281,31 @@ def _flow(
         outside = 4.0 * tokens * width / heads + image * unit
         recomputed = sum(behind) * tokens * unit
         if gradient == "trained":  # inputs and the resampling block's states
-            states = latents + 3 * image if stage.shape.resampling != "none" else 0
-            outside += byte * states * stage.shape.latent_width
-            inputs = image * stage.shape.latent_width + text * controlnet.config.joint_attention_dim
-            outside += byte * (inputs + image * controlnet.config.in_channels)
+            states = latents + 3 * image if shape.resampling != "none" else 0
+            outside += byte * states * shape.latent_width
+            inputs = image * shape.latent_width + text * settings["joint_attention_dim"]
+            outside += byte * (inputs + image * settings["in_channels"])
             outside += image * unit if double and single else 0
         else:  # the loss's error, and the residuals, which blocks add
-            outside += 4 * image * transformer.config.in_channels
-            recomputed += (stage.shape.double + stage.shape.single) * image * unit
+            outside += 4 * image * settings["in_channels"]
+            recomputed += (shape.double + shape.single) * image * unit
         return Part(
             name,
             gradient,
-            sizes(module),
+            sizes(weights),
             *forward,
             place,
-            linear_flops(module, reached),
+            linear_flops(weights, reached),
             attention(behind),
             kept=kept + outside,
             kept_recomputed=recomputed + outside,
             layer=tokens * unit * FLUX_RECOMPUTED[gradient][0 if behind[0] else 1],
             gradients=5.0 * tokens * unit,
-            last=sum(forward) - linear_flops(module, again) - attention(behind),
+            last=sum(forward) - linear_flops(weights, again) - attention(behind),
         )
 
+    flux, control = list(flux_shapes.transformer(settings)), list(flux_shapes.controlnet(shape))
     return [
-        part("FLUX", transformer, "through", stage.flux.placement.transformer),
-        part("ControlNet", controlnet, "trained", "sharded"),
+        part("FLUX", flux, model.folder.blocks, "through", model.flux.placement.transformer),
+        part("ControlNet", control, (shape.double, shape.single), "trained", "sharded"),
     ]

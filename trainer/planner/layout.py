@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ...recipes import BatchSplit, schema
-from ..optim.engine import deepspeed_config
+from ..optim.deepspeed_config import deepspeed_config
 from .flops import Part
 
 FrozenPlace = Literal["sharded", "node", "replicated"]

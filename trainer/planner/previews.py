@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from ...recipes import load_recipe
 from ...recipes.schema import Previews
-from ..models import latent_controlnet
-from ..models.flux import PARTS, FluxFolder
+from ..models.flux_config import PARTS, FluxConfig
 from ..models.hub import architecture
-from ..models.latent_controlnet import LatentControlNet
-from ..stages import open_controlnet
+from . import flux_shapes
+from .opened import LatentControl
 
 WEIGHT_BYTES = 2
 """Previews are generated in bf16."""
@@ -27,16 +24,18 @@ def image_generator_bytes(previews: Previews) -> float:
         return 0.0
     path = Path(previews.controlnet)
     if (path / "config.json").is_file() and not (path / "recipe.yaml").is_file() and previews.flux:
-        shape, _ = latent_controlnet.read_config(path)
-        folder = FluxFolder.open(architecture(previews.flux, None, "previews.flux"), for_counting=True)
+        from ..models.latent_controlnet import read_config  # imports torch: it opens the weights
+
+        shape, _ = read_config(path)
+        folder = FluxConfig.open(architecture(previews.flux, None, "previews.flux"))
     else:
         own = path / "recipe.yaml"
-        generator_recipe = load_recipe(own if own.is_file() else STAND_IN, stored=True)
-        if previews.flux and generator_recipe.flux:
-            flux = generator_recipe.flux.model_copy(update={"path": previews.flux, "revision": None})
-            generator_recipe = generator_recipe.model_copy(update={"flux": flux})
-        stage = open_controlnet(generator_recipe, for_counting=True)
+        other = load_recipe(own if own.is_file() else STAND_IN, stored=True)
+        assert other.flux is not None, "required by the recipe schema"
+        flux = other.flux
+        if previews.flux:
+            flux = flux.model_copy(update={"path": previews.flux, "revision": None})
+        stage = LatentControl.open(other.backbone, flux, other.controlnet, other.data.image_size)
         shape, folder = stage.shape, stage.folder
-    with torch.device("meta"):
-        modules = [LatentControlNet(shape), *(folder.build(part) for part in PARTS)]
-    return float(WEIGHT_BYTES * sum(p.numel() for module in modules for p in module.parameters()))
+    weights = [flux_shapes.controlnet(shape), *(flux_shapes.flux_part(folder, part) for part in PARTS)]
+    return float(WEIGHT_BYTES * sum(weight.size for part in weights for weight in part))

@@ -32,7 +32,8 @@ from ...data.shards import expand, shared, spread
 from ...recipes.schema import Data
 from ..distributed.process_group import Gather, single_process
 from ..errors import RunError
-from ..models.flux import SPACE_TO_DEPTH_KEY, FluxFolder, Part
+from ..models.flux import FluxFolder, Part
+from ..models.flux_config import SPACE_TO_DEPTH_KEY
 
 Kind = Literal["vae", "text"]
 PARTS: dict[Kind, tuple[Part, ...]] = {"vae": ("vae",), "text": ("text_encoder", "text_encoder_2")}

@@ -5,6 +5,8 @@ Legend: B samples of a micro-batch, N patches, T text tokens, S image side in pi
 
 from __future__ import annotations
 
+from ...kernels import runtime  # noqa: F401  # isort: skip
+
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,34 +19,23 @@ from transformers import PreTrainedTokenizerBase
 
 from ...data import Item, stacked
 from ...kernels import PatchLatentHead, PrefixLayout
-from ...recipes.schema import Backbone, Branch, Kernels, MaskRate
+from ...recipes.schema import Backbone, Branch, Kernels
 from ..distributed.process_group import Ranks
-from ..errors import RunError
 from ..models import weights
 from ..models.backbone import FrozenBackbone, Prefix, read_config
+from ..models.backbone_config import grid_side
 from ..models.branch import INIT_STD, GenerationBranch
 from ..models.elementwise import use_liger
 from ..models.hub import architecture, locate
 from ..models.kernel_selection import KernelChoice, KernelWork, choose_kernels
-from ..models.masking import draw_masks, masked_counts
+from ..models.masking import draw_masks, hidden_counts
 from ..models.prompt import PromptTemplate, load_tokenizer
 from ..models.rng import IntArray, Stream, chosen
 from . import VALIDATION_SEED, Losses, StageModel
-from .placement import build_unsharded, set_unregistered_module
+from .unsharded import build_unsharded, set_unregistered_module
 
 VALIDATION_RATES = 4
 """Mask rates at which the held-out loss is measured, equidistant over the recipe's range."""
-
-
-def grid_side(config: Any, image_size: int) -> int:
-    """Patches along one side of a square image, after the vision encoder's merger."""
-    vision = config.vision_config
-    unit = vision.patch_size * vision.spatial_merge_size
-    if image_size % unit:
-        below = image_size // unit * unit
-        fits = f"{below} or {below + unit}" if below else f"{unit}"
-        raise RunError(f"data.image_size {image_size} is not a multiple of {unit} (patch x merge): set {fits}")
-    return image_size // unit
 
 
 class PatchLatentModel(StageModel):
@@ -171,11 +162,6 @@ class PatchLatentCollate:
             "mask": torch.from_numpy(mask),
             "masked": torch.from_numpy(np.flatnonzero(mask)),
         }
-
-
-def hidden_counts(rate: MaskRate, seed: int, epoch: IntArray, index: IntArray, tokens: int) -> IntArray:
-    """Masked patches per sample [B], of `tokens`."""
-    return masked_counts(seed, epoch, index, tokens, **rate.model_dump())
 
 
 @dataclass

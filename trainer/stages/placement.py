@@ -1,23 +1,13 @@
-"""Placement of frozen parts: sharded over the ranks, replicated on every rank, offloaded to host memory, or omitted.
-
-Parts that are not sharded are built after `zero.Init` and kept out of the module tree, so that DeepSpeed neither shards
-nor moves them; gradients flow through them as through any other module.
-"""
+"""Placement of FLUX's parts: sharded over the ranks, replicated on every rank, offloaded to host memory, or omitted."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ...recipes.schema import Flux
-from ..models import weights
 from ..models.flux import PARTS, FluxFolder, FrozenFlux, Part
-
-Module = TypeVar("Module", bound=nn.Module)
+from .unsharded import build_unsharded, offload, set_unregistered_module
 
 
 def placements(flux: Flux, whole: bool = False) -> dict[Part, str]:
@@ -30,41 +20,6 @@ def placements(flux: Flux, whole: bool = False) -> dict[Part, str]:
         "text_encoder_2": asked.text,
     }
     return {part: "offloaded" if whole and place == "cached" else place for part, place in found.items()}
-
-
-def build_unsharded(build: Callable[[], Module], place: str, like: nn.Parameter) -> Module:
-    """A frozen module outside the module tree, in the dtype of `like`, `replicated` on its device or `offloaded`."""
-    device = weights.local_slice(like)[0].device
-    with init_context(device if place == "replicated" else torch.device("cpu"), like.dtype):
-        return build().requires_grad_(False).eval()
-
-
-def set_unregistered_module(owner: nn.Module, name: str, module: nn.Module) -> None:
-    """Make `module` an attribute of `owner` without registering it as a submodule."""
-    owner.__dict__[name] = module
-
-
-def offload(module: nn.Module, device: torch.device) -> None:
-    """Keep the module's filled parameters in host memory; they are on `device` only during its forward pass."""
-    parameters = list(module.parameters())
-    if device.type == "cuda":
-        for parameter in parameters:
-            parameter.data = parameter.data.pin_memory()
-    host_data = [parameter.data for parameter in parameters]
-    for owner in module.modules():
-        for name, buffer in owner.named_buffers(recurse=False):
-            setattr(owner, name, buffer.to(device))
-
-    def copy_to_device(*_: object) -> None:
-        for parameter, data in zip(parameters, host_data, strict=True):
-            parameter.data = data.to(device, non_blocking=True, copy=True)
-
-    def free_device_copy(*_: object) -> None:
-        for parameter, data in zip(parameters, host_data, strict=True):
-            parameter.data = data
-
-    module.register_forward_pre_hook(copy_to_device)
-    module.register_forward_hook(free_device_copy, always_call=True)
 
 
 class PlacedFlux(FrozenFlux):
@@ -92,15 +47,3 @@ class PlacedFlux(FrozenFlux):
                 # The VAE's methods call its children, never the module itself.
                 for child in module.children() if part == "vae" else (module,):
                     offload(child, device)
-
-
-@contextmanager
-def init_context(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Modules built in this context have their parameters on `device` in `dtype`."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            yield
-    finally:
-        torch.set_default_dtype(before)

@@ -29,7 +29,8 @@ from ..errors import RunError
 from ..models.flux import PARTS, FluxTokenizers, Tokens
 from . import latent_cache
 from .controlnet import ControlNetStage
-from .placement import PlacedFlux, init_context
+from .placement import PlacedFlux
+from .unsharded import init_context
 
 EMPTY = "__empty__"
 """Key of the empty caption in a text cache."""

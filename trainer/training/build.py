@@ -25,7 +25,6 @@ from ..planner.devices import this_device
 from ..stages.patch_latents import PatchLatentStage
 from .components import TrainerComponents
 from .model import build_model
-from .preview import sampler
 from .resume_point import ResumePoint, find_resume_point
 from .rollback import Recovery
 from .run_context import RunContext
@@ -45,9 +44,7 @@ def build(run: RunContext, after_step: Callable[[TrainState], None]) -> TrainerC
     engine, ema = _engine(run, point)
     run.phases.step = point.progress.step
     validator = ranks.agreed(lambda: _validator(run, engine, ema))
-    preview = ranks.agreed(
-        lambda: sampler(recipe.previews, inputs.stage, engine, inputs.dataset, ranks, run.folder, run.phases)
-    )
+    preview = ranks.agreed(lambda: _previews(run, engine))
     record = open_record(run, point, engine, kernels)
     saver = _saver(run, point, record, engine, ema)
 
@@ -116,6 +113,16 @@ def _engine(run: RunContext, point: ResumePoint) -> tuple[Engine, Ema | None]:
     if reader:
         ranks.agreed(lambda: restore(engine, ema, reader, reader.state["updates"]))
     return engine, ema
+
+
+def _previews(run: RunContext, engine: Engine) -> Callable[[TrainState], None]:
+    """A function to call after each step."""
+    inputs, settings = run.inputs, run.recipe.previews
+    if settings.every is None:
+        return lambda progress: None
+    from .preview import sampler  # imports diffusers
+
+    return sampler(settings, settings.every, inputs.stage, engine, inputs.dataset, run.ranks, run.folder, run.phases)
 
 
 def _saver(

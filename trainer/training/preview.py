@@ -42,6 +42,7 @@ Rows = dict[str, list[Image.Image]]
 
 def sampler(
     settings: Previews,
+    every: int,
     stage: Stage,
     engine: Engine,
     dataset: Dataset,
@@ -49,10 +50,7 @@ def sampler(
     folder: Path,
     phase: PhaseTimer,
 ) -> Callable[[TrainState], None]:
-    """A function to call after each step: it writes `previews/step-NNNNNNNN.png` every `previews.every` steps."""
-    every = settings.every
-    if every is None:
-        return lambda progress: None
+    """A function to call after each step: it writes `previews/step-NNNNNNNN.png` every `every` steps."""
     if isinstance(stage, ControlNetStage):
         captions, draw = _reconstructions(settings.count, stage, engine, dataset, ranks)
     else:

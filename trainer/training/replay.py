@@ -33,7 +33,7 @@ from ..optim.train_state import TrainState
 from ..stages import Stage, StageModel, open_stage
 from ..stages.controlnet import ControlNetStage
 from ..stages.patch_latents import PatchLatentStage
-from ..stages.placement import init_context
+from ..stages.unsharded import init_context
 from .data_digest import SequenceDigest, version
 from .inputs import Inputs, difference, open_inputs
 from .model import initialise_from

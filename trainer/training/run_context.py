@@ -21,7 +21,7 @@ from ..errors import RunError
 from ..monitors.heartbeat import Heartbeat
 from ..monitors.phase_timer import PhaseTimer
 from ..monitors.watchdog import Watchdog
-from ..optim.engine import deepspeed_config
+from ..optim.deepspeed_config import deepspeed_config
 from ..stages import open_stage
 from .batch import split_batch
 from .inputs import Inputs, open_held_out, open_inputs

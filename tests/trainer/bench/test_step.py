@@ -19,6 +19,7 @@ from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.backbone import read_config
 from bifrost.trainer.models.hub import architecture
 from bifrost.trainer.planner.flops import patch_latent_parts
+from bifrost.trainer.planner.opened import PatchLatents
 from bifrost.trainer.planner.timing import useful_flops
 from bifrost.trainer.stages import open_patch_latents
 from bifrost.trainer.stages.patch_latents import PatchLatentStage
@@ -35,6 +36,10 @@ def model_of(recipe: Any, **shape: Any) -> tuple[Any, Any, int]:
     stage = PatchLatentStage(*own, config, tokens, None, None)
     build = partial(stage.build, recipe.activation_checkpointing)
     return random_model(build, CPU, torch.float32), stage, tokens
+
+
+def counted_of(recipe: Any, config: Any) -> PatchLatents:
+    return PatchLatents(config, recipe.backbone, recipe.branch, recipe.data.image_size, recipe.seed)
 
 
 def test_every_case_is_measured_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -112,7 +117,7 @@ def test_flops_are_torchs_own(checkpointing: bool) -> None:
     model.backbone.attention = model.branch.attention = "reference"
     (case,) = prompts.cases("20", 2, 64)
     batch = prompts.draw_batch(case, tokens, recipe.data.image_size, stage.config, CPU, torch.float32)
-    parts = patch_latent_parts(stage, model, "bf16", 20)
+    parts = patch_latent_parts(counted_of(recipe, stage.config), "bf16", 20)
 
     def counted(work: Any) -> float:
         with FlopCounterMode(display=False) as counter:
@@ -139,10 +144,11 @@ def test_fewer_flops_by_the_claimed_factors(recipe: str, least: tuple[float, ...
     """At the real sizes, all layers: 80 and 300 text tokens, and captions of real lengths padded to 300."""
     settings = load_recipe(recipe, ["activation_checkpointing=false"])
     stage = open_patch_latents(settings, for_counting=True)
+    counted = counted_of(settings, stage.config)
     with torch.device("meta"):
         model = stage.build()
     for case, wanted in zip(prompts.cases("80,300,real", 16, 300), least, strict=True):
-        flops = [step.step_parts(patch_latent_parts(stage, model, "bf16", float(length))) for length in case.lengths]
+        flops = [step.step_parts(patch_latent_parts(counted, "bf16", float(length))) for length in case.lengths]
         ours = sum(useful_flops(sample) for sample in flops) / 16
         assert DenseStep(model).flops(flops, case.padded) / ours > wanted
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bifrost.trainer.checkpoint import durable
-from bifrost.trainer.checkpoint import shard as part_module
+from bifrost.trainer.checkpoint import durable, verification
 from bifrost.trainer.checkpoint.layout import local_range
 from bifrost.trainer.checkpoint.manifest import read_manifest
 from bifrost.trainer.checkpoint.shard import Payload
@@ -126,7 +125,7 @@ def test_newest_verified_skips_and_agrees_on_every_rank(tmp_path, save, run_rank
 def test_shares_cover_every_file_once(tmp_path, save, monkeypatch):
     save(tmp_path, 1, ranks=5)
     hashed = []
-    monkeypatch.setattr(part_module, "hash_file", lambda path: hashed.append(path.name) or durable.hash_file(path))
+    monkeypatch.setattr(verification, "hash_file", lambda path: hashed.append(path.name) or durable.hash_file(path))
     for rank in range(3):
         assert Store(tmp_path).verify(1, (rank, 3)) == []
     assert len(hashed) == len({*hashed}) == 7

@@ -191,7 +191,7 @@ STEPS = {
     "restore": "training.build.restore",
     "settings": "training.run_record.last_settings",
     "log": "training.run_record.log_to_file",
-    "previews": "training.build.sampler",
+    "previews": "training.build._previews",
 }
 """What is done at the start, and a function on its way: `module:class.method` or `module.function`."""
 

@@ -17,7 +17,7 @@ from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.backbone import FrozenBackbone, pixel_patches, read_config
 from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.weights import WeightFiles, backbone_names, fill
-from bifrost.trainer.stages.placement import build_unsharded
+from bifrost.trainer.stages.unsharded import build_unsharded
 
 
 @pytest.fixture(scope="module")

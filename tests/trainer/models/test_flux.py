@@ -12,6 +12,7 @@ from bifrost.recipes import FOLDER
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models import flux
 from bifrost.trainer.models.flux import FluxFolder, FluxTokenizers, FrozenFlux
+from bifrost.trainer.models.flux_config import SPACE_TO_DEPTH_KEY
 
 PROMPTS = ["a red apple", "moon", "", "red " * 30]
 
@@ -165,7 +166,7 @@ def test_a_folder_of_another_shape_or_with_missing_parts(copied: Path) -> None:
         ("transformer", {"in_channels": 64}, "transformer in_channels is 64, 4 x vae latent_channels is 16"),
         ("text_encoder_2", {"d_model": 16}, "joint_attention_dim is 12, text_encoder_2 d_model is 16"),
         ("text_encoder", {"hidden_size": 16}, "pooled_projection_dim is 8, text_encoder hidden_size is 16"),
-        ("vae", {flux.SPACE_TO_DEPTH_KEY: 4}, "in_channels 12 are not 3 x 4 x 4"),
+        ("vae", {SPACE_TO_DEPTH_KEY: 4}, "in_channels 12 are not 3 x 4 x 4"),
     ):
         config = copied / file / "config.json"
         before = config.read_text()

@@ -13,17 +13,16 @@ from safetensors.torch import save_file
 import ranked
 from bifrost.recipes import FOLDER, load_recipe
 from bifrost.trainer.errors import RunError
+from bifrost.trainer.models.controlnet_config import ControlNetConfig, resampling, residuals_added
 from bifrost.trainer.models.flux import FluxFolder, image_ids, velocity
 from bifrost.trainer.models.flux_transformer import FluxTransformer
 from bifrost.trainer.models.latent_controlnet import (
-    ControlNetConfig,
     LatentControlNet,
     Residuals,
     read_config,
-    residuals_added,
     write_config,
 )
-from bifrost.trainer.models.resampler import SyncedBatchNorm, resampling
+from bifrost.trainer.models.resampler import SyncedBatchNorm
 from bifrost.trainer.models.weights import WeightFiles
 from bifrost.trainer.stages import open_stage
 

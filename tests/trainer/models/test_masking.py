@@ -1,8 +1,10 @@
 """Mask rate and order: MAR's truncated normal, exact counts, independent of how samples are grouped."""
 
 import numpy as np
+import torch
 
 from bifrost.trainer.models.masking import draw_masks, masked_counts
+from bifrost.trainer.models.rng import Stream, uniform
 
 MAR = {"mean": 1.0, "std": 0.25, "low": 0.7, "high": 1.0}
 
@@ -26,10 +28,24 @@ def test_rates_follow_the_truncated_normal() -> None:
     assert abs(found.mean() / 256 - 0.867) < 0.003
 
 
+def test_counts_are_those_of_torchs_normal() -> None:
+    """As earlier versions drew them: a run resumes with the same masks."""
+    index = np.arange(20_000)
+    share = torch.from_numpy(uniform(0, Stream.MASK_RATE, np.zeros_like(index), index, 1)[:, 0])
+    for rule in (MAR, {"mean": 0.5, "std": 0.1, "low": 0.1, "high": 0.9}, {**MAR, "std": 0.01}):
+        ends = torch.tensor([rule["low"], rule["high"]], dtype=torch.float64)
+        floor, ceiling = torch.special.ndtr((ends - rule["mean"]) / rule["std"])
+        rate = rule["mean"] + rule["std"] * torch.special.ndtri(floor + share * (ceiling - floor))
+        wanted = np.ceil(rate.clamp(rule["low"], rule["high"]).numpy() * 256 - 1e-9)
+        assert (counts(20_000, **rule) == wanted).all()
+
+
 def test_bounds_are_exact() -> None:
     assert (counts(1000, tokens=10, low=0.7, high=0.7) == 7).all()
     assert (counts(1000, tokens=16, low=1.0, high=1.0) == 16).all()
     assert (counts(1000, tokens=16, low=0.0, high=0.0) == 0).all()
+    assert (counts(1000, tokens=10, low=0.7, high=0.7, std=0.001) == 7).all()  # 300 standard deviations from the mean
+    assert (counts(1000, tokens=10, low=1.0, high=1.0, mean=0.5, std=0.001) == 10).all()
 
 
 def test_masks_hide_exactly_the_counts() -> None:

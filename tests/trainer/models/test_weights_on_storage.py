@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from bifrost.data import DataError, DataLost, retry
-from bifrost.trainer.checkpoint import shard
+from bifrost.trainer.checkpoint import verification
 from bifrost.trainer.checkpoint.reader import CheckpointReader
 from bifrost.trainer.checkpoint.shard import Payload
 from bifrost.trainer.checkpoint.store import Store
@@ -150,7 +150,7 @@ def test_reads_of_a_manifest_and_its_files_are_retried(model, monkeypatch):
     """A checkpoint that is briefly unreadable is not replaced by an older one."""
     checkpoint(model / "run")
     left, real = [2, 2], Path.read_bytes
-    hash_file = shard.hash_file
+    hash_file = verification.hash_file
 
     def read_bytes(self):
         if self.name == "manifest.json" and left[0]:
@@ -165,5 +165,5 @@ def test_reads_of_a_manifest_and_its_files_are_retried(model, monkeypatch):
         return hash_file(path)
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    monkeypatch.setattr(shard, "hash_file", hashed)
+    monkeypatch.setattr(verification, "hash_file", hashed)
     assert Store(model / "run").newest_verified().step == 1 and left == [0, 0]

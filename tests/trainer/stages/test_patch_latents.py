@@ -9,10 +9,12 @@ from bifrost.recipes import load_recipe
 from bifrost.recipes.schema import Branch
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.backbone import read_config
+from bifrost.trainer.models.backbone_config import grid_side
 from bifrost.trainer.models.hub import locate
+from bifrost.trainer.models.masking import hidden_counts
 from bifrost.trainer.models.prompt import load_tokenizer
 from bifrost.trainer.stages import open_patch_latents
-from bifrost.trainer.stages.patch_latents import PatchLatentCollate, grid_side, hidden_counts
+from bifrost.trainer.stages.patch_latents import PatchLatentCollate
 
 
 def branch(*overrides: str) -> Branch:

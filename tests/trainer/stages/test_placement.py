@@ -14,7 +14,7 @@ import tiny_flux
 from bifrost.recipes import load_recipe
 from bifrost.trainer.inference.generator import load_mllm
 from bifrost.trainer.stages import open_patch_latents
-from bifrost.trainer.stages.placement import offload
+from bifrost.trainer.stages.unsharded import offload
 
 CPU = torch.device("cpu"), torch.float32
 REPLICATED = "flux.placement={transformer: replicated, vae: replicated, text: replicated, vision_encoder: replicated}"

@@ -1,0 +1,57 @@
+"""What a plan counts: the configs of a recipe's models, opened and checked. No weights or tokenizers are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...recipes.schema import Backbone, Branch, ControlNet, Flux
+from ..models.backbone_config import grid_side, read_shape
+from ..models.controlnet_config import ControlNetConfig
+from ..models.flux_config import FluxConfig
+from ..models.hub import architecture
+
+
+@dataclass(frozen=True)
+class PatchLatents:
+    """Stage 1. config: a `BackboneConfig`, or a Qwen2_5_VLConfig; image_size: in pixels."""
+
+    config: Any
+    backbone: Backbone
+    branch: Branch
+    image_size: int
+    seed: int
+
+    @classmethod
+    def open(cls, backbone: Backbone, branch: Branch, image_size: int, seed: int) -> PatchLatents:
+        """RunError names what cannot be used."""
+        config = read_shape(architecture(backbone.path, backbone.revision))
+        grid_side(config, image_size)
+        return cls(config, backbone, branch, image_size, seed)
+
+
+@dataclass(frozen=True)
+class LatentControl:
+    """Stage 2. config, image_size: of the vision encoder, as in `PatchLatents`."""
+
+    config: Any
+    flux: Flux
+    folder: FluxConfig
+    shape: ControlNetConfig
+    image_size: int
+
+    @classmethod
+    def open(cls, backbone: Backbone, flux: Flux, controlnet: ControlNet, image_size: int) -> LatentControl:
+        """RunError names what cannot be used."""
+        config = read_shape(architecture(backbone.path, backbone.revision))
+        folder = FluxConfig.open(architecture(flux.path, flux.revision, "flux.path"))
+        shape = ControlNetConfig.of(
+            folder.transformer,
+            config.vision_config.out_hidden_size,
+            grid_side(config, image_size),
+            folder.grid(flux.image_size),
+            controlnet.double,
+            controlnet.single,
+            controlnet.norm,
+        )
+        return cls(config, flux, folder, shape, image_size)

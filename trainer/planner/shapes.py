@@ -1,0 +1,130 @@
+"""Names and shapes of a model's parameters, from its settings alone.
+
+In the order of the built modules' `named_parameters`, by which DeepSpeed gathers them; tests hold both to each other.
+This file describes the backbone and the generation branch, `flux_shapes` FLUX and its ControlNet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+
+class Weight(NamedTuple):
+    """A parameter. product: whether a linear layer or convolution multiplies by it."""
+
+    name: str
+    shape: tuple[int, ...]
+    product: bool = False
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+Weights = Iterator[Weight]
+
+
+def within(prefix: str, *groups: Iterable[Weight]) -> Weights:
+    """The weights of a module's parts, named within `prefix`."""
+    for group in groups:
+        for weight in group:
+            yield weight._replace(name=f"{prefix}.{weight.name}")
+
+
+def repeated(prefix: str, count: int, part: Callable[[], Iterable[Weight]]) -> Weights:
+    """The weights of a list of `count` equal parts."""
+    for index in range(count):
+        yield from within(f"{prefix}.{index}", part())
+
+
+def linear(name: str, outputs: int, inputs: int, bias: bool = True) -> Weights:
+    yield from _product(name, (outputs, inputs), outputs if bias else 0)
+
+
+def convolution(name: str, outputs: int, inputs: int, *kernel: int, bias: bool = True) -> Weights:
+    yield from _product(name, (outputs, inputs, *kernel), outputs if bias else 0)
+
+
+def transposed_convolution(name: str, inputs: int, outputs: int, *kernel: int) -> Weights:
+    yield from _product(name, (inputs, outputs, *kernel), outputs)
+
+
+def norm(name: str, width: int, bias: bool = False) -> Weights:
+    yield Weight(f"{name}.weight", (width,))
+    if bias:
+        yield Weight(f"{name}.bias", (width,))
+
+
+def embedding(name: str, rows: int, width: int) -> Weights:
+    yield Weight(f"{name}.weight", (rows, width))
+
+
+def _product(name: str, shape: tuple[int, ...], bias: int) -> Weights:
+    yield Weight(f"{name}.weight", shape, product=True)
+    if bias:
+        yield Weight(f"{name}.bias", (bias,))
+
+
+def vision_encoder(config: Any) -> Weights:
+    """Qwen2.5-VL's vision encoder. config: its `vision_config`."""
+    width, mlp = config.hidden_size, config.intermediate_size
+    merged = width * config.spatial_merge_size**2
+    kernel = config.temporal_patch_size, config.patch_size, config.patch_size
+
+    def block() -> Weights:
+        yield from norm("norm1", width)
+        yield from norm("norm2", width)
+        yield from linear("attn.qkv", 3 * width, width)
+        yield from linear("attn.proj", width, width)
+        yield from linear("mlp.gate_proj", mlp, width)
+        yield from linear("mlp.up_proj", mlp, width)
+        yield from linear("mlp.down_proj", width, mlp)
+
+    yield from convolution("patch_embed.proj", width, config.in_channels, *kernel, bias=False)
+    yield from repeated("blocks", config.depth, block)
+    yield from norm("merger.ln_q", width)
+    yield from linear("merger.mlp.0", merged, merged)
+    yield from linear("merger.mlp.2", config.out_hidden_size, merged)
+
+
+def text_model(config: Any) -> Weights:
+    """Qwen2.5-VL's text model without its output layer. config: its `text_config`."""
+    yield from embedding("embed_tokens", config.vocab_size, config.hidden_size)
+    yield from _decoder(config)
+
+
+def branch(config: Any, side: int, learned: bool) -> Weights:
+    """The generation branch on `side` x `side` patches. config: the `text_config`; learned: with a position table."""
+    width = config.hidden_size
+    yield Weight("mask_token", (1, 1, width))
+    if learned:
+        yield Weight("positions", (1, side * side, width))
+    yield from _decoder(config)
+
+
+def head(width: int) -> Weights:
+    """The patch-latent head."""
+    yield Weight("weight", (width, width), product=True)
+    yield Weight("bias", (width,))
+
+
+def _decoder(config: Any) -> Weights:
+    """The text model's layers and final norm."""
+    width, mlp = config.hidden_size, config.intermediate_size
+    keys = config.num_key_value_heads * (width // config.num_attention_heads)
+
+    def layer() -> Weights:
+        yield from linear("self_attn.q_proj", width, width)
+        yield from linear("self_attn.k_proj", keys, width)
+        yield from linear("self_attn.v_proj", keys, width)
+        yield from linear("self_attn.o_proj", width, width, bias=False)
+        yield from linear("mlp.gate_proj", mlp, width, bias=False)
+        yield from linear("mlp.up_proj", mlp, width, bias=False)
+        yield from linear("mlp.down_proj", width, mlp, bias=False)
+        yield from norm("input_layernorm", width)
+        yield from norm("post_attention_layernorm", width)
+
+    yield from repeated("layers", config.num_hidden_layers, layer)
+    yield from norm("norm", width)
