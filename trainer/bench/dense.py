@@ -10,7 +10,7 @@ width.
 
 from __future__ import annotations
 
-from ...kernels import runtime  # noqa: F401  # isort: skip
+from ..models import libraries  # noqa: F401  # isort: skip
 
 from collections.abc import Sequence
 from typing import Any, Literal

@@ -12,13 +12,14 @@ import typer
 
 from ...data.progress import progress
 from ...data.units import counted
-from ...recipes import BatchSplit, load_recipe
+from ...recipes import BatchSplit, Recipe, load_recipe
 from ...slurm.named_paths import require_paths
 from ..distributed.launcher import devices, init_from_env, run_ranks
 from ..errors import RunError
 from ..training.batch import split_batch
 from ..training.run_folder import check_run, placed, ranks_of
 from ..training.setting_changes import check_fixed, finished_line
+from ..versions import importing
 from .on_ranks import leave, on_ranks
 from .options import Overrides, RanksOption, RecipeArgument
 
@@ -32,15 +33,10 @@ def train(
     """Train a recipe, or continue from its newest checkpoint."""
     settings = load_recipe(recipe, overrides or [])
 
-    def train_rank() -> int:
-        from ..training.train import train
-
-        return train(settings)
-
     run, values = Path(settings.runs_dir) / settings.name, settings.model_dump(mode="json")
     if not dry_run:
         split, done = partial(_split, run, values), partial(finished_line, run, values)
-        on_ranks(ranks, ["train", recipe, *(overrides or [])], train_rank, split, run, done)
+        on_ranks(ranks, ["train", recipe, *(overrides or [])], partial(_train_rank, settings), split, run, done)
     from ..models.hub import architecture
     from ..optim.deepspeed_config import deepspeed_config
     from ..planner import parts
@@ -75,14 +71,17 @@ def resume(
     settings = load_recipe(run / "recipe.yaml", [*given, *placed(run, given)], stored=True)
     arguments = ["resume", str(run), *given]
 
-    def train_rank() -> int:
-        from ..training.train import train
-
-        return train(settings)
-
     values = settings.model_dump(mode="json")
     split, done = partial(_split, run, values), partial(finished_line, run, values)
-    on_ranks(ranks, arguments, train_rank, split, run, done, usual=lambda: ranks_of(run) or devices())
+    on_ranks(
+        ranks, arguments, partial(_train_rank, settings), split, run, done, usual=lambda: ranks_of(run) or devices()
+    )
+
+
+def _train_rank(settings: Recipe) -> int:
+    with importing():
+        from ..training.train import train
+    return train(settings)
 
 
 def _split(run: Path, settings: dict[str, Any], ranks: int) -> BatchSplit:

@@ -6,7 +6,7 @@ text width, S image side in pixels.
 
 from __future__ import annotations
 
-from ...kernels import runtime  # noqa: F401  # isort: skip
+from ..models import libraries  # noqa: F401  # isort: skip
 
 from collections.abc import Sequence
 from dataclasses import dataclass

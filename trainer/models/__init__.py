@@ -1,6 +1,5 @@
 """Models: the frozen backbone, the generation branch, prompts, masks, weights.
 
 `hub`, `masking`, `rng` and the modules about configs import neither torch nor a model library: `bifrost plan` needs no
-others. A module that imports transformers or diffusers, which import Triton, first imports `kernels.runtime`: on a
-CPU, Triton's interpreter must be enabled before.
+others.
 """

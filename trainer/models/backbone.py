@@ -6,7 +6,7 @@ width.
 
 from __future__ import annotations
 
-from ...kernels import runtime  # noqa: F401  # isort: skip
+from . import libraries  # noqa: F401  # isort: skip
 
 import copy
 from dataclasses import dataclass

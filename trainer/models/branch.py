@@ -5,7 +5,7 @@ Legend: B samples, N patches (side x side), D hidden width, which is also the la
 
 from __future__ import annotations
 
-from ...kernels import runtime  # noqa: F401  # isort: skip
+from . import libraries  # noqa: F401  # isort: skip
 
 import copy
 from typing import Any, Literal

@@ -10,7 +10,7 @@ Rotary embedding stays torch's: the published recipe does not rotate patches.
 
 from __future__ import annotations
 
-from ...kernels import runtime  # noqa: F401  # isort: skip
+from . import libraries  # noqa: F401  # isort: skip
 
 import importlib
 from types import MethodType

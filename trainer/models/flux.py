@@ -6,7 +6,7 @@ channels, L text tokens of width E, P pooled text width.
 
 from __future__ import annotations
 
-from ...kernels import runtime  # noqa: F401  # isort: skip
+from . import libraries  # noqa: F401  # isort: skip
 
 from collections.abc import Collection, Sequence
 from functools import cached_property

@@ -12,7 +12,7 @@ Legend: B samples, L text tokens, M image tokens, S = L + M, H hidden width, h h
 
 from __future__ import annotations
 
-from ...kernels import runtime  # noqa: F401  # isort: skip
+from . import libraries  # noqa: F401  # isort: skip
 
 from typing import Any
 

@@ -5,7 +5,7 @@ Legend: B samples, L text tokens of width E, M image tokens of C channels, P poo
 
 from __future__ import annotations
 
-from ...kernels import runtime  # noqa: F401  # isort: skip
+from . import libraries  # noqa: F401  # isort: skip
 
 import math
 from collections.abc import Mapping, Sequence

@@ -9,7 +9,7 @@ text width, H FLUX's hidden width.
 
 from __future__ import annotations
 
-from ...kernels import runtime  # noqa: F401  # isort: skip
+from . import libraries  # noqa: F401  # isort: skip
 
 import json
 import warnings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...kernels import runtime  # noqa: F401  # isort: skip
+from . import libraries  # noqa: F401  # isort: skip
 
 import itertools
 from collections.abc import Sequence

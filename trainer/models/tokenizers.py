@@ -5,7 +5,7 @@ If the vocabulary files are missing, transformers 5 silently builds a tokenizer 
 
 from __future__ import annotations
 
-from ...kernels import runtime  # noqa: F401  # isort: skip
+from . import libraries  # noqa: F401  # isort: skip
 
 import importlib.util
 from pathlib import Path

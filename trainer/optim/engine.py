@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from ...recipes.schema import Optimizer, Zero
 from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..stages import StageModel
-from ..versions import version
+from ..versions import importing, version, without
 
 T = TypeVar("T")
 
@@ -41,9 +41,15 @@ def import_deepspeed(device: torch.device) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # torch renamed the collectives that DeepSpeed calls; a warning per call helps nobody.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    with _without("mlflow"):  # DeepSpeed's autotuner, which is not used, imports it in more time than all the rest
-        import deepspeed
-        import deepspeed.ops
+    if "deepspeed" not in sys.modules:
+        # DeepSpeed's autotuner, which is not used, imports MLflow, in more time than all the rest.
+        with importing(), without("mlflow"):
+            import deepspeed
+            import deepspeed.ops
+
+            _import_muon()
+    import deepspeed
+    import deepspeed.ops
 
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
@@ -56,17 +62,16 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-@contextmanager
-def _without(module: str) -> Iterator[None]:
-    """Within it, an import of `module`, if it was not imported before, fails as if it were not installed."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon optimizer, which is not used, without its `torch.compile`: the engine imports the module
+    in any case, and compiling needs all of torch's Inductor."""
+    compiler = importlib.import_module("deepspeed.runtime.compiler")
+    before, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
     try:
-        yield
+        with suppress(ImportError):  # another version's may have another name
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     finally:
-        del sys.modules[module]
+        compiler.compile = before
 
 
 def _not_about_a_skip(record: logging.LogRecord) -> bool:

@@ -5,7 +5,7 @@ Legend: B samples of a micro-batch, N patches, T text tokens, S image side in pi
 
 from __future__ import annotations
 
-from ...kernels import runtime  # noqa: F401  # isort: skip
+from ..models import libraries  # noqa: F401  # isort: skip
 
 from dataclasses import dataclass, field
 from functools import partial

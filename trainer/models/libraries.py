@@ -1,0 +1,11 @@
+"""Imports transformers as the models need it; a module that imports transformers or diffusers imports this one first.
+
+Both import Triton, whose interpreter must be enabled before on a machine without a GPU.
+"""
+
+from ...kernels import runtime  # noqa: F401  # isort: skip
+
+from ..versions import without
+
+with without("scipy"):  # used by the losses of object detection alone
+    import transformers.modeling_utils  # noqa: F401
