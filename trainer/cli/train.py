@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...data.progress import progress
 from ...data.units import counted
-from ...recipes import BatchSplit, Recipe, load_recipe
+from ...recipes import BatchSplit, load_recipe
 from ...slurm.named_paths import require_paths
 from ..distributed.launcher import devices, init_from_env, run_ranks
 from ..errors import RunError
@@ -22,6 +23,9 @@ from ..training.setting_changes import check_fixed, finished_line
 from ..versions import importing
 from .on_ranks import leave, on_ranks
 from .options import Overrides, RanksOption, RecipeArgument
+
+if TYPE_CHECKING:  # it imports pydantic models, which `--help` does not need
+    from ...recipes import Recipe
 
 
 def train(
@@ -36,7 +40,7 @@ def train(
     run, values = Path(settings.runs_dir) / settings.name, settings.model_dump(mode="json")
     if not dry_run:
         split, done = partial(_split, run, values), partial(finished_line, run, values)
-        on_ranks(ranks, ["train", recipe, *(overrides or [])], partial(_train_rank, settings), split, run, done)
+        on_ranks(ranks, ["train", recipe, *(overrides or [])], lambda: _train()(settings), split, run, done)
     from ..models.hub import architecture
     from ..optim.deepspeed_config import deepspeed_config
     from ..planner import parts
@@ -73,15 +77,14 @@ def resume(
 
     values = settings.model_dump(mode="json")
     split, done = partial(_split, run, values), partial(finished_line, run, values)
-    on_ranks(
-        ranks, arguments, partial(_train_rank, settings), split, run, done, usual=lambda: ranks_of(run) or devices()
-    )
+    on_ranks(ranks, arguments, lambda: _train()(settings), split, run, done, usual=lambda: ranks_of(run) or devices())
 
 
-def _train_rank(settings: Recipe) -> int:
+def _train() -> Callable[[Recipe], int]:
+    """`training.train.train`, imported only by the ranks."""
     with importing():
         from ..training.train import train
-    return train(settings)
+    return train
 
 
 def _split(run: Path, settings: dict[str, Any], ranks: int) -> BatchSplit:

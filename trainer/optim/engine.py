@@ -65,7 +65,7 @@ def import_deepspeed(device: torch.device) -> Any:
 def _import_muon() -> None:
     """Import DeepSpeed's Muon optimizer, which is not used, without its `torch.compile`: the engine imports the module
     in any case, and compiling needs all of torch's Inductor."""
-    compiler = importlib.import_module("deepspeed.runtime.compiler")
+    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
     before, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
     try:
         with suppress(ImportError):  # another version's may have another name

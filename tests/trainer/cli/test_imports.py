@@ -81,7 +81,8 @@ import bifrost.kernels.runtime
 from bifrost.trainer.optim.engine import import_deepspeed
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 import_deepspeed(torch.device("cpu"))
-unwanted = {"diffusers", "mlflow", "pandas", "scipy", "matplotlib"}
+from deepspeed.runtime.zero.muon import muon_optimizer  # as DeepSpeed's engine does
+unwanted = {"diffusers", "mlflow", "pandas", "scipy", "matplotlib", "torch._inductor.compile_fx"}
 print(*(unwanted & set(sys.modules)), bifrost.kernels.runtime.INTERPRETED)
 import mlflow
 """
