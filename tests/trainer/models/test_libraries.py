@@ -1,0 +1,30 @@
+"""Triton's interpreter is enabled before transformers or diffusers import Triton."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+TRAINER = Path(__file__).parents[3] / "trainer"
+FILES = [file for name in ("models", "stages", "inference", "bench") for file in sorted((TRAINER / name).glob("*.py"))]
+
+
+def libraries(file: Path) -> list[str]:
+    """The modules that `file` imports at its top, in order; `libraries` for models/libraries.py."""
+    found = []
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found += [name.name.partition(".")[0] for name in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            found += [name.name for name in node.names if name.name == "libraries"]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.module or "").partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_the_interpreter_is_enabled_first(file: Path) -> None:
+    names = libraries(file)
+    for name in ("transformers", "diffusers"):
+        if name in names:
+            assert "libraries" in names[: names.index(name)]
