@@ -101,6 +101,8 @@ class Flux(Section):
     """Guidance scale passed to FLUX and the ControlNet during training; ignored by schnell."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Probability that a caption is replaced by an empty one."""
+    caption_exchange: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a kept caption is replaced by that of the shard's next readable sample; see docs/stage2.md."""
     placement: Placement = Placement()
 
 

@@ -27,7 +27,7 @@ def batches(recipe: Recipe, inputs: Any) -> Loader:
     return Loader(
         inputs.dataset,
         inputs.plan,
-        inputs.stage.collate(),
+        inputs.stage.collate(inputs.dataset),
         Share(0, 1, recipe.global_batch, recipe.global_batch),
         range(recipe.steps),
         LoaderSettings(inputs.stage.image_sizes),

@@ -118,7 +118,14 @@ def _job(
         chosen = reader_bench.first_shards(recipe.data.shards, samples, workers)
         batch, data = recipe.micro_batch, recipe.data
         yield reader_bench.Job(
-            chosen, stage.collate(), stage.image_sizes, batch, workers, data.prefetch, data.shuffle_window, recipe.seed
+            chosen,
+            stage.collate(chosen),
+            stage.image_sizes,
+            batch,
+            workers,
+            data.prefetch,
+            data.shuffle_window,
+            recipe.seed,
         )
 
 

@@ -83,7 +83,8 @@ def _print(found: Replay, out: Path) -> None:
     table = Table("loss", "key", *(name.replace("_", " ") for name in drawn), "caption")
     order = found.highest_loss(SHOWN)
     for sample in (found.samples[i] for i in order):
-        caption = f"(dropped) {sample['caption']}" if sample["caption_dropped"] else sample["caption"]
+        change = next((name for name in ("dropped", "exchanged") if sample.get(f"caption_{name}")), None)
+        caption = f"({change}) {sample['caption']}" if change else sample["caption"]
         table.add_row(f"{sample['loss']:.4g}", sample["key"], *(f"{sample[name]:.3f}" for name in drawn), caption)
     console.print(table)
     if len(order) < len(found.samples):

@@ -22,6 +22,7 @@ class Stream(IntEnum):
     NOISE_LEVEL = 4
     NOISE = 5
     POSTERIOR = 6
+    CAPTION_EXCHANGE = 7
 
 
 def uniform(seed: int, stream: Stream, epoch: IntArray, index: IntArray, lanes: int) -> npt.NDArray[np.float64]:

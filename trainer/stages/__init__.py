@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from ...data import Dataset
 from ...data.reader import Collate
 from ...recipes import Recipe
 from ...recipes.schema import Kernels
@@ -88,7 +89,9 @@ class Stage(Protocol):
         """Trained weights in the public layout at `path`, and parameter -> name in them."""
         ...
 
-    def collate(self) -> Collate: ...
+    def collate(self, dataset: Dataset) -> Collate:
+        """Items of a micro-batch of `dataset` -> arguments of the model."""
+        ...
 
     def validation_collates(self, shards: str | list[str], ranks: Ranks) -> dict[str, Collate]:
         """Name -> collate function of each mask rate or noise level at which the loss on the held-out `shards` is

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...data import Dataset
 from ...kernels import short_on_cpu
 from ...recipes.schema import Backbone, ControlNet, Data, Flux, Kernels
 from ..distributed.process_group import Gather, Ranks, single_process
@@ -30,6 +31,7 @@ from ..models.kernel_selection import KernelChoice, KernelWork, choose_kernels
 from ..models.latent_controlnet import ControlNetConfig, LatentControlNet
 from ..models.rng import IntArray
 from . import VALIDATION_SEED, Losses, StageModel
+from .caption_exchange import CaptionExchange
 from .controlnet_collate import ControlNetCollate
 from .latent_cache import Cache, Kind, cache_fingerprint, open_cache
 from .patch_latents import grid_side
@@ -155,7 +157,13 @@ class ControlNetStage:
     """Caches of cached parts, once opened."""
     sums: int = 5
     """Squared error and elements at noise levels up to one half, the same above, tokens."""
-    identity: tuple[str, ...] = ("controlnet", "flux.image_size", "flux.guidance", "flux.caption_dropout")
+    identity: tuple[str, ...] = (
+        "controlnet",
+        "flux.image_size",
+        "flux.guidance",
+        "flux.caption_dropout",
+        "flux.caption_exchange",
+    )
 
     @classmethod
     def open(
@@ -263,9 +271,12 @@ class ControlNetStage:
         shape.require(self.folder.transformer, width, side, self.folder.grid(self.flux.image_size))
         return files, {f"controlnet.{name}": name for name in files.names}
 
-    def collate(self) -> ControlNetCollate:
+    def collate(self, dataset: Dataset) -> ControlNetCollate:
         caches = self.caches if self.caches is not None else self.open_caches()
-        return ControlNetCollate(self.folder.tokenizers, self.latents, caches, self.seed, self.flux.caption_dropout)
+        share = self.flux.caption_exchange
+        exchange = CaptionExchange(dataset, self.seed, share) if share else None
+        inputs = self.folder.tokenizers, self.latents, caches, self.seed, self.flux.caption_dropout
+        return ControlNetCollate(*inputs, exchange=exchange)
 
     def validation_collates(self, shards: str | list[str], ranks: Ranks) -> dict[str, ControlNetCollate]:
         data = self.data.model_copy(update={"shards": shards})

@@ -13,6 +13,7 @@ from ...data import Item, stacked
 from ..models import flux as flow
 from ..models.flux import FluxTokenizers
 from ..models.rng import Stream, chosen, uniform
+from .caption_exchange import CaptionExchange
 from .latent_cache import Cache, Kind
 
 
@@ -30,13 +31,16 @@ class ControlNetCollate:
         seed: int,
         dropout: float,
         noise_level: float | None = None,
+        exchange: CaptionExchange | None = None,
     ) -> None:
-        """latents: channels, height and width of the VAE's latents. caches: of the shards that items come from."""
+        """latents: channels, height and width of the VAE's latents. caches: of the shards that items come from.
+        exchange: of the captions that are not dropped."""
         self.tokenizers = tokenizers
         self.latents = latents
         self.caches = caches
         self.seed, self.dropout = seed, dropout
         self.noise_level = noise_level
+        self.exchange = exchange
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:
         epoch = np.array([item.epoch for item in items], dtype=np.int64)
@@ -51,7 +55,7 @@ class ControlNetCollate:
         return {
             "images": stacked([item.image for item in items]),
             **self._flux_images(items),
-            **self._text(items, dropped.tolist()),
+            **self._text(self.exchange(items) if self.exchange else items, dropped.tolist()),
             "posterior": normal(Stream.POSTERIOR, *self.latents),
             "noise": normal(Stream.NOISE, height * width // 4, 4 * channels),
             "level": normal(Stream.NOISE_LEVEL, 1)[:, 0]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ...data import Item, stacked
+from ...data import Dataset, Item, stacked
 from ...kernels import PatchLatentHead, PrefixLayout
 from ...recipes.schema import Backbone, Branch, Kernels
 from ..distributed.process_group import Ranks
@@ -234,7 +234,7 @@ class PatchLatentStage:
             names = self.build().trainable()
         return files, {name: name if own else weights.public_name(name) for name in names}
 
-    def collate(self) -> PatchLatentCollate:
+    def collate(self, dataset: Dataset) -> PatchLatentCollate:
         assert self.tokenizer is not None
         return PatchLatentCollate(self.tokenizer, self.branch, self.seed, self.tokens_per_image)
 

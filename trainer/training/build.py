@@ -184,7 +184,7 @@ def _loader(run: RunContext, progress: TrainState) -> Loader:
     return Loader(
         inputs.dataset,
         inputs.plan,
-        inputs.stage.collate(),
+        inputs.stage.collate(inputs.dataset),
         Share(ranks.rank, ranks.size, run.batch.global_batch, run.batch.micro_batch),
         range(progress.batch, progress.batch + recipe.steps - progress.step),
         LoaderSettings(

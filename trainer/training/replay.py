@@ -172,7 +172,7 @@ def _passes(
 ) -> tuple[list[Item], list[dict[str, Any]], list[tuple[str, str]], list[float]]:
     """Items of global batch `number`, each pass's arrays, replaced samples, and every sample's loss."""
     batch = inputs.global_batch
-    collate = inputs.stage.collate()
+    collate = inputs.stage.collate(inputs.dataset)
     loader = Loader(
         inputs.dataset,
         inputs.plan,
@@ -210,10 +210,14 @@ def _draws(seed: int, stage: Stage, items: Sequence[Item], arrays: Sequence[dict
     """What training draws for each sample from (seed, epoch, index)."""
     epoch, index = (np.array([getattr(item, name) for item in items], dtype=np.int64) for name in ("epoch", "index"))
     if isinstance(stage, ControlNetStage):
+        exchanged = chosen(seed, Stream.CAPTION_EXCHANGE, epoch, index, stage.flux.caption_exchange).tolist()
         dropped = chosen(seed, Stream.CAPTION_DROPOUT, epoch, index, stage.flux.caption_dropout).tolist()
         levels = sigmas(torch.cat([part["level"] for part in arrays])).tolist()
         seeds = [[seed, item.epoch, item.index] for item in items]
-        draws = [{"noise_level": level, "noise_seed": each} for level, each in zip(levels, seeds, strict=True)]
+        draws = [
+            {"caption_exchanged": exchange, "noise_level": level, "noise_seed": each}
+            for exchange, level, each in zip(exchanged, levels, seeds, strict=True)
+        ]
     else:
         assert isinstance(stage, PatchLatentStage)
         dropped = chosen(seed, Stream.CAPTION_DROPOUT, epoch, index, stage.branch.caption_dropout).tolist()

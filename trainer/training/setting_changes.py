@@ -73,6 +73,7 @@ def check_stage(settings: dict[str, Any], before: dict[str, Any], place: Path) -
 
 def check_unchanged(settings: dict[str, Any], before: dict[str, Any], keys: Sequence[str], place: Path) -> None:
     """RunError when one of the dotted `keys` has another value than `before`."""
+    before = _complete(before)
     for key in keys:
         was, now = _at(before, key), _at(settings, key)
         if was == now:

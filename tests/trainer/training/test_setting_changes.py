@@ -16,7 +16,7 @@ from bifrost.recipes import load_recipe
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.training.run_folder import check_run, placed, ranks_of
 from bifrost.trainer.training.run_history import History
-from bifrost.trainer.training.setting_changes import changes, describe, finished
+from bifrost.trainer.training.setting_changes import changes, check_unchanged, describe, finished
 from bifrost.trainer.training.train import train
 
 NOW = {"name": "a", "runs_dir": "there", "optimizer": {"lr": 0.1, "betas": [0.9, 0.95]}, "ema": {"decay": 0.99}}
@@ -28,6 +28,17 @@ def test_each_changed_setting_is_named_with_both_values() -> None:
     assert found == {"optimizer.lr": (3e-5, 0.1), "ema.decay": (None, 0.99)}
     assert describe(found) == "ema.decay null -> 0.99, optimizer.lr 3e-05 -> 0.1"
     assert changes(NOW, None) == changes(NOW, NOW) == {}
+
+
+def test_a_setting_newer_than_the_checkpoint_had_its_default(tmp_path: Path) -> None:
+    key = "flux.caption_exchange"
+    before = load_recipe("tiny-controlnet").model_dump(mode="json")
+    del before["flux"]["caption_exchange"]
+    now = load_recipe("tiny-controlnet", [f"{key}=0"]).model_dump(mode="json")
+    check_unchanged(now, before, [key], tmp_path)
+    now = load_recipe("tiny-controlnet", [f"{key}=0.3"]).model_dump(mode="json")
+    with pytest.raises(RunError, match=r"caption_exchange.*0\.0.*0\.3"):
+        check_unchanged(now, before, [key], tmp_path)
 
 
 @pytest.fixture

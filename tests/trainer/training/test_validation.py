@@ -94,7 +94,7 @@ def plain_patch_latents(given: list[str], run: Path, slot: str) -> list[float]:
     rate, tokens = stage.branch.mask_rate, stage.tokens_per_image
     levels = [rate.low + (rate.high - rate.low) * k / 3 for k in range(4)]
     squares, patches = np.zeros(4), np.zeros(4)
-    collate = stage.collate()
+    collate = stage.collate(open_dataset(load_recipe(given[1], given[2:]).data.shards))
     for number, (image,), caption in held_out(given):
         ids, lengths = collate.template.batch([caption])
         masked = math.ceil(levels[number % 4] * tokens - 1e-9)

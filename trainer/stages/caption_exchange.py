@@ -1,0 +1,42 @@
+"""Captions of other samples, with which the ControlNet learns to follow the latents where text contradicts them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ...data import BadSample, Dataset, Item
+from ..models.rng import Stream, chosen
+
+
+class CaptionExchange:
+    """Gives a fraction of the samples the caption of the next readable sample of their shard.
+
+    The draw depends on (seed, epoch, index) and the caption on the shard, so that micro-batch and number of ranks do
+    not matter. Every exchanged caption costs one more read of a sample.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, share: float) -> None:
+        self.dataset = dataset
+        self.seed, self.share = seed, share
+
+    def __call__(self, items: Sequence[Item]) -> list[Item]:
+        """The items; exchanged ones have the caption, key and origin of the other sample, and their own image."""
+        epoch, index = (
+            np.array([getattr(each, name) for each in items], dtype=np.int64) for name in ("epoch", "index")
+        )
+        exchanged = chosen(self.seed, Stream.CAPTION_EXCHANGE, epoch, index, self.share).tolist()
+        return [self._other(item) if exchange else item for item, exchange in zip(items, exchanged, strict=True)]
+
+    def _other(self, item: Item) -> Item:
+        shard, number = item.origin
+        count = int(self.dataset.samples_per_shard[shard])
+        for following in range(number + 1, number + count):
+            try:
+                found = self.dataset.read(shard, following % count)
+            except BadSample:
+                continue
+            return replace(item, key=found.key, caption=found.caption, origin=(shard, following % count))
+        return item
