@@ -1,4 +1,4 @@
-"""The demo datasets, rendered locally from OpenMoji's drawings: single drawings with their names, or scenes of several.
+"""The demo datasets, rendered locally from OpenMoji's drawings: scenes of several, or single drawings with their names.
 
 OpenMoji (https://openmoji.org) is licensed CC BY-SA 4.0, and so are the rendered images.
 """
@@ -64,11 +64,11 @@ class Shard(NamedTuple):
     to_png: Callable[[Any], bytes]
 
 
-def make_demo(out: str | Path, contents: Literal["scenes", "drawings"] = "drawings") -> Demo:
+def make_demo(out: str | Path, contents: Literal["scenes", "drawings"] = "scenes") -> Demo:
     """Write a demo dataset to `out` as indexed shards `train-*.tar` and `heldout-*.tar`.
 
-    drawings: about 1,900 with their names, of which a twentieth is held out. scenes: up to four drawings in an image,
-    with the ground truth in KEY.json. Existing shards are kept, so an interrupted call resumes.
+    scenes: up to four drawings in an image, with the ground truth in KEY.json. drawings: about 1,900 with their names,
+    of which a twentieth is held out. Existing shards are kept, so an interrupted call resumes.
     """
     out, console = Path(out), Console(stderr=True, markup=False, emoji=False)
     parts, to_png = _scene_parts() if contents == "scenes" else _drawing_parts()
@@ -112,6 +112,7 @@ def _drawing_png(svg: Path) -> bytes:
 def _scene_parts() -> tuple[dict[str, list[Sample]], Callable[[Any], bytes]]:
     from .scenes.heldout import heldout_scenes, training_scenes
 
+    find_drawings()  # if they are missing, an error before anything is written
     found = {"train": training_scenes(TRAINING_SCENES, seed=0), "heldout": heldout_scenes(HELD_OUT_SCENES, seed=1)}
     parts = {
         part: [Sample(f"{part}{number:05d}", scene.caption, scene) for number, scene in enumerate(scenes)]

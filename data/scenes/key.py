@@ -38,8 +38,8 @@ def read_key(path: Path) -> dict[str, Scene]:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path}: not the ground truth of scenes ({error!r}); give the {KEY} that `bifrost data demo OUT --set"
-            " scenes` wrote next to the shards"
+            f"{path}: not the ground truth of scenes ({error!r}); give the {KEY} that `bifrost data demo OUT` wrote"
+            " next to the shards"
         ) from error
 
 

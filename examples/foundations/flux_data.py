@@ -1,12 +1,11 @@
-"""The demo's drawings for the tiny FLUX, and the geometry between pixels and FLUX's tokens.
+"""The scenes on which the tiny FLUX is trained, and the geometry between pixels and FLUX's tokens.
 
-Legend: n drawings of 3 x 64 x 64 pixels, 48 x 16 x 16 after space-to-depth; latents 16 x 16 x 16, packed 64 x 64.
+Legend: n scenes of 3 x 64 x 64 pixels, 48 x 16 x 16 after space-to-depth; latents 16 x 16 x 16, packed 64 x 64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,64 +13,74 @@ from diffusers import FluxPipeline
 from torch import Tensor
 from torch.nn import functional as F
 
-from bifrost.data import Loader, LoaderSettings, Plan, Share, open_dataset
+from bifrost.data.scenes.drawings import CELL, LOOKS
+from bifrost.data.scenes.grammar import Object, Scene, article, plural, render
+from bifrost.data.scenes.heldout import held_out_in, training_scenes
+from bifrost.data.scenes.places import ARRANGED, CENTRE, LAYOUTS
+from bifrost.data.scenes.places import SIZE as SCENE_SIZE
+from bifrost.data.transforms import resized
 
 IMAGE_SIZE = 64
 DEPTH = 4
 """Side in pixels of the squares that become channels before the VAE."""
 LATENT_SIDE, LATENT_CHANNELS = IMAGE_SIZE // DEPTH, 16
 SIDE, TOKENS, CHANNELS = LATENT_SIDE // 2, LATENT_SIDE**2 // 4, 4 * LATENT_CHANNELS
-CELLS = 4
-"""Cells per side that a drawing's text tokens describe; the tiny Qwen2.5-VL has the same number of patch latents."""
-PREFIXES = (
-    *("a", "an", "the", "one", "some", "draw", "paint", "show me", "an icon of", "a small", "a sketch of"),
-    *("a drawing of", "a drawing of a", "an image of", "an image of a", "a picture of", "a picture of a"),
-    *("an emoji of", "an emoji of a", "a cartoon of", "Generate an image of", "Generate an image of a"),
-)
-SUFFIXES = ("emoji", "icon", "drawing", "on white", "on a white background", "in flat colors", ", simple", ".")
-UNSEEN_PHRASE = "please make a picture with {}"
+SPRITE = SIDE * CELL // SCENE_SIZE
+"""Tokens per side of an object's cell."""
+MIX = {"single": 0.2, "colour": 0.2, "two": 0.25, "binding": 0.2, "grid": 0.15}
+"""Share of each category: no look twice in a scene, since the captions have no numbers."""
+ARRANGED_SHARE = 0.75
+"""Share of the scenes of several objects that have the layout of equal ones; the others have random layouts."""
+JOINTS = (", ", " and ", " with ", " and ", ", ", " next to ", " near ")
 
 
-class Drawings(NamedTuple):
-    """A split of the demo dataset: images uint8 [n, 3, 64, 64] and captions, shuffled by the seed."""
-
-    images: Tensor
-    captions: list[str]
-
-
-def read_drawings(shards: str, seed: int) -> Drawings:
-    """All drawings of `shards`, decoded once."""
-    dataset = open_dataset(shards)
-    captions: list[str] = []
-
-    def collate(items: list) -> dict[str, Tensor]:
-        captions.extend(item.caption for item in items)
-        return {"images": torch.from_numpy(np.stack([item.image for item in items])).permute(0, 3, 1, 2)}
-
-    plan = Plan(dataset.samples_per_shard, seed)
-    loader = Loader(
-        dataset,
-        plan,
-        collate,
-        Share(0, 1, 1, 1),
-        range(len(plan)),
-        LoaderSettings((IMAGE_SIZE,)),
-    )
-    images = torch.cat([batch.arrays["images"] for batch in loader]).contiguous()
-    return Drawings(images, captions)
+def flux_scenes(total: int, seed: int) -> list[Scene]:
+    """Training scenes with their objects exchanged at random, in places that their captions do not determine."""
+    draws = np.random.default_rng(seed)
+    return [_rearranged(scene, draws) for scene in training_scenes(total, seed, MIX)]
 
 
-def phrased(captions: Sequence[str], draws: torch.Generator) -> list[str]:
-    """The captions in varied phrasings; half of them unchanged."""
-    texts = []
-    for caption, bare, before, after, where in zip(
-        captions, *torch.rand(4, len(captions), generator=draws).tolist(), strict=True
-    ):
-        prefix = PREFIXES[int(before * len(PREFIXES))] + " " if where < 0.75 else ""
-        suffix = SUFFIXES[int(after * len(SUFFIXES))] if where > 0.5 else ""
-        join = "" if suffix.startswith((",", ".")) else " "
-        texts.append(caption if bare < 0.5 else f"{prefix}{caption}{join if suffix else ''}{suffix}")
-    return texts
+def _rearranged(scene: Scene, draws: np.random.Generator) -> Scene:
+    looks = [each.look for each in scene.objects]
+    if len(set(looks)) == 1 or draws.random() < ARRANGED_SHARE:
+        places = ARRANGED[len(looks)]
+    else:
+        layouts = [layout for layout in LAYOUTS if len(layout) == len(looks)]
+        places = layouts[draws.integers(len(layouts))]
+    order = draws.permutation(len(looks))
+    return scene._replace(objects=tuple(Object(looks[i], place) for i, place in zip(order, places, strict=True)))
+
+
+def listed(scene: Scene, draws: np.random.Generator) -> tuple[str, Scene]:
+    """FLUX's caption: the looks in any order, without places, relations or numbers other than the plural; and the scene
+    with its objects in that order."""
+    looks = [each.look for each in scene.objects]
+    distinct = list(dict.fromkeys(looks))
+    order = [distinct[i] for i in draws.permutation(len(distinct))]
+    words = [article(look) if looks.count(look) == 1 else plural(look) for look in order]
+    text = words[0]
+    for word in words[1:]:
+        text += JOINTS[draws.integers(len(JOINTS))] + word
+    return text, scene._replace(objects=tuple(sorted(scene.objects, key=lambda each: order.index(each.look))))
+
+
+def to_images(scenes: Sequence[Scene]) -> Tensor:
+    """The scenes, uint8 [n, 3, 64, 64]."""
+    images = [np.ascontiguousarray(resized(render(scene), IMAGE_SIZE)) for scene in scenes]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def sprite_scenes() -> list[Scene]:
+    """Every look that training captions may name, alone in the centre."""
+    alone = [Scene("single", article(look), (Object(look, CENTRE),)) for look in LOOKS]
+    return [scene for scene in alone if not held_out_in(scene)]
+
+
+def sprite_cells(tokens: Tensor) -> Tensor:
+    """Packed latents [n, 64, 64] of centred sprites by quarter: [n, 4, CHANNELS * SPRITE^2 / 4]."""
+    start, half = (SIDE - SPRITE) // 2, SPRITE // 2
+    grid = tokens.view(-1, SIDE, SIDE, CHANNELS)[:, start : start + SPRITE, start : start + SPRITE]
+    return grid.reshape(-1, 2, half, 2, half, CHANNELS).transpose(2, 3).reshape(len(tokens), 4, -1)
 
 
 def to_depth(images: Tensor) -> Tensor:
@@ -93,13 +102,6 @@ def pack(latents: Tensor) -> Tensor:
 def unpack(tokens: Tensor) -> Tensor:
     """The inverse of `pack`."""
     return FluxPipeline._unpack_latents(tokens, LATENT_SIDE, LATENT_SIDE, 1)
-
-
-def cells(tokens: Tensor) -> Tensor:
-    """Packed latents [n, 64, 64] by cell of 2 x 2 tokens: [n, CELLS^2, 256]."""
-    side = SIDE // CELLS
-    grid = tokens.view(len(tokens), CELLS, side, CELLS, side, CHANNELS)
-    return grid.transpose(2, 3).reshape(len(tokens), CELLS * CELLS, -1)
 
 
 def image_ids() -> Tensor:

@@ -1,65 +1,94 @@
-"""Measures of how well the tiny FLUX follows its text: retrieval among real drawings, and a contact sheet.
+"""Measures of how well the tiny FLUX follows its text, by reading its images back, and a contact sheet.
 
-Legend: n drawings of 3 x 64 x 64 pixels.
+Legend: n scenes of 3 x 64 x 64 pixels.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from flux_data import psnr
+from diffusers import AutoencoderKL, FluxPipeline
+from flux_data import LATENT_SIDE, listed, to_images, unpack
+from flux_model import sample
+from flux_vae import decode, round_trip
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import Qwen2_5_VLForConditionalGeneration
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bifrost.recipes import FOLDER
-from bifrost.trainer.models.backbone import pixel_patches
+from bifrost.data.scenes.grammar import Scene
+from bifrost.data.scenes.heldout import heldout_scenes, training_scenes
+from bifrost.data.scenes.scorer import score_images
 
-TOWER_SIZE, PATCH, MERGE, TEMPORAL = 112, 14, 2, 2
+if TYPE_CHECKING:
+    from flux_training import Pool, Training
 
-
-def load_tower() -> Qwen2_5_VLForConditionalGeneration:
-    """`builtin:tiny`, in fp32."""
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        FOLDER / "foundations" / "tiny", dtype=torch.float32
-    ).eval()
+CATEGORIES = ("single", "colour", "count", "two", "binding", "position")
 
 
-def recall(found: Tensor, real: Tensor) -> float:
-    """Fraction of rows of `found` [n, ...] whose nearest row of `real` [m, ...] has the same index."""
-    distance = torch.cdist(found.flatten(1).float(), real.flatten(1).float())
-    return (distance.argmin(dim=1) == torch.arange(len(found))).float().mean().item()
+def probed(each: int, seed: int = 0) -> list[Scene]:
+    """`each` training scenes of every category, with distinct captions."""
+    by_caption = {scene.caption: scene for scene in training_scenes(2000, seed)}
+    scenes = list(by_caption.values())
+    return [scene for name in CATEGORIES for scene in [s for s in scenes if s.category == name][:each]]
 
 
-@torch.no_grad()
-def tower_view(tower: Qwen2_5_VLForConditionalGeneration, images: Tensor) -> Tensor:
-    """Patch latents of uint8 images [n, 3, 64, 64]."""
-    size = (TOWER_SIZE, TOWER_SIZE)
-    large = F.interpolate(images.float(), size=size, mode="bicubic", antialias=True)
-    large = large.clamp(0, 255).round().to(torch.uint8)
-    side = TOWER_SIZE // PATCH
-    parts = []
-    for part in large.split(64):
-        grid = torch.tensor([[1, side, side]]).expand(len(part), 3)
-        patches = pixel_patches(part, PATCH, TEMPORAL, MERGE)
-        parts.append(tower.model.visual(patches, grid_thw=grid).pooler_output.view(len(part), -1))
-    return torch.cat(parts)
+def measures(images: Tensor, scenes: list[Scene]) -> dict[str, dict[str, float]]:
+    """`score_images` of uint8 images [n, 3, 64, 64], rounded."""
+    scores = score_images(images.permute(0, 2, 3, 1).numpy(), scenes)
+    return {name: {key: round(value, 3) for key, value in values.items()} for name, values in scores.items()}
 
 
-def measures(tower: Qwen2_5_VLForConditionalGeneration, found: Tensor, real: Tensor) -> dict[str, float]:
-    """Measures of generated uint8 images [n, 3, 64, 64] against real ones, of which the first n correspond to them."""
-    seen, among = tower_view(tower, found), tower_view(tower, real)
-    n = len(found)
-    return {
-        "psnr": round(psnr(found, real[:n]), 2),
-        "pixel_r1": round(recall(found, real[:n]), 4),
-        "tower_r1": round(recall(seen, among[:n]), 4),
-        "pixel_r1_all": round(recall(found, real), 4),
-        "tower_r1_all": round(recall(seen, among), 4),
-    }
+class Probe:
+    """Generates images of a few training scenes from FLUX's own captions alone, scores them and draws a sheet."""
+
+    def __init__(self, work: Path, vae: AutoencoderKL, pool: Pool, **options: float) -> None:
+        from flux_training import encode_texts
+
+        self.work, self.vae, self.empty, self.options = work, vae, pool.empty, options
+        self.scenes = probed(16)
+        draws = np.random.default_rng(0)
+        self.captions = [listed(scene, draws)[0] for scene in self.scenes]
+        self.text = encode_texts(pool.encoders, self.captions)
+
+    def __call__(self, training: Training) -> None:
+        tokens = sample(training.average, self.text, self.empty, **self.options)  # type: ignore[arg-type]
+        images = decode(self.vae, unpack(tokens))
+        print(json.dumps({"step": training.step, **measures(images, self.scenes)}), flush=True)
+        sheet(self.work / "sheet.png", self.captions, images, to_images(self.scenes))
+
+
+def report(out: Path) -> None:
+    """Print measures of the shipped folder through `FluxPipeline`: 20 steps."""
+    pipeline = FluxPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    seen, heldout = probed(40), heldout_scenes(25, 0)
+    print(f"round trip: held out {round_trip(pipeline.vae, to_images(heldout)):.2f} dB")
+    draws = np.random.default_rng(0)
+    rows = [
+        ("FLUX's own", seen, [listed(scene, draws)[0] for scene in seen], 3.5),
+        ("FLUX's own", seen, [listed(scene, draws)[0] for scene in seen], 1.0),
+        ("of the scene", seen, [scene.caption for scene in seen], 3.5),
+        ("of the scene", heldout, [scene.caption for scene in heldout], 3.5),
+        ("empty", seen, [""] * len(seen), 3.5),
+    ]
+    for name, scenes, texts, guidance in rows:
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            tokens = pipeline(
+                texts,
+                height=LATENT_SIDE,
+                width=LATENT_SIDE,
+                num_inference_steps=20,
+                guidance_scale=guidance,
+                max_sequence_length=pipeline.tokenizer_2.model_max_length,
+                generator=torch.Generator().manual_seed(1),
+                output_type="latent",
+            ).images
+        found = decode(pipeline.vae, unpack(tokens.float()))
+        print(json.dumps({"captions": name, "guidance": guidance, **measures(found, scenes)}), flush=True)
 
 
 def sheet(path: Path, captions: list[str], *rows: Tensor, across: int = 16) -> None:

@@ -1,10 +1,11 @@
 """The tiny FLUX's text encoders: CLIP for the pooled state, T5 for the token states, pretrained before FLUX.
 
-There are few captions, each with one drawing, so the encoders learn to predict it: each of T5's first CELLS^2 tokens,
-which its tokenizer prepends to every caption, regresses one cell of the latents, and CLIP's pooled state the drawing's
-principal components. FLUX then only has to render its text states. Both encoders are frozen afterwards.
+They learn what the named objects look like, and nothing of where they are. T5's tokenizer prepends REGISTERS tokens to
+every caption, four for each of up to four objects in the order of their mention; each predicts the latents of a quarter
+of its object. CLIP's pooled state predicts the sum of the objects' principal components. FLUX then has to arrange and
+render the objects. Both encoders are frozen afterwards.
 
-Legend: B captions, T = MAX_TOKENS tokens, C = CELLS^2 cells.
+Legend: B captions, T = MAX_TOKENS tokens, L looks.
 """
 
 from __future__ import annotations
@@ -14,25 +15,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from flux_data import CELLS, PREFIXES, SUFFIXES, cells, phrased
+from flux_data import JOINTS, listed, sprite_cells
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from bifrost.data.scenes.drawings import Look
+from bifrost.data.scenes.grammar import Scene
+
 VOCABULARY = 1536
 T5_WIDTH, CLIP_WIDTH = 192, 128
-REGISTERS = [f"<cell_{number}>" for number in range(CELLS * CELLS)]
-MAX_TOKENS, CLIP_TOKENS = 32, 24
-COMPONENTS = 128
+OBJECTS, QUARTERS = 4, 4
+REGISTERS = [f"<object_{number}_{quarter}>" for number in range(OBJECTS) for quarter in range(QUARTERS)]
+MAX_TOKENS, CLIP_TOKENS = 48, 32
+COMPONENTS = 64
 CALL_KEYS = (
     *("is_local", "local_files_only", "max_length", "pad_to_multiple_of", "pad_token_type_id"),
     *("padding_side", "stride", "truncation_side", "truncation_strategy"),
 )
-BATCH, LEARNING_RATE, WARMUP_STEPS = 64, 2e-3, 50
-MATCH_WEIGHT, POOLED_WEIGHT = 0.05, 0.5
+BATCH, LEARNING_RATE, WARMUP_STEPS, POOLED_WEIGHT = 48, 2e-3, 50, 0.1
 
 
 class Encoders(NamedTuple):
@@ -90,8 +95,7 @@ def _tokenizer(
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [*captions, *(f"{word} {caption}" for caption in captions for word in (PREFIXES[0], SUFFIXES[0]))]
-    texts += [*PREFIXES, *SUFFIXES] * 100
+    texts = [*captions, *JOINTS * 100]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=special,
@@ -155,39 +159,48 @@ def build_encoders(captions: Sequence[str]) -> Encoders:
     return Encoders(clip, t5, clip_tokenizer, t5_tokenizer)
 
 
-class DrawingHeads(nn.Module):
-    """Heads used only in training, which predict the drawing from the text states."""
+class ObjectHeads(nn.Module):
+    """Heads used only in training, which predict the objects from the text states."""
 
-    def __init__(self, targets: Tensor) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        count, channels = targets.shape[1:]
-        self.cell = nn.Linear(T5_WIDTH, channels)
-        self.place = nn.Parameter(targets.mean(dim=0))
+        self.quarter = nn.Linear(T5_WIDTH, channels)
         self.pooled = nn.Linear(CLIP_WIDTH, COMPONENTS)
-        self.image = nn.Linear(COMPONENTS, CLIP_WIDTH, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(2.3))
-        nn.init.zeros_(self.cell.bias)
-        self.count = count
 
-    def cells(self, states: Tensor) -> Tensor:
-        """The latents [B, C, 256] predicted from T5's states."""
-        return self.cell(states[:, : self.count]) + self.place
+    def quarters(self, states: Tensor) -> Tensor:
+        """The objects' latents [B, OBJECTS, QUARTERS, channels] predicted from T5's states."""
+        return self.quarter(states[:, : len(REGISTERS)]).unflatten(1, (OBJECTS, QUARTERS))
 
 
-def principal(tokens: Tensor) -> Tensor:
-    """Packed latents [n, 64, 64] -> their first COMPONENTS principal components, scaled to a mean square of 1."""
-    rows = tokens.flatten(1)
-    rows = rows - rows.mean(dim=0)
+class Sprites(NamedTuple):
+    """What the encoders predict of every look, and in the last row of no object."""
+
+    number: dict[Look, int]
+    quarters: Tensor
+    """[L + 1, QUARTERS, channels]."""
+    components: Tensor
+    """Principal components with a mean square of 1, [L + 1, COMPONENTS]."""
+
+    def named(self, scene: Scene) -> list[int]:
+        """Rows of the scene's looks in the order of the caption, filled up to OBJECTS with the row of no object."""
+        rows = [self.number[look] for look in dict.fromkeys(each.look for each in scene.objects)]
+        return rows + [len(self.number)] * (OBJECTS - len(rows))
+
+
+def make_sprites(scenes: list[Scene], tokens: Tensor, blank: Tensor) -> Sprites:
+    """From packed latents [L, 64, 64] of `sprite_scenes` and [1, 64, 64] of a white image."""
+    quarters = sprite_cells(torch.cat((tokens, blank)))
+    rows = (quarters - quarters[-1]).flatten(1)
     left, values, _ = torch.linalg.svd(rows, full_matrices=False)
-    scores = left[:, :COMPONENTS] * values[:COMPONENTS]
-    return scores / scores.square().mean().sqrt()
+    components = left[:, :COMPONENTS] * values[:COMPONENTS]
+    number = {scene.objects[0].look: row for row, scene in enumerate(scenes)}
+    return Sprites(number, quarters, components / components.square().mean().sqrt())
 
 
-def train_encoders(encoders: Encoders, tokens: Tensor, captions: list[str], steps: int, seed: int) -> DrawingHeads:
-    """Train in place for `steps` steps on packed latents [n, 64, 64] and their captions."""
-    draws = torch.Generator().manual_seed(seed)
-    targets, scores = cells(tokens), principal(tokens)
-    heads = DrawingHeads(targets)
+def train_encoders(encoders: Encoders, sprites: Sprites, scenes: list[Scene], steps: int, seed: int) -> ObjectHeads:
+    """Train in place for `steps` steps on the scenes' captions, half of them replaced with FLUX's own."""
+    draws = np.random.default_rng(seed)
+    heads = ObjectHeads(sprites.quarters.shape[-1])
     named = [*encoders.clip.named_parameters(), *encoders.t5.named_parameters()]
     matrices = [
         p for name, p in named if p.ndim == 2 and (".layers." in name or "block." in name) and "bias" not in name
@@ -198,23 +211,18 @@ def train_encoders(encoders: Encoders, tokens: Tensor, captions: list[str], step
         torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    order = torch.randperm(len(captions), generator=draws)
     started = time.monotonic()
     for step in range(steps):
-        if len(order) < BATCH:
-            order = torch.randperm(len(captions), generator=draws)
-        index, order = order[:BATCH], order[BATCH:]
-        texts = phrased([captions[i] for i in index.tolist()], draws)
+        part = [scenes[i] for i in draws.integers(len(scenes), size=BATCH)]
+        texts = [scene.caption for scene in part]
+        for row in range(0, BATCH, 2):
+            texts[row], part[row] = listed(part[row], draws)
+        rows = torch.tensor([sprites.named(scene) for scene in part])
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            predicted, pooled = heads.cells(encoders.states(texts)), encoders.pooled(texts)
-            components = heads.pooled(pooled)
-            similar = F.normalize(pooled.float(), dim=-1) @ F.normalize(heads.image(scores[index]).float(), dim=-1).T
-        similar = heads.log_scale.exp().clamp(max=100) * similar
-        own = torch.arange(BATCH)
-        cell_loss = F.mse_loss(predicted.float(), targets[index])
-        pooled_loss = F.mse_loss(components.float(), scores[index])
-        match_loss = (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2
-        (cell_loss + POOLED_WEIGHT * pooled_loss + MATCH_WEIGHT * match_loss).backward()
+            predicted, components = heads.quarters(encoders.states(texts)), heads.pooled(encoders.pooled(texts))
+        quarter_loss = F.mse_loss(predicted.float(), sprites.quarters[rows])
+        pooled_loss = F.mse_loss(components.float(), sprites.components[rows].sum(dim=1))
+        (quarter_loss + POOLED_WEIGHT * pooled_loss).backward()
         nn.utils.clip_grad_norm_([*matrices, *rest], 1.0)
         late = max(0.0, 2 * step / steps - 1)
         for rule in rules:
@@ -224,8 +232,8 @@ def train_encoders(encoders: Encoders, tokens: Tensor, captions: list[str], step
             rule.zero_grad()
         if step % 50 == 0 or step == steps - 1:
             print(
-                f"text {step + 1:5d}  cells {cell_loss.item():.4f}  pooled {pooled_loss.item():.3f}"
-                f"  match {match_loss.item():.3f}  {(time.monotonic() - started) / (step + 1):.3f} s/step",
+                f"text {step + 1:5d}  objects {quarter_loss.item():.4f}  pooled {pooled_loss.item():.3f}"
+                f"  {(time.monotonic() - started) / (step + 1):.3f} s/step",
                 flush=True,
             )
     return heads

@@ -1,6 +1,6 @@
-"""Flow matching for the tiny FLUX on frozen text states and frozen latents, resumable.
+"""Flow matching for the tiny FLUX on frozen text encoders and frozen latents, resumable.
 
-Legend: n drawings, B samples.
+Legend: n scenes, B samples.
 """
 
 from __future__ import annotations
@@ -9,49 +9,57 @@ import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
-from flux_data import phrased
-from flux_model import Text, velocity
+from flux_data import listed
+from flux_model import Text, shifted, velocity
 from flux_text import Encoders
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BATCH, LEARNING_RATE, WARMUP_STEPS, LEVEL_SHARE, FINAL_SHARE = 32, 2e-3, 50, 0.7, 0.03
-TEXT_DROP, EMA_DECAY, VARIANTS = 0.1, 0.999, 6
+from bifrost.data.scenes.grammar import Scene
+
+BATCH, LEARNING_RATE, WARMUP_STEPS, LEVEL_SHARE, FINAL_SHARE = 32, 2e-3, 50, 0.5, 0.03
+TEXT_DROP, EMA_DECAY = 0.1, 0.998
+TOP_SHARE, TOP_LEVELS = 0.25, 0.15
 GUIDANCE_RANGE, GUIDANCE_STRENGTH = (1.0, 5.0), 0.2
 SAVE_EVERY_S = 240.0
 
 
-class Table(NamedTuple):
-    """FLUX's training data: latents [n, 64, 64] and the frozen text states of every phrase and of an empty one."""
+class Pool:
+    """FLUX's training data: scenes with packed latents [n, 64, 64], and the frozen encoders of their captions, which
+    are drawn again for every batch."""
 
-    tokens: Tensor
-    text: Text
-    """[(1 + VARIANTS) * n, ...]: all captions unchanged, then VARIANTS times rephrased."""
-    empty: Text
-    """[1, ...]."""
+    def __init__(self, encoders: Encoders, scenes: list[Scene], tokens: Tensor) -> None:
+        self.encoders, self.scenes, self.tokens = encoders, scenes, tokens
+        self.empty = encode_texts(encoders, [""])
+
+    def batch(self, training: Training) -> tuple[Tensor, Text]:
+        """Latents and texts of one batch, with a tenth of the texts dropped."""
+        index = training.next_index(len(self.scenes)).tolist()
+        draws = np.random.default_rng((training.seed, training.step))
+        texts = [listed(self.scenes[i], draws)[0] if draws.random() > TEXT_DROP else "" for i in index]
+        return self.tokens[index], encode_texts(self.encoders, texts)
 
 
 @torch.no_grad()
 def encode_texts(encoders: Encoders, texts: list[str]) -> Text:
-    parts = [texts[start : start + 128] for start in range(0, len(texts), 128)]
-    return Text(torch.cat([encoders.pooled(p) for p in parts]), torch.cat([encoders.states(p) for p in parts]))
-
-
-def make_table(encoders: Encoders, tokens: Tensor, captions: list[str], seed: int) -> Table:
-    draws = torch.Generator().manual_seed(seed)
-    texts = captions + [text for _ in range(VARIANTS) for text in phrased(captions, draws)]
-    return Table(tokens, encode_texts(encoders, texts), encode_texts(encoders, [""]))
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        parts = [texts[start : start + 128] for start in range(0, len(texts), 128)]
+        return Text(
+            torch.cat([encoders.pooled(p).float() for p in parts]),
+            torch.cat([encoders.states(p).float() for p in parts]),
+        )
 
 
 class Training:
     """The state of a training: transformer, moving average, optimizers and position; saved and restored as a whole."""
 
     def __init__(self, model: FluxTransformer2DModel, seed: int, learning_rate: float = LEARNING_RATE) -> None:
-        self.model = model
+        self.model, self.seed = model, seed
         self.learning_rate = learning_rate
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
         self.draws = torch.Generator().manual_seed(seed)
@@ -90,7 +98,7 @@ class Training:
         self.order, self.step, self.seconds = state["order"], state["step"], state["seconds"]
 
     def next_index(self, count: int) -> Tensor:
-        """The indices of the next batch of `count` drawings; every epoch is shuffled."""
+        """The indices of the next batch of `count` scenes; every epoch is shuffled."""
         if len(self.order) < BATCH:
             self.order = torch.randperm(count, generator=self.draws)
         index, self.order = self.order[:BATCH], self.order[BATCH:]
@@ -117,47 +125,31 @@ def rate_at(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS) * (1 - (1 - FINAL_SHARE) * late)
 
 
-def draw_batch(training: Training, table: Table) -> tuple[Tensor, Text]:
-    """Latents and texts of one batch, with a tenth of the texts dropped."""
-    draws, count = training.draws, len(table.tokens)
-    index = training.next_index(count)
-    variant = torch.randint(1 + VARIANTS, (BATCH,), generator=draws)
-    text = table.text.rows(variant * count + index)
-    dropped = torch.rand(BATCH, generator=draws) < TEXT_DROP
-    pooled = torch.where(dropped[:, None], table.empty.pooled, text.pooled)
-    states = torch.where(dropped[:, None, None], table.empty.states, text.states)
-    return table.tokens[index], Text(pooled, states)
+def flow_matching(training: Training, pool: Pool) -> Tensor:
+    """Mean squared error of the velocity, at shifted logit-normal noise levels. The guidance is random, so that it has
+    no effect until it is distilled."""
+    clean, text = pool.batch(training)
+    noisy, sigma, eps = noised(training, clean)
+    return F.mse_loss(velocity(training.model, noisy, sigma, text, drawn_guidance(training)), eps - clean)
 
 
-class FlowMatching:
-    """Mean squared error of the velocity, at logit-normal noise levels; the guidance is 1 throughout."""
-
-    def __init__(self, table: Table) -> None:
-        self.table = table
-
-    def __call__(self, training: Training) -> Tensor:
-        clean, text = draw_batch(training, self.table)
-        noisy, sigma, eps = noised(training, clean)
-        return F.mse_loss(velocity(training.model, noisy, sigma, text, torch.ones(BATCH)), eps - clean)
+def drawn_guidance(training: Training) -> Tensor:
+    low, high = GUIDANCE_RANGE
+    return low + (high - low) * torch.rand(BATCH, generator=training.draws)
 
 
 class GuidanceDistillation:
     """Distillation of the guidance embedding: at guidance g the model learns the output of the `teacher` with
-    classifier-free guidance of 1 + (g - 1) * GUIDANCE_STRENGTH; at 1 that of the teacher itself.
+    classifier-free guidance of 1 + (g - 1) * GUIDANCE_STRENGTH; at 1 that of the teacher itself."""
 
-    A model that has memorized its drawings needs little guidance: at the full scale, wrong captions would override a
-    ControlNet."""
+    def __init__(self, teacher: FluxTransformer2DModel) -> None:
+        self.teacher = teacher
 
-    def __init__(self, table: Table, teacher: FluxTransformer2DModel) -> None:
-        self.table, self.teacher = table, teacher
-
-    def __call__(self, training: Training) -> Tensor:
-        clean, text = draw_batch(training, self.table)
+    def __call__(self, training: Training, pool: Pool) -> Tensor:
+        clean, text = pool.batch(training)
         noisy, sigma, _ = noised(training, clean)
-        low, high = GUIDANCE_RANGE
-        guidance = low + (high - low) * torch.rand(BATCH, generator=training.draws)
-        empty = self.table.empty
-        nothing = Text(empty.pooled.expand(BATCH, -1), empty.states.expand(BATCH, -1, -1))
+        guidance = drawn_guidance(training)
+        nothing = pool.empty.rows(torch.zeros(BATCH, dtype=torch.long))
         with torch.no_grad():
             free = velocity(self.teacher, noisy, sigma, nothing, torch.ones(BATCH))
             conditional = velocity(self.teacher, noisy, sigma, text, torch.ones(BATCH))
@@ -166,15 +158,19 @@ class GuidanceDistillation:
 
 
 def noised(training: Training, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`clean` with added noise, the noise levels [B] and the noise."""
-    sigma = torch.randn(len(clean), generator=training.draws).sigmoid()
+    """`clean` with added noise, the noise levels [B] and the noise. A share of the levels is uniform at the top, where
+    the number of objects and their places are decided."""
+    sigma = shifted(torch.randn(len(clean), generator=training.draws).sigmoid())
+    top = 1 - TOP_LEVELS * torch.rand(len(clean), generator=training.draws)
+    sigma = torch.where(torch.rand(len(clean), generator=training.draws) < TOP_SHARE, top, sigma)
     eps = torch.randn(clean.shape, generator=training.draws)
     return clean + sigma[:, None, None] * (eps - clean), sigma, eps
 
 
 def run(
     training: Training,
-    objective: Callable[[Training], Tensor],
+    pool: Pool,
+    objective: Callable[[Training, Pool], Tensor],
     steps: int,
     path: Path,
     probe: Callable[[Training], None],
@@ -184,7 +180,7 @@ def run(
     before, started = training.seconds, time.monotonic()
     saved, shown, losses = started, training.step, 0.0
     while training.step < steps:
-        loss = objective(training)
+        loss = objective(training, pool)
         training.update(loss, rate_at(training.step, steps))
         losses += loss.item()
         training.seconds = before + time.monotonic() - started

@@ -78,7 +78,7 @@ def _linear(part: nn.Module, first: Tensor, first_bias: Tensor, last: Tensor, la
 
 
 def train_vae(vae: AutoencoderKL, images: Tensor, steps: int, seed: int) -> None:
-    """Train for `steps` steps on uint8 images [n, 3, 64, 64] and their mirror images, then set shift and scale."""
+    """Train for `steps` steps on uint8 images [n, 3, 64, 64] and then set shift and scale."""
     draws = torch.Generator().manual_seed(seed)
     rule = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     started = time.monotonic()
@@ -86,8 +86,6 @@ def train_vae(vae: AutoencoderKL, images: Tensor, steps: int, seed: int) -> None
         for group in rule.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 50) * (1 - step / steps)
         chosen = images[torch.randint(len(images), (BATCH,), generator=draws)]
-        if torch.rand((), generator=draws) < 0.5:
-            chosen = chosen.flip(-1)
         depth = to_depth(chosen)
         z = vae.encode(depth).latent_dist.mean
         again = vae.decode(z + NOISE * torch.randn(z.shape, generator=draws)).sample

@@ -1,29 +1,35 @@
-"""Objectives of the tiny Qwen2.5-VL: caption an image, predict captions in stage 1's prompts, match both, keep pixels.
+"""Objectives of the tiny Qwen2.5-VL: answer questions about an image, predict captions in stage 1's prompts, match
+images with prompts, keep pixels.
 
 Legend: B samples, T tokens, N patch latents of WIDTH channels, S pixels per side.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from mllm_init import IMAGE_SIZE, SIDE, TOKENS, WIDTH, latents
-from tokenizer import DESCRIBE
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
+from bifrost.data.scenes.grammar import Scene, render
 from bifrost.trainer.models.prompt import PromptTemplate
 
 TEXT_WEIGHT, MATCH_WEIGHT, PIXEL_WEIGHT, SCALE_WEIGHT = 0.5, 0.3, 8.0, 0.1
 IGNORED = -100
+MATCH_WIDTH = 48
+MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+Dialogue = Sequence[tuple[str, str]]
+"""Questions about an image, with answers."""
 RIDGE = 1e-4  # of the latents' mean variance, added to every channel's
 
 
 class Row(NamedTuple):
-    """A padded batch of token rows [B, T]; targets are IGNORED except where the next token is a caption's."""
+    """A padded batch of token rows [B, T]; targets are IGNORED except where the next token is to be predicted."""
 
     ids: Tensor
     targets: Tensor
@@ -34,7 +40,7 @@ class Row(NamedTuple):
 
 
 class Prompts:
-    """Tokenizes captions as the stage-1 prompt, and as the answer about an image."""
+    """Tokenizes captions as the stage-1 prompt, and questions about an image with their answers."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.stage1 = PromptTemplate(tokenizer, max_tokens=64)
@@ -42,9 +48,12 @@ class Prompts:
         self.pad: int = tokenizer.pad_token_id
         self.end: int = tokenizer.eos_token_id
         image = "<|vision_start|>" + "<|image_pad|>" * TOKENS + "<|vision_end|>"
-        turn = [{"role": "user", "content": image + DESCRIBE}]
-        self.question = self._ids(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-        self.image_at = self.question.index(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+        turns = [{"role": "user", "content": image + MARK}, {"role": "assistant", "content": MARK}]
+        text = tokenizer.apply_chat_template([*turns, *turns], tokenize=False)
+        start, self.turn_end, answer_end, _, _ = text.split(MARK)
+        self.opening = self._ids(start)
+        self.next_turn = answer_end.removeprefix(tokenizer.eos_token).removesuffix(image)
+        self.image_at = self.opening.index(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
         self.instruction = self._ids(self.stage1.head.rstrip(" "))  # the space belongs to the caption's first token
 
     def _ids(self, text: str) -> list[int]:
@@ -53,26 +62,36 @@ class Prompts:
     def generate(self, captions: list[str]) -> Row:
         """Prompts of stage 1, which end in <|vision_start|>; the targets are the caption and the end of its turn."""
         rows = [self.stage1.ids(caption) for caption in captions]
-        return self._pad(rows, len(self.instruction), len(self.stage1.suffix) - 1)
+        skipped, untaught = len(self.instruction), len(self.stage1.suffix) - 1
+        targets = [[IGNORED] * skipped + row[skipped : len(row) - untaught] + [IGNORED] * untaught for row in rows]
+        return self._pad(rows, targets)
 
-    def describe(self, captions: list[str]) -> Row:
-        """Image, question, and the caption as answer; the image's ids are placeholders for its latents."""
-        row = self._pad(
-            [[*self.question, *self._ids(caption), self.end] for caption in captions], len(self.question), 0
-        )
+    def answer(self, dialogues: list[Dialogue]) -> Row:
+        """An image followed by questions with their answers, which are the targets; the image's ids are placeholders
+        for its latents."""
+        rows, targets = [], []
+        for dialogue in dialogues:
+            ids, asked = list(self.opening), [IGNORED] * len(self.opening)
+            for number, (question, answer) in enumerate(dialogue):
+                before = self._ids((self.next_turn if number else "") + question + self.turn_end)
+                after = [*self._ids(answer), self.end]
+                ids += before + after
+                asked += [IGNORED] * len(before) + after
+            rows.append(ids)
+            targets.append(asked)
+        row = self._pad(rows, targets)
         row.positions.copy_(self._image_positions(row.ids.shape[1])[:, None])
         return row
 
-    def _pad(self, rows: list[list[int]], skipped: int, untaught: int) -> Row:
+    def _pad(self, rows: list[list[int]], targets: list[list[int]]) -> Row:
         length = max(map(len, rows))
         ids = torch.full((len(rows), length), self.pad)
-        targets = torch.full((len(rows), length), IGNORED)
-        for row, values in enumerate(rows):
+        wanted = torch.full((len(rows), length), IGNORED)
+        for row, (values, asked) in enumerate(zip(rows, targets, strict=True)):
             ids[row, : len(values)] = torch.tensor(values)
-            stop = len(values) - untaught
-            targets[row, skipped - 1 : stop - 1] = ids[row, skipped:stop]
+            wanted[row, : len(values) - 1] = torch.tensor(asked[1:])
         positions = torch.arange(length).expand(3, len(rows), -1).clone()
-        return Row(ids, targets, positions, torch.tensor([len(values) - 1 for values in rows]))
+        return Row(ids, wanted, positions, torch.tensor([len(values) - 1 for values in rows]))
 
     def _image_positions(self, length: int) -> Tensor:
         """Qwen's positions [3, length]: text counts up, an image at n has (n, n + row, n + column)."""
@@ -89,8 +108,8 @@ class Heads(nn.Module):
         super().__init__()
         side = IMAGE_SIZE // SIDE
         self.pixels = nn.Linear(WIDTH, 3 * side * side)
-        self.image = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.text = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.image = nn.Linear(WIDTH, MATCH_WIDTH, bias=False)
+        self.text = nn.Linear(WIDTH, TOKENS * MATCH_WIDTH, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(np.log(10.0), dtype=torch.float32))
 
     def fit_pixels(self, z: Tensor, images: Tensor) -> None:
@@ -101,10 +120,16 @@ class Heads(nn.Module):
             self.pixels.bias.copy_(weights[-1])
 
     def match(self, z: Tensor, states: Tensor) -> Tensor:
-        """Similarity [B, B] of images with latents z [B, N, WIDTH] and prompts with states [B, WIDTH]."""
-        image = F.normalize(self.image(z.mean(dim=1)).float(), dim=-1)
+        """Similarity [B, B] of images with latents z [B, N, WIDTH] and prompts with states [B, WIDTH]: patch by patch,
+        so that images with the same objects at other places differ."""
+        image = F.normalize(self.image(z).flatten(1).float(), dim=-1)
         text = F.normalize(self.text(states).float(), dim=-1)
         return self.log_scale.exp().clamp(max=100) * image @ text.T
+
+
+def to_images(scenes: Sequence[Scene]) -> Tensor:
+    """The scenes, uint8 [n, 3, S, S]."""
+    return torch.from_numpy(np.stack([render(scene) for scene in scenes])).permute(0, 3, 1, 2).contiguous()
 
 
 def pixel_targets(images: Tensor) -> Tensor:
@@ -136,14 +161,14 @@ def hidden_states(model: Qwen2_5_VLForConditionalGeneration, row: Row, z: Tensor
     return text(inputs_embeds=embedded, position_ids=row.positions, use_cache=False).last_hidden_state
 
 
-def caption_losses(model: Qwen2_5_VLForConditionalGeneration, states: Tensor, row: Row) -> Tensor:
-    """Cross-entropy per caption token in nats, [tokens]."""
+def token_losses(model: Qwen2_5_VLForConditionalGeneration, states: Tensor, row: Row) -> Tensor:
+    """Cross-entropy per target token in nats, [tokens]."""
     taught = row.targets != IGNORED
     return F.cross_entropy(model.lm_head(states[taught]).float(), row.targets[taught], reduction="none")
 
 
 class Losses(NamedTuple):
-    caption: Tensor
+    answer: Tensor
     text: Tensor
     match: Tensor
     pixels: Tensor
@@ -151,7 +176,7 @@ class Losses(NamedTuple):
 
     def total(self) -> Tensor:
         return (
-            self.caption
+            self.answer
             + TEXT_WEIGHT * self.text
             + MATCH_WEIGHT * self.match
             + PIXEL_WEIGHT * self.pixels
@@ -160,18 +185,23 @@ class Losses(NamedTuple):
 
 
 def losses(
-    model: Qwen2_5_VLForConditionalGeneration, heads: Heads, prompts: Prompts, images: Tensor, captions: list[str]
+    model: Qwen2_5_VLForConditionalGeneration,
+    heads: Heads,
+    prompts: Prompts,
+    images: Tensor,
+    captions: list[str],
+    dialogues: list[Dialogue],
 ) -> Losses:
-    """Losses of one batch of uint8 images [B, 3, S, S] and their captions."""
+    """Losses of one batch of uint8 images [B, 3, S, S], their captions, and questions with answers."""
     z = latents(model, images)
-    answer, prompt = prompts.describe(captions), prompts.generate(captions)
-    described = hidden_states(model, answer, z, prompts.image_at)
+    answer, prompt = prompts.answer(dialogues), prompts.generate(captions)
+    answered = hidden_states(model, answer, z, prompts.image_at)
     read = hidden_states(model, prompt, None)
     similar = heads.match(z, read[torch.arange(len(captions)), prompt.last])
     own = torch.arange(len(captions))
     return Losses(
-        caption_losses(model, described, answer).mean(),
-        caption_losses(model, read, prompt).mean(),
+        token_losses(model, answered, answer).mean(),
+        token_losses(model, read, prompt).mean(),
         (F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)) / 2,
         F.mse_loss(heads.pixels(z).float(), pixel_targets(images)),
         (z.float().square().mean() - 1).square(),  # keeps the latents at a standard deviation of about 1

@@ -1,10 +1,10 @@
-"""Train the demo's tiny Qwen2.5-VL and its tokenizer on the demo dataset.
+"""Train the demo's tiny Qwen2.5-VL and its tokenizer on scenes.
 
-    bifrost data demo demo
-    python examples/foundations/tiny_mllm.py demo recipes/foundations/tiny
+    python examples/foundations/tiny_mllm.py WORK --out recipes/foundations/tiny
 
-It learns to caption drawings, to predict captions in stage 1's prompts, and to keep the image itself in its patch
-latents, which stage 2 decodes to pixels. Equal seeds, steps and thread counts give equal weights.
+It learns to describe scenes and to answer questions about them, to predict captions in stage 1's prompts, and to keep
+the image itself in its patch latents, which stage 2 decodes to pixels. WORK is a folder for the state of the training,
+which is saved every few minutes and resumed. Equal seeds, steps and thread counts give equal weights.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from mllm_init import IMAGE_SIZE, build, every_latent
-from mllm_objectives import Heads, Prompts, losses
+from mllm_objectives import Dialogue, Heads, Prompts, losses, to_images
 from mllm_probes import report
-from tokenizer import train_tokenizer
+from tokenizer import DESCRIBE, train_tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bifrost.data import Loader, LoaderSettings, Plan, Share, open_dataset
+from bifrost.data import Plan
+from bifrost.data.scenes.grammar import Scene
+from bifrost.data.scenes.heldout import HELD_OUT, heldout_scenes, training_scenes
+from bifrost.data.scenes.questions import Question, questions
 
 BATCH = 48
 LEARNING_RATE = 1.5e-3
@@ -33,37 +36,29 @@ WARMUP_STEPS = 50
 FINAL_SHARE = 0.03  # of the learning rate, reached linearly over the second half
 MATRICES = ("layers.", "blocks.", "merger.")
 FITTED, FITTED_SCALE = ("model.visual", "pixels."), 0.2  # initialized to a solution, which full steps would lose
-SHIFT = 5  # maximal shift of a drawing in pixels; its border is replicated
+SHIFT = 2  # maximal shift of a scene in pixels; its border is replicated
+SCENES, FITTED_IMAGES, TURNS, MEASURED = 12000, 1500, 4, 450
+CHECKPOINT, SAVE_EVERY_S = "mllm.pt", 240.0
 
 
-class Pairs(NamedTuple):
-    """A split of the demo dataset: images uint8 [n, 3, S, S], captions, and the plan of their order."""
+class Lessons(NamedTuple):
+    """Training scenes: images uint8 [n, 3, S, S], captions, and the questions on each."""
 
     images: Tensor
     captions: list[str]
-    plan: Plan
+    questions: list[list[Question]]
+
+    def dialogue(self, row: int, draws: np.random.Generator) -> Dialogue:
+        """A description of the image, for most images after TURNS of its questions: answers cannot be read from it."""
+        described = (DESCRIBE, self.captions[row])
+        if draws.random() < 0.3:
+            return [described]
+        order = draws.permutation(len(self.questions[row]))[:TURNS]
+        return [*(self.questions[row][i][1:] for i in order), described]
 
 
-def read_pairs(shards: str, seed: int) -> Pairs:
-    """All pairs of `shards`, decoded once: the demo dataset fits in memory."""
-    dataset = open_dataset(shards)
-    captions: list[str] = []
-
-    def collate(items: list) -> dict[str, Tensor]:
-        captions.extend(item.caption for item in items)
-        return {"images": torch.from_numpy(np.stack([item.image for item in items])).permute(0, 3, 1, 2)}
-
-    plan = Plan(dataset.samples_per_shard, seed)
-    loader = Loader(
-        dataset,
-        plan,
-        collate,
-        Share(0, 1, 1, 1),
-        range(len(plan)),
-        LoaderSettings((IMAGE_SIZE,)),
-    )
-    images = torch.cat([batch.arrays["images"] for batch in loader]).contiguous()
-    return Pairs(images, captions, Plan([len(captions)], seed))
+def read_lessons(scenes: list[Scene]) -> Lessons:
+    return Lessons(to_images(scenes), [scene.caption for scene in scenes], list(map(questions, scenes)))
 
 
 def shifted(images: Tensor, draws: np.random.Generator) -> Tensor:
@@ -97,49 +92,86 @@ def learning_rate(step: int, steps: int) -> float:
     return LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * (1 - (1 - FINAL_SHARE) * late)
 
 
-def train(model: nn.Module, heads: Heads, prompts: Prompts, pairs: Pairs, steps: int) -> None:
-    """Train in place for `steps` steps on `pairs`."""
-    draws = np.random.default_rng(pairs.plan.seed)
-    rules = optimizers(model, heads)
-    parameters = [*model.parameters(), *heads.parameters()]
-    started = time.monotonic()
-    for step in range(steps):
-        chosen = pairs.plan.locate(np.arange(step * BATCH, (step + 1) * BATCH)).index
-        images = shifted(pairs.images[torch.from_numpy(chosen)], draws)
+class Training:
+    """Model, heads and optimizers; saved and restored as a whole."""
+
+    def __init__(self, model: nn.Module, heads: Heads) -> None:
+        self.model, self.heads, self.step = model, heads, 0
+        self.rules = optimizers(model, heads)
+
+    def save(self, path: Path) -> None:
+        state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "step": self.step}
+        torch.save({**state, "rules": [rule.state_dict() for rule in self.rules]}, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    def restore(self, path: Path) -> None:
+        state = torch.load(path)
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        for rule, values in zip(self.rules, state["rules"], strict=True):
+            rule.load_state_dict(values)
+        self.step = state["step"]
+
+
+def train(training: Training, prompts: Prompts, lessons: Lessons, steps: int, seed: int, path: Path) -> None:
+    """Train in place up to step `steps`, saving to `path`."""
+    plan = Plan([len(lessons.captions)], seed)
+    parameters = [*training.model.parameters(), *training.heads.parameters()]
+    started, first = time.monotonic(), training.step
+    saved = started
+    while (step := training.step) < steps:
+        draws = np.random.default_rng((seed, step))
+        chosen = plan.locate(np.arange(step * BATCH, (step + 1) * BATCH)).index
+        images = shifted(lessons.images[torch.from_numpy(chosen)], draws)
+        captions, dialogues = [lessons.captions[i] for i in chosen], [lessons.dialogue(i, draws) for i in chosen]
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            parts = losses(model, heads, prompts, images, [pairs.captions[i] for i in chosen])
+            parts = losses(training.model, training.heads, prompts, images, captions, dialogues)
             loss = parts.total()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        for rule in rules:
+        for rule in training.rules:
             for group in rule.param_groups:
                 group["lr"] = group["scale"] * learning_rate(step, steps)
             rule.step()
             rule.zero_grad()
-        if step % 50 == 0 or step == steps - 1:
+        training.step += 1
+        if training.step % 25 == 0 or training.step == steps:
             shown = "  ".join(f"{name} {value.item():.3f}" for name, value in parts._asdict().items())
-            print(f"step {step + 1:5d}  {shown}  {(time.monotonic() - started) / (step + 1):.3f} s/step", flush=True)
+            seconds = (time.monotonic() - started) / (training.step - first)
+            print(f"step {training.step:5d}  {shown}  {seconds:.3f} s/step", flush=True)
+        if time.monotonic() - saved > SAVE_EVERY_S or training.step == steps:
+            training.save(path)
+            saved = time.monotonic()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("demo", type=Path, help="the folder that `bifrost data demo` wrote")
-    parser.add_argument("out", type=Path, help="folder for the model and tokenizer")
-    parser.add_argument("--steps", type=int, default=1000, help="steps of 48 pairs (default: %(default)s)")
+    parser.add_argument("work", type=Path, help="folder for the state of the training")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model and tokenizer")
+    parser.add_argument("--steps", type=int, default=1500, help=f"steps of {BATCH} scenes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
     torch.manual_seed(arguments.seed)
+    torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    pairs = read_pairs(f"{arguments.demo}/train-*.tar", arguments.seed)
-    heldout = read_pairs(f"{arguments.demo}/heldout-*.tar", arguments.seed)
-    prompts = Prompts(train_tokenizer(pairs.captions, 1536, arguments.out))
-    model, heads = build(prompts.tokenizer, pairs.images), Heads()
-    heads.fit_pixels(every_latent(model, pairs.images), pairs.images)
-    train(model, heads, prompts, pairs, arguments.steps)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    scenes = training_scenes(SCENES, arguments.seed)
+    lessons = read_lessons(scenes)
+    dialogues = [f"{text} {answer}" for asked in lessons.questions for _, text, answer in asked]
+    prompts = Prompts(train_tokenizer(lessons.captions, dialogues, 1536, arguments.out))
+    model, heads = build(prompts.tokenizer, lessons.images[:FITTED_IMAGES]), Heads()
+    heads.fit_pixels(every_latent(model, lessons.images[:FITTED_IMAGES]), lessons.images[:FITTED_IMAGES])
+    training = Training(model, heads)
+    if (arguments.work / CHECKPOINT).exists():
+        training.restore(arguments.work / CHECKPOINT)
+    train(training, prompts, lessons, arguments.steps, arguments.seed, arguments.work / CHECKPOINT)
     model.to(torch.bfloat16).save_pretrained(arguments.out)
 
-    print(json.dumps(report(model.float(), heads, prompts, pairs[:2], heldout[:2]), indent=1))
+    seen = list({scene.caption: scene for scene in scenes}.values())[:MEASURED]
+    heldout = heldout_scenes(MEASURED // len(HELD_OUT), arguments.seed + 1)
+    parts = {"train": seen, "heldout": heldout}
+    print(json.dumps(report(model.float(), heads, prompts, parts), indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tiny model's tokenizer: byte-level BPE over the demo captions, with Qwen's markers and chat template."""
+"""The tiny model's tokenizer: byte-level BPE over the scenes' captions, with Qwen's markers and chat template."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ TEMPLATE = (
 )
 
 
-def train_tokenizer(captions: Iterable[str], vocabulary: int, folder: Path) -> PreTrainedTokenizerFast:
-    """Train a tokenizer with `vocabulary` tokens on the captions and the template's words, and save it to `folder`."""
+def train_tokenizer(
+    captions: Iterable[str], dialogues: Iterable[str], vocabulary: int, folder: Path
+) -> PreTrainedTokenizerFast:
+    """Train a tokenizer with up to `vocabulary` tokens on the captions, on questions and answers, and on the template's
+    words, and save it to `folder`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -42,7 +45,7 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, folder: Path) -> P
     fixed = [SYSTEM, DESCRIBE, "system", "user", "assistant"] * 100
     captions = list(captions)  # preceded by a space in the instruction, but not as an answer
     texts = [f"Generate an image of {caption}" for caption in captions]
-    tokenizer.train_from_iterator([*fixed, *texts, *captions], trainer)
+    tokenizer.train_from_iterator([*fixed, *texts, *captions, *dialogues], trainer)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",

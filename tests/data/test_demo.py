@@ -18,7 +18,7 @@ from bifrost.data.openmoji import find_drawings
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("demo")
-    made = make_demo(out)
+    made = make_demo(out, "drawings")
     assert made.fresh
     assert 1800 < made.train + made.heldout < 2100
     assert 0.04 < made.heldout / (made.train + made.heldout) < 0.06
@@ -48,7 +48,7 @@ def test_pairs_are_drawings_with_names(demo):
 
 def test_license_is_written_and_printed(demo, capsys):
     assert "CC BY-SA 4.0" in (demo / "LICENSE.txt").read_text()
-    make_demo(demo)
+    make_demo(demo, "drawings")
     said = capsys.readouterr().err
     assert "CC BY-SA 4.0" in said
     assert "already complete" in said
@@ -67,11 +67,11 @@ def test_interrupted_demo_is_resumed(demo):
     times = {path.name: path.stat().st_mtime_ns for path in demo.glob("*.tar")}
     (demo / "train-00007.tar").unlink()
     os.unlink(demo / "heldout-00000.index.jsonl")
-    assert make_demo(demo).fresh
+    assert make_demo(demo, "drawings").fresh
     assert {path.name: path.read_bytes() for path in demo.glob("*.tar")} == before
     untouched = set(times) - {"train-00007.tar", "heldout-00000.tar"}
     assert all((demo / name).stat().st_mtime_ns == times[name] for name in untouched)
-    assert not make_demo(demo).fresh
+    assert not make_demo(demo, "drawings").fresh
 
 
 def test_all_drawings_of_the_package_are_used():

@@ -11,10 +11,10 @@ EXAMPLES = {
     "init": ("bifrost init birds --from mllm-7b", "bifrost init sketch --from tiny-mllm"),
     "runs": ("bifrost runs", "bifrost runs runs"),
     "doctor": ("bifrost doctor", "bifrost doctor --folder runs --uri http://tracker:5000"),
-    "generate": (f"bifrost generate {RUNS} --out images 'red apple' 'grinning cat'",),
+    "generate": (f"bifrost generate {RUNS} --out images 'a red car and a blue heart' 'two owls'",),
     "eval": (
-        f"bifrost eval {RUNS} --data 'demo/train-*.tar' --out runs/demo",
-        f"bifrost eval {RUNS} --data 'scenes/train-*.tar' --scenes scenes/KEY.json --out runs/scenes",
+        f"bifrost eval {RUNS} --data 'demo/train-*.tar' --scenes demo/KEY.json --out runs/demo",
+        f"bifrost eval {RUNS} --data 'single/train-*.tar' --out runs/single",
     ),
     "plan": ("bifrost plan mllm-7b --gpus 8,64 --device h200", "bifrost plan flux-controlnet --gpus 16 micro_batch=2"),
     "goodput": ("bifrost goodput runs/tiny-mllm",),
@@ -22,7 +22,7 @@ EXAMPLES = {
     "compare": ("bifrost compare runs/tiny-mllm runs/faster",),
     "replay": ("bifrost replay runs/tiny-mllm --step 120",),
     "export": ("bifrost export runs/tiny-mllm exported --ema", "bifrost export runs/tiny-mllm part --format hf"),
-    "data demo": ("bifrost data demo demo", "bifrost data demo scenes --set scenes"),
+    "data demo": ("bifrost data demo demo", "bifrost data demo single --set drawings"),
     "data ingest": (
         "bifrost data ingest photos shards",
         "bifrost data ingest photos shards --table captions.csv --caption-column text",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -149,11 +150,13 @@ class _Trial:
         }
         for control, of in (("shuffled", "both"), ("probe_shuffled", "probe")):
             figures[control] = summarize(found[of], other)
-        wins: dict[str, list[bool]] = {}
-        for each, scene in zip(found["swapped"], self.scenes, strict=True):
-            wins.setdefault(scene.category, []).append(score(each, scene).everything)
-        for category, won in wins.items():
-            figures["swapped"][category]["caption_wins"] = sum(won) / len(won)
+        for category, row in figures["swapped"].items():
+            numbers = [number for number, scene in enumerate(self.scenes) if scene.category == category]
+            of_caption = [score(found["swapped"][number], self.scenes[number]) for number in numbers]
+            of_latents = [score(found["swapped"][number], other[number]) for number in numbers]
+            pairs = list(zip(of_latents, of_caption, strict=True))
+            row["latents_win"] = fmean(latents.objects > caption.objects for latents, caption in pairs)
+            row["caption_wins"] = fmean(caption.objects > latents.objects for latents, caption in pairs)
         return figures
 
     def contact_sheet(self) -> Image.Image:

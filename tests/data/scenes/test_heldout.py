@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bifrost.data import open_dataset
@@ -21,6 +23,8 @@ from bifrost.data.scenes.key import read_key, to_json
 from bifrost.data.scenes.places import HELD_OUT_PHRASINGS, RELATIONS
 
 THING = {PLURALS.get(thing, f"{thing}s"): thing for thing in THINGS} | {thing: thing for thing in THINGS}
+PLACE_WORDS = {"left", "right", "above", "below", "over", "under", "top", "bottom", "middle", "corner"}
+ROOT = Path(__file__).parents[3]
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 
 
@@ -33,10 +37,14 @@ def leaks(caption: str) -> set[tuple[str, ...]]:
             colour = words[at - 1] if words[at - 1] in COLOURS else None
             number = words[at - 2] if colour else words[at - 1]
             named.append((THING[word], colour, NUMBERS.get(number, 1)))
+    return {each for each in combinations_of(named) if is_held_out(each)}
+
+
+def combinations_of(named: list[tuple[str, str | None, int]]) -> set[tuple[str, ...]]:
+    """The pairs, numbers and colourings of things with their colours and numbers."""
     found: set[tuple[str, ...]] = {("pair", *sorted(pair)) for pair in combinations([thing for thing, *_ in named], 2)}
     found |= {("count", thing, str(number)) for thing, _, number in named if number > 1}
-    found |= {("colour", colour, thing) for thing, colour, _ in named if colour}
-    return {each for each in found if is_held_out(each)}
+    return found | {("colour", colour, thing) for thing, colour, _ in named if colour}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +79,22 @@ def test_no_training_caption_of_the_demo_leaks(demo: Path) -> None:
 @pytest.mark.parametrize("seed", [3, 4])
 def test_no_training_set_of_another_mix_leaks(mix: dict[str, float], seed: int) -> None:
     assert not any(leaks(scene.caption) for scene in training_scenes(800, seed, mix))
+
+
+@pytest.mark.parametrize("kind", ["scenes", "sprites"])
+def test_no_scene_of_the_small_flux_leaks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the MLLM are `training_scenes` of two seeds. FLUX's are rearranged, and captioned by other words."""
+    monkeypatch.syspath_prepend(ROOT / "examples" / "foundations")
+    flux = importlib.import_module("flux_data")
+    draws = np.random.default_rng(0)
+    scenes = flux.flux_scenes(1000, 5) if kind == "scenes" else flux.sprite_scenes()
+    assert {scene.caption: found for scene in scenes if (found := leaks(scene.caption))} == {}
+    for scene in scenes:
+        text, _ = flux.listed(scene, draws)
+        numbers = Counter(each.look for each in scene.objects)
+        shown = [(look.thing, look.colour, number) for look, number in numbers.items()]
+        assert not any(map(is_held_out, combinations_of(shown))), text
+        assert not leaks(text) and not set(text.split()) & PLACE_WORDS, text
 
 
 def test_a_rule_without_effect_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_the_demo_prints_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "find_drawings", dict)
-    demo.make_demo(tmp_path / "[" / "b]")
+    demo.make_demo(tmp_path / "[" / "b]", "drawings")
     assert f"{tmp_path}/[/b]: 0 training" in capsys.readouterr().err
 
 

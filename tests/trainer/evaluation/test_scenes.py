@@ -138,10 +138,10 @@ def test_a_generator_that_follows_its_latents(known: Known, scenes: Scenes) -> N
         assert part.keys() == CONTROLS
         for control, categories in part.items():
             for row in categories.values():
-                wins = {"caption_wins"} if control == "swapped" else set()
+                wins = {"latents_win", "caption_wins"} if control == "swapped" else set()
                 assert row.keys() == {"n", "all", "set", "layout", "objects"} | wins
                 assert row["n"] == 3
-        assert {row["caption_wins"] for row in part["swapped"].values()} == {0.0}
+        assert {(row["latents_win"], row["caption_wins"]) for row in part["swapped"].values()} == {(1.0, 0.0)}
     rest = {control: 1.0 for control in CONTROLS if "probe" not in control}
     probes = {"probe", "probe_true", "probe_shuffled"}
     found = {name: {c: v for c, v in part.items() if c not in probes} for name, part in figures.items()}
@@ -160,7 +160,7 @@ def test_a_generator_that_follows_its_caption(known: Known, scenes: Scenes) -> N
     wanted = {"both": 1.0, "flux_alone": 1.0, "latents_alone": 0.0, "true_latents": 0.0, "swapped": 0.0}
     assert everything(found) == {**wanted, "shuffled": 0.0}
     for part in figures.values():
-        assert {row["caption_wins"] for row in part["swapped"].values()} == {1.0}
+        assert {(row["latents_win"], row["caption_wins"]) for row in part["swapped"].values()} == {(0.0, 1.0)}
 
 
 def test_a_generator_that_exchanges_places(known: Known, scenes: Scenes) -> None:

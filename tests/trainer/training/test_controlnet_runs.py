@@ -96,7 +96,7 @@ def test_batch_statistics_depend_on_micro_batch_times_ranks_alone(shards: Path, 
     (ended,) = ranked.bifrost(1, *arguments(shards, flux, other, 2, "steps=4"))
     assert ended.code == 0 and ended.out.count(word) == 1
     apart = np.abs(np.subtract(runs.losses(other / "tiny-controlnet"), runs.losses(whole)))
-    assert apart[:2].max() < 1e-5 and apart[3] > 3e-5, "more with every step: a ControlNet begins with zeros"
+    assert apart[:2].max() < 1e-5 and apart[3] > 1e-5, "more with every step: a ControlNet begins with zeros"
     group = "controlnet.norm=group"
     train(shards, flux, tmp_path / "group", 1, "steps=1", group)
     (ended,) = ranked.bifrost(1, *arguments(shards, flux, tmp_path / "group", 2, "steps=2", group))

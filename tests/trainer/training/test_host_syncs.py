@@ -92,7 +92,7 @@ def model_and_batch(*settings: str, device: str = "cpu") -> tuple[PatchLatentMod
     mask = torch.rand(2, 16, generator=draw) < 0.8
     batch = {
         "images": torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8, generator=draw),
-        "input_ids": torch.randint(0, 1000, (32,), generator=draw),
+        "input_ids": torch.randint(0, 600, (32,), generator=draw),
         "mask": mask,
         "masked": mask.flatten().nonzero()[:, 0],
     }

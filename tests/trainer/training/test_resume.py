@@ -10,6 +10,8 @@ import pytest
 
 import ranked
 import runs
+from bifrost.trainer.checkpoint.reader import CheckpointReader
+from bifrost.trainer.checkpoint.store import Store
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 
@@ -57,22 +59,19 @@ def test_any_number_of_ranks(shards: Path, tmp_path: Path) -> None:
 
 def test_groups_keep_their_own_decay(shards: Path, tmp_path: Path) -> None:
     """After a resume on another number of ranks norms still do not decay and matrices do."""
-    from bifrost.trainer.checkpoint.store import Store
-
     heavy = (*runs.TINY, "optimizer.weight_decay=5", "optimizer.lr=1e-2", "optimizer.warmup_steps=0")
     train(shards, tmp_path, 1, "steps=1", *heavy)
     train(shards, tmp_path, 2, "steps=6", *heavy)
     reader = Store(tmp_path / "tiny-mllm/checkpoints").newest_verified()
     assert reader is not None
-    norms = [reader.full("master", name) for name in reader.shapes if name.endswith("norm.weight")]
-    # Six decays of 1 - 0.01 * 5 would leave 0.73 of a norm's weight of about one.
-    assert all(norm.mean() > 0.9 for norm in norms)
-    start = Store(tmp_path / "tiny-mllm/checkpoints").folder(1)
-    from bifrost.trainer.checkpoint.reader import CheckpointReader
+    start = CheckpointReader(Store(tmp_path / "tiny-mllm/checkpoints").folder(1))
 
-    before = CheckpointReader(start).full("master", "branch.layers.0.mlp.up_proj.weight").norm()
-    after = reader.full("master", "branch.layers.0.mlp.up_proj.weight").norm()
-    assert after < 0.9 * before
+    def kept(name: str) -> float:
+        return float(reader.full("master", name).norm() / start.full("master", name).norm())
+
+    # Five decays of 1 - 0.01 * 5 leave 0.77 of a weight.
+    assert all(kept(name) > 0.9 for name in reader.shapes if name.endswith("norm.weight"))
+    assert kept("branch.layers.0.mlp.up_proj.weight") < 0.9
 
 
 def test_finished_run_is_left_alone(shards: Path, tmp_path: Path) -> None:
