@@ -165,7 +165,7 @@ def test_controlnets_of_other_shapes(grids: tuple[int, int], double: int, single
 def test_prompts_have_the_tokenizers_lengths() -> None:
     folder = FluxFolder.open(locate("builtin:tiny-flux", None, "flux.path", "*"))
     tokenizers = FluxTokenizers(folder)
-    assert folder.text_lengths == (tokenizers.t5.model_max_length, tokenizers.clip.model_max_length) == (32, 24)
+    assert folder.text_lengths == (tokenizers.t5.model_max_length, tokenizers.clip.model_max_length) == (48, 32)
     assert FluxConfig.open(FOLDER / "architectures/black-forest-labs/FLUX.1-dev").text_lengths == (512, 77)
 
 
