@@ -22,13 +22,15 @@ class CaptionExchange:
         self.dataset = dataset
         self.seed, self.share = seed, share
 
-    def __call__(self, items: Sequence[Item]) -> list[Item]:
-        """The items; exchanged ones have the caption, key and origin of the other sample, and their own image."""
+    def __call__(self, items: Sequence[Item], dropped: Sequence[bool]) -> list[Item]:
+        """The items; exchanged ones have the caption, key and origin of the other sample, and their own image. Those
+        whose caption is `dropped` stay as they are."""
         epoch, index = (
             np.array([getattr(each, name) for each in items], dtype=np.int64) for name in ("epoch", "index")
         )
         exchanged = chosen(self.seed, Stream.CAPTION_EXCHANGE, epoch, index, self.share).tolist()
-        return [self._other(item) if exchange else item for item, exchange in zip(items, exchanged, strict=True)]
+        pairs = zip(items, exchanged, dropped, strict=True)
+        return [self._other(item) if exchange and not drop else item for item, exchange, drop in pairs]
 
     def _other(self, item: Item) -> Item:
         shard, number = item.origin

@@ -45,7 +45,7 @@ class ControlNetCollate:
     def __call__(self, items: list[Item]) -> dict[str, Any]:
         epoch = np.array([item.epoch for item in items], dtype=np.int64)
         index = np.array([item.index for item in items], dtype=np.int64)
-        dropped = chosen(self.seed, Stream.CAPTION_DROPOUT, epoch, index, self.dropout)
+        dropped = chosen(self.seed, Stream.CAPTION_DROPOUT, epoch, index, self.dropout).tolist()
         channels, height, width = self.latents
 
         def normal(stream: Stream, *shape: int) -> Tensor:
@@ -55,7 +55,7 @@ class ControlNetCollate:
         return {
             "images": stacked([item.image for item in items]),
             **self._flux_images(items),
-            **self._text(self.exchange(items) if self.exchange else items, dropped.tolist()),
+            **self._text(self.exchange(items, dropped) if self.exchange else items, dropped),
             "posterior": normal(Stream.POSTERIOR, *self.latents),
             "noise": normal(Stream.NOISE, height * width // 4, 4 * channels),
             "level": normal(Stream.NOISE_LEVEL, 1)[:, 0]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from bifrost.data import Dataset, Item, ReadableSamples, open_dataset, write_shard
+from bifrost.data import Dataset, Item, RawSample, ReadableSamples, open_dataset, write_shard
 from bifrost.trainer.stages.caption_exchange import CaptionExchange
 
 
@@ -18,7 +19,7 @@ def items(dataset: Dataset) -> list[Item]:
 def test_every_sample_gets_the_next_caption_of_its_shard(shards: Path) -> None:
     dataset = open_dataset(f"{shards}/train-*.tar")
     before = items(dataset)
-    after = CaptionExchange(dataset, seed=0, share=1.0)(before)
+    after = CaptionExchange(dataset, seed=0, share=1.0)(before, [False] * len(before))
     for number, (was, now) in enumerate(zip(before, after, strict=True)):
         following = number + 1 if (number + 1) % 15 else number - 14  # shards of 15
         assert (now.caption, now.key, now.origin) == (
@@ -38,10 +39,10 @@ def test_a_fraction_is_exchanged_whatever_the_batch(shards: Path) -> None:
         for epoch in range(40)
         for one in items(dataset)
     ]
-    together = exchange(drawn)
+    together = exchange(drawn, [False] * len(drawn))
     share = np.mean([now.key != was.key for was, now in zip(drawn, together, strict=True)])
     assert abs(share - 0.25) < 4 * (0.25 * 0.75 / len(drawn)) ** 0.5
-    assert [each.caption for one in drawn[:120] for each in exchange([one])] == [
+    assert [each.caption for one in drawn[:120] for each in exchange([one], [False])] == [
         each.caption for each in together[:120]
     ]
 
@@ -64,5 +65,21 @@ def test_samples_without_caption_are_passed_over(tmp_path: Path, shards: Path) -
             (4, "alone", "alone", (1, 0)),
         ]
     )
-    after = CaptionExchange(dataset, seed=0, share=1.0)([first, third, alone])
+    after = CaptionExchange(dataset, seed=0, share=1.0)([first, third, alone], [False] * 3)
     assert [each.caption for each in after] == ["three", "one", "alone"]
+
+
+def test_a_dropped_caption_costs_no_read(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = open_dataset(f"{shards}/train-*.tar")
+    before = items(dataset)[:3]
+    reads: list[int] = []
+    read = dataset.read
+
+    def counted(shard: int, sample: int) -> RawSample:
+        reads.append(sample)
+        return read(shard, sample)
+
+    monkeypatch.setattr(dataset, "read", counted)
+    after = CaptionExchange(dataset, seed=0, share=1.0)(before, [True, False, True])
+    assert [now.key == was.key for was, now in zip(before, after, strict=True)] == [True, False, True]
+    assert reads == [2]
