@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import AliasChoices, Field, PositiveInt, field_validator, model_validator
 
 from ..errors import RunError
-from .config_files import Settings, checked, read_json
+from .config_files import AttentionSettings, Settings, checked, read_json
 
 # CLIP's pixel mean and standard deviation, which Qwen's image processor uses.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -31,7 +31,7 @@ class VisionConfig(Settings):
     fullatt_block_indexes: list[int] = Field(default=[7, 15, 23, 31])
 
 
-class TextConfig(Settings):
+class TextConfig(AttentionSettings):
     """The text model's settings."""
 
     vocab_size: PositiveInt = 152064
@@ -48,12 +48,6 @@ class TextConfig(Settings):
         if isinstance(stated, dict) and "num_key_value_heads" in stated and stated["num_key_value_heads"] is None:
             return {**stated, "num_key_value_heads": stated.get("num_attention_heads", 64)}
         return stated
-
-    @model_validator(mode="after")
-    def _whole_heads(self) -> TextConfig:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"{self.num_attention_heads} heads do not divide hidden_size {self.hidden_size}")
-        return self
 
 
 class BackboneConfig(Settings):

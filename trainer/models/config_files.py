@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
 from ...data import DataError
 from ...data.retry import call
@@ -21,6 +21,19 @@ class Settings(BaseModel):
     def as_stated(self) -> dict[str, Any]:
         """The settings in the file, without defaults."""
         return self.model_dump(exclude_unset=True)
+
+
+class AttentionSettings(Settings):
+    """Settings of layers whose heads share the hidden width."""
+
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> AttentionSettings:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"{self.num_attention_heads} heads do not divide hidden_size {self.hidden_size}")
+        return self
 
 
 Checked = TypeVar("Checked", bound=Settings)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import AliasChoices, Field, PositiveInt, model_validator
+from pydantic import AliasChoices, Field, PositiveInt
 
 from ..errors import RunError
-from .config_files import Settings, checked, read_json
+from .config_files import AttentionSettings, Settings, checked, read_json
 
 Part = Literal["transformer", "vae", "text_encoder", "text_encoder_2"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -19,7 +19,7 @@ SPACE_TO_DEPTH_KEY = "_bifrost_space_to_depth"
 """In `vae/config.json`: side of the pixel blocks folded into channels before the VAE; default 1."""
 
 
-class ClipConfig(Settings):
+class ClipConfig(AttentionSettings):
     """CLIP's text encoder, with transformers' defaults."""
 
     vocab_size: PositiveInt = 49408
@@ -28,12 +28,6 @@ class ClipConfig(Settings):
     num_hidden_layers: int = Field(default=12, ge=0)
     num_attention_heads: PositiveInt = 8
     max_position_embeddings: PositiveInt = 77
-
-    @model_validator(mode="after")
-    def _whole_heads(self) -> ClipConfig:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"{self.num_attention_heads} heads do not divide hidden_size {self.hidden_size}")
-        return self
 
 
 class T5Config(Settings):
