@@ -1,6 +1,5 @@
 """Evaluation by ground truth: scores with generators whose images are known, choice of scenes, output files."""
 
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import small_world
 import torch
 from PIL import Image
 
@@ -49,12 +49,7 @@ class Scenes(NamedTuple):
 def save(folder: Path, name: str, scenes: Sequence[Scene]) -> dict[str, Scene]:
     """Write the scenes to a shard; returns them by key."""
     keyed = {f"{name}{number:05d}": scene for number, scene in enumerate(scenes)}
-    samples = []
-    for key, scene in keyed.items():
-        file = io.BytesIO()
-        Image.fromarray(render(scene)).save(file, "png")
-        samples.append((key, {"png": file.getvalue(), "txt": scene.caption.encode()}))
-    write_shard(folder / f"{name}-00000.tar", samples)
+    write_shard(folder / f"{name}-00000.tar", [(key, small_world.sample(scene)) for key, scene in keyed.items()])
     return keyed
 
 
