@@ -17,48 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...data import Plan, rank_positions
-from ...recipes import BatchSplit, Recipe
-from ...recipes.schema import Data
+from ...recipes import Recipe
 from ..checkpoint.durable import Entry
 from ..checkpoint.layout import local_range, reads, slice_size
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.reader import rank_file
 from ..checkpoint.safetensors_parts import safetensors_parts
 from ..checkpoint.shard import Payload
-from ..errors import Unhealthy
-from ..planner import Row, batch, parts, plan, workload
-from ..stages import Stage, open_stage
+from ..planner import Row, batch, open_model, parts, plan, workload
+from ..planner.parameters import Parameters, named_parameters
 from .machine import write_record
+from .simulated_data import Broken, data, large_data
 
-SHARDS, SAMPLES = 384, 1000
-"""The imaginary data set: number of shards, and approximate samples per shard."""
 SMALLER = (2, 64)
 """Divisors of the number of ranks for resumes on fewer ranks: 512 -> 256 -> 8."""
-
-
-class Broken(Unhealthy):
-    """Some data is not covered, or covered twice."""
-
-
-@dataclass
-class Shapes:
-    """The recipe's parameters: name -> shape."""
-
-    trained: dict[str, tuple[int, ...]]
-    frozen: dict[str, tuple[int, ...]]
-
-    @classmethod
-    def of(cls, stage: Stage) -> Shapes:
-        """Of a stage opened for counting."""
-        with torch.device("meta"):
-            model = stage.build()
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        trained = model.trainable()
-        return cls(
-            {name: shape for name, shape in shapes.items() if name in trained},
-            {name: shape for name, shape in shapes.items() if name not in trained},
-        )
 
 
 @dataclass
@@ -77,10 +49,11 @@ def simulate(recipe: Recipe, ranks: int) -> Simulation:
     sizes = fewer(ranks)
     splits = [batch(recipe.global_batch, recipe.micro_batch, number) for number in (ranks, *sizes)]
     found = Simulation(recipe.name, ranks)
-    shapes = Shapes.of(open_stage(recipe, for_counting=True))
+    shapes = named_parameters(open_model(recipe))
     checks: dict[str, Callable[[], dict[str, Any]]] = {
         "partition": lambda: partition(shapes, ranks),
         "data": lambda: data(recipe.data, recipe.seed, splits),
+        "large data": lambda: large_data(recipe.data, recipe.seed, splits),
         "checkpoint": lambda: checkpoint(shapes, ranks, recipe.ema is not None),
         "resume": lambda: {"moves": [move(shapes.trained, a, b) for a, b in zip((ranks, *sizes), sizes, strict=False)]},
         "memory": lambda: memory(plan(parts(recipe), workload(recipe), ranks), shapes, ranks),
@@ -98,7 +71,7 @@ def fewer(ranks: int) -> list[int]:
     return [ranks // by for by in SMALLER if ranks % by == 0 and ranks // by]
 
 
-def partition(shapes: Shapes, ranks: int) -> dict[str, Any]:
+def partition(shapes: Parameters, ranks: int) -> dict[str, Any]:
     """Check that every element of every parameter is on exactly one rank."""
     found: dict[str, Any] = {}
     for kind, held in (("trained", shapes.trained), ("frozen", shapes.frozen)):
@@ -129,63 +102,21 @@ def partition(shapes: Shapes, ranks: int) -> dict[str, Any]:
     return found
 
 
-def data(settings: Data, seed: int, splits: Sequence[BatchSplit]) -> dict[str, Any]:
-    """Check an epoch over ranks x workers: every sample once, and equal global batches on other numbers of ranks.
-    splits: of the run, then of resumes."""
-    counts = SAMPLES + np.random.default_rng(0).integers(-SAMPLES // 10, SAMPLES // 10 + 1, SHARDS)
-    order = Plan(counts, seed, settings.shuffle_window)
-    (split, *others), workers = splits, max(settings.workers, 1)
-    ranks, steps = split.ranks, -(-len(order) // split.global_batch)
-    middle = steps // 2
-    whole = _epoch(split, range(steps), workers)
-    located = order.locate(whole)
-    first = located.epoch == 0
-    seen = np.bincount(located.index[first], minlength=len(order))
-    if len(seen) != len(order) or (seen != 1).any():
-        missing, twice = int((seen == 0).sum()), int((seen > 1).sum())
-        raise Broken(f"an epoch over {ranks} ranks misses {missing} samples and repeats {twice}")
-    wanted = np.sort(whole[middle:], axis=1)
-    for other in others:
-        if not np.array_equal(np.sort(_epoch(other, range(middle, steps), workers), axis=1), wanted):
-            raise Broken(f"after step {middle}, {other.ranks} ranks get other global batches than {ranks}")
-    shards = [len(np.unique(located.shard[step])) for step in range(steps)]
-    return {
-        "samples": len(order),
-        "shards": SHARDS,
-        "steps": steps,
-        "readers": ranks * workers,
-        "resumed_at": middle,
-        "resumed_on": [other.ranks for other in others],
-        "shards_per_step_most": max(shards),
-    }
-
-
-def _epoch(split: BatchSplit, steps: range, workers: int) -> np.ndarray:
-    """Positions [steps, global_batch] in the order of ranks and of loader workers, which alternate."""
-    passes, ranks = split.passes, split.ranks
-    numbers = np.arange(steps.start * passes, steps.stop * passes)
-    rows: list[list[np.ndarray]] = [[] for _ in steps]
-    for rank in range(ranks):
-        for worker in range(workers):
-            for number in numbers[worker::workers].tolist():
-                step, row = divmod(number, passes)
-                rows[step - steps.start].append(
-                    rank_positions(step, rank, ranks, split.global_batch, split.micro_batch)[row]
-                )
-    return np.array([np.concatenate(row) for row in rows])
-
-
-def checkpoint(shapes: Shapes, ranks: int, ema: bool) -> dict[str, Any]:
+def checkpoint(shapes: Parameters, ranks: int, ema: bool) -> dict[str, Any]:
     """The files of a save: bytes per rank, in total, and of the manifest."""
     slots = ("master", "exp_avg", "exp_avg_sq", *(("ema",) if ema else ()))
-    sizes, saved = {}, {name: 0 for name in shapes.trained}
+    sizes, saved = {}, dict.fromkeys(shapes.trained, 0)
+    known: dict[tuple[int, ...], int] = {}  # a file's size depends on its slices' lengths, equal on most ranks
     for rank in range(ranks):
-        pieces = _content(shapes.trained, slots, rank, ranks).pieces()
-        # Only the header: the tensors do not exist.
-        sizes[rank_file(rank)] = len(next(safetensors_parts(pieces))) + sum(piece.size for piece in pieces)
-        for piece in pieces:
-            slot, _, name = piece.name.partition("/")
-            saved[name] += math.prod(piece.shape) if slot == "master" else 0
+        ranges = (local_range(math.prod(shape), rank, ranks) for shape in shapes.trained.values())
+        lengths = tuple(hi - lo for lo, hi in ranges)
+        if lengths not in known:
+            pieces = _content(shapes.trained, slots, rank, ranks).pieces()
+            # Only the header: the tensors do not exist.
+            known[lengths] = len(next(safetensors_parts(pieces))) + sum(piece.size for piece in pieces)
+        sizes[rank_file(rank)] = known[lengths]
+        for name, length in zip(saved, lengths, strict=True):
+            saved[name] += length
     for name, shape in shapes.trained.items():
         if saved[name] != math.prod(shape):
             raise Broken(f"{name}: {ranks} files hold {saved[name]} of its {math.prod(shape)} elements")
@@ -247,7 +178,7 @@ def move(shapes: dict[str, tuple[int, ...]], before: int, after: int) -> dict[st
     }
 
 
-def memory(row: Row, shapes: Shapes, ranks: int) -> dict[str, Any]:
+def memory(row: Row, shapes: Parameters, ranks: int) -> dict[str, Any]:
     """The plan's figures; checks that its slices equal those of the checkpoint."""
     own = sum(slice_size(math.prod(shape), ranks) for shape in shapes.trained.values())
     if row.memory.held["masters"] != 4 * own:
@@ -289,6 +220,13 @@ def format_simulation(found: Simulation) -> dict[str, list[str]]:
     ]
     if resumed:
         order.append(f"resumed at step {d['resumed_at']} on {resumed} ranks: the same global batches")
+    g = s["large data"]
+    large = [
+        f"{g['samples']:,} samples of {g['shards']:,} imaginary shards, {g['steps']:,} steps; {g['checked_steps']} of"
+        f" them on {', '.join(map(str, [ranks, *d['resumed_on']]))} ranks: the same samples, none twice",
+        f"the plan opens in {g['opened_s'] * 1e3:.0f} ms and holds {g['plan_bytes'] / 1e6:.1f} MB per process; a step"
+        f" anywhere in it takes {g['seek_s'] * 1e3:.0f} ms, at most {g['seek_s_most'] * 1e3:.0f}",
+    ]
     save = [
         f"{c['files']} files, {c['bytes'] / 1e9:.2f} GB ({', '.join(c['slots'])}); each rank writes"
         f" {c['rank_bytes_least'] / 1e6:.1f} to {c['rank_bytes_most'] / 1e6:.1f} MB; manifest"
@@ -304,4 +242,4 @@ def format_simulation(found: Simulation) -> dict[str, list[str]]:
         f"predicted per GPU: {m['held_bytes'] / 1e9:.2f} GB held, {m['peak_bytes'] / 1e9:.2f} GB at peak; masters"
         f" {m['masters_bytes'] / 1e6:.1f} MB, equal to the slices"
     ]
-    return {"partition": cut, "data": order, "checkpoint": save, "resume": moves, "memory": needs}
+    return {"partition": cut, "data": order, "large data": large, "checkpoint": save, "resume": moves, "memory": needs}

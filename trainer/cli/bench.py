@@ -99,7 +99,7 @@ def bench_scale(
         int | None, typer.Option(help="Simulate a run on this many ranks, without starting any.", min=1)
     ] = None,
 ) -> None:
-    """Time a few steps on 1, 2, 4, 8 ranks: scaling, communication, stragglers. Or simulate up to 512 ranks."""
+    """Time a few steps on 1, 2, 4, 8 ranks: scaling, communication, stragglers. Or simulate thousands of ranks."""
     settings = load_recipe(recipe, overrides or [])
     if simulate:
         from ..bench.simulate import report

@@ -69,17 +69,21 @@ def workload(recipe: Recipe) -> Workload:
     )
 
 
-def parts(recipe: Recipe, text_tokens: float = 80) -> list[Part]:
-    """The parts of the recipe's model for prompts of `text_tokens` tokens (stage 1; FLUX pads its text). RunError names
-    what of its models' folders cannot be used; no weights or tokenizers are read."""
+def open_model(recipe: Recipe) -> PatchLatents | LatentControl:
+    """The recipe's model; RunError names what of its folders cannot be used. No weights or tokenizers are read."""
     image_size = recipe.data.image_size
     if recipe.stage == "patch-latents":
-        model = PatchLatents.open(recipe.backbone, recipe.branch, image_size, recipe.seed)
-    else:
-        assert recipe.flux is not None, "required by the recipe schema"
-        model = LatentControl.open(recipe.backbone, recipe.flux, recipe.controlnet, image_size)
-        model.shape.require_use(model.folder.transformer)
-    return count_parts(model, recipe.precision, text_tokens)
+        return PatchLatents.open(recipe.backbone, recipe.branch, image_size, recipe.seed)
+    assert recipe.flux is not None, "required by the recipe schema"
+    model = LatentControl.open(recipe.backbone, recipe.flux, recipe.controlnet, image_size)
+    model.shape.require_use(model.folder.transformer)
+    return model
+
+
+def parts(recipe: Recipe, text_tokens: float = 80) -> list[Part]:
+    """The parts of the recipe's model for prompts of `text_tokens` tokens (stage 1; FLUX pads its text). RunError as of
+    `open_model`."""
+    return count_parts(open_model(recipe), recipe.precision, text_tokens)
 
 
 def batch(global_batch: int, micro_batch: int, gpus: int) -> BatchSplit:

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +18,12 @@ from typer.testing import CliRunner
 import ranked
 import runs
 from bifrost.recipes import BatchSplit, load_recipe
-from bifrost.trainer.bench import scale, simulate
+from bifrost.trainer.bench import scale, simulate, simulated_data
 from bifrost.trainer.bench.collectives import Clock
 from bifrost.trainer.cli.main import app
 from bifrost.trainer.cli.options import counts
 from bifrost.trainer.errors import RunError
+from bifrost.trainer.planner.parameters import Parameters
 
 KNOWN_7B = {"trained": 6_539_391_488, "frozen": 7_747_169_280}  # docs/plan.md, counted by hand
 
@@ -145,11 +147,11 @@ def test_512_ranks_of_the_7b_recipe(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small() -> simulate.Shapes:
-    return simulate.Shapes({"a": (7, 3), "b": (2,), "c": (64,)}, {"d": (5, 5)})
+def small() -> Parameters:
+    return Parameters({"a": (7, 3), "b": (2,), "c": (64,)}, {"d": (5, 5)})
 
 
-def test_slices_and_moves_of_a_small_model(small: simulate.Shapes) -> None:
+def test_slices_and_moves_of_a_small_model(small: Parameters) -> None:
     found = simulate.partition(small, 4)["trained"]
     # Slices of 6 + 1 + 16; the last rank has 3 of a's 21 and none of b's 2.
     assert (found["per_rank_most"], found["per_rank_least"], found["padding"]) == (6 + 1 + 16, 3 + 0 + 16, 3 + 2)
@@ -158,7 +160,7 @@ def test_slices_and_moves_of_a_small_model(small: simulate.Shapes) -> None:
     assert (move["files_per_rank_most"], move["bytes_per_rank_most"]) == (3, 4 * (11 + 1 + 32))
 
 
-def test_a_slice_that_is_missing_is_noticed(small: simulate.Shapes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slice_that_is_missing_is_noticed(small: Parameters, monkeypatch: pytest.MonkeyPatch) -> None:
     def rounded_down(numel: int, rank: int, ranks: int) -> tuple[int, int]:
         size = numel // ranks
         return rank * size, (rank + 1) * size
@@ -170,7 +172,7 @@ def test_a_slice_that_is_missing_is_noticed(small: simulate.Shapes, monkeypatch:
         simulate.checkpoint(small, 4, ema=False)
 
 
-def test_reads_that_do_not_fit_are_noticed(small: simulate.Shapes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_that_do_not_fit_are_noticed(small: Parameters, monkeypatch: pytest.MonkeyPatch) -> None:
     right = simulate.reads
     monkeypatch.setattr(simulate, "reads", lambda *about: right(*about)[:-1])
     with pytest.raises(simulate.Broken, match="reads"):
@@ -178,25 +180,53 @@ def test_reads_that_do_not_fit_are_noticed(small: simulate.Shapes, monkeypatch: 
 
 
 def test_a_plan_that_gives_a_sample_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = simulate.rank_positions
+    right = simulated_data.rank_positions
     recipe = load_recipe("mllm-7b", ["micro_batch=2"])
     with monkeypatch.context() as patch:
         # The last rank reads what the first one does.
         patch.setattr(
-            simulate, "rank_positions", lambda step, rank, ranks, *rest: right(step, rank % 511, ranks, *rest)
+            simulated_data, "rank_positions", lambda step, rank, ranks, *rest: right(step, rank % 511, ranks, *rest)
         )
         with pytest.raises(simulate.Broken, match="misses"):
-            simulate.data(recipe.data, recipe.seed, [recipe.split(512)])
+            simulated_data.data(recipe.data, recipe.seed, [recipe.split(512)])
     with monkeypatch.context() as patch:
         # Fewer ranks resume one step late.
         shift = lambda step, rank, ranks, *rest: right(step + (ranks == 256), rank, ranks, *rest)  # noqa: E731
-        patch.setattr(simulate, "rank_positions", shift)
+        patch.setattr(simulated_data, "rank_positions", shift)
         with pytest.raises(simulate.Broken, match="256 ranks get other global batches"):
-            simulate.data(recipe.data, recipe.seed, [recipe.split(512), recipe.split(256)])
+            simulated_data.data(recipe.data, recipe.seed, [recipe.split(512), recipe.split(256)])
+
+
+def test_a_large_plan_that_repeats_or_drops_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulated_data, "LARGE_SHARDS", 200)
+    monkeypatch.setattr(simulated_data, "LARGE_SAMPLES", 300)
+    recipe = load_recipe("mllm-7b", ["micro_batch=2"])
+    splits = [recipe.split(512), recipe.split(8)]
+    found = simulated_data.large_data(recipe.data, recipe.seed, splits)
+    assert found["samples"] == simulated_data._counts(200, 300).sum()
+    right = simulated_data.Plan.locate
+
+    def replaced(field: str, change: Any) -> Any:
+        return lambda self, at: (located := right(self, at))._replace(**{field: change(getattr(located, field))})
+
+    for field, change, message in (
+        ("sample", lambda sample: sample // 2, "group 0 misses samples or repeats some"),
+        ("shard", lambda shard: shard // 20, "group 0 has"),
+        ("index", lambda index: index // 2, "has a sample twice"),
+    ):
+        monkeypatch.setattr(simulated_data.Plan, "locate", replaced(field, change))
+        with pytest.raises(simulated_data.Broken, match=message):
+            simulated_data.large_data(recipe.data, recipe.seed, splits)
+    monkeypatch.setattr(simulated_data.Plan, "locate", right)
+    right_rows = simulated_data.rank_positions
+    shift = lambda step, rank, ranks, *rest: right_rows(step + (ranks == 8), rank, ranks, *rest)  # noqa: E731
+    monkeypatch.setattr(simulated_data, "rank_positions", shift)
+    with pytest.raises(simulated_data.Broken, match="of 8 ranks is not global batch"):
+        simulated_data.large_data(recipe.data, recipe.seed, splits)
 
 
 def test_figures_are_those_of_a_walk_by_hand() -> None:
-    rows = simulate._epoch(BatchSplit(global_batch=8, micro_batch=2, ranks=2), range(5, 9), 3)
+    rows = simulated_data._positions(BatchSplit(global_batch=8, micro_batch=2, ranks=2), range(5, 9), 3)
     assert rows.shape == (4, 8)
     assert np.array_equal(np.sort(rows, axis=1), 8 * np.arange(5, 9)[:, None] + np.arange(8))
     assert math.prod(rows.shape) == len(set(rows.flatten().tolist()))

@@ -18,7 +18,8 @@ from bifrost.trainer.models.flux import FluxFolder, FluxTokenizers
 from bifrost.trainer.models.flux_config import PARTS, FluxConfig
 from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.latent_controlnet import LatentControlNet
-from bifrost.trainer.planner import flux_shapes, parts, shapes
+from bifrost.trainer.planner import flux_shapes, open_model, parts, shapes
+from bifrost.trainer.planner.parameters import named_parameters
 from bifrost.trainer.planner.shapes import Weight
 from bifrost.trainer.stages import open_stage
 
@@ -55,6 +56,11 @@ def check(recipe: Recipe) -> None:
         flux = model.flux
         modules = [model.backbone.vision, flux.vae, flux.text_encoder_2, flux.text_encoder, flux.transformer]
         modules.append(model.controlnet)
+    whole = named_parameters(open_model(recipe))
+    shaped = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
+    assert list(whole.trained.items()) == shaped
+    shaped = [(name, tuple(p.shape)) for name, p in model.named_parameters() if not p.requires_grad]
+    assert list(whole.frozen.items()) == shaped
     planned = parts(recipe)
     assert [part.parameters for part in planned] == [tuple(p.numel() for p in m.parameters()) for m in modules]
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
