@@ -5,7 +5,7 @@ release (text causal, images attending to their text and to all of themselves) i
 mask tensor: text over text, causal, and images over text and image together.
 
 Legend: S rows of a packed tensor, H query heads, G key heads (H a multiple of G), C head width, B samples, T text
-tokens of a sample, N patches of an image.
+tokens of a sample, K images of a sample, N patches of an image.
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ class Segments:
 
 @dataclass(frozen=True)
 class PrefixLayout:
-    """Positions of the tokens of B samples with T_i text tokens and N patches each.
+    """Positions of the tokens of B samples with T_i text tokens and K images of N patches each.
 
-    text_rows [sum T], image_rows [B N]: rows of the text tokens and patches in `both`, int64; positions [sum T]:
-    position of each text token in its text.
+    The images of a sample follow each other, and each attends to the sample's text and to itself: `image` and `both`
+    have B K segments. text_rows [K, sum T], image_rows [B K N]: rows of the text tokens and patches in `both`, int64;
+    positions [sum T]: position of each text token in its text.
     """
 
     text: Segments
@@ -67,18 +68,23 @@ class PrefixLayout:
     positions: Tensor
 
     @classmethod
-    def of(cls, lengths: Sequence[int], patches: int, device: torch.device | str = "cpu") -> PrefixLayout:
-        samples = torch.arange(len(lengths))
+    def of(
+        cls, lengths: Sequence[int], patches: int, device: torch.device | str = "cpu", images: int = 1
+    ) -> PrefixLayout:
+        """lengths: T_i of each sample; patches: N; images: K."""
         count = torch.tensor(lengths, dtype=torch.int64)
         begin = count.cumsum(0) - count
-        row = torch.arange(int(count.sum()))
-        image_rows = torch.arange(len(lengths) * patches) + count.cumsum(0).repeat_interleave(patches)
-        rows = row + (samples * patches).repeat_interleave(count), image_rows, row - begin.repeat_interleave(count)
+        positions = torch.arange(int(count.sum())) - begin.repeat_interleave(count)
+        each = count.repeat_interleave(images)
+        ends = each.cumsum(0)
+        first = (ends - each + torch.arange(len(each)) * patches).view(-1, images).T  # row of each image's text, [K, B]
+        text_rows = first.repeat_interleave(count, dim=1) + positions
+        image_rows = torch.arange(len(each) * patches) + ends.repeat_interleave(patches)
         return cls(
             Segments.of(lengths, device),
-            Segments.of([patches] * len(lengths), device),
-            Segments.of([length + patches for length in lengths], device),
-            *(index.to(device, non_blocking=True) for index in rows),
+            Segments.of([patches] * len(each), device),
+            Segments.of([length + patches for length in lengths for _ in range(images)], device),
+            *(index.to(device, non_blocking=True) for index in (text_rows, image_rows, positions)),
         )
 
 
@@ -92,9 +98,10 @@ def prefix_attention(
     scale: float,
     backend: Backend = "sdpa",
 ) -> Tensor:
-    """Every patch attends to all text tokens and all patches of its sample.
+    """Every patch attends to all text tokens of its sample and all patches of its image.
 
-    query [B N, H, C]; key, value [B N, G, C] of the patches; text_key, text_value [sum T, G, C]. Returns [B N, H, C].
+    query [B K N, H, C]; key, value [B K N, G, C] of the patches; text_key, text_value [sum T, G, C]. Returns
+    [B K N, H, C].
     Differentiable in query, key and value, and in text_key and text_value if they require gradients.
     """
     keys: Any = _Interleaved.apply(text_key, key, layout)
@@ -103,20 +110,23 @@ def prefix_attention(
 
 
 class _Interleaved(torch.autograd.Function):
-    """Text and patches of each sample concatenated, [sum T + B N, G, C]. Saves no tensors for the backward pass, which
-    is a plain gather; `index_copy` would save its source."""
+    """Text and patches of each image concatenated, [K sum T + B K N, G, C]: attention without a mask needs them next to
+    each other. Saves no tensors for the backward pass, which is a plain gather; `index_copy` would save its source."""
 
     @staticmethod
     def forward(ctx: Any, text: Tensor, image: Tensor, layout: PrefixLayout) -> Tensor:
         ctx.layout = layout
         both = text.new_empty(layout.both.total, *text.shape[1:])  # every row is written once
-        return both.index_copy_(0, layout.text_rows, text).index_copy_(0, layout.image_rows, image)
+        for rows in layout.text_rows:
+            both.index_copy_(0, rows, text)
+        return both.index_copy_(0, layout.image_rows, image)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (gradient,), (for_text, for_image, _) = gradients, ctx.needs_input_grad
+        rows: Tensor = ctx.layout.text_rows
         return (
-            gradient.index_select(0, ctx.layout.text_rows) if for_text else None,
+            gradient.index_select(0, rows.flatten()).unflatten(0, rows.shape).sum(0) if for_text else None,
             gradient.index_select(0, ctx.layout.image_rows) if for_image else None,
             None,
         )

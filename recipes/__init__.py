@@ -13,10 +13,11 @@ from .load import FOLDER, RecipeError, apply_overrides, explain, load_recipe, sh
 from .renames import with_new_names
 
 if TYPE_CHECKING:
-    from .schema import Recipe, Section
+    from .schema import Recipe
+    from .section import Section
     from .yaml_dialect import read_yaml
 
-_MODULE_OF = {"Recipe": "schema", "Section": "schema", "read_yaml": "yaml_dialect"}
+_MODULE_OF = {"Recipe": "schema", "Section": "section", "read_yaml": "yaml_dialect"}
 
 __all__ = [
     "FOLDER",

@@ -8,65 +8,17 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from .batch import BatchSplit
+from .branch import Backbone, Branch
 from .fields import OptionalPlace, Place, Shards, TrackingUri
 from .secrets import stored_secret
+from .section import Section
 from .yaml_dialect import Dumper
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Pattern of a run's name, which is also the name of its folder."""
-
-
-class Section(BaseModel):
-    """A group of settings. Rejects unknown keys and values of another type; an integer is accepted as a number."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class Backbone(Section):
-    path: Place
-    """Folder or hub id of a Qwen2.5-VL model, or `builtin:tiny`."""
-    revision: str | None = None
-    """Hub revision (branch, tag or commit) to read; ignored for folders."""
-    placement: Literal["sharded", "replicated"] = "sharded"
-    """Stage 1: whether the frozen text model and vision encoder are sharded over the ranks or replicated on each.
-    Affects results only by rounding; a run may resume with another value."""
-
-
-class MaskRate(Section):
-    """Truncated normal from which the fraction of masked patches is drawn once per sample, as in MAR."""
-
-    mean: float = 1.0
-    """Mean of the normal before truncation."""
-    std: float = Field(default=0.25, gt=0)
-    """Standard deviation of the normal before truncation."""
-    low: float = Field(default=0.7, ge=0, le=1)
-    """Smallest fraction of masked patches."""
-    high: float = Field(default=1.0, gt=0, le=1)
-    """Largest fraction of masked patches."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> MaskRate:
-        if self.low > self.high:
-            raise ValueError(f"low ({self.low}) is above high ({self.high})")
-        return self
-
-
-class Branch(Section):
-    positions: Literal["learned", "mrope"] = "learned"
-    """`learned`: rotary position 0 and an additive table, as in the public release; `mrope`: Qwen's 3-D positions."""
-    loss_tokens: Literal["all", "masked"] = "all"
-    """Patches over which the loss is averaged; `all` as in the public release."""
-    mask_rate: MaskRate = MaskRate()
-    """Distribution of the fraction of masked patches."""
-    caption_dropout: float = Field(default=0.1, ge=0, le=1)
-    """Probability that a caption is replaced by an empty one, for classifier-free guidance."""
-    max_text_tokens: int = Field(default=300, ge=32)
-    """Longest prompt in tokens, including the template; a longer caption is truncated, never the prompt's suffix."""
 
 
 class Placement(Section):

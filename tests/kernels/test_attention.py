@@ -93,12 +93,36 @@ def test_left_padding_is_removed(backend: str) -> None:
 
 def test_layout() -> None:
     layout = PrefixLayout.of([2, 1], 3)
-    assert layout.text_rows.tolist() == [0, 1, 5]
+    assert layout.text_rows.tolist() == [[0, 1, 5]]
     assert layout.image_rows.tolist() == [2, 3, 4, 6, 7, 8]
     assert layout.positions.tolist() == [0, 1, 0]
     assert layout.both.lengths == (5, 4)
     assert layout.both.ends.tolist() == [0, 5, 9]
     assert layout.both.ends.dtype == torch.int32
+    layout = PrefixLayout.of([2, 1], 3, images=2)
+    assert layout.text_rows.tolist() == [[0, 1, 10], [5, 6, 14]]
+    assert layout.image_rows.tolist() == [2, 3, 4, 7, 8, 9, 11, 12, 13, 15, 16, 17]
+    assert (layout.positions.tolist(), layout.text.lengths) == ([0, 1, 0], (2, 1))
+    assert (layout.image.lengths, layout.both.lengths) == ((3, 3, 3, 3), (5, 5, 4, 4))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_images_of_a_sample_share_its_text(backend: str) -> None:
+    """Output and gradients equal those with a copy of the text for each image."""
+    lengths, patches, images = [3, 1, 5], 4, 3
+    rows = len(lengths) * images * patches
+    query, key, value = (draw(rows, heads, 8, seed=i).requires_grad_() for i, heads in enumerate((6, 2, 2)))
+    text = [draw(9, 2, 8, seed=7 + i).requires_grad_() for i in range(2)]
+    out = prefix_attention(query, key, value, *text, PrefixLayout.of(lengths, patches, images=images), SCALE, backend)
+    copies = [torch.cat([part for part in x.split(lengths) for _ in range(images)]) for x in text]
+    apart = PrefixLayout.of([length for length in lengths for _ in range(images)], patches)
+    wanted = prefix_attention(query, key, value, *copies, apart, SCALE, backend)
+    assert torch.equal(out, wanted)
+    leaves, weight = [query, key, value, *text], draw(*out.shape, seed=9)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, leaves, weight), torch.autograd.grad(wanted, leaves, weight), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
 
 def test_padding_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:

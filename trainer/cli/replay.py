@@ -79,7 +79,7 @@ def _print(found: Replay, out: Path) -> None:
     lines += [f"{key} could not be read and was replaced by a neighbour: {reason}" for key, reason in found.replaced]
     for line in lines:
         console.print(line, soft_wrap=True)
-    drawn = [name for name in found.samples[0] if name in ("mask_rate", "noise_level")]
+    drawn = [name for name in found.samples[0] if name.startswith(("mask_rate", "noise_level"))]
     table = Table("loss", "key", *(name.replace("_", " ") for name in drawn), "caption")
     order = found.highest_loss(SHOWN)
     for sample in (found.samples[i] for i in order):

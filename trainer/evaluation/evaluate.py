@@ -166,7 +166,7 @@ class _Trial:
             layout = PrefixLayout.of(lengths, patches, own.device)
             prefix = model.backbone.prefix(input_ids.to(own.device), layout)
             for row, rate in enumerate(MASK_RATES):
-                hidden = np.full_like(index, math.ceil(rate * patches - 1e-9))  # as `masked_counts` rounds
+                hidden = np.full_like(index, math.ceil(rate * patches - 1e-9))  # as `hidden_counts` rounds
                 drawn = draw_masks(self.seed, np.full_like(index, NO_EPOCH), index, hidden, patches)
                 mask = torch.from_numpy(drawn).to(own.device)
                 found = model.head(model.branch(own, mask, prefix))

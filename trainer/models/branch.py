@@ -1,6 +1,6 @@
 """The visual generation branch: a trainable copy of the text model's layers that predicts masked patch latents.
 
-Legend: B samples, N patches (side x side), D hidden width, which is also the latents' width.
+Legend: B images, N patches (side x side), D hidden width, which is also the latents' width.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class GenerationBranch(nn.Module):
         hidden = mask_mix(latents, mask, self.mask_token, self.positions, "triton" if self.fused else "reference")
         rotation = None
         if self.rotary:
-            rotation = self.rotary_embedding(hidden, self.position_ids(prefix.layout.text.ends.diff()))
+            texts = prefix.layout.both.ends.diff() - mask.shape[1]
+            rotation = self.rotary_embedding(hidden, self.position_ids(texts))
         recomputed = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:
             settings = hidden, prefix, rotation, self.attention, recomputed

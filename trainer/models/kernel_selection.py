@@ -53,8 +53,8 @@ def make_deterministic() -> None:
 class KernelWork:
     """The shapes of a backward pass for which kernels are chosen.
 
-    patches: per image. lengths: text tokens of each sample. width: of the hidden states. heads: of queries, of keys and
-    values, and the width of one.
+    patches: per image. lengths: text tokens before each image. width: of the hidden states. heads: of queries, of keys
+    and values, and the width of one.
     """
 
     patches: int
@@ -64,11 +64,15 @@ class KernelWork:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, config: Any, micro_batch: int, patches: int, max_text_tokens: int, precision: str) -> KernelWork:
-        """For captions of every length up to `max_text_tokens`. config: the backbone's Qwen2_5_VLConfig."""
+    def of(
+        cls, config: Any, micro_batch: int, patches: int, max_text_tokens: int, precision: str, draws: int = 1
+    ) -> KernelWork:
+        """For captions of every length up to `max_text_tokens`, each of `draws` images. config: the backbone's
+        Qwen2_5_VLConfig."""
         text = config.text_config
         width, heads = text.hidden_size, text.num_attention_heads
-        lengths = [max(1, (i + 1) * max_text_tokens // micro_batch) for i in range(micro_batch)]
+        texts = [max(1, (i + 1) * max_text_tokens // micro_batch) for i in range(micro_batch)]
+        lengths = [length for length in texts for _ in range(draws)]
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         return cls(patches, lengths, width, (heads, text.num_key_value_heads, width // heads), dtype)
 

@@ -2,7 +2,7 @@
 
 transformers' own layer also rotates tokens at position 0 and saves more for the backward pass; see `elementwise`.
 
-Legend: B samples, N patches, D hidden width, C width of a head.
+Legend: B images, N patches, D hidden width, C width of a head.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class BranchLayer(nn.Module):
 
 
 class PrefixAttention(nn.Module):
-    """Attention of every patch to the text and patches of its sample."""
+    """Attention of every patch to the text of its sample and the patches of its image."""
 
     def __init__(self, config: Any, index: int) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ TEXTS = (0.0, 100.0, 200.0)
 
 
 class Utilisation:
-    """counted: the model's parts for prompts of each of TEXTS. patches: per image, included in the stage's token
+    """counted: the model's parts for prompts of each of TEXTS. patches: per sample, included in the stage's token
     counts; 0 if FLOPs do not depend on the text. node: ranks per host. device: None for unknown hardware, without MFU.
     """
 

@@ -115,18 +115,21 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
     branch = list(shapes.branch(config, side, model.branch.positions == "learned"))
     keys = config.num_key_value_heads * (width // config.num_attention_heads)
     byte = 2 if precision == "bf16" else 4
+    draws = model.branch.draws
+    drawn = draws * patches
     layer, recomputed = (
-        byte * (patches * (hidden * width + mlp * config.intermediate_size) + key * keys * (patches + text))
+        draws * byte * (patches * (hidden * width + mlp * config.intermediate_size) + key * keys * (patches + text))
         for hidden, mlp, key in (BRANCH_KEPT, BRANCH_RECOMPUTED)
     )
-    constant = byte * (layers * 2 * keys * text + patches * width)  # the prefix, and the input of the final norm
-    rows = float(patches)
+    # The prefix, and the input of the final norm; with several draws also a copy of the latents for each.
+    constant = byte * (layers * 2 * keys * text + (1 if draws == 1 else 2) * drawn * width)
+    rows = float(drawn)
     if model.branch.loss_tokens == "masked":
-        draws = np.arange(4096)
-        counts = hidden_counts(model.branch.mask_rate, model.seed, np.zeros_like(draws), draws, patches)
-        rows = float(counts.mean())
-    linear = linear_flops(branch, lambda name: patches)
-    attention = 4.0 * patches * (text + patches) * width * layers
+        samples = np.arange(4096)
+        counts = hidden_counts(model.branch.mask_rate, model.seed, np.zeros_like(samples), samples, patches)
+        rows = draws * float(counts.mean())
+    linear = linear_flops(branch, lambda name: drawn)
+    attention = 4.0 * drawn * (text + patches) * width * layers
     projection = linear_flops(head, lambda name: rows)
 
     def read(name: str) -> float:
@@ -152,10 +155,10 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
             returned_linear=linear,
             returned_attention=attention,
             kept=layers * layer + constant,
-            kept_recomputed=layers * byte * patches * width + constant,
+            kept_recomputed=layers * byte * drawn * width + constant,
             layer=recomputed,
-            gradients=byte * patches * (3 * config.intermediate_size + width),
-            last=linear_flops(branch, lambda name: patches if name.endswith("down_proj") else 0.0),
+            gradients=byte * drawn * (3 * config.intermediate_size + width),
+            last=linear_flops(branch, lambda name: drawn if name.endswith("down_proj") else 0.0),
         ),
         Part(
             "head",

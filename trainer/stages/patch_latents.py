@@ -1,6 +1,7 @@
 """Stage 1: predict the latents of masked patches from the caption and the visible patches.
 
-Legend: B samples of a micro-batch, N patches, T text tokens, S image side in pixels, D latent width.
+Legend: B samples of a micro-batch, K masks drawn per sample, N patches, T text tokens, S image side in pixels, D latent
+width.
 """
 
 from __future__ import annotations
@@ -100,18 +101,22 @@ class PatchLatentModel(StageModel):
         masked: Tensor,
         normalizer: float,
     ) -> Losses:
-        """Losses of images [B, 3, S, S] uint8 with packed prompts [sum T], masked where mask [B, N] is True.
+        """Losses of images [B, 3, S, S] uint8 with packed prompts [sum T], masked where mask [B K, N] is True. The
+        masks of a sample, next to each other, share its patch latents and prefix.
 
-        masked: int64 [R], the indices of the True entries among the B N of `mask`, known without a device sync.
+        masked: int64 [R], the indices of the True entries among the B K N of `mask`, known without a device sync.
         normalizer: tokens of the mean; see `Stage.normalizer`.
         """
         latents = self.backbone.patch_latents(images)
-        layout = PrefixLayout.of(text_lengths, mask.shape[1], mask.device)
+        layout = PrefixLayout.of(text_lengths, mask.shape[1], mask.device, len(mask) // len(text_lengths))
         prefix = self.backbone.prefix(input_ids, layout)
         return self.losses(latents, mask, masked, prefix, normalizer)
 
     def losses(self, latents: Tensor, mask: Tensor, masked: Tensor, prefix: Prefix, normalizer: float) -> Losses:
         """Losses of predicted against given latents [B, N, D]. `loss_tokens: masked` projects only the masked rows."""
+        samples = len(latents)
+        if len(mask) > samples:
+            latents = latents.repeat_interleave(len(mask) // samples, 0)
         target = latents.flatten(0, 1)
         if self.masked_only:
             loss, squares = self.head(self.branch(latents, mask, prefix, masked), target[masked], None, normalizer)
@@ -122,7 +127,7 @@ class PatchLatentModel(StageModel):
             error = squares[masked].sum()
         tokens = mask.numel() + prefix.layout.text.total
         sums = torch.stack((error, error.new_full((), len(masked)), error.new_full((), tokens)))
-        return Losses(loss, sums, squares.view_as(mask).sum(1) / normalizer)
+        return Losses(loss, sums, squares.view(samples, -1).sum(1) / normalizer)
 
 
 def _initial(name: str, parameter: nn.Parameter) -> weights.Distribution:
@@ -143,7 +148,7 @@ class PatchLatentCollate:
         """tokens: N."""
         self.template = PromptTemplate(tokenizer, branch.max_text_tokens)
         self.dropout = branch.caption_dropout
-        self.mask_rate = branch.mask_rate
+        self.mask_rate, self.draws = branch.mask_rate, branch.draws
         self.seed = seed
         self.tokens = tokens
 
@@ -153,7 +158,7 @@ class PatchLatentCollate:
         dropped = chosen(self.seed, Stream.CAPTION_DROPOUT, epoch, index, self.dropout)
         captions = ["" if drop else item.caption for drop, item in zip(dropped, items, strict=True)]
         input_ids, text_lengths = self.template.batch(captions)
-        counts = hidden_counts(self.mask_rate, self.seed, epoch, index, self.tokens)
+        counts = hidden_counts(self.mask_rate, self.seed, epoch, index, self.tokens, self.draws)
         mask = draw_masks(self.seed, epoch, index, counts, self.tokens)
         return {
             "images": stacked([item.image for item in items]),
@@ -207,7 +212,8 @@ class PatchLatentStage:
     def choose_kernels(
         self, asked: Kernels, micro_batch: int, precision: str, ranks: Ranks, folder: Path
     ) -> dict[str, dict[str, Any]]:
-        work = KernelWork.of(self.config, micro_batch, self.tokens_per_image, self.branch.max_text_tokens, precision)
+        shapes = micro_batch, self.tokens_per_image, self.branch.max_text_tokens
+        work = KernelWork.of(self.config, *shapes, precision, self.branch.draws)
         self.kernels, record = choose_kernels(asked, work, ranks, folder)
         return record
 
@@ -243,7 +249,7 @@ class PatchLatentStage:
         rate, found = self.branch.mask_rate, {}
         for fixed in sorted(set(np.linspace(rate.low, rate.high, VALIDATION_RATES).tolist())):
             always = rate.model_copy(update={"low": fixed, "high": fixed})
-            branch = self.branch.model_copy(update={"caption_dropout": 0.0, "mask_rate": always})
+            branch = self.branch.model_copy(update={"caption_dropout": 0.0, "mask_rate": always, "draws": 1})
             collate = PatchLatentCollate(self.tokenizer, branch, VALIDATION_SEED, self.tokens_per_image)
             found[f"mask_{fixed:.4g}"] = collate
         return found
@@ -253,9 +259,10 @@ class PatchLatentStage:
 
     def normalizer(self, epoch: IntArray, index: IntArray, passes: int) -> float:
         """Tokens of the loss average per pass."""
+        draws = self.branch.draws
         if self.branch.loss_tokens == "all":
-            return len(index) * self.tokens_per_image / passes
-        counts = hidden_counts(self.branch.mask_rate, self.seed, epoch, index, self.tokens_per_image)
+            return len(index) * draws * self.tokens_per_image / passes
+        counts = hidden_counts(self.branch.mask_rate, self.seed, epoch, index, self.tokens_per_image, draws)
         return float(counts.sum()) / passes
 
     def report(self, sums: list[float]) -> dict[str, float]:

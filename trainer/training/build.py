@@ -195,7 +195,7 @@ def _loader(run: RunContext, progress: TrainState) -> Loader:
 
 def _utilisation(run: RunContext) -> Utilisation:
     stage = run.inputs.stage
-    patches = stage.tokens_per_image if isinstance(stage, PatchLatentStage) else 0
+    patches = stage.tokens_per_image * stage.branch.draws if isinstance(stage, PatchLatentStage) else 0
     counted = [parts(run.recipe, text) for text in TEXTS]
     node = run.hosts.count(run.hosts[0])
     return Utilisation(counted, workload(run.recipe), run.ranks.size, node, patches, this_device())

@@ -55,7 +55,7 @@ class Replay:
     samples: list[dict[str, Any]]
     """Per item, its random draws and its `loss`; the mean of the losses is the step's loss."""
     masks: torch.Tensor | None
-    """Stage 1: hidden patches [G, N]."""
+    """Stage 1: hidden patches of every draw [G, K, N]."""
     replaced: list[tuple[str, str]]
     """Planned samples that could not be read, with the reason; `items` has their neighbours instead."""
     digest: str | None
@@ -92,7 +92,8 @@ class Replay:
         order = self.highest_loss(count)
         rows = {"image": [Image.fromarray(self.items[i].image) for i in order]}
         if self.masks is not None:
-            rows["hidden"] = [_hide(self.items[i].image, self.masks[i]) for i in order]
+            for draw in range(self.masks.shape[1]):
+                rows["hidden" + _suffix(draw)] = [_hide(self.items[i].image, self.masks[i, draw]) for i in order]
         return make_contact_sheet(
             rows, [f"{self.samples[i]['loss']:.4g} {self.items[i].key}: {self.items[i].caption}" for i in order]
         )
@@ -124,7 +125,7 @@ def replay(run: Path, place: Place, weights_step: int | None = None) -> Replay:
         {**_identity(item), **drawn, "loss": loss, "caption": item.caption}
         for item, drawn, loss in zip(items, _draws(recipe.seed, inputs.stage, items, arrays), losses, strict=True)
     ]
-    masks = torch.cat([part["mask"] for part in arrays]) if "mask" in arrays[0] else None
+    masks = torch.cat([part["mask"] for part in arrays]).unflatten(0, (len(items), -1)) if "mask" in arrays[0] else None
     at = TrainState(**reader.state["progress"]) if reader else TrainState()
     exact = at.step == place.step - 1 and at.batch < place.batch
     before = at.digest if exact else place.digest_before
@@ -221,10 +222,25 @@ def _draws(seed: int, stage: Stage, items: Sequence[Item], arrays: Sequence[dict
     else:
         assert isinstance(stage, PatchLatentStage)
         dropped = chosen(seed, Stream.CAPTION_DROPOUT, epoch, index, stage.branch.caption_dropout).tolist()
-        counts = torch.cat([part["mask"] for part in arrays]).sum(1).tolist()
-        orders = draw_orders(seed, epoch, index, stage.tokens_per_image).tolist()
-        draws = [{"mask_rate": n / len(order), "hidden": order[:n]} for n, order in zip(counts, orders, strict=True)]
+        masks = torch.cat([part["mask"] for part in arrays]).unflatten(0, (len(items), -1))
+        orders = draw_orders(seed, epoch, index, stage.tokens_per_image, stage.branch.draws)
+        draws = [
+            _masks(*each) for each in zip(masks.sum(2).tolist(), orders.reshape(masks.shape).tolist(), strict=True)
+        ]
     return [{"caption_dropped": drop, **draw} for drop, draw in zip(dropped, draws, strict=True)]
+
+
+def _masks(counts: list[int], orders: list[list[int]]) -> dict[str, Any]:
+    """Rate and hidden patches of every draw of a sample."""
+    found: dict[str, Any] = {}
+    for draw, (count, order) in enumerate(zip(counts, orders, strict=True)):
+        found |= {"mask_rate" + _suffix(draw): count / len(order), "hidden" + _suffix(draw): order[:count]}
+    return found
+
+
+def _suffix(draw: int) -> str:
+    """Of the names of a sample's draws: none for the first, `_2` for the second."""
+    return f"_{draw + 1}" if draw else ""
 
 
 def _digest(place: Place, before: str | None, dataset: Dataset, items: Sequence[Item]) -> str | None:

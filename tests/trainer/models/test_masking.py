@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from bifrost.trainer.models.masking import draw_masks, masked_counts
+from bifrost.recipes.branch import MaskRate
+from bifrost.trainer.models.masking import draw_masks, hidden_counts
 from bifrost.trainer.models.rng import Stream, uniform
 
 MAR = {"mean": 1.0, "std": 0.25, "low": 0.7, "high": 1.0}
@@ -11,7 +12,8 @@ MAR = {"mean": 1.0, "std": 0.25, "low": 0.7, "high": 1.0}
 
 def counts(samples: int, tokens: int = 256, **rule: float) -> np.ndarray:
     index = np.arange(samples)
-    return masked_counts(0, np.zeros(samples, dtype=np.int64), index, tokens, **{**MAR, **rule})
+    rate = MaskRate.model_construct(**{**MAR, **rule})  # also rates that a recipe refuses
+    return hidden_counts(rate, 0, np.zeros(samples, dtype=np.int64), index, tokens)
 
 
 def test_rates_follow_the_truncated_normal() -> None:
@@ -72,3 +74,17 @@ def test_draws_depend_on_the_sample() -> None:
     assert (draw_masks(0, epoch, index[shuffled], np.full(64, 8), 16) == whole[shuffled]).all()
     for other in (draw_masks(0, epoch + 1, index, np.full(64, 8), 16), draw_masks(1, epoch, index, np.full(64, 8), 16)):
         assert (other != whole).any(axis=1).mean() > 0.9
+
+
+def test_further_draws_are_independent_and_change_no_earlier_one() -> None:
+    epoch, index = np.full(4000, 2, dtype=np.int64), np.arange(4000)
+    counts = hidden_counts(MaskRate(), 5, epoch, index, 16, 3).reshape(-1, 3)
+    masks = draw_masks(5, epoch, index, counts.ravel(), 16).reshape(-1, 3, 16)
+    assert (masks.sum(2) == counts).all()
+    for draws in (1, 2):
+        fewer = hidden_counts(MaskRate(), 5, epoch, index, 16, draws)
+        assert (fewer.reshape(-1, draws) == counts[:, :draws]).all()
+        assert (draw_masks(5, epoch, index, fewer, 16).reshape(-1, draws, 16) == masks[:, :draws]).all()
+    assert np.abs(np.corrcoef(counts.T) - np.eye(3)).max() < 0.05
+    seen = (masks - masks.mean(0)).reshape(4000, 48)
+    assert np.abs(np.corrcoef(seen.T) - np.eye(48))[:16, 16:].max() < 0.08

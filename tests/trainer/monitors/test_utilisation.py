@@ -23,9 +23,9 @@ CPU = torch.device("cpu")
 PATCHES = 16
 
 
-def by_hand(text: int) -> tuple[float, float]:
-    """FLOPs of a sample of the tiny stage 1: useful, and with every layer of the branch computed again up to its last
-    projection, whose result nobody keeps."""
+def by_hand(text: int, draws: int = 1) -> tuple[float, float]:
+    """FLOPs of a sample of the tiny stage 1, of `draws` masks: useful, and with every layer of the branch computed
+    again up to its last projection, whose result is not kept."""
     config = read_config(locate("builtin:tiny"))
     lm, vision = config.text_config, config.vision_config
     width, keys = lm.hidden_size, lm.num_key_value_heads * lm.hidden_size // lm.num_attention_heads
@@ -43,8 +43,8 @@ def by_hand(text: int) -> tuple[float, float]:
     window = vision.window_size // vision.patch_size
     whole = len(vision.fullatt_block_indexes)
     pairs = whole * seen**2 + (vision.depth - whole) * (side // window) ** 2 * window**4
-    useful = prefix + branch + head + tower + 4 * pairs * v
-    return useful, useful + 2 * PATCHES * (weights - layers * width * lm.intermediate_size) + attention
+    useful = prefix + draws * (branch + head) + tower + 4 * pairs * v
+    return useful, useful + draws * (2 * PATCHES * (weights - layers * width * lm.intermediate_size) + attention)
 
 
 def utilisation(recipe: Recipe, ranks: int, node: int, patches: int, device: Device | None) -> Utilisation:
@@ -57,6 +57,8 @@ def test_mfu_by_hand() -> None:
     used = utilisation(recipe, 2, 2, PATCHES, h200)
     for text in (0, 37, 61):
         assert used.flops(text + PATCHES) == pytest.approx(by_hand(text), rel=1e-6)
+    several = recipe.model_copy(update={"branch": recipe.branch.model_copy(update={"draws": 3})})
+    assert utilisation(several, 2, 2, 3 * PATCHES, h200).flops(37 + 3 * PATCHES) == pytest.approx(by_hand(37, 3))
     useful, done = by_hand(37)
     rates = used.rates(samples_per_s=6000.0, tokens_per_s=6000.0 * (37 + PATCHES), step_s=0.01)
     assert rates["tflops_per_device"] == pytest.approx(3000 * useful / 1e12)

@@ -30,10 +30,13 @@ def counted(work: Callable[[], Any]) -> tuple[int, Any]:
 KINDS = ("mm", "addmm", "convolution", "_convolution", "convolution_backward")
 
 
-@pytest.mark.parametrize("name", ["tiny-mllm", "tiny-controlnet"])
-def test_linear_flops_are_torchs_own(name: str, shards) -> None:
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("tiny-mllm", "branch.draws=1"), ("tiny-mllm", "branch.draws=3"), ("tiny-controlnet", "seed=0")],
+)
+def test_linear_flops_are_torchs_own(name: str, setting: str, shards) -> None:
     small = ["precision=fp32", "global_batch=4", "micro_batch=4", "data.workers=0", "data.shuffle_window=2"]
-    recipe = load_recipe(name, [*small, f"data.shards={shards}/train-*.tar"])
+    recipe = load_recipe(name, [*small, setting, f"data.shards={shards}/train-*.tar"])
     inputs, model = plain.loaded(recipe)
     batch = {**next(iter(plain.batches(recipe, inputs))).arrays, "normalizer": 1.0}
     text = sum(batch["text_lengths"]) / 4 if "text_lengths" in batch else 0

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import plain
 from bifrost.data import Item
 from bifrost.recipes import load_recipe
 from bifrost.recipes.schema import Branch
@@ -59,6 +60,34 @@ def test_captions_are_dropped_to_the_empty_template(tokenizer) -> None:
     assert abs(lengths.count(empty) / len(lengths) - 0.25) < 0.04
 
 
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("tokens", ["all", "masked"])
+def test_draws_of_a_step_average_those_of_single_draws(shards, tokens: str) -> None:
+    """Loss, every sample's share of it and every gradient, against a step for each mask with a prefix of its own."""
+    settings = ["precision=fp32", "global_batch=4", "data.workers=0", "data.shuffle_window=2", "steps=1"]
+    settings += ["branch.positions=mrope", f"branch.loss_tokens={tokens}", f"data.shards={shards}/train-*.tar"]
+    recipe = load_recipe("tiny-mllm", [*settings, "branch.draws=3"])
+    inputs, model = plain.loaded(recipe)
+    arrays = next(iter(plain.batches(recipe, inputs))).arrays
+    assert len(arrays["mask"]) == 3 * len(arrays["images"]) == 12
+    found = model(**arrays, normalizer=inputs.normalizer(0, 1))
+    found.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.trainable().items()}
+    model.zero_grad()
+
+    masks = arrays["mask"].unflatten(0, (4, 3)).unbind(1)
+    each = torch.zeros(4)
+    for mask in masks:
+        one = arrays | {"mask": mask, "masked": mask.flatten().nonzero()[:, 0]}
+        losses = model(**one, normalizer=inputs.normalizer(0, 1))
+        losses.loss.backward()
+        each += losses.each
+    torch.testing.assert_close(found.each, each, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.loss.detach(), each.sum(), rtol=1e-5, atol=0)
+    for name, parameter in model.trainable().items():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_normalizers_add_up_to_the_whole_batch(ranks: int) -> None:
     """Gradients are averaged over ranks: each rank's sum must be divided by the global count over the ranks."""
@@ -70,6 +99,9 @@ def test_normalizers_add_up_to_the_whole_batch(ranks: int) -> None:
     assert stage.normalizer(epoch, index, ranks) * ranks == counts.sum()
     every = open_patch_latents(load_recipe("tiny-mllm", ["branch.loss_tokens=all"]))
     assert every.normalizer(epoch, index, ranks) * ranks == 32 * 16
+    several = open_patch_latents(load_recipe("tiny-mllm", ["branch.loss_tokens=masked", "branch.draws=2"]))
+    counts = hidden_counts(recipe.branch.mask_rate, recipe.seed, epoch, index, 16, 2)
+    assert several.normalizer(epoch, index, ranks) * ranks == counts.sum()
 
 
 def test_image_sizes() -> None:

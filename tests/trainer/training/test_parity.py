@@ -22,11 +22,12 @@ STEPS = 5
         (
             "branch.loss_tokens=masked",
             "branch.positions=learned",
+            "branch.draws=2",
             "activation_checkpointing=true",
             "optimizer.clip=0.5",
         ),
     ],
-    ids=["all-mrope", "masked-learned"],
+    ids=["all-mrope", "masked-learned-draws"],
 )
 def test_ranks_equal_plain_pytorch(shards: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
     settings = (f"steps={STEPS}", *runs.TINY, *settings)

@@ -35,7 +35,8 @@ def train_and_keep(arguments: list[str], step: int, spike: float | None) -> list
     def watched(batch: reader.Batch, device):
         if done == step - 1:
             arrays = batch.arrays
-            extra = {name: arrays[name].tolist() for name in ("mask", "level") if name in arrays}
+            samples = len(batch.keys)
+            extra = {n: arrays[n].unflatten(0, (samples, -1)).tolist() for n in ("mask", "level") if n in arrays}
             kept.append({"keys": batch.keys, **extra})
         return on_device(batch, device)
 
@@ -55,7 +56,7 @@ def train_and_keep(arguments: list[str], step: int, spike: float | None) -> list
 
 def test_stage_1(shards: Path, tmp_path: Path) -> None:
     settings = ("steps=7", "checkpoint.every=2", "branch.loss_tokens=masked", "branch.caption_dropout=0.5")
-    settings += ("data.image_size=112",)
+    settings += ("data.image_size=112", "branch.draws=2")
     ended = ranked.run(train_and_keep, 2, runs.arguments(shards, tmp_path, *settings), 5, None)
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
     run = tmp_path / "tiny-mllm"
@@ -72,12 +73,13 @@ def test_stage_1(shards: Path, tmp_path: Path) -> None:
     assert len(seen) == 8
     assert {sample["key"] for sample in found["samples"]} == seen.keys()
     for sample in found["samples"]:
-        assert sorted(sample["hidden"]) == np.flatnonzero(seen[sample["key"]]).tolist()
-        assert sample["mask_rate"] == pytest.approx(len(sample["hidden"]) / 16)
+        for mask, draw in zip(seen[sample["key"]], ("", "_2"), strict=True):
+            assert sorted(sample[f"hidden{draw}"]) == np.flatnonzero(mask).tolist()
+            assert sample[f"mask_rate{draw}"] == pytest.approx(len(sample[f"hidden{draw}"]) / 16)
     assert {sample["caption_dropped"] for sample in found["samples"]} == {True, False}
     assert all(f"number {int(sample['key'][-3:])}" in sample["caption"] for sample in found["samples"])
     with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
-        assert sheet.width > 8 * 96 and sheet.height > 2 * 96
+        assert sheet.width > 8 * 96 and sheet.height > 3 * 96
     assert json.loads((tmp_path / "out" / "batch.json").read_text()) == found
 
     # Step 6 has no checkpoint of step 5: the same samples, by weights one step older.
