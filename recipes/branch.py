@@ -18,6 +18,9 @@ class Backbone(Section):
     placement: Literal["sharded", "replicated"] = "sharded"
     """Stage 1: whether the frozen text model and vision encoder are sharded over the ranks or replicated on each.
     Affects results only by rounding; a run may resume with another value."""
+    vision_encoder: Literal["cached"] | None = None
+    """Stage 1: `cached` reads the patch latents that `bifrost data encode` stored instead of loading the vision
+    encoder; null: it is placed like the text model. A run may resume with another value."""
 
 
 class MaskRate(Section):

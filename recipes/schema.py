@@ -32,14 +32,15 @@ class Placement(Section):
     """FLUX's VAE."""
     text: Literal["sharded", "replicated", "offloaded", "cached"] = "sharded"
     """FLUX's text encoders, T5 and CLIP; cached T5 states take megabytes per sample."""
-    vision_encoder: Literal["sharded", "replicated", "offloaded"] = "sharded"
-    """The MLLM's vision encoder."""
+    vision_encoder: Literal["sharded", "replicated", "offloaded", "cached"] = "sharded"
+    """The MLLM's vision encoder; its cache is the one of stage 1."""
 
     @property
-    def cached(self) -> list[Literal["vae", "text"]]:
+    def cached(self) -> list[Literal["vae", "text", "vision"]]:
         """The cached parts."""
-        asked: list[tuple[Literal["vae", "text"], str]] = [("vae", self.vae), ("text", self.text)]
-        return [part for part, place in asked if place == "cached"]
+        asked: dict[Literal["vae", "text", "vision"], str]
+        asked = {"vae": self.vae, "text": self.text, "vision": self.vision_encoder}
+        return [part for part, place in asked.items() if place == "cached"]
 
 
 class Flux(Section):
@@ -283,8 +284,15 @@ class Recipe(Section):
     def _complete(self) -> Recipe:
         if self.stage == "controlnet" and self.flux is None:
             raise ValueError("stage controlnet needs flux.path, such as flux.path=black-forest-labs/FLUX.1-dev")
-        if self.stage == "controlnet" and self.backbone.placement != "sharded":
-            raise ValueError("backbone.placement is for stage 1; in stage controlnet set flux.placement.vision_encoder")
+        if self.stage == "controlnet":
+            stage_1 = {
+                "placement": self.backbone.placement != "sharded",
+                "vision_encoder": self.backbone.vision_encoder,
+            }
+            if key := next((key for key, value in stage_1.items() if value), None):
+                raise ValueError(
+                    f"backbone.{key} is for stage 1; in stage controlnet set flux.placement.vision_encoder"
+                )
         if self.stage == "patch-latents" and self.previews.every and not self.previews.controlnet:
             raise ValueError("previews.every in stage patch-latents needs previews.controlnet to decode the latents")
         if self.validation.shards is None:

@@ -24,7 +24,13 @@ SETTINGS = {
     "watchdog.save_timeout_s": "watchdog.save_s",
     "zero.overlap_comm": "zero.overlap",
 }
-LATER = ("validation", "checkpoint.keep_best", "flux.caption_exchange", "branch.draws")
+LATER = (
+    "validation",
+    "checkpoint.keep_best",
+    "flux.caption_exchange",
+    "branch.draws",
+    "backbone.vision_encoder",
+)
 """Settings that the first version did not have."""
 METRICS = {
     "allgather_gb_per_s": "gathered_gb_per_s",

@@ -30,7 +30,10 @@ EXAMPLES = {
     "data index": ("bifrost data index '/data/pairs/*.tar' --only-missing",),
     "data verify": ("bifrost data verify '/data/pairs/{00000..00127}.tar'",),
     "data stats": ("bifrost data stats 'demo/train-*.tar'",),
-    "data encode": ("bifrost data encode flux-controlnet flux.placement.vae=cached",),
+    "data encode": (
+        "bifrost data encode mllm-7b backbone.vision_encoder=cached",
+        "bifrost data encode flux-controlnet flux.placement.vae=cached",
+    ),
     "checkpoint list": ("bifrost checkpoint list runs/tiny-mllm",),
     "checkpoint verify": ("bifrost checkpoint verify runs/tiny-mllm",),
     "checkpoint show": ("bifrost checkpoint show runs/tiny-mllm",),

@@ -96,18 +96,22 @@ def _split(run: Path, settings: dict[str, Any], ranks: int) -> BatchSplit:
 def encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: RanksOption = None) -> None:
     """Cache the outputs of the frozen parts (those placed as `cached`) next to the shards."""
     settings = load_recipe(recipe, overrides or [])
-    if settings.stage != "controlnet" or settings.flux is None or not settings.flux.placement.cached:
-        raise RunError(
-            f"{settings.name}: caches nothing; set flux.placement.vae=cached, flux.placement.text=cached or both in a"
-            " recipe of stage controlnet"
-        )
+    if settings.stage == "patch-latents":
+        cached, how = settings.backbone.vision_encoder == "cached", "backbone.vision_encoder=cached"
+    else:
+        cached = settings.flux is not None and settings.flux.placement.cached
+        how = "flux.placement.vae, text or vision_encoder to cached"
+    if not cached:
+        raise RunError(f"{settings.name}: caches nothing; set {how}")
     adopted = init_from_env(ranks)
     ranks = ranks or devices()
     if adopted or ranks == 1:
-        from ..stages import open_controlnet
+        from ..stages import open_controlnet, open_patch_latents
         from ..stages.precompute import encode as precompute
 
-        leave(precompute(open_controlnet(settings), settings.validation.shards, settings.micro_batch))
+        stage = (open_patch_latents if settings.stage == "patch-latents" else open_controlnet)(settings)
+        shards = settings.data.shards, settings.validation.shards
+        leave(precompute(stage.outputs(), *shards, settings.micro_batch))
     leave(run_ranks(ranks, ["data", "encode", recipe, *(overrides or [])]))
 
 

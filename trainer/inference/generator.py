@@ -186,6 +186,7 @@ def load_mllm(path: Path, stage: PatchLatentStage, device: torch.device, dtype: 
     """The model of a stage-1 run, or of an export of one in either layout."""
     fast = unavailable("varlen", device, dtype) is None
     stage.kernels = KernelChoice(attention="varlen" if fast else "sdpa")
+    stage.backbone = stage.backbone.model_copy(update={"vision_encoder": None})  # images of no cache are encoded
     with init_context(device, dtype):
         model = stage.build()
     stage.load(model)

@@ -65,9 +65,9 @@ class Prefix:
 
 
 class FrozenBackbone(nn.Module):
-    """Vision encoder and text model of a Qwen2.5-VL, or the vision encoder only. `load` fills the weights."""
+    """Vision encoder and text model of a Qwen2.5-VL, or one of them. `load` fills the weights."""
 
-    def __init__(self, config: Any, attention: Backend = "sdpa", text: bool = True) -> None:
+    def __init__(self, config: Any, attention: Backend = "sdpa", text: bool = True, vision: bool = True) -> None:
         super().__init__()
         config = copy.deepcopy(config)
         dtype = torch.get_default_dtype()  # not the config's, which is the dtype of the stored weights
@@ -75,9 +75,10 @@ class FrozenBackbone(nn.Module):
             if text:
                 self.text = Qwen2_5_VLTextModel._from_config(config.text_config, dtype=dtype)
                 self.text.config._attn_implementation = TEXT_ATTENTION
-            self.vision = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config, dtype=dtype)
-        self.vision.patch_embed.proj.__class__ = _PatchProjection
-        self.vision.config._attn_implementation = VISION_ATTENTION
+            if vision:
+                self.vision = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config, dtype=dtype)
+                self.vision.patch_embed.proj.__class__ = _PatchProjection
+                self.vision.config._attn_implementation = VISION_ATTENTION
         self.attention: Backend = attention
         self.requires_grad_(False)
 
@@ -100,7 +101,8 @@ class FrozenBackbone(nn.Module):
         if hasattr(self, "text"):
             config: Any = self.text.config
             self.text.rotary_emb = Qwen2_5_VLRotaryEmbedding(config).to(device)
-        self.vision.rotary_pos_emb = Qwen2_5_VLVisionRotaryEmbedding(self.vision.config).to(device)
+        if hasattr(self, "vision"):
+            self.vision.rotary_pos_emb = Qwen2_5_VLVisionRotaryEmbedding(self.vision.config).to(device)
 
     @torch.no_grad()
     def patch_latents(self, images: Tensor) -> Tensor:

@@ -115,14 +115,13 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
     branch = list(shapes.branch(config, side, model.branch.positions == "learned"))
     keys = config.num_key_value_heads * (width // config.num_attention_heads)
     byte = 2 if precision == "bf16" else 4
-    draws = model.branch.draws
+    draws, placement = model.branch.draws, model.backbone.placement
     drawn = draws * patches
     layer, recomputed = (
         draws * byte * (patches * (hidden * width + mlp * config.intermediate_size) + key * keys * (patches + text))
         for hidden, mlp, key in (BRANCH_KEPT, BRANCH_RECOMPUTED)
     )
-    # The prefix, and the input of the final norm; with several draws also a copy of the latents for each.
-    constant = byte * (layers * 2 * keys * text + (1 if draws == 1 else 2) * drawn * width)
+    constant = byte * (layers * 2 * keys * text + drawn * width)  # the prefix, and the input of the final norm
     rows = float(drawn)
     if model.branch.loss_tokens == "masked":
         samples = np.arange(4096)
@@ -137,14 +136,14 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
         return text if not name.startswith(f"layers.{layers - 1}.") or name.endswith(("k_proj", "v_proj")) else 0.0
 
     return [
-        _vision_encoder(model.config.vision_config, model.image_size, model.backbone.placement),
+        _vision_encoder(model.config.vision_config, model.image_size, model.backbone.vision_encoder or placement),
         Part(
             "text prefix",
             "none",
             sizes(prefix),
             linear_flops(prefix, read),
             2.0 * text * text * width * (layers - 1),
-            model.backbone.placement,
+            placement,
         ),
         Part(
             "generation branch",

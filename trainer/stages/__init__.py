@@ -130,8 +130,8 @@ def open_patch_latents(recipe: Recipe, for_counting: bool = False) -> PatchLaten
     """Stage 1; see `open_stage`."""
     from .patch_latents import PatchLatentStage
 
-    size = recipe.data.image_size
-    return PatchLatentStage.open(recipe.backbone, recipe.branch, size, recipe.seed, for_counting)
+    opened = recipe.backbone, recipe.branch, recipe.data, recipe.seed, recipe.precision
+    return PatchLatentStage.open(*opened, for_counting)
 
 
 def open_controlnet(recipe: Recipe, for_counting: bool = False) -> ControlNetStage:

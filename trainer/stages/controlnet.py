@@ -33,9 +33,11 @@ from ..models.rng import IntArray
 from . import VALIDATION_SEED, Losses, StageModel
 from .caption_exchange import CaptionExchange
 from .controlnet_collate import ControlNetCollate
-from .latent_cache import Cache, Kind, cache_fingerprint, open_cache
+from .flux_outputs import FluxOutputs
+from .latent_cache import Cache, FrozenOutputs, Kind, open_caches
 from .patch_latents import grid_side
 from .placement import PlacedFlux, build_unsharded, offload, placements, set_unregistered_module
+from .vision_outputs import VisionOutputs
 
 VALIDATION_LEVELS = 8
 """Noise levels at which the held-out loss is measured: the middles of as many equal intervals of 0 .. 1, as torchtitan
@@ -67,13 +69,14 @@ class LatentControlNetModel(StageModel):
         """Load frozen parts from their files; initialise the ControlNet as FLUX's copy with zero output projections."""
         like = next(self.controlnet.parameters())
         device = weights.local_slice(like)[0].device
-        if self.vision_placement != "sharded":
+        if self.vision_placement not in ("sharded", "cached"):
             set_unregistered_module(
                 self, "backbone", build_unsharded(self.build_vision_encoder, self.vision_placement, like)
             )
         self.flux.build_rest(like)
-        self.backbone.restore_rotary()
-        self.backbone.load(files)
+        if self.vision_placement != "cached":
+            self.backbone.restore_rotary()
+            self.backbone.load(files)
         self.flux.load(device)
         if self.vision_placement == "offloaded":
             offload(self.backbone.vision, device)
@@ -85,11 +88,11 @@ class LatentControlNetModel(StageModel):
 
     def forward(
         self,
-        images: Tensor,
         posterior: Tensor,
         noise: Tensor,
         level: Tensor,
         normalizer: float,
+        images: Tensor | None = None,
         flux_images: Tensor | None = None,
         t5: Tensor | None = None,
         clip: Tensor | None = None,
@@ -97,20 +100,23 @@ class LatentControlNetModel(StageModel):
         std: Tensor | None = None,
         text: Tensor | None = None,
         pooled: Tensor | None = None,
+        latents: Tensor | None = None,
     ) -> Losses:
         """Losses of images [B, 3, S, S] and the same images at FLUX's size, flux_images [B, 3, P, P], both uint8.
 
         posterior [B, c, h, w] and noise [B, M, C] are standard normal, as is level [B], the logit of the noise level.
-        normalizer: elements of the mean. t5 [B, L] and clip [B, 77] are token ids. A cache provides mean and std
-        [B, c, h, w] instead of flux_images, and text [B, L, E] and pooled [B, P] instead of token ids.
+        normalizer: elements of the mean. t5 [B, L] and clip [B, 77] are token ids. A cache provides latents
+        [B, N, D] instead of images, mean and std [B, c, h, w] instead of flux_images, text [B, L, E] and pooled [B, P]
+        instead of token ids.
         """
-        condition = self.backbone.patch_latents(images)
+        condition = latents if images is None else self.backbone.patch_latents(images)
         if flux_images is not None:
             mean, std = self.flux.posterior(flux_images)
         if t5 is not None and clip is not None:
             text, pooled = self.flux.encode_text(Tokens(t5, clip))
+        assert condition is not None
         assert mean is not None and std is not None and text is not None and pooled is not None
-        latents = flow.pack(self.flux.sample_posterior(mean, std, posterior))
+        clean = flow.pack(self.flux.sample_posterior(mean, std, posterior))
         sigma = flow.sigmas(level)
         height, width = posterior.shape[-2:]
         rest: dict[str, Any] = {
@@ -121,11 +127,11 @@ class LatentControlNetModel(StageModel):
             "img_ids": flow.image_ids(height, width, sigma.device),
             "txt_ids": torch.zeros(text.shape[1], 3, device=sigma.device),
         }
-        noisy = flow.noisy(latents, noise, sigma)
+        noisy = flow.noisy(clean, noise, sigma)
         with short_on_cpu(noise.shape[1] + text.shape[1], noise.device, text.dtype):
             residuals = self.controlnet(noisy, condition, **rest)
             predicted = flow.velocity(self.flux.transformer, noisy, residuals, **rest)
-        error = predicted - flow.target(latents, noise)
+        error = predicted - flow.target(clean, noise)
         squares = error.square().sum(dim=(1, 2))
         # High-noise loss is dominated by FLUX; low-noise loss is what the ControlNet can improve.
         noisier = (sigma > 0.5).float()
@@ -214,7 +220,11 @@ class ControlNetStage:
 
     @property
     def vision_placement(self) -> str:
-        return "sharded" if self.for_counting else self.flux.placement.vision_encoder
+        """For counting, the vision encoder is in the model; for previews a cached one is too."""
+        if self.for_counting:
+            return "sharded"
+        place = self.flux.placement.vision_encoder
+        return "offloaded" if place == "cached" and self.previews else place
 
     @property
     def latents(self) -> tuple[int, int, int]:
@@ -233,21 +243,19 @@ class ControlNetStage:
 
     def open_caches(self, rank: int = 0, ranks: int = 1, gather: Gather = single_process) -> dict[Kind, Cache]:
         """Open the recipe's caches; raises on all ranks if one does not match the recipe."""
-        self.caches = self._open_caches(self.data, rank, ranks, gather)
+        self.caches = open_caches(self.outputs(), self.data, rank, ranks, gather)
         return self.caches
 
-    def _open_caches(self, data: Data, rank: int, ranks: int, gather: Gather) -> dict[Kind, Cache]:
-        found: dict[Kind, Cache] = {}
+    def outputs(self) -> list[FrozenOutputs]:
+        """The outputs that the recipe caches."""
+        found: list[FrozenOutputs] = []
         for kind in self.flux.placement.cached:
-            made = self.cache_fingerprint(kind, rank, ranks, gather)
-            found[kind] = open_cache(kind, data, made, rank, gather)
+            if kind == "vision":
+                setting, size = "flux.placement.vision_encoder", self.data.image_size
+                found.append(VisionOutputs(setting, self.config, self._backbone_files(), size, self.precision))
+            else:
+                found.append(FluxOutputs(kind, self.folder, self.flux, self.precision))
         return found
-
-    def cache_fingerprint(
-        self, kind: Kind, rank: int = 0, ranks: int = 1, gather: Gather = single_process
-    ) -> dict[str, Any]:
-        size = self.flux.image_size
-        return cache_fingerprint(kind, self.folder, size, self.precision, rank, ranks, gather)
 
     def build(self, activation_checkpointing: bool = False) -> LatentControlNetModel:
         return LatentControlNetModel(self, activation_checkpointing)
@@ -280,7 +288,7 @@ class ControlNetStage:
 
     def validation_collates(self, shards: str | list[str], ranks: Ranks) -> dict[str, ControlNetCollate]:
         data = self.data.model_copy(update={"shards": shards})
-        caches = self._open_caches(data, ranks.rank, ranks.size, ranks.gather)
+        caches = open_caches(self.outputs(), data, ranks.rank, ranks.size, ranks.gather)
         middles = [(level + 0.5) / VALIDATION_LEVELS for level in range(VALIDATION_LEVELS)]
         inputs = self.folder.tokenizers, self.latents, caches, VALIDATION_SEED
         return {f"noise_{middle:.4g}": ControlNetCollate(*inputs, 0.0, middle) for middle in middles}

@@ -53,7 +53,7 @@ class ControlNetCollate:
             return flow.gaussian(torch.from_numpy(draws)).view(len(items), *shape)
 
         return {
-            "images": stacked([item.image for item in items]),
+            **self._patch_latents(items),
             **self._flux_images(items),
             **self._text(self.exchange(items, dropped) if self.exchange else items, dropped),
             "posterior": normal(Stream.POSTERIOR, *self.latents),
@@ -62,6 +62,11 @@ class ControlNetCollate:
             if self.noise_level is None
             else torch.full((len(items),), math.log(1 / self.noise_level - 1)),
         }
+
+    def _patch_latents(self, items: list[Item]) -> dict[str, Tensor]:
+        if "vision" not in self.caches:
+            return {"images": stacked([item.image for item in items])}
+        return _stacked([self.caches["vision"].read(item.origin, item.key) for item in items])
 
     def _flux_images(self, items: list[Item]) -> dict[str, Tensor]:
         if "vae" not in self.caches:

@@ -17,13 +17,13 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from ...data import DataError, DataMissing
+from ...data import DataError, DataMissing, RawSample
 from ...data.files import File, OpenShards, content, open_file
 from ...data.index import HEADER_LIMIT, load_header
 from ...data.remote import filesystem, size_of
@@ -32,11 +32,8 @@ from ...data.shards import expand, shared, spread
 from ...recipes.schema import Data
 from ..distributed.process_group import Gather, single_process
 from ..errors import RunError
-from ..models.flux import FluxFolder, Part
-from ..models.flux_config import SPACE_TO_DEPTH_KEY
 
-Kind = Literal["vae", "text"]
-PARTS: dict[Kind, tuple[Part, ...]] = {"vae": ("vae",), "text": ("text_encoder", "text_encoder_2")}
+Kind = Literal["vae", "text", "vision"]
 VERSION = 1
 REENCODE_HINT = "run `bifrost data encode` with this recipe"
 
@@ -56,38 +53,6 @@ class Header:
     """Content hash of the cached tar."""
     samples: int
     """Samples of the original shard."""
-
-
-def cache_fingerprint(
-    kind: Kind,
-    folder: FluxFolder,
-    image_size: int,
-    precision: str,
-    rank: int = 0,
-    ranks: int = 1,
-    gather: Gather = single_process,
-) -> dict[str, Any]:
-    """Everything except the data that determines the content of a cache. image_size: FLUX's, in pixels."""
-    made: dict[str, Any] = {"version": VERSION, "kind": kind, "precision": precision}
-    for part in PARTS[kind]:
-        files = folder.files(part)
-        with torch.device("meta"):
-            names = list(folder.names(part, folder.build(part), files).values())
-        files.require(names)
-        made[f"{part} weights"] = files.content_hash(names, rank, ranks, gather)
-    if kind == "vae":
-        about = ("_class_name", "_diffusers_version", "_name_or_path", "scaling_factor", "shift_factor")
-        made["vae config"] = {name: value for name, value in folder.vae.items() if name not in about}
-        made["vae config"][SPACE_TO_DEPTH_KEY] = folder.depth
-        made["flux.image_size"] = image_size
-    else:
-        tokenizers = folder.tokenizers
-        made["tokens"] = [tokenizers.t5_length, tokenizers.clip_length]
-        for name in ("tokenizer", "tokenizer_2"):
-            files = sorted(file for file in (folder.path / name).iterdir() if file.is_file())
-            content = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-            made[name] = hashlib.sha256(" ".join(content).encode()).hexdigest()
-    return made
 
 
 def digest(made: dict[str, Any]) -> str:
@@ -134,9 +99,46 @@ def find_problem(shard: str, tar: str, made: str) -> str | None:
     return None
 
 
-def open_cache(kind: Kind, data: Data, made: dict[str, Any], rank: int = 0, gather: Gather = single_process) -> Cache:
+class FrozenOutputs(Protocol):
+    """The outputs of frozen parts of one kind, to be cached; the parts are loaded by the first `encode`."""
+
+    kind: Kind
+    setting: str
+    """The setting that reads this cache, for errors."""
+    empty: bool
+    """Whether the output for the empty caption is stored too."""
+
+    def fingerprint(self, rank: int = 0, ranks: int = 1, gather: Gather = single_process) -> dict[str, Any]:
+        """Everything except the data that determines the content of a cache; `ranks` divide the hashing."""
+        ...
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of a sample's tensors."""
+        ...
+
+    def read(self, sample: RawSample) -> Any:
+        """Input of a sample for `encode`. Raises ValueError if it is unreadable, as in training."""
+        ...
+
+    def encode(self, inputs: list[Any], device: torch.device) -> list[dict[str, Tensor]]:
+        """The tensors of each of `inputs`, computed on `device`; where `empty` is set, "" is an input too."""
+        ...
+
+
+def open_caches(
+    outputs: Sequence[FrozenOutputs], data: Data, rank: int = 0, ranks: int = 1, gather: Gather = single_process
+) -> dict[Kind, Cache]:
+    """The cache of each of `outputs`; see `open_cache`."""
+    return {one.kind: open_cache(one, data, rank, ranks, gather) for one in outputs}
+
+
+def open_cache(
+    outputs: FrozenOutputs, data: Data, rank: int = 0, ranks: int = 1, gather: Gather = single_process
+) -> Cache:
     """The cache of a data set; RunError if it is missing, incomplete, or made with other settings or from other shards.
     Each rank checks its share."""
+    kind, made = outputs.kind, outputs.fingerprint(rank, ranks, gather)
     shards: list[str] = shared(lambda: expand(data.shards) if rank == 0 else [], gather)[0]
     name = digest(made)
     tars = [cache_path(shard, kind, name) for shard in shards]
@@ -144,7 +146,7 @@ def open_cache(kind: Kind, data: Data, made: dict[str, Any], rank: int = 0, gath
     problems = [(tar, problem) for tar, problem in zip(tars, found, strict=True) if problem]
     if not problems:
         return Cache(tars, max_open=max(64, 2 * data.shuffle_window))
-    setting, (tar, problem) = f"flux.placement.{kind}=cached", problems[0]
+    setting, (tar, problem) = f"{outputs.setting}=cached", problems[0]
     if len(problems) == len(tars) and {problem for _, problem in problems} == {"missing"}:
         if other := _difference(shards[0], kind, made):
             raise RunError(f"{setting}: {other}; {REENCODE_HINT}")

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ...data import Dataset, Item, stacked
 from ...kernels import PatchLatentHead, PrefixLayout
-from ...recipes.schema import Backbone, Branch, Kernels
-from ..distributed.process_group import Ranks
+from ...recipes.schema import Backbone, Branch, Data, Kernels
+from ..distributed.process_group import Gather, Ranks, single_process
 from ..models import weights
 from ..models.backbone import FrozenBackbone, Prefix, read_config
 from ..models.backbone_config import grid_side
@@ -33,7 +33,9 @@ from ..models.masking import draw_masks, hidden_counts
 from ..models.prompt import PromptTemplate, load_tokenizer
 from ..models.rng import IntArray, Stream, chosen
 from . import VALIDATION_SEED, Losses, StageModel
+from .latent_cache import Cache, FrozenOutputs, Kind, open_caches
 from .unsharded import build_unsharded, set_unregistered_module
+from .vision_outputs import VisionOutputs
 
 VALIDATION_RATES = 4
 """Mask rates at which the held-out loss is measured, equidistant over the recipe's range."""
@@ -50,12 +52,14 @@ class PatchLatentModel(StageModel):
         activation_checkpointing: bool = False,
         kernels: KernelChoice = KernelChoice(),
         place: str = "sharded",
+        vision: bool = True,
     ) -> None:
-        """config: the backbone's Qwen2_5_VLConfig. image_size: S, in pixels. place: the backbone's placement."""
+        """config: the backbone's Qwen2_5_VLConfig. image_size: S, in pixels. place: the backbone's placement. vision:
+        whether the vision encoder is needed."""
         super().__init__()
         self.masked_only = branch.loss_tokens == "masked"
         self.place = place
-        self.build_backbone = partial(FrozenBackbone, config, kernels.attention)
+        self.build_backbone = partial(FrozenBackbone, config, kernels.attention, vision=vision)
         if place == "sharded":
             self.backbone = self.build_backbone()
         self.branch = GenerationBranch(
@@ -94,20 +98,23 @@ class PatchLatentModel(StageModel):
 
     def forward(
         self,
-        images: Tensor,
         input_ids: Tensor,
         text_lengths: tuple[int, ...],
         mask: Tensor,
         masked: Tensor,
         normalizer: float,
+        images: Tensor | None = None,
+        latents: Tensor | None = None,
     ) -> Losses:
-        """Losses of images [B, 3, S, S] uint8 with packed prompts [sum T], masked where mask [B K, N] is True. The
-        masks of a sample, next to each other, share its patch latents and prefix.
+        """Losses of images [B, 3, S, S] uint8, or of their cached patch latents [B, N, D], with packed prompts [sum T],
+        masked where mask [B K, N] is True. The masks of a sample, next to each other, share its latents and prefix.
 
         masked: int64 [R], the indices of the True entries among the B K N of `mask`, known without a device sync.
         normalizer: tokens of the mean; see `Stage.normalizer`.
         """
-        latents = self.backbone.patch_latents(images)
+        if images is not None:
+            latents = self.backbone.patch_latents(images)
+        assert latents is not None
         layout = PrefixLayout.of(text_lengths, mask.shape[1], mask.device, len(mask) // len(text_lengths))
         prefix = self.backbone.prefix(input_ids, layout)
         return self.losses(latents, mask, masked, prefix, normalizer)
@@ -144,13 +151,16 @@ class PatchLatentCollate:
     Every draw depends on (seed, epoch, index) only.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, branch: Branch, seed: int, tokens: int) -> None:
-        """tokens: N."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, branch: Branch, seed: int, tokens: int, cache: Cache | None = None
+    ) -> None:
+        """tokens: N. cache: of the patch latents, of the shards that items come from."""
         self.template = PromptTemplate(tokenizer, branch.max_text_tokens)
         self.dropout = branch.caption_dropout
         self.mask_rate, self.draws = branch.mask_rate, branch.draws
         self.seed = seed
         self.tokens = tokens
+        self.cache = cache
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:
         epoch = np.array([item.epoch for item in items], dtype=np.int64)
@@ -161,12 +171,17 @@ class PatchLatentCollate:
         counts = hidden_counts(self.mask_rate, self.seed, epoch, index, self.tokens, self.draws)
         mask = draw_masks(self.seed, epoch, index, counts, self.tokens)
         return {
-            "images": stacked([item.image for item in items]),
+            **self._latents(items),
             "input_ids": input_ids,
             "text_lengths": text_lengths,
             "mask": torch.from_numpy(mask),
             "masked": torch.from_numpy(np.flatnonzero(mask)),
         }
+
+    def _latents(self, items: list[Item]) -> dict[str, Tensor]:
+        if self.cache is None:
+            return {"images": stacked([item.image for item in items])}
+        return {"latents": torch.stack([self.cache.read(item.origin, item.key)["latents"] for item in items])}
 
 
 @dataclass
@@ -183,23 +198,31 @@ class PatchLatentStage:
     files: weights.WeightFiles | None
     tokenizer: PreTrainedTokenizerBase | None
     kernels: KernelChoice = field(default_factory=KernelChoice)
+    data: Data | None = None
+    """Its shards are those of the cache."""
+    precision: str = "fp32"
+    caches: dict[Kind, Cache] | None = None
+    """The cache of the patch latents if the recipe has one, once opened."""
     sums: int = 3
     """Squared error of the masked patches, their number, tokens of text and image."""
     identity: tuple[str, ...] = ("branch",)
 
     @classmethod
     def open(
-        cls, backbone: Backbone, branch: Branch, image_size: int, seed: int, for_counting: bool = False
+        cls, backbone: Backbone, branch: Branch, data: Data, seed: int, precision: str, for_counting: bool = False
     ) -> PatchLatentStage:
-        """See `open_stage`; image_size: S, in pixels."""
+        """See `open_stage`."""
+        image_size = data.image_size
         folder = (architecture if for_counting else locate)(backbone.path, backbone.revision)
         config = read_config(folder)
         tokens = grid_side(config, image_size) ** 2
         if for_counting:
-            return cls(backbone, branch, image_size, seed, config, tokens, None, None)
+            return cls(backbone, branch, image_size, seed, config, tokens, None, None, precision=precision)
         tokenizer = load_tokenizer(folder)
         PromptTemplate(tokenizer, branch.max_text_tokens)  # refuses a limit that no prompt fits
-        return cls(backbone, branch, image_size, seed, config, tokens, weights.WeightFiles(folder), tokenizer)
+        files = weights.WeightFiles(folder)
+        opened = image_size, seed, config, tokens, files, tokenizer
+        return cls(backbone, branch, *opened, data=data, precision=precision)
 
     @property
     def source(self) -> str:
@@ -212,16 +235,30 @@ class PatchLatentStage:
     def choose_kernels(
         self, asked: Kernels, micro_batch: int, precision: str, ranks: Ranks, folder: Path
     ) -> dict[str, dict[str, Any]]:
+        self.open_caches(ranks.rank, ranks.size, ranks.gather)  # checked here, before anything is built
         shapes = micro_batch, self.tokens_per_image, self.branch.max_text_tokens
         work = KernelWork.of(self.config, *shapes, precision, self.branch.draws)
         self.kernels, record = choose_kernels(asked, work, ranks, folder)
         return record
 
+    def outputs(self) -> list[FrozenOutputs]:
+        """The outputs that the recipe caches."""
+        if self.backbone.vision_encoder != "cached":
+            return []
+        assert self.files is not None
+        return [VisionOutputs("backbone.vision_encoder", self.config, self.files, self.image_size, self.precision)]
+
+    def open_caches(self, rank: int = 0, ranks: int = 1, gather: Gather = single_process) -> dict[Kind, Cache]:
+        """Open the recipe's caches; raises on all ranks if one does not match the recipe."""
+        assert self.data is not None
+        self.caches = open_caches(self.outputs(), self.data, rank, ranks, gather)
+        return self.caches
+
     def build(self, activation_checkpointing: bool = False) -> PatchLatentModel:
         for_counting = self.files is None
         place = "sharded" if for_counting else self.backbone.placement
         settings = self.branch, self.image_size, activation_checkpointing
-        return PatchLatentModel(self.config, *settings, self.kernels, place)
+        return PatchLatentModel(self.config, *settings, self.kernels, place, vision=for_counting or not self.outputs())
 
     def load(self, model: PatchLatentModel) -> None:
         assert self.files is not None
@@ -242,15 +279,21 @@ class PatchLatentStage:
 
     def collate(self, dataset: Dataset) -> PatchLatentCollate:
         assert self.tokenizer is not None
-        return PatchLatentCollate(self.tokenizer, self.branch, self.seed, self.tokens_per_image)
+        caches = self.caches if self.caches is not None else self.open_caches()
+        shapes = self.seed, self.tokens_per_image
+        return PatchLatentCollate(self.tokenizer, self.branch, *shapes, caches.get("vision"))
 
     def validation_collates(self, shards: str | list[str], ranks: Ranks) -> dict[str, PatchLatentCollate]:
         assert self.tokenizer is not None
+        assert self.data is not None
+        held_out = self.data.model_copy(update={"shards": shards})
+        caches = open_caches(self.outputs(), held_out, ranks.rank, ranks.size, ranks.gather)
         rate, found = self.branch.mask_rate, {}
         for fixed in sorted(set(np.linspace(rate.low, rate.high, VALIDATION_RATES).tolist())):
             always = rate.model_copy(update={"low": fixed, "high": fixed})
             branch = self.branch.model_copy(update={"caption_dropout": 0.0, "mask_rate": always, "draws": 1})
-            collate = PatchLatentCollate(self.tokenizer, branch, VALIDATION_SEED, self.tokens_per_image)
+            shapes = VALIDATION_SEED, self.tokens_per_image
+            collate = PatchLatentCollate(self.tokenizer, branch, *shapes, caches.get("vision"))
             found[f"mask_{fixed:.4g}"] = collate
         return found
 

@@ -1,4 +1,4 @@
-"""`bifrost data encode`: store the outputs of frozen parts for every sample, for `flux.placement` cached.
+"""`bifrost data encode`: store the outputs of frozen parts for every sample, for parts placed as `cached`.
 
 Rank r takes shards r, r + size, … independently of other ranks; `stages/latent_cache.py` describes the files.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -22,34 +25,35 @@ from ...data.files import is_local
 from ...data.index import load_header
 from ...data.progress import track
 from ...data.tars import TarInput, scan
-from ...data.transforms import decode_image
-from ...data.units import counted
+from ...data.units import counted, format_bytes
 from ...data.write import write_shard
 from ..errors import RunError
-from ..models.flux import PARTS, FluxTokenizers, Tokens
 from . import latent_cache
-from .controlnet import ControlNetStage
-from .placement import PlacedFlux
-from .unsharded import init_context
+from .latent_cache import FrozenOutputs
 
+TAR_BYTES = 4096
+"""Upper bound of what tar, safetensors and indexes take per sample in addition to the values."""
 EMPTY = "__empty__"
 """Key of the empty caption in a text cache."""
 
 
-def encode(stage: ControlNetStage, held_out: str | list[str] | None, micro_batch: int) -> int:
-    """Encode this rank's shards for the stage's cached parts, skipping complete ones. Returns 0. held_out: shards to
-    encode in addition to the training data; micro_batch: samples encoded at a time.
+def encode(
+    outputs: Sequence[FrozenOutputs], shards: str | list[str], held_out: str | list[str] | None, micro_batch: int
+) -> int:
+    """Encode this rank's shards for each of `outputs`, skipping complete ones. Returns 0. held_out: shards to encode in
+    addition to the training data; micro_batch: samples encoded at a time.
 
     RunError and DataError name what cannot be used.
     """
     rank, ranks, local = (int(os.environ.get(*d)) for d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    named = [[spec] if isinstance(spec, str) else spec for spec in (stage.data.shards, held_out or [])]
+    named = [[spec] if isinstance(spec, str) else spec for spec in (shards, held_out or [])]
     dataset = open_dataset([shard for spec in named for shard in spec])
     if remote := [shard for shard in dataset.shards if not is_local(shard)]:
         raise RunError(f"{remote[0]}: a cache is written next to its shards, which must be local")
-    for kind in stage.flux.placement.cached:
-        encoder = _Encoder(kind, stage, dataset, micro_batch, device)
+    encoders = [_Encoder(one, dataset, micro_batch, device) for one in outputs]
+    _require_space(encoders, dataset, shown=rank == 0)
+    for encoder in encoders:
         try:
             print(encoder.run(rank, ranks), flush=True)
         except (RunError, DataError) as error:  # specific to this rank's shards, so name the rank
@@ -57,42 +61,61 @@ def encode(stage: ControlNetStage, held_out: str | list[str] | None, micro_batch
     return 0
 
 
-class _Encoder:
-    """Encodes shards of one kind; the frozen parts are loaded when the first shard needs them."""
+def _require_space(encoders: Sequence[_Encoder], dataset: Dataset, shown: bool) -> None:
+    """RunError when a file system is too small for what is missing of the caches. shown: print the sizes."""
+    needed: dict[int, int] = defaultdict(int)
+    folders: dict[int, Path] = {}
+    for encoder in encoders:
+        samples, sample = 0, encoder.outputs.sample_bytes
+        for shard, header in zip(dataset.shards, dataset.headers, strict=True):
+            if latent_cache.read_header(encoder.tar(shard)) is None:
+                samples += header.samples
+                device = Path(shard).parent.stat().st_dev
+                folders[device] = Path(shard).parent
+                needed[device] += header.samples * (sample + TAR_BYTES)
+        if shown:
+            total = format_bytes(samples * sample, 3)
+            each = f"{format_bytes(sample, 3)} each, {total} in all"
+            print(f"{encoder.outputs.kind}: {counted(samples, 'sample')} to encode, {each}", flush=True)
+    for device, folder in folders.items():
+        if needed[device] > (free := shutil.disk_usage(folder).free):
+            raise RunError(
+                f"{folder}: the cache needs {format_bytes(needed[device], 3)}, {format_bytes(free, 3)} are free; free"
+                " space there, or encode fewer parts"
+            )
 
-    def __init__(
-        self,
-        kind: latent_cache.Kind,
-        stage: ControlNetStage,
-        dataset: Dataset,
-        micro_batch: int,
-        device: torch.device,
-    ) -> None:
-        self.kind: latent_cache.Kind = kind
-        self.stage = stage
+
+class _Encoder:
+    """Encodes shards for one kind of output."""
+
+    def __init__(self, outputs: FrozenOutputs, dataset: Dataset, micro_batch: int, device: torch.device) -> None:
+        self.outputs = outputs
         self.dataset = dataset
         self.micro_batch = micro_batch
         self.device = device
-        self.made = stage.cache_fingerprint(kind)
+        self.made = outputs.fingerprint()
         self.name = latent_cache.digest(self.made)
-        self._flux: PlacedFlux | None = None
+
+    def tar(self, shard: str) -> str:
+        """The cached tar of an original shard."""
+        return latent_cache.cache_path(shard, self.outputs.kind, self.name)
 
     def run(self, rank: int, ranks: int) -> str:
         """Encode shards `rank`, `rank` + `ranks`, …; returns a one-line summary."""
         done = kept = samples = bad = 0
         mine = range(rank, len(self.dataset.shards), ranks)
-        for shard in track(mine, f"encoding {self.kind}", len(mine), "shards", shown=rank == 0):
+        for shard in track(mine, f"encoding {self.outputs.kind}", len(mine), "shards", shown=rank == 0):
             counts = self._encode(shard)
             kept, done = kept + (counts is None), done + (counts is not None)
             samples, bad = (total + more for total, more in zip((samples, bad), counts or (0, 0), strict=True))
-        folder = Path(latent_cache.cache_path(self.dataset.shards[0], self.kind, self.name)).parent
+        folder = Path(self.tar(self.dataset.shards[0])).parent
         notes = (f", {counted(kept, 'shard')} already there" if kept else "") + (f", {bad:,} unreadable" if bad else "")
         return f"rank {rank}: {folder}: {counted(samples, 'sample')} in {counted(done, 'shard')}{notes}"
 
     def _encode(self, number: int) -> tuple[int, int] | None:
         """Numbers of samples and of unreadable ones; None if the shard's cache is complete."""
         shard = self.dataset.shards[number]
-        tar = Path(latent_cache.cache_path(shard, self.kind, self.name))
+        tar = Path(self.tar(shard))
         header = latent_cache.read_header(str(tar))
         whole = header and latent_cache.find_problem(shard, str(tar), self.name) is None
         if whole and header and latent_cache.same_content(str(tar), header):
@@ -119,7 +142,7 @@ class _Encoder:
     def _members(self, shard: int, entries: list[list]) -> Iterator[tuple[str, dict[str, bytes]]]:
         """The tar's samples. Appends the key and checksum of each to `entries`, only the key if unreadable."""
         samples, step = self.dataset.headers[shard].samples, self.micro_batch
-        member = f"{self.kind}.safetensors"
+        member = f"{self.outputs.kind}.safetensors"
         with ThreadPoolExecutor() as pool:
             for start in range(0, samples, step):
                 numbers = range(start, min(samples, start + step))
@@ -131,44 +154,28 @@ class _Encoder:
                         content = next(contents)
                         entries[-1].append(zlib.crc32(content))
                         yield key, {member: content}
-        if self.kind == "text":
-            (content,) = self._contents([""])
+        if self.outputs.empty:
+            (content,) = self._encoded([""])
             entries.append(["", zlib.crc32(content)])
             yield EMPTY, {member: content}
 
-    def _read(self, shard: int, number: int) -> tuple[str, object]:
-        """Key, and pixels [3, P, P] or caption; None if unreadable."""
+    def _read(self, shard: int, number: int) -> tuple[str, Any]:
+        """Key, and input of the frozen parts; None if unreadable."""
         key, _ = self.dataset.entry(shard, number)
         try:
-            raw = self.dataset.read(shard, number)
-            if self.kind == "text":
-                return key, raw.caption
-            return key, torch.from_numpy(decode_image(raw.image, self.stage.flux.image_size).copy()).permute(2, 0, 1)
+            return key, self.outputs.read(self.dataset.read(shard, number))
         except DataError:
             raise
         except ValueError:  # training substitutes a neighbour
             return key, None
 
-    def _contents(self, values: list) -> list[bytes]:
-        """A safetensors file for each of `values`, pixels [3, P, P] or captions."""
-        if not values:
-            return []
-        flux = self._flux or self._load()
-        if self.kind == "vae":
-            found = flux.posterior(torch.stack(values).to(self.device))
-            names = "mean", "std"
-        else:
-            tokens = FluxTokenizers(flux.folder)(values)
-            found = flux.encode_text(Tokens(tokens.t5.to(self.device), tokens.clip.to(self.device)))
-            names = "text", "pooled"
-        rows = zip(*(tensor.cpu() for tensor in found), strict=True)
-        return [save({name: t.contiguous().clone() for name, t in zip(names, row, strict=True)}) for row in rows]
+    def _contents(self, inputs: list[Any]) -> list[bytes]:
+        """The same for up to a micro-batch of samples, computed as a whole one: matrix products may round differently
+        for another number of rows, and training has whole ones."""
+        padded = inputs + inputs[-1:] * (self.micro_batch - len(inputs))
+        return self._encoded(padded)[: len(inputs)] if inputs else []
 
-    def _load(self) -> PlacedFlux:
-        needed = latent_cache.PARTS[self.kind]
-        dtype = torch.float32 if self.stage.precision == "fp32" else torch.bfloat16
-        with init_context(self.device, dtype):
-            flux = PlacedFlux(self.stage.folder, {p: "sharded" if p in needed else "cached" for p in PARTS})
-        flux.load()
-        self._flux = flux
-        return flux
+    def _encoded(self, inputs: list[Any]) -> list[bytes]:
+        """A safetensors file for each of `inputs`."""
+        found = self.outputs.encode(inputs, self.device)
+        return [save({name: tensor.cpu().contiguous().clone() for name, tensor in one.items()}) for one in found]

@@ -223,10 +223,9 @@ def _draws(seed: int, stage: Stage, items: Sequence[Item], arrays: Sequence[dict
         assert isinstance(stage, PatchLatentStage)
         dropped = chosen(seed, Stream.CAPTION_DROPOUT, epoch, index, stage.branch.caption_dropout).tolist()
         masks = torch.cat([part["mask"] for part in arrays]).unflatten(0, (len(items), -1))
-        orders = draw_orders(seed, epoch, index, stage.tokens_per_image, stage.branch.draws)
-        draws = [
-            _masks(*each) for each in zip(masks.sum(2).tolist(), orders.reshape(masks.shape).tolist(), strict=True)
-        ]
+        counts: Any = masks.sum(2).tolist()
+        orders: Any = draw_orders(seed, epoch, index, stage.tokens_per_image, stage.branch.draws).reshape(masks.shape)
+        draws = [_masks(*each) for each in zip(counts, orders.tolist(), strict=True)]
     return [{"caption_dropped": drop, **draw} for drop, draw in zip(dropped, draws, strict=True)]
 
 

@@ -1,5 +1,6 @@
 """Frozen parts are placed as in the recipe, and no number changes."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import tiny_flux
 from bifrost.recipes import load_recipe
 from bifrost.trainer.inference.generator import load_mllm
 from bifrost.trainer.stages import open_patch_latents
+from bifrost.trainer.stages.precompute import encode
 from bifrost.trainer.stages.unsharded import offload
 
 CPU = torch.device("cpu"), torch.float32
@@ -41,9 +43,12 @@ def test_placements_have_the_same_curve_and_a_run_resumes_with_another(shards: P
 
 @pytest.mark.multi
 @pytest.mark.slow
-def test_stage_1_trains_alike_with_replicated_frozen_parts(shards: Path, tmp_path: Path) -> None:
-    def train(steps: int, placement: str) -> None:
-        settings = (f"steps={steps}", f"backbone.placement={placement}")
+def test_stage_1_trains_alike_with_replicated_and_cached_frozen_parts(shards: Path, tmp_path: Path) -> None:
+    shards = Path(shutil.copytree(shards, tmp_path / "data"))
+    cached = "backbone.vision_encoder=cached"
+
+    def train(steps: int, placement: str, *more: str) -> None:
+        settings = (f"steps={steps}", f"backbone.placement={placement}", *more)
         ended = ranked.bifrost(2, *runs.arguments(shards, tmp_path, *settings))
         assert [rank.code for rank in ended] == [0, 0], ended[0].err
         assert "frozen parameters" in ended[0].out and " 0 frozen" not in ended[0].out
@@ -51,16 +56,20 @@ def test_stage_1_trains_alike_with_replicated_frozen_parts(shards: Path, tmp_pat
     wanted = plain.losses(load_recipe("tiny-mllm", [*runs.arguments(shards, tmp_path, "steps=6")[2:]]))
     train(3, "replicated")
     train(5, "sharded")
-    train(6, "replicated")
+    recipe = load_recipe("tiny-mllm", runs.arguments(shards, tmp_path, cached)[2:])
+    encode(open_patch_latents(recipe).outputs(), recipe.data.shards, None, recipe.micro_batch)
+    train(6, "replicated", cached)
     run = tmp_path / "tiny-mllm"
     np.testing.assert_allclose(runs.losses(run), wanted, rtol=1e-5)
-    # What is made of the run afterwards does not ask where its frozen parts lay.
+    # A model loaded from the run has all frozen parts, wherever they were in training.
     stage = open_patch_latents(load_recipe(run / "recipe.yaml"))
     whole, cut = (
         load_mllm(run, open_patch_latents(load_recipe(run / "recipe.yaml", [f"backbone.placement={place}"])), *CPU)
         for place in ("replicated", "sharded")
     )
-    assert stage.backbone.placement == "replicated" and "backbone" not in dict(whole.named_modules())
+    assert (
+        stage.backbone.placement == "replicated" and stage.outputs() and "backbone" not in dict(whole.named_modules())
+    )
     images = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
     assert torch.equal(whole.backbone.patch_latents(images), cut.backbone.patch_latents(images))
     for name, weight in whole.trainable().items():

@@ -16,11 +16,12 @@ from bifrost.data import DataError, verify
 from bifrost.recipes import Recipe, load_recipe
 from bifrost.trainer.cli.main import app
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.stages import open_controlnet, open_stage
+from bifrost.trainer.stages import open_stage
 from bifrost.trainer.stages import precompute as module
 from bifrost.trainer.stages.precompute import encode
 
 CACHED = ("flux.placement.vae=cached", "flux.placement.text=cached")
+EVERY = (*CACHED, "flux.placement.vision_encoder=cached")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,7 +49,7 @@ def recipe(data: Path, flux: Path, *more: str) -> Recipe:
 
 
 def encoded(recipe: Recipe) -> None:
-    encode(open_controlnet(recipe), recipe.validation.shards, recipe.micro_batch)
+    encode(open_stage(recipe).outputs(), recipe.data.shards, recipe.validation.shards, recipe.micro_batch)
 
 
 def folder(data: Path, kind: str = "vae") -> Path:
@@ -67,15 +68,17 @@ def refusal(recipe: Recipe) -> str:
 @pytest.mark.slow
 def test_ranks_encode_and_train_from_it_as_without(data: Path, flux: Path) -> None:
     originals = {file.name: file.read_bytes() for file in data.iterdir()}
-    ended = ranked.bifrost(2, "data", "encode", *settings(data, flux, *CACHED))
+    ended = ranked.bifrost(2, "data", "encode", *settings(data, flux, *EVERY))
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
-    assert [rank.out.count("30 samples in 2 shards") for rank in ended] == [2, 2], "of each kind"
+    assert [rank.out.count("30 samples in 2 shards") for rank in ended] == [3, 3], "of each kind"
+    assert [rank.out.count("60 samples to encode") for rank in ended] == [3, 0]
     assert {file.name: file.read_bytes() for file in data.iterdir() if file.is_file()} == originals
-    assert verify(f"{folder(data)}/train-*.tar") == verify(f"{folder(data, 'text')}/train-*.tar") == []
+    for kind in ("vae", "text", "vision"):
+        assert verify(f"{folder(data, kind)}/train-*.tar") == []
 
     wanted = plain.losses(recipe(data, flux))
-    np.testing.assert_allclose(plain.losses(recipe(data, flux, *CACHED)), wanted, rtol=1e-6)
-    ended = ranked.bifrost(2, "train", *settings(data, flux, *CACHED, "data.workers=1"))
+    np.testing.assert_allclose(plain.losses(recipe(data, flux, *EVERY)), wanted, rtol=1e-6)
+    ended = ranked.bifrost(2, "train", *settings(data, flux, *EVERY, "data.workers=1"))
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
     np.testing.assert_allclose(runs.losses(data.parent / "runs" / "tiny-controlnet"), wanted, rtol=1e-5)
 
@@ -88,11 +91,10 @@ def test_ranks_encode_and_train_from_it_as_without(data: Path, flux: Path) -> No
 
 
 def test_what_is_cached_is_not_loaded(data: Path, flux: Path) -> None:
-    encoded(recipe(data, flux, CACHED[0]))
-    stage = open_stage(recipe(data, flux, CACHED[0]))
+    stage = open_stage(recipe(data, flux, CACHED[0], EVERY[2]))
     model = stage.build()
     stage.load(model)
-    assert model.flux.vae is None and model.flux.text_encoder is not None
+    assert model.flux.vae is None and model.flux.text_encoder is not None and not hasattr(model, "backbone")
     assert stage.image_sizes == (112,), "images at FLUX's size are not even decoded"
 
 
@@ -181,7 +183,10 @@ def test_unreadable_samples_are_left_out(shards: Path, data: Path, flux: Path, c
     np.testing.assert_allclose(found, wanted, rtol=1e-6, err_msg="a neighbour in its place has its own latents")
 
 
-@pytest.mark.parametrize("name", ["tiny-controlnet", "tiny-mllm"])
-def test_a_recipe_that_caches_nothing(name: str) -> None:
-    with pytest.raises(RunError, match=rf"^{name}: caches nothing; set flux\.placement\.vae=cached"):
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("tiny-controlnet", r"flux\.placement\.vae, text or"), ("tiny-mllm", r"backbone\.vision_encoder=cached")],
+)
+def test_a_recipe_that_caches_nothing(name: str, hint: str) -> None:
+    with pytest.raises(RunError, match=rf"^{name}: caches nothing; set {hint}"):
         CliRunner().invoke(app, ["data", "encode", name, "data.shards=none"], catch_exceptions=False)
