@@ -60,15 +60,17 @@ def real_lengths(samples: int, longest: int) -> tuple[int, ...]:
     return tuple(max(1, min(longest, round(length))) for length in drawn)
 
 
-def draw_batch(case: Case, tokens: int, side: int, config: Any, device: torch.device, dtype: torch.dtype) -> Batch:
-    """Random images, latents, masks and prompts."""
+def draw_batch(
+    case: Case, tokens: int, side: int, config: Any, device: torch.device, dtype: torch.dtype, draws: int = 1
+) -> Batch:
+    """Random images, latents, masks and prompts; `draws` masks per sample."""
     draw = torch.Generator(device).manual_seed(1)
     samples, vocabulary = len(case.lengths), config.text_config.vocab_size
 
     def integers(high: int, *shape: int, kind: torch.dtype = torch.int64) -> Tensor:
         return torch.randint(0, high, shape, generator=draw, device=device, dtype=kind)
 
-    mask = torch.rand(samples, tokens, generator=draw, device=device) < 0.867  # MAR's mean rate
+    mask = torch.rand(samples * draws, tokens, generator=draw, device=device) < 0.867  # MAR's mean rate
     return Batch(
         images=integers(256, samples, 3, side, side, kind=torch.uint8),
         latents=torch.randn(samples, tokens, config.text_config.hidden_size, generator=draw, device=device).to(dtype),

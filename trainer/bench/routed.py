@@ -1,10 +1,12 @@
-"""The routed step as in training and, for comparison, with layers compiled by torch; and a clock for both."""
+"""The routed step as in training and, for comparison, with layers compiled by torch, or without anything shared by the
+masks of a sample; and a clock for all."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,14 +49,16 @@ class Clock:
 
 def routed_step(model: PatchLatentModel, batch: Batch, mark: Mark = lambda name: None) -> Tensor:
     """Prefix, branch, head and all gradients; returns the loss."""
-    layout = PrefixLayout.of(batch.lengths, batch.mask.shape[1], batch.mask.device)
+    draws = len(batch.mask) // len(batch.lengths)
+    latents = batch.latents if draws == 1 else batch.latents.repeat_interleave(draws, 0)
+    layout = PrefixLayout.of(batch.lengths, batch.mask.shape[1], batch.mask.device, draws)
     prefix = model.backbone.prefix(batch.input_ids[batch.real], layout)
     mark("prefix")
-    hidden = model.branch(batch.latents, batch.mask, prefix)
+    hidden = model.branch(latents, batch.mask, prefix)
     mark("branch forward")
     # The head separately, so that its backward pass is timed separately; the numbers are the same.
     leaf = hidden.detach().flatten(0, 1).requires_grad_()
-    loss, _ = model.head(leaf, batch.latents.flatten(0, 1), None, float(batch.mask.numel()))
+    loss, _ = model.head(leaf, latents.flatten(0, 1), None, float(batch.mask.numel()))
     loss.backward()
     mark("head")
     assert leaf.grad is not None
@@ -85,6 +89,30 @@ class CompiledStep:
     def flops(self, samples: Sequence[Sequence[Part]], text: int) -> float:
         """FLOPs per sample, equal to those of the uncompiled step."""
         return sum(done_flops(list(parts), self.recomputed) for parts in samples) / len(samples)
+
+
+class SingleStep:
+    """The routed step with a vision encoder pass and a prefix for every mask: one mask per sample, and no cache."""
+
+    def __init__(self, model: PatchLatentModel, recomputed: bool, draws: int) -> None:
+        self.model, self.recomputed, self.draws = model, recomputed, draws
+
+    def step(self, batch: Batch, mark: Mark = lambda name: None) -> Tensor:
+        def repeated(x: Tensor) -> Tensor:
+            return x.repeat_interleave(self.draws, 0)
+
+        self.model.backbone.patch_latents(repeated(batch.images))
+        lengths = tuple(length for length in batch.lengths for _ in range(self.draws))
+        prompts = {"input_ids": repeated(batch.input_ids), "real": repeated(batch.real), "lengths": lengths}
+        loss = routed_step(self.model, replace(batch, latents=repeated(batch.latents), **prompts))
+        mark("step")
+        return loss
+
+    def flops(self, samples: Sequence[Sequence[Part]], text: int) -> float:
+        """FLOPs per sample, whose parts are those with all masks."""
+        frozen = sum(part.forward for sample in samples for part in sample if part.gradient == "none")
+        trained = sum(done_flops([p for p in parts if p.gradient != "none"], self.recomputed) for parts in samples)
+        return (self.draws * frozen + trained) / len(samples)
 
 
 class _Compiled(nn.Module):

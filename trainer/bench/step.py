@@ -1,9 +1,9 @@
 """`bifrost bench step`: a stage-1 step, routed by modality, against a baseline: the dense formulation of the public
-release, or the routed step with compiled layers.
+release, the routed step with compiled layers, or the routed step without a cache and without shared masks.
 
 Both steps use the same weights and batch. Loss and all gradients of the branch are compared before timing; then the
-steps alternate, and medians are reported. The vision encoder, needed by both, is timed separately and excluded from the
-ratios; there is no optimizer and only one rank.
+steps alternate, and medians are reported. The vision encoder is timed separately, and excluded from the ratios where
+both need it; there is no optimizer and only one rank.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ from ..stages.patch_latents import PatchLatentModel, PatchLatentStage
 from .dense import DenseStep
 from .machine import machine, write_record
 from .prompts import Batch, Case, cases, draw_batch, real_lengths
-from .routed import Clock, CompiledStep, routed_step
+from .routed import Clock, CompiledStep, SingleStep, routed_step
 from .shapes import random_model, scaled
 from .step_table import Row, table
 
 CPU_LAYERS, CPU_WIDTH, CPU_SAMPLES = 4, 768, 4
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Largest relative difference of loss and gradients between routed step and baseline."""
-BASELINES = ("eager", "sdpa", "compiled")
+BASELINES = ("eager", "sdpa", "compiled", "single")
+Baseline = DenseStep | CompiledStep | SingleStep
 
 
 def bench(
@@ -69,18 +70,19 @@ def bench(
     samples = samples or recipe.micro_batch
     dtype = torch.bfloat16 if device.type == "cuda" and recipe.precision == "bf16" else torch.float32
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    branch = recipe.branch.model_copy(update={"loss_tokens": "all"})  # what the release computes
+    draws = recipe.branch.draws if baseline == "single" else 1
+    branch = recipe.branch.model_copy(update={"loss_tokens": "all", "draws": draws})  # what the release computes
     found = cases(text_tokens, samples, branch.max_text_tokens)
     config = scaled(own, layers, width)
     size, recomputed = recipe.data.image_size, recipe.activation_checkpointing
     tokens = grid_side(config, size) ** 2
     work = KernelWork.of(config, samples, tokens, branch.max_text_tokens, precision)
-    lengths = real_lengths(samples, branch.max_text_tokens)
+    lengths = [length for length in real_lengths(samples, branch.max_text_tokens) for _ in range(draws)]
     kernels = chosen_kernels(recipe.kernels, replace(work, lengths=lengths), device)
     stage = PatchLatentStage(recipe.backbone, branch, size, recipe.seed, config, tokens, None, None, kernels)
     model = random_model(partial(stage.build, recomputed), device, dtype)
     counted = PatchLatents(config, recipe.backbone, branch, size, recipe.seed)
-    opponent = CompiledStep(model, recomputed) if baseline == "compiled" else DenseStep(model, baseline)  # type: ignore[arg-type]
+    opponent = _baseline(baseline, model, recomputed, draws)
     text = config.text_config
     record: dict[str, Any] = {
         "recipe": recipe.name,
@@ -90,6 +92,8 @@ def bench(
         "heads": [text.num_attention_heads, text.num_key_value_heads],
         "patches": tokens,
         "samples": samples,
+        "draws": draws,
+        "vision_encoder": "cached" if recipe.backbone.vision_encoder else "computed",
         "rounds": rounds,
         "precision": precision,
         "activation_checkpointing": recomputed,
@@ -101,8 +105,10 @@ def bench(
     }
     rows: list[Row] = []
     for case in found:
-        batch = draw_batch(case, tokens, size, config, device, dtype)
-        flops = [step_parts(patch_latent_parts(counted, precision, float(length))) for length in case.lengths]
+        batch = draw_batch(case, tokens, size, config, device, dtype, draws)
+        flops = [patch_latent_parts(counted, precision, float(length)) for length in case.lengths]
+        if baseline != "single":
+            flops = [step_parts(parts) for parts in flops]
         for against in (opponent, None):  # without the baseline, if only that does not fit
             try:
                 rows.append(measure(model, batch, case, against, rounds, recomputed, flops))
@@ -120,6 +126,12 @@ def bench(
     return rows
 
 
+def _baseline(name: str, model: PatchLatentModel, recomputed: bool, draws: int) -> Baseline:
+    if name == "compiled":
+        return CompiledStep(model, recomputed)
+    return SingleStep(model, recomputed, draws) if name == "single" else DenseStep(model, name)  # type: ignore[arg-type]
+
+
 def chosen_kernels(asked: Kernels, work: KernelWork, device: torch.device) -> KernelChoice:
     """Kernels set in the recipe, or the fastest here, selected as in a run."""
     head, attention = asked.head_backend, asked.attention
@@ -134,7 +146,7 @@ def measure(
     model: PatchLatentModel,
     batch: Batch,
     case: Case,
-    baseline: DenseStep | CompiledStep | None,
+    baseline: Baseline | None,
     rounds: int,
     recomputed: bool,
     flops: list[list[Part]],
@@ -150,7 +162,9 @@ def measure(
     kept = activation_bytes(model, lambda: routed_step(model, batch), batch)
     routed_times, baseline_times = time_rounds(model, batch, baseline, rounds)
     parts = {name: statistics.median(times[name] for times in routed_times) for name in routed_times[0]}
-    steps = [sum(times.values()) - times["tower"] for times in routed_times]
+    # The dense baselines have the same vision encoder.
+    own_encoder = any(part.name == "vision encoder" and part.place != "cached" for part in flops[0])
+    steps = [sum(times.values()) - (0 if own_encoder else times["tower"]) for times in routed_times]
     routed_s, baseline_s = statistics.median(steps), statistics.median(baseline_times) if baseline else None
     samples = len(case.lengths)
     useful = sum(useful_flops(sample) for sample in flops) / samples
@@ -189,7 +203,7 @@ def measure(
     )
 
 
-def compare(model: PatchLatentModel, batch: Batch, baseline: DenseStep | CompiledStep) -> tuple[float, float]:
+def compare(model: PatchLatentModel, batch: Batch, baseline: Baseline) -> tuple[float, float]:
     """Relative errors of the loss and of the worst gradient; RunError if one is above TOLERANCE."""
     trained = model.trainable()
 
@@ -216,7 +230,7 @@ def compare(model: PatchLatentModel, batch: Batch, baseline: DenseStep | Compile
 
 
 def time_rounds(
-    model: PatchLatentModel, batch: Batch, baseline: DenseStep | CompiledStep | None, rounds: int
+    model: PatchLatentModel, batch: Batch, baseline: Baseline | None, rounds: int
 ) -> tuple[list[dict[str, float]], list[float]]:
     """Seconds per round: of each part of the routed step, and of the baseline's step, in alternation."""
     device = batch.latents.device

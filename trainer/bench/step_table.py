@@ -43,7 +43,8 @@ def table(record: dict[str, Any], rows: list[Row]) -> str:
     heads, groups = record["heads"]
     lines = [
         f"{record['recipe']}: {record['layers']} layers, width {record['width']}, MLP {record['mlp']}, {heads} heads in"
-        f" {groups} groups, {record['patches']} patches; {record['samples']} samples per step, {record['precision']},"
+        f" {groups} groups, {record['patches']} patches; {record['samples']} samples per step, masks per sample:"
+        f" {record['draws']}, vision encoder {record['vision_encoder']}, {record['precision']},"
         f" checkpointing {'on' if record['activation_checkpointing'] else 'off'}",
         f"{format_machine(record['machine'])}; {record['threads']} threads, {record['date']}; median of"
         f" {record['rounds']} rounds in alternation; baseline: {record['baseline']}",

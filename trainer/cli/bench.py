@@ -37,7 +37,11 @@ def bench_step(
         str, typer.Option(help="Prompt lengths, one row each; `real`: mixed lengths, mean 80, padded in the baseline.")
     ] = "80,300,real",
     baseline: Annotated[
-        str, typer.Option(help="eager: dense, as published; sdpa: dense, fused attention; compiled: ours, by torch.")
+        str,
+        typer.Option(
+            help="eager: dense, as published; sdpa: dense, fused attention; compiled: ours, by torch; single: ours,"
+            " with a vision encoder pass and a prefix per mask."
+        ),
     ] = "eager",
     rounds: Annotated[int, typer.Option(help="Measured steps of each, alternating; medians are reported.", min=1)] = 5,
     out: Annotated[Path | None, typer.Option(help="Folder for step.json.")] = None,

@@ -18,9 +18,10 @@ from bifrost.trainer.bench.shapes import random_model, scaled
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.backbone import read_config
 from bifrost.trainer.models.hub import architecture
+from bifrost.trainer.planner import parts
 from bifrost.trainer.planner.flops import patch_latent_parts
 from bifrost.trainer.planner.opened import PatchLatents
-from bifrost.trainer.planner.timing import useful_flops
+from bifrost.trainer.planner.timing import done_flops, useful_flops
 from bifrost.trainer.stages import open_patch_latents
 from bifrost.trainer.stages.patch_latents import PatchLatentStage
 
@@ -102,6 +103,26 @@ def test_compiled_layers_are_a_baseline_with_the_same_numbers() -> None:
     assert row.flops_ratio == 1 and max(row.loss_error, row.gradient_error) < 1e-5
 
 
+@pytest.mark.parametrize("encoder", ["null", "cached"])
+def test_shared_masks_have_the_numbers_of_single_ones(encoder: str) -> None:
+    """And the FLOPs are those of a step for every mask, less what is shared."""
+    settings = [f"backbone.vision_encoder={encoder}", "activation_checkpointing=true"]
+    several, single = (load_recipe("tiny-mllm", [*settings, f"branch.draws={draws}"]) for draws in (3, 1))
+    (row,) = step.bench(several, text_tokens="20", out=None, **{**SMALL, "layers": None, "baseline": "single"})
+    assert max(row.loss_error, row.gradient_error) < 1e-5
+    computed = single.model_copy(update={"backbone": single.backbone.model_copy(update={"vision_encoder": None})})
+    assert row.baseline_flops == pytest.approx(3 * done_flops(parts(computed, 20), True))
+    shared = {part.name: part.forward for part in parts(single, 20) if part.gradient == "none"}
+    saved = 2 * sum(shared.values()) + (encoder == "cached") * shared["vision encoder"]
+    assert row.baseline_flops - row.routed_flops == pytest.approx(saved)
+
+
+@pytest.mark.parametrize(("name", "draws", "least"), [("mllm-7b", 4, 1.18), ("mllm-3b", 2, 1.33)])
+def test_shared_masks_and_a_cache_need_fewer_flops_at_full_size(name: str, draws: int, least: float) -> None:
+    cached = load_recipe(name, [f"branch.draws={draws}", "backbone.vision_encoder=cached"])
+    assert useful_flops(parts(load_recipe(name))) / (useful_flops(parts(cached)) / draws) > least
+
+
 def test_baselines_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A baseline that forgets the padding's columns, as a mask of the wrong kind would."""
     monkeypatch.setattr("bifrost.trainer.bench.dense.additive_mask", lambda real, patches, dtype: torch.zeros(()))
@@ -180,7 +201,7 @@ def test_a_cut_model_keeps_its_proportions() -> None:
         ({"text_tokens": "80,long"}, "--text-tokens 80,long"),
         ({"layers": 99}, "--layers 99: the model has 4"),
         ({"width": 100}, "--width 100: give a multiple of 32"),
-        ({"baseline": "flash"}, "--baseline flash: give one of eager, sdpa, compiled"),
+        ({"baseline": "flash"}, "--baseline flash: give one of eager, sdpa, compiled, single"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
