@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import HashStore
 from ...slurm.rank_env import UNBIND, host_name
 from ..errors import RunError, Unhealthy, foreseen, with_message
 from .gather import Gather, single_process
+from .open_files import allow_open_files
 from .rendezvous import interruptible, join_store, require_agent, wait_for_all
 
 T = TypeVar("T")
@@ -144,13 +145,13 @@ def join(timeout: timedelta = timedelta(minutes=30), wait_s: float = 300) -> Ran
     elif "TORCHELASTIC_RUN_ID" in os.environ and "BIFROST_RENDEZVOUS" not in os.environ:
         # torchrun has had its own rendezvous, in a store that may still hold keys of an earlier attempt.
         require_agent(rank)
-        device, store = _device(rank, local), None
+        device, store = _prepare(rank, size, local), None
     else:
         # Before the device is touched: a broken one may hang.
         store = interruptible(partial(join_store, rank, size, wait_s))
         problem = ""
         try:
-            device = _device(rank, local)
+            device = _prepare(rank, size, local)
         except RunError as error:
             device, problem = torch.device("cpu"), str(error)
         interruptible(partial(wait_for_all, store, rank, size, wait_s, problem))
@@ -159,6 +160,12 @@ def join(timeout: timedelta = timedelta(minutes=30), wait_s: float = 300) -> Ran
     start = partial(dist.init_process_group, backend, store=store, rank=rank, world_size=size, timeout=timeout)
     start() if size == 1 else interruptible(start)
     return Ranks(rank, size, device)
+
+
+def _prepare(rank: int, size: int, local: int) -> torch.device:
+    """This process's device; RunError where it does not see it, or may not open enough files for `size` ranks."""
+    allow_open_files(size)
+    return _device(rank, local)
 
 
 def _device(rank: int, local: int) -> torch.device:
