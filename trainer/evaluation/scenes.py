@@ -5,12 +5,12 @@ Legend: B scenes, N patch latents of width D, S and P image sides in pixels for 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -28,6 +28,9 @@ from .understanding import Understanding
 
 PROBE_IMAGES = 1000
 """Training images on which the probe is fitted, at most."""
+PROBE_SCENES = 100
+"""Scenes per category that the probe reads, if there are as many and no more are asked for: without FLUX they cost
+little."""
 IMAGES = 5
 """Images generated per scene."""
 ENCODED = 64
@@ -70,7 +73,8 @@ def evaluate_scenes(
     settings: Settings = Settings(),
     batch: int = 8,
 ) -> SceneEvaluation:
-    """Scores of up to `samples` scenes of each category, the same scenes for the same seed.
+    """Scores of up to `samples` scenes of each category, the same scenes for the same seed; those that need no FLUX of
+    up to PROBE_SCENES.
 
     truth: the scenes by the keys of their samples. Held-out captions that are among the training captions are skipped.
     RunError if `truth` does not belong to the data, or a category has fewer than two scenes.
@@ -78,78 +82,115 @@ def evaluate_scenes(
     sizes = generator.image_size, generator.flux_size
     train = SampleSet("train", data, seed, sizes)
     chosen: dict[str, list[SceneSample]] = {}
+    most = max(samples, PROBE_SCENES)
     if heldout is not None:
         held_out = SampleSet("heldout", heldout, seed, sizes)
-        chosen["heldout"] = choose_scenes(held_out, truth, samples, captions(train, truth))
-    chosen["train"] = choose_scenes(train, truth, samples)
+        chosen["heldout"] = choose_scenes(held_out, truth, most, captions(train, truth))
+    chosen["train"] = choose_scenes(train, truth, most)
     with progress("fitting the probe"):
         probe = PixelProbe(
             (_encode(generator, images), images)
             for part in train.gallery(PROBE_IMAGES, ENCODED)
             for images in [stack([sample.seen for sample in part])]
         )
-    seeds = {name: [seed + sample.index for sample in part] for name, part in chosen.items()}
-    with progress("generating", IMAGES * sum(map(len, chosen.values())), "images") as shown:
-        trials = {
-            name: _Trial(generator, part, seeds[name], settings, batch, shown.advance) for name, part in chosen.items()
-        }
+    with progress("decoding", sum(map(len, chosen.values())), "latents") as shown:
+        parts = {name: _Part.of(generator, part, seed, settings, batch, shown.advance) for name, part in chosen.items()}
+    drawn = {name: part.first(samples) for name, part in parts.items()}
+    with progress("generating", IMAGES * sum(len(part.samples) for part in drawn.values()), "images") as shown:
+        trials = {name: _Trial(generator, part, settings, batch, shown.advance) for name, part in drawn.items()}
     with progress("reading the objects of the images"):
-        figures = {PARTS[name]: trial.scores(probe) for name, trial in trials.items()}
+        figures = {PARTS[name]: {**trial.scores(), **parts[name].scores(probe)} for name, trial in trials.items()}
     sheet = next(iter(trials.values())).contact_sheet()
-    return SceneEvaluation(figures, chosen, seeds, sheet)
+    seeds = {name: part.seeds for name, part in drawn.items()}
+    return SceneEvaluation(figures, {name: part.samples for name, part in drawn.items()}, seeds, sheet)
 
 
-class _Trial:
-    """Images of the scenes of one part of the data, whose categories follow one another."""
+@dataclass
+class _Part:
+    """Scenes of one part of the data, whose categories follow one another, with the patch latents of their images and
+    those that stage 1 decodes from their captions, both [scenes, N, D]."""
 
-    def __init__(
-        self,
+    samples: list[SceneSample]
+    seeds: list[int]
+    true: Tensor
+    decoded: Tensor
+
+    @classmethod
+    def of(
+        cls,
         generator: Generator,
-        samples: Sequence[SceneSample],
-        seeds: Sequence[int],
+        samples: list[SceneSample],
+        seed: int,
         settings: Settings,
         batch: int,
         made: Callable[[int], None],
+    ) -> _Part:
+        seeds = [seed + sample.index for sample in samples]
+        true = _encode(generator, stack([sample.seen for sample in samples]))
+        decoded = []
+        for start in range(0, len(samples), batch):
+            prompts = [sample.caption for sample in samples[start : start + batch]]
+            decoded.append(generator.latents(prompts, seeds[start : start + batch], settings))
+            made(len(prompts))
+        return cls(samples, seeds, true, torch.cat(decoded))
+
+    @property
+    def scenes(self) -> list[Scene]:
+        return [sample.scene for sample in self.samples]
+
+    def first(self, count: int) -> _Part:
+        """The first `count` scenes of every category."""
+        seen: Counter[str] = Counter()
+        numbers = []
+        for number, scene in enumerate(self.scenes):
+            seen[scene.category] += 1
+            if seen[scene.category] <= count:
+                numbers.append(number)
+        samples, seeds = ([each[number] for number in numbers] for each in (self.samples, self.seeds))
+        return _Part(samples, seeds, self.true[numbers], self.decoded[numbers])
+
+    def scores(self, probe: PixelProbe) -> dict[str, dict[str, dict[str, float]]]:
+        """Control without FLUX -> category -> scores."""
+        scenes = self.scenes
+        found = read(probe.images(self.decoded))
+        return {
+            "probe": summarize(found, scenes),
+            "probe_true": summarize(read(probe.images(self.true)), scenes),
+            "probe_shuffled": summarize(found, [scenes[number] for number in others(scenes)]),
+        }
+
+
+class _Trial:
+    """Images of the scenes of a part."""
+
+    def __init__(
+        self, generator: Generator, part: _Part, settings: Settings, batch: int, made: Callable[[int], None]
     ) -> None:
-        self.samples = samples
-        self.scenes = [sample.scene for sample in samples]
+        self.samples, self.scenes = part.samples, part.scenes
         self.other = others(self.scenes)
-        prompts = [sample.caption for sample in samples]
-        self.true = _encode(generator, stack([sample.seen for sample in samples]))
-        self.decoded = torch.cat(
-            [
-                generator.latents(prompts[start : start + batch], seeds[start : start + batch], settings)
-                for start in range(0, len(samples), batch)
-            ]
-        )
         alone = replace(settings, empty_prompt=True)
         plans: dict[str, tuple[Settings, Tensor | None]] = {
-            "both": (settings, self.decoded),
-            "latents_alone": (alone, self.decoded),
+            "both": (settings, part.decoded),
+            "latents_alone": (alone, part.decoded),
             "flux_alone": (replace(settings, controlnet=False), None),
-            "true_latents": (alone, self.true),
-            "swapped": (settings, self.true[self.other]),
+            "true_latents": (alone, part.true),
+            "swapped": (settings, part.true[self.other]),
         }
         assert len(plans) == IMAGES
+        prompts = [sample.caption for sample in self.samples]
         self.made = {
-            control: generator.generate(prompts, seeds, how, latents, batch, made)
+            control: generator.generate(prompts, part.seeds, how, latents, batch, made)
             for control, (how, latents) in plans.items()
         }
 
-    def scores(self, probe: PixelProbe) -> dict[str, dict[str, dict[str, float]]]:
+    def scores(self) -> dict[str, dict[str, dict[str, float]]]:
         """Control -> category -> scores."""
-        images: dict[str, Sequence[Image.Image] | np.ndarray] = {
-            **self.made,
-            "probe": probe.images(self.decoded),
-            "probe_true": probe.images(self.true),
-        }
-        found = {control: read(each) for control, each in images.items()}
+        found = {control: read(images) for control, images in self.made.items()}
         other = [self.scenes[number] for number in self.other]
         figures = {
             control: summarize(each, other if control == "swapped" else self.scenes) for control, each in found.items()
         }
-        for control, of in (("shuffled", "both"), ("probe_shuffled", "probe")):
-            figures[control] = summarize(found[of], other)
+        figures["shuffled"] = summarize(found["both"], other)
         for category, row in figures["swapped"].items():
             numbers = [number for number, scene in enumerate(self.scenes) if scene.category == category]
             of_caption = [score(found["swapped"][number], self.scenes[number]) for number in numbers]

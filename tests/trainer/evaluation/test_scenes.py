@@ -129,13 +129,19 @@ def test_a_generator_that_follows_its_latents(known: Known, scenes: Scenes) -> N
     assert figures.keys() == {"heldout", "seen"}
     assert list(figures["heldout"]["both"]) == ["two", "position", "phrasing"]
     assert list(figures["seen"]["both"]) == ["single", "two", "position"]
-    for part in figures.values():
+    distinct: dict[tuple[str, str], int] = Counter()  # all that there are, for the probe
+    for name, category, _ in {
+        ("seen" if key.startswith("train") else "heldout", scene.category, frozenset(scene.objects))
+        for key, scene in read_key(scenes.key).items()
+    }:
+        distinct[name, category] += 1
+    for name, part in figures.items():
         assert part.keys() == CONTROLS
         for control, categories in part.items():
-            for row in categories.values():
+            for category, row in categories.items():
                 wins = {"latents_win", "caption_wins"} if control == "swapped" else set()
                 assert row.keys() == {"n", "all", "set", "layout", "objects"} | wins
-                assert row["n"] == 3
+                assert row["n"] == (distinct[name, category] if "probe" in control else 3)
         assert {(row["latents_win"], row["caption_wins"]) for row in part["swapped"].values()} == {(1.0, 0.0)}
     rest = {control: 1.0 for control in CONTROLS if "probe" not in control}
     probes = {"probe", "probe_true", "probe_shuffled"}
@@ -234,7 +240,11 @@ def test_the_command(mllm: Path, controlnet: Path, scenes: Scenes, tmp_path: Pat
     assert text in shown and text.index("held-out scenes") < text.index("scenes of the training set")
     assert f"of {answers['n']['all']} before stage 1" in text and "equal to the bit" in text
     (noted,) = read_metrics(mllm / "evaluations.jsonl")
-    assert noted["scenes/heldout/probe/two/n"] == 2 and noted["understanding/equal"] == 1
+    assert (
+        noted["scenes/heldout/both/two/n"] == 2
+        and noted["scenes/heldout/probe/two/n"] == 4
+        and noted["understanding/equal"] == 1
+    )
     width, height = Image.open(out / "contact_sheet.png").size
     assert 3 * 128 < width < 3 * 128 + 200 and 5 * 128 < height < 5 * 128 + 250
 
