@@ -1,5 +1,5 @@
-"""What each rank asks of the rendezvous store, and how many connections it holds to other ranks, from its start to the
-end of its first step.
+"""What a rank asks of the rendezvous store, and the connections to other ranks that it holds, until the end of its
+first step.
 
     .venv/bin/python docs/benchmarks/rendezvous.py [--ranks 2,4,8]
 
