@@ -120,6 +120,24 @@ def test_transparent_palette_is_composited_on_white():
     assert (decode_image(encode(image), 4) == 0).all()
 
 
+def test_every_value_at_every_opacity_is_composited_on_white():
+    value, opacity = np.meshgrid(np.arange(256), np.arange(256))
+    expected = (2 * (value * opacity + 255 * (255 - opacity)) + 255) // 510  # the nearest integer, in integers
+    for mode, channels in (("RGBA", 3), ("LA", 1)):
+        pixels = np.stack([value] * channels + [opacity], -1).astype(np.uint8)
+        found = decode_image(encode(Image.fromarray(pixels, mode)), 256)
+        assert np.array_equal(found, np.stack([expected] * 3, -1))
+    assert np.array_equal(expected[255], value[255]), "opaque values are kept"
+
+
+def test_opaque_images_are_not_composited(monkeypatch):
+    image = smooth(32, 32)
+    expected = decode_image(encode(image), 32)
+    image.putalpha(255)
+    monkeypatch.setattr(Image.Image, "paste", lambda *_, **__: pytest.fail("composited"))
+    assert np.array_equal(decode_image(encode(image), 32), expected)
+
+
 def test_exif_orientation_is_applied():
     image = Image.new("RGB", (16, 16), "white")
     image.paste("black", (0, 0, 16, 8))  # black above
