@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .fields import Place
+from .fields import HeldWeights, Place
 from .section import Section
 
 
@@ -15,6 +15,9 @@ class Backbone(Section):
     """Folder or hub id of a Qwen2.5-VL model, or `builtin:tiny`."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) to read; ignored for folders."""
+    weights: HeldWeights = "bf16"
+    """Stage 1: how the linear layers of the frozen text model hold their weights: unquantized, in `precision` (`bf16`),
+    or in 8 bits, as `flux.weights`. The vision encoder, whose outputs are the targets, is never quantized."""
     placement: Literal["sharded", "replicated"] = "sharded"
     """Stage 1: whether the frozen text model and vision encoder are sharded over the ranks or replicated on each.
     Affects results only by rounding; a run may resume with another value."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from braceexpand import braceexpand
 from pydantic import AfterValidator, BeforeValidator
@@ -51,3 +51,5 @@ Shards = Annotated[str | list[str], BeforeValidator(given), AfterValidator(named
 Place = Annotated[str, AfterValidator(expanded)]
 OptionalPlace = Place | None
 TrackingUri = Annotated[str, AfterValidator(tracking_uri)]
+HeldWeights = Literal["bf16", "int8", "fp8"]
+"""How frozen linear layers hold their weights."""

@@ -15,58 +15,11 @@ from .branch import Backbone, Branch
 from .fields import OptionalPlace, Place, Shards, TrackingUri
 from .secrets import stored_secret
 from .section import Section
+from .stage2 import ControlNet, Flux
 from .yaml_dialect import Dumper
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Pattern of a run's name, which is also the name of its folder."""
-
-
-class Placement(Section):
-    """Placement of the frozen modules: sharded over the ranks, replicated on each rank, offloaded to host memory while
-    not in use, or cached, with their outputs precomputed by `bifrost data encode`. Affects results only by rounding; a
-    run may resume with another placement."""
-
-    transformer: Literal["sharded", "replicated"] = "sharded"
-    """FLUX's transformer."""
-    vae: Literal["sharded", "replicated", "offloaded", "cached"] = "sharded"
-    """FLUX's VAE."""
-    text: Literal["sharded", "replicated", "offloaded", "cached"] = "sharded"
-    """FLUX's text encoders, T5 and CLIP; cached T5 states take megabytes per sample."""
-    vision_encoder: Literal["sharded", "replicated", "offloaded", "cached"] = "sharded"
-    """The MLLM's vision encoder; its cache is the one of stage 1."""
-
-    @property
-    def cached(self) -> list[Literal["vae", "text", "vision"]]:
-        """The cached parts."""
-        asked: dict[Literal["vae", "text", "vision"], str]
-        asked = {"vae": self.vae, "text": self.text, "vision": self.vision_encoder}
-        return [part for part, place in asked.items() if place == "cached"]
-
-
-class Flux(Section):
-    path: Place
-    """Folder or hub id of a FLUX.1 model in the layout of diffusers, or `builtin:tiny-flux`."""
-    revision: str | None = None
-    """Hub revision (branch, tag or commit) to read; ignored for folders."""
-    image_size: int = Field(default=512, gt=0)
-    """Side in pixels of the square image that FLUX generates; a multiple of 16, or of what its VAE requires."""
-    guidance: float = Field(default=3.5, ge=0)
-    """Guidance scale passed to FLUX and the ControlNet during training; ignored by schnell."""
-    caption_dropout: float = Field(default=0.1, ge=0, le=1)
-    """Probability that a caption is replaced by an empty one."""
-    caption_exchange: float = Field(default=0.0, ge=0, le=1)
-    """Probability that a kept caption is replaced by that of the shard's next readable sample; see docs/stage2.md."""
-    placement: Placement = Placement()
-
-
-class ControlNet(Section):
-    double: int = Field(default=4, ge=0)
-    """Double blocks copied from FLUX."""
-    single: int = Field(default=1, ge=0)
-    """Single blocks copied from FLUX."""
-    norm: Literal["batch", "group"] = "batch"
-    """Norm of the block that resamples patch latents: `batch`, as released, with statistics over the micro-batches of
-    all ranks, so that results depend on `micro_batch`; or `group`."""
 
 
 class Data(Section):
@@ -293,6 +246,15 @@ class Recipe(Section):
                 raise ValueError(
                     f"backbone.{key} is for stage 1; in stage controlnet set flux.placement.vision_encoder"
                 )
+        if self.stage == "controlnet" and self.backbone.weights != "bf16":
+            raise ValueError(
+                "backbone.weights is for stage 1's text model; stage controlnet uses the vision encoder alone, which is"
+                " never quantized. For FLUX, set flux.weights"
+            )
+        if self.zero.quantized_weights and (key := self._gathered_in_8_bits()):
+            raise ValueError(
+                f"zero.quantized_weights: weights set by {key} are in 8 bits already; leave it off, or replicate them"
+            )
         if self.stage == "patch-latents" and self.previews.every and not self.previews.controlnet:
             raise ValueError("previews.every in stage patch-latents needs previews.controlnet to decode the latents")
         if self.validation.shards is None:
@@ -300,6 +262,16 @@ class Recipe(Section):
             if key := next((key for key, value in asked.items() if value), None):
                 raise ValueError(f"{key} needs validation.shards, the held-out shards")
         return self
+
+    def _gathered_in_8_bits(self) -> str | None:
+        """The setting by which ZeRO-3 shards and gathers 8-bit weights."""
+        if self.stage == "patch-latents":
+            found = "backbone.weights", self.backbone.weights, self.backbone.placement
+        else:
+            assert self.flux is not None
+            found = "flux.weights", self.flux.weights, self.flux.placement.transformer
+        key, weights, placement = found
+        return key if weights != "bf16" and placement == "sharded" else None
 
     def to_yaml(self) -> str:
         """All settings, defaults included, as YAML that `load_recipe` can read."""

@@ -30,6 +30,8 @@ LATER = (
     "flux.caption_exchange",
     "branch.draws",
     "backbone.vision_encoder",
+    "backbone.weights",
+    "flux.weights",
 )
 """Settings that the first version did not have."""
 METRICS = {

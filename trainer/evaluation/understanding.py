@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from ...data.progress import progress
 from ...data.scenes.questions import Question, questions
+from ...recipes.fields import HeldWeights
 from ..inference.generator import Generator
 from ..models.backbone import FrozenBackbone, pixel_patches, read_config
 from ..models.prompt import QuestionTemplate
@@ -58,7 +59,7 @@ def measure_understanding(
 
     folder: of the MLLM before stage 1. None, with a warning, if transformers cannot load it as a model that answers.
     """
-    if reason := _cannot_answer(folder):
+    if reason := _cannot_answer(folder, generator.mllm.backbone.held):
         log.warning("no questions are asked of the MLLM: %s %s", folder, reason)
         return None
     asked = [_Asked(number, drawn) for number, sample in enumerate(samples) for drawn in _drawn(sample, seed)]
@@ -75,9 +76,11 @@ def measure_understanding(
     return Understanding(n, *right, equal=before == after)
 
 
-def _cannot_answer(folder: Path) -> str | None:
+def _cannot_answer(folder: Path, held: HeldWeights) -> str | None:
     """Why transformers' class cannot answer with these weights."""
     files, config = WeightFiles(folder), read_config(folder)
+    if held != "bf16":
+        return f"is held in 8 bits by the run (backbone.weights={held}), which transformers' class cannot compute with"
     if any(files.dtype(name) is None for name in files.names):
         return "is quantized: transformers dequantizes it in another way"
     if not any(name.startswith("model.") for name in files.names):

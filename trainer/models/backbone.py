@@ -9,6 +9,7 @@ from __future__ import annotations
 from . import libraries  # noqa: F401  # isort: skip
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,8 +32,12 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 from ...data.retry import described
 from ...kernels import PrefixLayout, Segments, segment_attention
 from ...kernels.attention import Backend
+from ...recipes.fields import HeldWeights
 from ..errors import RunError
 from .backbone_config import PIXEL_MEAN, PIXEL_STD, read_stated
+from .eight_bit_source import frozen_source
+from .eight_bits import eight_bit_linears, scales
+from .linear import use_own_linear
 from .weights import WeightFiles, backbone_names, fill
 
 # transformers passes segment lengths to an attention function only if its name contains "flash".
@@ -67,13 +72,25 @@ class Prefix:
 class FrozenBackbone(nn.Module):
     """Vision encoder and text model of a Qwen2.5-VL, or one of them. `load` fills the weights."""
 
-    def __init__(self, config: Any, attention: Backend = "sdpa", text: bool = True, vision: bool = True) -> None:
+    def __init__(
+        self,
+        config: Any,
+        attention: Backend = "sdpa",
+        text: bool = True,
+        vision: bool = True,
+        held: HeldWeights = "bf16",
+    ) -> None:
+        """held: how the text model's linear layers hold their weights."""
         super().__init__()
+        self.held: HeldWeights = held
         config = copy.deepcopy(config)
         dtype = torch.get_default_dtype()  # not the config's, which is the dtype of the stored weights
         with no_init_weights():
             if text:
-                self.text = Qwen2_5_VLTextModel._from_config(config.text_config, dtype=dtype)
+                with nullcontext() if held == "bf16" else eight_bit_linears(held):
+                    self.text = Qwen2_5_VLTextModel._from_config(config.text_config, dtype=dtype)
+                if held != "bf16":
+                    use_own_linear(self.text)
                 self.text.config._attn_implementation = TEXT_ATTENTION
             if vision:
                 self.vision = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config, dtype=dtype)
@@ -83,16 +100,18 @@ class FrozenBackbone(nn.Module):
         self.requires_grad_(False)
 
     def names(self, files: WeightFiles) -> dict[str, str]:
-        """Parameter name -> name in `files`."""
+        """Parameter name -> name in `files`; none for scales of 8-bit weights."""
         found = {}
         for part, module in self.named_children():
-            own = [name for name, _ in module.named_parameters()]
+            skipped = scales(module)
+            own = [name for name, _ in module.named_parameters() if name not in skipped]
             found.update({f"{part}.{name}": theirs for name, theirs in backbone_names(part, own, files).items()})
         return found
 
     def load(self, files: WeightFiles) -> None:
         parameters = dict(self.named_parameters())
-        fill({theirs: parameters[name] for name, theirs in self.names(files).items()}, files, files.path)
+        names, source = frozen_source(self, self.names(files), files, self.held)
+        fill({theirs: parameters[name] for name, theirs in names.items()}, source, files.path)
 
     def restore_rotary(self) -> None:
         """Rebuild the rotary tables in fp32: `zero.Init` creates every tensor in the compute dtype, and frequencies

@@ -21,8 +21,11 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from transformers.initialization import no_init_weights
 
+from ...recipes.fields import HeldWeights
 from ..errors import RunError
 from . import weights
+from .eight_bit_source import frozen_source
+from .eight_bits import scales
 from .flux_config import PARTS, FluxConfig, Part, require_files
 from .flux_transformer import FluxTransformer
 from .latent_controlnet import Residuals
@@ -139,7 +142,7 @@ class FluxFolder(FluxConfig):
     """A FLUX.1 model in diffusers' folder layout, with its weights and tokenizers."""
 
     @classmethod
-    def open(cls, path: Path, for_counting: bool = False) -> FluxFolder:
+    def open(cls, path: Path, held: HeldWeights = "bf16", for_counting: bool = False) -> FluxFolder:
         """Open and check a folder. RunError names what is missing or inconsistent. for_counting: configs suffice."""
         if not for_counting:
             needed = [f"{part}/config.json" for part in PARTS]
@@ -148,7 +151,7 @@ class FluxFolder(FluxConfig):
                 if not any((path / part).glob("*.safetensors")) and (other := other_format_hint(path / part)):
                     raise RunError(f"{path / part}: no safetensors files there{other}")
             require_files(path, [*needed, *(f"{part}/*.safetensors" for part in PARTS)])
-        folder = super().open(path)
+        folder = super().open(path, held)
         assert isinstance(folder, FluxFolder)
         if not for_counting:
             assert folder.tokenizers  # like weight files, checked here before anything is built
@@ -164,7 +167,7 @@ class FluxFolder(FluxConfig):
         """Build one part without weights."""
         with no_init_weights():
             if part == "transformer":
-                return FluxTransformer.build(self.transformer)
+                return FluxTransformer.build(self.transformer, self.held)
             if part == "vae":
                 return AutoencoderKL.from_config(self.vae)
             if part == "text_encoder":
@@ -177,8 +180,9 @@ class FluxFolder(FluxConfig):
         return weights.WeightFiles(self.path / part)
 
     def names(self, part: Part, module: nn.Module, files: weights.WeightFiles) -> dict[str, str]:
-        """Parameter name of a built part -> name in `files`."""
-        names = {name: name for name, _ in module.named_parameters()}
+        """Parameter name of a built part -> name in `files`; none for scales of 8-bit weights."""
+        skipped = scales(module)
+        names = {name: name for name, _ in module.named_parameters() if name not in skipped}
         if part == "text_encoder":  # hub files of a CLIPTextModel have its former prefix, newer ones do not
             prefix = "text_model." if any(name.startswith("text_model.") for name in files.names) else ""
             names = {name: prefix + name.removeprefix("text_model.") for name in names}
@@ -196,8 +200,8 @@ class FluxFolder(FluxConfig):
     def fill(self, part: Part, module: nn.Module) -> None:
         """Set a built part's weights from its files."""
         files, parameters = self.files(part), dict(module.named_parameters())
-        names = self.names(part, module, files)
-        weights.fill({names[name]: p for name, p in parameters.items()}, files, files.path)
+        names, source = frozen_source(module, self.names(part, module, files), files, self.held)
+        weights.fill({names[name]: p for name, p in parameters.items()}, source, files.path)
 
 
 class FrozenFlux(nn.Module):

@@ -24,6 +24,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
+from .eight_bits import scale_of
 from .flux_functions import HeadRows, add_residual, attention, gelu_linear, modulated_norm, rotated_norm
 from .linear import use_own_linear
 
@@ -40,7 +41,7 @@ class GeluLinear(nn.Linear):
     the attention [B, S, H], whose columns come first."""
 
     def forward(self, mlp: Tensor, attended: Tensor | None = None, recomputed: bool = False) -> Tensor:  # type: ignore[override]
-        return gelu_linear(mlp, attended, self.weight, self.bias, recomputed)
+        return gelu_linear(mlp, attended, self.weight, self.bias, recomputed, scale_of(self))
 
 
 class JointAttention(FluxAttention):

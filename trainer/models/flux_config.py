@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import AliasChoices, Field, PositiveInt
 
+from ...recipes.fields import HeldWeights
 from ..errors import RunError
 from .config_files import AttentionSettings, Settings, checked, read_json
 
@@ -58,9 +59,11 @@ class FluxConfig:
     vae: dict[str, Any]
     clip: ClipConfig
     t5: T5Config
+    held: HeldWeights = "bf16"
+    """How the transformer's blocks hold their weights."""
 
     @classmethod
-    def open(cls, path: Path) -> FluxConfig:
+    def open(cls, path: Path, held: HeldWeights = "bf16") -> FluxConfig:
         """Open and check a folder's configs. RunError names what is missing or inconsistent."""
         require_files(path, [f"{part}/config.json" for part in PARTS])
         transformer, vae, clip, t5 = (_read(path / part / "config.json") for part in PARTS)
@@ -72,6 +75,7 @@ class FluxConfig:
             vae,
             checked(ClipConfig, clip, path / "text_encoder" / "config.json", "CLIP"),
             checked(T5Config, t5, path / "text_encoder_2" / "config.json", "T5"),
+            held,
         )
         for field, part, there in (
             ("in_channels", "4 x vae latent_channels", 4 * vae["latent_channels"]),

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.nn import functional as F
 
+from .eight_bits import dequantized
 from .linear import linear
 
 EPS = 1e-6
@@ -199,23 +200,25 @@ class _GeluLinear(torch.autograd.Function):
     """[attended, GELU(mlp)] weight^T + bias. Saves mlp, and attended if the weight is trained."""
 
     @staticmethod
-    def forward(ctx: Any, mlp: Tensor, attended: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.weight = weight  # an attribute: see `linear`
+    def forward(
+        ctx: Any, mlp: Tensor, attended: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None
+    ) -> Tensor:
+        ctx.weight, ctx.scale = weight, scale  # attributes: see `linear`
         ctx.save_for_backward(mlp, attended if weight.requires_grad else None)
-        return F.linear(_activated(mlp, attended), weight, bias)
+        return F.linear(_activated(mlp, attended), dequantized(weight, scale, mlp.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         mlp, attended = ctx.saved_tensors
-        _, for_attended, for_weight, for_bias = ctx.needs_input_grad
+        _, for_attended, for_weight, for_bias, _ = ctx.needs_input_grad
         rows = gradient.flatten(0, -2)
         d_weight = rows.T @ _activated(mlp, attended).flatten(0, -2) if for_weight else None
         d_bias = rows.sum(0) if for_bias else None
-        d_input = (rows @ ctx.weight).unflatten(0, gradient.shape[:-1])
+        d_input = (rows @ dequantized(ctx.weight, ctx.scale, rows.dtype)).unflatten(0, gradient.shape[:-1])
         d_attended, d_mlp = d_input.split((d_input.shape[-1] - mlp.shape[-1], mlp.shape[-1]), dim=-1)
         d_mlp = torch.ops.aten.gelu_backward(d_mlp, mlp, approximate="tanh")
-        return d_mlp, d_attended if for_attended else None, d_weight, d_bias
+        return d_mlp, d_attended if for_attended else None, d_weight, d_bias, None
 
 
 def _activated(mlp: Tensor, attended: Tensor | None) -> Tensor:
@@ -229,17 +232,25 @@ def _activated(mlp: Tensor, attended: Tensor | None) -> Tensor:
     return out
 
 
-def gelu_linear(mlp: Tensor, attended: Tensor | None, weight: Tensor, bias: Tensor, recomputed: bool = False) -> Tensor:
+def gelu_linear(
+    mlp: Tensor,
+    attended: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    recomputed: bool = False,
+    scale: Tensor | None = None,
+) -> Tensor:
     """[attended, GELU(mlp)] weight^T + bias for mlp [B, S, F] and attended [B, S, H] or None.
 
     recomputed: under activation checkpointing, whose recomputation skips a frozen product only behind torch's GELU.
+    scale: that of a weight in 8 bits.
     """
     if not torch.is_grad_enabled():
-        return F.linear(_activated(mlp, attended), weight, bias)
+        return F.linear(_activated(mlp, attended), dequantized(weight, scale, mlp.dtype), bias)
     if recomputed and not weight.requires_grad:
         activated = F.gelu(mlp, approximate="tanh")
-        return linear(activated if attended is None else torch.cat((attended, activated), -1), weight, bias)
-    return _GeluLinear.apply(mlp, attended, weight, bias)  # type: ignore[return-value]
+        return linear(activated if attended is None else torch.cat((attended, activated), -1), weight, bias, scale)
+    return _GeluLinear.apply(mlp, attended, weight, bias, scale)  # type: ignore[return-value]
 
 
 class _AddResidual(torch.autograd.Function):

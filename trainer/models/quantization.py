@@ -103,6 +103,17 @@ class Quantized:
         values = values.flatten()[lo - first * width : hi - first * width]
         return values.to(self.rounded) if self.rounded else values
 
+    def symmetric(self, tensors: StoredTensors) -> bool:
+        """Whether the weight is data times scale alone: there are no zero points, or all are 0."""
+        return self.zero_point is None or not tensors.tensor(self.zero_point).any()
+
+    def stored_rows(self, tensors: StoredTensors, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Rows [first, last) of the data, and the scale of each, fp32, for a symmetric weight."""
+        width = tensors.shape(self.data)[1]
+        values = tensors.flat(self.data, first * width, last * width).view(-1, width)
+        scale = _select_rows(tensors.tensor(self.scale).float(), slice(first, last)).flatten()
+        return values, (scale * (self.factor or 1.0)).expand(len(values))
+
 
 def _select_rows(values: Tensor, rows: slice) -> Tensor:
     """[out, 1], [out], [1] or [] -> [rows, 1] or [1, 1]"""

@@ -77,6 +77,12 @@ class WeightFiles:
             return how.flat(self._stored, lo, hi)
         return self._stored.flat(name, lo, hi)
 
+    def stored_rows(self, name: str, first: int, last: int) -> tuple[Tensor, Tensor] | None:
+        """Rows [first, last) of a quantized weight, as stored, and their scales [last - first], fp32. None for a weight
+        that is plain or has zero points."""
+        how = self._quantized.get(name)
+        return how.stored_rows(self._stored, first, last) if how and how.symmetric(self._stored) else None
+
     def require(self, names: Iterable[str]) -> None:
         """RunError unless all `names` can be read as floats and no tensor next to them is unread."""
         names = list(names)

@@ -45,7 +45,8 @@ FLUX_STATISTICS = 3
 class Part:
     """One part of the model: its parameters and its cost per sample.
 
-    parameters: elements of every parameter, in order. linear, attention: FLOPs of the forward pass. returned_linear,
+    parameters: elements of every parameter, in order; widths: bytes of an element of each, None for those of the run's
+    precision, empty if all are. linear, attention: FLOPs of the forward pass. returned_linear,
     returned_attention: the portion that gradients flow back through. kept: bytes saved by autograd; kept_recomputed:
     the same with every layer recomputed; layer: bytes of the layer being recomputed; gradients: bytes of activation
     gradients in flight. last: FLOPs at the end of the layers whose results are not saved: recomputation stops before
@@ -65,6 +66,12 @@ class Part:
     layer: float = 0.0
     gradients: float = 0.0
     last: float = 0.0
+    widths: tuple[int | None, ...] = ()
+
+    def stored(self, plain: int) -> list[tuple[int, int]]:
+        """Elements and bytes per element of every parameter, in order. plain: bytes in the run's precision."""
+        widths = self.widths or (None,) * len(self.parameters)
+        return [(size, width or plain) for size, width in zip(self.parameters, widths, strict=True)]
 
     @property
     def size(self) -> int:
@@ -107,11 +114,15 @@ def sizes(weights: Iterable[Weight]) -> tuple[int, ...]:
     return tuple(weight.size for weight in weights)
 
 
+def widths(weights: Iterable[Weight]) -> tuple[int | None, ...]:
+    return tuple(weight.width for weight in weights)
+
+
 def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list[Part]:
     """Stage 1's parts; see `count_parts`."""
     config, side = model.config.text_config, grid_side(model.config, model.image_size)
     width, layers, patches = config.hidden_size, config.num_hidden_layers, side * side
-    prefix, head = list(shapes.text_model(config)), list(shapes.head(width))
+    prefix, head = list(shapes.text_model(config, model.backbone.weights)), list(shapes.head(width))
     branch = list(shapes.branch(config, side, model.branch.positions == "learned"))
     keys = config.num_key_value_heads * (width // config.num_attention_heads)
     byte = 2 if precision == "bf16" else 4
@@ -144,6 +155,7 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
             linear_flops(prefix, read),
             2.0 * text * text * width * (layers - 1),
             placement,
+            widths=widths(prefix),
         ),
         Part(
             "generation branch",
@@ -284,9 +296,8 @@ def _flow(model: LatentControl, precision: str) -> list[Part]:
         recomputed = sum(behind) * tokens * unit
         if gradient == "trained":  # inputs and the resampling block's states
             states = latents + 3 * image if shape.resampling != "none" else 0
-            outside += byte * states * shape.latent_width
-            inputs = image * shape.latent_width + text * settings["joint_attention_dim"]
-            outside += byte * (inputs + image * settings["in_channels"])
+            inputs = image * (shape.latent_width + settings["in_channels"]) + text * settings["joint_attention_dim"]
+            outside += byte * (states * shape.latent_width + inputs)
             outside += image * unit if double and single else 0
         else:  # the loss's error, and the residuals, which blocks add
             outside += 4 * image * settings["in_channels"]
@@ -304,9 +315,10 @@ def _flow(model: LatentControl, precision: str) -> list[Part]:
             layer=tokens * unit * FLUX_RECOMPUTED[gradient][0 if behind[0] else 1],
             gradients=5.0 * tokens * unit,
             last=sum(forward) - linear_flops(weights, again) - attention(behind),
+            widths=widths(weights),
         )
 
-    flux, control = list(flux_shapes.transformer(settings)), list(flux_shapes.controlnet(shape))
+    flux, control = list(flux_shapes.flux_part(model.folder, "transformer")), list(flux_shapes.controlnet(shape))
     return [
         part("FLUX", flux, model.folder.blocks, "through", model.flux.placement.transformer),
         part("ControlNet", control, (shape.double, shape.single), "trained", "sharded"),

@@ -8,10 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...recipes.fields import HeldWeights
 from ..errors import RunError
 from ..models.controlnet_config import ControlNetConfig
 from ..models.flux_config import ClipConfig, FluxConfig, Part, T5Config
-from .shapes import Weights, convolution, embedding, linear, norm, repeated, transposed_convolution, within
+from .shapes import (
+    Weights,
+    convolution,
+    embedding,
+    in_eight_bits,
+    linear,
+    norm,
+    repeated,
+    transposed_convolution,
+    within,
+)
 
 FREQUENCIES = 256
 """Width of the sinusoidal embedding of noise level and guidance."""
@@ -22,7 +33,7 @@ MLP = 4
 def flux_part(folder: FluxConfig, part: Part) -> Weights:
     """One part of a FLUX."""
     if part == "transformer":
-        return transformer(folder.transformer)
+        return transformer(folder.transformer, folder.held)
     if part == "vae":
         return vae(folder)
     return clip(folder.clip) if part == "text_encoder" else t5(folder.t5)
@@ -38,10 +49,10 @@ def hidden_width(config: Mapping[str, Any]) -> int:
     return heads(config) * config.get("attention_head_dim", 128)
 
 
-def transformer(config: Mapping[str, Any]) -> Weights:
-    """FLUX's transformer. config: its `config.json`."""
+def transformer(config: Mapping[str, Any], held: HeldWeights = "bf16") -> Weights:
+    """FLUX's transformer. config: its `config.json`; held: see `FluxConfig`."""
     width = hidden_width(config)
-    yield from _blocks(config, config["num_layers"], config["num_single_layers"])
+    yield from _blocks(config, config["num_layers"], config["num_single_layers"], held)
     yield from linear("norm_out.linear", 2 * width, width)
     channels = config.get("out_channels") or config["in_channels"]
     yield from linear("proj_out", config.get("patch_size", 1) ** 2 * channels, width)
@@ -71,7 +82,7 @@ def controlnet(shape: ControlNetConfig) -> Weights:
     )
 
 
-def _blocks(config: Mapping[str, Any], double: int, single: int) -> Weights:
+def _blocks(config: Mapping[str, Any], double: int, single: int, held: HeldWeights = "bf16") -> Weights:
     """Embeddings, double and single blocks, as in FLUX and in its ControlNet."""
     width, head = hidden_width(config), config.get("attention_head_dim", 128)
 
@@ -113,8 +124,12 @@ def _blocks(config: Mapping[str, Any], double: int, single: int) -> Weights:
     yield from embedder("text_embedder", config["pooled_projection_dim"])
     yield from linear("context_embedder", width, config["joint_attention_dim"])
     yield from linear("x_embedder", width, config["in_channels"])
-    yield from repeated("transformer_blocks", double, double_block)
-    yield from repeated("single_transformer_blocks", single, single_block)
+    for name, count, block in (
+        ("transformer_blocks", double, double_block),
+        ("single_transformer_blocks", single, single_block),
+    ):
+        weights = repeated(name, count, block)
+        yield from weights if held == "bf16" else in_eight_bits(weights)
 
 
 def vae(folder: FluxConfig) -> Weights:

@@ -116,6 +116,6 @@ def shard_size(parameters: Sequence[int], ranks: int) -> int:
     return sum(-(-size // ranks) for size in parameters)
 
 
-def small(parameters: Sequence[int], threshold: int) -> int:
-    """Elements of the parameters that stay gathered."""
-    return sum(size for size in parameters if size <= threshold)
+def shard_bytes(part: Part, plain: int, ranks: int) -> int:
+    """Bytes per rank of a part's weights, `plain` per element in the run's precision."""
+    return sum(width * shard_size([size], ranks) for size, width in part.stored(plain))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .flops import Part
-from .layout import Layout, Workload, shard_size, small
+from .layout import Layout, Workload, shard_bytes, shard_size
 
 GATHERED_SHARE = 2
 """A gathered bucket briefly exists twice: as received, and as the parameters copied from it."""
@@ -67,23 +67,29 @@ def memory(
         "moments": 8 * own,
         "gradients": zero.accumulate_bytes * own,
         "EMA": 4 * own if work.averaged else 0,
-        "frozen weights": weight * sum(shard_size(p.parameters, shards[p.place]) for p in frozen if p.place in shards),
-        "small parameters, whole": weight * sum(small(part.parameters, zero.persistent) for part in sharded),
-        "second copy (hpZ), frozen": weight
-        * sum(shard_size(p.parameters, second) for p in frozen if second and p.place == "sharded"),
+        "frozen weights": sum(shard_bytes(p, weight, shards[p.place]) for p in frozen if p.place in shards),
+        "small parameters, whole": sum(
+            size * width for part in sharded for size, width in part.stored(weight) if size <= zero.persistent
+        ),
+        "second copy (hpZ), frozen": sum(
+            shard_bytes(p, weight, second) for p in frozen if second and p.place == "sharded"
+        ),
         "reduce bucket": zero.reduce_bytes * zero.reduce_bucket,
     }
-    gathered = [size for part in placed if part.place in ("sharded", "node") for size in part.parameters]
+    gathered = [one for part in placed if part.place in ("sharded", "node") for one in part.stored(weight)]
+    eight_bits = [size for part in placed for size, width in part.stored(weight) if width == 1]
     largest = max((size for part in placed if part.gradient != "none" for size in part.parameters), default=0)
-    large = sum(size for size in gathered if size > zero.persistent)
+    large = [one for one in gathered if one[0] > zero.persistent]
+    elements = sum(size for size, _ in large)
     trainable = sum(part.size for part in trained)
     kept = sum(part.kept_recomputed if work.recomputed else part.kept for part in placed)
     layer = max((part.layer for part in placed), default=0.0) if work.recomputed else 0.0
     flight = max((part.gradients for part in placed), default=0.0)
     offloaded = max((weight * part.size for part in placed if part.place == "offloaded"), default=0)
     per_pass = {
-        "gathered weights": weight * min(large, zero.max_live) if gpus > 1 else 0,
-        "gather in flight": GATHERED_SHARE * weight * min(large, zero.prefetch_bucket + largest) if gpus > 1 else 0,
+        "gathered weights": widest_first(large, zero.max_live) if gpus > 1 else 0,
+        "gather in flight": GATHERED_SHARE * weight * min(elements, zero.prefetch_bucket + largest) if gpus > 1 else 0,
+        "dequantized layer": weight * max(eight_bits, default=0),
         # The trained part of the copy is freed with every update.
         "second copy (hpZ), trained": weight * sum(shard_size(p.parameters, second) for p in trained if second),
         "gradients of a layer": 2 * weight * largest,
@@ -97,3 +103,12 @@ def memory(
     # AdamW's gradient is a flat copy of the accumulated slices, made per DeepSpeed sub-group.
     update: dict[str, float] = {"flat gradients": 4 * min(own, 1_000_000_000)}
     return Memory(held, per_pass, update, kept + layer + flight, previews)
+
+
+def widest_first(parameters: Sequence[tuple[int, int]], limit: int) -> int:
+    """The most bytes that `limit` elements of parameters of (elements, bytes per element) can take."""
+    total = 0
+    for size, width in sorted(parameters, key=lambda one: -one[1]):
+        taken = min(size, limit)
+        total, limit = total + width * taken, limit - taken
+    return total

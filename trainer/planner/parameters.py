@@ -34,7 +34,7 @@ def _patch_latents(model: PatchLatents) -> tuple[Weights, Weights]:
         yield from within("head", shapes.head(text.hidden_size))
 
     def frozen() -> Weights:
-        yield from within("backbone.text", shapes.text_model(text))
+        yield from within("backbone.text", shapes.text_model(text, model.backbone.weights))
         yield from within("backbone.vision", shapes.vision_encoder(model.config.vision_config))
 
     return trained(), frozen()

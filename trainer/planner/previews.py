@@ -12,7 +12,7 @@ from . import flux_shapes
 from .opened import LatentControl
 
 WEIGHT_BYTES = 2
-"""Previews are generated in bf16."""
+"""Previews are generated in bf16; weights in 8 bits stay so."""
 STAND_IN = "flux-controlnet"
 """The recipe whose FLUX and ControlNet are counted if the recipe's own are not available."""
 
@@ -38,4 +38,4 @@ def image_generator_bytes(previews: Previews) -> float:
         stage = LatentControl.open(other.backbone, flux, other.controlnet, other.data.image_size)
         shape, folder = stage.shape, stage.folder
     weights = [flux_shapes.controlnet(shape), *(flux_shapes.flux_part(folder, part) for part in PARTS)]
-    return float(WEIGHT_BYTES * sum(weight.size for part in weights for weight in part))
+    return float(sum((weight.width or WEIGHT_BYTES) * weight.size for part in weights for weight in part))

@@ -10,13 +10,17 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from ...recipes.fields import HeldWeights
+
 
 class Weight(NamedTuple):
-    """A parameter. product: whether a linear layer or convolution multiplies by it."""
+    """A parameter. product: whether a linear layer or convolution multiplies by it; width: bytes per element, None for
+    those of the run's precision."""
 
     name: str
     shape: tuple[int, ...]
     product: bool = False
+    width: int | None = None
 
     @property
     def size(self) -> int:
@@ -67,6 +71,15 @@ def _product(name: str, shape: tuple[int, ...], bias: int) -> Weights:
         yield Weight(f"{name}.bias", (bias,))
 
 
+def in_eight_bits(weights: Iterable[Weight]) -> Weights:
+    """The same with the weights of linear layers in 8 bits, each after its scales in 32."""
+    for weight in weights:
+        if weight.product:
+            yield Weight(f"{weight.name.removesuffix('.weight')}.scale", weight.shape[:1], width=4)
+            weight = weight._replace(width=1)
+        yield weight
+
+
 def vision_encoder(config: Any) -> Weights:
     """Qwen2.5-VL's vision encoder. config: its `vision_config`."""
     width, mlp = config.hidden_size, config.intermediate_size
@@ -89,10 +102,11 @@ def vision_encoder(config: Any) -> Weights:
     yield from linear("merger.mlp.2", config.out_hidden_size, merged)
 
 
-def text_model(config: Any) -> Weights:
-    """Qwen2.5-VL's text model without its output layer. config: its `text_config`."""
+def text_model(config: Any, held: HeldWeights = "bf16") -> Weights:
+    """Qwen2.5-VL's text model without its output layer. config: its `text_config`; held: how its linear layers hold
+    their weights."""
     yield from embedding("embed_tokens", config.vocab_size, config.hidden_size)
-    yield from _decoder(config)
+    yield from _decoder(config) if held == "bf16" else in_eight_bits(_decoder(config))
 
 
 def branch(config: Any, side: int, learned: bool) -> Weights:

@@ -32,22 +32,23 @@ def traffic(parts: Sequence[Part], zero: Zero, layout: Layout, gpus: int, node: 
     node = min(node, gpus)
     found: list[Transfer] = []
 
-    def add(kind: str, elements: int, times: int, width: int, count: int, ranks: int, hidden: bool) -> None:
-        if elements and times and ranks > 1:
-            received = float(times * width * elements) * (ranks - 1) / ranks
+    def add(kind: str, sent: int, times: int, count: int, ranks: int, hidden: bool) -> None:
+        if sent and times and ranks > 1:
+            received = float(times * sent) * (ranks - 1) / ranks
             scope = "all" if ranks == gpus else "node"
             found.append(Transfer(kind, received, times * count, ranks, scope, hidden))
 
     placed = layout.place(parts)
     gathered = [part for part in placed if part.place in ("sharded", "node")]
-    large = {part.name: [size for size in part.parameters if size > zero.persistent] for part in gathered}
+    byte = zero.gather_bytes
+    large = {part.name: [one for one in part.stored(byte) if one[0] > zero.persistent] for part in gathered}
     # DeepSpeed prefetches up to max_live elements, then as much as has been freed: about a parameter.
-    sizes = [size for part in gathered for size in large[part.name]]
+    sizes = [size for part in gathered for size, _ in large[part.name]]
     bucket = zero.prefetch_bucket if sum(sizes) <= zero.max_live else min(zero.prefetch_bucket, usual(sizes))
 
-    def gather(kind: str, sizes: Sequence[int], times: int, ranks: int) -> None:
+    def gather(kind: str, stored: Sequence[tuple[int, int]], times: int, ranks: int) -> None:
         ahead = zero.prefetch_bucket > 0
-        add(kind, sum(sizes), times, zero.gather_bytes, buckets(sizes, bucket), ranks, ahead)
+        add(kind, sent(stored), times, buckets([size for size, _ in stored], bucket), ranks, ahead)
 
     # Parameters that are gathered when the backward pass begins stay gathered for it.
     live = zero.max_live
@@ -62,20 +63,26 @@ def traffic(parts: Sequence[Part], zero: Zero, layout: Layout, gpus: int, node: 
         gather(f"gather {what}, forward", large[part.name], passes - first, again)
         if part.gradient != "none":
             gather(f"gather {what}, backward", beyond(large[part.name], live), passes, again)
-            live = max(0, live - sum(large[part.name]))
-        kept = [size for size in part.parameters if size <= zero.persistent]
-        add("gather small parameters", sum(kept), 1, zero.weight_bytes, len(kept), over, False)
+            live = max(0, live - sum(size for size, _ in large[part.name]))
+        kept = [one for one in part.stored(zero.weight_bytes) if one[0] <= zero.persistent]
+        add("gather small parameters", sent(kept), 1, len(kept), over, False)
     sizes = [size for part in gathered if part.gradient == "trained" for size in part.parameters]
-    add("reduce gradients", sum(sizes), passes, zero.reduce_bytes, packs(sizes, zero.reduce_bucket), gpus, zero.overlap)
+    reduced = zero.reduce_bytes * sum(sizes)
+    add("reduce gradients", reduced, passes, packs(sizes, zero.reduce_bucket), gpus, zero.overlap)
     return _joined(found)
 
 
-def beyond(sizes: Sequence[int], live: int) -> list[int]:
-    """Sizes to gather in a pass from last to first when the last `live` elements are already gathered."""
+def sent(stored: Iterable[tuple[int, int]]) -> int:
+    """Bytes of parameters of (elements, bytes per element)."""
+    return sum(size * width for size, width in stored)
+
+
+def beyond(stored: Sequence[tuple[int, int]], live: int) -> list[tuple[int, int]]:
+    """What to gather in a pass from last to first when the last `live` elements are already gathered."""
     rest = []
-    for size in reversed(sizes):
+    for size, width in reversed(stored):
         if size > live:
-            rest.append(size - live)
+            rest.append((size - live, width))
         live = max(0, live - size)
     return rest
 

@@ -165,6 +165,7 @@ class ControlNetStage:
     """Squared error and elements at noise levels up to one half, the same above, tokens."""
     identity: tuple[str, ...] = (
         "controlnet",
+        "flux.weights",
         "flux.image_size",
         "flux.guidance",
         "flux.caption_dropout",
@@ -189,7 +190,7 @@ class ControlNetStage:
             path = architecture(flux.path, flux.revision, "flux.path")
         else:
             path = locate(flux.path, flux.revision, "flux.path", "*/*.safetensors")
-        folder = FluxFolder.open(path, for_counting)
+        folder = FluxFolder.open(path, flux.weights, for_counting)
         side = grid_side(config, data.image_size)
         shape = ControlNetConfig.of(
             folder.transformer,

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...data import Dataset, Item, stacked
 from ...kernels import PatchLatentHead, PrefixLayout
+from ...recipes.fields import HeldWeights
 from ...recipes.schema import Backbone, Branch, Data, Kernels
 from ..distributed.process_group import Gather, Ranks, single_process
 from ..models import weights
@@ -53,13 +54,14 @@ class PatchLatentModel(StageModel):
         kernels: KernelChoice = KernelChoice(),
         place: str = "sharded",
         vision: bool = True,
+        held: HeldWeights = "bf16",
     ) -> None:
         """config: the backbone's Qwen2_5_VLConfig. image_size: S, in pixels. place: the backbone's placement. vision:
-        whether the vision encoder is needed."""
+        whether the vision encoder is needed. held: how the text model holds its weights."""
         super().__init__()
         self.masked_only = branch.loss_tokens == "masked"
         self.place = place
-        self.build_backbone = partial(FrozenBackbone, config, kernels.attention, vision=vision)
+        self.build_backbone = partial(FrozenBackbone, config, kernels.attention, vision=vision, held=held)
         if place == "sharded":
             self.backbone = self.build_backbone()
         self.branch = GenerationBranch(
@@ -205,7 +207,7 @@ class PatchLatentStage:
     """The cache of the patch latents if the recipe has one, once opened."""
     sums: int = 3
     """Squared error of the masked patches, their number, tokens of text and image."""
-    identity: tuple[str, ...] = ("branch",)
+    identity: tuple[str, ...] = ("branch", "backbone.weights")
 
     @classmethod
     def open(
@@ -258,7 +260,8 @@ class PatchLatentStage:
         for_counting = self.files is None
         place = "sharded" if for_counting else self.backbone.placement
         settings = self.branch, self.image_size, activation_checkpointing
-        return PatchLatentModel(self.config, *settings, self.kernels, place, vision=for_counting or not self.outputs())
+        vision = for_counting or not self.outputs()
+        return PatchLatentModel(self.config, *settings, self.kernels, place, vision, self.backbone.weights)
 
     def load(self, model: PatchLatentModel) -> None:
         assert self.files is not None

@@ -106,6 +106,8 @@ def test_a_model_that_cannot_answer_is_not_asked(
     assert found == measure_understanding(generator, base_folder(mllm), samples[:1], 0)
     save_file({f"vision_language_model.{name}": each for name, each in weights.items()}, folder / "model.safetensors")
     assert measure_understanding(generator, folder, samples[:1], 0) is None
+    reason = understanding._cannot_answer(base_folder(mllm), "int8")
+    assert reason and "held in 8 bits by the run (backbone.weights=int8)" in reason
 
 
 def test_the_accuracy_is_by_kind_and_of_all() -> None:

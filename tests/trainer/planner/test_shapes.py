@@ -28,9 +28,12 @@ PRODUCTS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Conv3d)
 
 
 def built(module: nn.Module) -> list[Weight]:
-    """The parameters of a module in order."""
+    """The parameters of a module in order; of the run's precision are all but integers."""
     products = {f"{name}.weight".lstrip(".") for name, m in module.named_modules() if isinstance(m, PRODUCTS)}
-    return [Weight(name, tuple(p.shape), name in products) for name, p in module.named_parameters()]
+    return [
+        Weight(name, tuple(p.shape), name in products, None if p.is_floating_point() else p.element_size())
+        for name, p in module.named_parameters()
+    ]
 
 
 def equal(described: Iterable[Weight], module: nn.Module) -> None:
@@ -45,7 +48,7 @@ def check(recipe: Recipe) -> None:
     equal(shapes.vision_encoder(stage.config.vision_config), model.backbone.vision)
     if recipe.stage == "patch-latents":
         text, side = stage.config.text_config, model.branch.side
-        equal(shapes.text_model(text), model.backbone.text)
+        equal(shapes.text_model(text, recipe.backbone.weights), model.backbone.text)
         equal(shapes.branch(text, side, recipe.branch.positions == "learned"), model.branch)
         equal(shapes.head(text.hidden_size), model.head)
         modules = [model.backbone.vision, model.backbone.text, model.branch, model.head]
@@ -74,6 +77,18 @@ def check(recipe: Recipe) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_shipped_recipes_have_the_described_shapes(name: str) -> None:
     check(load_recipe(name))
+
+
+@pytest.mark.parametrize("setting", ["tiny-mllm backbone.weights=int8", "tiny-controlnet flux.weights=fp8"])
+def test_weights_in_8_bits_are_counted_as_such(setting: str) -> None:
+    name, override = setting.split()
+    recipe = load_recipe(name, [override])
+    check(recipe)
+    narrow, wide = parts(recipe), parts(load_recipe(name))
+    (changed,) = [(one, other) for one, other in zip(narrow, wide, strict=True) if one != other]
+    sizes = [sum(size * width for size, width in part.stored(2)) for part in changed]
+    assert 0.5 < sizes[0] / sizes[1] < 0.8  # embeddings and norms are not quantized
+    assert changed[0].linear == changed[1].linear
 
 
 def changed(source: Path, folder: Path, **settings: Any) -> Path:

@@ -1,0 +1,62 @@
+"""Settings of stage 2: the frozen FLUX and the ControlNet."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from .fields import HeldWeights, Place
+from .section import Section
+
+
+class Placement(Section):
+    """Placement of the frozen modules: sharded over the ranks, replicated on each rank, offloaded to host memory while
+    not in use, or cached, with their outputs precomputed by `bifrost data encode`. Affects results only by rounding; a
+    run may resume with another placement."""
+
+    transformer: Literal["sharded", "replicated"] = "sharded"
+    """FLUX's transformer."""
+    vae: Literal["sharded", "replicated", "offloaded", "cached"] = "sharded"
+    """FLUX's VAE."""
+    text: Literal["sharded", "replicated", "offloaded", "cached"] = "sharded"
+    """FLUX's text encoders, T5 and CLIP; cached T5 states take megabytes per sample."""
+    vision_encoder: Literal["sharded", "replicated", "offloaded", "cached"] = "sharded"
+    """The MLLM's vision encoder; its cache is the one of stage 1."""
+
+    @property
+    def cached(self) -> list[Literal["vae", "text", "vision"]]:
+        """The cached parts."""
+        asked: dict[Literal["vae", "text", "vision"], str]
+        asked = {"vae": self.vae, "text": self.text, "vision": self.vision_encoder}
+        return [part for part, place in asked.items() if place == "cached"]
+
+
+class Flux(Section):
+    path: Place
+    """Folder or hub id of a FLUX.1 model in the layout of diffusers, or `builtin:tiny-flux`."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) to read; ignored for folders."""
+    image_size: int = Field(default=512, gt=0)
+    """Side in pixels of the square image that FLUX generates; a multiple of 16, or of what its VAE requires."""
+    guidance: float = Field(default=3.5, ge=0)
+    """Guidance scale passed to FLUX and the ControlNet during training; ignored by schnell."""
+    caption_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Probability that a caption is replaced by an empty one."""
+    caption_exchange: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a kept caption is replaced by that of the shard's next readable sample; see docs/stage2.md."""
+    weights: HeldWeights = "bf16"
+    """How the linear layers of FLUX's blocks hold their weights: unquantized, in `precision` (`bf16`), or in 8 bits
+    with a scale per output channel, dequantized for each product; see docs/weights.md. Part of the results: a run
+    resumes with the same value."""
+    placement: Placement = Placement()
+
+
+class ControlNet(Section):
+    double: int = Field(default=4, ge=0)
+    """Double blocks copied from FLUX."""
+    single: int = Field(default=1, ge=0)
+    """Single blocks copied from FLUX."""
+    norm: Literal["batch", "group"] = "batch"
+    """Norm of the block that resamples patch latents: `batch`, as released, with statistics over the micro-batches of
+    all ranks, so that results depend on `micro_batch`; or `group`."""
