@@ -92,9 +92,18 @@ def index(
 
 
 @app.command()
+def catalogue(shards: Shards) -> None:
+    """Write one catalogue of all shards in a folder, with which opening them needs no request per shard."""
+    from .make_catalogue import make_catalogues
+
+    for made in make_catalogues(shards):
+        typer.echo(f"{made.url}: {counted(len(made.names), 'shard')}, {counted(made.samples, 'sample')}")
+
+
+@app.command()
 def verify(shards: Shards) -> None:
     """Read every shard and compare it with its index; exit code 1 on a mismatch."""
-    from .shards import expand
+    from .shard_list import expand
     from .write import verify as find_problems
 
     problems = find_problems(shards)

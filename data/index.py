@@ -18,8 +18,9 @@ from typing import NamedTuple
 from .atomic import write_atomic
 from .errors import DataError, DataMissing
 from .files import Stream, content, is_local
-from .remote import Fetch, fetch, filesystem
+from .remote import Fetch, fetch, filesystem, size_of
 from .retry import call
+from .shard_list import seen_from
 from .tars import ManyZeros, Member, TarInput, scan
 from .transforms import clean_caption
 
@@ -214,6 +215,29 @@ def load_header(shard: str) -> Header:
     """The header of a shard's index. Raises DataMissing without an index, DataLost when the storage is unavailable,
     DataError when the index is damaged."""
     return _parse_header(shard, content(index_path(shard), HEADER_LIMIT))
+
+
+def open_header(shard: str) -> Header:
+    """The header of a shard's index, once the shard is there, readable and of the size in it. Raises DataError."""
+    try:
+        size = call(lambda: size_of(shard), shard)
+        if is_local(shard):
+            call(lambda: open(filesystem(shard)[1], "rb").close(), shard)  # an index may be readable without its shard
+    except DataMissing:
+        raise DataError(
+            f"{shard}: no such shard{seen_from(shard)}; check the path, or make it with `bifrost data ingest`"
+        ) from None
+    try:
+        header = load_header(shard)
+    except DataMissing:
+        raise DataError(f"{shard}: no index next to it; run `bifrost data index {shard}`") from None
+    if size is not None and size != header.bytes:  # some HTTP servers do not state it; it is then checked on read
+        content(shard, 1)  # raises for a web page with the status of a shard
+        raise DataError(
+            f"{shard}: {size} bytes, indexed as {header.bytes}: truncated or altered; restore it, or run"
+            f" `bifrost data index {shard}` to accept it"
+        )
+    return header
 
 
 def load_index(shard: str, get: Fetch = fetch) -> Index:

@@ -176,6 +176,41 @@ def size_of(url: str) -> int | None:
     return response.total
 
 
+@dataclass(frozen=True)
+class Listed:
+    """A file in a listing."""
+
+    size: int
+    tag: str
+
+
+@dataclass(frozen=True)
+class ListingPage:
+    files: dict[str, Listed]
+    """By name, in order; at most 1,000."""
+    token: str | None
+    """Requests the next page; None on the last one."""
+
+
+def list_page(folder: str, after: str = "", token: str | None = None) -> ListingPage:
+    """One request's part of the listing of a folder on S3, without its subfolders, from the first file whose name is
+    greater than `after`; raises whatever the client raises."""
+    fs, path = filesystem(folder)
+    bucket, _, prefix = path.rstrip("/").partition("/")
+    prefix = f"{prefix}/" if prefix else ""
+    asked = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/", "StartAfter": prefix + after}
+    parsed = fs.call_s3("list_objects_v2", **asked, **({"ContinuationToken": token} if token else {}))
+    files = {
+        each["Key"].removeprefix(prefix): Listed(each["Size"], each["ETag"]) for each in parsed.get("Contents", ())
+    }
+    return ListingPage(files, parsed.get("NextContinuationToken") if parsed.get("IsTruncated") else None)
+
+
+def protocol(fs: Any) -> str:
+    """The first protocol of an fsspec file system: file, s3, http."""
+    return fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+
+
 async def _request(fs: Any, path: str, start: int, size: int) -> Response:
     if _has_protocol(fs, "http"):
         return await _over_http(fs, path, start, size)

@@ -21,7 +21,7 @@ from .errors import DataError
 from .index import CAPTION_TYPE, IMAGE_TYPES
 from .local import is_kind, names_in, stat_of, with_retries
 from .retry import call
-from .shards import expand
+from .shard_list import expand
 from .table_source import one_split, table_source
 from .tables import TABLES, Columns
 from .tar_source import tar_source

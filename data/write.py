@@ -13,9 +13,11 @@ from .atomic import commit, temporary_name
 from .errors import DataError, DataLost, DataMissing
 from .files import exists, is_local
 from .index import Header, Index, build_index, index_path, load_index, save_index, split_key
+from .local import require_writable
+from .make_catalogue import catalogue_problems
 from .progress import progress
 from .remote import filesystem
-from .shards import expand
+from .shard_list import expand
 from .transience import verdict
 
 Sample = dict[str, bytes]
@@ -83,11 +85,7 @@ def index_all(spec: str | list[str], only_missing: bool = False) -> Indexed:
     if only_missing:
         shards = [shard for shard in shards if not exists(index_path(shard))]
     for folder in {os.path.dirname(os.path.abspath(filesystem(shard)[1])) for shard in shards if is_local(shard)}:
-        if os.path.isdir(folder) and not os.access(folder, os.W_OK):
-            raise DataError(
-                f"{folder}: not writable, and an index is stored next to its shard; change the folder's permissions, or"
-                " make your own shards from these with `bifrost data ingest`"
-            )
+        require_writable(folder, "an index")
 
     def index_one(shard: str) -> tuple[str, Index | None, str | None]:
         try:
@@ -134,9 +132,13 @@ def _no_images(index: Index) -> str:
 
 
 def verify(spec: str | list[str]) -> list[str]:
-    """Read every shard and compare it with its index; returns one line per problem. Raises DataError when the server of
-    the shards refuses requests, DataLost when the storage is unavailable."""
-    return [problem for problem in _in_threads(_check, expand(spec), "verifying") if problem]
+    """Read every shard and compare it with its index, and the indexes with the catalogues of their folders; returns one
+    line per problem. Raises DataError when the server of the shards refuses requests, DataLost when the storage is
+    unavailable."""
+    shards = expand(spec)
+    found = dict(zip(shards, _in_threads(_check, shards, "verifying"), strict=True))
+    problems = [each for each in found.values() if isinstance(each, str)]
+    return problems + catalogue_problems({shard: each for shard, each in found.items() if isinstance(each, Header)})
 
 
 def _in_threads(work: Callable[[str], Result], shards: list[str], label: str) -> Iterator[Result]:
@@ -156,7 +158,8 @@ def _refused(shard: str, error: DataError) -> bool:
     return not is_local(shard) and error.__cause__ is not None and verdict(error.__cause__) is False
 
 
-def _check(shard: str) -> str | None:
+def _check(shard: str) -> Header | str:
+    """The header of an intact shard, or its problem."""
     try:
         found = build_index(shard)
         stored = load_index(shard)
@@ -177,4 +180,4 @@ def _check(shard: str) -> str | None:
         return f"{shard}: altered (content hash); restore it, or run `bifrost data index {shard}` to accept it"
     if found != stored:
         return f"{index_path(shard)}: altered index; run `bifrost data index {shard}`"
-    return None
+    return stored.header

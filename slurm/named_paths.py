@@ -35,7 +35,7 @@ def local_shards(*specs: str | list[str] | None) -> tuple[list[str], list[int]]:
     from braceexpand import braceexpand
 
     from ..data.files import is_local
-    from ..data.shards import expand
+    from ..data.shard_list import expand
 
     shards: list[str] = []
     for spec in specs:

@@ -18,7 +18,7 @@ import pytest
 from bifrost.data import DataError, DataLost, index_shards, parquet, retry
 from bifrost.data.ingest import ingest
 from bifrost.data.processes import sole_owner
-from bifrost.data.shards import expand
+from bifrost.data.shard_list import expand
 from bifrost.data.sources import list_source
 
 ROWS = [{"file": f"{number}.png", "text": f"text {number}"} for number in range(8)]

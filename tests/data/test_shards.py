@@ -14,8 +14,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from bifrost.data import BadSample, DataError, DataLost, open_dataset, retry, shards, write_shard
-from bifrost.data.shards import expand
+from bifrost.data import BadSample, DataError, DataLost, index, open_dataset, retry, shards, write_shard
+from bifrost.data.shard_list import expand
 
 
 def test_specs_expand_to_sorted_shards(make_shards, tmp_path):
@@ -146,7 +146,7 @@ def test_errors_contain_place_and_remedy(make_shards, tmp_path, make_image, monk
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "open", denied, raising=False)
+        patch.setattr(index, "open", denied, raising=False)
         with pytest.raises(DataError, match=r"s-00001\.tar: Permission denied; "):
             open_dataset(str(tmp_path / "s-00001.tar"))
     os.unlink(tmp_path / "s-00001.index.jsonl")
@@ -206,8 +206,8 @@ def in_ranks(work, ranks):
 
 def test_ranks_split_the_opening_of_shards(make_shards, tmp_path, monkeypatch):
     whole = make_shards([2, 3, 4, 5, 6])
-    looked, real = [], shards._open_header
-    monkeypatch.setattr(shards, "_open_header", lambda shard: looked.append(shard) or real(shard))
+    looked, real = [], shards.open_header
+    monkeypatch.setattr(shards, "open_header", lambda shard: looked.append(shard) or real(shard))
     spec = str(tmp_path / "s-*.tar")
     for dataset in in_ranks(lambda rank, gather: open_dataset(spec, rank=rank, gather=gather), 3):
         assert (dataset.shards, dataset.headers) == (whole.shards, whole.headers)

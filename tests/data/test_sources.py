@@ -19,7 +19,7 @@ from PIL import Image
 from bifrost.data import DataError, DataLost, decode_image, index_shards, open_dataset, retry, verify, write_shard
 from bifrost.data.index import index_path
 from bifrost.data.ingest import ingest
-from bifrost.data.shards import expand
+from bifrost.data.shard_list import expand
 from bifrost.data.sources import list_source
 
 

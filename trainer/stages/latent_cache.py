@@ -28,7 +28,8 @@ from ...data.files import File, OpenShards, content, open_file
 from ...data.index import HEADER_LIMIT, load_header
 from ...data.remote import filesystem, size_of
 from ...data.retry import call
-from ...data.shards import expand, shared, spread
+from ...data.shard_list import expand
+from ...data.spread import shared, spread
 from ...recipes.schema import Data
 from ..distributed.process_group import Gather, single_process
 from ..errors import RunError

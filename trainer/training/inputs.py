@@ -67,11 +67,11 @@ def open_held_out(
         return None
     _require_signature("validation.shards", shards)
     held_out = open_dataset(shards, rank=rank, gather=gather)
-    trained = {header.sha256: shard for shard, header in zip(training.shards, training.headers, strict=True)}
-    for shard, header in zip(held_out.shards, held_out.headers, strict=True):
-        if header.sha256 in trained:
+    kept = {header.sha256: shard for shard, header in zip(held_out.shards, held_out.headers, strict=True)}
+    for shard, header in zip(training.shards, training.headers, strict=True):
+        if header.sha256 in kept:
             raise RunError(
-                f"validation.shards: {shard} is training data, {trained[header.sha256]} of data.shards; name held-out"
+                f"validation.shards: {kept[header.sha256]} is training data, {shard} of data.shards; name held-out"
                 " shards"
             )
     return held_out

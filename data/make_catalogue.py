@@ -1,0 +1,84 @@
+"""Write and verify the catalogues of folders of shards."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from .catalogue import NAME, STATES, Catalogue, from_headers, load_if_readable, save
+from .catalogue_state import CHUNK, LOCAL, S3, State, listed_states, local_states, origin_of
+from .errors import DataError, DataLost
+from .index import Header, open_header
+from .local import require_writable
+from .progress import progress
+from .remote import filesystem
+from .shard_list import expand, folder_of
+from .spread import THREADS
+
+
+def make_catalogues(spec: str | list[str]) -> list[Catalogue]:
+    """Write the catalogue of each folder of the named shards, of all shards in it. Raises DataError when a shard has no
+    index or another size than in it, or the folder cannot be listed or written; the old catalogue then remains."""
+    folders = list(dict.fromkeys(map(folder_of, expand(spec))))
+    for folder in folders:
+        if origin_of(folder).kind in ("http", "https"):
+            raise DataError(
+                f"{folder}: a catalogue cannot be written over HTTP; make it where the shards are stored, and serve it"
+                " with them"
+            )
+        if origin_of(folder).kind == LOCAL:
+            require_writable(filesystem(folder or ".")[1], "a catalogue")
+    return [_make(folder) for folder in folders]
+
+
+def _make(folder: str) -> Catalogue:
+    origin = origin_of(folder)
+    shards = expand(folder or ".")
+    names = sorted(shard.rpartition("/")[2] for shard in shards)
+    chunks = [slice(start, start + CHUNK) for start in range(0, len(names), CHUNK)]
+
+    def states(chunk: slice) -> list[State | None]:
+        if origin.kind == LOCAL:
+            return local_states(origin, names[chunk])
+        if origin.kind != S3:
+            return [(0, 0, 0, 0)] * len(names[chunk])
+        following = names[chunk.stop] if chunk.stop < len(names) else None
+        return listed_states(origin, names[chunk], names[chunk.start - 1] if chunk.start else None, following).states
+
+    def header(name: str) -> Header:
+        found = open_header(folder + name)
+        shown.advance()
+        return found
+
+    with ThreadPoolExecutor(THREADS) as pool, progress("reading indexes", len(names), "shards") as shown:
+        # Before the headers, so that a file that is written in between has another state than the catalogue's.
+        before = [state or (0, 0, 0, 0) for part in pool.map(states, chunks) for state in part]
+        headers = list(pool.map(header, names))
+    numbers = np.array(before, dtype=np.int64)[:, 1:].T
+    assert len(numbers) == len(STATES)
+    catalogue = from_headers(folder + NAME, names, headers, numbers, origin.kind)
+    save(catalogue)
+    return catalogue
+
+
+def catalogue_problems(headers: dict[str, Header]) -> list[str]:
+    """One line per catalogue of the shards' folders that is damaged or does not have these headers."""
+    problems = []
+    for folder in dict.fromkeys(map(folder_of, headers)):
+        try:
+            catalogue = load_if_readable(folder + NAME)
+        except DataLost:
+            raise
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        if catalogue is None:
+            continue
+        known = dict(zip(catalogue.names, catalogue.headers(range(len(catalogue.names))), strict=True))
+        here = {shard.rpartition("/")[2]: header for shard, header in headers.items() if folder_of(shard) == folder}
+        changed = [name for name, header in here.items() if known.get(name) != header]
+        if changed:
+            more = f" and {len(changed) - 1:,} more" if len(changed) > 1 else ""
+            problems.append(str(catalogue.stale(f"{changed[0]}{more} or their indexes were changed or added")))
+    return problems

@@ -1,0 +1,382 @@
+"""A data set opened from a catalogue equals the one opened without, and a stale catalogue is refused."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from threading import Barrier
+
+import fsspec
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import faulty_server
+import object_store
+from bifrost.data import DataError, DataLost, catalogue, catalogue_state, open_dataset, retry, verify, write_shard
+from bifrost.data.catalogue import NAME
+from bifrost.data.catalogued import open_catalogued
+from bifrost.data.cli import app
+from bifrost.data.make_catalogue import make_catalogues
+from faulty_server import Plan, Rule
+
+RENEWAL = r"; run `bifrost data catalogue .+`$"
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with object_store.serving() as address:
+        yield address
+
+
+@pytest.fixture
+def folder(make_shards, tmp_path) -> Path:
+    make_shards([5, 4, 3, 2], folder=tmp_path / "set")
+    return tmp_path / "set"
+
+
+@pytest.fixture(params=["local", "http", "s3", "memory"])
+def served(request, folder, monkeypatch):
+    """(the server's plan or None, address of the folder, function that copies a changed folder there)."""
+    monkeypatch.setattr(retry, "_sleep", lambda seconds: time.sleep(min(seconds, 0.02)))
+    plan = Plan()
+    if request.param == "local":
+        yield None, f"{folder}/", lambda: None
+    elif request.param == "memory":
+        fs = fsspec.filesystem("memory")
+
+        def upload() -> None:
+            fs.rm("/cat", recursive=True) if fs.exists("/cat") else None
+            for file in folder.iterdir():
+                fs.pipe_file(f"/cat/{file.name}", file.read_bytes())
+
+        upload()
+        yield None, "memory://cat/", upload
+    elif request.param == "http":
+        fsspec.filesystem("http").clear_instance_cache()
+        with faulty_server.serving(folder, plan) as (address, _):
+            yield plan, f"{address}/", lambda: None
+        fsspec.filesystem("http").clear_instance_cache()
+    else:
+        import s3fs
+
+        moto = request.getfixturevalue("s3")
+        object_store.fill(moto, "bucket", folder)
+        with faulty_server.serving(moto, plan) as (address, _):
+            for name, value in object_store.environment(address).items():
+                monkeypatch.setenv(name, value)
+            s3fs.S3FileSystem.clear_instance_cache()
+            yield plan, "s3://bucket/", lambda: object_store.fill(moto, "bucket", folder)
+            s3fs.S3FileSystem.clear_instance_cache()
+
+
+def write(address: str, folder: Path, upload) -> None:
+    """Write the catalogue of the served folder; over HTTP, where the shards are stored."""
+    make_catalogues(str(folder) if address.startswith("http") else f"{address}*.tar")
+
+
+def content(dataset) -> list:
+    raws = [dataset.read(s, n) for s, count in enumerate(dataset.samples_per_shard) for n in range(count)]
+    found = [(raw.key, raw.image, raw.caption) for raw in raws]
+    return [dataset.shards, list(dataset.headers), dataset.samples_per_shard.tolist(), dataset.fingerprint, found]
+
+
+def in_ranks(work, ranks: int) -> list:
+    """Results of `work(rank, gather)` in `ranks` threads."""
+    barrier, values = Barrier(ranks), [None] * ranks
+
+    def run(rank: int):
+        def gather(value):
+            values[rank] = value
+            barrier.wait()
+            found = list(values)
+            barrier.wait()
+            return found
+
+        return work(rank, gather)
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(run, range(ranks)))
+
+
+def is_catalogued(spec) -> bool:
+    return open_catalogued(spec, True, 0, lambda value: [value]) is not None
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_equal_to_opening_every_shard(served, folder, ranks) -> None:
+    _, address, upload = served
+    specs = [
+        address + "s-{00000..00003}.tar",
+        address + "s-*.tar",
+        address,
+        [address + "s-00002.tar", address + "s-0*0.tar"],
+    ]
+    expected = [content(open_dataset(spec)) for spec in specs]
+    write(address, folder, upload)
+    for spec, without in zip(specs, expected, strict=True):
+        assert is_catalogued(spec)
+        for dataset in in_ranks(lambda rank, gather, spec=spec: open_dataset(spec, rank=rank, gather=gather), ranks):
+            assert content(dataset) == without
+
+
+def test_requests_do_not_grow_with_the_shards(served, folder) -> None:
+    """Per rank one for the catalogue, and one listing on S3 or one shard and its index over HTTP."""
+    plan, address, upload = served
+    if plan is None:
+        pytest.skip("counted on servers")
+    write(address, folder, upload)
+    open_dataset(address + "s-00000.tar")  # s3fs looks the bucket up once
+    counts = []
+    for last in (0, 3):
+        plan.asked.clear()
+        open_dataset(f"{address}s-{{00000..{last:05d}}}.tar")
+        counts.append(len(plan.asked))
+    assert counts in ([2, 2], [3, 3])
+
+
+def test_listing_in_parts_finds_every_shard(folder, request, monkeypatch) -> None:
+    """Also names whose indexes are sorted in another order than they are, and files between them."""
+    import s3fs
+
+    for name in ("s.tar", "s.m.tar", "s-00001-b.tar"):
+        shutil.copy(folder / "s-00000.tar", folder / name)
+        shutil.copy(folder / "s-00000.index.jsonl", folder / name.replace(".tar", ".index.jsonl"))
+    (folder / "s-00001.json").write_text("{}")
+    moto = request.getfixturevalue("s3")
+    object_store.fill(moto, "bucket", folder)
+    for name, value in object_store.environment(moto).items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    from bifrost.data import catalogued, make_catalogue
+
+    for module in (catalogued, make_catalogue):
+        monkeypatch.setattr(module, "CHUNK", 1)
+    expected = content(open_dataset("s3://bucket/"))
+    make_catalogues("s3://bucket/*.tar")
+    opened: list[str] = []
+    real = catalogued.open_header
+    monkeypatch.setattr(catalogued, "open_header", lambda shard: opened.append(shard) or real(shard))
+    for ranks in (1, 2):
+        for dataset in in_ranks(lambda rank, gather: open_dataset("s3://bucket", rank=rank, gather=gather), ranks):
+            assert content(dataset) == expected
+    assert not opened
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def replaced(folder: Path, make_image) -> None:
+    write_shard(folder / "s-00001.tar", [("other", {"png": make_image(99), "txt": b"x"})])
+
+
+def same_size(folder: Path, make_image) -> None:
+    """The same sizes of shard and index: only the content differs."""
+    import json
+
+    index = folder / "s-00001.index.jsonl"
+    header, _, rest = index.read_text().partition("\n")
+    values = json.loads(header)
+    values["sha256"] = values["sha256"][::-1]
+    index.write_text(f"{json.dumps(values)}\n{rest}")
+    os.utime(index, (1, 1))  # the clock of file times is coarse
+
+
+def added(folder: Path, make_image) -> None:
+    write_shard(folder / "s-00001-b.tar", [("other", {"png": make_image(99), "txt": b"x"})])
+
+
+def removed(folder: Path, make_image) -> None:
+    (folder / "s-00003.tar").unlink()
+    (folder / "s-00003.index.jsonl").unlink()
+
+
+@pytest.mark.parametrize("change", [replaced, same_size, added, removed])
+def test_stale_catalogue_is_refused(served, folder, make_image, change) -> None:
+    _, address, upload = served
+    write(address, folder, upload)
+    if not address.startswith(("http", str(folder))):
+        with fsspec.open(address + NAME) as file:
+            (folder / NAME).write_bytes(file.read())
+    change(folder, make_image)
+    upload()
+    spec = address + "s-*.tar"
+    if address.startswith(("http", "memory")) and change in (replaced, same_size):  # seen when the shard is read
+        with pytest.raises(DataError, match="stale: .*" + RENEWAL):
+            content(open_dataset(spec))
+    else:
+        with pytest.raises(DataError, match="stale: s-0000.*" + RENEWAL) as caught:
+            open_dataset(spec)
+        assert "\n" not in str(caught.value)
+
+        def refused(rank, gather) -> bool:
+            with pytest.raises(DataError, match="stale: s-0000.*" + RENEWAL):
+                open_dataset(spec, rank=rank, gather=gather)
+            return True
+
+        assert all(in_ranks(refused, 3))
+    if change is not removed:
+        (problem, *more) = (
+            verify(spec) if change is not same_size else [p for p in verify(spec) if "catalogue" in p] or ["stale"]
+        )
+        assert "stale" in problem and not more
+    write(address, folder, upload)
+    assert is_catalogued(spec)
+
+
+def test_files_written_again_with_equal_content_are_no_reason_to_refuse(folder, caplog) -> None:
+    make_catalogues(str(folder))
+    expected = content(open_dataset(str(folder)))
+    caplog.clear()
+    os.utime(folder / "s-00002.tar", (1, 1))
+    assert content(open_dataset(str(folder))) == expected
+    (line,) = [each.message for each in caplog.records]
+    assert "1 shards or indexes were written again" in line
+
+
+def test_a_copy_on_other_storage_needs_no_new_catalogue(served, folder, monkeypatch) -> None:
+    _, address, upload = served
+    if not address.startswith("s3"):
+        pytest.skip("HTTP has no states, and the others are written in place")
+    expected = content(open_dataset(address))
+    make_catalogues(str(folder))
+    upload()
+    monkeypatch.setattr("bifrost.data.catalogued.open_header", lambda shard: pytest.fail(f"{shard} was opened"))
+    assert content(open_dataset(address)) == expected
+
+
+def test_errors_of_shards_are_those_without_a_catalogue(folder) -> None:
+    make_catalogues(str(folder))
+    spec = str(folder / "s-{00000..00003}.tar")
+    with pytest.raises(DataError, match=r"s-00009\.tar: no such shard.*bifrost data ingest"):
+        open_dataset(str(folder / "s-0000{0,9}.tar"))
+    with pytest.raises(DataError, match=r"no \.tar matches"):
+        open_dataset(str(folder / "x-*.tar"))
+    with pytest.raises(DataError, match="named twice"):
+        open_dataset([spec, str(folder / "s-00001.tar")])
+    os.truncate(folder / "s-00002.tar", 5000)
+    with pytest.raises(DataError, match=r"s-00002\.tar: 5000 bytes, indexed as .* truncated"):
+        open_dataset(spec)
+    (folder / "s-00002.index.jsonl").unlink()
+    with pytest.raises(DataError, match="no index next to it"):
+        make_catalogues(spec)
+
+
+def test_held_out_shards_in_the_folder_are_refused(tmp_path, make_image) -> None:
+    for name in ("train-0", "val-0"):
+        write_shard(tmp_path / f"{name}.tar", [("k", {"png": make_image(0), "txt": b"x"})])
+    with pytest.raises(DataError) as without:
+        open_dataset(str(tmp_path))
+    make_catalogues(str(tmp_path / "train-*.tar"))
+    with pytest.raises(DataError) as caught:
+        open_dataset(str(tmp_path))
+    assert str(caught.value) == str(without.value)
+    assert len(open_dataset(str(tmp_path / "val-*.tar")).shards) == 1
+
+
+def test_damaged_catalogue_is_refused(folder) -> None:
+    make_catalogues(str(folder))
+    data = (folder / NAME).read_bytes()
+    for broken in (b"", data[:-1], data[:600], data + b"x", data[:-3] + b"\0" + data[-2:], b"{}\n", b"[]\n" + data):
+        (folder / NAME).write_bytes(broken)
+        with pytest.raises(DataError, match="damaged catalogue" + RENEWAL):
+            open_dataset(str(folder))
+        assert "damaged catalogue" in verify(str(folder))[0]
+    (folder / NAME).write_bytes(data.replace(b'"version": 1', b'"version": 2', 1))
+    with pytest.raises(DataError, match="catalogue version 2, expected 1" + RENEWAL):
+        open_dataset(str(folder))
+
+
+def test_shard_changed_after_the_opening_is_named(folder, make_image) -> None:
+    make_catalogues(str(folder))
+    dataset = open_dataset(str(folder))
+    replaced(folder, make_image)
+    with pytest.raises(DataError, match=r"stale: .*s-00001.index.jsonl was changed" + RENEWAL):
+        dataset.read(1, 0)
+
+
+def test_ranks_with_different_catalogues_are_refused(folder, tmp_path) -> None:
+    """Such as copies on the nodes' own disks."""
+    copy = tmp_path / "copy"
+    make_catalogues(str(folder))
+    shutil.copytree(folder, copy)
+    (copy / "s-00003.tar").unlink()
+    make_catalogues(str(copy))
+
+    def refused(rank, gather) -> bool:
+        with pytest.raises(DataError, match="rank 1 reads another catalogue than rank 0"):
+            open_dataset(str(copy if rank else folder), rank=rank, gather=gather)
+        return True
+
+    assert all(in_ranks(refused, 2))
+
+
+def test_several_folders(folder, tmp_path, make_shards, caplog) -> None:
+    make_shards([2, 1], folder=tmp_path / "b")
+    specs = [f"{folder}/s-*.tar", f"{tmp_path}/b/s-0000{{1,0}}.tar"]
+    expected = content(open_dataset(specs))
+    make_catalogues(str(folder))
+    assert content(open_dataset(specs)) == expected
+    assert "has no catalogue" in caplog.text
+    make_catalogues(specs)
+    assert is_catalogued(specs) and is_catalogued(f"{tmp_path}/{{b,set}}/s-*.tar")
+    assert content(open_dataset(specs)) == expected
+
+
+def test_relative_paths(folder, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    specs = ["s-*.tar", "s-0000{0..3}.tar", ".", "../set", "./s-00001.tar"]
+    expected = [content(open_dataset(spec)) for spec in specs]
+    make_catalogues("s-*.tar")
+    for spec, without in zip(specs, expected, strict=True):
+        assert is_catalogued(spec)
+        assert content(open_dataset(spec)) == without
+
+
+def test_command(folder, monkeypatch) -> None:
+    result = CliRunner().invoke(app, ["catalogue", f"{folder}/s-*.tar"])
+    assert result.exit_code == 0 and result.stdout == f"{folder}/{NAME}: 4 shards, 14 samples\n"
+    before = (folder / NAME).read_bytes()
+    assert sorted(path.suffix for path in folder.iterdir()).count(".catalogue") == 1
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(DataError, match="No space left on device; free disk space"):
+        make_catalogues(str(folder))
+    assert (folder / NAME).read_bytes() == before and len(list(folder.iterdir())) == 9
+
+
+def test_server_that_is_down_is_data_lost(served, folder) -> None:
+    plan, address, upload = served
+    if plan is None:
+        pytest.skip("of servers")
+    write(address, folder, upload)
+    plan.rules.append(Rule("503", NAME, 2))
+    assert is_catalogued(address + "s-00000.tar")
+    plan.rules.append(Rule("503", NAME, math.inf))
+    with pytest.raises(DataLost, match="another attempt may succeed"):
+        open_dataset(address + "s-00000.tar")
+    if address.startswith("s3"):  # without permission to list the bucket
+        plan.rules[:] = [Rule("403 AccessDenied", "list-type", math.inf)]
+        assert len(open_dataset(address + "s-{00000..00003}.tar")) == 14
+
+
+def test_numbers_are_kept_exactly(tmp_path) -> None:
+    from bifrost.data.index import Header
+
+    headers = [Header(1, 2**40 + n, f"{n:064x}", 2**33 + n, 7, (1, 2**31, 2**50), 2**45) for n in range(3)]
+    names = ["a.tar", "b\udcff.tar", "ü.tar"]
+    catalogue.save(catalogue.from_headers(f"{tmp_path}/{NAME}", names, headers, np.arange(9).reshape(3, 3) - 4, "file"))
+    found = catalogue.load(f"{tmp_path}/{NAME}")
+    assert list(found.headers([2, 0])) == [headers[2], headers[0]]
+    assert found.names == names and found.numbers[-3:].tolist() == [[-4, -3, -2], [-1, 0, 1], [2, 3, 4]]
+    assert found.origin == catalogue_state.LOCAL
+    odd = [replace(headers[1], sha256="A" * 64), replace(headers[1], samples=1.5), replace(headers[1], bytes=2**63)]
+    for header in odd:
+        with pytest.raises(DataError, match=r"b\udcff.index.jsonl: damaged index"):
+            catalogue.from_headers("", names, [headers[0], header, headers[2]], np.zeros((3, 3), np.int64), "file")
