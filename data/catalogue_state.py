@@ -18,6 +18,8 @@ from .retry import call
 
 CHUNK = 450
 """Shards per listing request, which returns up to 1,000 files: each shard has an index."""
+LAST = "\U0010ffff"
+"""After all names."""
 LOCAL, S3 = "file", "s3"
 """Protocols of file systems with states."""
 State = tuple[int, int, int, int]
@@ -72,16 +74,15 @@ class Listing(NamedTuple):
     """Names of all shards in this part."""
 
 
-def listed_states(origin: Origin, names: Sequence[str], previous: str | None, following: str | None) -> Listing:
-    """The states of consecutive shards of a folder on S3, from its listing. previous, following: the shards before the
-    first and after the last one; None at the begin and the end of the folder."""
-    first = min([*names, *map(index_path, names)])
-    after = min(max(previous, index_path(previous)), first[:-1]) if previous else ""
-    end = min(following, index_path(following)) if following else None
+def listed_states(origin: Origin, names: Sequence[str], after: str = LAST, end: str = "") -> Listing:
+    """The states of sorted shards of a folder on S3, from the part of its listing that contains them and all shards
+    with names greater than `after` and less than `end`."""
+    before = min(after, min(map(index_path, names))[:-1])
+    end = max(end, names[-1])
     found: dict[str, Listed] = {}
-    for page in _pages(origin.folder, after):
+    for page in _pages(origin.folder, before):
         found |= page
-        if end is not None and max(page, default="") >= end:
+        if max(page, default="") >= end:
             break
     states = []
     for name in names:

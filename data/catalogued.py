@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import posixpath
 import random
 import re
 import stat
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,16 +18,14 @@ import numpy as np
 from fsspec.utils import glob_translate
 
 from .catalogue import FIELDS, NAME, Catalogue, Headers, folder_name, load, load_if_readable
-from .catalogue_state import CHUNK, LOCAL, S3, Origin, State, listed_states, local_states, origin_of
-from .errors import DataError, DataLost
+from .catalogue_state import CHUNK, LAST, LOCAL, S3, Origin, State, listed_states, local_states, origin_of
+from .errors import DataError, DataLost, DataMissing
 from .index import open_header
 from .local import is_kind, names_in
 from .shard_list import check_sorted, expand, folder_of, has_wildcard, is_shard, patterns, refuse_mixture
 from .spread import Gather, shared, spread
 
 log = logging.getLogger(__name__)
-MOST_LISTED = 2000
-"""Shards between the first and the last one named, up to which a part of the listing is read."""
 MOST_FOLDERS = 16
 """A data set in more folders is opened without catalogues."""
 
@@ -69,13 +68,36 @@ class _Part:
             if any(_matches(each, name) for each in self.names if not is_shard(each)):
                 raise self.catalogue.stale(f"{name} was {'added' if name in listed else 'removed'}")
 
+    @cached_property
+    def prefix(self) -> str:
+        """The common start of all names."""
+        return os.path.commonprefix([re.split(r"[*?\[]", name)[0] for name in self.names])  # noqa: RUF071
 
-class _Chunk(NamedTuple):
-    """Consecutive shards of a part, whose states are checked together."""
+    @cached_property
+    def listed(self) -> range:
+        """Rows of all shards that the names might include; the listing of these shows the ones that were added."""
+        names, size = self.catalogue.names, len(self.prefix)
+        return range(bisect_left(names, self.prefix), bisect_right(names, self.prefix, key=lambda name: name[:size]))
 
-    part: int
-    start: int
-    stop: int
+    def chunks(self, ranks: int) -> list[np.ndarray]:
+        """Rows of the shards that are checked together: on S3 by one request, without states one shard per rank."""
+        if self.origin.kind not in (LOCAL, S3):
+            return np.array_split(self.rows, min(ranks, len(self.rows)))
+        rows = np.array(self.listed) if self.origin.kind == S3 and self.open_ended else self.rows
+        return np.split(rows, np.flatnonzero(np.diff(rows // CHUNK)) + 1)
+
+    def around(self, rows: np.ndarray) -> tuple[str, str] | tuple[()]:
+        """Names between which the listing of these rows has to be complete, so that it shows added shards."""
+        if not self.open_ended:
+            return ()
+        names, (first, last) = self.catalogue.names, (int(rows[0]), int(rows[-1]))
+        after = names[first - 1] if first > self.listed.start else self.prefix[:-1]
+        return after, names[last + 1] if last + 1 < self.listed.stop else self.prefix + LAST
+
+    def selected(self, rows: np.ndarray) -> list[int]:
+        """The rows of selected shards among `rows`."""
+        places = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
+        return rows[self.rows[places] == rows].tolist()
 
 
 def open_catalogued(spec: str | list[str], mixed: bool, rank: int, gather: Gather) -> Catalogued | None:
@@ -99,14 +121,7 @@ def open_catalogued(spec: str | list[str], mixed: bool, rank: int, gather: Gathe
     if hashes is None:
         return None
 
-    def others() -> None:
-        if rank:
-            found.extend(load(folder + NAME) for folder in named)
-        for each, expected in zip(found, hashes, strict=True):
-            if each.sha256 != expected:
-                raise DataError(f"{each.url}: rank {rank} reads another catalogue than rank 0; copy the data set anew")
-
-    shared(others, gather)
+    shared(lambda: found.extend(map(partial(_load_same, rank), named, hashes)) if rank else None, gather)
     parts = [_select(each, names, mixed) for each, names in zip(found, named.values(), strict=True)]
     _check(parts, rank, gather)
     shards = [shard for part in parts for shard in part.shards]
@@ -130,6 +145,8 @@ def _by_folder(spec: str | list[str]) -> dict[str, list[str]] | None:
             folder, name = f"{pattern.rstrip('/')}/", ""
         if has_wildcard(folder) or "**" in name or "::" in pattern or folder.endswith(":/"):
             return None
+        if "?" in name and origin_of(folder).kind == "http":  # where it begins a query
+            return None
         named.setdefault(folder, []).append(name)
         if len(named) > MOST_FOLDERS:
             return None
@@ -147,6 +164,20 @@ def _load_all(folders: list[str]) -> list[Catalogue]:
             return []
         found.append(catalogue)
     return found
+
+
+def _load_same(rank: int, folder: str, sha256: str) -> Catalogue:
+    """The folder's catalogue on another rank than 0; DataError if it has another hash than on rank 0."""
+    try:
+        catalogue = load(folder + NAME)
+    except DataMissing:
+        catalogue = None
+    if catalogue is None or catalogue.sha256 != sha256:
+        raise DataError(
+            f"{folder + NAME}: rank {rank} reads another catalogue than rank 0, or none; copy the data set anew, or"
+            " start again if the catalogue was being written"
+        )
+    return catalogue
 
 
 def _select(catalogue: Catalogue, names: list[str], mixed: bool) -> _Part:
@@ -191,16 +222,14 @@ def _check(parts: list[_Part], rank: int, gather: Gather) -> None:
     """Raise DataError, on all ranks, when a catalogue is stale. Each rank checks its share of the shards."""
     shared(lambda: [_check_names(part) for part in parts] if rank == 0 else None, gather)
     ranks = len(gather(None))
-    chunks = []
-    for number, part in enumerate(parts):
-        # Without states each rank opens one shard.
-        size = CHUNK if part.origin.kind in (LOCAL, S3) else -(-len(part.rows) // ranks)
-        starts = range(0, len(part.rows), max(1, size))
-        chunks += [_Chunk(number, start, min(start + size, len(part.rows))) for start in starts]
-    found = spread(lambda chunk: _suspects(parts[chunk.part], chunk), chunks, rank, gather)
-    suspects = [(chunk.part, number) for chunk, each in zip(chunks, found, strict=True) for number in each.numbers]
-    spread(lambda suspect: _compare(parts[suspect[0]], suspect[1]), suspects, rank, gather)
-    rewritten = sum(len(each.numbers) for each in found if not each.drawn)
+    chunks = [(part, rows) for part in parts for rows in part.chunks(ranks)]
+    found = spread(lambda chunk: _suspects(*chunk), chunks, rank, gather)
+    suspects = [(part, row) for (part, _), each in zip(chunks, found, strict=True) for row in each.rows]
+    spread(lambda suspect: _compare(*suspect), suspects, rank, gather)
+    rewritten = sum(len(each.rows) for each in found if not each.drawn)
+    refusals = [each.refusal for each in found if each.refusal]
+    if refusals and rank == 0:
+        log.warning("%s; shards are compared with the catalogue when they are first read", refusals[0])
     if rewritten and rank == 0:
         log.warning(
             "%s: %d shards or indexes were written again with equal content, and were opened one by one; `bifrost data"
@@ -236,53 +265,52 @@ def _check_names(part: _Part) -> None:
 class _Suspects(NamedTuple):
     """Shards that have to be opened."""
 
-    numbers: list[int]
-    drawn: bool
+    rows: list[int]
+    drawn: bool = False
     """Whether they are a sample, where there are no states."""
+    refusal: str = ""
+    """Why the states cannot be listed."""
 
 
-def _suspects(part: _Part, chunk: _Chunk) -> _Suspects:
-    """The shards of a chunk whose states are not those in the catalogue."""
-    catalogue = part.catalogue
-    rows = part.rows[chunk.start : chunk.stop].tolist()
-    states = _states(part, rows)
-    if states is None:
-        return _Suspects([random.randrange(chunk.start, chunk.stop)], True)
-    copied = catalogue.origin != part.origin.kind  # sizes are comparable, modifications are not
-    numbers = []
-    for number, (row, state) in enumerate(zip(rows, states, strict=True), chunk.start):
-        expected = (int(catalogue.numbers[0, row]), *catalogue.numbers[len(FIELDS) :, row].tolist())
-        if state is None or (state[::2] != expected[::2] if copied else state != expected):
-            numbers.append(number)
-    return _Suspects(numbers, False)
-
-
-def _states(part: _Part, rows: list[int]) -> list[State | None] | None:
-    """The present states of some shards; None where they cannot be listed. Raises DataError for shards that were added
-    or removed, if the listing shows it."""
-    known = part.catalogue.names
-    names = [known[row] for row in rows]
+def _suspects(part: _Part, rows: np.ndarray) -> _Suspects:
+    """The selected shards in these rows whose states are not those in the catalogue. Raises DataError for shards that
+    were added or removed, if a listing shows it."""
+    selected, known = part.selected(rows), part.catalogue.names
     if part.origin.kind == LOCAL:
-        return local_states(part.origin, names)
-    first, last = rows[0], rows[-1]
-    if part.origin.kind != S3 or last - first > MOST_LISTED:
-        return None
-    following = known[last + 1] if last + 1 < len(known) else None
+        return _changed(part, selected, local_states(part.origin, [known[row] for row in selected]))
+    if part.origin.kind != S3:
+        return _Suspects(_one_of(selected), drawn=True)
+    names = [known[row] for row in rows]
     try:
-        found = listed_states(part.origin, names, known[first - 1] if first else None, following)
+        found = listed_states(part.origin, names, *part.around(rows))
     except DataLost:
         raise
     except DataError as error:  # objects may be readable without the permission to list them
-        log.warning("%s", error)
-        return None
+        return _Suspects(_one_of(selected), drawn=True, refusal=str(error))
     here = set(names)
     part.require_same({name for name in found.shards if name in here or part.row(name) is None}, here)
-    return found.states
+    states = dict(zip(rows.tolist(), found.states, strict=True))
+    return _changed(part, selected, [states[row] for row in selected])
 
 
-def _compare(part: _Part, number: int) -> None:
+def _one_of(rows: list[int]) -> list[int]:
+    return [random.SystemRandom().choice(rows)] if rows else []  # keeps the state of the caller's random numbers
+
+
+def _changed(part: _Part, rows: list[int], states: list[State | None]) -> _Suspects:
+    catalogue = part.catalogue
+    copied = catalogue.origin != part.origin.kind  # sizes are comparable, modifications are not
+    found = []
+    for row, state in zip(rows, states, strict=True):
+        expected = (int(catalogue.numbers[0, row]), *catalogue.numbers[len(FIELDS) :, row].tolist())
+        if state is None or (state[::2] != expected[::2] if copied else state != expected):
+            found.append(row)
+    return _Suspects(found)
+
+
+def _compare(part: _Part, row: int) -> None:
     """Open a shard as without a catalogue; raises DataError when that fails, or its header is not the catalogue's."""
-    shard = part.shards[number]
-    header = open_header(shard)
-    if header != part.catalogue.headers(part.rows[number : number + 1].tolist())[0]:
-        raise part.catalogue.stale(f"{posixpath.basename(shard)} or its index was changed")
+    catalogue = part.catalogue
+    header = open_header(part.origin.folder + catalogue.names[row])
+    if header != catalogue.headers([row])[0]:
+        raise catalogue.stale(f"{catalogue.names[row]} or its index was changed")

@@ -43,8 +43,7 @@ def _make(folder: str) -> Catalogue:
             return local_states(origin, names[chunk])
         if origin.kind != S3:
             return [(0, 0, 0, 0)] * len(names[chunk])
-        following = names[chunk.stop] if chunk.stop < len(names) else None
-        return listed_states(origin, names[chunk], names[chunk.start - 1] if chunk.start else None, following).states
+        return listed_states(origin, names[chunk]).states
 
     def header(name: str) -> Header:
         found = open_header(folder + name)
@@ -78,7 +77,19 @@ def catalogue_problems(headers: dict[str, Header]) -> list[str]:
         known = dict(zip(catalogue.names, catalogue.headers(range(len(catalogue.names))), strict=True))
         here = {shard.rpartition("/")[2]: header for shard, header in headers.items() if folder_of(shard) == folder}
         changed = [name for name, header in here.items() if known.get(name) != header]
-        if changed:
-            more = f" and {len(changed) - 1:,} more" if len(changed) > 1 else ""
-            problems.append(str(catalogue.stale(f"{changed[0]}{more} or their indexes were changed or added")))
+        removed = sorted(known.keys() - _names(folder, list(known)))
+        for names, what in ((changed, "or their indexes were changed or added"), (removed, "were removed")):
+            if names:
+                more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+                problems.append(str(catalogue.stale(f"{names[0]}{more} {what}")))
     return problems
+
+
+def _names(folder: str, known: list[str]) -> set[str]:
+    """The names of a folder's shards; `known` if they cannot be listed, as over HTTP."""
+    try:
+        return {shard.rpartition("/")[2] for shard in expand(folder or ".")}
+    except DataLost:
+        raise
+    except DataError:
+        return set(known)

@@ -26,7 +26,7 @@ from .index import (
 )
 from .remote_file import RemoteFile
 from .shard_list import expand
-from .spread import Gather, shared, spread
+from .spread import Broadcast, Gather, from_first, spread
 from .transforms import clean_caption
 
 NEAR = 1 << 20
@@ -62,20 +62,21 @@ def open_dataset(
     *,
     rank: int = 0,
     gather: Gather = lambda value: [value],
+    broadcast: Broadcast | None = None,
     mixed: bool = False,
 ) -> Dataset:
     """Open indexed shards for reading.
 
     spec: path, folder or fsspec URL, or several; `{00000..02047}` and wildcards are expanded. max_open: shards kept
-    open. mixed: whether a folder may hold held-out shards together with others. rank, gather: of the ranks that open
-    the same dataset; each then checks its share of the shards. Raises DataError, on all ranks, when a shard or its
-    index is missing or inconsistent, or when no shard has a caption.
+    open. mixed: whether a folder may hold held-out shards together with others. rank, gather, broadcast: of the ranks
+    that open the same dataset; each then checks its share of the shards. Raises DataError, on all ranks, when a shard
+    or its index is missing or inconsistent, or when no shard has a caption.
     """
     catalogued = open_catalogued(spec, mixed, rank, gather)
     if catalogued:
         shards, headers = catalogued
     else:
-        shards = shared(lambda: expand(spec, mixed) if rank == 0 else [], gather)[0]
+        shards = from_first(lambda: expand(spec, mixed), rank, gather, broadcast)
         headers = spread(open_header, shards, rank, gather)
     if not any(header.samples for header in headers):
         raise DataError(f"{format_shards(shards)}: no images; name shards that have some")

@@ -13,6 +13,8 @@ from .transience import verdict
 THREADS = 32  # opening shards is bound by the latency of the file system
 Gather = Callable[[Any], list[Any]]
 """All-gather of one value per rank, in rank order."""
+Broadcast = Callable[[Any], Any]
+"""Broadcast of rank 0's value; the values of the others are not used."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -27,6 +29,14 @@ def spread(work: Callable[[Item], Result], items: Sequence[Item], rank: int, gat
 
     found = shared(mine, gather)
     return [found[number % ranks][number // ranks] for number in range(len(items))]
+
+
+def from_first(work: Callable[[], Result], rank: int, gather: Gather, broadcast: Broadcast | None) -> Result:
+    """The result of `work` on rank 0; an error is raised on all. broadcast: a gather of objects takes, on every rank,
+    the memory of the largest value once per rank; without it, `gather` is used all the same."""
+    found: list[Result] = []
+    shared(lambda: found.append(work()) if rank == 0 else None, gather)
+    return broadcast(found)[0] if broadcast else gather(found)[0][0]
 
 
 def shared(work: Callable[[], Result], gather: Gather) -> list[Result]:

@@ -214,6 +214,27 @@ def test_ranks_split_the_opening_of_shards(make_shards, tmp_path, monkeypatch):
         assert dataset.fingerprint == whole.fingerprint
     assert sorted(looked) == whole.shards, "each once"
 
+
+def test_names_of_shards_are_broadcast_and_not_gathered(make_shards, tmp_path):
+    """A gather of objects takes the memory of the longest list of names for every rank."""
+    whole, gathered = make_shards([2, 3, 4]), []
+    spec = str(tmp_path / "s-*.tar")
+
+    def opened(rank, gather):
+        def noted(value):
+            gathered.append(repr(value))
+            return gather(value)
+
+        return open_dataset(spec, rank=rank, gather=noted, broadcast=lambda value: gather(value)[0])
+
+    assert [dataset.shards for dataset in in_ranks(opened, 2)] == [whole.shards] * 2
+    assert gathered and not any("s-0000" in each for each in gathered)
+
+
+def test_an_error_of_one_rank_is_raised_on_all(make_shards, tmp_path):
+    make_shards([2, 3, 4, 5, 6])
+    spec = str(tmp_path / "s-*.tar")
+
     def refused(rank, gather):
         with pytest.raises(DataError, match=r"s-00003\.tar: no index next to it"):
             open_dataset(spec, rank=rank, gather=gather)

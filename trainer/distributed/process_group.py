@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,14 @@ class Ranks:
     def gather(self, value: object) -> list:
         """Every rank's `value`, in order of rank. If another rank's `agreed` has failed, that error is raised."""
         return self._exchange(value, None)
+
+    def broadcast(self, value: object) -> Any:
+        """Rank 0's `value`, on every rank. If another rank's `agreed` has failed, that error is raised."""
+        self._exchange(None, None)
+        values = [value if self.first else None]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def _exchange(self, value: object, failure: Exception | None) -> list:
         if self.size > 1:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...data import Dataset
+from ...data.spread import Broadcast
 from ...kernels import short_on_cpu
 from ...recipes.schema import Backbone, ControlNet, Data, Flux, Kernels
 from ..distributed.process_group import Gather, Ranks, single_process
@@ -236,15 +237,17 @@ class ControlNetStage:
     def choose_kernels(
         self, asked: Kernels, micro_batch: int, precision: str, ranks: Ranks, folder: Path
     ) -> dict[str, dict[str, Any]]:
-        self.open_caches(ranks.rank, ranks.size, ranks.gather)  # checked here, before anything is built
+        self.open_caches(ranks.rank, ranks.size, ranks.gather, ranks.broadcast)  # checked before anything is built
         patches = grid_side(self.config, self.data.image_size) ** 2
         work = KernelWork.of(self.config, micro_batch, patches, TEXT_TOKENS, precision)
         self.kernels, record = choose_kernels(asked, work, ranks, folder)
         return {"prefix_attention": record["prefix_attention"]}
 
-    def open_caches(self, rank: int = 0, ranks: int = 1, gather: Gather = single_process) -> dict[Kind, Cache]:
+    def open_caches(
+        self, rank: int = 0, ranks: int = 1, gather: Gather = single_process, broadcast: Broadcast | None = None
+    ) -> dict[Kind, Cache]:
         """Open the recipe's caches; raises on all ranks if one does not match the recipe."""
-        self.caches = open_caches(self.outputs(), self.data, rank, ranks, gather)
+        self.caches = open_caches(self.outputs(), self.data, rank, ranks, gather, broadcast)
         return self.caches
 
     def outputs(self) -> list[FrozenOutputs]:
@@ -289,7 +292,7 @@ class ControlNetStage:
 
     def validation_collates(self, shards: str | list[str], ranks: Ranks) -> dict[str, ControlNetCollate]:
         data = self.data.model_copy(update={"shards": shards})
-        caches = open_caches(self.outputs(), data, ranks.rank, ranks.size, ranks.gather)
+        caches = open_caches(self.outputs(), data, ranks.rank, ranks.size, ranks.gather, ranks.broadcast)
         middles = [(level + 0.5) / VALIDATION_LEVELS for level in range(VALIDATION_LEVELS)]
         inputs = self.folder.tokenizers, self.latents, caches, VALIDATION_SEED
         return {f"noise_{middle:.4g}": ControlNetCollate(*inputs, 0.0, middle) for middle in middles}

@@ -23,13 +23,12 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from ...data import DataError, DataMissing, RawSample
+from ...data import DataError, DataMissing, RawSample, open_dataset
 from ...data.files import File, OpenShards, content, open_file
-from ...data.index import HEADER_LIMIT, load_header
+from ...data.index import HEADER_LIMIT
 from ...data.remote import filesystem, size_of
 from ...data.retry import call
-from ...data.shard_list import expand
-from ...data.spread import shared, spread
+from ...data.spread import Broadcast, spread
 from ...recipes.schema import Data
 from ..distributed.process_group import Gather, single_process
 from ..errors import RunError
@@ -82,8 +81,9 @@ def read_header(tar: str) -> Header | None:
         return None
 
 
-def find_problem(shard: str, tar: str, made: str) -> str | None:
-    """Why the cached `tar` of an original shard is unusable, by header and size; None if it is usable."""
+def find_problem(source: str, tar: str, made: str) -> str | None:
+    """Why the cached `tar` of an original shard is unusable, by header and size; None if it is usable. source: the
+    original shard's content hash."""
     header = read_header(tar)
     if header is None:
         return "missing"
@@ -93,8 +93,8 @@ def find_problem(shard: str, tar: str, made: str) -> str | None:
         return "missing"
     if header.made != made:
         return "made with other weights or settings than its folder name states"
-    if header.source != load_header(shard).sha256:
-        return f"made from another {posixpath.basename(shard)}"
+    if header.source != source:
+        return f"made from another {posixpath.basename(tar)}"
     if size != header.bytes:
         return f"damaged ({size} bytes instead of {header.bytes})"
     return None
@@ -128,22 +128,33 @@ class FrozenOutputs(Protocol):
 
 
 def open_caches(
-    outputs: Sequence[FrozenOutputs], data: Data, rank: int = 0, ranks: int = 1, gather: Gather = single_process
+    outputs: Sequence[FrozenOutputs],
+    data: Data,
+    rank: int = 0,
+    ranks: int = 1,
+    gather: Gather = single_process,
+    broadcast: Broadcast | None = None,
 ) -> dict[Kind, Cache]:
     """The cache of each of `outputs`; see `open_cache`."""
-    return {one.kind: open_cache(one, data, rank, ranks, gather) for one in outputs}
+    return {one.kind: open_cache(one, data, rank, ranks, gather, broadcast) for one in outputs}
 
 
 def open_cache(
-    outputs: FrozenOutputs, data: Data, rank: int = 0, ranks: int = 1, gather: Gather = single_process
+    outputs: FrozenOutputs,
+    data: Data,
+    rank: int = 0,
+    ranks: int = 1,
+    gather: Gather = single_process,
+    broadcast: Broadcast | None = None,
 ) -> Cache:
     """The cache of a data set; RunError if it is missing, incomplete, or made with other settings or from other shards.
     Each rank checks its share."""
     kind, made = outputs.kind, outputs.fingerprint(rank, ranks, gather)
-    shards: list[str] = shared(lambda: expand(data.shards) if rank == 0 else [], gather)[0]
-    name = digest(made)
+    dataset = open_dataset(data.shards, rank=rank, gather=gather, broadcast=broadcast)
+    shards, name = dataset.shards, digest(made)
     tars = [cache_path(shard, kind, name) for shard in shards]
-    found = spread(lambda shard: find_problem(shard, cache_path(shard, kind, name), name), shards, rank, gather)
+    pairs = [(header.sha256, tar) for header, tar in zip(dataset.headers, tars, strict=True)]
+    found = spread(lambda pair: find_problem(*pair, name), pairs, rank, gather)
     problems = [(tar, problem) for tar, problem in zip(tars, found, strict=True) if problem]
     if not problems:
         return Cache(tars, max_open=max(64, 2 * data.shuffle_window))

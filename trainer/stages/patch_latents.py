@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ...data import Dataset, Item, stacked
+from ...data.spread import Broadcast
 from ...kernels import PatchLatentHead, PrefixLayout
 from ...recipes.fields import HeldWeights
 from ...recipes.schema import Backbone, Branch, Data, Kernels
@@ -237,7 +238,7 @@ class PatchLatentStage:
     def choose_kernels(
         self, asked: Kernels, micro_batch: int, precision: str, ranks: Ranks, folder: Path
     ) -> dict[str, dict[str, Any]]:
-        self.open_caches(ranks.rank, ranks.size, ranks.gather)  # checked here, before anything is built
+        self.open_caches(ranks.rank, ranks.size, ranks.gather, ranks.broadcast)  # checked before anything is built
         shapes = micro_batch, self.tokens_per_image, self.branch.max_text_tokens
         work = KernelWork.of(self.config, *shapes, precision, self.branch.draws)
         self.kernels, record = choose_kernels(asked, work, ranks, folder)
@@ -250,10 +251,12 @@ class PatchLatentStage:
         assert self.files is not None
         return [VisionOutputs("backbone.vision_encoder", self.config, self.files, self.image_size, self.precision)]
 
-    def open_caches(self, rank: int = 0, ranks: int = 1, gather: Gather = single_process) -> dict[Kind, Cache]:
+    def open_caches(
+        self, rank: int = 0, ranks: int = 1, gather: Gather = single_process, broadcast: Broadcast | None = None
+    ) -> dict[Kind, Cache]:
         """Open the recipe's caches; raises on all ranks if one does not match the recipe."""
         assert self.data is not None
-        self.caches = open_caches(self.outputs(), self.data, rank, ranks, gather)
+        self.caches = open_caches(self.outputs(), self.data, rank, ranks, gather, broadcast)
         return self.caches
 
     def build(self, activation_checkpointing: bool = False) -> PatchLatentModel:
@@ -290,7 +293,7 @@ class PatchLatentStage:
         assert self.tokenizer is not None
         assert self.data is not None
         held_out = self.data.model_copy(update={"shards": shards})
-        caches = open_caches(self.outputs(), held_out, ranks.rank, ranks.size, ranks.gather)
+        caches = open_caches(self.outputs(), held_out, ranks.rank, ranks.size, ranks.gather, ranks.broadcast)
         rate, found = self.branch.mask_rate, {}
         for fixed in sorted(set(np.linspace(rate.low, rate.high, VALIDATION_RATES).tolist())):
             always = rate.model_copy(update={"low": fixed, "high": fixed})

@@ -22,7 +22,6 @@ from safetensors.torch import save
 from ...data import DataError, Dataset, open_dataset
 from ...data.atomic import write_atomic
 from ...data.files import is_local
-from ...data.index import load_header
 from ...data.progress import track
 from ...data.tars import TarInput, scan
 from ...data.units import counted, format_bytes
@@ -117,7 +116,8 @@ class _Encoder:
         shard = self.dataset.shards[number]
         tar = Path(self.tar(shard))
         header = latent_cache.read_header(str(tar))
-        whole = header and latent_cache.find_problem(shard, str(tar), self.name) is None
+        source = self.dataset.headers[number]
+        whole = header and latent_cache.find_problem(source.sha256, str(tar), self.name) is None
         if whole and header and latent_cache.same_content(str(tar), header):
             return None
         tar.parent.mkdir(exist_ok=True)
@@ -131,13 +131,12 @@ class _Encoder:
         with tar.open("rb") as file:
             places = iter([(member.offset, member.size) for member in scan(TarInput(file), read_all=False)])
         entries = [[key, *next(places), *check] if check else [key] for key, *check in entries]
-        samples = self.dataset.headers[number].samples
         header = latent_cache.Header(
-            latent_cache.VERSION, self.name, load_header(shard).sha256, written.bytes, written.sha256, samples
+            latent_cache.VERSION, self.name, source.sha256, written.bytes, written.sha256, source.samples
         )
         text = [json.dumps(asdict(header)), *(json.dumps(entry) for entry in entries)]
         write_atomic(lines, ("\n".join(text) + "\n").encode())
-        return samples, sum(len(entry) == 1 for entry in entries)
+        return source.samples, sum(len(entry) == 1 for entry in entries)
 
     def _members(self, shard: int, entries: list[list]) -> Iterator[tuple[str, dict[str, bytes]]]:
         """The tar's samples. Appends the key and checksum of each to `entries`, only the key if unreadable."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...data import Dataset, Plan, open_dataset
+from ...data.spread import Broadcast
 from ...data.units import counted
 from ...recipes.schema import Data
 from ...recipes.secrets import HIDDEN
@@ -38,12 +39,18 @@ class Inputs:
 
 
 def open_inputs(
-    data: Data, seed: int, global_batch: int, stage: Callable[[], Stage], rank: int = 0, gather: Gather = single_process
+    data: Data,
+    seed: int,
+    global_batch: int,
+    stage: Callable[[], Stage],
+    rank: int = 0,
+    gather: Gather = single_process,
+    broadcast: Broadcast | None = None,
 ) -> Inputs:
     """Open everything that a run reads; the ranks that `gather` connects divide the reading of shards. Raises RunError
     or DataError for an input that cannot be used. seed: of the sample order; stage: opens the stage."""
     _require_signature("data.shards", data.shards)
-    dataset = open_dataset(data.shards, rank=rank, gather=gather)
+    dataset = open_dataset(data.shards, rank=rank, gather=gather, broadcast=broadcast)
     if len(dataset) < global_batch:
         raise RunError(
             f"data.shards hold {counted(len(dataset), 'sample')} in {counted(len(dataset.shards), 'shard')}, fewer than"
@@ -60,13 +67,17 @@ def open_inputs(
 
 
 def open_held_out(
-    shards: str | list[str] | None, training: Dataset, rank: int = 0, gather: Gather = single_process
+    shards: str | list[str] | None,
+    training: Dataset,
+    rank: int = 0,
+    gather: Gather = single_process,
+    broadcast: Broadcast | None = None,
 ) -> Dataset | None:
     """The data of `validation.shards`. RunError if some of it is training data, also under another name."""
     if shards is None:
         return None
     _require_signature("validation.shards", shards)
-    held_out = open_dataset(shards, rank=rank, gather=gather)
+    held_out = open_dataset(shards, rank=rank, gather=gather, broadcast=broadcast)
     kept = {header.sha256: shard for shard, header in zip(held_out.shards, held_out.headers, strict=True)}
     for shard, header in zip(training.shards, training.headers, strict=True):
         if header.sha256 in kept:

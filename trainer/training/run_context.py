@@ -76,10 +76,12 @@ def open_run(recipe: Recipe) -> Iterator[RunContext]:
         batch = ranks.agreed(lambda: split_batch(recipe.global_batch, recipe.micro_batch, ranks.size, recipe.zero.hpz))
         stage = partial(open_stage, recipe)
         inputs = ranks.agreed(
-            lambda: open_inputs(recipe.data, recipe.seed, batch.global_batch, stage, ranks.rank, ranks.gather)
+            lambda: open_inputs(
+                recipe.data, recipe.seed, batch.global_batch, stage, ranks.rank, ranks.gather, ranks.broadcast
+            )
         )
         held_out = ranks.agreed(
-            lambda: open_held_out(recipe.validation.shards, inputs.dataset, ranks.rank, ranks.gather)
+            lambda: open_held_out(recipe.validation.shards, inputs.dataset, ranks.rank, ranks.gather, ranks.broadcast)
         )
         with RunLock(folder) as lock, Heartbeat(BEAT_S) as heartbeat:
             stop.at_quit += [lock.release, watchdog.remove_empty_stacks]

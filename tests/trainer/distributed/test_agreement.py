@@ -34,7 +34,14 @@ def together(monkeypatch):
             values[:] = [pickle.loads(slot) for slot in slots]
             meeting.wait()
 
+        def broadcast_object_list(values, src):
+            answers = [None] * size
+            all_gather_object(answers, ("broadcast", values))
+            assert all(kind == "broadcast" for kind, _ in answers), "another collective on some rank"
+            values[:] = answers[src][1]
+
         monkeypatch.setattr(process_group.dist, "all_gather_object", all_gather_object)
+        monkeypatch.setattr(process_group.dist, "broadcast_object_list", broadcast_object_list)
         outcomes = [None] * size
 
         def work(rank):
@@ -56,13 +63,15 @@ def together(monkeypatch):
 
 
 def fails_at(rank: int, moment: int, error: Exception):
-    """An action of four moments with gathers between them; it fails on `rank` at `moment`."""
+    """An action of four moments with gathers and broadcasts between them; it fails on `rank` at `moment`."""
 
     def act(me: process_group.Ranks):
         def action():
             for now in range(4):
                 if (me.rank, now) == (rank, moment):
                     raise error
+                if now % 2:
+                    assert me.broadcast((me.rank, now)) == (0, now)
                 assert me.gather((me.rank, now)) == [(other, now) for other in range(me.size)]
             return "done"
 
@@ -111,7 +120,7 @@ def test_a_bug_is_raised_on_its_rank_and_named_on_the_others(together) -> None:
 
 def test_one_rank_alone() -> None:
     one = process_group.Ranks(0, 1, torch.device("cpu"))
-    assert one.agreed(lambda: one.gather(3)) == [3]
+    assert one.agreed(lambda: one.gather(3)) == [3] and one.broadcast(4) == 4
     with pytest.raises(DataError, match=r"^/x: No space"):
         one.agreed(lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space", "/x")))
     with pytest.raises(KeyError):

@@ -13,6 +13,7 @@ import ranked
 import runs
 import tiny_flux
 from bifrost.data import DataError, verify
+from bifrost.data.make_catalogue import make_catalogues
 from bifrost.recipes import Recipe, load_recipe
 from bifrost.trainer.cli.main import app
 from bifrost.trainer.errors import RunError
@@ -90,12 +91,16 @@ def test_ranks_encode_and_train_from_it_as_without(data: Path, flux: Path) -> No
     assert not (data.parent / "runs" / "second").exists()
 
 
-def test_what_is_cached_is_not_loaded(data: Path, flux: Path) -> None:
+def test_what_is_cached_is_not_loaded(data: Path, flux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded(recipe(data, flux, CACHED[0]))
     stage = open_stage(recipe(data, flux, CACHED[0], EVERY[2]))
     model = stage.build()
     stage.load(model)
     assert model.flux.vae is None and model.flux.text_encoder is not None and not hasattr(model, "backbone")
     assert stage.image_sizes == (112,), "images at FLUX's size are not even decoded"
+    make_catalogues(f"{data}/train-*.tar")
+    monkeypatch.setattr("bifrost.data.index.load_header", lambda shard: pytest.fail(f"{shard} was opened"))
+    assert open_stage(recipe(data, flux, CACHED[0])).open_caches().keys() == {"vae"}
 
 
 def test_resumes_after_an_interruption_and_repairs_damaged_shards(
