@@ -92,10 +92,9 @@ class Headers:
         """Samples per shard, int64 [S]."""
         return self._numbers[FIELDS.index("samples")]
 
-    @property
-    def hexadecimal(self) -> str:
-        """The tars' hashes in hex, one after the other."""
-        return self._hashes.tobytes().hex()
+    def hexadecimal(self) -> Iterator[str]:
+        """The tars' hashes in hex, one after the other, in parts."""
+        return (self._hashes[start : start + 4096].tobytes().hex() for start in range(0, len(self), 4096))
 
     def stale(self, shard: int, index: str) -> DataError:
         """The error for a shard whose index is not the one in the catalogue."""

@@ -174,7 +174,7 @@ def _load_same(rank: int, folder: str, sha256: str) -> Catalogue:
         catalogue = None
     if catalogue is None or catalogue.sha256 != sha256:
         raise DataError(
-            f"{folder + NAME}: rank {rank} reads another catalogue than rank 0, or none; copy the data set anew, or"
+            f"{folder + NAME}: rank {rank} reads another catalogue than rank 0, or none; copy the data set again, or"
             " start again if the catalogue was being written"
         )
     return catalogue

@@ -10,8 +10,9 @@ import asyncio
 import re
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import fsspec.config
@@ -68,6 +69,7 @@ def filesystem(url: str) -> tuple[Any, str]:
             from aiobotocore.session import AioSession
 
             fs.session = AioSession(**fs.kwargs)
+            fs.session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
         fs.session.register("needs-retry.s3", _check_s3, unique_id="bifrost-check")
     return fs, path
 
@@ -84,6 +86,16 @@ def _settings(url: str) -> dict[str, Any]:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
         return {"client_kwargs": {"timeout": timeout, **theirs.get("client_kwargs", {})}}
     return {}
+
+
+def _timestamp(value: Any) -> datetime:
+    """botocore's `parse_timestamp`, with which parsing a listing takes five times as long."""
+    with suppress(ValueError):
+        if str(value).endswith("Z"):
+            return datetime.fromisoformat(f"{value[:-1]}+00:00")
+    from botocore.utils import parse_timestamp
+
+    return parse_timestamp(value)
 
 
 def _check_s3(response: tuple[Any, dict] | None, operation: Any, **_: Any) -> None:

@@ -95,12 +95,15 @@ class Dataset:
         self.shards = shards
         self.headers = headers
         if isinstance(headers, Headers):
-            samples, hashes = headers.samples, headers.hexadecimal
+            samples, hashes = headers.samples, headers.hexadecimal()
         else:
-            samples, hashes = [each.samples for each in headers], "".join(each.sha256 for each in headers)
+            samples, hashes = [each.samples for each in headers], (each.sha256 for each in headers)
         self.samples_per_shard = np.array(samples, dtype=np.int64)
         """Sample counts, int64 [S]."""
-        self.fingerprint = hashlib.sha256(hashes.encode()).hexdigest()
+        digest = hashlib.sha256()
+        for each in hashes:
+            digest.update(each.encode())
+        self.fingerprint = digest.hexdigest()
         """Hash over the shards' content hashes in order: identifies samples and their order, wherever stored."""
         self.opened = OpenShards(shards, self._open, max_open)
         self._ends = self.samples_per_shard.cumsum()

@@ -12,12 +12,13 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from botocore.utils import parse_timestamp
 from catalogued_folder import KINDS, content, in_ranks, is_catalogued, serving, write
 from typer.testing import CliRunner
 
 import faulty_server
 import object_store
-from bifrost.data import DataError, DataLost, catalogue, catalogue_state, open_dataset, write_shard
+from bifrost.data import DataError, DataLost, catalogue, catalogue_state, open_dataset, remote, write_shard
 from bifrost.data.catalogue import NAME
 from bifrost.data.cli import app
 from bifrost.data.make_catalogue import make_catalogues
@@ -94,13 +95,28 @@ def test_listing_in_parts_finds_every_shard(folder, request, monkeypatch) -> Non
     expected = content(open_dataset("s3://bucket/"))
     make_catalogues("s3://bucket/*.tar")
     opened: list[str] = []
+    times, parsed = [], remote._timestamp
+    monkeypatch.setattr(remote, "_timestamp", lambda text: times.append(text) or parsed(text))
+    s3fs.S3FileSystem.clear_instance_cache()
     real = catalogued.open_header
     monkeypatch.setattr(catalogued, "open_header", lambda shard: opened.append(shard) or real(shard))
     for ranks in (1, 2):
         for dataset in in_ranks(lambda rank, gather: open_dataset("s3://bucket", rank=rank, gather=gather), ranks):
             assert content(dataset) == expected
-    assert not opened
+    assert not opened and times
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("2026-11-29T01:02:03.456Z", "2026-11-29T01:02:03Z", "2026-11-29T01:02:03+02:00", "20261129T010203Z"),
+        *("Sun, 29 Nov 2026 01:02:03 GMT", "1796000000", 1796000000.5),
+    ],
+)
+def test_times_in_listings_are_botocores(text) -> None:
+    found, expected = remote._timestamp(text), parse_timestamp(text)
+    assert found == expected and found.utcoffset() == expected.utcoffset()
 
 
 def test_errors_of_shards_are_those_without_a_catalogue(folder) -> None:
@@ -183,6 +199,15 @@ def test_command(folder, monkeypatch) -> None:
     with pytest.raises(DataError, match="No space left on device; free disk space"):
         make_catalogues(str(folder))
     assert (folder / NAME).read_bytes() == before and len(list(folder.iterdir())) == 9
+
+
+def test_folder_that_cannot_be_written(folder, monkeypatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    result = CliRunner().invoke(app, ["catalogue", str(folder)])
+    assert isinstance(result.exception, DataError) and "not writable, and a catalogue is stored" in str(
+        result.exception
+    )
+    assert not (folder / NAME).exists() and len(open_dataset(str(folder))) == 14
 
 
 def test_server_that_is_down_is_data_lost(served, folder, monkeypatch, caplog) -> None:
