@@ -21,7 +21,7 @@ from .catalogue import FIELDS, NAME, Catalogue, Headers, folder_name, load, load
 from .catalogue_state import CHUNK, LAST, LOCAL, S3, Origin, State, listed_states, local_states, origin_of
 from .errors import DataError, DataLost, DataMissing
 from .index import open_header
-from .local import is_kind, names_in
+from .local import is_kind, stat_of, with_retries
 from .shard_list import check_sorted, expand, folder_of, has_wildcard, is_shard, patterns, refuse_mixture
 from .spread import Gather, shared, spread
 
@@ -183,25 +183,27 @@ def _load_same(rank: int, folder: str, sha256: str) -> Catalogue:
 def _select(catalogue: Catalogue, names: list[str], mixed: bool) -> _Part:
     folder = catalogue.url.removesuffix(NAME)
     part = _Part(catalogue, origin_of(folder), names, [], np.empty(0, dtype=np.int64), [])
-    chosen: list[int] = []
+    singles: list[int] = []
+    for name in filter(is_shard, names):
+        row = part.row(name)
+        if row is None:
+            part.missing.append(name)
+        else:
+            singles.append(row)
+            part.shards.append(folder + name)
+    chosen = [np.array(singles, dtype=np.int64)]
     for name in names:
         if is_shard(name):
-            row = part.row(name)
-            if row is None:
-                part.missing.append(name)
-            else:
-                chosen.append(row)
-                part.shards.append(folder + name)
             continue
         if not name and not mixed:
             refuse_mixture(folder_name(catalogue.url), catalogue.names)
-        rows = [row for row, each in enumerate(catalogue.names) if _matches(name, each)]
-        if not rows:
+        rows = np.fromiter((row for row, each in enumerate(catalogue.names) if _matches(name, each)), dtype=np.int64)
+        if not len(rows):
             part.missing.append(name)
-        chosen += rows
+        chosen.append(rows)
         prefix = part.origin.of("")
         part.shards += [prefix + catalogue.names[row] for row in rows]
-    part.rows = np.array(chosen, dtype=np.int64)
+    part.rows = np.concatenate(chosen)
     if np.any(np.diff(part.rows) < 0):
         order = np.argsort(part.rows, kind="stable")
         part.rows, part.shards = part.rows[order], [part.shards[number] for number in order]
@@ -255,11 +257,18 @@ def _check_names(part: _Part) -> None:
     known = set(catalogue.names)
     if part.origin.kind == LOCAL:
         path = part.origin.path
-        listed = {name for name in names_in(path or "/") if name.endswith(".tar") and not name.startswith(".")}
-        listed = {name for name in listed if name in known or is_kind(f"{path}/{name}", stat.S_ISREG)}
+        added = with_retries(lambda: _others(path or "/", known), path)
+        added = {name for name in added if is_kind(f"{path}/{name}", stat.S_ISREG)}
+        part.require_same(added, set())  # removed ones are found by their states
     else:
-        listed = {posixpath.basename(shard) for shard in expand(folder)}
-    part.require_same(listed, known)
+        part.require_same({posixpath.basename(shard) for shard in expand(folder)}, known)
+
+
+def _others(path: str, known: set[str]) -> list[str]:
+    """Names of shards in a local folder other than `known`, without a list of all."""
+    with os.scandir(path) as entries:
+        names = (entry.name for entry in entries)
+        return [name for name in names if name.endswith(".tar") and not name.startswith(".") and name not in known]
 
 
 class _Suspects(NamedTuple):
@@ -277,7 +286,10 @@ def _suspects(part: _Part, rows: np.ndarray) -> _Suspects:
     were added or removed, if a listing shows it."""
     selected, known = part.selected(rows), part.catalogue.names
     if part.origin.kind == LOCAL:
-        return _changed(part, selected, local_states(part.origin, [known[row] for row in selected]))
+        states = local_states(part.origin, [known[row] for row in selected])
+        lost = [known[row] for row, state in zip(selected, states, strict=True) if state is None]
+        part.require_same(set(), {name for name in lost if stat_of(f"{part.origin.path}/{name}") is None})
+        return _changed(part, selected, states)
     if part.origin.kind != S3:
         return _Suspects(_one_of(selected), drawn=True)
     names = [known[row] for row in rows]

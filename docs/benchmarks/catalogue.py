@@ -122,25 +122,31 @@ def opened(spec: str, ranks: int, seek: bool) -> dict:
 
     from bifrost.data import Plan, open_dataset
 
+    imports = peak_mib()
     begin = time.perf_counter()
     before = resource.getrusage(resource.RUSAGE_SELF)
     dataset = open_dataset(spec, gather=lambda value: [value] * ranks)
     found = {"s": time.perf_counter() - begin, "fingerprint": dataset.fingerprint, "samples": len(dataset)}
     used = resource.getrusage(resource.RUSAGE_SELF)
     found["cpu_s"] = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
-    found["imports_mib"], found["mib"] = before.ru_maxrss / 1024, used.ru_maxrss / 1024
+    found["imports_mib"], found["mib"] = imports, peak_mib()
     if seek:
         draw = np.random.default_rng(0)
         times = []
         for _ in range(20):
             start = int(draw.integers(100 * len(dataset)))
-            begin = time.perf_counter()
+            begin, cpu = time.perf_counter(), time.process_time()
             plan = Plan(dataset.samples_per_shard, seed=0)
-            planned = time.perf_counter()
             plan.locate(np.arange(start, start + POSITIONS))
-            times.append((planned - begin, time.perf_counter() - planned))
-        found["plan_ms"], found["seek_ms"] = ([1000 * each[side] for each in times] for side in (0, 1))
+            times.append((time.perf_counter() - begin, time.process_time() - cpu))
+        found["seek_ms"], found["seek_cpu_ms"] = ([1000 * each[side] for each in times] for side in (0, 1))
     return found
+
+
+def peak_mib() -> float:
+    """Peak RSS of this process; `ru_maxrss` would include that of the process that started it."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def measured(spec: str, ranks: int, seek: bool, server: Server) -> dict:
@@ -171,7 +177,7 @@ def compare(folder: Path, server: Server, shards: int, rounds: int) -> None:
         "HTTP": f"http://127.0.0.1:{server.port}/bucket/{braces}",
     }
     aside = folder.parent / NAME
-    print("| storage, ranks | catalogue | s | CPU s | peak MiB | requests |\n|---|---|---|---|---|---|", flush=True)
+    print("| storage, ranks | catalogue | s | CPU s | peak MiB (imports) | requests |\n|---|---|---|---|---|---|", flush=True)
     fingerprints, times = set(), []
     for storage, ranks in [(storage, ranks) for storage in STORAGE for ranks in (512, 1)]:
         found: dict[str, list[dict]] = {"with": [], "without": []}
@@ -183,19 +189,19 @@ def compare(folder: Path, server: Server, shards: int, rounds: int) -> None:
                 finally:
                     os.replace(aside, folder / NAME)
             found["with"].append(measured(places[storage], ranks, storage == "local" and ranks == 512, server))
-        times += [each for each in found["with"] if "plan_ms" in each]
+        times += [each for each in found["with"] if "seek_ms" in each]
         for how, results in found.items():
             if not results:
                 continue
             # Each of 512 ranks is assumed to find the headers of rank 0, so without a catalogue there are fewer shards.
             fingerprints |= {each["fingerprint"] for each in results if how == "with" or ranks == 1}
             columns = [shown([each[name] for each in results], digits) for name, digits in (("s", 2), ("cpu_s", 2))]
-            peak = f"{max(each['mib'] for each in results):,.0f} ({results[0]['imports_mib']:,.0f} imports)"
+            peak = f"{max(each['mib'] for each in results):,.0f} ({results[0]['imports_mib']:,.0f})"
             requests = max(each["requests"] for each in results) if storage != "local" else 0
             print(f"| {storage}, {ranks} | {how} | {' | '.join(columns)} | {peak} | {requests:,} |", flush=True)
     assert len(fingerprints) == 1, fingerprints
-    plans, seeks = (sorted(value for each in times for value in each[name]) for name in ("plan_ms", "seek_ms"))
-    print(f"\nplan {shown(plans, 1)} ms, seek {shown(seeks, 1)} ms, in {len(seeks)} positions")
+    seeks, cpu = ([value for each in times for value in each[name]] for name in ("seek_ms", "seek_cpu_ms"))
+    print(f"\nplan and seek: {shown(seeks, 1)} ms, {shown(cpu, 1)} ms of CPU, at {len(seeks)} random positions")
 
 
 def main() -> None:
