@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote
 from xml.sax.saxutils import escape
@@ -115,13 +116,12 @@ class Server:
 
 def opened(spec: str, ranks: int, seek: bool) -> dict:
     """Open a data set as rank 0 of `ranks`; in this process, after the imports."""
-    import aiobotocore.session  # noqa: F401
-    import aiohttp  # noqa: F401
     import numpy as np
-    import s3fs  # noqa: F401
 
     from bifrost.data import Plan, open_dataset
 
+    for name in {"s3": ("aiobotocore.session", "s3fs"), "http": ("aiohttp",)}.get(spec.partition(":")[0], ()):
+        import_module(name)
     imports = peak_mib()
     begin = time.perf_counter()
     before = resource.getrusage(resource.RUSAGE_SELF)
@@ -177,7 +177,10 @@ def compare(folder: Path, server: Server, shards: int, rounds: int) -> None:
         "HTTP": f"http://127.0.0.1:{server.port}/bucket/{braces}",
     }
     aside = folder.parent / NAME
-    print("| storage, ranks | catalogue | s | CPU s | peak MiB (imports) | requests |\n|---|---|---|---|---|---|", flush=True)
+    print(
+        "| storage, ranks | catalogue | s | CPU s | peak MiB (imports) | requests |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
     fingerprints, times = set(), []
     for storage, ranks in [(storage, ranks) for storage in STORAGE for ranks in (512, 1)]:
         found: dict[str, list[dict]] = {"with": [], "without": []}
