@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -68,6 +69,45 @@ def in_processes(work: Callable[[Task], Result], tasks: Iterable[Task], processe
         raise DataError("a worker process died (out of memory?); run the same command again to resume") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def from_process(produce: Callable[..., Iterable[Result]], *arguments: object) -> Iterator[Result]:
+    """The items of `produce(*arguments)`, which a process of its own makes ahead of the caller, as far as a pipe holds
+    them.
+
+    An exception there is raised here. When the loop is left early, the process ends. Raises DataError when it dies.
+    """
+    context = get_context(START_METHOD)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_all, args=(sender, produce, arguments), daemon=True)
+    process.start()
+    sender.close()  # so that the end of the process ends the pipe
+    try:
+        while True:
+            item, error, more = receiver.recv()
+            if error is not None:
+                raise error
+            if not more:
+                return
+            yield item
+    except EOFError:
+        raise DataError("a worker process died (out of memory?); run the same command again") from None
+    finally:
+        receiver.close()
+        process.kill()
+        process.join()
+
+
+def _send_all(sender: Connection, produce: Callable[..., Iterable[object]], arguments: tuple[object, ...]) -> None:
+    _start()
+    try:
+        for item in produce(*arguments):
+            sender.send((item, None, True))
+        sender.send((None, None, False))
+    except BrokenPipeError:
+        pass  # the caller has left
+    except Exception as error:
+        sender.send((None, error, False))
 
 
 @contextmanager

@@ -17,12 +17,10 @@ class Lines:
 
     def __init__(self, records: list[dict[str, Any]]) -> None:
         self.records = records
-        self.layouts = dict.fromkeys(map(tuple, records))
+        self.layouts = dict.fromkeys([layout] if (layout := one_layout(records)) else map(tuple, records))
         """The different orders of keys."""
         self.keys = dict.fromkeys(key for layout in self.layouts for key in layout)
         self._columns: dict[str, Sequence[Any]] = {}
-        if len(self.layouts) == 1:
-            self._columns = dict(zip(self.keys, zip(*map(dict.values, records), strict=True), strict=True))
         self._plain: dict[str, bool] = {}
 
     def __len__(self) -> int:
@@ -35,7 +33,11 @@ class Lines:
     def values(self, key: str) -> Sequence[Any]:
         """The value under `key` in every line, None without one."""
         if key not in self._columns:
-            self._columns[key] = tuple([record.get(key) for record in self.records])
+            everywhere = len(self.layouts) == 1 and key in self.keys
+            records = self.records
+            self._columns[key] = tuple(
+                [each[key] for each in records] if everywhere else [each.get(key) for each in records]
+            )
         return self._columns[key]
 
     def all_numbers(self, key: str) -> bool:
@@ -57,6 +59,12 @@ class Lines:
         if not self.all_numbers(key):
             steps = steps[[isinstance(value, (int, float)) for value in self.values(key)]]
         return steps, np.array(self.numbers(key), dtype=np.float64)
+
+
+def one_layout(records: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
+    """The keys of all records, if they have the same in the same order."""
+    first = tuple(records[0])
+    return first if all(map(first.__eq__, map(tuple, records))) else None
 
 
 def blocks(records: Iterable[list[dict[str, Any]]]) -> Iterator[dict[str, Any] | Lines]:

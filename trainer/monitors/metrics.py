@@ -14,6 +14,7 @@ from typing import Any
 
 from ...data.atomic import write_atomic
 from ...recipes.secrets import redact
+from .columns import one_layout
 from .renames import METRICS, with_new_names
 
 log = logging.getLogger(__name__)
@@ -145,6 +146,8 @@ def _parse(lines: list[bytes]) -> list[dict[str, Any]]:
         whole = False
     if not whole:
         return [record for line in lines if (record := parse_line(line)) is not None]
+    if (keys := one_layout(records)) and "event" not in keys and METRICS.keys().isdisjoint(keys):
+        return records  # nearly all of a long file
     return [
         record if "event" not in record and record.keys().isdisjoint(METRICS) else with_new_names(record)
         for record in records

@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
+from ...data.processes import from_process
 from ...slurm.io import newest_records
 from ..io import flat
 from ..monitors.columns import Lines, blocks
@@ -17,6 +19,7 @@ from .files import METRICS, RunFiles
 from .page import template
 from .same_steps import Rows, SameSteps, matched
 from .series import Mean, Series
+from .summary import Summary
 
 WINDOW = 4
 """Final losses are those of the last 1/WINDOW of the steps that all runs have."""
@@ -30,6 +33,8 @@ CURVES = {
     "lr": "learning rate",
 }
 SMOOTH = ("loss", "grad_norm")
+LARGE = 1 << 25
+"""Bytes of a metrics file from which each file is read by a process of its own."""
 
 
 @dataclass
@@ -47,22 +52,36 @@ class Read:
 def read(runs: Sequence[RunFiles]) -> Read:
     """Read the metrics of the runs, two or more, into their summaries, and compare them line by line."""
     found = Read(_window(runs), [Mean() for _ in runs], [SameSteps() for _ in runs[1:]])
+    files = [run.folder / METRICS for run in runs]
+    large = max((file.stat().st_size for file in files if file.exists()), default=0) >= LARGE
 
     def rows(number: int) -> Iterator[Rows]:
-        for lines in runs[number].metrics.read(runs[number].folder / METRICS):
-            new = Rows.of(lines)
-            first, last = found.window or (math.inf, -math.inf)
-            inside = zip(new.steps, new.losses, strict=True) if new.steps[-1] >= first else ()
-            found.losses[number].extend(
-                loss for step, loss in inside if first <= step <= last and isinstance(loss, (int, float))
-            )
-            yield new
+        metrics = runs[number].metrics
+        arguments = metrics, files[number], found.window
+        for part in from_process(_read, *arguments) if large else _read(*arguments):
+            if isinstance(part, Rows):
+                yield part
+            else:
+                summary, found.losses[number] = part
+                metrics.load(summary)
 
     for number, same in enumerate(found.same, 1):
-        again = (Rows.of(part) for part in blocks(iter_metrics(runs[0].folder / METRICS)) if isinstance(part, Lines))
+        again = (Rows.of(part) for part in blocks(iter_metrics(files[0])) if isinstance(part, Lines))
         for mine, others in matched(rows(0) if number == 1 else again, rows(number)):
             same.add(mine, others)
     return found
+
+
+def _read(metrics: Summary, file: Path, window: tuple[int, int] | None) -> Iterator[Rows | tuple[Summary, Mean]]:
+    """The rows of a file; at last its summary, and the losses in the window."""
+    losses = Mean()
+    first, last = window or (math.inf, -math.inf)
+    for lines in metrics.read(file):
+        new = Rows.of(lines)
+        inside = zip(new.steps, new.losses, strict=True) if new.steps[-1] >= first else ()
+        losses.extend(loss for step, loss in inside if first <= step <= last and isinstance(loss, (int, float)))
+        yield new
+    yield metrics, losses
 
 
 def _window(runs: Sequence[RunFiles]) -> tuple[int, int] | None:

@@ -86,6 +86,10 @@ class Summary:
             else:
                 self._add(part)
 
+    def load(self, other: Summary) -> None:
+        """Become a copy of another one, such as one that a process has read."""
+        self.__dict__.update(other.__dict__)
+
     def read_all(self, path: Path) -> Summary:
         """`read` to its end. Raises OSError."""
         for _ in self.read(path):

@@ -12,6 +12,7 @@ from bifrost.slurm.exit_record import last_metrics
 from bifrost.slurm.io import newest_records
 from bifrost.trainer.monitors.goodput import Ledger
 from bifrost.trainer.monitors.metrics import iter_metrics, read_events, read_metrics
+from bifrost.trainer.report import compare as comparison
 from bifrost.trainer.report.compare import compare, read
 from bifrost.trainer.report.files import open_run
 from bifrost.trainer.report.series import MOST, Mean, Median, Series
@@ -75,6 +76,23 @@ def test_a_long_run_keeps_its_spike_and_its_figures(tmp_path: Path) -> None:
     assert (against["lines"], against["largest_at"]) == (6_000, largest)
     assert against["mean_difference"] == pytest.approx(statistics.fmean(apart.values()), rel=1e-9)
     assert (against["same_samples_to"], against["other_samples_at"], against["equal"]) == (18_000, None, False)
+
+
+def test_large_files_are_read_by_processes_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same result; the process of this test parses no line of the second and later runs."""
+    for seed, name in enumerate(("one", "two", "three")):
+        write(tmp_path / name, 3_000 - 500 * seed, every=1 + seed, seed=seed)
+
+    def compared() -> dict:
+        runs = [open_run(tmp_path / name, None, Summary(("loss",), compared=True)) for name in ("one", "two", "three")]
+        return compare(runs, read(runs))
+
+    expected = compared()
+    monkeypatch.setattr(comparison, "LARGE", 1)
+    parsed, here = [], Summary.read
+    monkeypatch.setattr(Summary, "read", lambda self, path: parsed.append(path) or here(self, path))
+    assert compared() == expected and parsed == []
+    assert expected["loss"]["lines"] and expected["against_first"][1]["lines"]
 
 
 def test_lines_that_are_added_together_count_as_one_by_one(tmp_path: Path) -> None:
