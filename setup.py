@@ -72,6 +72,7 @@ setup(
         "tokenizers>=0.21",
         "torchmetrics>=1.4",
         "typer>=0.15",
+        "xxhash>=3.4",
     ],
     extras_require={
         "s3": ["s3fs>=2024.6"],

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from bifrost.trainer.checkpoint.manifest import read_manifest
+from bifrost.trainer.checkpoint.manifest import Manifest, read_manifest
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "first_version"
 SETTINGS = {
@@ -68,7 +68,29 @@ def age(run: Path) -> None:
         state, manifest = json.loads((folder / "state.json").read_text()), read_manifest(folder)
         content = json.dumps({**state, "recipe": recipe(state["recipe"])}).encode()
         (folder / "state.json").write_bytes(content)
-        entry = type(manifest.files["state.json"])(size=len(content), sha256=hashlib.sha256(content).hexdigest())
-        (folder / "manifest.json").write_bytes(
-            manifest.model_copy(update={"files": {**manifest.files, "state.json": entry}}).encode()
-        )
+        write_manifest(folder, manifest)
+
+
+def write_manifest(folder: Path, manifest: Manifest, separate: bool = True) -> None:
+    """Write the manifest of a checkpoint in format 1: SHA-256 of every file, and, if `separate`, of every slot, which
+    the earliest checkpoints lack."""
+    files: dict[str, Any] = {}
+    for name, entry in manifest.files.items():
+        content = (folder / name).read_bytes()
+        files[name] = {"size": len(content), "sha256": sha256(content)}
+        if separate and name.startswith("rank"):
+            files[name]["spans"] = {
+                slot: {
+                    "start": span.start,
+                    "size": span.size,
+                    "sha256": sha256(content[span.start : span.start + span.size]),
+                }
+                for slot, span in entry.spans.items()
+            }
+    body = {**manifest.model_dump(mode="json"), "format": 1, "files": files}
+    body["sha256"] = sha256(json.dumps(body).encode())
+    (folder / "manifest.json").write_text(json.dumps(body, indent=1) + "\n")
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

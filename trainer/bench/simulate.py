@@ -7,6 +7,7 @@ of a resume, the planner. No weights are allocated and no ranks are started.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,12 +19,12 @@ import numpy as np
 import torch
 
 from ...recipes import Recipe
-from ..checkpoint.durable import Entry
-from ..checkpoint.layout import local_range, reads, slice_size
+from ..checkpoint.durable import HASH, Entry, Span
+from ..checkpoint.layout import local_range, rank_file, reads, slice_size
 from ..checkpoint.manifest import Manifest
-from ..checkpoint.reader import rank_file
-from ..checkpoint.safetensors_parts import safetensors_parts
+from ..checkpoint.safetensors_parts import header
 from ..checkpoint.shard import Payload
+from ..checkpoint.verification import HEADER
 from ..planner import Row, batch, open_model, parts, plan, workload
 from ..planner.parameters import Parameters, named_parameters
 from .machine import write_record
@@ -105,32 +106,41 @@ def partition(shapes: Parameters, ranks: int) -> dict[str, Any]:
 def checkpoint(shapes: Parameters, ranks: int, ema: bool) -> dict[str, Any]:
     """The files of a save: bytes per rank, in total, and of the manifest."""
     slots = ("master", "exp_avg", "exp_avg_sq", *(("ema",) if ema else ()))
-    sizes, saved = {}, dict.fromkeys(shapes.trained, 0)
-    known: dict[tuple[int, ...], int] = {}  # a file's size depends on its slices' lengths, equal on most ranks
+    files, saved = {}, dict.fromkeys(shapes.trained, 0)
+    known: dict[tuple[int, ...], Entry] = {}  # a file's spans depend on its slices' lengths, equal on most ranks
     for rank in range(ranks):
         ranges = (local_range(math.prod(shape), rank, ranks) for shape in shapes.trained.values())
         lengths = tuple(hi - lo for lo, hi in ranges)
         if lengths not in known:
             pieces = _content(shapes.trained, slots, rank, ranks).pieces()
             # Only the header: the tensors do not exist.
-            known[lengths] = len(next(safetensors_parts(pieces))) + sum(piece.size for piece in pieces)
-        sizes[rank_file(rank)] = known[lengths]
+            spans = {HEADER: len(header(pieces)), **dict.fromkeys(slots, 0)}
+            for piece in pieces:
+                spans[piece.name.partition("/")[0]] += piece.size
+            known[lengths] = _entry(spans)
+        files[rank_file(rank)] = known[lengths]
         for name, length in zip(saved, lengths, strict=True):
             saved[name] += length
     for name, shape in shapes.trained.items():
         if saved[name] != math.prod(shape):
             raise Broken(f"{name}: {ranks} files hold {saved[name]} of its {math.prod(shape)} elements")
-    files = {name: Entry(size, "0" * 64) for name, size in sizes.items()}
     metadata = _content(shapes.trained, slots, 0, ranks).metadata()
     manifest = Manifest(step=1, time=0.0, files=files, **metadata._asdict()).encode()
     return {
         "slots": list(slots),
         "files": ranks + 2,  # state and manifest
-        "rank_bytes_least": min(sizes.values()),
-        "rank_bytes_most": max(sizes.values()),
-        "bytes": sum(sizes.values()),
+        "rank_bytes_least": min(entry.size for entry in files.values()),
+        "rank_bytes_most": max(entry.size for entry in files.values()),
+        "bytes": sum(entry.size for entry in files.values()),
         "manifest_bytes": len(manifest),
     }
+
+
+def _entry(sizes: dict[str, int]) -> Entry:
+    """A file with spans of these sizes."""
+    ends = list(itertools.accumulate(sizes.values()))
+    parts = zip(sizes.items(), ends, strict=True)
+    return Entry(ends[-1], {name: Span(end - size, size, f"{HASH}:{0:032x}") for (name, size), end in parts})
 
 
 def _content(shapes: dict[str, tuple[int, ...]], slots: Sequence[str], rank: int, ranks: int) -> Payload:

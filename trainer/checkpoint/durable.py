@@ -2,92 +2,135 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import hashlib
-import itertools
-import math
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-_BLOCK = 1 << 24  # bytes hashed and written at a time
+import xxhash
+
+WHOLE = "file"
+"""Name of the span of a file that is hashed as a whole."""
+HASH = "xxh3_128"
+"""Hash of new files: as fast as memory, against damage; a manifest does not protect from who may rewrite it."""
+HASHES: Mapping[str, Callable[[], Any]] = {HASH: xxhash.xxh3_128, "sha256": hashlib.sha256}
+"""Name -> new hash; checkpoints of format 1 have SHA-256."""
+
+WINDOW = 1 << 23
+"""Bytes for which the kernel is asked ahead: to write them to disk, or to read them from it."""
+
+_BLOCK = 1 << 20  # bytes hashed and copied at a time: the second pass finds them in the core's cache
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 @dataclass(frozen=True)
 class Span:
-    """A byte range of a file: start, size, and the SHA-256 of its content in hex."""
+    """A byte range of a file: start, size, and the hash of its content as `NAME:HEX`."""
 
     start: int
     size: int
-    sha256: str
+    hash: str
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Expected file: size in bytes, and the SHA-256 of its content in hex."""
+    """Expected file: size in bytes, and spans that cover it, by name, each of which can be verified separately."""
 
     size: int
-    sha256: str
-    spans: dict[str, Span] | None = field(default=None, compare=False)
-    """Ranges that can be verified separately, by name; None for files without any, and in older checkpoints."""
+    spans: dict[str, Span]
+
+    @property
+    def algorithm(self) -> str:
+        """The hash of its spans, which is the same for all."""
+        return next(iter(self.spans.values())).hash.partition(":")[0]
 
 
-def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> Entry:
-    """Write `parts` in order, flush to disk, and return size and hash.
+def new_hash(name: str) -> Any:
+    """An empty hash, by its name or by a value `NAME:HEX`."""
+    return HASHES[name.partition(":")[0]]()
 
-    The hash is computed from memory, not read back: `hash_file` detects a disk that stored something else. Raises
+
+def formatted(digest: Any) -> str:
+    """The value of a hash as `NAME:HEX`."""
+    return f"{digest.name.lower()}:{digest.hexdigest()}"
+
+
+def write_file(path: Path, content: Mapping[str, Iterable[bytes | memoryview]], algorithm: str = HASH) -> Entry:
+    """Write the spans of `content`, each in parts, in order; flush to disk, and return size and hashes.
+
+    The hashes are computed from memory, not read back: `is_intact` detects a disk that stored something else. Raises
     OSError.
     """
-    digest, size = hashlib.sha256(), 0
+    spans, end = {}, 0
     try:
         with open(path, "wb", buffering=0) as file:
-            for part in parts:
-                view = memoryview(part).cast("B")
-                for start in range(0, len(view), _BLOCK):
-                    block = view[start : start + _BLOCK]
-                    digest.update(block)
-                    while block:  # an unbuffered write may be partial
-                        block = block[file.write(block) :]
-                size += len(view)
+            flushed = 0
+            for name, parts in content.items():
+                start, digest = end, new_hash(algorithm)
+                for part in parts:
+                    view = memoryview(part).cast("B")
+                    for lo in range(0, len(view), _BLOCK):
+                        block = view[lo : lo + _BLOCK]
+                        digest.update(block)
+                        end += len(block)
+                        while block:  # an unbuffered write may be partial
+                            block = block[file.write(block) :]
+                        if end - flushed >= WINDOW:
+                            _start_flush(file.fileno(), flushed, end)
+                            flushed = end
+                spans[name] = Span(start, end - start, formatted(digest))
             os.fsync(file.fileno())
     except OSError as error:
         error.filename = error.filename or str(path)  # `write` reports a full disk without a file name
         raise
-    return Entry(size, digest.hexdigest())
+    return Entry(end, spans)
 
 
-def read_blocks(path: Path, start: int = 0, size: float = math.inf) -> Iterator[bytes]:
-    """Content of a byte range of a file, by default all of it; nothing else is read. Raises OSError."""
+def read_blocks(path: Path, start: int, size: int) -> Iterator[memoryview]:
+    """Content of a byte range of a file, which may end early; nothing else is read. Each block is overwritten by the
+    next one. Raises OSError."""
+    memory = memoryview(bytearray(min(_BLOCK, size)))
+    end = start + size
     with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        while size > 0 and (block := file.read(int(min(_BLOCK, size)))):
-            yield block
-            size -= len(block)
+        ahead = start
+        while start < end:
+            if start >= ahead and hasattr(os, "posix_fadvise"):  # not on macOS
+                os.posix_fadvise(file.fileno(), start, min(2 * WINDOW, end - start), os.POSIX_FADV_WILLNEED)
+                ahead = start + WINDOW
+            count = os.preadv(file.fileno(), [memory[: end - start]], start)
+            if not count:
+                return
+            yield memory[:count]
+            start += count
 
 
-def hash_file(path: Path, start: int = 0, size: float = math.inf) -> Entry:
-    """Size and hash of a byte range of a file on disk, by default all of it. Raises OSError."""
-    digest, found = hashlib.sha256(), 0
-    for block in read_blocks(path, start, size):
+def is_intact(path: Path, spans: Iterable[Span]) -> bool:
+    """Whether each span of a file on disk has its hash; nothing else is read. Raises OSError."""
+    return all(_hashed(path, span) == span.hash for span in spans)
+
+
+def _hashed(path: Path, span: Span) -> str:
+    digest = new_hash(span.hash)
+    for block in read_blocks(path, span.start, span.size):
         digest.update(block)
-        found += len(block)
-    return Entry(found, digest.hexdigest())
+    return formatted(digest)
 
 
-class Spans:
-    """Hashes named ranges of a file while it is written; `found` is complete once `over` is exhausted."""
+def _start_flush(descriptor: int, start: int, end: int) -> None:
+    """Let the kernel write a range to disk while the next one is hashed and copied: fsync then waits for less. Only a
+    hint: errors of the disk are fsync's."""
+    if flush := _sync_file_range():
+        flush(descriptor, start, end - start, _SYNC_FILE_RANGE_WRITE)
 
-    def __init__(self) -> None:
-        self.found: dict[str, Span] = {}
 
-    def over(self, names: Iterable[str], parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-        """Yield `parts`, each belonging to the span named in `names`; parts of a span are consecutive."""
-        start = 0
-        for name, group in itertools.groupby(zip(names, parts, strict=True), key=lambda pair: pair[0]):
-            digest, size = hashlib.sha256(), 0
-            for _, part in group:
-                digest.update(part)
-                size += memoryview(part).nbytes
-                yield part
-            self.found[name] = Span(start, size, digest.hexdigest())
-            start += size
+@functools.cache
+def _sync_file_range() -> Any:
+    """Linux's sync_file_range, which Python lacks; None elsewhere."""
+    found = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if found is not None:
+        found.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return found

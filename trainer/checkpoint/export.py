@@ -20,7 +20,7 @@ from ..models.hub import locate
 from ..models.latent_controlnet import write_config
 from ..models.weights import WeightFiles, is_trained, public_base_name, public_name
 from ..stages import open_controlnet
-from .durable import write_file
+from .durable import WHOLE, write_file
 from .model_card import CARD, card
 from .reader import CheckpointReader
 from .safetensors_parts import Piece, safetensors_parts
@@ -143,7 +143,7 @@ def _write(out: Path, tensors: list[Piece], stem: str = "model") -> None:
     if len(files) == 1:
         names = [f"{stem}.safetensors"]
     for name, part in zip(names, files, strict=True):
-        write_file(out / name, safetensors_parts(part))
+        write_file(out / name, {WHOLE: safetensors_parts(part)})
     if len(files) > 1:
         weight_map = {t.name: name for name, part in zip(names, files, strict=True) for t in part}
         index = {"metadata": {"total_size": sum(t.size for t in tensors)}, "weight_map": weight_map}

@@ -18,6 +18,11 @@ class Read(NamedTuple):
     at: int
 
 
+def rank_file(rank: int) -> str:
+    """Name of the file written by `rank`."""
+    return f"rank-{rank:05d}.safetensors"
+
+
 def slice_size(numel: int, ranks: int) -> int:
     """Number of elements in a rank's slice, including padding."""
     return -(-numel // ranks)

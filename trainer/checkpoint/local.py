@@ -18,7 +18,7 @@ from pathlib import Path
 from ...data.atomic import sync, write_atomic
 from ..distributed.process_group import Gather
 from ..errors import RunError
-from .durable import read_blocks, write_file
+from .durable import Span, read_blocks, write_file
 from .manifest import Manifest, read_manifest
 from .shard import Payload, Shard, ShardMetadata
 from .store import StorageError, Store, agreed
@@ -109,7 +109,8 @@ class LocalParts:
             manifest = read_manifest(self.root / name)
             partial.mkdir(exist_ok=True)
             for file, entry in manifest.files.items():
-                if write_file(partial / file, _blocks(self.root / name / file)) != entry:
+                content = {span: _blocks(self.root / name / file, where) for span, where in entry.spans.items()}
+                if write_file(partial / file, content, entry.algorithm) != entry:
                     raise RunError(f"{name}/{file}: damaged, its content does not match its manifest")
                 files[file] = entry
             metadata = ShardMetadata(manifest.ranks, manifest.slots, manifest.shapes)
@@ -156,8 +157,8 @@ def _sets(held: list[list[str]]) -> dict[tuple[int, int, str], dict[int, tuple[s
     return sets
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
+def _blocks(path: Path, span: Span) -> Iterator[memoryview]:
     try:
-        yield from read_blocks(path)
+        yield from read_blocks(path, span.start, span.size)
     except OSError as error:  # not the shared storage's
         raise RunError(f"{path.parent.name}/{path.name}: unreadable, {error.strerror}") from error

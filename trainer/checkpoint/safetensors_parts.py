@@ -33,20 +33,29 @@ def safetensors_parts(pieces: Sequence[Piece]) -> Iterator[bytes | memoryview]:
     Tensors are converted to the declared dtypes. Raises ValueError for a shape other than declared, such as a size-0
     placeholder.
     """
-    header, end = {}, 0
+    yield header(pieces)
+    yield from map(tensor_bytes, pieces)
+
+
+def header(pieces: Sequence[Piece]) -> bytes:
+    """The bytes of a safetensors file before its tensors, which follow in order of `pieces`."""
+    entries, end = {}, 0
     for piece in pieces:
         start, end = end, end + piece.size
-        header[piece.name] = {
+        entries[piece.name] = {
             "dtype": _DTYPES[piece.dtype],
             "shape": list(piece.shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format requires tensor data aligned to eight bytes
-    yield len(text).to_bytes(8, "little") + text
-    for piece in pieces:
-        tensor = piece.read().detach()
-        if tuple(tensor.shape) != piece.shape:
-            raise ValueError(f"{piece.name} has shape {tuple(tensor.shape)}, declared as {piece.shape}")
-        tensor = tensor.to(device="cpu", dtype=piece.dtype).contiguous()
-        yield tensor.flatten().view(torch.uint8).numpy().data
+    return len(text).to_bytes(8, "little") + text
+
+
+def tensor_bytes(piece: Piece) -> memoryview:
+    """The bytes of one tensor; see `safetensors_parts`."""
+    tensor = piece.read().detach()
+    if tuple(tensor.shape) != piece.shape:
+        raise ValueError(f"{piece.name} has shape {tuple(tensor.shape)}, declared as {piece.shape}")
+    tensor = tensor.to(device="cpu", dtype=piece.dtype).contiguous()
+    return tensor.flatten().view(torch.uint8).numpy().data

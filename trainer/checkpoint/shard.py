@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,10 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from ..errors import RunError
-from .durable import Entry, Spans, write_file
-from .layout import local_range
-from .reader import BUFFERS, STATE, rank_file
-from .safetensors_parts import Piece, safetensors_parts
+from .durable import WHOLE, Entry, write_file
+from .layout import local_range, rank_file
+from .reader import BUFFERS, STATE
+from .safetensors_parts import Piece, header, tensor_bytes
 from .staging import Slots
 from .verification import HEADER
 
@@ -52,16 +53,16 @@ class Payload:
         """Write this rank's files into `folder`. Raises OSError, or RunError for mismatched slices."""
         pieces = self.pieces()
         folder.mkdir(exist_ok=True)
-        spans = Spans()
-        names = [HEADER, *(piece.name.partition("/")[0] for piece in pieces)]
-        entry = write_file(folder / rank_file(self.rank), spans.over(names, safetensors_parts(pieces)))
-        files = {rank_file(self.rank): replace(entry, spans=spans.found)}
+        spans: dict[str, Iterable[bytes | memoryview]] = {HEADER: [header(pieces)]}
+        for slot, own in itertools.groupby(pieces, key=lambda piece: piece.name.partition("/")[0]):
+            spans[slot] = map(tensor_bytes, list(own))
+        files = {rank_file(self.rank): write_file(folder / rank_file(self.rank), spans)}
         if self.rank:
             return Shard(files, None)
-        files[STATE] = write_file(folder / STATE, [json.dumps(self.state, indent=1).encode()])
+        files[STATE] = write_file(folder / STATE, {WHOLE: [json.dumps(self.state, indent=1).encode()]})
         if self.buffers:
             held = {name: tensor.detach().cpu().contiguous() for name, tensor in self.buffers.items()}
-            files[BUFFERS] = write_file(folder / BUFFERS, [safetensors_bytes(held)])
+            files[BUFFERS] = write_file(folder / BUFFERS, {WHOLE: [safetensors_bytes(held)]})
         return Shard(files, self.metadata())
 
     def metadata(self) -> ShardMetadata:

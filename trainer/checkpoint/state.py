@@ -48,31 +48,48 @@ def capture_statistics(engine: Engine, ema: Ema | None) -> dict[str, Tensor]:
     return {**engine.model.statistics(), **{AVERAGED + name: buffer for name, buffer in averaged.items()}}
 
 
-def restore(engine: Engine, ema: Ema | None, reader: CheckpointReader, updates: int) -> None:
-    """Set masters, moments, EMA and AdamW's step count from a checkpoint saved by any number of ranks.
+def restore(engine: Engine, ema: Ema | None, reader: CheckpointReader, updates: int) -> str | None:
+    """Set masters, moments, EMA and AdamW's step count from a checkpoint saved by any number of ranks; the compute
+    weights are `refresh`'s.
 
-    The compute weights must have been filled from the same checkpoint before the engine was created.
+    Returns what is wrong with this rank's file if it is verified only now (`CheckpointReader.load`); the engine must
+    then be restored from another checkpoint before it is used.
     """
     parameters = engine.trainable()
     if parameters.keys() != reader.shapes.keys():
         odd = sorted(parameters.keys() ^ reader.shapes.keys())
         raise RunError(f"{reader.folder}: holds other parameters than this recipe trains: {', '.join(odd[:3])} …")
+    for name, parameter in parameters.items():
+        if (wanted := full_shape(parameter)) != (found := tuple(reader.shapes[name])):
+            raise RunError(f"{reader.folder}: {name} has shape {found}, expected {wanted}; was the recipe changed?")
     for slot, tensors in _slots(engine, ema).items():
+        slices = {}
         for name, tensor in tensors.items():
             _, lo, hi = local_slice(parameters[name])
-            tensor[: hi - lo].copy_(reader.read(slot, name, lo, hi))
             tensor[hi - lo :].zero_()
+            slices[name] = tensor[: hi - lo], lo
+        if problem := reader.load(slot, slices):
+            return problem
     engine.updates = updates
+    restore_statistics(engine.model.statistics(), reader)
     if ema is not None:
         ema.updates = updates
         restore_statistics(ema.statistics, reader, "ema")
+    return None
+
+
+def refresh(engine: Engine) -> None:
+    """Set the compute weights from the masters, after `restore`. Call it on every rank."""
+    masters = engine.masters()
+    for name, weights in engine.slices().items():
+        weights.copy_(masters[name])
+    engine.refresh()
 
 
 def reload(engine: Engine, ema: Ema | None, reader: CheckpointReader) -> None:
-    """Reset a running engine, its model and the EMA to a checkpoint. Call it on every rank."""
-    load_weights(engine.model, reader)
+    """Reset a running engine, its model and the EMA to a verified checkpoint. Call it on every rank."""
     restore(engine, ema, reader, reader.state["updates"])
-    engine.refresh()
+    refresh(engine)
 
 
 def load_weights(model: StageModel, reader: CheckpointReader) -> None:

@@ -7,20 +7,26 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...data.atomic import sync
 from ..distributed.gather import Gather, single_process
 from ..errors import RunError
+from .layout import rank_file
 from .manifest import Manifest, read_manifest
-from .verification import file_problem
+from .verification import HEADER, file_problem
 
 if TYPE_CHECKING:  # they import torch, without which checkpoints can be listed and verified
     from .reader import CheckpointReader
     from .shard import Payload, Shard
 
 log = logging.getLogger(__name__)
+
+
+READERS = 4
+"""Files that a process verifies at once: hashing releases Python's lock, and storage serves several requests."""
 
 
 class StorageError(RunError):
@@ -91,11 +97,14 @@ class Store:
         self._sound.add(step)
         return sum(entry.size for entry in files.values())
 
-    def verify(self, step: int, share: tuple[int, int] = (0, 1), slots: Sequence[str] = ()) -> list[str]:
+    def verify(
+        self, step: int, share: tuple[int, int] = (0, 1), slots: Sequence[str] = (), but_tensors: bool = False
+    ) -> list[str]:
         """Problems of the checkpoint of `step`, each naming a file; empty if it is valid.
 
         share: (rank, ranks), check only every `ranks`-th file, to divide the hashing over ranks. slots: read only the
-        first of these that the checkpoint has, for callers that load no other.
+        first of these that the checkpoint has, for callers that load no other. but_tensors: read only the headers of
+        the ranks' files, for a caller that verifies the tensors while it loads them.
         """
         folder = self.folder(step)
         try:
@@ -104,11 +113,14 @@ class Store:
             return [str(error)]
         problems = [f"{folder.name}/manifest.json: is of step {manifest.step}"] if manifest.step != step else []
         slot = next((slot for slot in slots if slot in manifest.slots), None)
-        for name, entry in sorted(manifest.files.items())[share[0] :: share[1]]:
-            problem = file_problem(folder / name, entry, content=True, slot=slot)
-            if problem:
-                problems.append(f"{folder.name}/{name}: {problem}")
-        if share[1] == 1 and slot is None and not problems:
+        names = [HEADER] if but_tensors else [HEADER, slot] if slot else None
+        files = sorted(manifest.files.items())[share[0] :: share[1]]
+        with ThreadPoolExecutor(READERS) as pool:
+            found = pool.map(lambda each: file_problem(folder / each[0], each[1], content=True, names=names), files)
+            problems += [
+                f"{folder.name}/{name}: {problem}" for (name, _), problem in zip(files, found, strict=True) if problem
+            ]
+        if share[1] == 1 and names is None and not problems:
             self._sound.add(step)
         return problems
 
@@ -119,11 +131,14 @@ class Store:
         ranks: int = 1,
         gather: Gather = single_process,
         slots: Sequence[str] = (),
+        while_loaded: bool = False,
     ) -> CheckpointReader | None:
         """The newest valid checkpoint, except those in `skip`; None if there is none.
 
         Each refused one is logged with the file name. With `gather`, it is collective: the hashing is divided over the
-        ranks, and all get the same result. slots: see `verify`.
+        ranks, and all get the same result. slots: see `verify`. while_loaded: of a checkpoint saved by as many ranks,
+        the tensors are not read yet; `CheckpointReader.load` verifies them, after which the caller may have to `refuse`
+        the checkpoint.
         """
         from .reader import CheckpointReader
 
@@ -131,12 +146,17 @@ class Store:
         for step in reversed(steps):
             if step in skip:
                 continue
-            problems = self._problems(step, rank, ranks, gather, slots)
+            later = while_loaded and all(gather(self._has_slices_of(step, ranks)))
+            problems = self._problems(step, rank, ranks, gather, slots, later)
             if not problems:
-                return CheckpointReader(self.folder(step))
-            if rank == 0:
-                log.error("checkpoint of step %d refused: %s", step, "; ".join(problems))
+                return CheckpointReader(self.folder(step), own=rank if later else None)
+            self.refuse(step, problems, rank)
         return None
+
+    def refuse(self, step: int, problems: Sequence[str], rank: int) -> None:
+        """Log on rank 0 why the checkpoint of `step` is not used."""
+        if rank == 0:
+            log.error("checkpoint of step %d refused: %s", step, "; ".join(problems))
 
     def prune(self, keep: int, spared: Collection[int] = ()) -> list[int]:
         """Remove all but the newest `keep` checkpoints and those of the steps `spared`, on rank 0 only; return the
@@ -208,8 +228,27 @@ class Store:
     def _is_sound(self, step: int) -> bool:
         return step in self._sound or not self.verify(step)
 
-    def _problems(self, step: int, rank: int, ranks: int, gather: Gather, slots: Sequence[str] = ()) -> list[str]:
-        shares = gather(self.verify(step, (rank, ranks), slots))
+    def _has_slices_of(self, step: int, ranks: int) -> bool:
+        """Whether each of `ranks` ranks finds its slices in one file, with a hash of every slot."""
+        try:
+            manifest = read_manifest(self.folder(step))
+        except RunError:
+            return False
+        files = [manifest.files.get(rank_file(rank)) for rank in range(manifest.ranks)]
+        return manifest.ranks == ranks and all(
+            entry is not None and entry.spans.keys() == {HEADER, *manifest.slots} for entry in files
+        )
+
+    def _problems(
+        self,
+        step: int,
+        rank: int,
+        ranks: int,
+        gather: Gather,
+        slots: Sequence[str] = (),
+        but_tensors: bool = False,
+    ) -> list[str]:
+        shares = gather(self.verify(step, (rank, ranks), slots, but_tensors))
         return list(dict.fromkeys(problem for share in shares for problem in share))
 
 

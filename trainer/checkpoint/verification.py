@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from ...data.retry import retrying
-from .durable import Entry, hash_file
+from .durable import Entry, Span, is_intact
 
 HEADER = "header"
 """Name of the span before the slots in a rank's file."""
 
 
-def _same(path: Path, entry: Entry, slot: str | None) -> bool:
-    if slot is None or not entry.spans or slot not in entry.spans:
-        return hash_file(path) == entry
-    spans = (entry.spans[HEADER], entry.spans[slot])
-    return all(hash_file(path, span.start, span.size).sha256 == span.sha256 for span in spans)
+DAMAGED = "damaged, its content does not match the hash in the manifest"
 
 
-def file_problem(path: Path, entry: Entry, content: bool, slot: str | None = None) -> str | None:
+def _spans(entry: Entry, names: Collection[str] | None) -> Iterable[Span]:
+    if names is None or not entry.spans.keys() >= set(names):
+        return entry.spans.values()
+    return [entry.spans[name] for name in names]
+
+
+def file_problem(path: Path, entry: Entry, content: bool, names: Collection[str] | None = None) -> str | None:
     """What is wrong with a file, or None; its bytes are read only if the size matches and `content` is set.
 
-    slot: read only the header and this slot of a rank's file, if the manifest has their hashes.
+    names: read only the spans of these names, if the file has them all.
     """
     try:
         size = path.stat().st_size
@@ -29,8 +32,8 @@ def file_problem(path: Path, entry: Entry, content: bool, slot: str | None = Non
             return f"truncated, {size} of {entry.size} bytes"
         if size > entry.size:
             return f"too long, {size} bytes, the manifest has {entry.size}"
-        if content and not retrying(lambda: _same(path, entry, slot), path):
-            return "damaged, its content does not match the manifest's sha256"
+        if content and not retrying(lambda: is_intact(path, _spans(entry, names)), path):
+            return DAMAGED
     except FileNotFoundError:
         return "missing"
     except OSError as error:

@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from ...recipes import load_recipe
-from ..distributed.launcher import init_from_env
+from ..distributed.launcher import devices, init_from_env
 from ..distributed.stop_signals import ignore_signals
+from .on_ranks import on_ranks
 from .options import Overrides, RecipeArgument, counts
 
 app = typer.Typer(no_args_is_help=True)
@@ -85,6 +86,27 @@ def bench_data(
     bench(
         source, overrides or [], samples=samples, workers=workers, rounds=rounds, sides=sides, latency=latency, out=out
     )
+
+
+@app.command("checkpoint")
+def bench_checkpoint(
+    size: Annotated[str, typer.Option(help="Bytes of the state of all ranks: masters and moments.")] = "768MiB",
+    ranks: Annotated[
+        int | None, typer.Option(help="Processes on this machine; default one per GPU, at least 2.", min=1)
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds over all formats; medians are reported.", min=1)] = 5,
+    folder: Annotated[Path, typer.Option(help="Folder on the storage to measure; cleaned up.")] = Path("."),
+    out: Annotated[Path | None, typer.Option(help="Folder for checkpoint.json.")] = None,
+) -> None:
+    """Time save and load of a sharded state: our checkpoints, DeepSpeed's, and torch DCP's."""
+
+    def work() -> int:
+        from ..bench.checkpoint import bench
+
+        return bench(size, rounds, folder, out)
+
+    arguments = [f"--size={size}", f"--rounds={rounds}", f"--folder={folder}", *([f"--out={out}"] if out else [])]
+    on_ranks(ranks, ["bench", "checkpoint", *arguments], work, lambda number: None, usual=lambda: max(2, devices()))
 
 
 @app.command("scale")

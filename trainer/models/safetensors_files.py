@@ -160,6 +160,12 @@ class _File:
         """Fill `view` with the bytes from offset `start`. DataLost, DataError or RunError with the file's name."""
         call(lambda: self._read(start, view), self.path)
 
+    def read_ahead(self, start: int, size: int) -> None:
+        """Let the kernel read a range into its cache, so that `read` does not wait for it. Only a hint."""
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._descriptor(), start, size, os.POSIX_FADV_WILLNEED)
+
     def _header(self) -> tuple[dict[str, _Entry], Mapping[str, str]]:
         with safe_open(self.path, framework="pt") as checked:  # safetensors validates the header
             metadata = checked.metadata() or {}
@@ -244,10 +250,26 @@ class StoredTensors:
         if dtype is None:
             raise RunError(f"{entry.file.path}: {name} is stored as {entry.kind}, a type that cannot be read here")
         found = torch.empty(max(0, hi - lo), dtype=dtype)
-        if len(found):
-            assert lo >= 0 and hi * dtype.itemsize <= entry.size
-            entry.file.read(entry.start + lo * dtype.itemsize, found.view(torch.uint8).numpy().data)
+        self.fill(found, name, lo)
         return found
+
+    def fill(self, out: Tensor, name: str, lo: int) -> None:
+        """Read the elements from `lo` of the flattened tensor into `out`: 1-D, contiguous, of its type, on the CPU."""
+        entry = self._entries[name]
+        assert out.dtype == self.dtype(name)
+        if len(out):
+            assert lo >= 0 and (lo + len(out)) * out.dtype.itemsize <= entry.size
+            entry.file.read(entry.start + lo * out.dtype.itemsize, out.view(torch.uint8).numpy().data)
+
+    def read_ahead(self, name: str, lo: int, count: int) -> None:
+        """Announce reads of `count` bytes from byte `lo` of a tensor, which may end in the next tensors."""
+        entry = self._entries[name]
+        entry.file.read_ahead(entry.start + lo, count)
+
+    def place(self, name: str) -> tuple[int, int]:
+        """First byte of a tensor in its file, and number of its bytes."""
+        entry = self._entries[name]
+        return entry.start, entry.size
 
     def metadata(self) -> Iterator[Mapping[str, str]]:
         """The `__metadata__` of each file's header."""

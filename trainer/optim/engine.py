@@ -139,6 +139,11 @@ class Engine:
     def model(self) -> Any:
         return self._engine.module
 
+    @property
+    def deepspeed(self) -> Any:
+        """DeepSpeed's own engine, for comparisons with what it does by itself."""
+        return self._engine
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter; each holds this rank's slice (`ds_tensor`)."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -11,7 +11,7 @@ from typing import Any
 from ...data import BadSamples, Batch, Loader, LoaderSettings, Share
 from ...slurm.exit_record import grace, stop_s
 from ..checkpoint.manager import CheckpointManager
-from ..checkpoint.state import capture, capture_statistics, restore
+from ..checkpoint.state import capture, capture_statistics, refresh, restore
 from ..distributed.stop_signals import TRAINING
 from ..monitors.rank_stats import RankStats
 from ..monitors.stragglers import Stragglers
@@ -25,7 +25,7 @@ from ..planner.devices import this_device
 from ..stages.patch_latents import PatchLatentStage
 from .components import TrainerComponents
 from .model import build_model
-from .resume_point import ResumePoint, find_resume_point
+from .resume_point import ResumePoint, find_resume_point, older_resume_point
 from .rollback import Recovery
 from .run_context import RunContext
 from .run_record import RunRecord, open_record
@@ -41,7 +41,7 @@ def build(run: RunContext, after_step: Callable[[TrainState], None]) -> TrainerC
     inputs, ranks, recipe = run.inputs, run.ranks, run.recipe
     point = find_resume_point(run)
     kernels = ranks.agreed(lambda: _choose_kernels(run))
-    engine, ema = _engine(run, point)
+    engine, ema, point = _engine(run, point)
     run.phases.step = point.progress.step
     validator = ranks.agreed(lambda: _validator(run, engine, ema))
     preview = ranks.agreed(lambda: _previews(run, engine))
@@ -104,15 +104,24 @@ def _choose_kernels(run: RunContext) -> dict[str, dict[str, Any]]:
     return run.inputs.stage.choose_kernels(recipe.kernels, batch.micro_batch, recipe.precision, run.ranks, run.folder)
 
 
-def _engine(run: RunContext, point: ResumePoint) -> tuple[Engine, Ema | None]:
-    """The model under ZeRO-3 and its EMA, with the checkpoint's state if there is one."""
-    recipe, ranks, reader = run.recipe, run.ranks, point.reader
+def _engine(run: RunContext, point: ResumePoint) -> tuple[Engine, Ema | None, ResumePoint]:
+    """The model under ZeRO-3 and its EMA, with the state of the checkpoint at `point`, or of an older one if it is
+    found damaged only now; and the point where the run continues."""
+    recipe, ranks = run.recipe, run.ranks
     ranks.agreed(lambda: require_quantizer(recipe.zero, ranks.device))
-    engine = Engine(build_model(run, reader), recipe.optimizer, run.deepspeed, ranks)
+    engine = Engine(build_model(run, new=point.reader is None), recipe.optimizer, run.deepspeed, ranks)
     ema = Ema(engine.masters(), recipe.ema.decay, engine.model.statistics()) if recipe.ema else None
-    if reader:
-        ranks.agreed(lambda: restore(engine, ema, reader, reader.state["updates"]))
-    return engine, ema
+    refused: set[int] = set()
+    while reader := point.reader:
+        found = partial(restore, engine, ema, reader, reader.state["updates"])
+        problems = ranks.agreed(lambda found=found: [each for each in ranks.gather(found()) if each])
+        if not problems:
+            refresh(engine)
+            break
+        point.store.refuse(reader.step, problems, ranks.rank)
+        refused.add(reader.step)
+        point = older_resume_point(run, point, refused)
+    return engine, ema, point
 
 
 def _previews(run: RunContext, engine: Engine) -> Callable[[TrainState], None]:

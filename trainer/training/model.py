@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.state import load_weights
 from ..checkpoint.store import Store
 from ..distributed.process_group import Ranks
@@ -18,8 +17,8 @@ from ..stages import Stage, StageModel
 from .run_context import RunContext
 
 
-def build_model(run: RunContext, reader: CheckpointReader | None) -> StageModel:
-    """The sharded model, with its stage's weights, then the checkpoint's, or `init_from`'s in a new run."""
+def build_model(run: RunContext, new: bool) -> StageModel:
+    """The sharded model, with its stage's weights, and `init_from`'s in a new run."""
     recipe, stage, ranks = run.recipe, run.inputs.stage, run.ranks
     # Has collectives, so it is not under `agreed`: a rank that fails here exits.
     with partitioned(run.deepspeed, ranks.device):
@@ -27,9 +26,7 @@ def build_model(run: RunContext, reader: CheckpointReader | None) -> StageModel:
 
     def load() -> None:
         stage.load(model)
-        if reader:
-            load_weights(model, reader)
-        elif recipe.init_from:
+        if new and recipe.init_from:
             initialise_from(model, recipe.stage, stage, Path(recipe.init_from), ranks)
 
     ranks.agreed(load)

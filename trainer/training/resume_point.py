@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,19 @@ def find_resume_point(run: RunContext) -> ResumePoint:
     local = ranks.agreed(lambda: _local(recipe.checkpoint.local, recipe.name, store, ranks))
     settings = recipe.model_dump(mode="json")
     reader = ranks.agreed(lambda: _newest(store, settings, run.inputs, frozen_hash, ranks))
-    progress = TrainState(**reader.state["progress"]) if reader else TrainState()
-    return ResumePoint(store, local, reader, frozen_hash, progress)
+    return ResumePoint(store, local, reader, frozen_hash, _progress(reader))
+
+
+def older_resume_point(run: RunContext, point: ResumePoint, refused: Collection[int]) -> ResumePoint:
+    """The point of the newest checkpoint other than those `refused`, of which there is at least one. RunError on every
+    rank if none is valid."""
+    settings = run.recipe.model_dump(mode="json")
+    reader = run.ranks.agreed(lambda: _newest(point.store, settings, run.inputs, point.frozen_hash, run.ranks, refused))
+    return replace(point, reader=reader, progress=_progress(reader))
+
+
+def _progress(reader: CheckpointReader | None) -> TrainState:
+    return TrainState(**reader.state["progress"]) if reader else TrainState()
 
 
 def _frozen_hash(stage: Stage, ranks: Ranks) -> str:
@@ -62,10 +74,16 @@ def _local(place: str | None, name: str, store: Store, ranks: Ranks) -> LocalPar
 
 
 def _newest(
-    store: Store, settings: dict[str, Any], inputs: Inputs, frozen_hash: str, ranks: Ranks
+    store: Store,
+    settings: dict[str, Any],
+    inputs: Inputs,
+    frozen_hash: str,
+    ranks: Ranks,
+    refused: Collection[int] = (),
 ) -> CheckpointReader | None:
-    """The checkpoint to continue from, checked to be of the run with these `settings`; None for a new run."""
-    reader = store.newest_verified(rank=ranks.rank, ranks=ranks.size, gather=ranks.gather)
+    """The checkpoint to continue from, other than those `refused`, checked to be of the run with these `settings`; None
+    for a new run."""
+    reader = store.newest_verified(refused, ranks.rank, ranks.size, ranks.gather, while_loaded=True)
     if reader is None and (steps := ranks.gather(store.steps())[0]):
         raise RunError(
             f"{store.root}: none of its {len(steps)} checkpoints verifies, see `bifrost checkpoint verify"

@@ -11,7 +11,7 @@ import torch
 from bifrost.recipes.schema import Checkpoint
 from bifrost.trainer.checkpoint import local as local_module
 from bifrost.trainer.checkpoint import shard as part_module
-from bifrost.trainer.checkpoint.durable import Entry
+from bifrost.trainer.checkpoint.durable import Entry, Span
 from bifrost.trainer.checkpoint.local import LocalParts
 from bifrost.trainer.checkpoint.manager import CheckpointManager
 from bifrost.trainer.checkpoint.manifest import Manifest, read_manifest
@@ -28,10 +28,10 @@ def broken(monkeypatch):
     names = set()
     real = part_module.write_file
 
-    def write(path, parts):
+    def write(path, *content):
         if names & set(path.parts):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return real(path, parts)
+        return real(path, *content)
 
     monkeypatch.setattr(part_module, "write_file", write)
     monkeypatch.setattr(local_module, "write_file", write)
@@ -192,7 +192,7 @@ def test_no_thread_is_left(start):
 @pytest.mark.parametrize("name", ["../stolen", "/tmp/stolen", "a/b", "..", "", "a\\b", "manifest.json", "line\nbreak"])
 def test_a_manifest_that_names_a_file_outside_of_its_folder_is_refused(tmp_path, name):
     """Its own hash is right: whoever may write to the node's disk can make one."""
-    files = {"rank-00000.safetensors": Entry(1, "0" * 64)}
+    files = {"rank-00000.safetensors": Entry(1, {"file": Span(0, 1, "xxh3_128:0")})}
     whole = Manifest(step=1, ranks=1, time=0.0, slots=["master"], shapes={}, files=files)
     whole.write(tmp_path)
     assert read_manifest(tmp_path) == whole

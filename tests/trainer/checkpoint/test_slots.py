@@ -1,10 +1,13 @@
 """Who loads one slot reads and verifies one slot, and the ranks share that: counted in bytes that the process read."""
 
 import json
+import shutil
 from pathlib import Path
 
+import first_version
 import pytest
 import torch
+import xxhash
 
 from bifrost.trainer.checkpoint.layout import local_range
 from bifrost.trainer.checkpoint.manifest import read_manifest
@@ -82,14 +85,44 @@ def test_damage_is_seen_where_it_is_loaded(checkpoint: Path, tmp_path: Path, slo
     assert half_seen.verify(1), "what was verified in part is not taken for whole"
 
 
-def test_a_manifest_from_before_there_were_spans(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("separate", [True, False])
+def test_a_checkpoint_of_format_1(checkpoint: Path, tmp_path: Path, separate: bool) -> None:
+    """SHA-256 of each file, and in later ones of each slot: still verified, where it is loaded, and read."""
     place = tmp_path / "step-00000001"
-    place.mkdir()
-    for one in (checkpoint / "step-00000001").iterdir():
-        (place / one.name).write_bytes(one.read_bytes())
-    manifest = read_manifest(place)
-    files = {name: {"size": entry.size, "sha256": entry.sha256} for name, entry in manifest.files.items()}
-    (place / "manifest.json").write_bytes(manifest.model_validate({**manifest.model_dump(), "files": files}).encode())
-    assert "spans" not in (place / "manifest.json").read_text()
-    assert json.loads((place / "manifest.json").read_bytes())["files"] == files
-    assert reading(lambda: Store(tmp_path).newest_verified(slots=("master",))) == pytest.approx(4, abs=0.05)
+    shutil.copytree(checkpoint / place.name, place)
+    first_version.write_manifest(place, read_manifest(place), separate)
+    assert Store(tmp_path).verify(1) == []
+    expected = 1 if separate else 4
+    assert reading(lambda: Store(tmp_path).newest_verified(slots=("master",))) == pytest.approx(expected, abs=0.05)
+    reader = Store(tmp_path).newest_verified()
+    assert reader is not None and torch.equal(reader.full("ema", "w"), torch.arange(NUMBERS).float() + 3)
+    content = bytearray((place / "rank-00002.safetensors").read_bytes())
+    content[-1] ^= 1
+    (place / "rank-00002.safetensors").write_bytes(content)
+    (problem,) = Store(tmp_path).verify(1)
+    assert problem.startswith("step-00000001/rank-00002.safetensors: damaged")
+    assert bool(Store(tmp_path).verify(1, slots=("master",))) != separate
+
+
+def test_hashes_are_the_published_functions(checkpoint: Path) -> None:
+    place = checkpoint / "step-00000001"
+    for name, entry in read_manifest(place).files.items():
+        content = (place / name).read_bytes()
+        for span in entry.spans.values():
+            digest = xxhash.xxh3_128_hexdigest(content[span.start : span.start + span.size])
+            assert span.hash == f"xxh3_128:{digest}"
+        assert sum(span.size for span in entry.spans.values()) == len(content)
+
+
+def test_a_manifest_that_covers_a_file_in_part_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """A byte without a hash would be loaded unverified; the manifest's own hash is right."""
+    place = tmp_path / "step-00000001"
+    shutil.copytree(checkpoint / place.name, place)
+    for change in ({"size": 0}, {"start": 8}, {"hash": "crc32:00000000"}):
+        manifest = read_manifest(checkpoint / place.name)
+        files = manifest.model_dump(mode="json")["files"]
+        files["rank-00001.safetensors"]["spans"]["master"].update(change)
+        body = {**manifest.model_dump(mode="json"), "files": files}
+        body["sha256"] = first_version.sha256(json.dumps(body).encode())
+        (place / "manifest.json").write_text(json.dumps(body, indent=1) + "\n")
+        assert Store(tmp_path).verify(1) == ["step-00000001/manifest.json: damaged, it is not a manifest"]

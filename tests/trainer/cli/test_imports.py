@@ -67,7 +67,7 @@ def test_counting_a_recipe_imports_no_framework(command: str, tmp_path: Path) ->
 def test_listing_checkpoints_imports_no_framework(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True)
-    files = {"state.json": write_file(folder / "state.json", [b"{}"])}
+    files = {"state.json": write_file(folder / "state.json", {"file": [b"{}"]})}
     Manifest(step=1, ranks=1, time=0.0, slots=[], shapes={}, files=files).write(folder)
     for command in ("list", "verify"):
         assert imported((*FRAMEWORKS, *LIBRARIES), tmp_path, "checkpoint", command, "run") == []
