@@ -13,7 +13,7 @@ import fsspec
 import numpy as np
 import pytest
 from botocore.utils import parse_timestamp
-from catalogued_folder import KINDS, content, in_ranks, is_catalogued, serving, write
+from catalogued_folder import KINDS, SERVERS, content, in_ranks, is_catalogued, serving, write
 from typer.testing import CliRunner
 
 import faulty_server
@@ -60,11 +60,10 @@ def test_equal_to_opening_every_shard(served, folder, ranks) -> None:
             assert content(dataset) == without
 
 
+@pytest.mark.parametrize("served", SERVERS, indirect=True)
 def test_requests_do_not_grow_with_the_shards(served, folder) -> None:
     """Per rank one for the catalogue, and one listing on S3 or one shard and its index over HTTP."""
     plan, address, upload = served
-    if plan is None:
-        pytest.skip("counted on servers")
     write(address, folder, upload)
     open_dataset(address + "s-00000.tar")  # s3fs looks the bucket up once
     counts = []
@@ -210,10 +209,9 @@ def test_folder_that_cannot_be_written(folder, monkeypatch) -> None:
     assert not (folder / NAME).exists() and len(open_dataset(str(folder))) == 14
 
 
+@pytest.mark.parametrize("served", SERVERS, indirect=True)
 def test_server_that_is_down_is_data_lost(served, folder, monkeypatch, caplog) -> None:
     plan, address, upload = served
-    if plan is None:
-        pytest.skip("of servers")
     write(address, folder, upload)
     plan.rules.append(Rule("503", NAME, 2))
     assert is_catalogued(address + "s-00000.tar")

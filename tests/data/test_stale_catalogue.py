@@ -124,10 +124,9 @@ def test_files_written_again_with_equal_content_are_no_reason_to_refuse(folder, 
     assert "1 shards or indexes were written again" in line
 
 
+@pytest.mark.parametrize("served", ["s3"], indirect=True)  # HTTP has no states, and the others are written in place
 def test_a_copy_on_other_storage_needs_no_new_catalogue(served, folder, monkeypatch) -> None:
     _, address, upload = served
-    if not address.startswith("s3"):
-        pytest.skip("HTTP has no states, and the others are written in place")
     expected = content(open_dataset(address))
     make_catalogues(str(folder))
     upload()

@@ -19,7 +19,8 @@ from bifrost.data.catalogued import open_catalogued
 from bifrost.data.make_catalogue import make_catalogues
 from faulty_server import Plan
 
-KINDS = ("local", "http", "s3", "memory")
+SERVERS = ("http", "s3")
+KINDS = ("local", *SERVERS, "memory")
 RENEWAL = r"; run `bifrost data catalogue .+`$"
 
 

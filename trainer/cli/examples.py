@@ -29,6 +29,7 @@ EXAMPLES = {
     ),
     "data index": ("bifrost data index '/data/pairs/*.tar' --only-missing",),
     "data verify": ("bifrost data verify '/data/pairs/{00000..00127}.tar'",),
+    "data catalogue": ("bifrost data catalogue /data/pairs",),
     "data stats": ("bifrost data stats 'demo/train-*.tar'",),
     "data encode": (
         "bifrost data encode mllm-7b backbone.vision_encoder=cached",
@@ -39,6 +40,7 @@ EXAMPLES = {
     "checkpoint show": ("bifrost checkpoint show runs/tiny-mllm",),
     "bench step": ("bifrost bench step mllm-3b",),
     "bench data": ("bifrost bench data 'demo/train-*.tar'",),
+    "bench checkpoint": ("bifrost bench checkpoint --size 768MiB --rounds 3",),
     "bench scale": ("bifrost bench scale tiny-mllm",),
     "track sync": ("bifrost track sync runs/tiny-mllm",),
     "slurm devcluster": ("bifrost slurm devcluster up --nodes 2", "bifrost slurm devcluster down"),

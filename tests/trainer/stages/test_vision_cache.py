@@ -93,6 +93,7 @@ def test_losses_are_those_without_a_cache_and_the_encoder_is_not_loaded(data: Pa
 class NoRanks:
     rank, size = 0, 1
     gather = staticmethod(lambda value: [value])
+    broadcast = staticmethod(lambda value: value)
 
 
 def test_another_backbone_size_precision_or_shard_is_refused(data: Path, tmp_path: Path) -> None:
