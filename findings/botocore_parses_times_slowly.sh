@@ -4,7 +4,7 @@
 # A listing has one ISO 8601 time per object, and a page a thousand of them. Listing a data set of a hundred thousand
 # shards is a hundred pages, on every process that opens it.
 #
-# Expected: times cost little beside the XML itself. Actual: botocore's own parser of times takes more than half of the
+# Expected: times cost little, compared with the XML itself. Actual: botocore's own parser of times takes more than half of the
 # page; with datetime.fromisoformat, to the same values, the page takes about a quarter. Exits 0 while the behaviour is
 # reproducible, 1 once it has changed.
 set -euo pipefail
