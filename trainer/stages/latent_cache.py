@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from ...data import DataError, DataMissing, RawSample, open_dataset
+from ...data import DataError, DataMissing, Dataset, RawSample, open_dataset
 from ...data.files import File, OpenShards, content, open_file
 from ...data.index import HEADER_LIMIT
 from ...data.remote import filesystem, size_of
@@ -135,29 +135,28 @@ def open_caches(
     gather: Gather = single_process,
     broadcast: Broadcast | None = None,
 ) -> dict[Kind, Cache]:
-    """The cache of each of `outputs`; see `open_cache`."""
-    return {one.kind: open_cache(one, data, rank, ranks, gather, broadcast) for one in outputs}
+    """The cache of each of `outputs` for a data set; each rank checks its share.
 
-
-def open_cache(
-    outputs: FrozenOutputs,
-    data: Data,
-    rank: int = 0,
-    ranks: int = 1,
-    gather: Gather = single_process,
-    broadcast: Broadcast | None = None,
-) -> Cache:
-    """The cache of a data set; RunError if it is missing, incomplete, or made with other settings or from other shards.
-    Each rank checks its share."""
-    kind, made = outputs.kind, outputs.fingerprint(rank, ranks, gather)
+    RunError if one is missing, incomplete, or made with other settings or from other shards.
+    """
+    if not outputs:
+        return {}
     dataset = open_dataset(data.shards, rank=rank, gather=gather, broadcast=broadcast)
+    most_open = max(64, 2 * data.shuffle_window)
+    return {one.kind: _open_cache(one, dataset, most_open, rank, ranks, gather) for one in outputs}
+
+
+def _open_cache(
+    outputs: FrozenOutputs, dataset: Dataset, most_open: int, rank: int, ranks: int, gather: Gather
+) -> Cache:
+    kind, made = outputs.kind, outputs.fingerprint(rank, ranks, gather)
     shards, name = dataset.shards, digest(made)
     tars = [cache_path(shard, kind, name) for shard in shards]
     pairs = [(header.sha256, tar) for header, tar in zip(dataset.headers, tars, strict=True)]
     found = spread(lambda pair: find_problem(*pair, name), pairs, rank, gather)
     problems = [(tar, problem) for tar, problem in zip(tars, found, strict=True) if problem]
     if not problems:
-        return Cache(tars, max_open=max(64, 2 * data.shuffle_window))
+        return Cache(tars, max_open=most_open)
     setting, (tar, problem) = f"{outputs.setting}=cached", problems[0]
     if len(problems) == len(tars) and {problem for _, problem in problems} == {"missing"}:
         if other := _difference(shards[0], kind, made):
