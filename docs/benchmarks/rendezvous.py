@@ -10,7 +10,6 @@ of the demo's recipe on small images, gloo, without tracking. Prints a Markdown 
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import socket
 import subprocess
@@ -22,11 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from PIL import Image
-
-from bifrost.data import write_shard
-
-SAMPLES = 64
+from startup import write_shards
 
 
 @dataclass
@@ -111,13 +106,7 @@ def main() -> None:
     print("|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for number in range(SAMPLES // 16):
-            samples = []
-            for index in range(16):
-                file = io.BytesIO()
-                Image.new("RGB", (112, 112), (16 * index, 64 * number, 0)).save(file, "PNG")
-                samples.append((f"square-{number}-{index}", {"png": file.getvalue(), "txt": b"a square"}))
-            write_shard(folder / "shards" / f"train-{number:05d}.tar", samples)
+        write_shards(folder / "shards")
         for ranks in map(int, asked.ranks.split(",")):
             relays, held = measure(ranks, folder)
             cells = [between(relay.connections for relay in relays), between(relay.messages for relay in relays)]
