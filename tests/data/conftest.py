@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import catalogued_folder
+import object_store
 from bifrost.data import open_dataset, write_shard
 
 
@@ -39,3 +42,25 @@ def make_shards(tmp_path):
         return open_dataset(str(folder / "s-*.tar"))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """The address of an object store."""
+    with object_store.serving() as address:
+        yield address
+
+
+@pytest.fixture
+def folder(make_shards, tmp_path) -> Path:
+    """A folder of four shards, to be catalogued."""
+    make_shards([5, 4, 3, 2], folder=tmp_path / "set")
+    return tmp_path / "set"
+
+
+@pytest.fixture(params=catalogued_folder.KINDS)
+def served(request, folder, monkeypatch):
+    """`folder` on every kind of storage; see `catalogued_folder.serving`."""
+    store = lambda: request.getfixturevalue("s3")  # noqa: E731
+    with catalogued_folder.serving(request.param, folder, monkeypatch, store) as found:
+        yield found

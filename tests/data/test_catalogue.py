@@ -7,13 +7,11 @@ import os
 import random
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 from botocore.utils import parse_timestamp
-from catalogued_folder import KINDS, SERVERS, content, in_ranks, is_catalogued, serving, write
 from typer.testing import CliRunner
 
 import faulty_server
@@ -22,25 +20,9 @@ from bifrost.data import DataError, DataLost, catalogue, catalogue_state, open_d
 from bifrost.data.catalogue import NAME
 from bifrost.data.cli import app
 from bifrost.data.make_catalogue import make_catalogues
+from catalogued_folder import SERVERS, content, is_catalogued, write
 from faulty_server import Plan, Rule
-
-
-@pytest.fixture(scope="module")
-def s3():
-    with object_store.serving() as address:
-        yield address
-
-
-@pytest.fixture
-def folder(make_shards, tmp_path) -> Path:
-    make_shards([5, 4, 3, 2], folder=tmp_path / "set")
-    return tmp_path / "set"
-
-
-@pytest.fixture(params=KINDS)
-def served(request, folder, monkeypatch):
-    with serving(request.param, folder, monkeypatch, lambda: request.getfixturevalue("s3")) as found:
-        yield found
+from thread_ranks import in_ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -21,12 +21,6 @@ from bifrost.data.remote_file import RemoteFile
 from faulty_server import Plan, Rule
 
 
-@pytest.fixture(scope="module")
-def s3():
-    with object_store.serving() as address:
-        yield address
-
-
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Short pauses, of hundredths of a second, but the usual number of them."""

@@ -6,7 +6,6 @@ import os
 import pickle
 import shutil
 import sys
-import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
@@ -16,6 +15,7 @@ import pytest
 
 from bifrost.data import BadSample, DataError, DataLost, index, open_dataset, retry, shards, write_shard
 from bifrost.data.shard_list import expand
+from thread_ranks import in_ranks
 
 
 def test_specs_expand_to_sorted_shards(make_shards, tmp_path):
@@ -184,24 +184,6 @@ def test_bad_samples_have_a_reason(tmp_path, make_image):
 def test_unknown_protocol_is_named(url):
     with pytest.raises(DataError, match=r"nothing://bucket/.*\.tar: Protocol not known: nothing; check the address"):
         open_dataset(url)
-
-
-def in_ranks(work, ranks):
-    """`work(rank, gather)` on `ranks` threads, with a barrier-based all-gather."""
-    values, barrier = [None] * ranks, threading.Barrier(ranks, timeout=30)
-
-    def run(rank):
-        def gather(value):
-            values[rank] = value
-            barrier.wait()
-            found = list(values)
-            barrier.wait()
-            return found
-
-        return work(rank, gather)
-
-    with ThreadPoolExecutor(ranks) as pool:
-        return list(pool.map(run, range(ranks)))
 
 
 def test_ranks_split_the_opening_of_shards(make_shards, tmp_path, monkeypatch):

@@ -8,31 +8,13 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from catalogued_folder import KINDS, RENEWAL, content, in_ranks, is_catalogued, serving, write
 
-import object_store
 from bifrost.data import DataError, catalogue_state, open_dataset, verify, write_shard
 from bifrost.data.catalogue import NAME
 from bifrost.data.make_catalogue import make_catalogues
 from bifrost.data.remote import ListingPage, list_page
-
-
-@pytest.fixture(scope="module")
-def s3():
-    with object_store.serving() as address:
-        yield address
-
-
-@pytest.fixture
-def folder(make_shards, tmp_path) -> Path:
-    make_shards([5, 4, 3, 2], folder=tmp_path / "set")
-    return tmp_path / "set"
-
-
-@pytest.fixture(params=KINDS)
-def served(request, folder, monkeypatch):
-    with serving(request.param, folder, monkeypatch, lambda: request.getfixturevalue("s3")) as found:
-        yield found
+from catalogued_folder import RENEWAL, content, is_catalogued, write
+from thread_ranks import in_ranks
 
 
 def replaced(folder: Path, make_image) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import small_world
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import click
 import pytest
-import small_world
 import torch
 import typer
 import yaml
@@ -25,6 +24,7 @@ from typer.testing import CliRunner
 
 import ranked
 import runs
+import small_world
 from bifrost.kernels.bench.arguments import parser, read_arguments
 
 ROOT = Path(__file__).parents[2]

@@ -1,13 +1,11 @@
-"""A folder of shards with a catalogue, served by every kind of storage; opening it in several ranks."""
+"""A folder of shards with a catalogue, served by every kind of storage."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Barrier
 
 import fsspec
 import pytest
@@ -69,24 +67,6 @@ def content(dataset) -> list:
     raws = [dataset.read(s, n) for s, count in enumerate(dataset.samples_per_shard) for n in range(count)]
     found = [(raw.key, raw.image, raw.caption) for raw in raws]
     return [dataset.shards, list(dataset.headers), dataset.samples_per_shard.tolist(), dataset.fingerprint, found]
-
-
-def in_ranks(work, ranks: int) -> list:
-    """Results of `work(rank, gather)` in `ranks` threads."""
-    barrier, values = Barrier(ranks), [None] * ranks
-
-    def run(rank: int):
-        def gather(value):
-            values[rank] = value
-            barrier.wait()
-            found = list(values)
-            barrier.wait()
-            return found
-
-        return work(rank, gather)
-
-    with ThreadPoolExecutor(ranks) as pool:
-        return list(pool.map(run, range(ranks)))
 
 
 def is_catalogued(spec) -> bool:

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import small_world
 import torch
 from PIL import Image
 
+import small_world
 from bifrost.data import DataError, write_shard
 from bifrost.data.scenes.grammar import Object, Scene, render
 from bifrost.data.scenes.heldout import heldout_scenes, training_scenes
