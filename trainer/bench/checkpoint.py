@@ -2,8 +2,8 @@
 
 All formats save and load the same tensors, masters and both moments of AdamW under ZeRO-3, in the same processes and on
 the same file system, in rotating order. Every load is compared with the saved values bit for bit. Before each save all
-earlier writes are flushed; a load is timed once with the files in the page cache, as the save leaves them, and once
-after they were dropped from it.
+earlier writes are flushed; one save is timed alone, another with passes of a step after it, as in training. A load
+is timed once with the files in the page cache, as the save leaves them, and once after they were dropped from it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ WIDTH = 2048
 """Weights are square, of this width."""
 STATE_BYTES = 12
 """Per parameter: master and two moments, fp32."""
-MEASURES = ("stall_s", "save_s", "load_s", "cold_load_s")
+PASSES_S = 1.0
+"""Seconds, about, of the passes that follow a save, before the state changes."""
+MEASURES = ("call_s", "stall_s", "save_s", "load_s", "cold_load_s")
 
 
 def bench(size: str, rounds: int, folder: Path, out: Path | None) -> int:
@@ -55,13 +57,15 @@ def bench(size: str, rounds: int, folder: Path, out: Path | None) -> int:
         DcpAsync(engine, ranks, dist.group.WORLD, keep=False),
         DcpAsync(engine, ranks, dist.group.WORLD, keep=True),
     ]
-    expected = Expected(engine)
+    expected, passes = Expected(engine), Passes(ranks.device)
     place = folder / ".bench-checkpoint"
     rows: list[dict[str, dict[str, float]]] = []
     try:
         for number in range(rounds + 1):  # the first is not measured
             turn = number % len(formats)
-            found = {each.name: measure(each, place, ranks, expected) for each in formats[turn:] + formats[:turn]}
+            found = {
+                each.name: measure(each, place, ranks, expected, passes) for each in formats[turn:] + formats[:turn]
+            }
             if number:
                 rows.append({each.name: found[each.name] for each in formats})
     finally:
@@ -97,16 +101,29 @@ def parse_size(text: str) -> int:
     return size
 
 
-def measure(one: Format, place: Path, ranks: Ranks, expected: Expected) -> dict[str, float]:
-    """Save once and load twice; seconds of the slowest rank. RunError if a load differs from what was saved."""
+def measure(one: Format, place: Path, ranks: Ranks, expected: Expected, passes: Passes) -> dict[str, float]:
+    """Save twice and load twice; seconds of the slowest rank. RunError if a load differs from what was saved."""
     if ranks.first:
         shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
+        for name in ("alone", "training"):
+            (place / name).mkdir(parents=True)
     expected.fill()
+    spent: dict[str, float] = {}
     with one.ready():
         _settled(ranks)
-        saved = one.save(place)
-        spent = {"stall_s": saved.stall, "save_s": saved.complete}
+        begun = time.perf_counter()
+        saving = one.save(place / "alone")
+        spent["call_s"] = time.perf_counter() - begun
+        saving.finish()
+        spent["save_s"] = time.perf_counter() - begun
+        _settled(ranks)
+        undisturbed = passes.run()
+        begun = time.perf_counter()
+        saving = one.save(place / "training")
+        passes.run()
+        saving.await_copy()
+        spent["stall_s"] = max(0.0, time.perf_counter() - begun - undisturbed)
+        saving.finish()
     gc.collect()
     for key, cold in (("load_s", False), ("cold_load_s", True)):
         expected.clear()
@@ -115,7 +132,7 @@ def measure(one: Format, place: Path, ranks: Ranks, expected: Expected) -> dict[
             drop_from_page_cache(place)
         ranks.barrier()
         begun = time.perf_counter()
-        one.load(place)
+        one.load(place / "training")
         spent[key] = time.perf_counter() - begun
         if not all(ranks.gather(expected.holds())):
             raise RunError(f"bench checkpoint: {one.name} loaded other values than were saved")
@@ -142,6 +159,27 @@ def ratios(rows: Sequence[dict[str, dict[str, float]]]) -> dict[str, list[float]
             if name.startswith("DCP async")
         },
     }
+
+
+class Passes:
+    """Matrix products of a fixed number: the passes of a step, which do not change the state."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._square = torch.full((1024, 1024), 1e-3, device=device)
+        self._count = 1
+        self.run()
+        self._count = 8
+        self._count = max(1, round(8 * PASSES_S / self.run()))
+
+    def run(self) -> float:
+        """The seconds that they took."""
+        begun = time.perf_counter()
+        for _ in range(self._count):
+            torch.mm(self._square, self._square)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - begun
 
 
 class Expected:

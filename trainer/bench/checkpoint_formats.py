@@ -3,8 +3,7 @@ state on the ranks of one process group."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,13 +22,13 @@ from ..optim.engine import Engine
 STEP = 1
 
 
-class Saved(NamedTuple):
-    """Seconds of a save."""
+class Saving(NamedTuple):
+    """A save whose call has returned."""
 
-    stall: float
-    """Until the call returned, after which training may continue."""
-    complete: float
-    """Until it was complete: also durable, where the format flushes its files."""
+    await_copy: Callable[[], object] = lambda: None
+    """Returns when the state may change."""
+    finish: Callable[[], object] = lambda: None
+    """Returns when the save is complete: also durable, where the format flushes its files."""
 
 
 class Format(Protocol):
@@ -43,7 +42,7 @@ class Format(Protocol):
 
     def ready(self) -> AbstractContextManager[Any]: ...
 
-    def save(self, folder: Path) -> Saved: ...
+    def save(self, folder: Path) -> Saving: ...
 
     def load(self, folder: Path) -> None: ...
 
@@ -64,15 +63,12 @@ class Own:
         yield
         self._manager = None  # releases its memory
 
-    def save(self, folder: Path) -> Saved:
+    def save(self, folder: Path) -> Saving:
         manager = self._manager
         assert manager is not None
         manager.store = Store(folder)
-        begun = time.perf_counter()
         manager.save(STEP, *capture(self.engine, None), {"updates": 1}, {})
-        stall = time.perf_counter() - begun
-        manager.finish()
-        return Saved(stall, time.perf_counter() - begun)
+        return Saving(manager.await_copy, manager.finish)
 
     def load(self, folder: Path) -> None:
         ranks = self.ranks
@@ -92,11 +88,9 @@ class DeepSpeed:
     def ready(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def save(self, folder: Path) -> Saved:
-        begun = time.perf_counter()
+    def save(self, folder: Path) -> Saving:
         self.engine.deepspeed.save_checkpoint(str(folder), tag=str(STEP), save_latest=False)
-        spent = time.perf_counter() - begun
-        return Saved(spent, spent)
+        return Saving()
 
     def load(self, folder: Path) -> None:
         self.engine.deepspeed.load_checkpoint(str(folder), tag=str(STEP))
@@ -119,11 +113,9 @@ class Dcp:
     def ready(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def save(self, folder: Path) -> Saved:
-        begun = time.perf_counter()
+    def save(self, folder: Path) -> Saving:
         state_dict_saver.save(self.state(), checkpoint_id=folder, process_group=self.group)
-        spent = time.perf_counter() - begun
-        return Saved(spent, spent)
+        return Saving()
 
     def load(self, folder: Path) -> None:
         state_dict_loader.load(self.state(), checkpoint_id=folder, process_group=self.group)
@@ -148,11 +140,8 @@ class DcpAsync(Dcp):
             self._stager.close()
             self._stager = None
 
-    def save(self, folder: Path) -> Saved:
-        begun = time.perf_counter()
+    def save(self, folder: Path) -> Saving:
         saving: Any = state_dict_saver.async_save(
             self.state(), checkpoint_id=folder, process_group=self.group, async_stager=self._stager
         )
-        stall = time.perf_counter() - begun
-        saving.result()
-        return Saved(stall, time.perf_counter() - begun)
+        return Saving(finish=saving.result)

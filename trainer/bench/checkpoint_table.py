@@ -11,7 +11,13 @@ from ...data.units import counted
 from ..terminal import terminal
 from .machine import format_machine
 
-HEADS = {"stall_s": "stall, s", "save_s": "save, s", "load_s": "load, s", "cold_load_s": "cold load, s"}
+HEADS = {
+    "call_s": "call, s",
+    "stall_s": "stall, s",
+    "save_s": "save, s",
+    "load_s": "load, s",
+    "cold_load_s": "cold load, s",
+}
 
 
 def spread(values: list[float], digits: int = 3) -> str:

@@ -1,4 +1,5 @@
-"""Asynchronous checkpoints: a step waits only for a copy to host memory, which a thread writes to disk."""
+"""Asynchronous checkpoints: a thread copies the state to host memory while the next step's passes run, and writes it to
+disk. Only the next update waits, until the copy is complete."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from ..errors import Unhealthy, lost_rank
 from .interval import best_interval, settled
 from .local import LocalParts
 from .shard import Payload
-from .staging import Slots, Staging
+from .staging import Slots, Staging, now
 from .store import StorageError, Store
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ class _Save:
 
     step: int
     slots: Slots
+    """The live slices; their copy, once it is complete."""
+    behind: Any
+    """See `staging.now`."""
     shapes: Mapping[str, tuple[int, ...]]
     state: Mapping[str, Any]
     buffers: Mapping[str, Tensor]
@@ -44,6 +48,8 @@ class _Save:
     """Seconds per step since the previous save."""
     blocked: float
     """Seconds for which training was blocked: by the copy, and by a thread that was not done in time."""
+    copied: threading.Event = field(default_factory=threading.Event)
+    """Set when nothing reads the live slices any more."""
     seconds: float = 0.0
     """Seconds until it was on disk."""
     waited_since: float | None = None
@@ -106,9 +112,10 @@ class CheckpointManager:
         prune: bool = True,
         best: int = -1,
     ) -> None:
-        """Copy the arguments of `Store.save` and return; they are written in the background. Waits only for the copy,
-        and for the previous save if it is still running. prune: remove old checkpoints once it is written. best: step
-        with the lowest held-out loss, whose checkpoint `keep_best` keeps.
+        """Begin to copy the arguments of `Store.save` and return; they are written in the background. Waits only for
+        the previous save if it is still running. The slices may change after `await_copy`, the rest at once. prune:
+        remove old checkpoints once it is written. best: step with the lowest held-out loss, whose checkpoint
+        `keep_best` keeps.
 
         A storage failure is logged, reported as an event and retried at the next save. Raises Unhealthy on every rank
         after `max_failed_saves` consecutive failures, RunError for a permanent error.
@@ -124,15 +131,28 @@ class CheckpointManager:
         begun = time.perf_counter()
         # Copies, since the loop's state and the model's buffers keep changing.
         held = {name: buffer.detach().to("cpu", copy=True).contiguous() for name, buffer in buffers.items()}
-        staged = self._staging.take(slots)
-        now = time.perf_counter()
         step_s = (begun - self._last[1]) / (step - self._last[0]) if self._last and step > self._last[0] else None
         state = copy.deepcopy(state)
-        self._save = _Save(step, staged, shapes, state, held, prune, best, begun, step_s, now - begun)
-        self._last = step, now
+        save = _Save(step, slots, now(slots), shapes, state, held, prune, best, begun, step_s, 0.0)
+        self._save = save
         self._start()
+        ended = time.perf_counter()
+        save.blocked += ended - begun
+        self._last = step, ended
         if self._failures + 1 >= self.settings.max_failed_saves:
             self.wait()  # the last attempt: avoid further steps that could not be saved
+
+    @property
+    def copying(self) -> bool:
+        """Whether the last save still reads the live slices."""
+        return self._save is not None and not self._save.copied.is_set()
+
+    def await_copy(self) -> None:
+        """Wait until the slices of the last save are copied: before they change."""
+        if self._save is not None:
+            begun = time.perf_counter()
+            self._save.copied.wait()
+            self._save.blocked += time.perf_counter() - begun
 
     def wait(self) -> None:
         """Wait for the current save. Raises its errors, as `save` does."""
@@ -173,8 +193,9 @@ class CheckpointManager:
         return self._save
 
     def _write(self, save: _Save) -> None:
-        content = Payload(self.group.rank, self.group.size, save.slots, save.shapes, save.state, save.buffers)
         try:
+            self._copy(save)
+            content = Payload(self.group.rank, self.group.size, save.slots, save.shapes, save.state, save.buffers)
             near = None
             if self.local and self.local.save(save.step, content, self.group.gather):
                 near = time.perf_counter() - save.begun
@@ -205,6 +226,13 @@ class CheckpointManager:
         else:
             if save.prune:
                 self._prune({save.best} if self.settings.keep_best else set())
+
+    def _copy(self, save: _Save) -> None:
+        if not save.copied.is_set():
+            try:
+                save.slots = self._staging.take(save.slots, save.behind)
+            finally:
+                save.copied.set()
 
     def _report_save(self, save: _Save, size: int, near: float | None) -> None:
         now = time.perf_counter()

@@ -31,19 +31,35 @@ class Staging:
             self._copy[slot][name] = memory[start : start + tensor.numel()]
             start += tensor.numel()
 
-    def take(self, slots: Slots) -> Slots:
-        """Copy the current values of the slices; the result is overwritten by the next call.
+    def take(self, slots: Slots, behind: torch.cuda.Event | None) -> Slots:
+        """Copy the slices; the result is overwritten by the next call. For any thread.
 
-        Returns when the copy is complete: the optimizer may then change the slices.
+        behind: see `now`. Returns when the copy is complete: the optimizer may then change the slices.
         """
-        device = None
+        if behind is None:
+            self._copy_all(slots)
+            return self._copy
+        stream = torch.cuda.Stream(behind.device)
+        stream.wait_event(behind)
+        with torch.cuda.stream(stream):  # beside the next passes
+            self._copy_all(slots)
+        stream.synchronize()
+        return self._copy
+
+    def _copy_all(self, slots: Slots) -> None:
         for slot, held in slots.items():
             for name, tensor in held.items():
                 self._copy[slot][name].copy_(tensor.detach(), non_blocking=True)
-                device = tensor.device if tensor.is_cuda else device
-        if device is not None:
-            torch.cuda.current_stream(device).synchronize()
-        return self._copy
+
+
+def now(slots: Slots) -> torch.cuda.Event | None:
+    """The present moment in the stream that changes the slices, if they are on a GPU: a copy may begin then."""
+    device = next((tensor.device for held in slots.values() for tensor in held.values() if tensor.is_cuda), None)
+    if device is None:
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _pin(owner: Staging, memory: Tensor) -> None:

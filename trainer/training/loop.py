@@ -129,6 +129,9 @@ def _exchange(parts: TrainerComponents, mine: _Share) -> _Total:
 
 def _update(parts: TrainerComponents, lr: float, skip: bool) -> bool:
     """Update weights and EMA; returns whether the step was applied."""
+    if parts.saver.copying:
+        with parts.phases("save"):
+            parts.saver.await_copy()
     with parts.phases("optimizer"):
         applied = parts.engine.step(lr, skip)
         if applied and parts.ema is not None:

@@ -98,6 +98,7 @@ def test_killed_while_training_continues(tmp_path, run_ranks, slices, assert_hol
                         live[slot][name].copy_(value)
                 mean = torch.ones(2) * step
                 saver.save(step, live, SHAPES, {"seed": step}, {"mean": mean})
+                saver.await_copy()
                 for tensor in [mean, *(tensor for values in live.values() for tensor in values.values())]:
                     tensor.fill_(-1)
             saver.finish()

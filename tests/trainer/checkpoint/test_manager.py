@@ -39,8 +39,10 @@ def made(tmp_path):
         saver.save(step, slots, {"a": (4,)}, state, buffers)
         # Training continues in the same memory.
         state["progress"]["step"] = -1
-        for tensor in (slots["master"]["a"], slots["ema"]["a"], buffers["mean"]):
-            tensor.fill_(-1)
+        buffers["mean"].fill_(-1)
+        saver.await_copy()
+        for slot in slots.values():
+            slot["a"].fill_(-1)
 
     return saver, save, events
 

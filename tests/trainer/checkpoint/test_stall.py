@@ -45,6 +45,7 @@ def measure(folder: str) -> list[dict]:
             saver.wait()  # the synchronous save
         while not all(ranks.gather(len(events) == step)):  # training continues, with all ranks in lockstep
             work = torch.tanh(work @ work)
+            saver.await_copy()  # the update
     return events
 
 

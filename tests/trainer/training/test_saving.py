@@ -62,12 +62,44 @@ def crash_after_a_save_that_shared_storage_refused(arguments: list[str]) -> None
     main.main()
 
 
+def train_with_late_copies(arguments: list[str]) -> None:
+    """One rank, whose saves begin to copy the state only after the next passes."""
+    from bifrost.trainer.checkpoint.staging import Staging
+    from bifrost.trainer.cli import main
+
+    real = Staging.take
+
+    def take(*given):
+        time.sleep(0.5)
+        return real(*given)
+
+    Staging.take = take
+    sys.argv = ["bifrost", *arguments]
+    main.main()
+
+
 @pytest.fixture(scope="module")
 def calm(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     folder = tmp_path_factory.mktemp("calm")
     ended = ranked.bifrost(2, *runs.arguments(shards, folder, "steps=8"))
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
     return runs.losses(folder / "tiny-mllm")
+
+
+def test_the_update_waits_for_the_copy(shards: Path, tmp_path: Path, calm: list[float]) -> None:
+    """A checkpoint holds the state of its step, whenever it is copied: that of a run which ended there."""
+    arguments = runs.arguments(shards, tmp_path, "steps=8", "checkpoint.every=2", "checkpoint.keep=9", "ema.decay=0.9")
+    ended = ranked.run(train_with_late_copies, 2, arguments)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    run = tmp_path / "tiny-mllm"
+    assert runs.losses(run) == calm
+    ended = ranked.bifrost(2, *runs.arguments(shards, tmp_path / "short", "steps=4", "ema.decay=0.9"))
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    for rank in ("rank-00000.safetensors", "rank-00001.safetensors"):
+        found, wanted = (each / "checkpoints/step-00000004" / rank for each in (run, tmp_path / "short/tiny-mllm"))
+        assert found.read_bytes() == wanted.read_bytes()
+    saves = [event["blocked_s"] for event in runs.events(run, "checkpoint") if event["step"] < 8]
+    assert len(saves) == 3 and all(0.2 < blocked < 2 for blocked in saves)
 
 
 def test_training_goes_on_while_a_disk_is_full(shards: Path, tmp_path: Path, calm: list[float]) -> None:
