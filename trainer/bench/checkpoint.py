@@ -39,6 +39,8 @@ STATE_BYTES = 12
 """Per parameter: master and two moments, fp32."""
 PASSES_S = 1.0
 """Seconds, about, of the passes that follow a save, before the state changes."""
+LEAST_STALL_S = 1e-3
+"""Shorter ones cannot be told from the noise of the passes."""
 MEASURES = ("call_s", "stall_s", "save_s", "load_s", "cold_load_s")
 
 
@@ -122,7 +124,7 @@ def measure(one: Format, place: Path, ranks: Ranks, expected: Expected, passes: 
         saving = one.save(place / "training")
         passes.run()
         saving.await_copy()
-        spent["stall_s"] = max(0.0, time.perf_counter() - begun - undisturbed)
+        spent["stall_s"] = max(LEAST_STALL_S, time.perf_counter() - begun - undisturbed)
         saving.finish()
     gc.collect()
     for key, cold in (("load_s", False), ("cold_load_s", True)):
@@ -140,8 +142,8 @@ def measure(one: Format, place: Path, ranks: Ranks, expected: Expected, passes: 
 
 
 def ratios(rows: Sequence[dict[str, dict[str, float]]]) -> dict[str, list[float]]:
-    """Of each round: our save over DeepSpeed's and DCP's, our load over theirs, warm and cold, and the stall of DCP's
-    async_save over ours."""
+    """Of each round: our save over DeepSpeed's and DCP's, our load over theirs, warm and cold, and call and stall of
+    DCP's async_save over ours."""
 
     def over(key: str, other: str) -> list[float]:
         return [row[Own.name][key] / row[other][key] for row in rows]
@@ -154,7 +156,8 @@ def ratios(rows: Sequence[dict[str, dict[str, float]]]) -> dict[str, list[float]
         "cold load / DeepSpeed's": over("cold_load_s", DeepSpeed.name),
         "cold load / DCP's": over("cold_load_s", Dcp.name),
         **{
-            f"stall of {name} / ours": [row[name]["stall_s"] / row[Own.name]["stall_s"] for row in rows]
+            f"{what} of {name} / ours": [row[name][f"{what}_s"] / row[Own.name][f"{what}_s"] for row in rows]
+            for what in ("call", "stall")
             for name in rows[0]
             if name.startswith("DCP async")
         },
