@@ -76,7 +76,7 @@ class NoPasses(checkpoint.Passes):
 def test_a_load_of_other_values_is_refused(tmp_path: Path) -> None:
     values, ranks, passes = torch.zeros(9), Ranks(0, 1, torch.device("cpu")), NoPasses(torch.device("cpu"))
     found = checkpoint.measure(Lossy(values, None), tmp_path / "place", ranks, State(values), passes)
-    assert found["call_s"] < 0.2 <= found["save_s"] and 0.3 <= found["stall_s"] < 0.5 and values.any()
+    assert found["call_s"] < 0.2 <= found["save_s"] and 0.29 < found["stall_s"] < 0.5 and values.any()
     with pytest.raises(RunError, match="lossy loaded other values than were saved"):
         checkpoint.measure(Lossy(values, 8), tmp_path / "place", ranks, State(values), passes)
 
