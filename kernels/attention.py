@@ -14,7 +14,6 @@ import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, get_args
@@ -22,7 +21,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .dense_attention import dense_attention, dense_is_faster
 
 Backend = Literal["varlen", "flash-attn-4", "flash-attn-3", "flash-attn-2", "sdpa", "reference"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -234,22 +234,38 @@ def _package(function: Callable[..., Any]) -> Callable[..., Tensor]:
     return run
 
 
-def short_on_cpu(longest: int, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Context in which torch's attention over up to `longest` keys uses the math backend where that is faster.
-
-    On a CPU, the 16-bit backward pass of flash attention takes more than twice as long up to about 128 keys.
-    """
-    plain = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and longest <= 128
-    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
-
-
 def _sdpa(query, key, value, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
-    """Segments of equal length are batched into a single call; ragged ones are processed in a loop."""
-    with short_on_cpu(keys.longest, query.device, query.dtype):
-        return _sdpa_calls(query, key, value, queries, keys, causal, scale)
+    if dense_is_faster(keys.longest, query.device, query.dtype):
+        return _padded(query, key, value, queries, keys, causal, scale)
+    return _sdpa_calls(query, key, value, queries, keys, causal, scale)
+
+
+def _padded(query, key, value, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
+    """All segments in one call, padded to the longest."""
+    equal = len(set(keys.lengths)) == len(set(queries.lengths)) == 1
+    q, at = _pad(query, queries)
+    k, v = (_pad(x, keys)[0] for x in (key, value))
+    seen = None if equal else (torch.arange(keys.longest) < torch.tensor(keys.lengths)[:, None])[:, None]
+    if causal:
+        earlier = torch.ones(queries.longest, keys.longest, dtype=torch.bool).tril_()[None]
+        seen = earlier if seen is None else seen & earlier
+    out = dense_attention(q, k, v, scale, seen).flatten(0, 1)
+    return out if at is None else out.index_select(0, at)
+
+
+def _pad(x: Tensor, segments: Segments) -> tuple[Tensor, Tensor | None]:
+    """Rows [S, H, C] as [B, longest, H, C], zero after the end of a segment, and where each row is in it; None if
+    nothing had to be added."""
+    count, longest = len(segments.lengths), segments.longest
+    if segments.total == count * longest:
+        return x.unflatten(0, (count, longest)), None
+    sample, place = _places(segments, x.device)
+    at = sample * longest + place
+    return x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, at, x).unflatten(0, (count, longest)), at
 
 
 def _sdpa_calls(query, key, value, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
+    """Segments of equal length are batched into a single call; ragged ones are processed in a loop."""
     grouped = query.shape[1] != key.shape[1]
     shapes = set(zip(queries.lengths, keys.lengths, strict=True))
     if len(shapes) == 1:

@@ -29,8 +29,8 @@ from .understanding import Understanding
 PROBE_IMAGES = 1000
 """Training images on which the probe is fitted, at most."""
 PROBE_SCENES = 100
-"""Scenes per category that the probe reads, if there are as many and no more are asked for: without FLUX they cost
-little."""
+"""Held-out scenes per category that the probe reads, if there are as many and no more are asked for: without FLUX they
+cost little."""
 IMAGES = 5
 """Images generated per scene."""
 ENCODED = 64
@@ -73,8 +73,8 @@ def evaluate_scenes(
     settings: Settings = Settings(),
     batch: int = 8,
 ) -> SceneEvaluation:
-    """Scores of up to `samples` scenes of each category, the same scenes for the same seed; those that need no FLUX of
-    up to PROBE_SCENES.
+    """Scores of up to `samples` scenes of each category, the same scenes for the same seed; those of held-out scenes
+    that need no FLUX, of up to PROBE_SCENES.
 
     truth: the scenes by the keys of their samples. Held-out captions that are among the training captions are skipped.
     RunError if `truth` does not belong to the data, or a category has fewer than two scenes.
@@ -82,11 +82,10 @@ def evaluate_scenes(
     sizes = generator.image_size, generator.flux_size
     train = SampleSet("train", data, seed, sizes)
     chosen: dict[str, list[SceneSample]] = {}
-    most = max(samples, PROBE_SCENES)
     if heldout is not None:
         held_out = SampleSet("heldout", heldout, seed, sizes)
-        chosen["heldout"] = choose_scenes(held_out, truth, most, captions(train, truth))
-    chosen["train"] = choose_scenes(train, truth, most)
+        chosen["heldout"] = choose_scenes(held_out, truth, max(samples, PROBE_SCENES), captions(train, truth))
+    chosen["train"] = choose_scenes(train, truth, samples)
     with progress("fitting the probe"):
         probe = PixelProbe(
             (_encode(generator, images), images)

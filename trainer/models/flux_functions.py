@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.nn import functional as F
 
+from ...kernels import dense_attention, dense_is_faster
 from .eight_bits import dequantized
 from .linear import linear
 
@@ -117,10 +118,18 @@ class _Enter(torch.autograd.Function):
         return (None,) * (1 + len(gradients))
 
 
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of query, key and value [B, S, h, C]: [B, S, h, C]."""
+    if dense_is_faster(key.shape[1], key.device, key.dtype):
+        return dense_attention(query, key, value, key.shape[-1] ** -0.5)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
 class _Attention(torch.autograd.Function):
     """torch's attention, whose saved query and key are replaced by what they were computed from.
 
-    torch chooses the kernel; what it saves in addition (the scores' logarithms) is small.
+    What it saves in addition (the scores' logarithms) is small.
     """
 
     @staticmethod
@@ -134,8 +143,7 @@ class _Attention(torch.autograd.Function):
         inputs = query, key, value
         with torch.enable_grad(), saved_tensors_hooks(pack, lambda index: _restored(ctx, saved[index])):
             entered: Any = _Enter.apply(torch.empty(0, requires_grad=True), *inputs)
-            q, k, v = (x.transpose(1, 2) for x in entered)
-            out = F.scaled_dot_product_attention(q, k, v)
+            out = _attend(*entered)
         ctx.edges = get_gradient_edge(out), [get_gradient_edge(x) for x in entered]
         out = out.detach()
         kept = {_storage(x): name for name, x in zip(("query", "key", "value", "out"), (*inputs, out), strict=True)}
@@ -143,7 +151,6 @@ class _Attention(torch.autograd.Function):
             if name := kept.get(_storage(tensor)):
                 saved[index] = _View(name, tensor.shape, tensor.stride(), tensor.storage_offset())
         ctx.counts = [len(rows) for rows in parts]
-        out = out.transpose(1, 2)
         ctx.save_for_backward(value, out, *(x for rows in parts for row in rows for x in row[1:]))
         return out
 
@@ -155,7 +162,7 @@ class _Attention(torch.autograd.Function):
         query, key = (_joined([_rotate_normed(*next(rows))[0] for _ in range(count)]) for count in ctx.counts)
         ctx.tensors = {"query": query, "key": key, "value": value, "out": out}
         result, inputs = ctx.edges
-        gradients = torch.autograd.grad(result, inputs, gradient.transpose(1, 2))
+        gradients = torch.autograd.grad(result, inputs, gradient)
         del ctx.tensors, ctx.edges
         return *gradients, None
 
@@ -190,8 +197,7 @@ def attention(query: Sequence[HeadRows], key: Sequence[HeadRows], value: Tensor,
     """
     q, k = (_joined([row.rotated for row in rows]) for rows in (query, key))
     if save_all or not torch.is_grad_enabled():
-        q, k, v = (x.transpose(1, 2) for x in (q, k, value))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return _attend(q, k, value)
     parts = [[row._replace(raw=row.raw.detach()) for row in rows] for rows in (query, key)]
     return _Attention.apply(q, k, value, parts)  # type: ignore[return-value]
 

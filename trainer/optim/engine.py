@@ -114,13 +114,7 @@ class Engine:
         deepspeed = import_deepspeed(ranks.device)
         self.ranks = ranks
         self.groups = parameter_groups(model, settings.weight_decay)
-        optimizer = torch.optim.AdamW(
-            self.groups,
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=ranks.device.type == "cuda",
-        )
+        optimizer = torch.optim.AdamW(self.groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ...data import Dataset
 from ...data.spread import Broadcast
-from ...kernels import short_on_cpu
 from ...recipes.schema import Backbone, ControlNet, Data, Flux, Kernels
 from ..distributed.process_group import Gather, Ranks, single_process
 from ..models import flux as flow
@@ -129,9 +128,8 @@ class LatentControlNetModel(StageModel):
             "txt_ids": torch.zeros(text.shape[1], 3, device=sigma.device),
         }
         noisy = flow.noisy(clean, noise, sigma)
-        with short_on_cpu(noise.shape[1] + text.shape[1], noise.device, text.dtype):
-            residuals = self.controlnet(noisy, condition, **rest)
-            predicted = flow.velocity(self.flux.transformer, noisy, residuals, **rest)
+        residuals = self.controlnet(noisy, condition, **rest)
+        predicted = flow.velocity(self.flux.transformer, noisy, residuals, **rest)
         error = predicted - flow.target(clean, noise)
         squares = error.square().sum(dim=(1, 2))
         # High-noise loss is dominated by FLUX; low-noise loss is what the ControlNet can improve.
