@@ -26,7 +26,8 @@ def exact(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.detach().double() - wanted).norm() / wanted.detach().norm())
+    found, wanted = found.detach(), wanted.detach()
+    return float((found.double() - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("causal", [False, True])
