@@ -40,7 +40,7 @@ STATE_BYTES = 12
 PASSES_S = 1.0
 """Seconds, about, of the passes that follow a save, before the state changes."""
 LEAST_STALL_S = 1e-3
-"""Shorter ones cannot be told from the noise of the passes."""
+"""Shorter ones cannot be distinguished from the noise of the passes."""
 MEASURES = ("call_s", "stall_s", "save_s", "load_s", "cold_load_s")
 
 

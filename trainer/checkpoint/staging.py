@@ -41,7 +41,7 @@ class Staging:
             return self._copy
         stream = torch.cuda.Stream(behind.device)
         stream.wait_event(behind)
-        with torch.cuda.stream(stream):  # beside the next passes
+        with torch.cuda.stream(stream):  # while the next passes run
             self._copy_all(slots)
         stream.synchronize()
         return self._copy
