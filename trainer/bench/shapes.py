@@ -1,16 +1,18 @@
-"""A recipe's stage-1 model with random weights: real shapes on a GPU, scaled down in proportion on a CPU."""
+"""A model with random weights, and the scale of stage 1's: real shapes on a GPU, scaled down in proportion on a CPU."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ..errors import RunError
 from ..stages.patch_latents import PatchLatentModel
+
+M = TypeVar("M", bound=nn.Module)
 
 VOCABULARY = 4096
 """Vocabulary size of a scaled-down model: the embedding costs no FLOPs, only memory."""
@@ -50,7 +52,15 @@ def scaled(config: Any, layers: int | None, width: int | None) -> Any:
 
 
 def random_model(build: Callable[[], PatchLatentModel], device: torch.device, dtype: torch.dtype) -> PatchLatentModel:
-    """The model that `build` makes, with random weights, equal for equal shapes on the same device."""
+    """The model that `build` makes, with random weights."""
+    model = built(build, device, dtype)
+    model.restore_rotary()
+    draw_weights(model, device)
+    return model
+
+
+def built(build: Callable[[], M], device: torch.device, dtype: torch.dtype) -> M:
+    """What `build` makes on `device`, its weights of type `dtype` and not yet filled."""
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
@@ -58,11 +68,13 @@ def random_model(build: Callable[[], PatchLatentModel], device: torch.device, dt
             model = build()
     finally:
         torch.set_default_dtype(before)
-    model.restore_rotary()
-    model.to(device)
+    return model.to(device)
+
+
+def draw_weights(model: nn.Module, device: torch.device) -> None:
+    """Random weights, equal for equal shapes on the same device: normal with deviation 0.02, around 1 for norms."""
     draw = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
         scale = nn.init.normal_(parameter, std=0.02, generator=draw)
-        if "norm" in name or name.endswith(("ln_q.weight", "ln_kv.weight")):
+        if parameter.ndim == 1 and name.endswith("weight"):  # a norm's: all others are matrices
             scale.data.add_(1)
-    return model

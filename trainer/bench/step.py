@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...recipes import Recipe
 from ...recipes.schema import Kernels
@@ -31,6 +30,7 @@ from ..planner.flops import Part, patch_latent_parts
 from ..planner.opened import PatchLatents
 from ..planner.timing import done_flops, useful_flops
 from ..stages.patch_latents import PatchLatentModel, PatchLatentStage
+from .comparison import activation_bytes, errors, gradients
 from .dense import DenseStep
 from .machine import machine, write_record
 from .prompts import Batch, Case, cases, draw_batch, real_lengths
@@ -39,8 +39,7 @@ from .shapes import random_model, scaled
 from .step_table import Row, table
 
 CPU_LAYERS, CPU_WIDTH, CPU_SAMPLES = 4, 768, 4
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Largest relative difference of loss and gradients between routed step and baseline."""
+TEXT_TOKENS = "80,300,real"
 BASELINES = ("eager", "sdpa", "compiled", "single")
 Baseline = DenseStep | CompiledStep | SingleStep
 
@@ -51,14 +50,13 @@ def bench(
     layers: int | None,
     width: int | None,
     samples: int | None,
-    text_tokens: str,
-    baseline: str,
+    text_tokens: str | None = None,
+    baseline: str | None = None,
     rounds: int,
     out: Path | None,
 ) -> list[Row]:
     """Measure every case of `text_tokens`, print the table and write `out`/step.json; see `bifrost bench step`."""
-    if recipe.stage != "patch-latents":
-        raise RunError(f"bench step: {recipe.name} is {recipe.stage}; give a recipe of stage patch-latents")
+    text_tokens, baseline = text_tokens or TEXT_TOKENS, baseline or BASELINES[0]
     if baseline not in BASELINES:
         raise RunError(f"--baseline {baseline}: give one of {', '.join(BASELINES)}")
     own = read_config(architecture(recipe.backbone.path, recipe.backbone.revision))
@@ -156,10 +154,11 @@ def measure(
     Without a baseline, measure the routed step only.
     """
     loss_error = gradient_error = baseline_kept = None
+    inputs, device = vars(batch).values(), batch.latents.device
     if baseline:
         loss_error, gradient_error = compare(model, batch, baseline)
-        baseline_kept = activation_bytes(model, lambda: baseline.step(batch), batch)
-    kept = activation_bytes(model, lambda: routed_step(model, batch), batch)
+        baseline_kept = activation_bytes(lambda: baseline.step(batch), model, inputs, device)
+    kept = activation_bytes(lambda: routed_step(model, batch), model, inputs, device)
     routed_times, baseline_times = time_rounds(model, batch, baseline, rounds)
     parts = {name: statistics.median(times[name] for times in routed_times) for name in routed_times[0]}
     # The dense baselines have the same vision encoder.
@@ -206,27 +205,8 @@ def measure(
 def compare(model: PatchLatentModel, batch: Batch, baseline: Baseline) -> tuple[float, float]:
     """Relative errors of the loss and of the worst gradient; RunError if one is above TOLERANCE."""
     trained = model.trainable()
-
-    def gradients(step: Callable[[], Tensor]) -> tuple[float, dict[str, Tensor]]:
-        loss = float(step())
-        found = {name: p.grad for name, p in trained.items() if p.grad is not None}
-        model.zero_grad(set_to_none=True)
-        return loss, found
-
-    loss, wanted = gradients(lambda: baseline.step(batch))
-    ours, found = gradients(lambda: routed_step(model, batch))
-    loss_error = abs(ours - loss) / abs(loss)
-    if found.keys() != wanted.keys():
-        raise RunError(f"bench step: gradients of {sorted(found.keys() ^ wanted.keys())} exist on one side only")
-    errors = {n: float((found[n] - wanted[n]).norm() / wanted[n].norm().clamp_min(1e-30)) for n in wanted}
-    worst = max(errors, key=lambda name: errors[name])
-    limit = TOLERANCE[batch.latents.dtype]
-    if not max(loss_error, errors[worst]) <= limit:
-        raise RunError(
-            f"bench step: the baseline differs: loss by {loss_error:.1e}, {worst} by {errors[worst]:.1e};"
-            f" at most {limit}"
-        )
-    return loss_error, errors[worst]
+    wanted = gradients(lambda: baseline.step(batch), trained)
+    return errors(gradients(lambda: routed_step(model, batch), trained), wanted, batch.latents.dtype)
 
 
 def time_rounds(
@@ -254,29 +234,3 @@ def time_rounds(
 def step_parts(parts: Iterable[Part]) -> list[Part]:
     """The parts of the step: all but the vision encoder."""
     return [part for part in parts if part.name != "vision encoder"]
-
-
-def activation_bytes(model: PatchLatentModel, step: Callable[[], object], batch: Batch) -> int:
-    """Peak bytes of activations in a step: on a GPU the allocator's peak beyond weights, batch and gradients; on a CPU
-    the storages that autograd saves for the backward pass, each counted once."""
-    if batch.latents.device.type == "cuda":
-        step()  # allocates the gradients
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        model.zero_grad(set_to_none=True)
-        return torch.cuda.max_memory_allocated() - before
-    own = [*model.parameters(), *model.buffers(), *vars(batch).values()]
-    known = {x.untyped_storage().data_ptr() for x in own if isinstance(x, Tensor)}
-    found: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in known:
-            found[place] = tensor  # kept alive until the count, so that its address is not reused
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    model.zero_grad(set_to_none=True)
-    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
