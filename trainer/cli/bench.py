@@ -27,31 +27,47 @@ class ScalingMode(str, Enum):
 def bench_step(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    layers: Annotated[int | None, typer.Option(help="Decoder layers; default all on a GPU, 4 on a CPU.", min=1)] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(help="Decoder layers, or FLUX's double blocks; default all on a GPU, 4 on a CPU.", min=1),
+    ] = None,
     width: Annotated[
-        int | None, typer.Option(help="Hidden width, the rest scaled; default the model's own, 768 on a CPU.")
+        int | None,
+        typer.Option(
+            help="Hidden width, the rest scaled; default the model's own on a GPU, on a CPU 768, or 512 for FLUX."
+        ),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Samples per step; default micro_batch on a GPU, 4 on a CPU.", min=1)
     ] = None,
     text_tokens: Annotated[
-        str, typer.Option(help="Prompt lengths, one row each; `real`: mixed lengths, mean 80, padded in the baseline.")
-    ] = "80,300,real",
-    baseline: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="eager: dense, as published; sdpa: dense, fused attention; compiled: ours, by torch; single: ours,"
-            " with a vision encoder pass and a prefix per mask."
+            help="Stage 1: prompt lengths, one row each; `real`: mixed lengths, mean 80, padded in the baseline;"
+            " default 80,300,real. Stage 2: one number; default T5's length, on a CPU at most 256."
         ),
-    ] = "eager",
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="Stage 1: eager (default): dense, as published; sdpa: dense, fused attention; compiled: ours, by"
+            " torch; single: ours, with a vision encoder pass and a prefix per mask. Stage 2: diffusers (default): its"
+            " FLUX ControlNet example, encoders cached; online: with VAE and vision encoder in every step."
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Measured steps of each, alternating; medians are reported.", min=1)] = 5,
     out: Annotated[Path | None, typer.Option(help="Folder for step.json.")] = None,
 ) -> None:
-    """Time a stage-1 step with random weights: routed by modality, against the public release's dense formulation."""
-    from ..bench.step import bench
+    """Time a training step with random weights: stage 1 against the public release's dense formulation, stage 2 against
+    diffusers' FLUX ControlNet example."""
+    settings = load_recipe(recipe, overrides or [])
+    if settings.stage == "controlnet":
+        from ..bench.controlnet_step import bench
+    else:
+        from ..bench.step import bench
 
     bench(
-        load_recipe(recipe, overrides or []),
+        settings,
         layers=layers,
         width=width,
         samples=samples,

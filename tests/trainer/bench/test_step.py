@@ -207,8 +207,3 @@ def test_a_cut_model_keeps_its_proportions() -> None:
 def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(RunError, match=message):
         step.bench(load_recipe("tiny-mllm"), out=None, **{"text_tokens": "20", **SMALL, **change})
-
-
-def test_stage_2_is_refused() -> None:
-    with pytest.raises(RunError, match="give a recipe of stage patch-latents"):
-        step.bench(load_recipe("tiny-controlnet"), text_tokens="20", out=None, **SMALL)
