@@ -38,7 +38,10 @@ EXAMPLES = {
     "checkpoint list": ("bifrost checkpoint list runs/tiny-mllm",),
     "checkpoint verify": ("bifrost checkpoint verify runs/tiny-mllm",),
     "checkpoint show": ("bifrost checkpoint show runs/tiny-mllm",),
-    "bench step": ("bifrost bench step mllm-3b",),
+    "bench step": (
+        "bifrost bench step mllm-3b",
+        "bifrost bench step flux-controlnet flux.image_size=256 data.image_size=224",
+    ),
     "bench data": ("bifrost bench data 'demo/train-*.tar'",),
     "bench checkpoint": ("bifrost bench checkpoint --size 768MiB --rounds 3",),
     "bench scale": ("bifrost bench scale tiny-mllm",),
