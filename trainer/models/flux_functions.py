@@ -129,7 +129,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class _Attention(torch.autograd.Function):
     """torch's attention, whose saved query and key are replaced by what they were computed from.
 
-    What it saves in addition (the scores' logarithms) is small.
+    What it saves in addition, the scores' logarithms or on a CPU the probabilities, is kept.
     """
 
     @staticmethod
@@ -151,19 +151,25 @@ class _Attention(torch.autograd.Function):
             if name := kept.get(_storage(tensor)):
                 saved[index] = _View(name, tensor.shape, tensor.stride(), tensor.storage_offset())
         ctx.counts = [len(rows) for rows in parts]
-        ctx.save_for_backward(value, out, *(x for rows in parts for row in rows for x in row[1:]))
+        ctx.saved, ctx.others = saved, [index for index, tensor in enumerate(saved) if isinstance(tensor, Tensor)]
+        of_rows = [x for rows in parts for row in rows for x in row[1:]]
+        ctx.save_for_backward(value, out, *(saved[index] for index in ctx.others), *of_rows)
+        for index in ctx.others:
+            saved[index] = None  # a saved tensor of this node, which hooks see
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         value, out, *rest = ctx.saved_tensors
+        for index in ctx.others:
+            ctx.saved[index] = rest.pop(0)
         rows = iter([tuple(rest[i : i + 3]) for i in range(0, len(rest), 3)])
         query, key = (_joined([_rotate_normed(*next(rows))[0] for _ in range(count)]) for count in ctx.counts)
         ctx.tensors = {"query": query, "key": key, "value": value, "out": out}
         result, inputs = ctx.edges
         gradients = torch.autograd.grad(result, inputs, gradient)
-        del ctx.tensors, ctx.edges
+        del ctx.tensors, ctx.edges, ctx.saved
         return *gradients, None
 
 
