@@ -18,4 +18,4 @@ def deepspeed(recipe: Recipe, ranks: int) -> dict[str, Any]:
     """DeepSpeed's configuration."""
     from bifrost.trainer.optim.deepspeed_config import deepspeed_config
 
-    return deepspeed_config(recipe.split(ranks), recipe.precision, recipe.zero, recipe.optimizer.clip)
+    return deepspeed_config(recipe.split(ranks), recipe.precision, recipe.zero, recipe.optimizer.clip, on_cpu=True)

@@ -15,7 +15,7 @@ from ...data.progress import progress
 from ...data.units import counted
 from ...recipes import BatchSplit, load_recipe
 from ...slurm.named_paths import require_paths
-from ..distributed.launcher import devices, init_from_env, run_ranks
+from ..distributed.launcher import devices, has_gpu_files, init_from_env, run_ranks
 from ..errors import RunError
 from ..training.batch import split_batch
 from ..training.run_folder import check_run, placed, ranks_of
@@ -54,7 +54,8 @@ def train(
     frozen = sum(part.size for part in planned) - trainable
     print(settings.to_yaml())
     print("# DeepSpeed")
-    print(json.dumps(deepspeed_config(batch, settings.precision, settings.zero, settings.optimizer.clip), indent=2))
+    zero, clip = settings.zero, settings.optimizer.clip
+    print(json.dumps(deepspeed_config(batch, settings.precision, zero, clip, not has_gpu_files()), indent=2))
     print(f"trainable parameters  {trainable:>16,}")
     print(f"frozen parameters     {frozen:>16,}")
     samples = counted(settings.steps * batch.global_batch, "sample")

@@ -92,7 +92,9 @@ def open_run(recipe: Recipe) -> Iterator[RunContext]:
             yield RunContext(
                 recipe=recipe,
                 batch=batch,
-                deepspeed=deepspeed_config(batch, recipe.precision, recipe.zero, recipe.optimizer.clip),
+                deepspeed=deepspeed_config(
+                    batch, recipe.precision, recipe.zero, recipe.optimizer.clip, ranks.device.type == "cpu"
+                ),
                 inputs=inputs,
                 held_out=held_out,
                 ranks=ranks,
