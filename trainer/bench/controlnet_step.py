@@ -35,6 +35,8 @@ from .step import chosen_kernels
 
 CPU_LAYERS, CPU_WIDTH, CPU_SAMPLES, CPU_TEXT_TOKENS = 4, 512, 4, 256
 BASELINES = ("diffusers", "online")
+CANCELLED = ("sampling_block.upconv.bias", "sampling_block.downconv.bias", "sampling_block.conv.bias")
+"""Ends of the names of the resampler's biases, each of which precedes a norm."""
 
 
 def bench(
@@ -51,7 +53,9 @@ def bench(
     """Measure, print the table and write `out`/step.json; see `bifrost bench step`."""
     baseline = baseline or BASELINES[0]
     if baseline not in BASELINES:
-        raise RunError(f"--baseline {baseline}: {recipe.name} is of stage controlnet, give one of {_listed(BASELINES)}")
+        raise RunError(
+            f"--baseline {baseline}: {recipe.name} is of stage controlnet, give one of {', '.join(BASELINES)}"
+        )
     assert recipe.flux is not None, "required by the recipe schema"
     if recipe.flux.weights != "bf16":
         raise RunError(
@@ -95,10 +99,6 @@ def bench(
         write_record(out, "step.json", record)
     print(table(record, result))
     return result
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names)
 
 
 def _length(text: str, longest: int) -> int:
@@ -200,7 +200,3 @@ def compare(
 
     wanted = gradients(theirs, baseline.trainable())
     return errors(compared(gradients(own, model.trainable())), compared(wanted), dtype)
-
-
-CANCELLED = ("sampling_block.upconv.bias", "sampling_block.downconv.bias", "sampling_block.conv.bias")
-"""Ends of the names of the resampler's biases, each of which precedes a norm."""
