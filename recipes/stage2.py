@@ -45,6 +45,10 @@ class Flux(Section):
     """Probability that a caption is replaced by an empty one."""
     caption_exchange: float = Field(default=0.0, ge=0, le=1)
     """Probability that a kept caption is replaced by that of the shard's next readable sample; see docs/stage2.md."""
+    text_tokens: int = Field(default=512, gt=0)
+    """T5 tokens per caption: shorter captions are padded, longer ones cut. At most as many as FLUX was trained with,
+    512 (dev) or 256 (schnell). Fewer save time and memory, see docs/stage2.md. Part of the results: a run resumes with
+    the same value."""
     weights: HeldWeights = "bf16"
     """How the linear layers of FLUX's blocks hold their weights: unquantized, in `precision` (`bf16`), or in 8 bits
     with a scale per output channel, dequantized for each product; see docs/weights.md. Part of the results: a run

@@ -142,7 +142,9 @@ class FluxFolder(FluxConfig):
     """A FLUX.1 model in diffusers' folder layout, with its weights and tokenizers."""
 
     @classmethod
-    def open(cls, path: Path, held: HeldWeights = "bf16", for_counting: bool = False) -> FluxFolder:
+    def open(
+        cls, path: Path, held: HeldWeights = "bf16", text_tokens: int = 512, for_counting: bool = False
+    ) -> FluxFolder:
         """Open and check a folder. RunError names what is missing or inconsistent. for_counting: configs suffice."""
         if not for_counting:
             needed = [f"{part}/config.json" for part in PARTS]
@@ -151,7 +153,7 @@ class FluxFolder(FluxConfig):
                 if not any((path / part).glob("*.safetensors")) and (other := other_format_hint(path / part)):
                     raise RunError(f"{path / part}: no safetensors files there{other}")
             require_files(path, [*needed, *(f"{part}/*.safetensors" for part in PARTS)])
-        folder = super().open(path, held)
+        folder = super().open(path, held, text_tokens)
         assert isinstance(folder, FluxFolder)
         if not for_counting:
             assert folder.tokenizers  # like weight files, checked here before anything is built

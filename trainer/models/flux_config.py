@@ -61,9 +61,11 @@ class FluxConfig:
     t5: T5Config
     held: HeldWeights = "bf16"
     """How the transformer's blocks hold their weights."""
+    text_tokens: int = 512
+    """Most T5 tokens of a prompt."""
 
     @classmethod
-    def open(cls, path: Path, held: HeldWeights = "bf16") -> FluxConfig:
+    def open(cls, path: Path, held: HeldWeights = "bf16", text_tokens: int = 512) -> FluxConfig:
         """Open and check a folder's configs. RunError names what is missing or inconsistent."""
         require_files(path, [f"{part}/config.json" for part in PARTS])
         transformer, vae, clip, t5 = (_read(path / part / "config.json") for part in PARTS)
@@ -76,6 +78,7 @@ class FluxConfig:
             checked(ClipConfig, clip, path / "text_encoder" / "config.json", "CLIP"),
             checked(T5Config, t5, path / "text_encoder_2" / "config.json", "T5"),
             held,
+            text_tokens,
         )
         for field, part, there in (
             ("in_channels", "4 x vae latent_channels", 4 * vae["latent_channels"]),
@@ -114,10 +117,12 @@ class FluxConfig:
     def text_lengths(self) -> tuple[int, int]:
         """Tokens to which prompts are padded for T5 and for CLIP.
 
-        512 or 256 for T5, as dev and schnell were trained; the tokenizers of a smaller model set their own.
+        For T5 `text_tokens`, but at most 512 or 256, as dev and schnell were trained; the tokenizers of a smaller model
+        set their own limits.
         """
         limits = [_tokenizer_limit(self.path / name) for name in ("tokenizer_2", "tokenizer")]
-        return int(min(limits[0], 512 if self.guided else 256)), int(min(limits[1], self.clip.max_position_embeddings))
+        t5 = min(limits[0], 512 if self.guided else 256, self.text_tokens)
+        return int(t5), int(min(limits[1], self.clip.max_position_embeddings))
 
     def grid(self, image_size: int) -> int:
         """Packed tokens along one side of an image; RunError unless the size is a multiple of a token."""

@@ -44,7 +44,7 @@ class LatentControl:
     def open(cls, backbone: Backbone, flux: Flux, controlnet: ControlNet, image_size: int) -> LatentControl:
         """RunError names what cannot be used."""
         config = read_shape(architecture(backbone.path, backbone.revision))
-        folder = FluxConfig.open(architecture(flux.path, flux.revision, "flux.path"), flux.weights)
+        folder = FluxConfig.open(architecture(flux.path, flux.revision, "flux.path"), flux.weights, flux.text_tokens)
         shape = ControlNetConfig.of(
             folder.transformer,
             config.vision_config.out_hidden_size,

@@ -167,6 +167,7 @@ class ControlNetStage:
         "flux.weights",
         "flux.image_size",
         "flux.guidance",
+        "flux.text_tokens",
         "flux.caption_dropout",
         "flux.caption_exchange",
     )
@@ -189,7 +190,7 @@ class ControlNetStage:
             path = architecture(flux.path, flux.revision, "flux.path")
         else:
             path = locate(flux.path, flux.revision, "flux.path", "*/*.safetensors")
-        folder = FluxFolder.open(path, flux.weights, for_counting)
+        folder = FluxFolder.open(path, flux.weights, flux.text_tokens, for_counting)
         side = grid_side(config, data.image_size)
         shape = ControlNetConfig.of(
             folder.transformer,

@@ -32,8 +32,8 @@ def copied(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "flux"))
 
 
-def loaded(folder: Path, *parts) -> FrozenFlux:
-    model = FrozenFlux(FluxFolder.open(folder), parts or flux.PARTS)
+def loaded(folder: Path, *parts, text_tokens: int = 512) -> FrozenFlux:
+    model = FrozenFlux(FluxFolder.open(folder, "bf16", text_tokens), parts or flux.PARTS)
     model.load()
     return model
 
@@ -55,6 +55,9 @@ def test_the_published_geometry() -> None:
     """Spec 2.1: 512 px, 64 x 64 latents, 1024 tokens; spec 7.1: parameters."""
     folder = FluxFolder.open(FOLDER / "architectures/black-forest-labs/FLUX.1-dev", for_counting=True)
     assert (folder.stride, folder.grid(512), folder.guided, folder.depth) == (8, 32, True, 1)
+    assert folder.text_lengths == (512, 77)
+    for tokens, expected in ((128, 128), (1024, 512)):  # FLUX.1-dev was trained with 512
+        assert FluxFolder.open(folder.path, "bf16", tokens, for_counting=True).text_lengths == (expected, 77)
     assert flux.image_ids(64, 64).shape == (1024, 3)
     wanted = dict(zip(flux.PARTS, (11_901_408_320, 83_819_683, 123_060_480, 4_762_310_656), strict=True))
     with torch.device("meta"):
@@ -94,13 +97,14 @@ def test_flow_matching() -> None:
     assert torch.equal(wide[:, :, 0, 0], mixed)
 
 
-def test_text_as_the_pipeline_encodes_it(pipeline: FluxPipeline, saved: Path) -> None:
-    model = loaded(saved, "text_encoder", "text_encoder_2").train()
+@pytest.mark.parametrize(("asked", "length"), [(512, 13), (4, 4)], ids=["the tokenizer's limit", "fewer"])
+def test_text_as_the_pipeline_encodes_it(pipeline: FluxPipeline, saved: Path, asked: int, length: int) -> None:
+    model = loaded(saved, "text_encoder", "text_encoder_2", text_tokens=asked).train()
     assert model.transformer is None and model.vae is None
     tokens = FluxTokenizers(model.folder)(PROMPTS)
-    assert (tokens.t5.shape, tokens.clip.shape) == ((4, 13), (4, 9))
+    assert (tokens.t5.shape, tokens.clip.shape) == ((4, length), (4, 9))
     text, pooled = model.encode_text(tokens)
-    wanted, wanted_pooled, text_ids = pipeline.encode_prompt(PROMPTS, max_sequence_length=13)
+    wanted, wanted_pooled, text_ids = pipeline.encode_prompt(PROMPTS, max_sequence_length=length)
     torch.testing.assert_close(text, wanted)
     torch.testing.assert_close(pooled, wanted_pooled)
     assert not text_ids.any()

@@ -149,6 +149,7 @@ def test_a_cache_of_other_weights_settings_or_shards_is_refused(data: Path, flux
     wanted = recipe(data, flux, *CACHED)
     encoded(wanted)
     assert "flux.image_size 64, here 32" in refusal(recipe(data, flux, CACHED[0], "flux.image_size=32"))
+    assert "tokens [13, 9], here [7, 9]" in refusal(recipe(data, flux, CACHED[1], "flux.text_tokens=7"))
     assert "precision fp32, here bf16" in refusal(recipe(data, flux, CACHED[1], "precision=bf16"))
     other = tiny_flux.save(tiny_flux.pipeline(seed=1), data.parent / "other")
     assert "another vae weights" in refusal(recipe(data, other, CACHED[0]))

@@ -42,7 +42,7 @@ def train(shards: Path, flux: Path, runs_dir: Path, ranks: int, *settings: str) 
     "settings",
     [
         ("controlnet.norm=batch", "activation_checkpointing=false"),
-        ("controlnet.norm=group", "activation_checkpointing=true", "controlnet.double=2"),
+        ("controlnet.norm=group", "activation_checkpointing=true", "controlnet.double=2", "flux.text_tokens=7"),
     ],
     ids=["batch", "group-recomputed"],
 )
@@ -143,3 +143,4 @@ def test_a_run_does_not_go_on_with_another_flux(shards: Path, flux: Path, tmp_pa
     other = tiny_flux.save(tiny_flux.pipeline(seed=1), tmp_path / "other")
     line = refused(shards, other, tmp_path, "steps=2")
     assert "content hash" in line
+    assert "flux.text_tokens" in refused(shards, flux, tmp_path, "steps=2", "flux.text_tokens=7")
