@@ -14,11 +14,13 @@ from ...data.atomic import write_atomic
 from ...data.progress import progress
 from ...slurm.exit_record import newest_step
 from ...slurm.io import write_json
+from ..distributed.launcher import devices, init_from_env, run_ranks
 from ..errors import RunError, writing
 from ..io import write_png
 from ..monitors.evaluations import note_evaluation
 from ..versions import versions
 from .generate import Reveal
+from .options import RanksOption, rank_arguments
 
 if TYPE_CHECKING:
     from ...data.shards import Dataset
@@ -31,6 +33,7 @@ VERSIONS = ("torch", "transformers", "diffusers", "numpy", "pillow")
 
 
 def evaluate(
+    context: typer.Context,
     mllm: Annotated[Path, typer.Option(help="A stage-1 run folder, or an export of one.")],
     controlnet: Annotated[Path, typer.Option(help="A stage-2 run folder, or a `flux_controlnet` folder.")],
     data: Annotated[str, typer.Option(help="Shards of the training images, braces and wildcards in quotes.")],
@@ -58,12 +61,16 @@ def evaluate(
     flux_cfg: Annotated[float, typer.Option(help="Classifier-free guidance of FLUX's text; 1 is none.")] = 1.0,
     conditioning_scale: Annotated[float, typer.Option(help="Strength of the ControlNet.")] = 0.7,
     batch: Annotated[int, typer.Option(help="Images made together.", min=1)] = 8,
+    ranks: RanksOption = None,
 ) -> None:
     """Measure both stages on shards: latents, reconstruction, prompt match with controls, Fréchet distance.
 
     On scenes with their ground truth instead: the objects in the images, with controls, and answers of the MLLM.
     """
     _check(out)
+    is_rank = init_from_env(ranks)
+    if not is_rank and (count := ranks or devices()) > 1:
+        raise typer.Exit(run_ranks(count, rank_arguments(context)))
     sets = _open({"train": data, **({"heldout": heldout} if heldout else {})})
     if scenes and gallery:
         raise RunError("--gallery is for retrieval, which --scenes replaces; leave one of them out")
@@ -71,6 +78,7 @@ def evaluate(
 
     truth = read_key(scenes) if scenes else None
 
+    from ..distributed.process_group import Group, join
     from ..evaluation import evaluate as retrieval
     from ..evaluation.scenes import evaluate_scenes
     from ..evaluation.understanding import measure_understanding
@@ -82,8 +90,10 @@ def evaluate(
         steps, schedule.value, guidance, flux=Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
     )
     made_with = {"mllm": origin(mllm), "controlnet": origin(controlnet)}
-    with progress("loading the models"):
-        generator = Generator.load(mllm, controlnet, flux)
+    joined = join() if is_rank else None
+    group = Group(joined.rank, joined.size, joined.gather) if joined else Group()
+    with progress("loading the models", shown=group.rank == 0):
+        generator = Generator.load(mllm, controlnet, flux, joined and joined.device, group=group)
     reveal_counts(generator.mllm.branch.side**2, steps, settings.schedule)  # raises for more steps than patches
     inputs = generator, sets["train"][1], sets["heldout"][1] if heldout else None
     if truth is None:
@@ -92,6 +102,8 @@ def evaluate(
         found = evaluate_scenes(*inputs, truth, samples, seed, settings, batch)
         asked = found.samples["heldout" if heldout else "train"]
         found.understanding = measure_understanding(generator, base_folder(mllm), asked, seed)
+    if group.rank > 0:
+        return
     record = {
         **found.record(),
         "samples": samples,

@@ -33,7 +33,7 @@ from ..inference.outputs import (
     write,
     write_contact_sheet,
 )
-from .options import RanksOption
+from .options import RanksOption, rank_arguments
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -88,7 +88,7 @@ def generate(
     if not init_from_env(ranks):
         ranks = ranks or devices()
         if ranks > 1:
-            raise typer.Exit(run_ranks(ranks, _arguments(context)))
+            raise typer.Exit(run_ranks(ranks, rank_arguments(context)))
     from ..inference.flux_sampler import Sampling
     from ..inference.generator import Settings, origin
 
@@ -178,16 +178,3 @@ def _read(path: Path) -> bytes:
     except ValueError as error:
         raise RunError(f"{path}: {error}") from error
     return data
-
-
-def _arguments(context: typer.Context) -> list[str]:
-    """This command's arguments for its ranks, without `ranks`."""
-    arguments, last = [str(context.info_name)], []
-    for parameter in context.command.params:
-        value = context.params[str(parameter.name)]
-        if parameter.param_type_name == "argument":
-            last = ["--", *(value or [])]
-        elif parameter.name != "ranks" and value is not None and value is not False:
-            plain = value.value if isinstance(value, Enum) else value
-            arguments.append(parameter.opts[0] if value is True else f"{parameter.opts[0]}={plain}")
-    return arguments + last

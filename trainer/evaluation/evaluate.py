@@ -77,7 +77,8 @@ def evaluate(
     known = sets[0].image_hashes(gallery) if heldout is not None else set()
     chosen = {one.name: one.choose(samples, () if one is sets[0] else known) for one in sets}
     kinds = sum(_Trial.KINDS[name] for name in chosen)
-    with progress("generating", kinds * samples, "images") as shown:
+    shown_here = generator.group.rank == 0
+    with progress("generating", kinds * samples, "images", shown=shown_here) as shown:
         trials = {
             name: _Trial(generator, name, of, seed, settings, batch, shown.advance) for name, of in chosen.items()
         }
@@ -87,7 +88,7 @@ def evaluate(
         for prefix, kind in RECONSTRUCTIONS.items()
     }
     total, count = torch.zeros((), dtype=torch.float64), 0
-    with progress("looking up reconstructions among all images"):
+    with progress("looking up reconstructions among all images", shown=shown_here):
         for one in sets:
             for part in one.gallery(gallery, 4 * batch, [sample.index for sample in chosen[one.name]]):
                 keys, originals = [(one.name, sample.index) for sample in part], stack([s.original for s in part])
@@ -134,9 +135,7 @@ class _Trial:
         self.seeds = [seed + sample.index for sample in samples]
         self.originals = stack([sample.original for sample in samples])
         self.own = self._encode([Image.fromarray(sample.seen) for sample in samples])
-        decoded = torch.cat(
-            [generator.latents(self.captions[p], self.seeds[p], settings) for p in _parts(len(samples), batch)]
-        )
+        decoded = generator.decoded(self.captions, self.seeds, settings, batch)
         plans: dict[str, tuple[Settings, Tensor | None]] = {
             "full": (settings, decoded),
             "ground_truth": (settings, self.own),

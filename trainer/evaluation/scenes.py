@@ -79,25 +79,26 @@ def evaluate_scenes(
     truth: the scenes by the keys of their samples. Held-out captions that are among the training captions are skipped.
     RunError if `truth` does not belong to the data, or a category has fewer than two scenes.
     """
-    sizes = generator.image_size, generator.flux_size
+    sizes, shown_here = (generator.image_size, generator.flux_size), generator.group.rank == 0
     train = SampleSet("train", data, seed, sizes)
     chosen: dict[str, list[SceneSample]] = {}
     if heldout is not None:
         held_out = SampleSet("heldout", heldout, seed, sizes)
         chosen["heldout"] = choose_scenes(held_out, truth, max(samples, PROBE_SCENES), captions(train, truth))
     chosen["train"] = choose_scenes(train, truth, samples)
-    with progress("fitting the probe"):
+    with progress("fitting the probe", shown=shown_here):
         probe = PixelProbe(
             (_encode(generator, images), images)
             for part in train.gallery(PROBE_IMAGES, ENCODED)
             for images in [stack([sample.seen for sample in part])]
         )
-    with progress("decoding", sum(map(len, chosen.values())), "latents") as shown:
+    with progress("decoding", sum(map(len, chosen.values())), "latents", shown=shown_here) as shown:
         parts = {name: _Part.of(generator, part, seed, settings, batch, shown.advance) for name, part in chosen.items()}
     drawn = {name: part.first(samples) for name, part in parts.items()}
-    with progress("generating", IMAGES * sum(len(part.samples) for part in drawn.values()), "images") as shown:
+    images = IMAGES * sum(len(part.samples) for part in drawn.values())
+    with progress("generating", images, "images", shown=shown_here) as shown:
         trials = {name: _Trial(generator, part, settings, batch, shown.advance) for name, part in drawn.items()}
-    with progress("reading the objects of the images"):
+    with progress("reading the objects of the images", shown=shown_here):
         figures = {PARTS[name]: {**trial.scores(), **parts[name].scores(probe)} for name, trial in trials.items()}
     sheet = next(iter(trials.values())).contact_sheet()
     seeds = {name: part.seeds for name, part in drawn.items()}
@@ -126,12 +127,8 @@ class _Part:
     ) -> _Part:
         seeds = [seed + sample.index for sample in samples]
         true = _encode(generator, stack([sample.seen for sample in samples]))
-        decoded = []
-        for start in range(0, len(samples), batch):
-            prompts = [sample.caption for sample in samples[start : start + batch]]
-            decoded.append(generator.latents(prompts, seeds[start : start + batch], settings))
-            made(len(prompts))
-        return cls(samples, seeds, true, torch.cat(decoded))
+        decoded = generator.decoded([sample.caption for sample in samples], seeds, settings, batch, made)
+        return cls(samples, seeds, true, decoded)
 
     @property
     def scenes(self) -> list[Scene]:

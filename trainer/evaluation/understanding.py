@@ -9,6 +9,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,12 @@ def measure_understanding(
     asked = [_Asked(number, drawn) for number, sample in enumerate(samples) for drawn in _drawn(sample, seed)]
     images = stack([sample.seen for sample in samples])
     template = QuestionTemplate(generator.template.tokenizer, generator.mllm.branch.side**2)
-    with progress("answering", 2 * len(asked), "questions") as shown:
+    with progress("answering", 2 * len(asked), "questions", shown=generator.group.rank == 0) as shown:
         model = _load(folder, next(generator.mllm.backbone.parameters()).dtype).to(generator.device)
-        before = _answers(model, template, asked, images, shown)
+        share = partial(generator.in_batches, len(asked), AT_ONCE)
+        before = share(partial(_answers, model, template, asked, images), shown.advance)
         _use_weights(model, generator.mllm.backbone)
-        after = _answers(model, template, asked, images, shown)
+        after = share(partial(_answers, model, template, asked, images), shown.advance)
     kinds = [each.question.kind for each in asked]
     right = [_accuracy(kinds, [is_right for is_right, _ in found]) for found in (before, after)]
     n = {kind: kinds.count(kind) for kind in sorted(set(kinds))} | {"all": len(kinds)}
@@ -124,23 +126,21 @@ def _use_weights(model: Any, backbone: FrozenBackbone) -> None:
 
 
 def _answers(
-    model: Any, template: QuestionTemplate, asked: Sequence[_Asked], images: Tensor, shown: progress
+    model: Any, template: QuestionTemplate, asked: Sequence[_Asked], images: Tensor, part: slice
 ) -> list[tuple[bool, bytes]]:
-    """For each question: whether the greedy answer is the right one, and the hash of the right answer's logits.
+    """For each question of a part: whether the greedy answer is the right one, and the hash of the right answer's
+    logits.
 
     A greedy answer is right exactly if every token is the most likely one after the right ones before it.
     """
     found = []
-    for start in range(0, len(asked), AT_ONCE):
-        part = asked[start : start + AT_ONCE]
-        rows = [template.question(each.question.text) for each in part]
-        answers = [template.answer(each.question.answer) for each in part]
-        hidden = _hidden(model, [*map(list.__add__, rows, answers)], images[[each.image for each in part]])
-        for row, before, answer in zip(hidden, rows, answers, strict=True):
-            logits = model.lm_head(row[len(before) - 1 : len(before) - 1 + len(answer)])
-            is_right = logits.argmax(-1).tolist() == answer
-            found.append((is_right, hashlib.sha256(logits.cpu().view(torch.uint8).numpy().data).digest()))
-        shown.advance(len(part))
+    rows = [template.question(each.question.text) for each in asked[part]]
+    answers = [template.answer(each.question.answer) for each in asked[part]]
+    hidden = _hidden(model, [*map(list.__add__, rows, answers)], images[[each.image for each in asked[part]]])
+    for row, before, answer in zip(hidden, rows, answers, strict=True):
+        logits = model.lm_head(row[len(before) - 1 : len(before) - 1 + len(answer)])
+        is_right = logits.argmax(-1).tolist() == answer
+        found.append((is_right, hashlib.sha256(logits.cpu().view(torch.uint8).numpy().data).digest()))
     return found
 
 

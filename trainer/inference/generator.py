@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -25,6 +26,7 @@ from ...slurm.run_folder import no_run
 from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.state import CheckpointWeights, restore_statistics
 from ..checkpoint.store import Store
+from ..distributed.process_group import Group
 from ..errors import RunError
 from ..models import latent_controlnet
 from ..models.flux import FluxFolder, FluxTokenizers, FrozenFlux, Tokens
@@ -40,6 +42,7 @@ from .flux_sampler import Sampling, Text, draw_noise, sample
 from .masked_decoding import Schedule, decode, draw_orders
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 RECIPE = "recipe.yaml"
 SLOTS = ("ema", "master")
@@ -76,6 +79,8 @@ class Generator:
     flux_size: int
     """P, side in pixels of the generated images."""
     device: torch.device
+    group: Group = field(default_factory=Group)
+    """Ranks with the same models, which share the batches of `in_batches`."""
 
     @classmethod
     def load(
@@ -85,6 +90,7 @@ class Generator:
         flux: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        group: Group = Group(),
     ) -> Generator:
         """mllm: a run folder or an export of one. controlnet, flux: see `load_controlnet`.
 
@@ -100,7 +106,7 @@ class Generator:
         image_generator = load_image_generator(Path(controlnet), flux, width, side, device, dtype)
         model = load_mllm(Path(mllm), stage, device, dtype)
         template = PromptTemplate(stage.tokenizer, stage.branch.max_text_tokens)
-        return cls(model, template, stage.image_size, *image_generator, device)
+        return cls(model, template, stage.image_size, *image_generator, device, group)
 
     def generate(
         self,
@@ -116,16 +122,29 @@ class Generator:
         latents [B, N, D]: used instead of decoded ones. made: called with the number of images of each batch.
         """
         assert len(prompts) == len(seeds)
-        images = []
-        for start in range(0, len(prompts), batch):
-            part = slice(start, start + batch)
+
+        def work(part: slice) -> list[Image.Image]:
             given = latents[part] if latents is not None else None
             if given is None and settings.controlnet:
                 given = self.latents(prompts[part], seeds[part], settings)
-            pixels = self.render(prompts[part], seeds[part], settings, given)
-            images += to_images(pixels)
-            made(len(pixels))
-        return images
+            return to_images(self.render(prompts[part], seeds[part], settings, given))
+
+        return self.in_batches(len(prompts), batch, work, made)
+
+    def in_batches(
+        self, count: int, batch: int, work: Callable[[slice], list[T]], made: Callable[[int], None]
+    ) -> list[T]:
+        """The results of `work` for all slices of `batch` of `count` items, in order. Each slice is computed by one
+        rank of the group; all ranks call this and get all results, which must be on the CPU.
+
+        made: called with the numbers of items done.
+        """
+        rank, size, own = self.group.rank, self.group.size, []
+        for start in range(rank * batch, count, batch * size):
+            own.append(work(slice(start, start + batch)))
+            made(min(batch * size, count - (start - rank * batch)))  # by all ranks in this turn
+        shares = self.group.gather(own)
+        return [item for turn in range(math.ceil(count / batch)) for item in shares[turn % size][turn // size]]
 
     @torch.no_grad()
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings = Settings()) -> Tensor:
@@ -138,6 +157,22 @@ class Generator:
         orders = draw_orders(seeds, patches).to(self.device)
         how = settings.steps, settings.schedule, settings.guidance
         return decode(self.mllm.branch, self.mllm.head, prefix, orders, *how)
+
+    def decoded(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings,
+        batch: int,
+        made: Callable[[int], None] = lambda count: None,
+    ) -> Tensor:
+        """Patch latents [B, N, D] decoded from the prompts in batches, which the ranks share; `made` as in
+        `generate`."""
+
+        def work(part: slice) -> list[Tensor]:
+            return list(self.latents(prompts[part], seeds[part], settings).cpu())
+
+        return torch.stack(self.in_batches(len(prompts), batch, work, made)).to(self.device)
 
     def warn_about_truncation(self, prompts: Sequence[str], settings: Settings, decoded: bool = True) -> None:
         """Warn of each prompt beyond the limit of a text model, with the tokens read and dropped: its end is ignored,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ranked
 import small_world
 from bifrost.data import DataError, write_shard
 from bifrost.data.scenes.grammar import Object, Scene, render
@@ -257,6 +258,22 @@ def test_the_command(mllm: Path, controlnet: Path, scenes: Scenes, tmp_path: Pat
     assert "NOT equal" in (out / "table.txt").read_text() and "held-out" not in (out / "table.txt").read_text()
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         (mllm / name).unlink()
+
+
+@pytest.mark.multi
+def test_ranks_share_the_images(mllm: Path, controlnet: Path, scenes: Scenes, tmp_path: Path) -> None:
+    """Two ranks write what one process writes: metrics, table and images, with an odd number of batches."""
+    shards = ("--data", scenes.train, "--heldout", scenes.heldout, "--scenes", str(scenes.key))
+    usual = ("--mllm", str(mllm), "--controlnet", str(controlnet), *shards, *QUICK, "--batch=3")
+    bifrost(*usual, "--out", tmp_path / "one")
+    first, second = ranked.bifrost(2, "eval", *usual, "--out", str(tmp_path / "two"))
+    assert (first.code, second.code, second.out) == (0, 0, ""), first.err + second.err
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert one == two
+    for name in ("table.txt", "contact_sheet.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        (mllm / name).unlink(missing_ok=True)
 
 
 def test_wrong_inputs_are_one_line_and_leave_nothing(
