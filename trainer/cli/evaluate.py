@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,8 +93,9 @@ def evaluate(
     made_with = {"mllm": origin(mllm), "controlnet": origin(controlnet)}
     joined = join() if is_rank else None
     group = Group(joined.rank, joined.size, joined.gather) if joined else Group()
+    load = partial(Generator.load, mllm, controlnet, flux, joined and joined.device, group=group)
     with progress("loading the models", shown=group.rank == 0):
-        generator = Generator.load(mllm, controlnet, flux, joined and joined.device, group=group)
+        generator = joined.agreed(load) if joined else load()
     reveal_counts(generator.mllm.branch.side**2, steps, settings.schedule)  # raises for more steps than patches
     inputs = generator, sets["train"][1], sets["heldout"][1] if heldout else None
     if truth is None:

@@ -63,7 +63,10 @@ app.command()(compare)
 app.command()(replay)
 app.command()(doctor)
 
-RANKED = [["train"], ["resume"], ["generate"], ["data", "encode"], ["kernels", "profile"], ["bench", "scale"]]
+RANKED = [
+    *(["train"], ["resume"], ["generate"], ["eval"], ["data", "encode"], ["kernels", "profile"]),
+    *(["bench", "scale"], ["bench", "checkpoint"]),
+]
 """Commands that launchers start as ranks."""
 
 
