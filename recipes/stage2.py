@@ -41,6 +41,9 @@ class Flux(Section):
     """Side in pixels of the square image that FLUX generates; a multiple of 16, or of what its VAE requires."""
     guidance: float = Field(default=3.5, ge=0)
     """Guidance scale passed to FLUX and the ControlNet during training; ignored by schnell."""
+    draws: int = Field(default=1, ge=1)
+    """Noise levels per sample and step, over which the loss is averaged. They share vision encoder, VAE and text
+    encoders; FLUX and ControlNet have `micro_batch` x `draws` images per backward pass. See docs/stage2.md."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Probability that a caption is replaced by an empty one."""
     caption_exchange: float = Field(default=0.0, ge=0, le=1)

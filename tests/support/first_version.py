@@ -29,6 +29,7 @@ LATER = (
     "checkpoint.keep_best",
     "flux.caption_exchange",
     "branch.draws",
+    "flux.draws",
     "backbone.vision_encoder",
     "backbone.weights",
     "flux.weights",

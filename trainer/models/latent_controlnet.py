@@ -81,11 +81,13 @@ class LatentControlNet(FluxControlNetModel):
     ) -> Residuals:
         """Residuals for noisy packed latents [B, M, C] at timestep [B] in [0, 1], times `scale`.
 
-        patch_latents [B, N, D], text [B, L, E], pooled [B, P], img_ids [M, 3], txt_ids [L, 3]; guidance [B] for a
-        FLUX that takes one, else None.
+        patch_latents [B, N, D], or fewer if each is of several noisy latents next to each other; text [B, L, E], pooled
+        [B, P], img_ids [M, 3], txt_ids [L, 3]; guidance [B] for a FLUX that takes one, else None.
         """
         dtype = self.x_embedder.weight.dtype
         condition = self.controlnet_x_embedder(self.resample(patch_latents.to(dtype)))
+        if len(noisy) > len(condition):
+            condition = condition.repeat_interleave(len(noisy) // len(condition), 0)
         rest = text.to(dtype), pooled.to(dtype), timestep, guidance, img_ids, txt_ids
         text, image, level, rotation = embed(self, self.x_embedder(noisy.to(dtype)) + condition, *rest)
         double, single = [], []

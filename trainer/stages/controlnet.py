@@ -2,8 +2,8 @@
 
 Objective and constants are those of diffusers' train_controlnet_flux.py; the public release uses its class and names.
 
-Legend: B samples of a micro-batch, N patch latents of width D, M packed FLUX tokens of C channels, S and P image sides
-in pixels for the vision encoder and for FLUX.
+Legend: B samples of a micro-batch, K draws of noise per sample, N patch latents of width D, M packed FLUX tokens of C
+channels, S and P image sides in pixels for the vision encoder and for FLUX.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class LatentControlNetModel(StageModel):
     ) -> Losses:
         """Losses of images [B, 3, S, S] and the same images at FLUX's size, flux_images [B, 3, P, P], both uint8.
 
-        posterior [B, c, h, w] and noise [B, M, C] are standard normal, as is level [B], the logit of the noise level.
+        posterior [B K, c, h, w] and noise [B K, M, C] are standard normal, as is level [B K], the logit of the noise
+        level. The draws of a sample, next to each other, share all that does not depend on them.
         normalizer: elements of the mean. t5 [B, L] and clip [B, 77] are token ids. A cache provides latents
         [B, N, D] instead of images, mean and std [B, c, h, w] instead of flux_images, text [B, L, E] and pooled [B, P]
         instead of token ids.
@@ -116,6 +117,9 @@ class LatentControlNetModel(StageModel):
             text, pooled = self.flux.encode_text(Tokens(t5, clip))
         assert condition is not None
         assert mean is not None and std is not None and text is not None and pooled is not None
+        samples, patches = condition.shape[:2]
+        if (draws := len(level) // samples) > 1:
+            mean, std, text, pooled = (x.repeat_interleave(draws, 0) for x in (mean, std, text, pooled))
         clean = flow.pack(self.flux.sample_posterior(mean, std, posterior))
         sigma = flow.sigmas(level)
         height, width = posterior.shape[-2:]
@@ -135,10 +139,10 @@ class LatentControlNetModel(StageModel):
         # High-noise loss is dominated by FLUX; low-noise loss is what the ControlNet can improve.
         noisier = (sigma > 0.5).float()
         elements = noise[0].numel()
-        tokens = len(sigma) * (noise.shape[1] + text.shape[1] + condition.shape[1])
+        tokens = len(sigma) * (noise.shape[1] + text.shape[1]) + samples * patches
         halves = [((squares.detach() * half).sum(), half.sum() * elements) for half in (1 - noisier, noisier)]
         sums = torch.stack([*halves[0], *halves[1], squares.new_full((), tokens)])
-        return Losses(squares.sum() / normalizer, sums, squares.detach() / normalizer)
+        return Losses(squares.sum() / normalizer, sums, squares.detach().view(samples, -1).sum(1) / normalizer)
 
 
 @dataclass
@@ -168,6 +172,7 @@ class ControlNetStage:
         "flux.image_size",
         "flux.guidance",
         "flux.text_tokens",
+        "flux.draws",
         "flux.caption_dropout",
         "flux.caption_exchange",
     )
@@ -287,7 +292,7 @@ class ControlNetStage:
         share = self.flux.caption_exchange
         exchange = CaptionExchange(dataset, self.seed, share) if share else None
         inputs = self.folder.tokenizers, self.latents, caches, self.seed, self.flux.caption_dropout
-        return ControlNetCollate(*inputs, exchange=exchange)
+        return ControlNetCollate(*inputs, exchange=exchange, draws=self.flux.draws)
 
     def validation_collates(self, shards: str | list[str], ranks: Ranks) -> dict[str, ControlNetCollate]:
         data = self.data.model_copy(update={"shards": shards})
@@ -301,8 +306,8 @@ class ControlNetStage:
         return (squares + noisier) / (count + noisier_count)
 
     def normalizer(self, epoch: IntArray, index: IntArray, passes: int) -> float:
-        """Elements of FLUX's latents per pass."""
-        return len(index) * float(np.prod(self.latents)) / passes
+        """Elements of FLUX's latents, of all draws, per pass."""
+        return len(index) * self.flux.draws * float(np.prod(self.latents)) / passes
 
     def report(self, sums: list[float]) -> dict[str, float]:
         squares, count, noisier, noisier_count, _ = sums

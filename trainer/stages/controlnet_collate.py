@@ -20,7 +20,8 @@ from .latent_cache import Cache, Kind
 class ControlNetCollate:
     """Items of a micro-batch -> arguments of the model; runs in the loader workers.
 
-    Every draw depends on (seed, epoch, index) only. noise_level: of all samples, instead of a draw.
+    Every draw depends on (seed, epoch, index) and its number only; those of a sample are next to each other.
+    noise_level: of all samples, instead of a draw.
     """
 
     def __init__(
@@ -32,25 +33,28 @@ class ControlNetCollate:
         dropout: float,
         noise_level: float | None = None,
         exchange: CaptionExchange | None = None,
+        draws: int = 1,
     ) -> None:
         """latents: channels, height and width of the VAE's latents. caches: of the shards that items come from.
-        exchange: of the captions that are not dropped."""
+        exchange: of the captions that are not dropped. draws: of noise and its level, per sample."""
         self.tokenizers = tokenizers
         self.latents = latents
         self.caches = caches
         self.seed, self.dropout = seed, dropout
         self.noise_level = noise_level
         self.exchange = exchange
+        self.draws = draws
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:
         epoch = np.array([item.epoch for item in items], dtype=np.int64)
         index = np.array([item.index for item in items], dtype=np.int64)
         dropped = chosen(self.seed, Stream.CAPTION_DROPOUT, epoch, index, self.dropout).tolist()
         channels, height, width = self.latents
+        rows = len(items) * self.draws
 
         def normal(stream: Stream, *shape: int) -> Tensor:
-            draws = uniform(self.seed, stream, epoch, index, int(np.prod(shape)))
-            return flow.gaussian(torch.from_numpy(draws)).view(len(items), *shape)
+            numbers = uniform(self.seed, stream, epoch, index, self.draws * int(np.prod(shape)))
+            return flow.gaussian(torch.from_numpy(numbers)).view(rows, *shape)
 
         return {
             **self._patch_latents(items),
@@ -60,7 +64,7 @@ class ControlNetCollate:
             "noise": normal(Stream.NOISE, height * width // 4, 4 * channels),
             "level": normal(Stream.NOISE_LEVEL, 1)[:, 0]
             if self.noise_level is None
-            else torch.full((len(items),), math.log(1 / self.noise_level - 1)),
+            else torch.full((rows,), math.log(1 / self.noise_level - 1)),
         }
 
     def _patch_latents(self, items: list[Item]) -> dict[str, Tensor]:

@@ -213,10 +213,11 @@ def _draws(seed: int, stage: Stage, items: Sequence[Item], arrays: Sequence[dict
     if isinstance(stage, ControlNetStage):
         exchanged = chosen(seed, Stream.CAPTION_EXCHANGE, epoch, index, stage.flux.caption_exchange).tolist()
         dropped = chosen(seed, Stream.CAPTION_DROPOUT, epoch, index, stage.flux.caption_dropout).tolist()
-        levels = sigmas(torch.cat([part["level"] for part in arrays])).tolist()
+        drawn = sigmas(torch.cat([part["level"] for part in arrays])).view(len(items), -1).tolist()
+        levels = [{"noise_level" + _suffix(draw): level for draw, level in enumerate(each)} for each in drawn]
         seeds = [[seed, item.epoch, item.index] for item in items]
         draws = [
-            {"caption_exchanged": exchange, "noise_level": level, "noise_seed": each}
+            {"caption_exchanged": exchange, **level, "noise_seed": each}
             for exchange, level, each in zip(exchanged, levels, seeds, strict=True)
         ]
     else:

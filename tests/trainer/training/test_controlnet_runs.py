@@ -41,10 +41,10 @@ def train(shards: Path, flux: Path, runs_dir: Path, ranks: int, *settings: str) 
 @pytest.mark.parametrize(
     "settings",
     [
-        ("controlnet.norm=batch", "activation_checkpointing=false"),
+        ("controlnet.norm=batch", "activation_checkpointing=false", "flux.draws=2"),
         ("controlnet.norm=group", "activation_checkpointing=true", "controlnet.double=2", "flux.text_tokens=7"),
     ],
-    ids=["batch", "group-recomputed"],
+    ids=["batch-draws", "group-recomputed"],
 )
 def test_ranks_equal_plain_pytorch(shards: Path, flux: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
     settings = ("steps=5", *settings)
@@ -57,9 +57,9 @@ def test_ranks_equal_plain_pytorch(shards: Path, flux: Path, tmp_path: Path, set
     assert len(digests) == 1, "another sequence of samples on another number of ranks"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_same_ranks_to_the_bit(shards: Path, flux: Path, tmp_path: Path, precision: str) -> None:
-    settings = (f"precision={precision}", "steps=6", "checkpoint.every=3", "ema.decay=0.9")
+@pytest.mark.parametrize(("precision", "draws"), [("fp32", 1), ("bf16", 2)])
+def test_same_ranks_to_the_bit(shards: Path, flux: Path, tmp_path: Path, precision: str, draws: int) -> None:
+    settings = (f"precision={precision}", f"flux.draws={draws}", "steps=6", "checkpoint.every=3", "ema.decay=0.9")
     run = train(shards, flux, tmp_path, 2, *settings)
     undisturbed = runs.losses(run)
     last = run / "checkpoints/step-00000006"
@@ -138,9 +138,11 @@ def test_wrong_inputs_are_one_line(shards: Path, flux: Path, tmp_path: Path) -> 
     assert not (tmp_path / "tiny-controlnet").exists()
 
 
-def test_a_run_does_not_go_on_with_another_flux(shards: Path, flux: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_continue_with_another_flux_or_other_draws(shards: Path, flux: Path, tmp_path: Path) -> None:
     train(shards, flux, tmp_path, 1, "steps=1")
     other = tiny_flux.save(tiny_flux.pipeline(seed=1), tmp_path / "other")
     line = refused(shards, other, tmp_path, "steps=2")
     assert "content hash" in line
     assert "flux.text_tokens" in refused(shards, flux, tmp_path, "steps=2", "flux.text_tokens=7")
+    line = refused(shards, flux, tmp_path, "steps=2", "flux.draws=2")
+    assert "flux.draws was 1 in this run and is 2 now" in line

@@ -146,9 +146,9 @@ def controlnet_and_batch(device: str = "cpu") -> tuple[LatentControlNetModel, di
     batch = {
         "images": torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8, generator=draw),
         "flux_images": torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=draw),
-        "posterior": torch.randn(2, *stage.latents, generator=draw),
-        "noise": torch.randn(2, height * width // 4, 4 * channels, generator=draw),
-        "level": torch.randn(2, generator=draw),
+        "posterior": torch.randn(4, *stage.latents, generator=draw),  # two draws per sample
+        "noise": torch.randn(4, height * width // 4, 4 * channels, generator=draw),
+        "level": torch.randn(4, generator=draw),
         **FluxTokenizers(stage.folder)(["a red circle", ""])._asdict(),
     }
     return model.to(device), {**{name: x.to(device) for name, x in batch.items()}, "normalizer": 2.0}

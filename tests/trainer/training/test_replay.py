@@ -1,6 +1,7 @@
 """A step's batch rebuilt in one process is the one that the ranks trained on, sample by sample."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,7 @@ def test_stage_1(shards: Path, tmp_path: Path) -> None:
 
 def test_stage_2_by_batch_statistics_of_all_ranks(shards: Path, tmp_path: Path) -> None:
     flux = tiny_flux.save(tiny_flux.pipeline(), tmp_path / "flux")
-    settings = ("steps=4", "checkpoint.every=2", f"flux.path={flux}", "micro_batch=2")
+    settings = ("steps=4", "checkpoint.every=2", f"flux.path={flux}", "micro_batch=2", "flux.draws=2")
     arguments = runs.arguments(shards, tmp_path, *settings, recipe="tiny-controlnet")
     ended = ranked.run(train_and_keep, 2, arguments, 3, None)
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
@@ -102,10 +103,14 @@ def test_stage_2_by_batch_statistics_of_all_ranks(shards: Path, tmp_path: Path) 
     assert found["weights_exact"]
     assert found["loss"] == pytest.approx(runs.steps(run)[2]["loss"], abs=1e-5)
     assert found["data_digest"] == runs.steps(run)[2]["data_digest"]
-    assert {sample["key"] for sample in found["samples"]} == {
-        k for r in ended for part in r.value for k in part["keys"]
-    }
-    assert all(0 < sample["noise_level"] <= 1 and len(sample["noise_seed"]) == 3 for sample in found["samples"])
+    seen = {k: v for rank in ended for part in rank.value for k, v in zip(part["keys"], part["level"], strict=True)}
+    assert len(seen) == 8
+    assert {sample["key"] for sample in found["samples"]} == seen.keys()
+    for sample in found["samples"]:
+        # A logit of 0 is the middle of the noise levels, a large one no noise.
+        levels = [1 - 1 / (1 + math.exp(-logit)) for logit in seen[sample["key"]]]
+        assert [sample["noise_level"], sample["noise_level_2"]] == pytest.approx(levels, abs=1.01e-3)
+        assert len(sample["noise_seed"]) == 3
 
 
 def test_after_a_rollback_both_steps_can_be_seen(shards: Path, tmp_path: Path) -> None:
