@@ -37,6 +37,8 @@ FLUX_KEPT_BY_TEXT = {"through": 3, "trained": 4}
 """The same of the last single block's text tokens, of which only keys and values are computed."""
 FLUX_RECOMPUTED = {"through": (12, 11), "trained": (16, 13)}
 """The same for a block during its recomputation: with the rotated queries and keys."""
+FLUX_SHARED = ("up_sampling_block", "down_sampling_block", "controlnet_x_embedder")
+"""Layers of a ControlNet that read only patch latents: once for all draws of a sample."""
 FLUX_STATISTICS = 3
 """Values in fp32 per token and head: the scales of queries and keys, and the logarithm of attention's sum."""
 
@@ -244,8 +246,8 @@ def _text(folder: FluxConfig, place: str) -> list[Part]:
 
 
 def _flow(model: LatentControl, precision: str) -> list[Part]:
-    """FLUX and its ControlNet: joint attention over image and text."""
-    settings, shape = model.folder.transformer, model.shape
+    """FLUX and its ControlNet: joint attention over image and text, for every draw of noise."""
+    settings, shape, draws = model.folder.transformer, model.shape, model.flux.draws
     latents = grid_side(model.config, model.image_size) ** 2
     image, text = model.folder.grid(model.flux.image_size) ** 2, model.folder.text_lengths[0]
     width, heads = flux_shapes.hidden_width(settings), flux_shapes.heads(settings)
@@ -260,15 +262,15 @@ def _flow(model: LatentControl, precision: str) -> list[Part]:
         behind = (double, single) if gradient == "trained" else (double - skipped[0], single - skipped[1])
 
         def count(name: str) -> float:
+            if name.startswith(FLUX_SHARED):
+                return latents if name.endswith("upconv") else image
             if "norm" in name or name.startswith("time_text_embed"):
-                return 1.0  # modulations: once per sample
+                return draws  # modulations: not per token
             if name.startswith(last) and name.endswith(("to_q", "proj_mlp", "proj_out")):
-                return image  # its text output is not used
+                return draws * image  # its text output is not used
             if name.startswith("single_transformer_blocks"):
-                return tokens
-            if any(word in name for word in ("context", "attn.add_", "attn.to_add")):
-                return text
-            return latents if name.endswith("upconv") else image
+                return draws * tokens
+            return draws * (text if any(word in name for word in ("context", "attn.add_", "attn.to_add")) else image)
 
         def reached(name: str) -> float:
             kind, _, rest = name.partition(".")
@@ -284,20 +286,20 @@ def _flow(model: LatentControl, precision: str) -> list[Part]:
 
         def attention(blocks: tuple[int, int]) -> float:
             pairs = sum(blocks) * tokens**2 - (text * tokens if blocks[1] else 0)
-            return 4.0 * pairs * width
+            return 4.0 * draws * pairs * width
 
         forward = linear_flops(weights, count), attention((double, single))
         unit, statistics = byte * width, 4 * FLUX_STATISTICS * heads
         kept = sum(n * tokens * (k * unit + statistics) for n, k in zip(behind, FLUX_KEPT[gradient], strict=True))
         if behind[1]:
             kept -= text * unit * (FLUX_KEPT[gradient][1] - FLUX_KEPT_BY_TEXT[gradient])
-        # The rotation, complex, and the last state, for the layer behind the blocks.
-        outside = 4.0 * tokens * width / heads + image * unit
+        shared = 4.0 * tokens * width / heads  # the rotation, complex
+        outside = image * unit  # the last state, for the layer behind the blocks
         recomputed = sum(behind) * tokens * unit
         if gradient == "trained":  # inputs and the resampling block's states
             states = latents + 3 * image if shape.resampling != "none" else 0
-            inputs = image * (shape.latent_width + settings["in_channels"]) + text * settings["joint_attention_dim"]
-            outside += byte * (states * shape.latent_width + inputs)
+            shared += byte * (states + image) * shape.latent_width
+            outside += byte * (image * settings["in_channels"] + text * settings["joint_attention_dim"])
             outside += image * unit if double and single else 0
         else:  # the loss's error, and the residuals, which blocks add
             outside += 4 * image * settings["in_channels"]
@@ -310,10 +312,10 @@ def _flow(model: LatentControl, precision: str) -> list[Part]:
             place,
             linear_flops(weights, reached),
             attention(behind),
-            kept=kept + outside,
-            kept_recomputed=recomputed + outside,
-            layer=tokens * unit * FLUX_RECOMPUTED[gradient][0 if behind[0] else 1],
-            gradients=5.0 * tokens * unit,
+            kept=draws * (kept + outside) + shared,
+            kept_recomputed=draws * (recomputed + outside) + shared,
+            layer=draws * tokens * unit * FLUX_RECOMPUTED[gradient][0 if behind[0] else 1],
+            gradients=5.0 * draws * tokens * unit,
             last=sum(forward) - linear_flops(weights, again) - attention(behind),
             widths=widths(weights),
         )

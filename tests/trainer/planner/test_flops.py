@@ -32,7 +32,12 @@ KINDS = ("mm", "addmm", "convolution", "_convolution", "convolution_backward")
 
 @pytest.mark.parametrize(
     ("name", "setting"),
-    [("tiny-mllm", "branch.draws=1"), ("tiny-mllm", "branch.draws=3"), ("tiny-controlnet", "seed=0")],
+    [
+        ("tiny-mllm", "branch.draws=1"),
+        ("tiny-mllm", "branch.draws=3"),
+        ("tiny-controlnet", "flux.draws=1"),
+        ("tiny-controlnet", "flux.draws=3"),
+    ],
 )
 def test_linear_flops_are_torchs_own(name: str, setting: str, shards) -> None:
     small = ["precision=fp32", "global_batch=4", "micro_batch=4", "data.workers=0", "data.shuffle_window=2"]

@@ -27,13 +27,13 @@ def inputs(stage: Any, size: int) -> dict[str, Any]:
     images = torch.zeros(1, 3, size, size, dtype=torch.uint8)
     if hasattr(stage, "folder"):
         folder, (channels, height, width) = stage.folder, stage.latents
-        normal = torch.randn(1, channels, height, width)
+        normal, draws = torch.randn(1, channels, height, width), stage.flux.draws
         lengths = folder.tokenizers.t5_length
         return {
             "images": images,
-            "posterior": normal,
-            "noise": torch.randn(1, height * width // 4, 4 * channels),
-            "level": torch.zeros(1),
+            "posterior": torch.randn(draws, channels, height, width),
+            "noise": torch.randn(draws, height * width // 4, 4 * channels),
+            "level": torch.zeros(draws),
             "normalizer": 1.0,
             "mean": normal,
             "std": normal,
@@ -106,7 +106,15 @@ def kept(recipe_name: str, overrides: list[str]) -> tuple[int, bool]:
 @pytest.mark.multi
 @pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [False, True], ids=["stored", "recomputed"])
-@pytest.mark.parametrize(("name", "settings"), [("tiny-mllm", STAGE_1), ("tiny-controlnet", [*STAGE_2, SHARDED])])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("tiny-mllm", STAGE_1),
+        ("tiny-controlnet", [*STAGE_2, SHARDED]),
+        ("tiny-controlnet", [*STAGE_2, SHARDED, "flux.draws=2"]),
+    ],
+    ids=["tiny-mllm", "tiny-controlnet", "tiny-controlnet-draws"],
+)
 def test_activations_are_what_deepspeeds_ranks_keep(name: str, settings: list[str], recomputed: bool) -> None:
     overrides = [*settings, f"activation_checkpointing={str(recomputed).lower()}"]
     overrides += ["branch.draws=2"] if name == "tiny-mllm" and recomputed else []
