@@ -30,6 +30,7 @@ LATER = (
     "flux.caption_exchange",
     "branch.draws",
     "flux.draws",
+    "flux.text_tokens",
     "backbone.vision_encoder",
     "backbone.weights",
     "flux.weights",
