@@ -19,7 +19,7 @@ PACKAGES = {
     "planner": ["optim", "models", "distributed"],
     "checkpoint": ["optim", "stages", "models", "distributed"],
     "monitors": ["planner", "optim", "distributed"],
-    "inference": ["checkpoint", "stages", "models"],
+    "inference": ["checkpoint", "stages", "models", "distributed"],
     "evaluation": ["inference", "models"],
     "training": ["inference", "monitors", "planner", "checkpoint", "optim", "stages", "models", "distributed"],
     "report": ["training", "monitors", "distributed"],

@@ -79,23 +79,17 @@ def evaluate(
 
     truth = read_key(scenes) if scenes else None
 
-    from ..distributed.process_group import Group, join
     from ..evaluation import evaluate as retrieval
     from ..evaluation.scenes import evaluate_scenes
     from ..evaluation.understanding import measure_understanding
     from ..inference.flux_sampler import Sampling
-    from ..inference.generator import Generator, Settings, base_folder, origin
+    from ..inference.generator import Settings, base_folder, origin
     from ..inference.masked_decoding import reveal_counts
 
-    settings = Settings(
-        steps, schedule.value, guidance, flux=Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
-    )
+    sampling = Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
+    settings = Settings(steps, schedule.value, guidance, flux=sampling)
     made_with = {"mllm": origin(mllm), "controlnet": origin(controlnet)}
-    joined = join() if is_rank else None
-    group = Group(joined.rank, joined.size, joined.gather) if joined else Group()
-    load = partial(Generator.load, mllm, controlnet, flux, joined and joined.device, group=group)
-    with progress("loading the models", shown=group.rank == 0):
-        generator = joined.agreed(load) if joined else load()
+    generator = _load(mllm, controlnet, flux, is_rank)
     reveal_counts(generator.mllm.branch.side**2, steps, settings.schedule)  # raises for more steps than patches
     inputs = generator, sets["train"][1], sets["heldout"][1] if heldout else None
     if truth is None:
@@ -104,7 +98,7 @@ def evaluate(
         found = evaluate_scenes(*inputs, truth, samples, seed, settings, batch)
         asked = found.samples["heldout" if heldout else "train"]
         found.understanding = measure_understanding(generator, base_folder(mllm), asked, seed)
-    if group.rank > 0:
+    if generator.group.rank > 0:
         return
     record = {
         **found.record(),
@@ -118,12 +112,19 @@ def evaluate(
     }
     _write(out, found, record)
     _note(found.figures, mllm, controlnet)
-    answers = found.figures.get("understanding")
-    if answers and not answers["equal"]:
-        raise RunError(
-            f"{mllm}: the MLLM's logits differ from those before stage 1, see {out / METRICS}: its frozen weights have"
-            " changed, which is an error of this program; report it"
-        )
+    _require_equal(found.figures.get("understanding"), mllm, out)
+
+
+def _load(mllm: Path, controlnet: Path, flux: str | None, is_rank: bool) -> Generator:
+    """The models, on every rank."""
+    from ..distributed.process_group import Group, join
+    from ..inference.generator import Generator
+
+    ranks = join() if is_rank else None
+    group = Group(ranks.rank, ranks.size, ranks.gather) if ranks else Group()
+    load = partial(Generator.load, mllm, controlnet, flux, ranks and ranks.device, group=group)
+    with progress("loading the models", shown=group.rank == 0):
+        return ranks.agreed(load) if ranks else load()
 
 
 def _open(shards: dict[str, str]) -> dict[str, tuple[str, Dataset]]:
@@ -173,6 +174,15 @@ def _note(figures: dict[str, Any], *runs: Path) -> None:
     for run in runs:
         if problem := note_evaluation(run, newest_step(run), figures):
             print(problem, file=sys.stderr)
+
+
+def _require_equal(answers: dict[str, Any] | None, mllm: Path, out: Path) -> None:
+    """RunError if stage 1 has changed the MLLM's answers."""
+    if answers and not answers["equal"]:
+        raise RunError(
+            f"{mllm}: the MLLM's logits differ from those before stage 1, see {out / METRICS}: its frozen weights have"
+            " changed, which is an error of this program; report it"
+        )
 
 
 def _check(out: Path) -> None:
