@@ -28,7 +28,7 @@ $(READY): setup.py constraints.txt
 	@touch $@
 
 DEMO_STAGE_1 := $(BIN)/bifrost train recipes/tiny-mllm.yaml --ranks 2 'validation.shards=demo/heldout-*.tar' \
-  validation.every=100 validation.samples=120
+  validation.every=150 validation.samples=120
 # One thread: a second one saves a tenth of the time on an idle machine, and doubles it on a busy one.
 DEMO_EVAL := env OMP_NUM_THREADS=1 $(BIN)/bifrost eval --ranks 2 --data 'demo/train-*.tar' --heldout 'demo/heldout-*.tar' --scenes demo/KEY.json --samples 16 \
   --flux-steps 8 --conditioning-scale 1 --batch 32

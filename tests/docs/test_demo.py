@@ -17,7 +17,7 @@ SMALLER = {
     "recipes/tiny-mllm.yaml": ("steps=110", "global_batch=32", "micro_batch=16", "checkpoint.every=20", "log_every=10"),
     "recipes/tiny-controlnet.yaml": ("steps=100", "global_batch=16", "micro_batch=8"),
     "340": ("50",),
-    "validation.every=100": ("validation.every=55",),
+    "validation.every=150": ("validation.every=55",),
 }
 """Word of the demo's commands -> what is added after it, or for the other words, replaces it."""
 
