@@ -158,7 +158,7 @@ def test_what_comes_before_a_run_names_a_folder_that_is_missing(tmp_path: Path, 
     assert str(ended.exception).startswith(f"{setting}={gone}: no such "), ended.output
     if setting in ("init_from", "previews.controlnet"):
         for words in (["plan", "tiny-mllm", "--gpus", "8"], ["slurm", "submit", "tiny-mllm"]):
-            other = CliRunner().invoke(app, [*words, f"runs_dir={tmp_path}", "micro_batch=8", *overrides])
+            other = CliRunner().invoke(app, [*words, f"runs_dir={tmp_path}", "micro_batch=4", *overrides])
             assert str(other.exception) == str(ended.exception), words
     if setting == "init_from":  # a run that continues has read it
         (tmp_path / "tiny-mllm" / "checkpoints" / "step-00000001").mkdir(parents=True)

@@ -84,7 +84,7 @@ def test_an_answer_is_right_if_it_is_what_the_model_generates(mllm: Path, genera
     images = torch.from_numpy(np.stack([sample.seen for sample in samples])).permute(0, 3, 1, 2)
     given = SimpleNamespace(question=template.question, answer=answers.__getitem__)
     with torch.no_grad():
-        found = understanding._answers(model, given, asked, images, SimpleNamespace(advance=lambda count: None))
+        found = understanding._answers(model, given, asked, images, slice(None))
     assert [is_right for is_right, _ in found] == wanted
 
 

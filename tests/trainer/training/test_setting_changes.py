@@ -130,12 +130,12 @@ def test_resume_has_as_many_ranks_as_the_run_had(run: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "refusal"),
     [
-        (["global_batch=8"], "global_batch was 64 in this run and is 8 now: set it back, or take another name"),
+        (["global_batch=8"], "global_batch was 32 in this run and is 8 now: set it back, or take another name"),
         (["ema.decay=0.5"], "ema.decay was 0.99 in this run and is 0.5 now"),
         (["ema=null"], 'ema was {"decay": 0.99} in this run and is null now'),
         (
             ["--ranks", "3"],
-            "global_batch 64 does not divide by micro_batch x ranks, 32 x 3: set global_batch=66, or use 2 ranks",
+            "global_batch 32 does not divide by micro_batch x ranks, 16 x 3: set global_batch=33, or use 2 ranks",
         ),
     ],
 )
