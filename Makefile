@@ -1,5 +1,5 @@
 # make setup   creates a virtual environment in .venv; TORCH=cpu installs torch's CPU build, gigabytes smaller
-# make demo    trains both stages on 6,000 scenes, two ranks, and scores images of held-out ones: about 10 minutes
+# make demo    trains both stages on 6,000 scenes, two ranks, and scores images of held-out ones: about 12 minutes
 # make demo-seeds  the same for two more seeds, after make demo: 20 minutes
 # make test    the whole test suite
 # make lint    ruff, pyright and the words that this project does not use
