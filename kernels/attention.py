@@ -243,8 +243,8 @@ def _sdpa(query, key, value, queries: Segments, keys: Segments, causal: bool, sc
 def _padded(query, key, value, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
     """All segments in one call, padded to the longest."""
     equal = len(set(keys.lengths)) == len(set(queries.lengths)) == 1
-    q, at = _pad(query, queries)
-    k, v = (_pad(x, keys)[0] for x in (key, value))
+    at, key_at = _padded_rows(queries, query.device), _padded_rows(keys, key.device)
+    q, k, v = _pad(query, queries, at), _pad(key, keys, key_at), _pad(value, keys, key_at)
     seen = None if equal else (torch.arange(keys.longest) < torch.tensor(keys.lengths)[:, None])[:, None]
     if causal:
         earlier = torch.ones(queries.longest, keys.longest, dtype=torch.bool).tril_()[None]
@@ -253,15 +253,20 @@ def _padded(query, key, value, queries: Segments, keys: Segments, causal: bool, 
     return out if at is None else out.index_select(0, at)
 
 
-def _pad(x: Tensor, segments: Segments) -> tuple[Tensor, Tensor | None]:
-    """Rows [S, H, C] as [B, longest, H, C], zero after the end of a segment, and where each row is in it; None if
-    nothing had to be added."""
-    count, longest = len(segments.lengths), segments.longest
-    if segments.total == count * longest:
-        return x.unflatten(0, (count, longest)), None
-    sample, place = _places(segments, x.device)
-    at = sample * longest + place
-    return x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, at, x).unflatten(0, (count, longest)), at
+def _padded_rows(segments: Segments, device: torch.device) -> Tensor | None:
+    """Where each row is after padding to the longest segment; None if nothing has to be added."""
+    if segments.total == len(segments.lengths) * segments.longest:
+        return None
+    sample, place = _places(segments, device)
+    return sample * segments.longest + place
+
+
+def _pad(x: Tensor, segments: Segments, at: Tensor | None) -> Tensor:
+    """Rows [S, H, C] as [B, longest, H, C], zero after the end of a segment. at: see `_padded_rows`."""
+    shape = len(segments.lengths), segments.longest
+    if at is not None:
+        x = x.new_zeros(shape[0] * shape[1], *x.shape[1:]).index_copy(0, at, x)
+    return x.unflatten(0, shape)
 
 
 def _sdpa_calls(query, key, value, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:

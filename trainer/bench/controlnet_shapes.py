@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +12,7 @@ from ..errors import RunError
 from ..models.backbone_config import grid_side
 from ..models.controlnet_config import ControlNetConfig, residuals_added
 from ..models.flux import FluxFolder
+from ..planner.flux_shapes import hidden_width
 from ..stages.controlnet import ControlNetStage, LatentControlNetModel
 from .shapes import built, draw_weights, scaled
 
@@ -38,11 +37,6 @@ class Batch:
     level: Tensor
 
 
-def width_of(transformer: Mapping[str, Any]) -> int:
-    """Hidden width of a FLUX transformer."""
-    return transformer["num_attention_heads"] * transformer["attention_head_dim"]
-
-
 def scaled_stage(stage: ControlNetStage, layers: int | None, width: int | None) -> ControlNetStage:
     """A copy of the stage with `layers` double blocks and this hidden width; None keeps FLUX's own.
 
@@ -50,7 +44,7 @@ def scaled_stage(stage: ControlNetStage, layers: int | None, width: int | None) 
     to `width`; the vision encoder to both. Heads keep their width. RunError unless both fit this FLUX.
     """
     own, config = stage.folder.transformer, stage.config
-    blocks, head, full = stage.folder.blocks[0], own["attention_head_dim"], width_of(own)
+    blocks, head, full = stage.folder.blocks[0], own["attention_head_dim"], hidden_width(own)
     layers, width = layers or blocks, width or full
     if layers > blocks:
         raise RunError(f"--layers {layers}: this FLUX has {blocks} double blocks")

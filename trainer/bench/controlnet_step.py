@@ -23,10 +23,11 @@ from ...recipes import Recipe
 from ..errors import RunError
 from ..models.backbone_config import grid_side
 from ..models.kernel_selection import KernelWork
+from ..planner.flux_shapes import hidden_width
 from ..stages import open_controlnet
 from ..stages.controlnet import TEXT_TOKENS, ControlNetStage, LatentControlNetModel
 from .comparison import Gradients, activation_bytes, errors, gradients
-from .controlnet_shapes import Batch, draw_batch, random_model, scaled_stage, width_of
+from .controlnet_shapes import Batch, draw_batch, random_model, scaled_stage
 from .controlnet_table import Result, table
 from .diffusers_step import DiffusersStep
 from .machine import machine, write_record
@@ -69,7 +70,7 @@ def bench(
         length = _length(text_tokens, longest)
     if device.type == "cpu":
         layers = layers or min(CPU_LAYERS, opened.folder.blocks[0])
-        width = width or min(CPU_WIDTH, width_of(opened.folder.transformer))
+        width = width or min(CPU_WIDTH, hidden_width(opened.folder.transformer))
         samples = samples or CPU_SAMPLES
     samples = samples or recipe.micro_batch
     stage = scaled_stage(opened, layers, width)
@@ -115,7 +116,7 @@ def _settings(stage: ControlNetStage, name: str, batch: Batch) -> dict[str, Any]
         "recipe": name,
         "layers": list(stage.folder.blocks),
         "controlnet": [shape.double, shape.single],
-        "width": width_of(transformer),
+        "width": hidden_width(transformer),
         "heads": transformer["num_attention_heads"],
         "image_tokens": batch.noise.shape[1],
         "text_tokens": batch.text.shape[1],
