@@ -15,13 +15,13 @@ from ...data.atomic import write_atomic
 from ...data.progress import progress
 from ...slurm.exit_record import newest_step
 from ...slurm.io import write_json
-from ..distributed.launcher import devices, init_from_env, run_ranks
 from ..errors import RunError, writing
 from ..io import write_png
 from ..monitors.evaluations import note_evaluation
 from ..versions import versions
 from .generate import Reveal
-from .options import RanksOption, rank_arguments
+from .on_ranks import is_rank
+from .options import RanksOption
 
 if TYPE_CHECKING:
     from ...data.shards import Dataset
@@ -69,9 +69,7 @@ def evaluate(
     On scenes with their ground truth instead: the objects in the images, with controls, and answers of the MLLM.
     """
     _check(out)
-    is_rank = init_from_env(ranks)
-    if not is_rank and (count := ranks or devices()) > 1:
-        raise typer.Exit(run_ranks(count, rank_arguments(context)))
+    ranked = is_rank(context, ranks)
     sets = _open({"train": data, **({"heldout": heldout} if heldout else {})})
     if scenes and gallery:
         raise RunError("--gallery is for retrieval, which --scenes replaces; leave one of them out")
@@ -89,7 +87,7 @@ def evaluate(
     sampling = Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
     settings = Settings(steps, schedule.value, guidance, flux=sampling)
     made_with = {"mllm": origin(mllm), "controlnet": origin(controlnet)}
-    generator = _load(mllm, controlnet, flux, is_rank)
+    generator = _load(mllm, controlnet, flux, ranked)
     reveal_counts(generator.mllm.branch.side**2, steps, settings.schedule)  # raises for more steps than patches
     inputs = generator, sets["train"][1], sets["heldout"][1] if heldout else None
     if truth is None:
@@ -115,12 +113,12 @@ def evaluate(
     _require_equal(found.figures.get("understanding"), mllm, out)
 
 
-def _load(mllm: Path, controlnet: Path, flux: str | None, is_rank: bool) -> Generator:
+def _load(mllm: Path, controlnet: Path, flux: str | None, ranked: bool) -> Generator:
     """The models, on every rank."""
     from ..distributed.process_group import Group, join
     from ..inference.generator import Generator
 
-    ranks = join() if is_rank else None
+    ranks = join() if ranked else None
     group = Group(ranks.rank, ranks.size, ranks.gather) if ranks else Group()
     load = partial(Generator.load, mllm, controlnet, flux, ranks and ranks.device, group=group)
     with progress("loading the models", shown=group.rank == 0):

@@ -18,7 +18,6 @@ import typer
 
 from ...data.progress import progress
 from ...data.units import counted
-from ..distributed.launcher import devices, init_from_env, run_ranks
 from ..errors import RunError
 from ..inference.outputs import (
     ImageFile,
@@ -33,7 +32,8 @@ from ..inference.outputs import (
     write,
     write_contact_sheet,
 )
-from .options import RanksOption, rank_arguments
+from .on_ranks import is_rank
+from .options import RanksOption
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -85,10 +85,7 @@ def generate(
         asked = [Prompt("", re.sub(r"[^\w-]+", "-", latents_from.stem))]
     files = plan(asked, listed, seed, layout)
 
-    if not init_from_env(ranks):
-        ranks = ranks or devices()
-        if ranks > 1:
-            raise typer.Exit(run_ranks(ranks, rank_arguments(context)))
+    is_rank(context, ranks)
     from ..inference.flux_sampler import Sampling
     from ..inference.generator import Settings, origin
 

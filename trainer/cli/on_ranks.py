@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -52,3 +53,26 @@ def on_ranks(
 
 def leave(code: int) -> NoReturn:
     raise typer.Exit(code)
+
+
+def is_rank(context: typer.Context, ranks: int | None) -> bool:
+    """Whether this process is a rank. If it is not, and `ranks`, by default one per GPU, are several, they are started
+    with the same command, and it ends with their exit code."""
+    if init_from_env(ranks):
+        return True
+    if (count := ranks or devices()) > 1:
+        leave(run_ranks(count, _rank_arguments(context)))
+    return False
+
+
+def _rank_arguments(context: typer.Context) -> list[str]:
+    """The arguments of a command for its ranks, without `ranks`."""
+    arguments, last = [str(context.info_name)], []
+    for parameter in context.command.params:
+        value = context.params[str(parameter.name)]
+        if parameter.param_type_name == "argument":
+            last = ["--", *(value or [])]
+        elif parameter.name != "ranks" and value is not None and value is not False:
+            plain = value.value if isinstance(value, Enum) else value
+            arguments.append(parameter.opts[0] if value is True else f"{parameter.opts[0]}={plain}")
+    return arguments + last

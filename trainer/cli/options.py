@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Annotated
 
 import typer
@@ -23,16 +22,3 @@ def counts(option: str, text: str) -> list[int]:
     if not found or min(found) < 1:
         raise RunError(f"{option} {text}: give whole numbers from 1, such as 8,64")
     return found
-
-
-def rank_arguments(context: typer.Context) -> list[str]:
-    """The arguments of a command for its ranks, without `ranks`."""
-    arguments, last = [str(context.info_name)], []
-    for parameter in context.command.params:
-        value = context.params[str(parameter.name)]
-        if parameter.param_type_name == "argument":
-            last = ["--", *(value or [])]
-        elif parameter.name != "ranks" and value is not None and value is not False:
-            plain = value.value if isinstance(value, Enum) else value
-            arguments.append(parameter.opts[0] if value is True else f"{parameter.opts[0]}={plain}")
-    return arguments + last

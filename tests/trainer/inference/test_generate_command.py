@@ -11,7 +11,7 @@ from PIL import Image
 import ranked
 import run_folders
 from bifrost.recipes import load_recipe
-from bifrost.trainer.cli import generate, main
+from bifrost.trainer.cli import main, on_ranks
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.inference.flux_sampler import Sampling
 from bifrost.trainer.inference.generator import Generator, Settings
@@ -136,7 +136,7 @@ def test_dpg_bench(mllm: Path, controlnet: Path, generator: Generator, tmp_path:
 
 def test_ranks_get_the_whole_command(mllm: Path, controlnet: Path, tmp_path: Path, monkeypatch) -> None:
     started = []
-    monkeypatch.setattr(generate, "run_ranks", lambda ranks, arguments: started.append((ranks, arguments)) or 0)
+    monkeypatch.setattr(on_ranks, "run_ranks", lambda ranks, arguments: started.append((ranks, arguments)) or 0)
     zeros = ("--guidance", 0, "--flux-guidance", 0.0, "--conditioning-scale", 0)
     command = ("--mllm", mllm, "--controlnet", controlnet, *QUICK, "--schedule", "linear", "--empty-prompt", *zeros)
     bifrost(*command, "--out", tmp_path / "a", "--ranks", 3, "--", "-moon", "a=b")
