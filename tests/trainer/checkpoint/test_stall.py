@@ -1,7 +1,7 @@
 """How long a step waits for a save: for the copy in memory alone, not for hashing and writing.
 
 The bound is a third of what the same save takes when it is waited for: a step that waited for the files would take
-all of it or more, and how far below a third the copy is says more about the disk than about the saver.
+all of it or more, and how far below a third the copy is depends on the disk more than on the saver.
 
 `pytest tests/trainer/checkpoint/test_stall.py -s` prints the figures: 64 million parameters with both moments and an
 average, 1 GiB on two ranks, which keep computing while it is written.
