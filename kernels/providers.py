@@ -6,6 +6,7 @@ own shape before the first step.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import attention
-from .attention import Backend, PrefixLayout, prefix_attention, segment_attention
+from .attention import Backend, PrefixLayout, Segments, prefix_attention, segment_attention
 from .errors import first_line
 from .latent_loss import Provider, patch_latent_loss, unavailable
 from .runtime import triton
@@ -148,6 +149,61 @@ def choose_attention(
         choice = fastest(operation, steps, f"{torch.cuda.get_device_name(device)} at {shape}")
         torch.cuda.empty_cache()
     return choice
+
+
+def choose_vision_attention(
+    segmentations: Sequence[tuple[Sequence[int], int]],
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    asked: Backend | None = None,
+) -> Choice:
+    """Backend of `segment_attention` in a frozen vision encoder, whose heads may be of a width that a library that
+    serves the language model does not support.
+
+    segmentations: lengths of the segments of one layer, and in how many layers they occur: windows and whole images.
+    heads: query heads, key heads, head width. Times their forward passes, on a GPU only. asked: used if it runs,
+    else the others are timed.
+    """
+    operation = "vision_attention"
+    if device.type != "cuda":
+        return Choice(operation, asked or "sdpa", "set in the recipe" if asked else "FlashAttention needs a GPU")
+    query_heads, key_heads, width = heads
+    draw = torch.Generator(device).manual_seed(0)
+    layers = [(Segments.of(lengths, device), count) for lengths, count in segmentations]
+
+    def normal(count: int) -> Tensor:
+        return torch.randn(layers[0][0].total, count, width, generator=draw, device=device, dtype=dtype)
+
+    query, key, value = normal(query_heads), normal(key_heads), normal(key_heads)
+
+    def forward(backend: Backend) -> None:
+        for segments, count in layers:
+            for _ in range(count):
+                segment_attention(query, key, value, segments, segments, False, width**-0.5, backend)
+
+    def among(names: Sequence[Backend]) -> Choice:
+        steps: dict[str, Callable[[], object]] = {str(name): functools.partial(forward, name) for name in names}
+        return fastest(operation, steps, f"{torch.cuda.get_device_name(device)} with heads of {width} {_short(dtype)}")
+
+    ready: list[Backend] = [name for name in ATTENTION_CANDIDATES if attention.unavailable(name, device, dtype) is None]
+    with torch.cuda.device(device), torch.no_grad():
+        choice = asked_or_fastest(asked, ready, among)
+        torch.cuda.empty_cache()
+    return choice
+
+
+def asked_or_fastest(
+    asked: Backend | None, ready: Sequence[Backend], among: Callable[[Sequence[Backend]], Choice]
+) -> Choice:
+    """The choice `among` [asked]; among `ready` if nothing is asked, or if that fails, which the reason says."""
+    if asked is None:
+        return among(ready)
+    try:
+        return among([asked])
+    except RuntimeError as error:
+        choice = among([name for name in ready if name != asked])
+        return dataclasses.replace(choice, reason=f"{asked} does not run ({error}); {choice.reason}")
 
 
 def _short(dtype: torch.dtype) -> str:

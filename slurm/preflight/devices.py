@@ -13,8 +13,10 @@ FIELDS = {
     "ecc": "ecc.errors.uncorrected.volatile.total",
     "clock": "clocks.sm",
     "fastest": "clocks.max.sm",
-    "throttle": "clocks_throttle_reasons.active",
+    "throttle": "clocks_event_reasons.active",
 }
+FORMER = {"throttle": "clocks_throttle_reasons.active"}
+"""Names of fields in older drivers."""
 SLOWED = {0x8: "hardware slowdown", 0x20: "heat (driver)", 0x40: "heat (hardware)", 0x80: "power brake"}
 """Clock throttle reasons that count as a fault; idle and power cap do not."""
 NVLINK_GBS = 200
@@ -41,6 +43,7 @@ def device_findings(asked: int | None, idle_gib: float, bound: bool = False) -> 
         return findings
     try:
         columns = {name: query(field) for name, field in FIELDS.items()}
+        columns |= {name: query(field) for name, field in FORMER.items() if not columns[name]}
         links = [] if uses_mig() else nvlinks()
     except RuntimeError as error:
         return [*findings, Finding("GPU health", "", str(error), own=True)]

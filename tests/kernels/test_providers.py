@@ -6,7 +6,13 @@ import sys
 import pytest
 import torch
 
-from bifrost.kernels.providers import LOSS_CANDIDATES, choose_loss, fastest
+from bifrost.kernels.providers import (
+    LOSS_CANDIDATES,
+    asked_or_fastest,
+    choose_loss,
+    choose_vision_attention,
+    fastest,
+)
 
 WHERE = "a GPU at 8 x 8 bf16"
 
@@ -72,3 +78,25 @@ def test_choice_needs_only_torch_and_triton() -> None:
         "import bifrost.kernels.providers"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_attention_set_in_the_recipe_serves_the_vision_encoder_if_it_runs_there() -> None:
+    def among(names):
+        times = {"flash-attn-4": RuntimeError("head dimension 80 is not supported"), "varlen": 1.0, "sdpa": 3.0}
+        return choose({name: times[name] for name in names})
+
+    ready = ["varlen", "flash-attn-4", "sdpa"]
+    assert asked_or_fastest("sdpa", ready, among).provider == "sdpa", "slower, but set"
+    replaced = asked_or_fastest("flash-attn-4", ready, among)
+    assert replaced.provider == "varlen"
+    assert "flash-attn-4 does not run" in replaced.reason and "head dimension 80" in replaced.reason
+    assert asked_or_fastest(None, ready, among).provider == "varlen"
+    with pytest.raises(RuntimeError, match="no candidate"):
+        asked_or_fastest(None, ["flash-attn-4"], among)
+
+
+@pytest.mark.parametrize(("asked", "used"), [(None, "sdpa"), ("reference", "reference")])
+def test_without_a_gpu_the_vision_encoder_uses_torch_or_what_is_set(asked, used: str) -> None:
+    windows = [((64,) * 4, 3), ((256,), 1)]
+    choice = choose_vision_attention(windows, (16, 16, 80), torch.bfloat16, torch.device("cpu"), asked)
+    assert (choice.operation, choice.provider, choice.milliseconds) == ("vision_attention", used, {})

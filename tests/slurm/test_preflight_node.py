@@ -120,7 +120,7 @@ case "$1" in
   *ecc*) {ecc} ;;
   *max.sm*) printf '1980\\n1980\\n' ;;
   *clocks.sm*) printf '345\\n345\\n' ;;
-  *throttle*) {throttle} ;;
+  *{named}_reasons*) {throttle} ;;
   *name*) printf 'NVIDIA H200\\nNVIDIA H200\\n' ;;
   nvlink) {links} ;;
 esac
@@ -138,6 +138,7 @@ def status(*gpus: str) -> str:
 
 
 FINE = {
+    "named": "clocks_event",
     "links": status("uu", "uu"),
     "memory": "printf '3\\n3\\n'",
     "ecc": "printf '0\\n0\\n'",
@@ -157,6 +158,11 @@ FINE = {
             {"throttle": "printf '0x01\\n0x48\\n'"},
             "GPU clocks",
             "GPU 1 is slowed by hardware slowdown, heat (hardware)",
+        ),
+        (
+            {"named": "throttle", "throttle": "printf '0x01\\n0x20\\n'"},
+            "GPU clocks",
+            "GPU 1 is slowed by heat (driver)",
         ),
         ({"links": status("uu", "ud")}, "NVLink", "GPU 1 has 1 links (27 GB/s), GPU 0 2 (53 GB/s)"),
         ({"links": status("hu", "uu")}, "NVLink", "GPU 0 has 2 links (40 GB/s)"),

@@ -20,19 +20,18 @@ import torch
 from torch import Tensor
 
 from ...recipes import Recipe
+from ..distributed.process_group import Ranks
 from ..errors import RunError
-from ..models.backbone_config import grid_side
-from ..models.kernel_selection import KernelWork
+from ..models.kernel_selection import VisionWork, choose_kernels
 from ..planner.flux_shapes import hidden_width
 from ..stages import open_controlnet
-from ..stages.controlnet import TEXT_TOKENS, ControlNetStage, LatentControlNetModel
+from ..stages.controlnet import ControlNetStage, LatentControlNetModel
 from .comparison import Gradients, activation_bytes, errors, gradients
 from .controlnet_shapes import Batch, draw_batch, random_model, scaled_stage
 from .controlnet_table import Result, table
 from .diffusers_step import DiffusersStep
 from .machine import machine, write_record
 from .routed import Clock, Mark
-from .step import chosen_kernels
 
 CPU_LAYERS, CPU_WIDTH, CPU_SAMPLES, CPU_TEXT_TOKENS = 4, 512, 4, 256
 BASELINES = ("diffusers", "online")
@@ -76,9 +75,9 @@ def bench(
     stage = scaled_stage(opened, layers, width)
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     if baseline == "online":
-        patches = grid_side(stage.config, recipe.data.image_size) ** 2
-        work = KernelWork.of(stage.config, samples, patches, TEXT_TOKENS, recipe.precision)
-        stage = replace(stage, kernels=chosen_kernels(recipe.kernels, work, device))
+        work = VisionWork.of(stage.config, samples, recipe.data.image_size, recipe.precision)
+        kernels, _ = choose_kernels(recipe.kernels, None, work, Ranks(0, 1, device))
+        stage = replace(stage, kernels=kernels)
     try:
         model = random_model(stage, baseline == "online", recipe.activation_checkpointing, device, dtype)
         batch = draw_batch(stage, model, samples, length, dtype)

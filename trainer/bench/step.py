@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from ...recipes import Recipe
-from ...recipes.schema import Kernels
+from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..models.backbone import read_config
 from ..models.backbone_config import grid_side
 from ..models.hub import architecture
-from ..models.kernel_selection import KernelChoice, KernelWork
+from ..models.kernel_selection import KernelWork, VisionWork, choose_kernels
 from ..planner.devices import this_device
 from ..planner.flops import Part, patch_latent_parts
 from ..planner.opened import PatchLatents
@@ -76,7 +76,8 @@ def bench(
     tokens = grid_side(config, size) ** 2
     work = KernelWork.of(config, samples, tokens, branch.max_text_tokens, precision)
     lengths = [length for length in real_lengths(samples, branch.max_text_tokens) for _ in range(draws)]
-    kernels = chosen_kernels(recipe.kernels, replace(work, lengths=lengths), device)
+    vision = VisionWork.of(config, samples, size, precision)
+    kernels, _ = choose_kernels(recipe.kernels, replace(work, lengths=lengths), vision, Ranks(0, 1, device))
     stage = PatchLatentStage(recipe.backbone, branch, size, recipe.seed, config, tokens, None, None, kernels)
     model = random_model(partial(stage.build, recomputed), device, dtype)
     counted = PatchLatents(config, recipe.backbone, branch, size, recipe.seed)
@@ -128,16 +129,6 @@ def _baseline(name: str, model: PatchLatentModel, recomputed: bool, draws: int) 
     if name == "compiled":
         return CompiledStep(model, recomputed)
     return SingleStep(model, recomputed, draws) if name == "single" else DenseStep(model, name)  # type: ignore[arg-type]
-
-
-def chosen_kernels(asked: Kernels, work: KernelWork, device: torch.device) -> KernelChoice:
-    """Kernels set in the recipe, or the fastest here, selected as in a run."""
-    head, attention = asked.head_backend, asked.attention
-    if head == "auto":
-        head = work.fastest_head(device).provider
-    if attention == "auto":
-        attention = work.fastest_attention(device).provider
-    return KernelChoice(head, attention, asked.elementwise)  # type: ignore[arg-type]
 
 
 def measure(

@@ -31,6 +31,8 @@ GRACE_S = 10.0
 """Seconds that the other ranks have to exit by themselves after one has failed."""
 QUIT_S = 0.5
 """The same after a Ctrl-C that saves nothing."""
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Where the user may have set up torch's allocator; the second is the older name."""
 GPU_FILES = ("nvidia[0-9]*", "kfd", "dxg")
 """Device files of GPU drivers in /dev."""
 
@@ -52,6 +54,10 @@ def init_from_env(ranks: int | None = None) -> bool:
     if launcher == "slurm":
         os.environ.update(private_folders(os.environ))
         tempfile.tempdir = None  # clears the cached folder
+    if not any(name in os.environ for name in ALLOCATOR):
+        # Captions differ in length from step to step, and gathered weights are freed on another stream than they were
+        # allocated on: blocks of fixed sizes fragment. torch reads this once, when it first allocates on a GPU.
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
     return True
 
 

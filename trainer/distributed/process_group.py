@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -144,6 +145,9 @@ def join(timeout: timedelta = timedelta(minutes=30), wait_s: float = 300) -> Ran
     """
     # Keeps the last collectives for hang reports (monitors/stacks.py).
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    # torch ends a process whose NCCL thread has been silent for so long, by default 480 s: earlier than the watchdog,
+    # whose report names the rank and the phase, and which allows for a slow start or save.
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(math.ceil(timeout.total_seconds())))
     # DeepSpeed reads these too.
     rank, size, local = (int(os.environ.setdefault(*d)) for d in _SINGLE)
     if dist.is_initialized():
@@ -164,8 +168,11 @@ def join(timeout: timedelta = timedelta(minutes=30), wait_s: float = 300) -> Ran
             device, problem = torch.device("cpu"), str(error)
         interruptible(partial(wait_for_all, store, rank, size, wait_s, problem))
         store.set_timeout(timeout)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    start = partial(dist.init_process_group, backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    # With the device named, NCCL connects here, where a fault has a message, not in the first collective.
+    backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    start = partial(
+        dist.init_process_group, backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=bound
+    )
     start() if size == 1 else interruptible(start)
     return Ranks(rank, size, device)
 

@@ -220,7 +220,8 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 def load_mllm(path: Path, stage: PatchLatentStage, device: torch.device, dtype: torch.dtype) -> PatchLatentModel:
     """The model of a stage-1 run, or of an export of one in either layout."""
     fast = unavailable("varlen", device, dtype) is None
-    stage.kernels = KernelChoice(attention="varlen" if fast else "sdpa")
+    over = "varlen" if fast else "sdpa"
+    stage.kernels = KernelChoice(attention=over, vision=over)
     stage.backbone = stage.backbone.model_copy(update={"vision_encoder": None})  # images of no cache are encoded
     with init_context(device, dtype):
         model = stage.build()

@@ -76,11 +76,13 @@ class FrozenBackbone(nn.Module):
         self,
         config: Any,
         attention: Backend = "sdpa",
+        vision_attention: Backend = "sdpa",
         text: bool = True,
         vision: bool = True,
         held: HeldWeights = "bf16",
     ) -> None:
-        """held: how the text model's linear layers hold their weights."""
+        """attention, vision_attention: of the text model, and of the vision encoder. held: how the text model's linear
+        layers hold their weights."""
         super().__init__()
         self.held: HeldWeights = held
         config = copy.deepcopy(config)
@@ -97,6 +99,7 @@ class FrozenBackbone(nn.Module):
                 self.vision.patch_embed.proj.__class__ = _PatchProjection
                 self.vision.config._attn_implementation = VISION_ATTENTION
         self.attention: Backend = attention
+        self.vision_attention: Backend = vision_attention
         self.requires_grad_(False)
 
     def names(self, files: WeightFiles) -> dict[str, str]:
@@ -138,7 +141,7 @@ class FrozenBackbone(nn.Module):
             samples, side, vision.spatial_merge_size, vision.window_size, vision.patch_size, patches.device
         )
         patches = patches.to(self.vision.patch_embed.proj.weight.dtype)
-        merged = self.vision(patches, grid_thw=None, backend=self.attention, **geometry).pooler_output
+        merged = self.vision(patches, grid_thw=None, backend=self.vision_attention, **geometry).pooler_output
         return merged.view(samples, -1, merged.shape[-1])
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 from ...kernels import attention, latent_loss
 from ...kernels.attention import Backend
 from ...kernels.latent_loss import Provider
-from ...kernels.providers import Choice, choose_attention, choose_loss
+from ...kernels.providers import Choice, choose_attention, choose_loss, choose_vision_attention
 from ...recipes.schema import Kernels
 from ..distributed.process_group import Ranks
 from ..errors import RunError
@@ -33,6 +33,9 @@ class KernelChoice:
 
     head: Provider = "reference"
     attention: Backend = "sdpa"
+    """Of the text model and the branch."""
+    vision: Backend = "sdpa"
+    """Attention of the vision encoder, whose heads are narrower."""
     elementwise: elementwise.Provider = "torch"
 
 
@@ -88,39 +91,82 @@ class KernelWork:
         return choose_attention(list(self.lengths), self.patches, self.heads, self.dtype, device)
 
 
+@dataclass(frozen=True)
+class VisionWork:
+    """The shapes of a forward pass of the vision encoder for which its attention is chosen.
+
+    segmentations: lengths of the segments of a layer and the number of such layers, windows first. heads: of queries,
+    of keys and values, and the width of one.
+    """
+
+    segmentations: tuple[tuple[tuple[int, ...], int], ...]
+    heads: tuple[int, int, int]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: Any, images: int, image_size: int, precision: str) -> VisionWork:
+        """For square images of `image_size` pixels. config: the backbone's Qwen2_5_VLConfig."""
+        vision = config.vision_config
+        side, window = image_size // vision.patch_size, vision.window_size // vision.patch_size
+        edges = [min(window, side - start) for start in range(0, side, window)]
+        windows = tuple(a * b for a in edges for b in edges) * images
+        whole = len(vision.fullatt_block_indexes)
+        heads = vision.num_heads, vision.num_heads, vision.hidden_size // vision.num_heads
+        segmentations = ((windows, vision.depth - whole), ((side * side,) * images, whole))
+        return cls(segmentations, heads, torch.float32 if precision == "fp32" else torch.bfloat16)
+
+    def fastest(self, asked: Backend | None, device: torch.device) -> Choice:
+        return choose_vision_attention(self.segmentations, self.heads, self.dtype, device, asked)
+
+
 def choose_kernels(
-    asked: Kernels, work: KernelWork, ranks: Ranks, folder: Path
+    asked: Kernels, work: KernelWork | None, vision: VisionWork | None, ranks: Ranks, folder: Path | None = None
 ) -> tuple[KernelChoice, dict[str, dict[str, Any]]]:
     """The kernels of this run, the same on every rank, and the record for `kernels.json`.
 
-    folder: the run folder. RunError if a kernel set in the recipe cannot run here.
+    work, vision: None if the run computes no branch, or no vision encoder. folder: the run folder; None measures anew.
+    RunError if a kernel set in the recipe cannot run here. The vision encoder uses the attention set in the recipe if
+    it runs there.
     """
-    device, dtype = ranks.device, work.dtype
-    if asked.head_backend != "auto":
-        _refuse("head_backend", latent_loss.unavailable(asked.head_backend, device, dtype))
-    if asked.attention != "auto":
-        _refuse("attention", attention.unavailable(asked.attention, device, dtype))
+    device = ranks.device
+    for dtype in {each.dtype for each in (work, vision) if each}:
+        if asked.head_backend != "auto":
+            _refuse("head_backend", latent_loss.unavailable(asked.head_backend, device, dtype))
+        if asked.attention != "auto":
+            _refuse("attention", attention.unavailable(asked.attention, device, dtype))
     _refuse("elementwise", elementwise.unavailable(asked.elementwise, device))
 
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    key = f"{gpu}, torch {torch.__version__}, {dtype}, {work.tokens} x {work.width}, {max(work.lengths)} text tokens"
-    known = read_json(folder / FILE) or {} if ranks.first else {}
-
-    def decide(operation: str, setting: str, measure: Callable[[], Choice]) -> dict[str, Any]:
-        if setting != "auto":
-            return {"key": key, **asdict(Choice(operation, setting, "set in the recipe"))}
-        before = known.get(operation)
-        return before if before and before["key"] == key else {"key": key, **asdict(measure())}
-
+    machine = f"{gpu}, torch {torch.__version__}"
+    known = (read_json(folder / FILE) if ranks.first and folder else None) or {}
     record: dict[str, dict[str, Any]] = {}
-    if ranks.first:
-        record = {
-            "patch_latent_loss": decide("patch_latent_loss", asked.head_backend, lambda: work.fastest_head(device)),
-            "prefix_attention": decide("prefix_attention", asked.attention, lambda: work.fastest_attention(device)),
-        }
+
+    def decide(operation: str, key: str, measure: Callable[[], Choice]) -> None:
+        before = known.get(operation)
+        record[operation] = before if before and before["key"] == key else {"key": key, **asdict(measure())}
+
+    def decide_by(setting: str, operation: str, key: str, measure: Callable[[], Choice]) -> None:
+        if setting == "auto":
+            return decide(operation, key, measure)
+        record[operation] = {"key": key, **asdict(Choice(operation, setting, "set in the recipe"))}
+
+    if ranks.first and work:
+        key = f"{machine}, {work.dtype}, {work.tokens} x {work.width}, {max(work.lengths)} text tokens"
+        decide_by(asked.head_backend, "patch_latent_loss", key, lambda: work.fastest_head(device))
+        decide_by(asked.attention, "prefix_attention", key, lambda: work.fastest_attention(device))
+    if ranks.first and vision:
+        set_backend = None if asked.attention == "auto" else asked.attention
+        shape = " and ".join(f"{len(lengths)} x {lengths[0]}" for lengths, _ in vision.segmentations)
+        key = f"{machine}, {vision.dtype}, {shape}, heads of {vision.heads[2]}, kernels.attention={asked.attention}"
+        decide("vision_attention", key, lambda: vision.fastest(set_backend, device))
     record = ranks.gather(record)[0]
-    head, over = (record[operation]["provider"] for operation in ("patch_latent_loss", "prefix_attention"))
-    return KernelChoice(cast(Provider, head), cast(Backend, over), asked.elementwise), record
+    chosen = {operation: each["provider"] for operation, each in record.items()}
+    return KernelChoice(
+        head=cast(Provider, chosen.get("patch_latent_loss", "reference")),
+        attention=cast(Backend, chosen.get("prefix_attention", "sdpa")),
+        vision=cast(Backend, chosen.get("vision_attention", "sdpa")),
+        elementwise=asked.elementwise,
+    ), record
 
 
 def _refuse(setting: str, reason: str | None) -> None:

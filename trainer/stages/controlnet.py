@@ -27,7 +27,7 @@ from ..models import latent_controlnet, weights
 from ..models.backbone import FrozenBackbone, read_config
 from ..models.flux import PARTS, FluxFolder, Part, Tokens
 from ..models.hub import architecture, locate
-from ..models.kernel_selection import KernelChoice, KernelWork, choose_kernels
+from ..models.kernel_selection import KernelChoice, VisionWork, choose_kernels
 from ..models.latent_controlnet import ControlNetConfig, LatentControlNet
 from ..models.rng import IntArray
 from . import VALIDATION_SEED, Losses, StageModel
@@ -42,8 +42,6 @@ from .vision_outputs import VisionOutputs
 VALIDATION_LEVELS = 8
 """Noise levels at which the held-out loss is measured: the middles of as many equal intervals of 0 .. 1, as torchtitan
 validates FLUX for MLPerf Training."""
-TEXT_TOKENS = 300
-"""Longest prompt for which attention is timed, as in stage 1: here only the vision encoder uses it, without text."""
 
 
 class LatentControlNetModel(StageModel):
@@ -55,7 +53,7 @@ class LatentControlNetModel(StageModel):
         self.recomputed = activation_checkpointing
         self.vision_placement = stage.vision_placement
         self.build_vision_encoder: Callable[[], FrozenBackbone] = partial(
-            FrozenBackbone, stage.config, stage.kernels.attention, text=False
+            FrozenBackbone, stage.config, vision_attention=stage.kernels.vision, text=False
         )
         if self.vision_placement == "sharded":
             self.backbone = self.build_vision_encoder()
@@ -242,10 +240,10 @@ class ControlNetStage:
         self, asked: Kernels, micro_batch: int, precision: str, ranks: Ranks, folder: Path
     ) -> dict[str, dict[str, Any]]:
         self.open_caches(ranks.rank, ranks.size, ranks.gather, ranks.broadcast)  # checked before anything is built
-        patches = grid_side(self.config, self.data.image_size) ** 2
-        work = KernelWork.of(self.config, micro_batch, patches, TEXT_TOKENS, precision)
-        self.kernels, record = choose_kernels(asked, work, ranks, folder)
-        return {"prefix_attention": record["prefix_attention"]}
+        cached = self.vision_placement == "cached"
+        work = None if cached else VisionWork.of(self.config, micro_batch, self.data.image_size, precision)
+        self.kernels, record = choose_kernels(asked, None, work, ranks, folder)
+        return record
 
     def open_caches(
         self, rank: int = 0, ranks: int = 1, gather: Gather = single_process, broadcast: Broadcast | None = None

@@ -30,7 +30,7 @@ from ..models.backbone_config import grid_side
 from ..models.branch import INIT_STD, GenerationBranch
 from ..models.elementwise import use_liger
 from ..models.hub import architecture, locate
-from ..models.kernel_selection import KernelChoice, KernelWork, choose_kernels
+from ..models.kernel_selection import KernelChoice, KernelWork, VisionWork, choose_kernels
 from ..models.masking import draw_masks, hidden_counts
 from ..models.prompt import PromptTemplate, load_tokenizer
 from ..models.rng import IntArray, Stream, chosen
@@ -62,7 +62,9 @@ class PatchLatentModel(StageModel):
         super().__init__()
         self.masked_only = branch.loss_tokens == "masked"
         self.place = place
-        self.build_backbone = partial(FrozenBackbone, config, kernels.attention, vision=vision, held=held)
+        self.build_backbone = partial(
+            FrozenBackbone, config, kernels.attention, kernels.vision, vision=vision, held=held
+        )
         if place == "sharded":
             self.backbone = self.build_backbone()
         self.branch = GenerationBranch(
@@ -241,7 +243,9 @@ class PatchLatentStage:
         self.open_caches(ranks.rank, ranks.size, ranks.gather, ranks.broadcast)  # checked before anything is built
         shapes = micro_batch, self.tokens_per_image, self.branch.max_text_tokens
         work = KernelWork.of(self.config, *shapes, precision, self.branch.draws)
-        self.kernels, record = choose_kernels(asked, work, ranks, folder)
+        cached = self.backbone.vision_encoder == "cached"
+        vision = None if cached else VisionWork.of(self.config, micro_batch, self.image_size, precision)
+        self.kernels, record = choose_kernels(asked, work, vision, ranks, folder)
         return record
 
     def outputs(self) -> list[FrozenOutputs]:

@@ -73,7 +73,7 @@ class VisionOutputs:
     def _load(self, device: torch.device) -> FrozenBackbone:
         attention = "varlen" if unavailable("varlen", device, self.dtype) is None else "sdpa"
         with init_context(device, self.dtype):
-            backbone = FrozenBackbone(self.config, attention, text=False).eval()
+            backbone = FrozenBackbone(self.config, vision_attention=attention, text=False).eval()
         backbone.restore_rotary()
         backbone.load(self.files)
         self._loaded = backbone.to(device)

@@ -158,7 +158,8 @@ def _model(stage: Any, precision: str, reader: CheckpointReader | None, device: 
     """The run's model, unsharded on `device`, in the run's compute precision, with the weights of `reader`."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     fast = unavailable("varlen", device, dtype) is None
-    stage.kernels = KernelChoice(attention="varlen" if fast else "sdpa")
+    over = "varlen" if fast else "sdpa"
+    stage.kernels = KernelChoice(attention=over, vision=over)
     with init_context(device, dtype):
         model = stage.build()
     stage.load(model)

@@ -376,3 +376,36 @@ def test_only_a_lost_connection_passes_for_a_lost_rank(error: Exception, lost: b
     if lost:  # met while an error of this rank's own was being handled, which must not be hidden
         error.__context__ = KeyError("weight")
         assert lost_rank(error) is None
+
+
+def test_on_a_gpu_nccl_is_bound_to_the_device_and_outwaits_the_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *backend, **settings: asked.update(settings))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", "TORCH_FR_BUFFER_SIZE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    ranks.join(timedelta(seconds=1800.5))
+    assert str(asked["device_id"]) == "cuda:0"
+    assert os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "1801"
+    monkeypatch.setenv("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", "60")
+    ranks.join()
+    assert os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "60", "the user's"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}),
+        ({"PYTORCH_ALLOC_CONF": ""}, {"PYTORCH_ALLOC_CONF": ""}),
+    ],
+)
+def test_a_rank_allocates_in_expandable_segments(
+    monkeypatch: pytest.MonkeyPatch, before: dict[str, str], after: dict[str, str]
+) -> None:
+    monkeypatch.setattr(os, "environ", {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **before})
+    assert init_from_env()
+    assert {name: value for name, value in os.environ.items() if "ALLOC_CONF" in name} == after

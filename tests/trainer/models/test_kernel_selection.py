@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.vision_utils import get_vision_window_index
 
 import ranked
 import runs
@@ -19,7 +20,7 @@ from bifrost.trainer.distributed.process_group import Ranks
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models import kernel_selection
 from bifrost.trainer.models.backbone import read_config
-from bifrost.trainer.models.hub import locate
+from bifrost.trainer.models.hub import architecture, locate
 from bifrost.trainer.models.kernel_selection import make_deterministic
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -30,7 +31,8 @@ def choose(folder: Path, *overrides: str, ranks: Ranks = ALONE):
     recipe = load_recipe("tiny-mllm", overrides)
     shapes = recipe.micro_batch, 16, recipe.branch.max_text_tokens, recipe.precision
     work = kernel_selection.KernelWork.of(config, *shapes)
-    return kernel_selection.choose_kernels(recipe.kernels, work, ranks, folder)
+    vision = kernel_selection.VisionWork.of(config, recipe.micro_batch, recipe.data.image_size, recipe.precision)
+    return kernel_selection.choose_kernels(recipe.kernels, work, vision, ranks, folder)
 
 
 def test_recipes_name_what_the_kernels_have() -> None:
@@ -42,13 +44,13 @@ def test_recipes_name_what_the_kernels_have() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU they are measured")
 def test_without_a_gpu_it_is_plain_pytorch(tmp_path: Path) -> None:
     kernels, record = choose(tmp_path)
-    assert kernels == kernel_selection.KernelChoice("reference", "sdpa", "torch")
+    assert kernels == kernel_selection.KernelChoice("reference", "sdpa", "sdpa", "torch")
     assert all(not choice["milliseconds"] for choice in record.values()), "nothing was measured"
 
 
 def test_kernels_set_in_the_recipe_are_used(tmp_path: Path) -> None:
     kernels, record = choose(tmp_path, "kernels.head_backend=in-place", "kernels.attention=reference")
-    assert (kernels.head, kernels.attention) == ("in-place", "reference")
+    assert (kernels.head, kernels.attention, kernels.vision) == ("in-place", "reference", "reference")
     assert record["patch_latent_loss"]["reason"] == "set in the recipe"
 
 
@@ -80,13 +82,33 @@ class Second(Ranks):
     """Rank 1 of two, whose rank 0 has chosen."""
 
     def gather(self, value: object) -> list:
-        chosen = (("patch_latent_loss", "triton"), ("prefix_attention", "reference"))
+        chosen = (("patch_latent_loss", "triton"), ("prefix_attention", "reference"), ("vision_attention", "varlen"))
         return [{name: {"provider": provider} for name, provider in chosen}, value]
 
 
 def test_other_ranks_use_the_choice_of_rank_0(tmp_path: Path) -> None:
     kernels, _ = choose(tmp_path, ranks=Second(1, 2, torch.device("cpu")))
-    assert (kernels.head, kernels.attention) == ("triton", "reference")
+    assert (kernels.head, kernels.attention, kernels.vision) == ("triton", "reference", "varlen")
+
+
+@pytest.mark.parametrize("image_size", [448, 392])
+def test_segments_are_those_of_the_vision_encoder(image_size: int) -> None:
+    """Against transformers' own tables: 448 px divide into windows, 392 px do not."""
+    config = read_config(architecture("Qwen/Qwen2.5-VL-7B-Instruct"))
+    work = kernel_selection.VisionWork.of(config, 2, image_size, "bf16")
+    vision = config.vision_config
+    side = image_size // vision.patch_size
+    grid = torch.tensor([[1, side, side]] * 2)
+    _, ends = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+    (windows, windowed), (images, whole) = work.segmentations
+    assert sorted(windows) == sorted(ends.diff().tolist())
+    assert images == (side * side,) * 2
+    assert (windowed, whole, work.heads) == (28, 4, (16, 16, 80))
+
+
+def test_a_run_without_branch_and_vision_encoder_chooses_nothing(tmp_path: Path) -> None:
+    chosen = kernel_selection.choose_kernels(Kernels(), None, None, ALONE, tmp_path)
+    assert chosen == (kernel_selection.KernelChoice(), {})
 
 
 @pytest.mark.multi

@@ -14,7 +14,7 @@ import runs
 import tiny_flux
 from bifrost.recipes import load_recipe
 from bifrost.trainer.inference.generator import load_mllm
-from bifrost.trainer.stages import open_patch_latents
+from bifrost.trainer.stages import open_patch_latents, unsharded
 from bifrost.trainer.stages.precompute import encode
 from bifrost.trainer.stages.unsharded import offload
 
@@ -102,3 +102,28 @@ def test_offloaded_parameters_are_on_the_device_only_during_the_call() -> None:
                 module(x)
         assert probe.seen.device.type == device.type and probe.seen.data_ptr() != home
         assert probe.weight.device.type == "cpu" and probe.weight.data_ptr() == home
+
+
+def test_offloaded_parameters_share_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinned memory comes in powers of two: many parameters in one block, none across two, and one larger than a block
+    in its own."""
+    monkeypatch.setattr(unsharded, "BLOCK", 4096)
+    shapes = {"a": (100,), "b": (30, 10), "large": (70, 40), "c": (), "d": (300,), "e": (512,)}
+    kinds = {"b": torch.bfloat16, "d": torch.int8}
+    values = {name: torch.randint(-9, 9, shape).to(kinds.get(name, torch.float32)) for name, shape in shapes.items()}
+    parameters = {name: nn.Parameter(value.clone(), requires_grad=False) for name, value in values.items()}
+    blocks: list[torch.Tensor] = []
+
+    def allocate(size: int) -> torch.Tensor:
+        blocks.append(torch.full((size,), 255, dtype=torch.uint8))
+        return blocks[-1]
+
+    unsharded.move_to_blocks(list(parameters.values()), allocate)
+    homes = [parameter.untyped_storage().data_ptr() for parameter in parameters.values()]
+    assert [homes.index(home) for home in homes] == [0, 0, 2, 3, 3, 3]
+    assert [len(block) for block in blocks] == [1536, 11264, 512 + 512 + 2048]
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, values[name]) and parameter.dtype == values[name].dtype, name
+        assert parameter.data_ptr() % 16 == 0 and not parameter.requires_grad
+    unsharded.move_to_blocks([], allocate)
+    assert len(blocks) == 3
