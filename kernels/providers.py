@@ -196,7 +196,7 @@ def choose_vision_attention(
 def asked_or_fastest(
     asked: Backend | None, ready: Sequence[Backend], among: Callable[[Sequence[Backend]], Choice]
 ) -> Choice:
-    """The choice `among` [asked]; among `ready` if nothing is asked, or if that fails, which the reason says."""
+    """The choice `among` [asked]; among `ready` if nothing is asked, or if that fails, which the reason states."""
     if asked is None:
         return among(ready)
     try:

@@ -124,7 +124,7 @@ def choose_kernels(
 ) -> tuple[KernelChoice, dict[str, dict[str, Any]]]:
     """The kernels of this run, the same on every rank, and the record for `kernels.json`.
 
-    work, vision: None if the run computes no branch, or no vision encoder. folder: the run folder; None measures anew.
+    work, vision: None if the run computes no branch, or no vision encoder. folder: the run folder; None remembers nothing.
     RunError if a kernel set in the recipe cannot run here. The vision encoder uses the attention set in the recipe if
     it runs there.
     """

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers.vision_utils import get_vision_window_index
 
 import ranked
 import runs
@@ -18,7 +17,7 @@ from bifrost.recipes import load_recipe
 from bifrost.recipes.schema import Kernels
 from bifrost.trainer.distributed.process_group import Ranks
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.models import kernel_selection
+from bifrost.trainer.models import backbone, kernel_selection
 from bifrost.trainer.models.backbone import read_config
 from bifrost.trainer.models.hub import architecture, locate
 from bifrost.trainer.models.kernel_selection import make_deterministic
@@ -98,8 +97,8 @@ def test_segments_are_those_of_the_vision_encoder(image_size: int) -> None:
     work = kernel_selection.VisionWork.of(config, 2, image_size, "bf16")
     vision = config.vision_config
     side = image_size // vision.patch_size
-    grid = torch.tensor([[1, side, side]] * 2)
-    _, ends = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+    sizes = vision.spatial_merge_size, vision.window_size, vision.patch_size
+    ends = backbone._geometry(2, side, *sizes, torch.device("cpu"))["cu_window_seqlens"]
     (windows, windowed), (images, whole) = work.segmentations
     assert sorted(windows) == sorted(ends.diff().tolist())
     assert images == (side * side,) * 2
