@@ -124,9 +124,9 @@ def choose_kernels(
 ) -> tuple[KernelChoice, dict[str, dict[str, Any]]]:
     """The kernels of this run, the same on every rank, and the record for `kernels.json`.
 
-    work, vision: None if the run computes no branch, or no vision encoder. folder: the run folder; None remembers nothing.
-    RunError if a kernel set in the recipe cannot run here. The vision encoder uses the attention set in the recipe if
-    it runs there.
+    work, vision: None if the run computes no branch, or no vision encoder. folder: the run folder, None to remember
+    nothing. RunError if a kernel set in the recipe cannot run here. The vision encoder uses the attention set in the
+    recipe if it runs there.
     """
     device = ranks.device
     for dtype in {each.dtype for each in (work, vision) if each}:
