@@ -45,9 +45,13 @@ class MaskRate(Section):
         return self
 
 
+Positions = Literal["learned", "mrope", "interleaved"]
+
+
 class Branch(Section):
-    positions: Literal["learned", "mrope"] = "learned"
-    """`learned`: rotary position 0 and an additive table, as in the public release; `mrope`: Qwen's 3-D positions."""
+    positions: Positions = "learned"
+    """`learned`: rotary position 0 and an additive table, as in the public release. `mrope`: Qwen's 3-D positions,
+    which hardly separate columns. `interleaved`: the same, rows and columns on alternating frequencies."""
     loss_tokens: Literal["all", "masked"] = "all"
     """Patches over which the loss is averaged; `all` as in the public release."""
     mask_rate: MaskRate = MaskRate()

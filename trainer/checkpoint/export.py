@@ -84,6 +84,8 @@ def _public(
     pieces: dict[str, Piece], backbone: Backbone, branch: Branch, image_size: int, dtype: torch.dtype
 ) -> list[Piece]:
     """The trained `pieces` and the frozen base, under the public release's names."""
+    if branch.positions == "interleaved":
+        raise RunError("branch.positions=interleaved: the public code has no such positions; export with --format hf")
     tensors = [piece._replace(name=public_name(name)) for name, piece in pieces.items()]
     folder = locate(backbone.path, backbone.revision)
     tensors += _base(WeightFiles(folder), dtype, {tensor.name for tensor in tensors})

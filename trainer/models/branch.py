@@ -8,7 +8,7 @@ from __future__ import annotations
 from . import libraries  # noqa: F401  # isort: skip
 
 import copy
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryE
 
 from ...kernels import gather_rms_norm, mask_mix
 from ...kernels.attention import Backend
+from ...recipes.branch import Positions
 from .backbone import Prefix
 from .layers import BranchLayer, RmsNorm
+from .rotary import InterleavedRotaryEmbedding
 
 INIT_STD = 0.02
 """Initial standard deviation of the mask token and position table (MAR). Zeros, as in the public release, hit RMSNorm
@@ -37,14 +39,15 @@ class GenerationBranch(nn.Module):
         self,
         config: Any,
         side: int,
-        positions: Literal["learned", "mrope"],
+        positions: Positions,
         activation_checkpointing: bool,
         attention: Backend = "sdpa",
         fused: bool = False,
     ) -> None:
         super().__init__()
         self.side = side
-        self.rotary = positions == "mrope"
+        self.rotary = positions != "learned"
+        self.embedding = InterleavedRotaryEmbedding if positions == "interleaved" else Qwen2_5_VLRotaryEmbedding
         self.activation_checkpointing = activation_checkpointing
         self.attention: Backend = attention
         self.fused = fused
@@ -62,12 +65,12 @@ class GenerationBranch(nn.Module):
 
     def restore_rotary(self) -> None:
         """See `FrozenBackbone.restore_rotary`. DeepSpeed does not move buffers of a model built under `zero.Init`."""
-        self.rotary_embedding = Qwen2_5_VLRotaryEmbedding(self.config).to(self.mask_token.device)
+        self.rotary_embedding = self.embedding(self.config).to(self.mask_token.device)
 
     def position_ids(self, lengths: Tensor) -> Tensor:
         """Rotary positions (t, h, w) of the patches, [3, B, N], after `lengths` [B] text tokens.
 
-        `learned`: all zero, no rotation. `mrope`: Qwen's own, t = n, h = n + row, w = n + column.
+        `learned`: all zero, no rotation. Else Qwen's own, t = n, h = n + row, w = n + column.
         """
         patches = self.side * self.side
         if not self.rotary:

@@ -17,7 +17,7 @@ import bifrost
 import ranked
 import runs
 from bifrost.recipes import load_recipe
-from bifrost.trainer.checkpoint.export import _base, export
+from bifrost.trainer.checkpoint.export import _base, _public, export
 from bifrost.trainer.checkpoint.shard import Payload
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
@@ -202,3 +202,9 @@ def test_a_quantized_base_is_exported_as_plain_weights(tmp_path: Path) -> None:
         assert piece.dtype == torch.bfloat16
         wanted = expected[piece.name.removeprefix("vision_language_model.")]
         assert torch.equal(piece.read().to(piece.dtype), wanted)
+
+
+def test_positions_that_the_public_code_lacks_are_refused_in_its_layout() -> None:
+    recipe = load_recipe("tiny-mllm", ["branch.positions=interleaved"])
+    with pytest.raises(RunError, match=r"^branch\.positions=interleaved: .*--format hf$"):
+        _public({}, recipe.backbone, recipe.branch, recipe.data.image_size, torch.float32)

@@ -166,7 +166,7 @@ def test_an_order_depends_on_the_seed_only() -> None:
     assert firsts.min() > 60 and firsts.max() < 145  # 100 expected, standard deviation 9.7
 
 
-@pytest.mark.parametrize("positions", ["learned", "mrope"])
+@pytest.mark.parametrize("positions", ["learned", "mrope", "interleaved"])
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_one_patch_per_step_is_the_public_loop(positions: str, guidance: float) -> None:
     model = build(4, positions, width=48)

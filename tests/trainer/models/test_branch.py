@@ -90,6 +90,41 @@ def test_untrained_branch_reproduces_vanilla_qwen() -> None:
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
+def angles_of(embedding: torch.nn.Module, side: int, text: int) -> torch.Tensor:
+    """Angles [side, side, C / 2] of the patches after `text` tokens, in (-pi, pi]."""
+    index = torch.arange(side * side)
+    ids = text + torch.stack((torch.zeros_like(index), index // side, index % side))[:, None]
+    cos, sin = embedding(torch.zeros(1), ids)
+    return torch.atan2(sin, cos)[0, :, : cos.shape[-1] // 2].view(side, side, -1)
+
+
+def test_interleaved_positions_turn_rows_and_columns_alike() -> None:
+    """Pair i of a head turns by 1e6^(-2 i / C) per row if i is even, per column if it is odd."""
+    found = angles_of(build("branch.positions=interleaved").branch.rotary_embedding, side=3, text=2).double()
+    rates = [1e6 ** (-2 * i / 32) for i in range(16)]
+    for row in range(3):
+        for column in range(3):
+            turns = [(2 + (column if i % 2 else row)) * rate for i, rate in enumerate(rates)]
+            wanted = torch.exp(1j * torch.tensor(turns, dtype=torch.float64))
+            torch.testing.assert_close(torch.exp(1j * found[row, column]), wanted, atol=1e-6, rtol=0)
+
+
+def test_mrope_hardly_tells_columns_apart() -> None:
+    """The reason for `interleaved`: with every patch masked, only the rotation differs."""
+    moved = {}
+    for positions in ("mrope", "interleaved"):
+        model = build(f"branch.positions={positions}")
+        prefix = model.backbone.prefix(torch.arange(20, 32), PrefixLayout.of([12], 16))
+        with torch.no_grad():
+            hidden = model.branch(torch.zeros(1, 16, 192), torch.ones(1, 16, dtype=torch.bool), prefix)
+        grid = hidden.view(4, 4, 192)
+        moved[positions] = [(grid[1:] - grid[:-1]).norm().item(), (grid[:, 1:] - grid[:, :-1]).norm().item()]
+    rows, columns = moved["mrope"]
+    assert columns < rows / 50
+    rows, columns = moved["interleaved"]
+    assert rows / 10 < columns < rows * 10
+
+
 def test_patches_see_all_patches_and_the_caption() -> None:
     model = build()
     ids, layout = torch.arange(20, 32), PrefixLayout.of([12], 16)

@@ -117,7 +117,7 @@ def changed(source: Path, folder: Path, **settings: Any) -> Path:
 )
 def test_backbones_of_other_shapes(tmp_path: Path, settings: dict[str, Any]) -> None:
     folder = changed(locate("builtin:tiny") / "config.json", tmp_path, **settings)
-    for positions in ("learned", "mrope"):
+    for positions in ("learned", "mrope", "interleaved"):
         check(load_recipe("tiny-mllm", [f"backbone.path={folder}", f"branch.positions={positions}"]))
 
 

@@ -18,7 +18,7 @@ STEPS = 5
 @pytest.mark.parametrize(
     "settings",
     [
-        ("branch.loss_tokens=all", "branch.positions=mrope"),
+        ("branch.loss_tokens=all", "branch.positions=interleaved"),
         (
             "branch.loss_tokens=masked",
             "branch.positions=learned",
@@ -27,7 +27,7 @@ STEPS = 5
             "optimizer.clip=0.5",
         ),
     ],
-    ids=["all-mrope", "masked-learned-draws"],
+    ids=["all-interleaved", "masked-learned-draws"],
 )
 def test_ranks_equal_plain_pytorch(shards: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
     settings = (f"steps={STEPS}", *runs.TINY, *settings)
