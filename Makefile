@@ -6,6 +6,7 @@
 # make docs    builds the documentation site in build/docs; warnings, such as broken links, are errors
 # make faults  N=50 random kills, with a report in runs/faults/report.md or $(REPORT)
 # make faults-storage  N=200 runs on HTTP and S3 servers that fail at random, with a report like that of faults
+# make faults-network  network faults between two nodes in namespaces, which need root, with a report like that of faults
 # make test-gpu    the tests that need a GPU, with the torch, Triton and pytest of $(PYTHON), and the trainer's if installed
 # make bench-gpu   times the kernels on this machine's GPU; results in $(OUT)
 # make clean       deletes .venv and build outputs; make clean-runs deletes runs/ and demo/: every run trained here
@@ -18,7 +19,7 @@ READY := .venv/.installed
 TORCH ?= cuda
 INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: setup demo demo-seeds test lint docs faults faults-storage test-gpu bench-gpu gpu-package clean clean-runs
+.PHONY: setup demo demo-seeds test lint docs faults faults-storage faults-network test-gpu bench-gpu gpu-package clean clean-runs
 
 setup: $(READY)
 
@@ -75,6 +76,11 @@ faults-storage: N = 200
 faults-storage: FOLDER = runs/faults-storage
 faults-storage: $(READY)
 	PYTHONPATH="$(CURDIR)/tests/support" $(BIN)/python tests/faults/storage_campaign.py --runs $(N) --folder $(FOLDER) \
+	  --report $(REPORT) --hardware "$(HARDWARE)"
+
+faults-network: FOLDER = runs/faults-network
+faults-network: $(READY)
+	PYTHONPATH="$(CURDIR)/tests/support" $(BIN)/python tests/faults/network_campaign.py --folder $(FOLDER) \
 	  --report $(REPORT) --hardware "$(HARDWARE)"
 
 # A GPU machine already has a torch that fits its driver: the package is installed to a separate folder, without

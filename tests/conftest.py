@@ -30,11 +30,12 @@ def pytest_addoption(parser):
 
 
 def _required(report):
-    """With REQUIRE_TESTS set, as in CI, a skipped test is a failed one, unless it needs a GPU or an optional package
-    that changes what every process prints and imports (bitsandbytes, which diffusers loads wherever it is found)."""
+    """With REQUIRE_TESTS set, as in CI, a skipped test is a failed one, unless it needs a GPU, root, or an optional
+    package that changes what every process prints and imports (bitsandbytes, which diffusers loads wherever it is
+    found)."""
     if report.skipped and os.environ.get("REQUIRE_TESTS") and isinstance(report.longrepr, tuple):
         file, line, reason = report.longrepr
-        if not re.search("CUDA|GPU|optional package", reason):
+        if not re.search("CUDA|GPU|optional package|need root", reason):
             report.outcome = "failed"
             report.longrepr = f"{file}:{line}: {reason} (REQUIRE_TESTS is set: this may not be skipped)"
     return report

@@ -42,7 +42,8 @@ class Link:
     loss: float = 0.0
     """Fraction of the packets that are dropped, at random; 1 is a cut link."""
     closed: tuple[int, int] | None = None
-    """Lowest and highest TCP port to and from which packets are dropped."""
+    """Lowest and highest port of the TCP servers whose connections are closed: of the two ports of a connection, the
+    lower one is the server's, or both are ephemeral."""
 
 
 def drops(link: Link, packet: bytes, chance: random.Random) -> bool:
@@ -53,7 +54,7 @@ def drops(link: Link, packet: bytes, chance: random.Random) -> bool:
         return False
     header = 4 * (packet[0] & 15)
     low, high = link.closed
-    return any(low <= port <= high for port in struct.unpack_from("!HH", packet, header))
+    return low <= min(struct.unpack_from("!HH", packet, header)) <= high
 
 
 def relay(ends: list[int]) -> None:

@@ -18,7 +18,7 @@ from ...slurm.rank_env import UNBIND, host_name
 from ..errors import RunError, Unhealthy, foreseen, with_message
 from .gather import Gather, single_process
 from .open_files import allow_open_files
-from .rendezvous import interruptible, join_store, require_agent, wait_for_all
+from .rendezvous import connect, interruptible, join_store, require_agent, wait_for_all
 
 T = TypeVar("T")
 BACKGROUND = "background"
@@ -141,7 +141,8 @@ class Ranks:
 def join(timeout: timedelta = timedelta(minutes=30), wait_s: float = 300) -> Ranks:
     """Join the process group that RANK, WORLD_SIZE and LOCAL_RANK describe; a single process without them.
 
-    timeout: of each collective. wait_s: seconds in which all ranks must join, else RendezvousTimeout names the missing.
+    timeout: of each collective. wait_s: seconds in which all ranks must join, else RendezvousTimeout names the missing;
+    and seconds in which they must then connect to each other.
     """
     # Keeps the last collectives for hang reports (monitors/stacks.py).
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -173,7 +174,12 @@ def join(timeout: timedelta = timedelta(minutes=30), wait_s: float = 300) -> Ran
     start = partial(
         dist.init_process_group, backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=bound
     )
-    start() if size == 1 else interruptible(start)
+    if size == 1:
+        start()
+    elif store is None:
+        interruptible(start)
+    else:
+        connect(start, size, wait_s)
     return Ranks(rank, size, device)
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent import futures
 from contextlib import suppress
 from datetime import timedelta
 from typing import TypeVar
@@ -33,10 +33,11 @@ READ_S = 10.0
 """Seconds that the other ranks have to read why they cannot start, before rank 0 leaves with the store."""
 
 
-def interruptible(wait: Callable[[], T]) -> T:
+def interruptible(wait: Callable[[], T], timeout_s: float | None = None) -> T:
     """The result of `wait`, which runs in a thread of its own so that signal handlers can run in this one:
-    torch's waits for other ranks return to Python only when they end."""
-    result: Future[T] = Future()
+    torch's waits for other ranks return to Python only when they end. Raises TimeoutError after `timeout_s`; the
+    thread then continues until the process ends."""
+    result: futures.Future[T] = futures.Future()
 
     def run() -> None:
         try:
@@ -45,6 +46,8 @@ def interruptible(wait: Callable[[], T]) -> T:
             result.set_exception(error)
 
     threading.Thread(target=run, name="rendezvous", daemon=True).start()
+    if not futures.wait([result], timeout_s).done:
+        raise TimeoutError(f"no result within {timeout_s} s")
     return result.result()
 
 
@@ -107,6 +110,20 @@ def wait_for_all(store: Store, rank: int, size: int, wait_s: float, problem: str
     else:
         store.set(f"read-{rank}", "")
     raise failure
+
+
+def connect(start: Callable[[], object], size: int, wait_s: float) -> None:
+    """Connect all ranks, which have joined, by `start`. Raises RendezvousTimeout if that takes longer than `wait_s`:
+    a closed port answers nothing, and the backend alone would wait for as long as a collective may take."""
+    try:
+        interruptible(start, wait_s)
+    except TimeoutError as error:
+        port, interface = os.environ.get("MASTER_PORT"), os.environ.get("GLOO_SOCKET_IFNAME", "not set")
+        raise RendezvousTimeout(
+            f"all {size} ranks joined, but they could not connect to each other within {wait_s:.0f} s: open all ports"
+            f" between the nodes, not only {port}, and check GLOO_SOCKET_IFNAME ({interface}), which is"
+            " fabric.interface of the site file"
+        ) from error
 
 
 def _wait_for_readers(store: Store, size: int) -> None:

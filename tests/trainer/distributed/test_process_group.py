@@ -231,6 +231,14 @@ def test_rank_0_does_not_wait_long_for_a_rank_that_died(monkeypatch: pytest.Monk
     assert time.monotonic() - begun < 2
 
 
+def test_ranks_that_cannot_connect_name_ports_and_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", "12345")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
+    with pytest.raises(RendezvousTimeout, match=r"all 4 ranks joined, .* within 0 s: .* not only 12345, .* \(ib7\)"):
+        rendezvous.connect(lambda: time.sleep(1), 4, 0.05)
+    rendezvous.connect(lambda: time.sleep(0.05), 4, 1)
+
+
 def train_without(missing: str, arguments: list[str]) -> None:
     """The `bifrost` command on all ranks but one, which never joins."""
     if os.environ["RANK"] != missing:
