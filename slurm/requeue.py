@@ -89,7 +89,8 @@ def after(run: Path, code: int) -> tuple[str, int]:
     outcome = exit_record.read_outcome(run)
     reason = REASONS.get(code) or _signal(code) or f"exit code {code}"
     if outcome:
-        code, reason = outcome["code"], f"rank {outcome['rank']}: {outcome['reason']}"
+        code, reason, named = outcome["code"], outcome["reason"], f"rank {outcome['rank']}: "
+        reason = reason if reason.startswith(named) else named + reason
     if code == DONE:
         return _end(job, "done", "all steps are done"), DONE
     if code in (USAGE, LOCKED) or (outcome and code == FAILED):

@@ -29,8 +29,8 @@ from cable import Link
 from slurm_job import SlurmJob
 from two_nodes import TwoNodes
 
-STEPS, SAVE_EVERY, AT = 24, 8, 10
-"""Steps of a run, steps between saves, and the step after which its network fails."""
+STEPS, SAVE_EVERY, AT, FAULTY = 24, 8, 10, 8
+"""Steps of a run, steps between saves, the step after which its network fails, and steps for which it is slow."""
 EXACT = ("step", "samples", "loss", "grad_norm", "lr", "data_digest", "skipped_steps")
 EPHEMERAL = (32768, 60999)
 """Linux's ports for connections without a fixed one, such as gloo's."""
@@ -71,11 +71,14 @@ class NetworkCampaign:
         """Inject a fault into a new run, called `name`, and finish that run."""
         self.nodes.set(Link())
         with SlurmJob(self.nodes, self.folder / name, self._arguments(name)[1:]) as job:
-            found = inject(Play(self.nodes, job))
-            if job.attempts[-1].code != 0:
-                found.wrong.append(f"{name}: ended with code {job.attempts[-1].code}")
-            elif (lines := results(job.run)) != self.undisturbed:
-                found.wrong.append(f"{name}: other results: {differences(lines, self.undisturbed)}")
+            try:
+                found = inject(Play(self.nodes, job))
+                if job.attempts[-1].code != 0:
+                    found.wrong.append(f"{name}: ended with code {job.attempts[-1].code}")
+                elif (lines := results(job.run)) != self.undisturbed:
+                    found.wrong.append(f"{name}: other results: {differences(lines, self.undisturbed)}")
+            except AssertionError as error:  # it waited too long: the other faults are still played
+                found = Found(name, wrong=[f"{name}: {error}"])
         self.found.append(found)
         return found
 
@@ -105,20 +108,21 @@ class Play:
         self.job.start()
         self.job.wait_for_step(AT)
 
-    def outlast(self, link: Link, seconds: float, injected: str) -> Found:
-        """A fault of the link for some seconds, with which the run continues."""
+    def outlast(self, link: Link, injected: str, seconds: float = 0.0, steps: int = 0) -> Found:
+        """A fault of the link for some seconds, then some steps, with which the run continues."""
         self.to_the_fault()
         self.link(link)
         time.sleep(seconds)
+        self.job.wait_for_step(AT + steps)
         during = len(self.job.new_steps())
         healed = self.link(Link())
-        # The step under way when the link came back may have been nearly complete.
-        stepping = self.job.wait_for_step(during + 1) - healed
+        # The step under way when the link came back may have been nearly complete: the one after it counts.
+        stepping = self.job.wait_for_step(during + 2) - healed
         self.job.wait(600)
         found = Found(injected, stepping_s=stepping)
         longest = max(line["step_s"] for line in self.job.new_steps()[AT:])
         found.did = (
-            f"continued: {during - AT} steps meanwhile; the longest step took {longest:.1f} s, those before"
+            f"continued, {during - AT} steps meanwhile; the longest step took {longest:.1f} s, those before"
             f" {self.step_s():.2f} s"
         )
         named = [line["rank"] for line in runs.events(self.job.run, "straggler")]
@@ -158,17 +162,16 @@ class Play:
 
 
 def slow(play: Play) -> Found:
-    return play.outlast(
-        Link(delay_s=0.005, rate=4e6), 60, "the link slows down to 4 MB/s with a delay of 5 ms, for 60 s"
-    )
+    link = Link(delay_s=0.005, rate=4e6)
+    return play.outlast(link, f"the link slows down to 4 MB/s with a delay of 5 ms, for {FAULTY} steps", steps=FAULTY)
 
 
 def lossy(play: Play) -> Found:
-    return play.outlast(Link(loss=0.03), 60, "the link loses 3 % of the packets, for 60 s")
+    return play.outlast(Link(loss=0.03), f"the link loses 3 % of the packets, for {FAULTY} steps", steps=FAULTY)
 
 
 def short_cut(play: Play) -> Found:
-    return play.outlast(Link(loss=1), 20, "the link loses all packets, for 20 s")
+    return play.outlast(Link(loss=1), "the link loses all packets for 20 s, then none", seconds=20)
 
 
 def long_cut(play: Play) -> Found:
@@ -239,7 +242,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path)
     parser.add_argument("--hardware", default="this machine")
     parser.add_argument("--only", choices=FAULTS, action="append", help="faults to inject; default all")
-    parser.add_argument("overrides", nargs="*", help="of the recipe, such as watchdog.step_timeout_s=20")
+    parser.add_argument("overrides", nargs="*", default=["watchdog.startup_timeout_s=300"], help="of the recipe")
     options = parser.parse_args()
     if lacking := two_nodes.missing():
         raise SystemExit(f"error: {lacking}")

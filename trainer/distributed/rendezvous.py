@@ -29,6 +29,9 @@ T = TypeVar("T")
 
 AGENT_S = 10.0
 """Seconds for which a rank tries to reach torchrun's agent."""
+LONGER = 1.2
+"""Time limit of the other ranks to reach rank 0, as a multiple of that of rank 0: it names the ranks that it misses and
+their node, and the first reason recorded counts."""
 READ_S = 10.0
 """Seconds that the other ranks have to read why they cannot start, before rank 0 leaves with the store."""
 
@@ -61,6 +64,7 @@ def join_store(rank: int, size: int, wait_s: float) -> Store:
         store: Store = FileStore(file, size)
     else:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        wait_s *= 1 if rank == 0 else LONGER
         try:
             opened = TCPStore(address, port, size, rank == 0, timedelta(seconds=wait_s), wait_for_workers=False)
         except RuntimeError as error:
