@@ -2,6 +2,8 @@
 fault or outlast it, and its result must be bitwise equal to that of an undisturbed run.
 
     python tests/faults/network_campaign.py --folder FOLDER --report docs/faults-network-report.md
+
+An interrupted campaign resumes in the same folder.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ MARGIN_S = 60.0
 class Found:
     """What a run did with a fault. Seconds count from the fault; None where nothing of the kind happened."""
 
+    name: str
     injected: str
     did: str = ""
     codes: list[int] = field(default_factory=list)
@@ -61,7 +64,9 @@ class NetworkCampaign:
 
     def __init__(self, nodes: TwoNodes, folder: Path, shards: Path, overrides: list[str]) -> None:
         self.nodes, self.folder, self.shards, self.overrides = nodes, folder, shards, overrides
-        self.found: list[Found] = []
+        self.log = folder / "found.jsonl"
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        self.found = [Found(**json.loads(line)) for line in lines]
         ended = ranked.bifrost(slurm_job.RANKS, *self._arguments("undisturbed"))
         assert [rank.code for rank in ended] == [0] * slurm_job.RANKS, ended[0].err
         self.undisturbed = results(folder / "undisturbed" / "tiny-mllm")
@@ -72,14 +77,16 @@ class NetworkCampaign:
         self.nodes.set(Link())
         with SlurmJob(self.nodes, self.folder / name, self._arguments(name)[1:]) as job:
             try:
-                found = inject(Play(self.nodes, job))
+                found = inject(Play(name, self.nodes, job))
                 if job.attempts[-1].code != 0:
                     found.wrong.append(f"{name}: ended with code {job.attempts[-1].code}")
                 elif (lines := results(job.run)) != self.undisturbed:
                     found.wrong.append(f"{name}: other results: {differences(lines, self.undisturbed)}")
             except AssertionError as error:  # it waited too long: the other faults are still played
-                found = Found(name, wrong=[f"{name}: {error}"])
+                found = Found(name, name, wrong=[f"{name}: {error}"])
         self.found.append(found)
+        with open(self.log, "a") as file:
+            file.write(json.dumps(vars(found)) + "\n")
         return found
 
     def _arguments(self, name: str) -> list[str]:
@@ -95,6 +102,7 @@ class NetworkCampaign:
 class Play:
     """One run with a fault."""
 
+    name: str
     nodes: TwoNodes
     job: SlurmJob
 
@@ -119,7 +127,7 @@ class Play:
         # The step under way when the link came back may have been nearly complete: the one after it counts.
         stepping = self.job.wait_for_step(during + 2) - healed
         self.job.wait(600)
-        found = Found(injected, stepping_s=stepping)
+        found = Found(self.name, injected, stepping_s=stepping)
         longest = max(line["step_s"] for line in self.job.new_steps()[AT:])
         found.did = (
             f"continued, {during - AT} steps meanwhile; the longest step took {longest:.1f} s, those before"
@@ -135,7 +143,7 @@ class Play:
     def end(self, began: float, bound_s: float, injected: str) -> Found:
         """Wait for the end of an attempt whose network failed at `began`, restore the link, and start the next one."""
         attempt = self.job.wait(bound_s + MARGIN_S)
-        found = Found(injected, codes=[code for _, (code, _) in sorted(attempt.ended.items())])
+        found = Found(self.name, injected, codes=[code for _, (code, _) in sorted(attempt.ended.items())])
         found.detected_s = min(seen for _, seen in attempt.ended.values()) - began
         found.lines = [*self.job.errors(), attempt.decision]
         healed = self.link(Link())
@@ -241,7 +249,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/faults-network"))
     parser.add_argument("--report", type=Path)
     parser.add_argument("--hardware", default="this machine")
-    parser.add_argument("--only", choices=FAULTS, action="append", help="faults to inject; default all")
     parser.add_argument("overrides", nargs="*", default=["watchdog.startup_timeout_s=300"], help="of the recipe")
     options = parser.parse_args()
     if lacking := two_nodes.missing():
@@ -255,8 +262,9 @@ def main() -> None:
         small_shards.save(folder / "shards")
     with TwoNodes() as nodes:
         campaign = NetworkCampaign(nodes, folder, folder / "shards", options.overrides)
-        for name in options.only or FAULTS:
-            print(json.dumps(vars(campaign.play(name, FAULTS[name]))), flush=True)
+        for name in [name for name in FAULTS if name not in {found.name for found in campaign.found}]:
+            print(campaign.play(name, FAULTS[name]), flush=True)
+    campaign.found.sort(key=lambda found: list(FAULTS).index(found.name))
     text = network_report.page(campaign, options.hardware)
     (options.report or folder / "report.md").write_text(text)
     print(text)
