@@ -179,7 +179,7 @@ def join(timeout: timedelta = timedelta(minutes=30), wait_s: float = 300) -> Ran
     elif store is None:
         interruptible(start)
     else:
-        connect(start, size, wait_s)
+        connect(start, size, wait_s, backend)
     return Ranks(rank, size, device)
 
 

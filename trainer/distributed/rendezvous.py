@@ -116,17 +116,17 @@ def wait_for_all(store: Store, rank: int, size: int, wait_s: float, problem: str
     raise failure
 
 
-def connect(start: Callable[[], object], size: int, wait_s: float) -> None:
+def connect(start: Callable[[], object], size: int, wait_s: float, backend: str) -> None:
     """Connect all ranks, which have joined, by `start`. Raises RendezvousTimeout if that takes longer than `wait_s`:
-    a closed port answers nothing, and the backend alone would wait for as long as a collective may take."""
+    a closed port answers nothing, and `backend` alone would wait for as long as a collective may take."""
     try:
         interruptible(start, wait_s)
     except TimeoutError as error:
-        port, interface = os.environ.get("MASTER_PORT"), os.environ.get("GLOO_SOCKET_IFNAME", "not set")
+        variable = f"{backend.upper()}_SOCKET_IFNAME"
         raise RendezvousTimeout(
             f"all {size} ranks joined, but they could not connect to each other within {wait_s:.0f} s: open all ports"
-            f" between the nodes, not only {port}, and check GLOO_SOCKET_IFNAME ({interface}), which is"
-            " fabric.interface of the site file"
+            f" between the nodes, not only {os.environ.get('MASTER_PORT')}, and check {variable}"
+            f" ({os.environ.get(variable, 'not set')}), which is fabric.interface of the site file"
         ) from error
 
 

@@ -83,7 +83,9 @@ def suspect_rank(statuses: Sequence[RankStatus], hosts: Sequence[str]) -> tuple[
     if len(statuses) == 1:
         return first.rank, f"rank {first.rank} on {first.host} is {where}"
     if len(behind) == len(statuses):
-        return None, f"no rank is behind the others: all are {where}, last collective {first.collective}"
+        # Nor does the job's record then name a host: between two nodes either may be at fault, or what connects them.
+        network = "; check the network between the nodes with bifrost slurm preflight" if len(set(hosts)) > 1 else ""
+        return None, f"no rank is behind the others: all are {where}, last collective {first.collective}{network}"
     others = max(statuses, key=lambda status: (status.entered, status.collectives))
     more = f" with {len(behind) - 1} others as far" if len(behind) > 1 else ""
     return first.rank, (

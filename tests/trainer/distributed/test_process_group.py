@@ -235,8 +235,8 @@ def test_ranks_that_cannot_connect_name_ports_and_interface(monkeypatch: pytest.
     monkeypatch.setenv("MASTER_PORT", "12345")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
     with pytest.raises(RendezvousTimeout, match=r"all 4 ranks joined, .* within 0 s: .* not only 12345, .* \(ib7\)"):
-        rendezvous.connect(lambda: time.sleep(1), 4, 0.05)
-    rendezvous.connect(lambda: time.sleep(0.05), 4, 1)
+        rendezvous.connect(lambda: time.sleep(1), 4, 0.05, "gloo")
+    rendezvous.connect(lambda: time.sleep(0.05), 4, 1, "gloo")
 
 
 def train_without(missing: str, arguments: list[str]) -> None:

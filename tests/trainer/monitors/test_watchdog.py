@@ -185,6 +185,8 @@ def test_who_is_behind() -> None:
     assert rank == 0 and "with 1 others as far" in text
     rank, text = suspect_rank([status(rank, 40, 9) for rank in range(3)], hosts)
     assert rank is None and "no rank is behind" in text and "nccl:all_gather" in text
+    assert text.endswith("check the network between the nodes with bifrost slurm preflight")
+    assert "network" not in suspect_rank([status(rank, 40, 9) for rank in range(3)], ["node0"] * 3)[1]
     rank, text = suspect_rank([status(0, 3, 9), status(2, 40, 9)], hosts)
     assert rank == 1 and "rank 1 on node1" in text and "does not answer" in text
     assert suspect_rank([status(0, 3, 9)], ["node0"]) == (0, "rank 0 on node0 is in forward of step 7, at a:1 f")
