@@ -104,7 +104,8 @@ def test_closed_ports_do_not_answer_and_the_others_refuse(nodes: TwoNodes) -> No
 
 
 STAY = """
-import time, two_nodes
+import signal, time, two_nodes
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background starts its children without it
 with two_nodes.TwoNodes() as nodes:
     print(*[process.pid for process in nodes._processes], flush=True)
     time.sleep(60)
@@ -120,6 +121,7 @@ def test_nothing_outlives_its_process(number: signal.Signals) -> None:
         pids = [int(pid) for pid in owner.stdout.readline().split()]
         assert len(pids) == 3 and all(os.path.exists(f"/proc/{pid}") for pid in pids)
         owner.send_signal(number)
+        owner.wait(10)
     deadline = time.monotonic() + 5
     while any(os.path.exists(f"/proc/{pid}") for pid in pids):
         assert time.monotonic() < deadline
