@@ -52,7 +52,7 @@ class Found:
     detected_s: float | None = None
     """Until the first rank had ended."""
     stepping_s: float | None = None
-    """From the end of the fault to the first new step: of the same attempt, or of the next one with its start."""
+    """From the end of the fault to the first new step: of the same attempt, or of the next, startup included."""
     lines: list[str] = field(default_factory=list)
     """The error lines, and the decision of the batch script."""
     wrong: list[str] = field(default_factory=list)

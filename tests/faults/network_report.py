@@ -11,18 +11,18 @@ from network_campaign import AT, SAVE_EVERY, STEPS, NetworkCampaign
 
 def page(campaign: NetworkCampaign, hardware: str) -> str:
     """The report in Markdown."""
-    bounds = ", ".join(campaign.overrides) or "the defaults of the recipe: a step may take 100 s, the rendezvous 300 s"
     setting = f"""
         {time.strftime("%Y-%m-%d")}, {hardware}: `bifrost train tiny-mllm` in fp32 with a global batch of 8 for {STEPS}
         steps, saved every {SAVE_EVERY}, on two nodes with two ranks each over gloo. The nodes are network namespaces,
         connected by a program that copies packets of up to {MTU:,} bytes and injects the faults after step {AT}, or
         before the ranks start. Variables, the steps before and after the ranks, and their decisions are those of the
-        Slurm job; Slurm itself, with its delay of a requeue, is not part of it. Watchdog: {bounds}.
+        Slurm job; Slurm itself, with its delay of a requeue, is not part of it. Settings of the watchdog
+        other than the defaults: {", ".join(campaign.overrides) or "none"}.
     """
     check = """
         All step lines of every run (loss, gradient norm, learning rate, samples, data digest) have to be bitwise equal
         to those of an undisturbed run over loopback. Detection: seconds from the fault to the end of the first rank,
-        after the line with the cause. Stepping again: seconds from the end of the fault to the first new step, of the
+        after the line with the cause; of a fault before the ranks start, their startup is included. Stepping again: seconds from the end of the fault to the first new step, of the
         same attempt or of the next one, whose startup is included.
     """
     rows = [(each.injected, each.did, _seconds(each.detected_s), _seconds(each.stepping_s)) for each in campaign.found]
