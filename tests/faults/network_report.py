@@ -22,8 +22,9 @@ def page(campaign: NetworkCampaign, hardware: str) -> str:
     check = """
         All step lines of every run (loss, gradient norm, learning rate, samples, data digest) have to be bitwise equal
         to those of an undisturbed run over loopback. Detection: seconds from the fault to the end of the first rank,
-        after the line with the cause; of a fault before the ranks start, their startup is included. Stepping again: seconds from the end of the fault to the first new step, of the
-        same attempt or of the next one, whose startup is included.
+        after the line with the cause; of a fault before the ranks start, their startup is included. Stepping again:
+        seconds from the end of the fault to the first new step, of the same attempt or of the next one, whose startup
+        is included.
     """
     rows = [(each.injected, each.did, _seconds(each.detected_s), _seconds(each.stepping_s)) for each in campaign.found]
     lines = [
