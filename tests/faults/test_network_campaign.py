@@ -34,7 +34,7 @@ def short_cut_then_a_lost_node(play: Play) -> Found:
 @pytest.mark.slow
 def test_a_run_outlasts_a_cut_link_and_a_lost_node(shards: Path, tmp_path: Path) -> None:
     with TwoNodes() as nodes:
-        campaign = NetworkCampaign(nodes, tmp_path, shards, ["steps=12", f"watchdog.step_timeout_s={BOUND_S:.0f}"])
+        campaign = NetworkCampaign(nodes, tmp_path, shards, ["steps=18", f"watchdog.step_timeout_s={BOUND_S:.0f}"])
         found = campaign.play("faults", short_cut_then_a_lost_node)
         assert found.wrong == [] and found.codes == [76, 76]
         # The two ranks left wait ten seconds for the reports of the others.
