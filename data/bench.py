@@ -1,6 +1,6 @@
 """Throughput of the reader in samples per second, next to pure decoding and to a plain webdataset pipeline.
 
-All contenders turn the same shards into the same micro-batches with the same number of processes. They take turns in
+All baselines turn the same shards into the same micro-batches with the same number of processes. They take turns in
 rounds, so that a temporarily slow machine affects them equally.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,9 +37,17 @@ PLAIN_IMAGES = "jpg;jpeg;png"
 PARTS = ("read", "decode", "resize", "collate")
 
 
+class Rate(NamedTuple):
+    """Throughput after the warm-up. first_s: seconds from the creation of a pipeline to its first micro-batch; None
+    without a pipeline."""
+
+    samples_per_s: float
+    first_s: float | None = None
+
+
 @dataclass
 class Job:
-    """The work of all contenders.
+    """The work of all baselines.
 
     sizes: sides in pixels of each image's copies. collate: as for the loader. urls: of the same shards, where the
     reader and webdataset read them.
@@ -66,8 +74,10 @@ class Job:
 
     @property
     def batches(self) -> int:
-        """Micro-batches of one epoch, which a round measures; every sample is read about once."""
-        return len(self.dataset) // self.micro_batch
+        """Micro-batches that a round measures: an epoch without the warm-up, at least half of one, so that readers
+        with a cache on disk read every measured sample for the first time."""
+        epoch = len(self.dataset) // self.micro_batch
+        return max(epoch - self.warm, (epoch + 1) // 2)
 
     @property
     def warm(self) -> int:
@@ -125,11 +135,11 @@ def _pil_resized(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 
-def decode_rate(job: Job, decode: Callable[[bytes, Sequence[int]], object]) -> float:
+def decode_rate(job: Job, decode: Callable[[bytes, Sequence[int]], object]) -> Rate:
     """Images per second of `decode` alone, with every image in memory and results discarded."""
     images = job.images
     seconds, _ = in_processes(lambda number: decode(images[number], job.sizes), len(images), job.workers)
-    return len(images) / seconds
+    return Rate(len(images) / seconds)
 
 
 def reader_batches(job: Job) -> Iterator[dict[str, Any]]:
@@ -159,21 +169,27 @@ def webdataset_batches(job: Job, own_decoder: bool = False) -> Iterator[dict[str
         pipeline = pipeline.decode("pil")
     pipeline = (
         pipeline.to_tuple("__key__", PLAIN_IMAGES, "txt")
-        .map(partial(_item, job, _own_images if own_decoder else _plain_images))
+        .map(partial(to_item, job, own_images if own_decoder else pil_images))
         .batched(job.micro_batch, collation_fn=job.collate)
     )
     return iter(WebLoader(pipeline, batch_size=None, num_workers=job.workers, prefetch_factor=job.prefetch))
 
 
-def _plain_images(image: Image.Image, sizes: Sequence[int]) -> list[np.ndarray]:
+def pil_images(image: Image.Image, sizes: Sequence[int]) -> list[np.ndarray]:
+    """Centre squares uint8 [S, S, 3] of an RGB image, resized by Pillow."""
     return [np.array(_pil_resized(image, size)) for size in sizes]  # torch wants them writable
 
 
-def _own_images(data: bytes, sizes: Sequence[int]) -> list[np.ndarray]:
+def own_images(data: bytes, sizes: Sequence[int]) -> list[np.ndarray]:
+    """Centre squares uint8 [S, S, 3] of a stored image, decoded and resized as the reader does."""
     return decode_sizes(data, sizes)
 
 
-def _item(job: Job, images: Callable, sample: tuple[str, Any, Any]) -> Item:
+def to_item(
+    job: Job, images: Callable[[Any, Sequence[int]], list[np.ndarray]], sample: tuple[str, Any, str | bytes]
+) -> Item:
+    """The item of a sample of another library's reader: its key, after any folder, what `images` takes, and its
+    caption."""
     key, stored, caption = sample
     number = job.numbers[os.path.basename(key)]
     first, *others = images(stored, job.sizes)
@@ -181,17 +197,20 @@ def _item(job: Job, images: Callable, sample: tuple[str, Any, Any]) -> Item:
     return Item(0, number, key, first, text, tuple(others), job.places[number])
 
 
-def rate(job: Job, batches: Iterable[dict[str, Any]]) -> float:
-    """Samples per second over one epoch of `batches`, after the warm-up."""
-    running = iter(batches)
-    for _ in islice(running, job.warm):
+def rate(job: Job, pipeline: Callable[[], Iterable[dict[str, Any]]]) -> Rate:
+    """Throughput of the micro-batches of `pipeline()`: of `job.batches` after `job.warm`."""
+    created = time.perf_counter()
+    running = iter(pipeline())
+    next(running)
+    first = time.perf_counter() - created
+    for _ in islice(running, job.warm - 1):
         pass
     begun = time.perf_counter()
-    count = sum(1 for _ in islice(running, job.batches))
+    counts = [len(next(iter(batch.values()))) for batch in islice(running, job.batches)]
     seconds = time.perf_counter() - begun
-    assert count == job.batches
+    assert len(counts) == job.batches
     getattr(running, "close", lambda: None)()
-    return count * job.micro_batch / seconds
+    return Rate(sum(counts) / seconds, first)
 
 
 def parts(job: Job) -> dict[str, float]:

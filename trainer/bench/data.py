@@ -1,5 +1,5 @@
-"""`bifrost bench data`: the reader against the decode limit of the machine and against webdataset, on local files or
-over HTTP."""
+"""`bifrost bench data`: the reader against the decode limit of the machine and against other libraries' readers, on
+local files or over HTTP."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import io
 import shutil
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from ...recipes import load_recipe
 from ..errors import RunError
 from ..terminal import terminal
 from .machine import format_machine, machine, usable_cores, write_record
+from .other_readers import BUCKET, OtherReader, installed_readers, s3_environment
 from .range_server import latency_seconds, served
 
 READER = "our reader"
-OWN, PIL, PLAIN, MIXED = "our decoder alone", "Pillow alone", "webdataset", "webdataset, our decoder"
-LIMITS = (OWN, PIL)
+OWN, PIL, PLAIN = "our decoder alone", "Pillow alone", "webdataset"
+MIXED = "{}, our decoder"
+"""Another library's reader with our decoder."""
 SHARDS = 16
 """Number of shards of generated images."""
 
@@ -45,8 +48,8 @@ def bench(
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Measure, print and return the record; `out` is a folder for `data.json`. source: shards, a recipe, or None for
-    generated images of `sides`. latency: the reader and webdataset read from an HTTP server whose responses begin so
-    late, such as `30ms`; None reads the files."""
+    generated images of `sides`. latency: the readers read from an HTTP server whose responses begin so late, such as
+    `30ms`; None reads the files."""
     workers = workers or len(usable_cores())
     if overrides and source and _names_shards(source):
         raise RunError(f"{overrides[0]}: overrides need a recipe, {source} are shards; give a recipe or remove it")
@@ -54,7 +57,13 @@ def bench(
     with ExitStack() as stack:
         job = stack.enter_context(_job(source, overrides, samples, workers, sides))
         if latency_s is not None:
-            job.urls = stack.enter_context(served(_servable(job.dataset.shards), latency_s))
+            _check_servable(job.dataset.shards)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bifrost-")))
+        others = _prepared(job, folder)
+        if latency_s is not None:
+            server = stack.enter_context(served(job.dataset.shards, latency_s, {BUCKET: folder}))
+            stack.enter_context(s3_environment(server.endpoint, folder))
+            job.urls = server.urls
         sizes = np.array([_side(data) for data in job.images[:256]])
         record: dict[str, Any] = {
             "source": source or f"generated: JPEG, quality {QUALITY}, shorter side {sides.replace(',', ' to ')} px",
@@ -65,16 +74,20 @@ def bench(
             "micro_batch": job.micro_batch,
             "processes": workers,
             "latency_s": latency_s,
-            "machine": machine("pillow", "webdataset", "numpy", "aiohttp"),
+            "machine": machine("pillow", "webdataset", "numpy", "aiohttp", *(each.name for each in others)),
+            "converted_bytes": {each.name: size for each, size in others.items() if each.convert},
         }
-        measured = [_round(job, number) for number in range(rounds)]
+        turns = _turns(job, others, folder)
+        measured = [_round(turns, number) for number in range(rounds)]
         # Not interleaved with the baselines, so that the parts add up.
         parts = [reader_bench.parts(job) for _ in range(rounds)]
-    rates = {name: [one[name] for one in measured] for name in measured[0]}
+    rates = {name: [one[name].samples_per_s for one in measured] for name in turns}
+    firsts = {name: [one[name].first_s for one in measured] for name in turns if measured[0][name].first_s is not None}
     spent = {name: statistics.median(one[name] for one in parts) for name in reader_bench.PARTS}
     a_sample = workers / statistics.median(rates[READER])
     record["rates"] = rates
     record["samples_per_s"] = {name: statistics.median(values) for name, values in rates.items()}
+    record["first_batch_s"] = {name: statistics.median(values) for name, values in firsts.items()}
     record["reader_over"] = {
         name: statistics.median(a / b for a, b in zip(rates[READER], values, strict=True))
         for name, values in rates.items()
@@ -87,12 +100,20 @@ def bench(
     return record
 
 
-def _servable(shards: list[str]) -> list[str]:
+def _check_servable(shards: list[str]) -> None:
     if remote := [shard for shard in shards if not is_local(shard)]:
         raise RunError(f"{remote[0]}: --latency serves local shards; leave it out, or name local ones")
     if shutil.which("curl") is None:
         raise RunError("--latency: webdataset reads URLs with curl, which is not installed; install it")
-    return shards
+
+
+def _prepared(job: reader_bench.Job, folder: Path) -> dict[OtherReader, int]:
+    """Installed readers -> bytes of the samples that each converted into `folder`; prints those that are missing."""
+    console = terminal()
+    found, missing = installed_readers()
+    for reader in missing:
+        console.print(f"{reader.name} is not installed and left out: pip install {reader.install}", soft_wrap=True)
+    return {reader: reader.prepare(job, folder) for reader in found}
 
 
 def _names_shards(source: str) -> bool:
@@ -136,19 +157,29 @@ def _images_only(shards: str, samples: int, workers: int) -> reader_bench.Job:
     )
 
 
-def _round(job: reader_bench.Job, number: int) -> dict[str, float]:
-    """Samples per second of the reader and every baseline; the first to run rotates from round to round."""
-    turns = {
-        OWN: lambda: reader_bench.decode_rate(job, decode_sizes),
-        READER: lambda: reader_bench.rate(job, reader_bench.reader_batches(job)),
-        PLAIN: lambda: reader_bench.rate(job, reader_bench.webdataset_batches(job)),
-        PIL: lambda: reader_bench.decode_rate(job, reader_bench.pil_alone),
-        MIXED: lambda: reader_bench.rate(job, reader_bench.webdataset_batches(job, own_decoder=True)),
+def _turns(
+    job: reader_bench.Job, others: Mapping[OtherReader, int], folder: Path
+) -> dict[str, Callable[[], reader_bench.Rate]]:
+    """Name -> measurement of the reader, both limits and every baseline, in the order of the table."""
+    pipelines: dict[str, Callable[..., Any]] = {PLAIN: partial(reader_bench.webdataset_batches, job)}
+    served = job.urls is not None
+    pipelines |= {other.name: partial(other.batches, job, folder, served) for other in others}
+    turns: dict[str, Callable[[], reader_bench.Rate]] = {
+        READER: partial(reader_bench.rate, job, partial(reader_bench.reader_batches, job)),
+        OWN: partial(reader_bench.decode_rate, job, decode_sizes),
+        PIL: partial(reader_bench.decode_rate, job, reader_bench.pil_alone),
     }
+    for name, pipeline in pipelines.items():
+        turns[name] = partial(reader_bench.rate, job, pipeline)
+        turns[MIXED.format(name)] = partial(reader_bench.rate, job, partial(pipeline, own_decoder=True))
+    return turns
+
+
+def _round(turns: Mapping[str, Callable[[], reader_bench.Rate]], number: int) -> dict[str, reader_bench.Rate]:
+    """One measurement of each; the first to run rotates from round to round."""
     names = list(turns)
-    order = names[number % len(names) :] + names[: number % len(names)]
-    found = {name: turns[name]() for name in order}
-    return {name: found[name] for name in (READER, *LIMITS, PLAIN, MIXED)}
+    first = number % len(names)
+    return {name: turns[name]() for name in names[first:] + names[:first]}
 
 
 def _sides(text: str) -> tuple[int, int]:
@@ -177,11 +208,16 @@ def _show(record: dict[str, Any]) -> None:
         f" {record['processes']} processes{over}.",
         soft_wrap=True,
     )
-    table = Table("", "samples/s", "reader / it", "rounds", title="Samples per second, medians", title_justify="left")
+    for name, size in record["converted_bytes"].items():
+        console.print(f"{name} reads samples converted before the rounds: {size / 1e6:.1f} MB.", soft_wrap=True)
+    columns = ("", "version", "samples/s", "reader / it", "first batch, s", "rounds")
+    table = Table(*columns, title="Samples per second, medians", title_justify="left")
     for name, value in record["samples_per_s"].items():
-        over = record["reader_over"].get(name)
+        over, first = record["reader_over"].get(name), record["first_batch_s"].get(name)
+        version = record["machine"]["versions"].get(name.partition(",")[0], "")
         each = " ".join(f"{rate:.0f}" for rate in record["rates"][name])
-        table.add_row(name, f"{value:.0f}", "" if over is None else f"{over:.2f}", each)
+        ratio, seconds = (f"{value:.2f}" if value is not None else "" for value in (over, first))
+        table.add_row(name, version, f"{value:.0f}", ratio, seconds, each)
     console.print(table)
     whole = sum(record["seconds_per_sample"].values())
     table = Table("", "ms per sample", "share", title="Time of a process", title_justify="left")

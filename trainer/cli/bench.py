@@ -96,7 +96,7 @@ def bench_data(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for data.json.")] = None,
 ) -> None:
-    """Time the reader against the machine's decode limit and a plain webdataset pipeline, by part."""
+    """Time the reader against the machine's decode limit and the readers of other libraries, by part."""
     from ..bench.data import bench
 
     bench(
