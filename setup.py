@@ -76,7 +76,7 @@ setup(
     ],
     extras_require={
         "s3": ["s3fs>=2024.6"],
-        # mosaicml-streaming, which `bench data` compares too, excludes the transformers, numpy and xxhash of this package.
+        # Without mosaicml-streaming, whose requirements exclude transformers, numpy and xxhash of this package.
         "bench": ["datasets>=5", "litdata>=0.2.70", "megatron-energon>=7.4"],
         "test": [
             "pytest>=8",
