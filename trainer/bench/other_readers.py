@@ -98,9 +98,10 @@ def s3_environment(endpoint: str, folder: Path) -> Iterator[None]:
 def _environment(**settings: str | None) -> Iterator[None]:
     """Variables set, or removed if None."""
     before = dict(os.environ)
-    os.environ.update({name: value for name, value in settings.items() if value is not None})
-    for name in settings.keys() - {name for name, value in settings.items() if value is not None}:
+    for name, value in settings.items():
         os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     try:
         yield
     finally:
@@ -154,7 +155,7 @@ def _shard_bytes(job: Job) -> int:
 
 
 def _to_mds(job: Job, folder: Path) -> None:
-    from streaming import MDSWriter
+    from streaming import MDSWriter  # pyright: ignore[reportMissingImports]
 
     columns = {"key": "str", "image": "bytes", "caption": "str"}
     with MDSWriter(out=str(folder), columns=columns, size_limit=_shard_bytes(job)) as writer:
@@ -163,7 +164,7 @@ def _to_mds(job: Job, folder: Path) -> None:
 
 
 def _mosaic(job: Job, source: Source, own_decoder: bool) -> Iterable[dict[str, Any]]:
-    from streaming import StreamingDataset
+    from streaming import StreamingDataset  # pyright: ignore[reportMissingImports]
     from torch.utils.data import DataLoader
 
     remote = {"remote": f"s3://{BUCKET}/{source.key}", "local": str(source.cache)}
@@ -177,7 +178,7 @@ def _mosaic(job: Job, source: Source, own_decoder: bool) -> Iterable[dict[str, A
 
 
 def _to_chunks(job: Job, folder: Path) -> None:
-    from litdata import optimize
+    from litdata import optimize  # pyright: ignore[reportMissingImports]
 
     # Its working folders are otherwise the same ones for every process of the machine.
     with (
@@ -197,7 +198,7 @@ def _to_chunks(job: Job, folder: Path) -> None:
 
 
 def _litdata(job: Job, source: Source, own_decoder: bool) -> Iterable[dict[str, Any]]:
-    from litdata import StreamingDataLoader, StreamingDataset
+    from litdata import StreamingDataLoader, StreamingDataset  # pyright: ignore[reportMissingImports]
 
     remote = {"input_dir": f"s3://{BUCKET}/{source.key}", "cache_dir": str(source.cache)}
     dataset = StreamingDataset(
@@ -207,8 +208,8 @@ def _litdata(job: Job, source: Source, own_decoder: bool) -> Iterable[dict[str, 
 
 
 def _datasets(job: Job, source: Source, own_decoder: bool) -> Iterable[dict[str, Any]]:
-    from datasets import Image as ImageColumn
-    from datasets import load_dataset
+    from datasets import Image as ImageColumn  # pyright: ignore[reportMissingImports]
+    from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     from torch.utils.data import DataLoader
 
     shards = job.urls if source.served else job.dataset.shards
@@ -229,7 +230,7 @@ def _datasets(job: Job, source: Source, own_decoder: bool) -> Iterable[dict[str,
 
 def _to_energon(job: Job, folder: Path) -> None:
     """Indexes next to links to the shards."""
-    from megatron.energon.flavors import BaseWebdatasetFactory
+    from megatron.energon.flavors import BaseWebdatasetFactory  # pyright: ignore[reportMissingImports]
 
     names = [f"{number:05d}.tar" for number in range(len(job.dataset.shards))]
     for name, shard in zip(names, job.dataset.shards, strict=True):
@@ -240,7 +241,7 @@ def _to_energon(job: Job, folder: Path) -> None:
 
 
 def _energon(job: Job, source: Source, own_decoder: bool) -> Iterable[dict[str, Any]]:
-    from megatron import energon
+    from megatron import energon  # pyright: ignore[reportMissingImports]
 
     def cook(parts: dict[str, Any]) -> energon.CaptioningSample:
         image = next(parts[name] for name in parts if name in STORED)
