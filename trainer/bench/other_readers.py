@@ -267,7 +267,7 @@ def _energon(job: Job, source: Source, own_decoder: bool) -> Iterable[dict[str, 
 
 
 OTHER_READERS = (
-    # Its requirements exclude transformers 5, xxhash 4 and numpy 2.2, which work with it.
+    # Its requirements exclude transformers 5, xxhash 4 and numpy 2.2.
     OtherReader(
         "mosaicml-streaming",
         _mosaic,
