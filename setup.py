@@ -76,8 +76,6 @@ setup(
     ],
     extras_require={
         "s3": ["s3fs>=2024.6"],
-        # Without mosaicml-streaming, whose requirements exclude transformers, numpy and xxhash of this package.
-        "bench": ["datasets>=5", "litdata>=0.2.70", "megatron-energon>=7.4"],
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",

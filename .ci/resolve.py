@@ -22,7 +22,7 @@ from distutils.core import run_setup  # isort: skip
 
 ROOT = Path(__file__).resolve().parents[1]
 PLATFORM = "x86_64-manylinux_2_28"
-EXTRAS = ("test", "lint", "docs", "s3", "bench")
+EXTRAS = ("test", "lint", "docs", "s3")
 SOURCE_ONLY = ("antlr4-python3-runtime", "deepspeed")
 """Dependencies without a wheel on PyPI; anything else that would have to be compiled is a conflict."""
 CPU_TORCH_REQUIRES = ("filelock", "typing-extensions>=4.10", "setuptools", "sympy", "networkx", "jinja2", "fsspec")

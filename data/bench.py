@@ -74,8 +74,8 @@ class Job:
 
     @property
     def batches(self) -> int:
-        """Micro-batches that a round measures: an epoch without the warm-up, at least half of one, so that readers
-        with a cache on disk read every measured sample for the first time."""
+        """Micro-batches that a round measures: an epoch without the warm-up, at least half of one. The end of an epoch,
+        where some readers restart their workers, is not measured."""
         epoch = len(self.dataset) // self.micro_batch
         return max(epoch - self.warm, (epoch + 1) // 2)
 

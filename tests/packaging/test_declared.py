@@ -8,8 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("kernels", "data", "recipes", "slurm", "trainer", "package")
-OPTIONAL = {"flash_attn", "flash_attn_interface", "liger_kernel", "alembic", "sqlalchemy"}
-"""Imported where they are installed; the last two come with MLflow and are used with it only."""
+READERS = {"streaming", "litdata", "datasets", "megatron"}
+"""Of other libraries, compared by `bifrost bench data`."""
+OPTIONAL = {"flash_attn", "flash_attn_interface", "liger_kernel", "alembic", "sqlalchemy"} | READERS
+"""Imported where they are installed; alembic and sqlalchemy come with MLflow and are used with it only."""
 
 
 def imported() -> dict[str, str]:

@@ -25,7 +25,7 @@ from ...recipes import load_recipe
 from ..errors import RunError
 from ..terminal import terminal
 from .machine import format_machine, machine, usable_cores, write_record
-from .other_readers import BUCKET, OtherReader, installed_readers, s3_environment
+from .other_readers import OtherReader, usable_readers
 from .range_server import latency_seconds, served
 
 READER = "our reader"
@@ -59,11 +59,9 @@ def bench(
         if latency_s is not None:
             _check_servable(job.dataset.shards)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bifrost-")))
-        others = _prepared(job, folder)
+        others = _prepared(job, folder, http=latency_s is not None)
         if latency_s is not None:
-            server = stack.enter_context(served(job.dataset.shards, latency_s, {BUCKET: folder}))
-            stack.enter_context(s3_environment(server.endpoint, folder))
-            job.urls = server.urls
+            job.urls = stack.enter_context(served(job.dataset.shards, latency_s))
         sizes = np.array([_side(data) for data in job.images[:256]])
         record: dict[str, Any] = {
             "source": source or f"generated: JPEG, quality {QUALITY}, shorter side {sides.replace(',', ' to ')} px",
@@ -107,12 +105,12 @@ def _check_servable(shards: list[str]) -> None:
         raise RunError("--latency: webdataset reads URLs with curl, which is not installed; install it")
 
 
-def _prepared(job: reader_bench.Job, folder: Path) -> dict[OtherReader, int]:
-    """Installed readers -> bytes of the samples that each converted into `folder`; prints those that are missing."""
+def _prepared(job: reader_bench.Job, folder: Path, http: bool) -> dict[OtherReader, int]:
+    """Readers to measure -> bytes of the samples that each converted into `folder`; prints why others are left out."""
     console = terminal()
-    found, missing = installed_readers()
-    for reader in missing:
-        console.print(f"{reader.name} is not installed and left out: pip install {reader.install}", soft_wrap=True)
+    found, reasons = usable_readers(http)
+    for reason in reasons:
+        console.print(reason, soft_wrap=True)
     return {reader: reader.prepare(job, folder) for reader in found}
 
 
@@ -162,8 +160,7 @@ def _turns(
 ) -> dict[str, Callable[[], reader_bench.Rate]]:
     """Name -> measurement of the reader, both limits and every baseline, in the order of the table."""
     pipelines: dict[str, Callable[..., Any]] = {PLAIN: partial(reader_bench.webdataset_batches, job)}
-    served = job.urls is not None
-    pipelines |= {other.name: partial(other.batches, job, folder, served) for other in others}
+    pipelines |= {other.name: partial(other.batches, job, folder) for other in others}
     turns: dict[str, Callable[[], reader_bench.Rate]] = {
         READER: partial(reader_bench.rate, job, partial(reader_bench.reader_batches, job)),
         OWN: partial(reader_bench.decode_rate, job, decode_sizes),

@@ -1,7 +1,7 @@
 """Other libraries' readers for `bifrost bench data`: they make the micro-batches of a job from the same samples.
 
 Each is set up as in its documentation, with its defaults: samples shuffled, images decoded by Pillow, centre square and
-bicubic resize as for webdataset, batches made in the worker processes. With our decoder they deliver stored images.
+bicubic resize as for webdataset, batches made in the worker processes. With our decoder they deliver images as stored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
@@ -23,8 +23,6 @@ from ...data.shards import Dataset
 from ...slurm.io import write_json
 from ..versions import version
 
-BUCKET = "bench"
-"""Bucket of the server with the converted samples: a folder per reader."""
 ENERGON_SHUFFLE = 100
 """Shuffle buffer and samples per sequence of Megatron-Energon, as in its documentation."""
 STORED = {"png", "jpg", "jpeg"}
@@ -33,42 +31,29 @@ Sample = tuple[str, Any, Any]
 """Key, image and caption, as a library delivers them."""
 
 
-class Source(NamedTuple):
-    """Where a reader reads. folder: the samples in its format. served: whether they are read from `BUCKET` of the
-    server in the environment, not from `folder`. cache: empty folder for downloads."""
-
-    folder: Path
-    served: bool
-    cache: Path
-
-    @property
-    def key(self) -> str:
-        """Name of the folder within the bucket."""
-        return self.folder.name
-
-
 @dataclass(frozen=True)
 class OtherReader:
     """A reader to compare with.
 
-    name: of its distribution. pipeline: makes a loader; its last argument is whether it decodes with our decoder.
-    convert: writes the samples in its format into an empty folder; None for a reader of the shards. install: arguments
-    of pip.
+    name: of its distribution. pipeline: makes a loader; its second argument is the folder of its samples, its last one
+    whether it decodes with our decoder. convert: writes the samples in its format into an empty folder; None for a
+    reader of the shards. http: whether it reads plain HTTP, not only object stores. install: arguments of pip.
     """
 
     name: str
-    pipeline: Callable[[Job, Source, bool], Iterable[dict[str, Any]]]
+    pipeline: Callable[[Job, Path, bool], Iterable[dict[str, Any]]]
     convert: Callable[[Job, Path], None] | None = None
-    install: str = '"bifrost-train[bench]"'
+    http: bool = False
+    install: str | None = None
 
-    def batches(self, job: Job, folder: Path, served: bool, own_decoder: bool = False) -> Iterator[dict[str, Any]]:
-        """Endless micro-batches. The folder for downloads is a new one, so that nothing has been downloaded before."""
-        with tempfile.TemporaryDirectory(prefix="bifrost-", ignore_cleanup_errors=True) as cache:
-            endless = _repeated(self.pipeline(job, Source(folder / self.name, served, Path(cache)), own_decoder))
-            try:
-                yield from endless
-            finally:
-                endless.close()  # ends the workers, which write to the folder
+    @property
+    def command(self) -> str:
+        """What installs it."""
+        return f"pip install {self.install or self.name}"
+
+    def batches(self, job: Job, folder: Path, own_decoder: bool = False) -> Iterator[dict[str, Any]]:
+        """Endless micro-batches of the samples that were prepared in `folder`."""
+        return _repeated(self.pipeline(job, folder / self.name, own_decoder))
 
     def prepare(self, job: Job, folder: Path) -> int:
         """Write the converted samples to a folder of the reader's name in `folder`; returns bytes, without links."""
@@ -81,37 +66,14 @@ class OtherReader:
 
 
 @contextmanager
-def s3_environment(endpoint: str, folder: Path) -> Iterator[None]:
-    """Environment in which the readers' S3 clients use `endpoint`; `folder` takes Multi-Storage Client's settings."""
-    settings = {"AWS_ENDPOINT_URL": endpoint, "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1"}
-    settings |= {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_ALLOW_HTTP": "true"}
-    storage = {"type": "s3", "options": {"base_path": BUCKET, "region_name": "us-east-1", "endpoint_url": endpoint}}
-    credentials = {"type": "S3Credentials", "options": {"access_key": "bench", "secret_key": "bench"}}
-    profile = {"storage_provider": storage, "credentials_provider": credentials}
-    write_json(folder / "storage.json", {"profiles": {_profile(endpoint): profile}})
-    settings["MSC_CONFIG"] = str(folder / "storage.json")
-    with _environment(**settings, AWS_PROFILE=None, AWS_SESSION_TOKEN=None, S3_ENDPOINT_URL=None):
-        yield
-
-
-@contextmanager
-def _environment(**settings: str | None) -> Iterator[None]:
-    """Variables set, or removed if None."""
+def _environment(**settings: str) -> Iterator[None]:
     before = dict(os.environ)
-    for name, value in settings.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
+    os.environ.update(settings)
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def _profile(endpoint: str) -> str:
-    """A name per server: the client keeps one connection per profile and process."""
-    return f"{BUCKET}-{endpoint.rpartition(':')[2]}"
 
 
 def _repeated(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -163,17 +125,11 @@ def _to_mds(job: Job, folder: Path) -> None:
             writer.write(_columns(job.dataset, place))
 
 
-def _mosaic(job: Job, source: Source, own_decoder: bool) -> Iterable[dict[str, Any]]:
+def _mosaic(job: Job, folder: Path, own_decoder: bool) -> Iterable[dict[str, Any]]:
     from streaming import StreamingDataset  # pyright: ignore[reportMissingImports]
     from torch.utils.data import DataLoader
 
-    remote = {"remote": f"s3://{BUCKET}/{source.key}", "local": str(source.cache)}
-    dataset = StreamingDataset(
-        **(remote if source.served else {"local": str(source.folder)}),
-        shuffle=True,
-        shuffle_seed=job.seed,
-        batch_size=job.micro_batch,
-    )
+    dataset = StreamingDataset(local=str(folder), shuffle=True, shuffle_seed=job.seed, batch_size=job.micro_batch)
     return DataLoader(dataset, **_loader_arguments(job, partial(_collated, job, own_decoder, _unpacked)))
 
 
@@ -197,25 +153,21 @@ def _to_chunks(job: Job, folder: Path) -> None:
         )
 
 
-def _litdata(job: Job, source: Source, own_decoder: bool) -> Iterable[dict[str, Any]]:
+def _litdata(job: Job, folder: Path, own_decoder: bool) -> Iterable[dict[str, Any]]:
     from litdata import StreamingDataLoader, StreamingDataset  # pyright: ignore[reportMissingImports]
 
-    remote = {"input_dir": f"s3://{BUCKET}/{source.key}", "cache_dir": str(source.cache)}
-    dataset = StreamingDataset(
-        **(remote if source.served else {"input_dir": str(source.folder)}), shuffle=True, seed=job.seed
-    )
+    dataset = StreamingDataset(str(folder), shuffle=True, seed=job.seed)
     return StreamingDataLoader(dataset, **_loader_arguments(job, partial(_collated, job, own_decoder, _unpacked)))
 
 
-def _datasets(job: Job, source: Source, own_decoder: bool) -> Iterable[dict[str, Any]]:
+def _datasets(job: Job, folder: Path, own_decoder: bool) -> Iterable[dict[str, Any]]:
+    import fsspec
     from datasets import Image as ImageColumn  # pyright: ignore[reportMissingImports]
     from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     from torch.utils.data import DataLoader
 
-    shards = job.urls if source.served else job.dataset.shards
-    rows = load_dataset(
-        "webdataset", data_files={"train": shards}, split="train", streaming=True, cache_dir=str(source.cache)
-    )
+    files = {"train": job.urls or job.dataset.shards}
+    rows = load_dataset("webdataset", data_files=files, split="train", streaming=True, cache_dir=str(folder))
     stored = [name for name in rows.features if name in STORED]
     for name in stored if own_decoder else []:
         rows = rows.cast_column(name, ImageColumn(decode=False))
@@ -224,6 +176,9 @@ def _datasets(job: Job, source: Source, own_decoder: bool) -> Iterable[dict[str,
         image = next(row[name] for name in stored if row[name] is not None)
         return row["__key__"], image["bytes"] if own_decoder else image, row["txt"]
 
+    # A worker would close the connections that it inherits, and with them unregister them from the event loop that it
+    # shares with this process, whose next `load_dataset` would wait forever.
+    fsspec.get_filesystem_class("http").clear_instance_cache()
     rows = rows.shuffle(seed=job.seed, buffer_size=SHUFFLE)
     return DataLoader(rows, **_loader_arguments(job, partial(_collated, job, own_decoder, unpack)))
 
@@ -240,9 +195,10 @@ def _to_energon(job: Job, folder: Path) -> None:
     write_json(folder / ".nv-meta" / "dataset.yaml", settings)  # JSON is YAML
 
 
-def _energon(job: Job, source: Source, own_decoder: bool) -> Iterable[dict[str, Any]]:
+def _energon(job: Job, folder: Path, own_decoder: bool) -> Iterable[dict[str, Any]]:
     from megatron import energon  # pyright: ignore[reportMissingImports]
 
+    @energon.stateless
     def cook(parts: dict[str, Any]) -> energon.CaptioningSample:
         image = next(parts[name] for name in parts if name in STORED)
         return energon.CaptioningSample(**energon.basic_sample_keys(parts), image=image, caption=parts["txt"])
@@ -254,9 +210,8 @@ def _energon(job: Job, source: Source, own_decoder: bool) -> Iterable[dict[str, 
         def batch(self, samples: list[energon.CaptioningSample]) -> dict[str, Any]:
             return _collated(job, own_decoder, lambda each: (each.__key__, each.image, each.caption), samples)
 
-    remote = f"msc://{_profile(os.environ['AWS_ENDPOINT_URL'])}/{source.key}" if source.served else None
     dataset = energon.get_train_dataset(
-        remote or source.folder,
+        folder,
         batch_size=job.micro_batch,
         shuffle_buffer_size=ENERGON_SHUFFLE,
         max_samples_per_sequence=ENERGON_SHUFFLE,
@@ -272,15 +227,22 @@ OTHER_READERS = (
         "mosaicml-streaming",
         _mosaic,
         _to_mds,
-        install="--no-deps mosaicml-streaming brotli catalogue cramjam python-snappy zstd",
+        install="--no-deps mosaicml-streaming brotli catalogue cramjam python-snappy zstd torchvision",
     ),
     OtherReader("litdata", _litdata, _to_chunks),
-    OtherReader("datasets", _datasets),
+    OtherReader("datasets", _datasets, http=True),
     OtherReader("megatron-energon", _energon, _to_energon),
 )
 
 
-def installed_readers() -> tuple[list[OtherReader], list[OtherReader]]:
-    """The readers that are installed, and those that are not."""
-    found = [reader for reader in OTHER_READERS if version(reader.name)]
-    return found, [reader for reader in OTHER_READERS if reader not in found]
+def usable_readers(http: bool) -> tuple[list[OtherReader], list[str]]:
+    """The readers to measure, and why each of the others is left out. http: the samples are read over HTTP."""
+    found, reasons = [], []
+    for reader in OTHER_READERS:
+        if http and not reader.http:
+            reasons.append(f"{reader.name} reads object stores, no plain HTTP; left out with --latency")
+        elif version(reader.name) is None:
+            reasons.append(f"{reader.name} is not installed and left out: {reader.command}")
+        else:
+            found.append(reader)
+    return found, reasons

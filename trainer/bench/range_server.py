@@ -1,25 +1,20 @@
-"""Local shards and folders behind an HTTP server on loopback that answers after a given latency."""
+"""Local shards behind an HTTP server on loopback that answers after a given latency."""
 
 from __future__ import annotations
 
 import asyncio
 import mmap
-import os
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
-from pathlib import Path
-from typing import NamedTuple
 
 from ...data.index import index_path
 from ...data.processes import die_with_launcher
 from ..errors import RunError
 
 CHUNK = 256 << 10
-S3_HEADERS = {"ETag": '"0"', "Last-Modified": "Thu, 01 Jan 1970 00:00:00 GMT"}
-"""Headers that S3 clients expect; the files do not change."""
 
 
 def latency_seconds(text: str) -> float:
@@ -30,41 +25,29 @@ def latency_seconds(text: str) -> float:
     return float(found[1]) * (0.001 if found[2] == "ms" else 1)
 
 
-class Served(NamedTuple):
-    """endpoint: URL of the server, which S3 clients take as their endpoint. urls: of the shards."""
-
-    endpoint: str
-    urls: list[str]
-
-
 @contextmanager
-def served(shards: Sequence[str], latency_s: float, buckets: Mapping[str, Path] | None = None) -> Iterator[Served]:
-    """Serve local shards, each with its index next to it, and the files of `buckets`: name -> folder.
+def served(shards: Sequence[str], latency_s: float) -> Iterator[list[str]]:
+    """URLs of local shards, each with its index next to it, while a process serves them.
 
-    A process serves them; it supports byte ranges, and begins every response `latency_s` seconds after its request.
-    Files of buckets can be read by S3 clients, with path-style addresses: signatures are not verified, and folders
-    cannot be listed.
+    The process supports byte ranges, and begins every response `latency_s` seconds after its request.
     """
-    files = {f"/{number:05d}.tar": shard for number, shard in enumerate(shards)}
-    files |= {index_path(name): index_path(shard) for name, shard in files.items()}
-    for bucket, folder in (buckets or {}).items():
-        within = (file for file in folder.rglob("*") if file.is_file())
-        files |= {f"/{bucket}/{file.relative_to(folder).as_posix()}": str(file) for file in within}
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listening:
-        endpoint = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server = get_context("fork").Process(target=_serve, args=(listening, files, latency_s), daemon=True)
+        port = listening.getsockname()[1]
+        server = get_context("fork").Process(target=_serve, args=(listening, list(shards), latency_s), daemon=True)
         server.start()
     try:
-        yield Served(endpoint, [f"{endpoint}/{number:05d}.tar" for number in range(len(shards))])
+        yield [f"http://127.0.0.1:{port}/{number:05d}.tar" for number in range(len(shards))]
     finally:
         server.kill()
         server.join()
 
 
-def _serve(listening: socket.socket, files: Mapping[str, str], latency_s: float) -> None:
+def _serve(listening: socket.socket, shards: list[str], latency_s: float) -> None:
     from aiohttp import web
 
     die_with_launcher()
+    files = {f"/{number:05d}.tar": shard for number, shard in enumerate(shards)}
+    files |= {index_path(name): index_path(shard) for name, shard in files.items()}
     contents = {name: memoryview(_mapped(path)) for name, path in files.items()}
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -77,7 +60,6 @@ def _serve(listening: socket.socket, files: Mapping[str, str], latency_s: float)
         if asked != slice(None, None, 1):
             response.set_status(206)
             response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(whole)}"
-        response.headers.update(S3_HEADERS)
         response.content_length = stop - start
         await response.prepare(request)
         if request.method == "GET":
@@ -87,11 +69,10 @@ def _serve(listening: socket.socket, files: Mapping[str, str], latency_s: float)
         return response
 
     app = web.Application()
-    app.router.add_get("/{name:.+}", answer)
+    app.router.add_get("/{name}", answer)
     web.run_app(app, sock=listening, access_log=None, print=None, loop=asyncio.new_event_loop())
 
 
-def _mapped(path: str) -> mmap.mmap | bytes:
+def _mapped(path: str) -> mmap.mmap:
     with open(path, "rb") as file:
-        empty = not os.fstat(file.fileno()).st_size
-        return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -153,9 +153,9 @@ def test_over_http_the_samples_are_those_of_the_files(photos: str) -> None:
     """From a server that answers late; both read the URLs."""
     work = job(photos, workers=1)
     shards = open_dataset(photos).shards
-    with range_server.served(shards, 0.001) as server:
-        work.urls = server.urls
-        assert work.measured.shards == server.urls != shards
+    with range_server.served(shards, 0.001) as urls:
+        work.urls = urls
+        assert work.measured.shards == urls != shards
         ours, theirs = (
             dict(zip(batch["captions"], batch["images"], strict=True))
             for batches in (bench.reader_batches(work), bench.webdataset_batches(work, own_decoder=True))
@@ -177,7 +177,7 @@ def captions(spec: str) -> dict[str, torch.Tensor]:
 def test_the_server_sends_ranges_late(photos: str) -> None:
     shards = open_dataset(photos).shards
     content = Path(shards[1]).read_bytes()
-    with range_server.served(shards, 0.2) as (_, urls):
+    with range_server.served(shards, 0.2) as urls:
         begun = time.monotonic()
         assert RemoteFile(urls[1]).read(1000, 500) == content[1000:1500]
         assert time.monotonic() - begun >= 0.2

@@ -4,10 +4,8 @@ over HTTP, and those that are not installed are named."""
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -17,11 +15,12 @@ import torch
 from PIL import Image
 
 from bifrost.data import bench, open_dataset
-from bifrost.data.photos import make_photos
 from bifrost.trainer.bench import data, other_readers, range_server
 from bifrost.trainer.versions import version
 
 READERS = [reader.name for reader in other_readers.OTHER_READERS]
+CONVERTED = ("mosaicml-streaming", "litdata")
+"""Readers of files of their own, with the images in them."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def stored(shards: Path) -> dict[str, torch.Tensor]:
             members |= {member.name: tar.extractfile(member).read() for member in tar}
     images = {name: np.array(Image.open(io.BytesIO(data))) for name, data in members.items() if name.endswith(".png")}
     return {
-        members[name.replace(".png", ".txt")].decode(): torch.from_numpy(image).permute(2, 0, 1)
+        members[name.replace(".png", ".txt")].decode().strip(): torch.from_numpy(image).permute(2, 0, 1)
         for name, image in images.items()
     }
 
@@ -48,75 +47,64 @@ def job(spec: str, workers: int = 1) -> bench.Job:
     return bench.Job(open_dataset(spec), bench.stack, (64,), micro_batch=5, workers=workers)
 
 
-@contextmanager
-def served(work: bench.Job, folder: Path) -> Iterator[None]:
-    """A server of the shards and of the converted samples in `folder`."""
-    with (
-        range_server.served(work.dataset.shards, 0.001, {other_readers.BUCKET: folder}) as server,
-        other_readers.s3_environment(server.endpoint, folder),
-    ):
-        work.urls = server.urls
-        yield
-
-
 def delivered(batches: Iterator[dict], epochs: int = 12) -> dict[str, torch.Tensor]:
     """Caption -> image of up to `epochs` epochs, until all 60 samples have been read."""
     found: dict[str, torch.Tensor] = {}
     for batch in islice(batches, epochs * 12):
         assert batch["images"].shape == (5, 3, 64, 64)
-        found |= dict(zip(batch["captions"], batch["images"], strict=True))
+        found |= {caption.strip(): image for caption, image in zip(batch["captions"], batch["images"], strict=True)}
         if len(found) == 60:
             break
     batches.close()
     return found
 
 
+def check(each: other_readers.OtherReader, work: bench.Job, folder: Path, stored: dict[str, torch.Tensor]) -> None:
+    """Decoded by Pillow and by our decoder, which at the images' own size are the same."""
+    for own_decoder in (False, True):
+        found = delivered(each.batches(work, folder, own_decoder))
+        assert found.keys() == stored.keys()
+        assert all(torch.equal(image, stored[caption]) for caption, image in found.items())
+
+
 @pytest.mark.multi
-@pytest.mark.parametrize("http", [False, True], ids=["files", "http"])
 @pytest.mark.parametrize("name", READERS)
 def test_readers_deliver_the_samples_of_the_shards(
-    name: str, http: bool, shards: Path, stored: dict[str, torch.Tensor], tmp_path: Path
+    name: str, shards: Path, stored: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    """Decoded by Pillow and by our decoder, which at the images' own size are the same."""
-    each, work = reader(name), job(f"{shards}/train-*.tar", workers=2 if http else 1)
-    each.prepare(work, tmp_path)
-    with served(work, tmp_path) if http else nullcontext():
-        for own_decoder in (False, True):
-            found = delivered(each.batches(work, tmp_path, http, own_decoder))
-            assert found.keys() == stored.keys()
-            assert all(torch.equal(image, stored[caption]) for caption, image in found.items())
+    each, work = reader(name), job(f"{shards}/train-*.tar")
+    written = each.prepare(work, tmp_path)
+    images = sum(map(len, work.images))
+    assert name not in CONVERTED or images < written < 3 * images
+    check(each, work, tmp_path, stored)
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("name", ["mosaicml-streaming", "litdata"])
-def test_nothing_is_read_from_the_cache_of_an_earlier_round(name: str, shards: Path, tmp_path: Path) -> None:
-    """The second round's samples have the URL of the first one's, and are others."""
-    each, rounds = reader(name), []
-    others = Path(make_photos(tmp_path / "photos", 60, 4, (64, 64))).parent
-    for number, work in enumerate((job(f"{shards}/train-*.tar"), job(f"{others}/*.tar"))):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        each.prepare(work, folder)
-        assert 4 <= len(list((folder / name).iterdir())) <= 6, "an index, and about as many files as shards"
-        with served(work, folder):
-            rounds.append(delivered(each.batches(work, folder, served=True)))
-    assert [len(found) for found in rounds] == [60, 60] and rounds[0].keys().isdisjoint(rounds[1])
+def test_samples_over_http(shards: Path, stored: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """With two workers, and a second pipeline in the same process."""
+    each, work = reader("datasets"), job(f"{shards}/train-*.tar", workers=2)
+    each.prepare(work, tmp_path)
+    with range_server.served(work.dataset.shards, 0.001) as urls:
+        work.urls = urls
+        check(each, work, tmp_path, stored)
 
 
 def test_missing_readers_are_named_with_their_installation(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(other_readers, "version", lambda name: None)
-    assert data._prepared(job(f"{shards}/train-*.tar"), tmp_path) == {}
+    assert data._prepared(job(f"{shards}/train-*.tar"), tmp_path, http=False) == {}
     printed = capsys.readouterr().out
-    assert 'litdata is not installed and left out: pip install "bifrost-train[bench]"\n' in printed
+    assert "litdata is not installed and left out: pip install litdata\n" in printed
     assert "mosaicml-streaming is not installed and left out: pip install --no-deps mosaicml-streaming" in printed
     assert printed.count("\n") == len(READERS)
 
 
-def test_the_environment_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_PROFILE", "mine")
-    before = dict(os.environ)
-    with other_readers.s3_environment("http://127.0.0.1:1", tmp_path):
-        assert os.environ["AWS_ENDPOINT_URL"] == "http://127.0.0.1:1" and "AWS_PROFILE" not in os.environ
-    assert dict(os.environ) == before
+def test_readers_of_object_stores_are_left_out_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(other_readers, "version", lambda name: "1")
+    found, reasons = other_readers.usable_readers(http=True)
+    assert [each.name for each in found] == ["datasets"]
+    assert reasons == [
+        f"{name} reads object stores, no plain HTTP; left out with --latency" for name in READERS if name != "datasets"
+    ]
+    assert [each.name for each in other_readers.usable_readers(http=False)[0]] == READERS
