@@ -80,12 +80,12 @@ def bench(
         # Not interleaved with the baselines, so that the parts add up.
         parts = [reader_bench.parts(job) for _ in range(rounds)]
     rates = {name: [one[name].samples_per_s for one in measured] for name in turns}
-    firsts = {name: [one[name].first_s for one in measured] for name in turns if measured[0][name].first_s is not None}
+    firsts = {name: [first for one in measured if (first := one[name].first_s) is not None] for name in turns}
     spent = {name: statistics.median(one[name] for one in parts) for name in reader_bench.PARTS}
     a_sample = workers / statistics.median(rates[READER])
     record["rates"] = rates
     record["samples_per_s"] = {name: statistics.median(values) for name, values in rates.items()}
-    record["first_batch_s"] = {name: statistics.median(values) for name, values in firsts.items()}
+    record["first_batch_s"] = {name: statistics.median(values) for name, values in firsts.items() if values}
     record["reader_over"] = {
         name: statistics.median(a / b for a, b in zip(rates[READER], values, strict=True))
         for name, values in rates.items()

@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image
 
 from ...data.bench import SHUFFLE, Job, own_images, pil_images, to_item
+from ...data.errors import DataError
 from ...data.shards import Dataset
 from ...slurm.io import write_json
 from ..versions import version
@@ -52,8 +53,17 @@ class OtherReader:
         return f"pip install {self.install or self.name}"
 
     def batches(self, job: Job, folder: Path, own_decoder: bool = False) -> Iterator[dict[str, Any]]:
-        """Endless micro-batches of the samples that were prepared in `folder`."""
-        return _repeated(self.pipeline(job, folder / self.name, own_decoder))
+        """Endless micro-batches of the samples that were prepared in `folder`. Raises DataError when there are none."""
+        loader = self.pipeline(job, folder / self.name, own_decoder)
+        while True:
+            count = 0
+            for count, batch in enumerate(loader, 1):
+                yield batch
+            if not count:
+                raise DataError(
+                    f"{self.name}: no worker of {job.workers} has a micro-batch of {job.micro_batch} samples in an epoch"
+                    f" of {len(job.dataset)}; use more samples or fewer workers"
+                )
 
     def prepare(self, job: Job, folder: Path) -> int:
         """Write the converted samples to a folder of the reader's name in `folder`; returns bytes, without links."""
@@ -74,11 +84,6 @@ def _environment(**settings: str) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def _repeated(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    while True:
-        yield from loader
 
 
 def _collated(job: Job, own_decoder: bool, unpack: Callable[[Any], Sample], samples: Sequence[Any]) -> dict[str, Any]:
@@ -167,7 +172,7 @@ def _datasets(job: Job, folder: Path, own_decoder: bool) -> Iterable[dict[str, A
     from torch.utils.data import DataLoader
 
     files = {"train": job.urls or job.dataset.shards}
-    rows = load_dataset("webdataset", data_files=files, split="train", streaming=True, cache_dir=str(folder))
+    rows: Any = load_dataset("webdataset", data_files=files, split="train", streaming=True, cache_dir=str(folder))
     stored = [name for name in rows.features if name in STORED]
     for name in stored if own_decoder else []:
         rows = rows.cast_column(name, ImageColumn(decode=False))

@@ -106,7 +106,8 @@ def test_only_the_first_shards_that_are_needed(photos: str) -> None:
 
 
 @pytest.mark.multi
-def test_the_command_reports_ratios_of_its_rounds(photos: str, tmp_path: Path) -> None:
+def test_the_command_reports_ratios_of_its_rounds(photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "usable_readers", lambda http: ([], []))
     arguments = ["bench", "data", photos, "--workers", "2", "--rounds", "2", "--out", str(tmp_path / "out")]
     ended = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert ended.exit_code == 0

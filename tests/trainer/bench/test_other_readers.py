@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from bifrost.data import bench, open_dataset
+from bifrost.data.errors import DataError
 from bifrost.trainer.bench import data, other_readers, range_server
 from bifrost.trainer.versions import version
 
@@ -87,6 +88,12 @@ def test_samples_over_http(shards: Path, stored: dict[str, torch.Tensor], tmp_pa
     with range_server.served(work.dataset.shards, 0.001) as urls:
         work.urls = urls
         check(each, work, tmp_path, stored)
+
+
+def test_too_few_samples_for_a_micro_batch_are_an_error(shards: Path, tmp_path: Path) -> None:
+    empty = other_readers.OtherReader("empty", lambda *arguments: [])
+    with pytest.raises(DataError, match="empty: no worker of 1 has a micro-batch of 5 samples in an epoch of 60; use"):
+        next(empty.batches(job(f"{shards}/train-*.tar"), tmp_path))
 
 
 def test_missing_readers_are_named_with_their_installation(
