@@ -21,6 +21,7 @@ from PIL import Image
 from ...data.bench import SHUFFLE, Job, own_images, pil_images, to_item
 from ...data.errors import DataError
 from ...data.shards import Dataset
+from ...data.units import counted
 from ...slurm.io import write_json
 from ..versions import version
 
@@ -56,13 +57,14 @@ class OtherReader:
         """Endless micro-batches of the samples that were prepared in `folder`. Raises DataError when there are none."""
         loader = self.pipeline(job, folder / self.name, own_decoder)
         while True:
-            count = 0
-            for count, batch in enumerate(loader, 1):
+            empty = True
+            for batch in loader:
+                empty = False
                 yield batch
-            if not count:
+            if empty:
                 raise DataError(
-                    f"{self.name}: no worker of {job.workers} has a micro-batch of {job.micro_batch} samples in an epoch"
-                    f" of {len(job.dataset)}; use more samples or fewer workers"
+                    f"{self.name}: none of {counted(job.workers, 'worker')} has a micro-batch of {job.micro_batch}"
+                    f" samples in an epoch of {len(job.dataset)}; use more samples or fewer workers"
                 )
 
     def prepare(self, job: Job, folder: Path) -> int:
