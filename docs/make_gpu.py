@@ -49,7 +49,7 @@ def measured(results: dict[str, Any] | None) -> str:
     lines = [about, "", "| part | shows | measured |", "|---|---|---|"]
     for part in PARTS:
         found = results["parts"].get(part.name, {}) if on_gpu else {}  # type: ignore[index]
-        figures = "; ".join(f"{name} {value}" for name, value in found.get("figures", {}).items())
+        figures = "; ".join(f"{name} {value}" for name, value in found.get("figures", {}).items() if value is not None)
         if found.get("state") != "done":
             figures = f"{found['state']}: {found.get('reason', '')}" if found else "not measured"
         lines.append(f"| `{part.name}` | {part.shows} | {figures} |")

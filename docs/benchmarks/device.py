@@ -184,7 +184,7 @@ def run(command: Sequence[str], context: Context, limit: float, log: Path) -> in
 def table(content: dict[str, Any]) -> str:
     lines = [f"device: {content.get('device', 'unknown')}"]
     for name, part in content["parts"].items():
-        figures = ", ".join(f"{key} {value}" for key, value in part.get("figures", {}).items())
+        figures = ", ".join(f"{key} {value}" for key, value in part.get("figures", {}).items() if value is not None)
         lines.append(f"{name:<14} {part['state']:<10} {part['on']:<8} {part.get('reason') or figures}")
     return "\n".join(lines)
 

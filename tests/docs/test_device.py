@@ -134,6 +134,14 @@ def test_every_part_has_a_command_on_every_device(tmp_path: Path) -> None:
     assert sum(each.limit_s for each in device_parts.PARTS) / 2 < 540, "they should take half of their limits"
 
 
+def test_only_wheels_of_packages_that_are_missing_are_installed(tmp_path: Path) -> None:
+    for name in ("pytest", "no_such_package"):
+        (tmp_path / f"{name}-1.0-py3-none-any.whl").touch()
+    command = device_parts.install(device_parts.Context(tmp_path, tmp_path), tmp_path)
+    assert [Path(word).name for word in command if word.endswith(".whl")] == ["no_such_package-1.0-py3-none-any.whl"]
+    assert "--no-index" in command and "--no-deps" in command and str(ROOT) in command
+
+
 def test_the_page_shows_no_figure_that_is_not_of_a_gpu() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "make_gpu.py"))
     text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
