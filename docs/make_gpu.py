@@ -51,7 +51,7 @@ def measured(results: dict[str, Any] | None) -> str:
         found = results["parts"].get(part.name, {}) if on_gpu else {}  # type: ignore[index]
         figures = "; ".join(f"{name} {value}" for name, value in found.get("figures", {}).items() if value is not None)
         if found.get("state") != "done":
-            figures = f"{found['state']}: {found.get('reason', '')}" if found else "not measured"
+            figures += f"{'; ' if figures else ''}{found['state']}: {found['reason']}" if found else "not measured"
         lines.append(f"| `{part.name}` | {part.shows} | {figures} |")
     return "\n".join(lines)
 

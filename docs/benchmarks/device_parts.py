@@ -217,7 +217,7 @@ PARTS = (
         "loss",
         90,
         "head and loss against its roofline, compile and eager",
-        kernels("--kernel", "latent-loss", "--model", "3b,7b", "--tokens", "4k,16k", "--rep", "40"),
+        kernels("--kernel", "latent-loss", "--model", "3b,7b", "--tokens", "4k,16k", "--rep", "40", "--limit", "60"),
         timed,
     ),
     Part(

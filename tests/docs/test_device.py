@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -82,7 +83,36 @@ def test_a_part_over_its_limit_ends_with_its_children_and_the_rest_runs(script: 
     assert "ZeroDivisionError" in (script.folder / "device.log").read_text()
 
 
-def test_a_run_that_was_interrupted_continues(script: Device) -> None:
+INTERRUPTED = """
+import sys
+sys.path[:0] = [{code!r}, {tests!r}]
+import device, test_device
+install, first = test_device.INSTALL, test_device.part("a", test_device.APPEND.format("a"))
+sleep = "import os, sys, time; open(sys.argv[1] + '/../pid', 'w').write(str(os.getpid())); time.sleep(60)"
+device.PARTS, device.INSTALL = (install, first, test_device.part("c", sleep)), install
+device.device_kind = lambda context: "cpu"
+device.main(["--folder={folder}"])
+"""
+
+
+def test_sigterm_ends_the_part_that_runs_and_keeps_the_others(script: Device) -> None:
+    code = INTERRUPTED.format(
+        code=str(ROOT / "docs" / "benchmarks"), tests=str(Path(__file__).parent), folder=script.folder
+    )
+    process, pid = subprocess.Popen([sys.executable, "-c", code]), script.folder / "pid"
+    while not pid.exists() or not pid.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(10) == 1
+    stat = Path("/proc") / pid.read_text() / "stat"
+    assert not stat.exists() or stat.read_text().split(")")[1].split()[0] == "Z"
+    assert {name: found["state"] for name, found in script.results.items()} == {"install": "done", "a": "done"}
+    assert script.run(INSTALL, part("a", APPEND.format("a")), part("c", APPEND.format("c"))) == 0
+    assert (script.folder / "order").read_text() == "ac", "a is not done again"
+
+
+def test_a_run_with_a_failed_part_continues_there(script: Device) -> None:
     last = part("c", "import sys; sys.exit(1)")
     assert script.run(INSTALL, part("a", APPEND.format("a")), last) == 1
     assert script.run(INSTALL, part("a", APPEND.format("a")), part("c", APPEND.format("c"))) == 0
@@ -152,10 +182,12 @@ def test_the_page_shows_no_figure_that_is_not_of_a_gpu() -> None:
         "parts": {
             "machine": {"state": "done", "figures": {"machine": "NVIDIA H200", "GEMM, TFLOP/s": 700}},
             "loss": {"state": "timed out", "reason": "not done within 90 s"},
+            "norm": {"state": "failed", "reason": "exit code 1", "figures": {"T=4096": 97, "T=8192": None}},
         },
     }
     on_cpu = made["measured"](results)
     assert "Nothing has been measured" in on_cpu and "700" not in on_cpu and on_cpu == made["measured"](None)
     on_gpu = made["measured"]({**results, "device": "cuda"})
     assert on_gpu.startswith("NVIDIA H200, 2026-01-01.") and "GEMM, TFLOP/s 700" in on_gpu
-    assert "| timed out: not done within 90 s |" in on_gpu and "| not measured |" in on_gpu
+    assert "| timed out: not done within 90 s |" in on_gpu and "| T=4096 97; failed: exit code 1 |" in on_gpu
+    assert "| not measured |" in on_gpu
