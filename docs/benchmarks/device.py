@@ -51,7 +51,7 @@ class Record:
         except (OSError, ValueError):
             content = {}
         parts = content.get("parts", {})
-        if all(each["state"] == "done" for each in parts.values()):
+        if all(parts.get(part.name, {}).get("state") == "done" for part in PARTS):
             content = {}
             for name in ("device.json", "device.log"):
                 (folder / name).unlink(missing_ok=True)
@@ -93,17 +93,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = made.parse_args(arguments)
     if unknown := set(given.parts) - {part.name for part in PARTS}:
         made.error(f"{', '.join(sorted(unknown))}: known parts are {', '.join(part.name for part in PARTS)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the part that runs, too
     end = time.monotonic() + given.budget
     record = Record.open(given.folder.resolve(), given.out)
     context = Context(record.folder, given.wheels.resolve(), fingerprint(given.wheels))
     chosen = [part for part in PARTS if not given.parts or part.name in given.parts or part is INSTALL]
-    for part in chosen:
-        run_part(part, context, record, end)
-        if part is INSTALL:
-            context.kind = record.content["device"] = device_kind(context)
-            record.content["date"] = time.strftime("%Y-%m-%d", time.gmtime())
-            record.write()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the part that runs, too
+    try:
+        for part in chosen:
+            run_part(part, context, record, end)
+            if part is INSTALL:
+                context.kind = record.content["device"] = device_kind(context)
+                record.content["date"] = time.strftime("%Y-%m-%d", time.gmtime())
+                record.write()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(table(record.content))
     return int(any(record.content["parts"][part.name]["state"] != "done" for part in chosen))
 
