@@ -8,7 +8,9 @@
 # make faults-storage  N=200 runs on HTTP and S3 servers that fail at random, with a report like that of faults
 # make faults-network  network faults between two nodes in namespaces, which need root, with a report like that of faults
 # make test-gpu    the tests that need a GPU, with the torch, Triton and pytest of $(PYTHON), and the trainer's if installed
-# make bench-gpu   times the kernels on this machine's GPU; results in $(OUT)
+# make bench-gpu   times the kernels on this machine's GPU, for LIMIT=300 seconds; results in $(OUT)
+# make device      all checks that need a GPU, in BUDGET=540 seconds; results in build/device
+# make device-wheels  what make device needs on a machine that has torch, transformers and Triton, but no network
 # make clean       deletes .venv and build outputs; make clean-runs deletes runs/ and demo/: every run trained here
 
 PYTHON ?= python3
@@ -19,7 +21,8 @@ READY := .venv/.installed
 TORCH ?= cuda
 INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: setup demo demo-seeds test lint docs faults faults-storage faults-network test-gpu bench-gpu gpu-package clean clean-runs
+.PHONY: setup demo demo-seeds test lint docs faults faults-storage faults-network test-gpu bench-gpu gpu-package device \
+  device-wheels clean clean-runs
 
 setup: $(READY)
 
@@ -93,11 +96,42 @@ gpu-package:
 	@rm -rf "$(GPU_PACKAGE)"
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target "$(GPU_PACKAGE)" .
 
+# WORKERS=4 needs pytest-xdist.
+WORKERS ?=
 test-gpu: gpu-package
-	$(GPU_PYTHON) -m pytest tests/kernels/test_gpu*.py tests/trainer -m gpu
+	$(GPU_PYTHON) -m pytest tests/kernels/test_gpu*.py tests/trainer -m gpu $(if $(WORKERS),-n $(WORKERS))
 
+LIMIT ?= 300
+TOKENS ?= 4k,8k,16k,32k,64k,128k
 bench-gpu: gpu-package
-	$(GPU_PYTHON) -m bifrost.kernels.bench --kernel all --csv "$(OUT)/bench.csv" --json "$(OUT)/bench.json" --plots "$(OUT)"
+	$(GPU_PYTHON) -m bifrost.kernels.bench --kernel all --tokens $(TOKENS) --limit $(LIMIT) --csv "$(OUT)/bench.csv" --json "$(OUT)/bench.json" --plots "$(OUT)"
+
+# Started again, an interrupted run continues. Copies of the results go to RESULTS, if it is set.
+BUDGET ?= 540
+RESULTS ?=
+device:
+	$(PYTHON) docs/benchmarks/device.py --budget $(BUDGET) $(if $(RESULTS),--out "$(RESULTS)")
+
+# Wheels for Python 3.12 on x86-64 Linux, of the packages that such a machine is likely to lack. DeepSpeed has no wheel on
+# PyPI: it is built without its operators, which a run compiles if it needs them. Two shards stand in for `data demo`.
+DEVICE_WHEELS := build/device-wheels
+DEVICE_PACKAGES := annotated-types braceexpand diffusers emoji hjson importlib-metadata liger-kernel pydantic pydantic-core \
+  resvg-py tenacity typing-inspection webdataset
+MANYLINUX := $(foreach libc,2_28 2_27 2_24 2_17,--platform manylinux_$(libc)_x86_64) --platform manylinux2014_x86_64
+PIP := $(BIN)/pip --disable-pip-version-check
+
+device-wheels: $(READY)
+	rm -rf $(DEVICE_WHEELS) build/device-demo
+	mkdir -p $(DEVICE_WHEELS)/shards
+	grep -v 'python_version <' constraints.txt | sed 's/;.*//' > build/device-pins.txt
+	$(PIP) download --quiet --no-deps --only-binary :all: --python-version 3.12 --implementation cp $(MANYLINUX) \
+	  -c build/device-pins.txt -d $(DEVICE_WHEELS) $(DEVICE_PACKAGES)
+	DS_BUILD_OPS=0 $(PIP) wheel --quiet --no-deps --no-build-isolation -c constraints.txt -w $(DEVICE_WHEELS) deepspeed
+	$(BIN)/bifrost data demo build/device-demo
+	cp build/device-demo/train-0000[01].* $(DEVICE_WHEELS)/shards
+	rm -rf build/device-demo build/device-pins.txt
+	@size=$$(( $$(du -sm $(DEVICE_WHEELS) | cut -f1) + $$(git ls-files -z | du -cm --files0-from=- | tail -1 | cut -f1) )); \
+	  echo "$(DEVICE_WHEELS) and the tracked files: $$size MiB, at most 64"; test $$size -le 64
 
 clean:
 	rm -rf .venv build *.egg-info

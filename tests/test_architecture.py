@@ -79,6 +79,7 @@ WHOLE_RECIPE = {
     "trainer/bench/short_run.py": "trains its first steps",
     "trainer/bench/simulate.py": "simulates its run",
     "trainer/bench/controlnet_step.py": "measures its step",
+    "trainer/bench/engine.py": "trains its model",
     "trainer/bench/step.py": "measures its step",
 }
 """Module with a parameter or field that is a whole recipe -> why. Others take the settings that they use."""

@@ -11,6 +11,7 @@ import gc
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -63,16 +64,28 @@ class Run:
                 print(text, flush=True)
 
     def measure(self, after: Callable[[], None]) -> None:
-        """Time every kernel at every size and call `after` after each, so that an aborted run keeps its results."""
+        """Time every kernel at every size and call `after` after each, so that an aborted run keeps its results. The
+        smallest sizes are first; after the plan's limit no other begins."""
         print(HEADER + ("" if self.on_gpu else "  " + NOT_A_GPU), flush=True)
-        for kernel in self.plan.kernels:
-            for shape in self.plan.shapes:
-                for tokens in self.plan.tokens:
-                    self.problem(kernel, shape, tokens)
-                    after()
-                    gc.collect()
-                    if self.on_gpu:
-                        torch.cuda.empty_cache()
+        begun = time.monotonic()
+        sizes = [
+            (kernel, shape, tokens)
+            for tokens in self.plan.tokens
+            for kernel in self.plan.kernels
+            for shape in self.plan.shapes
+        ]
+        for number, size in enumerate(sizes):
+            if self.plan.limit is not None and time.monotonic() - begun > self.plan.limit:
+                left = ", ".join(
+                    f"{kernel} D={shape.width} {tokens} tokens" for kernel, shape, tokens in sizes[number:]
+                )
+                print(f"not measured within --limit {self.plan.limit:g} s: {left}")
+                return
+            self.problem(*size)
+            after()
+            gc.collect()
+            if self.on_gpu:
+                torch.cuda.empty_cache()
 
     def problem(self, kernel: str, shape: Shape, tokens: int) -> None:
         where = f"{kernel} D={shape.width} {tokens} tokens"
@@ -215,7 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not run.on_gpu:
         if plan.fail_below is not None:
             print("--fail-below is ignored: there is no GPU")
-        compile_table()
+        if plan.kernels == list(BUILDERS):
+            compile_table()
         return 1 if run.failed else 0
     if found := verdicts(run.rows):
         print("\n" + verdict_table(found))

@@ -56,6 +56,8 @@ class Plan:
     plots: Path | None
     fail_below: float | None
     """Percent of the floor."""
+    limit: float | None
+    """Seconds after which no further size begins."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,7 +73,7 @@ def parser(on_gpu: bool) -> Parser:
     made.add_argument("--width", type=int, help=f"another width D; heads of {HEAD_WIDTH}")
     made.add_argument(
         "--tokens",
-        default="8k,16k,32k,64k,128k" if on_gpu else "256,1k",
+        default="4k,8k,16k,32k,64k,128k" if on_gpu else "256,1k",
         help="integers, k = 1024 (default %(default)s)",
     )
     made.add_argument("--mode", default=",".join(MODES), help="(default %(default)s)")
@@ -83,6 +85,9 @@ def parser(on_gpu: bool) -> Parser:
         default=100 if on_gpu else 20,
         metavar="MS",
         help="milliseconds spent on each row (default %(default)s)",
+    )
+    made.add_argument(
+        "--limit", type=float, metavar="S", help="begin no further size after this many seconds; the smallest are first"
     )
     made.add_argument("--csv", type=Path, metavar="FILE", help="insert or update rows in Liger-Kernel's format")
     made.add_argument("--json", type=Path, metavar="FILE")
@@ -145,6 +150,8 @@ def read_arguments(arguments: Sequence[str] | None, device: torch.device) -> Pla
         providers = known if on_gpu else [name for name in known if name != "compile"]
     if given.rep <= 0:
         made.error(f"--rep {given.rep:g}: must be more than 0 ms")
+    if given.limit is not None and given.limit <= 0:
+        made.error(f"--limit {given.limit:g}: must be more than 0 s")
     if given.fail_below is not None and "full" not in modes:
         made.error("--fail-below compares mode full, which --mode leaves out")
     for option, path in (("csv", given.csv), ("json", given.json)):
@@ -169,4 +176,5 @@ def read_arguments(arguments: Sequence[str] | None, device: torch.device) -> Pla
         given.json,
         given.plots,
         given.fail_below,
+        given.limit,
     )

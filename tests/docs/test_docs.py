@@ -146,6 +146,8 @@ def check(command: str, folder: Path) -> None:
             "faults": "tests/faults/campaign.py --kills",
             "test-gpu": "-m pytest tests/kernels/test_gpu",
             "bench-gpu": "-m bifrost.kernels.bench",
+            "device": "docs/benchmarks/device.py --budget 540",
+            "device-wheels": "pip --disable-pip-version-check download",
             "setup": "pip install",
             "lint": "ruff check",
             "docs": "sphinx",

@@ -28,6 +28,15 @@ def machine(*packages: str) -> dict[str, Any]:
     }
 
 
+def device_kind() -> str:
+    """What computes here: `cuda`; `phantom`, a CUDA device that a build of torch for CPUs pretends to have; `cpu`."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return "cuda" if torch.version.cuda or torch.version.hip else "phantom"
+
+
 def write_record(folder: Path, name: str, record: dict[str, Any]) -> None:
     """Write a benchmark's record as JSON; RunError if `folder` cannot be written."""
     with writing(folder):

@@ -12,8 +12,9 @@ import typer
 from ...recipes import load_recipe
 from ..distributed.launcher import devices, init_from_env
 from ..distributed.stop_signals import ignore_signals
+from ..errors import RunError
 from .on_ranks import on_ranks
-from .options import Overrides, RecipeArgument, counts
+from .options import Overrides, RanksOption, RecipeArgument, counts
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -76,6 +77,49 @@ def bench_step(
         rounds=rounds,
         out=out,
     )
+
+
+@app.command("engine")
+def bench_engine(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    random: Annotated[
+        bool,
+        typer.Option("--random", help="Draw the weights on the device; only configs are read."),
+    ] = False,
+    steps: Annotated[int, typer.Option(help="Measured steps, after two warm-up steps.", min=1)] = 6,
+    against_plan: Annotated[
+        bool, typer.Option("--against-plan", help="Print what `bifrost plan` predicts for as many GPUs as well.")
+    ] = False,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            help="With --random: decoder layers, or FLUX's double blocks; default all on a GPU, on a CPU at most 4.",
+            min=1,
+        ),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(help="With --random: hidden width, the rest scaled; default all on a GPU, on a CPU at most 768."),
+    ] = None,
+    ranks: RanksOption = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for engine.json.")] = None,
+) -> None:
+    """Time steps of a recipe's model under DeepSpeed's ZeRO-3 on synthetic batches, and compare them with the plan."""
+    if (layers or width) and not random:
+        raise RunError("--layers and --width: the model's files have their own; add --random")
+    settings = load_recipe(recipe, overrides or [])
+
+    def work() -> int:
+        from ..bench.engine import Size, bench
+
+        size = Size(layers, width)
+        return bench(settings, random=random, size=size, steps=steps, against_plan=against_plan, out=out)
+
+    flags = [name for name, given in (("--random", random), ("--against-plan", against_plan)) if given]
+    given = {"--layers": layers, "--width": width, "--out": out}
+    options = [f"--steps={steps}", *flags, *(f"{name}={value}" for name, value in given.items() if value)]
+    on_ranks(ranks, ["bench", "engine", recipe, *(overrides or []), *options], work, lambda number: None)
 
 
 @app.command("data")

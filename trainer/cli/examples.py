@@ -42,6 +42,10 @@ EXAMPLES = {
         "bifrost bench step mllm-3b",
         "bifrost bench step flux-controlnet flux.image_size=256 data.image_size=224",
     ),
+    "bench engine": (
+        "bifrost bench engine tiny-mllm --random --steps 3",
+        "bifrost bench engine mllm-3b --random --against-plan",
+    ),
     "bench data": ("bifrost bench data 'demo/train-*.tar'",),
     "bench checkpoint": ("bifrost bench checkpoint --size 768MiB --rounds 3",),
     "bench scale": ("bifrost bench scale tiny-mllm",),

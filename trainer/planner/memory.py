@@ -68,8 +68,12 @@ def memory(
         "gradients": zero.accumulate_bytes * own,
         "EMA": 4 * own if work.averaged else 0,
         "frozen weights": sum(shard_bytes(p, weight, shards[p.place]) for p in frozen if p.place in shards),
+        # On one GPU they are views of their slices.
         "small parameters, whole": sum(
-            size * width for part in sharded for size, width in part.stored(weight) if size <= zero.persistent
+            size * width
+            for part in sharded
+            for size, width in part.stored(weight)
+            if size <= zero.persistent and gpus > 1
         ),
         "second copy (hpZ), frozen": sum(
             shard_bytes(p, weight, second) for p in frozen if second and p.place == "sharded"

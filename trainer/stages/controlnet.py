@@ -240,10 +240,13 @@ class ControlNetStage:
         self, asked: Kernels, micro_batch: int, precision: str, ranks: Ranks, folder: Path
     ) -> dict[str, dict[str, Any]]:
         self.open_caches(ranks.rank, ranks.size, ranks.gather, ranks.broadcast)  # checked before anything is built
-        cached = self.vision_placement == "cached"
-        work = None if cached else VisionWork.of(self.config, micro_batch, self.data.image_size, precision)
-        self.kernels, record = choose_kernels(asked, None, work, ranks, folder)
+        self.kernels, record = choose_kernels(asked, *self.kernel_work(micro_batch, precision), ranks, folder)
         return record
+
+    def kernel_work(self, micro_batch: int, precision: str) -> tuple[None, VisionWork | None]:
+        """The shapes for which kernels are chosen: of no branch, and of the vision encoder."""
+        cached = self.vision_placement == "cached"
+        return None, None if cached else VisionWork.of(self.config, micro_batch, self.data.image_size, precision)
 
     def open_caches(
         self, rank: int = 0, ranks: int = 1, gather: Gather = single_process, broadcast: Broadcast | None = None
@@ -258,7 +261,7 @@ class ControlNetStage:
         for kind in self.flux.placement.cached:
             if kind == "vision":
                 setting, size = "flux.placement.vision_encoder", self.data.image_size
-                found.append(VisionOutputs(setting, self.config, self._backbone_files(), size, self.precision))
+                found.append(VisionOutputs(setting, self.config, self.backbone_files(), size, self.precision))
             else:
                 found.append(FluxOutputs(kind, self.folder, self.flux, self.precision))
         return found
@@ -267,10 +270,10 @@ class ControlNetStage:
         return LatentControlNetModel(self, activation_checkpointing)
 
     def load(self, model: LatentControlNetModel) -> None:
-        model.load(self._backbone_files(), self.seed)
+        model.load(self.backbone_files(), self.seed)
 
     def frozen(self) -> list[tuple[weights.WeightFiles, list[str]]]:
-        files = self._backbone_files()
+        files = self.backbone_files()
         with torch.device("meta"):
             found = [(files, list(FrozenBackbone(self.config, text=False).names(files).values()))]
             for part in PARTS:
@@ -318,5 +321,6 @@ class ControlNetStage:
         """Patch latents, text tokens and FLUX's image tokens."""
         return sums[4]
 
-    def _backbone_files(self) -> weights.WeightFiles:
+    def backbone_files(self) -> weights.WeightFiles:
+        """The files of the MLLM, of which the vision encoder is used."""
         return weights.WeightFiles(locate(self.backbone.path, self.backbone.revision))

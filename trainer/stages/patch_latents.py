@@ -241,12 +241,15 @@ class PatchLatentStage:
         self, asked: Kernels, micro_batch: int, precision: str, ranks: Ranks, folder: Path
     ) -> dict[str, dict[str, Any]]:
         self.open_caches(ranks.rank, ranks.size, ranks.gather, ranks.broadcast)  # checked before anything is built
+        self.kernels, record = choose_kernels(asked, *self.kernel_work(micro_batch, precision), ranks, folder)
+        return record
+
+    def kernel_work(self, micro_batch: int, precision: str) -> tuple[KernelWork, VisionWork | None]:
+        """The shapes for which kernels are chosen: of the branch and of the vision encoder."""
         shapes = micro_batch, self.tokens_per_image, self.branch.max_text_tokens
-        work = KernelWork.of(self.config, *shapes, precision, self.branch.draws)
         cached = self.backbone.vision_encoder == "cached"
         vision = None if cached else VisionWork.of(self.config, micro_batch, self.image_size, precision)
-        self.kernels, record = choose_kernels(asked, work, vision, ranks, folder)
-        return record
+        return KernelWork.of(self.config, *shapes, precision, self.branch.draws), vision
 
     def outputs(self) -> list[FrozenOutputs]:
         """The outputs that the recipe caches."""
