@@ -12,7 +12,8 @@ from bifrost.recipes import load_recipe
 from bifrost.trainer.planner import Row, checkpoint_bytes, parts, plan, workload
 from bifrost.trainer.planner.curves import CURVE, retention
 from bifrost.trainer.planner.devices import find_device
-from bifrost.trainer.planner.flops import ATTENTION_BACKWARD, FLUX_RECOMPUTED, Part
+from bifrost.trainer.planner.flops import ATTENTION_BACKWARD, Part
+from bifrost.trainer.planner.flux_flops import FLUX_RECOMPUTED
 from bifrost.trainer.planner.layout import AS_SET, LAYOUTS, Layout
 from bifrost.trainer.planner.timing import done_flops, useful_flops
 
