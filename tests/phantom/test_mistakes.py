@@ -11,6 +11,8 @@ from bifrost.recipes import load_recipe
 from bifrost.trainer.phantom.check import Row, pass_problems, pass_rows
 from bifrost.trainer.planner import parts, workload
 
+SETTINGS = ["micro_batch=64", "global_batch=128", "branch.draws=16"]
+"""With many masks per image, so that the branch's activations are the peak, as in a large model."""
 TEXT = 64
 
 
@@ -24,7 +26,8 @@ def mistakes() -> dict[str, Any]:
     from bifrost.trainer.phantom.passes import count_pass
     from bifrost.trainer.stages.patch_latents import PatchLatentModel
 
-    forward, backward, gated = BranchLayer.forward, _GatedDown.backward, GatedDown.forward
+    forward, branch = BranchLayer.forward, GenerationBranch.forward
+    backward, gated = _GatedDown.backward, GatedDown.forward
 
     def wrapped(change: Any) -> Any:
         return lambda self, hidden, *rest: forward(self, change(hidden), *rest)
@@ -33,43 +36,38 @@ def mistakes() -> dict[str, Any]:
         return hidden * 1 if hidden.sum().item() else hidden
 
     def wasteful(ctx: Any, gradient: torch.Tensor) -> Any:
-        double = [x.double() for x in (*ctx.saved_tensors, gradient)]
-        return backward(ctx, gradient), double.clear()
+        exact = [x.double() for x in (*ctx.saved_tensors, gradient)]
+        result = backward(ctx, gradient)
+        exact.clear()
+        return result
 
-    changes = {
-        "none": (BranchLayer, "forward", forward),
-        "host tensor": (BranchLayer, "forward", wrapped(lambda hidden: hidden + torch.zeros(hidden.shape[-1]))),
-        "copy": (
-            BranchLayer,
-            "forward",
-            wrapped(lambda hidden: hidden + torch.zeros(hidden.shape[-1]).to(hidden.device, hidden.dtype)),
-        ),
-        "wait": (BranchLayer, "forward", wrapped(reading)),
-        "data-dependent shape": (BranchLayer, "forward", wrapped(lambda hidden: hidden[:, hidden[0, :, 0] > 0])),
-        "rotary tables in bf16": (PatchLatentModel, "restore_rotary", lambda self: self.branch.restore_rotary()),
-        "a layer twice": (
-            GenerationBranch,
-            "forward",
-            lambda self, *rest: doubled(self, *rest),
-        ),
-        "SwiGLU by autograd": (GatedDown, "forward", lambda self, gate, up, again: gated(self, gate, up, True)),
-        "fp64 in the backward pass": (_GatedDown, "backward", staticmethod(lambda *all: wasteful(*all)[0])),
-    }
-    branch = GenerationBranch.forward
-
-    def doubled(self: Any, *rest: Any) -> Any:
+    def twice(self: Any, *rest: Any) -> Any:
         self.layers.append(self.layers[-1])
         try:
             return branch(self, *rest)
         finally:
             del self.layers[-1]
 
+    def on_host(hidden: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(hidden.shape[-1], dtype=hidden.dtype)
+
+    changes = {
+        "none": (BranchLayer, "forward", forward),
+        "host tensor": (BranchLayer, "forward", wrapped(lambda hidden: hidden + on_host(hidden))),
+        "copy": (BranchLayer, "forward", wrapped(lambda hidden: hidden + on_host(hidden).to(hidden.device))),
+        "wait": (BranchLayer, "forward", wrapped(reading)),
+        "data-dependent shape": (BranchLayer, "forward", wrapped(lambda hidden: hidden[:, hidden[0, :, 0] > 0])),
+        "rotary tables in bf16": (PatchLatentModel, "restore_rotary", lambda self: self.bfloat16()),
+        "a layer twice": (GenerationBranch, "forward", twice),
+        "SwiGLU by autograd": (GatedDown, "forward", lambda self, gate, up, _: gated(self, gate, up, True)),
+        "fp64 in the backward pass": (_GatedDown, "backward", staticmethod(wasteful)),
+    }
     found: dict[str, Any] = {}
     for name, (owner, attribute, value) in changes.items():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, attribute, value)
             try:
-                found[name] = count_pass(load_recipe("tiny-mllm"), TEXT).as_json()
+                found[name] = count_pass(load_recipe("tiny-mllm", SETTINGS), TEXT).as_json()
             except Exception as error:
                 found[name] = f"{type(error).__name__}: {error}"
     return found
@@ -81,7 +79,7 @@ def found() -> dict[str, Any]:
 
 
 def rows(counts: dict[str, Any]) -> dict[str, Row]:
-    recipe = load_recipe("tiny-mllm")
+    recipe = load_recipe("tiny-mllm", SETTINGS)
     return {row.what: row for row in pass_rows(parts(recipe, TEXT), workload(recipe), counts)}
 
 

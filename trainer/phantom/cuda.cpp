@@ -1,5 +1,6 @@
 // A CUDA device without hardware, for torch's CPU build. Autograd asks for a device guard as soon as a tensor is on
 // "cuda", ATen for the hooks of CUDA, and attention for a choice of its kernel: each is answered here. Nothing computes.
+#include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/SDPBackend.h>
 #include <ATen/core/Generator.h>
@@ -8,6 +9,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/Stream.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/library.h>
 
 namespace {
 
@@ -97,6 +99,15 @@ const bool registered = [] {
   at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&attention_kernel);
   return true;
 }();
+
+// A CUDA build has one kernel for it. Without one here, torch would compute it by operators, whose results take memory.
+at::Tensor silu_backward(const at::Tensor&, const at::Tensor& input) {
+  return at::empty_like(input);
+}
+
+TORCH_LIBRARY_IMPL(aten, CUDA, library) {
+  library.impl("silu_backward", silu_backward);
+}
 
 }  // namespace
 

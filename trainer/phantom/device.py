@@ -48,7 +48,13 @@ def build() -> Path:
     command = [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-w", "-isystem", str(include), str(SOURCE)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        ended = subprocess.run([*command, "-o", str(own)], capture_output=True, text=True, timeout=BUILD_S)
+        ended = subprocess.run(
+            [*command, "-o", str(own)],
+            env={**os.environ, "LC_ALL": "C"},
+            capture_output=True,
+            text=True,
+            timeout=BUILD_S,
+        )
         if ended.returncode:
             line = next((line for line in ended.stderr.splitlines() if "error" in line), "no message")
             raise RunError(

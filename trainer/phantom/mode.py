@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,14 +45,16 @@ class Phantom(TorchDispatchMode):
     fake: a context in which tensors that are created on the host are fake too: large weights that nobody reads.
     """
 
+    # Of the process, as a device is: tables that outlive a mode are of the next one too.
+    fake = _Fake(allow_non_fake_inputs=True)
+    _values: ClassVar[dict[int, tuple[Tensor, Tensor]]] = {}
+
     def __init__(self) -> None:
         super().__init__()
         self.memory, self.flops = Memory(), Flops(self.value)
         install(self.memory)
-        self.fake = _Fake(allow_non_fake_inputs=True)
         self.reads: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
-        self._values: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __enter__(self) -> Phantom:
         # torch.tensor(…, device="cuda") shall make its tensor on the host and then copy it, through this mode.

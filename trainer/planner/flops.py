@@ -115,7 +115,8 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
         draws * byte * (patches * (hidden * width + mlp * config.intermediate_size) + key * keys * (patches + text))
         for hidden, mlp, key in (BRANCH_KEPT, BRANCH_RECOMPUTED)
     )
-    constant = byte * (layers * 2 * keys * text + drawn * width)  # the prefix, and the input of the final norm
+    normed = byte * drawn * width  # the input of the final norm
+    read_again = byte * layers * 2 * keys * text  # the prefix, which a layer copies, and reads again if recomputed
     rows = float(drawn)
     if model.branch.loss_tokens == "masked":
         samples = np.arange(4096)
@@ -148,8 +149,8 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
             attention,
             returned_linear=linear,
             returned_attention=attention,
-            kept=layers * layer + constant,
-            kept_recomputed=layers * byte * drawn * width + constant,
+            kept=layers * layer + normed,
+            kept_recomputed=layers * byte * drawn * width + normed + read_again,
             layer=recomputed,
             gradients=byte * drawn * (3 * config.intermediate_size + width),
             last=linear_flops(branch, lambda name: drawn if name.endswith("down_proj") else 0.0),
@@ -161,8 +162,8 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
             projection,
             0.0,
             returned_linear=projection,
-            kept=rows * width * (byte + 4),
-            kept_recomputed=rows * width * (byte + 4),
+            kept=2 * rows * width * byte,  # hidden states, and the residual of a fused kernel
+            kept_recomputed=2 * rows * width * byte,
         ),
     ]
 

@@ -155,8 +155,10 @@ class _Stack:
         return self.trained or number >= first.get(kind, 1)
 
     def reached(self, name: str) -> float:
-        """The same of the layers that gradients pass through; nothing trained changes a frozen block's modulation."""
-        return self.count(name) if self.passed(name) and (self.trained or not _modulates(name)) else 0.0
+        """The same of the layers that gradients pass through. In a frozen stack nothing trained changes a block's
+        modulation, nor the text before the first block that gradients pass through."""
+        untouched = _modulates(name) or name.startswith(f"transformer_blocks.{self.skipped[0]}.attn.add_")
+        return self.count(name) if self.passed(name) and (self.trained or not untouched) else 0.0
 
     def first(self, name: str) -> float:
         """The same of the trained layers whose inputs need no gradient."""
@@ -183,7 +185,7 @@ class _Stack:
         kept = sum(blocks * self.tokens * bytes for blocks, bytes in zip(behind, each, strict=True))
         if behind[1]:
             kept -= self.text * unit * (FLUX_KEPT[self.gradient][1] - FLUX_KEPT_BY_TEXT[self.gradient])
-        shared = 4.0 * self.tokens * self.width / heads  # the rotation, complex
+        shared = 0.0
         outside = self.image * unit  # the last state, for the layer behind the blocks
         recomputed = sum(behind) * self.tokens * unit
         if self.trained:  # inputs and the resampling block's states
@@ -213,7 +215,7 @@ class _Stack:
             first=linear_flops(self.weights, self.first),
             kept=kept,
             kept_recomputed=kept_recomputed,
-            layer=state * FLUX_RECOMPUTED[self.gradient][0 if self.behind[0] else 1],
+            layer=state * FLUX_RECOMPUTED[self.gradient][1 if self.behind[1] else 0],
             gradients=5.0 * state,
             last=linear + attention - linear_flops(self.weights, self.again) - returned,
             widths=widths(self.weights),

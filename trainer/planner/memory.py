@@ -83,8 +83,10 @@ def memory(
     elements = sum(size for size, _ in large)
     trainable = sum(part.size for part in trained)
     kept = sum(part.kept_recomputed if work.recomputed else part.kept for part in placed)
-    layer = max((part.layer for part in placed), default=0.0) if work.recomputed else 0.0
-    flight = max((part.gradients for part in placed), default=0.0)
+    # The backward pass begins in the frozen part behind the trained one, if there is one; all is kept then.
+    returned = [part for part in placed if part.gradient != "none"]
+    first = max(returned, key=lambda part: (part.gradient == "through", part.layer + part.gradients))
+    layer, flight = first.layer if work.recomputed else 0.0, first.gradients
     offloaded = max((weight * part.size for part in placed if part.place == "offloaded"), default=0)
     per_pass = {
         "gathered weights": widest_first(large, zero.max_live) if gpus > 1 else 0,
