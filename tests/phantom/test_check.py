@@ -30,7 +30,7 @@ def test_a_plan_that_agrees_is_a_table() -> None:
 
 
 def test_a_plan_that_does_not_agree_has_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flops, "BRANCH_KEPT", (7, 2, 2))
+    monkeypatch.setattr(flops, "BRANCH_KEPT", (12, 2, 2))
     code, printed = checked("--json")
     found = json.loads(printed)
     assert code == 1 and not found["agrees"]

@@ -79,7 +79,8 @@ class Phantom(TorchDispatchMode):
         return found[1] if found and found[1].shape == tensor.shape else None
 
     def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), settings: Any = None) -> Any:
-        settings = settings or {}
+        settings = dict(settings or {})
+        settings.pop("pin_memory", None)  # all host memory is the same here
         inputs = [x for x in tree_leaves((arguments, settings)) if isinstance(x, Tensor)]
         device = settings.get("device")
         here = any(isinstance(x, FakeTensor) for x in inputs)
