@@ -61,7 +61,7 @@ def _vae(folder: FluxConfig, side: int, place: str) -> Part:
             level = block + ("downsamplers" in name)
         return float(side * 2 ** (blocks - 1 - level)) ** 2
 
-    attention = 4.0 * side**4 * widths[-1]
+    attention = 4.0 * side**4 * widths[-1] if folder.vae.get("mid_block_add_attention", True) else 0.0
     linear = linear_flops(flux_shapes.vae_encoder(folder), count)
     return Part("VAE encoder", "none", sizes(flux_shapes.vae(folder)), linear, attention, place)
 

@@ -87,6 +87,7 @@ def memory(
     returned = [part for part in placed if part.gradient != "none"]
     first = max(returned, key=lambda part: (part.gradient == "through", part.layer + part.gradients))
     layer, flight = first.layer if work.recomputed else 0.0, first.gradients
+    gradient = max(first.parameters) if first.gradient == "trained" else 0
     offloaded = max((weight * part.size for part in placed if part.place == "offloaded"), default=0)
     per_pass = {
         "gathered weights": widest_first(large, zero.max_live) if gpus > 1 else 0,
@@ -94,7 +95,7 @@ def memory(
         "dequantized layer": weight * max(eight_bits, default=0),
         # The trained part of the copy is freed with every update.
         "second copy (hpZ), trained": weight * sum(shard_size(p.parameters, second) for p in trained if second),
-        "gradients of a layer": 2 * weight * largest,
+        "gradients of a layer": 2 * weight * gradient,
         # The bucket is copied into the ranks' shards before it is sent.
         "reduce in flight": zero.reduce_bytes * min(zero.reduce_bucket, trainable),
         "activations": micro_batch * kept,
