@@ -32,8 +32,9 @@ SMALL_PEAK = 100e6
 plan does not count."""
 READS = 1
 """Values that the host may read in a step."""
-PASS = ("activations", "recomputed layer", "gradients of activations", "gradients of a layer", "dequantized layer")
-"""What a plan adds in a pass on a device that holds all weights: nothing is gathered or reduced."""
+PASS = ("activations", "recomputed layer", "gradients of activations", "dequantized layer")
+"""What a plan adds in a pass on a device that holds all weights, where nothing is gathered or reduced; and the gradient
+of one weight, of which the engine has a copy too."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def check(
 def pass_rows(parts: Sequence[Part], work: Workload, counts: dict[str, Any]) -> list[Row]:
     """A pass of the recipe's micro-batch: FLOPs and kept bytes per sample, and the peak unless it is small."""
     samples, needed = work.micro_batch, planned_memory(parts, work, 1).per_pass
-    peak = sum(needed[name] for name in PASS)
+    peak = sum(needed[name] for name in PASS) + needed["gradients of a layer"] / 2
     rows = [
         Row("FLOPs per sample", "TFLOP", done_flops(parts, work.recomputed), counts["flops"] / samples, FLOPS),
         Row("kept per sample", "GB", needed["activations"] / samples, counts["kept"] / samples, KEPT, SMALL_KEPT),

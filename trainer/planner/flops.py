@@ -39,8 +39,9 @@ class Part:
     precision, empty if all are. linear, attention: FLOPs of the forward pass. returned_linear,
     returned_attention: the portion that gradients flow back through. first: FLOPs of trained layers whose inputs need
     no gradient. kept: bytes saved by autograd; kept_recomputed: the same with every layer recomputed; layer: bytes of
-    the layer being recomputed; gradients: bytes of activation gradients in flight. last: FLOPs at the end of the layers
-    whose results are not saved: recomputation stops before them. place: as in recipes' `Placement`.
+    the layer being recomputed; gradients: bytes of activation gradients in flight, gradients_recomputed: the same next
+    to a recomputed layer. last: FLOPs at the end of the layers whose results are not saved: recomputation stops before
+    them. place: as in recipes' `Placement`.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Part:
     kept_recomputed: float = 0.0
     layer: float = 0.0
     gradients: float = 0.0
+    gradients_recomputed: float = 0.0
     last: float = 0.0
     widths: tuple[int | None, ...] = ()
 
@@ -153,6 +155,7 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
             kept_recomputed=layers * byte * drawn * width + normed + read_again,
             layer=recomputed,
             gradients=byte * drawn * (3 * config.intermediate_size + width),
+            gradients_recomputed=byte * drawn * (config.intermediate_size + 2 * width),  # torch's own SwiGLU
             last=linear_flops(branch, lambda name: drawn if name.endswith("down_proj") else 0.0),
         ),
         Part(

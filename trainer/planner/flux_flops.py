@@ -217,6 +217,7 @@ class _Stack:
             kept_recomputed=kept_recomputed,
             layer=state * FLUX_RECOMPUTED[self.gradient][1 if self.behind[1] else 0],
             gradients=5.0 * state,
+            gradients_recomputed=5.0 * state,
             last=linear + attention - linear_flops(self.weights, self.again) - returned,
             widths=widths(self.weights),
         )

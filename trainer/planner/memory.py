@@ -86,7 +86,7 @@ def memory(
     # The backward pass begins in the frozen part behind the trained one, if there is one; all is kept then.
     returned = [part for part in placed if part.gradient != "none"]
     first = max(returned, key=lambda part: (part.gradient == "through", part.layer + part.gradients))
-    layer, flight = first.layer if work.recomputed else 0.0, first.gradients
+    layer, flight = (first.layer, first.gradients_recomputed) if work.recomputed else (0.0, first.gradients)
     gradient = max(first.parameters) if first.gradient == "trained" else 0
     offloaded = max((weight * part.size for part in placed if part.place == "offloaded"), default=0)
     per_pass = {
