@@ -42,6 +42,7 @@ setup(
     package_data={
         "bifrost.recipes": ["*.yaml", "architectures/**/*.json", "foundations/**/*"],
         "bifrost.slurm": ["*.jinja"],
+        "bifrost.trainer.phantom": ["cuda.cpp"],
         "bifrost.trainer.planner": ["devices.yaml"],
         "bifrost.trainer.report": ["*.jinja"],
     },

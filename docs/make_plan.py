@@ -12,7 +12,8 @@ from bifrost.recipes import load_recipe
 from bifrost.trainer.planner import Row, checkpoint_bytes, parts, plan, workload
 from bifrost.trainer.planner.curves import CURVE, retention
 from bifrost.trainer.planner.devices import find_device
-from bifrost.trainer.planner.flops import ATTENTION_BACKWARD, FLUX_RECOMPUTED, Part
+from bifrost.trainer.planner.flops import ATTENTION_BACKWARD, Part
+from bifrost.trainer.planner.flux_flops import FLUX_RECOMPUTED
 from bifrost.trainer.planner.layout import AS_SET, LAYOUTS, Layout
 from bifrost.trainer.planner.timing import done_flops, useful_flops
 
@@ -28,9 +29,9 @@ SIZES: dict[str, dict[int, tuple[str, ...]]] = {
 """Recipe -> GPUs that it is for -> overrides there."""
 DEVICE = "h200"
 LAYERS = 28  # of the 7B model
-# FLUX's blocks behind the first residual, 18 double and 38 single ones, in units of a double block that keeps the
+# FLUX's blocks behind the first residual, 18 double and 38 single ones, in units of a single block that keeps the
 # inputs of each operation, as a recomputed block does here.
-BLOCKS = (18 * FLUX_RECOMPUTED["through"][0] + 38 * FLUX_RECOMPUTED["through"][1]) / FLUX_RECOMPUTED["through"][0]
+BLOCKS = (18 * FLUX_RECOMPUTED["through"][0] + 38 * FLUX_RECOMPUTED["through"][1]) / FLUX_RECOMPUTED["through"][1]
 
 
 class Anchor(NamedTuple):

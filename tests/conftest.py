@@ -27,6 +27,7 @@ if os.environ.setdefault("TRITON_INTERPRET", "1") != "0":
 
 def pytest_addoption(parser):
     parser.addoption("--cases", help="folder of conformance cases to run instead of the committed ones")
+    parser.addoption("--real-size", action="store_true", help="also count every shipped recipe at its real size")
 
 
 def _required(report):
@@ -51,10 +52,15 @@ def pytest_make_collect_report(collector):
     return _required((yield))
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Tests on a Slurm cluster first: they wait for minutes, and all go to xdist's first worker, which has the time of
-    the whole run for them, since the others take over its remaining tests."""
+    the whole run for them, since the others take over its remaining tests.
+    Those of `make test-phantom` are left out."""
     items.sort(key=lambda item: "cluster" not in item.fixturenames)
+    if not config.getoption("--real-size"):
+        left_out = [item for item in items if item.get_closest_marker("real_size")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 def _replaceable() -> dict[str, Any]:

@@ -26,6 +26,7 @@ import ranked
 import runs
 import small_world
 from bifrost.kernels.bench.arguments import parser, read_arguments
+from bifrost.trainer.phantom import device
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -61,6 +62,9 @@ def bifrost(folder: Path, *arguments: str) -> str:
         return ""  # takes a minute: tests/kernels/test_compile_check.py runs it
     if arguments[:2] == ("kernels", "bench"):  # tests/kernels/test_bench.py runs it
         read_arguments(arguments[2:], torch.device("cuda"))
+        return ""
+    if "--check" in arguments and (reason := device.unavailable()):
+        assert re.search(r"g\+\+|CUDA", reason)
         return ""
     if (arguments[0] == "train" and "--dry-run" not in arguments) or arguments[:2] == ("kernels", "profile"):
         return train(folder, list(arguments))
@@ -143,6 +147,7 @@ def check(command: str, folder: Path) -> None:
         needed = {
             "demo": "bifrost train",
             "test": "pytest",
+            "test-phantom": "pytest tests/phantom --real-size",
             "faults": "tests/faults/campaign.py --kills",
             "test-gpu": "-m pytest tests/kernels/test_gpu",
             "bench-gpu": "-m bifrost.kernels.bench",

@@ -16,7 +16,11 @@ EXAMPLES = {
         f"bifrost eval {RUNS} --data 'demo/train-*.tar' --scenes demo/KEY.json --out runs/demo",
         f"bifrost eval {RUNS} --data 'single/train-*.tar' --out runs/single",
     ),
-    "plan": ("bifrost plan mllm-7b --gpus 8,64 --device h200", "bifrost plan flux-controlnet --gpus 16 micro_batch=2"),
+    "plan": (
+        "bifrost plan mllm-7b --gpus 8,64 --device h200",
+        "bifrost plan flux-controlnet --gpus 16 micro_batch=2",
+        "bifrost plan mllm-3b --check --gpus 8",
+    ),
     "goodput": ("bifrost goodput runs/tiny-mllm",),
     "report": ("bifrost report runs/tiny-mllm",),
     "compare": ("bifrost compare runs/tiny-mllm runs/faster",),

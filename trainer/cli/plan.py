@@ -23,11 +23,16 @@ def plan(
     text_tokens: Annotated[float, typer.Option(help="Mean tokens of a stage-1 prompt, template included.")] = 80,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, bytes and seconds.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw throughput from 8 to 512 GPUs into this PNG.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Count a step on a phantom GPU instead, and compare it with the plan.")
+    ] = False,
 ) -> None:
     """Predict memory, FLOPs, traffic, step time and cost of a recipe on any number of GPUs."""
     settings = load_recipe(recipe, overrides or [])
     require_paths(Path(settings.runs_dir) / settings.name, settings.previews, settings.init_from)
     numbers = counts("--gpus", gpus)
+    if check:
+        raise typer.Exit(0 if _check(recipe, overrides or [], numbers, round(text_tokens), as_json) else 1)
     from ..planner.devices import find_device, this_device
 
     chosen = find_device(device) if device else this_device()
@@ -52,3 +57,18 @@ def plan(
     if plot and chosen:
         with writing(plot):
             draw(settings.name, report.parts, work, chosen, plot)
+
+
+def _check(recipe: str, overrides: list[str], gpus: list[int], text_tokens: int, as_json: bool) -> bool:
+    """Print counted figures next to planned ones; whether they agree."""
+    from ..phantom.check import check
+    from ..planner import parts, workload
+    from ..terminal import terminal
+
+    settings = load_recipe(recipe, overrides)
+    found = check((recipe, overrides), parts(settings, text_tokens), workload(settings), gpus, text_tokens)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        found.show(terminal(), settings.name)
+    return found.agrees

@@ -25,7 +25,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 
 from .eight_bits import scale_of
-from .flux_functions import HeadRows, add_residual, attention, gelu_linear, modulated_norm, rotated_norm
+from .flux_functions import HeadRows, add_residual, attention, gated_sum, gelu_linear, modulated_norm, rotated_norm
 from .linear import use_own_linear
 
 
@@ -154,7 +154,7 @@ class SingleBlock(FluxSingleTransformerBlock):
 
 def _gated(hidden: Tensor, gate: Tensor, change: Tensor) -> Tensor:
     """hidden + gate change, for gate [B, H]."""
-    return torch.addcmul(hidden, gate.unsqueeze(1), change)
+    return gated_sum(hidden, gate.unsqueeze(1), change)
 
 
 def use_own_blocks(model: Any) -> None:

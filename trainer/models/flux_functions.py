@@ -265,6 +265,28 @@ def gelu_linear(
     return _GeluLinear.apply(mlp, attended, weight, bias, scale)  # type: ignore[return-value]
 
 
+class _GatedSum(torch.autograd.Function):
+    """hidden + gate change, the gate frozen. An attribute, not a saved tensor: activation checkpointing recomputes a
+    block up to its last saved tensor, and would compute `change`, a product, again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, gate: Tensor, change: Tensor) -> Tensor:
+        ctx.gate = gate
+        return torch.addcmul(hidden, gate, change)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
+        return gradient, None, gradient * ctx.gate
+
+
+def gated_sum(hidden: Tensor, gate: Tensor, change: Tensor) -> Tensor:
+    """hidden + gate change for hidden and change [B, S, H] and gate [B, 1, H]."""
+    if gate.requires_grad or not torch.is_grad_enabled():
+        return torch.addcmul(hidden, gate, change)
+    return _GatedSum.apply(hidden, gate, change)  # type: ignore[return-value]
+
+
 class _AddResidual(torch.autograd.Function):
     """In place: hidden += residual on the last rows."""
 

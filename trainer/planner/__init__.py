@@ -12,7 +12,8 @@ from typing import Any
 from ...recipes import BatchSplit, Recipe
 from ..errors import RunError
 from .devices import Device
-from .flops import Part, count_parts
+from .flops import Part, patch_latent_parts
+from .flux_flops import controlnet_parts
 from .layout import AS_SET, Layout, Workload, Zero
 from .memory import Memory, memory
 from .opened import LatentControl, PatchLatents
@@ -83,7 +84,10 @@ def open_model(recipe: Recipe) -> PatchLatents | LatentControl:
 def parts(recipe: Recipe, text_tokens: float = 80) -> list[Part]:
     """The parts of the recipe's model for prompts of `text_tokens` tokens (stage 1; FLUX pads its text). RunError as of
     `open_model`."""
-    return count_parts(open_model(recipe), recipe.precision, text_tokens)
+    model = open_model(recipe)
+    if isinstance(model, PatchLatents):
+        return patch_latent_parts(model, recipe.precision, text_tokens)
+    return controlnet_parts(model, recipe.precision)
 
 
 def batch(global_batch: int, micro_batch: int, gpus: int) -> BatchSplit:

@@ -87,8 +87,11 @@ def memory(
     elements = sum(size for size, _ in large)
     trainable = sum(part.size for part in trained)
     kept = sum(part.kept_recomputed if work.recomputed else part.kept for part in placed)
-    layer = max((part.layer for part in placed), default=0.0) if work.recomputed else 0.0
-    flight = max((part.gradients for part in placed), default=0.0)
+    # The backward pass begins in the frozen part behind the trained one, if there is one; all is kept then.
+    returned = [part for part in placed if part.gradient != "none"]
+    first = max(returned, key=lambda part: (part.gradient == "through", part.layer + part.gradients))
+    layer, flight = (first.layer, first.gradients_recomputed) if work.recomputed else (0.0, first.gradients)
+    gradient = max(first.parameters) if first.gradient == "trained" else 0
     offloaded = max((weight * part.size for part in placed if part.place == "offloaded"), default=0)
     per_pass = {
         "gathered weights": widest_first(large, zero.max_live) if gpus > 1 else 0,
@@ -96,7 +99,7 @@ def memory(
         "dequantized layer": weight * max(eight_bits, default=0),
         # The trained part of the copy is freed with every update.
         "second copy (hpZ), trained": weight * sum(shard_size(p.parameters, second) for p in trained if second),
-        "gradients of a layer": 2 * weight * largest,
+        "gradients of a layer": 2 * weight * gradient,
         # The bucket is copied into the ranks' shards before it is sent.
         "reduce in flight": zero.reduce_bytes * min(zero.reduce_bucket, trainable),
         "activations": micro_batch * kept,

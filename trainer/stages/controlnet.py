@@ -65,8 +65,18 @@ class LatentControlNetModel(StageModel):
 
     def load(self, files: weights.WeightFiles, seed: int) -> None:
         """Load frozen parts from their files; initialise the ControlNet as FLUX's copy with zero output projections."""
+        self.build_rest()
+        if self.vision_placement != "cached":
+            self.backbone.load(files)
+        self.flux.load()
+        self.offload()
+        transformer = self.flux.folder.files("transformer")
+        self.controlnet.initialise(transformer, transformer.path, seed)
+
+    def build_rest(self) -> None:
+        """Build the frozen parts that are not sharded, without weights, and the rotary tables; enable activation
+        checkpointing."""
         like = next(self.controlnet.parameters())
-        device = weights.local_slice(like)[0].device
         if self.vision_placement not in ("sharded", "cached"):
             set_unregistered_module(
                 self, "backbone", build_unsharded(self.build_vision_encoder, self.vision_placement, like)
@@ -74,15 +84,16 @@ class LatentControlNetModel(StageModel):
         self.flux.build_rest(like)
         if self.vision_placement != "cached":
             self.backbone.restore_rotary()
-            self.backbone.load(files)
-        self.flux.load(device)
-        if self.vision_placement == "offloaded":
-            offload(self.backbone.vision, device)
         if self.recomputed:
             self.flux.transformer.enable_gradient_checkpointing()
             self.controlnet.enable_gradient_checkpointing()
-        transformer = self.flux.folder.files("transformer")
-        self.controlnet.initialise(transformer, transformer.path, seed)
+
+    def offload(self) -> None:
+        """Keep the filled weights of offloaded parts in host memory."""
+        device = weights.local_slice(next(self.controlnet.parameters()))[0].device
+        self.flux.offload(device)
+        if self.vision_placement == "offloaded":
+            offload(self.backbone.vision, device)
 
     def forward(
         self,

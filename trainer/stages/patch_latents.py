@@ -82,6 +82,16 @@ class PatchLatentModel(StageModel):
 
     def load(self, files: weights.WeightFiles, seed: int) -> None:
         """Fill the backbone from `files`, copy the text model's layers and norm to the branch, initialise the rest."""
+        self.build_rest()
+        self.backbone.load(files)
+        names = {f"branch.{name.removeprefix('text.')}": theirs for name, theirs in self.backbone.names(files).items()}
+        trainable = self.trainable()
+        weights.fill({names[n]: p for n, p in trainable.items() if n in names}, files, files.path)
+        fresh = {n: p for n, p in trainable.items() if n not in names}
+        weights.fill(fresh, weights.RandomInit(seed, {n: _initial(n, p) for n, p in fresh.items()}), "initial weights")
+
+    def build_rest(self) -> None:
+        """Build the backbone, without weights, if it is not sharded, and all rotary tables."""
         if self.place != "sharded":
             set_unregistered_module(
                 self, "backbone", build_unsharded(self.build_backbone, self.place, next(self.head.parameters()))
@@ -89,12 +99,6 @@ class PatchLatentModel(StageModel):
             if self.liger:
                 use_liger(self.backbone)
         self.restore_rotary()
-        self.backbone.load(files)
-        names = {f"branch.{name.removeprefix('text.')}": theirs for name, theirs in self.backbone.names(files).items()}
-        trainable = self.trainable()
-        weights.fill({names[n]: p for n, p in trainable.items() if n in names}, files, files.path)
-        fresh = {n: p for n, p in trainable.items() if n not in names}
-        weights.fill(fresh, weights.RandomInit(seed, {n: _initial(n, p) for n, p in fresh.items()}), "initial weights")
 
     def restore_rotary(self) -> None:
         """Rebuild rotary tables in fp32, whatever dtype the model was built in."""
@@ -206,6 +210,8 @@ class PatchLatentStage:
     data: Data | None = None
     """Its shards are those of the cache."""
     precision: str = "fp32"
+    for_counting: bool = False
+    """Whether all parts are in the model, to be counted."""
     caches: dict[Kind, Cache] | None = None
     """The cache of the patch latents if the recipe has one, once opened."""
     sums: int = 3
@@ -222,7 +228,8 @@ class PatchLatentStage:
         config = read_config(folder)
         tokens = grid_side(config, image_size) ** 2
         if for_counting:
-            return cls(backbone, branch, image_size, seed, config, tokens, None, None, precision=precision)
+            opened = image_size, seed, config, tokens, None, None
+            return cls(backbone, branch, *opened, precision=precision, for_counting=True)
         tokenizer = load_tokenizer(folder)
         PromptTemplate(tokenizer, branch.max_text_tokens)  # refuses a limit that no prompt fits
         files = weights.WeightFiles(folder)
@@ -267,10 +274,9 @@ class PatchLatentStage:
         return self.caches
 
     def build(self, activation_checkpointing: bool = False) -> PatchLatentModel:
-        for_counting = self.files is None
-        place = "sharded" if for_counting else self.backbone.placement
+        place = "sharded" if self.for_counting else self.backbone.placement
         settings = self.branch, self.image_size, activation_checkpointing
-        vision = for_counting or not self.outputs()
+        vision = self.for_counting or self.backbone.vision_encoder != "cached"
         return PatchLatentModel(self.config, *settings, self.kernels, place, vision, self.backbone.weights)
 
     def load(self, model: PatchLatentModel) -> None:

@@ -37,12 +37,10 @@ class PlacedFlux(FrozenFlux):
                     self, part, build_unsharded(lambda part=part: self.folder.build(part), place, like)
                 )
 
-    def load(self, device: torch.device | None = None) -> None:
-        """Fill the weights; offloaded parts compute on `device`."""
-        super().load()
+    def offload(self, device: torch.device) -> None:
+        """Keep the filled weights of offloaded parts in host memory; they compute on `device`."""
         for part, place in self.where.items():
             if place == "offloaded":
-                assert device is not None
                 module = getattr(self, part)
                 # The VAE's methods call its children, never the module itself.
                 for child in module.children() if part == "vae" else (module,):

@@ -17,7 +17,8 @@ from bifrost.trainer.models.branch import GenerationBranch
 from bifrost.trainer.models.flux_transformer import FluxTransformer
 from bifrost.trainer.models.hub import locate
 from bifrost.trainer.planner import parts
-from bifrost.trainer.planner.flops import BRANCH_KEPT, FLUX_KEPT
+from bifrost.trainer.planner.flops import BRANCH_KEPT
+from bifrost.trainer.planner.flux_flops import FLUX_KEPT
 
 
 def counted(work: Callable[[], Any]) -> tuple[int, Any]:

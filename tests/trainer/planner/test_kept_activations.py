@@ -55,6 +55,7 @@ def kept(recipe_name: str, overrides: list[str]) -> tuple[int, bool]:
     """Bytes that this rank keeps for the backward pass of a micro-batch, and whether that pass gives every trained
     parameter a finite gradient; runs in a process of its own."""
     from bifrost.trainer.distributed.process_group import join
+    from bifrost.trainer.models.kernel_selection import KernelChoice
     from bifrost.trainer.optim.engine import Engine, import_deepspeed, partitioned
     from bifrost.trainer.stages import open_stage
 
@@ -68,6 +69,8 @@ def kept(recipe_name: str, overrides: list[str]) -> tuple[int, bool]:
     import_deepspeed(ranks.device)
     recipe = load_recipe(recipe_name, overrides)
     stage: Any = open_stage(recipe, for_counting=True)
+    if not hasattr(stage, "folder"):
+        stage.kernels = KernelChoice("in-place")  # a fused head, as on a GPU
     config = opened.deepspeed(recipe, ranks.size)
     with partitioned(config, ranks.device):
         model: Any = stage.build(recipe.activation_checkpointing)

@@ -1,0 +1,53 @@
+"""Steps of the engine on one of N pretended ranks, on the phantom GPU, against the plan: what it holds; and the host
+reads one value per step."""
+
+from __future__ import annotations
+
+import pytest
+
+from bifrost.recipes import load_recipe
+from bifrost.trainer.phantom.check import count, engine_problems, held_row
+from bifrost.trainer.planner import parts, workload
+
+REPLICATED = "flux.placement={transformer: replicated, vae: replicated, text: replicated, vision_encoder: replicated}"
+SHARDED = "flux.placement={transformer: sharded, vae: sharded, text: sharded, vision_encoder: sharded}"
+OFFLOADED = "flux.placement={transformer: replicated, vae: offloaded, text: offloaded, vision_encoder: offloaded}"
+CACHED = "flux.placement={transformer: sharded, vae: cached, text: cached, vision_encoder: cached}"
+LARGE = ("mllm-3b", "mllm-7b", "flux-controlnet")
+TINY_CASES = [
+    ("tiny-mllm", 8, ()),
+    ("tiny-mllm", 8, ("backbone.placement=sharded", "zero.persistence_threshold=0")),
+    ("tiny-mllm", 512, ("backbone.placement=sharded", "activation_checkpointing=true")),
+    ("tiny-controlnet", 8, (SHARDED, "zero.overlap_comm=true")),
+    ("tiny-controlnet", 16, (OFFLOADED, "zero.hpz=8")),
+]
+REAL_CASES = [
+    *((name, ranks, ()) for name in LARGE for ranks in (8, 512)),
+    *((f"{name}-256", 256, ()) for name in LARGE),
+    *((name, ranks, ("zero.hpz=8",)) for name in LARGE for ranks in (512,)),
+    *((name, 8, ("zero.overlap_comm=true",)) for name in LARGE),
+    *((name, 8, ("backbone.placement=replicated",)) for name in LARGE[:2]),
+    ("mllm-3b", 8, ("backbone.placement=replicated", "backbone.weights=int8")),
+    ("mllm-3b", 8, ("backbone.vision_encoder=cached",)),
+    *(("flux-controlnet", 8, (placement,)) for placement in (REPLICATED, OFFLOADED, CACHED)),
+    ("flux-controlnet", 8, ("flux.placement.transformer=replicated", "flux.weights=int8")),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "settings"),
+    [
+        *TINY_CASES,
+        *(pytest.param(*case, marks=pytest.mark.real_size) for case in REAL_CASES),
+    ],
+    ids=str,
+)
+def test_the_engine_holds_what_is_planned(name: str, ranks: int, settings: tuple[str, ...]) -> None:
+    overrides = [f"global_batch={512 * 16}", *settings]
+    recipe = load_recipe(name, overrides)
+    text = 64 if name.startswith("tiny") else 80
+    counts = count(name, overrides, text, ranks)
+    row = held_row(parts(recipe, text), workload(recipe), ranks, counts)
+    print(row.cells(), counts["peak"], counts["reads"])
+    assert engine_problems(counts) == []
+    assert row.agrees, row.cells()

@@ -1,0 +1,86 @@
+"""A pass of every shipped recipe on the phantom GPU, at its real size, against the plan: FLOPs, kept bytes, peak; and
+the host waits nowhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import phantoms
+from bifrost.recipes import load_recipe
+from bifrost.trainer.phantom.check import pass_problems, pass_rows
+from bifrost.trainer.planner import parts, workload
+
+RECIPES = sorted(file.stem for file in (Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECOMPUTED = "activation_checkpointing=true"
+STORED = "activation_checkpointing=false"
+TEXT = {"tiny-mllm": 64}
+"""Tokens of a prompt, if not 80."""
+STAGE_1 = {
+    "int8": ["backbone.weights=int8", "backbone.placement=replicated"],
+    "fp8": ["backbone.weights=fp8", "backbone.placement=replicated"],
+    "cached": ["backbone.vision_encoder=cached"],
+    "draws": ["branch.draws=3"],
+    "masked": ["branch.loss_tokens=masked"],
+    "mrope": ["branch.positions=mrope"],
+    "fp32": ["precision=fp32"],
+}
+STAGE_2 = {
+    "int8": ["flux.weights=int8", "flux.placement.transformer=replicated"],
+    "cached": [f"flux.placement.{part}=cached" for part in ("vae", "text", "vision_encoder")],
+    "cached text": ["flux.placement.text=cached"],
+    "draws": ["flux.draws=2"],
+    "single": ["controlnet.double=0", "controlnet.single=2"],
+    "fewer tokens": ["flux.text_tokens=16"],
+}
+FIRST = {"tiny-mllm": STAGE_1, "tiny-controlnet": STAGE_2, "mllm-3b": STAGE_1, "flux-controlnet": STAGE_2}
+"""Recipe -> variants to count too."""
+CASES = {
+    f"{name}{': ' if variant else ''}{variant}{', recomputed' if recomputed == RECOMPUTED else ''}": (
+        name,
+        [*settings, recomputed],
+    )
+    for name in RECIPES
+    for recomputed in (STORED, RECOMPUTED)
+    for variant, settings in {"": [], **FIRST.get(name, {})}.items()
+}
+TINY = [case for case, (name, _) in CASES.items() if name.startswith("tiny")]
+QUICK = ["mllm-3b", "flux-controlnet, recomputed"]
+"""Counted at real size in every run of the suite."""
+
+
+def counts_of(cases: list[tuple[str, list[str]]]) -> list[dict[str, Any]]:
+    """In a process with the phantom GPU: counts of a pass of every (recipe, overrides)."""
+    from bifrost.trainer.phantom.passes import count_pass
+
+    return [count_pass(load_recipe(name, settings), TEXT.get(name, 80)).as_json() for name, settings in cases]
+
+
+def agrees(name: str, settings: list[str], counts: dict[str, Any]) -> None:
+    recipe = load_recipe(name, settings)
+    rows = pass_rows(parts(recipe, TEXT.get(name, 80)), workload(recipe), counts)
+    print(name, settings, *(row.cells() for row in rows), sep="\n")
+    assert pass_problems(counts) == []
+    assert [row.cells() for row in rows if not row.agrees] == []
+
+
+@pytest.fixture(scope="module")
+def tiny() -> dict[str, dict[str, Any]]:
+    """Counts of all variants of the tiny recipes."""
+    return dict(zip(TINY, phantoms.run(counts_of, [CASES[case] for case in TINY]), strict=True))
+
+
+@pytest.mark.parametrize("case", TINY)
+def test_a_pass_of_a_tiny_recipe_is_as_planned(case: str, tiny: dict[str, dict[str, Any]]) -> None:
+    agrees(*CASES[case], tiny[case])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case in QUICK else [pytest.mark.real_size]) for case in CASES if case not in TINY],
+)
+def test_a_pass_at_real_size_is_as_planned(case: str) -> None:
+    (counts,) = phantoms.run(counts_of, [CASES[case]])
+    agrees(*CASES[case], counts)
