@@ -11,6 +11,7 @@ from typing import Any
 
 from ...recipes import BatchSplit, Recipe
 from ..errors import RunError
+from .caches import cached_bytes
 from .devices import Device
 from .flops import Part, count_parts
 from .layout import AS_SET, Layout, Workload, Zero
@@ -84,6 +85,11 @@ def parts(recipe: Recipe, text_tokens: float = 80) -> list[Part]:
     """The parts of the recipe's model for prompts of `text_tokens` tokens (stage 1; FLUX pads its text). RunError as of
     `open_model`."""
     return count_parts(open_model(recipe), recipe.precision, text_tokens)
+
+
+def caches(recipe: Recipe) -> dict[str, int]:
+    """Kind of cache that the recipe reads -> bytes per sample of the data. RunError as of `open_model`."""
+    return cached_bytes(open_model(recipe), recipe.precision)
 
 
 def batch(global_batch: int, micro_batch: int, gpus: int) -> BatchSplit:

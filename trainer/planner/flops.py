@@ -207,8 +207,10 @@ def _vision_encoder(config: Any, image_size: int, place: str) -> Part:
 def _controlnet(model: LatentControl, precision: str) -> list[Part]:
     folder, placement = model.folder, model.flux.placement
     side = 2 * folder.grid(model.flux.image_size)
+    # Predicted latents are those of a cache.
+    vision = "cached" if model.latents == "predicted" else placement.vision_encoder
     return [
-        _vision_encoder(model.config.vision_config, model.image_size, placement.vision_encoder),
+        _vision_encoder(model.config.vision_config, model.image_size, vision),
         _vae(folder, side, placement.vae),
         *_text(folder, placement.text),
         *_flow(model, precision),

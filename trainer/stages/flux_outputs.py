@@ -25,7 +25,7 @@ class FluxOutputs:
 
     def __init__(self, kind: Kind, folder: FluxFolder, flux: Flux, precision: str) -> None:
         self.kind: Kind = kind
-        self.setting = f"flux.placement.{kind}"
+        self.setting = f"flux.placement.{kind}=cached"
         self.empty = kind == "text"
         self.folder = folder
         self.image_size = flux.image_size
@@ -39,7 +39,6 @@ class FluxOutputs:
             files = folder.files(part)
             with torch.device("meta"):
                 names = list(folder.names(part, folder.build(part), files).values())
-            files.require(names)
             made[f"{part} weights"] = files.content_hash(names, rank, ranks, gather)
         if self.kind == "vae":
             about = ("_class_name", "_diffusers_version", "_name_or_path", "scaling_factor", "shift_factor")

@@ -253,7 +253,9 @@ class PatchLatentStage:
         if self.backbone.vision_encoder != "cached":
             return []
         assert self.files is not None
-        return [VisionOutputs("backbone.vision_encoder", self.config, self.files, self.image_size, self.precision)]
+        return [
+            VisionOutputs("backbone.vision_encoder=cached", self.config, self.files, self.image_size, self.precision)
+        ]
 
     def open_caches(
         self, rank: int = 0, ranks: int = 1, gather: Gather = single_process, broadcast: Broadcast | None = None
