@@ -14,7 +14,7 @@ from ...recipes import Recipe
 from ...recipes.schema import ControlNet, Kernels
 from ..distributed.process_group import Ranks
 from ..models.rng import IntArray
-from ..models.weights import Source
+from ..models.weights import Source, WeightFiles
 from .latent_cache import FrozenWeights, Predictor
 
 if TYPE_CHECKING:
@@ -87,8 +87,12 @@ class Stage(Protocol):
         """Fill a built model: frozen parts from their files, trained parts with initial weights."""
         ...
 
-    def frozen(self) -> list[tuple[FrozenWeights, list[str]]]:
+    def frozen(self) -> list[tuple[WeightFiles, list[str]]]:
         """The files of the frozen weights, and the names of the weights used."""
+        ...
+
+    def predicting(self) -> list[tuple[FrozenWeights, list[str]]]:
+        """The same for weights of another stage, whose cached predictions are an input."""
         ...
 
     def from_public_checkpoint(self, path: Path) -> tuple[Source, dict[str, str]]:

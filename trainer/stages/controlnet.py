@@ -274,13 +274,11 @@ class ControlNetStage:
         """The outputs that the recipe caches."""
         found: list[FrozenOutputs] = []
         for kind in self.flux.placement.cached:
-            if kind == "vision":
-                if self.controlnet.latents == "predicted":
-                    continue
+            if kind != "vision":
+                found.append(FluxOutputs(kind, self.folder, self.flux, self.precision))
+            elif self.controlnet.latents != "predicted":
                 setting, size = "flux.placement.vision_encoder=cached", self.data.image_size
                 found.append(VisionOutputs(setting, self.config, self._backbone_files(), size, self.precision))
-            else:
-                found.append(FluxOutputs(kind, self.folder, self.flux, self.precision))
         if self.controlnet.latents != "true":
             assert self.predictor is not None, "opened without one"
             found.append(self.predictor)
@@ -292,15 +290,17 @@ class ControlNetStage:
     def load(self, model: LatentControlNetModel) -> None:
         model.load(self._backbone_files(), self.seed)
 
-    def frozen(self) -> list[tuple[FrozenWeights, list[str]]]:
+    def frozen(self) -> list[tuple[weights.WeightFiles, list[str]]]:
         files = self._backbone_files()
-        found: list[tuple[FrozenWeights, list[str]]]
         with torch.device("meta"):
             found = [(files, list(FrozenBackbone(self.config, text=False).names(files).values()))]
             for part in PARTS:
                 files = self.folder.files(part)
                 found.append((files, list(self.folder.names(part, self.folder.build(part), files).values())))
-        return found + (self.predictor.frozen() if self.predictor else [])
+        return found
+
+    def predicting(self) -> list[tuple[FrozenWeights, list[str]]]:
+        return self.predictor.frozen() if self.predictor else []
 
     def from_public_checkpoint(self, path: Path) -> tuple[weights.Source, dict[str, str]]:
         shape, files = latent_controlnet.read_config(path)

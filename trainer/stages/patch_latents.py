@@ -35,7 +35,7 @@ from ..models.masking import draw_masks, hidden_counts
 from ..models.prompt import PromptTemplate, load_tokenizer
 from ..models.rng import IntArray, Stream, chosen
 from . import VALIDATION_SEED, Losses, StageModel
-from .latent_cache import Cache, FrozenOutputs, Kind, open_caches
+from .latent_cache import Cache, FrozenOutputs, FrozenWeights, Kind, open_caches
 from .unsharded import build_unsharded, set_unregistered_module
 from .vision_outputs import VisionOutputs
 
@@ -282,7 +282,10 @@ class PatchLatentStage:
             backbone = FrozenBackbone(self.config)
         return [(self.files, list(backbone.names(self.files).values()))]
 
-    def from_public_checkpoint(self, path: Path) -> tuple[weights.Source, dict[str, str]]:
+    def predicting(self) -> list[tuple[FrozenWeights, list[str]]]:
+        return []
+
+    def from_public_checkpoint(self, path: Path) -> tuple[weights.WeightFiles, dict[str, str]]:
         files = weights.WeightFiles(path)
         own = files.shape("head.weight") is not None  # the names of `bifrost export --format hf`
         with torch.device("meta"):
