@@ -47,6 +47,12 @@ class RunWeights:
         self.path = path
         self._found: CheckpointWeights | None = None
 
+    @property
+    def folder(self) -> Path:
+        """The checkpoint that was hashed; a run that is still training may have a newer one."""
+        assert self._found is not None, "hashed before it is loaded"
+        return self._found.reader.folder
+
     def content_hash(self, names: Iterable[str], rank: int = 0, ranks: int = 1, gather: Gather = single_process) -> str:
         """Hash of the slot's hashes in the manifest, with which the files are compared; it depends on the number of
         ranks that saved them."""
@@ -72,6 +78,7 @@ class PredictedOutputs:
         self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self.stage = stage
         self.template = PromptTemplate(stage.tokenizer, stage.branch.max_text_tokens)
+        self._run = RunWeights(self.path) if has_checkpoints(self.path) else None
         self._frozen: list[tuple[FrozenWeights, list[str]]] = []
         self._model: PatchLatentModel | None = None
 
@@ -104,11 +111,11 @@ class PredictedOutputs:
             with torch.device("meta"):
                 text = list(FrozenBackbone(stage.config, vision=False).names(files).values())
                 names = list(stage.build().trainable())
-            trained: FrozenWeights = RunWeights(self.path)
-            if not has_checkpoints(self.path):
-                trained, public = stage.from_public_checkpoint(self.path)
-                names = list(public.values())
-            self._frozen = [(trained, names), (files, text)]
+            if self._run:
+                self._frozen = [(self._run, names), (files, text)]
+            else:
+                source, public = stage.from_public_checkpoint(self.path)
+                self._frozen = [(source, list(public.values())), (files, text)]
         return self._frozen
 
     def fingerprint(self, rank: int = 0, ranks: int = 1, gather: Gather = single_process) -> dict[str, Any]:
@@ -138,7 +145,8 @@ class PredictedOutputs:
 
     def encode(self, inputs: list[tuple[str, int]], device: torch.device) -> list[dict[str, Tensor]]:
         if self._model is None:
-            self._model = load_mllm(self.path, self.stage, device, self.dtype, vision=False)
+            path = self._run.folder if self._run else self.path
+            self._model = load_mllm(path, self.stage, device, self.dtype, vision=False)
         captions, seeds = zip(*inputs, strict=True)
         found = decode_prompts(self._model, self.template, captions, seeds, device, self.steps)
         return [{"latents": latents} for latents in found]

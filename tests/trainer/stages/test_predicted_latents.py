@@ -13,11 +13,12 @@ import plain
 import run_folders
 import runs
 import tiny_flux
-from bifrost.data import DataError, ReadableSamples
+from bifrost.data import DataError, ReadableSamples, open_dataset
 from bifrost.kernels import PrefixLayout
 from bifrost.recipes import Recipe, load_recipe
 from bifrost.recipes.load import RecipeError
 from bifrost.trainer.checkpoint.export import export
+from bifrost.trainer.checkpoint.shard import Payload
 from bifrost.trainer.checkpoint.state import CheckpointWeights
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
@@ -141,6 +142,24 @@ def test_another_checkpoint_or_setting_is_refused(make, mllm: Path, tmp_path: Pa
     assert "cache-predicted-" in line and "made with another stage-1 weights" in line
     after = {files.content_hash(names) for files, names in open_run_stage(same).predicting()}
     assert len(before ^ after) == 2, "a run does not resume with them either"
+
+
+def test_a_checkpoint_saved_meanwhile_is_not_used(make, mllm: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(mllm, tmp_path / "mllm"))
+    encoded(make(PREDICTED))
+    wanted = latents(make(PREDICTED), "predicted", *SOME)
+    (outputs,) = open_run_stage(make(PREDICTED, f"controlnet.mllm={run}")).outputs()
+    outputs.fingerprint()
+    store = Store(run / "checkpoints")
+    reader = store.newest_verified()
+    assert reader is not None
+    tensors = {s: {n: reader.full(s, n).flatten() + 1 for n in reader.shapes} for s in reader.slots}
+    store.save(8, Payload(0, 1, tensors, reader.shapes, reader.state, {}))
+    samples = [open_dataset(make().data.shards).read(shard, number) for shard, number, _ in SOME]
+    found = outputs.encode([outputs.read(sample) for sample in samples], torch.device("cpu"))
+    assert len(found) == len(SOME)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one["latents"], other, rtol=0, atol=5e-4)
 
 
 def test_exports_predict_too(make, mllm: Path, tmp_path: Path) -> None:
