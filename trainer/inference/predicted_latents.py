@@ -111,10 +111,12 @@ class PredictedOutputs:
             with torch.device("meta"):
                 text = list(FrozenBackbone(stage.config, vision=False).names(files).values())
                 names = list(stage.build().trainable())
+            files.require(text)
             if self._run:
                 self._frozen = [(self._run, names), (files, text)]
             else:
                 source, public = stage.from_public_checkpoint(self.path)
+                source.require(public.values())
                 self._frozen = [(source, list(public.values())), (files, text)]
         return self._frozen
 

@@ -92,7 +92,8 @@ class Stage(Protocol):
         ...
 
     def predicting(self) -> list[tuple[FrozenWeights, list[str]]]:
-        """The same for weights of another stage, whose cached predictions are an input."""
+        """The same for weights of another stage, whose cached predictions are an input. RunError if some cannot be
+        read."""
         ...
 
     def from_public_checkpoint(self, path: Path) -> tuple[Source, dict[str, str]]:

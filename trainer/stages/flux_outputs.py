@@ -39,6 +39,7 @@ class FluxOutputs:
             files = folder.files(part)
             with torch.device("meta"):
                 names = list(folder.names(part, folder.build(part), files).values())
+            files.require(names)
             made[f"{part} weights"] = files.content_hash(names, rank, ranks, gather)
         if self.kind == "vae":
             about = ("_class_name", "_diffusers_version", "_name_or_path", "scaling_factor", "shift_factor")

@@ -131,8 +131,7 @@ class FrozenWeights(Protocol):
     """Stored weights that a run uses and does not train."""
 
     def content_hash(self, names: Iterable[str], rank: int = 0, ranks: int = 1, gather: Gather = single_process) -> str:
-        """Hash of the weights `names`; the work is divided over the ranks, all of which call it. RunError if one cannot
-        be read."""
+        """Hash of the weights `names`; the work is divided over the ranks, all of which call it."""
         ...
 
 

@@ -48,6 +48,7 @@ class VisionOutputs:
         files = self.files
         with torch.device("meta"):
             names = list(FrozenBackbone(self.config, text=False).names(files).values())
+        files.require(names)
         return {
             "version": VERSION,
             "kind": self.kind,
