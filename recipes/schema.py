@@ -238,6 +238,11 @@ class Recipe(Section):
         if self.stage == "controlnet" and self.flux is None:
             raise ValueError("stage controlnet needs flux.path, such as flux.path=black-forest-labs/FLUX.1-dev")
         if self.stage == "controlnet":
+            if self.controlnet.latents != "true" and self.controlnet.mllm is None:
+                raise ValueError(
+                    f"controlnet.latents={self.controlnet.latents} needs controlnet.mllm, the stage-1 run, checkpoint"
+                    " or export that predicts them"
+                )
             stage_1 = {
                 "placement": self.backbone.placement != "sharded",
                 "vision_encoder": self.backbone.vision_encoder,

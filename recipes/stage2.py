@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from .fields import HeldWeights, Place
+from .fields import HeldWeights, OptionalPlace, Place
 from .section import Section
 
 
@@ -59,6 +59,12 @@ class Flux(Section):
     placement: Placement = Placement()
 
 
+Latents = Annotated[
+    Literal["true", "predicted", "mix"], BeforeValidator(lambda value: "true" if value is True else value)
+]
+"""Which patch latents; YAML reads `true` as a boolean."""
+
+
 class ControlNet(Section):
     double: int = Field(default=4, ge=0)
     """Double blocks copied from FLUX."""
@@ -67,3 +73,19 @@ class ControlNet(Section):
     norm: Literal["batch", "group"] = "batch"
     """Norm of the block that resamples patch latents: `batch`, as released, with statistics over the micro-batches of
     all ranks, so that results depend on `micro_batch`; or `group`."""
+    latents: Latents = "true"
+    """Patch latents that condition the ControlNet: `true`, the image's own; `predicted`, those that stage 1 decodes
+    from the caption, as in generation, read from the cache of `bifrost data encode`; or `mix`, drawn per sample and
+    epoch. See docs/stage2.md."""
+    mllm: OptionalPlace = None
+    """For `predicted` and `mix`: a stage-1 run, whose newest checkpoint is used, one of its checkpoints, or an export;
+    EMA weights if there are any. A run resumes with the same weights."""
+    decode_steps: int = Field(default=16, ge=1)
+    """Decoding steps of predicted latents, up to the number of patches."""
+    predicted_share: float = Field(default=0.5, ge=0, le=1)
+    """Probability of predicted latents in `mix`."""
+
+    @property
+    def drawn_share(self) -> float:
+        """Probability that a sample's latents are predicted."""
+        return {"true": 0.0, "predicted": 1.0, "mix": self.predicted_share}[self.latents]

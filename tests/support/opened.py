@@ -8,10 +8,10 @@ from bifrost.recipes import Recipe
 
 def inputs(recipe: Recipe) -> Any:
     """Data, plan and stage."""
-    from bifrost.trainer.stages import open_stage
     from bifrost.trainer.training.inputs import open_inputs
+    from bifrost.trainer.training.run_context import open_run_stage
 
-    return open_inputs(recipe.data, recipe.seed, recipe.global_batch, partial(open_stage, recipe))
+    return open_inputs(recipe.data, recipe.seed, recipe.global_batch, partial(open_run_stage, recipe))
 
 
 def deepspeed(recipe: Recipe, ranks: int) -> dict[str, Any]:

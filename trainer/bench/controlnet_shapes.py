@@ -98,7 +98,8 @@ def random_model(
     place = "sharded" if encoders else "cached"  # on one rank: a part of the model, or none
     placement = Placement(vae=place, text="cached", vision_encoder=place)
     flux = stage.flux.model_copy(update={"placement": placement})
-    placed = replace(stage, flux=flux, for_counting=False, previews=False)
+    control = stage.controlnet.model_copy(update={"latents": "true"})
+    placed = replace(stage, flux=flux, controlnet=control, for_counting=False, previews=False)
     model = built(lambda: placed.build(recomputed), device, dtype)
     if encoders:
         model.backbone.restore_rotary()

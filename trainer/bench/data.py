@@ -130,10 +130,10 @@ def _job(
     elif _names_shards(source):
         yield _images_only(source, samples, workers)
     else:
-        from ..stages import open_stage
+        from ..training.run_context import open_run_stage
 
         recipe = load_recipe(source, overrides)
-        stage = open_stage(recipe)
+        stage = open_run_stage(recipe)
         chosen = reader_bench.first_shards(recipe.data.shards, samples, workers)
         batch, data = recipe.micro_batch, recipe.data
         yield reader_bench.Job(

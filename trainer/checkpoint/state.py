@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -11,6 +13,8 @@ from ..models.weights import fill, full_shape, local_slice
 from ..optim.ema import Ema
 from ..optim.engine import Engine
 from ..stages import StageModel
+from .durable import WHOLE
+from .layout import rank_file
 from .reader import AVERAGED, CheckpointReader
 
 
@@ -26,6 +30,14 @@ class CheckpointWeights:
 
     def flat(self, name: str, lo: int, hi: int) -> Tensor:
         return self.reader.read(self.slot, name, lo, hi)
+
+    def content_hash(self) -> str:
+        """sha256 over the names of all parameters and the hashes of the slot in the manifest, or of the whole files
+        where it has none of the slot. The same weights saved by another number of ranks have another hash."""
+        manifest = self.reader.manifest
+        spans = [manifest.files[rank_file(rank)].spans for rank in range(manifest.ranks)]
+        hashes = [each[self.slot].hash if self.slot in each else each[WHOLE].hash for each in spans]
+        return hashlib.sha256(json.dumps([self.slot, sorted(manifest.shapes.items()), hashes]).encode()).hexdigest()
 
 
 def capture(engine: Engine, ema: Ema | None) -> tuple[dict[str, dict[str, Tensor]], dict[str, tuple[int, ...]]]:

@@ -38,7 +38,7 @@ def plan(
     chosen = find_device(device) if device else this_device()
     if plot and (chosen is None or chosen.bf16_tflops is None):
         raise RunError("--plot: needs step times; give a --device that has bf16_tflops")
-    from ..planner import parts, workload
+    from ..planner import caches, parts, workload
     from ..planner.curves import draw
     from ..planner.previews import image_generator_bytes
     from ..planner.report import Report
@@ -47,7 +47,14 @@ def plan(
     work, prompted = workload(settings), settings.stage == "patch-latents"
     previews = image_generator_bytes(settings.previews) if prompted else 0.0  # stage 2 generates images itself
     report = Report(
-        settings.name, parts(settings, text_tokens), work, numbers, chosen, text_tokens if prompted else None, previews
+        settings.name,
+        parts(settings, text_tokens),
+        work,
+        numbers,
+        chosen,
+        text_tokens if prompted else None,
+        previews,
+        caches(settings),
     )
     samples = samples or settings.steps * settings.global_batch
     if as_json:

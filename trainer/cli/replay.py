@@ -85,6 +85,8 @@ def _print(found: Replay, out: Path) -> None:
     for sample in (found.samples[i] for i in order):
         change = next((name for name in ("dropped", "exchanged") if sample.get(f"caption_{name}")), None)
         caption = f"({change}) {sample['caption']}" if change else sample["caption"]
+        if sample.get("latents_predicted"):
+            caption = f"(predicted latents) {caption}"
         table.add_row(f"{sample['loss']:.4g}", sample["key"], *(f"{sample[name]:.3f}" for name in drawn), caption)
     console.print(table)
     if len(order) < len(found.samples):

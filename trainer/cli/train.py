@@ -95,22 +95,27 @@ def _split(run: Path, settings: dict[str, Any], ranks: int) -> BatchSplit:
 
 
 def encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: RanksOption = None) -> None:
-    """Cache the outputs of the frozen parts (those placed as `cached`) next to the shards."""
+    """Cache the outputs of the frozen parts (those placed as `cached`), and predicted latents, next to the shards."""
     settings = load_recipe(recipe, overrides or [])
     if settings.stage == "patch-latents":
         cached, how = settings.backbone.vision_encoder == "cached", "backbone.vision_encoder=cached"
     else:
-        cached = settings.flux is not None and settings.flux.placement.cached
-        how = "flux.placement.vae, text or vision_encoder to cached"
+        placed = settings.flux is not None and settings.flux.placement.cached
+        cached = placed or settings.controlnet.latents != "true"
+        how = "flux.placement.vae, text or vision_encoder to cached, or controlnet.latents"
     if not cached:
         raise RunError(f"{settings.name}: caches nothing; set {how}")
     adopted = init_from_env(ranks)
     ranks = ranks or devices()
     if adopted or ranks == 1:
+        from ..inference.predicted_latents import PredictedOutputs
         from ..stages import open_controlnet, open_patch_latents
         from ..stages.precompute import encode as precompute
 
-        stage = (open_patch_latents if settings.stage == "patch-latents" else open_controlnet)(settings)
+        if settings.stage == "patch-latents":
+            stage = open_patch_latents(settings)
+        else:
+            stage = open_controlnet(settings, predictor=PredictedOutputs.open)
         shards = settings.data.shards, settings.validation.shards
         leave(precompute(stage.outputs(), *shards, settings.micro_batch))
     leave(run_ranks(ranks, ["data", "encode", recipe, *(overrides or [])]))

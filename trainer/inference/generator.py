@@ -5,7 +5,6 @@ Legend: B images, N patch latents of width D, S and P image sides in pixels for 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import textwrap
@@ -16,37 +15,29 @@ from typing import TypeVar
 
 import torch
 from PIL import Image
-from pydantic import ValidationError
 from torch import Tensor
 
-from ...kernels import PrefixLayout
-from ...kernels.attention import unavailable
-from ...recipes import Recipe, explain, load_recipe, with_new_names
 from ...slurm.run_folder import no_run
-from ..checkpoint.reader import CheckpointReader
-from ..checkpoint.state import CheckpointWeights, restore_statistics
+from ..checkpoint.state import restore_statistics
 from ..checkpoint.store import Store
 from ..distributed.process_group import Group
 from ..errors import RunError
 from ..models import latent_controlnet
 from ..models.flux import FluxFolder, FluxTokenizers, FrozenFlux, Tokens
 from ..models.hub import locate
-from ..models.kernel_selection import KernelChoice
 from ..models.latent_controlnet import LatentControlNet
 from ..models.prompt import PromptTemplate
 from ..models.weights import fill
 from ..stages import open_controlnet, open_patch_latents
-from ..stages.patch_latents import PatchLatentModel, PatchLatentStage
+from ..stages.patch_latents import PatchLatentModel
 from ..stages.unsharded import init_context
 from .flux_sampler import Sampling, Text, draw_noise, sample
-from .masked_decoding import Schedule, decode, draw_orders
+from .masked_decoding import Schedule
+from .mllm import decode_prompts, load_mllm
+from .stored_runs import RECIPE, checkpoint_weights, stored_recipe
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-RECIPE = "recipe.yaml"
-SLOTS = ("ema", "master")
-"""Weights to load from a checkpoint: the EMA if present, else the master weights."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +90,7 @@ class Generator:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        stage = open_patch_latents(_recipe(Path(mllm), "patch-latents"))
+        stage = open_patch_latents(stored_recipe(Path(mllm), "patch-latents"))
         assert stage.tokenizer is not None
         # The smaller model first: a mismatch is found before the large ones are read.
         width, side = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
@@ -146,17 +137,10 @@ class Generator:
         shares = self.group.gather(own)
         return [item for turn in range(math.ceil(count / batch)) for item in shares[turn % size][turn // size]]
 
-    @torch.no_grad()
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings = Settings()) -> Tensor:
         """Patch latents [B, N, D] decoded from the prompts, as one batch."""
-        # Caption dropout trains with the empty caption: that is the unconditional prompt.
-        rows = [*prompts, *([""] * len(prompts) if settings.guidance != 1 else [])]
-        input_ids, lengths = self.template.batch(rows)
-        patches = self.mllm.branch.side**2
-        prefix = self.mllm.backbone.prefix(input_ids.to(self.device), PrefixLayout.of(lengths, patches, self.device))
-        orders = draw_orders(seeds, patches).to(self.device)
         how = settings.steps, settings.schedule, settings.guidance
-        return decode(self.mllm.branch, self.mllm.head, prefix, orders, *how)
+        return decode_prompts(self.mllm, self.template, prompts, seeds, self.device, *how)
 
     def decoded(
         self,
@@ -217,24 +201,6 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()]
 
 
-def load_mllm(path: Path, stage: PatchLatentStage, device: torch.device, dtype: torch.dtype) -> PatchLatentModel:
-    """The model of a stage-1 run, or of an export of one in either layout."""
-    fast = unavailable("varlen", device, dtype) is None
-    over = "varlen" if fast else "sdpa"
-    stage.kernels = KernelChoice(attention=over, vision=over)
-    stage.backbone = stage.backbone.model_copy(update={"vision_encoder": None})  # images of no cache are encoded
-    with init_context(device, dtype):
-        model = stage.build()
-    stage.load(model)
-    model.to(device).eval()  # includes the rotary tables rebuilt by `load`
-    if (path / RECIPE).is_file():
-        fill(model.trainable(), _trained(_checkpoint(path)), path)
-    else:
-        source, names = stage.from_public_checkpoint(path)
-        fill({names[name]: parameter for name, parameter in model.trainable().items()}, source, path)
-    return model
-
-
 def load_image_generator(
     path: Path, flux: str | None, width: int, side: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[FrozenFlux, LatentControlNet, FluxTokenizers, int]:
@@ -260,13 +226,13 @@ def load_controlnet(
     fits patch latents [B, side^2, width].
     """
     if (path / RECIPE).is_file():
-        recipe = _recipe(path, "controlnet")
+        recipe = stored_recipe(path, "controlnet")
         assert recipe.flux is not None
         if flux:
             recipe = recipe.model_copy(update={"flux": recipe.flux.model_copy(update={"path": flux, "revision": None})})
         stage = open_controlnet(recipe)
         shape, folder, size = stage.shape, stage.folder, stage.flux.image_size
-        source = trained = _trained(_checkpoint(path))
+        source = trained = checkpoint_weights(path)
     else:
         shape, source = latent_controlnet.read_config(path)
         if flux is None:
@@ -289,7 +255,7 @@ def load_controlnet(
 
 def base_folder(path: Path) -> Path:
     """The folder of the MLLM that the stage-1 run, or export of one, at `path` was trained from."""
-    backbone = _recipe(path, "patch-latents").backbone
+    backbone = stored_recipe(path, "patch-latents").backbone
     return locate(backbone.path, backbone.revision)
 
 
@@ -299,38 +265,3 @@ def origin(path: Path) -> str:
         raise RunError(no_run(path, RECIPE))
     steps = Store(path / "checkpoints").steps()
     return f"{path.resolve()}{f' step {steps[-1]}' if steps else ''}"
-
-
-def _recipe(path: Path, stage: str) -> Recipe:
-    """The recipe in a run folder, or in an export's `config.json`."""
-    exported = path / "config.json"
-    if (path / RECIPE).is_file():
-        recipe = load_recipe(path / RECIPE, stored=True)
-    elif (recipe := _exported(exported) if exported.is_file() else None) is None:
-        raise RunError(no_run(path, f"{RECIPE}, nor is it an export of one: none in config.json"))
-    if recipe.stage != stage:
-        raise RunError(f"{path}: is a {recipe.stage} run, expected a {stage} run")
-    return recipe
-
-
-def _exported(file: Path) -> Recipe | None:
-    """The recipe in an export's `config.json`; None if it contains none."""
-    try:
-        found = json.loads(file.read_bytes())
-        stored = found.get("recipe") if isinstance(found, dict) else None
-        return None if stored is None else Recipe.model_validate(with_new_names(stored))
-    except ValidationError as error:
-        raise RunError(f"{file}: {explain(error, Recipe)}; fix it there, or export the run again") from error
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: is not JSON ({error}); export the run again") from error
-
-
-def _checkpoint(path: Path) -> CheckpointReader:
-    reader = Store(path / "checkpoints").newest_verified(slots=SLOTS)
-    if reader is None:
-        raise RunError(f"{path}: has no checkpoint that passes verification")
-    return reader
-
-
-def _trained(reader: CheckpointReader) -> CheckpointWeights:
-    return CheckpointWeights(reader, next(slot for slot in SLOTS if slot in reader.slots))

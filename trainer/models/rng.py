@@ -23,6 +23,7 @@ class Stream(IntEnum):
     NOISE = 5
     POSTERIOR = 6
     CAPTION_EXCHANGE = 7
+    PREDICTED_LATENTS = 8
 
 
 def uniform(seed: int, stream: Stream, epoch: IntArray, index: IntArray, lanes: int) -> npt.NDArray[np.float64]:

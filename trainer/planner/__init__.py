@@ -11,6 +11,7 @@ from typing import Any
 
 from ...recipes import BatchSplit, Recipe
 from ..errors import RunError
+from .caches import cached_bytes
 from .devices import Device
 from .flops import Part, patch_latent_parts
 from .flux_flops import controlnet_parts
@@ -88,6 +89,11 @@ def parts(recipe: Recipe, text_tokens: float = 80) -> list[Part]:
     if isinstance(model, PatchLatents):
         return patch_latent_parts(model, recipe.precision, text_tokens)
     return controlnet_parts(model, recipe.precision)
+
+
+def caches(recipe: Recipe) -> dict[str, int]:
+    """Kind of cache that the recipe reads -> bytes per sample of the data. RunError as of `open_model`."""
+    return cached_bytes(open_model(recipe), recipe.precision)
 
 
 def batch(global_batch: int, micro_batch: int, gpus: int) -> BatchSplit:

@@ -40,8 +40,10 @@ def controlnet_parts(model: LatentControl, precision: str) -> list[Part]:
     byte = 2 if precision == "bf16" else 4
     flux = tuple(flux_shapes.flux_part(folder, "transformer"))
     control = tuple(flux_shapes.controlnet(shape))
+    # Predicted latents are those of a cache.
+    vision = "cached" if model.latents == "predicted" else placement.vision_encoder
     return [
-        vision_encoder_part(model.config.vision_config, model.image_size, placement.vision_encoder),
+        vision_encoder_part(model.config.vision_config, model.image_size, vision),
         _vae(folder, side, placement.vae),
         *_text(folder, placement.text),
         _Stack(model, byte, "through", flux, *folder.blocks).part("FLUX", placement.transformer),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...recipes.schema import Backbone, Branch, ControlNet, Flux
+from ...recipes.stage2 import Latents
 from ..models.backbone_config import grid_side, read_shape
 from ..models.controlnet_config import ControlNetConfig
 from ..models.flux_config import FluxConfig
@@ -39,6 +40,7 @@ class LatentControl:
     folder: FluxConfig
     shape: ControlNetConfig
     image_size: int
+    latents: Latents
 
     @classmethod
     def open(cls, backbone: Backbone, flux: Flux, controlnet: ControlNet, image_size: int) -> LatentControl:
@@ -54,4 +56,4 @@ class LatentControl:
             controlnet.single,
             controlnet.norm,
         )
-        return cls(config, flux, folder, shape, image_size)
+        return cls(config, flux, folder, shape, image_size, controlnet.latents)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -33,8 +33,11 @@ class Report:
         device: Device | None,
         text_tokens: float | None,
         previews: float = 0.0,
+        caches: Mapping[str, int] = {},
     ) -> None:
-        """name: of the recipe. text_tokens: of a prompt; None if FLOPs do not depend on it. previews: see `plan`."""
+        """name: of the recipe. text_tokens: of a prompt; None if FLOPs do not depend on it. previews: see `plan`.
+        caches: kind -> bytes per sample."""
+        self.caches = dict(caches)
         self.name, self.parts, self.work, self.device, self.text_tokens = name, parts, work, device, text_tokens
         self.rows: list[Row] = []
         self.left_out: list[str] = []
@@ -129,6 +132,7 @@ class Report:
                 "kept_with_checkpointing": sum(part.kept_recomputed for part in self.parts),
             },
             "checkpoint_bytes": size,
+            "cache_bytes_per_sample": self.caches,
             "rows": rows,
             "left_out": self.left_out,
             "choices": [as_json(row) for row in self.choices],
@@ -144,6 +148,8 @@ class Report:
             f"activations kept per sample: {_gb(kept)} GB, with activation checkpointing {_gb(recomputed)} GB"
             f" ({'on' if self.work.recomputed else 'off'} in the recipe). A checkpoint: {_gb(size)} GB.",
         )
+        for kind, each in self.caches.items():
+            console.print(f"cache of kind {kind}: {each / 1e6:.3g} MB per sample of the data, next to its shards.")
         console.print(self._memory())
         console.print(self._traffic())
         if self.timed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from ...data import Dataset
 from ...data.reader import Collate
 from ...recipes import Recipe
-from ...recipes.schema import Kernels
+from ...recipes.schema import ControlNet, Kernels
 from ..distributed.process_group import Ranks
 from ..models.rng import IntArray
 from ..models.weights import Source, WeightFiles
+from .latent_cache import FrozenWeights, Predictor
 
 if TYPE_CHECKING:
     from .controlnet import ControlNetStage
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
 VALIDATION_SEED = 0
 """Seed of the draws for held-out samples, whatever the run's seed is."""
+
+
+OpenPredictor = Callable[[ControlNet, int, str, tuple[int, int]], Predictor]
+"""Opens what `controlnet.mllm` predicts: settings, seed, precision, and N and D of the patch latents [B, N, D]."""
 
 
 class Losses(NamedTuple):
@@ -85,6 +91,11 @@ class Stage(Protocol):
         """The files of the frozen weights, and the names of the weights used."""
         ...
 
+    def predicting(self) -> list[tuple[FrozenWeights, list[str]]]:
+        """The same for weights of another stage, whose cached predictions are an input. RunError if some cannot be
+        read."""
+        ...
+
     def from_public_checkpoint(self, path: Path) -> tuple[Source, dict[str, str]]:
         """Trained weights in the public layout at `path`, and parameter -> name in them."""
         ...
@@ -117,11 +128,12 @@ class Stage(Protocol):
         ...
 
 
-def open_stage(recipe: Recipe, for_counting: bool = False) -> Stage:
-    """The recipe's stage; RunError names what cannot be used. for_counting: read no weights or tokenizers."""
+def open_stage(recipe: Recipe, for_counting: bool = False, predictor: OpenPredictor | None = None) -> Stage:
+    """The recipe's stage; RunError names what cannot be used. for_counting: read no weights or tokenizers. predictor:
+    of packages above this one, needed to train or encode with predicted latents."""
     if recipe.stage == "patch-latents":
         return open_patch_latents(recipe, for_counting)
-    stage = open_controlnet(recipe, for_counting)
+    stage = open_controlnet(recipe, for_counting, predictor)
     stage.shape.require_use(stage.folder.transformer)
     return stage
 
@@ -134,12 +146,14 @@ def open_patch_latents(recipe: Recipe, for_counting: bool = False) -> PatchLaten
     return PatchLatentStage.open(*opened, for_counting)
 
 
-def open_controlnet(recipe: Recipe, for_counting: bool = False) -> ControlNetStage:
+def open_controlnet(
+    recipe: Recipe, for_counting: bool = False, predictor: OpenPredictor | None = None
+) -> ControlNetStage:
     """Stage 2, of which some blocks may have no effect; see `open_stage`."""
     from .controlnet import ControlNetStage
 
     assert recipe.flux is not None, "required by the recipe schema"
-    return ControlNetStage.open(
+    stage = ControlNetStage.open(
         recipe.backbone,
         recipe.flux,
         recipe.controlnet,
@@ -149,3 +163,6 @@ def open_controlnet(recipe: Recipe, for_counting: bool = False) -> ControlNetSta
         previews=recipe.previews.every is not None,
         for_counting=for_counting,
     )
+    if predictor and recipe.controlnet.latents != "true":
+        stage.predictor = predictor(recipe.controlnet, recipe.seed, recipe.precision, stage.condition)
+    return stage

@@ -1,4 +1,4 @@
-"""Stage 2: the latent ControlNet, trained by flow matching through a frozen FLUX on the images' own patch latents.
+"""Stage 2: the latent ControlNet, trained by flow matching through a frozen FLUX on patch latents.
 
 Objective and constants are those of diffusers' train_controlnet_flux.py; the public release uses its class and names.
 
@@ -32,9 +32,9 @@ from ..models.latent_controlnet import ControlNetConfig, LatentControlNet
 from ..models.rng import IntArray
 from . import VALIDATION_SEED, Losses, StageModel
 from .caption_exchange import CaptionExchange
-from .controlnet_collate import ControlNetCollate
+from .controlnet_collate import Cached, ControlNetCollate
 from .flux_outputs import FluxOutputs
-from .latent_cache import Cache, FrozenOutputs, Kind, open_caches
+from .latent_cache import Cache, FrozenOutputs, FrozenWeights, Kind, Predictor, open_caches
 from .patch_latents import grid_side
 from .placement import PlacedFlux, build_unsharded, offload, placements, set_unregistered_module
 from .vision_outputs import VisionOutputs
@@ -110,6 +110,7 @@ class LatentControlNetModel(StageModel):
         text: Tensor | None = None,
         pooled: Tensor | None = None,
         latents: Tensor | None = None,
+        predicted: Tensor | None = None,
     ) -> Losses:
         """Losses of images [B, 3, S, S] and the same images at FLUX's size, flux_images [B, 3, P, P], both uint8.
 
@@ -117,9 +118,12 @@ class LatentControlNetModel(StageModel):
         level. The draws of a sample, next to each other, share all that does not depend on them.
         normalizer: elements of the mean. t5 [B, L] and clip [B, 77] are token ids. A cache provides latents
         [B, N, D] instead of images, mean and std [B, c, h, w] instead of flux_images, text [B, L, E] and pooled [B, P]
-        instead of token ids.
+        instead of token ids. predicted: bool [B], samples with these latents although images are given.
         """
         condition = latents if images is None else self.backbone.patch_latents(images)
+        if predicted is not None:
+            assert condition is not None and latents is not None
+            condition = torch.where(predicted[:, None, None], latents, condition)
         if flux_images is not None:
             mean, std = self.flux.posterior(flux_images)
         if t5 is not None and clip is not None:
@@ -160,6 +164,7 @@ class ControlNetStage:
 
     backbone: Backbone
     flux: Flux
+    controlnet: ControlNet
     data: Data
     seed: int
     precision: str
@@ -170,13 +175,20 @@ class ControlNetStage:
     folder: FluxFolder
     shape: ControlNetConfig
     for_counting: bool
+    predictor: Predictor | None = None
+    """Of the predicted latents, if the recipe uses them."""
     kernels: KernelChoice = field(default_factory=KernelChoice)
     caches: dict[Kind, Cache] | None = None
     """Caches of cached parts, once opened."""
     sums: int = 5
     """Squared error and elements at noise levels up to one half, the same above, tokens."""
     identity: tuple[str, ...] = (
-        "controlnet",
+        "controlnet.double",
+        "controlnet.single",
+        "controlnet.norm",
+        "controlnet.latents",
+        "controlnet.decode_steps",
+        "controlnet.predicted_share",
         "flux.weights",
         "flux.image_size",
         "flux.guidance",
@@ -215,11 +227,12 @@ class ControlNetStage:
             controlnet.single,
             controlnet.norm,
         )
-        return cls(backbone, flux, data, seed, precision, previews, config, folder, shape, for_counting)
+        return cls(backbone, flux, controlnet, data, seed, precision, previews, config, folder, shape, for_counting)
 
     @property
     def source(self) -> str:
-        return f"backbone.path={self.backbone.path} and flux.path={self.flux.path}"
+        predictor = f", controlnet.mllm={self.controlnet.mllm}" if self.predictor else ""
+        return f"backbone.path={self.backbone.path}{predictor} and flux.path={self.flux.path}"
 
     @property
     def image_sizes(self) -> tuple[int, ...]:
@@ -238,8 +251,13 @@ class ControlNetStage:
         """For counting, the vision encoder is in the model; for previews a cached one is too."""
         if self.for_counting:
             return "sharded"
-        place = self.flux.placement.vision_encoder
+        place = "cached" if self.controlnet.latents == "predicted" else self.flux.placement.vision_encoder
         return "offloaded" if place == "cached" and self.previews else place
+
+    @property
+    def condition(self) -> tuple[int, int]:
+        """N and D of the patch latents."""
+        return grid_side(self.config, self.data.image_size) ** 2, self.config.vision_config.out_hidden_size
 
     @property
     def latents(self) -> tuple[int, int, int]:
@@ -270,11 +288,14 @@ class ControlNetStage:
         """The outputs that the recipe caches."""
         found: list[FrozenOutputs] = []
         for kind in self.flux.placement.cached:
-            if kind == "vision":
-                setting, size = "flux.placement.vision_encoder", self.data.image_size
-                found.append(VisionOutputs(setting, self.config, self.backbone_files(), size, self.precision))
-            else:
+            if kind != "vision":
                 found.append(FluxOutputs(kind, self.folder, self.flux, self.precision))
+            elif self.controlnet.latents != "predicted":
+                setting, size = "flux.placement.vision_encoder=cached", self.data.image_size
+                found.append(VisionOutputs(setting, self.config, self.backbone_files(), size, self.precision))
+        if self.controlnet.latents != "true":
+            assert self.predictor is not None, "opened without one"
+            found.append(self.predictor)
         return found
 
     def build(self, activation_checkpointing: bool = False) -> LatentControlNetModel:
@@ -292,6 +313,9 @@ class ControlNetStage:
                 found.append((files, list(self.folder.names(part, self.folder.build(part), files).values())))
         return found
 
+    def predicting(self) -> list[tuple[FrozenWeights, list[str]]]:
+        return self.predictor.frozen() if self.predictor else []
+
     def from_public_checkpoint(self, path: Path) -> tuple[weights.Source, dict[str, str]]:
         shape, files = latent_controlnet.read_config(path)
         side = grid_side(self.config, self.data.image_size)
@@ -303,14 +327,16 @@ class ControlNetStage:
         caches = self.caches if self.caches is not None else self.open_caches()
         share = self.flux.caption_exchange
         exchange = CaptionExchange(dataset, self.seed, share) if share else None
-        inputs = self.folder.tokenizers, self.latents, caches, self.seed, self.flux.caption_dropout
+        cached = Cached(caches, self.controlnet.drawn_share)
+        inputs = self.folder.tokenizers, self.latents, cached, self.seed, self.flux.caption_dropout
         return ControlNetCollate(*inputs, exchange=exchange, draws=self.flux.draws)
 
     def validation_collates(self, shards: str | list[str], ranks: Ranks) -> dict[str, ControlNetCollate]:
         data = self.data.model_copy(update={"shards": shards})
         caches = open_caches(self.outputs(), data, ranks.rank, ranks.size, ranks.gather, ranks.broadcast)
         middles = [(level + 0.5) / VALIDATION_LEVELS for level in range(VALIDATION_LEVELS)]
-        inputs = self.folder.tokenizers, self.latents, caches, VALIDATION_SEED
+        cached = Cached(caches, self.controlnet.drawn_share)
+        inputs = self.folder.tokenizers, self.latents, cached, VALIDATION_SEED
         return {f"noise_{middle:.4g}": ControlNetCollate(*inputs, 0.0, middle) for middle in middles}
 
     def mean_loss(self, sums: list[float]) -> float:

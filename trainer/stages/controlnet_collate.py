@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,15 @@ from .caption_exchange import CaptionExchange
 from .latent_cache import Cache, Kind
 
 
+@dataclass(frozen=True)
+class Cached:
+    """Caches of the shards that items come from. predicted_share: probability that a sample's patch latents are those
+    that stage 1 predicts."""
+
+    caches: dict[Kind, Cache]
+    predicted_share: float = 0.0
+
+
 class ControlNetCollate:
     """Items of a micro-batch -> arguments of the model; runs in the loader workers.
 
@@ -28,18 +38,18 @@ class ControlNetCollate:
         self,
         tokenizers: FluxTokenizers,
         latents: tuple[int, int, int],
-        caches: dict[Kind, Cache],
+        cached: Cached,
         seed: int,
         dropout: float,
         noise_level: float | None = None,
         exchange: CaptionExchange | None = None,
         draws: int = 1,
     ) -> None:
-        """latents: channels, height and width of the VAE's latents. caches: of the shards that items come from.
-        exchange: of the captions that are not dropped. draws: of noise and its level, per sample."""
+        """latents: channels, height and width of the VAE's latents. exchange: of the captions that are not dropped.
+        draws: of noise and its level, per sample."""
         self.tokenizers = tokenizers
         self.latents = latents
-        self.caches = caches
+        self.caches, self.predicted_share = cached.caches, cached.predicted_share
         self.seed, self.dropout = seed, dropout
         self.noise_level = noise_level
         self.exchange = exchange
@@ -49,6 +59,7 @@ class ControlNetCollate:
         epoch = np.array([item.epoch for item in items], dtype=np.int64)
         index = np.array([item.index for item in items], dtype=np.int64)
         dropped = chosen(self.seed, Stream.CAPTION_DROPOUT, epoch, index, self.dropout).tolist()
+        predicted = chosen(self.seed, Stream.PREDICTED_LATENTS, epoch, index, self.predicted_share).tolist()
         channels, height, width = self.latents
         rows = len(items) * self.draws
 
@@ -57,7 +68,7 @@ class ControlNetCollate:
             return flow.gaussian(torch.from_numpy(numbers)).view(rows, *shape)
 
         return {
-            **self._patch_latents(items),
+            **self._patch_latents(items, predicted),
             **self._flux_images(items),
             **self._text(self.exchange(items, dropped) if self.exchange else items, dropped),
             "posterior": normal(Stream.POSTERIOR, *self.latents),
@@ -67,10 +78,17 @@ class ControlNetCollate:
             else torch.full((rows,), math.log(1 / self.noise_level - 1)),
         }
 
-    def _patch_latents(self, items: list[Item]) -> dict[str, Tensor]:
-        if "vision" not in self.caches:
-            return {"images": stacked([item.image for item in items])}
-        return _stacked([self.caches["vision"].read(item.origin, item.key) for item in items])
+    def _patch_latents(self, items: list[Item], predicted: list[bool]) -> dict[str, Tensor]:
+        """Images, or latents of a cache. Where only some are `predicted` and the others are not cached, both of all
+        samples: every rank runs the vision encoder on equally many images, whose sharded weights it gathers."""
+        if "vision" in self.caches or self.predicted_share == 1:
+            kinds: list[Kind] = ["predicted" if each else "vision" for each in predicted]
+            return _stacked([self.caches[k].read(i.origin, i.key) for k, i in zip(kinds, items, strict=True)])
+        images = {"images": stacked([item.image for item in items])}
+        if "predicted" not in self.caches:
+            return images
+        latents = _stacked([self.caches["predicted"].read(item.origin, item.key) for item in items])
+        return {**images, **latents, "predicted": torch.tensor(predicted)}
 
     def _flux_images(self, items: list[Item]) -> dict[str, Tensor]:
         if "vae" not in self.caches:

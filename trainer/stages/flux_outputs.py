@@ -25,7 +25,7 @@ class FluxOutputs:
 
     def __init__(self, kind: Kind, folder: FluxFolder, flux: Flux, precision: str) -> None:
         self.kind: Kind = kind
-        self.setting = f"flux.placement.{kind}"
+        self.setting = f"flux.placement.{kind}=cached"
         self.empty = kind == "text"
         self.folder = folder
         self.image_size = flux.image_size

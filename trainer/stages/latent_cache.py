@@ -14,7 +14,7 @@ import json
 import os
 import posixpath
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -33,7 +33,7 @@ from ...recipes.schema import Data
 from ..distributed.process_group import Gather, single_process
 from ..errors import RunError
 
-Kind = Literal["vae", "text", "vision"]
+Kind = Literal["vae", "text", "vision", "predicted"]
 VERSION = 1
 REENCODE_HINT = "run `bifrost data encode` with this recipe"
 
@@ -105,7 +105,7 @@ class FrozenOutputs(Protocol):
 
     kind: Kind
     setting: str
-    """The setting that reads this cache, for errors."""
+    """The setting and value that read this cache, for errors."""
     empty: bool
     """Whether the output for the empty caption is stored too."""
 
@@ -124,6 +124,22 @@ class FrozenOutputs(Protocol):
 
     def encode(self, inputs: list[Any], device: torch.device) -> list[dict[str, Tensor]]:
         """The tensors of each of `inputs`, computed on `device`; where `empty` is set, "" is an input too."""
+        ...
+
+
+class FrozenWeights(Protocol):
+    """Stored weights that a run uses and does not train."""
+
+    def content_hash(self, names: Iterable[str], rank: int = 0, ranks: int = 1, gather: Gather = single_process) -> str:
+        """Hash of the weights `names`; the work is divided over the ranks, all of which call it."""
+        ...
+
+
+class Predictor(FrozenOutputs, Protocol):
+    """The patch latents that stage 1 predicts, [N, D] under the name `latents`."""
+
+    def frozen(self) -> list[tuple[FrozenWeights, list[str]]]:
+        """The weights of stage 1, and the names of those used."""
         ...
 
 
@@ -157,7 +173,7 @@ def _open_cache(
     problems = [(tar, problem) for tar, problem in zip(tars, found, strict=True) if problem]
     if not problems:
         return Cache(tars, max_open=most_open)
-    setting, (tar, problem) = f"{outputs.setting}=cached", problems[0]
+    setting, (tar, problem) = outputs.setting, problems[0]
     if len(problems) == len(tars) and {problem for _, problem in problems} == {"missing"}:
         if other := _difference(shards[0], kind, made):
             raise RunError(f"{setting}: {other}; {REENCODE_HINT}")

@@ -35,7 +35,7 @@ from ..models.masking import draw_masks, hidden_counts
 from ..models.prompt import PromptTemplate, load_tokenizer
 from ..models.rng import IntArray, Stream, chosen
 from . import VALIDATION_SEED, Losses, StageModel
-from .latent_cache import Cache, FrozenOutputs, Kind, open_caches
+from .latent_cache import Cache, FrozenOutputs, FrozenWeights, Kind, open_caches
 from .unsharded import build_unsharded, set_unregistered_module
 from .vision_outputs import VisionOutputs
 
@@ -263,7 +263,9 @@ class PatchLatentStage:
         if self.backbone.vision_encoder != "cached":
             return []
         assert self.files is not None
-        return [VisionOutputs("backbone.vision_encoder", self.config, self.files, self.image_size, self.precision)]
+        return [
+            VisionOutputs("backbone.vision_encoder=cached", self.config, self.files, self.image_size, self.precision)
+        ]
 
     def open_caches(
         self, rank: int = 0, ranks: int = 1, gather: Gather = single_process, broadcast: Broadcast | None = None
@@ -289,7 +291,10 @@ class PatchLatentStage:
             backbone = FrozenBackbone(self.config)
         return [(self.files, list(backbone.names(self.files).values()))]
 
-    def from_public_checkpoint(self, path: Path) -> tuple[weights.Source, dict[str, str]]:
+    def predicting(self) -> list[tuple[FrozenWeights, list[str]]]:
+        return []
+
+    def from_public_checkpoint(self, path: Path) -> tuple[weights.WeightFiles, dict[str, str]]:
         files = weights.WeightFiles(path)
         own = files.shape("head.weight") is not None  # the names of `bifrost export --format hf`
         with torch.device("meta"):

@@ -99,6 +99,7 @@ def check_continuation(
     """RunError when the checkpoint in `folder`, with JSON `state`, is not of the run with these `settings`."""
     name = settings["name"]
     check_stage(settings, state["recipe"], folder)  # first: between stages everything else differs too
+    check_unchanged(settings, state["recipe"], inputs.stage.identity, folder)  # they determine which weights are used
     if state["backbone"] != backbone_hash:
         raise RunError(
             f"{folder}: was trained on other frozen weights than {inputs.stage.source} (content hash"
@@ -110,7 +111,7 @@ def check_continuation(
             f"{folder}: was trained on other shards than data.shards={settings['data']['shards']} ({differ}): restore"
             f" them, or take another name than {name}"
         )
-    check_unchanged(settings, state["recipe"], (*FIXED, *inputs.stage.identity), folder)
+    check_unchanged(settings, state["recipe"], FIXED, folder)
 
 
 def difference(run: Path, dataset: Dataset, trained_on: str) -> str:

@@ -30,13 +30,14 @@ from ..models.kernel_selection import KernelChoice
 from ..models.masking import draw_orders
 from ..models.rng import Stream, chosen
 from ..optim.train_state import TrainState
-from ..stages import Stage, StageModel, open_stage
+from ..stages import Stage, StageModel
 from ..stages.controlnet import ControlNetStage
 from ..stages.patch_latents import PatchLatentStage
 from ..stages.unsharded import init_context
 from .data_digest import SequenceDigest, version
 from .inputs import Inputs, difference, open_inputs
 from .model import initialise_from
+from .run_context import open_run_stage
 from .run_history import Place
 
 GREY = 128
@@ -106,7 +107,7 @@ def replay(run: Path, place: Place, weights_step: int | None = None) -> Replay:
     when the samples do not match the run's data digest.
     """
     recipe = load_recipe(run / "recipe.yaml", stored=True)
-    inputs = open_inputs(recipe.data, recipe.seed, recipe.global_batch, partial(open_stage, recipe))
+    inputs = open_inputs(recipe.data, recipe.seed, recipe.global_batch, partial(open_run_stage, recipe))
     reader = _checkpoint(run, place, weights_step)
     if reader and reader.state["data"] != inputs.dataset.fingerprint:
         differ = difference(run, inputs.dataset, reader.state["data"])
@@ -214,12 +215,13 @@ def _draws(seed: int, stage: Stage, items: Sequence[Item], arrays: Sequence[dict
     if isinstance(stage, ControlNetStage):
         exchanged = chosen(seed, Stream.CAPTION_EXCHANGE, epoch, index, stage.flux.caption_exchange).tolist()
         dropped = chosen(seed, Stream.CAPTION_DROPOUT, epoch, index, stage.flux.caption_dropout).tolist()
+        predicted = chosen(seed, Stream.PREDICTED_LATENTS, epoch, index, stage.controlnet.drawn_share).tolist()
         drawn = sigmas(torch.cat([part["level"] for part in arrays])).view(len(items), -1).tolist()
         levels = [{"noise_level" + _suffix(draw): level for draw, level in enumerate(each)} for each in drawn]
         seeds = [[seed, item.epoch, item.index] for item in items]
         draws = [
-            {"caption_exchanged": exchange, **level, "noise_seed": each}
-            for exchange, level, each in zip(exchanged, levels, seeds, strict=True)
+            {"caption_exchanged": exchange, "latents_predicted": latents, **level, "noise_seed": each}
+            for exchange, latents, level, each in zip(exchanged, predicted, levels, seeds, strict=True)
         ]
     else:
         assert isinstance(stage, PatchLatentStage)

@@ -56,11 +56,13 @@ def _progress(reader: CheckpointReader | None) -> TrainState:
 
 
 def _frozen_hash(stage: Stage, ranks: Ranks) -> str:
-    """Content hash of the frozen weights that the run uses."""
+    """Content hash of the frozen weights that the run uses, and of those that predict its inputs."""
     parts = []
     for files, names in stage.frozen():
         files.require(names)
         parts.append(files.content_hash(names, ranks.rank, ranks.size, ranks.gather))
+    for predicting, names in stage.predicting():
+        parts.append(predicting.content_hash(names, ranks.rank, ranks.size, ranks.gather))
     return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 

@@ -18,11 +18,12 @@ from ..distributed.run_lock import BEAT_S, RunLock
 from ..distributed.stop_signals import StopSignals
 from ..distributed.topology import check_ranks
 from ..errors import RunError
+from ..inference.predicted_latents import PredictedOutputs
 from ..monitors.heartbeat import Heartbeat
 from ..monitors.phase_timer import PhaseTimer
 from ..monitors.watchdog import Watchdog
 from ..optim.deepspeed_config import deepspeed_config
-from ..stages import open_stage
+from ..stages import Stage, open_stage
 from .batch import split_batch
 from .inputs import Inputs, open_held_out, open_inputs
 
@@ -55,6 +56,11 @@ class RunContext:
     """Host of every rank."""
 
 
+def open_run_stage(recipe: Recipe) -> Stage:
+    """The recipe's stage, with what predicts its latents if it uses such; see `open_stage`."""
+    return open_stage(recipe, predictor=PredictedOutputs.open)
+
+
 @contextmanager
 def open_run(recipe: Recipe) -> Iterator[RunContext]:
     """Join the other ranks, open the inputs and take the lock of the run that `recipe` names; everything is
@@ -74,7 +80,7 @@ def open_run(recipe: Recipe) -> Iterator[RunContext]:
         if ranks.first and (len(topology) > 1 or "SLURM_STEP_ID" in os.environ):
             print("\n".join(topology), flush=True)
         batch = ranks.agreed(lambda: split_batch(recipe.global_batch, recipe.micro_batch, ranks.size, recipe.zero.hpz))
-        stage = partial(open_stage, recipe)
+        stage = partial(open_run_stage, recipe)
         inputs = ranks.agreed(
             lambda: open_inputs(
                 recipe.data, recipe.seed, batch.global_batch, stage, ranks.rank, ranks.gather, ranks.broadcast

@@ -13,7 +13,7 @@ import ranked
 import runs
 import tiny_flux
 from bifrost.recipes import load_recipe
-from bifrost.trainer.inference.generator import load_mllm
+from bifrost.trainer.inference.mllm import load_mllm
 from bifrost.trainer.stages import open_patch_latents, unsharded
 from bifrost.trainer.stages.precompute import encode
 from bifrost.trainer.stages.unsharded import offload

@@ -13,7 +13,8 @@ import plain
 import ranked
 import runs
 from bifrost.recipes import load_recipe
-from bifrost.trainer.inference.generator import load_controlnet, load_mllm
+from bifrost.trainer.inference.generator import load_controlnet
+from bifrost.trainer.inference.mllm import load_mllm
 from bifrost.trainer.planner import parts
 from bifrost.trainer.planner.layout import AS_SET, Zero
 from bifrost.trainer.planner.traffic import traffic

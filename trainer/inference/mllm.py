@@ -1,0 +1,66 @@
+"""The model of a stage-1 run, and the patch latents that it decodes from prompts.
+
+Legend: B prompts, N patches, D latent width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...kernels import PrefixLayout
+from ...kernels.attention import unavailable
+from ..models.kernel_selection import KernelChoice
+from ..models.prompt import PromptTemplate
+from ..models.weights import fill
+from ..stages.patch_latents import PatchLatentModel, PatchLatentStage
+from ..stages.unsharded import init_context
+from .masked_decoding import Schedule, decode, draw_orders
+from .stored_runs import checkpoint_weights, has_checkpoints
+
+
+def load_mllm(
+    path: Path, stage: PatchLatentStage, device: torch.device, dtype: torch.dtype, vision: bool = True
+) -> PatchLatentModel:
+    """The model of a stage-1 run, of one of its checkpoints, or of an export in either layout. vision: with its vision
+    encoder."""
+    fast = unavailable("varlen", device, dtype) is None
+    over = "varlen" if fast else "sdpa"
+    stage.kernels = KernelChoice(attention=over, vision=over)
+    # The cache of the run is not used: where the encoder is needed, images of no cache are encoded.
+    stage.backbone = stage.backbone.model_copy(update={"vision_encoder": None if vision else "cached"})
+    with init_context(device, dtype):
+        model = stage.build()
+    stage.load(model)
+    model.to(device).eval()  # includes the rotary tables rebuilt by `load`
+    if has_checkpoints(path):
+        fill(model.trainable(), checkpoint_weights(path), path)
+    else:
+        source, names = stage.from_public_checkpoint(path)
+        fill({names[name]: parameter for name, parameter in model.trainable().items()}, source, path)
+    return model
+
+
+@torch.no_grad()
+def decode_prompts(
+    model: PatchLatentModel,
+    template: PromptTemplate,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    device: torch.device,
+    steps: int = 16,
+    schedule: Schedule = "cosine",
+    guidance: float = 1.0,
+) -> Tensor:
+    """Patch latents [B, N, D] decoded from the prompts, as one batch; a seed per prompt determines the order of its
+    patches. See `decode`."""
+    # Caption dropout trains with the empty caption: that is the unconditional prompt.
+    rows = [*prompts, *([""] * len(prompts) if guidance != 1 else [])]
+    input_ids, lengths = template.batch(rows)
+    patches = model.branch.side**2
+    prefix = model.backbone.prefix(input_ids.to(device), PrefixLayout.of(lengths, patches, device))
+    orders = draw_orders(seeds, patches).to(device)
+    return decode(model.branch, model.head, prefix, orders, steps, schedule, guidance)
