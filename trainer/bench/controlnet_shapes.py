@@ -13,7 +13,8 @@ from ..models.backbone_config import grid_side
 from ..models.controlnet_config import ControlNetConfig, residuals_added
 from ..models.flux import FluxFolder
 from ..planner.flux_shapes import hidden_width
-from ..stages.controlnet import ControlNetStage, LatentControlNetModel
+from ..stages.controlnet import ControlNetStage
+from ..stages.controlnet_model import LatentControlNetModel
 from .shapes import built, draw_weights, scaled
 
 

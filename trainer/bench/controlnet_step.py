@@ -25,7 +25,8 @@ from ..errors import RunError
 from ..models.kernel_selection import VisionWork, choose_kernels
 from ..planner.flux_shapes import hidden_width
 from ..stages import open_controlnet
-from ..stages.controlnet import ControlNetStage, LatentControlNetModel
+from ..stages.controlnet import ControlNetStage
+from ..stages.controlnet_model import LatentControlNetModel
 from .comparison import Gradients, activation_bytes, errors, gradients
 from .controlnet_shapes import Batch, draw_batch, random_model, scaled_stage
 from .controlnet_table import Result, table

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from ..models.flux import image_ids, pack
 from ..models.resampler import on_grid
-from ..stages.controlnet import LatentControlNetModel
+from ..stages.controlnet_model import LatentControlNetModel
 from .controlnet_shapes import Batch
 from .routed import Mark
 

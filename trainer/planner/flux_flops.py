@@ -135,7 +135,7 @@ class _Stack:
         return self.double - self.skipped[0], self.single - self.skipped[1]
 
     def count(self, name: str) -> float:
-        """How often a layer is applied per sample."""
+        """How often per layer is applied per sample."""
         if name.startswith(FLUX_SHARED):
             return self.latents if name.endswith("upconv") else self.image
         if _modulates(name):

@@ -8,154 +8,37 @@ channels, S and P image sides in pixels for the vision encoder and for FLUX.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ...data import Dataset
 from ...data.spread import Broadcast
 from ...recipes.schema import Backbone, ControlNet, Data, Flux, Kernels
 from ..distributed.process_group import Gather, Ranks, single_process
-from ..models import flux as flow
 from ..models import latent_controlnet, weights
 from ..models.backbone import FrozenBackbone, read_config
-from ..models.flux import PARTS, FluxFolder, Part, Tokens
+from ..models.flux import PARTS, FluxFolder, Part
 from ..models.hub import architecture, locate
 from ..models.kernel_selection import KernelChoice, VisionWork, choose_kernels
-from ..models.latent_controlnet import ControlNetConfig, LatentControlNet
+from ..models.latent_controlnet import ControlNetConfig
 from ..models.rng import IntArray
-from . import VALIDATION_SEED, Losses, StageModel
+from . import VALIDATION_SEED
 from .caption_exchange import CaptionExchange
 from .controlnet_collate import Cached, ControlNetCollate
+from .controlnet_model import LatentControlNetModel
 from .flux_outputs import FluxOutputs
 from .latent_cache import Cache, FrozenOutputs, FrozenWeights, Kind, Predictor, open_caches
 from .patch_latents import grid_side
-from .placement import PlacedFlux, build_unsharded, offload, placements, set_unregistered_module
+from .placement import placements
 from .vision_outputs import VisionOutputs
 
 VALIDATION_LEVELS = 8
 """Noise levels at which the held-out loss is measured: the middles of as many equal intervals of 0 .. 1, as torchtitan
 validates FLUX for MLPerf Training."""
-
-
-class LatentControlNetModel(StageModel):
-    """Frozen vision encoder and FLUX, and the ControlNet between them. `load` fills the weights after construction."""
-
-    def __init__(self, stage: ControlNetStage, activation_checkpointing: bool) -> None:
-        super().__init__()
-        self.guidance = stage.flux.guidance
-        self.recomputed = activation_checkpointing
-        self.vision_placement = stage.vision_placement
-        self.build_vision_encoder: Callable[[], FrozenBackbone] = partial(
-            FrozenBackbone, stage.config, vision_attention=stage.kernels.vision, text=False
-        )
-        if self.vision_placement == "sharded":
-            self.backbone = self.build_vision_encoder()
-        self.flux = PlacedFlux(stage.folder, stage.where)
-        self.controlnet = LatentControlNet(stage.shape)
-
-    def statistics(self) -> dict[str, Tensor]:
-        return {f"controlnet.{name}": buffer for name, buffer in self.controlnet.statistics().items()}
-
-    def load(self, files: weights.WeightFiles, seed: int) -> None:
-        """Load frozen parts from their files; initialise the ControlNet as FLUX's copy with zero output projections."""
-        self.build_rest()
-        if self.vision_placement != "cached":
-            self.backbone.load(files)
-        self.flux.load()
-        self.offload()
-        transformer = self.flux.folder.files("transformer")
-        self.controlnet.initialise(transformer, transformer.path, seed)
-
-    def build_rest(self) -> None:
-        """Build the frozen parts that are not sharded, without weights, and the rotary tables; enable activation
-        checkpointing."""
-        like = next(self.controlnet.parameters())
-        if self.vision_placement not in ("sharded", "cached"):
-            set_unregistered_module(
-                self, "backbone", build_unsharded(self.build_vision_encoder, self.vision_placement, like)
-            )
-        self.flux.build_rest(like)
-        if self.vision_placement != "cached":
-            self.backbone.restore_rotary()
-        if self.recomputed:
-            self.flux.transformer.enable_gradient_checkpointing()
-            self.controlnet.enable_gradient_checkpointing()
-
-    def offload(self) -> None:
-        """Keep the filled weights of offloaded parts in host memory."""
-        device = weights.local_slice(next(self.controlnet.parameters()))[0].device
-        self.flux.offload(device)
-        if self.vision_placement == "offloaded":
-            offload(self.backbone.vision, device)
-
-    def forward(
-        self,
-        posterior: Tensor,
-        noise: Tensor,
-        level: Tensor,
-        normalizer: float,
-        images: Tensor | None = None,
-        flux_images: Tensor | None = None,
-        t5: Tensor | None = None,
-        clip: Tensor | None = None,
-        mean: Tensor | None = None,
-        std: Tensor | None = None,
-        text: Tensor | None = None,
-        pooled: Tensor | None = None,
-        latents: Tensor | None = None,
-        predicted: Tensor | None = None,
-    ) -> Losses:
-        """Losses of images [B, 3, S, S] and the same images at FLUX's size, flux_images [B, 3, P, P], both uint8.
-
-        posterior [B K, c, h, w] and noise [B K, M, C] are standard normal, as is level [B K], the logit of the noise
-        level. The draws of a sample, next to each other, share all that does not depend on them.
-        normalizer: elements of the mean. t5 [B, L] and clip [B, 77] are token ids. A cache provides latents
-        [B, N, D] instead of images, mean and std [B, c, h, w] instead of flux_images, text [B, L, E] and pooled [B, P]
-        instead of token ids. predicted: bool [B], samples with these latents although images are given.
-        """
-        condition = latents if images is None else self.backbone.patch_latents(images)
-        if predicted is not None:
-            assert condition is not None and latents is not None
-            condition = torch.where(predicted[:, None, None], latents, condition)
-        if flux_images is not None:
-            mean, std = self.flux.posterior(flux_images)
-        if t5 is not None and clip is not None:
-            text, pooled = self.flux.encode_text(Tokens(t5, clip))
-        assert condition is not None
-        assert mean is not None and std is not None and text is not None and pooled is not None
-        samples, patches = condition.shape[:2]
-        if (draws := len(level) // samples) > 1:
-            mean, std, text, pooled = (x.repeat_interleave(draws, 0) for x in (mean, std, text, pooled))
-        clean = flow.pack(self.flux.sample_posterior(mean, std, posterior))
-        sigma = flow.sigmas(level)
-        height, width = posterior.shape[-2:]
-        rest: dict[str, Any] = {
-            "text": text,
-            "pooled": pooled,
-            "timestep": sigma,
-            "guidance": self.flux.guidance(self.guidance, len(sigma), sigma.device),
-            "img_ids": flow.image_ids(height, width, sigma.device),
-            "txt_ids": torch.zeros(text.shape[1], 3, device=sigma.device),
-        }
-        noisy = flow.noisy(clean, noise, sigma)
-        residuals = self.controlnet(noisy, condition, **rest)
-        predicted = flow.velocity(self.flux.transformer, noisy, residuals, **rest)
-        error = predicted - flow.target(clean, noise)
-        squares = error.square().sum(dim=(1, 2))
-        # High-noise loss is dominated by FLUX; low-noise loss is what the ControlNet can improve.
-        noisier = (sigma > 0.5).float()
-        elements = noise[0].numel()
-        tokens = len(sigma) * (noise.shape[1] + text.shape[1]) + samples * patches
-        halves = [((squares.detach() * half).sum(), half.sum() * elements) for half in (1 - noisier, noisier)]
-        sums = torch.stack([*halves[0], *halves[1], squares.new_full((), tokens)])
-        return Losses(squares.sum() / normalizer, sums, squares.detach().view(samples, -1).sum(1) / normalizer)
 
 
 @dataclass

@@ -25,7 +25,7 @@ from bifrost.trainer.models.flux import FluxTokenizers
 from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.weights import WeightFiles
 from bifrost.trainer.stages import open_controlnet
-from bifrost.trainer.stages.controlnet import LatentControlNetModel
+from bifrost.trainer.stages.controlnet_model import LatentControlNetModel
 from bifrost.trainer.stages.patch_latents import PatchLatentModel
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
