@@ -28,9 +28,9 @@ from ..models.kernel_selection import choose_kernels, make_deterministic
 from ..optim.deepspeed_config import deepspeed_config
 from ..optim.ema import Ema
 from ..optim.engine import Engine, partitioned, require_quantizer
-from ..planner import plan, workload
+from ..planner import parts_of, plan, workload
 from ..planner.devices import this_device
-from ..planner.flops import Part, count_parts
+from ..planner.flops import Part
 from ..planner.flux_shapes import hidden_width
 from ..planner.opened import LatentControl, PatchLatents
 from ..planner.timing import done_flops, useful_flops
@@ -74,7 +74,7 @@ def bench(recipe: Recipe, *, random: bool, size: Size, steps: int, against_plan:
     stage = ranks.agreed(lambda: opened(recipe, random, size))
     work = stage.kernel_work(recipe.micro_batch, recipe.precision)
     stage.kernels, kernels = ranks.agreed(lambda: choose_kernels(recipe.kernels, *work, ranks))
-    parts = count_parts(counted(stage), recipe.precision, synthetic.text_tokens(stage))
+    parts = parts_of(counted(stage), recipe.precision, synthetic.text_tokens(stage))
     try:
         measured = measure(recipe, stage, parts, ranks, steps)
     except torch.OutOfMemoryError as error:
@@ -126,7 +126,8 @@ def counted(stage: Stage) -> PatchLatents | LatentControl:
     """The stage's model as a plan counts it."""
     if isinstance(stage, PatchLatentStage):
         return PatchLatents(stage.config, stage.backbone, stage.branch, stage.image_size, stage.seed)
-    return LatentControl(stage.config, stage.flux, stage.folder, stage.shape, stage.data.image_size)
+    latents = stage.controlnet.latents
+    return LatentControl(stage.config, stage.flux, stage.folder, stage.shape, stage.data.image_size, latents)
 
 
 def measure(recipe: Recipe, stage: Stage, parts: list[Part], ranks: Ranks, steps: int) -> Measured:

@@ -85,10 +85,14 @@ def open_model(recipe: Recipe) -> PatchLatents | LatentControl:
 def parts(recipe: Recipe, text_tokens: float = 80) -> list[Part]:
     """The parts of the recipe's model for prompts of `text_tokens` tokens (stage 1; FLUX pads its text). RunError as of
     `open_model`."""
-    model = open_model(recipe)
+    return parts_of(open_model(recipe), recipe.precision, text_tokens)
+
+
+def parts_of(model: PatchLatents | LatentControl, precision: str, text_tokens: float) -> list[Part]:
+    """The parts of an opened model; see `parts`. precision: `bf16` or `fp32`."""
     if isinstance(model, PatchLatents):
-        return patch_latent_parts(model, recipe.precision, text_tokens)
-    return controlnet_parts(model, recipe.precision)
+        return patch_latent_parts(model, precision, text_tokens)
+    return controlnet_parts(model, precision)
 
 
 def caches(recipe: Recipe) -> dict[str, int]:
