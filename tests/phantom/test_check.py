@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bifrost.trainer.planner import flops
+from bifrost.trainer.phantom import check
 
 
 def checked(*arguments: str) -> tuple[int, str]:
@@ -30,12 +30,17 @@ def test_a_plan_that_agrees_is_a_table() -> None:
 
 
 def test_a_plan_that_does_not_agree_has_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flops, "BRANCH_KEPT", (12, 2, 2))
+    counts = {"flops": 1e9, "kept": 1e9, "peak": 1e9, "held": 1e6, "reads": {"loop.py: run": 3}, "copies": {}}
+    monkeypatch.setattr(check, "count", lambda *_: {**counts, "wrong": ["table: torch.bfloat16"], "applied": False})
     code, printed = checked("--json")
     found = json.loads(printed)
     assert code == 1 and not found["agrees"]
-    assert [row["what"] for row in found["rows"] if not row["agrees"]] == ["kept per sample"]
-    assert found["problems"] == []
+    assert [row["agrees"] for row in found["rows"]] == [False, False, False]
+    assert found["problems"] == [
+        "the host waits for a value, 3 x: loop.py: run",
+        "buffer table: torch.bfloat16",
+        "a step did not update the weights",
+    ]
 
 
 def test_without_a_compiler_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 
 from ...recipes import Recipe
 from ..distributed.process_group import Ranks
+from ..errors import RunError
 from ..optim.deepspeed_config import deepspeed_config
 from ..optim.ema import Ema
 from ..optim.engine import Engine, partitioned
@@ -44,8 +44,9 @@ class EngineCounts:
 
 def count_engine(recipe: Recipe, ranks: int, text_tokens: int) -> EngineCounts:
     """Count steps of one pass on the first of `ranks` ranks. text_tokens: of every prompt of stage 1. RunError names
-    what of the recipe's folders cannot be used."""
+    what of the recipe cannot be counted."""
     recipe = recipe.model_copy(update={"global_batch": ranks * recipe.micro_batch})
+    _require_no_offload(recipe)
     mode = Phantom()
     _join(ranks)
     config = deepspeed_config(recipe.split(ranks), recipe.precision, recipe.zero, recipe.optimizer.clip)
@@ -53,11 +54,7 @@ def count_engine(recipe: Recipe, ranks: int, text_tokens: int) -> EngineCounts:
         stage = open_placed(recipe, placed=True)
         with partitioned(config, DEVICE):
             model: Any = stage.build(recipe.activation_checkpointing)
-        # Large weights in host memory, which nothing reads.
-        with mode.fake if offloads(recipe) else nullcontext():
-            model.build_rest()
-            if hasattr(model, "offload"):
-                model.offload()
+        model.build_rest()
         engine = Engine(model, recipe.optimizer, config, Ranks(0, ranks, DEVICE))
         average = Ema(engine.masters(), recipe.ema.decay, model.statistics()) if recipe.ema else None
         batch = random_batch(stage, recipe.micro_batch, text_tokens)
@@ -75,10 +72,14 @@ def count_engine(recipe: Recipe, ranks: int, text_tokens: int) -> EngineCounts:
     return EngineCounts(held, mode.memory.peak, dict(mode.reads), dict(mode.copies), wrong_buffers(model), applied)
 
 
-def offloads(recipe: Recipe) -> bool:
-    """Whether a part of the recipe's model is offloaded to host memory."""
-    places = [recipe.backbone.placement, *(recipe.flux.placement.model_dump().values() if recipe.flux else ())]
-    return "offloaded" in places
+def _require_no_offload(recipe: Recipe) -> None:
+    """RunError if a part is offloaded: its weights change their device, which fake tensors cannot."""
+    places = {"backbone.placement": recipe.backbone.placement}
+    if recipe.flux:
+        places |= {f"flux.placement.{part}": place for part, place in recipe.flux.placement.model_dump().items()}
+    for key, place in places.items():
+        if place == "offloaded":
+            raise RunError(f"{key}=offloaded: the phantom GPU counts no offloaded parts; check it with {key}=cached")
 
 
 def _join(ranks: int) -> None:

@@ -42,11 +42,10 @@ class Phantom(TorchDispatchMode):
     copies: place -> number of copies from host to device that the host waits for, or that an operator makes by itself
     because one of its inputs is on the host. Scalars that the host reads are 1, or False.
     memory, flops: of the operators within it.
-    fake: a context in which tensors that are created on the host are fake too: large weights that nobody reads.
     """
 
     # Of the process, as a device is: tables that outlive a mode are of the next one too.
-    fake = _Fake(allow_non_fake_inputs=True)
+    _fake = _Fake(allow_non_fake_inputs=True)
     _values: ClassVar[dict[int, tuple[Tensor, Tensor]]] = {}
 
     def __init__(self) -> None:
@@ -90,7 +89,7 @@ class Phantom(TorchDispatchMode):
         if name in READS and any(on_device(x) for x in inputs):
             self.reads[place(name)] += 1
             return _scalar(name, inputs[0])
-        with self.fake:
+        with self._fake:
             result = operator(*arguments, **settings)
         self._note_transfers(name, inputs, arguments, settings, result)
         self.memory.saw(result)

@@ -38,10 +38,11 @@ class Part:
     parameters: elements of every parameter, in order; widths: bytes of an element of each, None for those of the run's
     precision, empty if all are. linear, attention: FLOPs of the forward pass. returned_linear,
     returned_attention: the portion that gradients flow back through. first: FLOPs of trained layers whose inputs need
-    no gradient. kept: bytes saved by autograd; kept_recomputed: the same with every layer recomputed; layer: bytes of
-    the layer being recomputed; gradients: bytes of activation gradients in flight, gradients_recomputed: the same next
-    to a recomputed layer. last: FLOPs at the end of the layers whose results are not saved: recomputation stops before
-    them. place: as in recipes' `Placement`.
+    no gradient. kept: bytes saved by autograd; kept_recomputed: the same with every layer recomputed; kept_once: the
+    same of what all samples of a micro-batch share, in bytes per micro-batch. layer: bytes of the layer being
+    recomputed; gradients: bytes of activation gradients in flight, gradients_recomputed: the same next to a recomputed
+    layer. last: FLOPs at the end of the layers whose results are not saved: recomputation stops before them. place: as
+    in recipes' `Placement`.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Part:
     first: float = 0.0
     kept: float = 0.0
     kept_recomputed: float = 0.0
+    kept_once: float = 0.0
     layer: float = 0.0
     gradients: float = 0.0
     gradients_recomputed: float = 0.0

@@ -135,7 +135,7 @@ class _Stack:
         return self.double - self.skipped[0], self.single - self.skipped[1]
 
     def count(self, name: str) -> float:
-        """How often per layer is applied per sample."""
+        """Times that a layer is applied per sample."""
         if name.startswith(FLUX_SHARED):
             return self.latents if name.endswith("upconv") else self.image
         if _modulates(name):
@@ -217,6 +217,7 @@ class _Stack:
             first=linear_flops(self.weights, self.first),
             kept=kept,
             kept_recomputed=kept_recomputed,
+            kept_once=4.0 * self.tokens * self.width / flux_shapes.heads(self.model.folder.transformer),  # the rotation
             layer=state * FLUX_RECOMPUTED[self.gradient][1 if self.behind[1] else 0],
             gradients=5.0 * state,
             gradients_recomputed=5.0 * state,

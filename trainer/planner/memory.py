@@ -102,7 +102,7 @@ def memory(
         "gradients of a layer": 2 * weight * gradient,
         # The bucket is copied into the ranks' shards before it is sent.
         "reduce in flight": zero.reduce_bytes * min(zero.reduce_bucket, trainable),
-        "activations": micro_batch * kept,
+        "activations": micro_batch * kept + sum(part.kept_once for part in placed),
         "recomputed layer": micro_batch * layer,
         "gradients of activations": micro_batch * flight,
         "at work from host memory": offloaded,
