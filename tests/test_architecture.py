@@ -118,7 +118,7 @@ PRESCRIBED = {
     ("trainer/models/flux.py", "velocity"): "the arguments of diffusers' FLUX transformer",
     ("trainer/models/flux_transformer.py", "forward"): "the arguments of diffusers' FLUX transformer",
     ("trainer/models/latent_controlnet.py", "forward"): "the arguments of diffusers' FLUX ControlNet",
-    ("trainer/stages/controlnet.py", "forward"): "the arrays of a batch, some of them from a cache",
+    ("trainer/stages/controlnet_model.py", "forward"): "the arrays of a batch, some of them from a cache",
 }
 """Functions whose arguments another library or the batch prescribes."""
 
