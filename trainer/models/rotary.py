@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from . import libraries  # noqa: F401  # isort: skip
+
 from typing import Any
 
 import torch

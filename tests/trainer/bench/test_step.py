@@ -34,7 +34,7 @@ def model_of(recipe: Any, **shape: Any) -> tuple[Any, Any, int]:
     config = scaled(read_config(architecture(recipe.backbone.path)), **shape)
     tokens = step.grid_side(config, recipe.data.image_size) ** 2
     own = recipe.backbone, recipe.branch, recipe.data.image_size, recipe.seed
-    stage = PatchLatentStage(*own, config, tokens, None, None)
+    stage = PatchLatentStage(*own, config, tokens, None, None, for_counting=True)
     build = partial(stage.build, recipe.activation_checkpointing)
     return random_model(build, CPU, torch.float32), stage, tokens
 
