@@ -83,7 +83,8 @@ class RandomControlNet(ControlNetStage):
 def randomised(stage: PatchLatentStage | ControlNetStage) -> PatchLatentStage | ControlNetStage:
     """A copy of a stage opened for counting, to be built and loaded as in a run, with random frozen weights."""
     if isinstance(stage, PatchLatentStage):
-        return replace(stage, files=_backbone(stage.config, stage.backbone.path, text=True))
+        files = _backbone(stage.config, stage.backbone.path, text=True)
+        return replace(stage, files=files, for_counting=False)
     own = {each.name: getattr(stage, each.name) for each in fields(stage)}
     folder = RandomFlux(**{each.name: getattr(stage.folder, each.name) for each in fields(stage.folder)})
     return RandomControlNet(**{**own, "folder": folder, "for_counting": False})

@@ -47,8 +47,7 @@ def test_both_stages_are_measured_and_hold_what_is_planned(recipe: str, ranks: i
     for absent in ("mfu", "hfu", "peak_bytes", "alloc_retries"):  # a CPU has none of them
         assert found[absent] is None
     assert planned["step_s"] is None and planned["peak_bytes"] > planned["held_bytes"]
-    # DeepSpeed's buffers that do not grow with the model are 1.6 MB: 5 % of a tiny one.
-    assert found["held_bytes"] == pytest.approx(planned["held_bytes"], rel=0.05, abs=2e6)
+    assert found["held_bytes"] == pytest.approx(planned["held_bytes"], rel=0.05)
     if recipe == "tiny-mllm":
         # Weights, master, two moments, accumulated gradient, average; frozen weights are whole on every rank. Trained
         # ones are all below zero.persistence_threshold: on two ranks they are held whole next to their slices.
