@@ -70,8 +70,8 @@ def test_the_end_of_a_run_does_not_wait_for_what_cannot_succeed(make_run):
         assert not mirror.finish(60)
         assert time.monotonic() - begin < 15
         http.shutdown()
-    told = [line for line in said if not line.startswith("sending the end")]  # a slow machine also announces the wait
-    assert len(told) == 1 and "not sent to MLflow, training continues: http" in told[0] and "HTTP 401" in told[0]
+    shown = [line for line in said if not line.startswith("sending the end")]  # a slow machine also announces the wait
+    assert len(shown) == 1 and "not sent to MLflow, training continues: http" in shown[0] and "HTTP 401" in shown[0]
 
 
 def test_a_long_wait_at_the_end_is_announced(door, make_run, monkeypatch):
