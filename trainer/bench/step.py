@@ -78,9 +78,8 @@ def bench(
     lengths = [length for length in real_lengths(samples, branch.max_text_tokens) for _ in range(draws)]
     vision = VisionWork.of(config, samples, size, precision)
     kernels, _ = choose_kernels(recipe.kernels, replace(work, lengths=lengths), vision, Ranks(0, 1, device))
-    stage = PatchLatentStage(
-        recipe.backbone, branch, size, recipe.seed, config, tokens, None, None, kernels, for_counting=True
-    )
+    settings = recipe.backbone, branch, size, recipe.seed, config, tokens
+    stage = PatchLatentStage(*settings, None, None, kernels, for_counting=True)
     model = random_model(partial(stage.build, recomputed), device, dtype)
     counted = PatchLatents(config, recipe.backbone, branch, size, recipe.seed)
     opponent = _baseline(baseline, model, recomputed, draws)
