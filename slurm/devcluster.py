@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from .errors import SlurmError
-from .rank_env import PORTS
+from .rank_env import PORTS, free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 CPUS = 8
@@ -222,13 +222,11 @@ def _write_files(folder: Path, names: list[str]) -> Path:
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Different ports, none of them ephemeral: the daemons bind them later, and again after a restart."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port(secrets.randbelow(PORTS)))
+    return list(ports)
 
 
 def _find(program: str) -> str | None:

@@ -19,6 +19,7 @@ from bifrost.data import kept as kept_module
 from bifrost.data.files import Stream, content, exists
 from bifrost.data.remote_file import RemoteFile
 from faulty_server import Plan, Rule
+from ports import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +86,7 @@ def test_recovers_from_each_fault(served, folder, fault, caplog) -> None:
 
 
 def test_server_that_is_down_is_data_lost_not_missing(folder, monkeypatch) -> None:
-    port = faulty_server.free_port()
+    port = free_port()
     for name, value in object_store.environment(f"http://127.0.0.1:{port}").items():
         monkeypatch.setenv(name, value)
     for address in (f"http://127.0.0.1:{port}/s-00000.tar", "s3://bucket/s-00000.tar", "s3://bucket/s-*.tar"):
@@ -98,7 +99,7 @@ def test_server_that_is_down_is_data_lost_not_missing(folder, monkeypatch) -> No
 
 
 def test_server_that_comes_up_late(folder, monkeypatch) -> None:
-    port = faulty_server.free_port()
+    port = free_port()
     opened: list = []
     monkeypatch.setattr(retry, "_sleep", lambda seconds: time.sleep(min(seconds, 0.3)))
     reader = threading.Thread(

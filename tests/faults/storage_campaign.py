@@ -26,6 +26,7 @@ import ranked
 import runs
 import small_model
 import small_shards
+from ports import free_port
 
 TRAIN_EVERY = 10
 """One of so many runs is a `bifrost train`; the others read one epoch through the loader."""
@@ -95,7 +96,7 @@ class StorageCampaign:
         # Below the retry time of both kinds.
         late_s = chance.choice([0.0, 0.0, 0.0, 0.3 if kind == "read" else 2.0])
         run = Run(kind, server, late_s)
-        port = faulty_server.free_port()
+        port = free_port()
         address = f"http://127.0.0.1:{port}"
         spec = "s3://bucket" if server == "s3" else address
         spec += "/train-{00000..00003}.tar"

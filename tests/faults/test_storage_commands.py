@@ -21,6 +21,7 @@ import small_model
 from bifrost.data import ingest, open_dataset, retry
 from bifrost.trainer.cli import main
 from faulty_server import Plan, Rule
+from ports import free_port
 
 SHARDS = "train-{00000..00003}.tar"
 
@@ -162,7 +163,7 @@ def test_permanent_errors_are_one_line(case, said, s3, shards, tmp_path, bifrost
 
 
 def test_endpoint_that_stays_down_is_data_lost(tmp_path, bifrost, monkeypatch) -> None:
-    address = f"http://127.0.0.1:{faulty_server.free_port()}"
+    address = f"http://127.0.0.1:{free_port()}"
     for name, value in object_store.environment(address).items():
         monkeypatch.setenv(name, value)
     for spec in (f"{address}/train-00000.tar", "s3://bucket/train-00000.tar"):

@@ -73,7 +73,8 @@ def test_faults_of_the_link(nodes: TwoNodes, ask) -> None:
     came, seconds = ask(18)
     assert came == 18 and 0.38 <= seconds < 0.7
     nodes.set(Link(loss=0.2))
-    assert 80 <= ask(200)[0] <= 170  # 0.8 x 0.8 of 200 is 128
+    # 0.8 x 0.8 of 200 is 128. Few at a time: a socket's buffer drops what exceeds it, too.
+    assert 80 <= sum(ask(20)[0] for _ in range(10)) <= 170
     nodes.set(Link(loss=1))
     assert ask(3)[0] == 0
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ports import free_port
 from ranked import Rank, run
 
 PRE = "123-0-0"
@@ -89,11 +90,8 @@ def task(folder: str, size: int, port: int, case: dict) -> int:
 
 def step(folder: Path, size: int, **case) -> list[Rank]:
     """The ranks of a step on `size` nodes; faults by rank as n0, n1, …"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     plain = {name[1:] if name[1:].isdigit() else name: value for name, value in case.items()}
-    return run(task, size, str(folder), size, port, plain)
+    return run(task, size, str(folder), size, free_port(), plain)
 
 
 def verdict(folder: Path) -> dict:

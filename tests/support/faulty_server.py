@@ -240,9 +240,3 @@ def serving(source: Path | str | Source, plan: Plan | None = None, port: int = 0
     finally:
         server.shutdown()
         server.server_close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from ports import free_port
+
 
 class Server:
     """A server at `uri` with its database and artifacts in `folder`, which a `start` after a `kill` reuses."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:

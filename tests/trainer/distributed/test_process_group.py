@@ -29,6 +29,7 @@ from bifrost.trainer.distributed.rendezvous import describe_missing
 from bifrost.trainer.distributed.stop_signals import StopSignals
 from bifrost.trainer.errors import RendezvousTimeout, RunError, lost_rank
 from bifrost.trainer.monitors.console import log_to_file
+from ports import free_port
 
 MEET = """
 import os, time
@@ -49,10 +50,8 @@ def join_ranks(
     *restarts: str | None, wait_s: float = 10, blocked: int | None = None, bound: bool = False, **variables: str
 ) -> list[subprocess.CompletedProcess[str]]:
     """Ranks of one job on the same port, each with the given SLURM_RESTART_COUNT; the rank of a None never starts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": str(len(restarts)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    port = str(free_port())
+    common = {**os.environ, "WORLD_SIZE": str(len(restarts)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     job = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "GLOO_SOCKET_IFNAME": "lo", "WAIT": str(wait_s), **variables}
     ranks = {
         rank: subprocess.Popen(
@@ -283,9 +282,7 @@ def wait_alone(rank: str, route: str, trains: bool) -> None:
         return
     if route != "file":
         del os.environ["BIFROST_RENDEZVOUS"]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if route == "torchrun":
         os.environ["TORCHELASTIC_RUN_ID"] = "1"
     StopSignals() if trains else end_on_interrupt()

@@ -24,7 +24,8 @@ from bifrost.trainer.cli import main
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models import hub as model_hub
 from bifrost.trainer.training import inputs
-from faulty_server import Rule, free_port
+from faulty_server import Rule
+from ports import free_port
 
 FILES = {
     "config.json": b'{"model_type": "qwen2_5_vl"}',
