@@ -219,7 +219,8 @@ def live_bytes(device: torch.device) -> int:
     # Not isinstance(), which asks some objects for their __class__, and they warn.
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    # Those of meta and fake tensors have no memory.
+    return sum({each.data_ptr(): each.nbytes() for each in storages if each.device.type == device.type}.values())
 
 
 def launches(step: Callable[[], None], device: torch.device) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ranked
 from bifrost.recipes import load_recipe
@@ -104,7 +105,9 @@ def test_random_weights_are_a_function_of_their_name() -> None:
 def test_live_bytes_count_every_storage_once() -> None:
     before = engine.live_bytes(CPU)
     kept = [torch.zeros(1000, 250)]
-    kept += [kept[0][10:], kept[0].T]
+    kept += [kept[0][10:], kept[0].T, torch.zeros(500, device="meta")]
+    with FakeTensorMode():
+        kept += [torch.zeros(500)]
     assert engine.live_bytes(CPU) - before == 1_000_000
     del kept
     assert engine.live_bytes(CPU) == before
