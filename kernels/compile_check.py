@@ -1,7 +1,7 @@
 """Compile every kernel for several GPUs, without needing one, and reject configurations that spill or do not fit.
 
-`python -m bifrost.kernels.compile_check`: needs only Triton and its ptxas. Does not check what a compiler cannot see:
-speed, races and barriers.
+`python -m bifrost.kernels.compile_check`: needs only Triton with its ptxas and nvdisasm. The GEMMs' machine code for
+sm_90 is read as well: `sass_gate`. Does not check what a compiler cannot see: speed, races and barriers.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import itertools
 import os
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from . import sass, sass_gate
 from .errors import first_line
 from .gather_norm import BLOCK_R
 from .gather_norm import _backward_kernel as norm_backward
@@ -68,6 +69,8 @@ class Build:
     shared: int
     warps: int
     matrix_instructions: int
+    cubin: bytes = field(default=b"", repr=False)
+    """The machine code."""
 
     @property
     def problems(self) -> list[str]:
@@ -228,6 +231,7 @@ def build(case: Case, arch: int) -> Build:
         shared=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
         matrix_instructions=compiled.asm["ptx"].count(MATRIX_INSTRUCTIONS[arch]),
+        cubin=compiled.asm["cubin"],
     )
 
 
@@ -239,13 +243,21 @@ def _number(pattern: str, text: str) -> int:
 
 
 def main() -> int:
-    """Print the number of builds and one line per build as it finishes; returns 1 when one is refused."""
+    """Print the number of builds and a line per build as it finishes, then a line per GEMM's machine code for sm_90.
+
+    Returns 1 when one is refused, 2 without a disassembler.
+    """
+    try:
+        sass.disassembler()
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 2
     total = sum(len(case.arches) for case in cases())
     print(
         f"{f'{total} builds':<44} {'target':>6} {'regs':>5} {'spill':>6} {'shared':>8} {'warps':>6} {'matrix':>7}",
         flush=True,
     )
-    refused = 0
+    refused, gemms = 0, []
     for case in cases():
         for arch in case.arches:
             label = f"{case.name:<44} {'sm_' + str(arch):>6}"
@@ -258,6 +270,8 @@ def main() -> int:
                 refused += 1
                 print(f"{label}  REFUSED: does not compile: {first_line(error)}", flush=True)
                 continue
+            if case.matrix and arch == 90:
+                gemms.append(made)
             verdict = "; ".join(made.problems)
             refused += bool(verdict)
             print(
@@ -265,7 +279,23 @@ def main() -> int:
                 f" {made.warps:>6} {made.matrix_instructions:>7}  {'REFUSED: ' + verdict if verdict else 'ok'}",
                 flush=True,
             )
-    return 1 if refused else 0
+    return 1 if refused + check_machine_code(gemms) else 0
+
+
+def check_machine_code(gemms: list[Build]) -> int:
+    """Print what the machine code of every GEMM contains; returns the number of those refused."""
+    refused = 0
+    print(f"\n{sass_gate.header()}", flush=True)
+    for made in gemms:
+        try:
+            reading = sass_gate.read(made, sass.disassemble(made.cubin))
+        except (RuntimeError, ValueError) as error:
+            refused += 1
+            print(f"{made.case.name:<44} REFUSED: {first_line(error)}", flush=True)
+            continue
+        refused += bool(reading.problems)
+        print(reading.row, flush=True)
+    return refused
 
 
 if __name__ == "__main__":
