@@ -140,6 +140,9 @@ def cases() -> list[Case]:
     return found
 
 
+TMA = ("triton-tma", "triton-tma-pair")
+"""Providers that get tensor descriptors from the host."""
+
 _LOSS_MODES = {"forward": (True, True), "forward, no db": (True, False), "loss only": (False, False)}
 """Whether d and its column sums are stored."""
 
@@ -147,14 +150,15 @@ _LOSS_MODES = {"forward": (True, True), "forward, no db": (True, False), "loss o
 def _latent_loss_cases() -> list[Case]:
     """The kernel of every provider; the warp-specialized one never sums columns itself."""
     found: list[tuple[str, str, str]] = [
-        *itertools.product(("triton", "triton-tma"), ("bf16",), _LOSS_MODES),
+        *itertools.product(("triton", *TMA), ("bf16",), _LOSS_MODES),
         *itertools.product(("triton-ws",), ("bf16",), ("forward, no db", "loss only")),
         *itertools.product(("in-place",), ("bf16",), ("forward", "loss only")),
-        *itertools.product(("triton", "triton-tma", "in-place"), ("fp16",), ("forward",)),
+        *itertools.product(("triton", *TMA, "in-place"), ("fp16",), ("forward",)),
         ("triton-ws", "fp16", "forward, no db"),
         ("triton", "fp32", "forward"),
     ]
-    arches = {"triton-tma": ((90, 100),), "triton-ws": ((90,), (100,))}  # separate tiles per architecture
+    apart = ((90,), (100,))  # with tiles of their own
+    arches = {"triton-tma": apart, "triton-tma-pair": ((90, 100),), "triton-ws": apart}
     return [_latent_loss_case(*case, some) for case in found for some in arches.get(case[0], ((80, 90, 100),))]
 
 
@@ -167,11 +171,13 @@ def _latent_loss_case(provider: str, dtype: str, mode: str, arches: tuple[int, .
     if provider == "in-place":
         types["prediction"] = f"*{dtype}"
         return _case(f"{name} {mode}", inplace_kernel, types, "D stride_target", constants, tile.warps)
-    types["bias residual"] = f"*{dtype}"
+    types["bias"] = types["residual"] = f"*{dtype}"
     constants |= {"HAS_BIAS": True, "UPCAST": False, "BLOCK_K": tile.depth, "GROUP": tile.group, "SLICES": tile.slices}
-    if provider == "triton-tma":
+    if provider in TMA:
         types["hidden"] = f"tensordesc<{dtype}[{tile.rows},{tile.depth}]>"
         types["weight"] = f"tensordesc<{dtype}[{tile.columns},{tile.depth}]>"
+        types["target"] = f"tensordesc<{dtype}[{tile.rows},{tile.columns // tile.slices}]>"
+        types["residual"] = types["target"] if store else types["residual"]
     else:
         types["hidden weight"] = f"*{dtype}"
     if provider != "triton":
@@ -254,13 +260,13 @@ def main() -> int:
         return 2
     total = sum(len(case.arches) for case in cases())
     print(
-        f"{f'{total} builds':<44} {'target':>6} {'regs':>5} {'spill':>6} {'shared':>8} {'warps':>6} {'matrix':>7}",
+        f"{f'{total} builds':<48} {'target':>6} {'regs':>5} {'spill':>6} {'shared':>8} {'warps':>6} {'matrix':>7}",
         flush=True,
     )
     refused, gemms = 0, []
     for case in cases():
         for arch in case.arches:
-            label = f"{case.name:<44} {'sm_' + str(arch):>6}"
+            label = f"{case.name:<48} {'sm_' + str(arch):>6}"
             if case.name.startswith("triton-ws") and not halves_epilogue():
                 print(f"{label}  left out: needs Triton 3.7, this is {triton.__version__}", flush=True)
                 continue
@@ -291,7 +297,7 @@ def check_machine_code(gemms: list[Build]) -> int:
             reading = sass_gate.read(made, sass.disassemble(made.cubin))
         except (RuntimeError, ValueError) as error:
             refused += 1
-            print(f"{made.case.name:<44} REFUSED: {first_line(error)}", flush=True)
+            print(f"{made.case.name:<48} REFUSED: {first_line(error)}", flush=True)
             continue
         refused += bool(reading.problems)
         print(reading.row, flush=True)

@@ -24,8 +24,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .latent_loss_triton import descriptor_kernel, inplace_kernel, pointer_kernel, tiles
 from .runtime import INTERPRETED, accumulator, check_device, triton, triton_accumulator
 
-Provider = Literal["reference", "in-place", "triton", "triton-tma", "triton-ws"]
+Provider = Literal["reference", "in-place", "triton", "triton-tma", "triton-tma-pair", "triton-ws"]
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+_DESCRIPTORS = ("triton-tma", "triton-tma-pair", "triton-ws")
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,9 @@ def patch_latent_loss(
     [T], detached. fp64 inputs are computed in fp64.
 
     provider: `reference` is plain PyTorch; `in-place` the library's GEMM and one pass over its output; `triton` a GEMM
-    with the loss as its epilogue; `triton-tma` the same with tensor descriptors; `triton-ws` also with warp
-    specialization. All but the first are interpreted without a GPU; see `unavailable` for their other requirements.
+    with the loss as its epilogue; `triton-tma` the same with tensor descriptors; `triton-tma-pair` with smaller tiles,
+    two at a time on a multiprocessor; `triton-ws` with warp specialization. All but the first are interpreted without a
+    GPU; see `unavailable` for their other requirements.
     """
     if provider != "reference":
         kind = hidden.device.type
@@ -84,7 +86,7 @@ def unavailable(provider: Provider, device: torch.device, dtype: torch.dtype) ->
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"{provider} needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-    if provider in ("triton-tma", "triton-ws"):
+    if provider in _DESCRIPTORS:
         if dtype == torch.float32:
             return f"{provider} computes in bf16 and fp16: fp32 does not run on tensor cores"
         if capability[0] not in (9, 10) or torch.version.hip:  # 12.x has half the shared memory that the tiles need
@@ -116,8 +118,10 @@ def _fused(hidden, weight, bias, target, token_weight, provider, keep, sum_colum
     assert hidden.dtype == weight.dtype, f"hidden is {hidden.dtype}, weight {weight.dtype}"
     accumulate = accumulator(hidden)
     hidden, weight, target = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight, target))
-    if provider in ("triton-tma", "triton-ws"):
-        reason = _no_descriptor(hidden) or _no_descriptor(weight)
+    if provider in _DESCRIPTORS:
+        reason = _no_descriptor(hidden) or _no_descriptor(weight) or _no_descriptor(target)
+        if reason is None and weight.shape[0] * hidden.element_size() % 16:
+            reason = f"rows of {weight.shape[0]} elements of {hidden.dtype} are not a multiple of 16 bytes"
         if reason is not None:
             _warn_once(f"{provider} falls back to triton: {reason}")
             provider = "triton"
@@ -175,28 +179,35 @@ def _launch(
     options |= {"HAS_BIAS": bias is not None, "UPCAST": INTERPRETED, "SLICES": tile.slices}
     options |= {"BLOCK_K": tile.depth, "GROUP": tile.group}
     loads: dict[str, Any] = {"WARP_SPECIALIZE": provider == "triton-ws"}
+    tensors = (hidden, weight, bias, target, token_weight, d)
     rest = (
-        bias, target, token_weight, d, row_sums, column_sums,
-        tokens, width, latents, hidden.stride(0), weight.stride(0), target.stride(0),
+        row_sums, column_sums, tokens, width, latents, hidden.stride(0), weight.stride(0), target.stride(0),
     )  # fmt: skip
     if provider == "triton":
-        pointer_kernel[grid](hidden, weight, *rest, **options)
-    elif provider == "triton-tma":
-        h = TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth])
-        w = TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth])
-        descriptor_kernel[grid](h, w, *rest, **loads, **options)
+        pointer_kernel[grid](*tensors, *rest, **options)
+    elif provider != "triton-ws":
+        slice_shape = [tile.rows, tile.columns // tile.slices]
+        described = (
+            TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]),
+            TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
+            bias,
+            TensorDescriptor.from_tensor(target, slice_shape),
+            token_weight,
+            TensorDescriptor.from_tensor(d, slice_shape) if store else d,
+        )
+        descriptor_kernel[grid](*described, *rest, **loads, **options)
     else:
 
         def specialized() -> None:  # its descriptors are created on the device, in memory that Triton allocates
             triton.set_allocator(lambda size, alignment, stream: row_sums.new_empty(size, dtype=torch.int8))
-            descriptor_kernel[grid](hidden, weight, *rest, **loads, **options)
+            descriptor_kernel[grid](*tensors, *rest, **loads, **options)
 
         contextvars.copy_context().run(specialized)  # keeps the program's own allocator
     return d, row_sums, column_sums
 
 
 def _no_descriptor(operand: Tensor) -> str | None:
-    """Why `operand` [rows, K], with contiguous rows, cannot have a tensor descriptor; None if it can."""
+    """Why `operand` [rows, columns], with contiguous rows, cannot have a tensor descriptor; None if it can."""
     if operand.data_ptr() % 16:
         return "an operand is not aligned to 16 bytes"
     if operand.stride(0) * operand.element_size() % 16 or operand.stride(0) < operand.shape[1]:

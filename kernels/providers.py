@@ -20,9 +20,9 @@ from .errors import first_line
 from .latent_loss import Provider, patch_latent_loss, unavailable
 from .runtime import triton
 
-# In order of preference: the first two have the more accurate gradient. `triton-ws` is left out on purpose: its warp
+# In order of preference: the first three have the more accurate gradient. `triton-ws` is left out on purpose: its warp
 # specialization compiles but is untested on hardware, and a wrong barrier hangs. It is used only on explicit request.
-LOSS_CANDIDATES: tuple[Provider, ...] = ("triton-tma", "triton", "in-place", "reference")
+LOSS_CANDIDATES: tuple[Provider, ...] = ("triton-tma", "triton-tma-pair", "triton", "in-place", "reference")
 
 
 @dataclass(frozen=True)

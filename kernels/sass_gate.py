@@ -20,13 +20,17 @@ LIMITS: dict[str, tuple[int, int]] = {
     "triton bf16 128x128x64 forward": (102, 1411),
     "triton bf16 128x128x64 forward, no db": (102, 1027),
     "triton bf16 128x128x64 loss only": (102, 889),
-    "triton-tma bf16 128x256x64 forward": (87, 2166),
-    "triton-tma bf16 128x256x64 forward, no db": (87, 1739),
-    "triton-tma bf16 128x256x64 loss only": (87, 1463),
+    "triton-tma bf16 256x128x64 forward": (97, 1792),
+    "triton-tma bf16 256x128x64 forward, no db": (97, 1362),
+    "triton-tma bf16 256x128x64 loss only": (97, 1114),
+    "triton-tma-pair bf16 128x128x64 forward": (93, 1755),
+    "triton-tma-pair bf16 128x128x64 forward, no db": (93, 1343),
+    "triton-tma-pair bf16 128x128x64 loss only": (93, 1095),
     "triton-ws bf16 128x256x64 forward, no db": (60, 1636),
     "triton-ws bf16 128x256x64 loss only": (60, 1360),
     "triton fp16 128x128x64 forward": (102, 1367),
-    "triton-tma fp16 128x256x64 forward": (87, 2066),
+    "triton-tma fp16 256x128x64 forward": (97, 1713),
+    "triton-tma-pair fp16 128x128x64 forward": (93, 1675),
     "triton-ws fp16 128x256x64 forward, no db": (60, 1537),
 }
 """Configuration -> instructions per step of the main loop, and outside of it, as compiled by Triton `RECORDED_WITH`."""
@@ -67,7 +71,7 @@ class Reading:
         gemm, verdict = self.gemm, "; ".join(self.problems)
         bounds = " ".join(f"{gemm.utilization(tokens, width):>5.3f}" for width in WIDTHS for tokens in TOKENS)
         return (
-            f"{self.name:<44} {self.counts.matrix:>5} {self.counts.tensor_loads:>4} {gemm.step:>5.0f} {gemm.exposed:>7}"
+            f"{self.name:<48} {self.counts.matrix:>5} {self.counts.tensor_loads:>4} {gemm.step:>5.0f} {gemm.exposed:>7}"
             f" {gemm.registers:>5} {self.spilled:>6} {gemm.shared:>7} {gemm.programs:>4} {gemm.operand_bytes:>5.0f}"
             f"  {bounds}  {'REFUSED: ' + verdict if verdict else 'ok'}"
         )
@@ -104,7 +108,7 @@ def header() -> str:
     columns = " ".join(f"{f'{tokens // 1024}k':>5}" for _ in WIDTHS for tokens in TOKENS)
     widths = " ".join(f"{f'D {width}':<17}" for width in WIDTHS)
     return (
-        f"machine code for sm_90; bounds are predicted, not measured{limits}\n{'':<99}  {widths}\n"
-        f"{'':<44} {'HGMMA':>5} {'TMA':>4} {'step':>5} {'outside':>7} {'regs':>5} {'spill':>6} {'shared':>7}"
+        f"machine code for sm_90; bounds are predicted, not measured{limits}\n{'':<103}  {widths}\n"
+        f"{'':<48} {'HGMMA':>5} {'TMA':>4} {'step':>5} {'outside':>7} {'regs':>5} {'spill':>6} {'shared':>7}"
         f" {'per SM':>6} {'L2':>3}  {columns}"
     )

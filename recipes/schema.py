@@ -99,7 +99,9 @@ class Zero(Section):
 
 
 class Kernels(Section):
-    head_backend: Literal["auto", "reference", "in-place", "triton", "triton-tma", "triton-ws"] = "auto"
+    head_backend: Literal["auto", "reference", "in-place", "triton", "triton-tma", "triton-tma-pair", "triton-ws"] = (
+        "auto"
+    )
     """Implementation of head and loss: plain PyTorch, a library GEMM with one fused pass, or one fused kernel; see
     docs/kernels.md. `auto` times them at startup on a GPU. All but `reference` also fuse mask mix and final norm."""
     attention: Literal["auto", "varlen", "flash-attn-4", "flash-attn-3", "flash-attn-2", "sdpa", "reference"] = "auto"

@@ -242,7 +242,7 @@ def test_autocast_uses_its_dtype_and_keeps_fp32_gradients(provider) -> None:
     torch.testing.assert_close(loss, patch_latent_loss(*bf16, *tensors[3:], 3.0, provider=provider)[0])
 
 
-@pytest.mark.parametrize("provider", ["triton-tma", "triton-ws"])
+@pytest.mark.parametrize("provider", ["triton-tma", "triton-tma-pair", "triton-ws"])
 def test_fallback_to_pointers_is_logged_once(provider, caplog) -> None:
     """Descriptors need 16-byte alignment, which bf16 rows of 12 elements or a start at the second element lack."""
     latent_loss._warn_once.cache_clear()
@@ -250,13 +250,16 @@ def test_fallback_to_pointers_is_logged_once(provider, caplog) -> None:
     shifted = make(20, 16, 16, torch.bfloat16)
     shifted[0] = torch.cat((shifted[0].flatten()[:1], shifted[0].flatten()))[1:].view(20, 16)
     with caplog.at_level(logging.WARNING):
-        for tensors in (narrow, shifted, narrow):
+        few = make(20, 16, 12, torch.bfloat16)  # latents, whose residual is stored in rows of 24 bytes
+        few[3] = few[3].float()  # in rows of 48
+        apart = make(20, 16, 16, torch.bfloat16)
+        apart[3] = torch.cat((apart[3], apart[3][:, :4]), dim=1)[:, :16]  # target, in rows of 40 bytes
+        for tensors in (narrow, shifted, few, apart, narrow):
             assert torch.equal(by(provider)(*tensors, 3.0), by("triton")(*tensors, 3.0))
-    assert len(caplog.messages) == 2
+    assert len(caplog.messages) == 4
     assert all(message.startswith(f"{provider} falls back to triton: ") for message in caplog.messages)
-    caplog.clear()
-    by(provider)(*make(20, 16, 12, torch.bfloat16), 3.0)  # the width of the latents is arbitrary
-    assert not caplog.messages
+    assert "rows of 12 elements of torch.bfloat16" in caplog.messages[2]
+    assert "row stride of 20 elements" in caplog.messages[3]
 
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -272,6 +275,8 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
         ("triton", (9, 0), FP64, "3.9.0", "fp32, not in torch.float64"),
         ("triton-tma", (9, 0), BF16, "3.6.0", None),
         ("triton-tma", (9, 0), FP32, "3.9.0", "bf16 and fp16"),
+        ("triton-tma-pair", (9, 0), BF16, "3.6.0", None),
+        ("triton-tma-pair", (9, 0), FP32, "3.9.0", "bf16 and fp16"),
         ("triton-tma", (8, 9), BF16, "3.9.0", "9.0 or 10.x, this GPU has 8.9"),
         ("triton-tma", (12, 0), BF16, "3.9.0", "9.0 or 10.x, this GPU has 12.0"),
         ("triton-ws", (10, 3), BF16, "3.10.1", None),

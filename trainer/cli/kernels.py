@@ -20,7 +20,8 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.command("check")
 def kernels_check() -> None:
-    """Compile every kernel for sm_80, sm_90 and sm_100, without a GPU; exit code 1 when one spills or does not fit."""
+    """Compile every kernel for sm_80, sm_90 and sm_100, without a GPU; exit code 1 when one spills, does not fit or
+    has more instructions than recorded."""
     require("triton")
     # A process of its own: on a machine without a GPU this one has Triton's interpreter.
     leave(run_child("bifrost.kernels.compile_check", counts="kernels"))
