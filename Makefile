@@ -119,8 +119,9 @@ device:
 # Wheels for Python 3.12 on x86-64 Linux, of the packages that such a machine is likely to lack. DeepSpeed has no wheel on
 # PyPI: it is built without its operators, which a run compiles if it needs them. Two shards stand in for `data demo`.
 DEVICE_WHEELS := build/device-wheels
-DEVICE_PACKAGES := annotated-types braceexpand diffusers emoji hjson importlib-metadata liger-kernel pydantic pydantic-core \
-  resvg-py tenacity typing-inspection webdataset
+DEVICE_PACKAGES := annotated-types braceexpand certifi charset-normalizer diffusers einops emoji hjson idna \
+  importlib-metadata liger-kernel msgpack ninja psutil py-cpuinfo pydantic pydantic-core requests resvg-py tenacity \
+  typing-inspection urllib3 webdataset xxhash
 MANYLINUX := $(foreach libc,2_28 2_27 2_24 2_17,--platform manylinux_$(libc)_x86_64) --platform manylinux2014_x86_64
 PIP := $(BIN)/pip --disable-pip-version-check
 
