@@ -19,7 +19,8 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from ..errors import RunError
-from ..models.flux import FluxFolder, FrozenFlux, gaussian, image_ids, unpack, velocity
+from ..models.draws import gaussian
+from ..models.flux import FluxFolder, FrozenFlux, image_ids, unpack, velocity
 from ..models.latent_controlnet import LatentControlNet
 from ..models.rng import Stream, uniform
 from .masked_decoding import NO_EPOCH

@@ -53,11 +53,6 @@ def image_ids(height: int, width: int, device: torch.device | None = None) -> Te
     return F.pad(grid, (1, 0)).float()
 
 
-def gaussian(uniform: Tensor) -> Tensor:
-    """Standard normal draws from uniform ones in (0, 1), of any shape; fp32."""
-    return torch.special.ndtri(uniform.double()).float()
-
-
 def sigmas(normal: Tensor) -> Tensor:
     """Noise levels in [0.001, 1] from standard normal draws, both [B].
 

@@ -8,7 +8,6 @@ Legend: B samples of this rank, D latent width, g side of a grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .buffers import Fp32Buffers
 from .controlnet_config import Norm
 
 _OVER = (0, 2, 3)
 """Axes of [B, D, g, g] over which channel statistics are computed."""
 
 
-class SyncedBatchNorm(nn.Module):
+class SyncedBatchNorm(Fp32Buffers):
     """BatchNorm2d over the samples of all ranks; torch's SyncBatchNorm needs CUDA.
 
     Statistics and arithmetic are fp32 for any input dtype; running statistics stay fp32 when the module is cast. All
@@ -56,15 +56,6 @@ class SyncedBatchNorm(nn.Module):
             self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
             self.num_batches_tracked += 1
         return out
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            assert old is not None and new is not None
-            self._buffers[name] = new.to(old.dtype) if old.is_meta else old.to(new.device)
-        return self
 
 
 class _Normalise(torch.autograd.Function):

@@ -26,12 +26,18 @@ class Stream(IntEnum):
     PREDICTED_LATENTS = 8
 
 
-def uniform(seed: int, stream: Stream, epoch: IntArray, index: IntArray, lanes: int) -> npt.NDArray[np.float64]:
-    """Uniform numbers in (0, 1), [B, lanes], for samples `index` [B] of epochs `epoch` [B]; 53 random bits each."""
+def states(seed: int, stream: Stream, epoch: IntArray, index: IntArray) -> npt.NDArray[np.uint64]:
+    """The states [B] from which `uniform` computes its lanes."""
     with np.errstate(over="ignore"):
         state = _mix(np.uint64(seed) + np.uint64(stream) * _GOLDEN)
         state = _mix(state ^ (epoch.astype(np.uint64) * _GOLDEN))
-        state = _mix(state ^ (index.astype(np.uint64) * _GOLDEN))
+        return _mix(state ^ (index.astype(np.uint64) * _GOLDEN))
+
+
+def uniform(seed: int, stream: Stream, epoch: IntArray, index: IntArray, lanes: int) -> npt.NDArray[np.float64]:
+    """Uniform numbers in (0, 1), [B, lanes], for samples `index` [B] of epochs `epoch` [B]; 53 random bits each."""
+    with np.errstate(over="ignore"):
+        state = states(seed, stream, epoch, index)
         bits = _mix(state[:, None] + np.arange(1, lanes + 1, dtype=np.uint64) * _GOLDEN)
     return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...data import Item, stacked
-from ..models import flux as flow
+from ..models.draws import gaussian
 from ..models.flux import FluxTokenizers
 from ..models.rng import Stream, chosen, uniform
 from .caption_exchange import CaptionExchange
@@ -65,7 +65,7 @@ class ControlNetCollate:
 
         def normal(stream: Stream, *shape: int) -> Tensor:
             numbers = uniform(self.seed, stream, epoch, index, self.draws * int(np.prod(shape)))
-            return flow.gaussian(torch.from_numpy(numbers)).view(rows, *shape)
+            return gaussian(torch.from_numpy(numbers)).view(rows, *shape)
 
         return {
             **self._patch_latents(items, predicted),

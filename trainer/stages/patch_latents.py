@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ...data import Dataset, Item, stacked
+from ...data import Dataset
 from ...data.spread import Broadcast
 from ...kernels import PatchLatentHead, PrefixLayout
 from ...recipes.fields import HeldWeights
@@ -31,11 +31,12 @@ from ..models.branch import INIT_STD, GenerationBranch
 from ..models.elementwise import use_liger
 from ..models.hub import architecture, locate
 from ..models.kernel_selection import KernelChoice, KernelWork, VisionWork, choose_kernels
-from ..models.masking import draw_masks, hidden_counts
+from ..models.masking import hidden_counts
 from ..models.prompt import PromptTemplate, load_tokenizer
-from ..models.rng import IntArray, Stream, chosen
+from ..models.rng import IntArray
 from . import VALIDATION_SEED, Losses, StageModel
 from .latent_cache import Cache, FrozenOutputs, FrozenWeights, Kind, open_caches
+from .patch_latent_collate import PatchLatentCollate
 from .unsharded import build_unsharded, set_unregistered_module
 from .vision_outputs import VisionOutputs
 
@@ -152,45 +153,6 @@ def _initial(name: str, parameter: nn.Parameter) -> weights.Distribution:
     if name.startswith("head."):
         return weights.Distribution(shape, "uniform", shape[-1] ** -0.5)
     return weights.Distribution(shape, "normal", INIT_STD)
-
-
-class PatchLatentCollate:
-    """Items of a micro-batch -> arguments of the model; runs in the loader workers.
-
-    Every draw depends on (seed, epoch, index) only.
-    """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, branch: Branch, seed: int, tokens: int, cache: Cache | None = None
-    ) -> None:
-        """tokens: N. cache: of the patch latents, of the shards that items come from."""
-        self.template = PromptTemplate(tokenizer, branch.max_text_tokens)
-        self.dropout = branch.caption_dropout
-        self.mask_rate, self.draws = branch.mask_rate, branch.draws
-        self.seed = seed
-        self.tokens = tokens
-        self.cache = cache
-
-    def __call__(self, items: list[Item]) -> dict[str, Any]:
-        epoch = np.array([item.epoch for item in items], dtype=np.int64)
-        index = np.array([item.index for item in items], dtype=np.int64)
-        dropped = chosen(self.seed, Stream.CAPTION_DROPOUT, epoch, index, self.dropout)
-        captions = ["" if drop else item.caption for drop, item in zip(dropped, items, strict=True)]
-        input_ids, text_lengths = self.template.batch(captions)
-        counts = hidden_counts(self.mask_rate, self.seed, epoch, index, self.tokens, self.draws)
-        mask = draw_masks(self.seed, epoch, index, counts, self.tokens)
-        return {
-            **self._latents(items),
-            "input_ids": input_ids,
-            "text_lengths": text_lengths,
-            "mask": torch.from_numpy(mask),
-            "masked": torch.from_numpy(np.flatnonzero(mask)),
-        }
-
-    def _latents(self, items: list[Item]) -> dict[str, Tensor]:
-        if self.cache is None:
-            return {"images": stacked([item.image for item in items])}
-        return {"latents": torch.stack([self.cache.read(item.origin, item.key)["latents"] for item in items])}
 
 
 @dataclass

@@ -15,7 +15,7 @@ from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.masking import hidden_counts
 from bifrost.trainer.models.prompt import load_tokenizer
 from bifrost.trainer.stages import open_patch_latents
-from bifrost.trainer.stages.patch_latents import PatchLatentCollate
+from bifrost.trainer.stages.patch_latent_collate import PatchLatentCollate
 
 
 def branch(*overrides: str) -> Branch:

@@ -23,7 +23,7 @@ from bifrost.recipes import load_recipe
 from bifrost.trainer.checkpoint.reader import CheckpointReader
 from bifrost.trainer.checkpoint.state import CheckpointWeights, restore_statistics
 from bifrost.trainer.checkpoint.store import Store
-from bifrost.trainer.models import flux as flow
+from bifrost.trainer.models.draws import gaussian
 from bifrost.trainer.models.masking import draw_orders
 from bifrost.trainer.models.rng import Stream, uniform
 from bifrost.trainer.models.weights import fill
@@ -132,7 +132,7 @@ def plain_controlnet(given: list[str], run: Path, slot: str) -> list[float]:
 
         def normal(stream: Stream, *shape: int, number: int = number) -> torch.Tensor:
             draws = uniform(0, stream, np.array([0]), np.array([number]), math.prod(shape))
-            return flow.gaussian(torch.from_numpy(draws)).view(1, *shape)
+            return gaussian(torch.from_numpy(draws)).view(1, *shape)
 
         pixels = [torch.from_numpy(image.copy()).permute(2, 0, 1)[None] for image in images]
         losses = model(

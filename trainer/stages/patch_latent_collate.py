@@ -1,0 +1,59 @@
+"""Micro-batches of stage 1: images or cached patch latents, prompts and masks."""
+
+from __future__ import annotations
+
+from ..models import libraries  # noqa: F401  # isort: skip
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ...data import Item, stacked
+from ...recipes.schema import Branch
+from ..models.masking import draw_masks, hidden_counts
+from ..models.prompt import PromptTemplate
+from ..models.rng import Stream, chosen
+from .latent_cache import Cache
+
+
+class PatchLatentCollate:
+    """Items of a micro-batch -> arguments of the model; runs in the loader workers.
+
+    Every draw depends on (seed, epoch, index) only.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, branch: Branch, seed: int, tokens: int, cache: Cache | None = None
+    ) -> None:
+        """tokens: N. cache: of the patch latents, of the shards that items come from."""
+        self.template = PromptTemplate(tokenizer, branch.max_text_tokens)
+        self.dropout = branch.caption_dropout
+        self.mask_rate, self.draws = branch.mask_rate, branch.draws
+        self.seed = seed
+        self.tokens = tokens
+        self.cache = cache
+
+    def __call__(self, items: list[Item]) -> dict[str, Any]:
+        epoch = np.array([item.epoch for item in items], dtype=np.int64)
+        index = np.array([item.index for item in items], dtype=np.int64)
+        dropped = chosen(self.seed, Stream.CAPTION_DROPOUT, epoch, index, self.dropout)
+        captions = ["" if drop else item.caption for drop, item in zip(dropped, items, strict=True)]
+        input_ids, text_lengths = self.template.batch(captions)
+        counts = hidden_counts(self.mask_rate, self.seed, epoch, index, self.tokens, self.draws)
+        mask = draw_masks(self.seed, epoch, index, counts, self.tokens)
+        return {
+            **self.latents(items),
+            "input_ids": input_ids,
+            "text_lengths": text_lengths,
+            "mask": torch.from_numpy(mask),
+            "masked": torch.from_numpy(np.flatnonzero(mask)),
+        }
+
+    def latents(self, items: list[Item]) -> dict[str, Tensor]:
+        """The items' images, or their cached patch latents."""
+        if self.cache is None:
+            return {"images": stacked([item.image for item in items])}
+        return {"latents": torch.stack([self.cache.read(item.origin, item.key)["latents"] for item in items])}
