@@ -48,7 +48,23 @@ class MaskRate(Section):
 Positions = Literal["learned", "mrope", "interleaved"]
 
 
+class FlowHeadSettings(Section):
+    layers: int = Field(default=3, ge=1)
+    """Residual blocks."""
+    width: int | None = Field(default=None, ge=1)
+    """Width of the blocks; null: that of the latents. A narrower network cannot pass a whole noisy latent on."""
+    steps: int = Field(default=10, ge=1)
+    """Euler steps by which decoding samples a latent."""
+    draws: int = Field(default=4, ge=1)
+    """Noise draws per predicted token and step, over which the loss is averaged. They share the branch's pass."""
+
+
 class Branch(Section):
+    head: Literal["linear", "flow"] = "linear"
+    """`linear`, as released, regresses a patch's latent, the mean of all that the caption allows; `flow` learns the
+    distribution by flow matching, and decoding samples from it. See docs/stage1.md."""
+    flow_head: FlowHeadSettings = FlowHeadSettings()
+    """Shape, loss and sampling of a flow head."""
     positions: Positions = "learned"
     """`learned`: rotary position 0 and an additive table, as in the public release. `mrope`: Qwen's 3-D positions,
     which hardly separate columns. `interleaved`: the same, rows and columns on alternating frequencies."""
@@ -63,3 +79,9 @@ class Branch(Section):
     """Probability that a caption is replaced by an empty one, for classifier-free guidance."""
     max_text_tokens: int = Field(default=300, ge=32)
     """Longest prompt in tokens, including the template; a longer caption is truncated, never the prompt's suffix."""
+
+    @model_validator(mode="after")
+    def _used(self) -> Branch:
+        if self.head == "linear" and self.flow_head != FlowHeadSettings():
+            raise ValueError("flow_head is for branch.head=flow; set that, or leave it out")
+        return self

@@ -24,6 +24,7 @@ STAGE_1 = {
     "cached": ["backbone.vision_encoder=cached"],
     "draws": ["branch.draws=3"],
     "masked": ["branch.loss_tokens=masked"],
+    "flow": ["branch.head=flow"],
     "mrope": ["branch.positions=mrope"],
     "fp32": ["precision=fp32"],
 }

@@ -33,6 +33,8 @@ LATER = (
     "controlnet.mllm",
     "controlnet.decode_steps",
     "controlnet.predicted_share",
+    "branch.head",
+    "branch.flow_head",
     "flux.draws",
     "flux.text_tokens",
     "backbone.vision_encoder",

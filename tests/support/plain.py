@@ -9,9 +9,11 @@ import torch
 
 from bifrost.data import Loader, LoaderSettings, Share
 from bifrost.recipes import Recipe
+from bifrost.trainer.distributed.process_group import Ranks
 from bifrost.trainer.optim.engine import parameter_groups
 from bifrost.trainer.optim.lr_schedule import learning_rate
 from bifrost.trainer.stages import StageModel
+from bifrost.trainer.training.latent_statistics import measure_statistics
 
 
 def loaded(recipe: Recipe) -> tuple[Any, StageModel]:
@@ -19,6 +21,7 @@ def loaded(recipe: Recipe) -> tuple[Any, StageModel]:
     inputs = opened.inputs(recipe)
     model = inputs.stage.build()
     inputs.stage.load(model)
+    measure_statistics(model, inputs.stage, inputs.dataset, Ranks(0, 1, torch.device("cpu")))
     return inputs, model
 
 

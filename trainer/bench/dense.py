@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from ...kernels import PatchLatentHead
 from ...kernels.bench.attention import dense_attention, sdpa_attention
 from ..planner.flops import Part
 from ..stages.patch_latents import PatchLatentModel
@@ -44,6 +45,7 @@ class DenseStep:
         input_ids [B, T] are padded on the left, real [B, T] is True where they are not padding.
         """
         text, branch, head = self.routed.backbone.text, self.routed.branch, self.routed.head
+        assert isinstance(head, PatchLatentHead)
         hide = mask[..., None].to(latents.dtype)
         image = branch.mask_token.to(latents.dtype) * hide + latents * (1 - hide)
         if branch.positions is not None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ...kernels import PatchLatentHead
 from ...recipes import Recipe
 from ..distributed.process_group import Ranks
 from ..errors import RunError
@@ -127,6 +128,8 @@ def bench(
 
 
 def _baseline(name: str, model: PatchLatentModel, recomputed: bool, draws: int) -> Baseline:
+    if not isinstance(model.head, PatchLatentHead):
+        raise RunError("bench step: compares with the public release, whose head is linear; set branch.head=linear")
     if name == "compiled":
         return CompiledStep(model, recomputed)
     return SingleStep(model, recomputed, draws) if name == "single" else DenseStep(model, name)  # type: ignore[arg-type]

@@ -63,13 +63,16 @@ def _patch_latents(stage: PatchLatentStage, draws: _Draws, index: Any) -> dict[s
     width = stage.config.text_config.hidden_size
     cached = stage.backbone.vision_encoder == "cached"
     images = {"latents": draws.cached(tokens, width)} if cached else {"images": draws.pixels(stage.image_size)}
-    return {
+    found = {
         **images,
         "input_ids": draws.integers(stage.config.text_config.vocab_size, text).flatten(),
         "text_lengths": (text,) * len(index),
         "mask": torch.from_numpy(mask),
         "masked": torch.from_numpy(np.flatnonzero(mask)),
     }
+    if stage.branch.head == "flow":
+        found["noise"] = draws.integers(2**62, 2)
+    return found
 
 
 def _controlnet(stage: ControlNetStage, draws: _Draws) -> dict[str, Any]:

@@ -51,6 +51,8 @@ def export(
     if slot not in reader.slots:
         raise RunError(f"{run}: has no EMA of its weights (recipe key ema), leave --ema out")
     recipe = load_recipe(run / "recipe.yaml", stored=True)
+    if recipe.stage == "patch-latents" and recipe.branch.head == "flow" and layout == "public":
+        raise RunError(f"{run}: branch.head is flow, and the public layout has a linear head: export with --format hf")
     pieces = {
         name: Piece(name, tuple(shape), dtype, lambda name=name: reader.full(slot, name))
         for name, shape in reader.shapes.items()
@@ -64,7 +66,7 @@ def export(
                 _write_controlnet(partial, pieces, reader.buffers(slot))
                 write_config(partial, open_controlnet(recipe, for_counting=True).shape)
             else:
-                tensors = list(pieces.values())
+                tensors = [*pieces.values(), *_buffers(reader.buffers(slot))]
                 if layout == "public":
                     tensors = _public(pieces, recipe.backbone, recipe.branch, recipe.data.image_size, dtype)
                 _write(partial, tensors)
@@ -99,10 +101,12 @@ def _public(
 def _write_controlnet(out: Path, pieces: dict[str, Piece], buffers: dict[str, torch.Tensor]) -> None:
     """Write diffusers' folder, which is also the public `flux_controlnet` layout. Statistics stay fp32."""
     tensors = [piece._replace(name=name.removeprefix("controlnet.")) for name, piece in pieces.items()]
-    for name, buffer in buffers.items():
-        shape, dtype = tuple(buffer.shape), buffer.dtype
-        tensors.append(Piece(name.removeprefix("controlnet."), shape, dtype, lambda buffer=buffer: buffer))
+    tensors += [piece._replace(name=piece.name.removeprefix("controlnet.")) for piece in _buffers(buffers)]
     _write(out, tensors, "diffusion_pytorch_model")
+
+
+def _buffers(buffers: dict[str, torch.Tensor]) -> list[Piece]:
+    return [Piece(name, tuple(b.shape), b.dtype, lambda buffer=b: buffer) for name, b in buffers.items()]
 
 
 def _checkpoint(run: Path, step: int | None, slot: str) -> CheckpointReader:

@@ -15,7 +15,7 @@ from ..optim.engine import Engine
 from ..stages import StageModel
 from .durable import WHOLE
 from .layout import rank_file
-from .reader import AVERAGED, CheckpointReader
+from .reader import AVERAGED, BUFFERS, CheckpointReader
 
 
 class CheckpointWeights:
@@ -33,10 +33,12 @@ class CheckpointWeights:
 
     def content_hash(self) -> str:
         """sha256 over the names of all parameters and the hashes of the slot in the manifest, or of the whole files
-        where it has none of the slot. The same weights saved by another number of ranks have another hash."""
+        where it has none of the slot, and of the buffers if there are any. The same weights saved by another number of
+        ranks have another hash."""
         manifest = self.reader.manifest
         spans = [manifest.files[rank_file(rank)].spans for rank in range(manifest.ranks)]
         hashes = [each[self.slot].hash if self.slot in each else each[WHOLE].hash for each in spans]
+        hashes += [manifest.files[BUFFERS].spans[WHOLE].hash] if BUFFERS in manifest.files else []
         return hashlib.sha256(json.dumps([self.slot, sorted(manifest.shapes.items()), hashes]).encode()).hexdigest()
 
 

@@ -57,6 +57,9 @@ def evaluate(
     steps: Annotated[int, typer.Option(help="Decoding steps, up to the number of patches.", min=1)] = 16,
     schedule: Annotated[Reveal, typer.Option(help="How many patches each step reveals.")] = Reveal.cosine,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance of the latents; 1 is none.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(help="Deviation of the noise from which a flow head samples latents.", min=0)
+    ] = 1.0,
     flux_steps: Annotated[int, typer.Option(help="Euler steps of FLUX.", min=1)] = 28,
     flux_guidance: Annotated[float, typer.Option(help="FLUX guidance scale.")] = 3.5,
     flux_cfg: Annotated[float, typer.Option(help="Classifier-free guidance of FLUX's text; 1 is none.")] = 1.0,
@@ -82,13 +85,12 @@ def evaluate(
     from ..evaluation.understanding import measure_understanding
     from ..inference.flux_sampler import Sampling
     from ..inference.generator import Settings, base_folder, origin
-    from ..inference.masked_decoding import reveal_counts
 
     sampling = Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
-    settings = Settings(steps, schedule.value, guidance, flux=sampling)
+    settings = Settings(steps, schedule.value, guidance, flux=sampling, temperature=temperature)
     made_with = {"mllm": origin(mllm), "controlnet": origin(controlnet)}
     generator = _load(mllm, controlnet, flux, ranked)
-    reveal_counts(generator.mllm.branch.side**2, steps, settings.schedule)  # raises for more steps than patches
+    generator.check(settings)
     inputs = generator, sets["train"][1], sets["heldout"][1] if heldout else None
     if truth is None:
         found = retrieval.evaluate(*inputs, samples, seed, settings, batch, gallery or retrieval.GALLERY)

@@ -66,6 +66,9 @@ def generate(
     steps: Annotated[int, typer.Option(help="Decoding steps, up to the number of patches.", min=1)] = 16,
     schedule: Annotated[Reveal, typer.Option(help="How many patches each step reveals.")] = Reveal.cosine,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance of the latents; 1 is none.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(help="Deviation of the noise from which a flow head samples latents.", min=0)
+    ] = 1.0,
     flux_steps: Annotated[int, typer.Option(help="Euler steps of FLUX.", min=1)] = 28,
     flux_guidance: Annotated[float, typer.Option(help="FLUX guidance scale.")] = 3.5,
     flux_cfg: Annotated[float, typer.Option(help="Classifier-free guidance of FLUX's text; 1 is none.")] = 1.0,
@@ -90,7 +93,7 @@ def generate(
     from ..inference.generator import Settings, origin
 
     sampling = Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
-    settings = Settings(steps, schedule.value, guidance, not no_controlnet, empty_prompt, sampling)
+    settings = Settings(steps, schedule.value, guidance, not no_controlnet, empty_prompt, sampling, temperature)
     made_with = {
         "mllm": origin(mllm),
         "controlnet": origin(controlnet),
@@ -116,7 +119,6 @@ def _make(
     import torch
 
     from ..inference.generator import Generator
-    from ..inference.masked_decoding import reveal_counts
 
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     check(out, entries)
@@ -126,8 +128,7 @@ def _make(
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
         with progress("loading the models", shown=rank == 0):
             generator = Generator.load(*models, device)
-        # Raises for more steps than patches, before the folder is created.
-        reveal_counts(generator.mllm.branch.side**2, settings.steps, settings.schedule)
+        generator.check(settings)  # before the folder is created
         begin(out, entries)
         generator.warn_about_truncation([each.prompt.text for each in missing], settings, image is None)
         made, there = _made(generator, missing, settings, image, batch), len(share) - len(missing)

@@ -21,8 +21,8 @@ from ...data.progress import progress
 from ...kernels import PrefixLayout
 from ..inference.contact_sheet import make_contact_sheet
 from ..inference.generator import Generator, Settings, to_images
-from ..inference.masked_decoding import NO_EPOCH
-from ..models.flux import gaussian
+from ..inference.masked_decoding import NO_EPOCH, draw_latent_noise, predict
+from ..models.draws import gaussian
 from ..models.masking import draw_masks
 from ..models.rng import Stream, uniform
 from .image_metrics import NearestPixels, centred_cosine, frechet, psnr, recall, ssim
@@ -164,11 +164,14 @@ class _Trial:
             input_ids, lengths = self.generator.template.batch(self.captions[part])
             layout = PrefixLayout.of(lengths, patches, own.device)
             prefix = model.backbone.prefix(input_ids.to(own.device), layout)
+            noise = draw_latent_noise(model.head, self.seeds[part], patches)
+            noise = None if noise is None else noise.flatten(0, 1)
             for row, rate in enumerate(MASK_RATES):
-                hidden = np.full_like(index, math.ceil(rate * patches - 1e-9))  # as `hidden_counts` rounds
-                drawn = draw_masks(self.seed, np.full_like(index, NO_EPOCH), index, hidden, patches)
+                counts = np.full_like(index, math.ceil(rate * patches - 1e-9))  # as `hidden_counts` rounds
+                drawn = draw_masks(self.seed, np.full_like(index, NO_EPOCH), index, counts, patches)
                 mask = torch.from_numpy(drawn).to(own.device)
-                found = model.head(model.branch(own, mask, prefix))
+                hidden = model.branch(own, mask, prefix)
+                found = predict(model.head, hidden.flatten(0, 1)[None], noise).view_as(hidden)
                 found, wanted, average = found[mask].float(), own[mask].float(), mean.expand_as(own)[mask].float()
                 sums[row] += torch.tensor(
                     [

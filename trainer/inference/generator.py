@@ -32,7 +32,7 @@ from ..stages import open_controlnet, open_patch_latents
 from ..stages.patch_latents import PatchLatentModel
 from ..stages.unsharded import init_context
 from .flux_sampler import Sampling, Text, draw_noise, sample
-from .masked_decoding import Schedule
+from .masked_decoding import Schedule, draw_latent_noise, reveal_counts
 from .mllm import decode_prompts, load_mllm
 from .stored_runs import RECIPE, checkpoint_weights, stored_recipe
 
@@ -54,6 +54,8 @@ class Settings:
     empty_prompt: bool = False
     """True is a control experiment: FLUX gets the empty prompt, so that only the latents condition it."""
     flux: Sampling = field(default_factory=Sampling)
+    temperature: float = 1.0
+    """Standard deviation of the noise from which a flow head samples."""
 
 
 @dataclass
@@ -122,6 +124,11 @@ class Generator:
 
         return self.in_batches(len(prompts), batch, work, made)
 
+    def check(self, settings: Settings) -> None:
+        """RunError for more decoding steps than patches, or a temperature that has no effect."""
+        reveal_counts(self.mllm.branch.side**2, settings.steps, settings.schedule)
+        draw_latent_noise(self.mllm.head, [], 0, settings.temperature)
+
     def in_batches(
         self, count: int, batch: int, work: Callable[[slice], list[T]], made: Callable[[int], None]
     ) -> list[T]:
@@ -139,8 +146,8 @@ class Generator:
 
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings = Settings()) -> Tensor:
         """Patch latents [B, N, D] decoded from the prompts, as one batch."""
-        how = settings.steps, settings.schedule, settings.guidance
-        return decode_prompts(self.mllm, self.template, prompts, seeds, self.device, *how)
+        how = settings.steps, settings.schedule, settings.guidance, settings.temperature
+        return decode_prompts(self.mllm, self.template, prompts, seeds, *how)
 
     def decoded(
         self,

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...kernels import PrefixLayout
 from ...kernels.attention import unavailable
+from ..checkpoint.state import restore_statistics
 from ..models.kernel_selection import KernelChoice
 from ..models.prompt import PromptTemplate
 from ..models.weights import fill
 from ..stages.patch_latents import PatchLatentModel, PatchLatentStage
 from ..stages.unsharded import init_context
-from .masked_decoding import Schedule, decode, draw_orders
+from .masked_decoding import Schedule, decode, draw_latent_noise, draw_orders
 from .stored_runs import checkpoint_weights, has_checkpoints
 
 
@@ -37,10 +39,13 @@ def load_mllm(
     stage.load(model)
     model.to(device).eval()  # includes the rotary tables rebuilt by `load`
     if has_checkpoints(path):
-        fill(model.trainable(), checkpoint_weights(path), path)
+        trained = checkpoint_weights(path)
+        fill(model.trainable(), trained, path)
+        restore_statistics(model.statistics(), trained.reader, trained.slot)
     else:
         source, names = stage.from_public_checkpoint(path)
-        fill({names[name]: parameter for name, parameter in model.trainable().items()}, source, path)
+        tensors: dict[str, Any] = {**model.trainable(), **model.statistics()}
+        fill({names[name]: tensor for name, tensor in tensors.items()}, source, path)
     return model
 
 
@@ -50,17 +55,18 @@ def decode_prompts(
     template: PromptTemplate,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    device: torch.device,
     steps: int = 16,
     schedule: Schedule = "cosine",
     guidance: float = 1.0,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Patch latents [B, N, D] decoded from the prompts, as one batch; a seed per prompt determines the order of its
-    patches. See `decode`."""
+    patches, and a flow head's noise. See `decode` and `draw_latent_noise`."""
     # Caption dropout trains with the empty caption: that is the unconditional prompt.
     rows = [*prompts, *([""] * len(prompts) if guidance != 1 else [])]
     input_ids, lengths = template.batch(rows)
-    patches = model.branch.side**2
+    patches, device = model.branch.side**2, model.branch.mask_token.device
     prefix = model.backbone.prefix(input_ids.to(device), PrefixLayout.of(lengths, patches, device))
     orders = draw_orders(seeds, patches).to(device)
-    return decode(model.branch, model.head, prefix, orders, steps, schedule, guidance)
+    noise = draw_latent_noise(model.head, seeds, patches, temperature)
+    return decode(model.branch, model.head, prefix, orders, steps, schedule, guidance, noise)

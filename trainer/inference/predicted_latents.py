@@ -1,7 +1,7 @@
 """Patch latents that stage 1 predicts from the captions, for a cache from which stage 2 trains.
 
-Decoding is that of `bifrost generate` with its default schedule, without guidance. The order of a sample's patches is a
-function of the run's seed and the sample's key, whatever batch or rank it is in.
+Decoding is that of `bifrost generate` with its default schedule, without guidance. The order of a sample's patches, and
+the noise of a flow head, are functions of the run's seed and the sample's key, whatever batch or rank it is in.
 """
 
 from __future__ import annotations
@@ -133,6 +133,7 @@ class PredictedOutputs:
             "backbone.weights": stage.backbone.weights,
             "branch.positions": stage.branch.positions,
             "branch.max_text_tokens": stage.branch.max_text_tokens,
+            **({"branch.flow_head.steps": stage.branch.flow_head.steps} if stage.branch.head == "flow" else {}),
             "prompt": hashlib.sha256(str(self.template.batch([PROBE])[0].tolist()).encode()).hexdigest(),
             "controlnet.decode_steps": self.steps,
             "seed": self.seed,
@@ -150,10 +151,10 @@ class PredictedOutputs:
             path = self._run.folder if self._run else self.path
             self._model = load_mllm(path, self.stage, device, self.dtype, vision=False)
         captions, seeds = zip(*inputs, strict=True)
-        found = decode_prompts(self._model, self.template, captions, seeds, device, self.steps)
+        found = decode_prompts(self._model, self.template, captions, seeds, self.steps)
         return [{"latents": latents} for latents in found]
 
 
 def order_seed(seed: int, key: str) -> int:
-    """The seed of the order in which a sample's patches are decoded, below 2^63."""
+    """The seed of a sample's decoding, below 2^63."""
     return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:8], "little") >> 1

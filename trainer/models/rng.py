@@ -24,6 +24,8 @@ class Stream(IntEnum):
     POSTERIOR = 6
     CAPTION_EXCHANGE = 7
     PREDICTED_LATENTS = 8
+    LATENT_NOISE = 9
+    LATENT_NOISE_LEVEL = 10
 
 
 def states(seed: int, stream: Stream, epoch: IntArray, index: IntArray) -> npt.NDArray[np.uint64]:

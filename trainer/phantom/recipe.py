@@ -57,6 +57,8 @@ def _patch_latents(stage: PatchLatentStage, samples: int, text_tokens: int) -> d
         "masked": empty(round(rows * float(counts.mean())), dtype=torch.int64),
         "normalizer": float(rows * patches),
     }
+    if branch.head == "flow":
+        found["noise"] = empty(samples, 2, dtype=torch.int64)
     if stage.backbone.vision_encoder == "cached":
         width = stage.config.text_config.hidden_size
         return {**found, "latents": empty(samples, patches, width, dtype=dtype_of(stage.precision))}

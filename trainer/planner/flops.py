@@ -5,12 +5,13 @@ A FLOP is half a multiply-add.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from ...recipes.branch import Branch
 from ..models.backbone_config import grid_side
 from ..models.masking import hidden_counts
 from . import shapes
@@ -29,6 +30,8 @@ BRANCH_KEPT = (6, 2, 2)
 """Decoder layer: times hidden width, MLP width, key width (the last for text rows too)."""
 BRANCH_RECOMPUTED = (6, 4, 2)
 """The same for a layer during its recomputation."""
+FLOW_KEPT, FLOW_ENDS = 10, 6
+"""A block of a flow head per noise draw, and what is outside of its blocks, times the head's width."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
     """Stage 1's parts for prompts of `text` tokens. precision: `bf16` or `fp32`."""
     config, side = model.config.text_config, grid_side(model.config, model.image_size)
     width, layers, patches = config.hidden_size, config.num_hidden_layers, side * side
-    prefix, head = list(shapes.text_model(config, model.backbone.weights)), list(shapes.head(width))
+    prefix, head = list(shapes.text_model(config, model.backbone.weights)), list(shapes.head(width, model.branch))
     branch = list(shapes.branch(config, side, model.branch.positions == "learned"))
     keys = config.num_key_value_heads * (width // config.num_attention_heads)
     byte = 2 if precision == "bf16" else 4
@@ -128,7 +131,6 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
         rows = draws * float(counts.mean())
     linear = linear_flops(branch, lambda name: drawn)
     attention = 4.0 * drawn * (text + patches) * width * layers
-    projection = linear_flops(head, lambda name: rows)
 
     def read(name: str) -> float:
         """Of the last layer, only keys and values are computed."""
@@ -160,17 +162,37 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
             gradients_recomputed=byte * drawn * (config.intermediate_size + 2 * width),  # torch's own SwiGLU
             last=linear_flops(branch, lambda name: drawn if name.endswith("down_proj") else 0.0),
         ),
-        Part(
-            "head",
-            "trained",
-            sizes(head),
-            projection,
-            0.0,
-            returned_linear=projection,
-            kept=2 * rows * width * byte,  # hidden states, and the residual of a fused kernel
-            kept_recomputed=2 * rows * width * byte,
-        ),
+        head_part(head, model.branch, width, rows, byte),
     ]
+
+
+def head_part(weights: Sequence[Weight], settings: Branch, width: int, rows: float, byte: int) -> Part:
+    """The head on `rows` tokens per sample. settings: of the branch; byte: of an element in the run's precision."""
+    flow, own = settings.flow_head, sizes(weights)
+    if settings.head == "linear":
+        linear = linear_flops(weights, lambda name: rows)
+        kept = 2 * rows * width * byte  # hidden states, and the residual of a fused kernel
+        return Part("head", "trained", own, linear, 0.0, returned_linear=linear, kept=kept, kept_recomputed=kept)
+    inner, drawn = flow.width or width, rows * flow.draws
+
+    def flops(*outside: str) -> float:
+        chosen = (weight for weight in weights if not weight.name.startswith(outside))
+        return linear_flops(chosen, lambda name: rows if name == "condition" else drawn)
+
+    linear, inputs = flops(), 2 * shapes.FREQUENCIES
+    ends = byte * rows * width + drawn * (byte * (width + FLOW_ENDS * inner + inputs) + 4 * width)
+    return Part(
+        "head",
+        "trained",
+        own,
+        linear,
+        0.0,
+        returned_linear=(linear + flops("noisy.", "level.")) / 2,  # the inputs of these need no gradient
+        kept=ends + drawn * flow.layers * FLOW_KEPT * inner * byte,
+        kept_recomputed=ends + drawn * flow.layers * inner * byte,
+        layer=drawn * FLOW_KEPT * inner * byte,
+        last=flops("blocks."),
+    )
 
 
 def vision_encoder_part(config: Any, image_size: int, place: str) -> Part:

@@ -31,7 +31,7 @@ def _patch_latents(model: PatchLatents) -> tuple[Weights, Weights]:
 
     def trained() -> Weights:
         yield from within("branch", shapes.branch(text, side, model.branch.positions == "learned"))
-        yield from within("head", shapes.head(text.hidden_size))
+        yield from within("head", shapes.head(text.hidden_size, model.branch))
 
     def frozen() -> Weights:
         yield from within("backbone.text", shapes.text_model(text, model.backbone.weights))

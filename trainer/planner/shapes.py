@@ -10,7 +10,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from ...recipes.branch import Branch
 from ...recipes.fields import HeldWeights
+
+FREQUENCIES = 128
+"""Sines and as many cosines of a flow head's noise level, as in `FlowHead`, whose module imports torch."""
 
 
 class Weight(NamedTuple):
@@ -118,10 +122,25 @@ def branch(config: Any, side: int, learned: bool) -> Weights:
     yield from _decoder(config)
 
 
-def head(width: int) -> Weights:
-    """The patch-latent head."""
-    yield Weight("weight", (width, width), product=True)
-    yield Weight("bias", (width,))
+def head(width: int, settings: Branch) -> Weights:
+    """The head for patch latents of `width` channels."""
+    if settings.head == "linear":
+        yield Weight("weight", (width, width), product=True)
+        yield Weight("bias", (width,))
+        return
+    inner = settings.flow_head.width or width
+
+    def block() -> Weights:
+        yield from linear("modulation", 3 * inner, inner)
+        yield from linear("up", inner, inner)
+        yield from linear("down", inner, inner)
+
+    yield from linear("noisy", inner, width)
+    yield from linear("condition", inner, width)
+    yield from linear("level", inner, 2 * FREQUENCIES)
+    yield from repeated("blocks", settings.flow_head.layers, block)
+    yield from linear("modulation", 2 * inner, inner)
+    yield from linear("clean", width, inner)
 
 
 def _decoder(config: Any) -> Weights:

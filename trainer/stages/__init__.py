@@ -50,8 +50,14 @@ class StageModel(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def statistics(self) -> dict[str, Tensor]:
-        """Name -> buffer that training updates in addition to the weights; fp32 and equal on all ranks."""
+        """Name -> buffer that belongs to the weights: BatchNorm's, which training updates, or the latents' mean and
+        deviation, measured before the first step. fp32 and equal on all ranks."""
         return {}
+
+    @property
+    def batch_statistics(self) -> bool:
+        """Whether results depend on the number of samples per pass, by BatchNorm."""
+        return False
 
 
 class Stage(Protocol):

@@ -44,6 +44,10 @@ class LatentControlNetModel(StageModel):
     def statistics(self) -> dict[str, Tensor]:
         return {f"controlnet.{name}": buffer for name, buffer in self.controlnet.statistics().items()}
 
+    @property
+    def batch_statistics(self) -> bool:
+        return bool(self.statistics())
+
     def load(self, files: weights.WeightFiles, seed: int) -> None:
         """Load frozen parts from their files; initialise the ControlNet as FLUX's copy with zero output projections."""
         self.build_rest()

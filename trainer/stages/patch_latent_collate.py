@@ -1,4 +1,4 @@
-"""Micro-batches of stage 1: images or cached patch latents, prompts and masks."""
+"""Micro-batches of stage 1: images or cached patch latents, prompts, masks, and a flow head's noise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...data import Item, stacked
 from ...recipes.schema import Branch
 from ..models.masking import draw_masks, hidden_counts
 from ..models.prompt import PromptTemplate
-from ..models.rng import Stream, chosen
+from ..models.rng import IntArray, Stream, chosen, states
 from .latent_cache import Cache
 
 
@@ -32,6 +32,7 @@ class PatchLatentCollate:
         self.template = PromptTemplate(tokenizer, branch.max_text_tokens)
         self.dropout = branch.caption_dropout
         self.mask_rate, self.draws = branch.mask_rate, branch.draws
+        self.flow = branch.head == "flow"
         self.seed = seed
         self.tokens = tokens
         self.cache = cache
@@ -46,11 +47,17 @@ class PatchLatentCollate:
         mask = draw_masks(self.seed, epoch, index, counts, self.tokens)
         return {
             **self.latents(items),
+            **(self._noise(epoch, index) if self.flow else {}),
             "input_ids": input_ids,
             "text_lengths": text_lengths,
             "mask": torch.from_numpy(mask),
             "masked": torch.from_numpy(np.flatnonzero(mask)),
         }
+
+    def _noise(self, epoch: IntArray, index: IntArray) -> dict[str, Tensor]:
+        streams = Stream.LATENT_NOISE, Stream.LATENT_NOISE_LEVEL
+        found = np.stack([states(self.seed, stream, epoch, index) for stream in streams], axis=1)
+        return {"noise": torch.from_numpy(found.view(np.int64))}
 
     def latents(self, items: list[Item]) -> dict[str, Tensor]:
         """The items' images, or their cached patch latents."""

@@ -24,11 +24,13 @@ from ...kernels import PatchLatentHead, PrefixLayout
 from ...recipes.fields import HeldWeights
 from ...recipes.schema import Backbone, Branch, Data, Kernels
 from ..distributed.process_group import Gather, Ranks, single_process
+from ..errors import RunError
 from ..models import weights
 from ..models.backbone import FrozenBackbone, Prefix, read_config
 from ..models.backbone_config import grid_side
 from ..models.branch import INIT_STD, GenerationBranch
 from ..models.elementwise import use_liger
+from ..models.flow_head import FlowHead
 from ..models.hub import architecture, locate
 from ..models.kernel_selection import KernelChoice, KernelWork, VisionWork, choose_kernels
 from ..models.masking import hidden_counts
@@ -76,10 +78,18 @@ class PatchLatentModel(StageModel):
             kernels.attention,
             fused=kernels.head != "reference",
         )
-        self.head = PatchLatentHead(config.text_config.hidden_size, kernels.head)
+        width = config.text_config.hidden_size
+        self.head: PatchLatentHead | FlowHead
+        if branch.head == "flow":
+            self.head = FlowHead(width, branch.flow_head, activation_checkpointing)
+        else:
+            self.head = PatchLatentHead(width, kernels.head)
         self.liger = kernels.elementwise == "liger"
         if self.liger:
             use_liger(self)
+
+    def statistics(self) -> dict[str, Tensor]:
+        return {f"head.{name}": buffer for name, buffer in self.head.named_buffers()}
 
     def load(self, files: weights.WeightFiles, seed: int) -> None:
         """Fill the backbone from `files`, copy the text model's layers and norm to the branch, initialise the rest."""
@@ -115,32 +125,52 @@ class PatchLatentModel(StageModel):
         normalizer: float,
         images: Tensor | None = None,
         latents: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Losses:
         """Losses of images [B, 3, S, S] uint8, or of their cached patch latents [B, N, D], with packed prompts [sum T],
         masked where mask [B K, N] is True. The masks of a sample, next to each other, share its latents and prefix.
 
         masked: int64 [R], the indices of the True entries among the B K N of `mask`, known without a device sync.
-        normalizer: tokens of the mean; see `Stage.normalizer`.
+        normalizer: tokens of the mean; see `Stage.normalizer`. noise: of a flow head, `rng.states` of noise and noise
+        levels, int64 [B, 2].
         """
         if images is not None:
             latents = self.backbone.patch_latents(images)
         assert latents is not None
         layout = PrefixLayout.of(text_lengths, mask.shape[1], mask.device, len(mask) // len(text_lengths))
         prefix = self.backbone.prefix(input_ids, layout)
-        return self.losses(latents, mask, masked, prefix, normalizer)
+        return self.losses(latents, mask, masked, prefix, normalizer, noise)
 
-    def losses(self, latents: Tensor, mask: Tensor, masked: Tensor, prefix: Prefix, normalizer: float) -> Losses:
+    def losses(
+        self,
+        latents: Tensor,
+        mask: Tensor,
+        masked: Tensor,
+        prefix: Prefix,
+        normalizer: float,
+        noise: Tensor | None = None,
+    ) -> Losses:
         """Losses of predicted against given latents [B, N, D]. `loss_tokens: masked` projects only the masked rows."""
         samples = len(latents)
+
+        def head_loss(hidden: Tensor, target: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            """rows [R]: numbers of the tokens, None for all of them."""
+            if not isinstance(self.head, FlowHead):
+                return self.head(hidden, target, None, normalizer)
+            assert noise is not None
+            tokens = mask.numel() // samples
+            rows = torch.arange(mask.numel(), device=mask.device) if rows is None else rows
+            return self.head.loss(hidden, target, normalizer, noise[rows // tokens], rows % tokens)
+
         if len(mask) > samples:
             latents = latents.repeat_interleave(len(mask) // samples, 0)
         target = latents.flatten(0, 1)
         if self.masked_only:
-            loss, squares = self.head(self.branch(latents, mask, prefix, masked), target[masked], None, normalizer)
+            loss, squares = head_loss(self.branch(latents, mask, prefix, masked), target[masked], masked)
             error = squares.sum()
             squares = squares.new_zeros(mask.numel()).index_copy_(0, masked, squares)
         else:
-            loss, squares = self.head(self.branch(latents, mask, prefix).flatten(0, 1), target, None, normalizer)
+            loss, squares = head_loss(self.branch(latents, mask, prefix).flatten(0, 1), target)
             error = squares[masked].sum()
         tokens = mask.numel() + prefix.layout.text.total
         sums = torch.stack((error, error.new_full((), len(masked)), error.new_full((), tokens)))
@@ -148,8 +178,11 @@ class PatchLatentModel(StageModel):
 
 
 def _initial(name: str, parameter: nn.Parameter) -> weights.Distribution:
-    """Mask token and position table as in MAR; the head like a torch Linear."""
+    """Mask token and position table as in MAR; the head like a torch Linear, but of a flow head the modulations and the
+    last layer zero, as in DiT."""
     shape = weights.full_shape(parameter)
+    if name.startswith("head.clean.") or ".modulation." in name:
+        return weights.Distribution(shape, "normal", 0.0)
     if name.startswith("head."):
         return weights.Distribution(shape, "uniform", shape[-1] ** -0.5)
     return weights.Distribution(shape, "normal", INIT_STD)
@@ -258,9 +291,12 @@ class PatchLatentStage:
 
     def from_public_checkpoint(self, path: Path) -> tuple[weights.WeightFiles, dict[str, str]]:
         files = weights.WeightFiles(path)
-        own = files.shape("head.weight") is not None  # the names of `bifrost export --format hf`
+        own = files.shape("branch.mask_token") is not None  # the names of `bifrost export --format hf`
         with torch.device("meta"):
-            names = self.build().trainable()
+            model = self.build()
+        if self.branch.head == "flow" and not own:
+            raise RunError(f"{path}: has the public layout, with a linear head; set branch.head=linear")
+        names = [*model.trainable(), *model.statistics()]
         return files, {name: name if own else weights.public_name(name) for name in names}
 
     def collate(self, dataset: Dataset) -> PatchLatentCollate:

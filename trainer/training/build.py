@@ -24,6 +24,7 @@ from ..planner import parts, workload
 from ..planner.devices import this_device
 from ..stages.patch_latents import PatchLatentStage
 from .components import TrainerComponents
+from .latent_statistics import measure_statistics
 from .model import build_model
 from .resume_point import ResumePoint, find_resume_point, older_resume_point
 from .rollback import Recovery
@@ -110,6 +111,8 @@ def _engine(run: RunContext, point: ResumePoint) -> tuple[Engine, Ema | None, Re
     recipe, ranks = run.recipe, run.ranks
     ranks.agreed(lambda: require_quantizer(recipe.zero, ranks.device))
     engine = Engine(build_model(run, new=point.reader is None), recipe.optimizer, run.deepspeed, ranks)
+    if point.reader is None and not recipe.init_from:
+        engine.undisturbed(lambda: measure_statistics(engine.model, run.inputs.stage, run.inputs.dataset, ranks))
     ema = Ema(engine.masters(), recipe.ema.decay, engine.model.statistics()) if recipe.ema else None
     refused: set[int] = set()
     while reader := point.reader:

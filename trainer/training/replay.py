@@ -23,6 +23,7 @@ from ...recipes import load_recipe
 from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.state import load_weights
 from ..checkpoint.store import Store
+from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..inference.contact_sheet import make_contact_sheet
 from ..models.flux import sigmas
@@ -36,6 +37,7 @@ from ..stages.patch_latents import PatchLatentStage
 from ..stages.unsharded import init_context
 from .data_digest import SequenceDigest, version
 from .inputs import Inputs, difference, open_inputs
+from .latent_statistics import measure_statistics
 from .model import initialise_from
 from .run_context import open_run_stage
 from .run_history import Place
@@ -118,9 +120,11 @@ def replay(run: Path, place: Place, weights_step: int | None = None) -> Replay:
     model = _model(inputs.stage, recipe.precision, reader, device)
     if reader is None and recipe.init_from:
         initialise_from(model, recipe.stage, inputs.stage, Path(recipe.init_from))
+    elif reader is None:
+        measure_statistics(model, inputs.stage, inputs.dataset, Ranks(0, 1, device))
     # BatchNorm's statistics cover the samples of a pass on all ranks: use the same number here.
     together = place.stretch.micro_batch or recipe.micro_batch
-    together *= place.stretch.ranks if model.statistics() else 1
+    together *= place.stretch.ranks if model.batch_statistics else 1
     items, arrays, replaced, losses = _passes(inputs, model, place.batch - 1, together, device)
     samples = [
         {**_identity(item), **drawn, "loss": loss, "caption": item.caption}

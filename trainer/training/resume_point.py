@@ -111,7 +111,7 @@ def statistics_warning(model: StageModel, reader: CheckpointReader, now: int) ->
     """A warning when a run with BatchNorm continues with another batch size for its statistics. now: samples per
     micro-batch, over all ranks."""
     before = reader.state["recipe"]["micro_batch"] * reader.ranks
-    if not model.statistics() or before == now:
+    if not model.batch_statistics or before == now:
         return None
     return (
         f"warning: controlnet.norm=batch: BatchNorm's statistics now cover {now} samples (micro_batch x ranks),"

@@ -73,7 +73,7 @@ class Validator:
                 f"validation: {samples} samples for {len(self.levels)} levels; raise validation.samples, or name shards"
                 " with more"
             )
-        read = _reader(dataset, samples, stage.image_sizes)
+        read = spread_samples(dataset, samples, stage.image_sizes, "validation.shards")
         self.passes: list[_Pass] = []
         for level, collate in enumerate(collates.values()):
             numbers = range(level, samples, len(self.levels))
@@ -121,15 +121,16 @@ def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _reader(dataset: Dataset, samples: int, sizes: tuple[int, ...]) -> Callable[[int], Item]:
-    """Number of a validation sample -> its item, `samples` of them spread evenly over the dataset."""
+def spread_samples(dataset: Dataset, samples: int, sizes: tuple[int, ...], key: str) -> Callable[[int], Item]:
+    """Number of a sample -> its item, `samples` of them spread evenly over the dataset. key: of the dataset, for
+    warnings."""
     found = ReadableSamples(dataset, sizes)
 
     def read(number: int) -> Item:
         replaced: list[tuple[str, str]] = []
         item = found.read(0, *dataset.place(number * len(dataset) // samples), number, replaced)
-        for key, reason in replaced:
-            log.warning("validation.shards: %s is unreadable (%s); %s takes its place", key, reason, item.key)
+        for name, reason in replaced:
+            log.warning("%s: %s is unreadable (%s); %s takes its place", key, name, reason, item.key)
         return item
 
     return read

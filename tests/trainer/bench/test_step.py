@@ -207,3 +207,8 @@ def test_a_cut_model_keeps_its_proportions() -> None:
 def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(RunError, match=message):
         step.bench(load_recipe("tiny-mllm"), out=None, **{"text_tokens": "20", **SMALL, **change})
+
+
+def test_a_flow_head_is_refused() -> None:
+    with pytest.raises(RunError, match="the public release, whose head is linear"):
+        step.bench(load_recipe("tiny-mllm", ["branch.head=flow"]), out=None, text_tokens="20", **SMALL)

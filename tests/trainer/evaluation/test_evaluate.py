@@ -11,10 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+import run_folders
 from bifrost.data import DataError, write_shard
 from bifrost.data.shards import open_dataset
 from bifrost.data.transforms import decode_image
 from bifrost.kernels import PrefixLayout
+from bifrost.recipes import load_recipe
 from bifrost.trainer.cli import main
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.evaluation.evaluate import evaluate
@@ -172,6 +174,19 @@ def test_unusable_samples_and_equal_captions_are_skipped(shards: Path, tmp_path:
 def evaluated(generator: Generator, shards: Path):
     data, heldout = open_dataset(train_shards(shards)), open_dataset(heldout_shards(shards))
     return evaluate(generator, data, heldout, 4, 5, FAST, gallery=40)
+
+
+def test_a_flow_head_is_evaluated_on_samples_by_seed(place: Path, controlnet: Path, shards: Path) -> None:
+    recipe = load_recipe("tiny-mllm", ["ema=null", "branch={head: flow, flow_head: {layers: 1, steps: 2}}"])
+    flow = Generator.load(run_folders.save(place / "flow", recipe, 3), controlnet)
+    data, heldout = open_dataset(train_shards(shards)), open_dataset(heldout_shards(shards))
+    found = evaluate(flow, data, heldout, 4, 5, FAST, gallery=4)
+    samples = found.samples["heldout"]
+    seen = torch.from_numpy(np.stack([sample.seen for sample in samples])).permute(0, 3, 1, 2)
+    seeds = [5 + sample.index for sample in samples]
+    latents = flow.latents([sample.caption for sample in samples], seeds, Settings(steps=1))
+    wanted = float((latents - flow.encode(seen)).square().mean())
+    assert found.figures["heldout"]["latents"]["1.0"]["mse"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_figures(evaluated, generator: Generator, shards: Path) -> None:

@@ -10,8 +10,8 @@ from bifrost.trainer.models.rng import Stream, states, uniform
 
 def test_lanes_are_those_of_the_loader_to_the_bit() -> None:
     epoch, index = np.array([0, 3, -1]), np.array([0, 12345678901, 2**62])
-    wanted = uniform(7, Stream.NOISE, epoch, index, 1000)
-    own = torch.from_numpy(states(7, Stream.NOISE, epoch, index).view(np.int64))
+    wanted = uniform(7, Stream.LATENT_NOISE, epoch, index, 1000)
+    own = torch.from_numpy(states(7, Stream.LATENT_NOISE, epoch, index).view(np.int64))
     found = draws.uniform_lanes(own[:, None], torch.arange(1000))
     assert found.dtype == torch.float64
     np.testing.assert_array_equal(found.numpy(), wanted)

@@ -1,6 +1,7 @@
 """FLOPs against torch's own counter on real passes, kept activations against what autograd saves."""
 
 import importlib
+import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,10 +15,11 @@ from bifrost.kernels import PrefixLayout
 from bifrost.recipes import load_recipe
 from bifrost.trainer.models.backbone import Prefix, read_config
 from bifrost.trainer.models.branch import GenerationBranch
+from bifrost.trainer.models.flow_head import FlowHead
 from bifrost.trainer.models.flux_transformer import FluxTransformer
 from bifrost.trainer.models.hub import locate
-from bifrost.trainer.planner import parts
-from bifrost.trainer.planner.flops import BRANCH_KEPT
+from bifrost.trainer.planner import parts, shapes
+from bifrost.trainer.planner.flops import BRANCH_KEPT, head_part
 from bifrost.trainer.planner.flux_flops import FLUX_KEPT
 
 
@@ -37,6 +39,7 @@ KINDS = ("mm", "addmm", "convolution", "_convolution", "convolution_backward")
     [
         ("tiny-mllm", "branch.draws=1"),
         ("tiny-mllm", "branch.draws=3"),
+        ("tiny-mllm", "branch={head: flow, flow_head: {layers: 2, width: 96, draws: 3}}"),
         ("tiny-controlnet", "flux.draws=1"),
         ("tiny-controlnet", "flux.draws=3"),
     ],
@@ -101,6 +104,20 @@ def test_a_branch_layer_keeps_what_is_planned() -> None:
     hidden, mlp, keys = BRANCH_KEPT
     planned = 2 * (patches * (hidden * 256 + mlp * 1353) + keys * (patches + 10) * 128)
     assert bytes_of(2) - bytes_of(1) == pytest.approx(planned, rel=0.02)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize(("width", "layers", "draws"), [(None, 2, 3), (96, 1, 2), (320, 4, 1)])
+def test_a_flow_head_keeps_what_is_planned(width: int | None, layers: int, draws: int, recomputed: bool) -> None:
+    flow = {"layers": layers, "width": width, "draws": draws}
+    branch = load_recipe("tiny-mllm", [f"branch={json.dumps({'head': 'flow', 'flow_head': flow})}"]).branch
+    head, rows = FlowHead(256, branch.flow_head, recomputed).bfloat16(), 400
+    hidden, target = torch.randn(2, rows, 256).bfloat16().unbind()
+    hidden = hidden.clone().requires_grad_()
+    states, tokens = torch.randint(2**62, (rows, 2)), torch.arange(rows)
+    found = kept(lambda: head.loss(hidden, target, 1.0, states, tokens), [*head.parameters(), *head.buffers()])
+    part = head_part(list(shapes.head(256, branch)), branch, 256, rows, 2)
+    assert found == pytest.approx(part.kept_recomputed if recomputed else part.kept, rel=0.05)
 
 
 @pytest.mark.usefixtures("fused_attention")

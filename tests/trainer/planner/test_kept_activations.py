@@ -19,6 +19,7 @@ SETTINGS = ["precision=bf16", "global_batch=2", "micro_batch=1", "zero.persisten
 STAGE_1 = [*SETTINGS, "backbone.placement=sharded", "data.image_size=336"]
 STAGE_2 = [*SETTINGS, "flux.image_size=96", "data.image_size=168"]
 SHARDED = "flux.placement={transformer: sharded, vae: sharded, text: sharded, vision_encoder: sharded}"
+FLOW = "branch={head: flow, flow_head: {layers: 2, draws: 2}}"
 TEXT = 20
 
 
@@ -41,7 +42,9 @@ def inputs(stage: Any, size: int) -> dict[str, Any]:
             "pooled": torch.randn(1, folder.clip.hidden_size),
         }
     mask = torch.ones(stage.branch.draws, stage.tokens_per_image, dtype=torch.bool)
+    noise = {"noise": torch.ones(1, 2, dtype=torch.int64)} if stage.branch.head == "flow" else {}
     return {
+        **noise,
         "images": images,
         "input_ids": torch.arange(TEXT),
         "text_lengths": (TEXT,),
@@ -113,10 +116,11 @@ def kept(recipe_name: str, overrides: list[str]) -> tuple[int, bool]:
     ("name", "settings"),
     [
         ("tiny-mllm", STAGE_1),
+        ("tiny-mllm", [*STAGE_1, FLOW]),
         ("tiny-controlnet", [*STAGE_2, SHARDED]),
         ("tiny-controlnet", [*STAGE_2, SHARDED, "flux.draws=2"]),
     ],
-    ids=["tiny-mllm", "tiny-controlnet", "tiny-controlnet-draws"],
+    ids=["tiny-mllm", "tiny-mllm-flow", "tiny-controlnet", "tiny-controlnet-draws"],
 )
 def test_activations_are_what_deepspeeds_ranks_keep(name: str, settings: list[str], recomputed: bool) -> None:
     overrides = [*settings, f"activation_checkpointing={str(recomputed).lower()}"]

@@ -50,7 +50,7 @@ def check(recipe: Recipe) -> None:
         text, side = stage.config.text_config, model.branch.side
         equal(shapes.text_model(text, recipe.backbone.weights), model.backbone.text)
         equal(shapes.branch(text, side, recipe.branch.positions == "learned"), model.branch)
-        equal(shapes.head(text.hidden_size), model.head)
+        equal(shapes.head(text.hidden_size, recipe.branch), model.head)
         modules = [model.backbone.vision, model.backbone.text, model.branch, model.head]
     else:
         for part in PARTS:
@@ -89,6 +89,11 @@ def test_weights_in_8_bits_are_counted_as_such(setting: str) -> None:
     sizes = [sum(size * width for size, width in part.stored(2)) for part in changed]
     assert 0.5 < sizes[0] / sizes[1] < 0.8  # embeddings and norms are not quantized
     assert changed[0].linear == changed[1].linear
+
+
+def test_a_flow_head_has_the_described_shapes() -> None:
+    for width in ("null", "96"):
+        check(load_recipe("tiny-mllm", [f"branch={{head: flow, flow_head: {{layers: 2, width: {width}}}}}"]))
 
 
 def changed(source: Path, folder: Path, **settings: Any) -> Path:

@@ -23,10 +23,12 @@ from bifrost.trainer.checkpoint.state import CheckpointWeights
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.inference.masked_decoding import draw_orders
+from bifrost.trainer.inference.mllm import load_mllm
 from bifrost.trainer.inference.predicted_latents import order_seed
+from bifrost.trainer.models.rng import Stream, uniform
 from bifrost.trainer.models.weights import fill
 from bifrost.trainer.planner import caches, parts
-from bifrost.trainer.stages import open_stage
+from bifrost.trainer.stages import open_patch_latents, open_stage
 from bifrost.trainer.stages.precompute import encode
 from bifrost.trainer.training.run_context import open_run_stage
 
@@ -104,6 +106,34 @@ def test_they_are_those_of_a_plain_loop_whatever_the_batch(make, mllm: Path, dat
     again = latents(make(PREDICTED), "predicted", *SOME)
     torch.testing.assert_close(again, found, rtol=0, atol=5e-4, msg="rounding, over 16 steps")
     assert len({order_seed(seed, key) for seed in (0, 1) for _, _, key in SOME}) == 2 * len(SOME)
+
+
+def test_those_of_a_flow_head_are_samples_by_key(make, place: Path, data: Path) -> None:
+    """Against a plain loop over its latents' noise, with the statistics of the run; others are other weights."""
+    recipe = load_recipe("tiny-mllm", ["ema=null", "branch={head: flow, flow_head: {layers: 1, steps: 2}}"])
+    run = run_folders.save(place / "flow", recipe, 3)
+    flow = make(PREDICTED, f"controlnet.mllm={run}", "controlnet.decode_steps=1")
+    encoded(flow)
+    found = latents(flow, "predicted", *SOME)
+    model: Any = load_mllm(run, open_patch_latents(recipe), torch.device("cpu"), torch.float32)
+    inputs = opened.inputs(flow)
+    assert inputs.stage.predictor is not None
+    for (shard, number, key), cached in zip(SOME, found, strict=True):
+        tokens, lengths = inputs.stage.predictor.template.batch([inputs.dataset.read(shard, number).caption])
+        seed, width = np.array([order_seed(0, key)]), cached.shape[1]
+        uniform_draws = torch.from_numpy(uniform(0, Stream.LATENT_NOISE, np.array([-1]), seed, 16 * width))
+        noise = torch.special.ndtri(uniform_draws).float().view(16, width)
+        with torch.no_grad():
+            prefix = model.backbone.prefix(tokens, PrefixLayout.of(lengths, 16, torch.device("cpu")))
+            hidden = model.branch(torch.zeros(1, 16, width), torch.ones(1, 16, dtype=torch.bool), prefix)
+            torch.testing.assert_close(cached, model.head.sample(hidden, noise), rtol=1e-4, atol=1e-4)
+    store = Store(run / "checkpoints")
+    reader = store.newest_verified()
+    assert reader is not None
+    tensors = {slot: {n: reader.full(slot, n).flatten() for n in reader.shapes} for slot in reader.slots}
+    statistics = {name: buffer + 1 for name, buffer in reader.buffers().items()}
+    store.save(8, Payload(0, 1, tensors, reader.shapes, reader.state, statistics))
+    assert "made with another stage-1 weights" in refusal(flow)
 
 
 def refusal(recipe: Recipe) -> str:

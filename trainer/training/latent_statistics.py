@@ -1,0 +1,55 @@
+"""Mean and deviation of the patch latents, by which a flow head normalises them; measured once, before the first step.
+
+They are of images spread evenly over the data, each encoded alone and summed in the same order, so that they are equal
+on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...data import Dataset
+from ..distributed.process_group import Ranks
+from ..models.flow_head import FlowHead
+from ..stages import Stage
+from ..stages.patch_latent_collate import PatchLatentCollate
+from ..stages.patch_latents import PatchLatentModel
+from .validation import spread_samples
+
+IMAGES = 256
+"""Images measured, if the data has as many."""
+LEAST_STD = 1e-3
+"""Least deviation of a channel, relative to the largest one."""
+
+
+@torch.no_grad()
+def measure_statistics(model: object, stage: Stage, dataset: Dataset, ranks: Ranks) -> None:
+    """Set the statistics of a flow head; does nothing to other models. Every rank calls it, with the engine built."""
+    if not isinstance(model, PatchLatentModel) or not isinstance(model.head, FlowHead):
+        return
+    count = min(IMAGES, len(dataset))
+    # A rank without an image of its own takes part in gathering the weights.
+    numbers = [min(start + ranks.rank, count - 1) for start in range(0, count, ranks.size)]
+    rows = []
+    for arrays in ranks.agreed(lambda: _read(stage, dataset, count, numbers)):
+        latents = arrays.get("latents")
+        if latents is None:
+            latents = model.backbone.patch_latents(arrays["images"].to(ranks.device))
+        values = latents.flatten(0, 1).double().cpu()
+        rows.append(torch.stack((values.mean(0), values.square().mean(0))))
+    shares = ranks.gather(rows)
+    mean, square = torch.stack([shares[n % ranks.size][n // ranks.size] for n in range(count)]).mean(0)
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    model.head.mean.copy_(mean)
+    model.head.std.copy_(std.clamp(min=LEAST_STD * float(std.max())))
+
+
+def _read(stage: Stage, dataset: Dataset, count: int, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
+    """Images or cached latents of samples `numbers` of `count` spread over the data, each by itself."""
+    collate = stage.collate(dataset)
+    assert isinstance(collate, PatchLatentCollate)
+    read = spread_samples(dataset, count, stage.image_sizes, "data.shards")
+    return [collate.latents([read(number)]) for number in numbers]
