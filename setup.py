@@ -40,7 +40,7 @@ setup(
     package_dir=packages(),
     packages=list(packages()),
     package_data={
-        "bifrost.recipes": ["*.yaml", "architectures/**/*.json", "foundations/**/*"],
+        "bifrost.recipes": ["*.yaml", "ablations/*.yaml", "architectures/**/*.json", "foundations/**/*"],
         "bifrost.slurm": ["*.jinja"],
         "bifrost.trainer.phantom": ["cuda.cpp"],
         "bifrost.trainer.planner": ["devices.yaml"],

@@ -35,8 +35,9 @@ from bifrost.recipes import RecipeError, load_recipe
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.evaluation.pixel_probe import PixelProbe
 from bifrost.trainer.evaluation.samples import SampleSet, stack
-from bifrost.trainer.inference.generator import Generator, Settings
+from bifrost.trainer.inference.generator import Generator
 from bifrost.trainer.inference.mllm import load_mllm
+from bifrost.trainer.inference.settings import Settings
 from bifrost.trainer.models.flow_head import FlowHead
 from bifrost.trainer.models.prompt import PromptTemplate
 from bifrost.trainer.stages import open_patch_latents

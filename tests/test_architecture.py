@@ -23,6 +23,7 @@ PACKAGES = {
     "inference": ["checkpoint", "stages", "models", "distributed"],
     "evaluation": ["inference", "models"],
     "training": ["inference", "monitors", "planner", "checkpoint", "optim", "stages", "models", "distributed"],
+    "ablation": ["distributed"],
     "report": ["training", "monitors", "distributed"],
     "doctor": [],
     "bench": ["training", "planner", "checkpoint", "optim", "stages", "models", "distributed"],

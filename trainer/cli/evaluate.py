@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ...data.shards import Dataset
     from ..evaluation.evaluate import Evaluation
     from ..evaluation.scenes import SceneEvaluation
-    from ..inference.generator import Generator
+    from ..inference.latent_decoder import LatentDecoder
 
 METRICS, TABLE, SHEET = "metrics.json", "table.txt", "contact_sheet.png"
 VERSIONS = ("torch", "transformers", "diffusers", "numpy", "pillow")
@@ -36,9 +36,14 @@ VERSIONS = ("torch", "transformers", "diffusers", "numpy", "pillow")
 def evaluate(
     context: typer.Context,
     mllm: Annotated[Path, typer.Option(help="A stage-1 run folder, or an export of one.")],
-    controlnet: Annotated[Path, typer.Option(help="A stage-2 run folder, or a `flux_controlnet` folder.")],
     data: Annotated[str, typer.Option(help="Shards of the training images, braces and wildcards in quotes.")],
     out: Annotated[Path, typer.Option(help="A new folder, or one of an earlier evaluation, which is replaced.")],
+    controlnet: Annotated[
+        Path | None,
+        typer.Option(
+            help="A stage-2 run folder, or a `flux_controlnet` folder; without it, --scenes measures stage 1 alone."
+        ),
+    ] = None,
     heldout: Annotated[str | None, typer.Option(help="Shards that neither stage was trained on.")] = None,
     scenes: Annotated[
         Path | None, typer.Option(help="KEY.json of the shards if they are scenes: which objects do the images show?")
@@ -74,6 +79,8 @@ def evaluate(
     _check(out)
     ranked = is_rank(context, ranks)
     sets = _open({"train": data, **({"heldout": heldout} if heldout else {})})
+    if controlnet is None and (scenes is None or flux):
+        raise RunError("only --scenes measures a stage 1 without --controlnet and --flux; give --controlnet RUN")
     if scenes and gallery:
         raise RunError("--gallery is for retrieval, which --scenes replaces; leave one of them out")
     from ...data.scenes.key import read_key
@@ -84,21 +91,24 @@ def evaluate(
     from ..evaluation.scenes import evaluate_scenes
     from ..evaluation.understanding import measure_understanding
     from ..inference.flux_sampler import Sampling
-    from ..inference.generator import Settings, base_folder, origin
+    from ..inference.generator import Generator, base_folder, origin
+    from ..inference.settings import Settings
 
     sampling = Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
     settings = Settings(steps, schedule.value, guidance, flux=sampling, temperature=temperature)
-    made_with = {"mllm": origin(mllm), "controlnet": origin(controlnet)}
-    generator = _load(mllm, controlnet, flux, ranked)
-    generator.check(settings)
-    inputs = generator, sets["train"][1], sets["heldout"][1] if heldout else None
+    runs = {"mllm": mllm, **({"controlnet": controlnet} if controlnet else {})}
+    made_with = {name: origin(run) for name, run in runs.items()}
+    decoder = _load(mllm, controlnet, flux, ranked)
+    decoder.check(settings)
+    data_sets = sets["train"][1], sets["heldout"][1] if heldout else None
     if truth is None:
-        found = retrieval.evaluate(*inputs, samples, seed, settings, batch, gallery or retrieval.GALLERY)
+        assert isinstance(decoder, Generator)
+        found = retrieval.evaluate(decoder, *data_sets, samples, seed, settings, batch, gallery or retrieval.GALLERY)
     else:
-        found = evaluate_scenes(*inputs, truth, samples, seed, settings, batch)
+        found = evaluate_scenes(decoder, *data_sets, truth, samples, seed, settings, batch)
         asked = found.samples["heldout" if heldout else "train"]
-        found.understanding = measure_understanding(generator, base_folder(mllm), asked, seed)
-    if generator.group.rank > 0:
+        found.understanding = measure_understanding(decoder, base_folder(mllm), asked, seed)
+    if decoder.group.rank > 0:
         return
     record = {
         **found.record(),
@@ -107,22 +117,26 @@ def evaluate(
         "settings": asdict(settings),
         "batch": batch,
         **made_with,
-        **_environment(generator),
+        **_environment(decoder),
         "data": {name: _data(found, name, *named) for name, named in sets.items()},
     }
     _write(out, found, record)
-    _note(found.figures, mllm, controlnet)
+    _note(found.figures, *runs.values())
     _require_equal(found.figures.get("understanding"), mllm, out)
 
 
-def _load(mllm: Path, controlnet: Path, flux: str | None, ranked: bool) -> Generator:
-    """The models, on every rank."""
+def _load(mllm: Path, controlnet: Path | None, flux: str | None, ranked: bool) -> LatentDecoder:
+    """The models, on every rank; without a ControlNet those of stage 1."""
     from ..distributed.process_group import Group, join
     from ..inference.generator import Generator
+    from ..inference.latent_decoder import load_decoder
 
     ranks = join() if ranked else None
     group = Group(ranks.rank, ranks.size, ranks.gather) if ranks else Group()
-    load = partial(Generator.load, mllm, controlnet, flux, ranks and ranks.device, group=group)
+    device = ranks and ranks.device
+    load = partial(load_decoder, mllm, device, group=group)
+    if controlnet is not None:
+        load = partial(Generator.load, mllm, controlnet, flux, device, group=group)
     with progress("loading the models", shown=group.rank == 0):
         return ranks.agreed(load) if ranks else load()
 
@@ -134,11 +148,13 @@ def _open(shards: dict[str, str]) -> dict[str, tuple[str, Dataset]]:
     return {name: (given, open_dataset(given)) for name, given in shards.items()}
 
 
-def _environment(generator: Generator) -> dict[str, Any]:
+def _environment(decoder: LatentDecoder) -> dict[str, Any]:
+    from ..inference.generator import Generator
+
     return {
-        "flux": str(generator.flux.folder.path),
-        "device": str(generator.device),
-        "dtype": str(next(generator.mllm.parameters()).dtype).removeprefix("torch."),
+        **({"flux": str(decoder.flux.folder.path)} if isinstance(decoder, Generator) else {}),
+        "device": str(decoder.device),
+        "dtype": str(next(decoder.mllm.parameters()).dtype).removeprefix("torch."),
         "python": platform.python_version(),
         "versions": versions(VERSIONS),
     }

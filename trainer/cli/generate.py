@@ -38,7 +38,8 @@ from .options import RanksOption
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..inference.generator import Generator, Settings
+    from ..inference.generator import Generator
+    from ..inference.settings import Settings
 
 
 class Reveal(str, Enum):
@@ -90,7 +91,8 @@ def generate(
 
     is_rank(context, ranks)
     from ..inference.flux_sampler import Sampling
-    from ..inference.generator import Settings, origin
+    from ..inference.generator import origin
+    from ..inference.settings import Settings
 
     sampling = Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
     settings = Settings(steps, schedule.value, guidance, not no_controlnet, empty_prompt, sampling, temperature)

@@ -23,6 +23,7 @@ from ..distributed.launcher import lost_file
 from ..distributed.stop_signals import PHASE_FILE
 from ..errors import Locked, RendezvousTimeout, RunError, Unhealthy, foreseen, lost_rank, with_message
 from ..versions import BIFROST, how_to_install
+from .ablate import ablate
 from .bench import app as bench_app
 from .checkpoint import app as checkpoint_app
 from .doctor import doctor
@@ -55,6 +56,7 @@ app.add_typer(slurm_app, name="slurm")
 app.command()(init)
 app.command()(generate)
 app.command("eval")(evaluate)
+app.command()(ablate)
 app.command()(plan)
 app.command()(goodput)
 app.command()(runs)

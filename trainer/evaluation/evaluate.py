@@ -20,8 +20,9 @@ from ...data import Dataset
 from ...data.progress import progress
 from ...kernels import PrefixLayout
 from ..inference.contact_sheet import make_contact_sheet
-from ..inference.generator import Generator, Settings, to_images
+from ..inference.generator import Generator, to_images
 from ..inference.masked_decoding import NO_EPOCH, draw_latent_noise, predict
+from ..inference.settings import Settings
 from ..models.draws import gaussian
 from ..models.masking import draw_masks
 from ..models.rng import Stream, uniform

@@ -1,4 +1,5 @@
-"""Evaluation of both stages on scenes whose objects are known: which objects the images show, with controls.
+"""Evaluation of scenes whose objects are known, by both stages or stage 1 alone: which objects the images show, with
+controls.
 
 Legend: B scenes, N patch latents of width D, S and P image sides in pixels for the vision encoder and for FLUX.
 """
@@ -20,7 +21,9 @@ from ...data.progress import progress
 from ...data.scenes.grammar import Scene
 from ...data.scenes.scorer import read, score, summarize
 from ..inference.contact_sheet import make_contact_sheet
-from ..inference.generator import Generator, Settings
+from ..inference.generator import Generator
+from ..inference.latent_decoder import LatentDecoder
+from ..inference.settings import Settings
 from .pixel_probe import PixelProbe
 from .samples import SampleSet, stack
 from .scene_samples import SceneSample, captions, choose_scenes
@@ -64,7 +67,7 @@ class SceneEvaluation:
 
 
 def evaluate_scenes(
-    generator: Generator,
+    decoder: LatentDecoder,
     data: Dataset,
     heldout: Dataset | None,
     truth: Mapping[str, Scene],
@@ -76,10 +79,13 @@ def evaluate_scenes(
     """Scores of up to `samples` scenes of each category, the same scenes for the same seed; those of held-out scenes
     that need no FLUX, of up to PROBE_SCENES.
 
+    decoder: a `Generator`, or stage 1 alone, which is scored by the probe.
     truth: the scenes by the keys of their samples. Held-out captions that are among the training captions are skipped.
     RunError if `truth` does not belong to the data, or a category has fewer than two scenes.
     """
-    sizes, shown_here = (generator.image_size, generator.flux_size), generator.group.rank == 0
+    generator = decoder if isinstance(decoder, Generator) else None
+    sizes = decoder.image_size, generator.flux_size if generator else decoder.image_size
+    shown_here = decoder.group.rank == 0
     train = SampleSet("train", data, seed, sizes)
     chosen: dict[str, list[SceneSample]] = {}
     if heldout is not None:
@@ -88,19 +94,24 @@ def evaluate_scenes(
     chosen["train"] = choose_scenes(train, truth, samples)
     with progress("fitting the probe", shown=shown_here):
         probe = PixelProbe(
-            (_encode(generator, images), images)
+            (_encode(decoder, images), images)
             for part in train.gallery(PROBE_IMAGES, ENCODED)
             for images in [stack([sample.seen for sample in part])]
         )
     with progress("decoding", sum(map(len, chosen.values())), "latents", shown=shown_here) as shown:
-        parts = {name: _Part.of(generator, part, seed, settings, batch, shown.advance) for name, part in chosen.items()}
+        parts = {name: _Part.of(decoder, part, seed, settings, batch, shown.advance) for name, part in chosen.items()}
     drawn = {name: part.first(samples) for name, part in parts.items()}
-    images = IMAGES * sum(len(part.samples) for part in drawn.values())
-    with progress("generating", images, "images", shown=shown_here) as shown:
-        trials = {name: _Trial(generator, part, settings, batch, shown.advance) for name, part in drawn.items()}
+    trials: dict[str, _Trial] = {}
+    if generator is not None:
+        images = IMAGES * sum(len(part.samples) for part in drawn.values())
+        with progress("generating", images, "images", shown=shown_here) as shown:
+            trials = {name: _Trial(generator, part, settings, batch, shown.advance) for name, part in drawn.items()}
     with progress("reading the objects of the images", shown=shown_here):
-        figures = {PARTS[name]: {**trial.scores(), **parts[name].scores(probe)} for name, trial in trials.items()}
-    sheet = next(iter(trials.values())).contact_sheet()
+        figures = {PARTS[name]: part.scores(probe) for name, part in parts.items()}
+        for name, trial in trials.items():
+            figures[PARTS[name]] = {**trial.scores(), **figures[PARTS[name]]}
+    first = next(iter(drawn))
+    sheet = _sheet(drawn[first], trials[first].rows() if trials else drawn[first].rows(probe))
     seeds = {name: part.seeds for name, part in drawn.items()}
     return SceneEvaluation(figures, {name: part.samples for name, part in drawn.items()}, seeds, sheet)
 
@@ -118,7 +129,7 @@ class _Part:
     @classmethod
     def of(
         cls,
-        generator: Generator,
+        decoder: LatentDecoder,
         samples: list[SceneSample],
         seed: int,
         settings: Settings,
@@ -126,8 +137,8 @@ class _Part:
         made: Callable[[int], None],
     ) -> _Part:
         seeds = [seed + sample.index for sample in samples]
-        true = _encode(generator, stack([sample.seen for sample in samples]))
-        decoded = generator.decoded([sample.caption for sample in samples], seeds, settings, batch, made)
+        true = _encode(decoder, stack([sample.seen for sample in samples]))
+        decoded = decoder.decoded([sample.caption for sample in samples], seeds, settings, batch, made)
         return cls(samples, seeds, true, decoded)
 
     @property
@@ -155,6 +166,11 @@ class _Part:
             "probe_shuffled": summarize(found, [scenes[number] for number in others(scenes)]),
         }
 
+    def rows(self, probe: PixelProbe) -> dict[str, list[Image.Image]]:
+        """Images that need no FLUX, for the contact sheet."""
+        rows = {"stage 1 by the probe": self.decoded, "true latents by the probe": self.true}
+        return {label: [Image.fromarray(image) for image in probe.images(found)] for label, found in rows.items()}
+
 
 class _Trial:
     """Images of the scenes of a part."""
@@ -162,7 +178,7 @@ class _Trial:
     def __init__(
         self, generator: Generator, part: _Part, settings: Settings, batch: int, made: Callable[[int], None]
     ) -> None:
-        self.samples, self.scenes = part.samples, part.scenes
+        self.scenes = part.scenes
         self.other = others(self.scenes)
         alone = replace(settings, empty_prompt=True)
         plans: dict[str, tuple[Settings, Tensor | None]] = {
@@ -173,7 +189,7 @@ class _Trial:
             "swapped": (settings, part.true[self.other]),
         }
         assert len(plans) == IMAGES
-        prompts = [sample.caption for sample in self.samples]
+        prompts = [sample.caption for sample in part.samples]
         self.made = {
             control: generator.generate(prompts, part.seeds, how, latents, batch, made)
             for control, (how, latents) in plans.items()
@@ -196,20 +212,24 @@ class _Trial:
             row["caption_wins"] = fmean(caption.objects > latents.objects for latents, caption in pairs)
         return figures
 
-    def contact_sheet(self) -> Image.Image:
-        """The first scene of every category."""
-        first = {scene.category: number for number, scene in reversed(list(enumerate(self.scenes)))}
-        numbers = sorted(first.values())
-        rows = {
+    def rows(self) -> dict[str, list[Image.Image]]:
+        """The images, for the contact sheet."""
+        return {
             "FLUX alone": self.made["flux_alone"],
             "both stages": self.made["both"],
             "latents alone": self.made["latents_alone"],
             "another's latents": self.made["swapped"],
-            "original": [Image.fromarray(sample.original) for sample in self.samples],
         }
-        shown = {label: [images[number] for number in numbers] for label, images in rows.items()}
-        heads = [f"{self.scenes[number].category}: {self.samples[number].caption}" for number in numbers]
-        return make_contact_sheet(shown, heads, across=len(numbers), lines=CAPTION_LINES)
+
+
+def _sheet(part: _Part, rows: dict[str, list[Image.Image]]) -> Image.Image:
+    """Images of the first scene of every category, and the originals."""
+    first = {scene.category: number for number, scene in reversed(list(enumerate(part.scenes)))}
+    numbers = sorted(first.values())
+    rows = {**rows, "original": [Image.fromarray(sample.original) for sample in part.samples]}
+    shown = {label: [images[number] for number in numbers] for label, images in rows.items()}
+    heads = [f"{part.scenes[number].category}: {part.samples[number].caption}" for number in numbers]
+    return make_contact_sheet(shown, heads, across=len(numbers), lines=CAPTION_LINES)
 
 
 def others(scenes: Sequence[Scene]) -> list[int]:
@@ -223,6 +243,6 @@ def others(scenes: Sequence[Scene]) -> list[int]:
     return [following[number] for number in range(len(scenes))]
 
 
-def _encode(generator: Generator, images: Tensor) -> Tensor:
+def _encode(decoder: LatentDecoder, images: Tensor) -> Tensor:
     """Patch latents [B, N, D] of uint8 images [B, 3, S, S]."""
-    return torch.cat([generator.encode(part) for part in images.split(ENCODED)])
+    return torch.cat([decoder.encode(part) for part in images.split(ENCODED)])

@@ -80,7 +80,8 @@ def _row(label: str, *values: str) -> str:
 def _scenes(figures: Mapping[str, Any], understanding: Understanding | None) -> str:
     lines: list[str] = []
     for part, controls in figures.items():
-        counts = {category: row["n"] for category, row in controls["both"].items()}
+        shown = controls["both" if "both" in controls else "probe"]
+        counts = {category: row["n"] for category, row in shown.items()}
         width = max(len(label) for rows in SCENE_ROWS.values() for label in rows) + 4
 
         def line(label: str, values: Mapping[str, str], width: int = width) -> str:
@@ -88,8 +89,9 @@ def _scenes(figures: Mapping[str, Any], understanding: Understanding | None) -> 
 
         lines += [line(PARTS[part], {name: name for name in counts})]
         lines += [line("  number", {name: str(n) for name, n in counts.items()})]
-        for heading, rows in SCENE_ROWS.items():
-            lines += [heading]
+        for heading, every in SCENE_ROWS.items():
+            rows = {label: where for label, where in every.items() if where[0] in controls}
+            lines += [heading] if rows else []
             for label, (control, score) in rows.items():
                 lines += [line(f"  {label}", {name: f"{controls[control][name][score]:.2f}" for name in counts})]
         lines += [""]

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from ...data.progress import progress
 from ...data.scenes.questions import Question, questions
 from ...recipes.fields import HeldWeights
-from ..inference.generator import Generator
+from ..inference.latent_decoder import LatentDecoder
 from ..models.backbone import FrozenBackbone, pixel_patches, read_config
 from ..models.prompt import QuestionTemplate
 from ..models.weights import WeightFiles
@@ -54,23 +54,23 @@ class _Asked:
 
 @torch.no_grad()
 def measure_understanding(
-    generator: Generator, folder: Path, samples: Sequence[SceneSample], seed: int
+    decoder: LatentDecoder, folder: Path, samples: Sequence[SceneSample], seed: int
 ) -> Understanding | None:
     """Answers to one question of each kind about every scene, chosen by the seed.
 
     folder: of the MLLM before stage 1. None, with a warning, if transformers cannot load it as a model that answers.
     """
-    if reason := _cannot_answer(folder, generator.mllm.backbone.held):
+    if reason := _cannot_answer(folder, decoder.mllm.backbone.held):
         log.warning("no questions are asked of the MLLM: %s %s", folder, reason)
         return None
     asked = [_Asked(number, drawn) for number, sample in enumerate(samples) for drawn in _drawn(sample, seed)]
     images = stack([sample.seen for sample in samples])
-    template = QuestionTemplate(generator.template.tokenizer, generator.mllm.branch.side**2)
-    with progress("answering", 2 * len(asked), "questions", shown=generator.group.rank == 0) as shown:
-        model = _load(folder, next(generator.mllm.backbone.parameters()).dtype).to(generator.device)
-        share = partial(generator.in_batches, len(asked), AT_ONCE)
+    template = QuestionTemplate(decoder.template.tokenizer, decoder.mllm.branch.side**2)
+    with progress("answering", 2 * len(asked), "questions", shown=decoder.group.rank == 0) as shown:
+        model = _load(folder, next(decoder.mllm.backbone.parameters()).dtype).to(decoder.device)
+        share = partial(decoder.in_batches, len(asked), AT_ONCE)
         before = share(partial(_answers, model, template, asked, images), shown.advance)
-        _use_weights(model, generator.mllm.backbone)
+        _use_weights(model, decoder.mllm.backbone)
         after = share(partial(_answers, model, template, asked, images), shown.advance)
     kinds = [each.question.kind for each in asked]
     right = [_accuracy(kinds, [is_right for is_right, _ in found]) for found in (before, after)]

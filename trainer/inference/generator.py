@@ -9,9 +9,8 @@ import logging
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -26,54 +25,26 @@ from ..models import latent_controlnet
 from ..models.flux import FluxFolder, FluxTokenizers, FrozenFlux, Tokens
 from ..models.hub import locate
 from ..models.latent_controlnet import LatentControlNet
-from ..models.prompt import PromptTemplate
 from ..models.weights import fill
-from ..stages import open_controlnet, open_patch_latents
-from ..stages.patch_latents import PatchLatentModel
+from ..stages import open_controlnet
 from ..stages.unsharded import init_context
-from .flux_sampler import Sampling, Text, draw_noise, sample
-from .masked_decoding import Schedule, draw_latent_noise, reveal_counts
-from .mllm import decode_prompts, load_mllm
+from .flux_sampler import Text, draw_noise, sample
+from .latent_decoder import LatentDecoder, open_run, read_decoder, usual_device
+from .settings import Settings
 from .stored_runs import RECIPE, checkpoint_weights, stored_recipe
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Generation settings."""
-
-    steps: int = 16
-    """Decoding steps, up to the number of patches."""
-    schedule: Schedule = "cosine"
-    guidance: float = 1.0
-    """w of uncond + w (cond - uncond) on the patch latents; 1 skips the unconditional prompts."""
-    controlnet: bool = True
-    """False is a control experiment: FLUX sees only its text, and no latents are decoded."""
-    empty_prompt: bool = False
-    """True is a control experiment: FLUX gets the empty prompt, so that only the latents condition it."""
-    flux: Sampling = field(default_factory=Sampling)
-    temperature: float = 1.0
-    """Standard deviation of the noise from which a flow head samples."""
-
-
-@dataclass
-class Generator:
+@dataclass(kw_only=True)
+class Generator(LatentDecoder):
     """Both stages on one device. `load` reads them from runs; a training loop can pass its own modules."""
 
-    mllm: PatchLatentModel
-    template: PromptTemplate
-    image_size: int
-    """S, side in pixels of the vision encoder's images."""
     flux: FrozenFlux
     controlnet: LatentControlNet
     tokenizers: FluxTokenizers
     flux_size: int
     """P, side in pixels of the generated images."""
-    device: torch.device
-    group: Group = field(default_factory=Group)
-    """Ranks with the same models, which share the batches of `in_batches`."""
 
     @classmethod
     def load(
@@ -90,16 +61,14 @@ class Generator:
         EMA weights are used if the run has them. Default: a GPU with bf16, else CPU with fp32. RunError names what
         cannot be used.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        stage = open_patch_latents(stored_recipe(Path(mllm), "patch-latents"))
-        assert stage.tokenizer is not None
+        device, dtype = usual_device(device, dtype)
+        stage = open_run(Path(mllm))
         # The smaller model first: a mismatch is found before the large ones are read.
         width, side = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
-        image_generator = load_image_generator(Path(controlnet), flux, width, side, device, dtype)
-        model = load_mllm(Path(mllm), stage, device, dtype)
-        template = PromptTemplate(stage.tokenizer, stage.branch.max_text_tokens)
-        return cls(model, template, stage.image_size, *image_generator, device, group)
+        flux_parts = load_image_generator(Path(controlnet), flux, width, side, device, dtype)
+        decoder = read_decoder(Path(mllm), stage, device, dtype, group)
+        names = "flux", "controlnet", "tokenizers", "flux_size"
+        return cls(**vars(decoder), **dict(zip(names, flux_parts, strict=True)))
 
     def generate(
         self,
@@ -124,47 +93,6 @@ class Generator:
 
         return self.in_batches(len(prompts), batch, work, made)
 
-    def check(self, settings: Settings) -> None:
-        """RunError for more decoding steps than patches, or a temperature that has no effect."""
-        reveal_counts(self.mllm.branch.side**2, settings.steps, settings.schedule)
-        draw_latent_noise(self.mllm.head, [], 0, settings.temperature)
-
-    def in_batches(
-        self, count: int, batch: int, work: Callable[[slice], list[T]], made: Callable[[int], None]
-    ) -> list[T]:
-        """The results of `work` for all slices of `batch` of `count` items, in order. Each slice is computed by one
-        rank of the group; all ranks call this and get all results, which must be on the CPU.
-
-        made: called with the numbers of items done.
-        """
-        rank, size, own = self.group.rank, self.group.size, []
-        for start in range(rank * batch, count, batch * size):
-            own.append(work(slice(start, start + batch)))
-            made(min(batch * size, count - (start - rank * batch)))  # by all ranks in this turn
-        shares = self.group.gather(own)
-        return [item for turn in range(math.ceil(count / batch)) for item in shares[turn % size][turn // size]]
-
-    def latents(self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings = Settings()) -> Tensor:
-        """Patch latents [B, N, D] decoded from the prompts, as one batch."""
-        how = settings.steps, settings.schedule, settings.guidance, settings.temperature
-        return decode_prompts(self.mllm, self.template, prompts, seeds, *how)
-
-    def decoded(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        settings: Settings,
-        batch: int,
-        made: Callable[[int], None] = lambda count: None,
-    ) -> Tensor:
-        """Patch latents [B, N, D] decoded from the prompts in batches, which the ranks share; `made` as in
-        `generate`."""
-
-        def work(part: slice) -> list[Tensor]:
-            return list(self.latents(prompts[part], seeds[part], settings).cpu())
-
-        return torch.stack(self.in_batches(len(prompts), batch, work, made)).to(self.device)
-
     def warn_about_truncation(self, prompts: Sequence[str], settings: Settings, decoded: bool = True) -> None:
         """Warn of each prompt beyond the limit of a text model, with the tokens read and dropped: its end is ignored,
         as in training. decoded: whether the patch latents are decoded from the prompt."""
@@ -175,10 +103,6 @@ class Generator:
             cut = [f"{name} reads {m} of {n} tokens ({n - m} dropped)" for name, (n, m) in limits.items() if n > m]
             if cut:
                 log.warning("prompt %s is cut at its end: %s", textwrap.shorten(repr(prompt), 60), ", ".join(cut))
-
-    def encode(self, images: Tensor) -> Tensor:
-        """The vision encoder's patch latents [B, N, D] of uint8 images [B, 3, S, S]."""
-        return self.mllm.backbone.patch_latents(images.to(self.device))
 
     @torch.no_grad()
     def render(

@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +23,9 @@ from ...recipes.schema import Previews
 from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..inference.contact_sheet import make_contact_sheet
-from ..inference.generator import Generator, Settings, load_controlnet, load_flux
+from ..inference.generator import Generator, load_controlnet, load_flux
+from ..inference.latent_decoder import LatentDecoder
+from ..inference.settings import Settings
 from ..io import write_png
 from ..models.prompt import PromptTemplate
 from ..monitors.phase_timer import PhaseTimer
@@ -82,11 +83,11 @@ def _reconstructions(
         model,  # the generator uses only the vision encoder of an MLLM, which this model has too
         cast(PromptTemplate, None),
         stage.data.image_size,
-        model.flux,
-        model.controlnet,
-        stage.folder.tokenizers,
-        stage.flux.image_size,
         ranks.device,
+        flux=model.flux,
+        controlnet=model.controlnet,
+        tokenizers=stage.folder.tokenizers,
+        flux_size=stage.flux.image_size,
     )
 
     def draw() -> Rows:
@@ -105,16 +106,15 @@ def _generations(
     width, side = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
     assert settings.controlnet and stage.tokenizer, "the recipe's schema asks for it"
     template = PromptTemplate(stage.tokenizer, stage.branch.max_text_tokens)
-    no_flux: Any = (None, None, None, 0)
-    generator = Generator(model, template, stage.image_sizes[0], *no_flux, ranks.device)  # pyright: ignore
+    decoder = LatentDecoder(model, template, stage.image_sizes[0], ranks.device)
     image_generator = _ImageGenerator(settings, width, side, ranks.device) if ranks.first else None
 
     def draw() -> Rows:
-        latents = generator.latents(captions, range(len(captions)), Settings())
+        latents = decoder.latents(captions, range(len(captions)), Settings())
         if image_generator is None:
             return {}
         try:
-            made = image_generator.generate(generator, captions, latents.float())
+            made = image_generator.generate(decoder, captions, latents.float())
         except (RunError, OSError, torch.OutOfMemoryError) as error:  # the other ranks continue, so this one must too
             log.error("the preview images were not generated: %s", error)
             return {}
@@ -140,12 +140,13 @@ class _ImageGenerator:
         self.controlnet: Any = network  # diffusers' wrapped `to` has an annotation that no call fits
         self.folder.require_weights()
 
-    def generate(self, generator: Generator, captions: list[str], latents: torch.Tensor) -> list[Image.Image]:
+    def generate(self, decoder: LatentDecoder, captions: list[str], latents: torch.Tensor) -> list[Image.Image]:
         """Images of patch latents [B, N, D]."""
         try:
             flux = load_flux(self.folder, self.device, self.dtype)
             network, tokenizers = self.controlnet.to(self.device), self.folder.tokenizers
-            whole = replace(generator, flux=flux, controlnet=network, tokenizers=tokenizers, flux_size=self.size)
+            flux_parts = {"flux": flux, "controlnet": network, "tokenizers": tokenizers, "flux_size": self.size}
+            whole = Generator(**vars(decoder), **flux_parts)
             return whole.generate(captions, range(len(captions)), Settings(), latents)
         finally:
             flux = whole = None

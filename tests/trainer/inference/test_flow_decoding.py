@@ -11,8 +11,9 @@ from bifrost.kernels import PrefixLayout
 from bifrost.recipes import RecipeError, load_recipe
 from bifrost.trainer.checkpoint.export import export
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.inference.generator import Generator, Settings
+from bifrost.trainer.inference.generator import Generator
 from bifrost.trainer.inference.masked_decoding import draw_latent_noise, draw_orders, reveal_counts
+from bifrost.trainer.inference.settings import Settings
 from bifrost.trainer.models.rng import Stream, uniform
 from bifrost.trainer.stages import open_patch_latents
 

@@ -13,7 +13,7 @@ import tiny_flux
 from bifrost.recipes import load_recipe
 from bifrost.recipes.schema import Previews
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.inference.generator import Generator
+from bifrost.trainer.inference.latent_decoder import LatentDecoder
 from bifrost.trainer.models.flux import FluxFolder
 from bifrost.trainer.models.latent_controlnet import ControlNetConfig, LatentControlNet, write_config
 from bifrost.trainer.planner import parts, plan, workload
@@ -49,10 +49,10 @@ def test_flux_is_loaded_for_a_preview_and_freed(settings: Previews, monkeypatch:
     image_generator = preview._ImageGenerator(settings, WIDTH, SIDE, CPU)
     assert not loaded, "FLUX is not in memory before the first preview"
     nothing: Any = None
-    generator = Generator(nothing, nothing, 112, nothing, nothing, nothing, 0, CPU)
+    decoder = LatentDecoder(nothing, nothing, 112, CPU)
     draw = torch.Generator().manual_seed(0)
     for count in (1, 2):
-        images = image_generator.generate(generator, ["a red apple"], torch.randn(1, SIDE**2, WIDTH, generator=draw))
+        images = image_generator.generate(decoder, ["a red apple"], torch.randn(1, SIDE**2, WIDTH, generator=draw))
         assert [image.size for image in images] == [(64, 64)]
         gc.collect()
         assert len(loaded) == count and all(one() is None for one in loaded)

@@ -1,0 +1,66 @@
+"""Suites of ablations: questions about a recipe, each answered by rows that differ in one choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from .load import FOLDER, RecipeError, explain
+from .section import Section
+from .yaml_dialect import read_yaml
+
+SUITES = FOLDER / "ablations"
+
+
+class Question(Section):
+    asks: str
+    """The question, in a sentence."""
+    paper: str
+    """The row of the paper's choice, with which the others are compared."""
+    paper_says: str | None = None
+    """What the paper claims of it; null: it makes no claim that is known here."""
+    rows: dict[str, list[str]] = Field(min_length=2)
+    """Row -> what is typed for it: `key.path=value` settings of the recipe, and `--option=value` of `bifrost eval`."""
+
+    @model_validator(mode="after")
+    def _compared(self) -> Question:
+        if self.paper not in self.rows:
+            raise ValueError(f"paper: {self.paper!r} is not among the rows {', '.join(self.rows)}")
+        return self
+
+
+class Suite(Section):
+    recipe: str
+    """A shipped recipe, or the path of one."""
+    seeds: list[int] = Field(min_length=1)
+    """`seed` of the trainings of every row."""
+    settings: list[str] = Field(default_factory=list)
+    """Settings of every row."""
+    score: list[str]
+    """Options of `bifrost eval` for every row: data, scenes, and the run of the other stage."""
+    control: Literal["probe", "both"] = "probe"
+    """Whose scores are compared: the probe's, which need no FLUX, or those of images made by both stages."""
+    categories: list[str] = Field(min_length=1)
+    """Categories of held-out scenes whose mean is the figure that is compared."""
+    questions: dict[str, Question] = Field(min_length=1)
+
+
+def shipped_suites() -> dict[str, Path]:
+    """Name -> file of the suites shipped with the package."""
+    return {path.stem: path for path in sorted(SUITES.glob("*.yaml"))}
+
+
+def load_suite(source: str) -> tuple[str, Suite]:
+    """Name and contents of the suite `source`, a YAML file or the name of a shipped suite. RecipeError names what is
+    wrong."""
+    path = Path(source) if Path(source).is_file() else shipped_suites().get(source)
+    if path is None:
+        raise RecipeError(f"{source}: no such suite; shipped ones are {', '.join(shipped_suites())}")
+    try:
+        return path.stem, Suite.model_validate(read_yaml(path.read_text(encoding="utf-8-sig")))
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {explain(error, Suite)}") from error
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+        raise RecipeError(f"{path}: cannot be read as YAML ({error})") from error

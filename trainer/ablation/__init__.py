@@ -1,0 +1,1 @@
+"""Ablations: the trainings and evaluations of a suite, and the table of what they show."""

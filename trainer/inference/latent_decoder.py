@@ -1,0 +1,118 @@
+"""Patch latents of prompts and of images, by the model of stage 1 alone.
+
+Legend: B prompts or images, N patch latents of width D, S image side in pixels for the vision encoder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..distributed.process_group import Group
+from ..models.prompt import PromptTemplate
+from ..stages import open_patch_latents
+from ..stages.patch_latents import PatchLatentModel, PatchLatentStage
+from .masked_decoding import draw_latent_noise, reveal_counts
+from .mllm import decode_prompts, load_mllm
+from .settings import Settings
+from .stored_runs import stored_recipe
+
+T = TypeVar("T")
+
+
+@dataclass
+class LatentDecoder:
+    """Stage 1 on one device. `load_decoder` reads it from a run; a training loop can pass its own modules."""
+
+    mllm: PatchLatentModel
+    template: PromptTemplate
+    image_size: int
+    """S, side in pixels of the vision encoder's images."""
+    device: torch.device
+    group: Group = field(default_factory=Group)
+    """Ranks with the same models, which share the batches of `in_batches`."""
+
+    def check(self, settings: Settings) -> None:
+        """RunError for more decoding steps than patches, or a temperature that has no effect."""
+        reveal_counts(self.mllm.branch.side**2, settings.steps, settings.schedule)
+        draw_latent_noise(self.mllm.head, [], 0, settings.temperature)
+
+    def in_batches(
+        self, count: int, batch: int, work: Callable[[slice], list[T]], made: Callable[[int], None]
+    ) -> list[T]:
+        """The results of `work` for all slices of `batch` of `count` items, in order. Each slice is computed by one
+        rank of the group; all ranks call this and get all results, which must be on the CPU.
+
+        made: called with the numbers of items done.
+        """
+        rank, size, own = self.group.rank, self.group.size, []
+        for start in range(rank * batch, count, batch * size):
+            own.append(work(slice(start, start + batch)))
+            made(min(batch * size, count - (start - rank * batch)))  # by all ranks in this turn
+        shares = self.group.gather(own)
+        return [item for turn in range(math.ceil(count / batch)) for item in shares[turn % size][turn // size]]
+
+    def latents(self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings = Settings()) -> Tensor:
+        """Patch latents [B, N, D] decoded from the prompts, as one batch."""
+        how = settings.steps, settings.schedule, settings.guidance, settings.temperature
+        return decode_prompts(self.mllm, self.template, prompts, seeds, *how)
+
+    def decoded(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings,
+        batch: int,
+        made: Callable[[int], None] = lambda count: None,
+    ) -> Tensor:
+        """Patch latents [B, N, D] decoded from the prompts in batches, which the ranks share; `made` as in
+        `generate`."""
+
+        def work(part: slice) -> list[Tensor]:
+            return list(self.latents(prompts[part], seeds[part], settings).cpu())
+
+        return torch.stack(self.in_batches(len(prompts), batch, work, made)).to(self.device)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The vision encoder's patch latents [B, N, D] of uint8 images [B, 3, S, S]."""
+        return self.mllm.backbone.patch_latents(images.to(self.device))
+
+
+def load_decoder(
+    run: Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    group: Group = Group(),
+) -> LatentDecoder:
+    """The decoder of a run folder or of an export of one.
+
+    EMA weights are used if the run has them. Default: a GPU with bf16, else CPU with fp32. RunError names what cannot
+    be used.
+    """
+    return read_decoder(run, open_run(run), *usual_device(device, dtype), group)
+
+
+def open_run(run: Path) -> PatchLatentStage:
+    """The stage of a stage-1 run, without weights."""
+    return open_patch_latents(stored_recipe(run, "patch-latents"))
+
+
+def usual_device(device: torch.device | str | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    """Where and in which precision models are loaded that are only used for inference."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return device, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def read_decoder(
+    run: Path, stage: PatchLatentStage, device: torch.device, dtype: torch.dtype, group: Group
+) -> LatentDecoder:
+    """The decoder with the weights of `run`, whose stage is open."""
+    assert stage.tokenizer is not None
+    template = PromptTemplate(stage.tokenizer, stage.branch.max_text_tokens)
+    return LatentDecoder(load_mllm(run, stage, device, dtype), template, stage.image_size, device, group)
