@@ -261,6 +261,28 @@ def test_the_command(mllm: Path, controlnet: Path, scenes: Scenes, tmp_path: Pat
         (mllm / name).unlink()
 
 
+def test_stage_1_alone_is_scored_as_it_is_with_a_controlnet(
+    mllm: Path, controlnet: Path, scenes: Scenes, tmp_path: Path, capsys
+) -> None:
+    shards = ("--data", scenes.train, "--heldout", scenes.heldout, "--scenes", scenes.key)
+    bifrost("--mllm", mllm, "--controlnet", controlnet, *shards, *QUICK, "--out", tmp_path / "both")
+    capsys.readouterr()
+    bifrost("--mllm", mllm, *shards, *QUICK, "--out", tmp_path / "one")
+    assert "stage 1 by a linear probe" in capsys.readouterr().out
+    both, one = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("both", "one"))
+    for part, controls in both["scenes"].items():
+        probes = {control: rows for control, rows in controls.items() if "probe" in control}
+        assert one["scenes"][part] == probes and len(probes) == 3
+    assert one["understanding"] == both["understanding"] and one["data"] == both["data"]
+    assert both.keys() - one.keys() == {"controlnet", "flux"}
+    text = (tmp_path / "one" / "table.txt").read_text()
+    assert "FLUX" not in text and text.count("true latents by the probe") == 2
+    width, height = Image.open(tmp_path / "one" / "contact_sheet.png").size
+    assert width > 3 * 112 and height > 3 * 112
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        (mllm / name).unlink(missing_ok=True)
+
+
 @pytest.mark.multi
 def test_ranks_share_the_images(mllm: Path, controlnet: Path, scenes: Scenes, tmp_path: Path) -> None:
     """Two ranks write what one process writes: metrics, table and images, with an odd number of batches."""
@@ -283,7 +305,7 @@ def test_wrong_inputs_are_one_line_and_leave_nothing(
     out, usual = tmp_path / "out", {"mllm": mllm, "controlnet": controlnet, "data": scenes.train, "scenes": scenes.key}
 
     def refused(message: str, *arguments: str, **changes: object) -> None:
-        options = [f"--{name}={value}" for name, value in {**usual, "out": out, **changes}.items()]
+        options = [f"--{name}={value}" for name, value in {**usual, "out": out, **changes}.items() if value]
         with pytest.raises((RunError, DataError)) as error:
             bifrost(*options, *QUICK, *arguments)
         assert message in str(error.value) and "\n" not in str(error.value), error.value
@@ -304,6 +326,10 @@ def test_wrong_inputs_are_one_line_and_leave_nothing(
     refused("give the KEY.json that was written with these shards", scenes=key("moved.json", moved))
     refused("others have a caption of --data), at least 2 needed", heldout=scenes.train)
     refused("--gallery is for retrieval", "--gallery=9")
+    del usual["controlnet"]
+    refused("only --scenes measures a stage 1 without --controlnet", "--flux=somewhere")
+    refused("only --scenes measures a stage 1 without --controlnet", scenes=None)
+    usual["controlnet"] = controlnet
     few = [scene for scene in truth.values() if scene.category == "two"][:1]
     usual["scenes"] = key("few.json", save(tmp_path, "few", few))
     refused("few-00000.tar: 1 readable scenes of the category two, at least 2 needed", data=f"{tmp_path}/few-*.tar")
