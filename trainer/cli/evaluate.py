@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,15 @@ from .on_ranks import is_rank
 from .options import RanksOption
 
 if TYPE_CHECKING:
+    from ...data.scenes.grammar import Scene
     from ...data.shards import Dataset
     from ..evaluation.evaluate import Evaluation
     from ..evaluation.scenes import SceneEvaluation
     from ..inference.latent_decoder import LatentDecoder
+    from ..inference.settings import Settings
+
+    DataSets = tuple[Dataset, Dataset | None]
+    """Training images and held-out ones."""
 
 METRICS, TABLE, SHEET = "metrics.json", "table.txt", "contact_sheet.png"
 VERSIONS = ("torch", "transformers", "diffusers", "numpy", "pillow")
@@ -87,11 +93,8 @@ def evaluate(
 
     truth = read_key(scenes) if scenes else None
 
-    from ..evaluation import evaluate as retrieval
-    from ..evaluation.scenes import evaluate_scenes
-    from ..evaluation.understanding import measure_understanding
     from ..inference.flux_sampler import Sampling
-    from ..inference.generator import Generator, base_folder, origin
+    from ..inference.generator import origin
     from ..inference.settings import Settings
 
     sampling = Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
@@ -101,28 +104,46 @@ def evaluate(
     decoder = _load(mllm, controlnet, flux, ranked)
     decoder.check(settings)
     data_sets = sets["train"][1], sets["heldout"][1] if heldout else None
+    how = samples, seed, settings, batch
     if truth is None:
-        assert isinstance(decoder, Generator)
-        found = retrieval.evaluate(decoder, *data_sets, samples, seed, settings, batch, gallery or retrieval.GALLERY)
+        found = _measure_retrieval(decoder, data_sets, how, gallery)
     else:
-        found = evaluate_scenes(decoder, *data_sets, truth, samples, seed, settings, batch)
-        asked = found.samples["heldout" if heldout else "train"]
-        found.understanding = measure_understanding(decoder, base_folder(mllm), asked, seed)
+        found = _measure_scenes(decoder, data_sets, truth, how, mllm)
     if decoder.group.rank > 0:
         return
-    record = {
-        **found.record(),
-        "samples": samples,
-        "seed": seed,
-        "settings": asdict(settings),
-        "batch": batch,
-        **made_with,
-        **_environment(decoder),
-        "data": {name: _data(found, name, *named) for name, named in sets.items()},
-    }
-    _write(out, found, record)
+    data_used = {name: _data(found, name, *named) for name, named in sets.items()}
+    asked = {"samples": samples, "seed": seed, "settings": asdict(settings), "batch": batch}
+    _write(out, found, {**found.record(), **asked, **made_with, **_environment(decoder), "data": data_used})
     _note(found.figures, *runs.values())
     _require_equal(found.figures.get("understanding"), mllm, out)
+
+
+def _measure_retrieval(
+    decoder: LatentDecoder, data_sets: DataSets, how: tuple[int, int, Settings, int], gallery: int | None
+) -> Evaluation:
+    from ..evaluation.evaluate import GALLERY, evaluate
+    from ..inference.generator import Generator
+
+    assert isinstance(decoder, Generator)
+    return evaluate(decoder, *data_sets, *how, gallery or GALLERY)
+
+
+def _measure_scenes(
+    decoder: LatentDecoder,
+    data_sets: DataSets,
+    truth: Mapping[str, Scene],
+    how: tuple[int, int, Settings, int],
+    mllm: Path,
+) -> SceneEvaluation:
+    from ..evaluation.scenes import evaluate_scenes
+    from ..evaluation.understanding import measure_understanding
+    from ..inference.generator import base_folder
+
+    (_, heldout), (_, seed, _, _) = data_sets, how
+    found = evaluate_scenes(decoder, *data_sets, truth, *how)
+    asked = found.samples["train" if heldout is None else "heldout"]
+    found.understanding = measure_understanding(decoder, base_folder(mllm), asked, seed)
+    return found
 
 
 def _load(mllm: Path, controlnet: Path | None, flux: str | None, ranked: bool) -> LatentDecoder:
