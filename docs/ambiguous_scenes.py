@@ -19,10 +19,8 @@ import time
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from bifrost.data import DataError, Dataset, open_dataset
@@ -31,16 +29,13 @@ from bifrost.data.scenes.grammar import Object, Scene, article, render
 from bifrost.data.scenes.places import CENTRE, CORNERS, LEFT, RIGHT
 from bifrost.data.scenes.scorer import read
 from bifrost.data.write import write_shard
-from bifrost.recipes import RecipeError, load_recipe
+from bifrost.recipes import RecipeError
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.evaluation.pixel_probe import PixelProbe
 from bifrost.trainer.evaluation.samples import SampleSet, stack
-from bifrost.trainer.inference.generator import Generator
-from bifrost.trainer.inference.mllm import load_mllm
+from bifrost.trainer.inference.latent_decoder import LatentDecoder, load_decoder
 from bifrost.trainer.inference.settings import Settings
 from bifrost.trainer.models.flow_head import FlowHead
-from bifrost.trainer.models.prompt import PromptTemplate
-from bifrost.trainer.stages import open_patch_latents
 
 GROUPS = {
     "animal": ("cat", "dog", "owl", "frog", "crab"),
@@ -94,32 +89,21 @@ def _sample(scene: Scene) -> dict[str, bytes]:
     return {"png": file.getvalue(), "txt": scene.caption.encode()}
 
 
-def load(run: Path) -> Generator:
-    """A generator of patch latents alone."""
-    stage = open_patch_latents(load_recipe(run / "recipe.yaml", stored=True))
-    assert stage.tokenizer is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_mllm(run, stage, device, torch.float32)
-    template = PromptTemplate(stage.tokenizer, stage.branch.max_text_tokens)
-    no_flux: Any = (None, None, None, 0)
-    return Generator(model, template, stage.image_size, *no_flux, device)  # pyright: ignore
-
-
-def probe(generator: Generator, data: Dataset) -> PixelProbe:
-    samples = SampleSet("train", data, 0, (generator.image_size, generator.image_size))
+def probe(decoder: LatentDecoder, data: Dataset) -> PixelProbe:
+    samples = SampleSet("train", data, 0, (decoder.image_size, decoder.image_size))
     images = (stack([sample.seen for sample in part]) for part in samples.gallery(PROBE_IMAGES, 64))
-    return PixelProbe((generator.encode(each), each) for each in images)
+    return PixelProbe((decoder.encode(each), each) for each in images)
 
 
-def score(name: str, generator: Generator, data: Dataset, asked: argparse.Namespace) -> None:
+def score(name: str, decoder: LatentDecoder, data: Dataset, asked: argparse.Namespace) -> None:
     """Print the table's rows of a run."""
-    pixels, settings = probe(generator, data), chosen_settings(generator, asked)
+    pixels, settings = probe(decoder, data), chosen_settings(decoder, asked)
     for kind, every in captions().items():
         chosen = [
             every[caption] for caption in sorted(every)[:: max(1, len(every) // asked.captions)][: asked.captions]
         ]
         prompts = [allowed[0].caption for allowed in chosen for _ in range(asked.seeds)]
-        latents = generator.decoded(prompts, list(range(len(prompts))), settings, BATCH)
+        latents = decoder.decoded(prompts, list(range(len(prompts))), settings, BATCH)
         objects = [frozenset(found.objects) for found in read(pixels.images(latents))]
         accuracy, coverage = [], []
         for number, allowed in enumerate(chosen):
@@ -131,20 +115,20 @@ def score(name: str, generator: Generator, data: Dataset, asked: argparse.Namesp
         print(f"| {name} | {kind} | {possible:.3g} | {np.mean(accuracy):.2f} | {np.mean(coverage):.2f} |")
 
 
-def chosen_settings(generator: Generator, asked: argparse.Namespace) -> Settings:
-    flow = isinstance(generator.mllm.head, FlowHead)
+def chosen_settings(decoder: LatentDecoder, asked: argparse.Namespace) -> Settings:
+    flow = isinstance(decoder.mllm.head, FlowHead)
     return Settings(asked.steps, temperature=asked.temperature if flow else 1.0)
 
 
-def decoding_times(generators: list[Generator], asked: argparse.Namespace) -> list[float]:
+def decoding_times(decoders: list[LatentDecoder], asked: argparse.Namespace) -> list[float]:
     """Milliseconds per image of decoding a batch, of every run: the fastest of some turns, which the runs take one
     after the other, so that other work on the machine matters little."""
     prompts = [caption for each in captions().values() for caption in each][:BATCH]
-    times: list[list[float]] = [[] for _ in generators]
+    times: list[list[float]] = [[] for _ in decoders]
     for _ in range(TURNS):
-        for generator, own in zip(generators, times, strict=True):
+        for decoder, own in zip(decoders, times, strict=True):
             start = time.perf_counter()
-            generator.latents(prompts, range(len(prompts)), chosen_settings(generator, asked)).cpu()
+            decoder.latents(prompts, range(len(prompts)), chosen_settings(decoder, asked)).cpu()
             own.append(1000 * (time.perf_counter() - start) / len(prompts))
     return [min(own) for own in times]
 
@@ -164,12 +148,12 @@ def main() -> None:
     if asked.command == "write":
         return write(asked.folder)
     data = open_dataset(f"{asked.folder}/train-*.tar")
-    generators = [load(run) for run in asked.runs]
+    decoders = [load_decoder(run) for run in asked.runs]
     print("| run | caption leaves open | scenes allowed | accuracy | coverage |\n|---|---|---:|---:|---:|")
-    for run, generator in zip(asked.runs, generators, strict=True):
-        score(run.name, generator, data, asked)
-    print(f"\ndecoding, batches of {BATCH} on {generators[0].device.type}:")
-    times = decoding_times(generators, asked)
+    for run, decoder in zip(asked.runs, decoders, strict=True):
+        score(run.name, decoder, data, asked)
+    print(f"\ndecoding, batches of {BATCH} on {decoders[0].device.type}:")
+    times = decoding_times(decoders, asked)
     for run, each in zip(asked.runs, times, strict=True):
         print(f"{run.name}: {each:.1f} ms per image, {each / times[0]:.2f} x {asked.runs[0].name}")
 
