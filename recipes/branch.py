@@ -65,6 +65,9 @@ class Branch(Section):
     distribution by flow matching, and decoding samples from it. See docs/stage1.md."""
     flow_head: FlowHeadSettings = FlowHeadSettings()
     """Shape, loss and sampling of a flow head."""
+    init: Literal["copy", "random"] = "copy"
+    """Initial weights of the branch's layers and final norm: `copy` of the text model's, as released, or `random`,
+    drawn like those of an untrained Qwen."""
     positions: Positions = "learned"
     """`learned`: rotary position 0 and an additive table, as in the public release. `mrope`: Qwen's 3-D positions,
     which hardly separate columns. `interleaved`: the same, rows and columns on alternating frequencies."""

@@ -35,6 +35,7 @@ LATER = (
     "controlnet.predicted_share",
     "branch.head",
     "branch.flow_head",
+    "branch.init",
     "flux.draws",
     "flux.text_tokens",
     "backbone.vision_encoder",

@@ -139,10 +139,10 @@ def _not_float(where: object, name: str, dtype: torch.dtype | None) -> RunError:
 
 
 class Distribution(NamedTuple):
-    """Initial distribution: `normal` with standard deviation `scale`, or `uniform` in +-scale."""
+    """Initial distribution: `normal` with standard deviation `scale`, `uniform` in +-scale, or `constant` at it."""
 
     shape: tuple[int, ...]
-    kind: Literal["normal", "uniform"]
+    kind: Literal["normal", "uniform", "constant"]
     scale: float
 
 
@@ -158,6 +158,8 @@ class RandomInit:
 
     def flat(self, name: str, lo: int, hi: int) -> Tensor:
         shape, kind, scale = self.tensors[name]
+        if kind == "constant":
+            return torch.full((hi - lo,), scale)
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         whole = torch.empty(shape, dtype=torch.float32)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...data import Dataset
@@ -28,7 +28,7 @@ from ..errors import RunError
 from ..models import weights
 from ..models.backbone import FrozenBackbone, Prefix, read_config
 from ..models.backbone_config import grid_side
-from ..models.branch import INIT_STD, GenerationBranch
+from ..models.branch import GenerationBranch
 from ..models.elementwise import use_liger
 from ..models.flow_head import FlowHead
 from ..models.hub import architecture, locate
@@ -37,6 +37,7 @@ from ..models.masking import hidden_counts
 from ..models.prompt import PromptTemplate, load_tokenizer
 from ..models.rng import IntArray
 from . import VALIDATION_SEED, Losses, StageModel
+from .branch_weights import copies, initial
 from .latent_cache import Cache, FrozenOutputs, FrozenWeights, Kind, open_caches
 from .patch_latent_collate import PatchLatentCollate
 from .unsharded import build_unsharded, set_unregistered_module
@@ -63,6 +64,7 @@ class PatchLatentModel(StageModel):
         """config: the backbone's Qwen2_5_VLConfig. image_size: S, in pixels. place: the backbone's placement. vision:
         whether the vision encoder is needed. held: how the text model holds its weights."""
         super().__init__()
+        self.settings = branch
         self.masked_only = branch.loss_tokens == "masked"
         self.place = place
         self.build_backbone = partial(
@@ -92,14 +94,16 @@ class PatchLatentModel(StageModel):
         return {f"head.{name}": buffer for name, buffer in self.head.named_buffers()}
 
     def load(self, files: weights.WeightFiles, seed: int) -> None:
-        """Fill the backbone from `files`, copy the text model's layers and norm to the branch, initialise the rest."""
+        """Fill the backbone from `files`, copy to the branch what starts as a copy, initialise the rest."""
         self.build_rest()
         self.backbone.load(files)
-        names = {f"branch.{name.removeprefix('text.')}": theirs for name, theirs in self.backbone.names(files).items()}
         trainable = self.trainable()
-        weights.fill({names[n]: p for n, p in trainable.items() if n in names}, files, files.path)
-        fresh = {n: p for n, p in trainable.items() if n not in names}
-        weights.fill(fresh, weights.RandomInit(seed, {n: _initial(n, p) for n, p in fresh.items()}), "initial weights")
+        names = copies(trainable, self.settings, self.backbone.names(files))
+        weights.fill({theirs: trainable[name] for name, theirs in names.items()}, files, files.path)
+        fresh = {name: parameter for name, parameter in trainable.items() if name not in names}
+        std = self.branch.config.initializer_range
+        drawn = {name: initial(name, weights.full_shape(parameter), std) for name, parameter in fresh.items()}
+        weights.fill(fresh, weights.RandomInit(seed, drawn), "initial weights")
 
     def build_rest(self) -> None:
         """Build the backbone, without weights, if it is not sharded, and all rotary tables."""
@@ -175,17 +179,6 @@ class PatchLatentModel(StageModel):
         tokens = mask.numel() + prefix.layout.text.total
         sums = torch.stack((error, error.new_full((), len(masked)), error.new_full((), tokens)))
         return Losses(loss, sums, squares.view(samples, -1).sum(1) / normalizer)
-
-
-def _initial(name: str, parameter: nn.Parameter) -> weights.Distribution:
-    """Mask token and position table as in MAR; the head like a torch Linear, but of a flow head the modulations and the
-    last layer zero, as in DiT."""
-    shape = weights.full_shape(parameter)
-    if name.startswith("head.clean.") or ".modulation." in name:
-        return weights.Distribution(shape, "normal", 0.0)
-    if name.startswith("head."):
-        return weights.Distribution(shape, "uniform", shape[-1] ** -0.5)
-    return weights.Distribution(shape, "normal", INIT_STD)
 
 
 @dataclass

@@ -4,6 +4,7 @@ import opened
 import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 import ranked
 from bifrost.kernels import PrefixLayout
@@ -148,3 +149,31 @@ def test_masked_latents_are_not_seen() -> None:
     changed = latents.clone()
     changed[:, 3:9] = torch.nan
     assert torch.equal(model.branch(latents, mask, prefix), model.branch(changed, mask, prefix))
+
+
+def test_a_random_branch_is_drawn_like_an_untrained_qwen() -> None:
+    """Standard deviations and constants of transformers' own initialisation of the same text model."""
+    config = read_config(locate("builtin:tiny")).text_config
+    config.initializer_range = 0.05
+    torch.manual_seed(1)
+    theirs = dict(Qwen2_5_VLTextModel(config).named_parameters())
+    first, again, other = (build_random(seed) for seed in (0, 0, 1))
+    for name, parameter in first.items():
+        wanted = theirs[name]
+        if wanted.std() == 0:
+            assert torch.equal(parameter, wanted), name
+            continue
+        assert parameter.std().item() == pytest.approx(wanted.std().item(), rel=0.05)
+        assert abs(parameter.mean().item()) < 0.01
+        assert torch.equal(parameter, again[name]) and not torch.equal(parameter, other[name])
+
+
+def build_random(seed: int) -> dict[str, torch.Tensor]:
+    """Layers and final norm of a branch with branch.init=random and a standard deviation of 0.05."""
+    recipe, folder = load_recipe("tiny-mllm", ["branch.init=random"]), locate("builtin:tiny")
+    config = read_config(folder)
+    config.text_config.initializer_range = 0.05
+    model = PatchLatentModel(config, recipe.branch, recipe.data.image_size)
+    model.load(WeightFiles(folder), seed)
+    own = dict(model.branch.named_parameters())
+    return {name: own[name].detach() for name in own if name.startswith(("layers.", "norm."))}

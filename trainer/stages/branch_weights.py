@@ -1,0 +1,35 @@
+"""Initial weights of stage 1's trained part: copies of the text model's, or drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ...recipes.schema import Branch
+from ..models.branch import INIT_STD
+from ..models.weights import Distribution
+
+
+def copies(trainable: Iterable[str], branch: Branch, backbone: Mapping[str, str]) -> dict[str, str]:
+    """Trainable parameters that start as copies -> names of their sources in the backbone's files.
+
+    backbone: the backbone's parameters -> names in the files.
+    """
+    if branch.init == "random":
+        return {}
+    sources = {name: f"text.{name.removeprefix('branch.')}" for name in trainable if name.startswith("branch.")}
+    return {name: backbone[source] for name, source in sources.items() if source in backbone}
+
+
+def initial(name: str, shape: tuple[int, ...], std: float) -> Distribution:
+    """Initial values of a trained parameter that is not a copy. Layers and final norm like Qwen's own, with standard
+    deviation `std`; mask token and position table as in MAR; the head like a torch Linear, but of a flow head the
+    modulations and the last layer zero, as in DiT."""
+    if name.startswith("head.clean.") or ".modulation." in name:
+        return Distribution(shape, "constant", 0.0)
+    if name.startswith("head."):
+        return Distribution(shape, "uniform", shape[-1] ** -0.5)
+    if name.endswith(("mask_token", "positions")):
+        return Distribution(shape, "normal", INIT_STD)
+    if name.endswith("norm.weight"):
+        return Distribution(shape, "constant", 1.0)
+    return Distribution(shape, "constant", 0.0) if name.endswith(".bias") else Distribution(shape, "normal", std)
