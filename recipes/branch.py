@@ -68,6 +68,9 @@ class Branch(Section):
     init: Literal["copy", "random"] = "copy"
     """Initial weights of the branch's layers and final norm: `copy` of the text model's, as released, or `random`,
     drawn like those of an untrained Qwen."""
+    layers: int | None = Field(default=None, ge=1)
+    """Layers of the branch, at most as many as the text model has; null: as many. Fewer are copies of layers spread
+    evenly over the text model, the last one included, and attend to the prefix of these."""
     positions: Positions = "learned"
     """`learned`: rotary position 0 and an additive table, as in the public release. `mrope`: Qwen's 3-D positions,
     which hardly separate columns. `interleaved`: the same, rows and columns on alternating frequencies."""

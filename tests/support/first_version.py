@@ -36,6 +36,7 @@ LATER = (
     "branch.head",
     "branch.flow_head",
     "branch.init",
+    "branch.layers",
     "flux.draws",
     "flux.text_tokens",
     "backbone.vision_encoder",

@@ -20,6 +20,7 @@ import torch
 
 from ...kernels import PatchLatentHead
 from ...recipes import Recipe
+from ...recipes.branch import Branch
 from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..models.backbone import read_config
@@ -60,6 +61,7 @@ def bench(
     text_tokens, baseline = text_tokens or TEXT_TOKENS, baseline or BASELINES[0]
     if baseline not in BASELINES:
         raise RunError(f"--baseline {baseline}: give one of {', '.join(BASELINES)}")
+    _require_full(recipe.branch)
     own = read_config(architecture(recipe.backbone.path, recipe.backbone.revision))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -125,6 +127,12 @@ def bench(
         raise RunError("bench step: no case fits in the memory of this device; give fewer --samples")
     print(table(record, rows))
     return rows
+
+
+def _require_full(branch: Branch) -> None:
+    """RunError for a branch that the baselines do not compute."""
+    if branch.layers is not None:
+        raise RunError("bench step measures a copy of every layer: leave branch.layers out")
 
 
 def _baseline(name: str, model: PatchLatentModel, recomputed: bool, draws: int) -> Baseline:

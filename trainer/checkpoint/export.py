@@ -15,7 +15,7 @@ from ...recipes.schema import Backbone, Branch
 from ...slurm.run_folder import no_checkpoint
 from ..errors import RunError, writing
 from ..models.backbone import read_config
-from ..models.backbone_config import grid_side
+from ..models.backbone_config import branch_layers, grid_side
 from ..models.hub import locate
 from ..models.latent_controlnet import write_config
 from ..models.weights import WeightFiles, is_trained, public_base_name, public_name
@@ -85,15 +85,21 @@ def export(
 def _public(
     pieces: dict[str, Piece], backbone: Backbone, branch: Branch, image_size: int, dtype: torch.dtype
 ) -> list[Piece]:
-    """The trained `pieces` and the frozen base, under the public release's names."""
+    """The trained `pieces` and the frozen base, under the public release's names. RunError if that has no place for
+    this branch."""
     if branch.positions == "interleaved":
         raise RunError("branch.positions=interleaved: the public code has no such positions; export with --format hf")
-    tensors = [piece._replace(name=public_name(name)) for name, piece in pieces.items()]
     folder = locate(backbone.path, backbone.revision)
+    config = read_config(folder)
+    if len(branch_layers(config, branch.layers)) < config.text_config.num_hidden_layers:
+        raise RunError(
+            f"branch.layers={branch.layers}: the public layout has a copy of every layer; export with --format hf"
+        )
+    tensors = [piece._replace(name=public_name(name)) for name, piece in pieces.items()]
     tensors += _base(WeightFiles(folder), dtype, {tensor.name for tensor in tensors})
     if branch.positions == "mrope":
         # The public model always has the table; with mRoPE it is zero.
-        shape = (1, grid_side(read_config(folder), image_size) ** 2, pieces["head.bias"].shape[0])
+        shape = (1, grid_side(config, image_size) ** 2, pieces["head.bias"].shape[0])
         tensors.append(Piece("learnable_pos_emb", shape, dtype, lambda: torch.zeros(shape)))
     return tensors
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from . import libraries  # noqa: F401  # isort: skip
 
 import copy
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -58,10 +59,10 @@ def read_config(folder: Path) -> Any:  # a Qwen2_5_VLConfig, whose annotations o
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of the captions in every layer of the text model, constant for the branch.
+    """Keys and values of the captions in the text model's layers, constant for the branch.
 
-    keys, values: per layer [sum T, G, C], packed. layout: which rows belong to which sample. Nothing is appended, so
-    recomputed layers and repeated decoding steps see the same prefix.
+    keys, values: per layer of the branch [sum T, G, C], packed. layout: which rows belong to which sample.
+    Nothing is appended, so recomputed layers and repeated decoding steps see the same prefix.
     """
 
     keys: tuple[Tensor, ...]
@@ -80,11 +81,14 @@ class FrozenBackbone(nn.Module):
         text: bool = True,
         vision: bool = True,
         held: HeldWeights = "bf16",
+        attended: Sequence[int] | None = None,
     ) -> None:
         """attention, vision_attention: of the text model, and of the vision encoder. held: how the text model's linear
-        layers hold their weights."""
+        layers hold their weights. attended: the text model's layers, in order and the last one included, of which a
+        prefix is made; None: all."""
         super().__init__()
         self.held: HeldWeights = held
+        self.attended = attended
         config = copy.deepcopy(config)
         dtype = torch.get_default_dtype()  # not the config's, which is the dtype of the stored weights
         with no_init_weights():
@@ -159,7 +163,7 @@ class FrozenBackbone(nn.Module):
 
     @torch.no_grad()
     def prefix(self, input_ids: Tensor, layout: PrefixLayout) -> Prefix:
-        """Keys and values of the prompts input_ids [sum T].
+        """Keys and values of the prompts input_ids [sum T] in the attended layers.
 
         The last layer's queries, attention and MLP are neither computed nor gathered: only its keys and values are
         used.
@@ -185,6 +189,8 @@ class FrozenBackbone(nn.Module):
         layers: Any = cache.layers
         packed = [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in layers]
         packed.append((rotated(key[None], *rotation)[0], value))
+        if self.attended is not None:
+            packed = [packed[index] for index in self.attended]
         return Prefix(tuple(k for k, _ in packed), tuple(v for _, v in packed), layout)
 
 

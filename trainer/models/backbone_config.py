@@ -102,6 +102,16 @@ def grid_side(config: Any, image_size: int) -> int:
     return image_size // unit
 
 
+def branch_layers(config: Any, layers: int | None) -> tuple[int, ...]:
+    """The text model's layers that the branch's `layers` layers copy and attend to, in order: spread evenly, the last
+    one included; all for None. RunError if the text model has fewer."""
+    count = config.text_config.num_hidden_layers
+    if layers is not None and layers > count:
+        raise RunError(f"branch.layers={layers}: the text model has {count} layers; set at most that many")
+    own = count if layers is None else layers
+    return tuple((place + 1) * count // own - 1 for place in range(own))
+
+
 def _require_pixels(folder: Path) -> None:
     """RunError if the image processor's normalisation differs from `pixel_patches`. The processor file is optional."""
     for name in ("preprocessor_config.json", "processor_config.json"):

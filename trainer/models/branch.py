@@ -32,7 +32,7 @@ class GenerationBranch(nn.Module):
     """Decoder layers, final norm, mask token and position table; `PatchLatentModel.load` fills the weights.
 
     config: the text model's Qwen2_5_VLTextConfig. side: patches per image side. fused: use Triton for mask mix and
-    final norm.
+    final norm. layers: of the branch, as many as the prefix has; None: as many as the text model has.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class GenerationBranch(nn.Module):
         activation_checkpointing: bool,
         attention: Backend = "sdpa",
         fused: bool = False,
+        layers: int | None = None,
     ) -> None:
         super().__init__()
         self.side = side
@@ -54,7 +55,8 @@ class GenerationBranch(nn.Module):
         self.config = copy.deepcopy(config)
         width = config.hidden_size
         with no_init_weights():
-            self.layers = nn.ModuleList([BranchLayer(config, i) for i in range(config.num_hidden_layers)])
+            count = config.num_hidden_layers if layers is None else layers
+            self.layers = nn.ModuleList([BranchLayer(config, index) for index in range(count)])
             self.norm = FinalNorm(width, config.rms_norm_eps, fused)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         if positions == "learned":

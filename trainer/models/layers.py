@@ -22,7 +22,7 @@ Rotation = tuple[Tensor, Tensor] | None
 
 
 class BranchLayer(nn.Module):
-    """Decoder layer `index` of a Qwen2_5_VLTextConfig: [B, N, D] -> [B, N, D]."""
+    """Decoder layer of a Qwen2_5_VLTextConfig: [B, N, D] -> [B, N, D]. index: its layer of the prefix."""
 
     def __init__(self, config: Any, index: int) -> None:
         super().__init__()

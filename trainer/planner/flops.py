@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ...recipes.branch import Branch
-from ..models.backbone_config import grid_side
+from ..models.backbone_config import branch_layers, grid_side
 from ..models.masking import hidden_counts
 from . import shapes
 from .opened import PatchLatents
@@ -111,9 +111,10 @@ def widths(weights: Iterable[Weight]) -> tuple[int | None, ...]:
 def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list[Part]:
     """Stage 1's parts for prompts of `text` tokens. precision: `bf16` or `fp32`."""
     config, side = model.config.text_config, grid_side(model.config, model.image_size)
-    width, layers, patches = config.hidden_size, config.num_hidden_layers, side * side
+    width, patches = config.hidden_size, side * side
+    layers = len(branch_layers(model.config, model.branch.layers))
     prefix, head = list(shapes.text_model(config, model.backbone.weights)), list(shapes.head(width, model.branch))
-    branch = list(shapes.branch(config, side, model.branch.positions == "learned"))
+    branch = list(shapes.branch(config, side, model.branch))
     keys = config.num_key_value_heads * (width // config.num_attention_heads)
     byte = 2 if precision == "bf16" else 4
     draws, placement = model.branch.draws, model.backbone.placement
@@ -134,7 +135,8 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
 
     def read(name: str) -> float:
         """Of the last layer, only keys and values are computed."""
-        return text if not name.startswith(f"layers.{layers - 1}.") or name.endswith(("k_proj", "v_proj")) else 0.0
+        last = f"layers.{config.num_hidden_layers - 1}."
+        return text if not name.startswith(last) or name.endswith(("k_proj", "v_proj")) else 0.0
 
     return [
         vision_encoder_part(model.config.vision_config, model.image_size, model.backbone.vision_encoder or placement),
@@ -143,7 +145,7 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
             "none",
             sizes(prefix),
             linear_flops(prefix, read),
-            2.0 * text * text * width * (layers - 1),
+            2.0 * text * text * width * (config.num_hidden_layers - 1),
             placement,
             widths=widths(prefix),
         ),

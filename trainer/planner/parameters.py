@@ -30,7 +30,7 @@ def _patch_latents(model: PatchLatents) -> tuple[Weights, Weights]:
     text, side = model.config.text_config, grid_side(model.config, model.image_size)
 
     def trained() -> Weights:
-        yield from within("branch", shapes.branch(text, side, model.branch.positions == "learned"))
+        yield from within("branch", shapes.branch(text, side, model.branch))
         yield from within("head", shapes.head(text.hidden_size, model.branch))
 
     def frozen() -> Weights:

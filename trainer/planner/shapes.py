@@ -113,13 +113,13 @@ def text_model(config: Any, held: HeldWeights = "bf16") -> Weights:
     yield from _decoder(config) if held == "bf16" else in_eight_bits(_decoder(config))
 
 
-def branch(config: Any, side: int, learned: bool) -> Weights:
-    """The generation branch on `side` x `side` patches. config: the `text_config`; learned: with a position table."""
+def branch(config: Any, side: int, settings: Branch) -> Weights:
+    """The generation branch on `side` x `side` patches. config: the `text_config`."""
     width = config.hidden_size
     yield Weight("mask_token", (1, 1, width))
-    if learned:
+    if settings.positions == "learned":
         yield Weight("positions", (1, side * side, width))
-    yield from _decoder(config)
+    yield from _decoder(config, settings.layers)
 
 
 def head(width: int, settings: Branch) -> Weights:
@@ -143,8 +143,8 @@ def head(width: int, settings: Branch) -> Weights:
     yield from linear("clean", width, inner)
 
 
-def _decoder(config: Any) -> Weights:
-    """The text model's layers and final norm."""
+def _decoder(config: Any, layers: int | None = None) -> Weights:
+    """The text model's layers, or `layers` like them, and final norm."""
     width, mlp = config.hidden_size, config.intermediate_size
     keys = config.num_key_value_heads * (width // config.num_attention_heads)
 
@@ -159,5 +159,5 @@ def _decoder(config: Any) -> Weights:
         yield from norm("input_layernorm", width)
         yield from norm("post_attention_layernorm", width)
 
-    yield from repeated("layers", config.num_hidden_layers, layer)
+    yield from repeated("layers", config.num_hidden_layers if layers is None else layers, layer)
     yield from norm("norm", width)

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from ...recipes.schema import Branch
 from ..models.branch import INIT_STD
 from ..models.weights import Distribution
 
 
-def copies(trainable: Iterable[str], branch: Branch, backbone: Mapping[str, str]) -> dict[str, str]:
+def text_layer(name: str, layers: Sequence[int]) -> str:
+    """A parameter's name with its layer of the branch replaced by the text model's, one of `layers`."""
+    return re.sub(r"(?<=^branch\.layers\.)\d+", lambda found: str(layers[int(found[0])]), name)
+
+
+def copies(
+    trainable: Iterable[str], branch: Branch, layers: Sequence[int], backbone: Mapping[str, str]
+) -> dict[str, str]:
     """Trainable parameters that start as copies -> names of their sources in the backbone's files.
 
-    backbone: the backbone's parameters -> names in the files.
+    layers: the text model's layers that the branch's are copies of; backbone: the backbone's parameters -> names in the
+    files.
     """
     if branch.init == "random":
         return {}
-    sources = {name: f"text.{name.removeprefix('branch.')}" for name in trainable if name.startswith("branch.")}
+    sources = {name: text_layer(name, layers).replace("branch.", "text.", 1) for name in trainable}
     return {name: backbone[source] for name, source in sources.items() if source in backbone}
 
 

@@ -27,7 +27,7 @@ from ..distributed.process_group import Gather, Ranks, single_process
 from ..errors import RunError
 from ..models import weights
 from ..models.backbone import FrozenBackbone, Prefix, read_config
-from ..models.backbone_config import grid_side
+from ..models.backbone_config import branch_layers, grid_side
 from ..models.branch import GenerationBranch
 from ..models.elementwise import use_liger
 from ..models.flow_head import FlowHead
@@ -37,7 +37,7 @@ from ..models.masking import hidden_counts
 from ..models.prompt import PromptTemplate, load_tokenizer
 from ..models.rng import IntArray
 from . import VALIDATION_SEED, Losses, StageModel
-from .branch_weights import copies, initial
+from .branch_weights import copies, initial, text_layer
 from .latent_cache import Cache, FrozenOutputs, FrozenWeights, Kind, open_caches
 from .patch_latent_collate import PatchLatentCollate
 from .unsharded import build_unsharded, set_unregistered_module
@@ -67,8 +67,15 @@ class PatchLatentModel(StageModel):
         self.settings = branch
         self.masked_only = branch.loss_tokens == "masked"
         self.place = place
+        self.attended = branch_layers(config, branch.layers)
         self.build_backbone = partial(
-            FrozenBackbone, config, kernels.attention, kernels.vision, vision=vision, held=held
+            FrozenBackbone,
+            config,
+            kernels.attention,
+            kernels.vision,
+            vision=vision,
+            held=held,
+            attended=self.attended,
         )
         if place == "sharded":
             self.backbone = self.build_backbone()
@@ -79,6 +86,7 @@ class PatchLatentModel(StageModel):
             activation_checkpointing,
             kernels.attention,
             fused=kernels.head != "reference",
+            layers=len(self.attended),
         )
         width = config.text_config.hidden_size
         self.head: PatchLatentHead | FlowHead
@@ -98,7 +106,7 @@ class PatchLatentModel(StageModel):
         self.build_rest()
         self.backbone.load(files)
         trainable = self.trainable()
-        names = copies(trainable, self.settings, self.backbone.names(files))
+        names = copies(trainable, self.settings, self.attended, self.backbone.names(files))
         weights.fill({theirs: trainable[name] for name, theirs in names.items()}, files, files.path)
         fresh = {name: parameter for name, parameter in trainable.items() if name not in names}
         std = self.branch.config.initializer_range
@@ -215,6 +223,7 @@ class PatchLatentStage:
         folder = (architecture if for_counting else locate)(backbone.path, backbone.revision)
         config = read_config(folder)
         tokens = grid_side(config, image_size) ** 2
+        branch_layers(config, branch.layers)  # refuses more than there are
         if for_counting:
             opened = image_size, seed, config, tokens, None, None
             return cls(backbone, branch, *opened, precision=precision, for_counting=True)
@@ -289,8 +298,8 @@ class PatchLatentStage:
             model = self.build()
         if self.branch.head == "flow" and not own:
             raise RunError(f"{path}: has the public layout, with a linear head; set branch.head=linear")
-        names = [*model.trainable(), *model.statistics()]
-        return files, {name: name if own else weights.public_name(name) for name in names}
+        layers, names = branch_layers(self.config, self.branch.layers), [*model.trainable(), *model.statistics()]
+        return files, {name: name if own else weights.public_name(text_layer(name, layers)) for name in names}
 
     def collate(self, dataset: Dataset) -> PatchLatentCollate:
         assert self.tokenizer is not None

@@ -1,15 +1,20 @@
 """The branch starts as an exact copy of the text model and attends to the right tokens."""
 
+from typing import Any
+
 import opened
 import pytest
 import torch
+from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 import ranked
 from bifrost.kernels import PrefixLayout
 from bifrost.recipes import load_recipe
+from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.backbone import read_config
+from bifrost.trainer.models.backbone_config import branch_layers
 from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.weights import WeightFiles
 from bifrost.trainer.stages.patch_latents import PatchLatentModel
@@ -149,6 +154,36 @@ def test_masked_latents_are_not_seen() -> None:
     changed = latents.clone()
     changed[:, 3:9] = torch.nan
     assert torch.equal(model.branch(latents, mask, prefix), model.branch(changed, mask, prefix))
+
+
+def test_fewer_layers_are_copies_spread_evenly() -> None:
+    """A branch of layers 1 and 3 computes what a full one does whose layers 0 and 2 add nothing."""
+    short, full = build("branch.layers=2"), build()
+    for ours, index in zip(short.branch.layers, (1, 3), strict=True):
+        for one, other in zip(ours.parameters(), full.backbone.text.layers[index].parameters(), strict=True):
+            assert torch.equal(one, other)
+    for index in (0, 2):
+        skipped: Any = full.branch.layers[index]
+        nn.init.zeros_(skipped.self_attn.o_proj.weight)
+        nn.init.zeros_(skipped.mlp.down_proj.weight)
+    ids, layout = torch.arange(20, 44), PrefixLayout.of([12, 12], 16)
+    latents, mask = torch.randn(2, 16, 192), torch.rand(2, 16) < 0.8
+    for model in (short, full):
+        nn.init.ones_(model.branch.positions)
+        nn.init.constant_(model.branch.mask_token, 0.5)
+    wanted, found = (model.branch(latents, mask, model.backbone.prefix(ids, layout)) for model in (full, short))
+    assert torch.equal(found, wanted)
+    assert [branch_layers(read_config(locate("builtin:tiny")), n) for n in (1, 3, 4, None)] == [
+        (3,),
+        (0, 1, 3),
+        (0, 1, 2, 3),
+        (0, 1, 2, 3),
+    ]
+
+
+def test_more_layers_than_the_text_model_has_are_refused() -> None:
+    with pytest.raises(RunError, match=r"^branch\.layers=5: the text model has 4 layers; set at most that many$"):
+        build("branch.layers=5")
 
 
 def test_a_random_branch_is_drawn_like_an_untrained_qwen() -> None:

@@ -40,6 +40,7 @@ KINDS = ("mm", "addmm", "convolution", "_convolution", "convolution_backward")
         ("tiny-mllm", "branch.draws=1"),
         ("tiny-mllm", "branch.draws=3"),
         ("tiny-mllm", "branch={head: flow, flow_head: {layers: 2, width: 96, draws: 3}}"),
+        ("tiny-mllm", "branch.layers=3"),
         ("tiny-controlnet", "flux.draws=1"),
         ("tiny-controlnet", "flux.draws=3"),
     ],

@@ -49,7 +49,7 @@ def check(recipe: Recipe) -> None:
     if recipe.stage == "patch-latents":
         text, side = stage.config.text_config, model.branch.side
         equal(shapes.text_model(text, recipe.backbone.weights), model.backbone.text)
-        equal(shapes.branch(text, side, recipe.branch.positions == "learned"), model.branch)
+        equal(shapes.branch(text, side, recipe.branch), model.branch)
         equal(shapes.head(text.hidden_size, recipe.branch), model.head)
         modules = [model.backbone.vision, model.backbone.text, model.branch, model.head]
     else:
@@ -94,6 +94,16 @@ def test_weights_in_8_bits_are_counted_as_such(setting: str) -> None:
 def test_a_flow_head_has_the_described_shapes() -> None:
     for width in ("null", "96"):
         check(load_recipe("tiny-mllm", [f"branch={{head: flow, flow_head: {{layers: 2, width: {width}}}}}"]))
+
+
+@pytest.mark.parametrize("layers", [1, 3, 4])
+def test_a_branch_of_fewer_layers_has_the_described_shapes(layers: int) -> None:
+    recipe = load_recipe("tiny-mllm", [f"branch.layers={layers}"])
+    check(recipe)
+    own, whole = ({part.name: part for part in parts(one)} for one in (recipe, load_recipe("tiny-mllm")))
+    assert own["text prefix"] == whole["text prefix"], "the last layer is attended to"
+    share = own["generation branch"].linear / whole["generation branch"].linear
+    assert share == layers / 4 == own["generation branch"].attention / whole["generation branch"].attention
 
 
 def changed(source: Path, folder: Path, **settings: Any) -> Path:
