@@ -12,9 +12,9 @@ from bifrost.recipes import load_recipe
 from bifrost.trainer.planner import Row, checkpoint_bytes, parts, plan, workload
 from bifrost.trainer.planner.curves import CURVE, retention
 from bifrost.trainer.planner.devices import find_device
-from bifrost.trainer.planner.flops import ATTENTION_BACKWARD, Part
 from bifrost.trainer.planner.flux_flops import FLUX_RECOMPUTED
 from bifrost.trainer.planner.layout import AS_SET, LAYOUTS, Layout
+from bifrost.trainer.planner.part import ATTENTION_BACKWARD, Part
 from bifrost.trainer.planner.timing import done_flops, useful_flops
 
 PAGE = Path(__file__).with_name("plan.md")
@@ -23,6 +23,7 @@ SIZES: dict[str, dict[int, tuple[str, ...]]] = {
     "mllm-3b-256": {256: ()},
     "mllm-7b": {8: (), 64: ()},
     "mllm-7b-256": {256: (), 512: ("global_batch=8192", "steps=6250", "optimizer.lr=2.8e-4")},
+    "mllm-7b-lora": {1: (), 8: ()},
     "flux-controlnet": {8: (), 64: ()},
     "flux-controlnet-256": {256: ()},
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -45,6 +45,24 @@ class MaskRate(Section):
         return self
 
 
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+"""Linear layers of a decoder layer."""
+
+
+class Lora(Section):
+    rank: int = Field(default=16, ge=1)
+    """Rank of the pairs."""
+    alpha: float = Field(default=32.0, gt=0)
+    """A pair's product is multiplied by alpha / rank."""
+    targets: list[Projection] = Field(default=list(PROJECTIONS), min_length=1)
+    """Linear layers with a pair; the others are the text model's alone."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
 Positions = Literal["learned", "mrope", "interleaved"]
 
 
@@ -71,6 +89,11 @@ class Branch(Section):
     layers: int | None = Field(default=None, ge=1)
     """Layers of the branch, at most as many as the text model has; null: as many. Fewer are copies of layers spread
     evenly over the text model, the last one included, and attend to the prefix of these."""
+    weights: Literal["full", "lora"] = "full"
+    """Linear layers of the branch: `full`, all weights trained, or `lora`, the frozen text model's weights, not stored
+    twice, with trained low-rank pairs. Norms, mask token, position table and head are trained in both cases."""
+    lora: Lora = Lora()
+    """Low-rank pairs, for `weights: lora`."""
     positions: Positions = "learned"
     """`learned`: rotary position 0 and an additive table, as in the public release. `mrope`: Qwen's 3-D positions,
     which hardly separate columns. `interleaved`: the same, rows and columns on alternating frequencies."""
@@ -90,4 +113,10 @@ class Branch(Section):
     def _used(self) -> Branch:
         if self.head == "linear" and self.flow_head != FlowHeadSettings():
             raise ValueError("flow_head is for branch.head=flow; set that, or leave it out")
+        if self.weights == "full" and self.lora != Lora():
+            raise ValueError("branch.lora has no effect with branch.weights=full; set branch.weights=lora")
+        if self.weights == "lora" and self.init == "random":
+            raise ValueError(
+                "branch.init=random: with branch.weights=lora the branch's weights are the text model's; leave it out"
+            )
         return self

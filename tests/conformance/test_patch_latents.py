@@ -13,7 +13,7 @@ from bifrost.recipes import Recipe
 from bifrost.trainer.bench.dense import DenseStep
 from bifrost.trainer.models.backbone import Prefix
 from bifrost.trainer.models.weights import WeightFiles, fill, public_name
-from bifrost.trainer.stages.patch_latents import PatchLatentModel
+from bifrost.trainer.stages.patch_latent_model import PatchLatentModel
 
 TOLERANCE = 1e-5
 

@@ -24,7 +24,7 @@ def mistakes() -> dict[str, Any]:
     from bifrost.trainer.models.elementwise import GatedDown, _GatedDown
     from bifrost.trainer.models.layers import BranchLayer
     from bifrost.trainer.phantom.passes import count_pass
-    from bifrost.trainer.stages.patch_latents import PatchLatentModel
+    from bifrost.trainer.stages.patch_latent_model import PatchLatentModel
 
     forward, branch = BranchLayer.forward, GenerationBranch.forward
     backward, gated = _GatedDown.backward, GatedDown.forward

@@ -37,6 +37,8 @@ LATER = (
     "branch.flow_head",
     "branch.init",
     "branch.layers",
+    "branch.weights",
+    "branch.lora",
     "flux.draws",
     "flux.text_tokens",
     "backbone.vision_encoder",

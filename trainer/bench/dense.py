@@ -23,8 +23,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ...kernels import PatchLatentHead
 from ...kernels.bench.attention import dense_attention, sdpa_attention
-from ..planner.flops import Part
-from ..stages.patch_latents import PatchLatentModel
+from ..planner.part import Part
+from ..stages.patch_latent_model import PatchLatentModel
 from .prompts import Batch
 from .routed import Mark
 

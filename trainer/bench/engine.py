@@ -30,9 +30,9 @@ from ..optim.ema import Ema
 from ..optim.engine import Engine, partitioned, require_quantizer
 from ..planner import parts_of, plan, workload
 from ..planner.devices import this_device
-from ..planner.flops import Part
 from ..planner.flux_shapes import hidden_width
 from ..planner.opened import LatentControl, PatchLatents
+from ..planner.part import Part
 from ..planner.timing import done_flops, useful_flops
 from ..stages import StageModel, open_stage
 from ..stages.controlnet import ControlNetStage

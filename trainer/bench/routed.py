@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import PrefixLayout
-from ..planner.flops import Part
+from ..planner.part import Part
 from ..planner.timing import done_flops
-from ..stages.patch_latents import PatchLatentModel
+from ..stages.patch_latent_model import PatchLatentModel
 from .prompts import Batch
 
 Mark = Callable[[str], None]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import RunError
-from ..stages.patch_latents import PatchLatentModel
+from ..stages.patch_latent_model import PatchLatentModel
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -28,10 +28,12 @@ from ..models.backbone_config import grid_side
 from ..models.hub import architecture
 from ..models.kernel_selection import KernelWork, VisionWork, choose_kernels
 from ..planner.devices import this_device
-from ..planner.flops import Part, patch_latent_parts
+from ..planner.flops import patch_latent_parts
 from ..planner.opened import PatchLatents
+from ..planner.part import Part
 from ..planner.timing import done_flops, useful_flops
-from ..stages.patch_latents import PatchLatentModel, PatchLatentStage
+from ..stages.patch_latent_model import PatchLatentModel
+from ..stages.patch_latents import PatchLatentStage
 from .comparison import activation_bytes, errors, gradients
 from .dense import DenseStep
 from .machine import machine, write_record
@@ -131,8 +133,8 @@ def bench(
 
 def _require_full(branch: Branch) -> None:
     """RunError for a branch that the baselines do not compute."""
-    if branch.layers is not None:
-        raise RunError("bench step measures a copy of every layer: leave branch.layers out")
+    if branch.layers is not None or branch.weights != "full":
+        raise RunError("bench step measures a full copy of every layer: leave branch.layers and branch.weights out")
 
 
 def _baseline(name: str, model: PatchLatentModel, recomputed: bool, draws: int) -> Baseline:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from ...recipes import load_recipe
-from ...recipes.schema import Backbone, Branch
+from ...recipes.branch import Backbone, Branch, Lora
 from ...slurm.run_folder import no_checkpoint
 from ..errors import RunError, writing
 from ..models.backbone import read_config
@@ -21,12 +21,15 @@ from ..models.latent_controlnet import write_config
 from ..models.weights import WeightFiles, is_trained, public_base_name, public_name
 from ..stages import open_controlnet
 from .durable import WHOLE, write_file
+from .merged import merged
 from .model_card import CARD, card
 from .reader import CheckpointReader
 from .safetensors_parts import Piece, safetensors_parts
 from .store import Store
 
 SHARD_BYTES = 5 * 10**9
+_FULL = {"weights": "full", "lora": Lora()}
+"""Settings of a branch in the public layout, in which low-rank pairs are merged into the weights."""
 
 
 def export(
@@ -39,10 +42,10 @@ def export(
 ) -> int:
     """Write the run's newest verified checkpoint, or that of `step`, as safetensors into `out`; return the step.
 
-    Stage 1, public: frozen base and trained part under the public release's names; hf: only the trained part, with
-    transformers' module names and the recipe as `config.json`. Stage 2: the `flux_controlnet` folder for both layouts.
-    Each has a model card with the licences of its bases. One tensor is in memory at a time. Raises RunError if `out`
-    is not empty, or the run has no such checkpoint or no EMA.
+    Stage 1, public: frozen base and trained part under the public release's names, low-rank pairs merged; hf: only the
+    trained part, with transformers' module names and the recipe as `config.json`. Stage 2: the `flux_controlnet` folder
+    for both layouts. Each has a model card with the licences of its bases. One tensor is in memory at a time. Raises
+    RunError if `out` is not empty, or the run has no such checkpoint or no EMA.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: is {'not empty' if out.is_dir() else 'a file'}, choose a new folder")
@@ -69,6 +72,7 @@ def export(
                 tensors = [*pieces.values(), *_buffers(reader.buffers(slot))]
                 if layout == "public":
                     tensors = _public(pieces, recipe.backbone, recipe.branch, recipe.data.image_size, dtype)
+                    recipe = recipe.model_copy(update={"branch": recipe.branch.model_copy(update=_FULL)})
                 _write(partial, tensors)
                 config = {"step": reader.step, "weights": slot, "recipe": recipe.model_dump(mode="json")}
                 (partial / "config.json").write_text(json.dumps(config, indent=2))
@@ -95,8 +99,11 @@ def _public(
         raise RunError(
             f"branch.layers={branch.layers}: the public layout has a copy of every layer; export with --format hf"
         )
+    files = WeightFiles(folder)
+    if branch.weights == "lora":
+        pieces = merged(pieces, config, branch, backbone.weights, files, dtype)
     tensors = [piece._replace(name=public_name(name)) for name, piece in pieces.items()]
-    tensors += _base(WeightFiles(folder), dtype, {tensor.name for tensor in tensors})
+    tensors += _base(files, dtype, {tensor.name for tensor in tensors})
     if branch.positions == "mrope":
         # The public model always has the table; with mRoPE it is zero.
         shape = (1, grid_side(config, image_size) ** 2, pieces["head.bias"].shape[0])

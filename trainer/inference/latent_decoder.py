@@ -17,7 +17,8 @@ from torch import Tensor
 from ..distributed.process_group import Group
 from ..models.prompt import PromptTemplate
 from ..stages import open_patch_latents
-from ..stages.patch_latents import PatchLatentModel, PatchLatentStage
+from ..stages.patch_latent_model import PatchLatentModel
+from ..stages.patch_latents import PatchLatentStage
 from .masked_decoding import draw_latent_noise, reveal_counts
 from .mllm import decode_prompts, load_mllm
 from .settings import Settings

@@ -18,7 +18,8 @@ from ..checkpoint.state import restore_statistics
 from ..models.kernel_selection import KernelChoice
 from ..models.prompt import PromptTemplate
 from ..models.weights import fill
-from ..stages.patch_latents import PatchLatentModel, PatchLatentStage
+from ..stages.patch_latent_model import PatchLatentModel
+from ..stages.patch_latents import PatchLatentStage
 from ..stages.unsharded import init_context
 from .masked_decoding import Schedule, decode, draw_latent_noise, draw_orders
 from .stored_runs import checkpoint_weights, has_checkpoints

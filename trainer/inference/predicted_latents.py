@@ -23,7 +23,8 @@ from ..models.backbone import FrozenBackbone
 from ..models.prompt import PromptTemplate
 from ..stages import open_patch_latents
 from ..stages.latent_cache import VERSION, FrozenWeights, Kind
-from ..stages.patch_latents import PatchLatentModel, PatchLatentStage
+from ..stages.patch_latent_model import PatchLatentModel
+from ..stages.patch_latents import PatchLatentStage
 from .masked_decoding import reveal_counts
 from .mllm import decode_prompts, load_mllm
 from .stored_runs import checkpoint_weights, has_checkpoints, stored_recipe

@@ -82,10 +82,11 @@ class FrozenBackbone(nn.Module):
         vision: bool = True,
         held: HeldWeights = "bf16",
         attended: Sequence[int] | None = None,
+        differentiable: bool = False,
     ) -> None:
         """attention, vision_attention: of the text model, and of the vision encoder. held: how the text model's linear
         layers hold their weights. attended: the text model's layers, in order and the last one included, of which a
-        prefix is made; None: all."""
+        prefix is made; None: all. differentiable: whether gradients will pass through these linear layers."""
         super().__init__()
         self.held: HeldWeights = held
         self.attended = attended
@@ -95,7 +96,7 @@ class FrozenBackbone(nn.Module):
             if text:
                 with nullcontext() if held == "bf16" else eight_bit_linears(held):
                     self.text = Qwen2_5_VLTextModel._from_config(config.text_config, dtype=dtype)
-                if held != "bf16":
+                if held != "bf16" or differentiable:
                     use_own_linear(self.text)
                 self.text.config._attn_implementation = TEXT_ATTENTION
             if vision:

@@ -18,7 +18,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryE
 
 from ...kernels import gather_rms_norm, mask_mix
 from ...kernels.attention import Backend
-from ...recipes.branch import Positions
+from ...recipes.branch import Lora, Positions
 from .backbone import Prefix
 from .layers import BranchLayer, RmsNorm
 from .rotary import InterleavedRotaryEmbedding
@@ -31,6 +31,7 @@ at its steepest point and multiply the first gradients by about a thousand."""
 class GenerationBranch(nn.Module):
     """Decoder layers, final norm, mask token and position table; `PatchLatentModel.load` fills the weights.
 
+    lora: of layers that share the text model's weights, which `low_rank.share` sets; None: of full ones.
     config: the text model's Qwen2_5_VLTextConfig. side: patches per image side. fused: use Triton for mask mix and
     final norm. layers: of the branch, as many as the prefix has; None: as many as the text model has.
     """
@@ -44,6 +45,7 @@ class GenerationBranch(nn.Module):
         attention: Backend = "sdpa",
         fused: bool = False,
         layers: int | None = None,
+        lora: Lora | None = None,
     ) -> None:
         super().__init__()
         self.side = side
@@ -56,7 +58,7 @@ class GenerationBranch(nn.Module):
         width = config.hidden_size
         with no_init_weights():
             count = config.num_hidden_layers if layers is None else layers
-            self.layers = nn.ModuleList([BranchLayer(config, index) for index in range(count)])
+            self.layers = nn.ModuleList([BranchLayer(config, index, lora) for index in range(count)])
             self.norm = FinalNorm(width, config.rms_norm_eps, fused)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         if positions == "learned":

@@ -98,10 +98,39 @@ class _GatedDown(torch.autograd.Function):
         return *ctx.product.backward(gradient @ ctx.weight, gate, up), d_weight, None
 
 
-class GatedDown(nn.Linear):
-    """The MLP's down projection of SiLU(gate) * up."""
+class GatedProjection(torch.autograd.Function):
+    """p = SiLU(gate) * up and p a^T; without `a`, p and None. Saves gate and up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, a: Tensor | None, product: type[SwiGlu]
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(gate, up)
+        ctx.a = a  # an attribute: see `linear`
+        ctx.product = product
+        out = product.forward(gate, up)
+        return out, None if a is None else F.linear(out, a)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, of_low: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        gate, up = ctx.saved_tensors
+        d_a = None
+        if ctx.a is not None:
+            assert of_low is not None
+            d_a = of_low.flatten(0, -2).T @ ctx.product.forward(gate, up).flatten(0, -2)
+            gradient = gradient + of_low @ ctx.a
+        return *ctx.product.backward(gradient, gate, up), d_a, None
+
+
+class Gated:
+    """A layer of SiLU(gate) * up."""
 
     product: type[SwiGlu] = SwiGlu
+
+
+class GatedDown(nn.Linear, Gated):
+    """The MLP's down projection of SiLU(gate) * up."""
 
     def forward(self, gate: Tensor, up: Tensor, recomputed: bool) -> Tensor:  # type: ignore[override]
         """recomputed: under activation checkpointing, whose recomputation skips this map only if it is torch's."""
@@ -141,7 +170,7 @@ def use_liger(model: nn.Module) -> None:
             module.forward = MethodType(normalized, module)
         elif type(module) in (qwen.Qwen2MLP, qwen.Qwen2_5_VLMLP):
             module.forward = MethodType(gated, module)
-        elif isinstance(module, GatedDown):
+        elif isinstance(module, Gated):
             module.product = product
 
 

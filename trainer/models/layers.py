@@ -13,22 +13,27 @@ from torch import Tensor, nn
 
 from ...kernels import prefix_attention
 from ...kernels.attention import Backend
+from ...recipes.branch import Lora
 from .backbone import Prefix, rotated
 from .elementwise import GatedDown, RmsNorm
 from .linear import Linear
+from .low_rank import AdaptedDown, AdaptedLinear
 
 Rotation = tuple[Tensor, Tensor] | None
 """Cosines and sines [B, N, C] of the patches' positions; None if all positions are zero: no rotation."""
 
 
 class BranchLayer(nn.Module):
-    """Decoder layer of a Qwen2_5_VLTextConfig: [B, N, D] -> [B, N, D]. index: its layer of the prefix."""
+    """Decoder layer of a Qwen2_5_VLTextConfig: [B, N, D] -> [B, N, D].
 
-    def __init__(self, config: Any, index: int) -> None:
+    index: its layer of the prefix. lora: of a layer that shares the text model's weights; see `low_rank`.
+    """
+
+    def __init__(self, config: Any, index: int, lora: Lora | None = None) -> None:
         super().__init__()
         # In the order of transformers' layer, from which the weights are copied.
-        self.self_attn = PrefixAttention(config, index)
-        self.mlp = Mlp(config)
+        self.self_attn = PrefixAttention(config, index, lora)
+        self.mlp = Mlp(config, lora)
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -41,15 +46,15 @@ class BranchLayer(nn.Module):
 class PrefixAttention(nn.Module):
     """Attention of every patch to the text of its sample and the patches of its image."""
 
-    def __init__(self, config: Any, index: int) -> None:
+    def __init__(self, config: Any, index: int, lora: Lora | None = None) -> None:
         super().__init__()
         width, self.index = config.hidden_size, index
         self.head_dim = width // config.num_attention_heads
         keys = config.num_key_value_heads * self.head_dim
-        self.q_proj = Linear(width, width)
-        self.k_proj = Linear(width, keys)
-        self.v_proj = Linear(width, keys)
-        self.o_proj = Linear(width, width, bias=False)
+        self.q_proj = _linear(width, width, True, lora, "q_proj")
+        self.k_proj = _linear(width, keys, True, lora, "k_proj")
+        self.v_proj = _linear(width, keys, True, lora, "v_proj")
+        self.o_proj = _linear(width, width, False, lora, "o_proj")
 
     def forward(self, hidden: Tensor, prefix: Prefix, rotation: Rotation, backend: Backend) -> Tensor:
         projections = self.q_proj, self.k_proj, self.v_proj
@@ -65,11 +70,18 @@ class PrefixAttention(nn.Module):
 class Mlp(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, lora: Lora | None = None) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = GatedDown(config.intermediate_size, config.hidden_size, bias=False)
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = _linear(width, inner, False, lora, "gate_proj")
+        self.up_proj = _linear(width, inner, False, lora, "up_proj")
+        self.down_proj = (
+            GatedDown(inner, width, bias=False) if lora is None else AdaptedDown(inner, width, lora, "down_proj")
+        )
 
     def forward(self, hidden: Tensor, recomputed: bool = False) -> Tensor:
         return self.down_proj(self.gate_proj(hidden), self.up_proj(hidden), recomputed)
+
+
+def _linear(inputs: int, outputs: int, bias: bool, lora: Lora | None, name: str) -> nn.Module:
+    return Linear(inputs, outputs, bias=bias) if lora is None else AdaptedLinear(inputs, outputs, lora, name)

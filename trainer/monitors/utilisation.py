@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..planner.devices import Device
-from ..planner.flops import Part
 from ..planner.layout import AS_SET, Workload
+from ..planner.part import Part
 from ..planner.timing import done_flops, useful_flops
 from ..planner.traffic import traffic
 

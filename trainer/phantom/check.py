@@ -14,9 +14,9 @@ from ...data.progress import progress
 from ...slurm.exit_codes import USAGE
 from ..errors import RunError
 from ..planner import NODE
-from ..planner.flops import Part
 from ..planner.layout import AS_SET, Workload
 from ..planner.memory import Memory, memory
+from ..planner.part import Part
 from ..planner.timing import done_flops, working
 from .device import build
 

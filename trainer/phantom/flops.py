@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from ..planner.flops import ATTENTION_BACKWARD
+from ..planner.part import ATTENTION_BACKWARD
 
 Values = Callable[[Tensor], Tensor | None]
 

@@ -13,11 +13,12 @@ from ...recipes import BatchSplit, Recipe
 from ..errors import RunError
 from .caches import cached_bytes
 from .devices import Device
-from .flops import Part, patch_latent_parts
+from .flops import patch_latent_parts
 from .flux_flops import controlnet_parts
 from .layout import AS_SET, Layout, Workload, Zero
 from .memory import Memory, memory
 from .opened import LatentControl, PatchLatents
+from .part import Part
 from .timing import Timing, timing
 from .traffic import Transfer, traffic
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from ...data.atomic import write_atomic
 from . import Row, plan
 from .devices import Device
-from .flops import Part
 from .layout import LAYOUTS, Workload
+from .part import Part
 
 CURVE = (8, 16, 32, 64, 128, 256, 512)
 """Numbers of GPUs."""

@@ -1,29 +1,22 @@
-"""FLOPs per sample of stage 1's parts: linear layers counted from their shapes, attention from its mask.
-
-A FLOP is half a multiply-add.
-"""
+"""FLOPs per sample of stage 1's parts: linear layers counted from their shapes, attention from its mask."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from ...recipes.branch import Branch
+from ...recipes.branch import Branch, Lora
 from ..models.backbone_config import branch_layers, grid_side
 from ..models.masking import hidden_counts
 from . import shapes
 from .opened import PatchLatents
+from .part import Part
 from .shapes import Weight
 
-Gradient = Literal["none", "through", "trained"]
 Count = Callable[[str], float]
 """Module name -> number of times its weight is applied per sample."""
-
-ATTENTION_BACKWARD = 2.5
-"""Ratio of attention's backward FLOPs to its forward FLOPs: five products instead of two."""
 
 # Elements saved by autograd per token and layer, in units of the widths; planner/test_flops.py measures them.
 BRANCH_KEPT = (6, 2, 2)
@@ -32,67 +25,6 @@ BRANCH_RECOMPUTED = (6, 4, 2)
 """The same for a layer during its recomputation."""
 FLOW_KEPT, FLOW_ENDS = 10, 6
 """A block of a flow head per noise draw, and what is outside of its blocks, times the head's width."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of the model: its parameters and its cost per sample.
-
-    parameters: elements of every parameter, in order; widths: bytes of an element of each, None for those of the run's
-    precision, empty if all are. linear, attention: FLOPs of the forward pass. returned_linear,
-    returned_attention: the portion that gradients flow back through. first: FLOPs of trained layers whose inputs need
-    no gradient. kept: bytes saved by autograd; kept_recomputed: the same with every layer recomputed; kept_once: the
-    same of what all samples of a micro-batch share, in bytes per micro-batch. layer: bytes of the layer being
-    recomputed; gradients: bytes of activation gradients in flight, gradients_recomputed: the same next to a recomputed
-    layer. last: FLOPs at the end of the layers whose results are not saved: recomputation stops before them. place: as
-    in recipes' `Placement`.
-    """
-
-    name: str
-    gradient: Gradient
-    parameters: tuple[int, ...]
-    linear: float
-    attention: float
-    place: str = "sharded"
-    returned_linear: float = 0.0
-    returned_attention: float = 0.0
-    first: float = 0.0
-    kept: float = 0.0
-    kept_recomputed: float = 0.0
-    kept_once: float = 0.0
-    layer: float = 0.0
-    gradients: float = 0.0
-    gradients_recomputed: float = 0.0
-    last: float = 0.0
-    widths: tuple[int | None, ...] = ()
-
-    def stored(self, plain: int) -> list[tuple[int, int]]:
-        """Elements and bytes per element of every parameter, in order. plain: bytes in the run's precision."""
-        widths = self.widths or (None,) * len(self.parameters)
-        return [(size, width or plain) for size, width in zip(self.parameters, widths, strict=True)]
-
-    @property
-    def size(self) -> int:
-        return sum(self.parameters)
-
-    @property
-    def forward(self) -> float:
-        return self.linear + self.attention
-
-    @property
-    def backward(self) -> float:
-        """2 FLOPs per weight and token for the gradient of each input that needs one, and of each trained weight."""
-        products = {"none": 0, "through": 1, "trained": 2}[self.gradient]
-        return products * self.returned_linear - self.first + self.backward_attention
-
-    @property
-    def backward_attention(self) -> float:
-        return ATTENTION_BACKWARD * self.returned_attention
-
-    @property
-    def recomputed(self) -> float:
-        """FLOPs of the second forward pass of recomputed layers; only with activation checkpointing."""
-        return self.forward - self.last if self.layer else 0.0
 
 
 def linear_flops(weights: Iterable[Weight], count: Count) -> float:
@@ -110,33 +42,20 @@ def widths(weights: Iterable[Weight]) -> tuple[int | None, ...]:
 
 def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list[Part]:
     """Stage 1's parts for prompts of `text` tokens. precision: `bf16` or `fp32`."""
-    config, side = model.config.text_config, grid_side(model.config, model.image_size)
-    width, patches = config.hidden_size, side * side
-    layers = len(branch_layers(model.config, model.branch.layers))
+    config, patches = model.config.text_config, grid_side(model.config, model.image_size) ** 2
+    width, last = config.hidden_size, config.num_hidden_layers - 1
     prefix, head = list(shapes.text_model(config, model.backbone.weights)), list(shapes.head(width, model.branch))
-    branch = list(shapes.branch(config, side, model.branch))
-    keys = config.num_key_value_heads * (width // config.num_attention_heads)
     byte = 2 if precision == "bf16" else 4
     draws, placement = model.branch.draws, model.backbone.placement
-    drawn = draws * patches
-    layer, recomputed = (
-        draws * byte * (patches * (hidden * width + mlp * config.intermediate_size) + key * keys * (patches + text))
-        for hidden, mlp, key in (BRANCH_KEPT, BRANCH_RECOMPUTED)
-    )
-    normed = byte * drawn * width  # the input of the final norm
-    read_again = byte * layers * 2 * keys * text  # the prefix, which a layer copies, and reads again if recomputed
-    rows = float(drawn)
+    rows = float(draws * patches)
     if model.branch.loss_tokens == "masked":
         samples = np.arange(4096)
         counts = hidden_counts(model.branch.mask_rate, model.seed, np.zeros_like(samples), samples, patches)
         rows = draws * float(counts.mean())
-    linear = linear_flops(branch, lambda name: drawn)
-    attention = 4.0 * drawn * (text + patches) * width * layers
 
     def read(name: str) -> float:
         """Of the last layer, only keys and values are computed."""
-        last = f"layers.{config.num_hidden_layers - 1}."
-        return text if not name.startswith(last) or name.endswith(("k_proj", "v_proj")) else 0.0
+        return text if not name.startswith(f"layers.{last}.") or name.endswith(("k_proj", "v_proj")) else 0.0
 
     return [
         vision_encoder_part(model.config.vision_config, model.image_size, model.backbone.vision_encoder or placement),
@@ -145,27 +64,78 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
             "none",
             sizes(prefix),
             linear_flops(prefix, read),
-            2.0 * text * text * width * (config.num_hidden_layers - 1),
+            2.0 * text * text * width * last,
             placement,
             widths=widths(prefix),
         ),
-        Part(
-            "generation branch",
-            "trained",
-            sizes(branch),
-            linear,
-            attention,
-            returned_linear=linear,
-            returned_attention=attention,
-            kept=layers * layer + normed,
-            kept_recomputed=layers * byte * drawn * width + normed + read_again,
-            layer=recomputed,
-            gradients=byte * drawn * (3 * config.intermediate_size + width),
-            gradients_recomputed=byte * drawn * (config.intermediate_size + 2 * width),  # torch's own SwiGLU
-            last=linear_flops(branch, lambda name: drawn if name.endswith("down_proj") else 0.0),
-        ),
+        *_branch(model, byte, text),
         head_part(head, model.branch, width, rows, byte),
     ]
+
+
+def _branch(model: PatchLatents, byte: int, text: float) -> list[Part]:
+    """The trained layers, and the frozen ones that they share. byte: of an activation's element."""
+    config, side = model.config.text_config, grid_side(model.config, model.image_size)
+    width, mlp, patches = config.hidden_size, config.intermediate_size, side * side
+    layers = len(branch_layers(model.config, model.branch.layers))
+    branch = list(shapes.branch(config, side, model.branch))
+    keys = config.num_key_value_heads * (width // config.num_attention_heads)
+    draws, drawn = model.branch.draws, model.branch.draws * patches
+    lora = model.branch.lora if model.branch.weights == "lora" else None
+    layer, recomputed = (
+        draws * byte * (patches * (inner * width + inners * mlp + pairs) + key * keys * (patches + text))
+        for inner, inners, key, pairs in (low_rank_kept(lora) if lora else ((*BRANCH_KEPT, 0), (*BRANCH_RECOMPUTED, 0)))
+    )
+    normed = byte * drawn * width  # the input of the final norm
+    read_again = byte * layers * 2 * keys * text  # the prefix, which a layer copies, and reads again if recomputed
+    linear = linear_flops(branch, lambda name: drawn)
+    attention = 4.0 * drawn * (text + patches) * width * layers
+    flight = byte * drawn * (3 * mlp + width)
+    own = Part(
+        "generation branch",
+        "trained",
+        sizes(branch),
+        linear,
+        attention,
+        returned_linear=linear,
+        returned_attention=attention,
+        kept=layers * layer + normed,
+        kept_recomputed=layers * byte * drawn * width + normed + read_again,
+        layer=recomputed,
+        gradients=flight,
+        gradients_recomputed=flight if lora else byte * drawn * (mlp + 2 * width),  # torch's own SwiGLU
+        last=linear_flops(branch, lambda name: drawn if name.endswith("down_proj") else 0.0),
+    )
+    return [own, _shared(model, drawn, recomputed)] if lora else [own]
+
+
+def low_rank_kept(lora: Lora) -> tuple[tuple[int, int, int, int], ...]:
+    """As `BRANCH_KEPT` and `BRANCH_RECOMPUTED` for a layer with low-rank pairs, and the elements that the pairs keep. A
+    layer without a pair needs no input, but attention keeps that of the output projection itself."""
+    unread = sum(not names & set(lora.targets) for names in ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}))
+    hidden, mlp, key = BRANCH_KEPT
+    found = hidden - unread, mlp, key, lora.rank * len(set(lora.targets))
+    return found, found
+
+
+def _shared(model: PatchLatents, drawn: int, layer: float) -> Part:
+    """The frozen text layers as the branch uses them. drawn: patches of all masks; layer: bytes, as in `Part`."""
+    config, held = model.config.text_config, model.backbone.weights
+    weights = list(shapes.shared_layers(config, held, branch_layers(model.config, model.branch.layers)))
+    linear = linear_flops(weights, lambda name: drawn)
+    return Part(
+        "text layers in the branch",
+        "through",
+        sizes(weights),
+        linear,
+        0.0,
+        model.backbone.placement,
+        returned_linear=linear,
+        layer=layer,
+        last=linear_flops(weights, lambda name: drawn if name.endswith("down_proj") else 0.0),
+        widths=widths(weights),
+        shared=True,
+    )
 
 
 def head_part(weights: Sequence[Weight], settings: Branch, width: int, rows: float, byte: int) -> Part:

@@ -8,8 +8,9 @@ from typing import Literal
 from ..models.backbone_config import grid_side
 from ..models.flux_config import FluxConfig
 from . import flux_shapes
-from .flops import Part, linear_flops, sizes, vision_encoder_part, widths
+from .flops import linear_flops, sizes, vision_encoder_part, widths
 from .opened import LatentControl
+from .part import Part
 from .shapes import Weight
 
 # Elements saved by autograd per token, in units of FLUX's hidden width; planner/test_flops.py measures them.

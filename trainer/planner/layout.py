@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ...recipes import BatchSplit, schema
 from ..optim.deepspeed_config import deepspeed_config
-from .flops import Part
+from .part import Part
 
 FrozenPlace = Literal["sharded", "node", "replicated"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .flops import Part
 from .layout import Layout, Workload, shard_bytes, shard_size
+from .part import Part
 
 GATHERED_SHARE = 2
 """A gathered bucket briefly exists twice: as received, and as the parameters copied from it."""
@@ -53,8 +53,9 @@ def memory(
     zero = work.zero.under(layout)
     placed = layout.place(parts)
     trained = [part for part in placed if part.gradient == "trained"]
-    frozen = [part for part in placed if part.gradient != "trained"]
-    sharded = [part for part in placed if part.place == "sharded"]
+    owners = [part for part in placed if not part.shared]
+    frozen = [part for part in owners if part.gradient != "trained"]
+    sharded = [part for part in owners if part.place == "sharded"]
     second = layout.hpz_ranks(zero.hpz, gpus, node)
     node = min(node, gpus)
     own = sum(shard_size(part.parameters, gpus) for part in trained)
@@ -80,7 +81,7 @@ def memory(
         ),
         "reduce bucket": zero.reduce_bytes * zero.reduce_bucket,
     }
-    gathered = [one for part in placed if part.place in ("sharded", "node") for one in part.stored(weight)]
+    gathered = [one for part in owners if part.place in ("sharded", "node") for one in part.stored(weight)]
     eight_bits = [size for part in placed for size, width in part.stored(weight) if width == 1]
     largest = max((size for part in placed if part.gradient != "none" for size in part.parameters), default=0)
     large = [one for one in gathered if one[0] > zero.persistent]
@@ -88,7 +89,7 @@ def memory(
     trainable = sum(part.size for part in trained)
     kept = sum(part.kept_recomputed if work.recomputed else part.kept for part in placed)
     # The backward pass begins in the frozen part behind the trained one, if there is one; all is kept then.
-    returned = [part for part in placed if part.gradient != "none"]
+    returned = [part for part in owners if part.gradient != "none"]
     first = max(returned, key=lambda part: (part.gradient == "through", part.layer + part.gradients))
     layer, flight = (first.layer, first.gradients_recomputed) if work.recomputed else (0.0, first.gradients)
     gradient = max(first.parameters) if first.gradient == "trained" else 0

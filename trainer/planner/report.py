@@ -12,8 +12,8 @@ from ..errors import RunError
 from . import NODE, Row, as_json, checkpoint_bytes, checkpoint_s, cost, plan
 from .curves import CURVE, curves, retention
 from .devices import Device
-from .flops import Part
 from .layout import LAYOUTS, Workload
+from .part import Part
 from .timing import done_flops, useful_flops
 
 

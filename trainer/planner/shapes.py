@@ -7,10 +7,10 @@ This file describes the backbone and the generation branch, `flux_shapes` FLUX a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from ...recipes.branch import Branch
+from ...recipes.branch import Branch, Lora
 from ...recipes.fields import HeldWeights
 
 FREQUENCIES = 128
@@ -119,7 +119,16 @@ def branch(config: Any, side: int, settings: Branch) -> Weights:
     yield Weight("mask_token", (1, 1, width))
     if settings.positions == "learned":
         yield Weight("positions", (1, side * side, width))
-    yield from _decoder(config, settings.layers)
+    lora = settings.lora if settings.weights == "lora" else None
+    yield from _decoder(config, settings.layers, lora)
+
+
+def shared_layers(config: Any, held: HeldWeights, layers: Collection[int]) -> Weights:
+    """The weights of the text model that a branch with low-rank pairs shares: of the linear layers of its `layers`."""
+    for weight in text_model(config, held):
+        at = weight.name.split(".")
+        if at[0] == "layers" and int(at[1]) in layers and at[2] in ("self_attn", "mlp"):
+            yield weight
 
 
 def head(width: int, settings: Branch) -> Weights:
@@ -143,19 +152,26 @@ def head(width: int, settings: Branch) -> Weights:
     yield from linear("clean", width, inner)
 
 
-def _decoder(config: Any, layers: int | None = None) -> Weights:
-    """The text model's layers, or `layers` like them, and final norm."""
+def _decoder(config: Any, layers: int | None = None, lora: Lora | None = None) -> Weights:
+    """The text model's layers, or `layers` like them, and final norm. lora: with low-rank pairs instead of weights."""
     width, mlp = config.hidden_size, config.intermediate_size
     keys = config.num_key_value_heads * (width // config.num_attention_heads)
 
+    def projection(name: str, outputs: int, inputs: int, bias: bool) -> Weights:
+        if lora is None:
+            yield from linear(name, outputs, inputs, bias)
+        elif name.rpartition(".")[2] in lora.targets:
+            yield Weight(f"{name}.lora_A", (lora.rank, inputs), product=True)
+            yield Weight(f"{name}.lora_B", (outputs, lora.rank), product=True)
+
     def layer() -> Weights:
-        yield from linear("self_attn.q_proj", width, width)
-        yield from linear("self_attn.k_proj", keys, width)
-        yield from linear("self_attn.v_proj", keys, width)
-        yield from linear("self_attn.o_proj", width, width, bias=False)
-        yield from linear("mlp.gate_proj", mlp, width, bias=False)
-        yield from linear("mlp.up_proj", mlp, width, bias=False)
-        yield from linear("mlp.down_proj", width, mlp, bias=False)
+        yield from projection("self_attn.q_proj", width, width, True)
+        yield from projection("self_attn.k_proj", keys, width, True)
+        yield from projection("self_attn.v_proj", keys, width, True)
+        yield from projection("self_attn.o_proj", width, width, False)
+        yield from projection("mlp.gate_proj", mlp, width, False)
+        yield from projection("mlp.up_proj", mlp, width, False)
+        yield from projection("mlp.down_proj", width, mlp, False)
         yield from norm("input_layernorm", width)
         yield from norm("post_attention_layernorm", width)
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .devices import Device
-from .flops import Part
 from .layout import Workload, shard_size
+from .part import Part
 from .traffic import Transfer
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .flops import Part
 from .layout import Layout, Zero
+from .part import Part
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ def traffic(parts: Sequence[Part], zero: Zero, layout: Layout, gpus: int, node: 
     byte = zero.gather_bytes
     large = {part.name: [one for one in part.stored(byte) if one[0] > zero.persistent] for part in gathered}
     # DeepSpeed prefetches up to max_live elements, then as much as has been freed: about a parameter.
-    sizes = [size for part in gathered for size, _ in large[part.name]]
-    bucket = zero.prefetch_bucket if sum(sizes) <= zero.max_live else min(zero.prefetch_bucket, usual(sizes))
+    sizes = [size for part in gathered if not part.shared for size, _ in large[part.name]]
+    all_live = sum(sizes) <= zero.max_live
+    bucket = zero.prefetch_bucket if all_live else min(zero.prefetch_bucket, usual(sizes))
 
     def gather(kind: str, stored: Sequence[tuple[int, int]], times: int, ranks: int) -> None:
         ahead = zero.prefetch_bucket > 0
@@ -59,12 +60,13 @@ def traffic(parts: Sequence[Part], zero: Zero, layout: Layout, gpus: int, node: 
         what = "trained" if trained else "frozen"
         # Copies sharded within a node are rebuilt from the first gather after every update.
         first = passes if not second else 1 if trained else 0
-        gather(f"gather {what}, forward", large[part.name], first, over)
-        gather(f"gather {what}, forward", large[part.name], passes - first, again)
+        if not (part.shared and all_live):  # else still gathered from its first use
+            gather(f"gather {what}, forward", large[part.name], first, over)
+            gather(f"gather {what}, forward", large[part.name], passes - first, again)
         if part.gradient != "none":
             gather(f"gather {what}, backward", beyond(large[part.name], live), passes, again)
             live = max(0, live - sum(size for size, _ in large[part.name]))
-        kept = [one for one in part.stored(zero.weight_bytes) if one[0] <= zero.persistent]
+        kept = [one for one in part.stored(zero.weight_bytes) if one[0] <= zero.persistent and not part.shared]
         add("gather small parameters", sent(kept), 1, len(kept), over, False)
     sizes = [size for part in gathered if part.gradient == "trained" for size in part.parameters]
     reduced = zero.reduce_bytes * sum(sizes)

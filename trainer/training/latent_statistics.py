@@ -16,7 +16,7 @@ from ..distributed.process_group import Ranks
 from ..models.flow_head import FlowHead
 from ..stages import Stage
 from ..stages.patch_latent_collate import PatchLatentCollate
-from ..stages.patch_latents import PatchLatentModel
+from ..stages.patch_latent_model import PatchLatentModel
 from .validation import spread_samples
 
 IMAGES = 256

@@ -212,3 +212,9 @@ def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
 def test_a_flow_head_is_refused() -> None:
     with pytest.raises(RunError, match="the public release, whose head is linear"):
         step.bench(load_recipe("tiny-mllm", ["branch.head=flow"]), out=None, text_tokens="20", **SMALL)
+
+
+@pytest.mark.parametrize("setting", ["branch.layers=2", "branch.weights=lora"])
+def test_a_branch_that_no_baseline_computes_is_refused(setting: str) -> None:
+    with pytest.raises(RunError, match=r"measures a full copy of every layer: leave branch\.layers and"):
+        step.bench(load_recipe("tiny-mllm", [setting]), out=None, **{"text_tokens": "20", **SMALL})

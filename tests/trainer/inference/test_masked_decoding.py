@@ -17,7 +17,7 @@ from bifrost.recipes import Recipe
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.inference.masked_decoding import decode, draw_orders, reveal_counts
 from bifrost.trainer.models.backbone import Prefix
-from bifrost.trainer.stages.patch_latents import PatchLatentModel
+from bifrost.trainer.stages.patch_latent_model import PatchLatentModel
 
 PROMPTS = [[5, 9, 2, 7, 7, 1], [3, 4, 8], [6, 1, 2, 3, 4, 5, 6, 7, 8]]
 NULL = [3, 1]

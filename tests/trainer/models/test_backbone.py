@@ -149,7 +149,7 @@ def rotary_tables_under_zero_init() -> list[float]:
     from bifrost.recipes import load_recipe
     from bifrost.trainer.distributed.process_group import join
     from bifrost.trainer.optim.engine import partitioned
-    from bifrost.trainer.stages.patch_latents import PatchLatentModel
+    from bifrost.trainer.stages.patch_latent_model import PatchLatentModel
 
     config = read_config(locate("builtin:tiny"))
     recipe = load_recipe("tiny-mllm")

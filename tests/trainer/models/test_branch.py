@@ -17,7 +17,7 @@ from bifrost.trainer.models.backbone import read_config
 from bifrost.trainer.models.backbone_config import branch_layers
 from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.weights import WeightFiles
-from bifrost.trainer.stages.patch_latents import PatchLatentModel
+from bifrost.trainer.stages.patch_latent_model import PatchLatentModel
 
 
 def build(*overrides: str) -> PatchLatentModel:

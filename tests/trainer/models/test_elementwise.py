@@ -14,7 +14,7 @@ from bifrost.trainer.models.backbone import read_config
 from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.kernel_selection import KernelChoice
 from bifrost.trainer.models.weights import WeightFiles
-from bifrost.trainer.stages.patch_latents import PatchLatentModel
+from bifrost.trainer.stages.patch_latent_model import PatchLatentModel
 
 calls = {"norm": 0, "product": 0, "forward": 0, "backward": 0}
 

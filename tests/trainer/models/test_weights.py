@@ -9,7 +9,7 @@ from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.backbone import read_config
 from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.weights import WeightFiles, backbone_names, fill, public_name
-from bifrost.trainer.stages.patch_latents import PatchLatentModel
+from bifrost.trainer.stages.patch_latent_model import PatchLatentModel
 
 
 def test_public_names() -> None:

@@ -11,7 +11,7 @@ from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.backbone import read_config
 from bifrost.trainer.models.hub import locate
 from bifrost.trainer.optim.engine import import_deepspeed, parameter_groups
-from bifrost.trainer.stages.patch_latents import PatchLatentModel
+from bifrost.trainer.stages.patch_latent_model import PatchLatentModel
 
 
 def test_old_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import plain
 from bifrost.kernels import PrefixLayout
 from bifrost.recipes import load_recipe
-from bifrost.trainer.models.backbone import Prefix, read_config
+from bifrost.recipes.branch import PROJECTIONS, Lora
+from bifrost.trainer.models.backbone import FrozenBackbone, Prefix, read_config
 from bifrost.trainer.models.branch import GenerationBranch
 from bifrost.trainer.models.flow_head import FlowHead
 from bifrost.trainer.models.flux_transformer import FluxTransformer
 from bifrost.trainer.models.hub import locate
+from bifrost.trainer.models.layers import BranchLayer
+from bifrost.trainer.models.low_rank import share
 from bifrost.trainer.planner import parts, shapes
-from bifrost.trainer.planner.flops import BRANCH_KEPT, head_part
+from bifrost.trainer.planner.flops import BRANCH_KEPT, head_part, low_rank_kept
 from bifrost.trainer.planner.flux_flops import FLUX_KEPT
 
 
@@ -41,6 +44,7 @@ KINDS = ("mm", "addmm", "convolution", "_convolution", "convolution_backward")
         ("tiny-mllm", "branch.draws=3"),
         ("tiny-mllm", "branch={head: flow, flow_head: {layers: 2, width: 96, draws: 3}}"),
         ("tiny-mllm", "branch.layers=3"),
+        ("tiny-mllm", "branch.weights=lora"),
         ("tiny-controlnet", "flux.draws=1"),
         ("tiny-controlnet", "flux.draws=3"),
     ],
@@ -119,6 +123,29 @@ def test_a_flow_head_keeps_what_is_planned(width: int | None, layers: int, draws
     found = kept(lambda: head.loss(hidden, target, 1.0, states, tokens), [*head.parameters(), *head.buffers()])
     part = head_part(list(shapes.head(256, branch)), branch, 256, rows, 2)
     assert found == pytest.approx(part.kept_recomputed if recomputed else part.kept, rel=0.05)
+
+
+@pytest.mark.usefixtures("fused_attention")
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("targets", [PROJECTIONS, ("v_proj", "down_proj"), ("gate_proj", "q_proj"), ("o_proj",)])
+def test_a_layer_with_pairs_keeps_what_is_planned(targets: tuple[Any, ...], recomputed: bool) -> None:
+    config = read_config(locate("builtin:tiny")).text_config
+    lora, patches, width, mlp = Lora(rank=8, targets=list(targets)), 144, 192, config.intermediate_size
+    head = width // config.num_attention_heads
+    keys = config.num_key_value_heads * head
+    source = FrozenBackbone(read_config(locate("builtin:tiny")), vision=False, differentiable=True).bfloat16()
+    layer: Any = BranchLayer(config, 0, lora).bfloat16()
+    share([layer], [source.text.layers[0]])
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    text = (torch.randn(10, config.num_key_value_heads, head).bfloat16(),)
+    prefix = Prefix(text, text, PrefixLayout.of((10,), patches, torch.device("cpu")))
+    hidden = torch.randn(1, patches, width).bfloat16().requires_grad_()
+    own = [*layer.parameters(), *source.parameters(), *text]
+    found = kept(lambda: layer(hidden, prefix, None, "sdpa", recomputed), own)
+    inner, inners, key, pairs = low_rank_kept(lora)[recomputed]
+    planned = 2 * (patches * (inner * width + inners * mlp + pairs) + key * keys * (patches + 10))
+    assert found == pytest.approx(planned, rel=0.02)
 
 
 @pytest.mark.usefixtures("fused_attention")

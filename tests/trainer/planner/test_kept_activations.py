@@ -117,10 +117,25 @@ def kept(recipe_name: str, overrides: list[str]) -> tuple[int, bool]:
     [
         ("tiny-mllm", STAGE_1),
         ("tiny-mllm", [*STAGE_1, FLOW]),
+        ("tiny-mllm", [*STAGE_1, FLOW, "branch.weights=lora"]),
+        ("tiny-mllm", [*STAGE_1, "branch.weights=lora"]),
+        ("tiny-mllm", [*STAGE_1, "branch.weights=lora", "branch.lora.targets=[v_proj, o_proj, down_proj]"]),
+        ("tiny-mllm", [*STAGE_1, "branch.weights=lora", "branch.lora.targets=[o_proj, gate_proj]"]),
+        ("tiny-mllm", [*STAGE_1, "branch.layers=3"]),
         ("tiny-controlnet", [*STAGE_2, SHARDED]),
         ("tiny-controlnet", [*STAGE_2, SHARDED, "flux.draws=2"]),
     ],
-    ids=["tiny-mllm", "tiny-mllm-flow", "tiny-controlnet", "tiny-controlnet-draws"],
+    ids=[
+        "tiny-mllm",
+        "flow",
+        "flow-pairs",
+        "pairs",
+        "no-pair-on-mlp-input",
+        "no-pair-on-attention-input",
+        "fewer-layers",
+        "tiny-controlnet",
+        "tiny-controlnet-draws",
+    ],
 )
 def test_activations_are_what_deepspeeds_ranks_keep(name: str, settings: list[str], recomputed: bool) -> None:
     overrides = [*settings, f"activation_checkpointing={str(recomputed).lower()}"]

@@ -19,8 +19,8 @@ from bifrost.trainer.models.hub import locate
 from bifrost.trainer.planner import batch, parts, plan, workload
 from bifrost.trainer.planner.curves import CURVE, curves, distinct, retention
 from bifrost.trainer.planner.devices import FILE, find_device, load
-from bifrost.trainer.planner.flops import Part
 from bifrost.trainer.planner.layout import LAYOUTS, Layout
+from bifrost.trainer.planner.part import Part
 from bifrost.trainer.planner.traffic import buckets, packs
 
 
@@ -92,6 +92,8 @@ def allocated(recipe_name: str, overrides: list[str]) -> int:
         ("builtin:tiny", ["ema={decay: 0.9}"]),
         ("middle", ["ema=null"]),
         ("middle", ["ema=null", "precision=fp32", "zero.persistence_threshold=0"]),
+        ("middle", ["ema=null", "branch.weights=lora"]),
+        ("middle", ["ema={decay: 0.9}", "branch.layers=3"]),
     ],
 )
 def test_held_memory_is_what_deepspeed_allocates(model: str, settings: list[str], tmp_path: Path) -> None:
@@ -113,6 +115,7 @@ SIZES = [
     ("mllm-7b", 8, (16, 8)),
     ("mllm-7b", 64, (16, 1)),
     ("mllm-7b-256", 256, (16, 1)),
+    ("mllm-7b-lora", 8, (16, 8)),
     ("flux-controlnet", 8, (4, 8)),
     ("flux-controlnet", 64, (4, 1)),
     ("flux-controlnet-256", 256, (4, 1)),

@@ -30,6 +30,7 @@ PRODUCTS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Conv3d)
 def built(module: nn.Module) -> list[Weight]:
     """The parameters of a module in order; of the run's precision are all but integers."""
     products = {f"{name}.weight".lstrip(".") for name, m in module.named_modules() if isinstance(m, PRODUCTS)}
+    products |= {name for name, _ in module.named_parameters() if name.endswith(("lora_A", "lora_B"))}
     return [
         Weight(name, tuple(p.shape), name in products, None if p.is_floating_point() else p.element_size())
         for name, p in module.named_parameters()
@@ -64,7 +65,7 @@ def check(recipe: Recipe) -> None:
     assert list(whole.trained.items()) == shaped
     shaped = [(name, tuple(p.shape)) for name, p in model.named_parameters() if not p.requires_grad]
     assert list(whole.frozen.items()) == shaped
-    planned = parts(recipe)
+    planned = [part for part in parts(recipe) if not part.shared]
     assert [part.parameters for part in planned] == [tuple(p.numel() for p in m.parameters()) for m in modules]
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     for part, module in zip(planned, modules, strict=True):
@@ -104,6 +105,23 @@ def test_a_branch_of_fewer_layers_has_the_described_shapes(layers: int) -> None:
     assert own["text prefix"] == whole["text prefix"], "the last layer is attended to"
     share = own["generation branch"].linear / whole["generation branch"].linear
     assert share == layers / 4 == own["generation branch"].attention / whole["generation branch"].attention
+
+
+@pytest.mark.parametrize("settings", [(), ("branch.lora.targets=[up_proj, q_proj]", "branch.layers=3")])
+@pytest.mark.parametrize("held", ["bf16", "int8"])
+def test_low_rank_pairs_share_the_described_weights(settings: tuple[str, ...], held: str) -> None:
+    recipe = load_recipe("tiny-mllm", ["branch.weights=lora", f"backbone.weights={held}", *settings])
+    check(recipe)
+    (shared,) = (part for part in parts(recipe) if part.shared)
+    stage: Any = open_stage(recipe, for_counting=True)
+    with torch.device("meta"):
+        model: Any = stage.build()
+    used = [m.base for m in model.branch.modules() if hasattr(m, "base")]
+    assert sorted(shared.parameters) == sorted(p.numel() for base in used for p in base.parameters())
+    assert sum(size * width for size, width in shared.stored(4)) == sum(
+        p.numel() * p.element_size() for base in used for p in base.parameters()
+    )
+    assert shared.size == 0, "they are the text model's"
 
 
 def changed(source: Path, folder: Path, **settings: Any) -> Path:

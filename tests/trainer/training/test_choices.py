@@ -45,6 +45,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kept gathered": (REPLICATED, KEPT),
     "all of it": (REPLICATED, "zero.hpz=2", "zero.overlap_comm=true", "zero.max_live_parameters=600000"),
 }
+# A small model's layers would be released between their recomputation and their backward pass, see `counted`.
+STORED = "activation_checkpointing=false"
+BRANCHES: dict[str, tuple[str, ...]] = {
+    "low-rank pairs": ("branch.weights=lora", STORED),
+    "low-rank pairs, few live": ("branch.weights=lora", STORED, "zero.max_live_parameters=600000"),
+    "low-rank pairs, frozen whole": ("branch.weights=lora", REPLICATED),
+    "fewer layers": ("branch.layers=2",),
+}
 
 
 def counted(arguments: list[str]) -> list[Counts]:
@@ -93,7 +101,7 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def train(name: str) -> tuple[Path, list[Counts]]:
         if name not in done:
             folder = tmp_path_factory.mktemp("choice")
-            settings = (*SETTINGS, *CHOICES[name])
+            settings = (*SETTINGS, *{**CHOICES, **BRANCHES}[name])
             ended = ranked.run(counted, 4, runs.arguments(shards, folder, *settings)[2:])
             assert [rank.code for rank in ended] == [0] * 4, ended[0].err
             done[name] = folder / "tiny-mllm", ended[0].value
@@ -132,10 +140,10 @@ def test_every_choice_trains_alike_to_the_bit(name: str, trained: Any) -> None:
 
 @pytest.mark.multi
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", [*CHOICES, *BRANCHES])
 def test_a_step_moves_what_the_plan_says(name: str, trained: Any, tmp_path: Path) -> None:
     *_, step = trained(name)[1]
-    recipe = load_recipe("tiny-mllm", runs.arguments(tmp_path, tmp_path, *SETTINGS, *CHOICES[name])[2:])
+    recipe = load_recipe("tiny-mllm", runs.arguments(tmp_path, tmp_path, *SETTINGS, *{**CHOICES, **BRANCHES}[name])[2:])
     planned: dict[str, list[float]] = {}
     for one in traffic(parts(recipe), Zero.of(recipe.precision, recipe.zero), AS_SET, gpus=4, node=2, passes=2):
         function = "reduce_scatter_tensor" if "reduce" in one.kind else "all_gather_into_tensor"

@@ -26,7 +26,7 @@ from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.weights import WeightFiles
 from bifrost.trainer.stages import open_controlnet
 from bifrost.trainer.stages.controlnet_model import LatentControlNetModel
-from bifrost.trainer.stages.patch_latents import PatchLatentModel
+from bifrost.trainer.stages.patch_latent_model import PatchLatentModel
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
 """Operators whose result, or its shape, the host needs before it continues."""
@@ -120,7 +120,7 @@ def test_no_micro_batch_waits(settings: tuple[str, ...], monkeypatch: pytest.Mon
         syncs.add(made.text.ends, made.image.ends, made.both.ends, made.text_rows, made.image_rows, made.positions)
         return made
 
-    monkeypatch.setattr("bifrost.trainer.stages.patch_latents.PrefixLayout.of", layout)
+    monkeypatch.setattr("bifrost.trainer.stages.patch_latent_model.PrefixLayout.of", layout)
     with syncs:
         losses = model(**batch)
         losses.loss.backward()

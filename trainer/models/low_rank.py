@@ -1,0 +1,65 @@
+"""Linear layers of a branch with `branch.weights: lora`: frozen ones of the text model, each with a trained low-rank
+pair.
+
+The frozen layer is called as a module of the text model, so that ZeRO-3's hooks gather its weight, which is stored
+once. It keeps nothing for the backward pass; the pair keeps its input, and the input's projection to `rank` values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ...recipes.branch import Lora
+from .elementwise import Gated, GatedProjection
+from .linear import linear
+
+
+class AdaptedLinear(nn.Module):
+    """base(x) + alpha / rank (x A^T) B^T, or base(x) for a projection `name` that is not one of the targets.
+
+    lora_A [rank, inputs], lora_B [outputs, rank]: as peft's; None without a pair. base: the frozen layer, set by
+    `share`.
+    """
+
+    base: nn.Module
+
+    def __init__(self, inputs: int, outputs: int, lora: Lora, name: str) -> None:
+        super().__init__()
+        paired = name in lora.targets
+        self.scale = lora.scale
+        self.lora_A = nn.Parameter(torch.empty(lora.rank, inputs)) if paired else None
+        self.lora_B = nn.Parameter(torch.empty(outputs, lora.rank)) if paired else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        if self.lora_A is None:
+            return self.base(hidden)
+        return self.base(hidden) + self.expanded(linear(hidden, self.lora_A, None))
+
+    def expanded(self, low: Tensor) -> Tensor:
+        """The pair's output [..., outputs] of its input projected to [..., rank]."""
+        assert self.lora_B is not None
+        return linear(low * self.scale, self.lora_B, None)
+
+
+class AdaptedDown(AdaptedLinear, Gated):
+    """The MLP's down projection of SiLU(gate) * up; see `elementwise`."""
+
+    def forward(self, gate: Tensor, up: Tensor, recomputed: bool) -> Tensor:  # type: ignore[override]
+        """recomputed: no difference: the recomputation ends before the frozen layer, which keeps nothing."""
+        product, low = GatedProjection.apply(gate, up, self.lora_A, self.product)  # type: ignore[misc]
+        if self.lora_B is None:
+            return self.base(product)
+        update = self.expanded(low)
+        return self.base(product) + update
+
+
+def share(layers: Iterable[nn.Module], sources: Iterable[nn.Module]) -> None:
+    """Let the adapted projections of the branch's `layers` call those of the text model's layers `sources`."""
+    for layer, source in zip(layers, sources, strict=True):
+        for name, module in layer.named_modules():
+            if isinstance(module, AdaptedLinear):
+                module.__dict__["base"] = source.get_submodule(name)  # not a submodule, whose weights it would list

@@ -1,0 +1,183 @@
+"""The model of stage 1, which predicts the latents of masked patches from the caption and the visible patches.
+
+Legend: B samples of a micro-batch, K masks drawn per sample, N patches, T text tokens, S image side in pixels, D latent
+width.
+"""
+
+from __future__ import annotations
+
+from ..models import libraries  # noqa: F401  # isort: skip
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels import PatchLatentHead, PrefixLayout
+from ...recipes.fields import HeldWeights
+from ...recipes.schema import Branch
+from ..models import weights
+from ..models.backbone import FrozenBackbone, Prefix
+from ..models.backbone_config import branch_layers, grid_side
+from ..models.branch import GenerationBranch
+from ..models.elementwise import use_liger
+from ..models.flow_head import FlowHead
+from ..models.kernel_selection import KernelChoice
+from ..models.low_rank import share
+from . import Losses, StageModel
+from .branch_weights import copies, initial
+from .unsharded import build_unsharded, set_unregistered_module
+
+
+class PatchLatentModel(StageModel):
+    """Frozen backbone, generation branch and head. `load` fills the weights after construction."""
+
+    def __init__(
+        self,
+        config: Any,
+        branch: Branch,
+        image_size: int,
+        activation_checkpointing: bool = False,
+        kernels: KernelChoice = KernelChoice(),
+        place: str = "sharded",
+        vision: bool = True,
+        held: HeldWeights = "bf16",
+    ) -> None:
+        """config: the backbone's Qwen2_5_VLConfig. image_size: S, in pixels. place: the backbone's placement. vision:
+        whether the vision encoder is needed. held: how the text model holds its weights."""
+        super().__init__()
+        self.settings = branch
+        self.masked_only = branch.loss_tokens == "masked"
+        self.place = place
+        self.attended = branch_layers(config, branch.layers)
+        self.lora = branch.lora if branch.weights == "lora" else None
+        self.build_backbone = partial(
+            FrozenBackbone,
+            config,
+            kernels.attention,
+            kernels.vision,
+            vision=vision,
+            held=held,
+            attended=self.attended,
+            differentiable=self.lora is not None,
+        )
+        if place == "sharded":
+            self.backbone = self.build_backbone()
+        self.branch = GenerationBranch(
+            config.text_config,
+            grid_side(config, image_size),
+            branch.positions,
+            activation_checkpointing,
+            kernels.attention,
+            fused=kernels.head != "reference",
+            layers=len(self.attended),
+            lora=self.lora,
+        )
+        if place == "sharded":
+            self._share()
+        width = config.text_config.hidden_size
+        self.head: PatchLatentHead | FlowHead
+        if branch.head == "flow":
+            self.head = FlowHead(width, branch.flow_head, activation_checkpointing)
+        else:
+            self.head = PatchLatentHead(width, kernels.head)
+        self.liger = kernels.elementwise == "liger"
+        if self.liger:
+            use_liger(self)
+
+    def statistics(self) -> dict[str, Tensor]:
+        return {f"head.{name}": buffer for name, buffer in self.head.named_buffers()}
+
+    def load(self, files: weights.WeightFiles, seed: int) -> None:
+        """Fill the backbone from `files`, copy to the branch what starts as a copy, initialise the rest."""
+        self.build_rest()
+        self.backbone.load(files)
+        trainable = self.trainable()
+        names = copies(trainable, self.settings, self.attended, self.backbone.names(files))
+        weights.fill({theirs: trainable[name] for name, theirs in names.items()}, files, files.path)
+        fresh = {name: parameter for name, parameter in trainable.items() if name not in names}
+        std = self.branch.config.initializer_range
+        drawn = {name: initial(name, weights.full_shape(parameter), std) for name, parameter in fresh.items()}
+        weights.fill(fresh, weights.RandomInit(seed, drawn), "initial weights")
+
+    def build_rest(self) -> None:
+        """Build the backbone, without weights, if it is not sharded, and all rotary tables."""
+        if self.place != "sharded":
+            set_unregistered_module(
+                self, "backbone", build_unsharded(self.build_backbone, self.place, next(self.head.parameters()))
+            )
+            if self.liger:
+                use_liger(self.backbone)
+            self._share()
+        self.restore_rotary()
+
+    def _share(self) -> None:
+        """Let the branch use the text model's weights, with `branch.weights: lora`."""
+        if self.lora is not None:
+            share(self.branch.layers, [self.backbone.text.layers[index] for index in self.attended])
+
+    def restore_rotary(self) -> None:
+        """Rebuild rotary tables in fp32, whatever dtype the model was built in."""
+        self.backbone.restore_rotary()
+        self.branch.restore_rotary()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        text_lengths: tuple[int, ...],
+        mask: Tensor,
+        masked: Tensor,
+        normalizer: float,
+        images: Tensor | None = None,
+        latents: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Losses:
+        """Losses of images [B, 3, S, S] uint8, or of their cached patch latents [B, N, D], with packed prompts [sum T],
+        masked where mask [B K, N] is True. The masks of a sample, next to each other, share its latents and prefix.
+
+        masked: int64 [R], the indices of the True entries among the B K N of `mask`, known without a device sync.
+        normalizer: tokens of the mean; see `Stage.normalizer`. noise: of a flow head, `rng.states` of noise and noise
+        levels, int64 [B, 2].
+        """
+        if images is not None:
+            latents = self.backbone.patch_latents(images)
+        assert latents is not None
+        layout = PrefixLayout.of(text_lengths, mask.shape[1], mask.device, len(mask) // len(text_lengths))
+        prefix = self.backbone.prefix(input_ids, layout)
+        return self.losses(latents, mask, masked, prefix, normalizer, noise)
+
+    def losses(
+        self,
+        latents: Tensor,
+        mask: Tensor,
+        masked: Tensor,
+        prefix: Prefix,
+        normalizer: float,
+        noise: Tensor | None = None,
+    ) -> Losses:
+        """Losses of predicted against given latents [B, N, D]. `loss_tokens: masked` projects only the masked rows."""
+        samples = len(latents)
+
+        def head_loss(hidden: Tensor, target: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            """rows [R]: numbers of the tokens, None for all of them."""
+            if not isinstance(self.head, FlowHead):
+                return self.head(hidden, target, None, normalizer)
+            assert noise is not None
+            tokens = mask.numel() // samples
+            rows = torch.arange(mask.numel(), device=mask.device) if rows is None else rows
+            return self.head.loss(hidden, target, normalizer, noise[rows // tokens], rows % tokens)
+
+        if len(mask) > samples:
+            latents = latents.repeat_interleave(len(mask) // samples, 0)
+        target = latents.flatten(0, 1)
+        if self.masked_only:
+            loss, squares = head_loss(self.branch(latents, mask, prefix, masked), target[masked], masked)
+            error = squares.sum()
+            squares = squares.new_zeros(mask.numel()).index_copy_(0, masked, squares)
+        else:
+            loss, squares = head_loss(self.branch(latents, mask, prefix).flatten(0, 1), target)
+            error = squares[masked].sum()
+        tokens = mask.numel() + prefix.layout.text.total
+        sums = torch.stack((error, error.new_full((), len(masked)), error.new_full((), tokens)))
+        return Losses(loss, sums, squares.view(samples, -1).sum(1) / normalizer)
