@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from ...kernels import PatchLatentHead
 from ...recipes import Recipe
 from ...recipes.branch import Branch
 from ..distributed.process_group import Ranks
@@ -61,9 +60,7 @@ def bench(
 ) -> list[Row]:
     """Measure every case of `text_tokens`, print the table and write `out`/step.json; see `bifrost bench step`."""
     text_tokens, baseline = text_tokens or TEXT_TOKENS, baseline or BASELINES[0]
-    if baseline not in BASELINES:
-        raise RunError(f"--baseline {baseline}: give one of {', '.join(BASELINES)}")
-    _require_full(recipe.branch)
+    _require_comparable(baseline, recipe.branch)
     own = read_config(architecture(recipe.backbone.path, recipe.backbone.revision))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -131,15 +128,17 @@ def bench(
     return rows
 
 
-def _require_full(branch: Branch) -> None:
-    """RunError for a branch that the baselines do not compute."""
+def _require_comparable(baseline: str, branch: Branch) -> None:
+    """RunError for an unknown baseline, or a branch that none computes."""
+    if baseline not in BASELINES:
+        raise RunError(f"--baseline {baseline}: give one of {', '.join(BASELINES)}")
+    if branch.head != "linear":
+        raise RunError("bench step: compares with the public release, whose head is linear; set branch.head=linear")
     if branch.layers is not None or branch.weights != "full":
         raise RunError("bench step measures a full copy of every layer: leave branch.layers and branch.weights out")
 
 
 def _baseline(name: str, model: PatchLatentModel, recomputed: bool, draws: int) -> Baseline:
-    if not isinstance(model.head, PatchLatentHead):
-        raise RunError("bench step: compares with the public release, whose head is linear; set branch.head=linear")
     if name == "compiled":
         return CompiledStep(model, recomputed)
     return SingleStep(model, recomputed, draws) if name == "single" else DenseStep(model, name)  # type: ignore[arg-type]
