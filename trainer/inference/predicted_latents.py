@@ -124,6 +124,7 @@ class PredictedOutputs:
     def fingerprint(self, rank: int = 0, ranks: int = 1, gather: Gather = single_process) -> dict[str, Any]:
         trained, text = (files.content_hash(names, rank, ranks, gather) for files, names in self.frozen())
         stage, config = self.stage, self.stage.config.text_config
+        branch = stage.branch
         return {
             "version": VERSION,
             "kind": self.kind,
@@ -132,9 +133,10 @@ class PredictedOutputs:
             "text model weights": text,
             "text config": {name: getattr(config, name) for name in TEXT_SETTINGS},
             "backbone.weights": stage.backbone.weights,
-            "branch.positions": stage.branch.positions,
-            "branch.max_text_tokens": stage.branch.max_text_tokens,
-            **({"branch.flow_head.steps": stage.branch.flow_head.steps} if stage.branch.head == "flow" else {}),
+            "branch.positions": branch.positions,
+            "branch.max_text_tokens": branch.max_text_tokens,
+            **({"branch.flow_head.steps": branch.flow_head.steps} if branch.head == "flow" else {}),
+            **({"branch.lora.alpha": branch.lora.alpha} if branch.weights == "lora" else {}),
             "prompt": hashlib.sha256(str(self.template.batch([PROBE])[0].tolist()).encode()).hexdigest(),
             "controlnet.decode_steps": self.steps,
             "seed": self.seed,

@@ -8,6 +8,7 @@ import numpy as np
 import opened
 import pytest
 import torch
+import yaml
 
 import plain
 import run_folders
@@ -134,6 +135,27 @@ def test_those_of_a_flow_head_are_samples_by_key(make, place: Path, data: Path) 
     statistics = {name: buffer + 1 for name, buffer in reader.buffers().items()}
     store.save(8, Payload(0, 1, tensors, reader.shapes, reader.state, statistics))
     assert "made with another stage-1 weights" in refusal(flow)
+
+
+def test_those_of_low_rank_pairs_depend_on_their_scale(make, place: Path) -> None:
+    recipe = load_recipe("tiny-mllm", ["ema=null", "branch={weights: lora, layers: 3, lora: {rank: 2, alpha: 3.0}}"])
+    run = run_folders.save(place / "pairs", recipe, 4)
+    pairs = make(PREDICTED, f"controlnet.mllm={run}", "controlnet.decode_steps=1")
+    encoded(pairs)
+    found = latents(pairs, "predicted", *SOME)
+    model: Any = load_mllm(run, open_patch_latents(recipe), torch.device("cpu"), torch.float32)
+    inputs = opened.inputs(pairs)
+    assert inputs.stage.predictor is not None
+    for (shard, number, _), cached in zip(SOME, found, strict=True):
+        tokens, lengths = inputs.stage.predictor.template.batch([inputs.dataset.read(shard, number).caption])
+        with torch.no_grad():
+            prefix = model.backbone.prefix(tokens, PrefixLayout.of(lengths, 16, torch.device("cpu")))
+            hidden = model.branch(torch.zeros(1, *cached.shape), torch.ones(1, 16, dtype=torch.bool), prefix)
+            torch.testing.assert_close(cached, model.head(hidden)[0], rtol=1e-4, atol=1e-5)
+    stored = yaml.safe_load((run / "recipe.yaml").read_text())
+    stored["branch"]["lora"]["alpha"] = 6.0
+    (run / "recipe.yaml").write_text(yaml.safe_dump(stored))
+    assert "branch.lora.alpha 3.0, here 6.0" in refusal(pairs)
 
 
 def refusal(recipe: Recipe) -> str:

@@ -20,6 +20,7 @@ from bifrost.trainer.stages import open_patch_latents
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 
 LORA = (*runs.TINY, "branch.weights=lora", "branch.lora.rank=4", "optimizer.lr=1e-2", "branch.positions=learned")
+FLOW = "branch={head: flow, flow_head: {layers: 1, draws: 2}}"
 SHARDED, REPLICATED = ("backbone.placement=sharded", "zero.persistence_threshold=0"), ("backbone.placement=replicated",)
 
 
@@ -35,8 +36,9 @@ def train(shards: Path, folder: Path, ranks: int, *settings: str) -> Path:
         (SHARDED, ("branch.draws=2", "activation_checkpointing=true", "branch.layers=3")),
         (REPLICATED, ("branch.loss_tokens=masked", "branch.lora.targets=[q_proj, v_proj, down_proj]")),
         (SHARDED, ("backbone.weights=int8",)),
+        (REPLICATED, (FLOW, "branch.layers=2", "activation_checkpointing=true")),
     ],
-    ids=["sharded", "replicated", "int8"],
+    ids=["sharded", "replicated", "int8", "flow"],
 )
 def test_ranks_equal_plain_pytorch(
     shards: Path, tmp_path: Path, settings: tuple[str, ...], others: tuple[str, ...]
