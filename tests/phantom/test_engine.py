@@ -24,6 +24,7 @@ REAL_CASES = [
     *((name, ranks, ("zero.hpz=8",)) for name in LARGE for ranks in (512,)),
     *((name, 8, ("zero.overlap_comm=true",)) for name in LARGE),
     *((name, 8, ("backbone.placement=replicated",)) for name in LARGE[:2]),
+    *(("mllm-7b-lora", 8, (f"backbone.placement={place}",)) for place in ("replicated", "sharded")),
     ("mllm-3b", 8, ("backbone.placement=replicated", "backbone.weights=int8")),
     ("mllm-3b", 8, ("backbone.vision_encoder=cached",)),
     *(("flux-controlnet", 8, (placement,)) for placement in (REPLICATED, CACHED)),

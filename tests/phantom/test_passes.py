@@ -25,6 +25,10 @@ STAGE_1 = {
     "draws": ["branch.draws=3"],
     "masked": ["branch.loss_tokens=masked"],
     "flow": ["branch.head=flow"],
+    "fewer layers": ["branch.layers=2"],
+    "pairs": ["branch.weights=lora"],
+    "few pairs": ["branch.weights=lora", "branch.lora.targets=[o_proj, down_proj]", "branch.draws=2"],
+    "pairs on int8, flow": ["branch.weights=lora", "branch.head=flow", "backbone.weights=int8"],
     "mrope": ["branch.positions=mrope"],
     "fp32": ["precision=fp32"],
 }
