@@ -74,7 +74,7 @@ def agrees(name: str, settings: list[str], counts: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def tiny() -> dict[str, dict[str, Any]]:
     """Counts of all variants of the tiny recipes."""
-    return dict(zip(TINY, phantoms.run(counts_of, [CASES[case] for case in TINY]), strict=True))
+    return dict(zip(TINY, phantoms.run(counts_of, [CASES[case] for case in TINY], timeout=900), strict=True))
 
 
 @pytest.mark.parametrize("case", TINY)
