@@ -262,6 +262,12 @@ class Recipe(Section):
             raise ValueError(
                 f"zero.quantized_weights: weights set by {key} are in 8 bits already; leave it off, or replicate them"
             )
+        if self.branch.targets != "native":
+            native = {"backbone.vision_encoder": self.backbone.vision_encoder, "previews.every": self.previews.every}
+            if key := next((key for key, value in native.items() if value), None):
+                raise ValueError(
+                    f"{key} is for the MLLM's own latents, and branch.targets={self.branch.targets} is not"
+                )
         if self.stage == "patch-latents" and self.previews.every and not self.previews.controlnet:
             raise ValueError("previews.every in stage patch-latents needs previews.controlnet to decode the latents")
         if self.validation.shards is None:

@@ -101,7 +101,7 @@ class SingleStep:
         def repeated(x: Tensor) -> Tensor:
             return x.repeat_interleave(self.draws, 0)
 
-        self.model.backbone.patch_latents(repeated(batch.images))
+        self.model.patch_latents(repeated(batch.images))
         lengths = tuple(length for length in batch.lengths for _ in range(self.draws))
         prompts = {"input_ids": repeated(batch.input_ids), "real": repeated(batch.real), "lengths": lengths}
         loss = routed_step(self.model, replace(batch, latents=repeated(batch.latents), **prompts))

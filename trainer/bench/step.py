@@ -222,7 +222,7 @@ def time_rounds(
     baseline_times: list[float] = []
     for _ in range(rounds):
         clock = Clock(device)
-        model.backbone.patch_latents(batch.images)
+        model.patch_latents(batch.images)
         clock("tower")
         routed_step(model, batch, clock)
         routed_times.append(clock.seconds())

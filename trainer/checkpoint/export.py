@@ -54,6 +54,11 @@ def export(
     if slot not in reader.slots:
         raise RunError(f"{run}: has no EMA of its weights (recipe key ema), leave --ema out")
     recipe = load_recipe(run / "recipe.yaml", stored=True)
+    if recipe.stage == "patch-latents" and recipe.branch.targets != "native" and layout == "public":
+        raise RunError(
+            f"{run}: branch.targets is {recipe.branch.targets}, which the public layout has no place for: export with"
+            " --format hf"
+        )
     if recipe.stage == "patch-latents" and recipe.branch.head == "flow" and layout == "public":
         raise RunError(f"{run}: branch.head is flow, and the public layout has a linear head: export with --format hf")
     pieces = {

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..models.pixel_targets import patch_pixels
+
 PENALTY = 1e-4
 """Of the latents' mean square, added to every one of the D."""
 AT_ONCE = 64
@@ -28,7 +30,10 @@ class PixelProbe:
         squares = products = torch.zeros((), dtype=torch.float64)
         rows = 0
         for latents, images in parts:
-            x, y = _with_one(latents), _patches(images.to(latents.device), latents.shape[1]).flatten(0, 1)
+            x, y = (
+                _with_one(latents),
+                patch_pixels(images.to(latents.device), latents.shape[1], torch.float64).flatten(0, 1),
+            )
             squares, products, rows = x.T @ x + squares.to(x.device), x.T @ y + products.to(x.device), rows + len(x)
         assert rows, "no images to fit the probe on"
         penalty = torch.full_like(squares.diag(), PENALTY * float(squares.diag()[:-1].mean()))
@@ -52,11 +57,3 @@ class PixelProbe:
 def _with_one(latents: Tensor) -> Tensor:
     """Latents [B, N, D] as rows [B * N, D + 1], fp64, with a last column of ones."""
     return F.pad(latents.double().flatten(0, 1), (0, 1), value=1.0)
-
-
-def _patches(images: Tensor, count: int) -> Tensor:
-    """Pixels 0 .. 1 of every patch, [B, count, C], of uint8 images [B, 3, S, S]."""
-    samples, channels, size, _ = images.shape
-    side = math.isqrt(count)
-    tiles = images.double().div(255).view(samples, channels, side, size // side, side, size // side)
-    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(samples, count, -1)

@@ -29,7 +29,7 @@ from ..models.weights import fill
 from ..stages import open_controlnet
 from ..stages.unsharded import init_context
 from .flux_sampler import Text, draw_noise, sample
-from .latent_decoder import LatentDecoder, open_run, read_decoder, usual_device
+from .latent_decoder import LatentDecoder, open_run, read_decoder, require_native, usual_device
 from .settings import Settings
 from .stored_runs import RECIPE, checkpoint_weights, stored_recipe
 
@@ -63,6 +63,7 @@ class Generator(LatentDecoder):
         """
         device, dtype = usual_device(device, dtype)
         stage = open_run(Path(mllm))
+        require_native(stage, Path(mllm))
         # The smaller model first: a mismatch is found before the large ones are read.
         width, side = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
         flux_parts = load_image_generator(Path(controlnet), flux, width, side, device, dtype)

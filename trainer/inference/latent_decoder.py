@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.process_group import Group
+from ..errors import RunError
 from ..models.prompt import PromptTemplate
 from ..stages import open_patch_latents
 from ..stages.patch_latent_model import PatchLatentModel
@@ -81,8 +82,8 @@ class LatentDecoder:
         return torch.stack(self.in_batches(len(prompts), batch, work, made)).to(self.device)
 
     def encode(self, images: Tensor) -> Tensor:
-        """The vision encoder's patch latents [B, N, D] of uint8 images [B, 3, S, S]."""
-        return self.mllm.backbone.patch_latents(images.to(self.device))
+        """What the branch predicts, [B, N, D], of uint8 images [B, 3, S, S]: the vision encoder's patch latents."""
+        return self.mllm.patch_latents(images.to(self.device))
 
 
 def load_decoder(
@@ -102,6 +103,15 @@ def load_decoder(
 def open_run(run: Path) -> PatchLatentStage:
     """The stage of a stage-1 run, without weights."""
     return open_patch_latents(stored_recipe(run, "patch-latents"))
+
+
+def require_native(stage: PatchLatentStage, run: Path) -> None:
+    """RunError if the branch does not predict the MLLM's own latents, which alone condition a ControlNet."""
+    if (targets := stage.branch.targets) != "native":
+        raise RunError(
+            f"{run}: branch.targets is {targets}, and a ControlNet takes the MLLM's own latents; such a run is measured"
+            " by `bifrost eval --scenes` without --controlnet"
+        )
 
 
 def usual_device(device: torch.device | str | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:

@@ -33,10 +33,8 @@ def load_mllm(
     fast = unavailable("varlen", device, dtype) is None
     over = "varlen" if fast else "sdpa"
     stage.kernels = KernelChoice(attention=over, vision=over)
-    # The cache of the run is not used: where the encoder is needed, images of no cache are encoded.
-    stage.backbone = stage.backbone.model_copy(update={"vision_encoder": None if vision else "cached"})
     with init_context(device, dtype):
-        model = stage.build()
+        model = stage.build(vision=vision)
     stage.load(model)
     model.to(device).eval()  # includes the rotary tables rebuilt by `load`
     if has_checkpoints(path):

@@ -21,13 +21,13 @@ from ..distributed.process_group import Gather, single_process
 from ..errors import RunError
 from ..models.backbone import FrozenBackbone
 from ..models.prompt import PromptTemplate
-from ..stages import open_patch_latents
 from ..stages.latent_cache import VERSION, FrozenWeights, Kind
 from ..stages.patch_latent_model import PatchLatentModel
 from ..stages.patch_latents import PatchLatentStage
+from .latent_decoder import open_run, require_native
 from .masked_decoding import reveal_counts
 from .mllm import decode_prompts, load_mllm
-from .stored_runs import checkpoint_weights, has_checkpoints, stored_recipe
+from .stored_runs import checkpoint_weights, has_checkpoints
 
 TEXT_SETTINGS = (
     "hidden_act",
@@ -89,7 +89,8 @@ class PredictedOutputs:
         assert settings.mllm is not None, "required by the recipe schema"
         where = f"controlnet.mllm={settings.mllm}"
         try:
-            stage = open_patch_latents(stored_recipe(Path(settings.mllm), "patch-latents"))
+            stage = open_run(Path(settings.mllm))
+            require_native(stage, Path(settings.mllm))
         except RunError as error:
             raise RunError(f"{where}: {error}") from error
         found = stage.tokens_per_image, stage.config.text_config.hidden_size

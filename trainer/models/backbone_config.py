@@ -112,6 +112,16 @@ def branch_layers(config: Any, layers: int | None) -> tuple[int, ...]:
     return tuple((place + 1) * count // own - 1 for place in range(own))
 
 
+def require_targets(config: Any, targets: str, image_size: int) -> None:
+    """RunError if a patch of an image of `image_size` pixels has too few values for these `branch.targets`."""
+    values, width = 3 * image_size**2 // grid_side(config, image_size) ** 2, config.text_config.hidden_size
+    if targets != "native" and values < width:
+        raise RunError(
+            f"branch.targets={targets}: a patch has {values:,} values, fewer than the {width:,} channels that the branch"
+            " predicts"
+        )
+
+
 def _require_pixels(folder: Path) -> None:
     """RunError if the image processor's normalisation differs from `pixel_patches`. The processor file is optional."""
     for name in ("preprocessor_config.json", "processor_config.json"):

@@ -46,7 +46,7 @@ def count_pass(recipe: Recipe, text_tokens: int) -> PassCounts:
         drop_gradients(model)
         batch = random_batch(stage, recipe.micro_batch, text_tokens)
         if "images" in batch:
-            model.backbone.patch_latents(batch["images"])  # its tables are made once per run
+            model.patch_latents(batch["images"])  # its tables are made once per run
         before = mode.memory.live
         mode.restart()
         losses = model(**batch)

@@ -58,7 +58,7 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
         return text if not name.startswith(f"layers.{last}.") or name.endswith(("k_proj", "v_proj")) else 0.0
 
     return [
-        vision_encoder_part(model.config.vision_config, model.image_size, model.backbone.vision_encoder or placement),
+        _targets(model),
         Part(
             "text prefix",
             "none",
@@ -71,6 +71,15 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
         *_branch(model, byte, text),
         head_part(head, model.branch, width, rows, byte),
     ]
+
+
+def _targets(model: PatchLatents) -> Part:
+    """What makes the targets: the vision encoder, or linear functions of pixels, whose basis is no parameter."""
+    place = model.backbone.vision_encoder or model.backbone.placement
+    if model.branch.targets == "native":
+        return vision_encoder_part(model.config.vision_config, model.image_size, place)
+    products = 3 * model.image_size**2 * model.config.text_config.hidden_size
+    return Part("pixel targets", "none", (), 2.0 * products, 0.0, "replicated")
 
 
 def _branch(model: PatchLatents, byte: int, text: float) -> list[Part]:

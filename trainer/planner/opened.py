@@ -7,7 +7,7 @@ from typing import Any
 
 from ...recipes.schema import Backbone, Branch, ControlNet, Flux
 from ...recipes.stage2 import Latents
-from ..models.backbone_config import branch_layers, grid_side, read_shape
+from ..models.backbone_config import branch_layers, grid_side, read_shape, require_targets
 from ..models.controlnet_config import ControlNetConfig
 from ..models.flux_config import FluxConfig
 from ..models.hub import architecture
@@ -29,6 +29,7 @@ class PatchLatents:
         config = read_shape(architecture(backbone.path, backbone.revision))
         grid_side(config, image_size)
         branch_layers(config, branch.layers)
+        require_targets(config, branch.targets, image_size)
         return cls(config, backbone, branch, image_size, seed)
 
 

@@ -35,7 +35,8 @@ def _patch_latents(model: PatchLatents) -> tuple[Weights, Weights]:
 
     def frozen() -> Weights:
         yield from within("backbone.text", shapes.text_model(text, model.backbone.weights))
-        yield from within("backbone.vision", shapes.vision_encoder(model.config.vision_config))
+        if model.branch.targets == "native":
+            yield from within("backbone.vision", shapes.vision_encoder(model.config.vision_config))
 
     return trained(), frozen()
 

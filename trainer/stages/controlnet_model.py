@@ -80,6 +80,10 @@ class LatentControlNetModel(StageModel):
         if self.vision_placement == "offloaded":
             offload(self.backbone.vision, device)
 
+    def patch_latents(self, images: Tensor) -> Tensor:
+        """The vision encoder's latents [B, N, D] of uint8 images [B, 3, S, S]."""
+        return self.backbone.patch_latents(images)
+
     def forward(
         self,
         posterior: Tensor,
@@ -105,7 +109,7 @@ class LatentControlNetModel(StageModel):
         [B, N, D] instead of images, mean and std [B, c, h, w] instead of flux_images, text [B, L, E] and pooled [B, P]
         instead of token ids. predicted: bool [B], samples with these latents although images are given.
         """
-        condition = latents if images is None else self.backbone.patch_latents(images)
+        condition = latents if images is None else self.patch_latents(images)
         if predicted is not None:
             assert condition is not None and latents is not None
             condition = torch.where(predicted[:, None, None], latents, condition)

@@ -25,6 +25,7 @@ from ..models.elementwise import use_liger
 from ..models.flow_head import FlowHead
 from ..models.kernel_selection import KernelChoice
 from ..models.low_rank import share
+from ..models.pixel_targets import PixelTargets
 from . import Losses, StageModel
 from .branch_weights import copies, initial
 from .unsharded import build_unsharded, set_unregistered_module
@@ -82,12 +83,17 @@ class PatchLatentModel(StageModel):
             self.head = FlowHead(width, branch.flow_head, activation_checkpointing)
         else:
             self.head = PatchLatentHead(width, kernels.head)
+        self.targets: PixelTargets | None = None
+        if branch.targets != "native":
+            patches = self.branch.side**2
+            self.targets = PixelTargets(branch.targets, patches, 3 * image_size**2 // patches, width)
         self.liger = kernels.elementwise == "liger"
         if self.liger:
             use_liger(self)
 
     def statistics(self) -> dict[str, Tensor]:
-        return {f"head.{name}": buffer for name, buffer in self.head.named_buffers()}
+        parts = {"head": self.head, **({"targets": self.targets} if self.targets is not None else {})}
+        return {f"{part}.{name}": buffer for part, module in parts.items() for name, buffer in module.named_buffers()}
 
     def load(self, files: weights.WeightFiles, seed: int) -> None:
         """Fill the backbone from `files`, copy to the branch what starts as a copy, initialise the rest."""
@@ -122,6 +128,13 @@ class PatchLatentModel(StageModel):
         self.backbone.restore_rotary()
         self.branch.restore_rotary()
 
+    @torch.no_grad()
+    def patch_latents(self, images: Tensor) -> Tensor:
+        """What the branch predicts, [B, N, D], of uint8 images [B, 3, S, S]."""
+        if self.targets is None:
+            return self.backbone.patch_latents(images)
+        return self.targets(images).to(next(self.head.parameters()).dtype)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -141,7 +154,7 @@ class PatchLatentModel(StageModel):
         levels, int64 [B, 2].
         """
         if images is not None:
-            latents = self.backbone.patch_latents(images)
+            latents = self.patch_latents(images)
         assert latents is not None
         layout = PrefixLayout.of(text_lengths, mask.shape[1], mask.device, len(mask) // len(text_lengths))
         prefix = self.backbone.prefix(input_ids, layout)

@@ -19,7 +19,7 @@ from ..distributed.process_group import Gather, Ranks, single_process
 from ..errors import RunError
 from ..models import weights
 from ..models.backbone import FrozenBackbone, read_config
-from ..models.backbone_config import branch_layers, grid_side
+from ..models.backbone_config import branch_layers, grid_side, require_targets
 from ..models.hub import architecture, locate
 from ..models.kernel_selection import KernelChoice, KernelWork, VisionWork, choose_kernels
 from ..models.masking import hidden_counts
@@ -71,6 +71,7 @@ class PatchLatentStage:
         config = read_config(folder)
         tokens = grid_side(config, image_size) ** 2
         branch_layers(config, branch.layers)  # refuses more than there are
+        require_targets(config, branch.targets, image_size)
         if for_counting:
             opened = image_size, seed, config, tokens, None, None
             return cls(backbone, branch, *opened, precision=precision, for_counting=True)
@@ -79,6 +80,11 @@ class PatchLatentStage:
         files = weights.WeightFiles(folder)
         opened = image_size, seed, config, tokens, files, tokenizer
         return cls(backbone, branch, *opened, data=data, precision=precision)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether training runs the vision encoder."""
+        return self.backbone.vision_encoder != "cached" and self.branch.targets == "native"
 
     @property
     def source(self) -> str:
@@ -98,8 +104,7 @@ class PatchLatentStage:
     def kernel_work(self, micro_batch: int, precision: str) -> tuple[KernelWork, VisionWork | None]:
         """The shapes for which kernels are chosen: of the branch and of the vision encoder."""
         shapes = micro_batch, self.tokens_per_image, self.branch.max_text_tokens
-        cached = self.backbone.vision_encoder == "cached"
-        vision = None if cached else VisionWork.of(self.config, micro_batch, self.image_size, precision)
+        vision = None if not self.encodes else VisionWork.of(self.config, micro_batch, self.image_size, precision)
         return KernelWork.of(self.config, *shapes, precision, self.branch.draws), vision
 
     def outputs(self) -> list[FrozenOutputs]:
@@ -119,10 +124,12 @@ class PatchLatentStage:
         self.caches = open_caches(self.outputs(), self.data, rank, ranks, gather, broadcast)
         return self.caches
 
-    def build(self, activation_checkpointing: bool = False) -> PatchLatentModel:
+    def build(self, activation_checkpointing: bool = False, vision: bool | None = None) -> PatchLatentModel:
+        """vision: with the vision encoder; None: if training runs it."""
         place = "sharded" if self.for_counting else self.backbone.placement
         settings = self.branch, self.image_size, activation_checkpointing
-        vision = self.for_counting or self.backbone.vision_encoder != "cached"
+        if vision is None:
+            vision = self.encodes or (self.for_counting and self.branch.targets == "native")
         return PatchLatentModel(self.config, *settings, self.kernels, place, vision, self.backbone.weights)
 
     def load(self, model: PatchLatentModel) -> None:

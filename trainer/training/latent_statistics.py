@@ -1,7 +1,8 @@
-"""Mean and deviation of the patch latents, by which a flow head normalises them; measured once, before the first step.
+"""What a model takes from the data once, before the first step: other targets than native latents, and the mean and
+deviation by which a flow head normalises latents.
 
-They are of images spread evenly over the data, each encoded alone and summed in the same order, so that they are equal
-on any number of ranks.
+They are of images spread evenly over the data. Latents are encoded image by image and summed in the same order, so that
+the statistics are equal on any number of ranks.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from torch import Tensor
 from ...data import Dataset
 from ..distributed.process_group import Ranks
 from ..models.flow_head import FlowHead
+from ..models.pixel_targets import PixelTargets
 from ..stages import Stage
 from ..stages.patch_latent_collate import PatchLatentCollate
 from ..stages.patch_latent_model import PatchLatentModel
+from ..stages.patch_latents import PatchLatentStage
 from .validation import spread_samples
 
 IMAGES = 256
@@ -27,9 +30,33 @@ LEAST_STD = 1e-3
 
 @torch.no_grad()
 def measure_statistics(model: object, stage: Stage, dataset: Dataset, ranks: Ranks) -> None:
-    """Set the statistics of a flow head; does nothing to other models. Every rank calls it, with the engine built."""
-    if not isinstance(model, PatchLatentModel) or not isinstance(model.head, FlowHead):
+    """Fit pixel targets, and set the statistics of a flow head; does nothing to other models. Every rank calls it, with
+    the engine built."""
+    if not isinstance(model, PatchLatentModel):
         return
+    assert isinstance(stage, PatchLatentStage)
+    if model.targets is not None:
+        _fit(model.targets, stage, dataset, ranks)
+    if isinstance(model.head, FlowHead):
+        _measure(model, model.head, stage, dataset, ranks)
+
+
+def _fit(targets: PixelTargets, stage: PatchLatentStage, dataset: Dataset, ranks: Ranks) -> None:
+    """Rank 0 fits the targets on the images, and sends them to the others."""
+    count = min(IMAGES, len(dataset))
+
+    def fitted() -> tuple[Tensor, Tensor] | None:
+        if not ranks.first:
+            return None
+        images = [arrays["images"] for arrays in _read(stage, dataset, count, range(count))]
+        return targets.fit(images, stage.seed)
+
+    mean, basis = ranks.broadcast(ranks.agreed(fitted))
+    targets.mean.copy_(mean)
+    targets.basis.copy_(basis)
+
+
+def _measure(model: PatchLatentModel, head: FlowHead, stage: PatchLatentStage, dataset: Dataset, ranks: Ranks) -> None:
     count = min(IMAGES, len(dataset))
     # A rank without an image of its own takes part in gathering the weights.
     numbers = [min(start + ranks.rank, count - 1) for start in range(0, count, ranks.size)]
@@ -37,14 +64,14 @@ def measure_statistics(model: object, stage: Stage, dataset: Dataset, ranks: Ran
     for arrays in ranks.agreed(lambda: _read(stage, dataset, count, numbers)):
         latents = arrays.get("latents")
         if latents is None:
-            latents = model.backbone.patch_latents(arrays["images"].to(ranks.device))
+            latents = model.patch_latents(arrays["images"].to(ranks.device))
         values = latents.flatten(0, 1).double().cpu()
         rows.append(torch.stack((values.mean(0), values.square().mean(0))))
     shares = ranks.gather(rows)
     mean, square = torch.stack([shares[n % ranks.size][n // ranks.size] for n in range(count)]).mean(0)
     std = (square - mean.square()).clamp(min=0).sqrt()
-    model.head.mean.copy_(mean)
-    model.head.std.copy_(std.clamp(min=LEAST_STD * float(std.max())))
+    head.mean.copy_(mean)
+    head.std.copy_(std.clamp(min=LEAST_STD * float(std.max())))
 
 
 def _read(stage: Stage, dataset: Dataset, count: int, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
