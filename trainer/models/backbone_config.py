@@ -117,8 +117,8 @@ def require_targets(config: Any, targets: str, image_size: int) -> None:
     values, width = 3 * image_size**2 // grid_side(config, image_size) ** 2, config.text_config.hidden_size
     if targets != "native" and values < width:
         raise RunError(
-            f"branch.targets={targets}: a patch has {values:,} values, fewer than the {width:,} channels that the branch"
-            " predicts"
+            f"branch.targets={targets}: a patch has {values:,} values, fewer than the {width:,} channels that the"
+            " branch predicts"
         )
 
 
