@@ -19,7 +19,7 @@ class Question(Section):
     """The question, in a sentence."""
     paper: str
     """The row of the paper's choice, with which the others are compared."""
-    paper_says: str | None = None
+    paper_claims: str | None = None
     """What the paper claims of it; null: it makes no claim that is known here."""
     rows: dict[str, list[str]] = Field(min_length=2)
     """Row -> what is typed for it: `key.path=value` settings of the recipe, and `--option=value` of `bifrost eval`."""

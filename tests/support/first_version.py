@@ -35,6 +35,7 @@ LATER = (
     "controlnet.predicted_share",
     "branch.head",
     "branch.flow_head",
+    "branch.targets",
     "branch.init",
     "branch.layers",
     "branch.weights",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 from ...recipes.suite import Suite
 from .table import Row
 
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "bifrost", "font.family": "sans-serif", "font.size": 9}
+STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "bifrost", "font.family": "sans-serif", "font.size": 9}
 """Text stays text and ids are fixed: the same numbers give the same file."""
 PAPER, OTHER = "#0072b2", "#d55e00"
 ROW_INCHES = 0.26

@@ -102,9 +102,9 @@ def markdown(suite: Suite, found: Sequence[Row]) -> str:
 
 def _section(suite: Suite, name: str, question: Question, own: Sequence[Row]) -> list[str]:
     paper = next((row for row in own if row.name == question.paper), None)
-    says = f" The paper: {question.paper_says}" if question.paper_says else ""
+    claim = f" The paper: {question.paper_claims}" if question.paper_claims else ""
     heads = [name, "seeds", "mean", *suite.categories, "compared with the paper's choice"]
-    lines = [f"**{question.asks}**{says}", "", "|".join(["", *(f" {head} " for head in heads), ""])]
+    lines = [f"**{question.asks}**{claim}", "", "|".join(["", *(f" {head} " for head in heads), ""])]
     lines += ["|---|" + "---:|" * (len(heads) - 2) + "---|"]
     for row in own:
         spread = "" if row.spread is None else f" ± {row.spread:.2f}"

@@ -66,10 +66,9 @@ class Generator(LatentDecoder):
         require_native(stage, Path(mllm))
         # The smaller model first: a mismatch is found before the large ones are read.
         width, side = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
-        flux_parts = load_image_generator(Path(controlnet), flux, width, side, device, dtype)
+        frozen, network, tokenizers, size = load_image_generator(Path(controlnet), flux, width, side, device, dtype)
         decoder = read_decoder(Path(mllm), stage, device, dtype, group)
-        names = "flux", "controlnet", "tokenizers", "flux_size"
-        return cls(**vars(decoder), **dict(zip(names, flux_parts, strict=True)))
+        return cls(**vars(decoder), flux=frozen, controlnet=network, tokenizers=tokenizers, flux_size=size)
 
     def generate(
         self,

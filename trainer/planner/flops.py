@@ -74,7 +74,7 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
 
 
 def _targets(model: PatchLatents) -> Part:
-    """What makes the targets: the vision encoder, or linear functions of pixels, whose basis is no parameter."""
+    """What makes the targets: the vision encoder, or linear functions of pixels, whose basis is a buffer."""
     place = model.backbone.vision_encoder or model.backbone.placement
     if model.branch.targets == "native":
         return vision_encoder_part(model.config.vision_config, model.image_size, place)
