@@ -43,8 +43,8 @@ def claim(folder: Path, suite: Suite) -> None:
 def run_trials(trials: Sequence[Trial], ranks: int | None) -> int:
     """Train and evaluate what is missing; returns the exit code.
 
-    A trial that fails is reported and left out, and the others continue. A stop signal is passed on to the training, which
-    saves, and ends the suite.
+    A trial that fails is reported and left out, and the others continue. A stop signal is passed on to the training,
+    which saves, and ends the suite.
     """
     failed = []
     for number, trial in enumerate(trials, 1):
