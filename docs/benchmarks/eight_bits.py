@@ -26,9 +26,10 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from bifrost.kernels import PrefixLayout
 from bifrost.recipes.fields import HeldWeights
 from bifrost.recipes.schema import Backbone, Branch
-from bifrost.trainer.inference.flux_sampler import Sampling, Text, draw_noise, sample
+from bifrost.trainer.inference.flux_sampler import Text, draw_noise, sample
 from bifrost.trainer.inference.generator import load_flux
 from bifrost.trainer.inference.masked_decoding import decode, draw_orders
+from bifrost.trainer.inference.settings import Sampling
 from bifrost.trainer.models import flux as flow
 from bifrost.trainer.models.flux import FluxFolder, Tokens
 from bifrost.trainer.models.hub import locate

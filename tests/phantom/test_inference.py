@@ -20,8 +20,9 @@ def decode_and_sample(name: str, control: str, guidance: float) -> dict[str, Any
     from bifrost.kernels import PrefixLayout
     from bifrost.recipes import load_recipe
     from bifrost.trainer.inference import flux_sampler
-    from bifrost.trainer.inference.flux_sampler import Sampling, Text, draw_noise, sample
+    from bifrost.trainer.inference.flux_sampler import Text, draw_noise, sample
     from bifrost.trainer.inference.masked_decoding import decode, draw_orders
+    from bifrost.trainer.inference.settings import Sampling
     from bifrost.trainer.models.flux import FrozenFlux, Tokens
     from bifrost.trainer.models.latent_controlnet import LatentControlNet
     from bifrost.trainer.phantom.mode import Phantom

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...data.atomic import write_atomic
-from ...recipes.suite import load_suite
 from ...slurm.io import write_json
 from ..errors import writing
 from .options import RanksOption
@@ -40,6 +39,7 @@ def ablate(
 
     What is done is not repeated: the same command continues after an interruption.
     """
+    from ...recipes.suite import load_suite
     from ..ablation.run import claim, missing, run_trials
     from ..ablation.trials import trials
 

@@ -93,9 +93,8 @@ def evaluate(
 
     truth = read_key(scenes) if scenes else None
 
-    from ..inference.flux_sampler import Sampling
     from ..inference.generator import origin
-    from ..inference.settings import Settings
+    from ..inference.settings import Sampling, Settings
 
     sampling = Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
     settings = Settings(steps, schedule.value, guidance, flux=sampling, temperature=temperature)

@@ -16,7 +16,7 @@ EXAMPLES = {
         f"bifrost eval {RUNS} --data 'demo/train-*.tar' --scenes demo/KEY.json --out runs/demo",
         f"bifrost eval {RUNS} --data 'single/train-*.tar' --out runs/single",
     ),
-    "ablate": ("bifrost ablate tiny-mllm", "bifrost ablate mllm-3b --slurm '--nodes 4' | sh"),
+    "ablate": ("bifrost ablate tiny-mllm", "bifrost ablate mllm-3b --slurm '--nodes 4'"),
     "plan": (
         "bifrost plan mllm-7b --gpus 8,64 --device h200",
         "bifrost plan flux-controlnet --gpus 16 micro_batch=2",

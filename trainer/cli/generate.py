@@ -90,9 +90,8 @@ def generate(
     files = plan(asked, listed, seed, layout)
 
     is_rank(context, ranks)
-    from ..inference.flux_sampler import Sampling
     from ..inference.generator import origin
-    from ..inference.settings import Settings
+    from ..inference.settings import Sampling, Settings
 
     sampling = Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
     settings = Settings(steps, schedule.value, guidance, not no_controlnet, empty_prompt, sampling, temperature)

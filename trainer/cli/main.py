@@ -162,13 +162,19 @@ def _paths_hint(text: str) -> str:
 
 
 def _as_setting(error: Any) -> str | None:
-    """The error of an unknown option that is the name of a setting, of a command with settings; None for others."""
+    """The error of an unknown option that is the name of a setting, of a command with settings; None for others, and
+    for the beginning of an option."""
     from ...recipes import Recipe
     from ...recipes.known_keys import keys_named
 
     option = error.option_name
     keys = keys_named(option.lstrip("-").replace("-", "_"), Recipe)
-    if not keys or error.ctx is None or all(each.name != "overrides" for each in error.ctx.command.params):
+    if (
+        not keys
+        or error.possibilities
+        or error.ctx is None
+        or all(each.name != "overrides" for each in error.ctx.command.params)
+    ):
         return None
     words = [*sys.argv[1:], "VALUE"]
     given = next((word for word in words if word.startswith(f"{option}=")), None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from ..models import libraries  # noqa: F401  # isort: skip
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,12 +17,12 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from ..errors import RunError
 from ..models.draws import gaussian
 from ..models.flux import FluxFolder, FrozenFlux, image_ids, unpack, velocity
 from ..models.latent_controlnet import LatentControlNet
 from ..models.rng import Stream, uniform
 from .masked_decoding import NO_EPOCH
+from .settings import Sampling
 
 
 class Text(NamedTuple):
@@ -31,23 +30,6 @@ class Text(NamedTuple):
 
     states: Tensor
     pooled: Tensor
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling settings. The defaults are those of the public release."""
-
-    steps: int = 28
-    guidance: float = 3.5
-    """FLUX guidance scale, if the model takes one."""
-    conditioning_scale: float = 0.7
-    """Factor of the ControlNet's residuals; 1 in training."""
-    cfg: float = 1.0
-    """w of empty + w (text - empty), on FLUX's text only; 1 skips the empty prompt."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise RunError(f"{self.steps} FLUX steps: set 1 or more")
 
 
 def draw_noise(seeds: Sequence[int], tokens: int, channels: int) -> Tensor:

@@ -4,8 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .flux_sampler import Sampling
+from ..errors import RunError
 from .masked_decoding import Schedule
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of FLUX's sampling. The defaults are those of the public release."""
+
+    steps: int = 28
+    guidance: float = 3.5
+    """FLUX guidance scale, if the model takes one."""
+    conditioning_scale: float = 0.7
+    """Factor of the ControlNet's residuals; 1 in training."""
+    cfg: float = 1.0
+    """w of empty + w (text - empty), on FLUX's text only; 1 skips the empty prompt."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise RunError(f"{self.steps} FLUX steps: set 1 or more")
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,8 @@ from bifrost.trainer.evaluation.image_metrics import (
     ssim,
 )
 from bifrost.trainer.evaluation.samples import SampleSet
-from bifrost.trainer.inference.flux_sampler import Sampling
 from bifrost.trainer.inference.generator import Generator
-from bifrost.trainer.inference.settings import Settings
+from bifrost.trainer.inference.settings import Sampling, Settings
 from bifrost.trainer.models.masking import draw_masks
 from bifrost.trainer.monitors.metrics import read_metrics
 

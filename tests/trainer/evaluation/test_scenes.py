@@ -26,9 +26,8 @@ from bifrost.trainer.evaluation.samples import SampleSet
 from bifrost.trainer.evaluation.scene_samples import choose_scenes
 from bifrost.trainer.evaluation.scenes import evaluate_scenes, others
 from bifrost.trainer.evaluation.understanding import Understanding
-from bifrost.trainer.inference.flux_sampler import Sampling
 from bifrost.trainer.inference.generator import Generator
-from bifrost.trainer.inference.settings import Settings
+from bifrost.trainer.inference.settings import Sampling, Settings
 from bifrost.trainer.monitors.metrics import read_metrics
 
 FAST = Settings(steps=2, flux=Sampling(steps=1))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from bifrost.trainer.inference import contact_sheet as sheets
 from bifrost.trainer.inference.contact_sheet import font_for, make_contact_sheet
-from bifrost.trainer.inference.flux_sampler import Sampling
+from bifrost.trainer.inference.settings import Sampling
 
 FAST = Sampling(steps=3)
 QUICK = ("--flux-steps=2", "--steps=4")

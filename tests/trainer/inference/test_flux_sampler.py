@@ -9,7 +9,8 @@ from torch import Tensor
 
 import tiny_flux
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.inference.flux_sampler import Sampling, Text, draw_noise, noise_levels, sample
+from bifrost.trainer.inference.flux_sampler import Text, draw_noise, noise_levels, sample
+from bifrost.trainer.inference.settings import Sampling
 from bifrost.trainer.models.flux import FluxFolder, FluxTokenizers, FrozenFlux, image_ids, pack, velocity
 from bifrost.trainer.models.latent_controlnet import ControlNetConfig, LatentControlNet
 

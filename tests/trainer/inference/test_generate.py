@@ -14,9 +14,8 @@ from bifrost.trainer.checkpoint.export import export
 from bifrost.trainer.checkpoint.shard import Payload
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.inference.flux_sampler import Sampling
 from bifrost.trainer.inference.generator import Generator, load_controlnet
-from bifrost.trainer.inference.settings import Settings
+from bifrost.trainer.inference.settings import Sampling, Settings
 from bifrost.trainer.models.latent_controlnet import LatentControlNet, write_config
 from bifrost.trainer.stages import StageModel
 from images import differ, equal

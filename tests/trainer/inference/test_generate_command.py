@@ -13,9 +13,8 @@ import run_folders
 from bifrost.recipes import load_recipe
 from bifrost.trainer.cli import main, on_ranks
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.inference.flux_sampler import Sampling
 from bifrost.trainer.inference.generator import Generator
-from bifrost.trainer.inference.settings import Settings
+from bifrost.trainer.inference.settings import Sampling, Settings
 from bifrost.trainer.models.latent_controlnet import write_config
 from images import equal
 
