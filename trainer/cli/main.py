@@ -169,12 +169,9 @@ def _as_setting(error: Any) -> str | None:
 
     option = error.option_name
     keys = keys_named(option.lstrip("-").replace("-", "_"), Recipe)
-    if (
-        not keys
-        or error.possibilities
-        or error.ctx is None
-        or all(each.name != "overrides" for each in error.ctx.command.params)
-    ):
+    if not keys or error.ctx is None or all(each.name != "overrides" for each in error.ctx.command.params):
+        return None
+    if any(name.startswith(option) for name in error.possibilities or ()):
         return None
     words = [*sys.argv[1:], "VALUE"]
     given = next((word for word in words if word.startswith(f"{option}=")), None)
