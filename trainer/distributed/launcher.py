@@ -126,9 +126,10 @@ def run_child(module: str, *arguments: str, counts: str | None = None) -> int:
                 print(first, end="", flush=True)
                 total = int(number[0]) if (number := re.match(r"\d+", first)) else None
                 with progress("compiling", total, counts) as shown:
-                    for line in child.stdout:
+                    for number, line in enumerate(child.stdout):
                         print(line, end="", flush=True)
-                        shown.advance()
+                        if total is None or number < total:  # other lines may follow
+                            shown.advance()
             return child.wait()
         finally:
             child.kill()

@@ -20,6 +20,8 @@ print("3 builds of kernels", flush=True)
 for number in range(3):
     time.sleep(0.1)
     print("built", number, flush=True)
+print("a table", flush=True)
+time.sleep(0.1)
 sys.exit(7)
 """
 
@@ -32,8 +34,8 @@ def test_its_lines_come_as_they_are_and_count_as_progress(
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.04)
     assert run_child("counting", counts="kernels") == 7
     out, err = capfd.readouterr()
-    assert out.splitlines() == ["3 builds of kernels", "built 0", "built 1", "built 2"]
-    assert "compiling: 1 of 3 kernels, " in err and " left" in err
+    assert out.splitlines() == ["3 builds of kernels", "built 0", "built 1", "built 2", "a table"]
+    assert "compiling: 1 of 3 kernels, " in err and " left" in err and "4 of 3" not in err
 
 
 RUNNING = """
