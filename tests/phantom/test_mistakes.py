@@ -58,6 +58,7 @@ def mistakes() -> dict[str, Any]:
         "none": (BranchLayer, "forward", forward),
         "host tensor": (BranchLayer, "forward", wrapped(lambda hidden: hidden + on_host(hidden))),
         "copy": (BranchLayer, "forward", wrapped(lambda hidden: hidden + on_host(hidden).to(hidden.device))),
+        "host index": (BranchLayer, "forward", wrapped(lambda hidden: hidden[:, torch.arange(hidden.shape[1])])),
         "wait": (BranchLayer, "forward", wrapped(reading)),
         "data-dependent shape": (BranchLayer, "forward", wrapped(lambda hidden: hidden[:, hidden[0, :, 0] > 0])),
         "rotary tables in bf16": (PatchLatentModel, "restore_rotary", in_bf16),
@@ -106,6 +107,7 @@ def test_a_step_that_a_gpu_would_refuse_fails(mistake: str, error: str, found: d
     ("mistake", "problem"),
     [
         ("copy", "the host waits for a copy"),
+        ("host index", "(index)"),
         ("wait", "the host waits for a value"),
         ("rotary tables in bf16", "buffer backbone.text.rotary_emb.inv_freq: torch.bfloat16"),
     ],

@@ -11,13 +11,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from ...recipes import Recipe
 from ..distributed.process_group import Ranks
-from ..errors import RunError
 from ..optim.deepspeed_config import deepspeed_config
 from ..optim.ema import Ema
 from ..optim.engine import Engine, partitioned
+from ..stages.controlnet import ControlNetStage
+from .host_parts import host_parts
 from .mode import Phantom
 from .passes import wrong_buffers
 from .recipe import DEVICE, open_placed, random_batch
@@ -42,48 +44,64 @@ class EngineCounts:
         return asdict(self)
 
 
-def count_engine(recipe: Recipe, ranks: int, text_tokens: int) -> EngineCounts:
-    """Count steps of one pass on the first of `ranks` ranks. text_tokens: of every prompt of stage 1. RunError names
-    what of the recipe cannot be counted."""
-    recipe = recipe.model_copy(update={"global_batch": ranks * recipe.micro_batch})
-    _require_no_offload(recipe)
-    mode = Phantom()
-    _join(ranks)
-    config = deepspeed_config(recipe.split(ranks), recipe.precision, recipe.zero, recipe.optimizer.clip)
-    with mode:
+class FirstRank:
+    """The first of `ranks` ranks that train a recipe, one pass per step. Opened within `mode`, once per process, or again
+    after the former one is dropped.
+
+    text_tokens: of every prompt of stage 1. RunError names what of the recipe's folders cannot be used.
+    """
+
+    def __init__(self, mode: Phantom, recipe: Recipe, ranks: int, text_tokens: int) -> None:
+        recipe = recipe.model_copy(update={"global_batch": ranks * recipe.micro_batch})
+        config = deepspeed_config(recipe.split(ranks), recipe.precision, recipe.zero, recipe.optimizer.clip)
+        self.lr = recipe.optimizer.lr
+        _join(ranks)
         stage = open_placed(recipe, placed=True)
         with partitioned(config, DEVICE):
             model: Any = stage.build(recipe.activation_checkpointing)
-        model.build_rest()
-        engine = Engine(model, recipe.optimizer, config, Ranks(0, ranks, DEVICE))
-        average = Ema(engine.masters(), recipe.ema.decay, model.statistics()) if recipe.ema else None
-        batch = random_batch(stage, recipe.micro_batch, text_tokens)
+        with host_parts(mode):
+            model.build_rest()
+            if isinstance(stage, ControlNetStage):
+                model.offload()
+        self.engine = Engine(model, recipe.optimizer, config, Ranks(0, ranks, DEVICE))
+        self.ema = Ema(self.engine.masters(), recipe.ema.decay, model.statistics()) if recipe.ema else None
+        self.batch = random_batch(stage, recipe.micro_batch, text_tokens)
+
+    def step(self) -> bool:
+        """As the training loop does it; whether it updated the weights."""
+        losses = self.engine.forward(self.batch)
+        self.engine.backward(losses.loss)
+        del losses
+        self.engine.grad_norm()
+        applied = self.engine.step(self.lr, skip=False)
+        if self.ema:
+            self.ema.update(self.engine.masters(), self.engine.model.statistics())
+        return applied
+
+    @property
+    def batch_bytes(self) -> int:
+        """Of the batch on the device."""
+        return sum(x.untyped_storage().nbytes() for x in self.batch.values() if isinstance(x, Tensor))
+
+
+def count_engine(recipe: Recipe, ranks: int, text_tokens: int) -> EngineCounts:
+    """Count steps of one pass on the first of `ranks` ranks. text_tokens: of every prompt of stage 1. RunError names
+    what of the recipe's folders cannot be used."""
+    with Phantom() as mode:
+        rank = FirstRank(mode, recipe, ranks, text_tokens)
         applied = True
         for _ in range(STEPS):
             mode.restart()
-            losses = engine.forward(batch)
-            engine.backward(losses.loss)
-            del losses
-            engine.grad_norm()
-            applied &= engine.step(recipe.optimizer.lr, skip=False)
-            if average:
-                average.update(engine.masters(), model.statistics())
-        held = mode.memory.live - sum(x.untyped_storage().nbytes() for x in batch.values() if hasattr(x, "device"))
-    return EngineCounts(held, mode.memory.peak, dict(mode.reads), dict(mode.copies), wrong_buffers(model), applied)
-
-
-def _require_no_offload(recipe: Recipe) -> None:
-    """RunError if a part is offloaded: its weights change their device, which fake tensors cannot."""
-    places = {"backbone.placement": recipe.backbone.placement}
-    if recipe.flux:
-        places |= {f"flux.placement.{part}": place for part, place in recipe.flux.placement.model_dump().items()}
-    for key, place in places.items():
-        if place == "offloaded":
-            raise RunError(f"{key}=offloaded: the phantom GPU counts no offloaded parts; check it with {key}=cached")
+            applied &= rank.step()
+        held = mode.memory.live - rank.batch_bytes
+        wrong = wrong_buffers(rank.engine.model)
+    return EngineCounts(held, mode.memory.peak, dict(mode.reads), dict(mode.copies), wrong, applied)
 
 
 def _join(ranks: int) -> None:
     """A process group of `ranks` ranks in which collectives do nothing; this is the first."""
+    if dist.is_initialized():
+        return
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks))  # read by DeepSpeed
     fake = importlib.import_module("torch.testing._internal.distributed.fake_pg")
     dist.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=ranks)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,6 +56,16 @@ class Phantom(TorchDispatchMode):
         install(self.memory)
         self.reads: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
+        self._host_too = False
+
+    @contextmanager
+    def fake_host(self, asked: bool = True) -> Iterator[None]:
+        """Within it, new tensors of the host are fake, too, if `asked`."""
+        before, self._host_too = self._host_too, asked
+        try:
+            yield
+        finally:
+            self._host_too = before
 
     def __enter__(self) -> Phantom:
         # torch.tensor(…, device="cuda") shall make its tensor on the host and then copy it, through this mode.
@@ -79,11 +91,12 @@ class Phantom(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), settings: Any = None) -> Any:
         settings = dict(settings or {})
-        settings.pop("pin_memory", None)  # all host memory is the same here
+        pinned = settings.pop("pin_memory", False)  # of such memory only copies to the device are made
         inputs = [x for x in tree_leaves((arguments, settings)) if isinstance(x, Tensor)]
         device = settings.get("device")
         here = any(isinstance(x, FakeTensor) for x in inputs)
-        if not here and (device is None or torch.device(device).type != "cuda"):
+        host = device is None or torch.device(device).type != "cuda"
+        if not here and host and not (pinned or self._host_too):
             return operator(*arguments, **settings)
         name = operator._schema.name.removeprefix("aten::")
         if name in READS and any(on_device(x) for x in inputs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,9 +69,19 @@ def drop_gradients(model: nn.Module) -> None:
 
 
 def wrong_buffers(model: nn.Module) -> list[str]:
-    """Buffers that are not on the device, or floating-point ones that are not fp32: rotary tables and statistics."""
+    """Buffers that are not on the device, or floating-point ones that are not fp32: rotary tables and statistics. Those
+    of frozen parts outside the module tree are included."""
     return [
         f"{name}: {buffer.dtype} on {buffer.device}"
-        for name, buffer in model.named_buffers()
+        for name, buffer in _buffers(model)
         if not on_device(buffer) or (buffer.is_floating_point() and buffer.dtype != torch.float32)
     ]
+
+
+def _buffers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    for name, module in model.named_modules(prefix=prefix):
+        for each, buffer in module.named_buffers(name, recurse=False):
+            yield each, buffer
+        for each, unregistered in vars(module).items():
+            if isinstance(unregistered, nn.Module):
+                yield from _buffers(unregistered, f"{name}.{each}".lstrip("."))

@@ -94,6 +94,7 @@ def install(memory: Memory, devices: int = 8) -> None:
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.memory_allocated = lambda device=None: memory.live
     cuda.max_memory_allocated = lambda device=None: memory.peak
+    cuda.cudart = lambda: SimpleNamespace(cudaHostRegister=_returning(0), cudaHostUnregister=_returning(0))
     cuda.memory_stats = lambda device=None: defaultdict(int)
     nccl, nvtx = ModuleType("torch.cuda.nccl"), ModuleType("torch.cuda.nvtx")
     nccl.version = lambda: NCCL  # type: ignore[attr-defined]
