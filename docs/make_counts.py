@@ -1,5 +1,5 @@
 """Counts every shipped recipe on the phantom GPU and writes the table of docs/plan.md that compares them with the plan:
-`python docs/make_counts.py`, about 20 minutes. With `--page` only the table, from the counts in `COUNTS`."""
+`python docs/make_counts.py`, or only those of its arguments. The table has the plan's figures as they are now."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bifrost.recipes import load_recipe
+from bifrost.recipes import load_recipe, shipped_recipes
 from bifrost.trainer.phantom.check import Row, count, engine_problems, held_row, pass_problems, pass_rows
 from bifrost.trainer.planner import parts, workload
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "plan.md"
 COUNTS = DOCS / "benchmarks" / "results" / "phantom.json"
-RECIPES = sorted(file.stem for file in (DOCS.parent / "recipes").glob("*.yaml"))
+RECIPES = list(shipped_recipes())
 GPUS = {"tiny": (8,), "256": (256,)}
 """Of a recipe whose name begins or ends with it; of the others, those of `LARGE`."""
 LARGE = (8, 512)
@@ -57,10 +57,10 @@ def problems(counts: dict[str, Any]) -> list[str]:
 
 def table(counts: dict[str, Any]) -> str:
     lines = [
-        "| recipe | TFLOP per sample | kept per sample, GB | peak of a pass, GB | held by the engine, GB |",
+        "| counted / planned | TFLOP per sample | kept per sample, GB | peak of a pass, GB | held by the engine, GB |",
         "|---|---:|---:|---:|---:|",
     ]
-    for name in RECIPES:
+    for name in counts:
         for title, found in rows(name, counts[name]).items():
             held = [row for row in found if row.what.startswith("held")]
             figures = [cell(row) for row in found if row not in held]
@@ -83,10 +83,15 @@ def page(text: str) -> str:
 
 
 def recorded() -> dict[str, Any]:
-    return json.loads(COUNTS.read_text(encoding="utf-8"))
+    return json.loads(COUNTS.read_text(encoding="utf-8")) if COUNTS.exists() else {}
+
+
+def record(name: str) -> None:
+    found = {**recorded(), name: counted(name)}
+    COUNTS.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    if "--page" not in sys.argv[1:]:
-        COUNTS.write_text(json.dumps({name: counted(name) for name in RECIPES}, indent=1) + "\n", encoding="utf-8")
+    for recipe in sys.argv[1:] or RECIPES:
+        record(recipe)
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

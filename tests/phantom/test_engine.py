@@ -13,23 +13,32 @@ REPLICATED = "flux.placement={transformer: replicated, vae: replicated, text: re
 SHARDED = "flux.placement={transformer: sharded, vae: sharded, text: sharded, vision_encoder: sharded}"
 OFFLOADED = "flux.placement={transformer: sharded, vae: offloaded, text: offloaded, vision_encoder: offloaded}"
 CACHED = "flux.placement={transformer: sharded, vae: cached, text: cached, vision_encoder: cached}"
+TRANSFORMER = "flux.placement.transformer=replicated"
 LARGE = ("mllm-3b", "mllm-7b", "flux-controlnet")
+SMALL_BUCKET = "zero.reduce_bucket=1000000"
+"""The bucket would otherwise be nearly all that a tiny model holds."""
 TINY_CASES = [
-    ("tiny-mllm", 16, ("backbone.placement=sharded", "zero.persistence_threshold=0", "zero.hpz=8")),
-    ("tiny-controlnet", 8, (OFFLOADED,)),
-    ("tiny-controlnet", 8, (SHARDED, "zero.overlap_comm=true", "activation_checkpointing=true")),
+    ("tiny-mllm", 16, (SMALL_BUCKET, "backbone.placement=sharded", "zero.persistence_threshold=0", "zero.hpz=8")),
+    ("tiny-controlnet", 8, (SMALL_BUCKET, OFFLOADED)),
+    ("tiny-controlnet", 8, (SMALL_BUCKET, SHARDED, "zero.overlap_comm=true", "activation_checkpointing=true")),
 ]
+BACKBONE = "backbone.placement=replicated"
 REAL_CASES = [
     *((name, ranks, ()) for name in LARGE for ranks in (8, 512)),
     *((f"{name}-256", 256, ()) for name in LARGE),
-    *((name, ranks, ("zero.hpz=8",)) for name in LARGE for ranks in (512,)),
-    *((name, 8, ("zero.overlap_comm=true",)) for name in LARGE),
-    *((name, 8, ("backbone.placement=replicated",)) for name in LARGE[:2]),
-    *(("mllm-7b-lora", 8, (f"backbone.placement={place}",)) for place in ("replicated", "sharded")),
-    ("mllm-3b", 8, ("backbone.placement=replicated", "backbone.weights=int8")),
-    ("mllm-3b", 8, ("backbone.vision_encoder=cached",)),
-    *(("flux-controlnet", 8, (placement,)) for placement in (REPLICATED, CACHED)),
-    ("flux-controlnet", 8, ("flux.placement.transformer=replicated", "flux.weights=int8")),
+    ("mllm-3b", 8, (BACKBONE, "zero.overlap_comm=true")),
+    ("mllm-3b", 8, (BACKBONE, "backbone.weights=int8")),
+    ("mllm-3b", 512, (BACKBONE, "backbone.vision_encoder=cached")),
+    ("mllm-3b", 512, (BACKBONE, "zero.hpz=8")),
+    ("mllm-7b", 8, ("zero.overlap_comm=true",)),
+    ("mllm-7b", 512, ("zero.hpz=8",)),
+    ("flux-controlnet", 8, ("zero.overlap_comm=true",)),
+    ("flux-controlnet", 8, (REPLICATED,)),
+    ("flux-controlnet", 8, (OFFLOADED,)),
+    ("flux-controlnet", 8, (TRANSFORMER, "flux.weights=int8")),
+    ("flux-controlnet", 512, (CACHED,)),
+    ("flux-controlnet", 512, (OFFLOADED, TRANSFORMER)),
+    ("flux-controlnet", 512, ("zero.hpz=8",)),
 ]
 
 

@@ -3,17 +3,16 @@ the host waits nowhere."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import phantoms
-from bifrost.recipes import load_recipe
+from bifrost.recipes import load_recipe, shipped_recipes
 from bifrost.trainer.phantom.check import pass_problems, pass_rows
 from bifrost.trainer.planner import parts, workload
 
-RECIPES = sorted(file.stem for file in (Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = list(shipped_recipes())
 RECOMPUTED = "activation_checkpointing=true"
 STORED = "activation_checkpointing=false"
 TEXT = {"tiny-mllm": 64}

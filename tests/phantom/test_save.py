@@ -1,4 +1,4 @@
-"""Save and resume on the phantom GPU: the copy from the device, the state set from a checkpoint, and what both leave."""
+"""Save and resume on the phantom GPU: the copy from the device, the state from a checkpoint, and what both leave."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any
 ENVIRONMENT = {"DS_ACCELERATOR": "cuda", "TORCH_FR_BUFFER_SIZE": "0"}
 
 
-def run(function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> Any:
+def run(function: Callable[..., Any], *arguments: Any, timeout: float = 1800) -> Any:
     """The result of `function(*arguments)` in a process of its own; both have to be JSON-serializable."""
     named = inspect.getfile(function), function.__name__, json.dumps(arguments)
     ended = subprocess.run(

@@ -45,8 +45,8 @@ class EngineCounts:
 
 
 class FirstRank:
-    """The first of `ranks` ranks that train a recipe, one pass per step. Opened within `mode`, once per process, or again
-    after the former one is dropped.
+    """The first of `ranks` ranks that train a recipe, one pass per step. Opened and used within `mode`; a process can
+    open several, of the same number of ranks.
 
     text_tokens: of every prompt of stage 1. RunError names what of the recipe's folders cannot be used.
     """

@@ -1,5 +1,5 @@
-"""Frozen parts in host memory, on the phantom device: their weights are fake, too, so that they take no memory here, and
-so that they can change their device, which a tensor with values cannot."""
+"""Frozen parts in host memory, on the phantom device: their weights are fake, too. So they take no memory here, and can
+change their device, which a tensor with values cannot."""
 
 from __future__ import annotations
 

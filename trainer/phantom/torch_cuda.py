@@ -48,6 +48,8 @@ class Stream:
 class Event:
     """An event that has always happened."""
 
+    device = torch.device("cuda", 0)
+
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
     def record(self, *_: Any) -> None: ...
