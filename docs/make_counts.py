@@ -19,11 +19,11 @@ COUNTS = DOCS / "benchmarks" / "results" / "phantom.json"
 RECIPES = list(shipped_recipes())
 GPUS = {"tiny": (8,), "256": (256,)}
 """Of a recipe whose name begins or ends with it; of the others, those of `LARGE`."""
-LARGE = (8, 512)
+LARGE = (8, 64)
 TEXT = {"tiny-mllm": 64}
 """Tokens of a prompt, if not 80."""
 RECOMPUTED = "activation_checkpointing=true"
-WIDEST = 512 * 16
+SAMPLES = 256 * 16
 """Samples of a step that every number of ranks divides; no figure here depends on it."""
 
 
@@ -34,7 +34,7 @@ def gpus(name: str) -> tuple[int, ...]:
 def counted(name: str) -> dict[str, Any]:
     """The counts of one recipe: a pass as it is and with activation checkpointing, the engine on numbers of ranks."""
     text = TEXT.get(name, 80)
-    engine = {str(n): count(name, [f"global_batch={WIDEST}"], text, n) for n in gpus(name)}
+    engine = {str(n): count(name, [f"global_batch={SAMPLES}"], text, n) for n in gpus(name)}
     return {"pass": count(name, [], text), "recomputed": count(name, [RECOMPUTED], text), "engine": engine}
 
 
@@ -44,7 +44,7 @@ def rows(name: str, counts: dict[str, Any]) -> dict[str, list[Row]]:
     for title, key, overrides in ((name, "pass", []), ("with checkpointing", "recomputed", [RECOMPUTED])):
         recipe = load_recipe(name, overrides)
         found[title] = pass_rows(parts(recipe, TEXT.get(name, 80)), workload(recipe), counts[key])
-    recipe = load_recipe(name, [f"global_batch={WIDEST}"])
+    recipe = load_recipe(name, [f"global_batch={SAMPLES}"])
     planned = parts(recipe, TEXT.get(name, 80)), workload(recipe)
     found[name] += [held_row(*planned, int(n), each) for n, each in counts["engine"].items()]
     return found

@@ -24,21 +24,22 @@ TINY_CASES = [
 ]
 BACKBONE = "backbone.placement=replicated"
 REAL_CASES = [
-    *((name, ranks, ()) for name in LARGE for ranks in (8, 512)),
+    *((name, 8, ()) for name in LARGE),
     *((f"{name}-256", 256, ()) for name in LARGE),
     ("mllm-3b", 8, (BACKBONE, "zero.overlap_comm=true")),
     ("mllm-3b", 8, (BACKBONE, "backbone.weights=int8")),
-    ("mllm-3b", 512, (BACKBONE, "backbone.vision_encoder=cached")),
-    ("mllm-3b", 512, (BACKBONE, "zero.hpz=8")),
-    ("mllm-7b", 8, ("zero.overlap_comm=true",)),
-    ("mllm-7b", 512, ("zero.hpz=8",)),
+    ("mllm-7b", 8, (BACKBONE, "backbone.vision_encoder=cached", "activation_checkpointing=true")),
     ("flux-controlnet", 8, ("zero.overlap_comm=true",)),
-    ("flux-controlnet", 8, (REPLICATED,)),
+    ("flux-controlnet", 8, (REPLICATED, "activation_checkpointing=true")),
     ("flux-controlnet", 8, (OFFLOADED,)),
     ("flux-controlnet", 8, (TRANSFORMER, "flux.weights=int8")),
-    ("flux-controlnet", 512, (CACHED,)),
+    # DeepSpeed makes a view for each parameter and rank: the slowest ones.
+    ("mllm-3b", 512, ("zero.overlap_comm=true",)),
+    ("mllm-3b", 512, (BACKBONE, "zero.hpz=8")),
+    ("mllm-7b", 512, ()),
+    ("flux-controlnet", 512, ()),
+    ("flux-controlnet", 512, (CACHED, "zero.hpz=8")),
     ("flux-controlnet", 512, (OFFLOADED, TRANSFORMER)),
-    ("flux-controlnet", 512, ("zero.hpz=8",)),
 ]
 
 

@@ -49,8 +49,8 @@ def save_and_resume(name: str, ranks: int, text_tokens: int, folder: str) -> dic
         del rank, saver, slots, statistics
 
         rank = FirstRank(mode, recipe, ranks, text_tokens)
-        reader = store.newest_verified(ranks=ranks, while_loaded=True)
-        assert reader is not None and reader.own == 0
+        reader = store.newest_verified(ranks=ranks)
+        assert reader is not None
         restore(rank.engine, rank.ema, reader, reader.state["updates"])
         refresh(rank.engine)
         rank.step()

@@ -42,7 +42,7 @@ class Phantom(TorchDispatchMode):
 
     reads: place in the code -> number of times the host waited there for a value or a copy from the device.
     copies: place -> number of copies from host to device that the host waits for, or that an operator makes by itself
-    because one of its inputs is on the host. Scalars that the host reads are 1, or False.
+    because one of its inputs is on the host. Scalars that the host reads are 1, or False; its copies are zeros.
     memory, flops: of the operators within it.
     """
 
@@ -105,6 +105,8 @@ class Phantom(TorchDispatchMode):
         with self._fake:
             result = operator(*arguments, **settings)
         self._note_transfers(name, inputs, arguments, settings, result)
+        if name == "_to_copy" and on_device(inputs[0]) and not on_device(result):
+            return torch.zeros(result.shape, dtype=result.dtype)  # the host can use it, as the copies of a save
         self.memory.saw(result)
         self.flops.saw(operator, arguments, result)
         return result
