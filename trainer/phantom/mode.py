@@ -6,6 +6,7 @@ So host code runs as it is, tables included, and only what would be on the GPU h
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ class Phantom(TorchDispatchMode):
 
     # Of the process, as a device is: tables that outlive a mode are of the next one too.
     _fake = _Fake(allow_non_fake_inputs=True)
-    _values: ClassVar[dict[int, tuple[Tensor, Tensor]]] = {}
+    _values: ClassVar[dict[int, Tensor]] = {}
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +88,13 @@ class Phantom(TorchDispatchMode):
     def value(self, tensor: Tensor) -> Tensor | None:
         """The values of a table [...] that was copied from the host; None for tensors that the device computed."""
         found = self._values.get(_storage(tensor))
-        return found[1] if found and found[1].shape == tensor.shape else None
+        return found if found is not None and found.shape == tensor.shape else None
+
+    def _keep_values(self, table: Tensor, values: Tensor) -> None:
+        """Until `table`, on the device, is gone."""
+        key = _storage(table)
+        self._values[key] = values
+        weakref.finalize(table.untyped_storage(), self._values.pop, key, None).atexit = False
 
     def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), settings: Any = None) -> Any:
         settings = dict(settings or {})
@@ -122,7 +129,7 @@ class Phantom(TorchDispatchMode):
         if to_device and from_host:
             source = from_host[0]
             if name == "_to_copy" and not isinstance(source, FakeTensor) and not source.is_floating_point():
-                self._values[_storage(outputs[0])] = outputs[0], source  # held, so that its key is not reused
+                self._keep_values(outputs[0], source)
             if waits or name not in COPIES:
                 self.copies[place(name)] += 1
         elif name in COPIES and waits and any(map(on_device, inputs)) and not to_device:
