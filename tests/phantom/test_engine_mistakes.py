@@ -16,7 +16,7 @@ SETTINGS = ["zero.reduce_bucket=1000000"]
 """The bucket would otherwise be nearly all that so small a model holds."""
 
 
-def mistakes() -> dict[str, Any]:
+def engine_mistakes() -> dict[str, Any]:
     """In a process with the phantom GPU: what each of these changes does to the counts of the engine for tiny-mllm."""
     import torch
 
@@ -64,8 +64,8 @@ def mistakes() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    return phantoms.run(mistakes)
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return phantoms.run_once(tmp_path_factory, engine_mistakes)
 
 
 def held_agrees(counts: dict[str, Any]) -> bool:

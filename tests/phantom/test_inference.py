@@ -55,7 +55,7 @@ def decode_and_sample(name: str, control: str, guidance: float) -> dict[str, Any
     return {**waits(mode), "latents": list(latents.shape), "images": [*images.shape, str(images.device)]}
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.real_size), 3.0])
 def test_generation_stays_on_the_device(guidance: float) -> None:
     found = phantoms.run(decode_and_sample, "tiny-mllm", "tiny-controlnet", guidance)
     assert found == {"reads": {}, "copies": {}, "latents": [2, 16, 192], "images": [2, 3, 64, 64, "cuda:0"]}

@@ -78,8 +78,8 @@ def mistakes() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    return phantoms.run(mistakes)
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return phantoms.run_once(tmp_path_factory, mistakes)
 
 
 def rows(counts: dict[str, Any]) -> dict[str, Row]:

@@ -85,8 +85,8 @@ def resume(name: str, ranks: int, text_tokens: int, folder: str) -> dict[str, An
 @pytest.mark.parametrize(
     ("name", "ranks", "text_tokens"),
     [
-        ("tiny-mllm", 8, 64),
         ("tiny-controlnet", 8, 64),
+        pytest.param("tiny-mllm", 8, 64, marks=pytest.mark.real_size),
         pytest.param("mllm-7b", 512, 80, marks=pytest.mark.real_size),
         pytest.param("flux-controlnet", 512, 80, marks=pytest.mark.real_size),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import inspect
 import json
@@ -9,7 +10,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pytest
 
 ENVIRONMENT = {"DS_ACCELERATOR": "cuda", "TORCH_FR_BUFFER_SIZE": "0"}
 
@@ -26,6 +30,17 @@ def run(function: Callable[..., Any], *arguments: Any, timeout: float = 1800) ->
     )
     assert ended.returncode == 0, ended.stderr[-4000:]
     return json.loads(ended.stdout.splitlines()[-1])
+
+
+def run_once(workers: pytest.TempPathFactory, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Like `run`, once for all of pytest's workers: those that ask meanwhile wait for the result."""
+    base = workers.getbasetemp()
+    kept = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"phantom-{function.__name__}.json"
+    with open(kept.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            kept.write_text(json.dumps(run(function, *arguments)), encoding="utf-8")
+    return json.loads(kept.read_text(encoding="utf-8"))
 
 
 def _main(file: str, name: str, arguments: str) -> None:

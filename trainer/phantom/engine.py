@@ -17,7 +17,7 @@ from ...recipes import Recipe
 from ..distributed.process_group import Ranks
 from ..optim.deepspeed_config import deepspeed_config
 from ..optim.ema import Ema
-from ..optim.engine import Engine, partitioned
+from ..optim.engine import Engine, partitioned, require_quantizer
 from ..stages.controlnet import ControlNetStage
 from .host_parts import host_parts
 from .mode import Phantom
@@ -48,7 +48,7 @@ class FirstRank:
     """The first of `ranks` ranks that train a recipe, one pass per step. Opened and used within `mode`; a process can
     open several, of the same number of ranks.
 
-    text_tokens: of every prompt of stage 1. RunError names what of the recipe's folders cannot be used.
+    text_tokens: of every prompt of stage 1. RunError names what of the recipe cannot be used here.
     """
 
     def __init__(self, mode: Phantom, recipe: Recipe, ranks: int, text_tokens: int) -> None:
@@ -56,6 +56,7 @@ class FirstRank:
         config = deepspeed_config(recipe.split(ranks), recipe.precision, recipe.zero, recipe.optimizer.clip)
         self.lr = recipe.optimizer.lr
         _join(ranks)
+        require_quantizer(recipe.zero, DEVICE)
         stage = open_placed(recipe, placed=True)
         with partitioned(config, DEVICE):
             model: Any = stage.build(recipe.activation_checkpointing)
