@@ -87,8 +87,8 @@ def recorded() -> dict[str, Any]:
 
 
 def record(name: str) -> None:
-    found = {**recorded(), name: counted(name)}
-    COUNTS.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n", encoding="utf-8")
+    found = counted(name)  # takes minutes: read afterwards what others have recorded meanwhile
+    COUNTS.write_text(json.dumps(dict(sorted({**recorded(), name: found}.items())), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
