@@ -17,7 +17,7 @@ DOCS = Path(__file__).parent
 PAGE = DOCS / "plan.md"
 COUNTS = DOCS / "benchmarks" / "results" / "phantom.json"
 RECIPES = list(shipped_recipes())
-GPUS = {"tiny": (8,), "256": (256,)}
+GPUS = {"tiny": (8,), "256": (8,)}
 """Of a recipe whose name begins or ends with it; of the others, those of `LARGE`."""
 LARGE = (8, 64)
 TEXT = {"tiny-mllm": 64}

@@ -25,7 +25,7 @@ TINY_CASES = [
 BACKBONE = "backbone.placement=replicated"
 REAL_CASES = [
     *((name, 8, ()) for name in LARGE),
-    *((f"{name}-256", 256, ()) for name in LARGE),
+    *((f"{name}-256", 64, ()) for name in LARGE),
     ("mllm-3b", 8, (BACKBONE, "zero.overlap_comm=true")),
     ("mllm-3b", 8, (BACKBONE, "backbone.weights=int8")),
     ("mllm-7b", 8, (BACKBONE, "backbone.vision_encoder=cached", "activation_checkpointing=true")),
@@ -34,13 +34,13 @@ REAL_CASES = [
     ("flux-controlnet", 8, (REPLICATED, "activation_checkpointing=true")),
     ("flux-controlnet", 8, (OFFLOADED,)),
     ("flux-controlnet", 8, (TRANSFORMER, "flux.weights=int8")),
-    # DeepSpeed makes a view for each parameter and rank: the slowest ones.
-    ("mllm-3b", 512, ("zero.overlap_comm=true",)),
-    ("mllm-3b", 512, (BACKBONE, "zero.hpz=8")),
-    ("mllm-7b", 512, ()),
-    ("flux-controlnet", 512, ()),
-    ("flux-controlnet", 512, (CACHED, "zero.hpz=8")),
-    ("flux-controlnet", 512, (OFFLOADED, TRANSFORMER)),
+    # DeepSpeed makes a view for each parameter and rank: more ranks take too long.
+    ("mllm-3b", 64, ("zero.overlap_comm=true",)),
+    ("mllm-3b", 64, (BACKBONE, "zero.hpz=8")),
+    ("mllm-7b", 64, ()),
+    ("flux-controlnet", 64, ()),
+    ("flux-controlnet", 64, (CACHED, "zero.hpz=8")),
+    ("flux-controlnet", 64, (OFFLOADED, TRANSFORMER)),
 ]
 
 
@@ -53,7 +53,7 @@ REAL_CASES = [
     ids=str,
 )
 def test_the_engine_holds_what_is_planned(name: str, ranks: int, settings: tuple[str, ...]) -> None:
-    overrides = [f"global_batch={512 * 16}", *settings]
+    overrides = [f"global_batch={64 * 64}", *settings]
     recipe = load_recipe(name, overrides)
     text = 64 if name.startswith("tiny") else 80
     counts = count(name, overrides, text, ranks)
