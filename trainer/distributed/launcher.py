@@ -106,10 +106,11 @@ def run_ranks(
                 signal.signal(number, handler)
 
 
-def run_child(module: str, *arguments: str, counts: str | None = None) -> int:
+def run_child(module: str, *arguments: str, counts: str | None = None, passed_on: Sequence[signal.Signals] = ()) -> int:
     """Run `python -m MODULE ARGUMENTS` as a process that never outlives this one; returns its exit code.
 
-    counts: what its output lines count, shown as progress; its first line begins with their total.
+    counts: what its output lines count, shown as progress; its first line begins with their total. passed_on: signals
+    that the process answers, instead of this one.
     """
     # A session of its own: this process handles Ctrl-C on the terminal.
     with subprocess.Popen(
@@ -120,6 +121,12 @@ def run_child(module: str, *arguments: str, counts: str | None = None) -> int:
         stdout=subprocess.PIPE if counts else None,
         text=True,
     ) as child:
+
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            if child.poll() is None:
+                child.send_signal(number)
+
+        before = {number: signal.signal(number, pass_on) for number in passed_on}
         try:
             if counts and child.stdout:
                 first = child.stdout.readline()
@@ -133,6 +140,8 @@ def run_child(module: str, *arguments: str, counts: str | None = None) -> int:
             return child.wait()
         finally:
             child.kill()
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class _Family:
