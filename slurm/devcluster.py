@@ -225,7 +225,7 @@ def _free_ports(count: int) -> list[int]:
     """Different ports, none of them ephemeral: the daemons bind them later, and again after a restart."""
     ports: set[int] = set()
     while len(ports) < count:
-        ports.add(free_port(secrets.randbelow(PORTS)))
+        ports.add(free_port())
     return list(ports)
 
 

@@ -136,9 +136,10 @@ def rank_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
     return found
 
 
-def free_port(seed: int) -> int:
-    """A free rendezvous port on this host; the search starts at a port derived from `seed`. Ephemeral ports are
-    excluded: another connection could take one before it is used."""
+def free_port(seed: int | None = None) -> int:
+    """A free port on this host, for a process that binds it later; the search starts at a port derived from `seed`, or
+    at any. Ephemeral ports are excluded: another connection could take one before it is used."""
+    seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
     for attempt in range(PORTS):
         port = FIRST_PORT + (seed + STEP_STRIDE * attempt) % PORTS
         with socket.socket() as probe:

@@ -23,6 +23,8 @@ from pathlib import Path
 import psutil
 from startup import write_shards
 
+from bifrost.slurm.rank_env import free_port
+
 
 @dataclass
 class Relay:
@@ -61,12 +63,6 @@ class Relay:
             pass
         finally:
             sink.close()
-
-
-def free_port() -> int:
-    """A port of loopback that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return found.getsockname()[1]
 
 
 def measure(ranks: int, folder: Path) -> tuple[list[Relay], list[int]]:

@@ -18,8 +18,8 @@ from bifrost.data import DataError, DataLost, index_shards, open_dataset, retry,
 from bifrost.data import kept as kept_module
 from bifrost.data.files import Stream, content, exists
 from bifrost.data.remote_file import RemoteFile
+from bifrost.slurm.rank_env import free_port
 from faulty_server import Plan, Rule
-from ports import free_port
 
 
 @pytest.fixture(autouse=True)

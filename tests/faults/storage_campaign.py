@@ -26,7 +26,7 @@ import ranked
 import runs
 import small_model
 import small_shards
-from ports import free_port
+from bifrost.slurm.rank_env import free_port
 
 TRAIN_EVERY = 10
 """One of so many runs is a `bifrost train`; the others read one epoch through the loader."""

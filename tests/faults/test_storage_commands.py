@@ -19,9 +19,9 @@ import ranked
 import runs
 import small_model
 from bifrost.data import ingest, open_dataset, retry
+from bifrost.slurm.rank_env import free_port
 from bifrost.trainer.cli import main
 from faulty_server import Plan, Rule
-from ports import free_port
 
 SHARDS = "train-{00000..00003}.tar"
 

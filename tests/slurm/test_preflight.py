@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ports import free_port
+from bifrost.slurm.rank_env import free_port
 from ranked import Rank, run
 
 PRE = "123-0-0"

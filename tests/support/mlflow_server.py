@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ports import free_port
+from bifrost.slurm.rank_env import free_port
 
 
 class Server:

@@ -19,6 +19,7 @@ import ranked
 import runs
 from bifrost.slurm.errors import first_line
 from bifrost.slurm.exit_codes import FAILED, HUNG, INTERRUPTED, STOPPED
+from bifrost.slurm.rank_env import free_port
 from bifrost.trainer.cli import main
 from bifrost.trainer.cli.main import app
 from bifrost.trainer.distributed import process_group as ranks
@@ -29,7 +30,6 @@ from bifrost.trainer.distributed.rendezvous import describe_missing
 from bifrost.trainer.distributed.stop_signals import StopSignals
 from bifrost.trainer.errors import RendezvousTimeout, RunError, lost_rank
 from bifrost.trainer.monitors.console import log_to_file
-from ports import free_port
 
 MEET = """
 import os, time

@@ -20,12 +20,12 @@ from huggingface_hub.utils import _http
 
 from bifrost.data import DataLost, retry
 from bifrost.recipes import load_recipe
+from bifrost.slurm.rank_env import free_port
 from bifrost.trainer.cli import main
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models import hub as model_hub
 from bifrost.trainer.training import inputs
 from faulty_server import Rule
-from ports import free_port
 
 FILES = {
     "config.json": b'{"model_type": "qwen2_5_vl"}',
