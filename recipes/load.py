@@ -138,16 +138,7 @@ def _nearest(path: Path) -> str:
 
 def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The settings in a file, merged over those of the recipe that it `extends`."""
-    from .yaml_dialect import read_yaml
-
-    try:
-        tree = read_yaml(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
-    except ValueError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    tree = read_file(path)
     if not isinstance(tree, dict):
         what = "is empty" if tree is None else "has no settings"
         raise RecipeError(f"{path}: {what}; a recipe is a mapping of settings, such as `steps: 100`")
@@ -164,6 +155,20 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     if found.resolve() in (*extending, path.resolve()):
         raise RecipeError(f"{path}: extends {base}, which extends it in turn")
     return _over(_read(found, (*extending, path.resolve())), tree)
+
+
+def read_file(path: Path) -> Any:
+    """The contents of a YAML file. RecipeError if it cannot be read."""
+    from .yaml_dialect import read_yaml
+
+    try:
+        return read_yaml(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
+    except ValueError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
 
 
 def _over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,8 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from .load import FOLDER, RecipeError, explain
+from .load import FOLDER, RecipeError, explain, read_file
 from .section import Section
-from .yaml_dialect import read_yaml
 
 SUITES = FOLDER / "ablations"
 
@@ -59,8 +58,6 @@ def load_suite(source: str) -> tuple[str, Suite]:
     if path is None:
         raise RecipeError(f"{source}: no such suite; shipped ones are {', '.join(shipped_suites())}")
     try:
-        return path.stem, Suite.model_validate(read_yaml(path.read_text(encoding="utf-8-sig")))
+        return path.stem, Suite.model_validate(read_file(path))
     except ValidationError as error:
         raise RecipeError(f"{path}: {explain(error, Suite)}") from error
-    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-        raise RecipeError(f"{path}: cannot be read as YAML ({error})") from error
