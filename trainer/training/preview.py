@@ -24,7 +24,7 @@ from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..inference.contact_sheet import make_contact_sheet
 from ..inference.generator import Generator, load_controlnet, load_flux
-from ..inference.latent_decoder import LatentDecoder
+from ..inference.latent_decoder import LatentDecoder, usual_device
 from ..inference.settings import Settings
 from ..io import write_png
 from ..models.prompt import PromptTemplate
@@ -133,8 +133,7 @@ class _ImageGenerator:
     def __init__(self, settings: Previews, width: int, side: int, device: torch.device) -> None:
         """Opens and checks everything before the run begins."""
         assert settings.controlnet
-        self.device = device
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.device, self.dtype = usual_device(device, None)
         where = Path(settings.controlnet), settings.flux, width, side, torch.device("cpu"), self.dtype
         network, self.folder, self.size = load_controlnet(*where)
         self.controlnet: Any = network  # diffusers' wrapped `to` has an annotation that no call fits
