@@ -109,6 +109,13 @@ def test_they_are_those_of_a_plain_loop_whatever_the_batch(make, mllm: Path, dat
     assert len({order_seed(seed, key) for seed in (0, 1) for _, _, key in SOME}) == 2 * len(SOME)
 
 
+def hidden_of_all_masked(model: Any, inputs: Any, shard: Any, number: int, width: int) -> torch.Tensor:
+    """The branch's states [1, 16, width] of a caption alone."""
+    tokens, lengths = inputs.stage.predictor.template.batch([inputs.dataset.read(shard, number).caption])
+    prefix = model.backbone.prefix(tokens, PrefixLayout.of(lengths, 16, torch.device("cpu")))
+    return model.branch(torch.zeros(1, 16, width), torch.ones(1, 16, dtype=torch.bool), prefix)
+
+
 def test_those_of_a_flow_head_are_samples_by_key(make, place: Path, data: Path) -> None:
     """Against a plain loop over its latents' noise, with the statistics of the run; others are other weights."""
     recipe = load_recipe("tiny-mllm", ["ema=null", "branch={head: flow, flow_head: {layers: 1, steps: 2}}"])
@@ -120,13 +127,11 @@ def test_those_of_a_flow_head_are_samples_by_key(make, place: Path, data: Path) 
     inputs = opened.inputs(flow)
     assert inputs.stage.predictor is not None
     for (shard, number, key), cached in zip(SOME, found, strict=True):
-        tokens, lengths = inputs.stage.predictor.template.batch([inputs.dataset.read(shard, number).caption])
         seed, width = np.array([order_seed(0, key)]), cached.shape[1]
         uniform_draws = torch.from_numpy(uniform(0, Stream.LATENT_NOISE, np.array([-1]), seed, 16 * width))
         noise = torch.special.ndtri(uniform_draws).float().view(16, width)
         with torch.no_grad():
-            prefix = model.backbone.prefix(tokens, PrefixLayout.of(lengths, 16, torch.device("cpu")))
-            hidden = model.branch(torch.zeros(1, 16, width), torch.ones(1, 16, dtype=torch.bool), prefix)
+            hidden = hidden_of_all_masked(model, inputs, shard, number, width)
             torch.testing.assert_close(cached, model.head.sample(hidden, noise), rtol=1e-4, atol=1e-4)
     store = Store(run / "checkpoints")
     reader = store.newest_verified()
@@ -147,10 +152,8 @@ def test_those_of_low_rank_pairs_depend_on_their_scale(make, place: Path) -> Non
     inputs = opened.inputs(pairs)
     assert inputs.stage.predictor is not None
     for (shard, number, _), cached in zip(SOME, found, strict=True):
-        tokens, lengths = inputs.stage.predictor.template.batch([inputs.dataset.read(shard, number).caption])
         with torch.no_grad():
-            prefix = model.backbone.prefix(tokens, PrefixLayout.of(lengths, 16, torch.device("cpu")))
-            hidden = model.branch(torch.zeros(1, *cached.shape), torch.ones(1, 16, dtype=torch.bool), prefix)
+            hidden = hidden_of_all_masked(model, inputs, shard, number, cached.shape[1])
             torch.testing.assert_close(cached, model.head(hidden)[0], rtol=1e-4, atol=1e-5)
     stored = yaml.safe_load((run / "recipe.yaml").read_text())
     stored["branch"]["lora"]["alpha"] = 6.0
