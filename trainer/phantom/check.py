@@ -28,8 +28,8 @@ FLOPS, KEPT, PEAK, HELD = 0.005, 0.02, 0.10, 0.01
 SMALL_KEPT = 16e3
 """Bytes per sample that a count of what is kept may have in addition: indices, and scalars per token or layer."""
 SMALL_PEAK = 100e6
-"""Bytes below which the peak of a pass is not compared: in so small a model it is that of the frozen encoders, which a
-plan does not count."""
+"""Bytes below which the peak of a pass is not compared: in so small a model it is that of a frozen text encoder or VAE,
+which a plan does not count."""
 READS = 1
 """Values that the host may read in a step."""
 PASS = ("activations", "recomputed layer", "gradients of activations", "dequantized layer")
@@ -132,8 +132,10 @@ def check(
 
 def pass_rows(parts: Sequence[Part], work: Workload, counts: dict[str, Any]) -> list[Row]:
     """A pass of the recipe's micro-batch: FLOPs and kept bytes per sample, and the peak unless it is small."""
-    samples, needed = work.micro_batch, planned_memory(parts, work, 1).per_pass
+    samples, planned = work.micro_batch, planned_memory(parts, work, 1)
+    needed = planned.per_pass
     peak = sum(needed[name] for name in PASS) + needed["gradients of a layer"] / 2
+    peak = max(peak, planned.encoding["encoder at work"])
     rows = [
         Row("FLOPs per sample", "TFLOP", done_flops(parts, work.recomputed), counts["flops"] / samples, FLOPS),
         Row("kept per sample", "GB", needed["activations"] / samples, counts["kept"] / samples, KEPT, SMALL_KEPT),

@@ -183,6 +183,7 @@ def as_json(row: Row) -> dict[str, Any]:
         "memory": {
             "held": row.memory.held,
             "pass": row.memory.per_pass,
+            "encoding": row.memory.encoding,
             "update": row.memory.update,
             "previews": row.memory.previews,
             "static": row.memory.static,

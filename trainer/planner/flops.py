@@ -58,7 +58,7 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
         return text if not name.startswith(f"layers.{last}.") or name.endswith(("k_proj", "v_proj")) else 0.0
 
     return [
-        _targets(model),
+        _targets(model, byte),
         Part(
             "text prefix",
             "none",
@@ -73,11 +73,12 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
     ]
 
 
-def _targets(model: PatchLatents) -> Part:
-    """What makes the targets: the vision encoder, or linear functions of pixels, whose basis is a buffer."""
+def _targets(model: PatchLatents, byte: int) -> Part:
+    """What makes the targets: the vision encoder, or linear functions of pixels, whose basis is a buffer. byte: of an
+    activation's element."""
     place = model.backbone.vision_encoder or model.backbone.placement
     if model.branch.targets == "native":
-        return vision_encoder_part(model.config.vision_config, model.image_size, place)
+        return vision_encoder_part(model.config.vision_config, model.image_size, place, byte)
     products = 3 * model.image_size**2 * model.config.text_config.hidden_size
     return Part("pixel targets", "none", (), 2.0 * products, 0.0, "replicated")
 
@@ -176,8 +177,9 @@ def head_part(weights: Sequence[Weight], settings: Branch, width: int, rows: flo
     )
 
 
-def vision_encoder_part(config: Any, image_size: int, place: str) -> Part:
-    """Qwen's vision encoder on a square image: windowed attention in most layers, full attention in a few."""
+def vision_encoder_part(config: Any, image_size: int, place: str, byte: int) -> Part:
+    """Qwen's vision encoder on a square image: windowed attention in most layers, full attention in a few. byte: of an
+    activation's element."""
     vision = list(shapes.vision_encoder(config))
     side = image_size // config.patch_size
     patches = side * side
@@ -189,6 +191,16 @@ def vision_encoder_part(config: Any, image_size: int, place: str) -> Part:
     def count(name: str) -> float:
         return patches / config.spatial_merge_size**2 if name.startswith("merger") else patches
 
+    width, pixels = config.hidden_size, config.in_channels * config.temporal_patch_size * config.patch_size**2
+    # At its most in the rotation of queries and keys, in fp32, next to the layer's input, the normed one, and queries,
+    # keys and values; and the pixels, in fp32 and as they are read.
+    rotated = 4 * (6 if byte < 4 else 4)
     return Part(
-        "vision encoder", "none", sizes(vision), linear_flops(vision, count), 4.0 * pairs * config.hidden_size, place
+        "vision encoder",
+        "none",
+        sizes(vision),
+        linear_flops(vision, count),
+        4.0 * pairs * width,
+        place,
+        in_use=patches * (width * (5 * byte + rotated) + pixels * (4 + byte)),
     )

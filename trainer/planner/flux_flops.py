@@ -44,7 +44,7 @@ def controlnet_parts(model: LatentControl, precision: str) -> list[Part]:
     # Predicted latents are those of a cache.
     vision = "cached" if model.latents == "predicted" else placement.vision_encoder
     return [
-        vision_encoder_part(model.config.vision_config, model.image_size, vision),
+        vision_encoder_part(model.config.vision_config, model.image_size, vision, byte),
         _vae(folder, side, placement.vae),
         *_text(folder, placement.text),
         _Stack(model, byte, "through", flux, *folder.blocks).part("FLUX", placement.transformer),

@@ -14,13 +14,16 @@ GATHERED_SHARE = 2
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per GPU, by name. held: permanently. per_pass: in addition at the peak of a backward pass; update: in
-    addition in the optimizer step. per_sample: the part of `per_pass` that grows with the micro-batch."""
+    """Bytes per GPU, by name. held: permanently. per_pass: in addition at the peak of a backward pass; encoding: in
+    addition in the pass of the frozen encoders before it; update: in addition in the optimizer step. per_sample,
+    encoded_sample: the parts of `per_pass` and `encoding` that grow with the micro-batch."""
 
     held: dict[str, float]
     per_pass: dict[str, float]
+    encoding: dict[str, float]
     update: dict[str, float]
     per_sample: float
+    encoded_sample: float
     previews: float = 0.0
     """Only on rank 0's GPU, between steps: the image generator for stage 1's previews."""
 
@@ -30,14 +33,16 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        return self.static + max(sum(self.per_pass.values()), sum(self.update.values()), self.previews)
+        passes = (self.per_pass, self.encoding, self.update)
+        return self.static + max(*(sum(needed.values()) for needed in passes), self.previews)
 
     def largest_micro_batch(self, usable: float, micro_batch: int) -> int:
         """Samples per pass that fit into `usable` bytes, from a plan for `micro_batch`; 0 if none fits."""
-        fixed = sum(self.per_pass.values()) - self.per_sample * micro_batch
         if self.static + max(sum(self.update.values()), self.previews) > usable:
             return 0
-        return max(0, int((usable - self.static - fixed) / self.per_sample))
+        passes = ((self.per_pass, self.per_sample), (self.encoding, self.encoded_sample))
+        free = [usable - self.static - sum(needed.values()) + sample * micro_batch for needed, sample in passes]
+        return max(0, min(int(room / sample) for room, (_, sample) in zip(free, passes, strict=True) if sample))
 
 
 def memory(
@@ -94,10 +99,13 @@ def memory(
     layer, flight = (first.layer, first.gradients_recomputed) if work.recomputed else (0.0, first.gradients)
     gradient = max(first.parameters) if first.gradient == "trained" else 0
     offloaded = max((weight * part.size for part in placed if part.place == "offloaded"), default=0)
-    per_pass = {
+    read = {
         "gathered weights": widest_first(large, zero.max_live) if gpus > 1 else 0,
         "gather in flight": GATHERED_SHARE * weight * min(elements, zero.prefetch_bucket + largest) if gpus > 1 else 0,
         "dequantized layer": weight * max(eight_bits, default=0),
+    }
+    per_pass = {
+        **read,
         # The trained part of the copy is freed with every update.
         "second copy (hpZ), trained": weight * sum(shard_size(p.parameters, second) for p in trained if second),
         "gradients of a layer": 2 * weight * gradient,
@@ -108,9 +116,11 @@ def memory(
         "gradients of activations": micro_batch * flight,
         "at work from host memory": offloaded,
     }
+    encoded = max((part.in_use for part in placed if part.place != "cached"), default=0.0)
+    encoding = {**read, "encoder at work": micro_batch * encoded, "at work from host memory": offloaded}
     # AdamW's gradient is a flat copy of the accumulated slices, made per DeepSpeed sub-group.
     update: dict[str, float] = {"flat gradients": 4 * min(own, 1_000_000_000)}
-    return Memory(held, per_pass, update, kept + layer + flight, previews)
+    return Memory(held, per_pass, encoding, update, kept + layer + flight, encoded, previews)
 
 
 def widest_first(parameters: Sequence[tuple[int, int]], limit: int) -> int:

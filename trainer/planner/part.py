@@ -21,8 +21,9 @@ class Part:
     no gradient. kept: bytes saved by autograd; kept_recomputed: the same with every layer recomputed; kept_once: the
     same of what all samples of a micro-batch share, in bytes per micro-batch. layer: bytes of the layer being
     recomputed; gradients: bytes of activation gradients in flight, gradients_recomputed: the same next to a recomputed
-    layer. last: FLOPs at the end of the layers whose results are not saved: recomputation stops before them. place: as
-    in recipes' `Placement`. shared: whether its parameters are another part's, used once more.
+    layer; in_use: the most bytes that a frozen encoder has in use in its pass, which comes before all others and keeps
+    nothing. last: FLOPs at the end of the layers whose results are not saved: recomputation stops before them. place:
+    as in recipes' `Placement`. shared: whether its parameters are another part's, used once more.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Part:
     layer: float = 0.0
     gradients: float = 0.0
     gradients_recomputed: float = 0.0
+    in_use: float = 0.0
     last: float = 0.0
     widths: tuple[int | None, ...] = ()
     shared: bool = False

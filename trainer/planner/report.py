@@ -191,6 +191,9 @@ class Report:
             values = [row.memory.held.get(name, row.memory.per_pass.get(name, 0.0)) for row in self.rows]
             if any(values):
                 lines.append((("" if name in self.rows[0].memory.held else "+ ") + name, *map(_gb, values)))
+        if any(row.memory.encoded_sample for row in self.rows):
+            values = [row.memory.encoding["encoder at work"] for row in self.rows]
+            lines.append(("+ or before: vision encoder", *map(_gb, values)))
         if any(row.memory.previews for row in self.rows):
             lines.append(("+ previews, rank 0", *(_gb(row.memory.previews) for row in self.rows)))
         lines.append(("held permanently", *(_gb(row.memory.static) for row in self.rows)))

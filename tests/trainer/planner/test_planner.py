@@ -283,18 +283,31 @@ def test_steps_overlap_as_far_as_they_are_let(models: dict[str, list[Part]]) -> 
     assert starved.bound == "data" and starved.as_set == starved.data == 4
 
 
-def test_largest_micro_batch_is_the_last_that_fits(models: dict[str, list[Part]]) -> None:
-    recipe, device = load_recipe("mllm-3b"), find_device("a100-40gb")
-    most = plan(models["mllm-3b"], workload(recipe), 8, device).largest_micro_batch
+@pytest.mark.parametrize(
+    ("settings", "bound"),
+    [
+        ([], "per_pass"),
+        (["branch.layers=2", "activation_checkpointing=true", "micro_batch=128", "global_batch=1024"], "encoding"),
+    ],
+    ids=["all layers", "few, recomputed"],
+)
+def test_largest_micro_batch_is_the_last_that_fits(settings: list[str], bound: str) -> None:
+    recipe, device = load_recipe("mllm-3b", settings), find_device("a100-40gb")
+    model = parts(recipe, 80)
+    row = plan(model, workload(recipe), 8, device)
+    needed = {name: sum(getattr(row.memory, name).values()) for name in ("per_pass", "encoding", "update")}
+    assert max(needed, key=needed.__getitem__) == bound
+    most = row.largest_micro_batch
     assert most
 
     def fits(micro_batch: int) -> bool | None:
         whole = recipe.model_copy(update={"micro_batch": micro_batch, "global_batch": 8 * micro_batch})
-        return plan(models["mllm-3b"], workload(whole), 8, device).fits
+        return plan(model, workload(whole), 8, device).fits
 
     assert fits(most) and not fits(most + 1)
-    small = workload(recipe.model_copy(update={"global_batch": 32}))
-    assert plan(models["mllm-3b"], small, 1, device).largest_micro_batch == 0
+    if not settings:
+        small = workload(recipe.model_copy(update={"global_batch": 32}))
+        assert plan(model, small, 1, device).largest_micro_batch == 0
 
 
 def test_the_command(tmp_path: Path) -> None:
