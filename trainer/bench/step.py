@@ -134,6 +134,8 @@ def _require_comparable(baseline: str, branch: Branch) -> None:
         raise RunError(f"--baseline {baseline}: give one of {', '.join(BASELINES)}")
     if branch.head != "linear":
         raise RunError("bench step: compares with the public release, whose head is linear; set branch.head=linear")
+    if branch.targets != "native":
+        raise RunError("bench step: the public release predicts the MLLM's own latents; set branch.targets=native")
     if branch.layers is not None or branch.weights != "full":
         raise RunError("bench step measures a full copy of every layer: leave branch.layers and branch.weights out")
 

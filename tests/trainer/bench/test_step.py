@@ -209,12 +209,15 @@ def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
         step.bench(load_recipe("tiny-mllm"), out=None, **{"text_tokens": "20", **SMALL, **change})
 
 
-def test_a_flow_head_is_refused() -> None:
-    with pytest.raises(RunError, match="the public release, whose head is linear"):
-        step.bench(load_recipe("tiny-mllm", ["branch.head=flow"]), out=None, text_tokens="20", **SMALL)
-
-
-@pytest.mark.parametrize("setting", ["branch.layers=2", "branch.weights=lora"])
-def test_a_branch_that_no_baseline_computes_is_refused(setting: str) -> None:
-    with pytest.raises(RunError, match=r"measures a full copy of every layer: leave branch\.layers and"):
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("branch.head=flow", r"the public release, whose head is linear; set branch\.head=linear"),
+        ("branch.targets=pca", r"predicts the MLLM's own latents; set branch\.targets=native"),
+        ("branch.layers=2", r"measures a full copy of every layer: leave branch\.layers and"),
+        ("branch.weights=lora", r"measures a full copy of every layer: leave branch\.layers and"),
+    ],
+)
+def test_a_branch_that_no_baseline_computes_is_refused(setting: str, line: str) -> None:
+    with pytest.raises(RunError, match=line):
         step.bench(load_recipe("tiny-mllm", [setting]), out=None, **{"text_tokens": "20", **SMALL})
