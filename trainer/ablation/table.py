@@ -11,9 +11,9 @@ from ...recipes.suite import Question, Suite
 from .run import scores
 from .trials import Trial
 
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""97.5 % quantiles of Student's t with 1, 2, … degrees of freedom."""
-T_LIMIT = 1.960
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
+T_95 |= {12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000}
+"""97.5 % quantiles of Student's t by degrees of freedom; in between that of fewer, which is larger."""
 PART = "heldout"
 
 
@@ -86,7 +86,7 @@ def difference(row: Row, paper: Row) -> Difference | None:
     if len(apart) < 2:
         return Difference(apart[0], None)
     freedom = len(apart) - 1
-    quantile = T_95[freedom - 1] if freedom <= len(T_95) else T_LIMIT
+    quantile = T_95[max(known for known in T_95 if known <= freedom)]
     return Difference(fmean(apart), quantile * stdev(apart) / math.sqrt(len(apart)))
 
 
@@ -101,7 +101,7 @@ def markdown(suite: Suite, found: Sequence[Row]) -> str:
 
 
 def _section(suite: Suite, name: str, question: Question, own: Sequence[Row]) -> list[str]:
-    paper = next((row for row in own if row.name == question.paper), None)
+    paper = _paper(suite, own)
     claim = f" The paper: {question.paper_claims}" if question.paper_claims else ""
     heads = [name, "seeds", "mean", *suite.categories, "compared with the paper's choice"]
     lines = [f"**{question.asks}**{claim}", "", "|".join(["", *(f" {head} " for head in heads), ""])]
@@ -112,6 +112,11 @@ def _section(suite: Suite, name: str, question: Question, own: Sequence[Row]) ->
         cells += [f"{value:.2f}" for value in row.categories.values()]
         lines.append("| " + " | ".join([*cells, _comparison(row, paper)]) + " |")
     return lines
+
+
+def _paper(suite: Suite, own: Sequence[Row]) -> Row | None:
+    """The row of the paper's choice among those of one question, if it has a score."""
+    return next((row for row in own if row.name == suite.questions[row.question].paper), None)
 
 
 def _comparison(row: Row, paper: Row | None) -> str:
@@ -128,10 +133,9 @@ def _comparison(row: Row, paper: Row | None) -> str:
 
 def record(suite: Suite, found: Sequence[Row]) -> dict:
     """The same as JSON."""
-    by_name = {(row.question, row.name): row for row in found}
     every = []
     for row in found:
-        paper = by_name.get((row.question, suite.questions[row.question].paper))
+        paper = _paper(suite, [one for one in found if one.question == row.question])
         apart = difference(row, paper) if paper is not None and paper is not row else None
         compared = None if apart is None else {**asdict(apart), "verdict": apart.verdict}
         every.append({**asdict(row), "mean": row.mean, "spread": row.spread, "difference": compared})

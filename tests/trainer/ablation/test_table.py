@@ -5,11 +5,12 @@ import math
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from bifrost.recipes import RecipeError
 from bifrost.recipes.suite import Question, Suite, load_suite, shipped_suites
 from bifrost.trainer.ablation.plot import plot
-from bifrost.trainer.ablation.table import difference, markdown, record, rows
+from bifrost.trainer.ablation.table import Row, difference, markdown, record, rows
 from bifrost.trainer.ablation.trials import Trial, trials
 
 SUITE = Suite(
@@ -49,6 +50,18 @@ def test_rows_share_trainings_and_evaluations(tmp_path: Path) -> None:
     assert usual.evaluate == named["decoding", "16"].evaluate and usual.evaluate != four.evaluate
     assert "branch.loss_tokens=masked" in masked.train and "--steps=4" in four.evaluate and usual.steps == 2
     assert len({trial.run for trial in found}) == 6 and len({trial.score for trial in found}) == 9
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 11, 12, 16, 26, 200])
+def test_an_interval_is_never_narrower_than_student_t(seeds: int) -> None:
+    values = [0.01 * (seed % 7) for seed in range(seeds)]
+    paper, row = (
+        Row("loss", name, list(range(seeds)), each, {}) for name, each in (("a", [0.0] * seeds), ("b", values))
+    )
+    apart = difference(row, paper)
+    exact = stats.t.ppf(0.975, seeds - 1) * stats.sem(values)
+    assert apart is not None and apart.half_width is not None
+    assert exact * (1 - 1e-3) <= apart.half_width <= exact * 1.03
 
 
 def test_mean_spread_and_interval(tmp_path: Path) -> None:
