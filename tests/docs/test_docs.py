@@ -229,6 +229,12 @@ def test_the_table_of_own_images_is_the_plans() -> None:
     assert text == page(text), "run python docs/make_own_images.py"
 
 
+def test_the_tables_of_ablations_are_those_of_the_records() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "make_ablations.py"))["page"]
+    text = TEXT[ROOT / "docs" / "ablations.md"]
+    assert text == page(text), "run python docs/make_ablations.py"
+
+
 def test_plan_page_is_up_to_date_and_its_anchors_hold() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "make_plan.py"))
     assert TEXT[ROOT / "docs" / "plan.md"] == made["page"](TEXT[ROOT / "docs" / "plan.md"]), (
