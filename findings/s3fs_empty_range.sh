@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # s3fs 2026.9.0 returns the whole object for an empty range.
 #
-# A reader of shards or checkpoints that knows where each member lies asks for its bytes by a range. Members of zero bytes
+# A reader of shards or checkpoints that knows where each member is asks for its bytes by a range. Members of zero bytes
 # are valid: an empty caption, a tensor without elements.
 #
 # Expected: `cat_file(path, start=n, end=n)` and `cat_ranges` return b"", as `open` and read, and fsspec's local and memory
