@@ -1,5 +1,5 @@
-"""Writes the tables of docs/ablations.md: `python docs/make_ablations.py FOLDER…` records what `bifrost ablate` found in
-these folders, each named after its suite, and its plot; without one, the tables are written from the records."""
+"""Writes the tables of docs/ablations.md: `python docs/make_ablations.py FOLDER…` records what `bifrost ablate` found
+in these folders, each named after its suite, and its plot; without one, the tables are written from the records."""
 
 from __future__ import annotations
 
