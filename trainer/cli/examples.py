@@ -16,6 +16,10 @@ EXAMPLES = {
         f"bifrost eval {RUNS} --data 'demo/train-*.tar' --scenes demo/KEY.json --out runs/demo",
         f"bifrost eval {RUNS} --data 'single/train-*.tar' --out runs/single",
     ),
+    "score": (
+        "bifrost score generated --reference coco --size 256 --inception inception-2015-12-05.pt --clip clip-vit-b32",
+        "bifrost score geneval --geneval results.jsonl --run runs/mllm-7b",
+    ),
     "ablate": ("bifrost ablate tiny-mllm", "bifrost ablate mllm-3b --slurm '--nodes 4'"),
     "plan": (
         "bifrost plan mllm-7b --gpus 8,64 --device h200",

@@ -37,6 +37,7 @@ from .plan import plan
 from .replay import replay
 from .report import compare, report
 from .runs import runs
+from .score import score
 from .track import app as track_app
 from .train import encode, export, resume, train
 
@@ -56,6 +57,7 @@ app.add_typer(slurm_app, name="slurm")
 app.command()(init)
 app.command()(generate)
 app.command("eval")(evaluate)
+app.command()(score)
 app.command()(ablate)
 app.command()(plan)
 app.command()(goodput)

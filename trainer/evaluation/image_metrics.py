@@ -42,9 +42,16 @@ def frechet(one: Tensor, other: Tensor) -> float:
     features.
     """
     means = (one.double().mean(0) - other.double().mean(0)).square().sum()
-    a, b = ((x.double() - x.double().mean(0)) / (len(x) - 1) ** 0.5 for x in (one, other))
+    a, b = _deviations(one), _deviations(other)
     overlap = torch.linalg.matrix_norm(a @ b.T, "nuc")
     return max(0.0, float(means + a.square().sum() + b.square().sum() - 2 * overlap))  # -1e-15 for equal sets
+
+
+def _deviations(vectors: Tensor) -> Tensor:
+    """A root of the covariance of `vectors` [Q, F]: A [min(Q, F), F] in fp64 with A^T A = C."""
+    found = (vectors.double() - vectors.double().mean(0)) / (len(vectors) - 1) ** 0.5
+    # R of A = QR has the same A^T A, and does not grow with the number of vectors.
+    return torch.linalg.qr(found, mode="r").R if len(found) > found.shape[1] else found
 
 
 def centred_cosine(queries: Tensor, gallery: Tensor) -> Tensor:

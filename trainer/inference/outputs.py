@@ -104,6 +104,20 @@ def record(image_files: Sequence[ImageFile], made_with: dict[str, Any]) -> bytes
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
+def read_record(out: Path) -> list[dict[str, Any]]:
+    """The lines of the record in `out`, each at least with `file` and `prompt`; empty without a record. RunError unless
+    it is one."""
+    if not (out / RECORD).is_file():
+        return []
+    try:
+        found = [json.loads(line) for line in _text(out / RECORD).splitlines()]
+        if all(isinstance(line["file"], str) and isinstance(line["prompt"], str) for line in found):
+            return found
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{out / RECORD}: is not a record of `bifrost generate` ({error!r}); generate again") from error
+    raise RunError(f"{out / RECORD}: is not a record of `bifrost generate`; generate again")
+
+
 def check(out: Path, wanted: bytes) -> None:
     """RunError unless `out` is new, empty, or from the same command."""
     # Listed before the record is checked: another rank may be writing it, and writes images only after it.

@@ -1,4 +1,4 @@
-"""Results of `bifrost eval`, stored in the run folder and mirrored to MLflow."""
+"""Results of `bifrost eval` and `bifrost score`, stored in the run folder and mirrored to MLflow."""
 
 from __future__ import annotations
 

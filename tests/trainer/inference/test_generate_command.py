@@ -1,6 +1,7 @@
 """The generate command: equal on any rank and after a restart; benchmark layouts; one-line errors."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -84,10 +85,40 @@ def test_reconstruction(mllm: Path, controlnet: Path, generator: Generator, draw
     assert len(list((tmp_path / "b").glob("0*.png"))) == 2
 
 
+APPLE, MOON = {"class": "apple", "count": 1}, {"class": "moon", "count": 1}
 GENEVAL = [
-    {"tag": "single_object", "include": [{"class": "apple", "count": 1}], "prompt": "a photo of an apple"},
-    {"tag": "colors", "include": [{"class": "apple", "color": "red"}], "prompt": "a red apple"},
+    {"tag": "single_object", "include": [APPLE], "prompt": "a photo of an apple"},
+    {"tag": "two_object", "include": [APPLE, MOON], "prompt": "a photo of an apple and a moon"},
+    {
+        "tag": "counting",
+        "include": [{"class": "apple", "count": 3}],
+        "exclude": [{"class": "apple", "count": 4}],
+        "prompt": "a photo of three apples",
+    },
+    {"tag": "colors", "include": [{**APPLE, "color": "red"}], "prompt": "a photo of a red apple"},
+    {
+        "tag": "position",
+        "include": [MOON, {**APPLE, "position": ["left of", 0]}],
+        "prompt": "a photo of an apple left of a moon",
+    },
+    {
+        "tag": "color_attr",
+        "include": [{**APPLE, "color": "red"}, {**MOON, "color": "blue"}],
+        "prompt": "a photo of a red apple and a blue moon",
+    },
 ]
+"""A line of each of GenEval's six tags."""
+
+
+def read_as_the_scorer(folder: Path) -> dict[str, int]:
+    """Number of images per tag that GenEval's evaluate_images.py finds."""
+    found: dict[str, int] = {}
+    for number in folder.iterdir():
+        if number.is_dir() and number.name.isdigit():
+            tag = json.loads((number / "metadata.jsonl").read_text())["tag"]
+            images = [path for path in (number / "samples").iterdir() if re.match(r"\d+\.png", path.name)]
+            found[tag] = found.get(tag, 0) + len(images)
+    return found
 
 
 def test_geneval_on_two_ranks(mllm: Path, controlnet: Path, generator: Generator, tmp_path: Path, monkeypatch) -> None:
@@ -101,9 +132,14 @@ def test_geneval_on_two_ranks(mllm: Path, controlnet: Path, generator: Generator
         monkeypatch.setenv("LOCAL_RANK", rank)
         options = ("--seed", 10, "--layout", "geneval", "--prompts", prompts, *QUICK)
         bifrost("--mllm", mllm, "--controlnet", controlnet, "--out", out, *options)
-        assert len(list(out.rglob("samples/*.png"))) == (8 if rank == "0" else 4)
+        assert len(list(out.rglob("samples/*.png"))) == (24 if rank == "0" else 12)
         assert (out / "contact_sheet.png").exists() == (rank == "0")
-    assert sorted(path.name for path in out.iterdir()) == ["00000", "00001", "contact_sheet.png", "prompts.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        *(f"{number:05d}" for number in range(6)),
+        "contact_sheet.png",
+        "prompts.jsonl",
+    ]
+    assert read_as_the_scorer(out) == dict.fromkeys([line["tag"] for line in GENEVAL], 4)
     for number, line in enumerate(GENEVAL):
         folder = out / f"{number:05d}"
         assert sorted(p.name for p in folder.iterdir()) == ["metadata.jsonl", "samples"]
