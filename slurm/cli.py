@@ -107,6 +107,40 @@ def submit(
         _submit(job, settings.to_yaml(), site)
 
 
+@slurm_app.command("submit-eval")
+def submit_eval(
+    run: Run,
+    options: Annotated[list[str], typer.Argument(help="Options of `bifrost eval`, after --.", show_default=False)],
+    every: Annotated[int, typer.Option(help="Score the checkpoints of every N-th step, and the last.", min=1)] = 1,
+    minutes: Annotated[int, typer.Option(help="Between jobs that look for new checkpoints.", min=1)] = 20,
+    gpus: Annotated[int, typer.Option(help="GPUs of a job; 0 on a CPU cluster.", min=0)] = 1,
+    partition: Annotated[str | None, typer.Option(help="Partition; default: the site file's.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account; default: the site file's.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit of a job; default: the site file's.")] = None,
+) -> None:
+    """Score the checkpoints of a run as they are saved: a job, which others follow until the run ends."""
+    from . import eval_job
+    from .job import Job
+    from .site import load_site
+
+    site = load_site()
+    job = Job(
+        name=f"eval-{run.resolve().name}",
+        run=str(run.resolve()),
+        folder=str(Path.cwd()),
+        nodes=(1, 1),
+        gpus_per_node=gpus,
+        tasks_per_node=1,
+        cpus_per_task=(site.cpus_per_task or 2) * max(gpus, 1),
+        partition=partition,
+        account=account,
+        time=time,
+        grace_s=0,
+    )
+    print(eval_job.submit(job, eval_job.EvalJob(every=every, minutes=minutes), options, site), flush=True)
+    print(f"log:     {run / eval_job.LOG}", f"results: {run / eval_job.RESULTS}", sep="\n", file=sys.stderr)
+
+
 @slurm_app.command()
 def resume(run: Run) -> None:
     """Submit a run again with the same options, after a cancel or after fixing what stopped it."""
@@ -192,6 +226,14 @@ def before(run: Run) -> None:
 
     nodes, ends_at = before(run)
     print(nodes, free_port(int(os.environ.get("SLURM_JOB_ID", "0"))), *([int(ends_at)] if ends_at else []))
+
+
+@slurm_app.command("next-eval", hidden=True)
+def next_eval(run: Run) -> None:
+    """Step of the batch script that scores checkpoints: print the next one, nothing if there is none."""
+    from .eval_job import next_checkpoint
+
+    print(next_checkpoint(run) or "")
 
 
 @slurm_app.command(hidden=True)

@@ -101,12 +101,14 @@ def _node_counts(partition: str | None) -> list[tuple[str, int]]:
     return [(state, int(count)) for _, state, count in mine]
 
 
-def submit(script: Path, after: str | None = None) -> str:
-    """Submit a script and return the job id. With `after`, the job depends on the end of that job."""
+def submit(script: Path, after: str | None = None, minutes: int = 0, held: bool = False) -> str:
+    """Submit a script and return the job id. With `after`, the job depends on the end of that job. It begins in
+    `minutes` at the earliest, and if it is `held`, not before `release`."""
+    options = [*([f"--begin=now+{minutes}minutes"] if minutes else []), *(["--hold"] if held else [])]
     if after is None:  # submitted by a person, who sees whether Slurm accepted it
-        answer = _once("sbatch", "--parsable", str(script))
+        answer = _once("sbatch", "--parsable", *options, str(script))
     else:
-        command = ("sbatch", "--parsable", f"--dependency=afterany:{after}", str(script))
+        command = ("sbatch", "--parsable", f"--dependency=afterany:{after}", *options, str(script))
         answer = _slurm(*command, done=lambda: _successor(after))
     return answer.split(";")[0].strip()
 
@@ -141,6 +143,11 @@ def waiting_jobs() -> dict[str, str]:
     """Id of every pending job (of an array, the array's id) -> reason. Raises SlurmError if Slurm does not answer."""
     lines = _once("squeue", "--noheader", "--states=PENDING,REQUEUED,REQUEUE_HOLD", "--format=%F %r").splitlines()
     return dict(line.split(maxsplit=1) for line in lines if " " in line.strip())
+
+
+def release(job: str) -> None:
+    """Let a job that was submitted as held begin."""
+    _slurm("scontrol", "release", job)
 
 
 def requeue(job: str) -> None:

@@ -40,7 +40,7 @@ class Job(BaseModel):
     exclude: str | None = None
     array: str | None = None
     grace_s: int
-    """Seconds before the time limit at which the ranks get the signal to save."""
+    """Seconds before the time limit at which the ranks get the signal to save; 0: they get none."""
     id: str | None = None
     submitted: float = 0.0
     """Unix time of the user's submission; successor jobs keep it."""

@@ -14,18 +14,18 @@ from .job import LOG, RECIPE, Job
 from .rank_env import LAUNCHER_VARIABLES
 from .site import Site
 
-TEMPLATE = Path(__file__).with_name("job.sh.jinja")
+TRAINING, EVALUATION = (Path(__file__).with_name(name) for name in ("job.sh.jinja", "eval.sh.jinja"))
 
 
-def render(job: Job, site: Site) -> str:
-    """The batch script of `job`."""
+def render(job: Job, site: Site, template: Path = TRAINING, log: str = LOG, **more: object) -> str:
+    """The batch script of `job`. log: file of its output in the run folder. more: further variables of the template."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters["quote"] = _quote
     environment.filters["expandable"] = _expandable
-    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    text = environment.from_string(template.read_text(encoding="utf-8")).render(
         job=job,
         site=site,
-        options=_options(job, site),
+        options=_options(job, site, log),
         variables={**_threads(job, site), **site.variables()},
         # These steps need Slurm's commands, which an image may lack: they run with the submitting Python.
         python=sys.executable,
@@ -33,6 +33,7 @@ def render(job: Job, site: Site) -> str:
         command=_command(site),
         recipe=RECIPE,
         leftovers=LAUNCHER_VARIABLES,
+        **more,
     )
     return "\n".join(line for line in text.splitlines() if line.strip()) + "\n"
 
@@ -48,7 +49,7 @@ def _expandable(value: object) -> str:
     return '"' + re.sub(r'(["`\\]|\$\()', lambda match: "\\" + match[0], str(value)) + '"'
 
 
-def _options(job: Job, site: Site) -> list[str]:
+def _options(job: Job, site: Site, log: str) -> list[str]:
     """Options of sbatch."""
     left_out = [*([job.exclude] if job.exclude else []), *excluded(job.path, site)]
     wanted = {
@@ -63,8 +64,8 @@ def _options(job: Job, site: Site) -> list[str]:
         "exclude": ",".join(left_out) or None,
         "array": job.array,
         "chdir": job.folder,
-        "output": f"{job.run}/{LOG}",
-        "signal": f"USR1@{job.grace_s}",
+        "output": f"{job.run}/{log}",
+        "signal": f"USR1@{job.grace_s}" if job.grace_s else None,
     }
     given = [f"--{name}={shlex.quote(str(value))}" for name, value in wanted.items() if value is not None]
     # Elements of an array are not requeued: the next element continues.

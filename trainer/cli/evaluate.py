@@ -14,7 +14,6 @@ import typer
 
 from ...data.atomic import write_atomic
 from ...data.progress import progress
-from ...slurm.exit_record import newest_step
 from ...slurm.io import write_json
 from ..errors import RunError, writing
 from ..io import write_png
@@ -41,13 +40,14 @@ VERSIONS = ("torch", "transformers", "diffusers", "numpy", "pillow")
 
 def evaluate(
     context: typer.Context,
-    mllm: Annotated[Path, typer.Option(help="A stage-1 run folder, or an export of one.")],
+    mllm: Annotated[Path, typer.Option(help="A stage-1 run folder, a checkpoint in one, or an export.")],
     data: Annotated[str, typer.Option(help="Shards of the training images, braces and wildcards in quotes.")],
     out: Annotated[Path, typer.Option(help="A new folder, or one of an earlier evaluation, which is replaced.")],
     controlnet: Annotated[
         Path | None,
         typer.Option(
-            help="A stage-2 run folder, or a `flux_controlnet` folder; without it, --scenes measures stage 1 alone."
+            help="A stage-2 run folder, a checkpoint in one, or a `flux_controlnet` folder; without it, --scenes"
+            " measures stage 1 alone."
         ),
     ] = None,
     heldout: Annotated[str | None, typer.Option(help="Shards that neither stage was trained on.")] = None,
@@ -207,8 +207,10 @@ def _write(out: Path, found: Evaluation | SceneEvaluation, record: dict[str, Any
 
 def _note(figures: dict[str, Any], *runs: Path) -> None:
     """Add the metrics to the run folders and their mirrors."""
-    for run in runs:
-        if problem := note_evaluation(run, newest_step(run), figures):
+    from ..inference.stored_runs import run_and_step
+
+    for run, step in map(run_and_step, runs):
+        if problem := note_evaluation(run, step or 0, figures):
             print(problem, file=sys.stderr)
 
 

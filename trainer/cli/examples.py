@@ -66,6 +66,9 @@ EXAMPLES = {
         "bifrost slurm submit mllm-7b --nodes 4 data.shards='/data/pairs/*.tar'",
         "bifrost slurm submit mllm-7b --nodes 2-8 --time 1-00:00:00",
     ),
+    "slurm submit-eval": (
+        "bifrost slurm submit-eval runs/mllm-7b --every 1000 -- --controlnet runs/flux --data '/data/train-*.tar'",
+    ),
     "slurm resume": ("bifrost slurm resume runs/mllm-7b",),
     "slurm status": ("bifrost slurm status runs/mllm-7b",),
     "slurm logs": ("bifrost slurm logs runs/mllm-7b --follow",),

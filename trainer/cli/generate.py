@@ -50,7 +50,9 @@ class Reveal(str, Enum):
 def generate(
     context: typer.Context,
     mllm: Annotated[Path, typer.Option(help="A stage-1 run folder, a checkpoint in one, or an export.")],
-    controlnet: Annotated[Path, typer.Option(help="A stage-2 run folder, or a `flux_controlnet` folder.")],
+    controlnet: Annotated[
+        Path, typer.Option(help="A stage-2 run folder, a checkpoint in one, or a `flux_controlnet` folder.")
+    ],
     out: Annotated[Path, typer.Option(help="A new folder, or one from the same command.")],
     text: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; all have the same seed.")] = None,
     prompts: Annotated[

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ...slurm.run_folder import no_run
 from ..checkpoint.state import restore_statistics
-from ..checkpoint.store import Store
 from ..distributed.process_group import Group
 from ..errors import RunError
 from ..models import latent_controlnet
@@ -31,7 +30,7 @@ from ..stages.unsharded import init_context
 from .flux_sampler import Text, draw_noise, sample
 from .latent_decoder import LatentDecoder, open_run, read_decoder, require_native, usual_device
 from .settings import Settings
-from .stored_runs import RECIPE, checkpoint_weights, stored_recipe
+from .stored_runs import RECIPE, checkpoint_weights, has_checkpoints, run_and_step, stored_recipe
 
 log = logging.getLogger(__name__)
 
@@ -151,12 +150,13 @@ def load_flux(folder: FluxFolder, device: torch.device, dtype: torch.dtype) -> F
 def load_controlnet(
     path: Path, flux: str | None, width: int, side: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[LatentControlNet, FluxFolder, int]:
-    """The ControlNet of a stage-2 run or of a `flux_controlnet` folder, its FLUX, and the image side in pixels.
+    """The ControlNet of a stage-2 run, a checkpoint of one or a `flux_controlnet` folder, its FLUX, and the side of
+    its images in pixels.
 
     flux: path of the FLUX; a run names its own, a `flux_controlnet` folder does not. RunError unless the ControlNet
     fits patch latents [B, side^2, width].
     """
-    if (path / RECIPE).is_file():
+    if has_checkpoints(path):
         recipe = stored_recipe(path, "controlnet")
         assert recipe.flux is not None
         if flux:
@@ -191,8 +191,8 @@ def base_folder(path: Path) -> Path:
 
 
 def origin(path: Path) -> str:
-    """An identifier of the weights at `path`: the resolved path, and the newest step of a run."""
+    """An identifier of the weights at `path`: the resolved path of the run or export, and the step of a run."""
     if not path.is_dir():
         raise RunError(no_run(path, RECIPE))
-    steps = Store(path / "checkpoints").steps()
-    return f"{path.resolve()}{f' step {steps[-1]}' if steps else ''}"
+    run, step = run_and_step(path)
+    return f"{run}{f' step {step}' if step else ''}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ...recipes import Recipe, explain, load_recipe, with_new_names
+from ...slurm.exit_record import newest_step
 from ...slurm.run_folder import no_run
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.reader import CheckpointReader
@@ -43,6 +44,16 @@ def has_checkpoints(path: Path) -> bool:
 
 def is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST).is_file()
+
+
+def run_and_step(path: Path) -> tuple[Path, int | None]:
+    """The run folder of the weights at `path`, a run or a checkpoint of one, and their step; of an export `path` and
+    None."""
+    path = path.resolve()
+    if is_checkpoint(path):
+        run = next((parent for parent in path.parents if (parent / RECIPE).is_file()), path)
+        return run, CheckpointReader(path).step
+    return path, newest_step(path) or None
 
 
 def checkpoint_weights(path: Path, rank: int = 0, ranks: int = 1, gather: Gather = single_process) -> CheckpointWeights:

@@ -36,7 +36,7 @@ def figures(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())["figures"]
 
 
-def pictures(count: int, seed: int, side: int = 16, shift: int = 0) -> list[np.ndarray]:
+def random_images(count: int, seed: int, side: int = 16, shift: int = 0) -> list[np.ndarray]:
     draw = np.random.default_rng(seed)
     low = draw.integers(0, 200, (count, 4, 4, 3)) + shift
     return [np.asarray(Image.fromarray(each.astype(np.uint8)).resize((side, side))) for each in low]
@@ -69,7 +69,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """40 generated images with prompts, and 30 reference images."""
     place = tmp_path_factory.mktemp("sets")
-    return save(place / "made", pictures(40, 1), PROMPTS), save(place / "real", pictures(30, 2, shift=30))
+    return save(place / "made", random_images(40, 1), PROMPTS), save(place / "real", random_images(30, 2, shift=30))
 
 
 def read(folder: Path) -> torch.Tensor:
@@ -138,7 +138,7 @@ def test_shards_as_reference_and_images_of_other_sizes(
     sets: tuple[Path, Path], weights: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """A reference in shards gives what the same images in a folder give; --size scales both sets."""
-    wide = [np.pad(image, ((0, 0), (5, 5), (0, 0))) for image in pictures(12, 3, side=24)]
+    wide = [np.pad(image, ((0, 0), (5, 5), (0, 0))) for image in random_images(12, 3, side=24)]
     samples = []
     for number, image in enumerate(wide):
         file = io.BytesIO()
@@ -146,7 +146,7 @@ def test_shards_as_reference_and_images_of_other_sizes(
         samples.append((f"{number:02d}", {"png": file.getvalue(), "txt": b"moon"}))
     write_shard(tmp_path / "real-0.tar", samples)
     folder = save(tmp_path / "real", wide)
-    made = save(tmp_path / "made", pictures(12, 1))
+    made = save(tmp_path / "made", random_images(12, 1))
     options = ("--inception", weights[0], "--size", 8)
     bifrost(made, "--reference", tmp_path / "real-0.tar", *options)
     from_shards = figures(made)
@@ -154,12 +154,12 @@ def test_shards_as_reference_and_images_of_other_sizes(
     assert figures(made) == from_shards
     with pytest.raises(RunError, match=r"real-0\.tar: 00 has a side of 24 pixels, the first .* of 16: give .*--size"):
         bifrost(made, "--reference", tmp_path / "real-0.tar", "--inception", weights[0])
-    bifrost(save(tmp_path / "alone", pictures(12, 1)), "--inception", weights[0])
+    bifrost(save(tmp_path / "alone", random_images(12, 1)), "--inception", weights[0])
     assert figures(tmp_path / "alone")["inception"].keys() == {"is", "is_std"}
 
 
 def test_lpips_pairs_images_by_name(weights: tuple[Path, Path], tmp_path: Path) -> None:
-    one, other = pictures(5, 1), pictures(5, 2)
+    one, other = random_images(5, 1), random_images(5, 2)
     made, real = save(tmp_path / "made", one), tmp_path / "real"
     real.mkdir()
     for number in reversed(range(5)):  # generate puts a number before the name
@@ -208,7 +208,7 @@ def test_scores_are_added_to_the_run_at_the_step_that_made_the_images(
 ) -> None:
     run = run_folders.save(tmp_path / "run", load_recipe("tiny-mllm", ["ema=null"]), 1)
     (run / "metrics.jsonl").touch()
-    made = save(tmp_path / "made", pictures(10, 1), ("moon",))
+    made = save(tmp_path / "made", random_images(10, 1), ("moon",))
     bifrost(made, "--inception", weights[0], "--run", run)
     lines = [json.loads(line) | {"mllm": f"{run.resolve()} step 5"} for line in (made / "prompts.jsonl").open()]
     (made / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -249,7 +249,7 @@ def _grids(folder: Path) -> None:
 def test_unusable_images(
     change: Callable[[Path], object], message: str, weights: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    made = save(tmp_path / "made", pictures(12, 1), PROMPTS)
+    made = save(tmp_path / "made", random_images(12, 1), PROMPTS)
     change(made)
     with pytest.raises(RunError, match=message):
         bifrost(made, "--inception", weights[0])
@@ -260,7 +260,7 @@ def test_unusable_input(sets: tuple[Path, Path], weights: tuple[Path, Path], tmp
     made, real = sets
     inception, vgg = weights
     (tmp_path / "weights.pt").write_bytes(b"not a model")
-    few = save(tmp_path / "few", pictures(9, 1))
+    few = save(tmp_path / "few", random_images(9, 1))
     (tmp_path / "empty").mkdir()
     for arguments, message in {
         (made,): "nothing to score: give --inception",
