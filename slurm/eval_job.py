@@ -99,6 +99,18 @@ def next_checkpoint(run: Path) -> Path | None:
     return None
 
 
+def status(run: Path) -> list[str]:
+    """One line about the jobs that score the run's checkpoints; none if there were none."""
+    plan = _load(run)
+    if plan is None:
+        return []
+    alive = [f"job {each} {state}" for each in (plan.id, plan.next) if each and (state := _alive(each))]
+    steps = sorted(int(done.parent.name.removeprefix("step-")) for done in (run / RESULTS).glob(f"step-*/{DONE}"))
+    parts = [*(alive or ["no job"]), f"{len(steps)} scored{f', newest step {steps[-1]}' if steps else ''}"]
+    parts += [f"step {step} failed {count} times, see {LOG}" for step, count in sorted(plan.failures.items())]
+    return ["; ".join(parts)]
+
+
 def _unscored(run: Path, plan: EvalJob) -> list[int]:
     """Steps of checkpoints to score, oldest first: they are the first to be pruned."""
     try:
@@ -156,7 +168,7 @@ def _is_over(run: Path) -> bool:
         job = load_job(run)
     except SlurmError:
         return False
-    return job.id is not None and not _alive(job.id)
+    return job.id is not None and _alive(job.id) is None
 
 
 def _check_options(words: Sequence[str], own: str) -> None:
@@ -184,9 +196,10 @@ def _recipe(run: Path) -> Recipe:
     return load_recipe(path, stored=True)
 
 
-def _alive(job: str) -> bool:
-    state = commands.job_state(job)
-    return state is not None and state.alive
+def _alive(job: str) -> str | None:
+    """State of a job that is pending or running; None for others."""
+    found = commands.job_state(job)
+    return found.state if found and found.alive else None
 
 
 def _name(step: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes import Recipe
-from . import commands, exit_record
+from . import commands, eval_job, exit_record
 from .errors import SlurmError
 from .exclusions import read_exclusions
 from .io import write_json
@@ -144,6 +144,7 @@ def status(run: Path) -> list[tuple[str, str]]:
         steps = f"{last['step']}, newest checkpoint {exit_record.newest_step(run)}, loss {_rounded(last.get('loss'))}"
         lines.append(("step", f"{steps}, {last.get('samples_per_s', 0):.1f} samples/s"))
     lines += [("goodput", text) for text in _goodput(run)]
+    lines += [("evaluation", text) for text in eval_job.status(run)]
     for node, entry in read_exclusions(run / "excluded.json").items():
         lines.append(("excluded", f"{node}: {entry.get('reason')}"))
     stopped = run / exit_record.STOPPED

@@ -150,6 +150,12 @@ def test_a_checkpoint_that_cannot_be_scored_is_given_up(folder: Path) -> None:
     assert [next_step(folder) for _ in range(MAX_TRIES)] == [200] * MAX_TRIES
     assert next_step(folder) == 400
     assert json.loads((folder / FILE).read_text())["failures"] == {"200": MAX_TRIES}
+    scored(folder, 400)
+    shown = CliRunner().invoke(slurm_app, ["status", str(folder)], catch_exceptions=False).stdout
+    line = (
+        "job 100 RUNNING; job 101 RUNNING; 1 scored, newest step 400; step 200 failed 3 times, see slurm/eval/job.log"
+    )
+    assert line in " ".join(shown.split())
 
 
 def test_refused(folder: Path, tmp_path: Path) -> None:

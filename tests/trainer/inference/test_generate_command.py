@@ -74,6 +74,18 @@ def test_the_command(mllm: Path, controlnet: Path, generator: Generator, tmp_pat
             bifrost(*command, *change)
 
 
+def test_checkpoints_instead_of_runs(mllm: Path, controlnet: Path, tmp_path: Path) -> None:
+    """The same image, and the same record: a checkpoint is named by its run and step."""
+    bifrost("--mllm", mllm, "--controlnet", controlnet, *QUICK, "--out", tmp_path / "runs", "moon")
+    checkpoints = (run / "checkpoints" / "step-00000007" for run in (mllm, controlnet))
+    options = [word for pair in zip(("--mllm", "--controlnet"), checkpoints, strict=True) for word in pair]
+    bifrost(*options, *QUICK, "--out", tmp_path / "checkpoints", "moon")
+    one, other = ((tmp_path / name / "00000-moon.png").read_bytes() for name in ("runs", "checkpoints"))
+    assert one == other
+    one, other = ((tmp_path / name / "prompts.jsonl").read_text() for name in ("runs", "checkpoints"))
+    assert one == other and f'"{controlnet.resolve()} step 7"' in one
+
+
 def test_reconstruction(mllm: Path, controlnet: Path, generator: Generator, drawing: Path, tmp_path: Path) -> None:
     command = ("--mllm", mllm, "--controlnet", controlnet, *QUICK, "--latents-from", drawing)
     bifrost(*command, "--out", tmp_path / "a")
