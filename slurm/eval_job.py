@@ -34,13 +34,13 @@ HELD = f"{RESULTS}/held"
 DONE = "metrics.json"
 """In the results of a checkpoint that was scored."""
 MAX_TRIES = 3
-"""How often a checkpoint is tried before it is left out."""
+"""Number of attempts at a checkpoint before it is left out."""
 WEIGHTS = {"patch-latents": "--mllm", "controlnet": "--controlnet"}
 """Stage -> option of `bifrost eval` for a checkpoint of it."""
 
 
 class EvalJob(BaseModel):
-    """The chain of jobs that scores a run."""
+    """The chain of jobs that scores the checkpoints of a run."""
 
     every: int
     """Interval, in steps, of the checkpoints that are scored; the run's last one is too."""
