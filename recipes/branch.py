@@ -78,9 +78,10 @@ class FlowHeadSettings(Section):
 
 
 class Branch(Section):
-    targets: Literal["native", "pca", "random"] = "native"
-    """What the branch predicts of a patch: `native`, the MLLM's own latent; for comparison, linear functions of its
-    pixels, their leading principal components (`pca`) or `random` directions. No ControlNet takes those."""
+    targets: Literal["native", "vae", "pca", "random"] = "native"
+    """What the branch predicts of a patch: `native`, the MLLM's own latent; for comparison, `vae`, the latents of the
+    VAE of `flux.path`, or linear functions of its pixels, their leading principal components (`pca`) or `random`
+    directions. No ControlNet takes those."""
     head: Literal["linear", "flow"] = "linear"
     """`linear`, as released, regresses a patch's latent, the mean of all that the caption allows; `flow` learns the
     distribution by flow matching, and decoding samples from it. See docs/stage1.md."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 UNUSED = {"patch-latents": ("flux", "controlnet"), "controlnet": ("branch",)}
 """Stage -> groups of settings that it does not read."""
+OF_THE_VAE = ("path", "revision", "image_size")
+"""Settings of `flux` that stage 1 reads, with `branch.targets: vae`."""
 NO_NAME = "is not a valid run name, which is also a folder name; use letters, digits, `.`, `_` and `-`"
 
 
@@ -61,15 +63,19 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), stored: bool 
 
 def _refuse_unused(path: Path, tree: dict[str, Any], overrides: Sequence[str]) -> None:
     """RecipeError for a setting of the other stage, unless it has its default value."""
-    from .schema import Recipe
+    from .schema import Flux, Recipe
 
     settings = apply_overrides(tree, overrides)
+    branch = settings.get("branch")
+    vae = isinstance(branch, dict) and branch.get("targets") == "vae"
     for group in UNUSED.get(str(settings.get("stage")), ()):
-        default = Recipe.model_fields[group].default
+        default, used = Recipe.model_fields[group].default, ()
+        if group == "flux" and vae:
+            default, used = Flux(path=""), OF_THE_VAE
         usual = default.model_dump(mode="json") if default is not None else {}
         given = settings.get(group)
         for key, value in (given if isinstance(given, dict) else {}).items():
-            if key not in usual or value != usual[key]:
+            if key not in used and (key not in usual or value != usual[key]):
                 name = f"{group}.{key}"
                 cause = next((one for one in overrides if one.startswith((f"{name}=", f"{name}."))), None)
                 where = f"override {cause!r}" if cause else path

@@ -214,7 +214,8 @@ class Recipe(Section):
     backbone: Backbone
     branch: Branch = Branch()
     flux: Flux | None = None
-    """The frozen FLUX of `controlnet`."""
+    """The frozen FLUX of `controlnet`. Stage 1 has one only with `branch.targets: vae`, and reads `path`, `revision`
+    and, as size of the images for the VAE, `image_size`."""
     controlnet: ControlNet = ControlNet()
     data: Data
     optimizer: Optimizer = Optimizer()
@@ -239,6 +240,8 @@ class Recipe(Section):
     def _complete(self) -> Recipe:
         if self.stage == "controlnet" and self.flux is None:
             raise ValueError("stage controlnet needs flux.path, such as flux.path=black-forest-labs/FLUX.1-dev")
+        if self.stage == "patch-latents" and self.branch.targets == "vae" and self.flux is None:
+            raise ValueError("branch.targets=vae needs flux.path, the FLUX whose VAE makes the targets")
         if self.stage == "controlnet":
             if self.controlnet.latents != "true" and self.controlnet.mllm is None:
                 raise ValueError(

@@ -23,6 +23,7 @@ STAGE_1 = {
     "fp8": ["backbone.weights=fp8", "backbone.placement=replicated"],
     "cached": ["backbone.vision_encoder=cached"],
     "draws": ["branch.draws=3"],
+    "vae": ["branch.targets=vae", "flux.path=builtin:tiny-flux", "flux.image_size=64"],
     "masked": ["branch.loss_tokens=masked"],
     "flow": ["branch.head=flow"],
     "fewer layers": ["branch.layers=2"],

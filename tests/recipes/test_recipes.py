@@ -407,3 +407,13 @@ def test_settings_without_effect_are_refused(name: str, override: str, said: str
     whole = tmp_path / "whole.yaml"  # every setting of the other stage, at its default
     whole.write_text(load_recipe(name).to_yaml())
     assert load_recipe(whole) == load_recipe(name)
+
+
+def test_stage_1_reads_of_flux_what_vae_targets_need(tmp_path) -> None:
+    given = ["branch.targets=vae", "flux.path=x", "flux.image_size=64"]
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(load_recipe("tiny-mllm", given).to_yaml())
+    assert load_recipe(whole) == load_recipe("tiny-mllm", given)
+    for settings in ([*given, "flux.guidance=2"], given[1:]):
+        with pytest.raises(RecipeError, match=r"flux\.\w+ has no effect in stage patch-latents; leave it out"):
+            load_recipe("tiny-mllm", settings)

@@ -125,7 +125,8 @@ def opened(recipe: Recipe, random: bool, size: Size) -> Stage:
 def counted(stage: Stage) -> PatchLatents | LatentControl:
     """The stage's model as a plan counts it."""
     if isinstance(stage, PatchLatentStage):
-        return PatchLatents(stage.config, stage.backbone, stage.branch, stage.image_size, stage.seed)
+        own = stage.config, stage.backbone, stage.branch, stage.image_size, stage.seed
+        return PatchLatents(*own, stage.flux, stage.vae)
     latents = stage.controlnet.latents
     return LatentControl(stage.config, stage.flux, stage.folder, stage.shape, stage.data.image_size, latents)
 

@@ -84,10 +84,13 @@ def randomised(stage: PatchLatentStage | ControlNetStage) -> PatchLatentStage | 
     """A copy of a stage opened for counting, to be built and loaded as in a run, with random frozen weights."""
     if isinstance(stage, PatchLatentStage):
         files = _backbone(stage.config, stage.backbone.path, text=True)
-        return replace(stage, files=files, for_counting=False)
+        return replace(stage, files=files, vae=_flux(stage.vae) if stage.vae else None, for_counting=False)
     own = {each.name: getattr(stage, each.name) for each in fields(stage)}
-    folder = RandomFlux(**{each.name: getattr(stage.folder, each.name) for each in fields(stage.folder)})
-    return RandomControlNet(**{**own, "folder": folder, "for_counting": False})
+    return RandomControlNet(**{**own, "folder": _flux(stage.folder), "for_counting": False})
+
+
+def _flux(folder: FluxFolder) -> RandomFlux:
+    return RandomFlux(**{each.name: getattr(folder, each.name) for each in fields(folder)})
 
 
 def _backbone(config: object, path: str, text: bool) -> RandomWeights:

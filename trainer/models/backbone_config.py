@@ -113,9 +113,9 @@ def branch_layers(config: Any, layers: int | None) -> tuple[int, ...]:
 
 
 def require_targets(config: Any, targets: str, image_size: int) -> None:
-    """RunError if a patch of an image of `image_size` pixels has too few values for these `branch.targets`."""
+    """RunError if a patch of an image of `image_size` pixels has too few of them for these `branch.targets`."""
     values, width = 3 * image_size**2 // grid_side(config, image_size) ** 2, config.text_config.hidden_size
-    if targets != "native" and values < width:
+    if targets in ("pca", "random") and values < width:
         raise RunError(
             f"branch.targets={targets}: a patch has {values:,} values, fewer than the {width:,} channels that the"
             " branch predicts"

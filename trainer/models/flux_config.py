@@ -134,6 +134,18 @@ class FluxConfig:
             )
         return image_size // unit
 
+    def values_of_patch(self, image_size: int, side: int) -> int:
+        """Values of the VAE's latents in each of `side` x `side` patches of an image of `image_size` pixels; RunError
+        unless they divide."""
+        latents, unit = 2 * self.grid(image_size), math.lcm(side, 2) * self.stride
+        if latents % side:
+            near = max(1, round(image_size / unit)) * unit
+            raise RunError(
+                f"flux.image_size={image_size}: {latents} x {latents} VAE latents do not divide into {side} x {side}"
+                f" patches; set a multiple of {unit}, such as {near}"
+            )
+        return self.vae["latent_channels"] * (latents // side) ** 2
+
 
 def require_files(path: Path, patterns: list[str]) -> None:
     """RunError names the patterns that match no file in the FLUX folder `path`."""

@@ -76,7 +76,7 @@ def open_model(recipe: Recipe) -> PatchLatents | LatentControl:
     """The recipe's model; RunError names what of its folders cannot be used. No weights or tokenizers are read."""
     image_size = recipe.data.image_size
     if recipe.stage == "patch-latents":
-        return PatchLatents.open(recipe.backbone, recipe.branch, image_size, recipe.seed)
+        return PatchLatents.open(recipe.backbone, recipe.branch, image_size, recipe.seed, recipe.flux)
     assert recipe.flux is not None, "required by the recipe schema"
     model = LatentControl.open(recipe.backbone, recipe.flux, recipe.controlnet, image_size)
     model.shape.require_use(model.folder.transformer)

@@ -1,16 +1,19 @@
-"""FLOPs per sample of stage 1's parts: linear layers counted from their shapes, attention from its mask."""
+"""FLOPs per sample of stage 1's parts and of image encoders: linear layers counted from their shapes, attention from
+its mask."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ...recipes.branch import Branch, Lora
 from ..models.backbone_config import branch_layers, grid_side
+from ..models.flux_config import FluxConfig
 from ..models.masking import hidden_counts
-from . import shapes
+from . import flux_shapes, shapes
 from .opened import PatchLatents
 from .part import Part
 from .shapes import Weight
@@ -74,11 +77,17 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
 
 
 def _targets(model: PatchLatents, byte: int) -> Part:
-    """What makes the targets: the vision encoder, or linear functions of pixels, whose basis is a buffer. byte: of an
-    activation's element."""
+    """What makes the targets: the vision encoder, or linear functions of pixels or of a VAE's latents, whose basis is a
+    buffer. byte: of an activation's element."""
     place = model.backbone.vision_encoder or model.backbone.placement
     if model.branch.targets == "native":
         return vision_encoder_part(model.config.vision_config, model.image_size, place, byte)
+    if model.branch.targets == "vae":
+        assert model.flux is not None and model.vae is not None
+        side = 2 * model.vae.grid(model.flux.image_size)
+        encoder = vae_encoder_part(model.vae, side, place)
+        products = model.vae.vae["latent_channels"] * side**2 * model.config.text_config.hidden_size
+        return replace(encoder, linear=encoder.linear + 2.0 * products)
     products = 3 * model.image_size**2 * model.config.text_config.hidden_size
     return Part("pixel targets", "none", (), 2.0 * products, 0.0, "replicated")
 
@@ -204,3 +213,20 @@ def vision_encoder_part(config: Any, image_size: int, place: str, byte: int) -> 
         place,
         in_use=patches * (width * (5 * byte + rotated) + pixels * (4 + byte)),
     )
+
+
+def vae_encoder_part(folder: FluxConfig, side: int, place: str) -> Part:
+    """The encoder, whose blocks halve the sides down to `side`; the decoder is stored but not run."""
+    widths = folder.vae["block_out_channels"]
+    blocks = len(widths)
+
+    def count(name: str) -> float:
+        level = 0 if name == "conv_in" else blocks - 1
+        if name.startswith("down_blocks"):
+            block = int(name.split(".")[1])
+            level = block + ("downsamplers" in name)
+        return float(side * 2 ** (blocks - 1 - level)) ** 2
+
+    attention = 4.0 * side**4 * widths[-1] if folder.vae.get("mid_block_add_attention", True) else 0.0
+    linear = linear_flops(flux_shapes.vae_encoder(folder), count)
+    return Part("VAE encoder", "none", sizes(flux_shapes.vae(folder)), linear, attention, place)

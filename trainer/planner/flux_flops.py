@@ -8,7 +8,7 @@ from typing import Literal
 from ..models.backbone_config import grid_side
 from ..models.flux_config import FluxConfig
 from . import flux_shapes
-from .flops import linear_flops, sizes, vision_encoder_part, widths
+from .flops import linear_flops, sizes, vae_encoder_part, vision_encoder_part, widths
 from .opened import LatentControl
 from .part import Part
 from .shapes import Weight
@@ -45,28 +45,11 @@ def controlnet_parts(model: LatentControl, precision: str) -> list[Part]:
     vision = "cached" if model.latents == "predicted" else placement.vision_encoder
     return [
         vision_encoder_part(model.config.vision_config, model.image_size, vision, byte),
-        _vae(folder, side, placement.vae),
+        vae_encoder_part(folder, side, placement.vae),
         *_text(folder, placement.text),
         _Stack(model, byte, "through", flux, *folder.blocks).part("FLUX", placement.transformer),
         _Stack(model, byte, "trained", control, shape.double, shape.single).part("ControlNet", "sharded"),
     ]
-
-
-def _vae(folder: FluxConfig, side: int, place: str) -> Part:
-    """The encoder, whose blocks halve the sides down to `side`; the decoder is stored but not run."""
-    widths = folder.vae["block_out_channels"]
-    blocks = len(widths)
-
-    def count(name: str) -> float:
-        level = 0 if name == "conv_in" else blocks - 1
-        if name.startswith("down_blocks"):
-            block = int(name.split(".")[1])
-            level = block + ("downsamplers" in name)
-        return float(side * 2 ** (blocks - 1 - level)) ** 2
-
-    attention = 4.0 * side**4 * widths[-1] if folder.vae.get("mid_block_add_attention", True) else 0.0
-    linear = linear_flops(flux_shapes.vae_encoder(folder), count)
-    return Part("VAE encoder", "none", sizes(flux_shapes.vae(folder)), linear, attention, place)
 
 
 def _text(folder: FluxConfig, place: str) -> list[Part]:

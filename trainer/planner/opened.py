@@ -22,15 +22,25 @@ class PatchLatents:
     branch: Branch
     image_size: int
     seed: int
+    flux: Flux | None = None
+    vae: FluxConfig | None = None
+    """The FLUX whose VAE makes the targets, with `branch.targets: vae`."""
 
     @classmethod
-    def open(cls, backbone: Backbone, branch: Branch, image_size: int, seed: int) -> PatchLatents:
+    def open(
+        cls, backbone: Backbone, branch: Branch, image_size: int, seed: int, flux: Flux | None = None
+    ) -> PatchLatents:
         """RunError names what cannot be used."""
         config = read_shape(architecture(backbone.path, backbone.revision))
-        grid_side(config, image_size)
+        side = grid_side(config, image_size)
         branch_layers(config, branch.layers)
         require_targets(config, branch.targets, image_size)
-        return cls(config, backbone, branch, image_size, seed)
+        if branch.targets != "vae":
+            return cls(config, backbone, branch, image_size, seed)
+        assert flux is not None, "required by the recipe schema"
+        vae = FluxConfig.open(architecture(flux.path, flux.revision, "flux.path"))
+        vae.values_of_patch(flux.image_size, side)  # refuses sizes that do not fit
+        return cls(config, backbone, branch, image_size, seed, flux, vae)
 
 
 @dataclass(frozen=True)

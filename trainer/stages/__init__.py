@@ -148,7 +148,7 @@ def open_patch_latents(recipe: Recipe, for_counting: bool = False) -> PatchLaten
     """Stage 1; see `open_stage`."""
     from .patch_latents import PatchLatentStage
 
-    opened = recipe.backbone, recipe.branch, recipe.data, recipe.seed, recipe.precision
+    opened = recipe.backbone, recipe.branch, recipe.data, recipe.seed, recipe.precision, recipe.flux
     return PatchLatentStage.open(*opened, for_counting)
 
 

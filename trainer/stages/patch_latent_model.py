@@ -23,9 +23,11 @@ from ..models.backbone_config import branch_layers, grid_side
 from ..models.branch import GenerationBranch
 from ..models.elementwise import use_liger
 from ..models.flow_head import FlowHead
+from ..models.flux import FluxFolder
 from ..models.kernel_selection import KernelChoice
 from ..models.low_rank import share
-from ..models.pixel_targets import PixelTargets
+from ..models.pixel_targets import LinearTargets, PixelTargets
+from ..models.vae_targets import VaeTargets
 from . import Losses, StageModel
 from .branch_weights import copies, initial
 from .unsharded import build_unsharded, set_unregistered_module
@@ -77,19 +79,26 @@ class PatchLatentModel(StageModel):
         )
         if place == "sharded":
             self._share()
-        width = config.text_config.hidden_size
+        width, patches = config.text_config.hidden_size, self.branch.side**2
         self.head: PatchLatentHead | FlowHead
         if branch.head == "flow":
             self.head = FlowHead(width, branch.flow_head, activation_checkpointing)
         else:
             self.head = PatchLatentHead(width, kernels.head)
-        self.targets: PixelTargets | None = None
-        if branch.targets != "native":
-            patches = self.branch.side**2
+        self.targets: LinearTargets | None = None
+        if branch.targets in ("pca", "random"):
             self.targets = PixelTargets(branch.targets, patches, 3 * image_size**2 // patches, width)
         self.liger = kernels.elementwise == "liger"
         if self.liger:
             use_liger(self)
+
+    def use_vae(self, folder: FluxFolder, image_size: int) -> None:
+        """Let the branch predict the latents of this FLUX's VAE, of images scaled to `image_size` pixels; before
+        `load`."""
+        width = self.branch.config.hidden_size
+        self.targets = VaeTargets(folder, image_size, self.branch.side**2, width)
+        if self.place == "sharded":
+            self.targets.encoder = self.targets.build()
 
     def statistics(self) -> dict[str, Tensor]:
         parts = {"head": self.head, **({"targets": self.targets} if self.targets is not None else {})}
@@ -99,6 +108,8 @@ class PatchLatentModel(StageModel):
         """Fill the backbone from `files`, copy to the branch what starts as a copy, initialise the rest."""
         self.build_rest()
         self.backbone.load(files)
+        if isinstance(self.targets, VaeTargets):
+            self.targets.encoder.load()
         trainable = self.trainable()
         names = copies(trainable, self.settings, self.attended, self.backbone.names(files))
         weights.fill({theirs: trainable[name] for name, theirs in names.items()}, files, files.path)
@@ -110,9 +121,11 @@ class PatchLatentModel(StageModel):
     def build_rest(self) -> None:
         """Build the backbone, without weights, if it is not sharded, and all rotary tables."""
         if self.place != "sharded":
-            set_unregistered_module(
-                self, "backbone", build_unsharded(self.build_backbone, self.place, next(self.head.parameters()))
-            )
+            like = next(self.head.parameters())
+            set_unregistered_module(self, "backbone", build_unsharded(self.build_backbone, self.place, like))
+            if isinstance(self.targets, VaeTargets):
+                built = build_unsharded(self.targets.build, self.place, like)
+                set_unregistered_module(self.targets, "encoder", built)
             if self.liger:
                 use_liger(self.backbone)
             self._share()

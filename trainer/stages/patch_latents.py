@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ...data import Dataset
 from ...data.spread import Broadcast
-from ...recipes.schema import Backbone, Branch, Data, Kernels
+from ...recipes.schema import Backbone, Branch, Data, Flux, Kernels
 from ..distributed.process_group import Gather, Ranks, single_process
 from ..errors import RunError
 from ..models import weights
 from ..models.backbone import FrozenBackbone, read_config
 from ..models.backbone_config import branch_layers, grid_side, require_targets
+from ..models.flux import FluxFolder
 from ..models.hub import architecture, locate
 from ..models.kernel_selection import KernelChoice, KernelWork, VisionWork, choose_kernels
 from ..models.masking import hidden_counts
@@ -57,13 +58,23 @@ class PatchLatentStage:
     """Whether all parts are in the model, to be counted."""
     caches: dict[Kind, Cache] | None = None
     """The cache of the patch latents if the recipe has one, once opened."""
+    flux: Flux | None = None
+    vae: FluxFolder | None = None
+    """The FLUX whose VAE makes the targets, with `branch.targets: vae`."""
     sums: int = 3
     """Squared error of the masked patches, their number, tokens of text and image."""
     identity: tuple[str, ...] = ("branch", "backbone.weights")
 
     @classmethod
     def open(
-        cls, backbone: Backbone, branch: Branch, data: Data, seed: int, precision: str, for_counting: bool = False
+        cls,
+        backbone: Backbone,
+        branch: Branch,
+        data: Data,
+        seed: int,
+        precision: str,
+        flux: Flux | None = None,
+        for_counting: bool = False,
     ) -> PatchLatentStage:
         """See `open_stage`."""
         image_size = data.image_size
@@ -72,14 +83,19 @@ class PatchLatentStage:
         tokens = grid_side(config, image_size) ** 2
         branch_layers(config, branch.layers)  # refuses more than there are
         require_targets(config, branch.targets, image_size)
+        vae = _open_vae(flux, grid_side(config, image_size), for_counting) if branch.targets == "vae" else None
+        more: dict[str, Any] = {"precision": precision, "flux": flux if vae else None, "vae": vae}
         if for_counting:
             opened = image_size, seed, config, tokens, None, None
-            return cls(backbone, branch, *opened, precision=precision, for_counting=True)
+            return cls(backbone, branch, *opened, **more, for_counting=True)
         tokenizer = load_tokenizer(folder)
         PromptTemplate(tokenizer, branch.max_text_tokens)  # refuses a limit that no prompt fits
         files = weights.WeightFiles(folder)
         opened = image_size, seed, config, tokens, files, tokenizer
-        return cls(backbone, branch, *opened, data=data, precision=precision)
+        stage = cls(backbone, branch, *opened, data=data, **more)
+        if vae:
+            stage.identity = (*stage.identity, "flux.image_size")
+        return stage
 
     @property
     def encodes(self) -> bool:
@@ -88,7 +104,8 @@ class PatchLatentStage:
 
     @property
     def source(self) -> str:
-        return f"backbone.path={self.backbone.path}"
+        vae = f" and flux.path={self.flux.path}" if self.flux else ""
+        return f"backbone.path={self.backbone.path}{vae}"
 
     @property
     def image_sizes(self) -> tuple[int, ...]:
@@ -130,7 +147,11 @@ class PatchLatentStage:
         settings = self.branch, self.image_size, activation_checkpointing
         if vision is None:
             vision = self.encodes or (self.for_counting and self.branch.targets == "native")
-        return PatchLatentModel(self.config, *settings, self.kernels, place, vision, self.backbone.weights)
+        model = PatchLatentModel(self.config, *settings, self.kernels, place, vision, self.backbone.weights)
+        if self.vae:
+            assert self.flux is not None
+            model.use_vae(self.vae, self.flux.image_size)
+        return model
 
     def load(self, model: PatchLatentModel) -> None:
         assert self.files is not None
@@ -140,7 +161,12 @@ class PatchLatentStage:
         assert self.files is not None
         with torch.device("meta"):
             backbone = FrozenBackbone(self.config)
-        return [(self.files, list(backbone.names(self.files).values()))]
+        found = [(self.files, list(backbone.names(self.files).values()))]
+        if self.vae:
+            files = self.vae.files("vae")
+            with torch.device("meta"):
+                found.append((files, list(self.vae.names("vae", self.vae.build("vae"), files).values())))
+        return found
 
     def predicting(self) -> list[tuple[FrozenWeights, list[str]]]:
         return []
@@ -195,3 +221,17 @@ class PatchLatentStage:
     def tokens(self, sums: list[float]) -> float:
         """Text tokens and patches."""
         return sums[2]
+
+
+def _open_vae(flux: Flux | None, side: int, for_counting: bool) -> FluxFolder:
+    """The FLUX whose VAE makes the targets of `side` x `side` patches, of which no other weights are needed."""
+    assert flux is not None, "required by the recipe schema"
+    if for_counting:
+        path = architecture(flux.path, flux.revision, "flux.path")
+    else:
+        path = locate(flux.path, flux.revision, "flux.path", "vae/*.safetensors")
+    folder = FluxFolder.open(path, for_counting=True)
+    folder.values_of_patch(flux.image_size, side)  # refuses sizes that do not fit
+    if not for_counting:
+        weights.weight_files(path / "vae")
+    return folder

@@ -7,6 +7,7 @@ the statistics are equal on any number of ranks.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from ...data import Dataset
 from ..distributed.process_group import Ranks
 from ..models.flow_head import FlowHead
-from ..models.pixel_targets import PixelTargets
+from ..models.pixel_targets import LinearTargets
+from ..models.vae_targets import VaeTargets
 from ..stages import Stage
 from ..stages.patch_latent_collate import PatchLatentCollate
 from ..stages.patch_latent_model import PatchLatentModel
@@ -30,8 +32,8 @@ LEAST_STD = 1e-3
 
 @torch.no_grad()
 def measure_statistics(model: object, stage: Stage, dataset: Dataset, ranks: Ranks) -> None:
-    """Fit pixel targets, and set the statistics of a flow head; does nothing to other models. Every rank calls it, with
-    the engine built."""
+    """Fit targets other than native latents, and set the statistics of a flow head; does nothing to other models. Every
+    rank calls it, with the engine built."""
     if not isinstance(model, PatchLatentModel):
         return
     assert isinstance(stage, PatchLatentStage)
@@ -41,15 +43,19 @@ def measure_statistics(model: object, stage: Stage, dataset: Dataset, ranks: Ran
         _measure(model, model.head, stage, dataset, ranks)
 
 
-def _fit(targets: PixelTargets, stage: PatchLatentStage, dataset: Dataset, ranks: Ranks) -> None:
+def _fit(targets: LinearTargets, stage: PatchLatentStage, dataset: Dataset, ranks: Ranks) -> None:
     """Rank 0 fits the targets on the images, and sends them to the others."""
-    count = min(IMAGES, len(dataset))
+    count, encoded = min(IMAGES, len(dataset)), isinstance(targets, VaeTargets)
+    # The others take part in gathering the weights of an encoder.
+    numbers = range(count) if ranks.first or encoded else ()
+    images = [arrays["images"] for arrays in ranks.agreed(lambda: _read(stage, dataset, count, numbers))]
 
     def fitted() -> tuple[Tensor, Tensor] | None:
-        if not ranks.first:
-            return None
-        images = [arrays["images"] for arrays in _read(stage, dataset, count, range(count))]
-        return targets.fit(images, stage.seed)
+        values = (targets.values(image.to(ranks.device) if encoded else image, torch.float64).cpu() for image in images)
+        if ranks.first:
+            return targets.fit(values, stage.seed)
+        deque(values, maxlen=0)
+        return None
 
     mean, basis = ranks.broadcast(ranks.agreed(fitted))
     targets.mean.copy_(mean)

@@ -24,7 +24,7 @@ def rows() -> np.ndarray:
 
 def fitted(kind, seed: int = 0, parts: int = 1) -> PixelTargets:
     targets = PixelTargets(kind, SIDE**2, VALUES, WIDTH)
-    mean, basis = targets.fit(IMAGES.chunk(parts), seed)
+    mean, basis = targets.fit([targets.values(part, torch.float64) for part in IMAGES.chunk(parts)], seed)
     targets.mean.copy_(mean)
     targets.basis.copy_(basis)
     return targets

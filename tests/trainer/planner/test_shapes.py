@@ -46,13 +46,16 @@ def check(recipe: Recipe) -> None:
     stage: Any = open_stage(recipe, for_counting=True)
     with torch.device("meta"):
         model: Any = stage.build()
-    equal(shapes.vision_encoder(stage.config.vision_config), model.backbone.vision)
+    native = recipe.stage == "controlnet" or recipe.branch.targets == "native"
+    encoder = model.backbone.vision if native else model.targets.encoder
+    if native:
+        equal(shapes.vision_encoder(stage.config.vision_config), model.backbone.vision)
     if recipe.stage == "patch-latents":
         text, side = stage.config.text_config, model.branch.side
         equal(shapes.text_model(text, recipe.backbone.weights), model.backbone.text)
         equal(shapes.branch(text, side, recipe.branch), model.branch)
         equal(shapes.head(text.hidden_size, recipe.branch), model.head)
-        modules = [model.backbone.vision, model.backbone.text, model.branch, model.head]
+        modules = [encoder, model.backbone.text, model.branch, model.head]
     else:
         for part in PARTS:
             equal(flux_shapes.flux_part(stage.folder, part), getattr(model.flux, part))
@@ -90,6 +93,11 @@ def test_weights_in_8_bits_are_counted_as_such(setting: str) -> None:
     sizes = [sum(size * width for size, width in part.stored(2)) for part in changed]
     assert 0.5 < sizes[0] / sizes[1] < 0.8  # embeddings and norms are not quantized
     assert changed[0].linear == changed[1].linear
+
+
+def test_vae_targets_have_the_described_shapes() -> None:
+    check(load_recipe("tiny-mllm", ["branch.targets=vae", "flux.path=builtin:tiny-flux", "flux.image_size=64"]))
+    check(load_recipe("mllm-7b", ["branch.targets=vae", "flux.path=black-forest-labs/FLUX.1-dev"]))
 
 
 def test_a_flow_head_has_the_described_shapes() -> None:

@@ -1,5 +1,5 @@
-"""Runs on pixels instead of native latents: equal to plain PyTorch on any number of ranks, resumed to the bit, scored,
-and refused where only native latents fit."""
+"""Runs on pixels or VAE latents instead of native latents: equal to plain PyTorch on any number of ranks, resumed to
+the bit, scored, and refused where only native latents fit."""
 
 import shutil
 from pathlib import Path
@@ -19,6 +19,8 @@ from bifrost.trainer.errors import RunError
 from bifrost.trainer.inference.latent_decoder import load_decoder
 
 pytestmark = pytest.mark.multi
+SIZE_480 = "flux.image_size=480"
+VAE = ("branch.targets=vae", "flux.path=builtin:tiny-flux", "flux.image_size=32")
 
 
 def train(shards: Path, runs_dir: Path, ranks: int, *overrides: str) -> Path:
@@ -28,20 +30,30 @@ def train(shards: Path, runs_dir: Path, ranks: int, *overrides: str) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [("branch.targets=pca",), ("branch.targets=random", "branch.head=flow")], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("branch.targets=pca",),
+        ("branch.targets=random", "branch.head=flow"),
+        (*VAE, "backbone.placement=replicated"),
+        (*VAE, "backbone.placement=sharded", "zero.persistence_threshold=0"),
+    ],
+    ids=["pca", "random-flow", "vae", "vae-sharded"],
+)
 def test_ranks_equal_plain_pytorch(shards: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
     settings = (*runs.TINY, "steps=4", "optimizer.lr=1e-2", *settings)
     wanted = plain.losses(load_recipe("tiny-mllm", runs.arguments(shards, tmp_path, *settings)[2:]))
     native = plain.losses(load_recipe("tiny-mllm", runs.arguments(shards, tmp_path, *runs.TINY, "steps=1")[2:]))
     assert len(set(wanted)) == 4 and wanted[0] != native[0]
-    for ranks in (1, 2, 4):
+    for ranks in (1, 2) if VAE[0] in settings else (1, 2, 4):
         run = train(shards, tmp_path / str(ranks), ranks, *settings)
         np.testing.assert_allclose(runs.losses(run), wanted, rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_equal_to_the_bit(shards: Path, tmp_path: Path) -> None:
-    settings = (*runs.TINY, "branch.targets=pca", "precision=bf16", "steps=6", "checkpoint.every=3", "ema.decay=0.9")
+@pytest.mark.parametrize("targets", [("branch.targets=pca",), VAE], ids=["pca", "vae"])
+def test_a_resumed_run_is_equal_to_the_bit(shards: Path, tmp_path: Path, targets: tuple[str, ...]) -> None:
+    settings = (*runs.TINY, *targets, "precision=bf16", "steps=6", "checkpoint.every=3", "ema.decay=0.9")
     run = train(shards, tmp_path, 2, *settings)
     undisturbed, last = runs.losses(run), run / "checkpoints/step-00000006"
     files = {file.name: file.read_bytes() for file in last.glob("*.safetensors")}
@@ -51,8 +63,11 @@ def test_a_resumed_run_is_equal_to_the_bit(shards: Path, tmp_path: Path) -> None
     assert {file.name: file.read_bytes() for file in last.glob("*.safetensors")} == files
 
 
-def test_a_run_is_scored_by_its_own_targets_and_only_there(shards: Path, tmp_path: Path) -> None:
-    run = train(shards, tmp_path, 1, *runs.TINY, "steps=1", "branch.targets=pca", "ema=null")
+@pytest.mark.parametrize("targets", [("branch.targets=pca",), VAE], ids=["pca", "vae"])
+def test_a_run_is_scored_by_its_own_targets_and_only_there(
+    shards: Path, tmp_path: Path, targets: tuple[str, ...]
+) -> None:
+    run = train(shards, tmp_path, 1, *runs.TINY, "steps=1", *targets, "ema=null")
     decoder = load_decoder(run)
     images = torch.randint(0, 256, (2, 3, decoder.image_size, decoder.image_size), dtype=torch.uint8)
     assert decoder.mllm.targets is not None and float(decoder.mllm.targets.basis.square().sum()) > 0
@@ -61,14 +76,12 @@ def test_a_run_is_scored_by_its_own_targets_and_only_there(shards: Path, tmp_pat
     assert decoded.shape == decoder.encode(images[:1]).shape and decoded.isfinite().all()
 
     words = ["generate", "--mllm", str(run), "--controlnet", str(tmp_path), "--out", str(tmp_path / "images"), "a car"]
-    with pytest.raises(RunError, match=r"branch\.targets is pca, and a ControlNet takes the MLLM's own latents"):
+    with pytest.raises(RunError, match=r"branch\.targets is (pca|vae), and a ControlNet takes the MLLM's own latents"):
         CliRunner().invoke(app, words, catch_exceptions=False)
-    with pytest.raises(RunError, match=r"branch\.targets is pca.*--format hf"):
+    with pytest.raises(RunError, match=r"branch\.targets is (pca|vae).*--format hf"):
         export(run, tmp_path / "public", "public")
     export(run, tmp_path / "hf", "hf", dtype=torch.float32)
-    train(
-        shards, tmp_path, 1, *runs.TINY, "steps=1", "branch.targets=pca", f"init_from={tmp_path / 'hf'}", "name=again"
-    )
+    train(shards, tmp_path, 1, *runs.TINY, "steps=1", *targets, f"init_from={tmp_path / 'hf'}", "name=again")
     again = load_decoder(tmp_path / "again").mllm.targets
     assert again is not None and torch.equal(again.basis, decoder.mllm.targets.basis)
 
@@ -85,8 +98,12 @@ def test_settings_for_native_latents_are_refused(settings: tuple[str, ...], mess
         load_recipe("tiny-mllm", ["branch.targets=random", *settings])
 
 
-def test_too_few_pixels_are_refused() -> None:
+def test_what_makes_no_targets_is_refused() -> None:
     from bifrost.trainer.planner import parts
 
     with pytest.raises(RunError, match="a patch has 2,352 values, fewer than"):
         parts(load_recipe("mllm-7b", ["branch.targets=pca"]))
+    with pytest.raises(RecipeError, match=r"branch\.targets=vae needs flux\.path"):
+        load_recipe("mllm-7b", ["branch.targets=vae"])
+    with pytest.raises(RunError, match="60 x 60 VAE latents do not divide into 16 x 16 patches"):
+        parts(load_recipe("mllm-7b", ["branch.targets=vae", "flux.path=black-forest-labs/FLUX.1-dev", SIZE_480]))
