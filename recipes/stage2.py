@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from .fields import HeldWeights, OptionalPlace, Place
 from .section import Section
@@ -65,7 +65,26 @@ Latents = Annotated[
 """Which patch latents; YAML reads `true` as a boolean."""
 
 
+class Connector(Section):
+    queries: int = Field(default=64, ge=1)
+    """Learnable query tokens, each of which becomes a text token of FLUX."""
+    layers: int = Field(default=6, ge=1)
+    """Blocks of the connector."""
+    width: int | None = Field(default=None, ge=1)
+    """Width of the blocks; null: FLUX's hidden width."""
+
+
+Bridge = Literal["latents_2d", "queries", "cross_attention"]
+
+
 class ControlNet(Section):
+    bridge: Bridge = "latents_2d"
+    """How patch latents condition FLUX: `latents_2d`, as released, by the ControlNet; for comparison without one, as
+    additional text tokens: `queries`, learnable 1-D queries of a connector that attend to the latents, or
+    `cross_attention`, the latents themselves by a linear projection. `double`, `single` and `norm` are for
+    `latents_2d`."""
+    connector: Connector = Connector()
+    """Queries and connector of `bridge: queries`."""
     double: int = Field(default=4, ge=0)
     """Double blocks copied from FLUX."""
     single: int = Field(default=1, ge=0)
@@ -84,6 +103,15 @@ class ControlNet(Section):
     """Decoding steps of predicted latents, up to the number of patches."""
     predicted_share: float = Field(default=0.5, ge=0, le=1)
     """Probability of predicted latents in `mix`."""
+
+    @model_validator(mode="after")
+    def _used(self) -> ControlNet:
+        if self.bridge != "queries" and self.connector != Connector():
+            raise ValueError(
+                f"controlnet.connector has no effect with controlnet.bridge={self.bridge}; set bridge=queries, or leave"
+                " it out"
+            )
+        return self
 
     @property
     def drawn_share(self) -> float:

@@ -39,6 +39,9 @@ STAGE_2 = {
     "cached text": ["flux.placement.text=cached"],
     "draws": ["flux.draws=2"],
     "single": ["controlnet.double=0", "controlnet.single=2"],
+    "queries": ["controlnet.bridge=queries"],
+    "queries, draws": ["controlnet.bridge=queries", "controlnet.connector={queries: 8, layers: 2}", "flux.draws=2"],
+    "cross-attention": ["controlnet.bridge=cross_attention"],
     "fewer tokens": ["flux.text_tokens=16"],
 }
 FIRST = {"tiny-mllm": STAGE_1, "tiny-controlnet": STAGE_2, "mllm-3b": STAGE_1, "flux-controlnet": STAGE_2}

@@ -29,6 +29,8 @@ LATER = (
     "checkpoint.keep_best",
     "flux.caption_exchange",
     "branch.draws",
+    "controlnet.bridge",
+    "controlnet.connector",
     "controlnet.latents",
     "controlnet.mllm",
     "controlnet.decode_steps",

@@ -12,6 +12,8 @@ from ..errors import RunError
 from ..models.backbone_config import grid_side
 from ..models.controlnet_config import ControlNetConfig, residuals_added
 from ..models.flux import FluxFolder
+from ..models.latent_controlnet import LatentControlNet
+from ..models.text_bridge_config import TextBridgeConfig
 from ..planner.flux_shapes import hidden_width
 from ..stages.controlnet import ControlNetStage
 from ..stages.controlnet_model import LatentControlNetModel
@@ -44,6 +46,7 @@ def scaled_stage(stage: ControlNetStage, layers: int | None, width: int | None) 
     In proportion: single blocks and the ControlNet's blocks to `layers`; widths of text states, patch latents and VAE
     to `width`; the vision encoder to both. Heads keep their width. RunError unless both fit this FLUX.
     """
+    control = control_shape(stage)
     own, config = stage.folder.transformer, stage.config
     blocks, head, full = stage.folder.blocks[0], own["attention_head_dim"], hidden_width(own)
     layers, width = layers or blocks, width or full
@@ -72,11 +75,18 @@ def scaled_stage(stage: ControlNetStage, layers: int | None, width: int | None) 
         config.vision_config.out_hidden_size,
         grid_side(config, stage.data.image_size),
         folder.grid(stage.flux.image_size),
-        _copied(depth * stage.shape.double, layers),
-        _copied(depth * stage.shape.single, singles),
-        stage.shape.norm,
+        _copied(depth * control.double, layers),
+        _copied(depth * control.single, singles),
+        control.norm,
     )
     return replace(stage, config=config, folder=folder, shape=shape)
+
+
+def control_shape(stage: ControlNetStage) -> ControlNetConfig:
+    """The shape of the stage's ControlNet; RunError if it has another bridge."""
+    if isinstance(stage.shape, TextBridgeConfig):
+        raise RunError(f"controlnet.bridge={stage.shape.kind}: benchmarks measure a ControlNet; leave it out")
+    return stage.shape
 
 
 def _multiple(value: float, unit: int) -> int:
@@ -107,6 +117,7 @@ def random_model(
     draw_weights(model, device)
     if recomputed:
         model.flux.transformer.enable_gradient_checkpointing()
+        assert isinstance(model.controlnet, LatentControlNet)
         model.controlnet.enable_gradient_checkpointing()
     return model
 

@@ -23,12 +23,13 @@ from ...recipes import Recipe
 from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..models.kernel_selection import VisionWork, choose_kernels
+from ..models.latent_controlnet import LatentControlNet
 from ..planner.flux_shapes import hidden_width
 from ..stages import open_controlnet
 from ..stages.controlnet import ControlNetStage
 from ..stages.controlnet_model import LatentControlNetModel
 from .comparison import Gradients, activation_bytes, errors, gradients
-from .controlnet_shapes import Batch, draw_batch, random_model, scaled_stage
+from .controlnet_shapes import Batch, control_shape, draw_batch, random_model, scaled_stage
 from .controlnet_table import Result, table
 from .diffusers_step import DiffusersStep
 from .machine import machine, write_record
@@ -63,6 +64,7 @@ def bench(
             f"flux.weights={recipe.flux.weights}: the baseline has no weights in 8 bits; set flux.weights=bf16"
         )
     opened = open_controlnet(recipe, for_counting=True)
+    control_shape(opened)  # refuses other bridges
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     longest = opened.folder.text_lengths[0]
     length = min(CPU_TEXT_TOKENS, longest) if device.type == "cpu" else longest
@@ -111,7 +113,7 @@ def _length(text: str, longest: int) -> int:
 
 def _settings(stage: ControlNetStage, name: str, batch: Batch) -> dict[str, Any]:
     """What was measured, for the record."""
-    transformer, shape = stage.folder.transformer, stage.shape
+    transformer, shape = stage.folder.transformer, control_shape(stage)
     return {
         "recipe": name,
         "layers": list(stage.folder.blocks),
@@ -192,6 +194,7 @@ def compare(
     model: LatentControlNetModel, baseline: DiffusersStep, own: Callable[[], Tensor], theirs: Callable[[], Tensor]
 ) -> tuple[float, float]:
     """Relative errors of the loss and of the worst gradient; RunError if one is above the tolerance."""
+    assert isinstance(model.controlnet, LatentControlNet)
     dtype, shape = next(model.controlnet.parameters()).dtype, model.controlnet.shape
 
     def compared(found: Gradients) -> Gradients:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.flux import image_ids, pack
+from ..models.latent_controlnet import LatentControlNet
 from ..models.resampler import on_grid
 from ..stages.controlnet_model import LatentControlNetModel
 from .controlnet_shapes import Batch
@@ -39,6 +40,7 @@ class DiffusersStep(nn.Module):
 
     def __init__(self, ours: LatentControlNetModel, dtype: torch.dtype, online: bool) -> None:
         super().__init__()
+        assert isinstance(ours.controlnet, LatentControlNet)
         folder, shape = ours.flux.folder, ours.controlnet.shape
         settings = {name: value for name, value in shape.public().items() if not name.startswith("_")}
         with torch.device("meta"), warnings.catch_warnings():

@@ -16,6 +16,7 @@ from ...slurm.run_folder import no_checkpoint
 from ..errors import RunError, writing
 from ..models.backbone import read_config
 from ..models.backbone_config import branch_layers, grid_side
+from ..models.controlnet_config import ControlNetConfig
 from ..models.hub import locate
 from ..models.latent_controlnet import write_config
 from ..models.weights import WeightFiles, is_trained, public_base_name, public_name
@@ -59,6 +60,11 @@ def export(
             f"{run}: branch.targets is {recipe.branch.targets}, which the public layout has no place for: export with"
             " --format hf"
         )
+    if recipe.stage == "controlnet" and (bridge := recipe.controlnet.bridge) != "latents_2d":
+        raise RunError(
+            f"{run}: controlnet.bridge is {bridge}, which a `flux_controlnet` folder has no place for: `bifrost"
+            " generate` and `bifrost eval` read the run folder itself"
+        )
     if recipe.stage == "patch-latents" and recipe.branch.head == "flow" and layout == "public":
         raise RunError(f"{run}: branch.head is flow, and the public layout has a linear head: export with --format hf")
     pieces = {
@@ -72,7 +78,9 @@ def export(
         try:
             if recipe.stage == "controlnet":
                 _write_controlnet(partial, pieces, reader.buffers(slot))
-                write_config(partial, open_controlnet(recipe, for_counting=True).shape)
+                shape = open_controlnet(recipe, for_counting=True).shape
+                assert isinstance(shape, ControlNetConfig)
+                write_config(partial, shape)
             else:
                 tensors = [*pieces.values(), *_buffers(reader.buffers(slot))]
                 if layout == "public":

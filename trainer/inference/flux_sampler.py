@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..models.draws import gaussian
 from ..models.flux import FluxFolder, FrozenFlux, image_ids, unpack, velocity
-from ..models.latent_controlnet import LatentControlNet
 from ..models.rng import Stream, uniform
+from ..models.text_bridge import Bridge, TextBridge
 from .masked_decoding import NO_EPOCH
 from .settings import Sampling
 
@@ -58,14 +58,15 @@ def sample(
     text: Text,
     noise: Tensor,
     settings: Sampling = Sampling(),
-    controlnet: LatentControlNet | None = None,
+    controlnet: Bridge | None = None,
     patch_latents: Tensor | None = None,
     empty: Text | None = None,
 ) -> Tensor:
     """Latents [B, c, h, w], fp32, from noise [B, M, C] of a square image, for `flux.decode_latents`.
 
-    patch_latents [B, N, D] condition the ControlNet; without it, FLUX is conditioned on text only. empty: the empty
-    prompt, [1, L, E] and [1, P], required for `cfg` other than 1; both prompts form one batch with the same ControlNet.
+    patch_latents [B, N, D] condition the ControlNet, or other bridge; without it, FLUX is conditioned on text only.
+    empty: the empty prompt, [1, L, E] and [1, P], required for `cfg` other than 1; both prompts form one batch with the
+    same ControlNet.
     """
     assert (controlnet is None) == (patch_latents is None)
     samples, tokens, device = len(noise), noise.shape[1], noise.device
@@ -85,6 +86,9 @@ def sample(
     }
     if patch_latents is not None:
         patch_latents = patch_latents.repeat(copies, 1, 1)
+    if isinstance(controlnet, TextBridge):  # its tokens are the same at every noise level
+        rest = controlnet.join(rest, patch_latents)  # type: ignore[arg-type]
+        controlnet = None
     x = noise.float()
     for now, then in pairwise(noise_levels(flux.folder, tokens, settings.steps)):
         rest["timestep"] = torch.full((copies * samples,), now, device=device)

@@ -24,6 +24,7 @@ from ..models import latent_controlnet
 from ..models.flux import FluxFolder, FluxTokenizers, FrozenFlux, Tokens
 from ..models.hub import locate
 from ..models.latent_controlnet import LatentControlNet
+from ..models.text_bridge import Bridge, build_bridge
 from ..models.weights import fill
 from ..stages import open_controlnet
 from ..stages.unsharded import init_context
@@ -40,7 +41,7 @@ class Generator(LatentDecoder):
     """Both stages on one device. `load` reads them from runs; a training loop can pass its own modules."""
 
     flux: FrozenFlux
-    controlnet: LatentControlNet
+    controlnet: Bridge
     tokenizers: FluxTokenizers
     flux_size: int
     """P, side in pixels of the generated images."""
@@ -133,7 +134,7 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 def load_image_generator(
     path: Path, flux: str | None, width: int, side: int, device: torch.device, dtype: torch.dtype
-) -> tuple[FrozenFlux, LatentControlNet, FluxTokenizers, int]:
+) -> tuple[FrozenFlux, Bridge, FluxTokenizers, int]:
     """The image generator for patch latents [B, side^2, width]: FLUX, ControlNet, tokenizers, image side in pixels."""
     network, folder, size = load_controlnet(path, flux, width, side, device, dtype)
     return load_flux(folder, device, dtype), network, folder.tokenizers, size
@@ -149,9 +150,9 @@ def load_flux(folder: FluxFolder, device: torch.device, dtype: torch.dtype) -> F
 
 def load_controlnet(
     path: Path, flux: str | None, width: int, side: int, device: torch.device, dtype: torch.dtype
-) -> tuple[LatentControlNet, FluxFolder, int]:
-    """The ControlNet of a stage-2 run, a checkpoint of one or a `flux_controlnet` folder, its FLUX, and the side of
-    its images in pixels.
+) -> tuple[Bridge, FluxFolder, int]:
+    """The ControlNet, or other bridge, of a stage-2 run, a checkpoint of one or a `flux_controlnet` folder, its FLUX,
+    and the side of its images in pixels.
 
     flux: path of the FLUX; a run names its own, a `flux_controlnet` folder does not. RunError unless the ControlNet
     fits patch latents [B, side^2, width].
@@ -173,8 +174,9 @@ def load_controlnet(
         trained = None
     shape.require(folder.transformer, width, side, folder.grid(size))
     with init_context(device, dtype):
-        network = LatentControlNet(shape).eval().requires_grad_(False)
+        network = build_bridge(shape).eval().requires_grad_(False)
     if trained is None:
+        assert isinstance(network, LatentControlNet)
         network.load(source, path)
         return network, folder, size
     prefix = "controlnet."

@@ -16,7 +16,7 @@ class Sampling:
     guidance: float = 3.5
     """FLUX guidance scale, if the model takes one."""
     conditioning_scale: float = 0.7
-    """Factor of the ControlNet's residuals; 1 in training."""
+    """Factor of the ControlNet's residuals; 1 in training. Other bridges have none."""
     cfg: float = 1.0
     """w of empty + w (text - empty), on FLUX's text only; 1 skips the empty prompt."""
 

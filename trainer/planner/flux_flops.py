@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..models.backbone_config import grid_side
+from ..models.controlnet_config import ControlNetConfig
 from ..models.flux_config import FluxConfig
-from . import flux_shapes
+from ..models.text_bridge_config import TextBridgeConfig
+from . import bridge_flops, flux_shapes
 from .flops import linear_flops, sizes, vae_encoder_part, vision_encoder_part, widths
 from .opened import LatentControl
 from .part import Part
@@ -36,11 +38,10 @@ FLUX_STATISTICS = 3
 
 def controlnet_parts(model: LatentControl, precision: str) -> list[Part]:
     """Stage 2's parts. precision: `bf16` or `fp32`."""
-    folder, placement, shape = model.folder, model.flux.placement, model.shape
+    folder, placement = model.folder, model.flux.placement
     side = 2 * folder.grid(model.flux.image_size)
     byte = 2 if precision == "bf16" else 4
     flux = tuple(flux_shapes.flux_part(folder, "transformer"))
-    control = tuple(flux_shapes.controlnet(shape))
     # Predicted latents are those of a cache.
     vision = "cached" if model.latents == "predicted" else placement.vision_encoder
     return [
@@ -48,8 +49,16 @@ def controlnet_parts(model: LatentControl, precision: str) -> list[Part]:
         vae_encoder_part(folder, side, placement.vae),
         *_text(folder, placement.text),
         _Stack(model, byte, "through", flux, *folder.blocks).part("FLUX", placement.transformer),
-        _Stack(model, byte, "trained", control, shape.double, shape.single).part("ControlNet", "sharded"),
+        _bridge(model, byte),
     ]
+
+
+def _bridge(model: LatentControl, byte: int) -> Part:
+    shape = model.shape
+    if isinstance(shape, TextBridgeConfig):
+        return bridge_flops.part(shape, byte)
+    control = tuple(flux_shapes.controlnet(shape))
+    return _Stack(model, byte, "trained", control, shape.double, shape.single).part("ControlNet", "sharded")
 
 
 def _text(folder: FluxConfig, place: str) -> list[Part]:
@@ -95,8 +104,14 @@ class _Stack:
         return self.model.folder.grid(self.model.flux.image_size) ** 2
 
     @property
+    def control(self) -> ControlNetConfig | None:
+        """The ControlNet, if the model has one."""
+        return self.model.shape if isinstance(self.model.shape, ControlNetConfig) else None
+
+    @property
     def text(self) -> int:
-        return self.model.folder.text_lengths[0]
+        shape = self.model.shape
+        return self.model.folder.text_lengths[0] + (0 if isinstance(shape, ControlNetConfig) else shape.tokens)
 
     @property
     def tokens(self) -> int:
@@ -108,10 +123,10 @@ class _Stack:
 
     @property
     def skipped(self) -> tuple[int, int]:
-        """Double and single blocks before the first residual, at which gradients stop."""
-        if self.trained:
+        """Double and single blocks before the first residual, at which gradients stop; none before trained text."""
+        if self.trained or not self.control:
             return 0, 0
-        return (1, 0) if self.model.shape.double else (self.double, 1)
+        return (1, 0) if self.control.double else (self.double, 1)
 
     @property
     def behind(self) -> tuple[int, int]:
@@ -138,18 +153,25 @@ class _Stack:
         kind, _, rest = name.partition(".")
         number = int(rest.split(".")[0]) if kind.endswith("transformer_blocks") else 0
         first = {"transformer_blocks": self.skipped[0], "single_transformer_blocks": self.skipped[1], "proj_out": 0}
+        if not self.control:
+            first["context_embedder"] = 0
         return self.trained or number >= first.get(kind, 1)
 
     def reached(self, name: str) -> float:
         """The same of the layers that gradients pass through. In a frozen stack nothing trained changes a block's
-        modulation, nor the text before the first block that gradients pass through."""
-        untouched = _modulates(name) or name.startswith(f"transformer_blocks.{self.skipped[0]}.attn.add_")
+        modulation, nor the text before the first block that gradients pass through; the image, if the text is
+        trained."""
+        first = f"transformer_blocks.{self.skipped[0]}.attn."
+        before = (f"{first}add_",) if self.control else tuple(f"{first}to_{each}" for each in "qkv")
+        untouched = _modulates(name) or name.startswith(before)
         return self.count(name) if self.passed(name) and (self.trained or not untouched) else 0.0
 
     def first(self, name: str) -> float:
         """The same of the trained layers whose inputs need no gradient."""
-        reads_inputs = name.startswith(FIRST_LAYERS[self.model.shape.resampling]) or name.endswith("embedder.linear_1")
-        return self.count(name) if self.trained and reads_inputs else 0.0
+        if not self.trained or not self.control:
+            return 0.0
+        reads_inputs = name.startswith(FIRST_LAYERS[self.control.resampling]) or name.endswith("embedder.linear_1")
+        return self.count(name) if reads_inputs else 0.0
 
     def again(self, name: str) -> float:
         """The same of recomputed layers: a frozen block only up to the image's last one, whose result is not saved."""
@@ -165,7 +187,7 @@ class _Stack:
     def activations(self) -> tuple[float, float]:
         """Bytes that autograd keeps, without and with recomputation."""
         model, behind, unit = self.model, self.behind, self.byte * self.width
-        heads, settings, shape = flux_shapes.heads(model.folder.transformer), model.folder.transformer, model.shape
+        heads, settings, shape = flux_shapes.heads(model.folder.transformer), model.folder.transformer, self.control
         statistics = 4 * FLUX_STATISTICS * heads
         each = (k * unit + statistics for k in FLUX_KEPT[self.gradient])
         kept = sum(blocks * self.tokens * bytes for blocks, bytes in zip(behind, each, strict=True))
@@ -174,14 +196,14 @@ class _Stack:
         shared = 0.0
         outside = self.image * unit  # the last state, for the layer behind the blocks
         recomputed = sum(behind) * self.tokens * unit
-        if self.trained:  # inputs and the resampling block's states
+        if self.trained and shape:  # inputs and the resampling block's states
             states = self.latents + 3 * self.image if shape.resampling != "none" else 0
             shared += self.byte * (states + self.image) * shape.latent_width
             outside += self.byte * (self.image * settings["in_channels"] + self.text * settings["joint_attention_dim"])
             outside += self.image * unit if self.double and self.single else 0
         else:  # the loss's error, and the residuals, which blocks add
             outside += 4 * self.image * settings["in_channels"]
-            recomputed += (shape.double + shape.single) * self.image * unit
+            recomputed += (shape.double + shape.single if shape else 0) * self.image * unit
         return self.draws * (kept + outside) + shared, self.draws * (recomputed + outside) + shared
 
     def part(self, name: str, place: str) -> Part:

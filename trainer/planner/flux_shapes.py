@@ -1,4 +1,4 @@
-"""Names and shapes of the parameters of FLUX's parts and of the latent ControlNet; see `shapes`.
+"""Names and shapes of the parameters of FLUX's parts and of stage 2's bridges; see `shapes`.
 
 Settings that a `config.json` omits have diffusers' defaults.
 """
@@ -12,7 +12,10 @@ from ...recipes.fields import HeldWeights
 from ..errors import RunError
 from ..models.controlnet_config import ControlNetConfig
 from ..models.flux_config import ClipConfig, FluxConfig, Part, T5Config
+from ..models.text_bridge_config import MLP as CONNECTOR_MLP
+from ..models.text_bridge_config import BridgeConfig, TextBridgeConfig
 from .shapes import (
+    Weight,
     Weights,
     convolution,
     embedding,
@@ -56,6 +59,31 @@ def transformer(config: Mapping[str, Any], held: HeldWeights = "bf16") -> Weight
     yield from linear("norm_out.linear", 2 * width, width)
     channels = config.get("out_channels") or config["in_channels"]
     yield from linear("proj_out", config.get("patch_size", 1) ** 2 * channels, width)
+
+
+def bridge(shape: BridgeConfig) -> Weights:
+    """What stage 2 trains: the latent ControlNet, or another bridge."""
+    return text_bridge(shape) if isinstance(shape, TextBridgeConfig) else controlnet(shape)
+
+
+def text_bridge(shape: TextBridgeConfig) -> Weights:
+    """A bridge that gives FLUX additional text tokens."""
+    if shape.connector is None:
+        yield from linear("project", shape.text_width, shape.latent_width)
+        return
+    width = shape.width
+
+    def block() -> Weights:
+        for name in ("to_q", "to_k", "to_v", "to_out"):
+            yield from linear(name, width, width)
+        yield from linear("up", CONNECTOR_MLP * width, width)
+        yield from linear("down", width, CONNECTOR_MLP * width)
+
+    yield Weight("queries", (1, shape.tokens, width))
+    yield Weight("positions", (1, shape.patches, width))
+    yield from linear("latents", width, shape.latent_width)
+    yield from repeated("blocks", shape.connector.layers, block)
+    yield from linear("project", shape.text_width, width)
 
 
 def controlnet(shape: ControlNetConfig) -> Weights:

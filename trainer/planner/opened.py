@@ -8,9 +8,9 @@ from typing import Any
 from ...recipes.schema import Backbone, Branch, ControlNet, Flux
 from ...recipes.stage2 import Latents
 from ..models.backbone_config import branch_layers, grid_side, read_shape, require_targets
-from ..models.controlnet_config import ControlNetConfig
 from ..models.flux_config import FluxConfig
 from ..models.hub import architecture
+from ..models.text_bridge_config import BridgeConfig, bridge_config
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LatentControl:
     config: Any
     flux: Flux
     folder: FluxConfig
-    shape: ControlNetConfig
+    shape: BridgeConfig
     image_size: int
     latents: Latents
 
@@ -59,13 +59,6 @@ class LatentControl:
         """RunError names what cannot be used."""
         config = read_shape(architecture(backbone.path, backbone.revision))
         folder = FluxConfig.open(architecture(flux.path, flux.revision, "flux.path"), flux.weights, flux.text_tokens)
-        shape = ControlNetConfig.of(
-            folder.transformer,
-            config.vision_config.out_hidden_size,
-            grid_side(config, image_size),
-            folder.grid(flux.image_size),
-            controlnet.double,
-            controlnet.single,
-            controlnet.norm,
-        )
+        sizes = config.vision_config.out_hidden_size, grid_side(config, image_size), folder.grid(flux.image_size)
+        shape = bridge_config(controlnet, folder.transformer, *sizes)
         return cls(config, flux, folder, shape, image_size, controlnet.latents)

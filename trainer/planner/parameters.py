@@ -49,4 +49,4 @@ def _latent_control(model: LatentControl) -> tuple[Weights, Weights]:
         for part in PARTS:
             yield from within(f"flux.{part}", flux_shapes.flux_part(model.folder, part))
 
-    return within("controlnet", flux_shapes.controlnet(model.shape)), frozen()
+    return within("controlnet", flux_shapes.bridge(model.shape)), frozen()

@@ -19,13 +19,14 @@ from ...data import Dataset
 from ...data.spread import Broadcast
 from ...recipes.schema import Backbone, ControlNet, Data, Flux, Kernels
 from ..distributed.process_group import Gather, Ranks, single_process
+from ..errors import RunError
 from ..models import latent_controlnet, weights
 from ..models.backbone import FrozenBackbone, read_config
 from ..models.flux import PARTS, FluxFolder, Part
 from ..models.hub import architecture, locate
 from ..models.kernel_selection import KernelChoice, VisionWork, choose_kernels
-from ..models.latent_controlnet import ControlNetConfig
 from ..models.rng import IntArray
+from ..models.text_bridge_config import BridgeConfig, TextBridgeConfig, bridge_config
 from . import VALIDATION_SEED
 from .caption_exchange import CaptionExchange
 from .controlnet_collate import Cached, ControlNetCollate
@@ -56,7 +57,7 @@ class ControlNetStage:
     config: Any
     """The backbone's Qwen2_5_VLConfig."""
     folder: FluxFolder
-    shape: ControlNetConfig
+    shape: BridgeConfig
     for_counting: bool
     predictor: Predictor | None = None
     """Of the predicted latents, if the recipe uses them."""
@@ -66,6 +67,8 @@ class ControlNetStage:
     sums: int = 5
     """Squared error and elements at noise levels up to one half, the same above, tokens."""
     identity: tuple[str, ...] = (
+        "controlnet.bridge",
+        "controlnet.connector",
         "controlnet.double",
         "controlnet.single",
         "controlnet.norm",
@@ -101,15 +104,8 @@ class ControlNetStage:
             path = locate(flux.path, flux.revision, "flux.path", "*/*.safetensors")
         folder = FluxFolder.open(path, flux.weights, flux.text_tokens, for_counting)
         side = grid_side(config, data.image_size)
-        shape = ControlNetConfig.of(
-            folder.transformer,
-            config.vision_config.out_hidden_size,
-            side,
-            folder.grid(flux.image_size),
-            controlnet.double,
-            controlnet.single,
-            controlnet.norm,
-        )
+        sizes = config.vision_config.out_hidden_size, side, folder.grid(flux.image_size)
+        shape = bridge_config(controlnet, folder.transformer, *sizes)
         return cls(backbone, flux, controlnet, data, seed, precision, previews, config, folder, shape, for_counting)
 
     @property
@@ -200,6 +196,10 @@ class ControlNetStage:
         return self.predictor.frozen() if self.predictor else []
 
     def from_public_checkpoint(self, path: Path) -> tuple[weights.Source, dict[str, str]]:
+        if isinstance(self.shape, TextBridgeConfig):
+            raise RunError(
+                f"init_from={path}: only a run folder has the weights of controlnet.bridge={self.shape.kind}; give one"
+            )
         shape, files = latent_controlnet.read_config(path)
         side = grid_side(self.config, self.data.image_size)
         width = self.config.vision_config.out_hidden_size

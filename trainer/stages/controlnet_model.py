@@ -1,4 +1,4 @@
-"""The model of stage 2: frozen vision encoder and FLUX, and the ControlNet between them.
+"""The model of stage 2: frozen vision encoder and FLUX, and the ControlNet or another bridge between them.
 
 Legend: B samples of a micro-batch, K draws of noise per sample, N patch latents of width D, M packed FLUX tokens of C
 channels, S and P image sides in pixels for the vision encoder and for FLUX.
@@ -18,6 +18,7 @@ from ..models import weights
 from ..models.backbone import FrozenBackbone
 from ..models.flux import Tokens
 from ..models.latent_controlnet import LatentControlNet
+from ..models.text_bridge import TextBridge, build_bridge
 from . import Losses, StageModel
 from .placement import PlacedFlux, build_unsharded, offload, set_unregistered_module
 
@@ -39,7 +40,7 @@ class LatentControlNetModel(StageModel):
         if self.vision_placement == "sharded":
             self.backbone = self.build_vision_encoder()
         self.flux = PlacedFlux(stage.folder, stage.where)
-        self.controlnet = LatentControlNet(stage.shape)
+        self.controlnet = build_bridge(stage.shape)
 
     def statistics(self) -> dict[str, Tensor]:
         return {f"controlnet.{name}": buffer for name, buffer in self.controlnet.statistics().items()}
@@ -49,7 +50,8 @@ class LatentControlNetModel(StageModel):
         return bool(self.statistics())
 
     def load(self, files: weights.WeightFiles, seed: int) -> None:
-        """Load frozen parts from their files; initialise the ControlNet as FLUX's copy with zero output projections."""
+        """Load frozen parts from their files; initialise the ControlNet as FLUX's copy with zero output projections, or
+        draw another bridge."""
         self.build_rest()
         if self.vision_placement != "cached":
             self.backbone.load(files)
@@ -71,7 +73,8 @@ class LatentControlNetModel(StageModel):
             self.backbone.restore_rotary()
         if self.recomputed:
             self.flux.transformer.enable_gradient_checkpointing()
-            self.controlnet.enable_gradient_checkpointing()
+            if isinstance(self.controlnet, LatentControlNet):
+                self.controlnet.enable_gradient_checkpointing()
 
     def offload(self) -> None:
         """Keep the filled weights of offloaded parts in host memory."""
@@ -133,15 +136,18 @@ class LatentControlNetModel(StageModel):
             "img_ids": flow.image_ids(height, width, sigma.device),
             "txt_ids": torch.zeros(text.shape[1], 3, device=sigma.device),
         }
-        noisy = flow.noisy(clean, noise, sigma)
-        residuals = self.controlnet(noisy, condition, **rest)
+        noisy, residuals = flow.noisy(clean, noise, sigma), None
+        if isinstance(self.controlnet, TextBridge):
+            rest = self.controlnet.join(rest, condition)
+        else:
+            residuals = self.controlnet(noisy, condition, **rest)
         predicted = flow.velocity(self.flux.transformer, noisy, residuals, **rest)
         error = predicted - flow.target(clean, noise)
         squares = error.square().sum(dim=(1, 2))
         # High-noise loss is dominated by FLUX; low-noise loss is what the ControlNet can improve.
         noisier = (sigma > 0.5).float()
         elements = noise[0].numel()
-        tokens = len(sigma) * (noise.shape[1] + text.shape[1]) + samples * patches
+        tokens = len(sigma) * (noise.shape[1] + rest["text"].shape[1]) + samples * patches
         halves = [((squares.detach() * half).sum(), half.sum() * elements) for half in (1 - noisier, noisier)]
         sums = torch.stack([*halves[0], *halves[1], squares.new_full((), tokens)])
         return Losses(squares.sum() / normalizer, sums, squares.detach().view(samples, -1).sum(1) / normalizer)

@@ -81,7 +81,8 @@ def kept(recipe_name: str, overrides: list[str]) -> tuple[int, bool]:
     if hasattr(model, "controlnet"):
         if model.recomputed:
             model.flux.transformer.enable_gradient_checkpointing()
-            model.controlnet.enable_gradient_checkpointing()
+            if hasattr(model.controlnet, "enable_gradient_checkpointing"):
+                model.controlnet.enable_gradient_checkpointing()
     else:
         model.branch.restore_rotary()
     for parameter in model.parameters():
@@ -124,6 +125,8 @@ def kept(recipe_name: str, overrides: list[str]) -> tuple[int, bool]:
         ("tiny-mllm", [*STAGE_1, "branch.layers=3"]),
         ("tiny-controlnet", [*STAGE_2, SHARDED]),
         ("tiny-controlnet", [*STAGE_2, SHARDED, "flux.draws=2"]),
+        ("tiny-controlnet", [*STAGE_2, SHARDED, "controlnet.bridge=queries"]),
+        ("tiny-controlnet", [*STAGE_2, SHARDED, "controlnet.bridge=cross_attention", "flux.draws=2"]),
     ],
     ids=[
         "tiny-mllm",
@@ -135,6 +138,8 @@ def kept(recipe_name: str, overrides: list[str]) -> tuple[int, bool]:
         "fewer-layers",
         "tiny-controlnet",
         "tiny-controlnet-draws",
+        "queries",
+        "cross-attention-draws",
     ],
 )
 def test_activations_are_what_deepspeeds_ranks_keep(name: str, settings: list[str], recomputed: bool) -> None:

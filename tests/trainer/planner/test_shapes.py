@@ -59,7 +59,7 @@ def check(recipe: Recipe) -> None:
     else:
         for part in PARTS:
             equal(flux_shapes.flux_part(stage.folder, part), getattr(model.flux, part))
-        equal(flux_shapes.controlnet(stage.shape), model.controlnet)
+        equal(flux_shapes.bridge(stage.shape), model.controlnet)
         flux = model.flux
         modules = [model.backbone.vision, flux.vae, flux.text_encoder_2, flux.text_encoder, flux.transformer]
         modules.append(model.controlnet)
@@ -98,6 +98,13 @@ def test_weights_in_8_bits_are_counted_as_such(setting: str) -> None:
 def test_vae_targets_have_the_described_shapes() -> None:
     check(load_recipe("tiny-mllm", ["branch.targets=vae", "flux.path=builtin:tiny-flux", "flux.image_size=64"]))
     check(load_recipe("mllm-7b", ["branch.targets=vae", "flux.path=black-forest-labs/FLUX.1-dev"]))
+
+
+@pytest.mark.parametrize("name", ["tiny-controlnet", "flux-controlnet"])
+def test_bridges_have_the_described_shapes(name: str) -> None:
+    check(load_recipe(name, ["controlnet.bridge=queries", "controlnet.connector={queries: 5, layers: 2}"]))
+    check(load_recipe(name, ["controlnet.bridge=queries", "controlnet.connector.width=96"]))
+    check(load_recipe(name, ["controlnet.bridge=cross_attention"]))
 
 
 def test_a_flow_head_has_the_described_shapes() -> None:

@@ -38,33 +38,44 @@ def train(shards: Path, flux: Path, runs_dir: Path, ranks: int, *settings: str) 
     return runs_dir / "tiny-controlnet"
 
 
+QUERIES = ("controlnet.bridge=queries", "controlnet.connector={queries: 5, layers: 2}")
+CROSS_ATTENTION = ("controlnet.bridge=cross_attention",)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         ("controlnet.norm=batch", "activation_checkpointing=false", "flux.draws=2"),
         ("controlnet.norm=group", "activation_checkpointing=true", "controlnet.double=2", "flux.text_tokens=7"),
+        (*QUERIES, "activation_checkpointing=false", "flux.draws=2"),
+        (*CROSS_ATTENTION, "activation_checkpointing=true"),
     ],
-    ids=["batch-draws", "group-recomputed"],
+    ids=["batch-draws", "group-recomputed", "queries-draws", "cross-attention-recomputed"],
 )
 def test_ranks_equal_plain_pytorch(shards: Path, flux: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
     settings = ("steps=5", *settings)
     wanted = plain.losses(load_recipe("tiny-controlnet", arguments(shards, flux, tmp_path, 1, *settings)[2:]))
     digests = set()
-    for ranks in (1, 2, 4):
+    for ranks in (1, 2) if settings[0].startswith("controlnet.bridge") else (1, 2, 4):
         run = train(shards, flux, tmp_path / str(ranks), ranks, *settings)
         np.testing.assert_allclose(runs.losses(run), wanted, rtol=1e-5)
         digests.add(tuple(line["data_digest"] for line in runs.steps(run)))
     assert len(digests) == 1, "another sequence of samples on another number of ranks"
 
 
-@pytest.mark.parametrize(("precision", "draws"), [("fp32", 1), ("bf16", 2)])
-def test_same_ranks_to_the_bit(shards: Path, flux: Path, tmp_path: Path, precision: str, draws: int) -> None:
-    settings = (f"precision={precision}", f"flux.draws={draws}", "steps=6", "checkpoint.every=3", "ema.decay=0.9")
+@pytest.mark.parametrize(
+    ("precision", "more"),
+    [("fp32", ()), ("bf16", ("flux.draws=2",)), ("bf16", QUERIES), ("bf16", CROSS_ATTENTION)],
+    ids=["fp32", "bf16-draws", "queries", "cross-attention"],
+)
+def test_same_ranks_to_the_bit(shards: Path, flux: Path, tmp_path: Path, precision: str, more: tuple[str, ...]) -> None:
+    settings = (f"precision={precision}", *more, "steps=6", "checkpoint.every=3", "ema.decay=0.9")
     run = train(shards, flux, tmp_path, 2, *settings)
     undisturbed = runs.losses(run)
     last = run / "checkpoints/step-00000006"
     before = {file.name: file.read_bytes() for file in last.glob("*.safetensors")}
-    assert "buffers.safetensors" in before, "BatchNorm's statistics are state"
+    batch_norm = more not in (QUERIES, CROSS_ATTENTION)
+    assert ("buffers.safetensors" in before) == batch_norm, "BatchNorm's statistics are state"
     shutil.rmtree(last)
     train(shards, flux, tmp_path, 2, *settings)
     assert runs.losses(run) == undisturbed
