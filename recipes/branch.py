@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
-from .fields import HeldWeights, Place
+from .fields import HeldWeights, OptionalPlace, Place
 from .section import Section
 
 
@@ -78,10 +78,13 @@ class FlowHeadSettings(Section):
 
 
 class Branch(Section):
-    targets: Literal["native", "vae", "pca", "random"] = "native"
-    """What the branch predicts of a patch: `native`, the MLLM's own latent; for comparison, `vae`, the latents of the
-    VAE of `flux.path`, or linear functions of its pixels, their leading principal components (`pca`) or `random`
-    directions. No ControlNet takes those."""
+    targets: Literal["native", "encoder", "vae", "pca", "random"] = "native"
+    """What the branch predicts of a patch: `native`, the MLLM's own latent; for comparison, `encoder`, that of another
+    vision encoder, `vae`, the latents of the VAE of `flux.path`, or linear functions of its pixels, their leading
+    principal components (`pca`) or `random` directions. No ControlNet takes those."""
+    encoder: OptionalPlace = None
+    """For `targets: encoder`: folder or hub id of a Qwen2.5-VL, of which only the vision encoder is read, with as many
+    patches per image as the MLLM's."""
     head: Literal["linear", "flow"] = "linear"
     """`linear`, as released, regresses a patch's latent, the mean of all that the caption allows; `flow` learns the
     distribution by flow matching, and decoding samples from it. See docs/stage1.md."""
@@ -115,6 +118,12 @@ class Branch(Section):
 
     @model_validator(mode="after")
     def _used(self) -> Branch:
+        if self.targets == "encoder" and self.encoder is None:
+            raise ValueError(
+                "branch.targets=encoder needs branch.encoder, the model whose vision encoder makes the targets"
+            )
+        if self.targets != "encoder" and self.encoder is not None:
+            raise ValueError("branch.encoder has no effect; set branch.targets=encoder, or leave it out")
         if self.head == "linear" and self.flow_head != FlowHeadSettings():
             raise ValueError("flow_head is for branch.head=flow; set that, or leave it out")
         if self.weights == "full" and self.lora != Lora():

@@ -24,6 +24,7 @@ STAGE_1 = {
     "cached": ["backbone.vision_encoder=cached"],
     "draws": ["branch.draws=3"],
     "vae": ["branch.targets=vae", "flux.path=builtin:tiny-flux", "flux.image_size=64"],
+    "encoder": ["branch.targets=encoder", "branch.encoder=builtin:tiny"],
     "masked": ["branch.loss_tokens=masked"],
     "flow": ["branch.head=flow"],
     "fewer layers": ["branch.layers=2"],

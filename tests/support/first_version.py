@@ -38,6 +38,7 @@ LATER = (
     "branch.head",
     "branch.flow_head",
     "branch.targets",
+    "branch.encoder",
     "branch.init",
     "branch.layers",
     "branch.weights",

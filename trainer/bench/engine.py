@@ -37,6 +37,7 @@ from ..planner.timing import done_flops, useful_flops
 from ..stages import StageModel, open_stage
 from ..stages.controlnet import ControlNetStage
 from ..stages.patch_latents import PatchLatentStage
+from ..stages.target_encoders import TargetVae
 from ..training.transfer import on_device
 from . import synthetic
 from .controlnet_shapes import scaled_stage
@@ -126,7 +127,9 @@ def counted(stage: Stage) -> PatchLatents | LatentControl:
     """The stage's model as a plan counts it."""
     if isinstance(stage, PatchLatentStage):
         own = stage.config, stage.backbone, stage.branch, stage.image_size, stage.seed
-        return PatchLatents(*own, stage.flux, stage.vae)
+        if isinstance(stage.encoder, TargetVae):
+            return PatchLatents(*own, stage.encoder.flux, stage.encoder.folder)
+        return PatchLatents(*own, encoder=stage.encoder.config if stage.encoder else None)
     latents = stage.controlnet.latents
     return LatentControl(stage.config, stage.flux, stage.folder, stage.shape, stage.data.image_size, latents)
 

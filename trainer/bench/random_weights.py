@@ -18,6 +18,7 @@ from ..models.flux_config import Part
 from ..models.weights import WeightFiles
 from ..stages.controlnet import ControlNetStage
 from ..stages.patch_latents import PatchLatentStage
+from ..stages.target_encoders import TargetVae
 
 DEVIATION = 0.02
 """Standard deviation of the weights; those of norms are around 1."""
@@ -84,7 +85,12 @@ def randomised(stage: PatchLatentStage | ControlNetStage) -> PatchLatentStage | 
     """A copy of a stage opened for counting, to be built and loaded as in a run, with random frozen weights."""
     if isinstance(stage, PatchLatentStage):
         files = _backbone(stage.config, stage.backbone.path, text=True)
-        return replace(stage, files=files, vae=_flux(stage.vae) if stage.vae else None, for_counting=False)
+        encoder = stage.encoder
+        if isinstance(encoder, TargetVae):
+            encoder = replace(encoder, folder=_flux(encoder.folder))
+        elif encoder:
+            encoder = replace(encoder, files=_backbone(encoder.config, encoder.path, text=False))
+        return replace(stage, files=files, encoder=encoder, for_counting=False)
     own = {each.name: getattr(stage, each.name) for each in fields(stage)}
     return RandomControlNet(**{**own, "folder": _flux(stage.folder), "for_counting": False})
 

@@ -112,6 +112,16 @@ def branch_layers(config: Any, layers: int | None) -> tuple[int, ...]:
     return tuple((place + 1) * count // own - 1 for place in range(own))
 
 
+def require_same_grid(config: Any, image_size: int, side: int) -> None:
+    """RunError unless the vision encoder of `branch.encoder` gives `side` x `side` latents of an image of `image_size`
+    pixels."""
+    if (found := grid_side(config, image_size)) != side:
+        raise RunError(
+            f"branch.encoder: gives {found} x {found} latents of a {image_size} px image, the MLLM has {side} x {side}"
+            " patches; give an encoder with the same patch and merge size"
+        )
+
+
 def require_targets(config: Any, targets: str, image_size: int) -> None:
     """RunError if a patch of an image of `image_size` pixels has too few of them for these `branch.targets`."""
     values, width = 3 * image_size**2 // grid_side(config, image_size) ** 2, config.text_config.hidden_size

@@ -77,19 +77,23 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
 
 
 def _targets(model: PatchLatents, byte: int) -> Part:
-    """What makes the targets: the vision encoder, or linear functions of pixels or of a VAE's latents, whose basis is a
-    buffer. byte: of an activation's element."""
+    """What makes the targets: the vision encoder, or linear functions of pixels or of another encoder's latents, whose
+    basis is a buffer. byte: of an activation's element."""
     place = model.backbone.vision_encoder or model.backbone.placement
     if model.branch.targets == "native":
         return vision_encoder_part(model.config.vision_config, model.image_size, place, byte)
-    if model.branch.targets == "vae":
-        assert model.flux is not None and model.vae is not None
+    projected = 2.0 * model.config.text_config.hidden_size  # FLOPs per value
+    if model.vae:
+        assert model.flux is not None
         side = 2 * model.vae.grid(model.flux.image_size)
-        encoder = vae_encoder_part(model.vae, side, place)
-        products = model.vae.vae["latent_channels"] * side**2 * model.config.text_config.hidden_size
-        return replace(encoder, linear=encoder.linear + 2.0 * products)
-    products = 3 * model.image_size**2 * model.config.text_config.hidden_size
-    return Part("pixel targets", "none", (), 2.0 * products, 0.0, "replicated")
+        encoder, values = vae_encoder_part(model.vae, side, place), model.vae.vae["latent_channels"] * side**2
+        return replace(encoder, linear=encoder.linear + projected * values)
+    if model.encoder:
+        vision = model.encoder.vision_config
+        encoder = vision_encoder_part(vision, model.image_size, place, byte)
+        values = grid_side(model.encoder, model.image_size) ** 2 * vision.out_hidden_size
+        return replace(encoder, linear=encoder.linear + projected * values)
+    return Part("pixel targets", "none", (), projected * 3 * model.image_size**2, 0.0, "replicated")
 
 
 def _branch(model: PatchLatents, byte: int, text: float) -> list[Part]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...recipes.schema import Backbone, Branch, ControlNet, Flux
 from ...recipes.stage2 import Latents
-from ..models.backbone_config import branch_layers, grid_side, read_shape, require_targets
+from ..models.backbone_config import branch_layers, grid_side, read_shape, require_same_grid, require_targets
 from ..models.flux_config import FluxConfig
 from ..models.hub import architecture
 from ..models.text_bridge_config import BridgeConfig, bridge_config
@@ -25,6 +25,8 @@ class PatchLatents:
     flux: Flux | None = None
     vae: FluxConfig | None = None
     """The FLUX whose VAE makes the targets, with `branch.targets: vae`."""
+    encoder: Any = None
+    """The config of the model whose vision encoder makes the targets, with `branch.targets: encoder`."""
 
     @classmethod
     def open(
@@ -35,6 +37,11 @@ class PatchLatents:
         side = grid_side(config, image_size)
         branch_layers(config, branch.layers)
         require_targets(config, branch.targets, image_size)
+        if branch.targets == "encoder":
+            assert branch.encoder is not None, "required by the recipe schema"
+            encoder = read_shape(architecture(branch.encoder, setting="branch.encoder"))
+            require_same_grid(encoder, image_size, side)
+            return cls(config, backbone, branch, image_size, seed, encoder=encoder)
         if branch.targets != "vae":
             return cls(config, backbone, branch, image_size, seed)
         assert flux is not None, "required by the recipe schema"

@@ -37,6 +37,8 @@ def _patch_latents(model: PatchLatents) -> tuple[Weights, Weights]:
         yield from within("backbone.text", shapes.text_model(text, model.backbone.weights))
         if model.branch.targets == "native":
             yield from within("backbone.vision", shapes.vision_encoder(model.config.vision_config))
+        if model.encoder:
+            yield from within("targets.encoder.vision", shapes.vision_encoder(model.encoder.vision_config))
         if model.vae:
             yield from within("targets.encoder.vae", flux_shapes.flux_part(model.vae, "vae"))
 

@@ -22,12 +22,11 @@ from ..models.backbone import FrozenBackbone, Prefix
 from ..models.backbone_config import branch_layers, grid_side
 from ..models.branch import GenerationBranch
 from ..models.elementwise import use_liger
+from ..models.encoded_targets import EncodedTargets
 from ..models.flow_head import FlowHead
-from ..models.flux import FluxFolder
 from ..models.kernel_selection import KernelChoice
 from ..models.low_rank import share
 from ..models.pixel_targets import LinearTargets, PixelTargets
-from ..models.vae_targets import VaeTargets
 from . import Losses, StageModel
 from .branch_weights import copies, initial
 from .unsharded import build_unsharded, set_unregistered_module
@@ -92,13 +91,11 @@ class PatchLatentModel(StageModel):
         if self.liger:
             use_liger(self)
 
-    def use_vae(self, folder: FluxFolder, image_size: int) -> None:
-        """Let the branch predict the latents of this FLUX's VAE, of images scaled to `image_size` pixels; before
-        `load`."""
-        width = self.branch.config.hidden_size
-        self.targets = VaeTargets(folder, image_size, self.branch.side**2, width)
+    def use_targets(self, targets: EncodedTargets) -> None:
+        """Let the branch predict these, whose encoder is placed as the backbone; before `load`."""
+        self.targets = targets
         if self.place == "sharded":
-            self.targets.encoder = self.targets.build()
+            targets.encoder = targets.build()
 
     def statistics(self) -> dict[str, Tensor]:
         parts = {"head": self.head, **({"targets": self.targets} if self.targets is not None else {})}
@@ -108,8 +105,8 @@ class PatchLatentModel(StageModel):
         """Fill the backbone from `files`, copy to the branch what starts as a copy, initialise the rest."""
         self.build_rest()
         self.backbone.load(files)
-        if isinstance(self.targets, VaeTargets):
-            self.targets.encoder.load()
+        if isinstance(self.targets, EncodedTargets):
+            self.targets.load()
         trainable = self.trainable()
         names = copies(trainable, self.settings, self.attended, self.backbone.names(files))
         weights.fill({theirs: trainable[name] for name, theirs in names.items()}, files, files.path)
@@ -123,7 +120,7 @@ class PatchLatentModel(StageModel):
         if self.place != "sharded":
             like = next(self.head.parameters())
             set_unregistered_module(self, "backbone", build_unsharded(self.build_backbone, self.place, like))
-            if isinstance(self.targets, VaeTargets):
+            if isinstance(self.targets, EncodedTargets):
                 built = build_unsharded(self.targets.build, self.place, like)
                 set_unregistered_module(self.targets, "encoder", built)
             if self.liger:
@@ -140,6 +137,8 @@ class PatchLatentModel(StageModel):
         """Rebuild rotary tables in fp32, whatever dtype the model was built in."""
         self.backbone.restore_rotary()
         self.branch.restore_rotary()
+        if isinstance(self.targets, EncodedTargets):
+            self.targets.restore()
 
     @torch.no_grad()
     def patch_latents(self, images: Tensor) -> Tensor:

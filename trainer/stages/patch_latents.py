@@ -20,7 +20,6 @@ from ..errors import RunError
 from ..models import weights
 from ..models.backbone import FrozenBackbone, read_config
 from ..models.backbone_config import branch_layers, grid_side, require_targets
-from ..models.flux import FluxFolder
 from ..models.hub import architecture, locate
 from ..models.kernel_selection import KernelChoice, KernelWork, VisionWork, choose_kernels
 from ..models.masking import hidden_counts
@@ -31,6 +30,7 @@ from .branch_weights import text_layer
 from .latent_cache import Cache, FrozenOutputs, FrozenWeights, Kind, open_caches
 from .patch_latent_collate import PatchLatentCollate
 from .patch_latent_model import PatchLatentModel
+from .target_encoders import TargetEncoder, TargetVae, open_target_encoder
 from .vision_outputs import VisionOutputs
 
 VALIDATION_RATES = 4
@@ -58,9 +58,8 @@ class PatchLatentStage:
     """Whether all parts are in the model, to be counted."""
     caches: dict[Kind, Cache] | None = None
     """The cache of the patch latents if the recipe has one, once opened."""
-    flux: Flux | None = None
-    vae: FluxFolder | None = None
-    """The FLUX whose VAE makes the targets, with `branch.targets: vae`."""
+    encoder: TargetVae | TargetEncoder | None = None
+    """What encodes targets other than native ones, if it is an encoder."""
     sums: int = 3
     """Squared error of the masked patches, their number, tokens of text and image."""
     identity: tuple[str, ...] = ("branch", "backbone.weights")
@@ -83,8 +82,8 @@ class PatchLatentStage:
         tokens = grid_side(config, image_size) ** 2
         branch_layers(config, branch.layers)  # refuses more than there are
         require_targets(config, branch.targets, image_size)
-        vae = _open_vae(flux, grid_side(config, image_size), for_counting) if branch.targets == "vae" else None
-        more: dict[str, Any] = {"precision": precision, "flux": flux if vae else None, "vae": vae}
+        encoder = open_target_encoder(branch, flux, image_size, grid_side(config, image_size), for_counting)
+        more: dict[str, Any] = {"precision": precision, "encoder": encoder}
         if for_counting:
             opened = image_size, seed, config, tokens, None, None
             return cls(backbone, branch, *opened, **more, for_counting=True)
@@ -93,8 +92,8 @@ class PatchLatentStage:
         files = weights.WeightFiles(folder)
         opened = image_size, seed, config, tokens, files, tokenizer
         stage = cls(backbone, branch, *opened, data=data, **more)
-        if vae:
-            stage.identity = (*stage.identity, "flux.image_size")
+        if encoder:
+            stage.identity = (*stage.identity, *encoder.identity)
         return stage
 
     @property
@@ -104,8 +103,8 @@ class PatchLatentStage:
 
     @property
     def source(self) -> str:
-        vae = f" and flux.path={self.flux.path}" if self.flux else ""
-        return f"backbone.path={self.backbone.path}{vae}"
+        other = f" and {self.encoder.source}" if self.encoder else ""
+        return f"backbone.path={self.backbone.path}{other}"
 
     @property
     def image_sizes(self) -> tuple[int, ...]:
@@ -121,7 +120,8 @@ class PatchLatentStage:
     def kernel_work(self, micro_batch: int, precision: str) -> tuple[KernelWork, VisionWork | None]:
         """The shapes for which kernels are chosen: of the branch and of the vision encoder."""
         shapes = micro_batch, self.tokens_per_image, self.branch.max_text_tokens
-        vision = None if not self.encodes else VisionWork.of(self.config, micro_batch, self.image_size, precision)
+        encoder = self.config if self.encodes else getattr(self.encoder, "config", None)
+        vision = None if encoder is None else VisionWork.of(encoder, micro_batch, self.image_size, precision)
         return KernelWork.of(self.config, *shapes, precision, self.branch.draws), vision
 
     def outputs(self) -> list[FrozenOutputs]:
@@ -148,9 +148,9 @@ class PatchLatentStage:
         if vision is None:
             vision = self.encodes or (self.for_counting and self.branch.targets == "native")
         model = PatchLatentModel(self.config, *settings, self.kernels, place, vision, self.backbone.weights)
-        if self.vae:
-            assert self.flux is not None
-            model.use_vae(self.vae, self.flux.image_size)
+        if self.encoder:
+            width = self.config.text_config.hidden_size
+            model.use_targets(self.encoder.targets(self.tokens_per_image, width, self.kernels))
         return model
 
     def load(self, model: PatchLatentModel) -> None:
@@ -162,11 +162,7 @@ class PatchLatentStage:
         with torch.device("meta"):
             backbone = FrozenBackbone(self.config)
         found = [(self.files, list(backbone.names(self.files).values()))]
-        if self.vae:
-            files = self.vae.files("vae")
-            with torch.device("meta"):
-                found.append((files, list(self.vae.names("vae", self.vae.build("vae"), files).values())))
-        return found
+        return [*found, self.encoder.frozen()] if self.encoder else found
 
     def predicting(self) -> list[tuple[FrozenWeights, list[str]]]:
         return []
@@ -221,17 +217,3 @@ class PatchLatentStage:
     def tokens(self, sums: list[float]) -> float:
         """Text tokens and patches."""
         return sums[2]
-
-
-def _open_vae(flux: Flux | None, side: int, for_counting: bool) -> FluxFolder:
-    """The FLUX whose VAE makes the targets of `side` x `side` patches, of which no other weights are needed."""
-    assert flux is not None, "required by the recipe schema"
-    if for_counting:
-        path = architecture(flux.path, flux.revision, "flux.path")
-    else:
-        path = locate(flux.path, flux.revision, "flux.path", "vae/*.safetensors")
-    folder = FluxFolder.open(path, for_counting=True)
-    folder.values_of_patch(flux.image_size, side)  # refuses sizes that do not fit
-    if not for_counting:
-        weights.weight_files(path / "vae")
-    return folder

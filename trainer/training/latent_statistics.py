@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ...data import Dataset
 from ..distributed.process_group import Ranks
+from ..models.encoded_targets import EncodedTargets
 from ..models.flow_head import FlowHead
 from ..models.pixel_targets import LinearTargets
-from ..models.vae_targets import VaeTargets
 from ..stages import Stage
 from ..stages.patch_latent_collate import PatchLatentCollate
 from ..stages.patch_latent_model import PatchLatentModel
@@ -45,7 +45,7 @@ def measure_statistics(model: object, stage: Stage, dataset: Dataset, ranks: Ran
 
 def _fit(targets: LinearTargets, stage: PatchLatentStage, dataset: Dataset, ranks: Ranks) -> None:
     """Rank 0 fits the targets on the images, and sends them to the others."""
-    count, encoded = min(IMAGES, len(dataset)), isinstance(targets, VaeTargets)
+    count, encoded = min(IMAGES, len(dataset)), isinstance(targets, EncodedTargets)
     # The others take part in gathering the weights of an encoder.
     numbers = range(count) if ranks.first or encoded else ()
     images = [arrays["images"] for arrays in ranks.agreed(lambda: _read(stage, dataset, count, numbers))]

@@ -100,6 +100,10 @@ def test_vae_targets_have_the_described_shapes() -> None:
     check(load_recipe("mllm-7b", ["branch.targets=vae", "flux.path=black-forest-labs/FLUX.1-dev"]))
 
 
+def test_targets_of_another_encoder_have_the_described_shapes() -> None:
+    check(load_recipe("mllm-3b", ["branch.targets=encoder", "branch.encoder=Qwen/Qwen2.5-VL-7B-Instruct"]))
+
+
 @pytest.mark.parametrize("name", ["tiny-controlnet", "flux-controlnet"])
 def test_bridges_have_the_described_shapes(name: str) -> None:
     check(load_recipe(name, ["controlnet.bridge=queries", "controlnet.connector={queries: 5, layers: 2}"]))

@@ -20,6 +20,7 @@ from bifrost.trainer.inference.latent_decoder import load_decoder
 
 pytestmark = pytest.mark.multi
 SIZE_480 = "flux.image_size=480"
+ENCODER = ("branch.targets=encoder", "branch.encoder=builtin:tiny")
 VAE = ("branch.targets=vae", "flux.path=builtin:tiny-flux", "flux.image_size=32")
 
 
@@ -37,21 +38,22 @@ def train(shards: Path, runs_dir: Path, ranks: int, *overrides: str) -> Path:
         ("branch.targets=random", "branch.head=flow"),
         (*VAE, "backbone.placement=replicated"),
         (*VAE, "backbone.placement=sharded", "zero.persistence_threshold=0"),
+        (*ENCODER, "backbone.placement=sharded", "zero.persistence_threshold=0"),
     ],
-    ids=["pca", "random-flow", "vae", "vae-sharded"],
+    ids=["pca", "random-flow", "vae", "vae-sharded", "encoder-sharded"],
 )
 def test_ranks_equal_plain_pytorch(shards: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
     settings = (*runs.TINY, "steps=4", "optimizer.lr=1e-2", *settings)
     wanted = plain.losses(load_recipe("tiny-mllm", runs.arguments(shards, tmp_path, *settings)[2:]))
     native = plain.losses(load_recipe("tiny-mllm", runs.arguments(shards, tmp_path, *runs.TINY, "steps=1")[2:]))
     assert len(set(wanted)) == 4 and wanted[0] != native[0]
-    for ranks in (1, 2) if VAE[0] in settings else (1, 2, 4):
+    for ranks in (1, 2) if {VAE[0], ENCODER[0]} & {*settings} else (1, 2, 4):
         run = train(shards, tmp_path / str(ranks), ranks, *settings)
         np.testing.assert_allclose(runs.losses(run), wanted, rtol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("targets", [("branch.targets=pca",), VAE], ids=["pca", "vae"])
+@pytest.mark.parametrize("targets", [("branch.targets=pca",), VAE, ENCODER], ids=["pca", "vae", "encoder"])
 def test_a_resumed_run_is_equal_to_the_bit(shards: Path, tmp_path: Path, targets: tuple[str, ...]) -> None:
     settings = (*runs.TINY, *targets, "precision=bf16", "steps=6", "checkpoint.every=3", "ema.decay=0.9")
     run = train(shards, tmp_path, 2, *settings)
@@ -63,7 +65,7 @@ def test_a_resumed_run_is_equal_to_the_bit(shards: Path, tmp_path: Path, targets
     assert {file.name: file.read_bytes() for file in last.glob("*.safetensors")} == files
 
 
-@pytest.mark.parametrize("targets", [("branch.targets=pca",), VAE], ids=["pca", "vae"])
+@pytest.mark.parametrize("targets", [("branch.targets=pca",), VAE, ENCODER], ids=["pca", "vae", "encoder"])
 def test_a_run_is_scored_by_its_own_targets_and_only_there(
     shards: Path, tmp_path: Path, targets: tuple[str, ...]
 ) -> None:
@@ -76,9 +78,11 @@ def test_a_run_is_scored_by_its_own_targets_and_only_there(
     assert decoded.shape == decoder.encode(images[:1]).shape and decoded.isfinite().all()
 
     words = ["generate", "--mllm", str(run), "--controlnet", str(tmp_path), "--out", str(tmp_path / "images"), "a car"]
-    with pytest.raises(RunError, match=r"branch\.targets is (pca|vae), and a ControlNet takes the MLLM's own latents"):
+    with pytest.raises(
+        RunError, match=r"branch\.targets is (pca|vae|encoder), and a ControlNet takes the MLLM's own latents"
+    ):
         CliRunner().invoke(app, words, catch_exceptions=False)
-    with pytest.raises(RunError, match=r"branch\.targets is (pca|vae).*--format hf"):
+    with pytest.raises(RunError, match=r"branch\.targets is (pca|vae|encoder).*--format hf"):
         export(run, tmp_path / "public", "public")
     export(run, tmp_path / "hf", "hf", dtype=torch.float32)
     train(shards, tmp_path, 1, *runs.TINY, "steps=1", *targets, f"init_from={tmp_path / 'hf'}", "name=again")
@@ -105,5 +109,11 @@ def test_what_makes_no_targets_is_refused() -> None:
         parts(load_recipe("mllm-7b", ["branch.targets=pca"]))
     with pytest.raises(RecipeError, match=r"branch\.targets=vae needs flux\.path"):
         load_recipe("mllm-7b", ["branch.targets=vae"])
+    for settings, message in (
+        (["branch.targets=encoder"], r"branch\.targets=encoder needs branch\.encoder"),
+        (["branch.encoder=builtin:tiny"], r"branch\.encoder has no effect"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe("mllm-7b", settings)
     with pytest.raises(RunError, match="60 x 60 VAE latents do not divide into 16 x 16 patches"):
         parts(load_recipe("mllm-7b", ["branch.targets=vae", "flux.path=black-forest-labs/FLUX.1-dev", SIZE_480]))

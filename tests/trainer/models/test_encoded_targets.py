@@ -1,4 +1,4 @@
-"""VAE targets against diffusers' own VAE and patches that are cut out one by one."""
+"""VAE targets against diffusers' own VAE and patches that are cut out one by one; targets of another vision encoder."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,11 @@ from PIL import Image
 
 import tiny_flux
 from bifrost.trainer.errors import RunError
+from bifrost.trainer.models.backbone import FrozenBackbone, read_config
+from bifrost.trainer.models.encoded_targets import EncoderTargets, VaeTargets
 from bifrost.trainer.models.flux import FluxFolder
-from bifrost.trainer.models.vae_targets import VaeTargets
+from bifrost.trainer.models.hub import locate
+from bifrost.trainer.models.weights import WeightFiles
 
 SIDE, SIZE = 2, 32
 IMAGES = torch.randint(0, 256, (6, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -22,7 +25,7 @@ def folder(tmp_path_factory) -> FluxFolder:
 def fitted(folder: FluxFolder, width: int, size: int = SIZE) -> VaeTargets:
     targets = VaeTargets(folder, size, SIDE**2, width)
     targets.encoder = targets.build()
-    targets.encoder.load()
+    targets.load()
     mean, basis = targets.fit([targets.values(IMAGES, torch.float64)], 0)
     targets.mean.copy_(mean)
     targets.basis.copy_(basis)
@@ -70,3 +73,21 @@ def test_sizes_whose_latents_do_not_divide_into_patches_are_refused(folder: Flux
         RunError, match=r"flux\.image_size=64: 16 x 16 VAE latents .* 3 x 3 patches; .* multiple of 24,"
     ):
         VaeTargets(folder, 64, 9, 7)
+
+
+def test_targets_of_a_vision_encoder_are_rotations_of_its_latents() -> None:
+    folder = locate("builtin:tiny")
+    config, files = read_config(folder), WeightFiles(folder)
+    images = torch.randint(0, 256, (3, 3, 112, 112), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    own = FrozenBackbone(config, text=False)
+    own.load(files)
+    latents = own.patch_latents(images).double()
+    targets = EncoderTargets(config, files, 16, config.text_config.hidden_size)
+    targets.encoder = targets.build()
+    targets.load()
+    mean, basis = targets.fit([targets.values(images[:2]), targets.values(images[2:])], 0)
+    torch.testing.assert_close(mean, latents.flatten(0, 1).mean(0), rtol=1e-4, atol=1e-5)
+    targets.mean.copy_(mean)
+    targets.basis.copy_(basis)
+    found, scale = targets(images).double(), float(latents.flatten(0, 1).var(0, correction=0).mean()) ** -0.5
+    torch.testing.assert_close(torch.cdist(found, found), scale * torch.cdist(latents, latents), rtol=1e-3, atol=1e-3)
