@@ -99,7 +99,11 @@ class PatchLatentModel(StageModel):
 
     def statistics(self) -> dict[str, Tensor]:
         parts = {"head": self.head, **({"targets": self.targets} if self.targets is not None else {})}
-        return {f"{part}.{name}": buffer for part, module in parts.items() for name, buffer in module.named_buffers()}
+        return {
+            f"{part}.{name}": buffer
+            for part, module in parts.items()
+            for name, buffer in module.named_buffers(recurse=False)  # not those of a frozen encoder
+        }
 
     def load(self, files: weights.WeightFiles, seed: int) -> None:
         """Fill the backbone from `files`, copy to the branch what starts as a copy, initialise the rest."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import plain
@@ -56,7 +57,10 @@ def test_ranks_equal_plain_pytorch(shards: Path, tmp_path: Path, settings: tuple
 @pytest.mark.parametrize("targets", [("branch.targets=pca",), VAE, ENCODER], ids=["pca", "vae", "encoder"])
 def test_a_resumed_run_is_equal_to_the_bit(shards: Path, tmp_path: Path, targets: tuple[str, ...]) -> None:
     settings = (*runs.TINY, *targets, "precision=bf16", "steps=6", "checkpoint.every=3", "ema.decay=0.9")
+    settings = (*settings, "backbone.placement=sharded")
     run = train(shards, tmp_path, 2, *settings)
+    buffers = load_file(run / "checkpoints/step-00000003/buffers.safetensors")
+    assert {name.removeprefix("ema/") for name in buffers} == {"targets.mean", "targets.basis"}, "no frozen encoder's"
     undisturbed, last = runs.losses(run), run / "checkpoints/step-00000006"
     files = {file.name: file.read_bytes() for file in last.glob("*.safetensors")}
     shutil.rmtree(last)
