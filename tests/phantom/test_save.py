@@ -87,8 +87,8 @@ def resume(name: str, ranks: int, text_tokens: int, folder: str) -> dict[str, An
     [
         ("tiny-controlnet", 8, 64),
         pytest.param("tiny-mllm", 8, 64, marks=pytest.mark.real_size),
-        pytest.param("mllm-7b", 512, 80, marks=pytest.mark.real_size),
-        pytest.param("flux-controlnet", 512, 80, marks=pytest.mark.real_size),
+        pytest.param("mllm-7b", 64, 80, marks=pytest.mark.real_size),
+        pytest.param("flux-controlnet", 64, 80, marks=pytest.mark.real_size),
     ],
 )
 def test_a_save_and_a_resume_leave_the_device_as_it_was(
