@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from .errors import BadSample, DataError, DataLost, DataMissing
 
 if TYPE_CHECKING:
-    from .plan import Located, Plan, Share, rank_positions
+    from .mixed_dataset import MixedDataset, open_sources
+    from .mixture import MixedPlan, PlannedSource, Segment
+    from .plan import Located, Plan, SampleOrder, Share, rank_positions
     from .reader import Batch, Loader, LoaderSettings, stacked, worker_failure
     from .samples import BadSamples, Item, ReadableSamples
     from .shards import Dataset, RawSample, open_dataset
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     from .write import index_shards, verify, write_shard
 
 _MODULES = {
-    "plan": ("Located", "Plan", "Share", "rank_positions"),
+    "mixed_dataset": ("MixedDataset", "open_sources"),
+    "mixture": ("MixedPlan", "PlannedSource", "Segment"),
+    "plan": ("Located", "Plan", "SampleOrder", "Share", "rank_positions"),
     "reader": ("Batch", "Loader", "LoaderSettings", "stacked", "worker_failure"),
     "samples": ("BadSamples", "Item", "ReadableSamples"),
     "shards": ("Dataset", "RawSample", "open_dataset"),
@@ -40,14 +44,20 @@ __all__ = [
     "Loader",
     "LoaderSettings",
     "Located",
+    "MixedDataset",
+    "MixedPlan",
     "Plan",
+    "PlannedSource",
     "RawSample",
     "ReadableSamples",
+    "SampleOrder",
+    "Segment",
     "Share",
     "clean_caption",
     "decode_image",
     "index_shards",
     "open_dataset",
+    "open_sources",
     "rank_positions",
     "stacked",
     "verify",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,6 +29,22 @@ class Located(NamedTuple):
     """Number within the dataset, 0 .. n - 1."""
 
 
+class SampleOrder(Protocol):
+    """The sample at each position of training: of one source (`Plan`), or of several (`MixedPlan`)."""
+
+    samples_per_shard: np.ndarray
+    """Sample counts, int64 [S]."""
+
+    @property
+    def open_shards(self) -> int:
+        """Number of shards to keep open, with which no shard is opened twice in a row."""
+        ...
+
+    def locate(self, positions: np.ndarray) -> Located:
+        """The samples at global `positions` (int64, any shape, >= 0)."""
+        ...
+
+
 class _Epoch(NamedTuple):
     shards: np.ndarray
     """Shards in this epoch's order, [S]."""
@@ -42,13 +58,21 @@ class Plan:
     """The order of all samples of a dataset.
 
     samples_per_shard: sample counts, [S]. seed: any int in 0 .. 2**64 - 1. shuffle_window: shards shuffled together.
-    Costs O(S) per epoch and O(samples in the group) per group; no permutation of a full epoch is kept.
+    cached_groups: groups whose order is kept. Costs O(S) per epoch and O(samples in the group) per group; no
+    permutation of a full epoch is kept.
     """
 
-    def __init__(self, samples_per_shard: Sequence[int] | np.ndarray, seed: int, shuffle_window: int = 16) -> None:
+    def __init__(
+        self,
+        samples_per_shard: Sequence[int] | np.ndarray,
+        seed: int,
+        shuffle_window: int = 16,
+        cached_groups: int = CACHED_GROUPS,
+    ) -> None:
         self.samples_per_shard = np.asarray(samples_per_shard, dtype=np.int64)
         self.seed = seed
         self.shuffle_window = shuffle_window
+        self.cached_groups = cached_groups
         if shuffle_window < 1:
             raise DataError(
                 f"shuffle_window is {shuffle_window}; it counts the shards shuffled together, so set it to 1 or more"
@@ -65,6 +89,11 @@ class Plan:
     def __len__(self) -> int:
         """Samples per epoch."""
         return self.samples
+
+    @property
+    def open_shards(self) -> int:
+        """The shards of two consecutive groups."""
+        return 2 * self.shuffle_window
 
     def locate(self, positions: np.ndarray) -> Located:
         """The samples at global `positions` (int64, any shape, >= 0)."""
@@ -87,10 +116,10 @@ class Plan:
 
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
-            shards = _permutation(len(self.samples_per_shard), self.seed, epoch, stream=0)
+            shards = permutation(len(self.samples_per_shard), self.seed, epoch, stream=0)
             starts = np.concatenate([[0], np.cumsum(self.samples_per_shard[shards])])
             groups = np.append(starts[:-1][:: self.shuffle_window], starts[-1])
-            _remember(self._epochs, epoch, _Epoch(shards, starts, groups), 2)
+            remember(self._epochs, epoch, _Epoch(shards, starts, groups), 2)
         return self._epochs[epoch]
 
     def _order(self, epoch: int, group: int) -> np.ndarray:
@@ -99,12 +128,13 @@ class Plan:
         if key not in self._orders:
             bounds = self._epoch(epoch).groups
             size = int(bounds[group + 1] - bounds[group])
-            _remember(self._orders, key, _permutation(size, self.seed, epoch, stream=group + 1), CACHED_GROUPS)
+            order = permutation(size, self.seed, epoch, stream=group + 1)
+            remember(self._orders, key, order, self.cached_groups)
         self._orders.move_to_end(key)
         return self._orders[key]
 
 
-def _permutation(n: int, seed: int, epoch: int, stream: int) -> np.ndarray:
+def permutation(n: int, seed: int, epoch: int, stream: int) -> np.ndarray:
     """The permutation of 0 .. n - 1 for (seed, epoch, stream).
 
     Sorts raw Philox words: numpy guarantees that these never change, unlike `Generator.permutation`.
@@ -114,7 +144,7 @@ def _permutation(n: int, seed: int, epoch: int, stream: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=key, counter=counter).random_raw(n), kind="stable")
 
 
-def _remember(cache: OrderedDict, key: object, value: object, limit: int) -> None:
+def remember(cache: OrderedDict, key: object, value: object, limit: int) -> None:
     cache[key] = value
     if len(cache) > limit:
         cache.popitem(last=False)

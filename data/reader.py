@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.queues import Queue, SimpleQueue
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from .errors import DataError, DataLost
-from .plan import Located, Plan, Share, rank_positions
+from .plan import Located, SampleOrder, Share, rank_positions
 from .processes import START_METHOD, die_with_launcher
 from .read_ahead import ReadAhead
 from .retry import failure
@@ -51,10 +51,14 @@ class Batch:
     """Key and reason of every planned sample that was unusable and replaced by a neighbour."""
     names: list[str] = field(default_factory=list)
     """`Dataset.name` of the samples that were read."""
+    sources: list[int] = field(default_factory=list)
+    """`Dataset.source` of every sample."""
+    replaced_sources: list[int] = field(default_factory=list)
+    """The same of those in `replaced`."""
 
     def pin_memory(self) -> Batch:
         pinned = {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in self.arrays.items()}
-        return Batch(pinned, self.keys, self.replaced, self.names)
+        return replace(self, arrays=pinned)
 
 
 Collate = Callable[[list[Item]], dict[str, Any]]
@@ -84,7 +88,7 @@ class Loader:
     def __init__(
         self,
         dataset: Dataset,
-        plan: Plan,
+        plan: SampleOrder,
         collate: Collate,
         share: Share,
         steps: range,
@@ -92,8 +96,7 @@ class Loader:
     ) -> None:
         if not np.array_equal(plan.samples_per_shard, dataset.samples_per_shard):
             raise DataError("the plan was made for other shards; make it from dataset.samples_per_shard")
-        # The shards of two consecutive groups; with fewer, every read would open a shard.
-        dataset.opened.max_open = max(dataset.opened.max_open, 2 * plan.shuffle_window)
+        dataset.opened.max_open = max(dataset.opened.max_open, plan.open_shards)
         workers = settings.workers
         accumulation = len(rank_positions(0, *share))
         self.rank = share.rank
@@ -242,7 +245,7 @@ class _MicroBatches(TorchDataset):
     def __init__(
         self,
         dataset: Dataset,
-        plan: Plan,
+        plan: SampleOrder,
         collate: Collate,
         image_sizes: tuple[int, ...],
         share: Share,
@@ -270,12 +273,13 @@ class _MicroBatches(TorchDataset):
         try:
             if self._has_urls:
                 self._request_ahead(number)
-            planned = zip(*(part.tolist() for part in located), strict=True)
-            items = [
-                self.samples.read(epoch, shard, sample, index, replaced) for epoch, shard, sample, index in planned
-            ]
+            items, sources, bad = [], [], []
+            for epoch, shard, sample, index in zip(*(part.tolist() for part in located), strict=True):
+                items.append(self.samples.read(epoch, shard, sample, index, replaced))
+                sources.append(self.dataset.source(shard))
+                bad += sources[-1:] * (len(replaced) - len(bad))
             names = [self.dataset.name(item.origin[0], item.key) for item in items]
-            return Batch(self.collate(items), [item.key for item in items], replaced, names)
+            return Batch(self.collate(items), [item.key for item in items], replaced, names, sources, bad)
         except Exception as error:  # an exception raised in a worker reaches the caller as the text of a traceback
             if isinstance(error, DataError):
                 return error

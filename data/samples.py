@@ -43,7 +43,8 @@ class ReadableSamples:
         self._bad: dict[tuple[int, int], BadSample] = {}
 
     def read(self, epoch: int, shard: int, sample: int, index: int, replaced: list[tuple[str, str]]) -> Item:
-        """The planned sample, or the first readable one after it: within its shard, wrapping, then in later shards.
+        """The planned sample, or the first readable one after it: within its shard, wrapping, then in the other shards
+        of its source.
         Appends key and reason of an unreadable planned sample to `replaced`. Raises DataError if none is readable."""
         planned = None
         for candidate in self._candidates(shard, sample):
@@ -64,8 +65,8 @@ class ReadableSamples:
         raise DataError(f"no sample of the dataset is readable, the first: {planned}; name other shards")
 
     def _candidates(self, shard: int, sample: int) -> Iterator[tuple[int, int]]:
-        counts = self.dataset.samples_per_shard
-        for here in chain(range(shard, len(counts)), range(shard)):
+        counts, shards = self.dataset.samples_per_shard, self.dataset.source_shards(shard)
+        for here in chain(range(shard, shards.stop), range(shards.start, shard)):
             count, first = int(counts[here]), sample if here == shard else 0
             yield from ((here, (first + k) % count) for k in range(count))
 

@@ -24,6 +24,7 @@ from .index import (
     load_index,
     open_header,
 )
+from .joined_headers import JoinedHeaders
 from .remote_file import RemoteFile
 from .shard_list import expand
 from .spread import Broadcast, Gather, from_first, spread
@@ -91,7 +92,7 @@ def open_dataset(
 class Dataset:
     """Random access to the samples of many shards; a fork may keep using files that its parent opened."""
 
-    def __init__(self, shards: list[str], headers: list[Header] | Headers, max_open: int = 64) -> None:
+    def __init__(self, shards: list[str], headers: list[Header] | Headers | JoinedHeaders, max_open: int = 64) -> None:
         self.shards = shards
         self.headers = headers
         if isinstance(headers, Headers):
@@ -115,6 +116,14 @@ class Dataset:
         """Shard number, and number within the shard, of the sample with that number in the dataset."""
         shard = int(self._ends.searchsorted(index, side="right"))
         return shard, index - int(self._ends[shard]) + int(self.samples_per_shard[shard])
+
+    def source(self, shard: int) -> int:
+        """Number of the source that a shard belongs to: always 0, except in a mixture."""
+        return 0
+
+    def source_shards(self, shard: int) -> range:
+        """The shards of the same source."""
+        return range(len(self.shards))
 
     def name(self, shard: int, key: str) -> str:
         """Globally unique name of a sample: its shard's content hash and its key, which other shards may use too."""
@@ -179,9 +188,8 @@ class Dataset:
         url = self.shards[shard]
         index = load_index(url, self.opened.fetch)
         if index.header != self.headers[shard]:
-            if isinstance(self.headers, Headers):
-                raise self.headers.stale(shard, index_path(url))
-            raise DataError(f"{index_path(url)}: changed since the dataset was opened; restart")
+            stale = None if isinstance(self.headers, list) else self.headers.stale(shard, index_path(url))
+            raise stale or DataError(f"{index_path(url)}: changed since the dataset was opened; restart")
         return _Shard(index, open_file(url, index.header.bytes, self.opened.fetch))
 
 

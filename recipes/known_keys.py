@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -17,14 +18,19 @@ ELSEWHERE = {
 
 
 def section(path: list[str], model: type[BaseModel]) -> type[BaseModel] | None:
-    """The group of settings at `path`; None if there is none."""
+    """The group of settings at `path`; None if there is none. A number in it is that of an item of a list."""
     found: type[BaseModel] | None = model
-    for part in path:
+    for part, after in zip(path, [*path[1:], ""], strict=True):
+        if part.isdigit():
+            continue
         if found is None or part not in found.model_fields:
             return None
         annotation = found.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        found = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        options = [annotation, *get_args(annotation)]
+        if after.isdigit():
+            options = [item for option in options for item in get_args(option)]
+        classes = (o for o in options if get_origin(o) is None and isinstance(o, type))
+        found = next((o for o in classes if issubclass(o, BaseModel)), None)
     return found
 
 

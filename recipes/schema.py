@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from .batch import BatchSplit
 from .branch import Backbone, Branch
+from .data import Data
 from .fields import OptionalPlace, Place, Shards, TrackingUri
 from .secrets import stored_secret
 from .section import Section
@@ -20,21 +21,6 @@ from .yaml_dialect import Dumper
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Pattern of a run's name, which is also the name of its folder."""
-
-
-class Data(Section):
-    shards: Shards
-    """Training shards: a path, folder or URL, with braces and wildcards expanded, or a list of these."""
-    image_size: int = Field(default=448, gt=0)
-    """Side in pixels of the square image given to the vision encoder; a multiple of patch size x merge size (28)."""
-    workers: int = Field(default=4, ge=0, le=128)
-    """Loader processes per rank; 0 reads in the training process."""
-    prefetch: int = Field(default=2, ge=1)
-    """Micro-batches prefetched by each worker."""
-    shuffle_window: int = Field(default=16, ge=1)
-    """Number of shards that are shuffled together and open at the same time."""
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Largest fraction of unreadable samples; above it the run stops and counts the reasons."""
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]

@@ -90,6 +90,8 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
 def yaml_line(value: Any) -> str:
     """A value as YAML in one line."""
     value = list(value) if isinstance(value, tuple) else value
+    if isinstance(value, list):
+        value = [each.model_dump(mode="json") if isinstance(each, BaseModel) else each for each in value]
     text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=10_000, allow_unicode=True)
     return text.removesuffix("...\n").strip()
 

@@ -103,7 +103,7 @@ def submit(
         print(render(job, site), end="")
     else:
         require_paths(Path(job.run), settings.previews, settings.init_from)
-        _warn_of_missing(settings.data.shards, settings.validation.shards)
+        _warn_of_missing(settings.data.named, settings.validation.shards)
         _submit(job, settings.to_yaml(), site)
 
 
@@ -157,7 +157,7 @@ def resume(run: Run) -> None:
     request = jobs.Request(tasks_per_node=tasks, **asked)
     job = jobs.describe(settings, site, request)
     require_paths(Path(job.run), settings.previews, settings.init_from)
-    _warn_of_missing(settings.data.shards, settings.validation.shards)
+    _warn_of_missing(settings.data.named, settings.validation.shards)
     _submit(job, settings.to_yaml(), site)
 
 

@@ -101,7 +101,7 @@ def _recipe(run: Path) -> list[Finding]:
         return [Finding("recipe", "", str(error))]
     found = Finding("recipe", digest([text]), same=True)
     try:
-        shards, sizes = local_shards(recipe.data.shards)
+        shards, sizes = local_shards(recipe.data.named)
     except DataError as error:
         return [found, Finding("data", "", str(error))]
     return [found, Finding("data", f"{len(shards)} shards ({digest([*shards, *map(str, sizes)])})", same=True)]

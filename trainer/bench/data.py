@@ -134,7 +134,7 @@ def _job(
 
         recipe = load_recipe(source, overrides)
         stage = open_run_stage(recipe)
-        chosen = reader_bench.first_shards(recipe.data.shards, samples, workers)
+        chosen = reader_bench.first_shards(recipe.data.named, samples, workers)
         batch, data = recipe.micro_batch, recipe.data
         yield reader_bench.Job(
             chosen,

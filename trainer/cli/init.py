@@ -44,7 +44,7 @@ def init(
     tiny = recipe.backbone.path.startswith("builtin:")
     print(f"{file}: stage {recipe.stage}, as {source}. Next:")
     if data is None:
-        shards = recipe.data.shards if isinstance(recipe.data.shards, str) else ", ".join(recipe.data.shards)
+        shards = ", ".join(recipe.data.named)
         own = f"{name}-shards"
         print(f"  bifrost data ingest IMAGES {own}    # then set data.shards to {own}/*.tar; now it is {shards}")
     print(f"  bifrost plan {file} --device h100     # memory, hours and cost")

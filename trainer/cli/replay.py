@@ -80,14 +80,16 @@ def _print(found: Replay, out: Path) -> None:
     for line in lines:
         console.print(line, soft_wrap=True)
     drawn = [name for name in found.samples[0] if name.startswith(("mask_rate", "noise_level"))]
-    table = Table("loss", "key", *(name.replace("_", " ") for name in drawn), "caption")
+    named = ["source"] if "source" in found.samples[0] else []
+    table = Table("loss", *named, "key", *(name.replace("_", " ") for name in drawn), "caption")
     order = found.highest_loss(SHOWN)
     for sample in (found.samples[i] for i in order):
         change = next((name for name in ("dropped", "exchanged") if sample.get(f"caption_{name}")), None)
         caption = f"({change}) {sample['caption']}" if change else sample["caption"]
         if sample.get("latents_predicted"):
             caption = f"(predicted latents) {caption}"
-        table.add_row(f"{sample['loss']:.4g}", sample["key"], *(f"{sample[name]:.3f}" for name in drawn), caption)
+        cells = [*(sample[name] for name in named), sample["key"], *(f"{sample[name]:.3f}" for name in drawn)]
+        table.add_row(f"{sample['loss']:.4g}", *cells, caption)
     console.print(table)
     if len(order) < len(found.samples):
         console.print(f"and {len(found.samples) - len(order)} with lower losses, in {RECORD}")

@@ -36,6 +36,9 @@ class TrainState:
     """Step of `best_loss`."""
     validations_since_best: int = 0
 
+    sources: dict[str, list[int]] = field(default_factory=dict)
+    """With several sources: number of each -> samples consumed, and unreadable ones among them."""
+
     def __post_init__(self) -> None:
         if self.batch < 0:
             self.batch = self.step

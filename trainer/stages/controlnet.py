@@ -215,7 +215,7 @@ class ControlNetStage:
         return ControlNetCollate(*inputs, exchange=exchange, draws=self.flux.draws)
 
     def validation_collates(self, shards: str | list[str], ranks: Ranks) -> dict[str, ControlNetCollate]:
-        data = self.data.model_copy(update={"shards": shards})
+        data = self.data.model_copy(update={"shards": shards, "sources": None})
         caches = open_caches(self.outputs(), data, ranks.rank, ranks.size, ranks.gather, ranks.broadcast)
         middles = [(level + 0.5) / VALIDATION_LEVELS for level in range(VALIDATION_LEVELS)]
         cached = Cached(caches, self.controlnet.drawn_share)

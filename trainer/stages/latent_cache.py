@@ -23,15 +23,17 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from ...data import DataError, DataMissing, Dataset, RawSample, open_dataset
+from ...data import DataError, DataMissing, Dataset, RawSample
 from ...data.files import File, OpenShards, content, open_file
 from ...data.index import HEADER_LIMIT
+from ...data.mixture import MOST_OPEN
 from ...data.remote import filesystem, size_of
 from ...data.retry import call
 from ...data.spread import Broadcast, spread
 from ...recipes.schema import Data
 from ..distributed.process_group import Gather, single_process
 from ..errors import RunError
+from .training_data import open_training_data
 
 Kind = Literal["vae", "text", "vision", "predicted"]
 VERSION = 1
@@ -157,8 +159,8 @@ def open_caches(
     """
     if not outputs:
         return {}
-    dataset = open_dataset(data.shards, rank=rank, gather=gather, broadcast=broadcast)
-    most_open = max(64, 2 * data.shuffle_window)
+    dataset = open_training_data(data, rank, gather, broadcast)
+    most_open = max(64, 2 * data.shuffle_window, min(MOST_OPEN, 2 * data.shuffle_window * len(data.sources or ())))
     return {one.kind: _open_cache(one, dataset, most_open, rank, ranks, gather) for one in outputs}
 
 

@@ -188,7 +188,7 @@ class PatchLatentStage:
     def validation_collates(self, shards: str | list[str], ranks: Ranks) -> dict[str, PatchLatentCollate]:
         assert self.tokenizer is not None
         assert self.data is not None
-        held_out = self.data.model_copy(update={"shards": shards})
+        held_out = self.data.model_copy(update={"shards": shards, "sources": None})
         caches = open_caches(self.outputs(), held_out, ranks.rank, ranks.size, ranks.gather, ranks.broadcast)
         rate, found = self.branch.mask_rate, {}
         for fixed in sorted(set(np.linspace(rate.low, rate.high, VALIDATION_RATES).tolist())):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from ...data import BadSamples, Batch, Loader, LoaderSettings, Share
+from ...data import BadSamples, Batch, Loader, LoaderSettings, MixedDataset, MixedPlan, Share
 from ...slurm.exit_record import grace, stop_s
 from ..checkpoint.manager import CheckpointManager
 from ..checkpoint.state import capture, capture_statistics, refresh, restore
 from ..distributed.stop_signals import TRAINING
 from ..monitors.rank_stats import RankStats
+from ..monitors.source_stats import SourceStats
 from ..monitors.stragglers import Stragglers
 from ..monitors.utilisation import TEXTS, Utilisation
 from ..optim.ema import Ema
@@ -24,7 +25,9 @@ from ..planner import parts, workload
 from ..planner.devices import this_device
 from ..stages.patch_latents import PatchLatentStage
 from .components import TrainerComponents
+from .inputs import Inputs
 from .latent_statistics import measure_statistics
+from .mixture import to_json
 from .model import build_model
 from .resume_point import ResumePoint, find_resume_point, older_resume_point
 from .rollback import Recovery
@@ -39,10 +42,12 @@ def build(run: RunContext, after_step: Callable[[TrainState], None]) -> TrainerC
 
     Nothing of an earlier attempt is overwritten before all checks have passed.
     """
-    inputs, ranks, recipe = run.inputs, run.ranks, run.recipe
+    ranks, recipe = run.ranks, run.recipe
     point = find_resume_point(run)
     kernels = ranks.agreed(lambda: _choose_kernels(run))
     engine, ema, point = _engine(run, point)
+    inputs = point.inputs
+    run = replace(run, inputs=inputs)
     run.phases.step = point.progress.step
     validator = ranks.agreed(lambda: _validator(run, engine, ema))
     preview = ranks.agreed(lambda: _previews(run, engine))
@@ -68,13 +73,14 @@ def build(run: RunContext, after_step: Callable[[TrainState], None]) -> TrainerC
         learning_rate=partial(learning_rate, recipe.optimizer, recipe.steps),
         bad_samples=BadSamples(recipe.data.max_bad_fraction),
         stage=inputs.stage,
+        sources=_source_stats(inputs, recipe.global_batch / passes),
         ranks=ranks,
         progress=point.progress,
         engine=engine,
         ema=ema,
         batches=batches,
         normalizer=lambda batch: inputs.normalizer(batch, passes),
-        save=_save(point, record, saver, engine, ema, inputs.dataset.fingerprint),
+        save=_save(point, record, saver, engine, ema),
         saver=saver,
         validator=validator,
         patience=recipe.validation.patience,
@@ -161,9 +167,11 @@ def _saver(
 
 
 def _save(
-    point: ResumePoint, record: RunRecord, saver: CheckpointManager, engine: Engine, ema: Ema | None, data: str
+    point: ResumePoint, record: RunRecord, saver: CheckpointManager, engine: Engine, ema: Ema | None
 ) -> Callable[[TrainState], None]:
-    """The loop's `save`. data: fingerprint of the data set."""
+    """The loop's `save`."""
+    inputs = point.inputs
+    mixture = {"mixture": to_json(inputs.segments)} if inputs.segments else {}
 
     def save(progress: TrainState) -> None:
         state = {
@@ -171,7 +179,8 @@ def _save(
             "updates": engine.updates,
             "recipe": record.settings,
             "backbone": point.frozen_hash,
-            "data": data,
+            "data": inputs.dataset.fingerprint,
+            **mixture,
             "save_every": saver.every,
         }
         # No pruning during a streak of bad steps: a rollback may need the last checkpoint before them.
@@ -189,6 +198,17 @@ def _validator(run: RunContext, engine: Engine, ema: Ema | None) -> Validator | 
         return None
     collates = stage.validation_collates(run.held_out.shards, run.ranks)
     return Validator(recipe.validation, recipe.micro_batch, stage, collates, run.held_out, engine, ema, run.ranks)
+
+
+def _source_stats(inputs: Inputs, scale: float) -> SourceStats | None:
+    """Of a mixture. scale: see `SourceStats`."""
+    if not isinstance(inputs.plan, MixedPlan):
+        return None
+    assert isinstance(inputs.dataset, MixedDataset)
+    records = {source.fingerprint: source for source in inputs.segments[-1].sources}
+    numbers = [records[part.fingerprint].number for part in inputs.dataset.parts]
+    sizes = [len(part) for part in inputs.dataset.parts]
+    return SourceStats(inputs.dataset.names, numbers, sizes, inputs.plan.taken, scale)
 
 
 def _loader(run: RunContext, progress: TrainState) -> Loader:

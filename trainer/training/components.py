@@ -16,6 +16,7 @@ from ..monitors.console import Console
 from ..monitors.goodput import AccountedMetrics
 from ..monitors.phase_timer import PhaseTimer
 from ..monitors.rank_stats import RankStats
+from ..monitors.source_stats import SourceStats
 from ..monitors.tracking import Mirror
 from ..monitors.utilisation import Utilisation
 from ..optim.ema import Ema
@@ -38,6 +39,8 @@ class TrainerComponents:
     """Step, from 0 -> its learning rate."""
     bad_samples: BadSamples
     stage: Stage
+    sources: SourceStats | None
+    """Of a mixture; None with one data set."""
     ranks: Ranks
     progress: TrainState
     engine: Engine

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...data import Dataset, Plan, open_dataset
+from ...data import Dataset, MixedDataset, MixedPlan, Plan, open_dataset
 from ...data.spread import Broadcast
 from ...data.units import counted
 from ...recipes.schema import Data
@@ -20,6 +20,8 @@ from ..errors import RunError
 from ..io import read_json
 from ..models.hub import from_cache
 from ..stages import Stage
+from ..stages.training_data import open_training_data
+from .mixture import Segments, continued, mixed_plan, stored_segments
 from .setting_changes import FIXED, check_stage, check_unchanged
 
 
@@ -28,9 +30,25 @@ class Inputs:
     """Data, plan and stage of a run."""
 
     dataset: Dataset
-    plan: Plan
+    plan: Plan | MixedPlan
     stage: Stage
     global_batch: int
+    segments: Segments = ()
+    """With `data.sources`: the parts of the sequence with the same sources and weights."""
+
+    def resumed(self, data: Data, seed: int, state: dict[str, Any] | None, batch: int, folder: Path) -> Inputs:
+        """The inputs of a run that continues at global batch `batch` from the checkpoint in `folder` with JSON `state`,
+        None for a new run."""
+        if not isinstance(self.dataset, MixedDataset):
+            return self
+        segments = continued(stored_segments(state), data, self.dataset, batch, str(folder))
+        return self.with_segments(data, seed, segments)
+
+    def with_segments(self, data: Data, seed: int, segments: Segments) -> Inputs:
+        """The inputs with a mixture's `segments`, the last of which has the sources of the dataset."""
+        assert isinstance(self.dataset, MixedDataset)
+        plan = mixed_plan(segments, self.dataset, data, self.global_batch, seed)
+        return replace(self, plan=plan, segments=segments)
 
     def normalizer(self, step: int, passes: int) -> float:
         """See `Stage.normalizer`, for the samples of global step `step`."""
@@ -49,11 +67,12 @@ def open_inputs(
 ) -> Inputs:
     """Open everything that a run reads; the ranks that `gather` connects divide the reading of shards. Raises RunError
     or DataError for an input that cannot be used. seed: of the sample order; stage: opens the stage."""
-    _require_signature("data.shards", data.shards)
-    dataset = open_dataset(data.shards, rank=rank, gather=gather, broadcast=broadcast)
+    key = "data.shards" if data.sources is None else "data.sources"
+    _require_signature(key, data.named)
+    dataset = open_training_data(data, rank, gather, broadcast)
     if len(dataset) < global_batch:
         raise RunError(
-            f"data.shards hold {counted(len(dataset), 'sample')} in {counted(len(dataset.shards), 'shard')}, fewer than"
+            f"{key} hold {counted(len(dataset), 'sample')} in {counted(len(dataset.shards), 'shard')}, fewer than"
             f" one global_batch of {global_batch}: lower global_batch or add shards"
         )
     # The first rank of each node downloads models from the hub; the others read its cache.
@@ -63,7 +82,7 @@ def open_inputs(
         with from_cache():
             opened = stage()
     plan = Plan(dataset.samples_per_shard, seed, data.shuffle_window)
-    return Inputs(dataset, plan, opened, global_batch)
+    return Inputs(dataset, plan, opened, global_batch).resumed(data, seed, None, 0, Path())
 
 
 def open_held_out(
@@ -82,8 +101,8 @@ def open_held_out(
     for shard, header in zip(training.shards, training.headers, strict=True):
         if header.sha256 in kept:
             raise RunError(
-                f"validation.shards: {kept[header.sha256]} is training data, {shard} of data.shards; name held-out"
-                " shards"
+                f"validation.shards: {kept[header.sha256]} is training data, {shard} of"
+                f" data.{'sources' if isinstance(training, MixedDataset) else 'shards'}; name held-out shards"
             )
     return held_out
 
@@ -105,7 +124,12 @@ def check_continuation(
             f"{folder}: was trained on other frozen weights than {inputs.stage.source} (content hash"
             f" {state['backbone'][:12]}, here {backbone_hash[:12]}): set that back, or take another name than {name}"
         )
-    if state["data"] != inputs.dataset.fingerprint:
+    if "mixture" in state and not inputs.segments:
+        raise RunError(
+            f"{folder}: was trained with data.sources: give them instead of data.shards (one is enough), or take"
+            f" another name than {name}"
+        )
+    if not inputs.segments and state["data"] != inputs.dataset.fingerprint:
         differ = difference(folder.parents[1], inputs.dataset, state["data"])
         raise RunError(
             f"{folder}: was trained on other shards than data.shards={settings['data']['shards']} ({differ}): restore"

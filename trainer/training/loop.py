@@ -34,6 +34,8 @@ def run(parts: TrainerComponents, progress: TrainState) -> bool:
         if health.exhausted:
             with phase("rollback"):
                 parts.recover(progress)
+                if parts.sources:
+                    parts.sources.reset()
                 batches = parts.batches(progress)
             continue
         mine = _accumulate(parts, progress, batches)
@@ -44,6 +46,8 @@ def run(parts: TrainerComponents, progress: TrainState) -> bool:
         if not applied and reason is None:  # DeepSpeed sums the ranks' squares in fp32
             reason, total = "gradient norm is beyond fp32", total._replace(grad_norm=math.inf)
 
+        if parts.sources:
+            parts.sources.add(progress, total.sources, skipped=not applied)
         progress.step += 1
         progress.batch += 1
         phase.step_done(progress.step)
@@ -80,10 +84,13 @@ class _Share:
     keys: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     replaced: list[tuple[str, str]] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    replaced_sources: list[int] = field(default_factory=list)
 
 
 class _Total(NamedTuple):
-    """Sums of a step over all ranks. names: samples' fingerprint; replaced: samples; stops: ranks asked to stop."""
+    """Sums of a step over all ranks. names: samples' fingerprint; replaced: samples; stops: ranks asked to stop;
+    sources: `SourceStats.sums`, of a mixture."""
 
     loss: float
     grad_norm: float
@@ -91,6 +98,7 @@ class _Total(NamedTuple):
     names: tuple[float, float]
     replaced: float
     stops: float
+    sources: list[float]
 
 
 def _accumulate(parts: TrainerComponents, progress: TrainState, batches: Iterator[Batch]) -> _Share:
@@ -104,6 +112,8 @@ def _accumulate(parts: TrainerComponents, progress: TrainState, batches: Iterato
         mine.keys += batch.keys
         mine.names += batch.names
         mine.replaced += batch.replaced
+        mine.sources += batch.sources
+        mine.replaced_sources += batch.replaced_sources
         with phase("forward"):
             losses = engine.forward(on_device(batch, ranks.device) | {"normalizer": normalizer})
         with phase("backward"):
@@ -118,13 +128,18 @@ def _accumulate(parts: TrainerComponents, progress: TrainState, batches: Iterato
 
 def _exchange(parts: TrainerComponents, mine: _Share) -> _Total:
     """The step's only exchange: everything that the ranks must agree on, in one all-reduce."""
-    ranks, engine = parts.ranks, parts.engine
+    ranks, engine, sources = parts.ranks, parts.engine, parts.sources
     with parts.phases("exchange"):
-        *values, norm = torch.cat((mine.loss[None], mine.sums, engine.grad_norm()[None])).tolist()
+        each = mine.each if sources else []
+        found = torch.cat((mine.loss[None], mine.sums, engine.grad_norm()[None], *each)).tolist()
+        own = 1 + parts.stage.sums
+        values, norm, losses = found[:own], found[own], found[own + 1 :]
         values += [norm**2, *SequenceDigest.fingerprint(mine.names), len(mine.replaced), parts.stop.asked() is not None]
-        loss, *sums, norm_squared, low, high, replaced, stops = ranks.total(values)
+        values += sources.sums(losses, mine.sources, mine.replaced_sources) if sources else []
+        loss, *rest = ranks.total(values)
+    sums, (norm_squared, low, high, replaced, stops, *of_sources) = rest[: own - 1], rest[own - 1 :]
     passes = ranks.size * parts.batch.passes
-    return _Total(loss / passes, math.sqrt(norm_squared), sums, (low, high), replaced, stops)
+    return _Total(loss / passes, math.sqrt(norm_squared), sums, (low, high), replaced, stops, of_sources)
 
 
 def _update(parts: TrainerComponents, lr: float, skip: bool) -> bool:
@@ -184,6 +199,7 @@ def _log(
         **rates,
         **parts.utilisation.rates(rates["samples_per_s"], rates["tokens_per_s"], rates["step_s"]),
         **parts.rank_stats.collect(progress.step, times),
+        **(parts.sources.report(progress) if parts.sources else {}),
         "skipped_steps": progress.skipped_steps,
         "data_digest": progress.digest,
     }

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...data import Dataset, Item, Loader, LoaderSettings, Share
+from ...data import Dataset, Item, Loader, LoaderSettings, MixedDataset, Share
 from ...kernels.attention import unavailable
 from ...recipes import load_recipe
 from ..checkpoint.reader import CheckpointReader
@@ -38,6 +38,7 @@ from ..stages.unsharded import init_context
 from .data_digest import SequenceDigest, version
 from .inputs import Inputs, difference, open_inputs
 from .latent_statistics import measure_statistics
+from .mixture import Segments, data_of, read_segments, require_content, until
 from .model import initialise_from
 from .run_context import open_run_stage
 from .run_history import Place
@@ -109,12 +110,20 @@ def replay(run: Path, place: Place, weights_step: int | None = None) -> Replay:
     when the samples do not match the run's data digest.
     """
     recipe = load_recipe(run / "recipe.yaml", stored=True)
-    inputs = open_inputs(recipe.data, recipe.seed, recipe.global_batch, partial(open_run_stage, recipe))
+    segments: Segments = ()
+    if recipe.data.sources is not None:
+        segments = until(read_segments(run), place.batch - 1)
+        recipe = recipe.model_copy(update={"data": data_of(segments[-1], recipe.data)})
+    data, stage = recipe.data, partial(open_run_stage, recipe)
+    inputs = open_inputs(data, recipe.seed, recipe.global_batch, stage)
     reader = _checkpoint(run, place, weights_step)
-    if reader and reader.state["data"] != inputs.dataset.fingerprint:
+    if isinstance(inputs.dataset, MixedDataset):
+        require_content(segments, inputs.dataset, run)
+        inputs = inputs.with_segments(data, recipe.seed, segments)
+    elif reader and reader.state["data"] != inputs.dataset.fingerprint and not segments:
         differ = difference(run, inputs.dataset, reader.state["data"])
         raise RunError(
-            f"data.shards={recipe.data.shards}: are not the shards that {run} was trained on ({differ}); restore them"
+            f"data.shards={data.shards}: are not the shards that {run} was trained on ({differ}); restore them"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _model(inputs.stage, recipe.precision, reader, device)
@@ -127,7 +136,7 @@ def replay(run: Path, place: Place, weights_step: int | None = None) -> Replay:
     together *= place.stretch.ranks if model.batch_statistics else 1
     items, arrays, replaced, losses = _passes(inputs, model, place.batch - 1, together, device)
     samples = [
-        {**_identity(item), **drawn, "loss": loss, "caption": item.caption}
+        {**_identity(item, inputs.dataset), **drawn, "loss": loss, "caption": item.caption}
         for item, drawn, loss in zip(items, _draws(recipe.seed, inputs.stage, items, arrays), losses, strict=True)
     ]
     masks = torch.cat([part["mask"] for part in arrays]).unflatten(0, (len(items), -1)) if "mask" in arrays[0] else None
@@ -203,8 +212,10 @@ def _passes(
     return items, arrays, replaced, losses
 
 
-def _identity(item: Item) -> dict[str, Any]:
+def _identity(item: Item, dataset: Dataset) -> dict[str, Any]:
+    source = {"source": dataset.names[dataset.source(item.origin[0])]} if isinstance(dataset, MixedDataset) else {}
     return {
+        **source,
         "key": item.key,
         "epoch": item.epoch,
         "index": item.index,

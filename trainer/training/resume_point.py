@@ -22,13 +22,15 @@ from .run_context import RunContext
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """reader: of the checkpoint to resume from, None for a new run. frozen_hash: content hash of the frozen weights."""
+    """reader: of the checkpoint to resume from, None for a new run. frozen_hash: content hash of the frozen weights.
+    inputs: the run's, with the sequence of samples from here on."""
 
     store: Store
     local: LocalParts | None
     reader: CheckpointReader | None
     frozen_hash: str
     progress: TrainState
+    inputs: Inputs
 
 
 def find_resume_point(run: RunContext) -> ResumePoint:
@@ -40,7 +42,8 @@ def find_resume_point(run: RunContext) -> ResumePoint:
     local = ranks.agreed(lambda: _local(recipe.checkpoint.local, recipe.name, store, ranks))
     settings = recipe.model_dump(mode="json")
     reader = ranks.agreed(lambda: _newest(store, settings, run.inputs, frozen_hash, ranks))
-    return ResumePoint(store, local, reader, frozen_hash, _progress(reader))
+    progress = _progress(reader)
+    return ResumePoint(store, local, reader, frozen_hash, progress, _inputs(run, reader, progress))
 
 
 def older_resume_point(run: RunContext, point: ResumePoint, refused: Collection[int]) -> ResumePoint:
@@ -48,7 +51,15 @@ def older_resume_point(run: RunContext, point: ResumePoint, refused: Collection[
     rank if none is valid."""
     settings = run.recipe.model_dump(mode="json")
     reader = run.ranks.agreed(lambda: _newest(point.store, settings, run.inputs, point.frozen_hash, run.ranks, refused))
-    return replace(point, reader=reader, progress=_progress(reader))
+    progress = _progress(reader)
+    return replace(point, reader=reader, progress=progress, inputs=_inputs(run, reader, progress))
+
+
+def _inputs(run: RunContext, reader: CheckpointReader | None, progress: TrainState) -> Inputs:
+    """The inputs with the sequence of samples of a run that continues from `reader`."""
+    recipe, folder = run.recipe, reader.folder if reader else run.folder
+    state = reader.state if reader else None
+    return run.ranks.agreed(lambda: run.inputs.resumed(recipe.data, recipe.seed, state, progress.batch, folder))
 
 
 def _progress(reader: CheckpointReader | None) -> TrainState:

@@ -32,6 +32,8 @@ from ..monitors.tracking import Mirror, start_mirror
 from ..optim.engine import Engine
 from ..optim.train_state import TrainState
 from ..versions import DISTRIBUTION, versions
+from .mixture import FILE as MIXTURE_FILE
+from .mixture import new_segment, to_json
 from .resume_point import ResumePoint, statistics_warning
 from .run_context import RunContext
 from .setting_changes import changes, describe, last_settings
@@ -82,12 +84,18 @@ def open_record(run: RunContext, point: ResumePoint, engine: Engine, kernels: di
     metrics.write({**start, "micro_batch": recipe.micro_batch, "startup_s": startup, **past})
     if changed:
         metrics.write({"event": "settings_changed", "step": progress.step, "changes": changed})
+    mixture = new_segment(run.inputs.segments, reader.state if reader else None)
+    if mixture:
+        event = {"event": "mixture", "step": progress.step, "batch": mixture.batch}
+        metrics.write({**event, "sources": mixture.described()})
     if ranks.first:
         metrics.store()
         run.heartbeat.actions.append(metrics.store)
     console.say(_greeting(run, engine, progress))
     if changed:
         console.say(f"settings changed since {'the checkpoint' if reader else 'the last attempt'}: {describe(changed)}")
+    if mixture:
+        console.say(f"sources from global batch {mixture.batch + 1} on: {mixture}")
     if reader and (warning := statistics_warning(engine.model, reader, run.batch.micro_batch * ranks.size)):
         console.say(warning)
     tracked = ranks.first and recipe.tracking.enabled
@@ -105,6 +113,8 @@ def _describe(run: RunContext, kernels: dict[str, Any]) -> None:
     write_atomic(folder / "recipe.yaml", redact(recipe.to_yaml()).encode())
     write_json(folder / "ds_config.json", run.deepspeed)
     write_json(folder / KERNELS_FILE, kernels)
+    if run.inputs.segments:
+        write_json(folder / MIXTURE_FILE, {"segments": to_json(run.inputs.segments)})
     write_json(folder / "environment.json", {**_environment(ranks), "dataset": dataset, "hosts": run.topology})
 
 

@@ -1,0 +1,78 @@
+"""The data of a run: shards of one data set, or several sources in a fixed ratio."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from fractions import Fraction
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from .fields import Shards
+from .section import Section
+
+
+def source_name(value: str) -> str:
+    """Names are part of the keys of metrics."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+        raise ValueError(f"{value!r} is not a name of a source; use letters, digits, `.`, `_` and `-`")
+    return value
+
+
+class Source(Section):
+    """One of several data sets."""
+
+    name: Annotated[str, AfterValidator(source_name)]
+    """Name of the source in metrics and messages."""
+    shards: Shards
+    """Its shards, named like `data.shards`."""
+    weight: float | None = Field(default=None, gt=0)
+    """Its share of the samples, relative to the weights of the other sources."""
+    repeats: float | None = Field(default=None, gt=0)
+    """Instead of weights: epochs of this source per epoch of the mixture, so that its share is in proportion to its
+    samples; null is 1."""
+
+
+class Data(Section):
+    shards: Shards | None = None
+    """Training shards: a path, folder or URL, with braces and wildcards expanded, or a list of these."""
+    sources: list[Source] | None = Field(default=None, min_length=1)
+    """Several data sets in a fixed ratio, instead of `shards`; see docs/data.md."""
+    image_size: int = Field(default=448, gt=0)
+    """Side in pixels of the square image given to the vision encoder; a multiple of patch size x merge size (28)."""
+    workers: int = Field(default=4, ge=0, le=128)
+    """Loader processes per rank; 0 reads in the training process."""
+    prefetch: int = Field(default=2, ge=1)
+    """Micro-batches prefetched by each worker."""
+    shuffle_window: int = Field(default=16, ge=1)
+    """Number of shards that are shuffled together and open at the same time."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Largest fraction of unreadable samples; above it the run stops and counts the reasons."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Data:
+        if self.shards is None and self.sources is None:
+            raise ValueError("shards is not set; add it to the recipe or give data.shards=value, or data.sources")
+        if self.shards is not None and self.sources is not None:
+            raise ValueError("shards and sources exclude each other; set one of them to null")
+        names = Counter(source.name for source in self.sources or ())
+        if repeated := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"sources: {repeated[0]} is the name of {names[repeated[0]]} of them; rename one")
+        weighted = [source.weight is not None for source in self.sources or ()]
+        if any(weighted) and (not all(weighted) or any(source.repeats is not None for source in self.sources or ())):
+            raise ValueError("sources: give every one a weight and none repeats, or none a weight")
+        return self
+
+    @property
+    def named(self) -> list[str]:
+        """All shards, as the recipe names them."""
+        specs = [source.shards for source in self.sources] if self.sources else [self.shards or []]
+        return [one for spec in specs for one in ([spec] if isinstance(spec, str) else spec)]
+
+    def weights(self, samples: list[int]) -> list[Fraction]:
+        """The exact share of each of `sources`, up to a common factor; samples: their numbers of samples."""
+        return [
+            Fraction(repr(source.weight)) if source.weight is not None else count * Fraction(repr(source.repeats or 1))
+            for source, count in zip(self.sources or (), samples, strict=True)
+        ]

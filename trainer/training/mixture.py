@@ -1,0 +1,150 @@
+"""The sources of a run with their weights, over all of its attempts.
+
+A segment is a part of the sequence of global batches with the same sources and weights. Checkpoints and `mixture.json`
+in the run folder contain all segments, so that the sequence before a change stays known.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...data import MixedDataset, MixedPlan, PlannedSource, Segment
+from ...data.mixture import whole_weights
+from ...recipes.data import Data, Source
+from ...recipes.secrets import redact
+from ..errors import RunError
+from ..io import read_json
+
+FILE = "mixture.json"
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """One source in a segment."""
+
+    name: str | None
+    """None: of `data.shards`, before the run had sources."""
+    number: int
+    """In the order of first use in the run; the order and the draws of its samples depend on it."""
+    weight: int
+    samples: int | None
+    fingerprint: str
+    """See `Dataset.fingerprint`; it identifies the source."""
+    shards: str | list[str]
+    """As the recipe named them."""
+
+
+@dataclass(frozen=True)
+class MixtureSegment:
+    batch: int
+    """The first global batch, counted from 0."""
+    sources: tuple[SourceRecord, ...]
+
+    @property
+    def weights(self) -> dict[int, int]:
+        return {source.number: source.weight for source in self.sources}
+
+    def described(self) -> list[dict[str, Any]]:
+        """Name, samples and share of every source, for an event."""
+        total = sum(self.weights.values())
+        return [
+            {"name": source.name, "samples": source.samples, "share": source.weight / total} for source in self.sources
+        ]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{each['name']} {100 * each['share']:.4g} %" for each in self.described())
+
+
+Segments = tuple[MixtureSegment, ...]
+
+
+def to_json(segments: Segments) -> list[dict[str, Any]]:
+    """The segments for a JSON file, without the signatures of addresses."""
+    return json.loads(redact(json.dumps([asdict(segment) for segment in segments])))
+
+
+def from_json(stored: Sequence[dict[str, Any]]) -> Segments:
+    return tuple(
+        MixtureSegment(each["batch"], tuple(SourceRecord(**source) for source in each["sources"])) for each in stored
+    )
+
+
+def stored_segments(state: dict[str, Any] | None) -> Segments:
+    """The segments up to a checkpoint with JSON `state`; of a run on `data.shards`, that data set alone."""
+    if state is None:
+        return ()
+    if "mixture" in state:
+        return from_json(state["mixture"])
+    shards = state["recipe"]["data"]["shards"]
+    return (MixtureSegment(0, (SourceRecord(None, 0, 1, None, state["data"], shards),)),)
+
+
+def continued(earlier: Segments, data: Data, dataset: MixedDataset, batch: int, place: str) -> Segments:
+    """The segments of a run that continues at global batch `batch` with `data.sources`: those before, and a new one if
+    sources or weights differ. RunError when a source's name had another content. place: names the run for it."""
+    known = [source for segment in earlier for source in segment.sources]
+    numbers = {source.fingerprint: source.number for source in known}
+    contents = {source.name: source.fingerprint for source in known}
+    weights = whole_weights(data.weights([len(part) for part in dataset.parts]))
+    found = []
+    for source, part, weight in zip(data.sources or (), dataset.parts, weights, strict=True):
+        if contents.get(source.name, part.fingerprint) != part.fingerprint:
+            raise RunError(
+                f"{place}: the shards of the source {source.name} were others in this run; restore them, or name the"
+                " new ones as a source of their own"
+            )
+        number = numbers.setdefault(part.fingerprint, len(numbers))
+        found.append(SourceRecord(source.name, number, weight, len(part), part.fingerprint, source.shards))
+    segment = MixtureSegment(batch, tuple(found))
+    if earlier and earlier[-1].weights == segment.weights:
+        return earlier
+    # One that begins at the same batch was never trained on.
+    return (*(each for each in earlier if each.batch < batch), segment)
+
+
+def new_segment(segments: Segments, state: dict[str, Any] | None) -> MixtureSegment | None:
+    """The last of `segments` if it begins after the checkpoint with JSON `state`; None otherwise."""
+    return segments[-1] if segments and segments != stored_segments(state) else None
+
+
+def mixed_plan(segments: Segments, dataset: MixedDataset, data: Data, global_batch: int, seed: int) -> MixedPlan:
+    """The order of the samples of `dataset`, whose sources are those of the last of `segments`."""
+    numbers = {source.fingerprint: source.number for segment in segments for source in segment.sources}
+    sources = [PlannedSource(numbers[part.fingerprint], part.samples_per_shard) for part in dataset.parts]
+    parts = [Segment(segment.batch, segment.weights) for segment in segments]
+    return MixedPlan(sources, parts, global_batch, seed, data.shuffle_window)
+
+
+def read_segments(run: Path) -> Segments:
+    """All segments of the run in a folder, which has `data.sources`. RunError when the file is missing."""
+    stored = read_json(run / FILE)
+    if stored is None:
+        raise RunError(f"{run / FILE}: missing or damaged, so the sources of a step are unknown; restore it")
+    return from_json(stored["segments"])
+
+
+def until(segments: Segments, batch: int) -> Segments:
+    """The segments up to the one with global batch `batch`, counted from 0."""
+    return tuple(segment for segment in segments if segment.batch <= batch)
+
+
+def data_of(segment: MixtureSegment, data: Data) -> Data:
+    """The settings with which a segment was read. Those of a run before it had sources have `data.shards`."""
+    first = segment.sources[0]
+    if first.name is None:
+        return data.model_copy(update={"shards": first.shards, "sources": None})
+    sources = [
+        Source(name=str(source.name), shards=source.shards, weight=float(source.weight)) for source in segment.sources
+    ]
+    return data.model_copy(update={"sources": sources})
+
+
+def require_content(segments: Segments, dataset: MixedDataset, run: Path) -> None:
+    """RunError when a source of `dataset` has another content than in the last of `segments`, those of a run."""
+    for source, part in zip(segments[-1].sources, dataset.parts, strict=True):
+        if part.fingerprint != source.fingerprint:
+            raise RunError(f"data.sources, {source.name}: are not the shards that {run} was trained on; restore them")
