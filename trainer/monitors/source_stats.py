@@ -9,8 +9,8 @@ from ..optim.train_state import TrainState
 
 class SourceStats:
     """names, numbers, sizes: of the sources, in the order of the dataset: name, number in the run, samples. taken:
-    index of a global batch -> number of a source -> its samples in the batch. scale: factor from a sample's share of the
-    summed loss to its own loss."""
+    index of a global batch -> number of a source -> its samples in the batch. scale: factor from a sample's share of
+    the summed loss to its own loss."""
 
     def __init__(
         self,
