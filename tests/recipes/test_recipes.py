@@ -1,6 +1,7 @@
 """Recipes: every shipped one loads and dry-runs with the published sizes; errors are named."""
 
 import re
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -417,3 +418,35 @@ def test_stage_1_reads_of_flux_what_vae_targets_need(tmp_path) -> None:
     for settings in ([*given, "flux.guidance=2"], given[1:]):
         with pytest.raises(RecipeError, match=r"flux\.\w+ has no effect in stage patch-latents; leave it out"):
             load_recipe("tiny-mllm", settings)
+
+
+SOURCES = "data.sources=[{name: a, shards: x/*.tar, weight: 0.7}, {name: b, shards: [y.tar, z.tar], weight: 0.3}]"
+
+
+def test_sources() -> None:
+    recipe = load_recipe("tiny-mllm", ["data.shards=null", SOURCES])
+    assert recipe.data.named == ["x/*.tar", "y.tar", "z.tar"]
+    assert recipe.data.weights([5, 6]) == [Fraction(7, 10), Fraction(3, 10)]
+    repeated = load_recipe("tiny-mllm", ["data.shards=null", "data.sources=[{name: a, shards: x, repeats: 1.5}]"])
+    assert repeated.data.weights([5]) == [Fraction(15, 2)]
+    assert load_recipe("tiny-mllm").data.named == ["demo/train-*.tar"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([SOURCES], "data: shards and sources exclude each other; set one of them to null"),
+        (["data.shards=null"], "data: shards is not set"),
+        (["data.shards=null", "data.sources=[]"], "data.sources: "),
+        (["data.shards=null", SOURCES.replace("name: b", "name: a")], "sources: a is the name of 2 of them"),
+        (["data.shards=null", SOURCES.replace(", weight: 0.3", "")], "give every one a weight and none repeats"),
+        (["data.shards=null", SOURCES.replace("weight: 0.3", "repeats: 2")], "give every one a weight"),
+        (["data.shards=null", SOURCES.replace("weight: 0.3", "weight: 0")], r"data\.sources\.1\.weight: "),
+        (["data.shards=null", SOURCES.replace("name: b", "name: a b")], "'a b' is not a name of a source"),
+        (["data.shards=null", SOURCES.replace("weight: 0.3", "wieght: 0.3")], r"did you mean data\.sources\.1\.weight"),
+    ],
+)
+def test_sources_that_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as refused:
+        load_recipe("tiny-mllm", overrides)
+    assert "\n" not in str(refused.value)

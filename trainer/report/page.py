@@ -22,6 +22,7 @@ from ...slurm.exit_record import STOPPED
 from ...slurm.exit_record import attempts as slurm_attempts
 from ..io import flat, read_json
 from ..monitors.renames import previews
+from . import sources
 from .drawing import COLOURS, Chart, Curve, Points, chart, noisy
 from .files import RunFiles
 from .series import Series
@@ -42,6 +43,7 @@ def page(run: RunFiles, now: float | None = None) -> str:
         "made": moment(now),
         "tiles": tiles(run),
         "charts": charts(run),
+        "sources": sources.rows(run.metrics),
         "strip": strip(run, found),
         "goodput": _goodput(run),
         "attempts": _attempts(found),
@@ -122,6 +124,7 @@ def charts(run: RunFiles) -> list[Chart]:
             "Smoothed over a twentieth of the lines; faint: as logged.",
             falls=True,
         ),
+        sources.loss_chart(metrics),
         chart(
             "held-out loss",
             [

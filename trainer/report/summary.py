@@ -37,6 +37,8 @@ DRAWN = (
 """Metrics with a curve, in addition to the parts of the loss."""
 PART = "loss_"
 """Prefix of the parts of the loss."""
+SOURCE = "source_loss_"
+"""Prefix of the losses of the sources of a mixture."""
 LAST = ("samples", "peak_memory_gib", "memory_headroom_gib", "alloc_retries", "skipped_steps")
 """Metrics whose last value is compared."""
 MEDIANS = ("samples_per_s", "tokens_per_s", "step_s", "tflops_per_device", "mfu", "hfu")
@@ -56,6 +58,8 @@ class Summary:
         """Metric -> its curve; of metrics that occur."""
         self.parts: list[str] = []
         """The parts of the loss, in order of appearance."""
+        self.sources: list[str] = []
+        """The losses of the sources, in order of appearance."""
         self.waiting = Series()
         """Percentage of the step for which rank 0 waited for data."""
         self.checkpoints = Series()
@@ -119,7 +123,8 @@ class Summary:
         if not lines.layouts.keys() <= self._layouts:
             self._layouts |= lines.layouts.keys()
             self.parts += [key for key in lines.keys if key.startswith(PART) and key not in self.parts]
-        for key in (*self._drawn, *(self.parts if self._parts else ())):
+            self.sources += [key for key in lines.keys if key.startswith(SOURCE) and key not in self.sources]
+        for key in (*self._drawn, *((*self.parts, *self.sources) if self._parts else ())):
             if key in lines.keys:
                 self.curves.setdefault(key, Series()).extend(*lines.points(key))
         if self.medians:

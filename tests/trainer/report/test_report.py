@@ -200,6 +200,18 @@ def test_a_run_with_validation_has_a_chart_of_it(eventful: Path) -> None:
     assert "held-out loss over the step" in html and "averaged weights" in html
 
 
+def test_a_run_on_sources_has_a_chart_and_a_table_of_them(eventful: Path) -> None:
+    assert "Sources" not in read(page(open_run(eventful), now=T + 200)).text
+    with (eventful / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        for step, loss in ((41, 0.5), (42, None)):
+            figures = {"samples": 1000 * step, "epochs": 1.25, "loss": loss, "bad_fraction": 0.002}
+            rest = {f"source_{metric}_{name}": value for name in ("art", "web") for metric, value in figures.items()}
+            file.write(json.dumps(line(step, **rest)) + "\n")
+    html = page(open_run(eventful), now=T + 200)
+    assert "loss of each source over the step" in html
+    assert re.search(r"art</td>.*?42,000</td>.*?1\.25</td>.*?0\.200%</td>", html, flags=re.S)
+
+
 def test_states(eventful: Path, tmp_path: Path) -> None:
     assert "ended without a record" in open_run(eventful).state(now=T + 400)
     metrics = eventful / "metrics.jsonl"
