@@ -14,7 +14,7 @@ from .index import Header
 class JoinedHeaders:
     """The headers of `parts`, in order."""
 
-    def __init__(self, parts: Sequence[Sequence[Header] | Headers]) -> None:
+    def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = parts
         self._starts = [0, *accumulate(map(len, parts))]
 
@@ -31,11 +31,14 @@ class JoinedHeaders:
     def stale(self, shard: int, index: str) -> DataError | None:
         """The error for a shard whose index is not the one in its catalogue; None if it has no catalogue."""
         part, number = self._place(shard)
-        return part.stale(number, index) if isinstance(part, Headers) else None
+        return None if isinstance(part, list) else part.stale(number, index)
 
-    def _place(self, shard: int) -> tuple[Sequence[Header] | Headers, int]:
+    def _place(self, shard: int) -> tuple[Part, int]:
         number = part_of(self._starts, shard)
         return self._parts[number], shard - self._starts[number]
+
+
+Part = list[Header] | Headers | JoinedHeaders
 
 
 def part_of(starts: Sequence[int], shard: int) -> int:

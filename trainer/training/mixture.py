@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +100,30 @@ def continued(earlier: Segments, data: Data, dataset: MixedDataset, batch: int, 
         number = numbers.setdefault(part.fingerprint, len(numbers))
         found.append(SourceRecord(source.name, number, weight, len(part), part.fingerprint, source.shards))
     segment = MixtureSegment(batch, tuple(found))
-    if earlier and earlier[-1].weights == segment.weights:
-        return earlier
-    # One that begins at the same batch was never trained on.
-    return (*(each for each in earlier if each.batch < batch), segment)
+    places = {source.fingerprint: source.shards for source in found}
+    earlier = tuple(_moved(each, places) for each in earlier)
+    if not earlier or earlier[-1].sources[0].name is None or earlier[-1].weights != segment.weights:
+        # One that begins at the same batch was never trained on.
+        return (*(each for each in earlier if each.batch < batch), segment)
+    return (*earlier[:-1], replace(segment, batch=earlier[-1].batch))
+
+
+def _moved(segment: MixtureSegment, places: dict[str, str | list[str]]) -> MixtureSegment:
+    """The segment with the shards of its sources where they are now. places: fingerprint of a source -> its shards."""
+    return replace(
+        segment,
+        sources=tuple(
+            replace(source, shards=places.get(source.fingerprint, source.shards)) for source in segment.sources
+        ),
+    )
 
 
 def new_segment(segments: Segments, state: dict[str, Any] | None) -> MixtureSegment | None:
     """The last of `segments` if it begins after the checkpoint with JSON `state`; None otherwise."""
-    return segments[-1] if segments and segments != stored_segments(state) else None
+    before = stored_segments(state)
+    if not segments or (before and before[-1].batch == segments[-1].batch):
+        return None
+    return segments[-1]
 
 
 def mixed_plan(segments: Segments, dataset: MixedDataset, data: Data, global_batch: int, seed: int) -> MixedPlan:
