@@ -53,7 +53,9 @@ class Data(Section):
     @model_validator(mode="after")
     def _one_kind(self) -> Data:
         if self.shards is None and self.sources is None:
-            raise ValueError("shards is not set; add it to the recipe or give data.shards=value, or data.sources")
+            raise ValueError(
+                "no shards named; give a path such as data.shards=/data/train-{00000..00099}.tar, or data.sources"
+            )
         if self.shards is not None and self.sources is not None:
             raise ValueError("shards and sources exclude each other; set one of them to null")
         names = Counter(source.name for source in self.sources or ())

@@ -20,7 +20,7 @@ ELSEWHERE = {
 def section(path: list[str], model: type[BaseModel]) -> type[BaseModel] | None:
     """The group of settings at `path`; None if there is none. A number in it is that of an item of a list."""
     found: type[BaseModel] | None = model
-    for part, after in zip(path, [*path[1:], ""], strict=True):
+    for part, after in zip(path, [*path, ""][1:], strict=True):
         if part.isdigit():
             continue
         if found is None or part not in found.model_fields:

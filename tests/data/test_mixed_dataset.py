@@ -88,7 +88,7 @@ def test_errors_name_the_source(specs, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^data\.sources, x: .*nowhere"):
         open_sources([*specs, ("x", f"{tmp_path}/nowhere")])
     shutil.copytree(tmp_path / "c", tmp_path / "copy")
-    with pytest.raises(DataError, match=r"^data\.sources: c and again have the same content; keep one"):
+    with pytest.raises(DataError, match=r"^data\.sources: c and again have the same content; name it once"):
         open_sources([*specs, ("again", f"{tmp_path}/copy")])
 
 

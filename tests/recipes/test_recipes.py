@@ -307,7 +307,7 @@ def test_home_folder_is_expanded(key: str, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("data.shards=", "data.shards: no shards named; give a path such as"),
+        ("data.shards=", "data: no shards named; give a path such as data.shards="),
         ("data.shards=[]", "data.shards: no shards named"),
         ("data.shards=[a.tar, '']", "data.shards: no shards named"),
         ("data.shards=a{0..3.tar", "data.shards: a{0..3.tar: Unbalanced braces: 'a{0..3.tar'; write ranges as"),
@@ -436,7 +436,7 @@ def test_sources() -> None:
     ("overrides", "message"),
     [
         ([SOURCES], "data: shards and sources exclude each other; set one of them to null"),
-        (["data.shards=null"], "data: shards is not set"),
+        (["data.shards=null"], "data: no shards named; give a path such as"),
         (["data.shards=null", "data.sources=[]"], "data.sources: "),
         (["data.shards=null", SOURCES.replace("name: b", "name: a")], "sources: a is the name of 2 of them"),
         (["data.shards=null", SOURCES.replace(", weight: 0.3", "")], "give every one a weight and none repeats"),
