@@ -124,12 +124,13 @@ def check_continuation(
             f"{folder}: was trained on other frozen weights than {inputs.stage.source} (content hash"
             f" {state['backbone'][:12]}, here {backbone_hash[:12]}): set that back, or take another name than {name}"
         )
-    if "mixture" in state and not inputs.segments:
+    mixed = isinstance(inputs.dataset, MixedDataset)
+    if "mixture" in state and not mixed:
         raise RunError(
             f"{folder}: was trained with data.sources: give them instead of data.shards (one is enough), or take"
             f" another name than {name}"
         )
-    if not inputs.segments and state["data"] != inputs.dataset.fingerprint:
+    if not mixed and state["data"] != inputs.dataset.fingerprint:
         differ = difference(folder.parents[1], inputs.dataset, state["data"])
         raise RunError(
             f"{folder}: was trained on other shards than data.shards={settings['data']['shards']} ({differ}): restore"

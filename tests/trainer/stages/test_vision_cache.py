@@ -36,7 +36,7 @@ def recipe(data: Path, *more: str) -> Recipe:
 
 
 def encode(recipe: Recipe) -> None:
-    shards = recipe.data.shards, recipe.validation.shards
+    shards = recipe.data.named, recipe.validation.shards
     precompute.encode(open_stage(recipe).outputs(), *shards, recipe.micro_batch)
 
 
@@ -88,6 +88,17 @@ def test_losses_are_those_without_a_cache_and_the_encoder_is_not_loaded(data: Pa
     assert after.memory.held["frozen weights"] < before.memory.held["frozen weights"]
     (encoder,) = [part for part in parts(cached) if part.name == "vision encoder"]
     assert encoder.place == "cached"
+
+
+def test_a_cache_of_several_sources_is_read_in_their_order(data: Path) -> None:
+    sources = [
+        {"name": "later", "shards": f"{data}/train-0000[23].tar", "weight": 1},
+        {"name": "earlier", "shards": f"{data}/train-00000.tar", "weight": 2},
+    ]
+    settings = ("micro_batch=8", "steps=3", "data.shards=null", f"data.sources={json.dumps(sources)}")
+    cached = recipe(data, *settings, CACHED)
+    encode(cached)
+    assert plain.losses(cached) == plain.losses(recipe(data, *settings))
 
 
 class NoRanks:
