@@ -31,6 +31,7 @@ LATER = (
     "branch.draws",
     "controlnet.bridge",
     "controlnet.connector",
+    "data.sources",
     "controlnet.latents",
     "controlnet.mllm",
     "controlnet.decode_steps",
