@@ -11,34 +11,14 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ...kernels.attention import Backend
 from .backbone import FrozenBackbone
 from .flux import FluxFolder, FrozenFlux
-from .pixel_targets import LinearTargets, by_patch
+from .pixel_targets import EncodedTargets, by_patch
 from .weights import WeightFiles
-
-
-class EncodedTargets(LinearTargets):
-    """Orthonormal random functions of what a frozen encoder gives for a patch.
-
-    `encoder` is set to what `build` returns by the owner of this module, registered or not, and filled by `load`.
-    """
-
-    encoder: Any
-
-    def build(self) -> nn.Module:
-        """The encoder, without weights."""
-        raise NotImplementedError
-
-    def load(self) -> None:
-        """Fill the encoder."""
-        raise NotImplementedError
-
-    def restore(self) -> None:
-        """Rebuild what is not a weight of the encoder, whatever dtype it was built in."""
 
 
 class VaeTargets(EncodedTargets):

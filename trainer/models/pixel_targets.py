@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .buffers import Fp32Buffers
 
@@ -72,6 +72,26 @@ class LinearTargets(Fp32Buffers):
             directions = torch.linalg.qr(drawn).Q if width <= values else torch.linalg.qr(drawn.T).Q.T
         variance = ((covariance @ directions) * directions).sum() / width
         return mean, directions.T / variance.sqrt()
+
+
+class EncodedTargets(LinearTargets):
+    """Orthonormal random functions of what a frozen encoder gives for a patch.
+
+    `encoder` is set to what `build` returns by the owner of this module, registered or not, and filled by `load`.
+    """
+
+    encoder: Any
+
+    def build(self) -> nn.Module:
+        """The encoder, without weights."""
+        raise NotImplementedError
+
+    def load(self) -> None:
+        """Fill the encoder."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Rebuild what is not a weight of the encoder, whatever dtype it was built in."""
 
 
 class PixelTargets(LinearTargets):

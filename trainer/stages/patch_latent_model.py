@@ -22,11 +22,10 @@ from ..models.backbone import FrozenBackbone, Prefix
 from ..models.backbone_config import branch_layers, grid_side
 from ..models.branch import GenerationBranch
 from ..models.elementwise import use_liger
-from ..models.encoded_targets import EncodedTargets
 from ..models.flow_head import FlowHead
 from ..models.kernel_selection import KernelChoice
 from ..models.low_rank import share
-from ..models.pixel_targets import LinearTargets, PixelTargets
+from ..models.pixel_targets import EncodedTargets, LinearTargets, PixelTargets
 from . import Losses, StageModel
 from .branch_weights import copies, initial
 from .unsharded import build_unsharded, set_unregistered_module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,10 +11,12 @@ from ...recipes.schema import Branch, Flux
 from ..models import weights
 from ..models.backbone import FrozenBackbone, read_config
 from ..models.backbone_config import require_same_grid
-from ..models.encoded_targets import EncoderTargets, VaeTargets
-from ..models.flux import FluxFolder
 from ..models.hub import architecture, locate
 from ..models.kernel_selection import KernelChoice
+
+if TYPE_CHECKING:  # imported where they are needed: diffusers takes a second, and no other run of stage 1 needs it
+    from ..models.encoded_targets import EncoderTargets, VaeTargets
+    from ..models.flux import FluxFolder
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class TargetVae:
     @classmethod
     def open(cls, flux: Flux, side: int, for_counting: bool) -> TargetVae:
         """For `side` x `side` patches. RunError names what cannot be used."""
+        from ..models.flux import FluxFolder
+
         if for_counting:
             path = architecture(flux.path, flux.revision, "flux.path")
         else:
@@ -48,6 +52,8 @@ class TargetVae:
 
     def targets(self, patches: int, width: int, kernels: KernelChoice) -> VaeTargets:
         """The targets [B, patches, width], without weights."""
+        from ..models.encoded_targets import VaeTargets
+
         return VaeTargets(self.folder, self.flux.image_size, patches, width)
 
     def frozen(self) -> tuple[weights.WeightFiles, list[str]]:
@@ -82,6 +88,8 @@ class TargetEncoder:
         return ()
 
     def targets(self, patches: int, width: int, kernels: KernelChoice) -> EncoderTargets:
+        from ..models.encoded_targets import EncoderTargets
+
         return EncoderTargets(self.config, self.files, patches, width, kernels.vision)
 
     def frozen(self) -> tuple[weights.WeightFiles, list[str]]:

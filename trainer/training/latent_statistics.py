@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ...data import Dataset
 from ..distributed.process_group import Ranks
-from ..models.encoded_targets import EncodedTargets
 from ..models.flow_head import FlowHead
-from ..models.pixel_targets import LinearTargets
+from ..models.pixel_targets import EncodedTargets, LinearTargets
 from ..stages import Stage
 from ..stages.patch_latent_collate import PatchLatentCollate
 from ..stages.patch_latent_model import PatchLatentModel
