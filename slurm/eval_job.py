@@ -15,7 +15,6 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError
 
-from ..data.local import names_in
 from ..recipes import Recipe, load_recipe
 from . import commands, exit_record
 from .errors import SlurmError
@@ -113,15 +112,10 @@ def status(run: Path) -> list[str]:
 
 def _unscored(run: Path, plan: EvalJob) -> list[int]:
     """Steps of checkpoints to score, oldest first: they are the first to be pruned."""
-    try:
-        names = names_in(run / "checkpoints")
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    words = (name.removeprefix("step-") for name in names if name.startswith("step-"))
     last = _recipe(run).steps
     return [
         step
-        for step in sorted(int(word) for word in words if word.isdigit())
+        for step in exit_record.steps_saved(run)
         if (step % plan.every == 0 or step == last)
         and not (run / RESULTS / _name(step) / DONE).exists()
         and plan.failures.get(step, 0) < MAX_TRIES

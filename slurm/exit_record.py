@@ -61,15 +61,20 @@ def read_outcome(run: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and _attempt(found) == attempt_id() else None
 
 
-def newest_step(run: Path) -> int:
-    """Step of the newest checkpoint; 0 if there is none. Storage errors are retried, then DataLost: a run whose folder
-    cannot be read has not lost its checkpoints."""
+def steps_saved(run: Path) -> list[int]:
+    """Steps of the checkpoints, in order. Storage errors are retried, then DataLost: a run whose folder cannot be read
+    has not lost its checkpoints."""
     try:
         names = names_in(run / "checkpoints")
     except (FileNotFoundError, NotADirectoryError):
-        return 0
+        return []
     steps = [name.removeprefix("step-") for name in names if name.startswith("step-")]
-    return max((int(step) for step in steps if step.isdigit()), default=0)
+    return sorted(int(step) for step in steps if step.isdigit())
+
+
+def newest_step(run: Path) -> int:
+    """Step of the newest checkpoint; 0 if there is none. Errors as of `steps_saved`."""
+    return max(steps_saved(run), default=0)
 
 
 def append(run: Path, record: Mapping[str, Any]) -> None:
