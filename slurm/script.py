@@ -14,15 +14,20 @@ from .job import LOG, RECIPE, Job
 from .rank_env import LAUNCHER_VARIABLES
 from .site import Site
 
-TRAINING, EVALUATION = (Path(__file__).with_name(name) for name in ("job.sh.jinja", "eval.sh.jinja"))
+TRAINING, EVALUATION = "job.sh.jinja", "eval.sh.jinja"
 
 
-def render(job: Job, site: Site, template: Path = TRAINING, log: str = LOG, **more: object) -> str:
+def render(job: Job, site: Site, template: str = TRAINING, log: str = LOG, **more: object) -> str:
     """The batch script of `job`. log: file of its output in the run folder. more: further variables of the template."""
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
     environment.filters["quote"] = _quote
     environment.filters["expandable"] = _expandable
-    text = environment.from_string(template.read_text(encoding="utf-8")).render(
+    text = environment.get_template(template).render(
         job=job,
         site=site,
         options=_options(job, site, log),
