@@ -16,10 +16,11 @@ class JoinedHeaders:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = parts
-        self._starts = [0, *accumulate(map(len, parts))]
+        self.starts = [0, *accumulate(map(len, parts))]
+        """First shard of each part, and the number of all shards."""
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return self.starts[-1]
 
     def __getitem__(self, shard: int) -> Header:
         part, number = self._place(shard)
@@ -34,8 +35,8 @@ class JoinedHeaders:
         return None if isinstance(part, list) else part.stale(number, index)
 
     def _place(self, shard: int) -> tuple[Part, int]:
-        number = part_of(self._starts, shard)
-        return self._parts[number], shard - self._starts[number]
+        number = part_of(self.starts, shard)
+        return self._parts[number], shard - self.starts[number]
 
 
 Part = list[Header] | Headers | JoinedHeaders

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 from .errors import DataError
 from .joined_headers import JoinedHeaders, part_of
@@ -15,12 +14,11 @@ class MixedDataset(Dataset):
     """Random access to the samples of several datasets; `parts` are those, in order."""
 
     def __init__(self, names: Sequence[str], parts: Sequence[Dataset]) -> None:
-        super().__init__(
-            [shard for part in parts for shard in part.shards], JoinedHeaders([part.headers for part in parts])
-        )
+        headers = JoinedHeaders([part.headers for part in parts])
+        super().__init__([shard for part in parts for shard in part.shards], headers)
         self.names = list(names)
         self.parts = list(parts)
-        self._starts = [0, *accumulate(len(part.shards) for part in parts)]
+        self._starts = headers.starts
 
     def source(self, shard: int) -> int:
         return part_of(self._starts, shard)

@@ -154,10 +154,7 @@ class MixedPlan:
 
     def taken(self, batch: int) -> dict[int, int]:
         """Samples of each source in the global batch `batch`, without those that have none."""
-        number = self._segment(batch)
-        before, after = self._counts(number, batch), self._counts(number, batch + 1)
-        found = {source: count - before.get(source, 0) for source, count in after.items()}
-        return {source: count for source, count in found.items() if count}
+        return {source: len(places) for source, places in self._places(batch).items()}
 
     def locate(self, positions: np.ndarray) -> Located:
         """The samples at global `positions` (int64, any shape, >= 0). DataError for one of a source that is not
@@ -189,12 +186,18 @@ class MixedPlan:
             found[source] = found.get(source, 0) + count
         return found
 
+    def _places(self, batch: int) -> dict[int, range]:
+        """Positions in the sequence of each source that has samples in a global batch."""
+        number = self._segment(batch)
+        before, after = self._counts(number, batch), self._counts(number, batch + 1)
+        found = {source: range(before.get(source, 0), end) for source, end in after.items()}
+        return {source: places for source, places in found.items() if places}
+
     def _batch(self, batch: int) -> _Batch:
         if batch not in self._batches:
-            before, taken = self.counts(batch), self.taken(batch)
-            starts = {source: before.get(source, 0) for source in taken}
-            sources = np.repeat(np.array(list(taken)), list(taken.values()))
-            places = np.concatenate([starts[source] + np.arange(count) for source, count in taken.items()])
+            found = self._places(batch)
+            sources = np.repeat(np.array(list(found)), [len(places) for places in found.values()])
+            places = np.concatenate([np.arange(each.start, each.stop) for each in found.values()])
             order = permutation(self.global_batch, _derived(self.seed, "mixture"), batch, stream=0)
             remember(self._batches, batch, _Batch(sources[order], places[order]), CACHED_BATCHES)
         return self._batches[batch]
