@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from bifrost.recipes import Recipe
+from bifrost.recipes.section import is_group
 from bifrost.recipes.template import section_of, yaml_line
 
 HEAD = """\
@@ -73,7 +74,7 @@ def _sections(
         nested = section_of(field)
         if nested:
             yield from _sections(nested, f"{path}.{name}".lstrip("."), field.description or nested.__doc__)
-        elif item := next(filter(_is_group, _nested(field.annotation)), None):
+        elif item := next(filter(is_group, _nested(field.annotation)), None):
             yield from _sections(item, f"{path}.{name}[]".lstrip("."), item.__doc__)
 
 
@@ -82,10 +83,6 @@ def _nested(annotation: Any) -> Iterator[Any]:
     yield annotation
     for inner in get_args(annotation):
         yield from _nested(inner)
-
-
-def _is_group(annotation: Any) -> bool:
-    return get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _row(path: str, name: str, field: FieldInfo) -> str:
@@ -104,7 +101,7 @@ def _kind(annotation: Any) -> str:
         return _kind(get_args(annotation)[0])
     if get_origin(annotation) in (list, tuple):
         return f"list of {_kind(get_args(annotation)[0])}"
-    if _is_group(annotation):
+    if is_group(annotation):
         return "groups of settings"
     names = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
     return names[annotation]

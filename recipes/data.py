@@ -9,13 +9,13 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 
-from .fields import Shards
+from .fields import NAME, Shards
 from .section import Section
 
 
 def source_name(value: str) -> str:
     """Names are part of the keys of metrics."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+    if not re.fullmatch(NAME, value):
         raise ValueError(f"{value!r} is not a name of a source; use letters, digits, `.`, `_` and `-`")
     return value
 

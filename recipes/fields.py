@@ -9,6 +9,9 @@ from typing import Annotated, Literal
 from braceexpand import braceexpand
 from pydantic import AfterValidator, BeforeValidator
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""Pattern of the name of a run, which is also the name of its folder, and of a source."""
+
 
 def given(value: object) -> object:
     return "" if value is None else value  # YAML's reading of `data.shards=`

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from typing import get_args, get_origin
+from typing import get_args
 
 from pydantic import BaseModel
+
+from .section import is_group
 
 ELSEWHERE = {
     "ranks": "the number of processes is the option --ranks N",
@@ -29,8 +31,7 @@ def section(path: list[str], model: type[BaseModel]) -> type[BaseModel] | None:
         options = [annotation, *get_args(annotation)]
         if after.isdigit():
             options = [item for option in options for item in get_args(option)]
-        classes = (o for o in options if get_origin(o) is None and isinstance(o, type))
-        found = next((o for o in classes if issubclass(o, BaseModel)), None)
+        found = next(filter(is_group, options), None)
     return found
 
 

@@ -13,15 +13,11 @@ from pydantic import Field, model_validator
 from .batch import BatchSplit
 from .branch import Backbone, Branch
 from .data import Data
-from .fields import OptionalPlace, Place, Shards, TrackingUri
+from .fields import NAME, OptionalPlace, Place, Shards, TrackingUri
 from .secrets import stored_secret
 from .section import Section
 from .stage2 import ControlNet, Flux
 from .yaml_dialect import Dumper
-
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-"""Pattern of a run's name, which is also the name of its folder."""
-
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 

@@ -14,8 +14,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from .fields import NAME
 from .load import NO_NAME, RecipeError, find_recipe, load_recipe
-from .schema import NAME, Recipe
+from .schema import Recipe
+from .section import is_group
 from .yaml_dialect import Dumper, read_yaml
 
 WIDTH = 100
@@ -84,7 +86,7 @@ def _explained(text: str | None, indent: str) -> list[str]:
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
     """The model of a field that is a group of settings, also of an optional one."""
     options = [field.annotation, *get_args(field.annotation)]
-    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    return next(filter(is_group, options), None)
 
 
 def yaml_line(value: Any) -> str:
