@@ -39,11 +39,19 @@ class Suite(Section):
     """Settings of every row."""
     score: list[str]
     """Options of `bifrost eval` for every row: data, scenes, and the run of the other stage."""
-    control: Literal["probe", "both"] = "probe"
-    """Whose scores are compared: the probe's, which need no FLUX, or those of images made by both stages."""
+    control: Literal["probe", "both", "reconstruction"] = "probe"
+    """Whose scores are compared: the probe's, which need no FLUX, those of images made by both stages, or those of
+    stage 2 alone, which reconstructs images from their latents."""
     categories: list[str] = Field(min_length=1)
-    """Categories of held-out scenes whose mean is the figure that is compared."""
+    """Categories of held-out scenes whose mean is the figure that is compared; of reconstructions one metric, such as
+    psnr."""
     questions: dict[str, Question] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> Suite:
+        if self.control == "reconstruction" and len(self.categories) > 1:
+            raise ValueError("categories: metrics of reconstructions have no common mean; name one, such as psnr")
+        return self
 
 
 def shipped_suites() -> dict[str, Path]:

@@ -170,9 +170,10 @@ def _check_options(words: Sequence[str], own: str) -> None:
     given = {word.partition("=")[0] for word in words}
     if taken := sorted(given & {own, "--out"}):
         raise SlurmError(f"{taken[0]}: is set for every checkpoint; leave it out")
-    others = ["--mllm"] if own == "--controlnet" else ["--controlnet", "--scenes"]
-    if "--data" not in given or not given & set(others):
-        raise SlurmError(f"after -- give the other options of `bifrost eval`: --data and {' or '.join(others)}")
+    needed = [{"--data"}, *([{"--controlnet", "--scenes"}] if own == "--mllm" else [])]
+    if not all(given & options for options in needed):
+        words = " and ".join(" or ".join(sorted(options)) for options in needed)
+        raise SlurmError(f"after -- give the other options of `bifrost eval`: {words}")
 
 
 def _load(run: Path) -> EvalJob | None:

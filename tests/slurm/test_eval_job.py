@@ -158,6 +158,18 @@ def test_a_checkpoint_that_cannot_be_scored_is_given_up(folder: Path) -> None:
     assert line in " ".join(shown.split())
 
 
+def test_a_run_of_stage_2_needs_no_stage_1(folder: Path) -> None:
+    run = folder.with_name("stage-2")
+    shutil.copytree(folder, run)
+    (run / FILE).unlink()
+    (run / "recipe.yaml").write_text(load_recipe("tiny-controlnet").to_yaml())
+    submit_eval(run, "--", "--data", "/data/x.tar")
+    script = (run / "slurm/eval/job.sh").read_text()
+    assert "options=(--data /data/x.tar)" in script and "--mllm" not in script
+    with pytest.raises(SlurmError, match=r"give the other options of `bifrost eval`: --data$"):
+        submit_eval(run, "--", "--samples", 3)
+
+
 def test_refused(folder: Path, tmp_path: Path) -> None:
     for options, message in {
         (folder, "--", *OPTIONS): r"a-run: job 100 scores this run; end it first: scancel 100",

@@ -33,7 +33,11 @@ def plot(suite: Suite, rows: Sequence[Row]) -> bytes:
             axes.plot(row.values, [height] * len(row.values), "o", color=colour, markersize=4, alpha=0.6)
             axes.plot([row.mean] * 2, [height - 0.35, height + 0.35], color=colour, linewidth=1.8)
         axes.set_yticks(heights, labels)
-        axes.set(xlim=(-0.02, 1.02), ylim=(at + 1, 0), xlabel="scenes with every object right, held-out combinations")
+        if suite.control == "reconstruction":
+            axes.set(xlabel=f"{suite.categories[0]} of held-out images")
+        else:
+            axes.set(xlim=(-0.02, 1.02), xlabel="scenes with every object right, held-out combinations")
+        axes.set(ylim=(at + 1, 0))
         axes.grid(axis="x", color="#e2e8f0")
         axes.spines[["top", "right", "left"]].set_visible(False)
         text = io.StringIO()

@@ -62,7 +62,7 @@ def rows(suite: Suite, trials: Sequence[Trial]) -> list[Row]:
     for name, question in suite.questions.items():
         for row in question.rows:
             done = [
-                (trial.seed, measured["scenes"][PART][suite.control])
+                (trial.seed, _measured(suite, measured))
                 for trial in trials
                 if (trial.question, trial.row) == (name, row) and (measured := scores(trial)) is not None
             ]
@@ -71,8 +71,15 @@ def rows(suite: Suite, trials: Sequence[Trial]) -> list[Row]:
     return found
 
 
-def _row(suite: Suite, question: str, name: str, done: list[tuple[int, dict]]) -> Row:
-    by_seed = [[measured[category]["all"] for category in suite.categories] for _, measured in done]
+def _measured(suite: Suite, metrics: dict) -> dict[str, float]:
+    """Category -> score of an evaluation, on held-out data."""
+    if suite.control == "reconstruction":
+        return {name: metrics["figures"][PART]["reconstruction"][name] for name in suite.categories}
+    return {name: metrics["scenes"][PART][suite.control][name]["all"] for name in suite.categories}
+
+
+def _row(suite: Suite, question: str, name: str, done: list[tuple[int, dict[str, float]]]) -> Row:
+    by_seed = [list(measured.values()) for _, measured in done]
     means = dict(zip(suite.categories, map(fmean, zip(*by_seed, strict=True)), strict=True))
     return Row(question, name, [seed for seed, _ in done], [fmean(values) for values in by_seed], means)
 

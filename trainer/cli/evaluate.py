@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from ...data.scenes.grammar import Scene
     from ...data.shards import Dataset
     from ..evaluation.evaluate import Evaluation
+    from ..evaluation.reconstruction import ReconstructionEvaluation
     from ..evaluation.scenes import SceneEvaluation
     from ..inference.latent_decoder import LatentDecoder
     from ..inference.settings import Settings
 
     DataSets = tuple[Dataset, Dataset | None]
     """Training images and held-out ones."""
+    Measured = Evaluation | ReconstructionEvaluation | SceneEvaluation
 
 METRICS, TABLE, SHEET = "metrics.json", "table.txt", "contact_sheet.png"
 VERSIONS = ("torch", "transformers", "diffusers", "numpy", "pillow")
@@ -40,9 +42,15 @@ VERSIONS = ("torch", "transformers", "diffusers", "numpy", "pillow")
 
 def evaluate(
     context: typer.Context,
-    mllm: Annotated[Path, typer.Option(help="A stage-1 run folder, a checkpoint in one, or an export.")],
     data: Annotated[str, typer.Option(help="Shards of the training images, braces and wildcards in quotes.")],
     out: Annotated[Path, typer.Option(help="A new folder, or one of an earlier evaluation, which is replaced.")],
+    mllm: Annotated[
+        Path | None,
+        typer.Option(
+            help="A stage-1 run folder, a checkpoint in one, or an export; without it, the reconstructions of stage 2"
+            " alone are measured."
+        ),
+    ] = None,
     controlnet: Annotated[
         Path | None,
         typer.Option(
@@ -80,9 +88,15 @@ def evaluate(
 ) -> None:
     """Measure both stages on shards: latents, reconstruction, prompt match with controls, Fréchet distance.
 
-    On scenes with their ground truth instead: the objects in the images, with controls, and answers of the MLLM.
+    On scenes with their ground truth instead: the objects in the images, with controls, and answers of the MLLM. One
+    stage alone: stage 1 on scenes, stage 2 by its reconstructions.
     """
     _check(out)
+    if mllm is None and (controlnet is None or scenes or gallery):
+        raise RunError(
+            "without --mllm RUN only reconstructions are measured: they need --controlnet RUN, and neither"
+            " --scenes nor --gallery"
+        )
     ranked = is_rank(context, ranks)
     sets = _open({"train": data, **({"heldout": heldout} if heldout else {})})
     if controlnet is None and (scenes is None or flux):
@@ -98,13 +112,16 @@ def evaluate(
 
     sampling = Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
     settings = Settings(steps, schedule.value, guidance, flux=sampling, temperature=temperature)
-    runs = {"mllm": mllm, **({"controlnet": controlnet} if controlnet else {})}
+    runs = {name: run for name, run in (("mllm", mllm), ("controlnet", controlnet)) if run is not None}
     made_with = {name: origin(run) for name, run in runs.items()}
     decoder = _load(mllm, controlnet, flux, ranked)
-    decoder.check(settings)
+    if mllm is not None:
+        decoder.check(settings)
     data_sets = sets["train"][1], sets["heldout"][1] if heldout else None
     how = samples, seed, settings, batch
-    if truth is None:
+    if mllm is None:
+        found = _measure_reconstruction(decoder, data_sets, how)
+    elif truth is None:
         found = _measure_retrieval(decoder, data_sets, how, gallery)
     else:
         found = _measure_scenes(decoder, data_sets, truth, how, mllm)
@@ -114,13 +131,25 @@ def evaluate(
     asked = {"samples": samples, "seed": seed, "settings": asdict(settings), "batch": batch}
     _write(out, found, {**found.record(), **asked, **made_with, **_environment(decoder), "data": data_used})
     _note(found.figures, *runs.values())
-    _require_equal(found.figures.get("understanding"), mllm, out)
+    if mllm is not None:
+        _require_equal(found.figures.get("understanding"), mllm, out)
+
+
+def _measure_reconstruction(
+    decoder: LatentDecoder, data_sets: DataSets, how: tuple[int, int, Settings, int]
+) -> ReconstructionEvaluation:
+    from ..evaluation.reconstruction import evaluate_reconstruction
+    from ..inference.generator import Generator
+
+    assert isinstance(decoder, Generator)
+    return evaluate_reconstruction(decoder, *data_sets, *how)
 
 
 def _measure_retrieval(
     decoder: LatentDecoder, data_sets: DataSets, how: tuple[int, int, Settings, int], gallery: int | None
 ) -> Evaluation:
-    from ..evaluation.evaluate import GALLERY, evaluate
+    from ..evaluation.evaluate import evaluate
+    from ..evaluation.samples import GALLERY
     from ..inference.generator import Generator
 
     assert isinstance(decoder, Generator)
@@ -145,8 +174,8 @@ def _measure_scenes(
     return found
 
 
-def _load(mllm: Path, controlnet: Path | None, flux: str | None, ranked: bool) -> LatentDecoder:
-    """The models, on every rank; without a ControlNet those of stage 1."""
+def _load(mllm: Path | None, controlnet: Path | None, flux: str | None, ranked: bool) -> LatentDecoder:
+    """The models, on every rank: of both stages, or of the one that is given."""
     from ..distributed.process_group import Group, join
     from ..inference.generator import Generator
     from ..inference.latent_decoder import load_decoder
@@ -154,8 +183,13 @@ def _load(mllm: Path, controlnet: Path | None, flux: str | None, ranked: bool) -
     ranks = join() if ranked else None
     group = Group(ranks.rank, ranks.size, ranks.gather) if ranks else Group()
     device = ranks and ranks.device
-    load = partial(load_decoder, mllm, device, group=group)
-    if controlnet is not None:
+    load: Callable[[], LatentDecoder]
+    if controlnet is None:
+        assert mllm is not None, "one of them is given"
+        load = partial(load_decoder, mllm, device, group=group)
+    elif mllm is None:
+        load = partial(Generator.load_without_branch, controlnet, flux, device, group=group)
+    else:
         load = partial(Generator.load, mllm, controlnet, flux, device, group=group)
     with progress("loading the models", shown=group.rank == 0):
         return ranks.agreed(load) if ranks else load()
@@ -180,7 +214,7 @@ def _environment(decoder: LatentDecoder) -> dict[str, Any]:
     }
 
 
-def _data(found: Evaluation | SceneEvaluation, name: str, shards: str, dataset: Dataset) -> dict[str, Any]:
+def _data(found: Measured, name: str, shards: str, dataset: Dataset) -> dict[str, Any]:
     """Which samples of a data set were evaluated."""
     return {
         "shards": shards,
@@ -191,7 +225,7 @@ def _data(found: Evaluation | SceneEvaluation, name: str, shards: str, dataset: 
     }
 
 
-def _write(out: Path, found: Evaluation | SceneEvaluation, record: dict[str, Any]) -> None:
+def _write(out: Path, found: Measured, record: dict[str, Any]) -> None:
     """Write the files of `out`, and print the table."""
     from ..evaluation.tables import table
 

@@ -26,15 +26,13 @@ from ..inference.settings import Settings
 from ..models.draws import gaussian
 from ..models.masking import draw_masks
 from ..models.rng import Stream, uniform
-from .image_metrics import NearestPixels, centred_cosine, frechet, psnr, recall, ssim
-from .samples import Sample, SampleSet, stack
+from .image_metrics import NearestPixels, centred_cosine, frechet, recall
+from .reconstruction import SHEET_COLUMNS, fidelity
+from .samples import GALLERY, Sample, SampleSet, stack
 
 MASK_RATES = (0.7, 0.8, 0.9, 1.0)
-GALLERY = 4096
 RECONSTRUCTIONS = {"": "ground_truth", "latents_alone_": "latents_alone"}
 """Prefix of the metrics -> images from the true latents, with the caption and with the empty prompt."""
-SHEET_COLUMNS = 8
-"""Columns of the contact sheet per data set."""
 
 
 @dataclass
@@ -187,22 +185,10 @@ class _Trial:
         return {str(rate): dict(zip(names, row, strict=True)) for rate, row in zip(MASK_RATES, rows, strict=True)}
 
     def reconstruction(self) -> dict[str, float]:
-        """PSNR in dB and SSIM against the originals, of images from the true latents with and without the text, from
-        the VAE only, and from the text only."""
-        flux, device = self.generator.flux, self.generator.device
-        parts = _parts(len(self.originals), self.batch)
-        through = [flux.decode_latents(flux.encode_images(self.originals[p].to(device))).cpu() for p in parts]
-        found: dict[str, float] = {}
-        compared = {
-            **{prefix: stack(self.made[kind]) for prefix, kind in RECONSTRUCTIONS.items()},
-            "vae_": torch.cat(through),
-            "no_controlnet_": stack(self.made["no_controlnet"]),
-        }
-        for prefix, images in compared.items():
-            for name, measure in (("psnr", psnr), ("ssim", ssim)):
-                values = [measure(images[p], self.originals[p]) for p in parts]
-                found[prefix + name] = float(torch.cat(values).mean())
-        return found
+        """`fidelity` of images from the true latents with and without the text, and from the text only."""
+        kinds = {**RECONSTRUCTIONS, "no_controlnet_": "no_controlnet"}
+        made = {prefix: self.made[kind] for prefix, kind in kinds.items()}
+        return fidelity(self.generator, made, self.originals, self.batch)
 
     def matches(self) -> dict[str, dict[str, Any]]:
         """How often a generated image is nearest to its caption's real image, and the distance between both sets.

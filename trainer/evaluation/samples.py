@@ -19,6 +19,9 @@ from ..errors import RunError
 from ..inference.masked_decoding import NO_EPOCH
 from ..models.rng import IntArray, Stream, uniform
 
+GALLERY = 4096
+"""Images of a data set, at most, that are looked at beyond the chosen ones, where nothing else is asked for."""
+
 
 @dataclass(frozen=True)
 class Sample:

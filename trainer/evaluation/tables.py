@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .evaluate import Evaluation
+from .reconstruction import ReconstructionEvaluation
 from .scenes import SceneEvaluation
 from .understanding import Understanding
 
@@ -41,26 +42,46 @@ SCENE_ROWS = {
 PARTS = {"heldout": "held-out scenes", "seen": "scenes of the training set"}
 
 
-def table(found: Evaluation | SceneEvaluation) -> str:
+def table(found: Evaluation | ReconstructionEvaluation | SceneEvaluation) -> str:
     """The metrics as a text table."""
-    return _retrieval(found) if isinstance(found, Evaluation) else _scenes(found.scenes, found.understanding)
+    if isinstance(found, SceneEvaluation):
+        return _scenes(found.scenes, found.understanding)
+    if isinstance(found, ReconstructionEvaluation):
+        return _reconstruction(found)
+    return _retrieval(found)
+
+
+def _reconstruction(found: ReconstructionEvaluation) -> str:
+    lines: list[str] = []
+    for name, figures in found.figures.items():
+        lines += [_heading(name, len(found.samples[name])), "", *_fidelity(figures["reconstruction"], ""), ""]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _heading(name: str, several: int) -> str:
+    return f"{'training' if name == 'train' else 'held-out'} captions: {several}"
+
+
+def _fidelity(row: Mapping[str, float], retrieval: str) -> list[str]:
+    """retrieval: the heading of its column, if it was measured."""
+    lines = [_row("reconstruction", "PSNR", "SSIM", retrieval)]
+    kinds = {"true latents": "", "true latents alone": "latents_alone_", "VAE alone": "vae_"}
+    for label, kind in {**kinds, "no ControlNet": "no_controlnet_"}.items():
+        hits = f"{row[kind + 'r1']:.3f}" if kind + "r1" in row else ""
+        lines += [_row(f"  {label}", f"{row[kind + 'psnr']:.2f} dB", f"{row[kind + 'ssim']:.4f}", hits)]
+    return lines
 
 
 def _retrieval(found: Evaluation) -> str:
     lines: list[str] = []
     for name, figures in found.figures.items():
         several = len(found.samples[name])
-        lines += [f"{'training' if name == 'train' else 'held-out'} captions: {several}", ""]
+        lines += [_heading(name, several), ""]
         lines += [_row("hidden patches", "MSE", "cosine", "position mean's MSE")]
         for rate, row in figures["latents"].items():
             values = (f"{row[key]:.4f}" for key in ("mse", "cosine", "mean_mse"))
             lines += [_row(f"  {float(rate):.0%}", *values)]
-        row = figures["reconstruction"]
-        lines += ["", _row("reconstruction", "PSNR", "SSIM", f"R@1 of {found.gallery:,}")]
-        kinds = {"true latents": "", "true latents alone": "latents_alone_", "VAE alone": "vae_"}
-        for label, kind in {**kinds, "no ControlNet": "no_controlnet_"}.items():
-            hits = f"{row[kind + 'r1']:.3f}" if kind + "r1" in row else ""
-            lines += [_row(f"  {label}", f"{row[kind + 'psnr']:.2f} dB", f"{row[kind + 'ssim']:.4f}", hits)]
+        lines += ["", *_fidelity(figures["reconstruction"], f"R@1 of {found.gallery:,}")]
         lines += ["", _row(f"prompt match of {several}", "R@1", "R@5", "Fréchet distance")]
         for kind, label in LABELS.items():
             if (row := figures["match"].get(kind)) is None:

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -24,10 +25,12 @@ from ..models import latent_controlnet
 from ..models.flux import FluxFolder, FluxTokenizers, FrozenFlux, Tokens
 from ..models.hub import locate
 from ..models.latent_controlnet import LatentControlNet
+from ..models.prompt import PromptTemplate
 from ..models.text_bridge import Bridge, build_bridge
 from ..models.weights import fill
 from ..stages import open_controlnet
 from ..stages.unsharded import init_context
+from ..stages.vision_outputs import load_vision_encoder
 from .flux_sampler import Text, draw_noise, sample
 from .latent_decoder import LatentDecoder, open_run, read_decoder, require_native, usual_device
 from .settings import Settings
@@ -69,6 +72,37 @@ class Generator(LatentDecoder):
         frozen, network, tokenizers, size = load_image_generator(Path(controlnet), flux, width, side, device, dtype)
         decoder = read_decoder(Path(mllm), stage, device, dtype, group)
         return cls(**vars(decoder), flux=frozen, controlnet=network, tokenizers=tokenizers, flux_size=size)
+
+    @classmethod
+    def without_branch(
+        cls, vision: Any, image_size: int, device: torch.device, group: Group = Group(), **parts: Any
+    ) -> Generator:
+        """Stage 2 alone, which encodes images and generates from given latents, and decodes no prompts.
+
+        vision: with the vision encoder's `patch_latents`. image_size: S. parts: the fields of this class.
+        """
+        return cls(vision, cast(PromptTemplate, None), image_size, device, group, **parts)
+
+    @classmethod
+    def load_without_branch(
+        cls,
+        controlnet: Path,
+        flux: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        group: Group = Group(),
+    ) -> Generator:
+        """`without_branch` of a stage-2 run, which names its vision encoder; otherwise as `load`."""
+        if not has_checkpoints(controlnet):
+            raise RunError(f"{controlnet}: only a run names the vision encoder of its latents; give --mllm RUN, too")
+        device, dtype = usual_device(device, dtype)
+        stage = open_controlnet(stored_recipe(controlnet, "controlnet"))
+        patches, width = stage.condition
+        where = width, math.isqrt(patches), device, dtype
+        frozen, network, tokenizers, size = load_image_generator(controlnet, flux, *where)
+        vision = load_vision_encoder(stage.config, stage.backbone_files(), device, dtype)
+        parts = {"flux": frozen, "controlnet": network, "tokenizers": tokenizers, "flux_size": size}
+        return cls.without_branch(vision, stage.data.image_size, device, group, **parts)
 
     def generate(
         self,

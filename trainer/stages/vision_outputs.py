@@ -67,14 +67,17 @@ class VisionOutputs:
         return torch.from_numpy(decode_image(sample.image, self.image_size).copy()).permute(2, 0, 1)
 
     def encode(self, inputs: list[Tensor], device: torch.device) -> list[dict[str, Tensor]]:
-        backbone = self._loaded or self._load(device)
+        if self._loaded is None:
+            self._loaded = load_vision_encoder(self.config, self.files, device, self.dtype)
+        backbone = self._loaded
         return [{"latents": latents} for latents in backbone.patch_latents(torch.stack(inputs).to(device))]
 
-    def _load(self, device: torch.device) -> FrozenBackbone:
-        attention = "varlen" if unavailable("varlen", device, self.dtype) is None else "sdpa"
-        with init_context(device, self.dtype):
-            backbone = FrozenBackbone(self.config, vision_attention=attention, text=False).eval()
-        backbone.restore_rotary()
-        backbone.load(self.files)
-        self._loaded = backbone.to(device)
-        return backbone
+
+def load_vision_encoder(config: Any, files: WeightFiles, device: torch.device, dtype: torch.dtype) -> FrozenBackbone:
+    """The vision encoder alone of an MLLM of `config`, on `device`."""
+    attention = "varlen" if unavailable("varlen", device, dtype) is None else "sdpa"
+    with init_context(device, dtype):
+        backbone = FrozenBackbone(config, vision_attention=attention, text=False).eval()
+    backbone.restore_rotary()
+    backbone.load(files)
+    return backbone.to(device)

@@ -79,9 +79,8 @@ def _reconstructions(
     """Stage 2: the first images of the data, generated from their own latents."""
     captions, images, originals = _first(dataset, count, stage.image_sizes)
     model: Any = engine.model
-    generator = Generator(
-        model,  # the generator uses only the vision encoder of an MLLM, which this model has too
-        cast(PromptTemplate, None),
+    generator = Generator.without_branch(
+        model,
         stage.data.image_size,
         ranks.device,
         flux=model.flux,

@@ -95,6 +95,32 @@ def test_verdicts(tmp_path: Path, masked: tuple[float, ...], verdict: str) -> No
     assert drawn == plot(SUITE, found) and b"loss: masked" in drawn and drawn.count(b"<use") >= 6
 
 
+RECONSTRUCTION = Suite(
+    recipe="tiny-controlnet",
+    seeds=[0, 1, 2],
+    score=["--data=x"],
+    control="reconstruction",
+    categories=["psnr"],
+    questions={"size": Question(asks="?", paper="64", rows={"64": [], "16": ["data.image_size=56"]})},
+)
+
+
+def test_reconstructions_are_compared_by_one_metric(tmp_path: Path) -> None:
+    done = trials(RECONSTRUCTION, tmp_path)
+    for trial in done:
+        assert f"--controlnet={trial.run}" in trial.evaluate and "--data=x" in trial.evaluate
+        trial.score.mkdir(parents=True, exist_ok=True)
+        psnr = {"64": 20.0, "16": 18.0}[trial.row] + trial.seed + (trial.row == "16" and trial.seed == 1)
+        found = {"heldout": {"reconstruction": {"psnr": psnr, "ssim": 0.5}}, "train": {}}
+        record = {"controlnet": f"{trial.run.resolve()} step {trial.steps}", "figures": found}
+        (trial.score / "metrics.json").write_text(json.dumps(record))
+    found = rows(RECONSTRUCTION, done)
+    assert found[1].values == [18, 20, 20] and found[0].values == [20, 21, 22]
+    text = markdown(RECONSTRUCTION, found)
+    assert "| 64 | 3 | 21.00 ± 1.00 | 21.00 | the paper's choice |" in text and "-1.67 ± 1.43: worse" in text
+    assert b"psnr of held-out images" in plot(RECONSTRUCTION, found)
+
+
 def test_what_is_not_done_is_left_out(tmp_path: Path) -> None:
     done = scored(tmp_path, {"all": (0.5, 0.6, 0.4), "masked": (0.9, 0.9, 0.9)})
     for trial in done:
@@ -115,6 +141,7 @@ def test_what_is_not_done_is_left_out(tmp_path: Path) -> None:
             "'b' is not among the rows a, c",
         ),
         ({"question": {}}, "unknown key question; did you mean questions?"),
+        ({"control": "reconstruction"}, "metrics of reconstructions have no common mean; name one, such as psnr"),
         ({"seeds": []}, "seeds"),
     ],
 )

@@ -225,6 +225,54 @@ def test_figures(evaluated, generator: Generator, shards: Path) -> None:
     assert row["mean_mse"] == pytest.approx(float(torch.stack(averages).mean()), rel=1e-4)
 
 
+def test_stage_2_alone_is_measured_as_with_stage_1(evaluated, controlnet: Path, shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    bifrost(
+        "--controlnet",
+        controlnet,
+        "--data",
+        train_shards(shards),
+        "--heldout",
+        heldout_shards(shards),
+        *QUICK,
+        "--seed",
+        5,
+        "--batch",
+        3,
+        "--out",
+        out,
+    )
+    record = json.loads((out / "metrics.json").read_text())
+    assert "mllm" not in record and record["controlnet"] == f"{controlnet.resolve()} step 7"
+    for name, whole in evaluated.figures.items():
+        alone = record["figures"][name]
+        assert alone.keys() == {"reconstruction"} and len(alone["reconstruction"]) == 8
+        for metric, value in alone["reconstruction"].items():
+            assert value == pytest.approx(whole["reconstruction"][metric], rel=1e-3), metric
+        assert record["data"][name]["keys"] == [sample.key for sample in evaluated.samples[name]]
+    text = (out / "table.txt").read_text()
+    assert "held-out captions: 4" in text and "R@1" not in text
+    assert f"{record['figures']['train']['reconstruction']['vae_psnr']:.2f} dB" in text
+    width, height = Image.open(out / "contact_sheet.png").size
+    assert 8 * 128 < width < 8 * 128 + 200 and 4 * 128 < height < 4 * 128 + 150
+
+
+def test_stage_2_alone_needs_a_run(controlnet: Path, shards: Path, tmp_path: Path) -> None:
+    usual = ("--data", train_shards(shards), "--out", tmp_path / "out")
+    for given in (
+        (),
+        ("--controlnet", controlnet, "--gallery", 9),
+        ("--controlnet", controlnet, "--scenes", "KEY.json"),
+    ):
+        with pytest.raises(RunError, match=r"^without --mllm RUN only reconstructions are measured"):
+            bifrost(*usual, *given)
+    exported = tmp_path / "flux_controlnet"
+    exported.mkdir()
+    with pytest.raises(RunError, match="only a run names the vision encoder of its latents; give --mllm RUN, too"):
+        bifrost(*usual, "--controlnet", exported)
+    assert not (tmp_path / "out").exists()
+
+
 def test_same_seed_same_figures_in_any_batch(evaluated, generator: Generator, shards: Path) -> None:
     data, heldout = open_dataset(train_shards(shards)), open_dataset(heldout_shards(shards))
     again = evaluate(generator, data, heldout, 4, 5, FAST, batch=3, gallery=40)

@@ -1,0 +1,121 @@
+"""How well stage 2 reconstructs images from their own patch latents, whatever stage 1 predicts.
+
+Legend: B images, S and P image sides in pixels for the vision encoder and for FLUX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...data import Dataset
+from ...data.progress import progress
+from ..inference.contact_sheet import make_contact_sheet
+from ..inference.generator import Generator, to_images
+from ..inference.settings import Settings
+from .image_metrics import psnr, ssim
+from .samples import GALLERY, Sample, SampleSet, stack
+
+KINDS = 3
+"""Images generated per caption."""
+SHEET_COLUMNS = 8
+"""Columns of the contact sheet per data set."""
+
+
+@dataclass
+class ReconstructionEvaluation:
+    """Results of an evaluation of stage 2 alone."""
+
+    figures: dict[str, dict[str, dict[str, float]]]
+    """For `train` and optionally `heldout`: `reconstruction`; see docs/evaluation.md."""
+    samples: dict[str, list[Sample]]
+    image_seeds: dict[str, list[int]]
+    contact_sheet: Image.Image
+
+    def record(self) -> dict[str, Any]:
+        """The metrics, for metrics.json."""
+        return {"figures": self.figures}
+
+
+@torch.no_grad()
+def evaluate_reconstruction(
+    generator: Generator,
+    data: Dataset,
+    heldout: Dataset | None = None,
+    samples: int = 64,
+    seed: int = 0,
+    settings: Settings = Settings(),
+    batch: int = 8,
+) -> ReconstructionEvaluation:
+    """PSNR and SSIM of `samples` reconstructions of each data set, of the same images for the same seed; of the images
+    that `evaluate` chooses.
+
+    generator: needs no branch. RunError if a set has too few samples.
+    """
+    sizes = generator.image_size, generator.flux_size
+    train = SampleSet("train", data, seed, sizes)
+    chosen = {"train": train.choose(samples)}
+    if heldout is not None:
+        known = train.image_hashes(max(GALLERY, samples))
+        chosen["heldout"] = SampleSet("heldout", heldout, seed, sizes).choose(samples, known)
+    seeds = {name: [seed + sample.index for sample in of] for name, of in chosen.items()}
+    rows: dict[str, list[Image.Image]] = {}
+    columns: list[str] = []
+    figures = {}
+    with progress("generating", KINDS * samples * len(chosen), "images", shown=generator.group.rank == 0) as shown:
+        for name, of in chosen.items():
+            made = _reconstructed(generator, of, seeds[name], settings, batch, shown.advance)
+            originals = stack([sample.original for sample in of])
+            figures[name] = {"reconstruction": fidelity(generator, made, originals, batch)}
+            labelled = {"true latents": made[""], "true latents alone": made["latents_alone_"]}
+            labelled |= {"no ControlNet": made["no_controlnet_"], "original": to_images(originals)}
+            for label, images in labelled.items():
+                rows.setdefault(label, []).extend(images[:SHEET_COLUMNS])
+            mark = "" if name == "train" else "held out: "
+            columns += [mark + sample.caption for sample in of[:SHEET_COLUMNS]]
+    sheet = make_contact_sheet(rows, columns, across=SHEET_COLUMNS)
+    return ReconstructionEvaluation(figures, chosen, seeds, sheet)
+
+
+def _reconstructed(
+    generator: Generator,
+    samples: Sequence[Sample],
+    seeds: Sequence[int],
+    settings: Settings,
+    batch: int,
+    made: Callable[[int], None],
+) -> dict[str, list[Image.Image]]:
+    """Prefix of the metrics -> images: from the true latents with the caption, from the latents alone, and from the
+    caption alone."""
+    captions = [sample.caption for sample in samples]
+    seen = stack([sample.seen for sample in samples])
+    own = torch.cat([generator.encode(part) for part in seen.split(batch)])
+    plans = {
+        "": (settings, own),
+        "latents_alone_": (replace(settings, empty_prompt=True), own),
+        "no_controlnet_": (replace(settings, controlnet=False), None),
+    }
+    return {
+        prefix: generator.generate(captions, seeds, how, latents, batch, made)
+        for prefix, (how, latents) in plans.items()
+    }
+
+
+def fidelity(
+    generator: Generator, made: Mapping[str, Sequence[Image.Image]], originals: Tensor, batch: int
+) -> dict[str, float]:
+    """PSNR in dB and SSIM against `originals`, uint8 [B, 3, P, P], means over the images: of each list of `made`, by
+    the prefix of its metrics, and, as `vae_`, of the originals through FLUX's VAE alone."""
+    flux, device = generator.flux, generator.device
+    through = [flux.decode_latents(flux.encode_images(part.to(device))).cpu() for part in originals.split(batch)]
+    found: dict[str, float] = {}
+    for prefix, images in {**{name: stack(each) for name, each in made.items()}, "vae_": torch.cat(through)}.items():
+        for name, measure in (("psnr", psnr), ("ssim", ssim)):
+            pairs = zip(images.split(batch), originals.split(batch), strict=True)
+            found[prefix + name] = float(torch.cat([measure(*pair) for pair in pairs]).mean())
+    return found
