@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     DataSets = tuple[Dataset, Dataset | None]
     """Training images and held-out ones."""
+    How = tuple[int, int, Settings, int]
+    """Samples, seed, settings and images made together."""
     Measured = Evaluation | ReconstructionEvaluation | SceneEvaluation
 
 METRICS, TABLE, SHEET = "metrics.json", "table.txt", "contact_sheet.png"
@@ -92,17 +94,9 @@ def evaluate(
     stage alone: stage 1 on scenes, stage 2 by its reconstructions.
     """
     _check(out)
-    if mllm is None and (controlnet is None or scenes or gallery):
-        raise RunError(
-            "without --mllm RUN only reconstructions are measured: they need --controlnet RUN, and neither"
-            " --scenes nor --gallery"
-        )
+    _check_stages(mllm, controlnet, flux, scenes, gallery)
     ranked = is_rank(context, ranks)
     sets = _open({"train": data, **({"heldout": heldout} if heldout else {})})
-    if controlnet is None and (scenes is None or flux):
-        raise RunError("only --scenes measures a stage 1 without --controlnet and --flux; give --controlnet RUN")
-    if scenes and gallery:
-        raise RunError("--gallery is for retrieval, which --scenes replaces; leave one of them out")
     from ...data.scenes.key import read_key
 
     truth = read_key(scenes) if scenes else None
@@ -115,29 +109,34 @@ def evaluate(
     runs = {name: run for name, run in (("mllm", mllm), ("controlnet", controlnet)) if run is not None}
     made_with = {name: origin(run) for name, run in runs.items()}
     decoder = _load(mllm, controlnet, flux, ranked)
-    if mllm is not None:
-        decoder.check(settings)
     data_sets = sets["train"][1], sets["heldout"][1] if heldout else None
-    how = samples, seed, settings, batch
-    if mllm is None:
-        found = _measure_reconstruction(decoder, data_sets, how)
-    elif truth is None:
-        found = _measure_retrieval(decoder, data_sets, how, gallery)
-    else:
-        found = _measure_scenes(decoder, data_sets, truth, how, mllm)
+    found = _measure(decoder, data_sets, (samples, seed, settings, batch), truth, gallery, mllm)
     if decoder.group.rank > 0:
         return
     data_used = {name: _data(found, name, *named) for name, named in sets.items()}
     asked = {"samples": samples, "seed": seed, "settings": asdict(settings), "batch": batch}
     _write(out, found, {**found.record(), **asked, **made_with, **_environment(decoder), "data": data_used})
     _note(found.figures, *runs.values())
-    if mllm is not None:
-        _require_equal(found.figures.get("understanding"), mllm, out)
+    _require_equal(found.figures.get("understanding"), mllm, out)
 
 
-def _measure_reconstruction(
-    decoder: LatentDecoder, data_sets: DataSets, how: tuple[int, int, Settings, int]
-) -> ReconstructionEvaluation:
+def _measure(
+    decoder: LatentDecoder,
+    data_sets: DataSets,
+    how: How,
+    truth: Mapping[str, Scene] | None,
+    gallery: int | None,
+    mllm: Path | None,
+) -> Measured:
+    if mllm is None:
+        return _measure_reconstruction(decoder, data_sets, how)
+    decoder.check(how[2])
+    if truth is None:
+        return _measure_retrieval(decoder, data_sets, how, gallery)
+    return _measure_scenes(decoder, data_sets, truth, how, mllm)
+
+
+def _measure_reconstruction(decoder: LatentDecoder, data_sets: DataSets, how: How) -> ReconstructionEvaluation:
     from ..evaluation.reconstruction import evaluate_reconstruction
     from ..inference.generator import Generator
 
@@ -145,9 +144,7 @@ def _measure_reconstruction(
     return evaluate_reconstruction(decoder, *data_sets, *how)
 
 
-def _measure_retrieval(
-    decoder: LatentDecoder, data_sets: DataSets, how: tuple[int, int, Settings, int], gallery: int | None
-) -> Evaluation:
+def _measure_retrieval(decoder: LatentDecoder, data_sets: DataSets, how: How, gallery: int | None) -> Evaluation:
     from ..evaluation.evaluate import evaluate
     from ..evaluation.samples import GALLERY
     from ..inference.generator import Generator
@@ -160,7 +157,7 @@ def _measure_scenes(
     decoder: LatentDecoder,
     data_sets: DataSets,
     truth: Mapping[str, Scene],
-    how: tuple[int, int, Settings, int],
+    how: How,
     mllm: Path,
 ) -> SceneEvaluation:
     from ..evaluation.scenes import evaluate_scenes
@@ -248,13 +245,28 @@ def _note(figures: dict[str, Any], *runs: Path) -> None:
             print(problem, file=sys.stderr)
 
 
-def _require_equal(answers: dict[str, Any] | None, mllm: Path, out: Path) -> None:
+def _require_equal(answers: dict[str, Any] | None, mllm: Path | None, out: Path) -> None:
     """RunError if stage 1 has changed the MLLM's answers."""
     if answers and not answers["equal"]:
         raise RunError(
             f"{mllm}: the MLLM's logits differ from those before stage 1, see {out / METRICS}: its frozen weights have"
             " changed, which is an error of this program; report it"
         )
+
+
+def _check_stages(
+    mllm: Path | None, controlnet: Path | None, flux: str | None, scenes: Path | None, gallery: int | None
+) -> None:
+    """RunError for options that do not go together."""
+    if mllm is None and (controlnet is None or scenes or gallery):
+        raise RunError(
+            "without --mllm RUN only reconstructions are measured: they need --controlnet RUN, and neither"
+            " --scenes nor --gallery"
+        )
+    if controlnet is None and (scenes is None or flux):
+        raise RunError("only --scenes measures a stage 1 without --controlnet and --flux; give --controlnet RUN")
+    if scenes and gallery:
+        raise RunError("--gallery is for retrieval, which --scenes replaces; leave one of them out")
 
 
 def _check(out: Path) -> None:
