@@ -34,7 +34,7 @@ INDEX_BITS = 40
 
 
 def whole_weights(weights: Sequence[Fraction]) -> list[int]:
-    """The smallest whole numbers in the ratio of `weights`, all above 0."""
+    """The smallest whole numbers in the ratio of `weights`, of which one is above 0."""
     scale = math.lcm(*(weight.denominator for weight in weights))
     found = [int(weight * scale) for weight in weights]
     divisor = math.gcd(*found)

@@ -101,6 +101,8 @@ def _kind(annotation: Any) -> str:
         return _kind(get_args(annotation)[0])
     if get_origin(annotation) in (list, tuple):
         return f"list of {_kind(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        return f"map from {' to '.join(map(_kind, get_args(annotation)))}"
     if is_group(annotation):
         return "groups of settings"
     names = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}

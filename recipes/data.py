@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from fractions import Fraction
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from .fields import NAME, Shards
 from .section import Section
@@ -20,6 +20,27 @@ def source_name(value: str) -> str:
     return value
 
 
+def weight_or_schedule(value: Any) -> float | dict[int, float] | None:
+    """A weight above 0, or a schedule of weights, ordered by the global batch from which on each applies."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        if not _is_weight(value) or value == 0:
+            raise ValueError(f"a weight is a number above 0, or a schedule such as {{0: 3, 1000: 1}} (got {value!r})")
+        return float(value)
+    found = {int(start): each for start, each in value.items() if re.fullmatch(r"\d+", str(start)) and _is_weight(each)}
+    if len(found) < len(value) or 0 not in found:
+        raise ValueError(
+            "a schedule has numbers of global batches, 0 first, and weights of at least 0: {0: 3, 1000: 1} is 3, and 1"
+            f" from the 1,001st batch on (got {value!r})"
+        )
+    return {start: float(found[start]) for start in sorted(found)}
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
 class Source(Section):
     """One of several data sets."""
 
@@ -27,11 +48,18 @@ class Source(Section):
     """Name of the source in metrics and messages."""
     shards: Shards
     """Its shards, named like `data.shards`."""
-    weight: float | None = Field(default=None, gt=0)
-    """Its share of the samples, relative to the weights of the other sources."""
+    weight: Annotated[float | dict[int, float] | None, BeforeValidator(weight_or_schedule)] = None
+    """Its share of the samples, relative to the weights of the other sources; or a schedule, `{0: 3, 1000: 0}`: the
+    weight by the number of global batches before. 0 is none of it, in a schedule only."""
     repeats: float | None = Field(default=None, gt=0)
     """Instead of weights: epochs of this source per epoch of the mixture, so that its share is in proportion to its
     samples; null is 1."""
+
+    def weight_at(self, batch: int) -> float | None:
+        """The weight in global batch `batch`, counted from 0."""
+        if not isinstance(self.weight, dict):
+            return self.weight
+        return next(each for start, each in reversed(self.weight.items()) if start <= batch)
 
 
 class Data(Section):
@@ -64,7 +92,16 @@ class Data(Section):
         weighted = [source.weight is not None for source in self.sources or ()]
         if any(weighted) and (not all(weighted) or any(source.repeats is not None for source in self.sources or ())):
             raise ValueError("sources: give every one a weight and none repeats, or none a weight")
+        for batch in self.changes:
+            if self.sources and not any(source.weight_at(batch) != 0 for source in self.sources):
+                raise ValueError(f"sources: from global batch {batch} on, all weights are 0")
         return self
+
+    @property
+    def changes(self) -> list[int]:
+        """Global batches at which scheduled weights change, the first one 0."""
+        starts = (source.weight for source in self.sources or () if isinstance(source.weight, dict))
+        return sorted({0}.union(*starts))
 
     @property
     def named(self) -> list[str]:
@@ -72,9 +109,11 @@ class Data(Section):
         specs = [source.shards for source in self.sources] if self.sources else [self.shards or []]
         return [one for spec in specs for one in ([spec] if isinstance(spec, str) else spec)]
 
-    def weights(self, samples: list[int]) -> list[Fraction]:
-        """The exact share of each of `sources`, up to a common factor; samples: their numbers of samples."""
+    def weights(self, samples: list[int], batch: int = 0) -> list[Fraction]:
+        """The exact share of each of `sources` in global batch `batch`, up to a common factor; samples: their numbers
+        of samples."""
+        given = [(source, source.weight_at(batch)) for source in self.sources or ()]
         return [
-            Fraction(repr(source.weight)) if source.weight is not None else count * Fraction(repr(source.repeats or 1))
-            for source, count in zip(self.sources or (), samples, strict=True)
+            Fraction(repr(own)) if own is not None else count * Fraction(repr(source.repeats or 1))
+            for (source, own), count in zip(given, samples, strict=True)
         ]

@@ -432,6 +432,19 @@ def test_sources() -> None:
     assert load_recipe("tiny-mllm").data.named == ["demo/train-*.tar"]
 
 
+def test_scheduled_weights() -> None:
+    scheduled = SOURCES.replace("weight: 0.7", "weight: {4: 0.1, 0: 0.7}").replace(
+        "weight: 0.3", "weight: {9: 0, 0: 1}"
+    )
+    data = load_recipe("tiny-mllm", ["data.shards=null", scheduled]).data
+    assert data.changes == [0, 4, 9]
+    wanted = {0: ("7/10", 1), 3: ("7/10", 1), 4: ("1/10", 1), 8: ("1/10", 1), 9: ("1/10", 0), 99: ("1/10", 0)}
+    assert {batch: data.weights([5, 6], batch) for batch in wanted} == {
+        batch: [Fraction(each) for each in pair] for batch, pair in wanted.items()
+    }
+    assert load_recipe("tiny-mllm", ["data.shards=null", SOURCES]).data.changes == [0]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -442,6 +455,12 @@ def test_sources() -> None:
         (["data.shards=null", SOURCES.replace(", weight: 0.3", "")], "give every one a weight and none repeats"),
         (["data.shards=null", SOURCES.replace("weight: 0.3", "repeats: 2")], "give every one a weight"),
         (["data.shards=null", SOURCES.replace("weight: 0.3", "weight: 0")], r"data\.sources\.1\.weight: "),
+        (["data.shards=null", SOURCES.replace("weight: 0.3", "weight: {5: 1}")], "numbers of global batches, 0 first"),
+        (["data.shards=null", SOURCES.replace("0.3", "{0: -1}")], r"sources\.1\.weight: a schedule .* at least 0"),
+        (
+            ["data.shards=null", SOURCES.replace("0.3", "{0: 1, 7: 0}").replace("0.7", "{0: 1, 3: 0}")],
+            "from global batch 7 on, all weights are 0",
+        ),
         (["data.shards=null", SOURCES.replace("name: b", "name: a b")], "'a b' is not a name of a source"),
         (["data.shards=null", SOURCES.replace("weight: 0.3", "wieght: 0.3")], r"did you mean data\.sources\.1\.weight"),
     ],

@@ -42,6 +42,7 @@ def plan(
     from ..planner.curves import draw
     from ..planner.previews import image_generator_bytes
     from ..planner.report import Report
+    from ..planner.sources import samples_of_sources
     from ..terminal import terminal
 
     work, prompted = workload(settings), settings.stage == "patch-latents"
@@ -57,10 +58,11 @@ def plan(
         caches(settings),
     )
     samples = samples or settings.steps * settings.global_batch
+    sources = samples_of_sources(settings.data, settings.global_batch, samples)
     if as_json:
-        print(json.dumps(report.as_json(samples), indent=2))
+        print(json.dumps(report.as_json(samples, sources), indent=2))
     else:
-        report.show(terminal(), samples)
+        report.show(terminal(), samples, sources)
     if plot and chosen:
         with writing(plot):
             draw(settings.name, report.parts, work, chosen, plot)

@@ -92,7 +92,8 @@ class Report:
             ]
         return sentences
 
-    def as_json(self, samples: int) -> dict[str, Any]:
+    def as_json(self, samples: int, sources: Mapping[str, int] = {}) -> dict[str, Any]:
+        """sources: see `show`."""
         size = checkpoint_bytes(self.parts, self.work)
         rows = []
         for row in self.rows:
@@ -107,6 +108,7 @@ class Report:
             "device": self.device.model_dump(mode="json") if self.device else None,
             "assumptions": self.assumptions(),
             "samples": samples,
+            "source_samples": dict(sources),
             "parameters": {
                 "trained": sum(part.size for part in self.parts if part.gradient == "trained"),
                 "frozen": sum(part.size for part in self.parts if part.gradient != "trained"),
@@ -139,7 +141,8 @@ class Report:
             "weak_scaling": [[as_json(row) for row in curve] for curve in self.curves],
         }
 
-    def show(self, console: Console, samples: int) -> None:
+    def show(self, console: Console, samples: int, sources: Mapping[str, int] = {}) -> None:
+        """sources: samples of each source among the `samples`, if the recipe decides them."""
         size = checkpoint_bytes(self.parts, self.work)
         console.print(f"{self.name}, predicted", style="bold")
         console.print(self._parts())
@@ -148,6 +151,9 @@ class Report:
             f"activations kept per sample: {_gb(kept)} GB, with activation checkpointing {_gb(recomputed)} GB"
             f" ({'on' if self.work.recomputed else 'off'} in the recipe). A checkpoint: {_gb(size)} GB.",
         )
+        if sources:
+            shares = (f"{name} {count:,} ({count / samples:.4g})" for name, count in sources.items())
+            console.print(f"{samples:,} samples by source, with their share: {', '.join(shares)}.")
         for kind, each in self.caches.items():
             console.print(f"cache of kind {kind}: {each / 1e6:.3g} MB per sample of the data, next to its shards.")
         console.print(self._memory())

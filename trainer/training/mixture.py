@@ -31,6 +31,7 @@ class SourceRecord:
     number: int
     """In the order of first use in the run; the order and the draws of its samples depend on it."""
     weight: int
+    """A whole number; 0 is none of it in this segment."""
     samples: int | None
     fingerprint: str
     """See `Dataset.fingerprint`; it identifies the source."""
@@ -45,14 +46,19 @@ class MixtureSegment:
     sources: tuple[SourceRecord, ...]
 
     @property
+    def read(self) -> tuple[SourceRecord, ...]:
+        """The sources of which there are samples."""
+        return tuple(source for source in self.sources if source.weight)
+
+    @property
     def weights(self) -> dict[int, int]:
-        return {source.number: source.weight for source in self.sources}
+        return {source.number: source.weight for source in self.read}
 
     def described(self) -> list[dict[str, Any]]:
-        """Name, samples and share of every source, for an event."""
+        """Name, samples and share of every source that is read, for an event."""
         total = sum(self.weights.values())
         return [
-            {"name": source.name, "samples": source.samples, "share": source.weight / total} for source in self.sources
+            {"name": source.name, "samples": source.samples, "share": source.weight / total} for source in self.read
         ]
 
     def __str__(self) -> str:
@@ -84,28 +90,38 @@ def stored_segments(state: dict[str, Any] | None) -> Segments:
 
 
 def continued(earlier: Segments, data: Data, dataset: MixedDataset, batch: int, place: str) -> Segments:
-    """The segments of a run that continues at global batch `batch` with `data.sources`: those before, and a new one if
-    sources or weights differ. RunError when a source's name had another content. place: names the run for it."""
+    """The segments of a run that continues at global batch `batch` with `data.sources`: those before, one from there on
+    if sources or weights differ, and those that are scheduled. RunError when a source's name had another content.
+    place: names the run for it."""
     known = [source for segment in earlier for source in segment.sources]
     numbers = {source.fingerprint: source.number for source in known}
     contents = {source.name: source.fingerprint for source in known}
-    weights = whole_weights(data.weights([len(part) for part in dataset.parts]))
     found = []
-    for source, part, weight in zip(data.sources or (), dataset.parts, weights, strict=True):
+    for source, part in zip(data.sources or (), dataset.parts, strict=True):
         if contents.get(source.name, part.fingerprint) != part.fingerprint:
             raise RunError(
                 f"{place}: the shards of the source {source.name} were others in this run; restore them, or name the"
                 " new ones as a source of their own"
             )
         number = numbers.setdefault(part.fingerprint, len(numbers))
-        found.append(SourceRecord(source.name, number, weight, len(part), part.fingerprint, source.shards))
-    segment = MixtureSegment(batch, tuple(found))
+        found.append(SourceRecord(source.name, number, 0, len(part), part.fingerprint, source.shards))
     places = {source.fingerprint: source.shards for source in found}
-    earlier = tuple(_moved(each, places) for each in earlier)
-    if not earlier or earlier[-1].sources[0].name is None or earlier[-1].weights != segment.weights:
-        # One that begins at the same batch was never trained on.
-        return (*(each for each in earlier if each.batch < batch), segment)
-    return (*earlier[:-1], replace(segment, batch=earlier[-1].batch))
+    # What began or was to begin at this batch or later was never trained on.
+    segments = [_moved(each, places) for each in earlier if each.batch < batch]
+    for start in (batch, *(change for change in data.changes if change > batch)):
+        segment = _weighted(start, found, data)
+        if segments and segments[-1].sources[0].name is not None and segments[-1].weights == segment.weights:
+            segments[-1] = replace(segment, batch=segments[-1].batch)
+        else:
+            segments.append(segment)
+    return tuple(segments)
+
+
+def _weighted(start: int, sources: Sequence[SourceRecord], data: Data) -> MixtureSegment:
+    """The segment of `sources` with their weights from global batch `start` on."""
+    weights = whole_weights(data.weights([source.samples or 0 for source in sources], start))
+    weighted = (replace(source, weight=weight) for source, weight in zip(sources, weights, strict=True))
+    return MixtureSegment(start, tuple(weighted))
 
 
 def _moved(segment: MixtureSegment, places: dict[str, str | list[str]]) -> MixtureSegment:
@@ -118,16 +134,14 @@ def _moved(segment: MixtureSegment, places: dict[str, str | list[str]]) -> Mixtu
     )
 
 
-def new_segment(segments: Segments, state: dict[str, Any] | None) -> MixtureSegment | None:
-    """The last of `segments` if it begins after the checkpoint with JSON `state`; None otherwise."""
-    before = stored_segments(state)
-    if not segments or (before and before[-1].batch == segments[-1].batch):
-        return None
-    return segments[-1]
+def new_segments(segments: Segments, state: dict[str, Any] | None) -> Segments:
+    """Those of `segments` that the checkpoint with JSON `state` does not have: from its step on, or scheduled."""
+    before = {(each.batch, tuple(each.weights.items())) for each in stored_segments(state)}
+    return tuple(each for each in segments if (each.batch, tuple(each.weights.items())) not in before)
 
 
 def mixed_plan(segments: Segments, dataset: MixedDataset, data: Data, global_batch: int, seed: int) -> MixedPlan:
-    """The order of the samples of `dataset`, whose sources are those of the last of `segments`."""
+    """The order of the samples of `dataset`, which has all sources of the last of `segments` that are read."""
     numbers = {source.fingerprint: source.number for segment in segments for source in segment.sources}
     sources = [PlannedSource(numbers[part.fingerprint], part.samples_per_shard) for part in dataset.parts]
     parts = [Segment(segment.batch, segment.weights) for segment in segments]
@@ -153,13 +167,13 @@ def data_of(segment: MixtureSegment, data: Data) -> Data:
     if first.name is None:
         return data.model_copy(update={"shards": first.shards, "sources": None})
     sources = [
-        Source(name=str(source.name), shards=source.shards, weight=float(source.weight)) for source in segment.sources
+        Source(name=str(source.name), shards=source.shards, weight=float(source.weight)) for source in segment.read
     ]
     return data.model_copy(update={"sources": sources})
 
 
 def require_content(segments: Segments, dataset: MixedDataset, run: Path) -> None:
     """RunError when a source of `dataset` has another content than in the last of `segments`, those of a run."""
-    for source, part in zip(segments[-1].sources, dataset.parts, strict=True):
+    for source, part in zip(segments[-1].read, dataset.parts, strict=True):
         if part.fingerprint != source.fingerprint:
             raise RunError(f"data.sources, {source.name}: are not the shards that {run} was trained on; restore them")

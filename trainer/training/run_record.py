@@ -33,7 +33,7 @@ from ..optim.engine import Engine
 from ..optim.train_state import TrainState
 from ..versions import DISTRIBUTION, versions
 from .mixture import FILE as MIXTURE_FILE
-from .mixture import new_segment, to_json
+from .mixture import new_segments, to_json
 from .resume_point import ResumePoint, statistics_warning
 from .run_context import RunContext
 from .setting_changes import changes, describe, last_settings
@@ -84,8 +84,8 @@ def open_record(run: RunContext, point: ResumePoint, engine: Engine, kernels: di
     metrics.write({**start, "micro_batch": recipe.micro_batch, "startup_s": startup, **past})
     if changed:
         metrics.write({"event": "settings_changed", "step": progress.step, "changes": changed})
-    mixture = new_segment(run.inputs.segments, reader.state if reader else None)
-    if mixture:
+    mixtures = new_segments(run.inputs.segments, reader.state if reader else None)
+    for mixture in mixtures:
         event = {"event": "mixture", "step": progress.step, "batch": mixture.batch}
         metrics.write({**event, "sources": mixture.described()})
     if ranks.first:
@@ -94,7 +94,7 @@ def open_record(run: RunContext, point: ResumePoint, engine: Engine, kernels: di
     console.say(_greeting(run, engine, progress))
     if changed:
         console.say(f"settings changed since {'the checkpoint' if reader else 'the last attempt'}: {describe(changed)}")
-    if mixture:
+    for mixture in mixtures:
         console.say(f"sources from global batch {mixture.batch + 1} on: {mixture}")
     if reader and (warning := statistics_warning(engine.model, reader, run.batch.micro_batch * ranks.size)):
         console.say(warning)

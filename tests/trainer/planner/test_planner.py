@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import opened
 import pytest
 import torch
@@ -21,6 +22,7 @@ from bifrost.trainer.planner.curves import CURVE, curves, distinct, retention
 from bifrost.trainer.planner.devices import FILE, find_device, load
 from bifrost.trainer.planner.layout import LAYOUTS, Layout
 from bifrost.trainer.planner.part import Part
+from bifrost.trainer.planner.sources import samples_of_sources
 from bifrost.trainer.planner.traffic import buckets, packs
 
 
@@ -387,3 +389,26 @@ def test_mistakes_are_one_line(arguments: tuple[str, ...], words: list[str]) -> 
 def test_every_device_is_whole() -> None:
     for device in load(FILE).values():
         assert device.bf16_tflops and device.hbm_gbs > 1000 and device.intra_gbs > device.inter_gbs
+
+
+def test_samples_of_sources() -> None:
+    """As the plan of the data takes them, without reading it."""
+    from bifrost.data.mixture import MixedPlan, PlannedSource, Segment
+
+    listed = [
+        "{name: a, shards: x, weight: {0: 3, 5: 1}}",
+        "{name: b, shards: y, weight: 1}",
+        "{name: c, shards: z, weight: {0: 0, 8: 0.5}}",
+    ]
+    sizes = "global_batch=20", "micro_batch=20"
+    recipe = load_recipe("tiny-mllm", ["data.shards=null", f"data.sources=[{', '.join(listed)}]", *sizes])
+    segments = [Segment(0, {0: 3, 1: 1}), Segment(5, {0: 1, 1: 1}), Segment(8, {0: 2, 1: 2, 2: 1})]
+    drawn = MixedPlan([PlannedSource(n, np.array([50])) for n in range(3)], segments, 20, 0)
+    for batches in (3, 5, 7, 8, 12):
+        found = samples_of_sources(recipe.data, 20, 20 * batches)
+        exact = drawn.counts(batches)
+        assert sum(found.values()) == 20 * batches
+        assert all(abs(found[name] - exact.get(number, 0)) <= 1 for number, name in enumerate("abc")), batches
+    assert samples_of_sources(load_recipe("tiny-mllm").data, 32, 100) == {}
+    by_size = load_recipe("tiny-mllm", ["data.shards=null", "data.sources=[{name: a, shards: x, repeats: 2}]"])
+    assert samples_of_sources(by_size.data, 32, 100) == {}

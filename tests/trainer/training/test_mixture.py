@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.multi, pytest.mark.slow]
 A, B, C = "train-0000[01].tar", "train-00002.tar", "train-00003.tar"
 
 
-def sources(shards: Path, **weighted: tuple[str, float]) -> list[str]:
-    """The override for sources by name: shards and weight."""
+def sources(shards: Path, **weighted: tuple[str, float | dict[int, float]]) -> list[str]:
+    """The override for sources by name: shards and weight, or a schedule of weights."""
     listed = [{"name": n, "shards": str(shards / each), "weight": w} for n, (each, w) in weighted.items()]
     return ["data.shards=null", f"data.sources={json.dumps(listed)}"]
 
@@ -74,6 +74,45 @@ def test_any_number_of_ranks(shards: Path, tmp_path: Path) -> None:
         assert per_source(last, "loss") == pytest.approx(means, abs=1e-5)
     (event,) = runs.events(parts, "mixture")
     assert [(each["name"], each["share"]) for each in event["sources"]] == [("a", 0.5), ("b", 0.25), ("c", 0.25)]
+
+
+def test_scheduled_weights(shards: Path, tmp_path: Path) -> None:
+    """b joins at global batch 4 and a ends at 8, as if three runs had followed one another: on one rank, and on 2 -> 1
+    ranks with a stop within a segment."""
+    a, b = {0: 1, 4: 3, 8: 0}, {0: 0, 4: 1}
+    mix = sources(shards, a=(A, a), b=(B, b))
+    train(shards, tmp_path / "whole", 1, "steps=10", *mix)
+    ended = train(shards, tmp_path / "parts", 2, "steps=6", *mix)
+    announced = [line.split(" on: ")[1] for line in ended[0].out.splitlines() if "from global batch" in line]
+    assert announced == ["a 100 %", "a 75 %, b 25 %", "b 100 %"]
+    train(shards, tmp_path / "parts", 1, "steps=10", "data.workers=1", *mix)
+    by_hand = tmp_path / "by-hand"
+    for steps, weighted in ((4, {"a": (A, 1)}), (8, {"a": (A, 3), "b": (B, 1)}), (10, {"b": (B, 1)})):
+        train(shards, by_hand, 1, f"steps={steps}", *sources(shards, **weighted))
+    whole, parts, hand = (tmp_path / each / "tiny-mllm" for each in ("whole", "parts", "by-hand"))
+    digests = [[line["data_digest"] for line in runs.steps(run)] for run in (whole, parts, hand)]
+    assert digests[0] == digests[1] == digests[2] and len(digests[0]) == 10
+    assert per_source(runs.steps(parts)[-1], "samples") == {"a": 32 + 24, "b": 8 + 16}
+    events = runs.events(parts, "mixture")
+    assert [event["batch"] for event in events] == [0, 4, 8], "a resume within the schedule changes nothing"
+    assert not runs.events(parts, "settings_changed") or "data.sources" not in str(
+        runs.events(parts, "settings_changed")
+    )
+    for step, wanted in ((3, {"a": 8}), (5, {"a": 6, "b": 2}), (9, {"b": 8})):
+        found = replay(parts, step)
+        assert found["data_digest"] == digests[0][step - 1]
+        assert Counter(sample["source"] for sample in found["samples"]) == wanted
+
+
+def test_a_schedule_may_change_at_a_resume(shards: Path, tmp_path: Path) -> None:
+    """What was scheduled from there on is forgotten."""
+    run = tmp_path / "tiny-mllm"
+    train(shards, tmp_path, 1, "steps=3", *sources(shards, a=(A, {0: 1, 5: 3}), b=(B, 1)))
+    train(shards, tmp_path, 2, "steps=8", *sources(shards, a=(A, {0: 1, 6: 0}), b=(B, 1)))
+    events = runs.events(run, "mixture")
+    assert [(event["step"], event["batch"]) for event in events] == [(0, 0), (0, 5), (3, 6)]
+    assert per_source(runs.steps(run)[-1], "samples") == {"a": 24, "b": 24 + 16}
+    assert [segment["batch"] for segment in json.loads((run / "mixture.json").read_text())["segments"]] == [0, 6]
 
 
 def train_until_killed(arguments: list[str], step: int) -> None:
