@@ -26,6 +26,8 @@ import ranked
 import runs
 import small_world
 from bifrost.kernels.bench.arguments import parser, read_arguments
+from bifrost.recipes.suite import Suite
+from bifrost.trainer.ablation.table import Row
 from bifrost.trainer.phantom import device
 
 ROOT = Path(__file__).parents[2]
@@ -233,6 +235,30 @@ def test_the_tables_of_ablations_are_those_of_the_records() -> None:
     page = runpy.run_path(str(ROOT / "docs" / "make_ablations.py"))["page"]
     text = TEXT[ROOT / "docs" / "ablations.md"]
     assert text == page(text), "run python docs/make_ablations.py"
+
+
+def test_seeds_of_an_ablation_are_added_to_the_record() -> None:
+    joined = runpy.run_path(str(ROOT / "docs" / "make_ablations.py"))["joined"]
+    rows = {"all": [], "masked": []}
+    suite = Suite.model_validate(
+        {
+            "recipe": "x",
+            "seeds": [0],
+            "score": [],
+            "categories": ["two"],
+            "questions": {"loss": {"asks": "?", "paper": "all", "rows": rows}},
+        }
+    )
+    before = [Row("loss", "masked", [0, 2], [0.1, 0.5], {"two": 0.3})]
+    added = [Row("loss", "masked", [1], [0.6], {"two": 0.6}), Row("loss", "all", [0], [0.7], {"two": 0.7})]
+    every = joined(suite, before, added)
+    assert [row.name for row in every] == ["all", "masked"]
+    assert (every[1].seeds, every[1].values) == ([0, 1, 2], [0.1, 0.6, 0.5])
+    assert every[1].categories == pytest.approx({"two": (0.1 + 0.6 + 0.5) / 3})
+    assert joined(suite, every, before) == every and joined(suite, before, every) == every
+    for other, message in ((0.2, "seed 2: 0.2000 in the folder, 0.5000 in the record"), (0.5, "has seed 2 again")):
+        with pytest.raises(SystemExit, match=message):
+            joined(suite, before, [Row("loss", "masked", [2, 3], [other, 0.1], {"two": 0.3})])
 
 
 def test_plan_page_is_up_to_date_and_its_anchors_hold() -> None:
