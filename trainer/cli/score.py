@@ -13,6 +13,7 @@ import typer
 
 from ...slurm.exit_record import newest_step
 from ...slurm.io import write_json
+from ..checkpoint.durable import read_blocks
 from ..errors import RunError, writing
 from ..io import flat, read_json
 from ..monitors.evaluations import note_evaluation
@@ -124,7 +125,12 @@ def _measure(scored: Scored, weights: dict[str, Path | None]) -> dict[str, tuple
 
 def _sha256(path: Path) -> dict[str, str]:
     """The hash of a weight file; nothing for a folder."""
-    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    digest = hashlib.sha256()
+    for block in read_blocks(path, 0, path.stat().st_size):
+        digest.update(block)
+    return {"sha256": digest.hexdigest()}
 
 
 def _write(folder: Path, figures: Figures, settings: Figures) -> None:

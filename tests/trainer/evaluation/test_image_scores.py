@@ -1,6 +1,7 @@
 """`bifrost score` on images: its values by formulas in fp64, by torchmetrics and by transformers; one-line errors."""
 
 import io
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,7 @@ def test_inception(sets: tuple[Path, Path], weights: tuple[Path, Path]) -> None:
     assert found["kid_std"] == pytest.approx(np.std(values), rel=1e-5)
     settings = json.loads((made / "metrics.json").read_text())["settings"]["inception"]
     assert (settings["images"], settings["reference_images"], settings["size"]) == (40, 30, 16)
+    assert settings["sha256"] == hashlib.sha256(weights[0].read_bytes()).hexdigest()
 
 
 def _kl(p: np.ndarray) -> float:
