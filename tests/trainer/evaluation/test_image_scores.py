@@ -1,7 +1,7 @@
 """`bifrost score` on images: its values by formulas in fp64, by torchmetrics and by transformers; one-line errors."""
 
-import io
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
