@@ -23,13 +23,15 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Section):
+    name: Literal["adamw", "lion"] = "adamw"
+    """Optimizer: torch's AdamW, or Lion (pip install lion-pytorch); see docs/optimizers.md."""
     lr: float = Field(default=1e-4, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     # Not strict, because a pair is a list in YAML and JSON; its elements are.
     betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), strict=False)
-    """AdamW's decay rates of the two moments."""
+    """AdamW's decay rates of the two moments; Lion's of the update and of the moment."""
     eps: float = Field(default=1e-8, gt=0)
-    """AdamW's epsilon."""
+    """AdamW's epsilon; Lion has none."""
     weight_decay: float = Field(default=0.02, ge=0)
     """Decoupled weight decay of matrices; none for norms, biases, mask token and position table."""
     warmup_steps: int = Field(default=2000, ge=0)
@@ -38,6 +40,12 @@ class Optimizer(Section):
     """After warmup: constant at the peak, or cosine decay to zero at `steps`."""
     clip: float = Field(default=1.0, gt=0)
     """Global gradient norm above which gradients are clipped."""
+
+    @model_validator(mode="after")
+    def _used(self) -> Optimizer:
+        if self.name == "lion" and self.eps != type(self).model_fields["eps"].default:
+            raise ValueError("eps: Lion has none; leave it out")
+        return self
 
 
 class Ema(Section):

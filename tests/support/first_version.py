@@ -49,6 +49,7 @@ LATER = (
     "backbone.vision_encoder",
     "backbone.weights",
     "flux.weights",
+    "optimizer.name",
 )
 """Settings that the first version did not have."""
 METRICS = {

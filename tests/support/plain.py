@@ -1,4 +1,4 @@
-"""Reference for ZeRO-3: the same recipe with torch's AdamW in one process, on the full batch at once."""
+"""Reference for ZeRO-3: the same recipe with its optimizer's library in one process, on the full batch at once."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from typing import Any
 
 import opened
 import torch
+from lion_pytorch import Lion
 
 from bifrost.data import Loader, LoaderSettings, Share
 from bifrost.recipes import Recipe
+from bifrost.recipes.schema import Optimizer
 from bifrost.trainer.distributed.process_group import Ranks
-from bifrost.trainer.optim.engine import parameter_groups
 from bifrost.trainer.optim.lr_schedule import learning_rate
+from bifrost.trainer.optim.optimizers import parameter_groups
 from bifrost.trainer.stages import StageModel
 from bifrost.trainer.training.latent_statistics import measure_statistics
 
@@ -37,12 +39,18 @@ def batches(recipe: Recipe, inputs: Any) -> Loader:
     )
 
 
+def library(settings: Optimizer, model: StageModel) -> torch.optim.Optimizer:
+    """The optimizer as its library's users would write it."""
+    groups = parameter_groups(model, settings.weight_decay)
+    if settings.name == "lion":
+        return Lion(groups, lr=settings.lr, betas=settings.betas)
+    return torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, fused=True)
+
+
 def losses(recipe: Recipe) -> list[float]:
     """The loss of every step."""
     inputs, model = loaded(recipe)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, recipe.optimizer.weight_decay), betas=recipe.optimizer.betas, eps=recipe.optimizer.eps
-    )
+    optimizer = library(recipe.optimizer, model)
     losses = []
     for step, batch in enumerate(batches(recipe, inputs)):
         loss = model(**batch.arrays, normalizer=inputs.normalizer(step, 1)).loss

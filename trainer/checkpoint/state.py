@@ -63,8 +63,8 @@ def capture_statistics(engine: Engine, ema: Ema | None) -> dict[str, Tensor]:
 
 
 def restore(engine: Engine, ema: Ema | None, reader: CheckpointReader, updates: int) -> str | None:
-    """Set masters, moments, EMA and AdamW's step count from a checkpoint saved by any number of ranks; the compute
-    weights are `refresh`'s.
+    """Set masters, moments, EMA and the optimizer's step count from a checkpoint saved by any number of ranks; the
+    compute weights are `refresh`'s.
 
     Returns what is wrong with this rank's file if it is verified only now (`CheckpointReader.load`); the engine must
     then be restored from another checkpoint before it is used.
@@ -125,8 +125,7 @@ def restore_statistics(statistics: Mapping[str, Tensor], reader: CheckpointReade
 def _slots(engine: Engine, ema: Ema | None) -> dict[str, Mapping[str, Tensor]]:
     slots: dict[str, Mapping[str, Tensor]] = {
         "master": engine.masters(),
-        "exp_avg": engine.moments("exp_avg"),
-        "exp_avg_sq": engine.moments("exp_avg_sq"),
+        **engine.moments(),
     }
     if ema is not None:
         slots["ema"] = ema.slices

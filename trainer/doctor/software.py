@@ -33,6 +33,7 @@ NOT_FOR_EVERYTHING = {
 OPTIONAL = {
     "flash-attn": "attention uses PyTorch's own kernels",
     "liger-kernel": "norms use PyTorch's own kernels",
+    "lion-pytorch": "no `optimizer.name: lion`",
     "s3fs": "no shards on S3",
 }
 """Optional package -> the effect of its absence."""

@@ -20,6 +20,8 @@ from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..stages import StageModel
 from ..versions import importing, version, without
+from .optimizers import build_optimizer, new_state
+from .rules import rule
 
 T = TypeVar("T")
 
@@ -107,17 +109,17 @@ def require_quantizer(zero: Zero, device: torch.device) -> None:
 
 
 class Engine:
-    """A model under ZeRO-3 with AdamW on its trainable parameters."""
+    """A model under ZeRO-3 with the recipe's optimizer on its trainable parameters."""
 
     def __init__(self, model: StageModel, settings: Optimizer, config: dict[str, Any], ranks: Ranks) -> None:
         """config: DeepSpeed's, as in `partitioned`."""
         deepspeed = import_deepspeed(ranks.device)
         self.ranks = ranks
-        self.groups = parameter_groups(model, settings.weight_decay)
-        optimizer = torch.optim.AdamW(self.groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+        self.settings = settings
+        self._updates = 0
         self._engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=optimizer,
+            optimizer=build_optimizer(model, settings),
             config=copy.deepcopy(config),
             dist_init_required=False,
         )
@@ -184,6 +186,7 @@ class Engine:
                 buffer.copy_(self._before_step[name])
             self._gather_small()
         self._before_step = {}
+        self._updates += applied
         return applied
 
     def refresh(self) -> None:
@@ -207,34 +210,34 @@ class Engine:
 
         return {name: safe_get_local_fp32_param(p).detach() for name, p in self.trainable().items()}
 
-    def moments(self, key: str) -> dict[str, Tensor]:
-        """Name -> this rank's slice of AdamW's `exp_avg` or `exp_avg_sq`, like `masters`."""
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """Kind of optimizer state, such as AdamW's `exp_avg` -> name -> this rank's slice of it, like `masters`."""
         from deepspeed.utils import safe_get_local_optimizer_state
 
-        return {name: safe_get_local_optimizer_state(p, key) for name, p in self.trainable().items()}
+        return {
+            kind: {name: safe_get_local_optimizer_state(p, kind) for name, p in self.trainable().items()}
+            for kind in rule(self.settings).state
+        }
 
     @property
     def updates(self) -> int:
-        """AdamW's step count: applied steps."""
-        return int(self._adam_steps()[0])
+        """Applied steps."""
+        return self._updates
 
     @updates.setter
     def updates(self, value: int) -> None:
-        for count in self._adam_steps():
+        self._updates = value
+        for count in self.step_counts():
             count.fill_(value)
 
-    def _adam_steps(self) -> list[Tensor]:
-        return [state["step"] for state in self._engine.optimizer.optimizer.state.values()]
+    def step_counts(self) -> list[Tensor]:
+        """The optimizer's own counts of applied steps, each []; none if its rule does not depend on them."""
+        return [state["step"] for state in self._engine.optimizer.optimizer.state.values() if "step" in state]
 
     def _create_moments(self) -> None:
-        """Create AdamW's state before the first step, so that a resume can fill it."""
-        adam = self._engine.optimizer.optimizer
+        """Create the optimizer's state before the first step, so that a resume can fill it."""
         for flat in self._engine.optimizer.fp32_partitioned_groups_flat:
-            adam.state[flat] = {
-                "step": torch.zeros((), device=flat.device),
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
-            }
+            self._engine.optimizer.optimizer.state[flat] = new_state(flat, self.settings)
 
     def _drop_second_copies(self) -> None:
         """DeepSpeed makes hpZ's copies when weights are first released and refreshes them only after its own updates:
@@ -263,17 +266,6 @@ class Engine:
 
         parameter = next(iter(self.trainable().values()))
         safe_set_local_grad(parameter, torch.full_like(safe_get_local_grad(parameter), float("inf")))
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases, mask token and position table do not."""
-    decay, keep = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            matrix = len(shape) >= 2 and not name.endswith(("mask_token", "positions"))
-            (decay if matrix else keep).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
 
 
 def _version(text: str) -> tuple[int, ...]:

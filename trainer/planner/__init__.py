@@ -64,6 +64,7 @@ def workload(recipe: Recipe) -> Workload:
     """The recipe's settings that a plan uses."""
     return Workload(
         zero=Zero.of(recipe.precision, recipe.zero),
+        optimizer=recipe.optimizer.name,
         recomputed=recipe.activation_checkpointing,
         averaged=recipe.ema is not None,
         workers=recipe.data.workers,
@@ -151,8 +152,10 @@ def plan(
 
 
 def checkpoint_bytes(parts: Sequence[Part], work: Workload) -> int:
-    """Bytes of a checkpoint: masters, both moments and EMA of the trained parameters, in fp32."""
-    return 4 * (3 + work.averaged) * sum(part.size for part in parts if part.gradient == "trained")
+    """Bytes of a checkpoint: masters, optimizer state and EMA of the trained parameters, in fp32."""
+    return (4 + work.rule.state_bytes + 4 * work.averaged) * sum(
+        part.size for part in parts if part.gradient == "trained"
+    )
 
 
 def checkpoint_s(size: float, gpus: int, device: Device) -> float:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ...recipes import BatchSplit, schema
 from ..optim.deepspeed_config import deepspeed_config
+from ..optim.rules import RULES, Rule
 from .part import Part
 
 FrozenPlace = Literal["sharded", "node", "replicated"]
@@ -100,15 +101,22 @@ class Zero:
 
 @dataclass(frozen=True)
 class Workload:
-    """Settings of a recipe used by a plan. recomputed: activation checkpointing. averaged: with an EMA. workers: loader
-    processes per rank. global_batch, micro_batch: samples per step, and per rank and backward pass."""
+    """Settings of a recipe used by a plan. optimizer: its name. recomputed: activation checkpointing. averaged: with
+    an EMA. workers: loader processes per rank. global_batch, micro_batch: samples per step, and per rank and backward
+    pass."""
 
     zero: Zero
+    optimizer: str
     recomputed: bool
     averaged: bool
     workers: int
     global_batch: int
     micro_batch: int
+
+    @property
+    def rule(self) -> Rule:
+        """The optimizer's."""
+        return RULES[self.optimizer]
 
 
 def shard_size(parameters: Sequence[int], ranks: int) -> int:

@@ -70,7 +70,7 @@ def memory(
         # In fp32 too: DeepSpeed compares a device with its name and therefore never shares the slices with the masters.
         "trained weights": weight * own,
         "masters": 4 * own,
-        "moments": 8 * own,
+        "moments": work.rule.state_bytes * own,
         "gradients": zero.accumulate_bytes * own,
         "EMA": 4 * own if work.averaged else 0,
         "frozen weights": sum(shard_bytes(p, weight, shards[p.place]) for p in frozen if p.place in shards),
@@ -118,8 +118,9 @@ def memory(
     }
     encoded = max((part.in_use for part in placed if part.place != "cached"), default=0.0)
     encoding = {**read, "encoder at work": micro_batch * encoded, "at work from host memory": offloaded}
-    # AdamW's gradient is a flat copy of the accumulated slices, made per DeepSpeed sub-group.
-    update: dict[str, float] = {"flat gradients": 4 * min(own, 1_000_000_000)}
+    # The optimizer's gradient is a flat copy of the accumulated slices, made per DeepSpeed sub-group.
+    flat = min(own, 1_000_000_000)
+    update: dict[str, float] = {"flat gradients": 4 * flat, "optimizer at work": work.rule.temporary * flat}
     return Memory(held, per_pass, encoding, update, kept + layer + flight, encoded, previews)
 
 

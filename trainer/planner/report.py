@@ -133,6 +133,7 @@ class Report:
                 "kept": sum(part.kept for part in self.parts),
                 "kept_with_checkpointing": sum(part.kept_recomputed for part in self.parts),
             },
+            "optimizer": {"name": self.work.optimizer, "state_bytes_per_parameter": self.work.rule.state_bytes},
             "checkpoint_bytes": size,
             "cache_bytes_per_sample": self.caches,
             "rows": rows,
@@ -154,6 +155,9 @@ class Report:
         if sources:
             shares = (f"{name} {count:,} ({count / samples:.4g})" for name, count in sources.items())
             console.print(f"{samples:,} samples by source, with their share: {', '.join(shares)}.")
+        console.print(
+            f"optimizer {self.work.optimizer}: {self.work.rule.state_bytes} bytes of state per trained parameter",
+        )
         for kind, each in self.caches.items():
             console.print(f"cache of kind {kind}: {each / 1e6:.3g} MB per sample of the data, next to its shards.")
         console.print(self._memory())

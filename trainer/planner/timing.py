@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..optim.rules import RULES
 from .devices import Device
 from .layout import Workload, shard_size
 from .part import Part
 from .traffic import Transfer
+
+ADAMW = RULES["adamw"].moved
+"""Part of a device's `optimizer_bytes`."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def timing(
         behind=seconds(one for one in transfers if not one.hidden),
         intra=seconds(one for one in transfers if device.nodes(one.ranks) == 1),
         inter=seconds(one for one in transfers if device.nodes(one.ranks) > 1),
-        update=own * device.optimizer_bytes / (device.hbm_gbs * 1e9),
+        update=own * (device.optimizer_bytes + work.rule.moved - ADAMW) / (device.hbm_gbs * 1e9),
         data=samples / (max(work.workers, 1) * device.loader_samples_s),
         at_peak=samples * useful_flops(parts) / peak,
         at_peak_done=samples * done_flops(parts, work.recomputed) / peak,

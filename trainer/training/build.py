@@ -20,6 +20,7 @@ from ..monitors.utilisation import TEXTS, Utilisation
 from ..optim.ema import Ema
 from ..optim.engine import Engine, require_quantizer
 from ..optim.lr_schedule import learning_rate
+from ..optim.optimizers import require_optimizer
 from ..optim.train_state import TrainState
 from ..planner import parts, workload
 from ..planner.devices import this_device
@@ -115,6 +116,7 @@ def _engine(run: RunContext, point: ResumePoint) -> tuple[Engine, Ema | None, Re
     """The model under ZeRO-3 and its EMA, with the state of the checkpoint at `point`, or of an older one if it is
     found damaged only now; and the point where the run continues."""
     recipe, ranks = run.recipe, run.ranks
+    ranks.agreed(lambda: require_optimizer(recipe.optimizer))
     ranks.agreed(lambda: require_quantizer(recipe.zero, ranks.device))
     engine = Engine(build_model(run, new=point.reader is None), recipe.optimizer, run.deepspeed, ranks)
     if point.reader is None and not recipe.init_from:

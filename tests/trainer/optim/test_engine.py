@@ -10,7 +10,8 @@ from bifrost.recipes import load_recipe
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.backbone import read_config
 from bifrost.trainer.models.hub import locate
-from bifrost.trainer.optim.engine import import_deepspeed, parameter_groups
+from bifrost.trainer.optim.engine import import_deepspeed
+from bifrost.trainer.optim.optimizers import parameter_groups
 from bifrost.trainer.stages.patch_latent_model import PatchLatentModel
 
 

@@ -67,7 +67,7 @@ def sharded(provider: str) -> list[list[float]]:
 
 def single(provider: str) -> tuple[list[list[float]], list[Tensor]]:
     """Losses of both micro-batches at every step, and the trained weights, without DeepSpeed."""
-    from bifrost.trainer.optim.engine import parameter_groups
+    from bifrost.trainer.optim.optimizers import parameter_groups
 
     model = Trunk(provider)
     with torch.no_grad():

@@ -26,7 +26,8 @@ def train_with_bad_steps(arguments: list[str], bad: list[int], kind: str, factor
     count = 0
 
     def digest(self) -> str:
-        tensors = [*self.masters().values(), *self.moments("exp_avg").values(), *self.moments("exp_avg_sq").values()]
+        tensors = [*self.masters().values(), *(each for kind in self.moments().values() for each in kind.values())]
+        tensors += [count.view(1) for count in self.step_counts()]
         tensors += [buffer.flatten() for buffer in self.model.statistics().values()]
         return hashlib.sha256(torch.cat(tensors).numpy().tobytes() + bytes([self.updates])).hexdigest()
 

@@ -1,0 +1,16 @@
+"""The table of optimizers is that of the code."""
+
+import re
+from pathlib import Path
+
+from bifrost.trainer.optim.rules import RULES
+
+PAGE = Path(__file__).parents[2] / "docs" / "optimizers.md"
+
+
+def test_costs_are_those_of_the_plan() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \|(.+)\|$", PAGE.read_text(encoding="utf-8"), flags=re.M)
+    costs = {name: [int(cell) for cell in cells.split("|")[1:]] for name, cells in rows}
+    assert costs == {
+        name: [rule.state_bytes, 4 + rule.state_bytes, rule.temporary, rule.moved] for name, rule in RULES.items()
+    }
