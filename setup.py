@@ -82,6 +82,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
+            "kubeflow-trainer-api>=2.3",
             "moto[server]>=5.1",
             "s3fs>=2024.6",
             "sentencepiece>=0.2",

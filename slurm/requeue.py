@@ -11,7 +11,8 @@ from ..recipes import RecipeError, load_recipe
 from . import commands, exit_record
 from .errors import SlurmError
 from .exclusions import exclude, excluded
-from .exit_codes import BAD_NODE, DONE, FAILED, HUNG, LOCKED, LOST, STOPPED, USAGE
+from .exit_codes import BAD_NODE, DONE, HUNG, USAGE
+from .exit_reason import read_reason
 from .job import RECIPE, SCRIPT, Job, load_job, usable_nodes, write_recipe
 from .rank_env import expand_hosts
 from .site import load_site
@@ -24,16 +25,6 @@ BATCH_STEP_FAILED = "slurm/batch_step_failures"
 """Written by the batch script if these steps could not run on its host, one line per attempt."""
 OLD_BATCH_STEP_FAILED = "slurm/unable"
 """The same file of a job submitted by an earlier version."""
-REASONS = {
-    FAILED: "exit code 1 of unknown cause",
-    USAGE: "exit code 2, a setting to fix",
-    LOST: "storage failed, or a loader's worker was killed",
-    STOPPED: "stopped by a signal, saved",
-    HUNG: "ended by the watchdog",
-    BAD_NODE: "bad nodes",
-    LOCKED: "another process owns the run",
-    128 + signal.SIGKILL: "a rank was ended by SIGKILL, possibly out of memory",
-}
 
 
 def before(run: Path) -> tuple[int, float | None]:
@@ -86,14 +77,10 @@ def after(run: Path, code: int) -> tuple[str, int]:
     # The requeue below ends this job: ignore its SIGTERM, so that the excluded nodes are still set.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     job = load_job(run)
-    outcome = exit_record.read_outcome(run)
-    reason = REASONS.get(code) or _signal(code) or f"exit code {code}"
-    if outcome:
-        code, reason, named = outcome["code"], outcome["reason"], f"rank {outcome['rank']}: "
-        reason = reason if reason.startswith(named) else named + reason
+    code, reason, host, final = read_reason(run, code)
     if code == DONE:
         return _end(job, "done", "all steps are done"), DONE
-    if code in (USAGE, LOCKED) or (outcome and code == FAILED):
+    if final:
         return _stop(job, code, reason)
     if job.cancelled:
         return _end(job, "cancelled", "stopped by bifrost slurm cancel"), DONE
@@ -102,7 +89,7 @@ def after(run: Path, code: int) -> tuple[str, int]:
         # Ended or requeued by the user or by Slurm.
         exit_record.append(run, {"code": code, "decision": "left", "reason": state.state})
         return f"the job is {state.state}: left to Slurm", code
-    return _restart(job, code, reason, outcome.get("host") if outcome else None, state)
+    return _restart(job, code, reason, host, state)
 
 
 def _restart(job: Job, code: int, reason: str, host: str | None, state: commands.JobState | None) -> tuple[str, int]:
@@ -183,13 +170,6 @@ def _crash_loop(step: int) -> str:
         f"{MAX_RESTARTS_WITHOUT_PROGRESS} attempts without a checkpoint after step {step}: not restarted; see"
         " slurm/job.log, fix the cause, then bifrost slurm resume"
     )
-
-
-def _signal(code: int) -> str | None:
-    try:
-        return f"a rank was ended by {signal.Signals(code - 128).name}"
-    except ValueError:
-        return None
 
 
 def _state() -> commands.JobState | None:

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator
 from ..recipes import Section, explain, read_yaml, with_new_names
 from ..recipes.renames import SITE
 from .errors import SlurmError
+from .manifests.settings import Kubernetes, SkyPilot
 
 COPY = "slurm/site.json"
 """Copy in the run folder, as submitted: nodes or containers may not see the site file itself."""
@@ -70,6 +71,8 @@ class Site(Section):
     """File on shared storage where all runs record bad nodes; null: none."""
     bad_node_threshold: int = Field(default=2, ge=1)
     """A node is excluded once it was found bad this many times."""
+    kubernetes: Kubernetes = Kubernetes()
+    skypilot: SkyPilot = SkyPilot()
 
     @field_validator("bad_node_file")
     @classmethod

@@ -319,13 +319,14 @@ def test_resume_rules_are_those_of_the_code() -> None:
 
 @functools.cache
 def verbs() -> dict[str, click.Command]:
-    """`data verify` -> its command, except for those of the batch script."""
+    """`data verify` -> its command, except for those that scripts call."""
     from bifrost.trainer.cli.main import app
 
     found: dict[str, click.Command] = {}
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         inner = getattr(command, "commands", None)
-        found.update({f"{name} {verb}": c for verb, c in inner.items() if not c.hidden} if inner else {name: command})
+        all_of_it = {f"{name} {verb}": each for verb, each in inner.items()} if inner else {name: command}
+        found.update({verb: each for verb, each in all_of_it.items() if not each.hidden})
     return found
 
 

@@ -13,6 +13,7 @@ from bifrost.slurm import SlurmError
 from bifrost.slurm.cli import slurm_app
 from bifrost.slurm.exit_record import grace
 from bifrost.slurm.job import parse_nodes, seconds, usable_nodes
+from bifrost.slurm.manifests.settings import Kubernetes, SkyPilot
 from bifrost.slurm.site import Container, Fabric, Site, load_site
 
 SITES = {
@@ -155,9 +156,11 @@ def test_a_site_that_binds_gpus_to_tasks_is_refused(site: Path, option: str) -> 
 
 
 def test_docs_list_every_site_setting() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "slurm.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*) \|$", text.split("| site file |")[1].split("\n\n")[0], flags=re.M))
-    groups = {"container": Container, "fabric": Fabric}
+    rows = {}
+    for page in ("slurm.md", "kubernetes.md"):
+        text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8").split("| site file |")[1]
+        rows |= dict(re.findall(r"^\| `([\w.]+)` \| (.*) \|$", text.split("\n\n")[0], flags=re.M))
+    groups = {"container": Container, "fabric": Fabric, "kubernetes": Kubernetes, "skypilot": SkyPilot}
     fields = {name: field for name, field in Site.model_fields.items() if name not in groups}
     for group, model in groups.items():
         fields |= {f"{group}.{name}": field for name, field in model.model_fields.items()}

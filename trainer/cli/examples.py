@@ -73,6 +73,10 @@ EXAMPLES = {
     "slurm status": ("bifrost slurm status runs/mllm-7b",),
     "slurm logs": ("bifrost slurm logs runs/mllm-7b --follow",),
     "slurm cancel": ("bifrost slurm cancel runs/mllm-7b",),
+    "manifest": (
+        "bifrost manifest mllm-7b --kind jobset --nodes 4",
+        "bifrost manifest mllm-7b --kind skypilot --nodes 2",
+    ),
     "kernels check": ("bifrost kernels check",),
     "kernels profile": ("bifrost kernels profile tiny-mllm --steps 3 --out profile",),
     "kernels bench": ("bifrost kernels bench --kernel all", "bifrost kernels bench --help"),

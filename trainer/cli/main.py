@@ -19,6 +19,7 @@ from ...slurm import SlurmError, rank_environment
 from ...slurm.cli import slurm_app
 from ...slurm.exit_codes import DONE, FAILED, HUNG, LOCKED, LOST, USAGE
 from ...slurm.exit_record import record_outcome
+from ...slurm.manifests.cli import manifest
 from ..distributed.launcher import lost_file
 from ..distributed.stop_signals import PHASE_FILE
 from ..errors import Locked, RendezvousTimeout, RunError, Unhealthy, foreseen, lost_rank, with_message
@@ -40,6 +41,7 @@ from .runs import runs
 from .score import score
 from .track import app as track_app
 from .train import encode, export, resume, train
+from .train_node import train_node
 
 app = typer.Typer(
     help="Training system for Bifrost-1.",
@@ -66,6 +68,7 @@ app.command()(report)
 app.command()(compare)
 app.command()(replay)
 app.command()(doctor)
+app.command()(manifest)
 
 RANKED = [
     *(["train"], ["resume"], ["generate"], ["eval"], ["data", "encode"], ["kernels", "profile"]),
@@ -95,6 +98,7 @@ def bifrost(
 
 app.add_typer(kernels_app, name="kernels", help="Triton kernels: compile, check, time.")
 app.command()(train)
+app.command(hidden=True)(train_node)
 app.command()(resume)
 app.command()(export)
 data_app.command("encode")(encode)

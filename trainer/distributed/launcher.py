@@ -22,6 +22,7 @@ from ...data.processes import die_with_parent
 from ...data.progress import progress
 from ...slurm import launched_by, private_folders, rank_environment
 from ...slurm.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED
+from ...slurm.nodes import Node
 from ...slurm.rank_env import LAUNCHER_VARIABLES
 from .interrupt import interrupted, say
 from .run_lock import remove_lock_of
@@ -77,21 +78,27 @@ def devices() -> int:
 
 
 def run_ranks(
-    ranks: int, arguments: Sequence[str], run: Path | None = None, at_quit: Callable[[], None] = lambda: None
+    ranks: int,
+    arguments: Sequence[str],
+    run: Path | None = None,
+    at_quit: Callable[[], None] = lambda: None,
+    node: Node | None = None,
 ) -> int:
     """Run `python -m bifrost.trainer ARGUMENTS` as `ranks` ranks on this machine; returns their exit code.
+
+    node: this machine among several, each with as many ranks; None if all ranks are on this one.
 
     When one rank fails the others are ended, and its code is returned. SIGTERM and SIGUSR1 are passed on to every
     rank. Ctrl-C ends them, with INTERRUPTED; ranks that train the run in folder `run` save first, unless there is
     nothing to save or it is pressed again; then, if they were training, `at_quit` is called after they have ended.
     """
     with tempfile.TemporaryDirectory(prefix="bifrost-") as folder:
-        family = _Family(Path(folder), trains=run is not None)
+        family = _Family(Path(folder), run is not None, node, node.rank * ranks if node else 0)
         # Children inherit the mask: a training rank must not receive a signal before it can save.
         before = {number: signal.signal(number, family.notice) for number in SIGNALS}
         signal.pthread_sigmask(signal.SIG_BLOCK if family.trains else signal.SIG_UNBLOCK, SIGNALS)
         try:
-            family.processes = [_start(rank, ranks, arguments, family) for rank in range(ranks)]
+            family.processes = [_start(local, ranks, arguments, family) for local in range(ranks)]
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             return family.wait()
         finally:
@@ -145,11 +152,14 @@ def run_child(module: str, *arguments: str, counts: str | None = None, passed_on
 
 
 class _Family:
-    """The ranks that this process has started, and their signal handling. folder: that of their rendezvous."""
+    """The ranks that this process has started, and their signal handling. folder: that of their rendezvous. first:
+    the lowest of their ranks."""
 
-    def __init__(self, folder: Path, trains: bool) -> None:
+    def __init__(self, folder: Path, trains: bool, node: Node | None, first: int) -> None:
         self.folder = folder
         self.trains = trains
+        self.node = node
+        self.first = first
         self.processes: list[subprocess.Popen] = []
         self.quit_at: float | None = None
         """`time.monotonic()` at which the ranks are ended, set by Ctrl-C."""
@@ -191,10 +201,10 @@ class _Family:
                 # NCCL aborts ranks that lose a peer.
                 code = min(failed, key=lambda code: (code > 0, code in (FAILED, -signal.SIGABRT)), default=DONE)
                 if code < 0:  # it could not report that itself
-                    say(_death(codes.index(code), -code, self.trains))
+                    say(_death(self.first + codes.index(code), -code, self.trains))
                 elif code == FAILED and (line := self._lost(codes)):
                     say(line)
-                elif code == STOPPED and self.stopped_by and self.phase() == STARTING:
+                elif code == STOPPED and self.stopped_by and self.first == 0 and self.phase() == STARTING:
                     say(NOT_BEGUN.format(self.stopped_by))
                 return code
             if failed and deadline is None:
@@ -203,7 +213,7 @@ class _Family:
 
     def _lost(self, codes: Sequence[int | None]) -> str | None:
         """The line of a rank that lost a peer, if no rank failed otherwise: then no rank has printed an error."""
-        failed = [lost_file(self.phase_file, rank) for rank, code in enumerate(codes) if code]
+        failed = [lost_file(self.phase_file, rank) for rank, code in enumerate(codes, self.first) if code]
         return failed[0].read_text() if all(file.exists() for file in failed) else None
 
     def phase(self) -> str:
@@ -232,20 +242,23 @@ def _safe_path() -> dict[str, str]:
     return {**os.environ, "PYTHONSAFEPATH": "1"}
 
 
-def _start(rank: int, ranks: int, arguments: Sequence[str], family: _Family) -> subprocess.Popen:
-    threads = max(1, (os.cpu_count() or 1) // ranks)
+def _start(local: int, ranks: int, arguments: Sequence[str], family: _Family) -> subprocess.Popen:
+    node = family.node
     environment = {
-        "OMP_NUM_THREADS": str(threads),
-        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
         **_safe_path(),
-        # Local ranks use a file store and loopback: no port that may be taken, no host name to resolve.
-        "BIFROST_RENDEZVOUS": str(family.folder / "rendezvous"),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
+        "RANK": str(family.first + local),
+        "LOCAL_RANK": str(local),
+        "WORLD_SIZE": str(ranks * (node.count if node else 1)),
         "BIFROST_LAUNCHER": str(os.getpid()),
         PHASE_FILE: str(family.phase_file),
     }
+    if node:
+        environment |= {"MASTER_ADDR": node.address, "MASTER_PORT": str(node.port)}
+    else:
+        # Local ranks use a file store and loopback: no port that may be taken, no host name to resolve.
+        environment["BIFROST_RENDEZVOUS"] = str(family.folder / "rendezvous")
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     # A session of its own: a Ctrl-C on the terminal reaches the ranks once, through us.
     return subprocess.Popen(
         [sys.executable, "-m", "bifrost.trainer", *arguments], env=environment, start_new_session=True
