@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..models import libraries  # noqa: F401  # isort: skip
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -23,6 +23,10 @@ from ..models.rng import Stream, uniform
 from ..models.text_bridge import Bridge, TextBridge
 from .masked_decoding import NO_EPOCH
 from .settings import Sampling
+
+OnStep = Callable[[int, float, Tensor], Tensor | None]
+"""Called after each step with its number, its noise level and the latents [B, M, C]; returns the latents to continue
+with, or None to end the sampling with these."""
 
 
 class Text(NamedTuple):
@@ -61,6 +65,7 @@ def sample(
     controlnet: Bridge | None = None,
     patch_latents: Tensor | None = None,
     empty: Text | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Latents [B, c, h, w], fp32, from noise [B, M, C] of a square image, for `flux.decode_latents`.
 
@@ -90,7 +95,7 @@ def sample(
         rest = controlnet.join(rest, patch_latents)  # type: ignore[arg-type]
         controlnet = None
     x = noise.float()
-    for now, then in pairwise(noise_levels(flux.folder, tokens, settings.steps)):
+    for step, (now, then) in enumerate(pairwise(noise_levels(flux.folder, tokens, settings.steps))):
         rest["timestep"] = torch.full((copies * samples,), now, device=device)
         noisy, residuals = x.repeat(copies, 1, 1), None
         if controlnet is not None:
@@ -100,4 +105,8 @@ def sample(
             conditional, unconditional = v.chunk(2)
             v = unconditional + settings.cfg * (conditional - unconditional)
         x = x + (then - now) * v
+        if on_step is not None:
+            if (given := on_step(step, now, x)) is None:
+                break
+            x = given
     return unpack(x, side, side)

@@ -31,7 +31,7 @@ from ..models.weights import fill
 from ..stages import open_controlnet
 from ..stages.unsharded import init_context
 from ..stages.vision_outputs import load_vision_encoder
-from .flux_sampler import Text, draw_noise, sample
+from .flux_sampler import OnStep, Text, draw_noise, sample
 from .latent_decoder import LatentDecoder, open_run, read_decoder, require_native, usual_device
 from .settings import Settings
 from .stored_runs import RECIPE, checkpoint_weights, has_checkpoints, run_and_step, stored_recipe
@@ -143,9 +143,21 @@ class Generator(LatentDecoder):
         self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, latents: Tensor | None
     ) -> Tensor:
         """uint8 images [B, 3, P, P] from patch latents [B, N, D] and prompts, as one batch."""
+        return self.flux.decode_latents(self.sample(prompts, seeds, settings, latents))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings,
+        latents: Tensor | None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """The images of `render` before the VAE decodes them: FLUX latents [B, c, h, w], fp32."""
         texts = [""] * len(prompts) if settings.empty_prompt else prompts
         tokens, channels = self.flux.folder.grid(self.flux_size) ** 2, self.flux.folder.transformer["in_channels"]
-        found = sample(
+        return sample(
             self.flux,
             self._text(texts),
             draw_noise(seeds, tokens, channels).to(self.device),
@@ -153,8 +165,8 @@ class Generator(LatentDecoder):
             self.controlnet if settings.controlnet else None,
             latents if settings.controlnet else None,
             self._text([""]) if settings.flux.cfg != 1 else None,
+            on_step,
         )
-        return self.flux.decode_latents(found)
 
     def _text(self, prompts: Sequence[str]) -> Text:
         tokens = self.tokenizers(prompts)
