@@ -94,6 +94,7 @@ setup(
         "docs": ["furo>=2024.8", "myst-parser>=4", "sphinx>=8"],
         "liger": ["liger-kernel>=0.5"],
         "lion": ["lion-pytorch>=0.2.5"],
+        "offload": ["accelerate>=1.10"],
         "flash-attn": ["flash-attn>=2.8"],
         "flash-attn-4": ["flash-attn-4>=4.0.0b36"],
     },

@@ -77,6 +77,7 @@ WHOLE_RECIPE = {
     "trainer/stages/__init__.py": "opens its stage",
     "trainer/training/train.py": "trains it",
     "trainer/training/run_context.py": "opens its run",
+    "trainer/checkpoint/export.py": "writes it next to its weights",
     "trainer/planner/__init__.py": "opens its plan",
     "trainer/phantom/recipe.py": "opens its stage",
     "trainer/phantom/passes.py": "counts its pass",
@@ -119,6 +120,7 @@ PRESCRIBED = {
     ("trainer/models/flux.py", "velocity"): "the arguments of diffusers' FLUX transformer",
     ("trainer/models/flux_transformer.py", "forward"): "the arguments of diffusers' FLUX transformer",
     ("trainer/models/latent_controlnet.py", "forward"): "the arguments of diffusers' FLUX ControlNet",
+    ("trainer/inference/pipeline.py", "__call__"): "the arguments of diffusers' pipelines, and of our decoding",
     ("trainer/stages/controlnet_model.py", "forward"): "the arrays of a batch, some of them from a cache",
 }
 """Functions whose arguments another library or the batch prescribes."""

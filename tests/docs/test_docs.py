@@ -197,6 +197,21 @@ def check(command: str, folder: Path) -> None:
         raise AssertionError(f"{command}: no check of {program}")
 
 
+@pytest.mark.slow
+def test_python_blocks_load_and_run_the_exported_pipeline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page in order, in the folder of its commands."""
+    page = ROOT / "docs" / "pipeline.md"
+    (export,) = (line for line in commands() if "--format pipeline" in line)
+    bifrost(folder, *shlex.split(export)[1:])
+    monkeypatch.chdir(folder)
+    (short,) = blocks(ROOT / "README.md", "python")
+    assert short == blocks(page, "python")[0]
+    names: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), names)
+    assert Image.open(folder / "apple.png").size == (64, 64)
+
+
 def test_the_cpu_build_of_torch_is_the_pinned_one_from_another_index() -> None:
     pins = dict(re.findall(r"^([\w.-]+)==([^;\s]+)", (ROOT / "constraints.txt").read_text(), flags=re.M))
     assert f"{pins['torch']}+cpu, to PyPI's {pins['torch']}" in TEXT[ROOT / "README.md"]
@@ -337,7 +352,7 @@ def test_table_of_commands_is_complete() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_options_named_anywhere_exist(page: Path) -> None:
-    for words in re.findall(r"\bbifrost ((?:[a-z]+ ?)+[^`\n|]*)", "\n".join(code(page))):
+    for words in re.findall(r"(?<!from )\bbifrost ((?:[a-z]+ ?)+[^`\n|]*)", "\n".join(code(page))):
         verb = next((v for v in verbs() if re.match(rf"{v}(?![\w-])", words)), None)
         assert verb, f"{page.name}: bifrost {words}"
         known = {option for parameter in verbs()[verb].params for option in parameter.opts}

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from ...recipes import load_recipe
+from ...recipes import Recipe, load_recipe
 from ...recipes.branch import Backbone, Branch, Lora
+from ...recipes.secrets import redact
 from ...slurm.run_folder import no_checkpoint
 from ..errors import RunError, writing
 from ..models.backbone import read_config
@@ -28,6 +30,7 @@ from .reader import CheckpointReader
 from .safetensors_parts import Piece, safetensors_parts
 from .store import Store
 
+Layout = Literal["public", "hf"]
 SHARD_BYTES = 5 * 10**9
 _FULL = {"weights": "full", "lora": Lora()}
 """Settings of a branch in the public layout, in which low-rank pairs are merged into the weights."""
@@ -36,7 +39,7 @@ _FULL = {"weights": "full", "lora": Lora()}
 def export(
     run: Path,
     out: Path,
-    layout: Literal["public", "hf"],
+    layout: Layout,
     dtype: torch.dtype = torch.bfloat16,
     ema: bool = False,
     step: int | None = None,
@@ -48,55 +51,81 @@ def export(
     for both layouts. Each has a model card with the licences of its bases. One tensor is in memory at a time. Raises
     RunError if `out` is not empty, or the run has no such checkpoint or no EMA.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out}: is {'not empty' if out.is_dir() else 'a file'}, choose a new folder")
+    require_new(out)
     slot = "ema" if ema else "master"
     reader = _checkpoint(run, step, slot)
     if slot not in reader.slots:
         raise RunError(f"{run}: has no EMA of its weights (recipe key ema), leave --ema out")
     recipe = load_recipe(run / "recipe.yaml", stored=True)
-    if recipe.stage == "patch-latents" and recipe.branch.targets != "native" and layout == "public":
-        raise RunError(
-            f"{run}: branch.targets is {recipe.branch.targets}, which the public layout has no place for: export with"
-            " --format hf"
-        )
-    if recipe.stage == "controlnet" and (bridge := recipe.controlnet.bridge) != "latents_2d":
-        raise RunError(
-            f"{run}: controlnet.bridge is {bridge}, which a `flux_controlnet` folder has no place for: `bifrost"
-            " generate` and `bifrost eval` read the run folder itself"
-        )
-    if recipe.stage == "patch-latents" and recipe.branch.head == "flow" and layout == "public":
-        raise RunError(f"{run}: branch.head is flow, and the public layout has a linear head: export with --format hf")
-    pieces = {
-        name: Piece(name, tuple(shape), dtype, lambda name=name: reader.full(slot, name))
-        for name, shape in reader.shapes.items()
-    }
-    # Renamed when complete; leftovers of an interrupted export are overwritten.
+    with new_folder(out) as partial:
+        write_weights(partial, run, reader, slot, recipe, layout, dtype)
+        with_base = recipe.stage != "controlnet" and layout == "public"
+        text = card(run, reader, slot, str(dtype).removeprefix("torch."), with_base)
+        (partial / CARD).write_text(text, encoding="utf-8")
+    return reader.step
+
+
+def require_new(out: Path) -> None:
+    """RunError unless `out` does not exist or is an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out}: is {'not empty' if out.is_dir() else 'a file'}, choose a new folder")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write in, which is renamed to `out` when complete; leftovers of an interrupted export are
+    overwritten. RunError if it cannot be written."""
     partial = out.resolve().with_name(f".{out.resolve().name}.partial")
     with writing(out):
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            if recipe.stage == "controlnet":
-                _write_controlnet(partial, pieces, reader.buffers(slot))
-                shape = open_controlnet(recipe, for_counting=True).shape
-                assert isinstance(shape, ControlNetConfig)
-                write_config(partial, shape)
-            else:
-                tensors = [*pieces.values(), *_buffers(reader.buffers(slot))]
-                if layout == "public":
-                    tensors = _public(pieces, recipe.backbone, recipe.branch, recipe.data.image_size, dtype)
-                    recipe = recipe.model_copy(update={"branch": recipe.branch.model_copy(update=_FULL)})
-                _write(partial, tensors)
-                config = {"step": reader.step, "weights": slot, "recipe": recipe.model_dump(mode="json")}
-                (partial / "config.json").write_text(json.dumps(config, indent=2))
-            with_base = recipe.stage != "controlnet" and layout == "public"
-            text = card(run, reader, slot, str(dtype).removeprefix("torch."), with_base)
-            (partial / CARD).write_text(text, encoding="utf-8")
+            yield partial
             partial.replace(out)
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
             raise
-    return reader.step
+
+
+def write_weights(
+    folder: Path, run: Path, reader: CheckpointReader, slot: str, recipe: Recipe, layout: Layout, dtype: torch.dtype
+) -> None:
+    """Write the weights `slot` of a run's checkpoint, with their config, into `folder`; see `export`. RunError if the
+    layout has no place for them; nothing is written then."""
+    require_layout(run, recipe, layout)
+    pieces = {
+        name: Piece(name, tuple(shape), dtype, lambda name=name: reader.full(slot, name))
+        for name, shape in reader.shapes.items()
+    }
+    if recipe.stage == "controlnet":
+        _write_controlnet(folder, pieces, reader.buffers(slot))
+        shape = open_controlnet(recipe, for_counting=True).shape
+        assert isinstance(shape, ControlNetConfig)
+        write_config(folder, shape)
+        return
+    tensors = [*pieces.values(), *_buffers(reader.buffers(slot))]
+    if layout == "public":
+        tensors = _public(pieces, recipe.backbone, recipe.branch, recipe.data.image_size, dtype)
+        recipe = recipe.model_copy(update={"branch": recipe.branch.model_copy(update=_FULL)})
+    _write(folder, tensors)
+    config = {"step": reader.step, "weights": slot, "recipe": recipe.model_dump(mode="json")}
+    (folder / "config.json").write_text(redact(json.dumps(config, indent=2)))
+
+
+def require_layout(run: Path, recipe: Recipe, layout: Layout) -> None:
+    """RunError if `layout` has no place for what the run trained."""
+    if recipe.stage == "controlnet":
+        if (bridge := recipe.controlnet.bridge) != "latents_2d":
+            raise RunError(
+                f"{run}: controlnet.bridge is {bridge}, which a `flux_controlnet` folder has no place for: `bifrost"
+                " generate` and `bifrost eval` read the run folder itself"
+            )
+    elif layout == "public" and recipe.branch.targets != "native":
+        raise RunError(
+            f"{run}: branch.targets is {recipe.branch.targets}, which the public layout has no place for: export with"
+            " --format hf"
+        )
+    elif layout == "public" and recipe.branch.head == "flow":
+        raise RunError(f"{run}: branch.head is flow, and the public layout has a linear head: export with --format hf")
 
 
 def _public(

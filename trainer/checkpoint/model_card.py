@@ -90,6 +90,39 @@ def card(run: Path, reader: CheckpointReader, slot: str, dtype: str, with_base: 
 
     slot: `master` or `ema`. with_base: whether the export includes the frozen base.
     """
+    recipe = Recipe.model_validate(reader.state["recipe"])
+    settings = redact(recipe.to_yaml()).strip()
+    models = bases(recipe.backbone, recipe.flux if recipe.stage == "controlnet" else None)
+    tag = "latent-controlnet" if recipe.stage == "controlnet" else "visual-generation-branch"
+    return f"""---
+{metadata(models, [tag])}
+---
+
+# {recipe.name}
+
+{_what(recipe.stage, with_base)}
+Method: [Bifrost-1]({PAPER}).
+
+## Training
+
+{training_table(run, reader, slot, dtype)}
+
+Equal data digests mean the same training samples in the same order.
+
+## Licences
+
+{licences(models, with_base)}
+
+## Recipe
+
+```yaml
+{settings}
+```
+"""
+
+
+def training_table(run: Path, reader: CheckpointReader, slot: str, dtype: str) -> str:
+    """What is recorded of the training of the exported weights; arguments as of `card`."""
     state: dict[str, Any] = reader.state
     recipe = Recipe.model_validate(state["recipe"])
     progress = state.get("progress", {})
@@ -106,42 +139,18 @@ def card(run: Path, reader: CheckpointReader, slot: str, dtype: str, with_base: 
         ("trained with", ", ".join(f"{name} {version}" for name, version in trained.items()) or "unknown"),
         ("exported with", f"bifrost {BIFROST}"),
     ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    settings = redact(recipe.to_yaml()).strip()
-    models = bases(recipe.backbone, recipe.flux if recipe.stage == "controlnet" else None)
-    return f"""---
-{_metadata(recipe.stage, models)}
----
-
-# {recipe.name}
-
-{_what(recipe.stage, with_base)}
-Method: [Bifrost-1]({PAPER}).
-
-## Training
-
-| | |
-|---|---|
-{table}
-
-Equal data digests mean the same training samples in the same order.
-
-## Licences
-
-{_licences(models, with_base)}
-
-## Recipe
-
-```yaml
-{settings}
-```
-"""
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
 
 
 def bases(backbone: Backbone, flux: Flux | None) -> dict[str, str]:
     """Role -> path of the models that the weights were trained from, starting with the one whose layers were copied.
     flux: that of stage 2."""
     return {**({"image generator": flux.path} if flux else {}), "multimodal LLM": backbone.path}
+
+
+def shown_name(path: str) -> str:
+    """The name of the base at `path`, without the private parent folders of a local one."""
+    return Path(path).name if Path(path).is_dir() else path
 
 
 def _what(stage: str, with_base: bool) -> str:
@@ -157,7 +166,8 @@ def _what(stage: str, with_base: bool) -> str:
     )
 
 
-def _metadata(stage: str, models: dict[str, str]) -> str:
+def metadata(models: dict[str, str], tags: list[str], library: str | None = None) -> str:
+    """The hub's metadata of weights trained from `models`, of which the first one's licence is stated."""
     from huggingface_hub import ModelCardData
 
     paths = list(models.values())
@@ -168,17 +178,19 @@ def _metadata(stage: str, models: dict[str, str]) -> str:
         license=(found.id if found.common else "other") if found else None,
         license_name=found.id if found and not found.common else None,
         license_link=found.link if found and not found.common else None,
+        library_name=library,
         pipeline_tag="text-to-image",
-        tags=["bifrost-1", "latent-controlnet" if stage == "controlnet" else "visual-generation-branch"],
+        tags=["bifrost-1", *tags],
     )
     return data.to_yaml().strip()
 
 
-def _licences(models: dict[str, str], with_base: bool) -> str:
+def licences(models: dict[str, str], with_base: bool) -> str:
+    """The licences of `models`, role -> path, for weights trained from them."""
     lines = []
     for role, path in models.items():
         found = licence_of(path)
-        name = Path(path).name if Path(path).is_dir() else path  # without the private parent folders
+        name = shown_name(path)
         known = f"{found.name}, {found.link}" if found else "unknown to Bifrost; see its own model card"
         lines.append(f"- {role} `{name}`: {known}")
     kind = "contain weights of, and are trained from," if with_base else "are trained from"

@@ -30,7 +30,10 @@ EXAMPLES = {
     "report": ("bifrost report runs/tiny-mllm",),
     "compare": ("bifrost compare runs/tiny-mllm runs/faster",),
     "replay": ("bifrost replay runs/tiny-mllm --step 120",),
-    "export": ("bifrost export runs/tiny-mllm exported --ema", "bifrost export runs/tiny-mllm part --format hf"),
+    "export": (
+        "bifrost export runs/tiny-mllm exported --ema",
+        "bifrost export runs/tiny-mllm pipeline --format pipeline --controlnet runs/tiny-controlnet",
+    ),
     "data demo": ("bifrost data demo demo", "bifrost data demo single --set drawings"),
     "data ingest": (
         "bifrost data ingest photos shards",

@@ -124,20 +124,64 @@ def encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: RanksOpti
 class Layout(str, Enum):
     public = "public"
     hf = "hf"
+    pipeline = "pipeline"
+
+
+class Precision(str, Enum):
+    bf16 = "bf16"
+    fp32 = "fp32"
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[Path, typer.Argument(help="A run folder; for a pipeline that of stage 1, or a checkpoint in it.")],
     out: Annotated[Path, typer.Argument(help="A new folder.")],
     layout: Annotated[
-        Layout, typer.Option("--format", help="public: the release's layout with the base; hf: the trained part.")
+        Layout,
+        typer.Option(
+            "--format",
+            help="public: the release's layout with the base; hf: the trained part; pipeline: both stages.",
+        ),
     ] = Layout.public,
-    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights.")] = False,
+    controlnet: Annotated[
+        Path | None, typer.Option(help="For a pipeline: a stage-2 run folder, or a checkpoint in it.")
+    ] = None,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(help="Precision of the weights; default bf16, of a pipeline fp32.", show_default=False),
+    ] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights; a pipeline has them anyway.")] = False,
     step: Annotated[int | None, typer.Option(help="Step; default the newest.")] = None,
 ) -> None:
-    """Write a run's trained weights as safetensors in bf16."""
+    """Write a run's trained weights as safetensors, or those of both stages as a pipeline."""
+    if layout is Layout.pipeline:
+        _export_pipeline(run, controlnet, out, precision, ema, step)
+        return
+    if controlnet is not None:
+        raise RunError("--controlnet is for --format pipeline: leave it out, or export that run by itself")
+    import torch
+
     from ..checkpoint.export import export as write
 
+    dtype = torch.float32 if precision is Precision.fp32 else torch.bfloat16
     with progress("exporting"):
-        taken = write(run, out, layout.value, ema=ema, step=step)
+        taken = write(run, out, layout.value, dtype, ema, step)
     print(f"{out}: step {taken} of {run} in the {layout.value} layout")
+
+
+def _export_pipeline(
+    run: Path, controlnet: Path | None, out: Path, precision: Precision | None, ema: bool, step: int | None
+) -> None:
+    if controlnet is None:
+        raise RunError("--format pipeline: give the stage-2 run too, with --controlnet RUN")
+    if step is not None:
+        raise RunError(f"--step: give the checkpoint's folder in place of the run, such as {run}/checkpoints/step-…")
+    if ema:
+        raise RunError("--ema: leave it out; a pipeline has averaged weights if the run has, like bifrost generate")
+    import torch
+
+    from ..inference.export_pipeline import export_pipeline
+
+    dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
+    with progress("exporting"):
+        steps = export_pipeline(run, controlnet, out, dtype)
+    print(f"{out}: step {steps[0]} of {run} and step {steps[1]} of {controlnet} as a pipeline")

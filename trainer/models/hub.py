@@ -53,6 +53,17 @@ def from_cache() -> Iterator[None]:
         _cache_only = before
 
 
+def commit(path: str, revision: str | None) -> str | None:
+    """The commit of a hub model's `revision` in the local cache, or `revision` if it is not cached; None for a folder
+    or a built-in model, which have none."""
+    if path.startswith("builtin:") or Path(path).is_dir():
+        return None
+    try:
+        return Path(_snapshot(path, revision=revision, local_files_only=True)).name
+    except (OSError, ValueError):  # not cached
+        return revision
+
+
 def _download(path: str, revision: str | None, weights: str, where: str) -> Path:
     patterns = [weights, "*.json", "*.txt", "*.jinja", "*.model"]
     options = {"revision": revision, "allow_patterns": patterns, "local_files_only": _cache_only}
