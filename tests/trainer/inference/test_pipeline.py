@@ -1,4 +1,4 @@
-"""The pipeline paints what `bifrost generate` does from the same runs; its arguments are those of diffusers."""
+"""The pipeline generates what `bifrost generate` does from the same runs; its arguments are those of diffusers."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def pipe(folder: Path) -> BifrostPipeline:
     return found
 
 
-def test_a_fresh_process_paints_the_image_of_generate_to_the_bit(
+def test_a_fresh_process_gives_the_image_of_generate_to_the_bit(
     folder: Path, mllm: Path, controlnet: Path, tmp_path: Path
 ) -> None:
     """Also through DiffusionPipeline with the folder's own code; without the packages that only training needs."""
