@@ -23,8 +23,9 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Section):
-    name: Literal["adamw", "lion"] = "adamw"
-    """Optimizer: torch's AdamW, or Lion (pip install lion-pytorch); see docs/optimizers.md."""
+    name: Literal["adamw", "lion", "muon"] = "adamw"
+    """Optimizer: torch's AdamW, Lion (pip install lion-pytorch), or torch's Muon for the matrices of the layers with
+    AdamW for the rest; see docs/optimizers.md."""
     lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     # Not strict, because a pair is a list in YAML and JSON; its elements are.
@@ -32,6 +33,8 @@ class Optimizer(Section):
     """AdamW's decay rates of the two moments; Lion's of the update and of the moment."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon; Lion has none."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Muon's momentum, Nesterov's."""
     weight_decay: float = Field(default=0.02, ge=0)
     """Decoupled weight decay of matrices; none for norms, biases, mask token and position table."""
     warmup_steps: int = Field(default=2000, ge=0)
@@ -43,8 +46,11 @@ class Optimizer(Section):
 
     @model_validator(mode="after")
     def _used(self) -> Optimizer:
-        if self.name == "lion" and self.eps != type(self).model_fields["eps"].default:
+        fields = type(self).model_fields
+        if self.name == "lion" and self.eps != fields["eps"].default:
             raise ValueError("eps: Lion has none; leave it out")
+        if self.name != "muon" and self.momentum != fields["momentum"].default:
+            raise ValueError("momentum: only Muon has one; leave it out, or set optimizer.name=muon")
         return self
 
 

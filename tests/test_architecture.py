@@ -15,7 +15,7 @@ PACKAGES = {
     "distributed": [],
     "models": ["distributed"],
     "stages": ["models", "distributed"],
-    "optim": ["stages", "distributed"],
+    "optim": ["stages", "models", "distributed"],
     "planner": ["optim", "models", "distributed"],
     "phantom": ["planner", "optim", "stages", "models", "distributed"],
     "checkpoint": ["optim", "stages", "models", "distributed"],

@@ -21,6 +21,8 @@ TINY_CASES = [
     ("tiny-mllm", 16, (SMALL_BUCKET, "backbone.placement=sharded", "zero.persistence_threshold=0", "zero.hpz=8")),
     ("tiny-controlnet", 8, (SMALL_BUCKET, OFFLOADED)),
     ("tiny-controlnet", 8, (SMALL_BUCKET, SHARDED, "zero.overlap_comm=true", "activation_checkpointing=true")),
+    ("tiny-mllm", 8, (SMALL_BUCKET, "optimizer.name=lion")),
+    ("tiny-controlnet", 8, (SMALL_BUCKET, "optimizer.name=muon")),
 ]
 BACKBONE = "backbone.placement=replicated"
 REAL_CASES = [

@@ -335,6 +335,7 @@ def test_home_folder_in_a_list_of_shards(monkeypatch: pytest.MonkeyPatch) -> Non
         ("ema={decay: 2}", "override 'ema={decay: 2}': ema.decay: input should be less than 1"),
         ("steps=0", "override 'steps=0': steps: "),
         ("optimizer={name: lion, eps: 1e-6}", "override 'optimizer={name: lion, eps: 1e-6}': optimizer: eps: Lion has"),
+        ("optimizer.momentum=0.9", "override 'optimizer.momentum=0.9': optimizer: momentum: only Muon has one; leave"),
         ("stage=controlnet", "override 'stage=controlnet': stage controlnet needs flux.path"),
         ("tracking.uri=http://a:b@h", "override 'tracking.uri=http://REDACTED@h': tracking.uri: the login in"),
         ("data.shards=https://a:b@h/c.tar", "override 'data.shards=https://REDACTED@h/c.tar': data.shards: the login"),

@@ -50,6 +50,7 @@ LATER = (
     "backbone.weights",
     "flux.weights",
     "optimizer.name",
+    "optimizer.momentum",
 )
 """Settings that the first version did not have."""
 METRICS = {

@@ -6,7 +6,6 @@ from typing import Any
 
 import opened
 import torch
-from lion_pytorch import Lion
 
 from bifrost.data import Loader, LoaderSettings, Share
 from bifrost.recipes import Recipe
@@ -39,26 +38,34 @@ def batches(recipe: Recipe, inputs: Any) -> Loader:
     )
 
 
-def library(settings: Optimizer, model: StageModel) -> torch.optim.Optimizer:
-    """The optimizer as its library's users would write it."""
-    groups = parameter_groups(model, settings.weight_decay)
+def library(settings: Optimizer, model: StageModel) -> list[torch.optim.Optimizer]:
+    """The optimizers as their libraries' users would write them."""
+    groups = parameter_groups(model, settings)
     if settings.name == "lion":
-        return Lion(groups, lr=settings.lr, betas=settings.betas)
-    return torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, fused=True)
+        from lion_pytorch import Lion
+
+        return [Lion(groups, lr=settings.lr, betas=settings.betas)]
+    muon: list[torch.optim.Optimizer] = []
+    if settings.name == "muon":
+        matrices = groups.pop(0)["params"]
+        decay, momentum = settings.weight_decay, settings.momentum
+        muon = [torch.optim.Muon(matrices, weight_decay=decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")]
+    return [*muon, torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, fused=True)]
 
 
 def losses(recipe: Recipe) -> list[float]:
     """The loss of every step."""
     inputs, model = loaded(recipe)
-    optimizer = library(recipe.optimizer, model)
+    optimizers = library(recipe.optimizer, model)
     losses = []
     for step, batch in enumerate(batches(recipe, inputs)):
         loss = model(**batch.arrays, normalizer=inputs.normalizer(step, 1)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.trainable().values(), recipe.optimizer.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe.optimizer, recipe.steps, step)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(recipe.optimizer, recipe.steps, step)
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.item())
     return losses

@@ -32,7 +32,7 @@ class Manifest(BaseModel):
     time: float
     """Unix time of the save."""
     slots: list[str]
-    """Kinds of state stored for each parameter, such as `master` and `exp_avg`."""
+    """Kinds of state: `master` and `ema` of every parameter, and the optimizer's, such as `exp_avg`."""
     shapes: dict[str, tuple[int, ...]]
     """Shape of every parameter by name."""
     files: dict[str, Entry]

@@ -21,6 +21,9 @@ from .safetensors_parts import Piece, header, tensor_bytes
 from .staging import Slots
 from .verification import HEADER
 
+COMPLETE = ("master", "ema")
+"""Slots that have every parameter."""
+
 
 class ShardMetadata(NamedTuple):
     """Fields of a manifest other than its files."""
@@ -40,7 +43,8 @@ class Shard(NamedTuple):
 @dataclass(frozen=True)
 class Payload:
     """What one rank saves. `slots[slot][name]` is its slice of that parameter: 1-D fp32, without padding, possibly
-    empty. shapes: of the full parameters. Rank 0 also writes `state` (JSON) and `buffers`."""
+    empty; slots of optimizer state have only the parameters that have this state. shapes: of the full parameters. Rank
+    0 also writes `state` (JSON) and `buffers`."""
 
     rank: int
     ranks: int
@@ -72,8 +76,8 @@ class Payload:
     def pieces(self) -> list[Piece]:
         pieces = []
         for slot, slices in self.slots.items():
-            if slices.keys() != self.shapes.keys():
-                odd = sorted(slices.keys() ^ self.shapes.keys())
+            odd = sorted(slices.keys() ^ self.shapes.keys() if slot in COMPLETE else slices.keys() - self.shapes.keys())
+            if odd:
                 raise RunError(f"slot {slot} and the shapes do not name the same parameters: {', '.join(odd[:5])}")
             for name, tensor in slices.items():
                 lo, hi = local_range(torch.Size(self.shapes[name]).numel(), self.rank, self.ranks)

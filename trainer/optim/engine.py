@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from ...recipes.schema import Optimizer, Zero
 from ..distributed.process_group import Ranks
 from ..errors import RunError
+from ..models.weights import full_shape
 from ..stages import StageModel
 from ..versions import importing, version, without
-from .optimizers import build_optimizer, new_state
-from .rules import rule
+from .optimizers import build_optimizer, create_state
+from .rules import RULES, rule_name
 
 T = TypeVar("T")
 
@@ -214,10 +215,11 @@ class Engine:
         """Kind of optimizer state, such as AdamW's `exp_avg` -> name -> this rank's slice of it, like `masters`."""
         from deepspeed.utils import safe_get_local_optimizer_state
 
-        return {
-            kind: {name: safe_get_local_optimizer_state(p, kind) for name, p in self.trainable().items()}
-            for kind in rule(self.settings).state
-        }
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self.trainable().items():
+            for kind in RULES[rule_name(self.settings.name, name, full_shape(parameter))].state:
+                found.setdefault(kind, {})[name] = safe_get_local_optimizer_state(parameter, kind)
+        return found
 
     @property
     def updates(self) -> int:
@@ -236,8 +238,9 @@ class Engine:
 
     def _create_moments(self) -> None:
         """Create the optimizer's state before the first step, so that a resume can fill it."""
-        for flat in self._engine.optimizer.fp32_partitioned_groups_flat:
-            self._engine.optimizer.optimizer.state[flat] = new_state(flat, self.settings)
+        zero = self._engine.optimizer
+        for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            create_state(zero.optimizer, zero.sub_group_to_group_id[index], flat, zero.fp16_groups[index])
 
     def _drop_second_copies(self) -> None:
         """DeepSpeed makes hpZ's copies when weights are first released and refreshes them only after its own updates:

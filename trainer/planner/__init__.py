@@ -18,6 +18,7 @@ from .flux_flops import controlnet_parts
 from .layout import AS_SET, Layout, Workload, Zero
 from .memory import Memory, memory
 from .opened import LatentControl, PatchLatents
+from .optimizer import exchanges, state_bytes
 from .part import Part
 from .timing import Timing, timing
 from .traffic import Transfer, traffic
@@ -136,6 +137,7 @@ def plan(
     placed = layout.place(parts)
     needs = memory(parts, work, layout, gpus, node, micro_batch, previews)
     transfers = traffic(parts, work.zero, layout, gpus, node, passes)
+    transfers += exchanges(parts, work.optimizer, gpus)
     timed = device is not None and device.bf16_tflops is not None
     usable = device.hbm_gb * 1e9 * device.usable_memory - device.runtime_gb * 1e9 if device else None
     return Row(
@@ -153,9 +155,8 @@ def plan(
 
 def checkpoint_bytes(parts: Sequence[Part], work: Workload) -> int:
     """Bytes of a checkpoint: masters, optimizer state and EMA of the trained parameters, in fp32."""
-    return (4 + work.rule.state_bytes + 4 * work.averaged) * sum(
-        part.size for part in parts if part.gradient == "trained"
-    )
+    trained = sum(part.size for part in parts if part.gradient == "trained")
+    return 4 * (1 + work.averaged) * trained + state_bytes(parts, work.optimizer)
 
 
 def checkpoint_s(size: float, gpus: int, device: Device) -> float:

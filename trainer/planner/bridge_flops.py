@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..models.text_bridge_config import TextBridgeConfig
 from . import flux_shapes
-from .flops import linear_flops, sizes
+from .flops import linear_flops, matrices, sizes
 from .part import Part
 
 # Elements saved by autograd per token and block, in units of the connector's width.
@@ -54,4 +54,5 @@ def part(shape: TextBridgeConfig, byte: int) -> Part:
         first=first,
         kept=kept,
         kept_recomputed=kept,
+        matrices=matrices(weights),
     )

@@ -13,6 +13,7 @@ from ...recipes.branch import Branch, Lora
 from ..models.backbone_config import branch_layers, grid_side
 from ..models.flux_config import FluxConfig
 from ..models.masking import hidden_counts
+from ..optim.rules import rule_name
 from . import flux_shapes, shapes
 from .opened import PatchLatents
 from .part import Part
@@ -41,6 +42,12 @@ def sizes(weights: Iterable[Weight]) -> tuple[int, ...]:
 
 def widths(weights: Iterable[Weight]) -> tuple[int | None, ...]:
     return tuple(weight.width for weight in weights)
+
+
+def matrices(weights: Iterable[Weight]) -> tuple[tuple[int, int], ...]:
+    """Shapes of those that Muon would update."""
+    shapes = (weight.shape for weight in weights if rule_name("muon", weight.name, weight.shape) == "muon")
+    return tuple((rows, columns) for rows, columns in shapes)
 
 
 def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list[Part]:
@@ -128,6 +135,7 @@ def _branch(model: PatchLatents, byte: int, text: float) -> list[Part]:
         gradients=flight,
         gradients_recomputed=flight if lora else byte * drawn * (mlp + 2 * width),  # torch's own SwiGLU
         last=linear_flops(branch, lambda name: drawn if name.endswith("down_proj") else 0.0),
+        matrices=matrices(branch),
     )
     return [own, _shared(model, drawn, recomputed)] if lora else [own]
 
@@ -187,6 +195,7 @@ def head_part(weights: Sequence[Weight], settings: Branch, width: int, rows: flo
         kept_recomputed=ends + drawn * flow.layers * inner * byte,
         layer=drawn * FLOW_KEPT * inner * byte,
         last=flops("blocks."),
+        matrices=matrices(weights),
     )
 
 

@@ -10,7 +10,7 @@ from ..models.controlnet_config import ControlNetConfig
 from ..models.flux_config import FluxConfig
 from ..models.text_bridge_config import TextBridgeConfig
 from . import bridge_flops, flux_shapes
-from .flops import linear_flops, sizes, vae_encoder_part, vision_encoder_part, widths
+from .flops import linear_flops, matrices, sizes, vae_encoder_part, vision_encoder_part, widths
 from .opened import LatentControl
 from .part import Part
 from .shapes import Weight
@@ -229,6 +229,7 @@ class _Stack:
             gradients_recomputed=5.0 * state,
             last=linear + attention - linear_flops(self.weights, self.again) - returned,
             widths=widths(self.weights),
+            matrices=matrices(self.weights) if self.trained else (),
         )
 
 

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from ...recipes import BatchSplit, schema
 from ..optim.deepspeed_config import deepspeed_config
-from ..optim.rules import RULES, Rule
 from .part import Part
 
 FrozenPlace = Literal["sharded", "node", "replicated"]
@@ -112,11 +111,6 @@ class Workload:
     workers: int
     global_batch: int
     micro_batch: int
-
-    @property
-    def rule(self) -> Rule:
-        """The optimizer's."""
-        return RULES[self.optimizer]
 
 
 def shard_size(parameters: Sequence[int], ranks: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .layout import Layout, Workload, shard_bytes, shard_size
+from .optimizer import SUB_GROUP, at_work_bytes, state_bytes
 from .part import Part
 
 GATHERED_SHARE = 2
@@ -70,7 +71,7 @@ def memory(
         # In fp32 too: DeepSpeed compares a device with its name and therefore never shares the slices with the masters.
         "trained weights": weight * own,
         "masters": 4 * own,
-        "moments": work.rule.state_bytes * own,
+        "moments": state_bytes(trained, work.optimizer, gpus),
         "gradients": zero.accumulate_bytes * own,
         "EMA": 4 * own if work.averaged else 0,
         "frozen weights": sum(shard_bytes(p, weight, shards[p.place]) for p in frozen if p.place in shards),
@@ -119,8 +120,10 @@ def memory(
     encoded = max((part.in_use for part in placed if part.place != "cached"), default=0.0)
     encoding = {**read, "encoder at work": micro_batch * encoded, "at work from host memory": offloaded}
     # The optimizer's gradient is a flat copy of the accumulated slices, made per DeepSpeed sub-group.
-    flat = min(own, 1_000_000_000)
-    update: dict[str, float] = {"flat gradients": 4 * flat, "optimizer at work": work.rule.temporary * flat}
+    update: dict[str, float] = {
+        "flat gradients": 4 * min(own, SUB_GROUP),
+        "optimizer at work": at_work_bytes(trained, work.optimizer, gpus),
+    }
     return Memory(held, per_pass, encoding, update, kept + layer + flight, encoded, previews)
 
 

@@ -23,7 +23,8 @@ class Part:
     recomputed; gradients: bytes of activation gradients in flight, gradients_recomputed: the same next to a recomputed
     layer; in_use: the most bytes that a frozen encoder has in use in its pass, which comes before all others and keeps
     nothing. last: FLOPs at the end of the layers whose results are not saved: recomputation stops before them. place:
-    as in recipes' `Placement`. shared: whether its parameters are another part's, used once more.
+    as in recipes' `Placement`. shared: whether its parameters are another part's, used once more. matrices: shapes of
+    the parameters that Muon would update, of a trained part.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Part:
     last: float = 0.0
     widths: tuple[int | None, ...] = ()
     shared: bool = False
+    matrices: tuple[tuple[int, int], ...] = ()
 
     def stored(self, plain: int) -> list[tuple[int, int]]:
         """Elements and bytes per element of every parameter, in order. plain: bytes in the run's precision."""

@@ -13,6 +13,7 @@ from . import NODE, Row, as_json, checkpoint_bytes, checkpoint_s, cost, plan
 from .curves import CURVE, curves, retention
 from .devices import Device
 from .layout import LAYOUTS, Workload
+from .optimizer import state_bytes
 from .part import Part
 from .timing import done_flops, useful_flops
 
@@ -133,7 +134,7 @@ class Report:
                 "kept": sum(part.kept for part in self.parts),
                 "kept_with_checkpointing": sum(part.kept_recomputed for part in self.parts),
             },
-            "optimizer": {"name": self.work.optimizer, "state_bytes_per_parameter": self.work.rule.state_bytes},
+            "optimizer": {"name": self.work.optimizer, "state_bytes": state_bytes(self.parts, self.work.optimizer)},
             "checkpoint_bytes": size,
             "cache_bytes_per_sample": self.caches,
             "rows": rows,
@@ -155,9 +156,9 @@ class Report:
         if sources:
             shares = (f"{name} {count:,} ({count / samples:.4g})" for name, count in sources.items())
             console.print(f"{samples:,} samples by source, with their share: {', '.join(shares)}.")
-        console.print(
-            f"optimizer {self.work.optimizer}: {self.work.rule.state_bytes} bytes of state per trained parameter",
-        )
+        state = state_bytes(self.parts, self.work.optimizer)
+        each = state / sum(part.size for part in self.parts if part.gradient == "trained")
+        console.print(f"optimizer {self.work.optimizer}: {_gb(state)} GB of state, {each:.3g} bytes per parameter.")
         for kind, each in self.caches.items():
             console.print(f"cache of kind {kind}: {each / 1e6:.3g} MB per sample of the data, next to its shards.")
         console.print(self._memory())

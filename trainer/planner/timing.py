@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..optim.rules import RULES
 from .devices import Device
-from .layout import Workload, shard_size
+from .layout import Workload
+from .optimizer import update_s
 from .part import Part
 from .traffic import Transfer
-
-ADAMW = RULES["adamw"].moved
-"""Part of a device's `optimizer_bytes`."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,6 @@ def timing(
     def seconds(some: Iterable[Transfer]) -> float:
         return sum(device.collective_s(one.bytes, one.count, one.ranks) for one in some)
 
-    own = sum(shard_size(part.parameters, gpus) for part in parts if part.gradient == "trained")
     peak = device.bf16_tflops * 1e12
     return Timing(
         compute=samples * compute_s(parts, work.recomputed, device),
@@ -124,7 +120,7 @@ def timing(
         behind=seconds(one for one in transfers if not one.hidden),
         intra=seconds(one for one in transfers if device.nodes(one.ranks) == 1),
         inter=seconds(one for one in transfers if device.nodes(one.ranks) > 1),
-        update=own * (device.optimizer_bytes + work.rule.moved - ADAMW) / (device.hbm_gbs * 1e9),
+        update=update_s(parts, work.optimizer, gpus, device),
         data=samples / (max(work.workers, 1) * device.loader_samples_s),
         at_peak=samples * useful_flops(parts) / peak,
         at_peak_done=samples * done_flops(parts, work.recomputed) / peak,

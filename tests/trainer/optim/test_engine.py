@@ -26,7 +26,7 @@ def test_norms_biases_mask_token_and_table_do_not_decay() -> None:
     with torch.device("meta"):
         model = PatchLatentModel(read_config(locate("builtin:tiny")), recipe.branch, recipe.data.image_size)
     names = {id(p): name for name, p in model.named_parameters()}
-    decay, keep = parameter_groups(model, recipe.optimizer.weight_decay)
+    decay, keep = parameter_groups(model, recipe.optimizer)
     assert (decay["weight_decay"], keep["weight_decay"]) == (0.3, 0.0)
     kept = {names[id(p)] for p in keep["params"]}
     assert kept == {
@@ -35,6 +35,33 @@ def test_norms_biases_mask_token_and_table_do_not_decay() -> None:
         if name.endswith(("norm.weight", "layernorm.weight", "bias", "mask_token", "positions"))
     }
     assert len(kept) + len(decay["params"]) == len(model.trainable())
+
+
+def test_muon_takes_the_matrices_of_the_layers() -> None:
+    recipe = load_recipe("tiny-mllm", ["optimizer.name=muon", "optimizer.weight_decay=0.3"])
+    with torch.device("meta"):
+        model = PatchLatentModel(read_config(locate("builtin:tiny")), recipe.branch, recipe.data.image_size)
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon, decay, keep = parameter_groups(model, recipe.optimizer)
+    assert [(group["rule"], group["weight_decay"]) for group in (muon, decay, keep)] == [
+        ("muon", 0.3),
+        ("adamw", 0.3),
+        ("adamw", 0.0),
+    ]
+    assert {names[id(p)] for p in muon["params"]} == {name for name in model.trainable() if "_proj.weight" in name}
+    assert [names[id(p)] for p in decay["params"]] == ["head.weight"]
+    assert sum(len(group["params"]) for group in (muon, decay, keep)) == len(model.trainable())
+    # The others keep their two groups.
+    lion = recipe.optimizer.model_copy(update={"name": "lion"})
+    assert [group["rule"] for group in parameter_groups(model, lion)] == ["lion", "lion"]
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    model = torch.nn.Linear(3, 3)
+    with pytest.raises(
+        RunError, match=r"^optimizer\.name=muon: no trained matrix is in a repeated layer; set optimizer"
+    ):
+        parameter_groups(model, load_recipe("tiny-mllm", ["optimizer.name=muon"]).optimizer)
 
 
 def test_deepspeed_gets_what_the_recipe_says() -> None:

@@ -97,6 +97,7 @@ def allocated(recipe_name: str, overrides: list[str]) -> int:
         ("middle", ["ema=null", "branch.weights=lora"]),
         ("middle", ["ema={decay: 0.9}", "branch.layers=3"]),
         ("middle", ["ema=null", "optimizer.name=lion"]),
+        ("middle", ["ema=null", "optimizer.name=muon"]),
     ],
 )
 def test_held_memory_is_what_deepspeed_allocates(model: str, settings: list[str], tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def single(provider: str) -> tuple[list[list[float]], list[Tensor]]:
         for name, parameter in model.named_parameters():
             parameter.copy_(initial(name, parameter.shape))
     settings = recipe().optimizer
-    groups = parameter_groups(model, settings.weight_decay)
+    groups = parameter_groups(model, settings)
     optimizer = torch.optim.AdamW(groups, 0.01, settings.betas, settings.eps, fused=True)
     losses = []
     for step in range(STEPS):

@@ -13,12 +13,15 @@ import plain
 import ranked
 import runs
 from bifrost.recipes import load_recipe
+from bifrost.trainer.planner import parts
+from bifrost.trainer.planner.optimizer import exchanges
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 
 STEPS = 20
 OPTIMIZERS = {
     "lion": ("optimizer.name=lion", "optimizer.lr=5e-5", "optimizer.betas=[0.9, 0.99]", "optimizer.weight_decay=0.1"),
+    "muon": ("optimizer.name=muon", "optimizer.lr=1e-3", "optimizer.weight_decay=0.1"),
 }
 # Clipped in every step; the parameters are those of several layers, and some slices on 4 ranks are padded.
 SETTINGS = (f"steps={STEPS}", *runs.TINY, "optimizer.clip=0.5", "ema=null", "checkpoint.every=8")
@@ -97,3 +100,33 @@ def test_another_optimizer_is_refused(trained: Any, shards: Path) -> None:
     ended = ranked.bifrost(1, *runs.arguments(shards, run.parent, *SETTINGS, "steps=30"))[0]
     assert (ended.code, len(ended.err.splitlines())) == (2, 1)
     assert 'optimizer.name was "lion" in this run and is "adamw" now' in ended.err
+
+
+def exchanged(arguments: list[str]) -> list[int]:
+    """Train on this rank; of every step the exchanges of matrices, and the bytes that this rank receives in them."""
+    import torch.distributed as dist
+
+    from bifrost.trainer.training.train import train
+
+    steps = [[0, 0]]
+    function = dist.all_to_all_single
+
+    def call(output: Any, *args: Any, **kwargs: Any) -> Any:
+        steps[-1][0] += 1
+        steps[-1][1] += output.nbytes
+        return function(output, *args, **kwargs)
+
+    dist.all_to_all_single = call
+    train(load_recipe("tiny-mllm", arguments), after_step=lambda progress: steps.append([0, 0]))
+    return steps[-2]
+
+
+def test_muon_exchanges_what_the_plan_says(shards: Path, tmp_path: Path) -> None:
+    arguments = runs.arguments(shards, tmp_path, *settings("muon", "steps=2"))[2:]
+    ended = ranked.run(exchanged, 4, arguments)
+    assert [rank.code for rank in ended] == [0] * 4, ended[0].err
+    (planned,) = exchanges(parts(load_recipe("tiny-mllm", arguments)), "muon", 4)
+    for rank in ended:
+        assert rank.value[0] == planned.count
+        # A rank's own slices, which it keeps, are a quarter of what it receives.
+        assert rank.value[1] * 3 / 4 == pytest.approx(planned.bytes, rel=0.05)
