@@ -28,8 +28,9 @@ def write_sums(folder: Path, left_out: Iterable[str] = ()) -> None:
     (folder / SUMS).write_text("".join(lines))
 
 
-def verify_sums(folder: Path, part: str) -> None:
-    """RunError unless the files below the sub-folder `part` are those of the list in `folder`, each with its hash.
+def verify_sums(folder: Path, part: str | None = None) -> None:
+    """RunError unless the files below the sub-folder `part` are those of the list in `folder`, each with its hash;
+    without `part`, unless all that are listed have theirs.
 
     Every byte is read. Files whose name begins with a dot do not count.
     """
@@ -37,15 +38,15 @@ def verify_sums(folder: Path, part: str) -> None:
         raise RunError(f"{folder}: has no {SUMS}; write the folder with `bifrost export --format pipeline`")
     text = call(lambda: (folder / SUMS).read_text(encoding="utf-8"), folder / SUMS)
     listed = {found[2]: found[1] for line in text.splitlines() if (found := _LINE.fullmatch(line))}
-    wanted = {name: digest for name, digest in listed.items() if name.startswith(f"{part}/")}
+    wanted = {name: digest for name, digest in listed.items() if part is None or name.startswith(f"{part}/")}
     there = {
         file.relative_to(folder).as_posix()
-        for file in (folder / part).rglob("*")
+        for file in (folder / (part or "")).rglob("*")
         if file.is_file() and not file.name.startswith(".")
     }
     if missing := sorted(wanted.keys() - there):
         raise RunError(f"{folder / missing[0]}: missing, {SUMS} lists it; fetch the folder again")
-    if unknown := sorted(there - wanted.keys()):
+    if part is not None and (unknown := sorted(there - wanted.keys())):
         raise RunError(f"{folder / unknown[0]}: not in {SUMS}; remove it, or fetch the folder again")
     for (name, digest), found in zip(wanted.items(), _digests(folder, wanted), strict=True):
         if found != digest:

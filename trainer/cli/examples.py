@@ -34,6 +34,8 @@ EXAMPLES = {
         "bifrost export runs/tiny-mllm exported --ema",
         "bifrost export runs/tiny-mllm pipeline --format pipeline --controlnet runs/tiny-controlnet",
     ),
+    "hub push": ("bifrost hub push pipeline owner/name",),
+    "hub pull": ("bifrost hub pull owner/name pipeline --revision v1",),
     "data demo": ("bifrost data demo demo", "bifrost data demo single --set drawings"),
     "data ingest": (
         "bifrost data ingest photos shards",

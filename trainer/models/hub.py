@@ -66,25 +66,31 @@ def commit(path: str, revision: str | None) -> str | None:
 
 def _download(path: str, revision: str | None, weights: str, where: str) -> Path:
     patterns = [weights, "*.json", "*.txt", "*.jinja", "*.model"]
-    options = {"revision": revision, "allow_patterns": patterns, "local_files_only": _cache_only}
+    key = f"{where.partition('=')[0].removesuffix('.path')}.revision"
+    hints = {"unset": f"{key}={revision} does not exist there; set {key}=null", "else": "give a local folder instead"}
+    return fetch(path, revision, where, hints, allow_patterns=patterns, local_files_only=_cache_only)
+
+
+def fetch(path: str, revision: str | None, where: str, hints: dict[str, str], **options: Any) -> Path:
+    """The folder of a hub model, which is downloaded as by `snapshot_download`; transient errors are retried.
+
+    where: names the model in errors, such as `backbone.path=owner/name`. hints: `unset`, for a revision that does not
+    exist, and `else`, for other errors.
+    """
     try:
-        return Path(retrying(lambda: _snapshot(path, **options), where))
+        return Path(retrying(lambda: _snapshot(path, revision=revision, **options), where))
     except Exception as error:  # the hub client raises many types; all mean that the model is unavailable
         if is_transient(error):
             raise failure(where, error) from error
         kinds = {cls.__name__ for link in causes(error) for cls in type(link).__mro__}
         if revision is not None and "RevisionNotFoundError" in kinds:
-            setting = where.partition("=")[0].removesuffix(".path")
-            raise RunError(
-                f"{where}: {setting}.revision={revision} does not exist there; set {setting}.revision=null, or to a"
-                " commit of this model"
-            ) from error
+            raise RunError(f"{where}: {hints['unset']}, or to a commit of this model") from error
         if "GatedRepoError" in kinds or {status(link) for link in causes(error)} & {401, 403}:
             raise RunError(
                 f"{where}: may not be read, or does not exist ({described(error)}); check the name, accept its licence"
                 " on the hub, and set HF_TOKEN"
             ) from error
-        raise RunError(f"{where}: cannot be downloaded ({described(error)}); give a local folder instead") from error
+        raise RunError(f"{where}: cannot be downloaded ({described(error)}); {hints['else']}") from error
 
 
 def _snapshot(path: str, **options: Any) -> str:
