@@ -7,7 +7,7 @@ import re
 from typing import Annotated, Literal
 
 from braceexpand import braceexpand
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Pattern of the name of a run, which is also the name of its folder, and of a source."""
@@ -50,9 +50,16 @@ def tracking_uri(value: str) -> str:
     return value
 
 
+def distinct(values: list[str]) -> list[str]:
+    if len(set(values)) < len(values):
+        raise ValueError("names one twice; name each once")
+    return values
+
+
 Shards = Annotated[str | list[str], BeforeValidator(given), AfterValidator(named_shards)]
 Place = Annotated[str, AfterValidator(expanded)]
 OptionalPlace = Place | None
 TrackingUri = Annotated[str, AfterValidator(tracking_uri)]
+Trackers = Annotated[list[Literal["mlflow", "tensorboard"]], Field(min_length=1), AfterValidator(distinct)]
 HeldWeights = Literal["bf16", "int8", "fp8"]
 """How frozen linear layers hold their weights."""

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from .batch import BatchSplit
 from .branch import Backbone, Branch
 from .data import Data
-from .fields import NAME, OptionalPlace, Place, Shards, TrackingUri
+from .fields import NAME, OptionalPlace, Place, Shards, Trackers, TrackingUri
 from .secrets import stored_secret
 from .section import Section
 from .stage2 import ControlNet, Flux
@@ -177,7 +177,9 @@ class Watchdog(Section):
 
 class Tracking(Section):
     enabled: bool = True
-    """Mirror metrics.jsonl to MLflow from a separate process."""
+    """Mirror metrics.jsonl to trackers, each from a separate process."""
+    to: Trackers = Field(default=["mlflow"])
+    """Trackers: `mlflow`, `tensorboard` (event files in the run folder; pip install tensorboard)."""
     uri: TrackingUri | None = None
     """MLflow tracking URI, without credentials; null uses MLFLOW_TRACKING_URI, or else a SQLite file in `runs_dir`."""
     experiment: str = "bifrost"

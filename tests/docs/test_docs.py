@@ -185,6 +185,10 @@ def check(command: str, folder: Path) -> None:
     elif program == "mlflow":  # a server: its file is the one that runs are sent to
         source = (ROOT / "trainer" / "monitors" / "mlflow_run.py").read_text()
         assert words[-1] == "sqlite:///runs/mlflow.db" and "sqlite:///{self.folder.parent / 'mlflow.db'}" in source
+    elif program == "tensorboard":  # a server: what it would read of the run that was just sent to it
+        command = [sys.executable, "-m", "tensorboard.main", *words[1:], "--inspect"]
+        ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        assert "runs/tiny-mllm/tensorboard" in ended.stdout and "train/loss" in ended.stdout
     elif program == "python":
         fewer = ["--seeds=2", "--captions=2", "--steps=4"] if words[2:3] == ["score"] else []
         if words[1] == "docs/make_counts.py":

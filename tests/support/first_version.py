@@ -51,6 +51,7 @@ LATER = (
     "flux.weights",
     "optimizer.name",
     "optimizer.momentum",
+    "tracking.to",
 )
 """Settings that the first version did not have."""
 METRICS = {

@@ -1,9 +1,15 @@
-"""Runs whose metrics are mirrored to MLflow: what they log and what arrives."""
+"""Runs whose metrics are mirrored: what they log and what arrives."""
 
 from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bifrost.trainer.monitors.series import series
 
 
 def log_steps(run, steps, scale=1.0):
@@ -28,3 +34,30 @@ def wait_until(true, seconds=20):
     while not true():
         assert time.monotonic() < limit
         time.sleep(0.1)
+
+
+def expected(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Series -> (step, value) of each point in a run's metrics and evaluations, in the order of steps."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        text = (folder / name).read_text() if (folder / name).exists() else ""
+        for record in map(json.loads, text.splitlines()):
+            for key, value in series(record):
+                found.setdefault(key, []).append((record["step"], value))
+    return {key: sorted(points, key=lambda point: point[0]) for key, points in found.items()}
+
+
+def accumulator(folder: Path) -> Any:
+    """TensorBoard's own reader of a run's event files, without its limits on the number of points."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+
+
+def scalars(events: Any) -> dict[str, list[tuple[int, float]]]:
+    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def as_fp32(points: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard keeps of the values."""
+    return {key: [(step, float(np.float32(value))) for step, value in each] for key, each in points.items()}

@@ -53,8 +53,8 @@ app = typer.Typer(
 app.add_typer(data_app, name="data", help="Shards: make, check, count.")
 app.add_typer(checkpoint_app, name="checkpoint", help="Checkpoints of a run: list, verify, show.")
 app.add_typer(bench_app, name="bench", help="Measure a recipe on this machine.")
-app.add_typer(track_app, name="track", help="MLflow: send what the tracking server lacks.")
 app.add_typer(hub_app, name="hub", help="Exported folders on a model hub: push, pull.")
+app.add_typer(track_app, name="track", help="Trackers: send what they lack of a run.")
 
 app.add_typer(slurm_app, name="slurm")
 

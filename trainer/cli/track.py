@@ -1,13 +1,19 @@
-"""`bifrost track`: bring the tracking server up to date with a run's metrics file."""
+"""`bifrost track`: bring the trackers up to date with a run's metrics file."""
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Mirror runs to MLflow.", no_args_is_help=True)
+app = typer.Typer(help="Mirror runs to their trackers.", no_args_is_help=True)
+
+
+class To(str, Enum):
+    mlflow = "mlflow"
+    tensorboard = "tensorboard"
 
 
 @app.callback()
@@ -16,9 +22,16 @@ def _group() -> None:
 
 
 @app.command()
-def sync(run: Annotated[Path, typer.Argument(help="Run folder, such as runs/mllm-7b.", show_default=False)]) -> None:
-    """Send every point and file of RUN that its tracking server lacks."""
+def sync(
+    run: Annotated[Path, typer.Argument(help="Run folder, such as runs/mllm-7b.", show_default=False)],
+    to: Annotated[
+        list[To] | None,
+        typer.Option(help="Tracker, several times for several; default those of the recipe."),
+    ] = None,
+) -> None:
+    """Send every point and file of RUN that its trackers lack."""
+    from ..monitors.trackers import TITLES
     from ..monitors.tracking import sync as send
 
-    points = send(run)
-    typer.echo(f"{run}: {points} points sent, the server is up to date")
+    for name, points in send(run, [each.value for each in to or []]).items():
+        typer.echo(f"{run}: {points} points sent, {TITLES[name]} is up to date")

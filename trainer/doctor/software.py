@@ -35,6 +35,7 @@ OPTIONAL = {
     "liger-kernel": "norms use PyTorch's own kernels",
     "lion-pytorch": "no `optimizer.name: lion`",
     "s3fs": "no shards on S3",
+    "tensorboard": "no tracking.to=tensorboard",
 }
 """Optional package -> the effect of its absence."""
 DATA = (

@@ -1,4 +1,4 @@
-"""Results of `bifrost eval` and `bifrost score`, stored in the run folder and mirrored to MLflow."""
+"""Results of `bifrost eval` and `bifrost score`, stored in the run folder and mirrored to its trackers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILE = "evaluations.jsonl"
 
 
 def note_evaluation(run: Path, step: int, figures: dict[str, Any]) -> str | None:
-    """Store an evaluation of the checkpoint of `step` in the run folder, and send it to MLflow if the run is mirrored.
+    """Store an evaluation of the checkpoint of `step` in the run folder, and send it to the trackers that have the run.
 
     Returns a line that describes a failure; None on success, or if `run` is an export.
     """
@@ -22,14 +22,17 @@ def note_evaluation(run: Path, step: int, figures: dict[str, Any]) -> str | None
         return None
     numbers = {key: float(value) for key, value in flat(figures, separator="/") if isinstance(value, (int, float))}
     MetricsFile(run / FILE).write({"event": "eval", "step": step, **numbers})
-    if not (run / "tracking.json").is_file():
-        return None
+    from .trackers import TITLES, have
     from .tracking import sync
 
-    try:
-        sync(run)
-    except AlreadyRunning:
-        return None  # the run's own mirror is running and sends it
-    except RunError as error:
-        return f"the evaluation is not in MLflow yet, `bifrost track sync {run}` sends it: {error}"
-    return None
+    failures = []
+    for name in have(run):
+        try:
+            sync(run, [name])
+        except AlreadyRunning:  # the run's own mirror is running and sends it
+            pass
+        except RunError as error:
+            failures.append(
+                f"the evaluation is not in {TITLES[name]} yet, `bifrost track sync {run} --to {name}` sends it: {error}"
+            )
+    return "; ".join(failures) or None

@@ -95,11 +95,13 @@ class MetricsFile:
 class Tail:
     """Follows a metrics file: each `read` returns the records appended since the previous one.
 
-    A file that was replaced (`rewind`) or truncated is read again from its beginning.
+    A file that was replaced (`rewind`) or truncated is read again from its beginning; `replaced` is then True.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.replaced = False
+        """Whether the last `read` began again with another content than the one before."""
         self._inode = self._position = 0
 
     def read(self) -> list[dict[str, Any]]:
@@ -110,7 +112,9 @@ class Tail:
             return []
         with file:
             status = os.fstat(file.fileno())
-            if status.st_ino != self._inode or status.st_size < self._position:
+            again = status.st_ino != self._inode or status.st_size < self._position
+            self.replaced = again and self._position > 0
+            if again:
                 self._inode, self._position = status.st_ino, 0
             file.seek(self._position)
             data = file.read()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .metrics import read_events
-from .mlflow_errors import one_line
 from .renames import previews
+from .tracker_errors import one_line
 
 DOCUMENTS = ("recipe.yaml", "environment.json", "ds_config.json")
 

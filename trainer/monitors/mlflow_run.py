@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -11,23 +10,22 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...recipes.secrets import HIDDEN, redact
 from ...slurm.io import write_json
-from ...slurm.run_folder import no_run
-from ..errors import AlreadyRunning, RunError
-from ..io import read_json
+from ..errors import RunError
 from .evaluations import FILE as EVALUATIONS
 from .metrics import Tail, iter_metrics, read_events
-from .mlflow_errors import is_missing, one_line
+from .mlflow_errors import is_missing
 from .mlflow_files import send_files
-from .mlflow_series import LONGEST_TAG, milliseconds, parameters, series, series_name
 from .mlflow_store import ensure_store, is_database, require_current
-from .mlflow_tags import EXPERIMENT_TAGS, dataset_input, run_tags
+from .mlflow_tags import EXPERIMENT_TAGS, LONGEST_TAG, dataset_input, parameters, run_tags
+from .series import series, series_name, when
+from .tracker_errors import one_line
+from .tracker_state import is_copy, last_end, lock, read_recipe
 
 log = logging.getLogger(__name__)
 
+FILE = "tracking.json"
 FILES_EVERY_S = 30.0  # seconds between checks for new files during training
 POINTS, PARAMS = 1000, 100  # MLflow's limits per batch
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "interrupted": "KILLED", "failed": "FAILED"}
@@ -64,11 +62,8 @@ class MlflowRun:
     def __init__(self, run_dir: Path, live: bool):
         self.folder = run_dir
         self.metrics = run_dir / "metrics.jsonl"
-        try:
-            self.recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
-        except FileNotFoundError:
-            raise RunError(no_run(run_dir, "recipe.yaml")) from None
-        self._lock = _lock(run_dir / ".tracking.lock")
+        self.recipe = read_recipe(run_dir)
+        self._lock = lock(run_dir / ".tracking.lock")
         self._live = live
         self._state = self._load()
         if live:
@@ -109,12 +104,10 @@ class MlflowRun:
     def end(self, otherwise: str | None) -> None:
         """Set the run's status from its newest `end` event unless it was restarted since, else to `otherwise` if not
         None."""
-        turns = [record for record in read_events(self.metrics) if record["event"] in ("start", "end")]
-        last = turns[-1] if turns else {}
-        status = STATUS.get(last.get("outcome", ""), "FINISHED") if last.get("event") == "end" else otherwise
+        last = last_end(self.metrics)
+        status = STATUS.get(last.get("outcome", ""), "FINISHED") if last else STATUS.get(otherwise or "")
         if status:
-            time_of = last if last.get("event") == "end" else {}
-            self._client.set_terminated(self._state["run_id"], status, end_time=milliseconds(time_of))
+            self._client.set_terminated(self._state["run_id"], status, end_time=_milliseconds(last or {}))
 
     def address(self) -> str:
         """Address of the run for the user, once something was sent."""
@@ -123,14 +116,17 @@ class MlflowRun:
             return f"{self.server.rstrip('/')}/{place}"
         return f"`mlflow ui --backend-store-uri {self.server}`, then http://127.0.0.1:5000/{place}"
 
+    def close(self) -> None:
+        self._lock.close()
+
     def _load(self) -> dict[str, Any]:
-        path = self.folder / "tracking.json"
+        path = self.folder / FILE
         try:
             # The key finds a run created by a request whose reply, or whose sender, was lost.
             state = json.loads(path.read_text()) if path.exists() else {"key": uuid.uuid4().hex, "starts": 0}
         except json.JSONDecodeError:
             raise RunError(f"{path} is damaged: remove it, and the run is sent to a new MLflow run") from None
-        if _is_copy(state, self.folder):
+        if is_copy(state, self.folder, FILE):
             log.info("%s is a copy of %s: it gets its own MLflow run", self.folder, state["folder"])
             state = {"key": uuid.uuid4().hex, "starts": 0, "uri": state.get("uri")}
         state["folder"] = str(self.folder.resolve())
@@ -147,7 +143,7 @@ class MlflowRun:
         return state
 
     def _store(self) -> None:
-        write_json(self.folder / "tracking.json", self._state)
+        write_json(self.folder / FILE, self._state)
 
     def _connect(self) -> None:
         for name, value in SETTINGS.items():
@@ -294,50 +290,30 @@ class MlflowRun:
 
         points = []
         for record in records:
-            when = milliseconds(record)
+            moment = _milliseconds(record)
             for key, value in series(record):
                 if "event" in record:  # several events may have the same step or an earlier one
-                    fresh = (key, record["step"], when) not in self._seen
+                    fresh = (key, record["step"], moment) not in self._seen
                 else:
                     fresh = record["step"] > self._reached.get(key, -1)
                     self._reached[key] = max(record["step"], self._reached.get(key, -1))
                 if fresh:
-                    self._seen.add((key, record["step"], when))
-                    points.append(Metric(key, value, when, record["step"]))
+                    self._seen.add((key, record["step"], moment))
+                    points.append(Metric(key, value, moment, record["step"]))
         for start in range(0, len(points), POINTS):
             batch = points[start : start + POINTS]
             self._client.log_batch(self._state["run_id"], metrics=batch)
             self.sent += len(batch)
 
 
-def _is_copy(state: dict[str, Any], folder: Path) -> bool:
-    """Whether `folder` is a copy of a run that still exists elsewhere, rather than moved."""
-    original = Path(state.get("folder", folder))
-    try:
-        if original.samefile(folder):
-            return False
-    except OSError:
-        return False
-    return (read_json(original / "tracking.json") or {}).get("key") == state["key"]
-
-
 def _begun(first: dict[str, Any]) -> int:
     """Unix time in milliseconds at which a run with this first record began; it may be sent long after."""
-    return milliseconds(first) - int(1000 * first.get("startup_s", 0.0))
+    return _milliseconds(first) - int(1000 * first.get("startup_s", 0.0))
+
+
+def _milliseconds(record: dict[str, Any]) -> int:
+    return int(1000 * when(record))
 
 
 def _rollbacks(events: list[dict[str, Any]]) -> int:
     return sum(event["event"] == "rollback" for event in events)
-
-
-def _lock(path: Path) -> Any:
-    """A file that stays locked until it is closed or collected. Raises AlreadyRunning if another process holds it."""
-    file = open(path, "wb")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise AlreadyRunning(f"{path.parent} is being sent by another process: wait until that ends") from None
-    except OSError as error:  # a file system without locks
-        log.warning("%s cannot be locked: %s", path, error)
-    return file

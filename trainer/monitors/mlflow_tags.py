@@ -1,18 +1,21 @@
-"""MLflow tags and dataset of a run: experiment kind, source, user, commit, stage and training data."""
+"""MLflow tags, parameters and dataset of a run: experiment kind, source, user, commit, stage and training data."""
 
 from __future__ import annotations
 
 import getpass
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ...recipes.secrets import redact
-from ..io import read_json
+from ..io import flat, read_json
 
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Without it, MLflow 3 infers the kind of the experiment from its content."""
+LONGEST_VALUE = 6000  # MLflow's limit on the characters of a parameter
+LONGEST_TAG = 500
 
 
 def run_tags(folder: Path, recipe: dict[str, Any]) -> dict[str, str]:
@@ -30,6 +33,12 @@ def run_tags(folder: Path, recipe: dict[str, Any]) -> dict[str, str]:
         "bifrost.slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
     return {key: str(value) for key, value in tags.items() if value}
+
+
+def parameters(recipe: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of each setting, without secrets."""
+    for key, value in flat(recipe):
+        yield key, redact(value if isinstance(value, str) else json.dumps(value))[:LONGEST_VALUE]
 
 
 def dataset_input(folder: Path, recipe: dict[str, Any]) -> Any:

@@ -1,12 +1,12 @@
-"""Mirrors a run's metrics file to MLflow from a separate process, so that training never waits for the server.
+"""Mirrors a run's metrics file to its trackers, each from a separate process, so that neither training nor another
+tracker waits for one.
 
-`python -m bifrost.trainer.monitors.tracking RUN_DIR PID` follows `metrics.jsonl` until its parent, process PID, signals
-the end of the run or is gone. Messages for the user go to standard output, one per line.
+`python -m bifrost.trainer.monitors.tracking TRACKER RUN_DIR PID` follows `metrics.jsonl` until its parent, process PID,
+signals the end of the run or is gone. Messages for the user go to standard output, one per line.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import os
@@ -16,14 +16,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import RunError, Unreachable
+from ..errors import RunError, Unreachable, with_message
+from ..versions import installed
 from .console import WithoutSecrets
-from .mlflow_errors import explain
-from .mlflow_run import MlflowRun
+from .tracker_state import read_recipe
+from .trackers import TITLES, explain, named_in, open_tracker, require_installed
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +35,15 @@ QUIET_S = 2.0  # for which the end of a run waits without a message
 
 
 class Mirror:
-    """Handle of a mirror process; `process` is None if it could not be started. say: prints a line."""
+    """Handle of the mirror processes of a run; `processes` has those that could be started, by tracker. say: prints a
+    line."""
 
-    def __init__(self, run_dir: Path, process: subprocess.Popen[bytes] | None, say: Callable[[str], None]):
+    def __init__(self, run_dir: Path, processes: dict[str, subprocess.Popen[bytes]], say: Callable[[str], None]):
         self.run_dir = run_dir
-        self.process = process
+        self.processes = processes
         self.say = say
-        if process is not None:
-            threading.Thread(target=self._listen, name="tracking", daemon=True).start()
+        for name, process in processes.items():
+            threading.Thread(target=self._listen, args=(process,), name=f"tracking-{name}", daemon=True).start()
 
     def finish(self, timeout_s: float = 30.0) -> bool:
         """Signal the end of the run, wait at most `timeout_s` seconds until everything is sent; return whether it was.
@@ -49,75 +51,107 @@ class Mirror:
         A mirror that takes longer is killed: the metrics file is complete, and `bifrost track sync` sends the rest. The
         initialisation of a store is a separate process, which continues.
         """
-        process = self.process
-        if process is None:
-            return False
-        assert process.stdin is not None
-        with suppress(OSError):  # it ended before
-            process.stdin.write(b"end")
-            process.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(min(QUIET_S, timeout_s))
-        if process.returncode is None and timeout_s > QUIET_S:
-            self.say(f"sending the end of the run to MLflow, {timeout_s:g} s at most")
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout_s - QUIET_S)
-        if process.returncode is None:
-            process.kill()
-            process.wait()
-        if process.returncode:
-            log.warning("MLflow lacks the end of this run; `bifrost track sync %s` sends it", self.run_dir)
-        return process.returncode == 0
+        for process in self.processes.values():
+            assert process.stdin is not None
+            with suppress(OSError):  # it ended before
+                process.stdin.write(b"end")
+                process.stdin.close()
+        left = self._wait(min(QUIET_S, timeout_s))
+        if left and timeout_s > QUIET_S:
+            self.say(f"sending the end of the run to {_titles(left)}, {timeout_s:g} s at most")
+            left = self._wait(timeout_s - QUIET_S)
+        for name in left:
+            self.processes[name].kill()
+            self.processes[name].wait()
+        failed = [name for name, process in self.processes.items() if process.returncode]
+        if failed:
+            lack = "lacks" if len(failed) == 1 else "lack"
+            log.warning(
+                "%s %s the end of this run; `bifrost track sync %s` sends it", _titles(failed), lack, self.run_dir
+            )
+        return bool(self.processes) and not failed
 
-    def _listen(self) -> None:
-        assert self.process is not None and self.process.stdout is not None
-        for line in self.process.stdout:
+    def _wait(self, seconds: float) -> list[str]:
+        """Trackers whose processes are still running after this time."""
+        limit = time.monotonic() + seconds
+        for process in self.processes.values():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, limit - time.monotonic()))
+        return [name for name, process in self.processes.items() if process.returncode is None]
+
+    def _listen(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
             self.say(line.decode(errors="replace").rstrip())
 
 
-def start_mirror(run_dir: str | Path, say: Callable[[str], None] = print) -> Mirror:
-    """Start the mirror of `run_dir` in the background, on rank 0 after `MetricsFile.rewind`. Never raises OSError.
+def start_mirror(run_dir: str | Path, to: Iterable[str], say: Callable[[str], None] = print) -> Mirror:
+    """Start the mirrors of `run_dir` to the trackers `to` in the background, on rank 0 after `MetricsFile.rewind`.
+    Never raises OSError.
 
-    Its log is `logs/tracking.log`. say: prints the lines that matter during training.
+    Their log is `logs/tracking.log`. say: prints the lines that matter during training.
     """
-    if importlib.util.find_spec("mlflow") is None:
-        say("no tracking, mlflow is not installed: `pip install mlflow`, or set tracking.enabled=false")
-        return Mirror(Path(run_dir), None, say)
-    run_dir = Path(run_dir).resolve()
-    command = [sys.executable, "-m", __name__, str(run_dir), str(os.getpid())]
-    try:
-        (run_dir / "logs").mkdir(exist_ok=True)
-        with open(run_dir / "logs" / "tracking.log", "ab") as output:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                env={**os.environ, "PYTHONSAFEPATH": "1"},
-                start_new_session=True,
-            )
-    except OSError as error:
-        log.error("no tracking, its process could not be started: %s", error)
-        return Mirror(run_dir, None, say)
-    return Mirror(run_dir, process, say)
+    run_dir, processes = Path(run_dir).resolve(), {}
+    for name in to:
+        if not installed(name):
+            say(f"no tracking, {name} is not installed: `pip install {name}`, or set tracking.enabled=false")
+            continue
+        command = [sys.executable, "-m", __name__, name, str(run_dir), str(os.getpid())]
+        try:
+            (run_dir / "logs").mkdir(exist_ok=True)
+            with open(run_dir / "logs" / "tracking.log", "ab") as output:
+                processes[name] = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=output,
+                    env={**os.environ, "PYTHONSAFEPATH": "1"},
+                    start_new_session=True,
+                )
+        except OSError as error:
+            log.error("no tracking by %s, its process could not be started: %s", TITLES[name], error)
+    return Mirror(run_dir, processes, say)
 
 
-def sync(run_dir: str | Path) -> int:
-    """Send everything that the server lacks; return the number of points sent.
+def sync(run_dir: str | Path, to: Iterable[str] = ()) -> dict[str, int]:
+    """Send everything that the trackers lack, by default those of the run's recipe; return the number of points sent to
+    each.
 
-    Raises RunError if it is not a run folder, its mirror is running, or the server did not accept everything.
+    Raises RunError if it is not a run folder, its mirror is running, or a tracker did not accept everything; the others
+    have it then.
     """
-    target = MlflowRun(Path(run_dir).resolve(), live=False)
+    run_dir, sent, failed = Path(run_dir).resolve(), {}, []
+    to = list(to) or named_in(read_recipe(run_dir))
+    require_installed(to)
+    for name in to:
+        try:
+            sent[name] = _sync(name, run_dir)
+        except RunError as error:
+            failed.append(error)
+    if failed:
+        raise failed[0] if len(failed) == 1 else with_message(failed[0], "; ".join(map(str, failed)))
+    return sent
+
+
+def _sync(name: str, run_dir: Path) -> int:
+    target = open_tracker(name, run_dir, live=False)
     try:
         target.push(last=True)
         target.end(otherwise=None)
-    except Exception as error:  # MLflow, its database, the network and the disk raise many types
-        reason, permanent = explain(error, target.server)
+    except Exception as error:  # trackers, their database, the network and the disk raise many types
+        reason, permanent = explain(name, error, target.server)
         kind = RunError if permanent else Unreachable
-        raise kind(f"{run_dir} could not be sent to MLflow: {reason}{'' if permanent else '; try again'}") from error
+        again = "" if permanent else "; try again"
+        raise kind(f"{run_dir} could not be sent to {TITLES[name]}: {reason}{again}") from error
+    finally:
+        target.close()
     if target.file_error:
         raise RunError(f"{target.server} has every point of {run_dir} but not its files: {target.file_error}")
     return target.sent
+
+
+def _titles(names: Iterable[str]) -> str:
+    return " and ".join(TITLES[name] for name in names)
 
 
 class _Parent:
@@ -138,36 +172,36 @@ class _Parent:
             self.over = True
 
 
-def mirror(run_dir: Path, parent: _Parent, say: Callable[[str], None]) -> bool:
+def mirror(name: str, run_dir: Path, parent: _Parent, say: Callable[[str], None]) -> bool:
     """Send until the run has ended and everything is sent; return False if that did not succeed in time.
 
     No error ends it earlier: access may be granted, or a deleted run restored, while training continues.
     """
-    target, failures, deadline, place = None, 0, math.inf, ""
+    target, failures, deadline, place, title = None, 0, math.inf, "", TITLES[name]
     while True:
         over = parent.over  # before reading the file, so that nothing written before the end is missed
         if over:
             deadline = min(deadline, time.monotonic() + DRAIN_S)
         try:
-            target = target or MlflowRun(run_dir, live=True)
+            target = target or open_tracker(name, run_dir, live=True)
             target.push(last=over)
             if place != (place := target.address()):
-                say(f"MLflow: {place}")
+                say(f"{title}: {place}")
             if over:
-                target.end(otherwise="FAILED")
+                target.end(otherwise="failed")
                 return target.file_error is None
             if failures:
-                log.info("sending again after %d failed attempts", failures)
-                say("MLflow has everything again")
+                log.info("sending to %s again after %d failed attempts", title, failures)
+                say(f"{title} has everything again")
             failures = 0
         except Exception as error:  # server, network, disk: none may end the mirror
-            reason, permanent = explain(error, target.server if target else "MLflow")
+            reason, permanent = explain(name, error, target.server if target else title)
             failures += 1
             if failures == 1:
-                log.error("not sent, will retry: %s", reason)
-                say(f"not sent to MLflow, training continues: {reason}")
+                log.error("not sent to %s, will retry: %s", title, reason)
+                say(f"not sent to {title}, training continues: {reason}")
             if over and (permanent or time.monotonic() > deadline):
-                log.error("gave up: `bifrost track sync %s` sends the rest", run_dir)
+                log.error("gave up on %s: `bifrost track sync %s` sends the rest", title, run_dir)
                 return False
         parent.wait(POLL_S if over or not failures else min(2.0**failures, LONGEST_WAIT_S))
 
@@ -178,8 +212,8 @@ def _to_parent(line: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the mirror process: run folder and parent's process id."""
-    run_dir, pid = Path(arguments[0]), int(arguments[1])
+    """Run a mirror process: tracker, run folder and parent's process id."""
+    name, run_dir, pid = arguments[0], Path(arguments[1]), int(arguments[2])
     # Slurm signals every process of a job, but only the training process decides when the run ends.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -187,7 +221,7 @@ def main(arguments: list[str]) -> int:
     output = logging.StreamHandler()
     output.setFormatter(WithoutSecrets("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[output])
-    return 0 if mirror(run_dir, _Parent(pid), _to_parent) else 1
+    return 0 if mirror(name, run_dir, _Parent(pid), _to_parent) else 1
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from ..errors import RunError
 from ..inference.predicted_latents import PredictedOutputs
 from ..monitors.heartbeat import Heartbeat
 from ..monitors.phase_timer import PhaseTimer
+from ..monitors.trackers import require_installed
 from ..monitors.watchdog import Watchdog
 from ..optim.deepspeed_config import deepspeed_config
 from ..stages import Stage, open_stage
@@ -80,6 +81,8 @@ def open_run(recipe: Recipe) -> Iterator[RunContext]:
         if ranks.first and (len(topology) > 1 or "SLURM_STEP_ID" in os.environ):
             print("\n".join(topology), flush=True)
         batch = ranks.agreed(lambda: split_batch(recipe.global_batch, recipe.micro_batch, ranks.size, recipe.zero.hpz))
+        if recipe.tracking.enabled:
+            ranks.agreed(lambda: require_installed(recipe.tracking.to) if ranks.first else None)
         stage = partial(open_run_stage, recipe)
         inputs = ranks.agreed(
             lambda: open_inputs(

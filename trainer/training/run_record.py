@@ -1,4 +1,4 @@
-"""What a run records: the description in its folder, its metrics, its first console line, its MLflow run."""
+"""What a run records: the description in its folder, its metrics, its first console line, its trackers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ VERSIONS = (DISTRIBUTION, "torch", "deepspeed", "transformers", "triton", "webda
 
 @dataclass(frozen=True)
 class RunRecord:
-    """settings: the recipe's, as stored in checkpoints. mirror: sends the metrics to MLflow, only on rank 0."""
+    """settings: the recipe's, as stored in checkpoints. mirror: sends the metrics to trackers, only on rank 0."""
 
     settings: dict[str, Any]
     metrics: AccountedMetrics
@@ -99,7 +99,7 @@ def open_record(run: RunContext, point: ResumePoint, engine: Engine, kernels: di
     if reader and (warning := statistics_warning(engine.model, reader, run.batch.micro_batch * ranks.size)):
         console.say(warning)
     tracked = ranks.first and recipe.tracking.enabled
-    mirror = ranks.agreed(lambda: start_mirror(run.folder, console.say) if tracked else None)
+    mirror = ranks.agreed(lambda: start_mirror(run.folder, recipe.tracking.to, console.say) if tracked else None)
     return RunRecord(settings, metrics, console, mirror)
 
 

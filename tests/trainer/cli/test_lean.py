@@ -65,6 +65,15 @@ def test_a_run_needs_neither_mlflow_nor_webdataset(shards: Path, tmp_path: Path)
     assert len(lines) == 1 and "pip install mlflow" in lines[0] and "tracking.enabled=false" in lines[0], lines
 
 
+def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_written(shards: Path, tmp_path: Path) -> None:
+    train = runs.arguments(shards, tmp_path, "steps=1", "tracking.enabled=true", "tracking.to=[mlflow,tensorboard]")
+    ended = without("tensorboard", tmp_path, "-m", "bifrost.trainer", *train)
+    (line,) = ended.stderr.splitlines()
+    said = "error: tracking.to=tensorboard: tensorboard is not installed: pip install tensorboard, or remove it from"
+    assert ended.returncode == 2 and line.startswith(said)
+    assert not (tmp_path / "tiny-mllm").exists()
+
+
 @pytest.mark.parametrize(
     ("package", "command"), [("emoji", "data demo demo"), ("triton", "kernels check"), ("triton", "kernels bench")]
 )

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from bifrost.trainer.monitors.metrics import MetricsFile, Tail, read_metrics
-from bifrost.trainer.monitors.mlflow_series import series_name
+from bifrost.trainer.monitors.series import series_name
 
 
 @pytest.fixture

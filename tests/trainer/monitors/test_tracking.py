@@ -19,7 +19,7 @@ def test_a_run_arrives_whole(server, client, make_run):
     run = make_run(server)
     (run.folder / "previews" / "step-20").mkdir(parents=True)
     (run.folder / "previews" / "step-20" / "a.png").write_bytes(b"image")
-    mirror = start_mirror(run.folder)
+    mirror = start_mirror(run.folder, ["mlflow"])
     run.metrics.write({"event": "start", "step": 0, "ranks": 2})
     log_steps(run, (10, 20))
     run.metrics.write({"step": 30, "loss": math.nan, "time": 1700000000.5, "note": "text", "flag": True})
@@ -48,7 +48,7 @@ def test_a_run_arrives_whole(server, client, make_run):
 
 def test_a_resume_that_repeats_steps(server, client, make_run):
     run = make_run(server)
-    mirror = start_mirror(run.folder)
+    mirror = start_mirror(run.folder, ["mlflow"])
     log_steps(run, (10, 20, 30))
     run.metrics.write({"event": "end", "step": 30, "outcome": "stopped"})
     assert mirror.finish(30)
@@ -59,7 +59,7 @@ def test_a_resume_that_repeats_steps(server, client, make_run):
     recipe = run.folder / "recipe.yaml"
     recipe.write_text(recipe.read_text() + "added: 1\n")
     run.metrics.write({"event": "start", "step": 10})
-    mirror = start_mirror(run.folder)
+    mirror = start_mirror(run.folder, ["mlflow"])
     log_steps(run, (20, 30, 40), scale=2.0)
     wait_until(lambda: client.get_run(first).info.status == "RUNNING")
     run.metrics.write({"event": "end", "step": 40, "outcome": "finished"})
@@ -71,7 +71,7 @@ def test_a_resume_that_repeats_steps(server, client, make_run):
     assert found.data.tags["bifrost.restarts"] == "1"
     assert (found.data.params["optimizer.lr"], found.data.params["added"]) == ("0.1", "1")
     assert found.info.status == "FINISHED"
-    assert sync(run.folder) == 0
+    assert sync(run.folder) == {"mlflow": 0}
 
 
 def test_a_rollback_leaves_no_dropped_point(server, client, make_run):
@@ -194,7 +194,7 @@ def test_evaluations_arrive_in_any_order(server, client, make_run):
         assert note_evaluation(run.folder, step, {"train": {"match": {"r1": value}, "name": "x"}}) is None
     assert history(client, run, "eval/train/match/r1") == [(10, 0.25), (20, 0.5), (20, 0.75)]
     assert client.get_run(run_id(run)).info.status == "FINISHED"
-    assert sync(run.folder) == 0
+    assert sync(run.folder) == {"mlflow": 0}
 
 
 def test_what_was_deleted_in_mlflow(server, client, make_run):
@@ -202,7 +202,7 @@ def test_what_was_deleted_in_mlflow(server, client, make_run):
     recipe = run.folder / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("experiment: bifrost", "experiment: gone"))
     log_steps(run, (10,))
-    assert sync(run.folder) == 2
+    assert sync(run.folder) == {"mlflow": 2}
     first = client.get_run(run_id(run)).info
     client.delete_run(first.run_id)
     command = f"MLFLOW_TRACKING_URI={server} mlflow runs restore --run-id {first.run_id}"
@@ -219,7 +219,7 @@ def test_what_was_deleted_in_mlflow(server, client, make_run):
         with pytest.raises(RunError, match=rf"experiment gone was deleted in MLflow: `{command}`"):
             sync(run.folder)
     client.restore_experiment(first.experiment_id)
-    assert sync(run.folder) == 2
+    assert sync(run.folder) == {"mlflow": 2}
 
 
 def test_a_store_that_was_removed_gets_the_run_again(make_run, server, client):
@@ -228,7 +228,7 @@ def test_a_store_that_was_removed_gets_the_run_again(make_run, server, client):
     sync(run.folder)
     state = json.loads((run.folder / "tracking.json").read_text())
     (run.folder / "tracking.json").write_text(json.dumps({**state, "run_id": "0" * 32, "key": "f" * 32}))
-    assert sync(run.folder) == 2
+    assert sync(run.folder) == {"mlflow": 2}
     assert history(client, run, "train/loss") == [(10, 0.1)]
 
 
@@ -236,7 +236,7 @@ def test_the_default_store_is_next_to_the_run(make_run, whole_store):
     run = make_run()
     (run.folder.parent / "mlflow.db").write_bytes(whole_store)  # what the first run takes some seconds to make
     log_steps(run, (10,))
-    assert sync(run.folder) == 2
+    assert sync(run.folder) == {"mlflow": 2}
     from mlflow import MlflowClient
 
     runs = run.folder.parent

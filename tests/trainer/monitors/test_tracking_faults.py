@@ -64,7 +64,7 @@ def test_the_end_of_a_run_does_not_wait_for_what_cannot_succeed(make_run):
     with HTTPServer(("127.0.0.1", 0), Answering) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         run = make_run(f"http://127.0.0.1:{http.server_port}")
-        mirror = start_mirror(run.folder, said.append)
+        mirror = start_mirror(run.folder, ["mlflow"], said.append)
         wait_until(lambda: said)
         begin = time.monotonic()
         assert not mirror.finish(60)
@@ -77,7 +77,7 @@ def test_the_end_of_a_run_does_not_wait_for_what_cannot_succeed(make_run):
 def test_a_long_wait_at_the_end_is_announced(door, make_run, monkeypatch):
     door.hang()
     said = []
-    mirror = start_mirror(make_run(door.uri).folder, said.append)
+    mirror = start_mirror(make_run(door.uri).folder, ["mlflow"], said.append)
     wait_until(lambda: door.held)
     monkeypatch.setattr("bifrost.trainer.monitors.tracking.QUIET_S", 0.2)
     assert not mirror.finish(0.5)
@@ -87,7 +87,7 @@ def test_a_long_wait_at_the_end_is_announced(door, make_run, monkeypatch):
 def test_a_machine_without_mlflow(make_run, monkeypatch):
     run, said = make_run(), []
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not start_mirror(run.folder, said.append).finish(60)
+    assert not start_mirror(run.folder, ["mlflow"], said.append).finish(60)
     assert said == ["no tracking, mlflow is not installed: `pip install mlflow`, or set tracking.enabled=false"]
     line, permanent = explain(ModuleNotFoundError("No module named 'mlflow'", name="mlflow"), "")
     assert permanent and line.startswith("mlflow is not installed")
@@ -97,7 +97,7 @@ def test_a_killed_trainer_leaves_a_mirror_that_sends_the_rest(server, client, ma
     run = make_run(server)
     script = (
         "import os, signal, sys; from bifrost.trainer.monitors.metrics import MetricsFile;"
-        "from bifrost.trainer.monitors.tracking import start_mirror; start_mirror(sys.argv[1]);"
+        "from bifrost.trainer.monitors.tracking import start_mirror; start_mirror(sys.argv[1], ['mlflow']);"
         "metrics = MetricsFile(sys.argv[1] + '/metrics.jsonl');"
         "[metrics.write({'step': step, 'loss': 1 / step}) for step in (10, 20)]; os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -109,11 +109,11 @@ def test_a_killed_trainer_leaves_a_mirror_that_sends_the_rest(server, client, ma
 
 def test_stop_signals_leave_the_mirror_at_work_and_it_is_polite(server, client, make_run):
     run = make_run(server)
-    mirror = start_mirror(run.folder)
+    mirror = start_mirror(run.folder, ["mlflow"])
     wait_until(lambda: (run.folder / "tracking.json").exists() and run_id(run))
-    assert os.getpriority(os.PRIO_PROCESS, mirror.process.pid) >= 10
+    assert os.getpriority(os.PRIO_PROCESS, mirror.processes["mlflow"].pid) >= 10
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        os.kill(mirror.process.pid, number)
+        os.kill(mirror.processes["mlflow"].pid, number)
     with pytest.raises(RunError, match="is being sent by another process"):
         sync(run.folder)
     log_steps(run, (10,))
@@ -127,7 +127,7 @@ def test_a_server_that_is_away_costs_training_nothing(server, client, door, make
     if hanging:
         door.hang()
     begin = time.monotonic()
-    mirror = start_mirror(run.folder)
+    mirror = start_mirror(run.folder, ["mlflow"])
     assert time.monotonic() - begin < 1
     log_steps(run, (10,))
     wait_until(lambda: door.held if hanging else "not sent" in log_text(run))
@@ -149,7 +149,7 @@ def test_a_server_that_is_away_costs_training_nothing(server, client, door, make
 
 def test_a_mirror_finds_its_server_again_by_itself(server, client, door, make_run):
     run = make_run(door.uri)
-    mirror = start_mirror(run.folder)
+    mirror = start_mirror(run.folder, ["mlflow"])
     log_steps(run, (10, 20))
     wait_until(lambda: "not sent" in log_text(run))
     door.open_to(server)
@@ -252,7 +252,7 @@ def test_files_that_are_refused_do_not_hold_up_points(server, client, make_run, 
         with pytest.raises(RunError, match=r"has every point of .* but not its files: PermissionError: no room"):
             sync(run.folder)
     assert history(client, run, "train/loss") == [(10, 0.1)]
-    assert sync(run.folder) == 0
+    assert sync(run.folder) == {"mlflow": 0}
     assert [file.path for file in client.list_artifacts(run_id(run))] == ["recipe.yaml"]
 
 
@@ -268,8 +268,8 @@ def test_bad_folders(tmp_path, make_run):
 def test_a_mirror_that_cannot_start(make_run, caplog):
     run = make_run()
     (run.folder / "logs").write_text("")
-    assert not start_mirror(run.folder).finish(1)
-    assert "no tracking, its process could not be started" in caplog.text
+    assert not start_mirror(run.folder, ["mlflow"]).finish(1)
+    assert "no tracking by MLflow, its process could not be started" in caplog.text
 
 
 def test_an_evaluation_that_cannot_be_sent_is_kept(door, make_run):

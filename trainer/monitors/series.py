@@ -1,21 +1,15 @@
-"""Names of a run's metrics in MLflow, whose charts are grouped by the part before the slash."""
+"""Names of a run's metrics in trackers, whose charts are grouped by the part before the slash."""
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...recipes.secrets import redact
-from ..io import flat
-
 PERFORMANCE = re.compile(r"_s($|_)|tflops|^mfu$|^hfu$|^ettr$|slowest")
 MEMORY = re.compile(r"memory|alloc_")
 HELD_OUT = "val_"
-LONGEST_VALUE = 6000  # MLflow's limit on the characters of a parameter
-LONGEST_TAG = 500
 
 
 def series_name(key: str, event: str | None) -> str:
@@ -35,11 +29,6 @@ def series(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
                 yield series_name(key, record.get("event")), float(value)
 
 
-def parameters(recipe: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of each setting, without secrets."""
-    for key, value in flat(recipe):
-        yield key, redact(value if isinstance(value, str) else json.dumps(value))[:LONGEST_VALUE]
-
-
-def milliseconds(record: Mapping[str, Any]) -> int:
-    return int(record.get("time", time.time()) * 1000)
+def when(record: Mapping[str, Any]) -> float:
+    """Unix time of a record."""
+    return float(record.get("time", time.time()))
