@@ -60,6 +60,6 @@ Shards = Annotated[str | list[str], BeforeValidator(given), AfterValidator(named
 Place = Annotated[str, AfterValidator(expanded)]
 OptionalPlace = Place | None
 TrackingUri = Annotated[str, AfterValidator(tracking_uri)]
-Trackers = Annotated[list[Literal["mlflow", "tensorboard"]], Field(min_length=1), AfterValidator(distinct)]
+Trackers = Annotated[list[Literal["mlflow", "tensorboard", "wandb"]], Field(min_length=1), AfterValidator(distinct)]
 HeldWeights = Literal["bf16", "int8", "fp8"]
 """How frozen linear layers hold their weights."""

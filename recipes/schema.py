@@ -179,11 +179,12 @@ class Tracking(Section):
     enabled: bool = True
     """Mirror metrics.jsonl to trackers, each from a separate process."""
     to: Trackers = Field(default=["mlflow"])
-    """Trackers: `mlflow`, `tensorboard` (event files in the run folder; pip install tensorboard)."""
+    """Trackers: `mlflow`, `tensorboard` (files in the run folder; pip install tensorboard), `wandb` (offline without an
+    API key; pip install wandb)."""
     uri: TrackingUri | None = None
     """MLflow tracking URI, without credentials; null uses MLFLOW_TRACKING_URI, or else a SQLite file in `runs_dir`."""
     experiment: str = "bifrost"
-    """MLflow experiment."""
+    """MLflow experiment, W&B project."""
 
 
 class Recipe(Section):

@@ -189,6 +189,9 @@ def check(command: str, folder: Path) -> None:
         command = [sys.executable, "-m", "tensorboard.main", *words[1:], "--inspect"]
         ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
         assert "runs/tiny-mllm/tensorboard" in ended.stdout and "train/loss" in ended.stdout
+    elif program == "wandb":
+        ended = subprocess.run([sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True, check=True)
+        assert "tiny-mllm" in ended.stdout and "train/loss" in ended.stdout
     elif program == "python":
         fewer = ["--seeds=2", "--captions=2", "--steps=4"] if words[2:3] == ["score"] else []
         if words[1] == "docs/make_counts.py":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,24 @@ def accumulator(folder: Path) -> Any:
 
 def scalars(events: Any) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def wandb_records(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's only offline folder, by W&B's own reader."""
+    (found,) = (each for each in (folder / "wandb").glob("offline-run-*"))
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(found)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def wandb_points(records: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Series -> (step, value), in the order of steps."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for item in (record["history"]["item"] for record in records if record["type"] == "history"):
+        for key, value in item.items():
+            if not key.startswith(("_", "previews")) and key != "step":
+                found.setdefault(key, []).append((item["step"], float(value)))
+    return {key: sorted(points, key=lambda point: point[0]) for key, points in found.items()}
 
 
 def as_fp32(points: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:

@@ -14,6 +14,7 @@ app = typer.Typer(help="Mirror runs to their trackers.", no_args_is_help=True)
 class To(str, Enum):
     mlflow = "mlflow"
     tensorboard = "tensorboard"
+    wandb = "wandb"
 
 
 @app.callback()

@@ -36,6 +36,7 @@ OPTIONAL = {
     "lion-pytorch": "no `optimizer.name: lion`",
     "s3fs": "no shards on S3",
     "tensorboard": "no tracking.to=tensorboard",
+    "wandb": "no tracking.to=wandb",
 }
 """Optional package -> the effect of its absence."""
 DATA = (

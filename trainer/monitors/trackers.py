@@ -10,9 +10,9 @@ from ..errors import RunError
 from ..versions import MODULES, installed
 from . import mlflow_errors, tracker_errors
 
-TITLES = {"mlflow": "MLflow", "tensorboard": "TensorBoard"}
+TITLES = {"mlflow": "MLflow", "tensorboard": "TensorBoard", "wandb": "W&B"}
 """Tracker, as `tracking.to` names it -> its name in messages."""
-TRACES = {"mlflow": "tracking.json", "tensorboard": "tensorboard"}
+TRACES = {"mlflow": "tracking.json", "tensorboard": "tensorboard", "wandb": "wandb.json"}
 """Tracker -> what is in the folder of a run that was sent to it."""
 
 
@@ -48,9 +48,13 @@ def open_tracker(name: str, run_dir: Path, live: bool) -> Tracker:
         from .mlflow_run import MlflowRun
 
         return MlflowRun(run_dir, live)
-    from .tensorboard_log import TensorboardLog
+    if name == "tensorboard":
+        from .tensorboard_log import TensorboardLog
 
-    return TensorboardLog(run_dir, live)
+        return TensorboardLog(run_dir, live)
+    from .wandb_run import WandbRun
+
+    return WandbRun(run_dir, live)
 
 
 def explain(name: str, error: Exception, place: str) -> tuple[str, bool]:
