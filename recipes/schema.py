@@ -122,6 +122,9 @@ class Checkpoint(Section):
     local: OptionalPlace = None
     """Folder on each node's local disk to which a save is written first; after a crash the next attempt copies what is
     left there to the run folder."""
+    upload: OptionalPlace = None
+    """Address to which the checkpoints are copied as well, such as `s3://bucket/runs`, by a process of its own, while
+    training continues; null disables it."""
     keep_best: bool = False
     """Also save at, and keep, the step with the lowest held-out loss: of the EMA weights if there are any."""
     max_failed_saves: int = Field(default=3, ge=1)

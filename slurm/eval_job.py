@@ -7,7 +7,6 @@ links to its files: the run may prune it meanwhile.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ..recipes import Recipe, load_recipe
 from . import commands, exit_record
 from .errors import SlurmError
+from .held import hold
 from .io import read_json, write_json
 from .job import Job, load_job
 from .run_folder import RECIPES, no_run
@@ -91,7 +91,8 @@ def next_checkpoint(run: Path) -> Path | None:
     _release(run, plan)
     write_json(run / FILE, plan.model_dump(mode="json"))
     for step in _unscored(run, plan):
-        if held := _hold(run, step):
+        held = run / HELD / _name(step)
+        if hold(run / "checkpoints" / _name(step), held):
             return held
     if over and plan.next:
         commands.cancel(plan.next)
@@ -120,28 +121,6 @@ def _unscored(run: Path, plan: EvalJob) -> list[int]:
         and not (run / RESULTS / _name(step) / DONE).exists()
         and plan.failures.get(step, 0) < MAX_TRIES
     ]
-
-
-def _hold(run: Path, step: int) -> Path | None:
-    """Link the files of a checkpoint, which remain when it is pruned; None if it has been."""
-    source, held = run / "checkpoints" / _name(step), run / HELD / _name(step)
-    held.mkdir(parents=True)
-    try:
-        for path in list(source.iterdir()):
-            _link(path, held / path.name)
-    except FileNotFoundError:
-        shutil.rmtree(held)
-        return None
-    return held
-
-
-def _link(path: Path, held: Path) -> None:
-    try:
-        os.link(path, held)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):  # file systems without hard links
-            raise
-        shutil.copy2(path, held)
 
 
 def _release(run: Path, plan: EvalJob) -> None:

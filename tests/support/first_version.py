@@ -27,6 +27,7 @@ SETTINGS = {
 LATER = (
     "validation",
     "checkpoint.keep_best",
+    "checkpoint.upload",
     "flux.caption_exchange",
     "branch.draws",
     "controlnet.bridge",

@@ -1,4 +1,4 @@
-"""`bifrost checkpoint`: list, verify and show the checkpoints of a run."""
+"""`bifrost checkpoint`: list, verify, show and copy the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # they import torch, which other commands do not need
 
 MB = 10**6
 
-app = typer.Typer(help="List, verify and show the checkpoints of a run.", no_args_is_help=True)
+app = typer.Typer(help="List, verify, show and copy the checkpoints of a run.", no_args_is_help=True)
 
 Run = Annotated[Path, typer.Argument(help="Run folder, such as runs/mllm-7b.", show_default=False)]
 Step = Annotated[int | None, typer.Option(help="Step of the checkpoint.", show_default=False)]
@@ -94,6 +94,59 @@ def show(run: Run, step: Step = None) -> None:
     total = sum(math.prod(shape) for shape in reader.shapes.values())
     parameters.add_row(f"{len(reader.shapes)} parameters", "", f"{total:,}")
     console.print(state, parameters)
+
+
+@app.command()
+def upload(
+    run: Run,
+    to: Annotated[
+        str | None, typer.Option(help="Address, such as s3://bucket/runs.", show_default="checkpoint.upload")
+    ] = None,
+    step: Step = None,
+) -> None:
+    """Copy all checkpoints that have no copy, or that of `--step`, to another address, as `checkpoint.upload` does."""
+    from ...recipes import load_recipe
+    from ..checkpoint.copies import Copies
+    from ..checkpoint.manifest import read_manifest
+
+    store = _store(run)
+    settings = load_recipe(run / "recipe.yaml", stored=True).checkpoint
+    if (address := to or settings.upload) is None:
+        raise RunError(f"{run}: its recipe has no checkpoint.upload; give --to ADDRESS")
+    copies = Copies(run, address, settings.keep)
+    copies.claim()
+    missing = copies.missing() if step is None else [store.require(step)]
+    if not missing:
+        print(f"{copies.place}: has all checkpoints")
+    for each in missing:
+        size = sum(entry.size for entry in read_manifest(store.folder(each)).files.values())
+        with progress(f"copying {store.folder(each).name}", size // MB, "MB") as shown:
+            sent = copies.copy(each, store.folder(each), lambda count: shown.advance(count // MB))
+        print(f"checkpoint of step {each}: {format_bytes(sent, 3)} sent to {copies.place}")
+
+
+@app.command()
+def download(
+    place: Annotated[str, typer.Argument(help="ADDRESS/RUN, such as s3://bucket/runs/mllm-7b.", show_default=False)],
+    run: Annotated[
+        Path | None, typer.Argument(help="Run folder, new or of the same run.", show_default="runs/RUN")
+    ] = None,
+    step: Step = None,
+) -> None:
+    """Copy the last checkpoint, or that of `--step`, from `checkpoint.upload` into a run folder, with its recipe.
+
+    Every file is compared with its hash. `bifrost resume` continues the run.
+    """
+    from ..checkpoint.copies import Copies
+
+    address, _, name = place.rstrip("/").rpartition("/")
+    folder = run or Path("runs", name)
+    copies = Copies(folder, address, name=name)
+    steps = copies.steps()
+    chosen = max(steps) if step is None else step
+    with progress(f"copying the checkpoint of step {chosen}", steps.get(chosen, 0) // MB, "MB") as shown:
+        copies.fetch(chosen, lambda count: shown.advance(count // MB))
+    print(f"{copies.store.folder(chosen)}: copied and verified; `bifrost resume {folder}` continues the run")
 
 
 def shown(value: Any) -> str:

@@ -95,6 +95,7 @@ def build(run: RunContext, after_step: Callable[[TrainState], None]) -> TrainerC
         after_step=_in_turn(preview, after_step),
         loaders=loaders,
         mirror=record.mirror,
+        uploads=record.uploads,
     )
 
 

@@ -10,6 +10,7 @@ from ...data import BadSamples, Batch
 from ...recipes import BatchSplit
 from ...recipes.schema import Health
 from ..checkpoint.manager import CheckpointManager
+from ..distributed.companion import Companion
 from ..distributed.process_group import Ranks
 from ..distributed.stop_signals import StopSignals
 from ..monitors.console import Console
@@ -67,3 +68,4 @@ class TrainerComponents:
     """Called at the end of every step, on every rank."""
     loaders: ExitStack
     mirror: Mirror | None
+    uploads: Companion | None

@@ -13,6 +13,7 @@ from typing import Any
 
 from ...data import Dataset
 from ...recipes import BatchSplit, Recipe
+from ..checkpoint.uploading import claim
 from ..distributed.process_group import Ranks, join
 from ..distributed.run_lock import BEAT_S, RunLock
 from ..distributed.stop_signals import StopSignals
@@ -97,6 +98,9 @@ def open_run(recipe: Recipe) -> Iterator[RunContext]:
             previous = ranks.agreed(lambda: lock.acquire() if ranks.first else None)
             if ranks.first:
                 heartbeat.actions.append(lambda: lock.beat(phases.step))
+            note = ranks.agreed(lambda: _claim(recipe.checkpoint.upload, folder) if ranks.first else None)
+            if note:
+                print(note, flush=True)
             hosts = ranks.agreed(lambda: watchdog.attach(ranks, folder))
             yield RunContext(
                 recipe=recipe,
@@ -116,6 +120,14 @@ def open_run(recipe: Recipe) -> Iterator[RunContext]:
                 topology=topology,
                 hosts=hosts,
             )
+
+
+def _claim(address: str | None, folder: Path) -> str | None:
+    """Check that checkpoints can be copied to `address`; a note if its storage does not answer."""
+    if address is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    return claim(folder, address)
 
 
 def _ends_at() -> float:

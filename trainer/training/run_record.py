@@ -21,6 +21,8 @@ from ...data.units import counted
 from ...recipes.secrets import redact
 from ...slurm.io import write_json
 from ...slurm.rank_env import host_name
+from ..checkpoint.uploading import start_uploads
+from ..distributed.companion import Companion
 from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..models.kernel_selection import FILE as KERNELS_FILE
@@ -45,12 +47,14 @@ VERSIONS = (DISTRIBUTION, "torch", "deepspeed", "transformers", "triton", "webda
 
 @dataclass(frozen=True)
 class RunRecord:
-    """settings: the recipe's, as stored in checkpoints. mirror: sends the metrics to trackers, only on rank 0."""
+    """settings: the recipe's, as stored in checkpoints. mirror: sends the metrics to trackers, uploads: copies
+    checkpoints to `checkpoint.upload`, both only on rank 0."""
 
     settings: dict[str, Any]
     metrics: AccountedMetrics
     console: Console
     mirror: Mirror | None
+    uploads: Companion | None
 
 
 def open_record(run: RunContext, point: ResumePoint, engine: Engine, kernels: dict[str, dict[str, Any]]) -> RunRecord:
@@ -100,7 +104,9 @@ def open_record(run: RunContext, point: ResumePoint, engine: Engine, kernels: di
         console.say(warning)
     tracked = ranks.first and recipe.tracking.enabled
     mirror = ranks.agreed(lambda: start_mirror(run.folder, recipe.tracking.to, console.say) if tracked else None)
-    return RunRecord(settings, metrics, console, mirror)
+    address, keep = recipe.checkpoint.upload, recipe.checkpoint.keep
+    uploads = start_uploads(run.folder, address, keep, console.say) if ranks.first and address else None
+    return RunRecord(settings, metrics, console, mirror, uploads)
 
 
 def _describe(run: RunContext, kernels: dict[str, Any]) -> None:

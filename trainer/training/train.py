@@ -8,6 +8,7 @@ from ...data import worker_failure
 from ...data.units import counted
 from ...recipes import Recipe
 from ...slurm.exit_codes import DONE, STOPPED
+from ..checkpoint.uploading import finish_uploads
 from ..distributed.stop_signals import ENDING
 from ..models.kernel_selection import make_deterministic
 from ..optim.train_state import TrainState
@@ -73,6 +74,9 @@ def _close(run: RunContext, parts: TrainerComponents, outcome: str) -> None:
     parts.metrics.write({"event": "end", "step": parts.progress.step, "outcome": outcome})
     if run.ranks.first:
         parts.metrics.store()
+    if parts.uploads is not None:
+        with run.stop.waiting():
+            finish_uploads(parts.uploads, run.folder, outcome == "finished")
     if parts.mirror is not None:
         with run.stop.waiting():
             parts.mirror.finish(timeout_s=60 if outcome == "finished" else 5)
