@@ -99,6 +99,7 @@ setup(
         "liger": ["liger-kernel>=0.5"],
         "lion": ["lion-pytorch>=0.2.5"],
         "offload": ["accelerate>=1.10"],
+        "frames": ["pandas>=2.2"],
         "flash-attn": ["flash-attn>=2.8"],
         "flash-attn-4": ["flash-attn-4>=4.0.0b36"],
     },

@@ -22,6 +22,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+import bifrost as bifrost_package
 import ranked
 import runs
 import small_world
@@ -217,6 +218,21 @@ def test_python_blocks_load_and_run_the_exported_pipeline(folder: Path, monkeypa
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), names)
     assert Image.open(folder / "apple.png").size == (64, 64)
+
+
+@pytest.mark.slow
+def test_python_page_runs(folder: Path) -> None:
+    """In a process of its own, since it trains."""
+    script = "\n".join(blocks(ROOT / "docs" / "python.md", "python"))
+    ended = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert (folder / "car.png").is_file() and (folder / "sheet.png").is_file()
+
+
+def test_python_page_lists_the_names_of_the_package() -> None:
+    named = re.findall(r"^\| `(\w+)", TEXT[ROOT / "docs" / "python.md"], flags=re.M)
+    assert sorted(named) == sorted(vars(bifrost_package)["_PUBLIC"])
+    assert all(callable(getattr(bifrost_package, name)) for name in named)
 
 
 def test_the_cpu_build_of_torch_is_the_pinned_one_from_another_index() -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -16,7 +16,11 @@ from ...slurm.run_folder import RECIPES, has_recipe, no_run
 from ..distributed.run_lock import STALE_S
 from ..errors import RunError
 from ..io import read_json
+from ..monitors.metrics import iter_metrics, read_events
 from .summary import Summary
+
+if TYPE_CHECKING:
+    import pandas
 
 METRICS = "metrics.jsonl"
 ENDS = {
@@ -42,6 +46,19 @@ class RunFiles:
     def goodput(self) -> dict[str, Any] | None:
         """The figures of `bifrost goodput`; None before the first attempt."""
         return self.metrics.ledger.summary() if self.metrics.counts["start"] else None
+
+    def steps(self) -> pandas.DataFrame:
+        """The logged steps, a row each with its step as the index; a column per key of metrics.jsonl, NaN where a line
+        has none. The whole file is read again. Needs pandas."""
+        import pandas
+
+        records = (record for part in iter_metrics(self.folder / METRICS) for record in part)
+        rows = [record for record in records if "event" not in record]
+        return pandas.DataFrame(rows).set_index("step") if rows else pandas.DataFrame()
+
+    def events(self) -> list[dict[str, Any]]:
+        """The events of metrics.jsonl, such as checkpoints, validations, and starts and ends of attempts, in order."""
+        return read_events(self.folder / METRICS)
 
     def state(self, now: float | None = None) -> str:
         """The run's state in a few words."""
@@ -73,8 +90,9 @@ def is_run(folder: Path) -> bool:
     return has_recipe(folder) or (folder / METRICS).is_file()
 
 
-def open_run(folder: Path, name: str | None = None, metrics: Summary | None = None) -> RunFiles:
+def open_run(folder: str | Path, name: str | None = None, metrics: Summary | None = None) -> RunFiles:
     """The run in `folder`; RunError if there is none. metrics: left as it is, for a caller that reads the file."""
+    folder = Path(folder)
     recipe = next((file for place in RECIPES if (file := folder / place).is_file()), None)
     if not is_run(folder):
         raise RunError(no_run(folder, "recipe.yaml and no metrics.jsonl"))

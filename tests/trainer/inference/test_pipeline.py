@@ -172,6 +172,8 @@ def test_precision_and_device(folder: Path, pipe: BifrostPipeline) -> None:
     assert not any(parameter.requires_grad for part in parts for parameter in part.parameters())
     assert not any(module.training for part in parts for module in part.modules())
     assert half.to("cpu") is half and half.to("cpu", torch.bfloat16) is half
+    tables = half.mllm.model.branch.rotary_embedding, half.mllm.model.backbone.text.rotary_emb
+    assert {table.inv_freq.dtype for table in tables} == {torch.float32}
     assert {b.dtype for b in half.controlnet.buffers() if b.is_floating_point()} == {torch.float32}
     with pytest.raises(RunError, match=r"^the pipeline is torch\.bfloat16: load it with .*dtype=torch\.float32"):
         half.to(torch.float32)
