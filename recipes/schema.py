@@ -188,6 +188,9 @@ class Tracking(Section):
     """MLflow tracking URI, without credentials; null uses MLFLOW_TRACKING_URI, or else a SQLite file in `runs_dir`."""
     experiment: str = "bifrost"
     """MLflow experiment, W&B project."""
+    prometheus: OptionalPlace = None
+    """Folder of the node exporter's textfile collector, or a file FOLDER/NAME.prom in it, for the latest values (pip
+    install prometheus-client)."""
 
 
 class Recipe(Section):

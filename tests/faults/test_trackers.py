@@ -140,7 +140,7 @@ def train_and_die(arguments: list[str]) -> None:
 def test_a_killed_and_resumed_run_arrives_once(shards: Path, tmp_path: Path, untracked: list) -> None:
     run = tmp_path / "tiny-mllm"
     settings = [f"steps={STEPS}", "checkpoint.every=3", "tracking.enabled=true", "tracking.to=[tensorboard,wandb]"]
-    train = arguments(shards, tmp_path, *settings)
+    train = arguments(shards, tmp_path, *settings, f"tracking.prometheus={tmp_path}")
     (ended,) = ranked.run(train_and_die, 1, [*train, str(run / "checkpoints")])
     assert ended.code == -signal.SIGKILL, ended.err
     (ended,) = ranked.bifrost(1, *train)
@@ -149,4 +149,7 @@ def test_a_killed_and_resumed_run_arrives_once(shards: Path, tmp_path: Path, unt
     assert [line["step"] for line in runs.events(run, "start")] == [0, 3]
     for tracker in ("tensorboard", "wandb"):
         assert_complete(run, tracker)
+    state = (tmp_path / "bifrost-tiny-mllm.prom").read_text()
+    assert f'bifrost_run_step{{run="tiny-mllm",stage="patch-latents"}} {STEPS}.0' in state
+    assert 'outcome="finished"' in state and "bifrost_train_loss" not in state
     assert [step for step, _ in expected(run)["train/loss"]] == list(range(1, STEPS + 1))

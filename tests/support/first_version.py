@@ -53,6 +53,7 @@ LATER = (
     "optimizer.name",
     "optimizer.momentum",
     "tracking.to",
+    "tracking.prometheus",
 )
 """Settings that the first version did not have."""
 METRICS = {

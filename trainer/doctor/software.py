@@ -37,6 +37,7 @@ OPTIONAL = {
     "s3fs": "no shards on S3",
     "tensorboard": "no tracking.to=tensorboard",
     "wandb": "no tracking.to=wandb",
+    "prometheus-client": "no tracking.prometheus",
 }
 """Optional package -> the effect of its absence."""
 DATA = (

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import RunError
-from ..versions import MODULES, installed
+from ..versions import installed
 from . import mlflow_errors, tracker_errors
 
-TITLES = {"mlflow": "MLflow", "tensorboard": "TensorBoard", "wandb": "W&B"}
-"""Tracker, as `tracking.to` names it -> its name in messages."""
+TITLES = {"mlflow": "MLflow", "tensorboard": "TensorBoard", "wandb": "W&B", "prometheus": "Prometheus"}
+"""Tracker, as `tracking.to` names it, or `prometheus` -> its name in messages."""
+PACKAGES = {"mlflow": "mlflow", "tensorboard": "tensorboard", "wandb": "wandb", "prometheus": "prometheus-client"}
 TRACES = {"mlflow": "tracking.json", "tensorboard": "tensorboard", "wandb": "wandb.json"}
-"""Tracker -> what is in the folder of a run that was sent to it."""
+"""Tracker that keeps a history -> what is in the folder of a run that was sent to it."""
 
 
 class Tracker(Protocol):
@@ -52,9 +53,13 @@ def open_tracker(name: str, run_dir: Path, live: bool) -> Tracker:
         from .tensorboard_log import TensorboardLog
 
         return TensorboardLog(run_dir, live)
-    from .wandb_run import WandbRun
+    if name == "wandb":
+        from .wandb_run import WandbRun
 
-    return WandbRun(run_dir, live)
+        return WandbRun(run_dir, live)
+    from .prometheus_file import PrometheusFile
+
+    return PrometheusFile(run_dir, live)
 
 
 def explain(name: str, error: Exception, place: str) -> tuple[str, bool]:
@@ -72,12 +77,25 @@ def have(run_dir: Path) -> list[str]:
     return [name for name, trace in TRACES.items() if (run_dir / trace).exists()]
 
 
-def require_installed(to: Sequence[str]) -> None:
+def chosen(to: Sequence[str], prometheus: str | None) -> list[str]:
+    """The trackers of a run that is mirrored, by its settings."""
+    return [*to, "prometheus"] if prometheus else list(to)
+
+
+def require_installed(names: Sequence[str]) -> None:
     """Raise RunError for the first of these trackers whose package is not installed. A run without MLflow, which is the
     default, trains without it."""
-    for name in to:
-        if name != "mlflow" and not installed(name):
-            raise RunError(
-                f"tracking.to={name}: {name} is not installed: pip install {MODULES.get(name, name)}, or remove it"
-                " from tracking.to"
-            )
+    for name in names:
+        setting = "tracking.prometheus" if name == "prometheus" else f"tracking.to={name}"
+        if name != "mlflow" and not has_package(name):
+            raise RunError(f"{setting}: {PACKAGES[name]} is not installed: pip install {PACKAGES[name]}, or unset it")
+
+
+def has_package(name: str) -> bool:
+    """Whether the package of a tracker is installed."""
+    return installed(PACKAGES[name].replace("-", "_"))
+
+
+def remedy(name: str, run_dir: Path) -> str:
+    """How to send later what a mirror could not; empty for Prometheus, which has no history."""
+    return f"; `bifrost track sync {run_dir}` sends it" if name in TRACES else ""

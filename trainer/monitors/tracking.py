@@ -21,10 +21,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import RunError, Unreachable, with_message
-from ..versions import installed
 from .console import WithoutSecrets
 from .tracker_state import read_recipe
-from .trackers import TITLES, explain, named_in, open_tracker, require_installed
+from .trackers import TITLES, explain, has_package, named_in, open_tracker, remedy, require_installed
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +63,8 @@ class Mirror:
             self.processes[name].kill()
             self.processes[name].wait()
         failed = [name for name, process in self.processes.items() if process.returncode]
-        if failed:
-            lack = "lacks" if len(failed) == 1 else "lack"
-            log.warning(
-                "%s %s the end of this run; `bifrost track sync %s` sends it", _titles(failed), lack, self.run_dir
-            )
+        for name in failed:
+            log.warning("%s lacks the end of this run%s", TITLES[name], remedy(name, self.run_dir))
         return bool(self.processes) and not failed
 
     def _wait(self, seconds: float) -> list[str]:
@@ -93,7 +89,7 @@ def start_mirror(run_dir: str | Path, to: Iterable[str], say: Callable[[str], No
     """
     run_dir, processes = Path(run_dir).resolve(), {}
     for name in to:
-        if not installed(name):
+        if not has_package(name):
             say(f"no tracking, {name} is not installed: `pip install {name}`, or set tracking.enabled=false")
             continue
         command = [sys.executable, "-m", __name__, name, str(run_dir), str(os.getpid())]
@@ -201,7 +197,7 @@ def mirror(name: str, run_dir: Path, parent: _Parent, say: Callable[[str], None]
                 log.error("not sent to %s, will retry: %s", title, reason)
                 say(f"not sent to {title}, training continues: {reason}")
             if over and (permanent or time.monotonic() > deadline):
-                log.error("gave up on %s: `bifrost track sync %s` sends the rest", title, run_dir)
+                log.error("gave up on %s%s", title, remedy(name, run_dir))
                 return False
         parent.wait(POLL_S if over or not failures else min(2.0**failures, LONGEST_WAIT_S))
 

@@ -22,7 +22,7 @@ from ..errors import RunError
 from ..inference.predicted_latents import PredictedOutputs
 from ..monitors.heartbeat import Heartbeat
 from ..monitors.phase_timer import PhaseTimer
-from ..monitors.trackers import require_installed
+from ..monitors.trackers import chosen, require_installed
 from ..monitors.watchdog import Watchdog
 from ..optim.deepspeed_config import deepspeed_config
 from ..stages import Stage, open_stage
@@ -83,7 +83,8 @@ def open_run(recipe: Recipe) -> Iterator[RunContext]:
             print("\n".join(topology), flush=True)
         batch = ranks.agreed(lambda: split_batch(recipe.global_batch, recipe.micro_batch, ranks.size, recipe.zero.hpz))
         if recipe.tracking.enabled:
-            ranks.agreed(lambda: require_installed(recipe.tracking.to) if ranks.first else None)
+            to = chosen(recipe.tracking.to, recipe.tracking.prometheus)
+            ranks.agreed(lambda: require_installed(to) if ranks.first else None)
         stage = partial(open_run_stage, recipe)
         inputs = ranks.agreed(
             lambda: open_inputs(

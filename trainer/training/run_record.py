@@ -30,6 +30,7 @@ from ..models.weights import full_shape
 from ..monitors.console import Console, log_to_file
 from ..monitors.goodput import AccountedMetrics
 from ..monitors.renames import rename_previews
+from ..monitors.trackers import chosen
 from ..monitors.tracking import Mirror, start_mirror
 from ..optim.engine import Engine
 from ..optim.train_state import TrainState
@@ -103,7 +104,8 @@ def open_record(run: RunContext, point: ResumePoint, engine: Engine, kernels: di
     if reader and (warning := statistics_warning(engine.model, reader, run.batch.micro_batch * ranks.size)):
         console.say(warning)
     tracked = ranks.first and recipe.tracking.enabled
-    mirror = ranks.agreed(lambda: start_mirror(run.folder, recipe.tracking.to, console.say) if tracked else None)
+    to = chosen(recipe.tracking.to, recipe.tracking.prometheus)
+    mirror = ranks.agreed(lambda: start_mirror(run.folder, to, console.say) if tracked else None)
     address, keep = recipe.checkpoint.upload, recipe.checkpoint.keep
     uploads = start_uploads(run.folder, address, keep, console.say) if ranks.first and address else None
     return RunRecord(settings, metrics, console, mirror, uploads)

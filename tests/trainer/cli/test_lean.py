@@ -69,7 +69,7 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_written(
     train = runs.arguments(shards, tmp_path, "steps=1", "tracking.enabled=true", "tracking.to=[mlflow,tensorboard]")
     ended = without("tensorboard", tmp_path, "-m", "bifrost.trainer", *train)
     (line,) = ended.stderr.splitlines()
-    said = "error: tracking.to=tensorboard: tensorboard is not installed: pip install tensorboard, or remove it from"
+    said = "error: tracking.to=tensorboard: tensorboard is not installed: pip install tensorboard, or unset it"
     assert ended.returncode == 2 and line.startswith(said)
     assert not (tmp_path / "tiny-mllm").exists()
 

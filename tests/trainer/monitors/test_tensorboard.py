@@ -219,7 +219,7 @@ def test_a_preview_that_is_no_image_does_not_hold_up_points(make_run):
 def test_a_missing_package_is_reported(make_run, monkeypatch):
     run = make_run()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    said = "tracking.to=tensorboard: tensorboard is not installed: pip install tensorboard, or remove it"
+    said = "tracking.to=tensorboard: tensorboard is not installed: pip install tensorboard, or unset it"
     with pytest.raises(RunError, match=said):
         sync(run.folder, NAME)
 
