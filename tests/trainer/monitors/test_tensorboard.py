@@ -95,6 +95,17 @@ def test_a_rollback_leaves_no_dropped_point(make_run):
     assert scalars(read(run))["train/loss"][2:] == [(30, pytest.approx(5 / 30)), (40, 0.125)]
 
 
+def test_a_rollback_to_before_the_first_line(make_run):
+    run = make_run()
+    log_steps(run, (10,))
+    target = TensorboardLog(run.folder, live=True)
+    target.push(last=False)
+    run.metrics.rewind(0)
+    run.metrics.write({"event": "rollback", "step": 10, "to": 0})
+    target.push(last=False)
+    assert scalars(read(run)) == {"rollback/to": [(10, 0.0)]}
+
+
 def test_evaluations_in_any_order(make_run):
     run = make_run()
     run.metrics.write({"event": "start", "step": 0})
