@@ -74,7 +74,7 @@ def dry_run(arguments: list[str]) -> None:
         ("ranks=2", ["unknown key ranks; the number of processes is the option --ranks N"]),
         ("batch_size=32", ["unknown key batch_size; did you mean global_batch (", "micro_batch ("]),
         ("optimizer.learning_rate=1", ["did you mean optimizer.lr?"]),
-        ("ema.momentum=1", ["unknown key ema.momentum; known here: decay"]),
+        ("ema.smoothing=1", ["unknown key ema.smoothing; known here: decay"]),
         ("data=3", ["data", "got 3"]),
         ("steps=0", ["steps", "greater than or equal to 1"]),
         ("branch.mask_rate.low=1.5", ["branch.mask_rate.low"]),
