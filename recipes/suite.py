@@ -39,9 +39,9 @@ class Suite(Section):
     """Settings of every row."""
     score: list[str]
     """Options of `bifrost eval` for every row: data, scenes, and the run of the other stage."""
-    control: Literal["probe", "both", "reconstruction"] = "probe"
-    """Whose scores are compared: the probe's, which need no FLUX, those of images made by both stages, or those of
-    stage 2 alone, which reconstructs images from their latents."""
+    control: Literal["probe", "both", "latents_alone", "reconstruction"] = "probe"
+    """Whose scores are compared: the probe's, which need no FLUX, those of images made by both stages, with or without
+    the caption for FLUX, or those of stage 2 alone, which reconstructs images from their latents."""
     categories: list[str] = Field(min_length=1)
     """Categories of held-out scenes whose mean is the figure that is compared; of reconstructions one metric, such as
     psnr."""
