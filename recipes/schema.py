@@ -23,9 +23,9 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Section):
-    name: Literal["adamw", "lion", "muon"] = "adamw"
-    """Optimizer: torch's AdamW, Lion (pip install lion-pytorch), or torch's Muon for the matrices of the layers with
-    AdamW for the rest; see docs/optimizers.md."""
+    name: Literal["adamw", "adamw-8bit", "lion", "muon"] = "adamw"
+    """Optimizer: torch's AdamW, AdamW with moments in 8 bits (pip install torchao), Lion (pip install lion-pytorch), or
+    torch's Muon for the matrices of the layers with AdamW for the rest; see docs/optimizers.md."""
     lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     # Not strict, because a pair is a list in YAML and JSON; its elements are.

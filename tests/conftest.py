@@ -68,7 +68,7 @@ def _replaceable() -> dict[str, Any]:
     return {
         f"{module.__name__}.{name}": value
         for module in list(sys.modules.values())
-        if module.__name__.startswith("bifrost.")
+        if module and module.__name__.startswith("bifrost.")  # None hides a package: see `versions.hide`
         for name, value in vars(module).items()
         if name.isupper() or (callable(value) and not name.startswith("__"))  # torch.compile adds __compiled_fn_…
     }

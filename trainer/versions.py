@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # Installed, `..` is the package `bifrost`; in the tree it is the root.
 from .. import __version__  # pyright: ignore[reportMissingImports]
@@ -63,6 +65,25 @@ def without(module: str) -> Iterator[None]:
         yield
     finally:
         del sys.modules[module]
+
+
+def hide(package: str) -> None:
+    """Let `package` seem absent to libraries that import what they find, unless it was imported before; only
+    `import_hidden` imports it."""
+    sys.modules.setdefault(package, None)  # type: ignore[arg-type]
+
+
+def import_hidden(module: str) -> Any:
+    """Import a module of a package that may be hidden. What it logs below errors is left out."""
+    package = module.partition(".")[0]
+    if sys.modules.get(package, package) is None:
+        del sys.modules[package]
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        return importlib.import_module(module)
+    finally:
+        logging.disable(before)
 
 
 def require(module: str) -> None:

@@ -23,6 +23,7 @@ TINY_CASES = [
     ("tiny-controlnet", 8, (SMALL_BUCKET, SHARDED, "zero.overlap_comm=true", "activation_checkpointing=true")),
     ("tiny-mllm", 8, (SMALL_BUCKET, "optimizer.name=lion")),
     ("tiny-controlnet", 8, (SMALL_BUCKET, "optimizer.name=muon")),
+    ("tiny-mllm", 8, (SMALL_BUCKET, "optimizer.name=adamw-8bit")),
 ]
 BACKBONE = "backbone.placement=replicated"
 REAL_CASES = [

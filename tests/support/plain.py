@@ -15,6 +15,7 @@ from bifrost.trainer.optim.lr_schedule import learning_rate
 from bifrost.trainer.optim.optimizers import parameter_groups
 from bifrost.trainer.stages import StageModel
 from bifrost.trainer.training.latent_statistics import measure_statistics
+from bifrost.trainer.versions import import_hidden
 
 
 def loaded(recipe: Recipe) -> tuple[Any, StageModel]:
@@ -38,13 +39,31 @@ def batches(recipe: Recipe, inputs: Any) -> Loader:
     )
 
 
-def library(settings: Optimizer, model: StageModel) -> list[torch.optim.Optimizer]:
+class Eager:
+    """torchao's 8-bit AdamW without torch.compile, with the rate of each group as a number."""
+
+    def __init__(self, groups: list[dict[str, Any]], settings: Optimizer) -> None:
+        adamw: Any = import_hidden("torchao.optim").AdamW8bit
+        self.optimizer = adamw(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+        self.param_groups: list[dict[str, Any]] = [{} for _ in self.optimizer.param_groups]
+        self.zero_grad = self.optimizer.zero_grad
+
+    def step(self) -> None:
+        for own, group in zip(self.param_groups, self.optimizer.param_groups, strict=True):
+            group["lr"].fill_(own["lr"])
+        with torch.compiler.set_stance("force_eager"):
+            self.optimizer.step()
+
+
+def library(settings: Optimizer, model: StageModel) -> list[Any]:
     """The optimizers as their libraries' users would write them."""
     groups = parameter_groups(model, settings)
     if settings.name == "lion":
         from lion_pytorch import Lion
 
         return [Lion(groups, lr=settings.lr, betas=settings.betas)]
+    if settings.name == "adamw-8bit":
+        return [Eager(groups, settings)]
     muon: list[torch.optim.Optimizer] = []
     if settings.name == "muon":
         matrices = groups.pop(0)["params"]

@@ -16,6 +16,7 @@ from ..stages import StageModel
 from .durable import WHOLE
 from .layout import rank_file
 from .reader import AVERAGED, BUFFERS, CheckpointReader
+from .shard import COMPLETE
 
 
 class CheckpointWeights:
@@ -76,7 +77,8 @@ def restore(engine: Engine, ema: Ema | None, reader: CheckpointReader, updates: 
     for name, parameter in parameters.items():
         if (wanted := full_shape(parameter)) != (found := tuple(reader.shapes[name])):
             raise RunError(f"{reader.folder}: {name} has shape {found}, expected {wanted}; was the recipe changed?")
-    for slot, tensors in _slots(engine, ema).items():
+    slots = _slots(engine, ema)
+    for slot, tensors in slots.items():
         slices = {}
         for name, tensor in tensors.items():
             _, lo, hi = local_slice(parameters[name])
@@ -84,6 +86,7 @@ def restore(engine: Engine, ema: Ema | None, reader: CheckpointReader, updates: 
             slices[name] = tensor[: hi - lo], lo
         if problem := reader.load(slot, slices):
             return problem
+    engine.restored = {slot: tensors for slot, tensors in slots.items() if slot not in COMPLETE}
     engine.updates = updates
     restore_statistics(engine.model.statistics(), reader)
     if ema is not None:
@@ -93,7 +96,9 @@ def restore(engine: Engine, ema: Ema | None, reader: CheckpointReader, updates: 
 
 
 def refresh(engine: Engine) -> None:
-    """Set the compute weights from the masters, after `restore`. Call it on every rank."""
+    """Set the compute weights from the masters, and what else depends on others, after `restore`. Call it on every
+    rank."""
+    engine.adopt()
     masters = engine.masters()
     for name, weights in engine.slices().items():
         weights.copy_(masters[name])

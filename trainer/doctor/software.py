@@ -38,6 +38,7 @@ OPTIONAL = {
     "tensorboard": "no tracking.to=tensorboard",
     "wandb": "no tracking.to=wandb",
     "prometheus-client": "no tracking.prometheus",
+    "torchao": "no `optimizer.name: adamw-8bit`",
 }
 """Optional package -> the effect of its absence."""
 DATA = (

@@ -1,11 +1,13 @@
 """Imports transformers as the models need it; a module that imports transformers or diffusers imports this one first.
 
-Both import Triton, whose interpreter must be enabled before on a machine without a GPU.
+Both import Triton, whose interpreter must be enabled before on a machine without a GPU; and torchao if it is installed,
+in seconds and with lines on stderr, which only an optimizer needs.
 """
 
 from ...kernels import runtime  # noqa: F401  # isort: skip
 
-from ..versions import without
+from ..versions import hide, without
 
+hide("torchao")
 with without("scipy"):  # used by the losses of object detection alone
     import transformers.modeling_utils  # noqa: F401

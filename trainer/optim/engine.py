@@ -21,6 +21,7 @@ from ..errors import RunError
 from ..models.weights import full_shape
 from ..stages import StageModel
 from ..versions import importing, version, without
+from .eight_bit_adamw import EightBitAdamW
 from .optimizers import build_optimizer, create_state
 from .rules import RULES, rule_name
 
@@ -118,6 +119,8 @@ class Engine:
         self.ranks = ranks
         self.settings = settings
         self._updates = 0
+        self.restored: dict[str, Mapping[str, Tensor]] = {}
+        """What `moments` returned and a checkpoint has filled, until `adopt`."""
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, settings),
@@ -212,14 +215,28 @@ class Engine:
         return {name: safe_get_local_fp32_param(p).detach() for name, p in self.trainable().items()}
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """Kind of optimizer state, such as AdamW's `exp_avg` -> name -> this rank's slice of it, like `masters`."""
+        """Kind of optimizer state, such as AdamW's `exp_avg` -> name -> this rank's slice of it, like `masters`; a copy
+        of what is held in 8 bits, see `adopt`."""
         from deepspeed.utils import safe_get_local_optimizer_state
 
+        optimizer = self._engine.optimizer.optimizer
+        eight_bits = optimizer.moment if isinstance(optimizer, EightBitAdamW) else None
         found: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self.trainable().items():
             for kind in RULES[rule_name(self.settings.name, name, full_shape(parameter))].state:
-                found.setdefault(kind, {})[name] = safe_get_local_optimizer_state(parameter, kind)
+                found.setdefault(kind, {})[name] = (eight_bits or safe_get_local_optimizer_state)(parameter, kind)
         return found
+
+    def adopt(self) -> None:
+        """Set the state that is held in 8 bits to `restored`. Every rank calls it."""
+        optimizer = self._engine.optimizer.optimizer
+        if isinstance(optimizer, EightBitAdamW) and self.restored:
+            given = {
+                parameter.ds_id: {kind: values[name] for kind, values in self.restored.items()}  # type: ignore[attr-defined]
+                for name, parameter in self.trainable().items()
+            }
+            optimizer.adopt(given)
+        self.restored = {}
 
     @property
     def updates(self) -> int:

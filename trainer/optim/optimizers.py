@@ -13,18 +13,20 @@ from torch.optim import AdamW, Optimizer
 from ...recipes import schema
 from ..errors import RunError
 from ..models.weights import full_shape
-from ..versions import installed
+from ..versions import version
+from .eight_bit_adamw import EightBitAdamW
 from .muon import MatrixSlice, Muon
 from .rules import RULES, decays, rule_name
 
-PACKAGES = {"lion": ("lion_pytorch", "lion-pytorch>=0.2.5")}
-"""Optimizer that is not torch's -> its module, and the requirement for pip."""
+PACKAGES = {"lion": ("lion-pytorch", "0.2.5"), "adamw-8bit": ("torchao", "0.18")}
+"""Optimizer that is not torch's -> its package, and the first version that is known to do."""
 
 
 def require_optimizer(settings: schema.Optimizer) -> None:
     """RunError if the optimizer's package is not installed."""
-    if (package := PACKAGES.get(settings.name)) and not installed(package[0]):
-        raise RunError(f"optimizer.name={settings.name}: {package[0]} is not installed: pip install '{package[1]}'")
+    name, least = PACKAGES.get(settings.name, ("torch", ""))
+    if version(name) is None:
+        raise RunError(f"optimizer.name={settings.name}: {name} is not installed: pip install '{name}>={least}'")
 
 
 def parameter_groups(model: nn.Module, settings: schema.Optimizer) -> list[dict[str, Any]]:
@@ -54,6 +56,8 @@ def build_optimizer(model: nn.Module, settings: schema.Optimizer) -> Optimizer:
     if settings.name == "lion":
         # Not the package's `foreach.Lion`: DeepSpeed updates one group at a time, and that one fails on empty groups.
         return importlib.import_module("lion_pytorch").Lion(groups, lr=settings.lr, betas=settings.betas)
+    if settings.name == "adamw-8bit":
+        return EightBitAdamW(groups, settings.betas, settings.eps)
     matrices = groups.pop(0) | {"momentum": settings.momentum} if settings.name == "muon" else None
     adamw = AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
     return Muon(matrices | {"lr": settings.lr}, adamw) if matrices else adamw
@@ -61,6 +65,9 @@ def build_optimizer(model: nn.Module, settings: schema.Optimizer) -> Optimizer:
 
 def create_state(optimizer: Optimizer, number: int, flat: Tensor, parameters: Sequence[nn.Parameter]) -> None:
     """Create the state of a flat slice of `parameters`, of the group with this number, as before the first step."""
+    if isinstance(optimizer, EightBitAdamW):
+        optimizer.create(flat, parameters)
+        return
     rule = optimizer.param_groups[number]["rule"]
     state = {kind: torch.zeros_like(flat) for kind in RULES[rule].state}
     optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **state} if rule == "adamw" else state

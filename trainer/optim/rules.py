@@ -7,28 +7,35 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+SUB_GROUP = 1_000_000_000
+"""Elements of a rank's slices that DeepSpeed updates at a time."""
+BLOCK = 256
+"""Elements that have a scale in common, in 8 bits."""
+CHUNK = 1 << 23
+"""Elements that are updated at a time in 8 bits."""
+
 
 class Rule(NamedTuple):
-    """state: kinds of state, each an fp32 number per element, named as in checkpoints. temporary: bytes per element of
-    the slice being updated. moved: bytes per element that an update reads and writes."""
+    """state: kinds of state, each an fp32 number per element in checkpoints, by their names there. state_bytes: held
+    per element. temporary: bytes per element that an update needs for a moment, of at most `at_once` elements. moved:
+    bytes per element that it reads and writes."""
 
     state: tuple[str, ...]
+    state_bytes: float
     temporary: int
     moved: int
-
-    @property
-    def state_bytes(self) -> int:
-        """Per element."""
-        return 4 * len(self.state)
+    at_once: int = SUB_GROUP
 
 
 RULES = {
     # One kernel: it reads the gradient, reads and writes master and moments.
-    "adamw": Rule(("exp_avg", "exp_avg_sq"), 0, 28),
+    "adamw": Rule(("exp_avg", "exp_avg_sq"), 8, 0, 28),
     # Eight, with a copy of the moment and its sum with the gradient.
-    "lion": Rule(("exp_avg",), 8, 76),
+    "lion": Rule(("exp_avg",), 4, 8, 76),
     # Of a matrix: two averages, decay, and the result's addition; without what is done with whole matrices.
-    "muon": Rule(("momentum_buffer",), 0, 42),
+    "muon": Rule(("momentum_buffer",), 4, 0, 42),
+    # Codes, and two scales per block; an update's sizes are counted (tests/phantom/test_eight_bit_adamw.py).
+    "adamw-8bit": Rule(("exp_avg", "exp_avg_sq"), 2 + 8 / BLOCK, 49, 1823, CHUNK),
 }
 NEWTON_SCHULZ_STEPS = 5
 """torch's default."""
@@ -40,6 +47,11 @@ def rule_name(optimizer: str, name: str, shape: tuple[int, ...]) -> str:
     if optimizer == "muon" and not (len(shape) == 2 and re.search(r"\.\d+\.", name)):
         return "adamw"
     return optimizer
+
+
+def in_eight_bits(size: int) -> bool:
+    """Whether `adamw-8bit` holds a parameter of `size` elements in 8 bits, as torchao: large ones, in whole blocks."""
+    return size >= 4096 and size % BLOCK == 0
 
 
 def decays(name: str, shape: tuple[int, ...]) -> bool:

@@ -18,7 +18,7 @@ from .flux_flops import controlnet_parts
 from .layout import AS_SET, Layout, Workload, Zero
 from .memory import Memory, memory
 from .opened import LatentControl, PatchLatents
-from .optimizer import exchanges, state_bytes
+from .optimizer import exchanges, stored_bytes
 from .part import Part
 from .timing import Timing, timing
 from .traffic import Transfer, traffic
@@ -156,7 +156,7 @@ def plan(
 def checkpoint_bytes(parts: Sequence[Part], work: Workload) -> int:
     """Bytes of a checkpoint: masters, optimizer state and EMA of the trained parameters, in fp32."""
     trained = sum(part.size for part in parts if part.gradient == "trained")
-    return 4 * (1 + work.averaged) * trained + state_bytes(parts, work.optimizer)
+    return 4 * (1 + work.averaged) * trained + stored_bytes(parts, work.optimizer)
 
 
 def checkpoint_s(size: float, gpus: int, device: Device) -> float:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..optim.rules import SUB_GROUP
 from .layout import Layout, Workload, shard_bytes, shard_size
-from .optimizer import SUB_GROUP, at_work_bytes, state_bytes
+from .optimizer import at_work_bytes, state_bytes
 from .part import Part
 
 GATHERED_SHARE = 2

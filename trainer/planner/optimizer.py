@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from ..optim.rules import RULES, Rule, orthogonalization_bytes, orthogonalization_flops, rounds
+from ..optim.rules import RULES, Rule, in_eight_bits, orthogonalization_bytes, orthogonalization_flops, rounds
 from .devices import Device
 from .layout import shard_size
 from .part import Part
 from .traffic import Transfer
 
-SUB_GROUP = 1_000_000_000
-"""Elements of a rank's slices that DeepSpeed updates at a time."""
 
-
-def state_bytes(parts: Sequence[Part], optimizer: str, ranks: int = 1) -> int:
+def state_bytes(parts: Sequence[Part], optimizer: str, ranks: int = 1) -> float:
     """Bytes of the optimizer's state per rank. parts: only trained ones count, here and below; optimizer: its name."""
     return sum(rule.state_bytes * shard_size(sizes, ranks) for rule, sizes in _by_rule(parts, optimizer))
 
 
+def stored_bytes(parts: Sequence[Part], optimizer: str) -> int:
+    """Bytes of the state in a checkpoint."""
+    return sum(4 * len(rule.state) * sum(sizes) for rule, sizes in _by_rule(parts, optimizer))
+
+
 def at_work_bytes(parts: Sequence[Part], optimizer: str, ranks: int) -> float:
     """The most bytes that an update needs per rank next to the gradients."""
-    own = (rule.temporary * min(shard_size(sizes, ranks), SUB_GROUP) for rule, sizes in _by_rule(parts, optimizer))
+    own = (rule.temporary * min(shard_size(sizes, ranks), rule.at_once) for rule, sizes in _by_rule(parts, optimizer))
     whole = max((orthogonalization_bytes(shape) for shape in _matrices(parts, optimizer)), default=0.0)
     return max(max(own, default=0.0), whole)
 
@@ -55,6 +57,9 @@ def _by_rule(parts: Sequence[Part], optimizer: str) -> Iterator[tuple[Rule, list
     if optimizer == "muon":
         yield RULES["muon"], list(matrices.elements())
         yield RULES["adamw"], list((sizes - matrices).elements())
+    elif optimizer == "adamw-8bit":
+        yield RULES[optimizer], [size for size in sizes.elements() if in_eight_bits(size)]
+        yield RULES["adamw"], [size for size in sizes.elements() if not in_eight_bits(size)]
     else:
         yield RULES[optimizer], list(sizes.elements())
 

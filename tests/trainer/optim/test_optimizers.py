@@ -25,6 +25,8 @@ SHAPES = {
     "layers.1.up": (31, 17),
     "layers.1.down": (17, 31),
     "layers.1.gate": (3, 200),
+    "layers.1.wide": (72, 64),
+    "layers.1.long": (17, 256),
     "head": (5, 48),
     "bias": (5,),
 }
@@ -33,9 +35,11 @@ SETTINGS = {
     "adamw": (),
     "lion": ("optimizer.name=lion", "optimizer.betas=[0.9, 0.99]"),
     "muon": ("optimizer.name=muon", "optimizer.momentum=0.8"),
+    "adamw-8bit": ("optimizer.name=adamw-8bit",),
 }
 
 MATRICES = ("layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down", "layers.1.gate")
+MATRICES += ("layers.1.wide", "layers.1.long")
 ROUNDING = 1e-6
 """Relative, of AdamW: torch's kernel for CPUs rounds the last elements of a tensor in another way than the others."""
 
@@ -81,8 +85,8 @@ def recipe(name: str, ranks: int) -> Recipe:
     return load_recipe("tiny-mllm", [*settings, "optimizer.lr=0.01", "optimizer.weight_decay=0.3", *SETTINGS[name]])
 
 
-def trained(name: str, ranks: int) -> dict[str, list[float]]:
-    """Name of a parameter -> its elements on this rank after all steps, without padding."""
+def trained(name: str, ranks: int) -> dict[str, dict[str, list[float]]]:
+    """After all steps: slot of a checkpoint -> name of a parameter -> its elements on this rank, without padding."""
     from bifrost.trainer.checkpoint.state import capture
     from bifrost.trainer.distributed.process_group import join
     from bifrost.trainer.optim.engine import Engine, partitioned
@@ -100,7 +104,29 @@ def trained(name: str, ranks: int) -> dict[str, list[float]]:
         engine.backward(engine.forward({"step": step}))
         assert engine.step(0.01 / (1 + step), skip=False)
     assert engine.updates == STEPS
-    return {name: own.tolist() for name, own in capture(engine, None)[0]["master"].items()}
+    slots = capture(engine, None)[0]
+    if name == "adamw-8bit":
+        held = [tensor for each in engine.deepspeed.optimizer.optimizer.slices() for tensor in each.tensors()]
+        before = [tensor.clone() for tensor in held]
+        engine.restored = {slot: {key: own.clone() for key, own in slots[slot].items()} for slot in list(slots)[1:]}
+        for each in engine.deepspeed.optimizer.optimizer.slices():
+            for kind, scales in each.scales.items():
+                scales.zero_()
+                each.moments[kind].zero_()
+        engine.adopt()
+        assert all(map(torch.equal, held, before)), "other codes or scales than before"
+    return {slot: {key: own.tolist() for key, own in held.items()} for slot, held in slots.items()}
+
+
+@functools.cache
+def elements(name: str, ranks: int) -> dict[str, dict[str, Tensor]]:
+    """The same of whole parameters."""
+    ended = ranked.run(trained, ranks, name, ranks)
+    assert [rank.code for rank in ended] == [0] * ranks, ended[0].err
+    return {
+        slot: {key: torch.tensor([each for rank in ended for each in rank.value[slot][key]]) for key in held}
+        for slot, held in ended[0].value.items()
+    }
 
 
 @functools.cache
@@ -124,16 +150,27 @@ def wanted(name: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_weights_equal_those_of_the_library(name: str, ranks: int) -> None:
-    ended = ranked.run(trained, ranks, name, ranks)
-    assert [rank.code for rank in ended] == [0] * ranks, ended[0].err
     for parameter, expected in wanted(name).items():
-        found = torch.tensor([number for rank in ended for number in rank.value[parameter]])
+        found = elements(name, ranks)["master"][parameter]
         exact = name == "lion" or (name == "muon" and parameter in MATRICES)
         torch.testing.assert_close(found, expected.flatten(), rtol=0 if exact else ROUNDING, atol=0, msg=parameter)
 
 
+@pytest.mark.multi
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_blocks_in_8_bits_that_ranks_share_are_those_of_one_rank(ranks: int) -> None:
+    alone = elements("adamw-8bit", 1)
+    for slot, held in elements("adamw-8bit", ranks).items():
+        for parameter, found in held.items():
+            assert torch.equal(found, alone[slot][parameter]), (slot, parameter)
+    different = {key: found.unique().numel() / found.numel() for key, found in alone["exp_avg"].items()}
+    assert different["layers.1.wide"] < 0.7, "in 8 bits"
+    assert different["layers.0.up"] > 0.9, "too small"
+
+
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizers, "installed", lambda module: False)
+    monkeypatch.setattr(optimizers, "version", lambda package: "1" if package == "torch" else None)
     optimizers.require_optimizer(recipe("adamw", 1).optimizer)
-    with pytest.raises(RunError, match=r"^optimizer\.name=lion: lion_pytorch is not installed: pip install 'lion-"):
-        optimizers.require_optimizer(recipe("lion", 1).optimizer)
+    for name, package in (("lion", "lion-pytorch"), ("adamw-8bit", "torchao")):
+        with pytest.raises(RunError, match=rf"name={name}: {package} is not installed: pip install '{package}>=0"):
+            optimizers.require_optimizer(recipe(name, 1).optimizer)

@@ -98,6 +98,7 @@ def allocated(recipe_name: str, overrides: list[str]) -> int:
         ("middle", ["ema={decay: 0.9}", "branch.layers=3"]),
         ("middle", ["ema=null", "optimizer.name=lion"]),
         ("middle", ["ema=null", "optimizer.name=muon"]),
+        ("middle", ["ema=null", "optimizer.name=adamw-8bit"]),
     ],
 )
 def test_held_memory_is_what_deepspeed_allocates(model: str, settings: list[str], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ STEPS = 20
 OPTIMIZERS = {
     "lion": ("optimizer.name=lion", "optimizer.lr=5e-5", "optimizer.betas=[0.9, 0.99]", "optimizer.weight_decay=0.1"),
     "muon": ("optimizer.name=muon", "optimizer.lr=1e-3", "optimizer.weight_decay=0.1"),
+    "adamw-8bit": ("optimizer.name=adamw-8bit", "optimizer.lr=1e-3"),
 }
 # Clipped in every step; the parameters are those of several layers, and some slices on 4 ranks are padded.
 SETTINGS = (f"steps={STEPS}", *runs.TINY, "optimizer.clip=0.5", "ema=null", "checkpoint.every=8")
