@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .errors import BadSample, DataError, DataLost, DataMissing
 
 if TYPE_CHECKING:
+    from .caption_choice import CaptionChoice
     from .mixed_dataset import MixedDataset, open_sources
     from .mixture import MixedPlan, PlannedSource, Segment
     from .plan import Located, Plan, SampleOrder, Share, rank_positions
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .write import index_shards, verify, write_shard
 
 _MODULES = {
+    "caption_choice": ("CaptionChoice",),
     "mixed_dataset": ("MixedDataset", "open_sources"),
     "mixture": ("MixedPlan", "PlannedSource", "Segment"),
     "plan": ("Located", "Plan", "SampleOrder", "Share", "rank_positions"),
@@ -36,6 +38,7 @@ __all__ = [
     "BadSample",
     "BadSamples",
     "Batch",
+    "CaptionChoice",
     "DataError",
     "DataLost",
     "DataMissing",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .caption_choice import KEY_TXT, CaptionChoice
 from .errors import DataError
 from .joined_headers import JoinedHeaders, part_of
 from .shards import Dataset, open_dataset
@@ -23,6 +24,10 @@ class MixedDataset(Dataset):
     def source(self, shard: int) -> int:
         return part_of(self._starts, shard)
 
+    def choice(self, shard: int) -> CaptionChoice:
+        part = self.source(shard)
+        return self.parts[part].choice(shard - self._starts[part])
+
     def source_shards(self, shard: int) -> range:
         return range(*self._starts[(source := self.source(shard)) : source + 2])
 
@@ -32,14 +37,16 @@ def open_sources(
     rank: int = 0,
     gather: Gather = lambda value: [value],
     broadcast: Broadcast | None = None,
+    captions: Sequence[CaptionChoice] | None = None,
 ) -> MixedDataset:
-    """Open the shards of named sources; see `open_dataset`. sources: name and shards of each. Raises DataError, with
-    the name of the source, also when two of them have the same content."""
+    """Open the shards of named sources; see `open_dataset`. sources: name and shards of each. captions: of each; None:
+    KEY.txt. Raises DataError, with the name of the source, also when two of them have the same content."""
+    choices = captions or [KEY_TXT] * len(sources)
     parts: list[Dataset] = []
     seen: dict[str, str] = {}
-    for name, shards in sources:
+    for (name, shards), choice in zip(sources, choices, strict=True):
         try:
-            parts.append(open_dataset(shards, rank=rank, gather=gather, broadcast=broadcast))
+            parts.append(open_dataset(shards, rank=rank, gather=gather, broadcast=broadcast, captions=choice))
         except DataError as error:
             raise type(error)(f"data.sources, {name}: {error}") from error
         if (other := seen.setdefault(parts[-1].fingerprint, name)) != name:

@@ -42,6 +42,9 @@ class _Sample(NamedTuple):
     shard: int
     sample: int
     """Number within the shard."""
+    epoch: int
+    index: int
+    """Number within the dataset. With the epoch it decides which caption is read."""
 
 
 class _Span(NamedTuple):
@@ -85,15 +88,15 @@ class _Merged(Range):
 class ReadAhead:
     """The requests of one thread for the samples of its micro-batches.
 
-    samples: micro-batch -> shard and number within the shard of each of its samples. numbers: the thread's
-    micro-batches in the order in which it reads them. Until `close`, the dataset takes responses from here.
+    samples: micro-batch -> shard, number within the shard, epoch and index of each of its samples. numbers: the
+    thread's micro-batches in the order in which it reads them. Until `close`, the dataset takes responses from here.
 
     More is requested once three quarters are used: the more samples are requested at a time, the more are close
     together.
     """
 
     def __init__(
-        self, dataset: Dataset, samples: Callable[[int], Iterable[tuple[int, int]]], numbers: Iterable[int]
+        self, dataset: Dataset, samples: Callable[[int], Iterable[tuple[int, int, int, int]]], numbers: Iterable[int]
     ) -> None:
         self.pid = os.getpid()
         self._thread = threading.get_ident()
@@ -254,7 +257,7 @@ class ReadAhead:
                 self._held.append(sample)
                 header = self._dataset.headers[shard]
                 return header.bytes // header.samples
-            spans = self._dataset.spans(shard, sample.sample)
+            spans = self._dataset.spans(shard, sample.sample, sample.epoch, sample.index)
         except DataError:  # the reader raises it when it gets there
             self._remote[shard] = False
             self._forget(shard)

@@ -278,7 +278,7 @@ class _MicroBatches(TorchDataset):
                 items.append(self.samples.read(epoch, shard, sample, index, replaced))
                 sources.append(self.dataset.source(shard))
                 bad += sources[-1:] * (len(replaced) - len(bad))
-            names = [self.dataset.name(item.origin[0], item.key) for item in items]
+            names = [self.dataset.name(item.origin[0], item.key, item.caption_member) for item in items]
             return Batch(self.collate(items), [item.key for item in items], replaced, names, sources, bad)
         except Exception as error:  # an exception raised in a worker reaches the caller as the text of a traceback
             if isinstance(error, DataError):
@@ -299,7 +299,7 @@ class _MicroBatches(TorchDataset):
             self._ahead = ReadAhead(self.dataset, self._samples, numbers)
         self._ahead.advance(number)
 
-    def _samples(self, number: int) -> Iterator[tuple[int, int]]:
-        """Shard and number within it of each sample of a micro-batch."""
-        located = self._locate(number)
-        return zip(located.shard.tolist(), located.sample.tolist(), strict=True)
+    def _samples(self, number: int) -> Iterator[tuple[int, int, int, int]]:
+        """Shard, number within it, epoch and index of each sample of a micro-batch."""
+        epoch, shard, sample, index = (part.tolist() for part in self._locate(number))
+        return zip(shard, sample, epoch, index, strict=True)

@@ -11,6 +11,7 @@ from itertools import chain
 import numpy as np
 
 from .errors import BadSample, DataError
+from .index import CAPTION_TYPE
 from .shards import Dataset
 from .transforms import decode_sizes
 
@@ -32,6 +33,8 @@ class Item:
     """The same image at the loader's further sizes."""
     origin: tuple[int, int] = (0, 0)
     """Shard and number within it of the sample that was read."""
+    caption_member: str = CAPTION_TYPE
+    """Extension of the member that the caption is from, drawn for the planned sample."""
 
 
 class ReadableSamples:
@@ -40,17 +43,19 @@ class ReadableSamples:
     def __init__(self, dataset: Dataset, image_sizes: tuple[int, ...]) -> None:
         self.dataset = dataset
         self.image_sizes = image_sizes
-        self._bad: dict[tuple[int, int], BadSample] = {}
+        self._bad: dict[tuple[int, int, str | None], BadSample] = {}
+        """By place and member of the caption: another caption of the sample may be readable."""
 
     def read(self, epoch: int, shard: int, sample: int, index: int, replaced: list[tuple[str, str]]) -> Item:
         """The planned sample, or the first readable one after it: within its shard, wrapping, then in the other shards
         of its source.
         Appends key and reason of an unreadable planned sample to `replaced`. Raises DataError if none is readable."""
         planned = None
-        for candidate in self._candidates(shard, sample):
+        for place in self._candidates(shard, sample):
+            candidate = *place, self.dataset.caption_member(*place, epoch, index)
             if candidate not in self._bad:
                 try:
-                    raw = self.dataset.read(*candidate)
+                    raw = self.dataset.read(*place, epoch, index)
                     try:
                         image, *others = decode_sizes(raw.image, self.image_sizes)
                     except ValueError as error:
@@ -60,7 +65,7 @@ class ReadableSamples:
                 else:
                     if planned:
                         replaced.append((planned.key, planned.reason))
-                    return Item(epoch, index, raw.key, image, raw.caption, tuple(others), candidate)
+                    return Item(epoch, index, raw.key, image, raw.caption, tuple(others), place, raw.caption_member)
             planned = planned or self._bad[candidate]
         raise DataError(f"no sample of the dataset is readable, the first: {planned}; name other shards")
 

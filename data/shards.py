@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .caption_choice import KEY_TXT, CaptionChoice
 from .catalogue import Headers
 from .catalogued import open_catalogued
 from .errors import BadSample, DataError, DataLost
@@ -29,9 +30,12 @@ from .remote_file import RemoteFile
 from .shard_list import expand
 from .spread import Broadcast, Gather, from_first, spread
 from .transforms import clean_caption
+from .units import counted
 
 NEAR = 1 << 20
 """Gap in bytes between an image and its caption up to which one read is cheaper than two."""
+LOOKED_AT = 8
+"""Shards whose indexes are searched for the members that captions are chosen from."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class RawSample:
     image: bytes
     """The image file as stored."""
     caption: str
+    caption_member: str = CAPTION_TYPE
+    """Extension of the member that the caption is from."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +71,15 @@ def open_dataset(
     gather: Gather = lambda value: [value],
     broadcast: Broadcast | None = None,
     mixed: bool = False,
+    captions: CaptionChoice = KEY_TXT,
 ) -> Dataset:
     """Open indexed shards for reading.
 
     spec: path, folder or fsspec URL, or several; `{00000..02047}` and wildcards are expanded. max_open: shards kept
-    open. mixed: whether a folder may hold held-out shards together with others. rank, gather, broadcast: of the ranks
-    that open the same dataset; each then checks its share of the shards. Raises DataError, on all ranks, when a shard
-    or its index is missing or inconsistent, or when no shard has a caption.
+    open. mixed: whether a folder may hold held-out shards together with others. captions: the members that captions are
+    read from. rank, gather, broadcast: of the ranks that open the same dataset; each then checks its share of the
+    shards. Raises DataError, on all ranks, when a shard or its index is missing or inconsistent, when no shard has a
+    caption, or when one of several members of `captions` is not found.
     """
     catalogued = open_catalogued(spec, mixed, rank, gather)
     if catalogued:
@@ -81,20 +89,51 @@ def open_dataset(
         headers = spread(open_header, shards, rank, gather)
     if not any(header.samples for header in headers):
         raise DataError(f"{format_shards(shards)}: no images; name shards that have some")
-    if not any(header.captions for header in headers):
+    dataset = Dataset(shards, headers, max_open, captions)
+    if captions.only != CAPTION_TYPE:
+        from_first(lambda: _require_members(dataset), rank, gather, broadcast)
+    elif not any(header.captions for header in headers):
         raise DataError(
             f"{format_shards(shards)}: no captions (KEY.txt next to each image); make shards that have some with"
             " `bifrost data ingest`"
         )
-    return Dataset(shards, headers, max_open)
+    return dataset
+
+
+def _require_members(dataset: Dataset) -> None:
+    """DataError for a member of the dataset's captions that none of its samples has, in shards spread evenly."""
+    filled = np.flatnonzero(dataset.samples_per_shard)
+    some = filled[:: max(1, len(filled) // LOOKED_AT)].tolist()
+    missing, kinds, seen = set(dataset.captions.weights), set(), 0
+    for shard in some:
+        for sample in range(int(dataset.samples_per_shard[shard])):
+            members = dataset.entry(shard, sample)[1]
+            kinds.update(members)
+            missing -= members.keys()
+            seen += 1
+            if not missing:
+                return
+    names, there = (", ".join(f".{kind}" for kind in sorted(each)) for each in (missing, kinds))
+    raise DataError(
+        f"{format_shards(dataset.shards)}: no captions in KEY{names}: {seen:,} samples of {counted(len(some), 'shard')}"
+        f" have {there}; name members that are there in `captions`, or make shards that have more with `bifrost data"
+        " ingest`"
+    )
 
 
 class Dataset:
     """Random access to the samples of many shards; a fork may keep using files that its parent opened."""
 
-    def __init__(self, shards: list[str], headers: list[Header] | Headers | JoinedHeaders, max_open: int = 64) -> None:
+    def __init__(
+        self,
+        shards: list[str],
+        headers: list[Header] | Headers | JoinedHeaders,
+        max_open: int = 64,
+        captions: CaptionChoice = KEY_TXT,
+    ) -> None:
         self.shards = shards
         self.headers = headers
+        self.captions = captions
         if isinstance(headers, Headers):
             samples, hashes = headers.samples, headers.hexadecimal()
         else:
@@ -125,9 +164,15 @@ class Dataset:
         """The shards of the same source."""
         return range(len(self.shards))
 
-    def name(self, shard: int, key: str) -> str:
-        """Globally unique name of a sample: its shard's content hash and its key, which other shards may use too."""
-        return f"{self.headers[shard].sha256} {key}"
+    def choice(self, shard: int) -> CaptionChoice:
+        """What chooses among the captions of a shard's samples."""
+        return self.captions
+
+    def name(self, shard: int, key: str, caption_member: str = CAPTION_TYPE) -> str:
+        """Globally unique name of a sample: its shard's content hash and its key, which other shards may use too. With
+        a caption from another member than KEY.txt, it is that member's name."""
+        member = "" if caption_member == CAPTION_TYPE else f".{caption_member}"  # a key ends at its first dot
+        return f"{self.headers[shard].sha256} {key}{member}"
 
     def entry(self, shard: int, sample: int) -> tuple[str, Members]:
         """Key and members of one sample; raises DataError like `read`."""
@@ -136,27 +181,49 @@ class Dataset:
         except ValueError as error:
             raise error if isinstance(error, DataError) else damaged(self.shards[shard]) from None
 
-    def read(self, shard: int, sample: int) -> RawSample:
-        """One sample, by shard number and number within the shard.
+    def caption_member(self, shard: int, sample: int, epoch: int, index: int) -> str | None:
+        """Extension of the caption that `read` reads; None if the sample has none. Raises DataError like `entry`."""
+        choice = self.choice(shard)
+        return choice.only or choice.among(self.entry(shard, sample)[1], epoch, index)
+
+    def read(self, shard: int, sample: int, epoch: int = 0, index: int = 0) -> RawSample:
+        """One sample, by shard number and number within the shard. epoch, index: of the planned sample, for which one
+        of several captions is drawn.
 
         Raises BadSample when it is truncated or its caption is missing, empty or not UTF-8; DataError when the shard
         cannot be read at all.
         """
         key, members = self.entry(shard, sample)
+        return self._sample(shard, key, members, self.choice(shard).among(members, epoch, index))
+
+    def read_any(self, shard: int, sample: int) -> RawSample:
+        """`read`, with the first of its captions that is usable."""
+        key, members = self.entry(shard, sample)
+        problem = BadSample(key, "no caption")
+        for kind in self.choice(shard).weights:
+            try:
+                return self._sample(shard, key, members, kind if kind in members else None)
+            except BadSample as error:
+                problem = error
+        raise problem
+
+    def _sample(self, shard: int, key: str, members: Members, kind: str | None) -> RawSample:
+        """The sample with the caption of extension `kind`; None: BadSample, once the image was read."""
         parts: dict[str, bytes] = {}
-        for wanted in _adjacent(members):
+        for wanted in _adjacent(members, kind):
             parts |= self._members(shard, key, wanted)
-        if CAPTION_TYPE not in parts:
+        if kind is None:
             raise BadSample(key, "no caption")
         try:
-            caption = clean_caption(parts[CAPTION_TYPE])
+            caption = clean_caption(parts[kind])
         except ValueError as error:
             raise BadSample(key, str(error)) from None
-        return RawSample(key, parts[str(image_type(members))], caption)
+        return RawSample(key, parts[str(image_type(members))], caption, kind)
 
-    def spans(self, shard: int, sample: int) -> list[tuple[int, int]]:
+    def spans(self, shard: int, sample: int, epoch: int = 0, index: int = 0) -> list[tuple[int, int]]:
         """Start and size in bytes of each range that `read` reads; raises DataError like `entry`."""
-        return [_span(wanted) for wanted in _adjacent(self.entry(shard, sample)[1])]
+        members = self.entry(shard, sample)[1]
+        return [_span(wanted) for wanted in _adjacent(members, self.choice(shard).among(members, epoch, index))]
 
     def _members(self, shard: int, key: str, wanted: Members) -> dict[str, bytes]:
         """Content of adjacent members from one read; each is checked against the tar header before it."""
@@ -193,11 +260,11 @@ class Dataset:
         return _Shard(index, open_file(url, index.header.bytes, self.opened.fetch))
 
 
-def _adjacent(members: Members) -> list[Members]:
-    """A sample's image and caption, grouped by the range that they are read with."""
+def _adjacent(members: Members, caption: str | None) -> list[Members]:
+    """A sample's image and the member `caption`, grouped by the range that they are read with."""
     image = image_type(members)
     assert image is not None, "only samples with an image are indexed"
-    wanted = {kind: members[kind] for kind in (image, CAPTION_TYPE) if kind in members}
+    wanted = {kind: members[kind] for kind in (image, caption) if kind is not None}
     _, length = _span(wanted)
     if length <= sum(size for _, size in wanted.values()) + NEAR:
         return [wanted]

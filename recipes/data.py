@@ -41,6 +41,19 @@ def _is_weight(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
+def caption_members(value: dict[str, float]) -> dict[str, float]:
+    """Extensions of text members, as shards name them."""
+    if not value:
+        raise ValueError("no member named; give one such as {txt: 1}, or null for KEY.txt")
+    for kind in value:
+        if not kind or kind != kind.lower() or kind.startswith(".") or "/" in kind:
+            raise ValueError(f"{kind!r} is not an extension; of KEY.short.txt it is short.txt, in lower case")
+    return value
+
+
+Captions = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(caption_members)]
+
+
 class Source(Section):
     """One of several data sets."""
 
@@ -54,6 +67,11 @@ class Source(Section):
     repeats: float | None = Field(default=None, gt=0)
     """Instead of weights: epochs of this source per epoch of the mixture, so that its share is in proportion to its
     samples; null is 1."""
+    captions: Captions | None = None
+    """Its captions, like `data.captions`; null: those."""
+    caption_dropout: float | None = Field(default=None, ge=0, le=1)
+    """Probability that one of its captions is replaced by an empty one; null: that of the stage,
+    `branch.caption_dropout` or `flux.caption_dropout`."""
 
     def weight_at(self, batch: int) -> float | None:
         """The weight in global batch `batch`, counted from 0."""
@@ -67,6 +85,9 @@ class Data(Section):
     """Training shards: a path, folder or URL, with braces and wildcards expanded, or a list of these."""
     sources: list[Source] | None = Field(default=None, min_length=1)
     """Several data sets in a fixed ratio, instead of `shards`; see docs/data.md."""
+    captions: Captions | None = None
+    """Members of a sample of which one is its caption, with weights, such as `{txt: 3, short.txt: 1}`: drawn per sample
+    and epoch among those that it has. Null: KEY.txt. See docs/data.md."""
     image_size: int = Field(default=448, gt=0)
     """Side in pixels of the square image given to the vision encoder; a multiple of patch size x merge size (28)."""
     workers: int = Field(default=4, ge=0, le=128)
@@ -108,6 +129,12 @@ class Data(Section):
         """All shards, as the recipe names them."""
         specs = [source.shards for source in self.sources] if self.sources else [self.shards or []]
         return [one for spec in specs for one in ([spec] if isinstance(spec, str) else spec)]
+
+    @property
+    def caption_members(self) -> set[str]:
+        """Members that captions are read from, of all sources."""
+        used = [source.captions or self.captions for source in self.sources] if self.sources else [self.captions]
+        return {kind for captions in used for kind in captions or {"txt": 1.0}}
 
     def weights(self, samples: list[int], batch: int = 0) -> list[Fraction]:
         """The exact share of each of `sources` in global batch `batch`, up to a common factor; samples: their numbers

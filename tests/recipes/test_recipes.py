@@ -471,3 +471,30 @@ def test_sources_that_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message) as refused:
         load_recipe("tiny-mllm", overrides)
     assert "\n" not in str(refused.value)
+
+
+def test_captions(tmp_path) -> None:
+    """Extensions with dots stay keys, also in a stored recipe."""
+    recipe = load_recipe("tiny-mllm", ["data.captions={txt: 3, a.short.txt: 0.5}"])
+    assert recipe.data.captions == {"txt": 3, "a.short.txt": 0.5}
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "recipe.yaml", stored=True).data.captions == recipe.data.captions
+    sources = SOURCES.replace("weight: 0.3", "weight: 0.3, captions: {long.txt: 1}, caption_dropout: 0.5")
+    mixed = load_recipe("tiny-mllm", ["data.shards=null", "data.captions={txt: 1, short.txt: 1}", sources]).data
+    assert mixed.caption_members == {"txt", "short.txt", "long.txt"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.captions={}", r"data\.captions: no member named; give one such as \{txt: 1\}, or null for KEY\.txt"),
+        ("data.captions={.short.txt: 1}", r"'\.short\.txt' is not an extension; of KEY\.short\.txt it is short\.txt"),
+        ("data.captions={Short.txt: 1}", "in lower case"),
+        ("data.captions={txt: 0}", r"data\.captions\.txt: input should be greater than 0"),
+        ("data.captions=[txt]", r"data\.captions: "),
+    ],
+)
+def test_captions_that_are_refused(override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as refused:
+        load_recipe("tiny-mllm", [override])
+    assert "\n" not in str(refused.value)

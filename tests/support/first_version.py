@@ -33,6 +33,7 @@ LATER = (
     "controlnet.bridge",
     "controlnet.connector",
     "data.sources",
+    "data.captions",
     "controlnet.latents",
     "controlnet.mllm",
     "controlnet.decode_steps",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ...data.index import CAPTION_TYPE
 from ...data.progress import progress
 from ...data.units import counted
 from ...slurm.io import write_json
@@ -81,7 +82,9 @@ def _print(found: Replay, out: Path) -> None:
         console.print(line, soft_wrap=True)
     drawn = [name for name in found.samples[0] if name.startswith(("mask_rate", "noise_level"))]
     named = ["source"] if "source" in found.samples[0] else []
-    table = Table("loss", *named, "key", *(name.replace("_", " ") for name in drawn), "caption")
+    chosen = any(item.caption_member != CAPTION_TYPE for item in found.items)
+    names = [name.replace("_", " ") for name in drawn]
+    table = Table("loss", *named, "key", *names, *(["member"] if chosen else []), "caption")
     order = found.highest_loss(SHOWN)
     for sample in (found.samples[i] for i in order):
         change = next((name for name in ("dropped", "exchanged") if sample.get(f"caption_{name}")), None)
@@ -89,6 +92,7 @@ def _print(found: Replay, out: Path) -> None:
         if sample.get("latents_predicted"):
             caption = f"(predicted latents) {caption}"
         cells = [*(sample[name] for name in named), sample["key"], *(f"{sample[name]:.3f}" for name in drawn)]
+        cells += [sample["caption_member"]] if chosen else []
         table.add_row(f"{sample['loss']:.4g}", *cells, caption)
     console.print(table)
     if len(order) < len(found.samples):

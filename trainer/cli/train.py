@@ -116,8 +116,7 @@ def encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: RanksOpti
             stage = open_patch_latents(settings)
         else:
             stage = open_controlnet(settings, predictor=PredictedOutputs.open)
-        shards = settings.data.named, settings.validation.shards
-        leave(precompute(stage.outputs(), *shards, settings.micro_batch))
+        leave(precompute(stage.outputs(), settings.data, settings.validation.shards, settings.micro_batch))
     leave(run_ranks(ranks, ["data", "encode", recipe, *(overrides or [])]))
 
 

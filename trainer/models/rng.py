@@ -26,6 +26,7 @@ class Stream(IntEnum):
     PREDICTED_LATENTS = 8
     LATENT_NOISE = 9
     LATENT_NOISE_LEVEL = 10
+    CAPTION = 11
 
 
 def states(seed: int, stream: Stream, epoch: IntArray, index: IntArray) -> npt.NDArray[np.uint64]:
@@ -44,8 +45,10 @@ def uniform(seed: int, stream: Stream, epoch: IntArray, index: IntArray, lanes: 
     return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
-def chosen(seed: int, stream: Stream, epoch: IntArray, index: IntArray, share: float) -> npt.NDArray[np.bool_]:
-    """Bool [B]: each sample is chosen with probability `share`."""
+def chosen(
+    seed: int, stream: Stream, epoch: IntArray, index: IntArray, share: float | npt.NDArray[np.float64]
+) -> npt.NDArray[np.bool_]:
+    """Bool [B]: each sample is chosen with probability `share`, of all or of each [B]."""
     return uniform(seed, stream, epoch, index, 1)[:, 0] < share
 
 

@@ -15,6 +15,7 @@ from ...recipes.schema import ControlNet, Kernels
 from ..distributed.process_group import Ranks
 from ..models.rng import IntArray
 from ..models.weights import Source, WeightFiles
+from .caption_dropout import CaptionDropout
 from .latent_cache import FrozenWeights, Predictor
 
 if TYPE_CHECKING:
@@ -108,6 +109,10 @@ class Stage(Protocol):
 
     def collate(self, dataset: Dataset) -> Collate:
         """Items of a micro-batch of `dataset` -> arguments of the model."""
+        ...
+
+    def dropout(self, dataset: Dataset) -> CaptionDropout:
+        """Which captions `collate` drops of items of `dataset`."""
         ...
 
     def validation_collates(self, shards: str | list[str], ranks: Ranks) -> dict[str, Collate]:

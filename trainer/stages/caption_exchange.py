@@ -37,8 +37,14 @@ class CaptionExchange:
         count = int(self.dataset.samples_per_shard[shard])
         for following in range(number + 1, number + count):
             try:
-                found = self.dataset.read(shard, following % count)
+                found = self.dataset.read(shard, following % count, item.epoch, item.index)
             except BadSample:
                 continue
-            return replace(item, key=found.key, caption=found.caption, origin=(shard, following % count))
+            return replace(
+                item,
+                key=found.key,
+                caption=found.caption,
+                origin=(shard, following % count),
+                caption_member=found.caption_member,
+            )
         return item

@@ -28,6 +28,7 @@ from ..models.kernel_selection import KernelChoice, VisionWork, choose_kernels
 from ..models.rng import IntArray
 from ..models.text_bridge_config import BridgeConfig, TextBridgeConfig, bridge_config
 from . import VALIDATION_SEED
+from .caption_dropout import CaptionDropout
 from .caption_exchange import CaptionExchange
 from .controlnet_collate import Cached, ControlNetCollate
 from .controlnet_model import LatentControlNetModel
@@ -211,16 +212,20 @@ class ControlNetStage:
         share = self.flux.caption_exchange
         exchange = CaptionExchange(dataset, self.seed, share) if share else None
         cached = Cached(caches, self.controlnet.drawn_share)
-        inputs = self.folder.tokenizers, self.latents, cached, self.seed, self.flux.caption_dropout
+        inputs = self.folder.tokenizers, self.latents, cached, self.seed, self.dropout(dataset)
         return ControlNetCollate(*inputs, exchange=exchange, draws=self.flux.draws)
+
+    def dropout(self, dataset: Dataset) -> CaptionDropout:
+        return CaptionDropout(self.seed, self.flux.caption_dropout, self.data, dataset)
 
     def validation_collates(self, shards: str | list[str], ranks: Ranks) -> dict[str, ControlNetCollate]:
         data = self.data.model_copy(update={"shards": shards, "sources": None})
         caches = open_caches(self.outputs(), data, ranks.rank, ranks.size, ranks.gather, ranks.broadcast)
         middles = [(level + 0.5) / VALIDATION_LEVELS for level in range(VALIDATION_LEVELS)]
         cached = Cached(caches, self.controlnet.drawn_share)
-        inputs = self.folder.tokenizers, self.latents, cached, VALIDATION_SEED
-        return {f"noise_{middle:.4g}": ControlNetCollate(*inputs, 0.0, middle) for middle in middles}
+        none = CaptionDropout(VALIDATION_SEED, 0.0)
+        inputs = self.folder.tokenizers, self.latents, cached, VALIDATION_SEED, none
+        return {f"noise_{middle:.4g}": ControlNetCollate(*inputs, middle) for middle in middles}
 
     def mean_loss(self, sums: list[float]) -> float:
         squares, count, noisier, noisier_count, _ = sums

@@ -14,6 +14,7 @@ from ...data import Item, stacked
 from ..models.draws import gaussian
 from ..models.flux import FluxTokenizers
 from ..models.rng import Stream, chosen, uniform
+from .caption_dropout import CaptionDropout
 from .caption_exchange import CaptionExchange
 from .latent_cache import Cache, Kind
 
@@ -40,7 +41,7 @@ class ControlNetCollate:
         latents: tuple[int, int, int],
         cached: Cached,
         seed: int,
-        dropout: float,
+        dropout: CaptionDropout,
         noise_level: float | None = None,
         exchange: CaptionExchange | None = None,
         draws: int = 1,
@@ -58,7 +59,7 @@ class ControlNetCollate:
     def __call__(self, items: list[Item]) -> dict[str, Any]:
         epoch = np.array([item.epoch for item in items], dtype=np.int64)
         index = np.array([item.index for item in items], dtype=np.int64)
-        dropped = chosen(self.seed, Stream.CAPTION_DROPOUT, epoch, index, self.dropout).tolist()
+        dropped = self.dropout(items).tolist()
         predicted = chosen(self.seed, Stream.PREDICTED_LATENTS, epoch, index, self.predicted_share).tolist()
         channels, height, width = self.latents
         rows = len(items) * self.draws

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...data import DataError, DataMissing, Dataset, RawSample
 from ...data.files import File, OpenShards, content, open_file
-from ...data.index import HEADER_LIMIT
+from ...data.index import CAPTION_TYPE, HEADER_LIMIT
 from ...data.mixture import MOST_OPEN
 from ...data.remote import filesystem, size_of
 from ...data.retry import call
@@ -159,9 +159,21 @@ def open_caches(
     """
     if not outputs:
         return {}
-    dataset = open_training_data(data, rank, gather, broadcast)
+    require_one_caption(outputs, data)
+    dataset = open_training_data(data, 0, rank, gather, broadcast)
     most_open = max(64, 2 * data.shuffle_window, min(MOST_OPEN, 2 * data.shuffle_window * len(data.sources or ())))
     return {one.kind: _open_cache(one, dataset, most_open, rank, ranks, gather) for one in outputs}
+
+
+def require_one_caption(outputs: Sequence[FrozenOutputs], data: Data) -> None:
+    """RunError when `data` chooses among captions that one of `outputs` is computed from."""
+    of_caption = next((one for one in outputs if one.kind in ("text", "predicted")), None)
+    if of_caption is not None and data.caption_members != {CAPTION_TYPE}:
+        raise RunError(
+            f"{of_caption.setting}: a cache has one output per sample, that of KEY.txt, but captions are read from"
+            f" {', '.join(sorted(data.caption_members))}; leave out the captions of data, or do not cache what depends"
+            " on them"
+        )
 
 
 def _open_cache(

@@ -15,7 +15,8 @@ from ...data import Item, stacked
 from ...recipes.schema import Branch
 from ..models.masking import draw_masks, hidden_counts
 from ..models.prompt import PromptTemplate
-from ..models.rng import IntArray, Stream, chosen, states
+from ..models.rng import IntArray, Stream, states
+from .caption_dropout import CaptionDropout
 from .latent_cache import Cache
 
 
@@ -26,11 +27,18 @@ class PatchLatentCollate:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, branch: Branch, seed: int, tokens: int, cache: Cache | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        branch: Branch,
+        seed: int,
+        tokens: int,
+        cache: Cache | None = None,
+        dropout: CaptionDropout | None = None,
     ) -> None:
-        """tokens: N. cache: of the patch latents, of the shards that items come from."""
+        """tokens: N. cache: of the patch latents, of the shards that items come from. dropout: None: with the branch's
+        probability, whatever the source."""
         self.template = PromptTemplate(tokenizer, branch.max_text_tokens)
-        self.dropout = branch.caption_dropout
+        self.dropout = dropout or CaptionDropout(seed, branch.caption_dropout)
         self.mask_rate, self.draws = branch.mask_rate, branch.draws
         self.flow = branch.head == "flow"
         self.seed = seed
@@ -40,8 +48,7 @@ class PatchLatentCollate:
     def __call__(self, items: list[Item]) -> dict[str, Any]:
         epoch = np.array([item.epoch for item in items], dtype=np.int64)
         index = np.array([item.index for item in items], dtype=np.int64)
-        dropped = chosen(self.seed, Stream.CAPTION_DROPOUT, epoch, index, self.dropout)
-        captions = ["" if drop else item.caption for drop, item in zip(dropped, items, strict=True)]
+        captions = ["" if drop else item.caption for drop, item in zip(self.dropout(items), items, strict=True)]
         input_ids, text_lengths = self.template.batch(captions)
         counts = hidden_counts(self.mask_rate, self.seed, epoch, index, self.tokens, self.draws)
         mask = draw_masks(self.seed, epoch, index, counts, self.tokens)

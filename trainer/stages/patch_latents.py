@@ -27,6 +27,7 @@ from ..models.prompt import PromptTemplate, load_tokenizer
 from ..models.rng import IntArray
 from . import VALIDATION_SEED
 from .branch_weights import text_layer
+from .caption_dropout import CaptionDropout
 from .latent_cache import Cache, FrozenOutputs, FrozenWeights, Kind, open_caches
 from .patch_latent_collate import PatchLatentCollate
 from .patch_latent_model import PatchLatentModel
@@ -183,7 +184,10 @@ class PatchLatentStage:
         assert self.tokenizer is not None
         caches = self.caches if self.caches is not None else self.open_caches()
         shapes = self.seed, self.tokens_per_image
-        return PatchLatentCollate(self.tokenizer, self.branch, *shapes, caches.get("vision"))
+        return PatchLatentCollate(self.tokenizer, self.branch, *shapes, caches.get("vision"), self.dropout(dataset))
+
+    def dropout(self, dataset: Dataset) -> CaptionDropout:
+        return CaptionDropout(self.seed, self.branch.caption_dropout, self.data, dataset)
 
     def validation_collates(self, shards: str | list[str], ranks: Ranks) -> dict[str, PatchLatentCollate]:
         assert self.tokenizer is not None

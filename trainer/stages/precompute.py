@@ -19,16 +19,18 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from ...data import DataError, Dataset, open_dataset
+from ...data import DataError, Dataset, MixedDataset, open_dataset
 from ...data.atomic import write_atomic
 from ...data.files import is_local
 from ...data.progress import track
 from ...data.tars import TarInput, scan
 from ...data.units import counted, format_bytes
 from ...data.write import write_shard
+from ...recipes.schema import Data
 from ..errors import RunError
 from . import latent_cache
 from .latent_cache import FrozenOutputs
+from .training_data import caption_choice, open_training_data
 
 TAR_BYTES = 4096
 """Upper bound of what tar, safetensors and indexes take per sample in addition to the values."""
@@ -36,18 +38,19 @@ EMPTY = "__empty__"
 """Key of the empty caption in a text cache."""
 
 
-def encode(
-    outputs: Sequence[FrozenOutputs], shards: str | list[str], held_out: str | list[str] | None, micro_batch: int
-) -> int:
+def encode(outputs: Sequence[FrozenOutputs], data: Data, held_out: str | list[str] | None, micro_batch: int) -> int:
     """Encode this rank's shards for each of `outputs`, skipping complete ones. Returns 0. held_out: shards to encode in
-    addition to the training data; micro_batch: samples encoded at a time.
+    addition to the training `data`; micro_batch: samples encoded at a time.
 
     RunError and DataError name what cannot be used.
     """
     rank, ranks, local = (int(os.environ.get(*d)) for d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    named = [[spec] if isinstance(spec, str) else spec for spec in (shards, held_out or [])]
-    dataset = open_dataset([shard for spec in named for shard in spec])
+    latent_cache.require_one_caption(outputs, data)
+    dataset = open_training_data(data)
+    if held_out:
+        further = open_dataset(held_out, captions=caption_choice(data.captions, 0))
+        dataset = MixedDataset(["training", "validation"], [dataset, further])
     if remote := [shard for shard in dataset.shards if not is_local(shard)]:
         raise RunError(f"{remote[0]}: a cache is written next to its shards, which must be local")
     encoders = [_Encoder(one, dataset, micro_batch, device) for one in outputs]
@@ -162,7 +165,7 @@ class _Encoder:
         """Key, and input of the frozen parts; None if unreadable."""
         key, _ = self.dataset.entry(shard, number)
         try:
-            return key, self.outputs.read(self.dataset.read(shard, number))
+            return key, self.outputs.read(self.dataset.read_any(shard, number))
         except DataError:
             raise
         except ValueError:  # training substitutes a neighbour

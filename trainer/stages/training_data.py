@@ -1,17 +1,35 @@
-"""Opens the training data of a recipe: one data set, or several sources."""
+"""Opens the training data of a recipe: one data set, or several sources, with the choice of their captions."""
 
 from __future__ import annotations
 
-from ...data import Dataset, open_dataset, open_sources
+from functools import partial
+
+import numpy as np
+
+from ...data import CaptionChoice, Dataset, open_dataset, open_sources
+from ...data.caption_choice import KEY_TXT
 from ...data.spread import Broadcast
+from ...recipes.data import Captions
 from ...recipes.schema import Data
 from ..distributed.process_group import Gather, single_process
+from ..models.rng import Stream, uniform
 
 
 def open_training_data(
-    data: Data, rank: int = 0, gather: Gather = single_process, broadcast: Broadcast | None = None
+    data: Data, seed: int = 0, rank: int = 0, gather: Gather = single_process, broadcast: Broadcast | None = None
 ) -> Dataset:
-    """The shards of `data.shards`, or of all `data.sources`; see `open_dataset`."""
+    """The shards of `data.shards`, or of all `data.sources`; see `open_dataset`. seed: of the choice of captions."""
     if data.sources is None:
-        return open_dataset(data.shards or [], rank=rank, gather=gather, broadcast=broadcast)
-    return open_sources([(source.name, source.shards) for source in data.sources], rank, gather, broadcast)
+        choice = caption_choice(data.captions, seed)
+        return open_dataset(data.shards or [], rank=rank, gather=gather, broadcast=broadcast, captions=choice)
+    choices = [caption_choice(source.captions or data.captions, seed) for source in data.sources]
+    return open_sources([(source.name, source.shards) for source in data.sources], rank, gather, broadcast, choices)
+
+
+def caption_choice(captions: Captions | None, seed: int) -> CaptionChoice:
+    """What chooses among the members `captions`; None: KEY.txt."""
+    return KEY_TXT if captions is None else CaptionChoice(captions, partial(_draw, seed))
+
+
+def _draw(seed: int, epoch: int, index: int) -> float:
+    return float(uniform(seed, Stream.CAPTION, np.array([epoch]), np.array([index]), 1)[0, 0])

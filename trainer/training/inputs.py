@@ -13,14 +13,15 @@ import numpy as np
 from ...data import Dataset, MixedDataset, MixedPlan, Plan, open_dataset
 from ...data.spread import Broadcast
 from ...data.units import counted
+from ...recipes.data import Captions
 from ...recipes.schema import Data
 from ...recipes.secrets import HIDDEN
 from ..distributed.process_group import Gather, single_process
 from ..errors import RunError
 from ..io import read_json
 from ..models.hub import from_cache
-from ..stages import Stage
-from ..stages.training_data import open_training_data
+from ..stages import VALIDATION_SEED, Stage
+from ..stages.training_data import caption_choice, open_training_data
 from .mixture import Segments, continued, mixed_plan, stored_segments
 from .setting_changes import FIXED, check_stage, check_unchanged
 
@@ -66,10 +67,11 @@ def open_inputs(
     broadcast: Broadcast | None = None,
 ) -> Inputs:
     """Open everything that a run reads; the ranks that `gather` connects divide the reading of shards. Raises RunError
-    or DataError for an input that cannot be used. seed: of the sample order; stage: opens the stage."""
+    or DataError for an input that cannot be used. seed: of the sample order and the choice of
+    captions; stage: opens the stage."""
     key = "data.shards" if data.sources is None else "data.sources"
     _require_signature(key, data.named)
-    dataset = open_training_data(data, rank, gather, broadcast)
+    dataset = open_training_data(data, seed, rank, gather, broadcast)
     if len(dataset) < global_batch:
         raise RunError(
             f"{key} hold {counted(len(dataset), 'sample')} in {counted(len(dataset.shards), 'shard')}, fewer than"
@@ -87,16 +89,19 @@ def open_inputs(
 
 def open_held_out(
     shards: str | list[str] | None,
+    captions: Captions | None,
     training: Dataset,
     rank: int = 0,
     gather: Gather = single_process,
     broadcast: Broadcast | None = None,
 ) -> Dataset | None:
-    """The data of `validation.shards`. RunError if some of it is training data, also under another name."""
+    """The data of `validation.shards`, with `data.captions`. RunError if some of it is training data, also under
+    another name."""
     if shards is None:
         return None
     _require_signature("validation.shards", shards)
-    held_out = open_dataset(shards, rank=rank, gather=gather, broadcast=broadcast)
+    choice = caption_choice(captions, VALIDATION_SEED)
+    held_out = open_dataset(shards, rank=rank, gather=gather, broadcast=broadcast, captions=choice)
     kept = {header.sha256: shard for shard, header in zip(held_out.shards, held_out.headers, strict=True)}
     for shard, header in zip(training.shards, training.headers, strict=True):
         if header.sha256 in kept:

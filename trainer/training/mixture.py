@@ -37,6 +37,19 @@ class SourceRecord:
     """See `Dataset.fingerprint`; it identifies the source."""
     shards: str | list[str]
     """As the recipe named them."""
+    captions: dict[str, float] | None = None
+    caption_dropout: float | None = None
+    """Like `Source`."""
+
+    def described(self, total: int) -> dict[str, Any]:
+        """Name, samples and share of the weights' `total`, and how captions are used if the recipe says so."""
+        captions = {"captions": self.captions, "caption_dropout": self.caption_dropout}
+        return {
+            "name": self.name,
+            "samples": self.samples,
+            "share": self.weight / total,
+            **{key: value for key, value in captions.items() if value is not None},
+        }
 
 
 @dataclass(frozen=True)
@@ -54,15 +67,24 @@ class MixtureSegment:
     def weights(self) -> dict[int, int]:
         return {source.number: source.weight for source in self.read}
 
+    @property
+    def uses(self) -> dict[int, tuple[Any, ...]]:
+        """What the segment fixes of every source that is read."""
+        return {source.number: (source.weight, source.captions, source.caption_dropout) for source in self.read}
+
     def described(self) -> list[dict[str, Any]]:
-        """Name, samples and share of every source that is read, for an event."""
+        """`SourceRecord.described` of every source that is read, for an event."""
         total = sum(self.weights.values())
-        return [
-            {"name": source.name, "samples": source.samples, "share": source.weight / total} for source in self.read
-        ]
+        return [source.described(total) for source in self.read]
 
     def __str__(self) -> str:
-        return ", ".join(f"{each['name']} {100 * each['share']:.4g} %" for each in self.described())
+        return ", ".join(map(_text, self.described()))
+
+
+def _text(source: dict[str, Any]) -> str:
+    """`photos 25 % (captions {"txt": 1}, caption_dropout 0.2)`"""
+    more = [f"{key} {json.dumps(source[key])}" for key in ("captions", "caption_dropout") if key in source]
+    return f"{source['name']} {100 * source['share']:.4g} %" + (f" ({', '.join(more)})" if more else "")
 
 
 Segments = tuple[MixtureSegment, ...]
@@ -91,8 +113,8 @@ def stored_segments(state: dict[str, Any] | None) -> Segments:
 
 def continued(earlier: Segments, data: Data, dataset: MixedDataset, batch: int, place: str) -> Segments:
     """The segments of a run that continues at global batch `batch` with `data.sources`: those before, one from there on
-    if sources or weights differ, and those that are scheduled. RunError when a source's name had another content.
-    place: names the run for it."""
+    if sources, weights or the use of captions differ, and those that are scheduled. RunError when a source's name had
+    another content. place: names the run for it."""
     known = [source for segment in earlier for source in segment.sources]
     numbers = {source.fingerprint: source.number for source in known}
     contents = {source.name: source.fingerprint for source in known}
@@ -104,13 +126,14 @@ def continued(earlier: Segments, data: Data, dataset: MixedDataset, batch: int, 
                 " new ones as a source of their own"
             )
         number = numbers.setdefault(part.fingerprint, len(numbers))
-        found.append(SourceRecord(source.name, number, 0, len(part), part.fingerprint, source.shards))
+        captions = source.captions or data.captions, source.caption_dropout
+        found.append(SourceRecord(source.name, number, 0, len(part), part.fingerprint, source.shards, *captions))
     places = {source.fingerprint: source.shards for source in found}
     # What began or was to begin at this batch or later was never trained on.
     segments = [_moved(each, places) for each in earlier if each.batch < batch]
     for start in (batch, *(change for change in data.changes if change > batch)):
         segment = _weighted(start, found, data)
-        if segments and segments[-1].sources[0].name is not None and segments[-1].weights == segment.weights:
+        if segments and segments[-1].sources[0].name is not None and segments[-1].uses == segment.uses:
             segments[-1] = replace(segment, batch=segments[-1].batch)
         else:
             segments.append(segment)
@@ -136,8 +159,8 @@ def _moved(segment: MixtureSegment, places: dict[str, str | list[str]]) -> Mixtu
 
 def new_segments(segments: Segments, state: dict[str, Any] | None) -> Segments:
     """Those of `segments` that the checkpoint with JSON `state` does not have: from its step on, or scheduled."""
-    before = {(each.batch, tuple(each.weights.items())) for each in stored_segments(state)}
-    return tuple(each for each in segments if (each.batch, tuple(each.weights.items())) not in before)
+    before = [(each.batch, each.uses) for each in stored_segments(state)]
+    return tuple(each for each in segments if (each.batch, each.uses) not in before)
 
 
 def mixed_plan(segments: Segments, dataset: MixedDataset, data: Data, global_batch: int, seed: int) -> MixedPlan:
@@ -167,7 +190,14 @@ def data_of(segment: MixtureSegment, data: Data) -> Data:
     if first.name is None:
         return data.model_copy(update={"shards": first.shards, "sources": None})
     sources = [
-        Source(name=str(source.name), shards=source.shards, weight=float(source.weight)) for source in segment.read
+        Source(
+            name=str(source.name),
+            shards=source.shards,
+            weight=float(source.weight),
+            captions=source.captions,
+            caption_dropout=source.caption_dropout,
+        )
+        for source in segment.read
     ]
     return data.model_copy(update={"sources": sources})
 

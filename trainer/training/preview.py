@@ -161,7 +161,7 @@ def _first(dataset: Dataset, count: int, sizes: tuple[int, ...]) -> tuple[list[s
             if len(captions) == count:
                 break
             with suppress(ValueError):  # unreadable: reported when training reads it
-                raw = dataset.read(shard, sample)
+                raw = dataset.read(shard, sample, 0, len(captions))
                 decoded.append(decode_sizes(raw.image, sizes))
                 captions.append(raw.caption)
     images = torch.from_numpy(np.stack([images[0] for images in decoded]).transpose(0, 3, 1, 2).copy())

@@ -31,7 +31,7 @@ from ..models.kernel_selection import KernelChoice
 from ..models.masking import draw_orders
 from ..models.rng import Stream, chosen
 from ..optim.train_state import TrainState
-from ..stages import Stage, StageModel
+from ..stages import StageModel
 from ..stages.controlnet import ControlNetStage
 from ..stages.patch_latents import PatchLatentStage
 from ..stages.unsharded import init_context
@@ -137,7 +137,7 @@ def replay(run: Path, place: Place, weights_step: int | None = None) -> Replay:
     items, arrays, replaced, losses = _passes(inputs, model, place.batch - 1, together, device)
     samples = [
         {**_identity(item, inputs.dataset), **drawn, "loss": loss, "caption": item.caption}
-        for item, drawn, loss in zip(items, _draws(recipe.seed, inputs.stage, items, arrays), losses, strict=True)
+        for item, drawn, loss in zip(items, _draws(recipe.seed, inputs, items, arrays), losses, strict=True)
     ]
     masks = torch.cat([part["mask"] for part in arrays]).unflatten(0, (len(items), -1)) if "mask" in arrays[0] else None
     at = TrainState(**reader.state["progress"]) if reader else TrainState()
@@ -221,15 +221,16 @@ def _identity(item: Item, dataset: Dataset) -> dict[str, Any]:
         "index": item.index,
         "shard": item.origin[0],
         "number": item.origin[1],
+        "caption_member": item.caption_member,
     }
 
 
-def _draws(seed: int, stage: Stage, items: Sequence[Item], arrays: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _draws(seed: int, inputs: Inputs, items: Sequence[Item], arrays: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What training draws for each sample from (seed, epoch, index)."""
+    stage, dropped = inputs.stage, inputs.stage.dropout(inputs.dataset)(items).tolist()
     epoch, index = (np.array([getattr(item, name) for item in items], dtype=np.int64) for name in ("epoch", "index"))
     if isinstance(stage, ControlNetStage):
         exchanged = chosen(seed, Stream.CAPTION_EXCHANGE, epoch, index, stage.flux.caption_exchange).tolist()
-        dropped = chosen(seed, Stream.CAPTION_DROPOUT, epoch, index, stage.flux.caption_dropout).tolist()
         predicted = chosen(seed, Stream.PREDICTED_LATENTS, epoch, index, stage.controlnet.drawn_share).tolist()
         drawn = sigmas(torch.cat([part["level"] for part in arrays])).view(len(items), -1).tolist()
         levels = [{"noise_level" + _suffix(draw): level for draw, level in enumerate(each)} for each in drawn]
@@ -240,7 +241,6 @@ def _draws(seed: int, stage: Stage, items: Sequence[Item], arrays: Sequence[dict
         ]
     else:
         assert isinstance(stage, PatchLatentStage)
-        dropped = chosen(seed, Stream.CAPTION_DROPOUT, epoch, index, stage.branch.caption_dropout).tolist()
         masks = torch.cat([part["mask"] for part in arrays]).unflatten(0, (len(items), -1))
         counts: Any = masks.sum(2).tolist()
         orders: Any = draw_orders(seed, epoch, index, stage.tokens_per_image, stage.branch.draws).reshape(masks.shape)
@@ -264,7 +264,7 @@ def _suffix(draw: int) -> str:
 def _digest(place: Place, before: str | None, dataset: Dataset, items: Sequence[Item]) -> str | None:
     if before is None:
         return None
-    names = (dataset.name(item.origin[0], item.key) for item in items)
+    names = (dataset.name(item.origin[0], item.key, item.caption_member) for item in items)
     found = SequenceDigest(before).advance(*SequenceDigest.fingerprint(names))
     logged = (place.line or {}).get("data_digest", found)
     if version(logged) == "1":  # logged before digests knew shards

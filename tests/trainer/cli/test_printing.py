@@ -24,8 +24,8 @@ ODD = "[/b] a [red]ball[/red], :cat:"
 @pytest.fixture
 def found() -> Replay:
     place = Place(1, 1, Stretch(0, 0, 1, 1, 1), None, None, {"reason": f"skipped {ODD}"}, ())
-    item = Item(0, 0, "[/k]", np.zeros((8, 8, 3), np.uint8), ODD)
-    sample = {"key": "[/k]", "loss": 1.0, "caption": ODD, "caption_dropped": False}
+    item = Item(0, 0, "[/k]", np.zeros((8, 8, 3), np.uint8), ODD, caption_member="[/m].txt")
+    sample = {"key": "[/k]", "loss": 1.0, "caption": ODD, "caption_member": "[/m].txt", "caption_dropped": False}
     return Replay(place, 0, True, [item], [sample], None, [("[/gone]", f"unread {ODD}")], None)
 
 

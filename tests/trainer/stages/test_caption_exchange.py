@@ -75,9 +75,9 @@ def test_a_dropped_caption_costs_no_read(shards: Path, monkeypatch: pytest.Monke
     reads: list[int] = []
     read = dataset.read
 
-    def counted(shard: int, sample: int) -> RawSample:
+    def counted(shard: int, sample: int, epoch: int, index: int) -> RawSample:
         reads.append(sample)
-        return read(shard, sample)
+        return read(shard, sample, epoch, index)
 
     monkeypatch.setattr(dataset, "read", counted)
     after = CaptionExchange(dataset, seed=0, share=1.0)(before, [True, False, True])

@@ -57,7 +57,7 @@ def test_stage_1_trains_alike_with_replicated_and_cached_frozen_parts(shards: Pa
     train(3, "replicated")
     train(5, "sharded")
     recipe = load_recipe("tiny-mllm", runs.arguments(shards, tmp_path, cached)[2:])
-    encode(open_patch_latents(recipe).outputs(), recipe.data.shards, None, recipe.micro_batch)
+    encode(open_patch_latents(recipe).outputs(), recipe.data, None, recipe.micro_batch)
     train(6, "replicated", cached)
     run = tmp_path / "tiny-mllm"
     np.testing.assert_allclose(runs.losses(run), wanted, rtol=1e-5)

@@ -50,7 +50,7 @@ def recipe(data: Path, flux: Path, *more: str) -> Recipe:
 
 
 def encoded(recipe: Recipe) -> None:
-    encode(open_stage(recipe).outputs(), recipe.data.shards, recipe.validation.shards, recipe.micro_batch)
+    encode(open_stage(recipe).outputs(), recipe.data, recipe.validation.shards, recipe.micro_batch)
 
 
 def folder(data: Path, kind: str = "vae") -> Path:

@@ -71,7 +71,7 @@ def make(data: Path, flux: Path, mllm: Path) -> Any:
 
 
 def encoded(recipe: Recipe) -> None:
-    encode(open_run_stage(recipe).outputs(), recipe.data.shards, recipe.validation.shards, recipe.micro_batch)
+    encode(open_run_stage(recipe).outputs(), recipe.data, recipe.validation.shards, recipe.micro_batch)
 
 
 def latents(recipe: Recipe, kind: str, *keys: tuple[int, int, str]) -> torch.Tensor:

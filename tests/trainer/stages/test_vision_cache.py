@@ -36,8 +36,7 @@ def recipe(data: Path, *more: str) -> Recipe:
 
 
 def encode(recipe: Recipe) -> None:
-    shards = recipe.data.named, recipe.validation.shards
-    precompute.encode(open_stage(recipe).outputs(), *shards, recipe.micro_batch)
+    precompute.encode(open_stage(recipe).outputs(), recipe.data, recipe.validation.shards, recipe.micro_batch)
 
 
 def refusal(recipe: Recipe) -> str:

@@ -100,6 +100,40 @@ def test_renamed_and_moved_sources_continue_and_earlier_steps_are_found(folder: 
     assert data_of(third[0], moved).named == [place, f"{folder}/b/s.tar"]
 
 
+def test_another_use_of_captions_is_a_change_and_earlier_steps_keep_theirs(folder: Path) -> None:
+    def using(**changed: Any) -> Data:
+        data = settings(folder, a=1, b=3)
+        assert data.sources
+        return data.model_copy(update={"sources": [data.sources[0].model_copy(update=changed), data.sources[1]]})
+
+    first = after((), 0, using())
+    assert after(first, 2, using(caption_dropout=None)) == first
+    second = after(first, 2, using(caption_dropout=0.5))
+    third = after(second, 4, using(caption_dropout=0.5, captions={"txt": 2.0}))
+    assert [segment.batch for segment in third] == [0, 2, 4]
+    assert str(third[1]) == "a 25 % (caption_dropout 0.5), b 75 %"
+    assert third[2].described()[0] | {"samples": 0} == {
+        "name": "a",
+        "samples": 0,
+        "share": 0.25,
+        "captions": {"txt": 2.0},
+        "caption_dropout": 0.5,
+    }
+    assert from_json(json.loads(json.dumps(to_json(third)))) == third
+    used = [[(s.captions, s.caption_dropout) for s in data_of(each, using()).sources or ()] for each in third]
+    assert used == [[(None, None)] * 2, [(None, 0.5), (None, None)], [({"txt": 2.0}, 0.5), (None, None)]]
+    everywhere = using().model_copy(update={"captions": {"txt": 1.0}})
+    assert [source.captions for source in after((), 0, everywhere)[0].sources] == [{"txt": 1.0}] * 2
+
+    def older(segments: Segments) -> list[dict[str, Any]]:
+        stored = to_json(segments)
+        for source in stored[0]["sources"]:
+            del source["captions"], source["caption_dropout"]
+        return stored
+
+    assert from_json(older(first)) == first, "as stored before captions could be chosen"
+
+
 def test_a_run_on_shards_continues_its_data_set_as_a_source(folder: Path) -> None:
     alone = settings(folder, b=1)
     fingerprint = after((), 0, alone)[0].sources[0].fingerprint
