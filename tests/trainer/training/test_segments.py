@@ -20,7 +20,7 @@ from bifrost.trainer.training.mixture import (
     data_of,
     from_json,
     mixed_plan,
-    new_segment,
+    new_segments,
     stored_segments,
     to_json,
     until,
@@ -65,9 +65,9 @@ def test_numbers_are_those_of_the_first_use(folder: Path) -> None:
     ]
     assert from_json(json.loads(json.dumps(to_json(third)))) == third
     assert [len(until(third, batch)) for batch in (0, 2, 3, 6, 7, 99)] == [1, 1, 2, 2, 3, 3]
-    assert new_segment(third, {"mixture": to_json(second)}) == third[-1]
-    assert new_segment(third, {"mixture": to_json(third)}) is None
-    assert new_segment(first, None) == first[0] and new_segment((), None) is None
+    assert new_segments(third, {"mixture": to_json(second)}) == third[-1:]
+    assert new_segments(third, {"mixture": to_json(third)}) == ()
+    assert new_segments(first, None) == first and new_segments((), None) == ()
 
 
 def test_without_weights_the_share_follows_the_samples(folder: Path) -> None:
@@ -111,6 +111,7 @@ def test_another_use_of_captions_is_a_change_and_earlier_steps_keep_theirs(folde
     second = after(first, 2, using(caption_dropout=0.5))
     third = after(second, 4, using(caption_dropout=0.5, captions={"txt": 2.0}))
     assert [segment.batch for segment in third] == [0, 2, 4]
+    assert new_segments(third, {"mixture": to_json(second)}) == third[2:]
     assert str(third[1]) == "a 25 % (caption_dropout 0.5), b 75 %"
     assert third[2].described()[0] | {"samples": 0} == {
         "name": "a",
@@ -140,7 +141,7 @@ def test_a_run_on_shards_continues_its_data_set_as_a_source(folder: Path) -> Non
     state: dict[str, Any] = {"data": fingerprint, "recipe": {"data": {"shards": "as/it/was.tar"}}}
     found = after(stored_segments(state), 6, settings(folder, a=1, b=1))
     assert described(found) == [(0, {"None": (0, 1)}), (6, {"a": (1, 1), "b": (0, 1)})]
-    assert new_segment(found, state) == found[-1]
+    assert new_segments(found, state) == found[-1:]
     shards = data_of(found[0], alone)
     assert shards.sources is None and shards.shards == f"{folder}/b/s.tar", "where they are now"
     assert described(after(stored_segments(state), 6, alone)) == [(0, {"None": (0, 1)}), (6, {"b": (0, 1)})]
