@@ -64,6 +64,14 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class JsonField:
+    """A field of a JSON member; missing where the member is None."""
+
+    member: Piece | None
+    name: str
+
+
+@dataclass(frozen=True)
 class Candidate:
     """An image that may become a sample."""
 
@@ -76,6 +84,8 @@ class Candidate:
     """Fields of the JSON member that may hold the caption; empty for plain text."""
     image: RowBytes | None = None
     """The image, when a table embeds it; its type is known once it is read."""
+    other_captions: tuple[Any, ...] = ()
+    """Captions from further columns of the table, or from further fields of the JSON member, which is a `JsonField`."""
     other_key: str | None = None
     """The key to use when an earlier candidate has `key`; None if that makes this one a duplicate."""
 

@@ -43,7 +43,10 @@ def ingest(
         str | None, typer.Option(help="The table's column of images, or their extension in tars.")
     ] = None,
     caption_column: Annotated[
-        str | None, typer.Option(help="The table's column of captions, or their extension or .json field in tars.")
+        list[str] | None,
+        typer.Option(
+            help="The table's column of captions, or their extension or .json field in tars; repeat it for several."
+        ),
     ] = None,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Images per shard.")] = 1000,
     processes: Annotated[int | None, typer.Option(min=1, help="Worker processes; one per core by default.")] = None,

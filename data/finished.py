@@ -17,13 +17,12 @@ from .index import Header, index_path, load_header
 from .local import stat_of, with_retries
 
 
-def save_report(path: Path, shard: Path, header: Header, rejected: list[tuple[str, str]], unused_captions: int) -> None:
+def save_report(path: Path, shard: Path, header: Header, rejected: list[tuple[str, str]]) -> None:
     """Record that `shard` and its index are complete, with what they left out."""
     index = stat_of(index_path(str(shard)))
     report = {
         "samples": header.samples,
         "rejected": rejected,
-        "unused_captions": unused_captions,
         "bytes": header.bytes,
         "sha256": header.sha256,
         "index_bytes": index.st_size if index else 0,
@@ -35,7 +34,7 @@ def load_report(path: Path) -> dict[str, Any] | None:
     """The report of a shard; None when there is none, or it is damaged."""
     try:
         report = json.loads(with_retries(path.read_bytes, path))
-        return report if report.keys() >= {"samples", "rejected", "unused_captions"} else None
+        return report if report.keys() >= {"samples", "rejected"} else None
     except DataLost:
         raise
     except (FileNotFoundError, ValueError, AttributeError):
@@ -51,6 +50,11 @@ def is_finished(shard: Path, path: Path) -> bool:
     report = load_report(path)
     if report is None:
         return False
+    if report.get("unused_captions"):
+        raise DataError(
+            f"{shard}: made by an earlier version, with only the first caption of each list; name a new folder for the"
+            " shards"
+        )
     found, index = stat_of(shard), stat_of(index_path(str(shard)))
     try:
         header = load_header(str(shard)) if index else None

@@ -12,12 +12,13 @@ import os
 import stat
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .atomic import write_atomic
-from .candidates import Candidate, Piece
-from .captions import caption_of
+from .candidates import Candidate, JsonField, Piece
+from .captions import captions_of, further_members, numbered
 from .errors import DataError, DataLost
 from .finished import is_finished, save_report
 from .index import CAPTION_TYPE, image_type
@@ -45,6 +46,8 @@ class _Task(NamedTuple):
     shard: Path
     report: Path
     candidates: list[Candidate]
+    others: list[str]
+    """Members of their `other_captions`."""
 
 
 def ingest(
@@ -53,7 +56,7 @@ def ingest(
     *,
     table: str | Path | None = None,
     image_column: str | None = None,
-    caption_column: str | None = None,
+    caption_column: str | Sequence[str] | None = None,
     samples_per_shard: int = 1000,
     processes: int | None = None,
 ) -> Summary:
@@ -61,8 +64,9 @@ def ingest(
 
     src: folder of images with NAME.txt next to each, or with a table (`table`, or `metadata.csv|jsonl|parquet` in it);
     WebDataset tars; a table; or a folder of Parquet files that embed images. image_column, caption_column: columns of
-    the table; for tars, extensions of the members, or the caption's field in KEY.json. Everything read becomes a sample
-    or is listed in `out/rejected.jsonl` with its reason.
+    the table; for tars, extensions of the members, or the caption's field in KEY.json. Captions of several columns, and
+    of a list, are members of their own: `captions.further_members`, `captions.numbered`. Everything read becomes a
+    sample or is listed in `out/rejected.jsonl` with its reason.
     Raises DataError when the source has nothing to ingest, or differs from the one that `out` was started from.
     """
     src, out = str(src), Path(out)
@@ -70,8 +74,10 @@ def ingest(
         raise DataError(f"samples_per_shard is {samples_per_shard}; set it to 1 or more")
     if "://" not in src and out.resolve() == (Path(src) if is_kind(src, stat.S_ISDIR) else Path(src).parent).resolve():
         raise DataError(f"{out}: the source itself; name another folder for the shards")
+    columns = [caption_column] if isinstance(caption_column, str) else list(caption_column or ())
+    others = further_members(columns)
     with progress("listing the source"):
-        source = list_source(src, str(table) if table else None, image_column, caption_column, out)
+        source = list_source(src, str(table) if table else None, image_column, columns, out)
     for damage in source.damaged:
         print(f"damaged: {damage}", file=sys.stderr, flush=True)
     journal = {
@@ -79,7 +85,7 @@ def ingest(
         "source": src if "://" in src else str(Path(src).resolve()),
         "table": str(Path(table).resolve()) if table else None,
         "image_column": image_column,
-        "caption_column": caption_column,
+        "caption_column": columns if others else next(iter(columns), None),
         "samples_per_shard": samples_per_shard,
         "content": source.state,
     }
@@ -90,6 +96,7 @@ def ingest(
             out / f"train-{number:05d}.tar",
             reports / f"{number:05d}.json",
             source.candidates[start : start + samples_per_shard],
+            others,
         )
         for number, start in enumerate(starts)
     ]
@@ -140,25 +147,22 @@ def _work(tasks: list[_Task], processes: int | None) -> None:
 def _make_shard(task: _Task) -> int:
     """Write one shard, its index and its report; returns the number of its candidates."""
     rejected: list[tuple[str, str]] = []
-    unused = 0
 
     def samples():
-        nonlocal unused
         for candidate in task.candidates:
             try:
-                sample, more = _load(candidate)
+                sample = _load(candidate, task.others)
             except (ValueError, FileNotFoundError, PermissionError) as error:
                 if isinstance(error, DataError) or is_transient(error) or _folder_is_gone(error):
                     raise  # a failure of the storage, not of the item
                 rejected.append((candidate.key, described(error) if isinstance(error, OSError) else str(error)))
             else:
-                unused += more
                 yield candidate.key, sample
 
     try:
         header = write_shard(task.shard, samples())
         assert header.samples + len(rejected) == len(task.candidates), "every candidate is one or the other"
-        save_report(task.report, task.shard, header, rejected, unused)
+        save_report(task.report, task.shard, header, rejected)
     except DataError:
         raise
     except Exception as error:
@@ -178,32 +182,47 @@ def _folder_is_gone(error: Exception) -> bool:
     return not is_kind(folder, stat.S_ISDIR) or not names_in(folder)
 
 
-def _load(candidate: Candidate) -> tuple[Sample, int]:
-    """The members of a sample, and the number of captions of its list that are not used. Raises ValueError with the
-    reason when the sample is unusable."""
-    text, unused = _caption(candidate)
-    caption = clean_caption(text)
-    members = {kind: piece.read() for kind, piece in candidate.members.items()}
+def _load(candidate: Candidate, others: list[str]) -> Sample:
+    """The content of a sample's members. others: those of its further captions. Raises ValueError with the reason when
+    the sample is unusable."""
+    texts = numbered(CAPTION_TYPE, _captions(candidate))
+    for member, value in zip(others, candidate.other_captions, strict=True):
+        texts |= numbered(member, captions_of(_field(value) if isinstance(value, JsonField) else value))
+    captions = {member: clean_caption(text).encode() for member, text in texts.items()}
+    if not captions:
+        clean_caption("")  # raises
+    members = {kind: piece.read() for kind, piece in candidate.members.items() if kind != CAPTION_TYPE}
     if candidate.image:
         data = candidate.image.read()
         members[image_kind(data)] = data
     kind = image_type(members)
     assert kind is not None, "a candidate has an image"
     decode_image(members[kind], CHECKED_AT)
-    return {**members, CAPTION_TYPE: caption.encode()}, unused
+    return {**members, **captions}
 
 
-def _caption(candidate: Candidate) -> tuple[bytes | str, int]:
-    found = candidate.caption.read() if isinstance(candidate.caption, Piece) else candidate.caption
-    if not candidate.caption_fields:
-        return caption_of(found)
+def _field(asked: JsonField) -> Any:
+    described = _parsed(asked.member.read()) if asked.member else None
+    return described.get(asked.name) if isinstance(described, dict) else None
+
+
+def _parsed(text: bytes) -> Any:
     try:
-        described = json.loads(found)
+        return json.loads(text)
     except (ValueError, RecursionError):
         raise ValueError("its .json does not parse") from None
+
+
+def _captions(candidate: Candidate) -> list[str | bytes]:
+    found = candidate.caption.read() if isinstance(candidate.caption, Piece) else candidate.caption
+    if not candidate.caption_fields:
+        return captions_of(found)
+    described = _parsed(found)
     for name in candidate.caption_fields if isinstance(described, dict) else ():
         if described.get(name) is not None:
-            return caption_of(described[name])
+            return captions_of(described[name])
+    if candidate.other_captions:
+        return []
     raise ValueError(f"its .json has no text under {' or '.join(candidate.caption_fields)}")
 
 
@@ -213,9 +232,7 @@ def _conclude(out: Path, tasks: list[_Task], unlisted: list[tuple[str, str]]) ->
     rejected = [*unlisted, *(tuple(item) for report in reports for item in report["rejected"])]
     lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in rejected]
     with_retries(lambda: write_atomic(out / "rejected.jsonl", "".join(lines).encode()), out)
-    samples, unused = (sum(report[name] for report in reports) for name in ("samples", "unused_captions"))
-    if unused:
-        print(f"{out}: only the first caption of each list was used; {unused:,} others were not", file=sys.stderr)
+    samples = sum(report["samples"] for report in reports)
     if not samples:
         reason, count = Counter(reason for _, reason in rejected).most_common(1)[0]
         raise DataError(f"{out}: nothing was usable, {count} times because: {reason}; see {out / 'rejected.jsonl'}")

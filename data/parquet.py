@@ -107,11 +107,11 @@ def read_parquet(table: Path, columns: Columns) -> Iterator[Row]:
     if columns.image is None:  # of several default names, the one with embedded images
         holding = [name for name in IMAGE_COLUMNS if name in names and _holds_images(_type(file, name))]
         columns = columns._replace(image=next(iter(holding), None))
-    image, caption = columns.choose(table, names)
+    image, *captions = columns.choose(table, names)
     kind = _type(file, image)
     if not (_holds_images(kind) or _is_text(kind) or _has_path(kind)):
         raise DataError(f"{table}: column {image} holds {kind}, not file names or images; name one with --image-column")
-    return _rows(table, file, image, caption, kind)
+    return _rows(table, file, image, captions, kind)
 
 
 def _group(table: Path, number: int, columns: list[str]) -> pyarrow.Table:
@@ -119,15 +119,17 @@ def _group(table: Path, number: int, columns: list[str]) -> pyarrow.Table:
         return _file(table).read_row_group(number, columns=columns, use_threads=False)
 
 
-def _rows(table: Path, file: ParquetFile, image: str, caption: str, kind: pyarrow.DataType) -> Iterator[Row]:
+def _rows(table: Path, file: ParquetFile, image: str, captions: list[str], kind: pyarrow.DataType) -> Iterator[Row]:
     before = 0
     # Embedded images are not read here, only their names.
-    wanted = [caption] + ([f"{image}.path"] if _has_path(kind) else [image] if _is_text(kind) else [])
+    wanted = list(dict.fromkeys(captions)) + (
+        [f"{image}.path"] if _has_path(kind) else [image] if _is_text(kind) else []
+    )
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         try:
             found = with_retries(lambda group=group: _group(table, group, wanted), table)
-            captions = found.column(caption).to_pylist()
+            texts = list(zip(*(found.column(each).to_pylist() for each in captions), strict=True))
             named = found.column(image).to_pylist() if image in found.column_names else [None] * rows
         except (pyarrow.ArrowException, OSError) as error:
             problem = f"its row group is unreadable: {_first_line(error)}"
@@ -138,7 +140,8 @@ def _rows(table: Path, file: ParquetFile, image: str, caption: str, kind: pyarro
         for row in range(rows):
             name = named[row]["path"] if isinstance(named[row], dict) else named[row]
             value = RowBytes(str(table), group, row, image, name) if embedded else name
-            yield Row(f"{table.name} row {before + row + 1}", value, captions[row])
+            caption, *others = texts[row]
+            yield Row(f"{table.name} row {before + row + 1}", value, caption, None, tuple(others))
         before += rows
 
 

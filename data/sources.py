@@ -11,7 +11,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -39,14 +39,14 @@ def list_source(
     src: str,
     table: str | None = None,
     image_column: str | None = None,
-    caption_column: str | None = None,
+    caption_columns: Sequence[str] = (),
     out: Path | None = None,
 ) -> Source:
     """List the candidates in `src`, excluding `out` if it is inside.
 
     Raises DataError when there are no images or no captions, the source is ambiguous, or an option has no effect.
     """
-    columns = Columns(image_column, caption_column)
+    columns = Columns(image_column, next(iter(caption_columns), None), tuple(caption_columns[1:]))
     if table is not None:
         if not is_kind(src, stat.S_ISDIR):
             raise DataError(
@@ -244,7 +244,7 @@ def _folder(root: Path, columns: Columns, out: Path | None) -> Source:
             if reason == "no caption"
             else f"{root}: none of {counted(images, 'image')} is usable, most of them: {reason}"
         )
-    for option, value in zip(("--image-column", "--caption-column"), columns, strict=True):
+    for option, value in zip(("--image-column", "--caption-column"), columns[:2], strict=True):
         if value:
             raise DataError(
                 f"{root}: {option} {value} has no effect on a folder of images with NAME.txt; leave it out, or name a"

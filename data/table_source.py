@@ -12,7 +12,7 @@ from .candidates import WRONG_TYPE, Candidate, Piece, Source, key_of, note, stat
 from .errors import DataError
 from .index import IMAGE_TYPES
 from .local import with_retries
-from .tables import Columns, read_table
+from .tables import Columns, Row, read_table
 
 if TYPE_CHECKING:
     from .parquet import RowBytes
@@ -42,12 +42,12 @@ def table_source(root: Path, tables: list[Path], columns: Columns) -> Source:
                 unreadable += 1
                 source.rejected.append((row.where, row.problem))
                 continue
-            captions += row.caption not in (None, "", b"")
+            captions += any(each not in (None, "", b"") for each in (row.caption, *row.other_captions))
             name: Any = row.image
             if isinstance(name, dict):  # Hugging Face's image objects in JSON
                 name = name.get("path")
             if hasattr(name, "read"):
-                source.candidates.append(_embedded(table, row.where, name, row.caption))
+                source.candidates.append(_embedded(table, row, name))
                 continue
             if not isinstance(name, str) or not name.strip():
                 source.rejected.append((row.where, "no file name in its image column"))
@@ -61,7 +61,8 @@ def table_source(root: Path, tables: list[Path], columns: Columns) -> Source:
             elif problem := note(seen, path):
                 source.rejected.append((key, f"{problem}: {name}"))
             else:
-                source.candidates.append(Candidate(key, {kind: Piece(path)}, row.caption))
+                found = Candidate(key, {kind: Piece(path)}, row.caption, other_captions=row.other_captions)
+                source.candidates.append(found)
     first = tables[0] if len(tables) == 1 else tables[0].parent
     if not read:
         raise DataError(f"{first}: no rows; give a table that names images")
@@ -78,7 +79,7 @@ def table_source(root: Path, tables: list[Path], columns: Columns) -> Source:
     return source
 
 
-def _embedded(table: Path, where: str, image: RowBytes, caption: Any) -> Candidate:
-    number = f"{table.stem}/{int(where.rpartition(' ')[2]) - 1:08d}"
+def _embedded(table: Path, row: Row, image: RowBytes) -> Candidate:
+    number = f"{table.stem}/{int(row.where.rpartition(' ')[2]) - 1:08d}"
     key = key_of(os.path.basename(image.name)) if image.name else number
-    return Candidate(key, {}, caption, image=image, other_key=number)
+    return Candidate(key, {}, row.caption, image=image, other_captions=row.other_captions, other_key=number)

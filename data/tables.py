@@ -36,6 +36,8 @@ class Row(NamedTuple):
     caption: Any
     problem: str | None = None
     """Why the row cannot be used."""
+    other_captions: tuple[Any, ...] = ()
+    """Of further columns."""
 
 
 class Columns(NamedTuple):
@@ -43,12 +45,16 @@ class Columns(NamedTuple):
 
     image: str | None
     caption: str | None
+    others: tuple[str, ...] = ()
+    """Columns of further captions."""
 
-    def choose(self, table: Path, names: Sequence[str]) -> tuple[str, str]:
-        """Names of the image and the caption column. Raises DataError when one is missing or duplicate."""
+    def choose(self, table: Path, names: Sequence[str]) -> tuple[str, ...]:
+        """Names of the image, the caption, and the further columns. Raises DataError when one is missing or
+        duplicate."""
         return (
             _column(table, names, self.image, IMAGE_COLUMNS, "--image-column"),
             _column(table, names, self.caption, CAPTION_COLUMNS, "--caption-column"),
+            *(_column(table, names, each, (), "--caption-column") for each in self.others),
         )
 
 
@@ -123,10 +129,12 @@ def _read_csv(table: Path, columns: Columns) -> Iterator[Row]:
     delimiter = _delimiter(first, columns, "\t" if table.suffix.lower() == ".tsv" else ",")
     header = [name.strip() for name in _fields(first, delimiter)]
     names = columns.choose(table, header)
-    return _csv_rows(table.name, lines, delimiter, len(header), *(header.index(name) for name in names))
+    return _csv_rows(table.name, lines, delimiter, len(header), *map(header.index, names))
 
 
-def _csv_rows(name: str, lines: _Numbered, delimiter: str, width: int, image: int, caption: int) -> Iterator[Row]:
+def _csv_rows(
+    name: str, lines: _Numbered, delimiter: str, width: int, image: int, caption: int, *others: int
+) -> Iterator[Row]:
     def is_row(line: str) -> bool:
         fields = _fields(line, delimiter)
         return len(fields) == width and fields[image].rpartition(".")[2].strip().lower() in IMAGE_TYPES
@@ -146,7 +154,10 @@ def _csv_rows(name: str, lines: _Numbered, delimiter: str, width: int, image: in
             if not problem and len(fields) != width:
                 remedy = f"quote a text that contains {delimiter!r}" if len(fields) > width else "add the missing ones"
                 problem = f"{counted(len(fields), 'field')}, and the header names {width}: {remedy}"
-            yield Row(where, None, None, problem) if problem else Row(where, fields[image], fields[caption])
+            if problem:
+                yield Row(where, None, None, problem)
+            else:
+                yield Row(where, fields[image], fields[caption], None, tuple(fields[each] for each in others))
     finally:
         csv.field_size_limit(limit)
 
@@ -218,7 +229,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def _read_jsonl(table: Path, columns: Columns) -> Iterator[Row]:
-    kept = {name for name in (columns.image, columns.caption) if name} | {*IMAGE_COLUMNS, *CAPTION_COLUMNS}
+    asked = {columns.image, columns.caption, *columns.others} - {None}
+    kept = {*asked, *IMAGE_COLUMNS, *CAPTION_COLUMNS}
     names: dict[str, None] = {}
     rows: list[tuple[int, dict | str]] = []
     for number, line in enumerate(_lines(table), start=1):
@@ -238,16 +250,15 @@ def _read_jsonl(table: Path, columns: Columns) -> Iterator[Row]:
         raise DataError(
             f"{table}: no line is a JSON object, line {rows[0][0]}: {rows[0][1]}; write one object per line"
         )
-    image, caption = columns.choose(table, list(names))
-    return _jsonl_rows(table.name, rows, image, caption)
+    return _jsonl_rows(table.name, rows, *columns.choose(table, list(names)))
 
 
-def _jsonl_rows(name: str, rows: list[tuple[int, dict | str]], image: str, caption: str) -> Iterator[Row]:
+def _jsonl_rows(name: str, rows: list[tuple[int, dict | str]], image: str, caption: str, *others: str) -> Iterator[Row]:
     for number, row in rows:
         where = f"{name} line {number}"
         if isinstance(row, str):
             yield Row(where, None, None, row)
-        elif twice := row.get(_TWICE, set()) & {image, caption}:
+        elif twice := row.get(_TWICE, set()) & {image, caption, *others}:
             yield Row(where, None, None, f"it names {' and '.join(sorted(twice))} twice")
         else:
-            yield Row(where, row.get(image), row.get(caption))
+            yield Row(where, row.get(image), row.get(caption), None, tuple(map(row.get, others)))

@@ -8,7 +8,7 @@ import tarfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-from .candidates import Candidate, Piece, Source
+from .candidates import Candidate, JsonField, Piece, Source
 from .captions import CAPTION_COLUMNS
 from .errors import DataError, DataMissing
 from .files import Stream, is_local
@@ -50,7 +50,9 @@ def tar_source(tars: list[str], columns: Columns) -> Source:
             captions += 1
             members = chosen.named(pieces, kind, text)
             place, fields = (pieces[text], ()) if text else (pieces["json"], chosen.fields)
-            source.candidates.append(Candidate(group.key, members, place, fields, None, f"{stem}/{group.key}"))
+            others = tuple(JsonField(pieces.get("json"), name) for name in chosen.others)
+            found = Candidate(group.key, members, place, fields, None, others, f"{stem}/{group.key}")
+            source.candidates.append(found)
         if damage:
             source.rejected.append((tar, damage))
             source.damaged.append(f"{tar}: {damage}")
@@ -100,6 +102,14 @@ class _Chosen:
                 )
             self.caption, self.fields = None, (columns.caption,)
             self.no_caption = f"no caption: no .json with {columns.caption}"
+
+        self.others = columns.others
+        """Fields of KEY.json with further captions."""
+        there = next((name for name in self.others if name.lower().lstrip(".") in kinds), None)
+        if there or (self.others and kinds and "json" not in kinds):
+            name = there or self.others[0]
+            why = "a member, which is kept as it is" if there else "no field of a .json: there are none"
+            raise DataError(f"{format_shards(tars)}: --caption-column {name}: {why}; leave this option out")
 
     def missing(self, group: Group) -> str:
         return f"no image: no .{self.image}" if self.image else why_no_image(group)

@@ -47,7 +47,7 @@ def truncate(name: str, size: int) -> Callable[[Path], None]:
 def without_sizes(out: Path) -> None:
     """Leave the report as an earlier version wrote it."""
     report = json.loads((out / REPORT).read_text())
-    kept = {name: report[name] for name in ("samples", "rejected", "unused_captions")}
+    kept = {"unused_captions": 0, **{name: report[name] for name in ("samples", "rejected")}}
     (out / REPORT).write_text(json.dumps(kept))
     os.truncate(out / SHARD, 5000)
 
