@@ -42,7 +42,7 @@ class SourceRecord:
     """Like `Source`."""
 
     def described(self, total: int) -> dict[str, Any]:
-        """Name, samples and share of the weights' `total`, and how captions are used if the recipe says so."""
+        """Name, samples and share of the weights' `total`, and the use of captions where the recipe sets it."""
         captions = {"captions": self.captions, "caption_dropout": self.caption_dropout}
         return {
             "name": self.name,
