@@ -13,8 +13,7 @@ import numpy as np
 from ...data import Dataset, MixedDataset, MixedPlan, Plan, open_dataset
 from ...data.spread import Broadcast
 from ...data.units import counted
-from ...recipes.data import Captions
-from ...recipes.schema import Data
+from ...recipes.schema import Data, Recipe
 from ...recipes.secrets import HIDDEN
 from ..distributed.process_group import Gather, single_process
 from ..errors import RunError
@@ -88,8 +87,7 @@ def open_inputs(
 
 
 def open_held_out(
-    shards: str | list[str] | None,
-    captions: Captions | None,
+    recipe: Recipe,
     training: Dataset,
     rank: int = 0,
     gather: Gather = single_process,
@@ -97,10 +95,11 @@ def open_held_out(
 ) -> Dataset | None:
     """The data of `validation.shards`, with `data.captions`. RunError if some of it is training data, also under
     another name."""
+    shards = recipe.validation.shards
     if shards is None:
         return None
     _require_signature("validation.shards", shards)
-    choice = caption_choice(captions, VALIDATION_SEED)
+    choice = caption_choice(recipe.data.captions, VALIDATION_SEED)
     held_out = open_dataset(shards, rank=rank, gather=gather, broadcast=broadcast, captions=choice)
     kept = {header.sha256: shard for shard, header in zip(held_out.shards, held_out.headers, strict=True)}
     for shard, header in zip(training.shards, training.headers, strict=True):
