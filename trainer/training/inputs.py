@@ -13,9 +13,10 @@ import numpy as np
 from ...data import Dataset, MixedDataset, MixedPlan, Plan, open_dataset
 from ...data.spread import Broadcast
 from ...data.units import counted
-from ...recipes.schema import Data, Recipe
+from ...recipes.data import Captions
+from ...recipes.schema import Data
 from ...recipes.secrets import HIDDEN
-from ..distributed.process_group import Gather, single_process
+from ..distributed.process_group import Gather, Ranks, single_process
 from ..errors import RunError
 from ..io import read_json
 from ..models.hub import from_cache
@@ -87,20 +88,15 @@ def open_inputs(
 
 
 def open_held_out(
-    recipe: Recipe,
-    training: Dataset,
-    rank: int = 0,
-    gather: Gather = single_process,
-    broadcast: Broadcast | None = None,
+    shards: str | list[str] | None, captions: Captions | None, training: Dataset, ranks: Ranks
 ) -> Dataset | None:
     """The data of `validation.shards`, with `data.captions`. RunError if some of it is training data, also under
     another name."""
-    shards = recipe.validation.shards
     if shards is None:
         return None
     _require_signature("validation.shards", shards)
-    choice = caption_choice(recipe.data.captions, VALIDATION_SEED)
-    held_out = open_dataset(shards, rank=rank, gather=gather, broadcast=broadcast, captions=choice)
+    choice = caption_choice(captions, VALIDATION_SEED)
+    held_out = open_dataset(shards, rank=ranks.rank, gather=ranks.gather, broadcast=ranks.broadcast, captions=choice)
     kept = {header.sha256: shard for shard, header in zip(held_out.shards, held_out.headers, strict=True)}
     for shard, header in zip(training.shards, training.headers, strict=True):
         if header.sha256 in kept:

@@ -92,7 +92,7 @@ def open_run(recipe: Recipe) -> Iterator[RunContext]:
             )
         )
         held_out = ranks.agreed(
-            lambda: open_held_out(recipe, inputs.dataset, ranks.rank, ranks.gather, ranks.broadcast)
+            lambda: open_held_out(recipe.validation.shards, recipe.data.captions, inputs.dataset, ranks)
         )
         with RunLock(folder) as lock, Heartbeat(BEAT_S) as heartbeat:
             stop.at_quit += [lock.release, watchdog.remove_empty_stacks]
