@@ -16,7 +16,7 @@ from pathlib import Path
 from ...data.errors import DataError
 from ...data.units import format_bytes
 from ...slurm.held import hold
-from ..distributed.companion import Companion, Parent, start
+from ..distributed.companion import QUIET_S, Companion, Parent, start
 from ..errors import RunError
 from .copies import Copies
 
@@ -56,8 +56,12 @@ def start_uploads(run: Path, address: str, keep: int, say: Callable[[str], None]
 def finish_uploads(uploads: Companion, run: Path, finished: bool) -> None:
     """End the process; after a `finished` run, wait for the copy of its last checkpoint. Another attempt copies it
     otherwise."""
-    waiting = f"waiting for the copy of the last checkpoint, {LAST_S / 60:g} min at most; Ctrl-C ends this"
-    if not uploads.finish(LAST_S if finished else 0.0, waiting) and finished:
+    uploads.end()
+    if finished and not uploads.wait(QUIET_S):
+        uploads.say(f"waiting for the copy of the last checkpoint, {LAST_S / 60:g} min at most; Ctrl-C ends this")
+    if not uploads.wait(LAST_S if finished else 0.0):
+        uploads.kill()
+    if finished and not uploads.succeeded:
         uploads.say(f"the last checkpoint is not copied; `bifrost checkpoint upload {run}` copies it")
 
 

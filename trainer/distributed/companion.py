@@ -29,24 +29,26 @@ class Companion:
         self.say = say
         threading.Thread(target=self._listen, name=name, daemon=True).start()
 
-    def finish(self, timeout_s: float, waiting: str) -> bool:
-        """Signal the end of the run and wait at most `timeout_s` seconds; a process that takes longer is killed.
-        Returns whether it was done. waiting: printed if it takes longer than a moment."""
-        process = self.process
-        assert process.stdin is not None
+    def end(self) -> None:
+        """Signal the end of the run."""
+        assert self.process.stdin is not None
         with suppress(OSError):  # it ended before
-            process.stdin.write(b"end")
-            process.stdin.close()
+            self.process.stdin.write(b"end")
+            self.process.stdin.close()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the process has ended, after at most this time."""
         with suppress(subprocess.TimeoutExpired):
-            process.wait(min(QUIET_S, timeout_s))
-        if process.returncode is None and timeout_s > QUIET_S:
-            self.say(waiting)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout_s - QUIET_S)
-        if process.returncode is None:
-            process.kill()
-            process.wait()
-        return process.returncode == 0
+            self.process.wait(max(0.0, seconds))
+        return self.process.returncode is not None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def succeeded(self) -> bool:
+        return self.process.returncode == 0
 
     def _listen(self) -> None:
         assert self.process.stdout is not None

@@ -9,17 +9,12 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import select
-import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 
+from ..distributed.companion import QUIET_S, Companion, Parent, start
 from ..errors import RunError, Unreachable, with_message
 from .console import WithoutSecrets
 from .tracker_state import read_recipe
@@ -30,19 +25,16 @@ log = logging.getLogger(__name__)
 POLL_S = 1.0  # between reads of the metrics file
 LONGEST_WAIT_S = 60.0  # maximum between attempts at a failing server
 DRAIN_S = 60.0  # for which the mirror of a dead run still tries to send
-QUIET_S = 2.0  # for which the end of a run waits without a message
 
 
 class Mirror:
     """Handle of the mirror processes of a run; `processes` has those that could be started, by tracker. say: prints a
     line."""
 
-    def __init__(self, run_dir: Path, processes: dict[str, subprocess.Popen[bytes]], say: Callable[[str], None]):
+    def __init__(self, run_dir: Path, processes: dict[str, Companion], say: Callable[[str], None]):
         self.run_dir = run_dir
         self.processes = processes
         self.say = say
-        for name, process in processes.items():
-            threading.Thread(target=self._listen, args=(process,), name=f"tracking-{name}", daemon=True).start()
 
     def finish(self, timeout_s: float = 30.0) -> bool:
         """Signal the end of the run, wait at most `timeout_s` seconds until everything is sent; return whether it was.
@@ -51,18 +43,14 @@ class Mirror:
         initialisation of a store is a separate process, which continues.
         """
         for process in self.processes.values():
-            assert process.stdin is not None
-            with suppress(OSError):  # it ended before
-                process.stdin.write(b"end")
-                process.stdin.close()
+            process.end()
         left = self._wait(min(QUIET_S, timeout_s))
         if left and timeout_s > QUIET_S:
             self.say(f"sending the end of the run to {_titles(left)}, {timeout_s:g} s at most")
             left = self._wait(timeout_s - QUIET_S)
         for name in left:
             self.processes[name].kill()
-            self.processes[name].wait()
-        failed = [name for name, process in self.processes.items() if process.returncode]
+        failed = [name for name, process in self.processes.items() if not process.succeeded]
         for name in failed:
             log.warning("%s lacks the end of this run%s", TITLES[name], remedy(name, self.run_dir))
         return bool(self.processes) and not failed
@@ -70,15 +58,7 @@ class Mirror:
     def _wait(self, seconds: float) -> list[str]:
         """Trackers whose processes are still running after this time."""
         limit = time.monotonic() + seconds
-        for process in self.processes.values():
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, limit - time.monotonic()))
-        return [name for name, process in self.processes.items() if process.returncode is None]
-
-    def _listen(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            self.say(line.decode(errors="replace").rstrip())
+        return [name for name, process in self.processes.items() if not process.wait(limit - time.monotonic())]
 
 
 def start_mirror(run_dir: str | Path, to: Iterable[str], say: Callable[[str], None] = print) -> Mirror:
@@ -92,18 +72,9 @@ def start_mirror(run_dir: str | Path, to: Iterable[str], say: Callable[[str], No
         if not has_package(name):
             say(f"no tracking, {name} is not installed: `pip install {name}`, or set tracking.enabled=false")
             continue
-        command = [sys.executable, "-m", __name__, name, str(run_dir), str(os.getpid())]
         try:
-            (run_dir / "logs").mkdir(exist_ok=True)
-            with open(run_dir / "logs" / "tracking.log", "ab") as output:
-                processes[name] = subprocess.Popen(
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=output,
-                    env={**os.environ, "PYTHONSAFEPATH": "1"},
-                    start_new_session=True,
-                )
+            output = run_dir / "logs" / "tracking.log"
+            processes[name] = start(__name__, [name, str(run_dir)], output, say)
         except OSError as error:
             log.error("no tracking by %s, its process could not be started: %s", TITLES[name], error)
     return Mirror(run_dir, processes, say)
@@ -150,25 +121,7 @@ def _titles(names: Iterable[str]) -> str:
     return " and ".join(TITLES[name] for name in names)
 
 
-class _Parent:
-    """State of the training process, by the pipe on standard input and the parent's process id."""
-
-    def __init__(self, pid: int):
-        self.pid = pid
-        self.over = False
-
-    def wait(self, seconds: float) -> None:
-        """Sleep, at most until the end of the run."""
-        if self.over:
-            time.sleep(seconds)
-        elif select.select([0], [], [], seconds)[0]:
-            os.read(0, 16)
-            self.over = True
-        elif os.getppid() != self.pid:  # killed, while a forked child of it still holds the pipe
-            self.over = True
-
-
-def mirror(name: str, run_dir: Path, parent: _Parent, say: Callable[[str], None]) -> bool:
+def mirror(name: str, run_dir: Path, parent: Parent) -> bool:
     """Send until the run has ended and everything is sent; return False if that did not succeed in time.
 
     No error ends it earlier: access may be granted, or a deleted run restored, while training continues.
@@ -182,42 +135,33 @@ def mirror(name: str, run_dir: Path, parent: _Parent, say: Callable[[str], None]
             target = target or open_tracker(name, run_dir, live=True)
             target.push(last=over)
             if place != (place := target.address()):
-                say(f"{title}: {place}")
+                parent.tell(f"{title}: {place}")
             if over:
                 target.end(otherwise="failed")
                 return target.file_error is None
             if failures:
                 log.info("sending to %s again after %d failed attempts", title, failures)
-                say(f"{title} has everything again")
+                parent.tell(f"{title} has everything again")
             failures = 0
         except Exception as error:  # server, network, disk: none may end the mirror
             reason, permanent = explain(name, error, target.server if target else title)
             failures += 1
             if failures == 1:
                 log.error("not sent to %s, will retry: %s", title, reason)
-                say(f"not sent to {title}, training continues: {reason}")
+                parent.tell(f"not sent to {title}, training continues: {reason}")
             if over and (permanent or time.monotonic() > deadline):
                 log.error("gave up on %s%s", title, remedy(name, run_dir))
                 return False
         parent.wait(POLL_S if over or not failures else min(2.0**failures, LONGEST_WAIT_S))
 
 
-def _to_parent(line: str) -> None:
-    with suppress(OSError):  # it is gone
-        print(line, flush=True)
-
-
 def main(arguments: list[str]) -> int:
     """Run a mirror process: tracker, run folder and parent's process id."""
     name, run_dir, pid = arguments[0], Path(arguments[1]), int(arguments[2])
-    # Slurm signals every process of a job, but only the training process decides when the run ends.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    os.nice(10)
     output = logging.StreamHandler()
     output.setFormatter(WithoutSecrets("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[output])
-    return 0 if mirror(name, run_dir, _Parent(pid), _to_parent) else 1
+    return 0 if mirror(name, run_dir, Parent(pid)) else 1
 
 
 if __name__ == "__main__":
