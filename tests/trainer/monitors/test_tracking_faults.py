@@ -111,9 +111,9 @@ def test_stop_signals_leave_the_mirror_at_work_and_it_is_polite(server, client, 
     run = make_run(server)
     mirror = start_mirror(run.folder, ["mlflow"])
     wait_until(lambda: (run.folder / "tracking.json").exists() and run_id(run))
-    assert os.getpriority(os.PRIO_PROCESS, mirror.processes["mlflow"].pid) >= 10
+    assert os.getpriority(os.PRIO_PROCESS, mirror.processes["mlflow"].process.pid) >= 10
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        os.kill(mirror.processes["mlflow"].pid, number)
+        os.kill(mirror.processes["mlflow"].process.pid, number)
     with pytest.raises(RunError, match="is being sent by another process"):
         sync(run.folder)
     log_steps(run, (10,))

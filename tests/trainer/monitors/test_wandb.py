@@ -145,7 +145,7 @@ def test_a_process_of_wandb_that_is_killed_costs_no_point(make_run, number):
     mirror = start_mirror(run.folder, NAME, said.append)
     log_steps(run, (10,))
     wait_until(lambda: said, 60)
-    (core,) = children(mirror.processes["wandb"].pid)
+    (core,) = children(mirror.processes["wandb"].process.pid)
     os.kill(core, number)
     log_steps(run, (20,))
     run.metrics.write({"event": "end", "step": 20, "outcome": "finished"})
@@ -181,8 +181,7 @@ def test_a_killed_mirror_leaves_no_process(make_run):
     run, said = make_run(), []
     mirror = start_mirror(run.folder, NAME, said.append)
     wait_until(lambda: said, 60)
-    (core,) = children(mirror.processes["wandb"].pid)
+    (core,) = children(mirror.processes["wandb"].process.pid)
     mirror.processes["wandb"].kill()
-    mirror.processes["wandb"].wait()
     wait_until(lambda: subprocess.run(["ps", "-o", "stat=", str(core)], capture_output=True).stdout[:1] in (b"", b"Z"))
     assert sync(run.folder, NAME) == {"wandb": 0}
