@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from .errors import DataError
-from .index import CAPTION_TYPE
 
+CAPTION_TYPE = "txt"
+"""Extension of the member with a sample's caption, or its first one."""
 CAPTION_COLUMNS = ("caption", "text")
 """Default names of the caption column."""
 

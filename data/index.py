@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 from .atomic import write_atomic
+from .captions import CAPTION_TYPE
 from .errors import DataError, DataMissing
 from .files import Stream, content, is_local
 from .remote import Fetch, fetch, filesystem, size_of
@@ -26,7 +27,6 @@ from .transforms import clean_caption
 
 VERSION = 1
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
-CAPTION_TYPE = "txt"
 HEADER_LIMIT = 4096  # bytes; headers are about 300
 Members = dict[str, tuple[int, int]]
 

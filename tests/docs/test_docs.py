@@ -135,6 +135,7 @@ def own_images(photos: Path) -> None:
 
 @pytest.mark.multi
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # with the trainings of its fixture
 def test_commands(folder: Path) -> None:
     for command in commands():
         check(command, folder)
@@ -221,6 +222,7 @@ def test_python_blocks_load_and_run_the_exported_pipeline(folder: Path, monkeypa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # like test_commands
 def test_python_page_runs(folder: Path) -> None:
     """In a process of its own, since it trains."""
     script = "\n".join(blocks(ROOT / "docs" / "python.md", "python"))

@@ -31,7 +31,7 @@ def log_text(run):
     return (run.folder / "logs" / "tracking.log").read_text()
 
 
-def wait_until(true, seconds=20):
+def wait_until(true, seconds=60):
     limit = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < limit

@@ -52,6 +52,8 @@ EXAMPLES = {
     "checkpoint list": ("bifrost checkpoint list runs/tiny-mllm",),
     "checkpoint verify": ("bifrost checkpoint verify runs/tiny-mllm",),
     "checkpoint show": ("bifrost checkpoint show runs/tiny-mllm",),
+    "checkpoint upload": ("bifrost checkpoint upload runs/mllm-7b --to s3://bucket/runs",),
+    "checkpoint download": ("bifrost checkpoint download s3://bucket/runs/mllm-7b",),
     "bench step": (
         "bifrost bench step mllm-3b",
         "bifrost bench step flux-controlnet flux.image_size=256 data.image_size=224",
