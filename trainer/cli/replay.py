@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...data.index import CAPTION_TYPE
+from ...data.captions import CAPTION_TYPE
 from ...data.progress import progress
 from ...data.units import counted
 from ...slurm.io import write_json
