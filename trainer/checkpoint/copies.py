@@ -6,10 +6,9 @@ continues elsewhere, and `copies.json`, which is written last and names the comp
 
 from __future__ import annotations
 
-import hashlib
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from ...data.errors import DataLost, DataMissing
 from ...data.retry import call
 from ...slurm.io import read_json, write_json
 from ..errors import RunError
+from .durable import sha256
 from .manifest import MANIFEST, read_manifest
 from .store import Store
 from .verification import file_problem
@@ -80,21 +80,21 @@ class Copies:
                 " address"
             )
         if found is None:
-            self._write(self._record())
+            self._write(self._new_record())
 
     def there(self) -> dict[int, str]:
         """Step of each of the run's checkpoints, oldest first, and the hash of its manifest."""
         found = {}
         for step in self.store.steps():
             with suppress(FileNotFoundError):  # pruned meanwhile
-                found[step] = _hash(self.store.folder(step) / MANIFEST)
+                found[step] = sha256(self.store.folder(step) / MANIFEST)
         return found
 
-    def missing(self) -> list[int]:
-        """Steps of the run's checkpoints without a copy, oldest first."""
-        copied = self._record().steps
-        known = {int(step): each.manifest for step, each in copied.items()}
-        return [step for step, digest in self.there().items() if known.get(step) != digest]
+    def missing(self, there: Mapping[int, str]) -> list[int]:
+        """Those of the run's checkpoints `there` that have no copy, oldest first."""
+        found = self._found()
+        known = {int(step): each.manifest for step, each in found.steps.items()} if found else {}
+        return [step for step, digest in there.items() if known.get(step) != digest]
 
     def copy(self, step: int, folder: Path, sent: Callable[[int], None] = lambda count: None) -> int:
         """Copy the checkpoint of `step`, whose files are in `folder`; returns the bytes sent.
@@ -102,7 +102,7 @@ class Copies:
         Files that an interrupted copy of the same checkpoint has completed are not sent again. sent: called with the
         bytes of each further file. RunError, and no copy, if a file does not have the hash in the manifest.
         """
-        record, manifest, digest = self._record(), read_manifest(folder), _hash(folder / MANIFEST)
+        record, manifest, digest = self._found() or self._new_record(), read_manifest(folder), sha256(folder / MANIFEST)
         target = self._target(step)
         if record.begun != (str(step), digest):
             abandoned = {str(step), *([record.begun[0]] if record.begun else [])} - (record.steps.keys() - {str(step)})
@@ -176,10 +176,9 @@ class Copies:
     def _target(self, step: int) -> str:
         return f"{self.path}/checkpoints/{self.store.folder(step).name}"
 
-    def _record(self) -> Record:
-        """What is at the address, or a new record for this run."""
+    def _new_record(self) -> Record:
         known = read_json(self.run / COPIES)
-        return self._found() or Record(**({"run": known["run"]} if known else {}))
+        return Record(**({"run": known["run"]} if known else {}))
 
     def _found(self) -> Record | None:
         def read() -> bytes | None:
@@ -266,7 +265,3 @@ def filesystem(address: str) -> tuple[Any, str]:
         return fs, path
     except (ImportError, ValueError) as error:
         raise RunError(f"{address}: {error}; check the address, or install the package that serves it") from None
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -108,6 +108,14 @@ def read_blocks(path: Path, start: int, size: int) -> Iterator[memoryview]:
             start += count
 
 
+def sha256(path: Path) -> str:
+    """The SHA-256 of a whole file, of which one block at a time is in memory. Raises OSError."""
+    digest = hashlib.sha256()
+    for block in read_blocks(path, 0, path.stat().st_size):
+        digest.update(block)
+    return digest.hexdigest()
+
+
 def is_intact(path: Path, spans: Iterable[Span]) -> bool:
     """Whether each span of a file on disk has its hash; nothing else is read. Raises OSError."""
     return all(_hashed(path, span) == span.hash for span in spans)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ...data.retry import call
 from ..errors import RunError
-from .durable import new_hash, read_blocks
+from .durable import sha256
 
 SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
@@ -56,11 +56,4 @@ def verify_sums(folder: Path, part: str | None = None) -> None:
 def _digests(folder: Path, names: Iterable[str]) -> list[str]:
     """The SHA-256 of files, several at a time: hashing releases Python's lock."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda name: call(lambda: _sha256(folder / name), folder / name), names))
-
-
-def _sha256(file: Path) -> str:
-    digest = new_hash("sha256")
-    for block in read_blocks(file, 0, file.stat().st_size):
-        digest.update(block)
-    return digest.hexdigest()
+        return list(pool.map(lambda name: call(lambda: sha256(folder / name), folder / name), names))

@@ -75,7 +75,7 @@ def follow(copies: Copies, parent: Parent) -> bool:
         try:
             here = copies.there()
             if here != done:
-                missing = [step for step in copies.missing() if step in here and damaged.get(step) != here[step]]
+                missing = [step for step in copies.missing(here) if damaged.get(step) != here[step]]
                 if over:  # older ones are for the next attempt, or for `bifrost checkpoint upload`
                     missing = [step for step in missing if step == max(here)]
                 if missing:

@@ -115,7 +115,7 @@ def upload(
         raise RunError(f"{run}: its recipe has no checkpoint.upload; give --to ADDRESS")
     copies = Copies(run, address, settings.keep)
     copies.claim()
-    missing = copies.missing() if step is None else [store.require(step)]
+    missing = copies.missing(copies.there()) if step is None else [store.require(step)]
     if not missing:
         print(f"{copies.place}: has all checkpoints")
     for each in missing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import typer
 
 from ...slurm.exit_record import newest_step
 from ...slurm.io import write_json
-from ..checkpoint.durable import read_blocks
+from ..checkpoint.durable import sha256
 from ..errors import RunError, writing
 from ..io import flat, read_json
 from ..monitors.evaluations import note_evaluation
@@ -125,12 +124,7 @@ def _measure(scored: Scored, weights: dict[str, Path | None]) -> dict[str, tuple
 
 def _sha256(path: Path) -> dict[str, str]:
     """The hash of a weight file; nothing for a folder."""
-    if not path.is_file():
-        return {}
-    digest = hashlib.sha256()
-    for block in read_blocks(path, 0, path.stat().st_size):
-        digest.update(block)
-    return {"sha256": digest.hexdigest()}
+    return {"sha256": sha256(path)} if path.is_file() else {}
 
 
 def _write(folder: Path, figures: Figures, settings: Figures) -> None:

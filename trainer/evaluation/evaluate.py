@@ -28,7 +28,7 @@ from ..models.masking import draw_masks
 from ..models.rng import Stream, uniform
 from .image_metrics import NearestPixels, centred_cosine, frechet, recall
 from .reconstruction import SHEET_COLUMNS, fidelity
-from .samples import GALLERY, Sample, SampleSet, stack
+from .samples import GALLERY, Sample, choose_sets, stack
 
 MASK_RATES = (0.7, 0.8, 0.9, 1.0)
 RECONSTRUCTIONS = {"": "ground_truth", "latents_alone_": "latents_alone"}
@@ -70,11 +70,7 @@ def evaluate(
     """
     sizes = generator.image_size, generator.flux_size
     gallery = max(gallery, samples)
-    sets = [SampleSet("train", data, seed, sizes)]
-    if heldout is not None:
-        sets.append(SampleSet("heldout", heldout, seed, sizes))
-    known = sets[0].image_hashes(gallery) if heldout is not None else set()
-    chosen = {one.name: one.choose(samples, () if one is sets[0] else known) for one in sets}
+    sets, chosen = choose_sets(data, heldout, seed, sizes, samples, gallery)
     kinds = sum(_Trial.KINDS[name] for name in chosen)
     shown_here = generator.group.rank == 0
     with progress("generating", kinds * samples, "images", shown=shown_here) as shown:

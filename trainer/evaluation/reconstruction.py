@@ -19,7 +19,7 @@ from ..inference.contact_sheet import make_contact_sheet
 from ..inference.generator import Generator, to_images
 from ..inference.settings import Settings
 from .image_metrics import psnr, ssim
-from .samples import GALLERY, Sample, SampleSet, stack
+from .samples import GALLERY, Sample, choose_sets, stack
 
 KINDS = 3
 """Images generated per caption."""
@@ -58,11 +58,7 @@ def evaluate_reconstruction(
     generator: needs no branch. RunError if a set has too few samples.
     """
     sizes = generator.image_size, generator.flux_size
-    train = SampleSet("train", data, seed, sizes)
-    chosen = {"train": train.choose(samples)}
-    if heldout is not None:
-        known = train.image_hashes(max(GALLERY, samples))
-        chosen["heldout"] = SampleSet("heldout", heldout, seed, sizes).choose(samples, known)
+    _, chosen = choose_sets(data, heldout, seed, sizes, samples, max(GALLERY, samples))
     seeds = {name: [seed + sample.index for sample in of] for name, of in chosen.items()}
     rows: dict[str, list[Image.Image]] = {}
     columns: list[str] = []

@@ -115,6 +115,20 @@ class SampleSet:
         return Sample(index, raw.key, raw.caption, seen, original)
 
 
+def choose_sets(
+    data: Dataset, heldout: Dataset | None, seed: int, sizes: tuple[int, int], samples: int, gallery: int
+) -> tuple[list[SampleSet], dict[str, list[Sample]]]:
+    """The data sets `train` and optionally `heldout`, and `samples` of each, the same for the same seed.
+
+    Held-out images that are among the first `gallery` training images are skipped. RunError if a set has too few.
+    """
+    sets = [SampleSet("train", data, seed, sizes)]
+    if heldout is not None:
+        sets.append(SampleSet("heldout", heldout, seed, sizes))
+    known = sets[0].image_hashes(gallery) if heldout is not None else set()
+    return sets, {one.name: one.choose(samples, () if one is sets[0] else known) for one in sets}
+
+
 def image_hash(raw: RawSample) -> bytes:
     return hashlib.sha256(raw.image).digest()
 

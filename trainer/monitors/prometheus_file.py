@@ -12,7 +12,7 @@ from ...data.atomic import write_atomic
 from ..io import read_json
 from .metrics import Tail
 from .series import series, when
-from .tracker_state import last_end, lock, read_recipe
+from .tracker_state import last_end, lock, outcome_of, read_recipe
 
 SUFFIX = ".prom"
 """The collector reads files with it."""
@@ -52,8 +52,7 @@ class PrometheusFile:
     def end(self, otherwise: str | None) -> None:
         """Leave the state, with the outcome of the newest `end` event unless the run was restarted since, else
         `otherwise`."""
-        last = last_end(self.folder / "metrics.jsonl")
-        outcome = last.get("outcome", "finished") if last else otherwise or "failed"
+        outcome = outcome_of(last_end(self.folder / "metrics.jsonl"), otherwise or "failed")
         ended = self._gauge("run_outcome", "1 for how the last attempt ended", 1, outcome=outcome)
         self._write([*self._state(0), ended])
 

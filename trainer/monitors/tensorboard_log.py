@@ -20,7 +20,7 @@ from .renames import PREVIEWS
 from .series import series, when
 from .tensorboard_events import EventFile
 from .tracker_errors import one_line
-from .tracker_state import last_end, lock, new_previews, read_recipe
+from .tracker_state import last_end, lock, new_previews, outcome_of, read_recipe
 
 FOLDER = "tensorboard"
 PREFIX = "events.out.tfevents."
@@ -68,7 +68,7 @@ class TensorboardLog:
         and close the file."""
         assert self._file is not None
         last = last_end(self.folder / "metrics.jsonl")
-        outcome = last.get("outcome", "finished") if last else otherwise
+        outcome = outcome_of(last, otherwise)
         if outcome:
             self._file.text(when(last or {}), max(self._reached.values(), default=0), "status", outcome)
         self._file.close()

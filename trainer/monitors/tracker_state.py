@@ -45,6 +45,11 @@ def last_end(metrics: Path) -> dict[str, Any] | None:
     return turns[-1] if turns and turns[-1]["event"] == "end" else None
 
 
+def outcome_of(last: dict[str, Any] | None, otherwise: str | None) -> str | None:
+    """The outcome of the `last_end` of a run, `otherwise` if there is none."""
+    return last.get("outcome", "finished") if last else otherwise
+
+
 class Preview(NamedTuple):
     """written: Unix time."""
 

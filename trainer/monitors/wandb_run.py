@@ -24,7 +24,7 @@ from .metrics import Tail
 from .renames import PREVIEWS
 from .series import series, when
 from .tracker_errors import one_line
-from .tracker_state import is_copy, last_end, lock, new_previews, read_recipe
+from .tracker_state import is_copy, last_end, lock, new_previews, outcome_of, read_recipe
 
 FILE = "wandb.json"
 FOLDER = "wandb"
@@ -76,8 +76,7 @@ class WandbRun:
     def end(self, otherwise: str | None) -> None:
         """Finish the W&B run with the outcome of the newest `end` event unless the run was restarted since, else
         `otherwise`. W&B shows a run that was stopped as preempted. One that has not ended is finished as failed."""
-        last = last_end(self.folder / "metrics.jsonl")
-        outcome = last.get("outcome", "finished") if last else otherwise
+        outcome = outcome_of(last_end(self.folder / "metrics.jsonl"), otherwise)
         folder, offline = Path(self._run.dir).parent, self._run.offline
         try:
             if outcome in ("stopped", "interrupted"):

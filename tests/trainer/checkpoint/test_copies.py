@@ -42,13 +42,13 @@ def copy(copies: Copies, step: int) -> int:
 def test_a_copy_is_the_checkpoint(run: Path, tmp_path: Path) -> None:
     copies = Copies(run, f"{tmp_path}/there/")
     copies.claim()
-    assert copies.missing() == [10, 20]
+    assert copies.missing(copies.there()) == [10, 20]
     size = sum(path.stat().st_size for path in (run / "checkpoints" / NAME(20)).iterdir() if path.suffix != ".json")
     assert copy(copies, 20) > size
     there = tmp_path / "there" / "a-run"
     assert content(there / "checkpoints" / NAME(20)) == content(run / "checkpoints" / NAME(20))
     assert (there / "recipe.yaml").read_text() == "steps: 20\n"
-    assert copies.missing() == [10] and list(copies.steps()) == [20]
+    assert copies.missing(copies.there()) == [10] and list(copies.steps()) == [20]
 
     back = Copies(tmp_path / "elsewhere", f"{tmp_path}/there", name="a-run")
     back.fetch(20)
@@ -74,7 +74,7 @@ def test_an_interrupted_copy_continues(run: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Copies, "_put", failing)
     with pytest.raises(DataError, match="down"):
         copy(copies, 20)
-    assert copies.missing() == [10, 20]
+    assert copies.missing(copies.there()) == [10, 20]
     with pytest.raises(RunError, match="has no complete checkpoint"):
         copies.steps()
     monkeypatch.setattr(Copies, "_put", put)
@@ -92,7 +92,7 @@ def test_another_checkpoint_of_the_same_step_is_copied_anew(run: Path, tmp_path:
     copy(copies, 20)
     shutil.rmtree(run / "checkpoints" / NAME(20))
     save(run / "checkpoints", 20, ranks=2, seed=21)
-    assert copies.missing() == [10, 20]
+    assert copies.missing(copies.there()) == [10, 20]
     copy(copies, 20)
     assert content(tmp_path / "there/a-run/checkpoints" / NAME(20)) == content(run / "checkpoints" / NAME(20))
     save(run / "checkpoints", 30, ranks=2)
