@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
@@ -16,6 +16,7 @@ from .metrics import read_events
 from .renames import previews
 
 log = logging.getLogger(__name__)
+Otherwise = TypeVar("Otherwise", bound="str | None")
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def last_end(metrics: Path) -> dict[str, Any] | None:
     return turns[-1] if turns and turns[-1]["event"] == "end" else None
 
 
-def outcome_of(last: dict[str, Any] | None, otherwise: str | None) -> str | None:
+def outcome_of(last: dict[str, Any] | None, otherwise: Otherwise) -> str | Otherwise:
     """The outcome of the `last_end` of a run, `otherwise` if there is none."""
     return last.get("outcome", "finished") if last else otherwise
 
