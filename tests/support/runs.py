@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -84,3 +86,30 @@ def wait_for_steps(run: Path, count: int, timeout: float = 300) -> None:
     while not (run / "metrics.jsonl").exists() or len(steps(run)) < count:
         assert time.monotonic() < deadline, "the run makes no progress"
         time.sleep(0.05)
+
+
+def train_until_killed(arguments: list[str], step: int) -> None:
+    """Train; every rank kills itself with SIGKILL in the optimizer step of `step`."""
+    import ranked
+    from bifrost.trainer.optim import engine
+
+    done, advance = 0, engine.Engine.step
+
+    def counted(self: Any, lr: float, skip: bool) -> bool:
+        nonlocal done
+        done += 1
+        if done == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return advance(self, lr, skip)
+
+    engine.Engine.step = counted
+    ranked.succeed(arguments)
+
+
+def replay(run: Path, *arguments: str) -> dict[str, Any]:
+    """What `bifrost replay` finds."""
+    import ranked
+
+    (ended,) = ranked.bifrost(1, "replay", str(run), "--json", *arguments)
+    assert ended.code == 0, ended.err
+    return json.loads(ended.out)

@@ -16,10 +16,15 @@ def save(folder: Path) -> Path:
     for shard in range(4):
         samples = []
         for number in range(shard * 15, shard * 15 + 15):
-            pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-            file = io.BytesIO()
-            Image.fromarray(pixels).resize((64, 64), Image.Resampling.NEAREST).save(file, "PNG")
             caption = f"pattern number {number} " + "of many colours " * (number % 3)
-            samples.append((f"pattern-{number:03d}", {"png": file.getvalue(), "txt": caption.encode()}))
+            samples.append((f"pattern-{number:03d}", {"png": pattern(number), "txt": caption.encode()}))
         write_shard(folder / f"train-{shard:05d}.tar", samples)
     return folder
+
+
+def pattern(number: int) -> bytes:
+    """A PNG of 64 x 64 pixels, another one for every number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((64, 64), Image.Resampling.NEAREST).save(file, "PNG")
+    return file.getvalue()

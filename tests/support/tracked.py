@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,18 @@ def history(client, run, key):
 
 def log_text(run):
     return (run.folder / "logs" / "tracking.log").read_text()
+
+
+def train_until_killed(run, tracker):
+    """A process that mirrors the run to `tracker`, logs steps 10 and 20, and is ended by SIGKILL."""
+    script = (
+        "import os, signal, sys; from bifrost.trainer.monitors.metrics import MetricsFile;"
+        "from bifrost.trainer.monitors.tracking import start_mirror; start_mirror(sys.argv[1], [sys.argv[2]]);"
+        "metrics = MetricsFile(sys.argv[1] + '/metrics.jsonl');"
+        "[metrics.write({'step': step, 'loss': 1 / step}) for step in (10, 20)]; os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, run.folder, tracker], check=False)
+    assert ended.returncode == -signal.SIGKILL
 
 
 def wait_until(true, seconds=60):

@@ -1,9 +1,6 @@
 """What of a run arrives in TensorBoard's event files, read by TensorBoard's own reader."""
 
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,7 +13,7 @@ from bifrost.trainer.monitors import tensorboard_log
 from bifrost.trainer.monitors.evaluations import note_evaluation
 from bifrost.trainer.monitors.tensorboard_log import TensorboardLog
 from bifrost.trainer.monitors.tracking import start_mirror, sync
-from tracked import accumulator, as_fp32, expected, log_steps, log_text, scalars, wait_until
+from tracked import accumulator, as_fp32, expected, log_steps, log_text, scalars, train_until_killed, wait_until
 
 NAME = ["tensorboard"]
 
@@ -141,13 +138,7 @@ def test_the_history_of_a_run_is_sent_later(make_run):
 
 def test_a_killed_trainer_leaves_a_mirror_that_writes_the_rest(make_run):
     run = make_run()
-    script = (
-        "import os, signal, sys; from bifrost.trainer.monitors.metrics import MetricsFile;"
-        "from bifrost.trainer.monitors.tracking import start_mirror; start_mirror(sys.argv[1], ['tensorboard']);"
-        "metrics = MetricsFile(sys.argv[1] + '/metrics.jsonl');"
-        "[metrics.write({'step': step, 'loss': 1 / step}) for step in (10, 20)]; os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    assert subprocess.run([sys.executable, "-c", script, run.folder], check=False).returncode == -signal.SIGKILL
+    train_until_killed(run, "tensorboard")
     wait_until(lambda: (run.folder / "tensorboard").exists() and "status" in read(run).Tags()["tensors"])
     assert read(run).Tensors("status")[0].tensor_proto.string_val == [b"failed"]
     assert scalars(read(run)) == as_fp32(expected(run.folder))

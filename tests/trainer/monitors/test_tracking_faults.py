@@ -4,8 +4,6 @@ import gc
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,7 +18,7 @@ from bifrost.trainer.monitors.evaluations import note_evaluation
 from bifrost.trainer.monitors.mlflow_errors import explain
 from bifrost.trainer.monitors.mlflow_run import MlflowRun
 from bifrost.trainer.monitors.tracking import start_mirror, sync
-from tracked import history, log_steps, log_text, run_id, wait_until
+from tracked import history, log_steps, log_text, run_id, train_until_killed, wait_until
 
 
 class Answering(BaseHTTPRequestHandler):
@@ -95,13 +93,7 @@ def test_a_machine_without_mlflow(make_run, monkeypatch):
 
 def test_a_killed_trainer_leaves_a_mirror_that_sends_the_rest(server, client, make_run):
     run = make_run(server)
-    script = (
-        "import os, signal, sys; from bifrost.trainer.monitors.metrics import MetricsFile;"
-        "from bifrost.trainer.monitors.tracking import start_mirror; start_mirror(sys.argv[1], ['mlflow']);"
-        "metrics = MetricsFile(sys.argv[1] + '/metrics.jsonl');"
-        "[metrics.write({'step': step, 'loss': 1 / step}) for step in (10, 20)]; os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    assert subprocess.run([sys.executable, "-c", script, run.folder], check=False).returncode == -signal.SIGKILL
+    train_until_killed(run, "mlflow")
     wait_until(lambda: (run.folder / "tracking.json").exists() and run_id(run))
     wait_until(lambda: client.get_run(run_id(run)).info.status == "FAILED")
     assert history(client, run, "train/loss") == [(10, 0.1), (20, 0.05)]

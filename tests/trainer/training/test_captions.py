@@ -1,18 +1,16 @@
 """Runs on several captions per sample: the same ones on any number of ranks, through kills, and what may change."""
 
-import io
 import json
-import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import ranked
 import runs
+import small_shards
 from bifrost.data import write_shard
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
@@ -27,12 +25,9 @@ def captioned(tmp_path_factory) -> Path:
     for shard in range(4):
         samples = []
         for number in range(shard * 15, shard * 15 + 15):
-            pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-            file = io.BytesIO()
-            Image.fromarray(pixels).resize((64, 64), Image.Resampling.NEAREST).save(file, "PNG")
             texts = {"txt": f"txt of {number}", "short.txt": f"short.txt of {number}"}
             texts |= {"long.txt": f"long.txt of {number}" + " and so on" * 20} if number % 3 else {}
-            image = {"png": file.getvalue()[: 80 if number == 31 else None]}
+            image = {"png": small_shards.pattern(number)[: 80 if number == 31 else None]}
             samples.append((f"k{number:03d}", {**image, **{kind: text.encode() for kind, text in texts.items()}}))
         write_shard(folder / ("a" if shard < 2 else "b") / f"train-{shard:05d}.tar", samples)
     return folder
@@ -42,12 +37,6 @@ def train(shards: Path, runs_dir: Path, ranks: int, *overrides: str) -> list[ran
     ended = ranked.bifrost(ranks, *runs.arguments(shards, runs_dir, "data.max_bad_fraction=0.5", *overrides))
     assert [rank.code for rank in ended] == [0] * ranks, ended[0].err
     return ended
-
-
-def replay(run: Path, step: int) -> dict[str, Any]:
-    (ended,) = ranked.bifrost(1, "replay", str(run), "--json", f"--step={step}")
-    assert ended.code == 0, ended.err
-    return json.loads(ended.out)
 
 
 def test_any_number_of_ranks_and_replay(captioned: Path, tmp_path: Path) -> None:
@@ -62,7 +51,7 @@ def test_any_number_of_ranks_and_replay(captioned: Path, tmp_path: Path) -> None
 
     members = set()
     for step in (3, 8):
-        found = replay(parts, step)
+        found = runs.replay(parts, f"--step={step}")
         assert found["data_digest"] == digests[step - 1]
         for sample in found["samples"]:
             number, member = int(sample["key"][1:]), sample["caption_member"]
@@ -72,28 +61,11 @@ def test_any_number_of_ranks_and_replay(captioned: Path, tmp_path: Path) -> None
     assert members == {"txt", "short.txt", "long.txt"}
 
 
-def train_until_killed(arguments: list[str], step: int) -> None:
-    """Train; every rank kills itself with SIGKILL in the optimizer step of `step`."""
-    from bifrost.trainer.optim import engine
-
-    done, advance = 0, engine.Engine.step
-
-    def counted(self: Any, lr: float, skip: bool) -> bool:
-        nonlocal done
-        done += 1
-        if done == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return advance(self, lr, skip)
-
-    engine.Engine.step = counted
-    ranked.succeed(arguments)
-
-
 def test_kill_and_resume_to_the_bit_and_a_change_is_refused(captioned: Path, tmp_path: Path) -> None:
     settings = ("steps=8", "checkpoint.every=3", "data.workers=1", "data.max_bad_fraction=0.5", CAPTIONS)
     train(captioned / "*", tmp_path / "whole", 2, *settings)
     arguments = runs.arguments(captioned / "*", tmp_path / "killed", *settings)
-    ended = ranked.run(train_until_killed, 2, arguments, 6)
+    ended = ranked.run(runs.train_until_killed, 2, arguments, 6)
     assert -signal.SIGKILL in [rank.code for rank in ended]
     train(captioned / "*", tmp_path / "killed", 2, *settings)
     whole, killed = (runs.steps(tmp_path / each / "tiny-mllm") for each in ("whole", "killed"))
@@ -125,7 +97,7 @@ def test_the_captions_of_a_source_may_change_from_a_step_on(captioned: Path, tmp
     ]
     lines = runs.steps(run)
     for step, member, dropped in ((4, "short.txt", False), (5, "txt", True), (8, "txt", True)):
-        found = replay(run, step)
+        found = runs.replay(run, f"--step={step}")
         assert found["data_digest"] == lines[step - 1]["data_digest"]
         assert not found["weights_exact"] or found["loss"] == pytest.approx(lines[step - 1]["loss"], abs=1e-5)
         of = {name: [s for s in found["samples"] if s["source"] == name] for name in "ab"}

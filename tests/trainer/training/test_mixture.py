@@ -1,7 +1,6 @@
 """Runs on several sources: the same sequence on any number of ranks, through kills, and through changes of the mix."""
 
 import json
-import os
 import signal
 from collections import Counter
 from pathlib import Path
@@ -31,12 +30,6 @@ def train(shards: Path, runs_dir: Path, ranks: int, *overrides: str) -> list[ran
     return ended
 
 
-def replay(run: Path, step: int) -> dict[str, Any]:
-    (ended,) = ranked.bifrost(1, "replay", str(run), "--json", f"--step={step}")
-    assert ended.code == 0, ended.err
-    return json.loads(ended.out)
-
-
 def keys_of(dataset: Dataset) -> set[str]:
     return {dataset.entry(*dataset.place(number))[0] for number in range(len(dataset))}
 
@@ -64,7 +57,7 @@ def test_any_number_of_ranks(shards: Path, tmp_path: Path) -> None:
     assert per_source(last, "epochs") == {"a": 48 / 30, "b": 24 / 15, "c": 24 / 15}
     assert per_source(last, "bad_fraction") == {"a": 0, "b": 0, "c": 0}
 
-    found = replay(parts, 12)
+    found = runs.replay(parts, "--step=12")
     own = {name: keys_of(open_dataset(str(shards / each))) for name, each in (("a", A), ("b", B), ("c", C))}
     assert all(sample["key"] in own[sample["source"]] for sample in found["samples"])
     assert Counter(sample["source"] for sample in found["samples"]) == {"a": 4, "b": 2, "c": 2}
@@ -95,11 +88,9 @@ def test_scheduled_weights(shards: Path, tmp_path: Path) -> None:
     assert per_source(runs.steps(parts)[-1], "samples") == {"a": 32 + 24, "b": 8 + 16}
     events = runs.events(parts, "mixture")
     assert [event["batch"] for event in events] == [0, 4, 8], "a resume within the schedule changes nothing"
-    assert not runs.events(parts, "settings_changed") or "data.sources" not in str(
-        runs.events(parts, "settings_changed")
-    )
+    assert "data.sources" not in str(runs.events(parts, "settings_changed"))
     for step, wanted in ((3, {"a": 8}), (5, {"a": 6, "b": 2}), (9, {"b": 8})):
-        found = replay(parts, step)
+        found = runs.replay(parts, f"--step={step}")
         assert found["data_digest"] == digests[0][step - 1]
         assert Counter(sample["source"] for sample in found["samples"]) == wanted
 
@@ -115,28 +106,11 @@ def test_a_schedule_may_change_at_a_resume(shards: Path, tmp_path: Path) -> None
     assert [segment["batch"] for segment in json.loads((run / "mixture.json").read_text())["segments"]] == [0, 6]
 
 
-def train_until_killed(arguments: list[str], step: int) -> None:
-    """Train; every rank kills itself with SIGKILL in the optimizer step of `step`."""
-    from bifrost.trainer.optim import engine
-
-    done, advance = 0, engine.Engine.step
-
-    def counted(self: Any, lr: float, skip: bool) -> bool:
-        nonlocal done
-        done += 1
-        if done == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return advance(self, lr, skip)
-
-    engine.Engine.step = counted
-    ranked.succeed(arguments)
-
-
 def test_kill_and_resume(shards: Path, tmp_path: Path) -> None:
     settings = ("steps=8", "checkpoint.every=3", "data.workers=1", *sources(shards, a=(A, 3), b=(B, 1)))
     train(shards, tmp_path / "whole", 2, *settings)
     arguments = runs.arguments(shards, tmp_path / "killed", *settings)
-    ended = ranked.run(train_until_killed, 2, arguments, 6)
+    ended = ranked.run(runs.train_until_killed, 2, arguments, 6)
     assert -signal.SIGKILL in [rank.code for rank in ended]
     train(shards, tmp_path / "killed", 2, *settings)
     whole, killed = (runs.steps(tmp_path / each / "tiny-mllm") for each in ("whole", "killed"))
@@ -167,13 +141,13 @@ def test_a_change_is_an_event_and_what_came_before_stays(shards: Path, tmp_path:
     assert per_source(lines[5], "samples") == {"first": 32 + 4, "more": 12}, "the first source keeps its count"
     assert per_source(lines[7], "samples") == {"more": 12 + 8, "late": 8}
     for step, expected in ((3, None), (5, {"first": 2, "more": 6}), (7, {"more": 4, "late": 4})):
-        found = replay(run, step)
+        found = runs.replay(run, f"--step={step}")
         assert found["data_digest"] == lines[step - 1]["data_digest"]
         assert Counter(s["source"] for s in found["samples"] if "source" in s) == (expected or {})
         assert not found["weights_exact"] or found["loss"] == pytest.approx(lines[step - 1]["loss"], abs=1e-5)
 
     # An epoch of `more` has 15 samples: its second one begins only when the first is through.
-    seen = [s for step in (5, 6, 7, 8) for s in replay(run, step)["samples"] if s["source"] == "more"]
+    seen = [s for step in (5, 6, 7, 8) for s in runs.replay(run, f"--step={step}")["samples"] if s["source"] == "more"]
     assert [sample["epoch"] for sample in seen].count(0) == 15
     assert len({sample["key"] for sample in seen if sample["epoch"] == 0}) == 15
 

@@ -17,12 +17,6 @@ from bifrost.trainer.training.run_history import History
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 
 
-def replay(run: Path, *arguments: str) -> dict:
-    (ended,) = ranked.bifrost(1, "replay", str(run), "--json", *arguments)
-    assert ended.code == 0, ended.err
-    return json.loads(ended.out)
-
-
 def train_and_keep(arguments: list[str], step: int, spike: float | None) -> list[dict]:
     """Train; returns what this rank's model got at `step`: keys, masks, captions' lengths, level. spike: the loss times
     that there, and in the next two steps."""
@@ -63,7 +57,7 @@ def test_stage_1(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "tiny-mllm"
     line = runs.steps(run)[4]
 
-    found = replay(run, "--step=5", f"--out={tmp_path / 'out'}")
+    found = runs.replay(run, "--step=5", f"--out={tmp_path / 'out'}")
     assert (found["step"], found["batch"], found["weights_step"], found["weights_exact"]) == (5, 5, 4, True)
     assert found["loss"] == pytest.approx(line["loss"], abs=1e-5)
     assert np.mean([sample["loss"] for sample in found["samples"]]) == pytest.approx(line["loss"], abs=1e-5)
@@ -84,12 +78,12 @@ def test_stage_1(shards: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "batch.json").read_text()) == found
 
     # Step 6 has no checkpoint of step 5: the same samples, by weights one step older.
-    found = replay(run, "--step=6")
+    found = runs.replay(run, "--step=6")
     assert (found["weights_step"], found["weights_exact"]) == (4, False)
     assert found["data_digest"] == runs.steps(run)[5]["data_digest"]
     assert found["loss"] != pytest.approx(runs.steps(run)[5]["loss"], abs=1e-5)
     # The first step's weights are the initial ones.
-    assert replay(run, "--step=1")["loss"] == pytest.approx(runs.steps(run)[0]["loss"], abs=1e-5)
+    assert runs.replay(run, "--step=1")["loss"] == pytest.approx(runs.steps(run)[0]["loss"], abs=1e-5)
 
 
 def test_stage_2_by_batch_statistics_of_all_ranks(shards: Path, tmp_path: Path) -> None:
@@ -99,7 +93,7 @@ def test_stage_2_by_batch_statistics_of_all_ranks(shards: Path, tmp_path: Path) 
     ended = ranked.run(train_and_keep, 2, arguments, 3, None)
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
     run = tmp_path / "tiny-controlnet"
-    found = replay(run, "--step=3")
+    found = runs.replay(run, "--step=3")
     assert found["weights_exact"]
     assert found["loss"] == pytest.approx(runs.steps(run)[2]["loss"], abs=1e-5)
     assert found["data_digest"] == runs.steps(run)[2]["data_digest"]
@@ -123,11 +117,11 @@ def test_after_a_rollback_both_steps_can_be_seen(shards: Path, tmp_path: Path) -
     bad = runs.events(run, "skipped_step")[0]
     assert bad["batch"] == 6
 
-    passed = replay(run, "--batch=6")
+    passed = runs.replay(run, "--batch=6")
     assert (passed["step"], passed["weights_step"]) == (6, 4)
     assert {sample["key"] for sample in passed["samples"]} == {key for key, _ in bad["samples"]}
     assert passed["skipped"] == bad["reason"]
-    counted = replay(run, "--step=5")
+    counted = runs.replay(run, "--step=5")
     assert (counted["batch"], counted["weights_exact"], counted["skipped"]) == (9, True, None)
     assert counted["loss"] == pytest.approx(runs.steps(run)[4]["loss"], abs=1e-5)
     assert counted["data_digest"] == runs.steps(run)[4]["data_digest"]
