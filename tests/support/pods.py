@@ -42,8 +42,10 @@ def free_address() -> str:
 def start(documents: list[dict[str, Any]], folder: Path, node: int, count: int, address: str) -> subprocess.Popen:
     """Node `node` of `count`: its container's own command, with node 0 at `address` instead of its name in the cluster.
 
-    folder: where the pod's ConfigMap is mounted, or a task's recipe is written."""
+    folder: each node has one in it, where its ConfigMap is mounted, or a task's recipe is written."""
     host, port = address.split(":")
+    folder = folder / f"node-{node}"  # with one of both, a node would read its script while the other writes it
+    folder.mkdir(exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
     kept |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     if "kind" not in documents[-1]:
