@@ -2,7 +2,9 @@
 
 `train-00000.tar` has `train-00000.index.jsonl`. Its first line is the header (`Header`), so that opening thousands of
 shards reads a few hundred bytes of each. Each further line is one sample, in the tar's order:
-`["KEY", {"jpg": [offset, size], "txt": [offset, size]}]`, offsets and sizes in bytes from the start of the tar.
+`["KEY", {"jpg": [offset, size], "txt": [offset, size]}, [width, height]]`, offsets and sizes in bytes from the start of
+the tar, and width and height of the image in pixels, upright, or null if it does not decode. Version 1 had no width and
+height.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .atomic import write_atomic
 from .captions import CAPTION_TYPE
@@ -22,20 +24,24 @@ from .files import Stream, content, is_local
 from .remote import Fetch, fetch, filesystem, size_of
 from .retry import call
 from .shard_list import seen_from
-from .tars import ManyZeros, Member, TarInput, scan
-from .transforms import clean_caption
+from .tars import Keep, ManyZeros, Member, TarInput, scan
+from .transforms import clean_caption, image_size
 
-VERSION = 1
+VERSION = 2
+WITHOUT_SIZES = 1
+"""The version before, which is still read."""
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 HEADER_LIMIT = 4096  # bytes; headers are about 300
 Members = dict[str, tuple[int, int]]
+ImageSize = tuple[int, int]
+"""Width and height in pixels."""
 
 
 @dataclass(frozen=True)
 class Header:
     """Summary of one shard."""
 
-    version: int
+    version: int = field(compare=False)
     bytes: int
     """Size of the tar."""
     sha256: str
@@ -60,8 +66,22 @@ class Index:
 
     def entry(self, sample: int) -> tuple[str, Members]:
         """Key and members of one sample."""
-        key, members = json.loads(self.lines[sample])
+        key, members, *_ = json.loads(self.lines[sample])
         return key, members
+
+    @property
+    def image_sizes(self) -> list[ImageSize | None] | None:
+        """Of the samples' images, None for one that does not decode; None if the index has no sizes."""
+        if self.header.version == WITHOUT_SIZES:
+            return None
+        sizes = (json.loads(line)[2] for line in self.lines)
+        return [(size[0], size[1]) if size else None for size in sizes]
+
+    def same_entries(self, other: Index) -> bool:
+        """Whether both have the same samples, and the same sizes of images if both have some."""
+        if self.header.version == other.header.version:
+            return self.lines == other.lines
+        return all(self.entry(sample) == other.entry(sample) for sample in range(len(self.lines)))
 
     def to_bytes(self) -> bytes:
         return b"\n".join([json.dumps(asdict(self.header)).encode(), *self.lines]) + b"\n"
@@ -88,8 +108,8 @@ class Group(NamedTuple):
 
     key: str
     members: Members
-    texts: dict[str, bytes]
-    """Captions read during the scan, by extension."""
+    kept: dict[str, Any]
+    """Captions and sizes of images from the scan, by extension."""
     problem: str | None = None
     """Why they do not make a sample."""
     twice: bool = False
@@ -121,7 +141,7 @@ def group_members(found: Iterable[Member]) -> list[Group]:
             continue
         run.members[kind] = (member.offset, member.size)
         if member.content is not None:
-            run.texts[kind] = member.content
+            run.kept[kind] = member.content
     return _joined(runs)
 
 
@@ -138,9 +158,9 @@ def _joined(runs: list[Group]) -> list[Group]:
         if len(same) > 1 and len(set(kinds)) == len(kinds):
             if run is same[0]:
                 members = {kind: place for each in same for kind, place in each.members.items()}
-                texts = {kind: text for each in same for kind, text in each.texts.items()}
+                kept = {kind: content for each in same for kind, content in each.kept.items()}
                 problem = next((each.problem for each in same if each.problem), None)
-                groups.append(Group(run.key, members, texts, problem, any(each.twice for each in same)))
+                groups.append(Group(run.key, members, kept, problem, any(each.twice for each in same)))
         else:
             groups.append(run)
     return groups
@@ -165,7 +185,7 @@ def build_index(shard: str) -> Index:
     try:
         with Stream(shard) as raw:
             stream = TarInput(raw, digest)
-            found = list(scan(stream, read_all=True, wanted=_is_caption))
+            found = list(scan(stream, read_all=True, keep=_kept))
     except DataMissing:
         raise DataError(f"{shard}: no such shard; check the path") from None
     except ManyZeros as error:
@@ -187,10 +207,10 @@ def build_index(shard: str) -> Index:
         if group.problem or kind is None:
             left_out.append((group.key, why_no_image(group)))
             continue
-        lines.append(json.dumps([group.key, group.members]).encode())
+        lines.append(json.dumps([group.key, group.members, group.kept.get(kind)]).encode())
         images += group.members[kind][1]
         try:
-            lengths.append(len(clean_caption(group.texts.get(CAPTION_TYPE, b""))))
+            lengths.append(len(clean_caption(group.kept.get(CAPTION_TYPE, b""))))
         except ValueError:
             continue
     chars = (min(lengths, default=0), max(lengths, default=0), sum(lengths))
@@ -198,9 +218,10 @@ def build_index(shard: str) -> Index:
     return Index(header, lines, left_out)
 
 
-def _is_caption(name: str) -> bool:
-    split = split_key(name)
-    return split is not None and split[1] == CAPTION_TYPE
+def _kept(name: str) -> Keep | None:
+    """Of a caption everything is kept, of an image its width and height."""
+    _, kind = split_key(name) or ("", "")
+    return image_size if kind in IMAGE_TYPES else bytes if kind == CAPTION_TYPE else None
 
 
 def save_index(shard: str, index: Index) -> None:
@@ -252,7 +273,7 @@ def load_index(shard: str, get: Fetch = fetch) -> Index:
 def _parse_header(shard: str, data: bytes) -> Header:
     try:
         values = json.loads(data.partition(b"\n")[0])
-        if values["version"] == VERSION:
+        if values["version"] in (VERSION, WITHOUT_SIZES):
             return Header(**{**values, "caption_chars": tuple(values["caption_chars"])})
     except (ValueError, TypeError, KeyError):
         raise damaged(shard) from None

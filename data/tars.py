@@ -30,6 +30,8 @@ COMPRESSED = {
     b"7z\xbc\xaf\x27\x1c": "7-Zip",
 }
 """First bytes of files that are often named .tar."""
+Keep = Callable[[bytes], Any]
+"""Content of a member -> what of it is kept in memory."""
 
 
 class Member(NamedTuple):
@@ -39,8 +41,8 @@ class Member(NamedTuple):
     offset: int
     """Offset of its content in bytes from the start of the tar; a link has the content of its target."""
     size: int
-    content: bytes | None
-    """The content, if requested."""
+    content: Any
+    """What was kept of the content: see `scan`."""
     problem: str | None
     """Why its content cannot be read in place."""
 
@@ -110,14 +112,15 @@ def _damage(at: int, what: str) -> tarfile.ReadError:
     return tarfile.ReadError(f"byte {at}: {what}")
 
 
-def scan(file: TarInput, read_all: bool, wanted: Callable[[str], bool] = lambda name: False) -> Iterator[Member]:
+def scan(file: TarInput, read_all: bool, keep: Callable[[str], Keep | None] = lambda name: None) -> Iterator[Member]:
     """Yield the files of a tar in order; links to earlier members count as files.
 
-    read_all: read every byte in order instead of seeking from header to header. wanted: by name, whether to read a
-    member's content; needs `read_all`. After the last member before any damage, raises tarfile.ReadError with the byte
-    offset: for an invalid header, a missing end mark, data after it, or more zeros than padding.
+    read_all: read every byte in order instead of seeking from header to header. keep: by name, what is kept of a
+    member's content, nothing for None; needs `read_all`. After the last member before any damage, raises
+    tarfile.ReadError with the byte offset: for an invalid header, a missing end mark, data after it, or more zeros than
+    padding.
     """
-    places: dict[str, tuple[int, int, bytes | None]] = {}
+    places: dict[str, tuple[int, int, Any]] = {}
     at, last = 0, None
     try:
         # tarfile never seeks in a stream.
@@ -130,8 +133,9 @@ def scan(file: TarInput, read_all: bool, wanted: Callable[[str], bool] = lambda 
             if info.issparse():
                 problem = "it is stored as a sparse file; write the tar without --sparse"
             elif info.isreg():
-                stream = tar.extractfile(info) if wanted(info.name) else None
-                content = stream.read() if stream else None
+                kept = keep(info.name)
+                stream = tar.extractfile(info) if kept else None
+                content = kept(stream.read()) if kept and stream else None
                 place = places[posixpath.normpath(info.name)] = info.offset_data, info.size, content
             elif info.islnk() or info.issym():
                 folder = posixpath.dirname(info.name) if info.issym() else ""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 OTHER_FILES = {
@@ -26,6 +26,11 @@ OTHER_FILES = {
 """First bytes of files that are often found under an image's name -> description."""
 MAX_PIXELS = 1 << 27
 """Largest image that is decoded: 134 million pixels, 11585 x 11585."""
+
+PNG_ORIENTATIONS = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
+"""Marks of the parts of a PNG that may contain an orientation."""
+SIDES_SWAPPED = 5
+"""Orientations in EXIF from here on swap width and height."""
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
@@ -62,16 +67,41 @@ def centre_square(data: bytes, least: int) -> np.ndarray:
         raise ValueError("image does not decode: its header is damaged") from None
 
 
+def image_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height in pixels of the image as `decode_image` decodes it, from its header alone; None for one that is
+    not decoded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = _opened(data)
+        # Pillow decodes a whole PNG to search for an orientation behind its pixels.
+        search = image.format != "PNG" or any(mark in data for mark in PNG_ORIENTATIONS)
+    except Exception:
+        plain = _without_text(data) if data.startswith(PNG) else data
+        return None if plain == data else image_size(plain)
+    turned = False
+    with suppress(Exception):
+        turned = search and image.getexif().get(ExifTags.Base.Orientation, 1) >= SIDES_SWAPPED
+    width, height = image.size
+    return (height, width) if turned else (width, height)
+
+
 class _TooLarge(ValueError):
     pass
+
+
+def _opened(data: bytes) -> Image.Image:
+    """The image, of which only the header is read yet."""
+    image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+    if image.width * image.height > MAX_PIXELS:
+        raise _TooLarge(f"{image.width} x {image.height} pixels are above the limit of {MAX_PIXELS}")
+    return image
 
 
 def _decoded(data: bytes, least: int) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MAX_PIXELS replaces Pillow's decompression bomb warning
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-        if image.width * image.height > MAX_PIXELS:
-            raise _TooLarge(f"{image.width} x {image.height} pixels are above the limit of {MAX_PIXELS}")
+        image = _opened(data)
         # JPEG only: the decoder skips frequencies that are absent at 1/2, 1/4 or 1/8 of the size.
         image.draft(None, (least, least))
         image.load()

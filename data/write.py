@@ -178,6 +178,6 @@ def _check(shard: str) -> Header | str:
         )
     if found.header.sha256 != stored.header.sha256:
         return f"{shard}: altered (content hash); restore it, or run `bifrost data index {shard}` to accept it"
-    if found != stored:
+    if found.header != stored.header or not found.same_entries(stored):
         return f"{index_path(shard)}: altered index; run `bifrost data index {shard}`"
     return stored.header

@@ -153,7 +153,7 @@ def test_errors_contain_place_and_remedy(make_shards, tmp_path, make_image, monk
     with pytest.raises(DataError, match=r"s-00001\.tar: no index next to it; run `bifrost data index"):
         open_dataset(str(tmp_path / "s-00001.tar"))
     (tmp_path / "s-00001.index.jsonl").write_text('{"version": 9, "new": 1}\n')
-    with pytest.raises(DataError, match="index version 9, expected 1"):
+    with pytest.raises(DataError, match="index version 9, expected 2"):
         open_dataset(str(tmp_path / "s-00001.tar"))
     (tmp_path / "s-00001.index.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match="damaged index"):
