@@ -40,12 +40,12 @@ def counted(name: str) -> dict[str, Any]:
 
 def rows(name: str, counts: dict[str, Any]) -> dict[str, list[Row]]:
     """Row of the table -> figures planned by this version and counted."""
-    found = {}
+    found, text = {}, TEXT.get(name, 80)
     for title, key, overrides in ((name, "pass", []), ("with checkpointing", "recomputed", [RECOMPUTED])):
         recipe = load_recipe(name, overrides)
-        found[title] = pass_rows(parts(recipe, TEXT.get(name, 80)), workload(recipe), counts[key])
+        found[title] = pass_rows(parts(recipe, text, text), workload(recipe), counts[key])
     recipe = load_recipe(name, [f"global_batch={SAMPLES}"])
-    planned = parts(recipe, TEXT.get(name, 80)), workload(recipe)
+    planned = parts(recipe, text), workload(recipe)
     found[name] += [held_row(*planned, int(n), each) for n, each in counts["engine"].items()]
     return found
 

@@ -29,9 +29,7 @@ def table() -> str:
         recipe = load_recipe(name)
         samples = _samples(name)
         model = parts(recipe, TEXT_TOKENS)
-        found = Report(recipe.name, model, workload(recipe), list(gpus), find_device(DEVICE), TEXT_TOKENS).as_json(
-            samples
-        )
+        found = Report(recipe.name, model, workload(recipe), list(gpus), find_device(DEVICE), None).as_json(samples)
         kept = (recipe.checkpoint.keep + 1) * found["checkpoint_bytes"] / 1e9
         frozen = 2 * found["parameters"]["frozen"] / 1e9
         for row in found["rows"]:

@@ -176,7 +176,7 @@ def memory() -> list[Anchor]:
                 Anchor(at + "frozen, replicated", "GB", replicated, other.memory.held["frozen weights"] / 1e9),
             ]
     cached = bytes_of("flux-controlnet", 8, whole, "flux.placement.text=cached").memory.held["frozen weights"]
-    kept = [model("mllm-7b")["generation branch"], model("flux-controlnet")["FLUX"]]
+    kept = [model("mllm-7b", "branch.max_text_tokens=80")["generation branch"], model("flux-controlnet")["FLUX"]]
     found += [
         Anchor("stage 2, frozen, replicated, text cached (the source omits only T5)", "GB", 25.57, cached / 1e9),
         Anchor("stage 1, 7B: a checkpoint's masters and moments", "GB", 78.5, _checkpoint("mllm-7b")),

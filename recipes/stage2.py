@@ -9,6 +9,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from .fields import HeldWeights, OptionalPlace, Place
 from .section import Section
 
+T5_TOKENS = 512
+"""T5 tokens of a prompt that FLUX.1-dev was trained with."""
+
 
 class Placement(Section):
     """Placement of the frozen modules: sharded over the ranks, replicated on each rank, offloaded to host memory while
@@ -48,7 +51,7 @@ class Flux(Section):
     """Probability that a caption is replaced by an empty one."""
     caption_exchange: float = Field(default=0.0, ge=0, le=1)
     """Probability that a kept caption is replaced by that of the shard's next readable sample; see docs/stage2.md."""
-    text_tokens: int = Field(default=512, gt=0)
+    text_tokens: int = Field(default=T5_TOKENS, gt=0)
     """T5 tokens per caption: shorter captions are padded, longer ones cut. At most as many as FLUX was trained with,
     512 (dev) or 256 (schnell). Fewer save time and memory, see docs/stage2.md. Part of the results: a run resumes with
     the same value."""

@@ -84,7 +84,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def rows(counts: dict[str, Any]) -> dict[str, Row]:
     recipe = load_recipe("tiny-mllm", SETTINGS)
-    return {row.what: row for row in pass_rows(parts(recipe, TEXT), workload(recipe), counts)}
+    return {row.what: row for row in pass_rows(parts(recipe, TEXT, TEXT), workload(recipe), counts)}
 
 
 def test_without_a_mistake_nothing_is_found(found: dict[str, Any]) -> None:

@@ -76,7 +76,8 @@ def counts_of(cases: list[tuple[str, list[str]]]) -> list[dict[str, Any]]:
 
 def agrees(name: str, settings: list[str], counts: dict[str, Any]) -> None:
     recipe = load_recipe(name, settings)
-    rows = pass_rows(parts(recipe, TEXT.get(name, 80)), workload(recipe), counts)
+    text = TEXT.get(name, 80)
+    rows = pass_rows(parts(recipe, text, text), workload(recipe), counts)
     print(name, settings, *(row.cells() for row in rows), sep="\n")
     assert pass_problems(counts) == []
     assert [row.cells() for row in rows if not row.agrees] == []

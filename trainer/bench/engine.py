@@ -75,7 +75,7 @@ def bench(recipe: Recipe, *, random: bool, size: Size, steps: int, against_plan:
     stage = ranks.agreed(lambda: opened(recipe, random, size))
     work = stage.kernel_work(recipe.micro_batch, recipe.precision)
     stage.kernels, kernels = ranks.agreed(lambda: choose_kernels(recipe.kernels, *work, ranks))
-    parts = parts_of(counted(stage), recipe.precision, synthetic.text_tokens(stage))
+    parts = parts_of(counted(stage), recipe.precision, *[synthetic.text_tokens(stage)] * 2)
     try:
         measured = measure(recipe, stage, parts, ranks, steps)
     except torch.OutOfMemoryError as error:

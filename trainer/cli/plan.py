@@ -30,7 +30,8 @@ def plan(
     """Predict memory, FLOPs, traffic, step time and cost of a recipe on any number of GPUs."""
     settings = load_recipe(recipe, overrides or [])
     require_paths(Path(settings.runs_dir) / settings.name, settings.previews, settings.init_from)
-    numbers = counts("--gpus", gpus)
+    numbers, prompted = counts("--gpus", gpus), settings.stage == "patch-latents"
+    text_tokens = min(text_tokens, settings.branch.max_text_tokens)
     if check:
         raise typer.Exit(0 if _check(recipe, overrides or [], numbers, round(text_tokens), as_json) else 1)
     from ..planner.devices import find_device, this_device
@@ -45,7 +46,7 @@ def plan(
     from ..planner.sources import samples_of_sources
     from ..terminal import terminal
 
-    work, prompted = workload(settings), settings.stage == "patch-latents"
+    work = workload(settings)
     previews = image_generator_bytes(settings.previews) if prompted else 0.0  # stage 2 generates images itself
     report = Report(
         settings.name,
@@ -53,7 +54,7 @@ def plan(
         work,
         numbers,
         chosen,
-        text_tokens if prompted else None,
+        (text_tokens, settings.branch.max_text_tokens) if prompted else None,
         previews,
         caches(settings),
     )
@@ -75,7 +76,7 @@ def _check(recipe: str, overrides: list[str], gpus: list[int], text_tokens: int,
     from ..terminal import terminal
 
     settings = load_recipe(recipe, overrides)
-    found = check((recipe, overrides), parts(settings, text_tokens), workload(settings), gpus, text_tokens)
+    found = check((recipe, overrides), parts(settings, text_tokens, text_tokens), workload(settings), gpus, text_tokens)
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
     else:

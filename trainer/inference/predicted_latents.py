@@ -150,6 +150,10 @@ class PredictedOutputs:
     def read(self, sample: RawSample) -> tuple[str, int]:
         return sample.caption, order_seed(self.seed, sample.key)
 
+    def truncated(self, inputs: list[tuple[str, int]]) -> int:
+        captions = [caption for caption, _ in inputs]
+        return self.template.count_truncated(captions, self.template.batch(captions)[1])
+
     def encode(self, inputs: list[tuple[str, int]], device: torch.device) -> list[dict[str, Tensor]]:
         if self._model is None:
             path = self._run.folder if self._run else self.path

@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from transformers.initialization import no_init_weights
 
 from ...recipes.fields import HeldWeights
+from ...recipes.stage2 import T5_TOKENS
 from ..errors import RunError
 from . import weights
 from .eight_bit_source import frozen_source
@@ -122,6 +123,13 @@ class FluxTokenizers:
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         return Tokens(_ids(self.t5, prompts, self.t5_length), _ids(self.clip, prompts, self.clip_length))
 
+    def count_truncated(self, prompts: Sequence[str], t5: Tensor) -> int:
+        """How many of `prompts` have ends that T5 does not read, from their tokens t5 [B, L]. CLIP, whose one pooled
+        vector adds to T5's states, reads 77 tokens of any."""
+        rows = zip(prompts, t5[:, -1].tolist(), strict=True)
+        full = (prompt for prompt, last in rows if last != self.t5.pad_token_id)
+        return sum(len(self.t5(prompt, verbose=False).input_ids) > self.t5_length for prompt in full)
+
     def limits(self, prompt: str) -> dict[str, tuple[int, int]]:
         """Text encoder -> (tokens of the prompt, maximum it accepts)."""
         readers = {"T5": (self.t5, self.t5_length), "CLIP": (self.clip, self.clip_length)}
@@ -138,7 +146,7 @@ class FluxFolder(FluxConfig):
 
     @classmethod
     def open(
-        cls, path: Path, held: HeldWeights = "bf16", text_tokens: int = 512, for_counting: bool = False
+        cls, path: Path, held: HeldWeights = "bf16", text_tokens: int = T5_TOKENS, for_counting: bool = False
     ) -> FluxFolder:
         """Open and check a folder. RunError names what is missing or inconsistent. for_counting: configs suffice."""
         if not for_counting:

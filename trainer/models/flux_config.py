@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import AliasChoices, Field, PositiveInt
 
 from ...recipes.fields import HeldWeights
+from ...recipes.stage2 import T5_TOKENS
 from ..errors import RunError
 from .config_files import AttentionSettings, Settings, checked, read_json
 
@@ -61,11 +62,11 @@ class FluxConfig:
     t5: T5Config
     held: HeldWeights = "bf16"
     """How the transformer's blocks hold their weights."""
-    text_tokens: int = 512
+    text_tokens: int = T5_TOKENS
     """Most T5 tokens of a prompt."""
 
     @classmethod
-    def open(cls, path: Path, held: HeldWeights = "bf16", text_tokens: int = 512) -> FluxConfig:
+    def open(cls, path: Path, held: HeldWeights = "bf16", text_tokens: int = T5_TOKENS) -> FluxConfig:
         """Open and check a folder's configs. RunError names what is missing or inconsistent."""
         require_files(path, [f"{part}/config.json" for part in PARTS])
         transformer, vae, clip, t5 = (_read(path / part / "config.json") for part in PARTS)
@@ -121,7 +122,7 @@ class FluxConfig:
         set their own limits.
         """
         limits = [_tokenizer_limit(self.path / name) for name in ("tokenizer_2", "tokenizer")]
-        t5 = min(limits[0], 512 if self.guided else 256, self.text_tokens)
+        t5 = min(limits[0], T5_TOKENS if self.guided else 256, self.text_tokens)
         return int(t5), int(min(limits[1], self.clip.max_position_embeddings))
 
     def grid(self, image_size: int) -> int:

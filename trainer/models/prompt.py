@@ -79,6 +79,11 @@ class PromptTemplate:
         """Tokens of the prompt before truncation to `max_tokens`."""
         return len(self._encode(caption))
 
+    def count_truncated(self, captions: Sequence[str], lengths: Sequence[int]) -> int:
+        """How many of `captions`, whose prompts have `lengths` tokens, lost their end."""
+        full = (caption for caption, length in zip(captions, lengths, strict=True) if length == self.max_tokens)
+        return sum(self.count_tokens(caption) > self.max_tokens for caption in full)
+
     def _encode(self, caption: str) -> list[int]:
         # `head` and `tail` contain the template's control tokens; a caption must not be able to end its turn.
         caption = caption.replace("<|", "< |")

@@ -85,16 +85,18 @@ def open_model(recipe: Recipe) -> PatchLatents | LatentControl:
     return model
 
 
-def parts(recipe: Recipe, text_tokens: float = 80) -> list[Part]:
-    """The parts of the recipe's model for prompts of `text_tokens` tokens (stage 1; FLUX pads its text). RunError as of
-    `open_model`."""
-    return parts_of(open_model(recipe), recipe.precision, text_tokens)
+def parts(recipe: Recipe, text_tokens: float = 80, longest: float | None = None) -> list[Part]:
+    """The parts of the recipe's model for prompts of `text_tokens` tokens on average and `longest` at most, by default
+    `branch.max_text_tokens` (stage 1; FLUX pads its text). RunError as of `open_model`."""
+    return parts_of(open_model(recipe), recipe.precision, text_tokens, longest)
 
 
-def parts_of(model: PatchLatents | LatentControl, precision: str, text_tokens: float) -> list[Part]:
+def parts_of(
+    model: PatchLatents | LatentControl, precision: str, text_tokens: float, longest: float | None = None
+) -> list[Part]:
     """The parts of an opened model; see `parts`. precision: `bf16` or `fp32`."""
     if isinstance(model, PatchLatents):
-        return patch_latent_parts(model, precision, text_tokens)
+        return patch_latent_parts(model, precision, text_tokens, longest)
     return controlnet_parts(model, precision)
 
 

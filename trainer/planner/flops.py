@@ -50,8 +50,10 @@ def matrices(weights: Iterable[Weight]) -> tuple[tuple[int, int], ...]:
     return tuple((rows, columns) for rows, columns in shapes)
 
 
-def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list[Part]:
-    """Stage 1's parts for prompts of `text` tokens. precision: `bf16` or `fp32`."""
+def patch_latent_parts(model: PatchLatents, precision: str, text: float, longest: float | None = None) -> list[Part]:
+    """Stage 1's parts: FLOPs for prompts of `text` tokens, bytes for prompts of `longest`, by default the most that the
+    recipe lets through. precision: `bf16` or `fp32`."""
+    longest = model.branch.max_text_tokens if longest is None else longest
     config, patches = model.config.text_config, grid_side(model.config, model.image_size) ** 2
     width, last = config.hidden_size, config.num_hidden_layers - 1
     prefix, head = list(shapes.text_model(config, model.backbone.weights)), list(shapes.head(width, model.branch))
@@ -78,7 +80,7 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float) -> list
             placement,
             widths=widths(prefix),
         ),
-        *_branch(model, byte, text),
+        *_branch(model, byte, text, longest),
         head_part(head, model.branch, width, rows, byte),
     ]
 
@@ -103,7 +105,7 @@ def _targets(model: PatchLatents, byte: int) -> Part:
     return Part("pixel targets", "none", (), projected * 3 * model.image_size**2, 0.0, "replicated")
 
 
-def _branch(model: PatchLatents, byte: int, text: float) -> list[Part]:
+def _branch(model: PatchLatents, byte: int, text: float, longest: float) -> list[Part]:
     """The trained layers, and the frozen ones that they share. byte: of an activation's element."""
     config, side = model.config.text_config, grid_side(model.config, model.image_size)
     width, mlp, patches = config.hidden_size, config.intermediate_size, side * side
@@ -113,11 +115,11 @@ def _branch(model: PatchLatents, byte: int, text: float) -> list[Part]:
     draws, drawn = model.branch.draws, model.branch.draws * patches
     lora = model.branch.lora if model.branch.weights == "lora" else None
     layer, recomputed = (
-        draws * byte * (patches * (inner * width + inners * mlp + pairs) + key * keys * (patches + text))
+        draws * byte * (patches * (inner * width + inners * mlp + pairs) + key * keys * (patches + longest))
         for inner, inners, key, pairs in (low_rank_kept(lora) if lora else ((*BRANCH_KEPT, 0), (*BRANCH_RECOMPUTED, 0)))
     )
     normed = byte * drawn * width  # the input of the final norm
-    read_again = byte * layers * 2 * keys * text  # the prefix, which a layer copies, and reads again if recomputed
+    read_again = byte * layers * 2 * keys * longest  # the prefix, which a layer copies, and reads again if recomputed
     linear = linear_flops(branch, lambda name: drawn)
     attention = 4.0 * drawn * (text + patches) * width * layers
     flight = byte * drawn * (3 * mlp + width)

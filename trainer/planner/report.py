@@ -32,11 +32,11 @@ class Report:
         work: Workload,
         gpus: Sequence[int],
         device: Device | None,
-        text_tokens: float | None,
+        text_tokens: tuple[float, float] | None,
         previews: float = 0.0,
         caches: Mapping[str, int] = {},
     ) -> None:
-        """name: of the recipe. text_tokens: of a prompt; None if FLOPs do not depend on it. previews: see `plan`.
+        """name: of the recipe. text_tokens: of a prompt, on average and at most; None in stage 2. previews: see `plan`.
         caches: kind -> bytes per sample."""
         self.caches = dict(caches)
         self.name, self.parts, self.work, self.device, self.text_tokens = name, parts, work, device, text_tokens
@@ -67,7 +67,11 @@ class Report:
             " copies of offloaded parts, reads of cached ones.",
         ]
         if self.text_tokens is not None:
-            sentences.append(f"Prompts of {self.text_tokens:g} tokens (--text-tokens), packed.")
+            mean, longest = self.text_tokens
+            sentences.append(
+                f"Prompts of {mean:g} tokens (--text-tokens), packed; memory for the longest, {longest:g} tokens"
+                " (branch.max_text_tokens)."
+            )
         device = self.device
         if device is None:
             sentences.append(f"No --device: no times; nodes of {NODE} GPUs.")

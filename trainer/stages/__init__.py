@@ -75,6 +75,11 @@ class Stage(Protocol):
         ...
 
     @property
+    def text_limit(self) -> str:
+        """How much of a caption is read, with the setting."""
+        ...
+
+    @property
     def image_sizes(self) -> tuple[int, ...]:
         """Side lengths in pixels of the images that `collate` expects."""
         ...
@@ -131,7 +136,8 @@ class Stage(Protocol):
         ...
 
     def report(self, sums: list[float]) -> dict[str, float]:
-        """Metrics from the sums over the micro-batches and ranks of a step."""
+        """Metrics from the sums over the micro-batches and ranks of a step. `captions_truncated` are captions beyond
+        `text_limit`; without it, captions are read from a cache."""
         ...
 
     def tokens(self, sums: list[float]) -> float:

@@ -65,8 +65,8 @@ class ControlNetStage:
     kernels: KernelChoice = field(default_factory=KernelChoice)
     caches: dict[Kind, Cache] | None = None
     """Caches of cached parts, once opened."""
-    sums: int = 5
-    """Squared error and elements at noise levels up to one half, the same above, tokens."""
+    sums: int = 6
+    """Squared error and elements at noise levels up to one half, the same above, tokens, truncated captions."""
     identity: tuple[str, ...] = (
         "controlnet.bridge",
         "controlnet.connector",
@@ -113,6 +113,10 @@ class ControlNetStage:
     def source(self) -> str:
         predictor = f", controlnet.mllm={self.controlnet.mllm}" if self.predictor else ""
         return f"backbone.path={self.backbone.path}{predictor} and flux.path={self.flux.path}"
+
+    @property
+    def text_limit(self) -> str:
+        return f"{self.folder.text_lengths[0]} tokens of T5 (flux.text_tokens)"
 
     @property
     def image_sizes(self) -> tuple[int, ...]:
@@ -228,7 +232,7 @@ class ControlNetStage:
         return {f"noise_{middle:.4g}": ControlNetCollate(*inputs, middle) for middle in middles}
 
     def mean_loss(self, sums: list[float]) -> float:
-        squares, count, noisier, noisier_count, _ = sums
+        squares, count, noisier, noisier_count, *_ = sums
         return (squares + noisier) / (count + noisier_count)
 
     def normalizer(self, epoch: IntArray, index: IntArray, passes: int) -> float:
@@ -236,10 +240,11 @@ class ControlNetStage:
         return len(index) * self.flux.draws * float(np.prod(self.latents)) / passes
 
     def report(self, sums: list[float]) -> dict[str, float]:
-        squares, count, noisier, noisier_count, _ = sums
+        squares, count, noisier, noisier_count, _, truncated = sums
         return {
             "loss_low_noise": squares / count if count else 0.0,
             "loss_high_noise": noisier / noisier_count if noisier_count else 0.0,
+            **({} if self.flux.placement.text == "cached" else {"captions_truncated": truncated}),
         }
 
     def tokens(self, sums: list[float]) -> float:

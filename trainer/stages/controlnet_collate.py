@@ -96,12 +96,14 @@ class ControlNetCollate:
             return {"flux_images": stacked([item.others[0] for item in items])}
         return _stacked([self.caches["vae"].read(item.origin, item.key) for item in items])
 
-    def _text(self, items: list[Item], dropped: list[bool]) -> dict[str, Tensor]:
+    def _text(self, items: list[Item], dropped: list[bool]) -> dict[str, Any]:
         pairs = list(zip(items, dropped, strict=True))
         if cache := self.caches.get("text"):
             found = [cache.empty(i.origin[0]) if drop else cache.read(i.origin, i.key) for i, drop in pairs]
             return _stacked(found)
-        return self.tokenizers(["" if drop else item.caption for item, drop in pairs])._asdict()
+        captions = ["" if drop else item.caption for item, drop in pairs]
+        tokens = self.tokenizers(captions)
+        return {**tokens._asdict(), "truncated": self.tokenizers.count_truncated(captions, tokens.t5)}
 
 
 def _stacked(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -103,6 +103,7 @@ class LatentControlNetModel(StageModel):
         pooled: Tensor | None = None,
         latents: Tensor | None = None,
         predicted: Tensor | None = None,
+        truncated: int = 0,
     ) -> Losses:
         """Losses of images [B, 3, S, S] and the same images at FLUX's size, flux_images [B, 3, P, P], both uint8.
 
@@ -110,7 +111,8 @@ class LatentControlNetModel(StageModel):
         level. The draws of a sample, next to each other, share all that does not depend on them.
         normalizer: elements of the mean. t5 [B, L] and clip [B, 77] are token ids. A cache provides latents
         [B, N, D] instead of images, mean and std [B, c, h, w] instead of flux_images, text [B, L, E] and pooled [B, P]
-        instead of token ids. predicted: bool [B], samples with these latents although images are given.
+        instead of token ids. predicted: bool [B], samples with these latents although images are given. truncated:
+        captions whose end T5 does not read.
         """
         condition = latents if images is None else self.patch_latents(images)
         if predicted is not None:
@@ -149,5 +151,5 @@ class LatentControlNetModel(StageModel):
         elements = noise[0].numel()
         tokens = len(sigma) * (noise.shape[1] + rest["text"].shape[1]) + samples * patches
         halves = [((squares.detach() * half).sum(), half.sum() * elements) for half in (1 - noisier, noisier)]
-        sums = torch.stack([*halves[0], *halves[1], squares.new_full((), tokens)])
+        sums = torch.stack([*halves[0], *halves[1], squares.new_full((), tokens), squares.new_full((), truncated)])
         return Losses(squares.sum() / normalizer, sums, squares.detach().view(samples, -1).sum(1) / normalizer)

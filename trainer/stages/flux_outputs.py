@@ -11,7 +11,7 @@ from torch import Tensor
 from ...data import RawSample, decode_image
 from ...recipes.schema import Flux
 from ..distributed.process_group import Gather, single_process
-from ..models.flux import PARTS, FluxFolder, FluxTokenizers, Part, Tokens
+from ..models.flux import PARTS, FluxFolder, Part, Tokens
 from ..models.flux_config import SPACE_TO_DEPTH_KEY
 from .latent_cache import VERSION, Kind
 from .placement import PlacedFlux
@@ -69,12 +69,16 @@ class FluxOutputs:
             return sample.caption
         return torch.from_numpy(decode_image(sample.image, self.image_size).copy()).permute(2, 0, 1)
 
+    def truncated(self, inputs: list[Any]) -> int:
+        tokenizers = self.folder.tokenizers
+        return tokenizers.count_truncated(inputs, tokenizers(inputs).t5) if self.kind == "text" else 0
+
     def encode(self, inputs: list[Any], device: torch.device) -> list[dict[str, Tensor]]:
         flux = self._loaded or self._load(device)
         if self.kind == "vae":
             found, names = flux.posterior(torch.stack(inputs).to(device)), ("mean", "std")
         else:
-            tokens, names = FluxTokenizers(flux.folder)(inputs), ("text", "pooled")
+            tokens, names = flux.folder.tokenizers(inputs), ("text", "pooled")
             found = flux.encode_text(Tokens(tokens.t5.to(device), tokens.clip.to(device)))
         return [dict(zip(names, row, strict=True)) for row in zip(*found, strict=True)]
 

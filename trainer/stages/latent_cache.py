@@ -124,6 +124,10 @@ class FrozenOutputs(Protocol):
         """Input of a sample for `encode`. Raises ValueError if it is unreadable, as in training."""
         ...
 
+    def truncated(self, inputs: list[Any]) -> int:
+        """How many of `inputs` have a caption whose end is not read."""
+        ...
+
     def encode(self, inputs: list[Any], device: torch.device) -> list[dict[str, Tensor]]:
         """The tensors of each of `inputs`, computed on `device`; where `empty` is set, "" is an input too."""
         ...

@@ -57,6 +57,7 @@ class PatchLatentCollate:
             **(self._noise(epoch, index) if self.flow else {}),
             "input_ids": input_ids,
             "text_lengths": text_lengths,
+            "truncated": self.template.count_truncated(captions, text_lengths),
             "mask": torch.from_numpy(mask),
             "masked": torch.from_numpy(np.flatnonzero(mask)),
         }

@@ -160,20 +160,22 @@ class PatchLatentModel(StageModel):
         images: Tensor | None = None,
         latents: Tensor | None = None,
         noise: Tensor | None = None,
+        truncated: int = 0,
     ) -> Losses:
         """Losses of images [B, 3, S, S] uint8, or of their cached patch latents [B, N, D], with packed prompts [sum T],
         masked where mask [B K, N] is True. The masks of a sample, next to each other, share its latents and prefix.
 
         masked: int64 [R], the indices of the True entries among the B K N of `mask`, known without a device sync.
         normalizer: tokens of the mean; see `Stage.normalizer`. noise: of a flow head, `rng.states` of noise and noise
-        levels, int64 [B, 2].
+        levels, int64 [B, 2]. truncated: captions whose end was cut.
         """
         if images is not None:
             latents = self.patch_latents(images)
         assert latents is not None
         layout = PrefixLayout.of(text_lengths, mask.shape[1], mask.device, len(mask) // len(text_lengths))
         prefix = self.backbone.prefix(input_ids, layout)
-        return self.losses(latents, mask, masked, prefix, normalizer, noise)
+        found = self.losses(latents, mask, masked, prefix, normalizer, noise)
+        return found._replace(sums=torch.cat((found.sums, found.sums.new_full((1,), truncated))))
 
     def losses(
         self,

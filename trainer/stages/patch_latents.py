@@ -61,8 +61,8 @@ class PatchLatentStage:
     """The cache of the patch latents if the recipe has one, once opened."""
     encoder: TargetVae | TargetEncoder | None = None
     """What encodes targets other than native ones, if it is an encoder."""
-    sums: int = 3
-    """Squared error of the masked patches, their number, tokens of text and image."""
+    sums: int = 4
+    """Squared error of the masked patches, their number, tokens of text and image, truncated captions."""
     identity: tuple[str, ...] = ("branch", "backbone.weights")
 
     @classmethod
@@ -106,6 +106,10 @@ class PatchLatentStage:
     def source(self) -> str:
         other = f" and {self.encoder.source}" if self.encoder else ""
         return f"backbone.path={self.backbone.path}{other}"
+
+    @property
+    def text_limit(self) -> str:
+        return f"{self.branch.max_text_tokens} tokens of a prompt (branch.max_text_tokens)"
 
     @property
     def image_sizes(self) -> tuple[int, ...]:
@@ -215,8 +219,8 @@ class PatchLatentStage:
         return float(counts.sum()) / passes
 
     def report(self, sums: list[float]) -> dict[str, float]:
-        squares, masked, _ = sums
-        return {"loss_masked": squares / masked if masked else 0.0}
+        squares, masked, _, truncated = sums
+        return {"loss_masked": squares / masked if masked else 0.0, "captions_truncated": truncated}
 
     def tokens(self, sums: list[float]) -> float:
         """Text tokens and patches."""

@@ -96,6 +96,8 @@ class _Encoder:
         self.micro_batch = micro_batch
         self.device = device
         self.made = outputs.fingerprint()
+        self.truncated = 0
+        """Encoded captions whose end was not read."""
         self.name = latent_cache.digest(self.made)
 
     def tar(self, shard: str) -> str:
@@ -112,6 +114,8 @@ class _Encoder:
             samples, bad = (total + more for total, more in zip((samples, bad), counts or (0, 0), strict=True))
         folder = Path(self.tar(self.dataset.shards[0])).parent
         notes = (f", {counted(kept, 'shard')} already there" if kept else "") + (f", {bad:,} unreadable" if bad else "")
+        if self.truncated:
+            notes += f", {counted(self.truncated, 'caption')} longer than the text model reads: the ends are lost"
         return f"rank {rank}: {folder}: {counted(samples, 'sample')} in {counted(done, 'shard')}{notes}"
 
     def _encode(self, number: int) -> tuple[int, int] | None:
@@ -174,6 +178,7 @@ class _Encoder:
     def _contents(self, inputs: list[Any]) -> list[bytes]:
         """The same for up to a micro-batch of samples, computed as a whole one: matrix products may round differently
         for another number of rows, and training has whole ones."""
+        self.truncated += self.outputs.truncated(inputs) if inputs else 0
         padded = inputs + inputs[-1:] * (self.micro_batch - len(inputs))
         return self._encoded(padded)[: len(inputs)] if inputs else []
 

@@ -66,6 +66,9 @@ class VisionOutputs:
     def read(self, sample: RawSample) -> Tensor:
         return torch.from_numpy(decode_image(sample.image, self.image_size).copy()).permute(2, 0, 1)
 
+    def truncated(self, inputs: list[Tensor]) -> int:
+        return 0
+
     def encode(self, inputs: list[Tensor], device: torch.device) -> list[dict[str, Tensor]]:
         if self._loaded is None:
             self._loaded = load_vision_encoder(self.config, self.files, device, self.dtype)

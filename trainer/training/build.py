@@ -16,6 +16,7 @@ from ..distributed.stop_signals import TRAINING
 from ..monitors.rank_stats import RankStats
 from ..monitors.source_stats import SourceStats
 from ..monitors.stragglers import Stragglers
+from ..monitors.truncation import TruncationNotice
 from ..monitors.utilisation import TEXTS, Utilisation
 from ..optim.ema import Ema
 from ..optim.engine import Engine, require_quantizer
@@ -54,7 +55,6 @@ def build(run: RunContext, after_step: Callable[[TrainState], None]) -> TrainerC
     preview = ranks.agreed(lambda: _previews(run, engine))
     record = open_record(run, point, engine, kernels)
     saver = _saver(run, point, record, engine, ema)
-
     run.stop.phase = TRAINING
     if ranks.first:
         run.stop.announce()
@@ -91,6 +91,7 @@ def build(run: RunContext, after_step: Callable[[TrainState], None]) -> TrainerC
         stop=run.stop,
         phases=run.phases,
         rank_stats=RankStats(ranks, Stragglers(ranks, run.hosts, record.metrics.write)),
+        truncation=TruncationNotice(inputs.stage.text_limit, record.metrics.write, record.console.say),
         utilisation=_utilisation(run),
         after_step=_in_turn(preview, after_step),
         loaders=loaders,

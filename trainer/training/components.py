@@ -19,6 +19,7 @@ from ..monitors.phase_timer import PhaseTimer
 from ..monitors.rank_stats import RankStats
 from ..monitors.source_stats import SourceStats
 from ..monitors.tracking import Mirror
+from ..monitors.truncation import TruncationNotice
 from ..monitors.utilisation import Utilisation
 from ..optim.ema import Ema
 from ..optim.engine import Engine
@@ -63,6 +64,7 @@ class TrainerComponents:
     stop: StopSignals
     phases: PhaseTimer
     rank_stats: RankStats
+    truncation: TruncationNotice
     utilisation: Utilisation
     after_step: Callable[[TrainState], None]
     """Called at the end of every step, on every rank."""

@@ -57,6 +57,7 @@ def run(parts: TrainerComponents, progress: TrainState) -> bool:
         if reason is not None:
             _report_skip(parts, progress, reason, mine, total)
         parts.bad_samples.add(_report_replaced(parts, progress, mine) if total.replaced else [], global_batch)
+        parts.truncation.add(progress.step, parts.stage.report(total.sums), global_batch)
         meter.count(global_batch, parts.stage.tokens(total.sums))
 
         held_out = {} if total.stops else _validate(parts, progress)

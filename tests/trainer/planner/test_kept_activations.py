@@ -146,7 +146,7 @@ def test_activations_are_what_deepspeeds_ranks_keep(name: str, settings: list[st
     overrides = [*settings, f"activation_checkpointing={str(recomputed).lower()}"]
     overrides += ["branch.draws=2"] if name == "tiny-mllm" and recomputed else []
     recipe = load_recipe(name, overrides)
-    planned = plan(parts(recipe, TEXT), workload(recipe), 2).memory.per_pass["activations"]
+    planned = plan(parts(recipe, TEXT, TEXT), workload(recipe), 2).memory.per_pass["activations"]
     ended = ranked.run(kept, 2, name, overrides)
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
     for rank in ended:
