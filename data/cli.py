@@ -15,6 +15,9 @@ app = typer.Typer(help="Make, index, check and describe shards.", no_args_is_hel
 Shards = Annotated[list[str], typer.Argument(help="Paths, folders or URLs; braces and wildcards are expanded.")]
 Out = Annotated[Path, typer.Argument(help="Folder for the shards.")]
 
+SHOWN_MEMBERS = 20
+"""Extensions that `stats` lists: keys with dots make thousands."""
+
 
 class DemoSet(str, Enum):
     scenes = "scenes"
@@ -119,28 +122,42 @@ def verify(shards: Shards) -> None:
 
 @app.command()
 def stats(shards: Shards) -> None:
-    """Show counts, sizes and caption lengths, from the indexes alone."""
+    """Show counts, sizes and caption lengths, also of further captions, from the indexes alone."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
+    from .member_counts import count_members
     from .shards import open_dataset
 
-    dataset = open_dataset(shards, mixed=True)
-    headers = dataset.headers
+    dataset = open_dataset(shards, mixed=True, without_captions=True)
+    headers, counts = dataset.headers, count_members(dataset.shards)
     captions = sum(header.captions for header in headers)
     captioned = [header.caption_chars for header in headers if header.captions]
-    shortest, longest = min(low for low, _, _ in captioned), max(high for _, high, _ in captioned)
-    mean = sum(total for _, _, total in captioned) / captions
+    length = "none in KEY.txt"
+    if captions:
+        shortest, longest = min(low for low, _, _ in captioned), max(high for _, high, _ in captioned)
+        mean = sum(total for _, _, total in captioned) / captions
+        length = f"{shortest:,} to {longest:,} characters, mean {mean:,.1f}"
     table = Table("", "", show_header=False)
     for name, value in (
         ("shards", f"{len(headers):,}"),
         ("samples", f"{len(dataset):,}"),
         ("samples per shard", f"{dataset.samples_per_shard.min():,} to {dataset.samples_per_shard.max():,}"),
         ("usable captions", f"{captions:,}"),
-        ("caption length", f"{shortest:,} to {longest:,} characters, mean {mean:,.1f}"),
+        ("caption length", length),
         ("size", format_bytes(sum(header.bytes for header in headers), 4)),
         ("mean image", f"{sum(header.image_bytes for header in headers) / len(dataset) / 1024:,.1f} KiB"),
         ("fingerprint", dataset.fingerprint[:16]),
     ):
         table.add_row(name, value)
-    Console().print(table)
+    members = Table("next to the image", "samples", "bytes", "mean")
+    for kind, count in list(counts.items())[:SHOWN_MEMBERS]:
+        span = f"{count.shortest:,} to {count.longest:,}"
+        members.add_row(f"KEY.{escape(kind)}", f"{count.samples:,}", span, f"{count.mean:,.1f}")
+    console = Console()
+    console.print(table)
+    if counts:
+        console.print(members)
+    if len(counts) > SHOWN_MEMBERS:
+        console.print(f"and {len(counts) - SHOWN_MEMBERS:,} rarer extensions")

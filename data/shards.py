@@ -72,14 +72,15 @@ def open_dataset(
     broadcast: Broadcast | None = None,
     mixed: bool = False,
     captions: CaptionChoice = KEY_TXT,
+    without_captions: bool = False,
 ) -> Dataset:
     """Open indexed shards for reading.
 
     spec: path, folder or fsspec URL, or several; `{00000..02047}` and wildcards are expanded. max_open: shards kept
     open. mixed: whether a folder may hold held-out shards together with others. captions: the members that captions are
-    read from. rank, gather, broadcast: of the ranks that open the same dataset; each then checks its share of the
-    shards. Raises DataError, on all ranks, when a shard or its index is missing or inconsistent, when no shard has a
-    caption, or when one of several members of `captions` is not found.
+    read from. without_captions: whether there may be none. rank, gather, broadcast: of the ranks that open the same
+    dataset; each then checks its share of the shards. Raises DataError, on all ranks, when a shard or its index is
+    missing or inconsistent, when no shard has a caption, or when one of several members of `captions` is not found.
     """
     catalogued = open_catalogued(spec, mixed, rank, gather)
     if catalogued:
@@ -90,6 +91,8 @@ def open_dataset(
     if not any(header.samples for header in headers):
         raise DataError(f"{format_shards(shards)}: no images; name shards that have some")
     dataset = Dataset(shards, headers, max_open, captions)
+    if without_captions:
+        return dataset
     if captions.only != CAPTION_TYPE:
         from_first(lambda: _require_members(dataset), rank, gather, broadcast)
     elif not any(header.captions for header in headers):

@@ -5,7 +5,7 @@ import os
 import pytest
 from typer.testing import CliRunner
 
-from bifrost.data import DataError
+from bifrost.data import DataError, write_shard
 from bifrost.data.cli import app
 
 
@@ -46,3 +46,40 @@ def test_errors_pass_through(tmp_path):
         call("ingest", tmp_path / "none", tmp_path / "out")
     with pytest.raises(DataError, match=r"no \.tar matches"):
         call("verify", tmp_path / "*.tar")
+
+
+def test_stats_count_every_caption(tmp_path, make_image):
+    """Also where KEY.txt is missing; the counts are those of the texts written here."""
+    texts = [
+        {"txt": "a long caption", "short.txt": "long"},
+        {"short.txt": "a"},
+        {"txt": "é", "shrot.txt": "wrong", "json": "{}"},
+    ]
+    for shard in range(2):
+        samples = []
+        for number, members in enumerate(texts):
+            content = {kind: text.encode() for kind, text in members.items()}
+            samples.append((f"k{number}", {"png": make_image(number), "jpg": make_image(number), **content}))
+        write_shard(tmp_path / f"all-{shard:05d}.tar", samples)
+    printed = [line.split() for line in call("stats", tmp_path / "all-*.tar").replace("│", " ").splitlines()]
+    for row in (
+        ["KEY.short.txt", "4", "1", "to", "4", "2.5"],
+        ["KEY.txt", "4", "2", "to", "14", "8.0"],
+        ["KEY.shrot.txt", "2", "5", "to", "5", "5.0"],
+        ["KEY.json", "2", "2", "to", "2", "2.0"],
+    ):
+        assert row in printed
+    members = [line[0] for line in printed if line and line[0].startswith("KEY.")]
+    assert members[0] == "KEY.png" and members[1:3] == ["KEY.short.txt", "KEY.txt"]
+
+    none = [(f"k{number}", {"png": make_image(number), "short.txt": b"abc"}) for number in range(3)]
+    write_shard(tmp_path / "none-00000.tar", none)
+    printed = call("stats", tmp_path / "none-*.tar")
+    assert "none in KEY.txt" in printed and "KEY.short.txt" in printed
+
+
+def test_stats_shorten_a_long_list(tmp_path, make_image):
+    samples = [("k", {"png": make_image(0), "txt": b"a", **{f"{i:02d}.txt": b"b" for i in range(30)}})]
+    write_shard(tmp_path / "s-00000.tar", samples)
+    printed = call("stats", tmp_path / "s-*.tar")
+    assert printed.count("KEY.") == 20 and "and 11 rarer extensions" in printed
