@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -46,13 +45,9 @@ def count_members(shards: Sequence[str]) -> dict[str, MemberCount]:
 
 
 def _of_shard(shard: str) -> dict[str, MemberCount]:
-    return _counted(load_index(shard).lines)
-
-
-def _counted(lines: Iterable[bytes]) -> dict[str, MemberCount]:
-    found: dict[str, MemberCount] = {}
-    for line in lines:
-        _, members = json.loads(line)
+    index, found = load_index(shard), dict[str, MemberCount]()
+    for sample in range(len(index.lines)):
+        _, members = index.entry(sample)
         image = image_type(members)
         for kind, (_, size) in members.items():
             if kind != image:
