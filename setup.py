@@ -93,6 +93,8 @@ setup(
             "wandb>=0.31",
             "prometheus-client>=0.21",
             "torchao>=0.18",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
         ],
         "lint": ["ruff>=0.12", "pyright>=1.1.400", "uv>=0.9"],
         "docs": ["furo>=2024.8", "myst-parser>=4", "sphinx>=8"],
