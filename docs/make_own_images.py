@@ -11,8 +11,16 @@ from bifrost.trainer.planner.report import Report
 
 PAGE = Path(__file__).with_name("own-images.md")
 DEVICE, TEXT_TOKENS = "h100", 80
-SIZES = {"mllm-3b": (8, 64), "mllm-7b": (8, 64), "flux-controlnet": (8, 64)}
-"""Recipe -> numbers of GPUs."""
+SIZES = {
+    "mllm-3b": (8, 64),
+    "mllm-3b-256": (256,),
+    "mllm-7b": (8, 64),
+    "mllm-7b-256": (256,),
+    "mllm-7b-lora": (1, 8),
+    "flux-controlnet": (8, 64),
+    "flux-controlnet-256": (256,),
+}
+"""Every shipped recipe that needs GPUs -> numbers of them."""
 SMALL = "tiny-mllm", "tiny-controlnet"
 
 
@@ -20,10 +28,10 @@ def table() -> str:
     """A row per recipe and number of GPUs, with the figures of `bifrost plan --json`."""
     small = " and ".join(f"{_samples(name):,}" for name in SMALL)
     rows = [
-        "| recipe | H100 GPUs | GB of each | hours | images | frozen weights | checkpoints |\n",
-        "|---|---:|---:|---:|---:|---:|---:|\n",
-        f"| {', '.join(SMALL)} | none: two cores | | minutes, see [the demo](../README.md#the-demos-loss) |"
-        f" {small} | part of the package | 0.2 GB |\n",
+        "| recipe | H100 GPUs | GB of each | steps | hours | GPU-hours | images | frozen weights | checkpoints |\n",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|\n",
+        f"| {', '.join(SMALL)} | none: two cores | | {' and '.join(f'{_steps(name):,}' for name in SMALL)} |"
+        f" minutes, see [the demo](../README.md#the-demos-loss) | | {small} | part of the package | 0.2 GB |\n",
     ]
     for name, gpus in SIZES.items():
         recipe = load_recipe(name)
@@ -35,10 +43,15 @@ def table() -> str:
         for row in found["rows"]:
             assert row["memory"]["fits"]
             rows.append(
-                f"| {name} | {row['gpus']} | {row['memory']['peak'] / 1e9:.0f} | {row['cost']['hours']:.0f} |"
-                f" {samples / 1e6:.1f} million | {frozen:.0f} GB | {kept:.0f} GB |\n"
+                f"| {name} | {row['gpus']} | {row['memory']['peak'] / 1e9:.0f} | {recipe.steps:,} |"
+                f" {row['cost']['hours']:.0f} | {row['cost']['gpu_hours']:.0f} | {samples / 1e6:.1f} million |"
+                f" {frozen:.0f} GB | {kept:.0f} GB |\n"
             )
     return "".join(rows)
+
+
+def _steps(name: str) -> int:
+    return load_recipe(name).steps
 
 
 def _samples(name: str) -> int:

@@ -27,6 +27,7 @@ import ranked
 import runs
 import small_world
 from bifrost.kernels.bench.arguments import parser, read_arguments
+from bifrost.recipes import shipped_recipes
 from bifrost.recipes.suite import Suite
 from bifrost.trainer.ablation.table import Row
 from bifrost.trainer.phantom import device
@@ -266,9 +267,10 @@ def test_recipes_page_is_up_to_date() -> None:
 
 
 def test_the_table_of_own_images_is_the_plans() -> None:
-    page = runpy.run_path(str(ROOT / "docs" / "make_own_images.py"))["page"]
+    made = runpy.run_path(str(ROOT / "docs" / "make_own_images.py"))
     text = TEXT[ROOT / "docs" / "own-images.md"]
-    assert text == page(text), "run python docs/make_own_images.py"
+    assert text == made["page"](text), "run python docs/make_own_images.py"
+    assert {*made["SIZES"], *made["SMALL"]} == set(shipped_recipes()), "every recipe has a row"
 
 
 def test_the_tables_of_ablations_are_those_of_the_records() -> None:
