@@ -1,9 +1,9 @@
 """The catalogue of a folder: names, headers and states of all its shards in one file.
 
-`FOLDER/shards.catalogue` begins with a line of JSON, `{"version", "shards", "names", "origin", "sha256"}`: number of
-shards, bytes of their names, storage on which it was written, hash of all that follows. Then come, for S shards sorted
-by name: int64 [10, S] in little-endian order, a row per field of `FIELDS` and `STATES`; the hashes of the tars,
-[S, 32] bytes; the names, UTF-8, separated by NUL.
+`shards.catalogue`, next to the shards or with their indexes, begins with a line of JSON, `{"version", "shards",
+"names", "origin", "sha256"}`: number of shards, bytes of their names, storage on which it was written, hash of all that
+follows. Then come, for S shards sorted by name: int64 [10, S] in little-endian order, a row per field of `FIELDS` and
+`STATES`; the hashes of the tars, [S, 32] bytes; the names, UTF-8, separated by NUL.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
-from .atomic import write_atomic
 from .errors import DataError, DataLost, DataMissing
-from .files import content, is_local
+from .files import content, write
 from .index import VERSION as INDEX_VERSION
 from .index import Header, damaged
-from .remote import filesystem
-from .retry import call
+from .index_dir import option, place_of
 
 log = logging.getLogger(__name__)
 NAME = "shards.catalogue"
@@ -34,9 +33,37 @@ STATES = ("modified", "index_bytes", "index_modified")
 """Of the shard and its index. modified: nanoseconds on a local file system, a hash of the ETag on S3, elsewhere 0."""
 
 
+class Place(NamedTuple):
+    """A folder of shards, and where their indexes are stored; the catalogue is stored with these."""
+
+    folder: str
+    """Path or URL, with the final slash; empty for the working directory."""
+    index_dir: str | None = None
+    """None: next to the shards."""
+
+    @property
+    def url(self) -> str:
+        """Path or URL of the catalogue."""
+        return place_of(self.folder + NAME, self.index_dir)
+
+    @property
+    def named(self) -> str:
+        """The folder, as a command names it."""
+        return self.folder.rstrip("/") or "."
+
+    @property
+    def renewal(self) -> str:
+        """The command that renews the catalogue, for messages."""
+        return f"`bifrost data catalogue {self.named}{option(self.index_dir)}`"
+
+    def stale(self, what: str) -> DataError:
+        """The error for a catalogue that does not describe the shards."""
+        return DataError(f"{self.url}: stale: {what}; run {self.renewal}")
+
+
 @dataclass(frozen=True)
 class Catalogue:
-    url: str
+    place: Place
     names: list[str]
     """File names of the shards, sorted."""
     numbers: np.ndarray
@@ -56,17 +83,13 @@ class Catalogue:
         """Headers of the shards in these rows."""
         return Headers([self], np.zeros(len(rows), dtype=np.int16), np.array(rows, dtype=np.int64))
 
-    def stale(self, what: str) -> DataError:
-        """The error for a catalogue that does not describe the shards."""
-        return _stale(self.url, what)
-
 
 class Headers:
     """Headers of shards, made on access from about 100 bytes per shard."""
 
     def __init__(self, catalogues: Sequence[Catalogue], owners: np.ndarray, rows: np.ndarray) -> None:
         """owners, rows: catalogue and row in it of each shard, int [S]."""
-        self._urls = [each.url for each in catalogues]
+        self._places = [each.place for each in catalogues]
         self._owners = owners.astype(np.int16)
         if len(catalogues) == 1 and len(rows) and np.all(np.diff(rows) == 1):  # a view needs no further memory
             chosen = slice(int(rows[0]), int(rows[-1]) + 1)
@@ -102,19 +125,10 @@ class Headers:
 
     def stale(self, shard: int, index: str) -> DataError:
         """The error for a shard whose index is not the one in the catalogue."""
-        return _stale(self._urls[self._owners[shard]], f"{index} was changed")
+        return self._places[self._owners[shard]].stale(f"{index} was changed")
 
 
-def _stale(url: str, what: str) -> DataError:
-    return DataError(f"{url}: stale: {what}; run `bifrost data catalogue {folder_name(url)}`")
-
-
-def folder_name(catalogue: str) -> str:
-    """The folder of a catalogue, as a command names it."""
-    return catalogue.removesuffix(NAME).rstrip("/") or "."
-
-
-def from_headers(url: str, names: list[str], headers: list[Header], states: np.ndarray, origin: str) -> Catalogue:
+def from_headers(place: Place, names: list[str], headers: list[Header], states: np.ndarray, origin: str) -> Catalogue:
     """A catalogue of shards sorted by name. states: int64 [3, S]. Raises DataError for a header with values that no
     index has."""
     columns, hashes = [], []
@@ -124,12 +138,12 @@ def from_headers(url: str, names: list[str], headers: list[Header], states: np.n
             columns.append(np.array(values, dtype=np.int64))
             hashes.append(np.frombuffer(bytes.fromhex(header.sha256), dtype=np.uint8).reshape(32))
         except (ValueError, TypeError, OverflowError):
-            raise damaged(url.removesuffix(NAME) + name) from None
+            raise damaged(place.folder + name, place.index_dir) from None
     numbers = np.concatenate([np.stack(columns, axis=1), states])
-    catalogue = Catalogue(url, names, numbers, np.stack(hashes), origin, "")
+    catalogue = Catalogue(place, names, numbers, np.stack(hashes), origin, "")
     for name, header, kept in zip(names, headers, catalogue.headers(range(len(names))), strict=True):
         if header != kept:  # such as a hash in upper case
-            raise damaged(url.removesuffix(NAME) + name)
+            raise damaged(place.folder + name, place.index_dir)
     return catalogue
 
 
@@ -140,32 +154,30 @@ def save(catalogue: Catalogue) -> None:
     sha256 = hashlib.sha256(body).hexdigest()
     head = {"version": VERSION, "shards": len(catalogue.names), "names": len(names), "origin": catalogue.origin}
     data = json.dumps({**head, "sha256": sha256}).encode() + b"\n" + body
-    fs, path = filesystem(catalogue.url)
-    call(lambda: write_atomic(path, data) if is_local(catalogue.url) else fs.pipe_file(path, data), catalogue.url)
+    write(catalogue.place.url, data)
 
 
-def load(url: str) -> Catalogue:
+def load(place: Place) -> Catalogue:
     """Read a catalogue with one request, and compare it with its hash. Raises DataMissing without one, DataLost when
     the storage is unavailable, DataError when it is damaged or of another version."""
-    return _parse(url, memoryview(content(url)))
+    return _parse(place, memoryview(content(place.url)))
 
 
-def load_if_readable(url: str) -> Catalogue | None:
+def load_if_readable(place: Place) -> Catalogue | None:
     """`load`, or None for one that is missing or cannot be read: S3 refuses a missing object without permission to list
     the bucket, and some servers send a page."""
     try:
-        data = content(url)
+        data = content(place.url)
     except DataLost:
         raise
     except DataError as error:
         if not isinstance(error, DataMissing):
             log.info("%s; opening without it", error)
         return None
-    return _parse(url, memoryview(data))
+    return _parse(place, memoryview(data))
 
 
-def _parse(url: str, data: memoryview) -> Catalogue:
-    renewal = f"run `bifrost data catalogue {folder_name(url)}`"
+def _parse(place: Place, data: memoryview) -> Catalogue:
     try:
         end = bytes(data[:4096]).index(b"\n")
         head = json.loads(bytes(data[:end]))
@@ -177,7 +189,7 @@ def _parse(url: str, data: memoryview) -> Catalogue:
                 raise ValueError
             numbers, hashes, names = (body[start:stop] for start, stop in pairwise(places))
             return Catalogue(
-                url,
+                place,
                 bytes(names).decode(errors="surrogateescape").split("\0"),
                 np.frombuffer(numbers, dtype="<i8").reshape(fields, shards),
                 np.frombuffer(hashes, dtype=np.uint8).reshape(shards, 32),
@@ -185,5 +197,5 @@ def _parse(url: str, data: memoryview) -> Catalogue:
                 head["sha256"],
             )
     except (ValueError, TypeError, KeyError):
-        raise DataError(f"{url}: damaged catalogue; {renewal}") from None
-    raise DataError(f"{url}: catalogue version {version}, expected {VERSION}; {renewal}")
+        raise DataError(f"{place.url}: damaged catalogue; run {place.renewal}") from None
+    raise DataError(f"{place.url}: catalogue version {version}, expected {VERSION}; run {place.renewal}")

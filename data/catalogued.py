@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from fsspec.utils import glob_translate
 
-from .catalogue import FIELDS, NAME, Catalogue, Headers, folder_name, load, load_if_readable
+from .catalogue import FIELDS, Catalogue, Headers, Place, load, load_if_readable
 from .catalogue_state import CHUNK, LAST, LOCAL, S3, Origin, State, listed_states, local_states, origin_of
 from .errors import DataError, DataLost, DataMissing
 from .index import open_header
@@ -66,7 +66,7 @@ class _Part:
         """DataError for a shard of a folder or wildcard that is in only one of the sets."""
         for name in sorted(listed ^ known):
             if any(_matches(each, name) for each in self.names if not is_shard(each)):
-                raise self.catalogue.stale(f"{name} was {'added' if name in listed else 'removed'}")
+                raise self.catalogue.place.stale(f"{name} was {'added' if name in listed else 'removed'}")
 
     @cached_property
     def prefix(self) -> str:
@@ -100,8 +100,11 @@ class _Part:
         return rows[self.rows[places] == rows].tolist()
 
 
-def open_catalogued(spec: str | list[str], mixed: bool, rank: int, gather: Gather) -> Catalogued | None:
-    """The shards and headers of a data set whose folders have catalogues; None without them.
+def open_catalogued(
+    spec: str | list[str], mixed: bool, rank: int, gather: Gather, index_dir: str | None = None
+) -> Catalogued | None:
+    """The shards and headers of a data set whose folders have catalogues; None without them. index_dir: folder of their
+    indexes and catalogues.
 
     Each rank reads the catalogues, and checks its share of the shards: on local file systems and S3 sizes and
     modification of shards and indexes, elsewhere one shard; a data set compares the others when it opens them. Raises
@@ -110,18 +113,19 @@ def open_catalogued(spec: str | list[str], mixed: bool, rank: int, gather: Gathe
     named = _by_folder(spec)
     if named is None:
         return None
+    places = [Place(folder, index_dir) for folder in named]
     found: list[Catalogue] = []
 
     def first() -> list[str] | None:
         if rank == 0:
-            found.extend(_load_all(list(named)))
+            found.extend(_load_all(places))
         return [each.sha256 for each in found] or None
 
     hashes = shared(first, gather)[0]
     if hashes is None:
         return None
 
-    shared(lambda: found.extend(map(partial(_load_same, rank), named, hashes)) if rank else None, gather)
+    shared(lambda: found.extend(map(partial(_load_same, rank), places, hashes)) if rank else None, gather)
     parts = [_select(each, names, mixed) for each, names in zip(found, named.values(), strict=True)]
     _check(parts, rank, gather)
     shards = [shard for part in parts for shard in part.shards]
@@ -153,36 +157,36 @@ def _by_folder(spec: str | list[str]) -> dict[str, list[str]] | None:
     return named or None
 
 
-def _load_all(folders: list[str]) -> list[Catalogue]:
+def _load_all(places: list[Place]) -> list[Catalogue]:
     """The folders' catalogues; none unless all have one."""
     found: list[Catalogue] = []
-    for folder in folders:
-        catalogue = load_if_readable(folder + NAME)
+    for place in places:
+        catalogue = load_if_readable(place)
         if catalogue is None:
             if found:
-                log.warning("%s has no catalogue, unlike %s: opening every shard", folder, found[0].url)
+                log.warning("%s has no catalogue, unlike %s: opening every shard", place.folder, found[0].place.url)
             return []
         found.append(catalogue)
     return found
 
 
-def _load_same(rank: int, folder: str, sha256: str) -> Catalogue:
+def _load_same(rank: int, place: Place, sha256: str) -> Catalogue:
     """The folder's catalogue on another rank than 0; DataError if it has another hash than on rank 0."""
     try:
-        catalogue = load(folder + NAME)
+        catalogue = load(place)
     except DataMissing:
         catalogue = None
     if catalogue is None or catalogue.sha256 != sha256:
         raise DataError(
-            f"{folder + NAME}: rank {rank} reads another catalogue than rank 0, or none; copy the data set again, or"
+            f"{place.url}: rank {rank} reads another catalogue than rank 0, or none; copy the data set again, or"
             " start again if the catalogue was being written"
         )
     return catalogue
 
 
 def _select(catalogue: Catalogue, names: list[str], mixed: bool) -> _Part:
-    folder = catalogue.url.removesuffix(NAME)
-    part = _Part(catalogue, origin_of(folder), names, [], np.empty(0, dtype=np.int64), [])
+    folder = catalogue.place.folder
+    part = _Part(catalogue, origin_of(*catalogue.place), names, [], np.empty(0, dtype=np.int64), [])
     singles: list[int] = []
     for name in filter(is_shard, names):
         row = part.row(name)
@@ -196,7 +200,7 @@ def _select(catalogue: Catalogue, names: list[str], mixed: bool) -> _Part:
         if is_shard(name):
             continue
         if not name and not mixed:
-            refuse_mixture(folder_name(catalogue.url), catalogue.names)
+            refuse_mixture(catalogue.place.named, catalogue.names)
         rows = np.fromiter((row for row, each in enumerate(catalogue.names) if _matches(name, each)), dtype=np.int64)
         if not len(rows):
             part.missing.append(name)
@@ -234,27 +238,27 @@ def _check(parts: list[_Part], rank: int, gather: Gather) -> None:
         log.warning("%s; shards are compared with the catalogue when they are first read", refusals[0])
     if rewritten and rank == 0:
         log.warning(
-            "%s: %d shards or indexes were written again with equal content, and were opened one by one; `bifrost data"
-            " catalogue %s` makes opening fast again",
-            parts[0].catalogue.url,
+            "%s: %d shards or indexes were written again with equal content, and were opened one by one; %s"
+            " makes opening fast again",
+            parts[0].catalogue.place.url,
             rewritten,
-            folder_name(parts[0].catalogue.url),
+            parts[0].catalogue.place.renewal,
         )
 
 
 def _check_names(part: _Part) -> None:
     """Raise DataError for named shards that the catalogue lacks, and on file systems other than S3, where the listing
     of states shows them, for those that were added or removed."""
-    catalogue, folder = part.catalogue, part.catalogue.url.removesuffix(NAME)
+    folder, index_dir = part.catalogue.place
     for name in part.missing:
         if is_shard(name):
-            open_header(folder + name)  # raises the usual error if there is none
+            open_header(folder + name, index_dir)  # raises the usual error if there is none
         else:
             expand(folder + name)
-        raise catalogue.stale(f"shards were added that {name or 'the folder'} includes")
+        raise part.catalogue.place.stale(f"shards were added that {name or 'the folder'} includes")
     if not part.open_ended or part.origin.kind == S3:
         return
-    known = set(catalogue.names)
+    known = set(part.catalogue.names)
     if part.origin.kind == LOCAL:
         path = part.origin.path
         added = with_retries(lambda: _others(path or "/", known), path)
@@ -323,6 +327,6 @@ def _changed(part: _Part, rows: list[int], states: list[State | None]) -> _Suspe
 def _compare(part: _Part, row: int) -> None:
     """Open a shard as without a catalogue; raises DataError when that fails, or its header is not the catalogue's."""
     catalogue = part.catalogue
-    header = open_header(part.origin.folder + catalogue.names[row])
+    header = open_header(part.origin.folder + catalogue.names[row], part.origin.index_dir)
     if header != catalogue.headers([row])[0]:
-        raise catalogue.stale(f"{catalogue.names[row]} or its index was changed")
+        raise catalogue.place.stale(f"{catalogue.names[row]} or its index was changed")

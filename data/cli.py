@@ -14,6 +14,10 @@ from .units import counted, format_bytes
 app = typer.Typer(help="Make, index, check and describe shards.", no_args_is_help=True)
 Shards = Annotated[list[str], typer.Argument(help="Paths, folders or URLs; braces and wildcards are expanded.")]
 Out = Annotated[Path, typer.Argument(help="Folder for the shards.")]
+IndexDir = Annotated[
+    str | None,
+    typer.Option(help="Folder or URL of the indexes, as `data.index_dir` in a recipe; default next to the shards."),
+]
 
 SHOWN_MEMBERS = 20
 """Extensions that `stats` lists: keys with dots make thousands."""
@@ -40,7 +44,7 @@ def demo(
 @app.command()
 def ingest(
     src: Annotated[str, typer.Argument(help="Folder of images, table of images, or WebDataset tars.")],
-    out: Out,
+    out: Annotated[str, typer.Argument(help="Folder for the shards, or s3://bucket/folder.")],
     table: Annotated[Path | None, typer.Option(help="CSV, JSONL or Parquet file naming images and captions.")] = None,
     image_column: Annotated[
         str | None, typer.Option(help="The table's column of images, or their extension in tars.")
@@ -67,7 +71,7 @@ def ingest(
         processes=processes,
     )
     read = made.samples + made.rejected
-    aside = f", {made.rejected:,} set aside in {out / 'rejected.jsonl'}" if made.rejected else ", none set aside"
+    aside = f", {made.rejected:,} set aside in {out}/rejected.jsonl" if made.rejected else ", none set aside"
     typer.echo(f"{out}: {read:,} read: {counted(made.samples, 'sample')} in {counted(made.shards, 'shard')}{aside}")
     for reason, count in module.reasons(out).most_common(5):
         typer.echo(f"  {count:,} set aside: {reason}")
@@ -77,11 +81,12 @@ def ingest(
 def index(
     shards: Shards,
     only_missing: Annotated[bool, typer.Option("--only-missing", help="Skip shards that have an index.")] = False,
+    index_dir: IndexDir = None,
 ) -> None:
-    """Index existing WebDataset tars in place."""
+    """Index existing WebDataset tars, which are not changed; remote ones are read once, in parts."""
     from .write import index_all
 
-    found = index_all(shards, only_missing)
+    found = index_all(shards, only_missing, index_dir)
     headers = [header for _, header in found.done]
     samples, captions = (sum(getattr(header, name) for header in headers) for name in ("samples", "captions"))
     left_out = found.left_out.total()
@@ -98,21 +103,21 @@ def index(
 
 
 @app.command()
-def catalogue(shards: Shards) -> None:
+def catalogue(shards: Shards, index_dir: IndexDir = None) -> None:
     """Write one catalogue of all shards in a folder, with which opening them needs no request per shard."""
     from .make_catalogue import make_catalogues
 
-    for made in make_catalogues(shards):
-        typer.echo(f"{made.url}: {counted(len(made.names), 'shard')}, {counted(made.samples, 'sample')}")
+    for made in make_catalogues(shards, index_dir):
+        typer.echo(f"{made.place.url}: {counted(len(made.names), 'shard')}, {counted(made.samples, 'sample')}")
 
 
 @app.command()
-def verify(shards: Shards) -> None:
+def verify(shards: Shards, index_dir: IndexDir = None) -> None:
     """Read every shard and compare it with its index; exit code 1 on a mismatch."""
     from .shard_list import expand
     from .write import verify as find_problems
 
-    problems = find_problems(shards)
+    problems = find_problems(shards, index_dir)
     for problem in problems:
         typer.echo(problem)
     checked = len(expand(shards))
@@ -121,7 +126,7 @@ def verify(shards: Shards) -> None:
 
 
 @app.command()
-def stats(shards: Shards) -> None:
+def stats(shards: Shards, index_dir: IndexDir = None) -> None:
     """Show counts, sizes and caption lengths, also of further captions, from the indexes alone."""
     from rich.console import Console
     from rich.markup import escape
@@ -130,8 +135,8 @@ def stats(shards: Shards) -> None:
     from .member_counts import count_members
     from .shards import open_dataset
 
-    dataset = open_dataset(shards, mixed=True, without_captions=True)
-    headers, counts = dataset.headers, count_members(dataset.shards)
+    dataset = open_dataset(shards, for_statistics=True, index_dir=index_dir)
+    headers, counts = dataset.headers, count_members(dataset.shards, index_dir)
     captions = sum(header.captions for header in headers)
     captioned = [header.caption_chars for header in headers if header.captions]
     length = "none in KEY.txt"

@@ -17,6 +17,7 @@ PASSING_CODES = {
     "InternalError",
     "InternalFailure",
     "LimitExceededException",
+    "NoSuchUpload",  # of a file in parts, also if it was completed and the response lost: it is sent again
     "OperationAborted",
     "PriorRequestNotComplete",
     "ProvisionedThroughputExceededException",

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Generic, Protocol, TypeVar
 
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from .errors import DataLost, DataMissing
-from .remote import LONGEST, Fetch, Response, fetch, filesystem, read_start
+from .atomic import write_atomic
+from .errors import DataError, DataLost, DataMissing
+from .local import names_in, stat_of
+from .remote import LONGEST, Fetch, Response, fetch, filesystem, protocol, read_start, size_of
 from .remote_file import RemoteFile
 from .retry import call
 from .transience import verdict
@@ -74,6 +78,62 @@ def content(url: str, limit: int | None = None, get: Fetch = fetch) -> bytes:
         return read_start(url, LONGEST if limit is None else limit, get)
 
     return call(read, url)
+
+
+def file_size(url: str) -> int | None:
+    """Size of a file or object in bytes, None if it does not exist. Raises DataLost or DataError."""
+    if is_local(url):
+        found = stat_of(filesystem(url)[1])
+        return found and found.st_size
+    try:
+        return call(lambda: size_of(url), url)
+    except DataMissing:
+        return None
+
+
+def names_at(folder: str) -> list[str]:
+    """Sorted names in a folder, or directly below a prefix in an object store; none if it does not exist. Raises
+    DataLost or DataError."""
+    if is_local(folder):
+        return names_in(filesystem(folder)[1])
+    fs, path = filesystem(folder)
+    try:
+        return sorted(posixpath.basename(name.rstrip("/")) for name in call(lambda: fs.ls(path, detail=False), folder))
+    except DataMissing:
+        return []
+
+
+def require_writable(url: str, what: str) -> None:
+    """DataError when `what` cannot be written at `url`: over HTTP, or in a local folder without permission."""
+    fs, path = filesystem(url)
+    remedy = "name another place with --index-dir"
+    if protocol(fs) == "http":
+        raise DataError(f"{url}: {what} cannot be written over HTTP; {remedy}, or make it where the shards are stored")
+    if not is_local(url):
+        return
+    folder = os.path.dirname(path)
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.access(folder, os.W_OK):
+        raise DataError(
+            f"{folder}: not writable, and {what} is stored in it; change the folder's permissions, {remedy}, or make"
+            " your own shards from these with `bifrost data ingest`"
+        )
+
+
+def write(url: str, data: bytes) -> None:
+    """Write a small file or object atomically; its folder is made if it is missing. Raises DataError or DataLost."""
+    fs, path = filesystem(url)
+
+    def put() -> None:
+        if not isinstance(fs, AsyncFileSystem):  # object stores have no folders; s3fs would create the bucket
+            fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        if is_local(url):
+            write_atomic(path, data)
+        else:
+            fs.pipe_file(path, data)
+
+    call(put, url)
 
 
 class Stream:

@@ -1,10 +1,10 @@
-"""The index next to every shard: offsets of each sample's members, and a hash of the whole tar.
+"""The index of a shard: offsets of each sample's members, and a hash of the whole tar.
 
-`train-00000.tar` has `train-00000.index.jsonl`. Its first line is the header (`Header`), so that opening thousands of
-shards reads a few hundred bytes of each. Each further line is one sample, in the tar's order:
-`["KEY", {"jpg": [offset, size], "txt": [offset, size]}, [width, height]]`, offsets and sizes in bytes from the start of
-the tar, and width and height of the image in pixels, upright, or null if it does not decode. Version 1 had no width and
-height.
+`train-00000.tar` has `train-00000.index.jsonl`, next to it or in a folder of indexes (`index_dir.py`). Its first line
+is the header (`Header`), so that opening thousands of shards reads a few hundred bytes of each. Each further line is
+one sample, in the tar's order: `["KEY", {"jpg": [offset, size], "txt": [offset, size]}, [width, height]]`, offsets and
+sizes in bytes from the start of the tar, and width and height of the image in pixels, upright, or null if it does not
+decode. Version 1 had no width and height.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from .atomic import write_atomic
 from .captions import CAPTION_TYPE
 from .errors import DataError, DataMissing
-from .files import Stream, content, is_local
+from .files import Stream, content, is_local, write
+from .index_dir import option, place_of
 from .remote import Fetch, fetch, filesystem, size_of
 from .retry import call
 from .shard_list import seen_from
@@ -87,9 +87,9 @@ class Index:
         return b"\n".join([json.dumps(asdict(self.header)).encode(), *self.lines]) + b"\n"
 
 
-def index_path(shard: str) -> str:
-    """`x.tar` -> `x.index.jsonl`, for paths and URLs."""
-    return shard.removesuffix(".tar") + ".index.jsonl"
+def index_path(shard: str, index_dir: str | None = None) -> str:
+    """`x.tar` -> `x.index.jsonl`, for paths and URLs; in `index_dir`, if there is one."""
+    return place_of(shard, index_dir).removesuffix(".tar") + ".index.jsonl"
 
 
 def split_key(name: str) -> tuple[str, str] | None:
@@ -224,21 +224,18 @@ def _kept(name: str) -> Keep | None:
     return image_size if kind in IMAGE_TYPES else bytes if kind == CAPTION_TYPE else None
 
 
-def save_index(shard: str, index: Index) -> None:
-    """Write the index next to its shard, atomically. Raises DataError or DataLost when it cannot be written."""
-    url = index_path(shard)
-    fs, path = filesystem(url)
-    data = index.to_bytes()
-    call(lambda: write_atomic(path, data) if is_local(shard) else fs.pipe_file(path, data), url)
+def save_index(shard: str, index: Index, index_dir: str | None = None) -> None:
+    """Write the index of a shard, atomically. Raises DataError or DataLost when it cannot be written."""
+    write(index_path(shard, index_dir), index.to_bytes())
 
 
-def load_header(shard: str) -> Header:
+def load_header(shard: str, index_dir: str | None = None) -> Header:
     """The header of a shard's index. Raises DataMissing without an index, DataLost when the storage is unavailable,
     DataError when the index is damaged."""
-    return _parse_header(shard, content(index_path(shard), HEADER_LIMIT))
+    return _parse_header(shard, content(index_path(shard, index_dir), HEADER_LIMIT), index_dir)
 
 
-def open_header(shard: str) -> Header:
+def open_header(shard: str, index_dir: str | None = None) -> Header:
     """The header of a shard's index, once the shard is there, readable and of the size in it. Raises DataError."""
     try:
         size = call(lambda: size_of(shard), shard)
@@ -249,39 +246,46 @@ def open_header(shard: str) -> Header:
             f"{shard}: no such shard{seen_from(shard)}; check the path, or make it with `bifrost data ingest`"
         ) from None
     try:
-        header = load_header(shard)
+        header = load_header(shard, index_dir)
     except DataMissing:
-        raise DataError(f"{shard}: no index next to it; run `bifrost data index {shard}`") from None
+        where = f"in {index_dir}" if index_dir else "next to it"
+        raise DataError(f"{shard}: no index {where}; run {reindex(shard, index_dir)}") from None
     if size is not None and size != header.bytes:  # some HTTP servers do not state it; it is then checked on read
         content(shard, 1)  # raises for a web page with the status of a shard
         raise DataError(
             f"{shard}: {size} bytes, indexed as {header.bytes}: truncated or altered; restore it, or run"
-            f" `bifrost data index {shard}` to accept it"
+            f" {reindex(shard, index_dir)} to accept it"
         )
     return header
 
 
-def load_index(shard: str, get: Fetch = fetch) -> Index:
+def load_index(shard: str, get: Fetch = fetch, index_dir: str | None = None) -> Index:
     """The whole index of a shard. get: makes the request for a remote one. Raises like `load_header`."""
-    data = content(index_path(shard), get=get)
-    header, lines = _parse_header(shard, data), data.splitlines()[1:]
+    data = content(index_path(shard, index_dir), get=get)
+    header, lines = _parse_header(shard, data, index_dir), data.splitlines()[1:]
     if len(lines) != header.samples:
-        raise damaged(shard)
+        raise damaged(shard, index_dir)
     return Index(header, lines)
 
 
-def _parse_header(shard: str, data: bytes) -> Header:
+def _parse_header(shard: str, data: bytes, index_dir: str | None) -> Header:
     try:
         values = json.loads(data.partition(b"\n")[0])
         if values["version"] in (VERSION, WITHOUT_SIZES):
             return Header(**{**values, "caption_chars": tuple(values["caption_chars"])})
     except (ValueError, TypeError, KeyError):
-        raise damaged(shard) from None
+        raise damaged(shard, index_dir) from None
     raise DataError(
-        f"{index_path(shard)}: index version {values['version']}, expected {VERSION}; run `bifrost data index {shard}`"
+        f"{index_path(shard, index_dir)}: index version {values['version']}, expected {VERSION}; run"
+        f" {reindex(shard, index_dir)}"
     )
 
 
-def damaged(shard: str) -> DataError:
+def damaged(shard: str, index_dir: str | None = None) -> DataError:
     """The error for an index that does not parse."""
-    return DataError(f"{index_path(shard)}: damaged index; run `bifrost data index {shard}`")
+    return DataError(f"{index_path(shard, index_dir)}: damaged index; run {reindex(shard, index_dir)}")
+
+
+def reindex(shard: str, index_dir: str | None) -> str:
+    """The command that indexes a shard again, for messages."""
+    return f"`bifrost data index {shard}{option(index_dir)}`"

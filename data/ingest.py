@@ -2,7 +2,7 @@
 
 Candidates are assigned to shards before anything is read, so every attempt does the same work. A shard is finished when
 its report is in `OUT/.ingest`, written after the shard and its index, and both still fit it (`finished.py`); all three
-are written atomically.
+are written atomically, into a folder or an object store.
 """
 
 from __future__ import annotations
@@ -13,22 +13,27 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .atomic import write_atomic
 from .candidates import Candidate, JsonField, Piece
 from .captions import captions_of, further_members, numbered
-from .errors import DataError, DataLost
+from .errors import DataError, DataLost, DataMissing
+from .files import content, is_local, names_at, write
 from .finished import is_finished, save_report
 from .index import CAPTION_TYPE, image_type
-from .local import is_kind, names_in, stat_of, with_retries
+from .local import is_kind, names_in
 from .processes import in_processes, sole_owner
 from .progress import progress, track
+from .remote import filesystem
 from .retry import described, is_transient
 from .sources import REPORTS, list_source
+from .spread import THREADS
 from .transforms import clean_caption, decode_image, image_kind
 from .transience import verdict
+from .upload import require_store, staged
 from .write import Sample, preload, write_shard
 
 CHECKED_AT = 64  # pixels; decoding to a small size still reads the whole file
@@ -43,8 +48,8 @@ class Summary(NamedTuple):
 
 
 class _Task(NamedTuple):
-    shard: Path
-    report: Path
+    shard: str
+    report: str
     candidates: list[Candidate]
     others: list[str]
     """Members of their `other_captions`."""
@@ -67,17 +72,20 @@ def ingest(
     the table; for tars, extensions of the members, or the caption's field in KEY.json. Captions of several columns, and
     of a list, are members of their own: `captions.further_members`, `captions.numbered`. Everything read becomes a
     sample or is listed in `out/rejected.jsonl` with its reason.
-    Raises DataError when the source has nothing to ingest, or differs from the one that `out` was started from.
+    out: a folder, or the URL of one in an object store. Raises DataError when the source has nothing to ingest, or
+    differs from the one that `out` was started from.
     """
-    src, out = str(src), Path(out)
+    src, out = str(src), str(out).rstrip("/") or "/"
+    require_store(out)
+    folder = Path(filesystem(out)[1]) if is_local(out) else None
     if samples_per_shard < 1:
         raise DataError(f"samples_per_shard is {samples_per_shard}; set it to 1 or more")
-    if "://" not in src and out.resolve() == (Path(src) if is_kind(src, stat.S_ISDIR) else Path(src).parent).resolve():
-        raise DataError(f"{out}: the source itself; name another folder for the shards")
+    if folder and "://" not in src:
+        _require_apart(folder, Path(src))
     columns = [caption_column] if isinstance(caption_column, str) else list(caption_column or ())
     others = further_members(columns)
     with progress("listing the source"):
-        source = list_source(src, str(table) if table else None, image_column, columns, out)
+        source = list_source(src, str(table) if table else None, image_column, columns, folder)
     for damage in source.damaged:
         print(f"damaged: {damage}", file=sys.stderr, flush=True)
     journal = {
@@ -89,39 +97,51 @@ def ingest(
         "samples_per_shard": samples_per_shard,
         "content": source.state,
     }
-    reports = out / REPORTS
-    starts = range(0, len(source.candidates), samples_per_shard)
-    tasks = [
-        _Task(
-            out / f"train-{number:05d}.tar",
-            reports / f"{number:05d}.json",
-            source.candidates[start : start + samples_per_shard],
-            others,
-        )
-        for number, start in enumerate(starts)
-    ]
-    with sole_owner(out), sole_owner(reports):
-        _agree(out, reports / "journal.json", journal)
+    reports = f"{out}/{REPORTS}"
+    tasks = _divided(source.candidates, samples_per_shard, out, others)
+    with ExitStack() as owned:
+        for each in (folder, folder / REPORTS) if folder else ():  # an object store has no locks
+            owned.enter_context(sole_owner(each))
+        _agree(out, f"{reports}/journal.json", journal)
         _work(tasks, processes)
         return _conclude(out, tasks, source.rejected)
 
 
-def _agree(out: Path, path: Path, journal: dict) -> None:
+def _require_apart(folder: Path, src: Path) -> None:
+    if folder.resolve() == (src if is_kind(src, stat.S_ISDIR) else src.parent).resolve():
+        raise DataError(f"{folder}: the source itself; name another folder for the shards")
+
+
+def _divided(candidates: list[Candidate], samples_per_shard: int, out: str, others: list[str]) -> list[_Task]:
+    return [
+        _Task(
+            f"{out}/train-{number:05d}.tar",
+            f"{out}/{REPORTS}/{number:05d}.json",
+            candidates[start : start + samples_per_shard],
+            others,
+        )
+        for number, start in enumerate(range(0, len(candidates), samples_per_shard))
+    ]
+
+
+def _agree(out: str, url: str, journal: dict) -> None:
     """Claim the folder for this source and these options, or check that it was; raises DataError otherwise."""
-    if not stat_of(path):
-        foreign = next((name for name in names_in(out) if not name.startswith(".")), None)
+    try:
+        found = content(url)
+    except DataMissing:
+        found = None
+    if found is None:
+        foreign = next((name for name in names_at(out) if not name.startswith(".")), None)
         if foreign:
-            raise DataError(f"{out / foreign}: not made by this ingest; name a new or an empty folder for the shards")
-        with_retries(lambda: write_atomic(path, json.dumps(journal, indent=1).encode()), path)
+            raise DataError(f"{out}/{foreign}: not made by this ingest; name a new or an empty folder for the shards")
+        write(url, json.dumps(journal, indent=1).encode())
         return
     try:
-        before = json.loads(with_retries(path.read_bytes, path))
+        before = json.loads(found)
         if not isinstance(before, dict):
             raise ValueError
-    except DataLost:
-        raise
     except ValueError:
-        raise DataError(f"{path}: damaged; name a new folder for the shards") from None
+        raise DataError(f"{url}: damaged; name a new folder for the shards") from None
     other = [name for name in journal if before.get(name) != journal[name]]
     if other:
         raise DataError(
@@ -130,11 +150,10 @@ def _agree(out: Path, path: Path, journal: dict) -> None:
 
 
 def _work(tasks: list[_Task], processes: int | None) -> None:
-    missing = [
-        task
-        for task in track(tasks, "checking the finished ones of", len(tasks), "shards")
-        if not is_finished(task.shard, task.report)
-    ]
+    with ThreadPoolExecutor(THREADS) as pool:
+        finished = pool.map(lambda task: is_finished(task.shard, task.report), tasks)
+        shown = track(tasks, "checking the finished ones of", len(tasks), "shards")
+        missing = [task for task, done in zip(shown, finished, strict=True) if not done]
     images, left = (sum(len(task.candidates) for task in some) for some in (tasks, missing))
     if not missing:
         return
@@ -160,7 +179,8 @@ def _make_shard(task: _Task) -> int:
                 yield candidate.key, sample
 
     try:
-        header = write_shard(task.shard, samples())
+        with staged(task.shard) as file:
+            header = write_shard(file, samples())
         assert header.samples + len(rejected) == len(task.candidates), "every candidate is one or the other"
         save_report(task.report, task.shard, header, rejected)
     except DataError:
@@ -226,20 +246,21 @@ def _captions(candidate: Candidate) -> list[str | bytes]:
     raise ValueError(f"its .json has no text under {' or '.join(candidate.caption_fields)}")
 
 
-def _conclude(out: Path, tasks: list[_Task], unlisted: list[tuple[str, str]]) -> Summary:
+def _conclude(out: str, tasks: list[_Task], unlisted: list[tuple[str, str]]) -> Summary:
     """Merge the reports into `rejected.jsonl`."""
-    reports = [json.loads(with_retries(task.report.read_bytes, task.report)) for task in tasks]
+    with ThreadPoolExecutor(THREADS) as pool:
+        reports = [json.loads(found) for found in pool.map(lambda task: content(task.report), tasks)]
     rejected = [*unlisted, *(tuple(item) for report in reports for item in report["rejected"])]
     lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in rejected]
-    with_retries(lambda: write_atomic(out / "rejected.jsonl", "".join(lines).encode()), out)
+    write(f"{out}/rejected.jsonl", "".join(lines).encode())
     samples = sum(report["samples"] for report in reports)
     if not samples:
         reason, count = Counter(reason for _, reason in rejected).most_common(1)[0]
-        raise DataError(f"{out}: nothing was usable, {count} times because: {reason}; see {out / 'rejected.jsonl'}")
+        raise DataError(f"{out}: nothing was usable, {count} times because: {reason}; see {out}/rejected.jsonl")
     return Summary(len(tasks), samples, len(rejected))
 
 
-def reasons(out: Path) -> Counter[str]:
+def reasons(out: str) -> Counter[str]:
     """Reasons why items were set aside, without the names in them, and their counts."""
-    lines = (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = content(f"{out}/rejected.jsonl").decode().splitlines()
     return Counter(json.loads(line)["reason"].partition(": ")[0] for line in lines)

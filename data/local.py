@@ -55,12 +55,3 @@ def is_kind(path: str | Path, kind: Callable[[int], bool]) -> bool:
 def names_in(folder: str | Path) -> list[str]:
     """Sorted names in a folder. Storage errors are retried, then DataLost; other errors are raised unchanged."""
     return sorted(with_retries(lambda: os.listdir(folder), folder))
-
-
-def require_writable(folder: str, what: str) -> None:
-    """DataError when an existing folder cannot take `what` next to its shards."""
-    if os.path.isdir(folder) and not os.access(folder, os.W_OK):
-        raise DataError(
-            f"{folder}: not writable, and {what} is stored next to its shard; change the folder's permissions, or"
-            " make your own shards from these with `bifrost data ingest`"
-        )

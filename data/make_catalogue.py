@@ -6,34 +6,30 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from .catalogue import NAME, STATES, Catalogue, from_headers, load_if_readable, save
+from .catalogue import STATES, Catalogue, Place, from_headers, load_if_readable, save
 from .catalogue_state import CHUNK, LOCAL, S3, State, listed_states, local_states, origin_of
 from .errors import DataError, DataLost
+from .files import require_writable
 from .index import Header, open_header
-from .local import require_writable
 from .progress import progress
-from .remote import filesystem
 from .shard_list import expand, folder_of
 from .spread import THREADS
 
 
-def make_catalogues(spec: str | list[str]) -> list[Catalogue]:
-    """Write the catalogue of each folder of the named shards, of all shards in it. Raises DataError when a shard has no
+def make_catalogues(spec: str | list[str], index_dir: str | None = None) -> list[Catalogue]:
+    """Write the catalogue of each folder of the named shards, of all shards in it. index_dir: folder of their indexes,
+    in which the catalogues are written, too. Raises DataError when a shard has no
     index or another size than in it, or the folder cannot be listed or written; the old catalogue then remains."""
     folders = list(dict.fromkeys(map(folder_of, expand(spec))))
-    for folder in folders:
-        if origin_of(folder).kind in ("http", "https"):
-            raise DataError(
-                f"{folder}: a catalogue cannot be written over HTTP; make it where the shards are stored, and serve it"
-                " with them"
-            )
-        if origin_of(folder).kind == LOCAL:
-            require_writable(filesystem(folder or ".")[1], "a catalogue")
-    return [_make(folder) for folder in folders]
+    places = [Place(folder, index_dir) for folder in folders]
+    for place in places:
+        require_writable(place.url, "a catalogue")
+    return [_make(place) for place in places]
 
 
-def _make(folder: str) -> Catalogue:
-    origin = origin_of(folder)
+def _make(place: Place) -> Catalogue:
+    folder, index_dir = place
+    origin = origin_of(folder, index_dir)
     shards = expand(folder or ".")
     names = sorted(shard.rpartition("/")[2] for shard in shards)
     chunks = [slice(start, start + CHUNK) for start in range(0, len(names), CHUNK)]
@@ -46,7 +42,7 @@ def _make(folder: str) -> Catalogue:
         return listed_states(origin, names[chunk]).states
 
     def header(name: str) -> Header:
-        found = open_header(folder + name)
+        found = open_header(folder + name, index_dir)
         shown.advance()
         return found
 
@@ -56,17 +52,18 @@ def _make(folder: str) -> Catalogue:
         headers = list(pool.map(header, names))
     numbers = np.array(before, dtype=np.int64)[:, 1:].T
     assert len(numbers) == len(STATES)
-    catalogue = from_headers(folder + NAME, names, headers, numbers, origin.kind)
+    catalogue = from_headers(place, names, headers, numbers, origin.kind)
     save(catalogue)
     return catalogue
 
 
-def catalogue_problems(headers: dict[str, Header]) -> list[str]:
-    """One line per catalogue of the shards' folders that is damaged or does not have these headers."""
+def catalogue_problems(headers: dict[str, Header], index_dir: str | None) -> list[str]:
+    """One line per catalogue of the shards' folders that is damaged or does not have these headers. index_dir: folder
+    of their indexes."""
     problems = []
     for folder in dict.fromkeys(map(folder_of, headers)):
         try:
-            catalogue = load_if_readable(folder + NAME)
+            catalogue = load_if_readable(Place(folder, index_dir))
         except DataLost:
             raise
         except DataError as error:
@@ -81,7 +78,7 @@ def catalogue_problems(headers: dict[str, Header]) -> list[str]:
         for names, what in ((changed, "or their indexes were changed or added"), (removed, "were removed")):
             if names:
                 more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-                problems.append(str(catalogue.stale(f"{names[0]}{more} {what}")))
+                problems.append(str(catalogue.place.stale(f"{names[0]}{more} {what}")))
     return problems
 
 

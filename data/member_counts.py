@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from .index import image_type, load_index
 from .progress import track
@@ -33,19 +34,21 @@ class MemberCount:
         self.samples, self.total = self.samples + other.samples, self.total + other.total
 
 
-def count_members(shards: Sequence[str]) -> dict[str, MemberCount]:
+def count_members(shards: Sequence[str], index_dir: str | None) -> dict[str, MemberCount]:
     """Extension -> count of the members with it, the most frequent first; from the shards' indexes, which it reads
-    whole. Raises DataError like `load_index`."""
+    whole. index_dir: folder of these. Raises DataError like `load_index`."""
     found: dict[str, MemberCount] = {}
     with ThreadPoolExecutor(READERS) as pool:
-        for counts in track(pool.map(_of_shard, shards), "counting captions", len(shards), "shards"):
+        for counts in track(
+            pool.map(partial(_of_shard, index_dir), shards), "counting captions", len(shards), "shards"
+        ):
             for kind, count in counts.items():
                 found.setdefault(kind, MemberCount()).add(count)
     return dict(sorted(found.items(), key=lambda each: (-each[1].samples, each[0])))
 
 
-def _of_shard(shard: str) -> dict[str, MemberCount]:
-    index, found = load_index(shard), dict[str, MemberCount]()
+def _of_shard(index_dir: str | None, shard: str) -> dict[str, MemberCount]:
+    index, found = load_index(shard, index_dir=index_dir), dict[str, MemberCount]()
     for sample in range(len(index.lines)):
         _, members = index.entry(sample)
         image = image_type(members)

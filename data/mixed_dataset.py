@@ -16,7 +16,9 @@ class MixedDataset(Dataset):
 
     def __init__(self, names: Sequence[str], parts: Sequence[Dataset]) -> None:
         headers = JoinedHeaders([part.headers for part in parts])
-        super().__init__([shard for part in parts for shard in part.shards], headers)
+        index_dir = parts[0].index_dir
+        assert all(part.index_dir == index_dir for part in parts), "a recipe names one for all of its data"
+        super().__init__([shard for part in parts for shard in part.shards], headers, index_dir=index_dir)
         self.names = list(names)
         self.parts = list(parts)
         self._starts = headers.starts
@@ -38,15 +40,21 @@ def open_sources(
     gather: Gather = lambda value: [value],
     broadcast: Broadcast | None = None,
     captions: Sequence[CaptionChoice] | None = None,
+    index_dir: str | None = None,
 ) -> MixedDataset:
     """Open the shards of named sources; see `open_dataset`. sources: name and shards of each. captions: of each; None:
-    KEY.txt. Raises DataError, with the name of the source, also when two of them have the same content."""
+    KEY.txt. index_dir: folder of the indexes of all. Raises DataError, with the name of the source, also when two of
+    them have the same content."""
     choices = captions or [KEY_TXT] * len(sources)
     parts: list[Dataset] = []
     seen: dict[str, str] = {}
     for (name, shards), choice in zip(sources, choices, strict=True):
         try:
-            parts.append(open_dataset(shards, rank=rank, gather=gather, broadcast=broadcast, captions=choice))
+            parts.append(
+                open_dataset(
+                    shards, rank=rank, gather=gather, broadcast=broadcast, captions=choice, index_dir=index_dir
+                )
+            )
         except DataError as error:
             raise type(error)(f"data.sources, {name}: {error}") from error
         if (other := seen.setdefault(parts[-1].fingerprint, name)) != name:

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from .connections import Connections, Range
 from .errors import DataError
-from .index import index_path
 from .remote import LONGEST, Response, fetch, has_requests
 from .shards import Dataset
 
@@ -141,7 +140,7 @@ class ReadAhead:
                 if not merged.unused:
                     self._connections.cancel([merged])
         self._fill()
-        needed = {index_path(self._dataset.shards[each.shard]) for each in self._held if each.number == number}
+        needed = {self._dataset.index_path(each.shard) for each in self._held if each.number == number}
         indexes = [self._indexes[url] for url in needed if url in self._indexes]
         if indexes:
             wait([each.response for each in indexes if self._connections.send_now(each) and each.response])
@@ -271,7 +270,7 @@ class ReadAhead:
         """Open a shard if its index has arrived; otherwise request the index."""
         if shard in self._dataset.opened:
             return True
-        url = index_path(self._dataset.shards[shard])
+        url = self._dataset.index_path(shard)
         if url not in self._indexes:
             self._indexes[url] = Range(url, 0, LONGEST)
             self._connections.add([self._indexes[url]])

@@ -70,28 +70,29 @@ def open_dataset(
     rank: int = 0,
     gather: Gather = lambda value: [value],
     broadcast: Broadcast | None = None,
-    mixed: bool = False,
     captions: CaptionChoice = KEY_TXT,
-    without_captions: bool = False,
+    index_dir: str | None = None,
+    for_statistics: bool = False,
 ) -> Dataset:
     """Open indexed shards for reading.
 
     spec: path, folder or fsspec URL, or several; `{00000..02047}` and wildcards are expanded. max_open: shards kept
-    open. mixed: whether a folder may hold held-out shards together with others. captions: the members that captions are
-    read from. without_captions: whether there may be none. rank, gather, broadcast: of the ranks that open the same
-    dataset; each then checks its share of the shards. Raises DataError, on all ranks, when a shard or its index is
-    missing or inconsistent, when no shard has a caption, or when one of several members of `captions` is not found.
+    open. captions: the members that captions are read from. index_dir: folder of indexes and catalogues; None: next to
+    the shards. for_statistics: a folder may hold held-out shards together with others, and there may be no captions.
+    rank, gather, broadcast: of the ranks that open the same dataset; each then checks its share of the shards. Raises
+    DataError, on all ranks, when a shard or its index is missing or inconsistent, when no shard has a caption, or when
+    one of several members of `captions` is not found.
     """
-    catalogued = open_catalogued(spec, mixed, rank, gather)
+    catalogued = open_catalogued(spec, for_statistics, rank, gather, index_dir)
     if catalogued:
         shards, headers = catalogued
     else:
-        shards = from_first(lambda: expand(spec, mixed), rank, gather, broadcast)
-        headers = spread(open_header, shards, rank, gather)
+        shards = from_first(lambda: expand(spec, for_statistics), rank, gather, broadcast)
+        headers = spread(lambda shard: open_header(shard, index_dir), shards, rank, gather)
     if not any(header.samples for header in headers):
         raise DataError(f"{format_shards(shards)}: no images; name shards that have some")
-    dataset = Dataset(shards, headers, max_open, captions)
-    if without_captions:
+    dataset = Dataset(shards, headers, max_open, captions, index_dir)
+    if for_statistics:
         return dataset
     if captions.only != CAPTION_TYPE:
         from_first(lambda: _require_members(dataset), rank, gather, broadcast)
@@ -133,10 +134,12 @@ class Dataset:
         headers: list[Header] | Headers | JoinedHeaders,
         max_open: int = 64,
         captions: CaptionChoice = KEY_TXT,
+        index_dir: str | None = None,
     ) -> None:
         self.shards = shards
         self.headers = headers
         self.captions = captions
+        self.index_dir = index_dir
         if isinstance(headers, Headers):
             samples, hashes = headers.samples, headers.hexadecimal()
         else:
@@ -158,6 +161,10 @@ class Dataset:
         """Shard number, and number within the shard, of the sample with that number in the dataset."""
         shard = int(self._ends.searchsorted(index, side="right"))
         return shard, index - int(self._ends[shard]) + int(self.samples_per_shard[shard])
+
+    def index_path(self, shard: int) -> str:
+        """Path or URL of a shard's index."""
+        return index_path(self.shards[shard], self.index_dir)
 
     def source(self, shard: int) -> int:
         """Number of the source that a shard belongs to: always 0, except in a mixture."""
@@ -182,7 +189,7 @@ class Dataset:
         try:
             return self.opened.read(shard, lambda opened: opened.index.entry(sample))
         except ValueError as error:
-            raise error if isinstance(error, DataError) else damaged(self.shards[shard]) from None
+            raise error if isinstance(error, DataError) else damaged(self.shards[shard], self.index_dir) from None
 
     def caption_member(self, shard: int, sample: int, epoch: int, index: int) -> str | None:
         """Extension of the caption that `read` reads; None if the sample has none. Raises DataError like `entry`."""
@@ -256,10 +263,11 @@ class Dataset:
 
     def _open(self, shard: int) -> _Shard:
         url = self.shards[shard]
-        index = load_index(url, self.opened.fetch)
+        index = load_index(url, self.opened.fetch, self.index_dir)
         if index.header != self.headers[shard]:
-            stale = None if isinstance(self.headers, list) else self.headers.stale(shard, index_path(url))
-            raise stale or DataError(f"{index_path(url)}: changed since the dataset was opened; restart")
+            name = self.index_path(shard)
+            stale = None if isinstance(self.headers, list) else self.headers.stale(shard, name)
+            raise stale or DataError(f"{name}: changed since the dataset was opened; restart")
         return _Shard(index, open_file(url, index.header.bytes, self.opened.fetch))
 
 

@@ -6,18 +6,17 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from .atomic import commit, temporary_name
 from .errors import DataError, DataLost, DataMissing
-from .files import exists, is_local
-from .index import Header, Index, build_index, index_path, load_index, save_index, split_key
-from .local import require_writable
+from .files import exists, is_local, require_writable
+from .index import Header, Index, build_index, index_path, load_index, reindex, save_index, split_key
 from .make_catalogue import catalogue_problems
 from .progress import progress
-from .remote import filesystem
-from .shard_list import expand
+from .shard_list import expand, folder_of
 from .transience import verdict
 
 Sample = dict[str, bytes]
@@ -76,23 +75,24 @@ class Indexed(NamedTuple):
     """One line per shard that could not be indexed."""
 
 
-def index_all(spec: str | list[str], only_missing: bool = False) -> Indexed:
-    """Index existing tars, without changing them; failures of single tars are collected.
+def index_all(spec: str | list[str], only_missing: bool = False, index_dir: str | None = None) -> Indexed:
+    """Index existing tars, without changing them; failures of single tars are collected. A remote tar is read once, in
+    parts. index_dir: folder for the indexes; None: next to the tars.
 
     Raises DataError when a folder is not writable, before anything is read, or when a server refuses requests.
     """
     shards = expand(spec)
     if only_missing:
-        shards = [shard for shard in shards if not exists(index_path(shard))]
-    for folder in {os.path.dirname(os.path.abspath(filesystem(shard)[1])) for shard in shards if is_local(shard)}:
-        require_writable(folder, "an index")
+        shards = [shard for shard in shards if not exists(index_path(shard, index_dir))]
+    for shard in {folder_of(shard): shard for shard in shards}.values():
+        require_writable(index_path(shard, index_dir), "an index")
 
     def index_one(shard: str) -> tuple[str, Index | None, str | None]:
         try:
             index = build_index(shard)
             if index.left_out and not index.header.samples:
                 raise DataError(f"{shard}: {_no_images(index)}")
-            save_index(shard, index)
+            save_index(shard, index, index_dir)
         except DataLost:
             raise
         except DataError as error:
@@ -111,10 +111,12 @@ def index_all(spec: str | list[str], only_missing: bool = False) -> Indexed:
     return found
 
 
-def index_shards(spec: str | list[str], only_missing: bool = False) -> list[tuple[str, Header]]:
+def index_shards(
+    spec: str | list[str], only_missing: bool = False, index_dir: str | None = None
+) -> list[tuple[str, Header]]:
     """`index_all`, returning each shard with its header. Once all others are indexed, raises DataError with every shard
     that could not be indexed."""
-    found = index_all(spec, only_missing)
+    found = index_all(spec, only_missing, index_dir)
     if found.problems:
         raise DataError("\n".join(found.problems))
     return found.done
@@ -131,14 +133,16 @@ def _no_images(index: Index) -> str:
     return "no member ends in .jpg, .jpeg, .png or .webp; name shards that hold images"
 
 
-def verify(spec: str | list[str]) -> list[str]:
+def verify(spec: str | list[str], index_dir: str | None = None) -> list[str]:
     """Read every shard and compare it with its index, and the indexes with the catalogues of their folders; returns one
-    line per problem. Raises DataError when the server of the shards refuses requests, DataLost when the storage is
-    unavailable."""
+    line per problem. index_dir: folder of indexes and catalogues; None: next to the shards. Raises DataError when the
+    server of the shards refuses requests, DataLost when the storage is unavailable."""
     shards = expand(spec)
-    found = dict(zip(shards, _in_threads(_check, shards, "verifying"), strict=True))
+    found = dict(zip(shards, _in_threads(partial(_check, index_dir), shards, "verifying"), strict=True))
     problems = [each for each in found.values() if isinstance(each, str)]
-    return problems + catalogue_problems({shard: each for shard, each in found.items() if isinstance(each, Header)})
+    return problems + catalogue_problems(
+        {shard: each for shard, each in found.items() if isinstance(each, Header)}, index_dir
+    )
 
 
 def _in_threads(work: Callable[[str], Result], shards: list[str], label: str) -> Iterator[Result]:
@@ -158,13 +162,14 @@ def _refused(shard: str, error: DataError) -> bool:
     return not is_local(shard) and error.__cause__ is not None and verdict(error.__cause__) is False
 
 
-def _check(shard: str) -> Header | str:
+def _check(index_dir: str | None, shard: str) -> Header | str:
     """The header of an intact shard, or its problem."""
+    again = reindex(shard, index_dir)
     try:
         found = build_index(shard)
-        stored = load_index(shard)
+        stored = load_index(shard, index_dir=index_dir)
     except DataMissing:
-        return f"{shard}: unindexed; run `bifrost data index {shard}`"
+        return f"{shard}: unindexed; run {again}"
     except DataLost:
         raise  # an unreachable shard is not a damaged one
     except DataError as error:
@@ -174,10 +179,10 @@ def _check(shard: str) -> Header | str:
     if found.header.bytes != stored.header.bytes:
         return (
             f"{shard}: altered ({found.header.bytes} bytes, indexed as {stored.header.bytes}); restore it, or run"
-            f" `bifrost data index {shard}` to accept it"
+            f" {again} to accept it"
         )
     if found.header.sha256 != stored.header.sha256:
-        return f"{shard}: altered (content hash); restore it, or run `bifrost data index {shard}` to accept it"
+        return f"{shard}: altered (content hash); restore it, or run {again} to accept it"
     if found.header != stored.header or not found.same_entries(stored):
-        return f"{index_path(shard)}: altered index; run `bifrost data index {shard}`"
+        return f"{index_path(shard, index_dir)}: altered index; run {again}"
     return stored.header

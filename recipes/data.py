@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from .fields import NAME, Shards
+from .fields import NAME, OptionalPlace, Shards
 from .section import Section
 
 
@@ -88,6 +88,9 @@ class Data(Section):
     captions: Captions | None = None
     """Members of a sample of which one is its caption, with weights, such as `{txt: 3, short.txt: 1}`: drawn per sample
     and epoch among those that it has. Null: KEY.txt. See docs/data.md."""
+    index_dir: OptionalPlace = None
+    """Folder or URL with the indexes of all shards, and their catalogues and caches, which are otherwise next to them:
+    for shards that are read-only. See docs/data.md."""
     image_size: int = Field(default=448, gt=0)
     """Side in pixels of the square image given to the vision encoder; a multiple of patch size x merge size (28)."""
     workers: int = Field(default=4, ge=0, le=128)

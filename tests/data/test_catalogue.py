@@ -80,7 +80,7 @@ def test_listing_in_parts_finds_every_shard(folder, request, monkeypatch) -> Non
     monkeypatch.setattr(remote, "_timestamp", lambda text: times.append(text) or parsed(text))
     s3fs.S3FileSystem.clear_instance_cache()
     real = catalogued.open_header
-    monkeypatch.setattr(catalogued, "open_header", lambda shard: opened.append(shard) or real(shard))
+    monkeypatch.setattr(catalogued, "open_header", lambda shard, *apart: opened.append(shard) or real(shard, *apart))
     for ranks in (1, 2):
         for dataset in in_ranks(lambda rank, gather: open_dataset("s3://bucket", rank=rank, gather=gather), ranks):
             assert content(dataset) == expected
@@ -185,7 +185,7 @@ def test_command(folder, monkeypatch) -> None:
 def test_folder_that_cannot_be_written(folder, monkeypatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     result = CliRunner().invoke(app, ["catalogue", str(folder)])
-    assert isinstance(result.exception, DataError) and "not writable, and a catalogue is stored" in str(
+    assert isinstance(result.exception, DataError) and "not writable, and a catalogue is stored in it" in str(
         result.exception
     )
     assert not (folder / NAME).exists() and len(open_dataset(str(folder))) == 14
@@ -214,13 +214,13 @@ def test_numbers_are_kept_exactly(tmp_path) -> None:
     from bifrost.data.index import Header
 
     headers = [Header(1, 2**40 + n, f"{n:064x}", 2**33 + n, 7, (1, 2**31, 2**50), 2**45) for n in range(3)]
-    names = ["a.tar", "b\udcff.tar", "ü.tar"]
-    catalogue.save(catalogue.from_headers(f"{tmp_path}/{NAME}", names, headers, np.arange(9).reshape(3, 3) - 4, "file"))
-    found = catalogue.load(f"{tmp_path}/{NAME}")
+    names, place = ["a.tar", "b\udcff.tar", "ü.tar"], catalogue.Place(f"{tmp_path}/")
+    catalogue.save(catalogue.from_headers(place, names, headers, np.arange(9).reshape(3, 3) - 4, "file"))
+    found = catalogue.load(place)
     assert list(found.headers([2, 0])) == [headers[2], headers[0]]
     assert found.names == names and found.numbers[-3:].tolist() == [[-4, -3, -2], [-1, 0, 1], [2, 3, 4]]
     assert found.origin == catalogue_state.LOCAL
     odd = [replace(headers[1], sha256="A" * 64), replace(headers[1], samples=1.5), replace(headers[1], bytes=2**63)]
     for header in odd:
         with pytest.raises(DataError, match=r"b\udcff.index.jsonl: damaged index"):
-            catalogue.from_headers("", names, [headers[0], header, headers[2]], np.zeros((3, 3), np.int64), "file")
+            catalogue.from_headers(place, names, [headers[0], header, headers[2]], np.zeros((3, 3), np.int64), "file")

@@ -7,6 +7,7 @@ import math
 import shutil
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -90,7 +91,7 @@ def test_server_that_is_down_is_data_lost_not_missing(folder, monkeypatch) -> No
     for name, value in object_store.environment(f"http://127.0.0.1:{port}").items():
         monkeypatch.setenv(name, value)
     for address in (f"http://127.0.0.1:{port}/s-00000.tar", "s3://bucket/s-00000.tar", "s3://bucket/s-*.tar"):
-        for work in (open_dataset, verify, index_shards):
+        for work in (open_dataset, verify, partial(index_shards, index_dir=str(folder / "own"))):
             with pytest.raises(DataLost, match="check the storage or the network") as caught:
                 work(address)
             assert "no such shard" not in str(caught.value)
@@ -112,13 +113,13 @@ def test_server_that_comes_up_late(folder, monkeypatch) -> None:
         assert samples(opened[0]) == samples(open_dataset(str(folder / "s-*.tar")))
 
 
-def test_missing_objects(served) -> None:
+def test_missing_objects(served, tmp_path) -> None:
     _, address = served
     with pytest.raises(DataError, match=r"s-00009\.tar: no such shard"):
         open_dataset(address + "00009.tar")
     assert not exists(address + "00009.tar") and exists(address + "00001.tar")
     with pytest.raises(DataError, match="no such shard"):
-        index_shards(address + "00009.tar")
+        index_shards(address + "00009.tar", index_dir=str(tmp_path / "own"))
 
 
 def test_missing_credentials_are_a_one_line_error(monkeypatch, folder) -> None:
@@ -314,12 +315,12 @@ def test_unusable_responses_are_permanent(served, fault, opening, listing, most)
 
 @pytest.mark.parametrize("served", ["http"], indirect=True)
 @pytest.mark.parametrize("path", ["", "s-00000.tar", "s-00000.index.jsonl"])
-def test_a_login_page_is_neither_a_shard_nor_an_index(served, path) -> None:
+def test_a_login_page_is_neither_a_shard_nor_an_index(served, path, tmp_path) -> None:
     """In place of both or of one, for every command that looks at them."""
     plan, address = served
     plan.rules.append(Rule("page", path, math.inf))
     works = [open_dataset, verify]
-    works += [] if path == "s-00000.tar" else [lambda shard: index_shards(shard, only_missing=True)]
+    works += [] if path else [partial(index_shards, only_missing=True, index_dir=str(tmp_path))]
     for work in works:
         with pytest.raises(DataError, match=r"s-00000.*: received a web page instead of the file; check the address"):
             print(work(address + "00000.tar"))

@@ -189,7 +189,7 @@ def test_unknown_protocol_is_named(url):
 def test_ranks_split_the_opening_of_shards(make_shards, tmp_path, monkeypatch):
     whole = make_shards([2, 3, 4, 5, 6])
     looked, real = [], shards.open_header
-    monkeypatch.setattr(shards, "open_header", lambda shard: looked.append(shard) or real(shard))
+    monkeypatch.setattr(shards, "open_header", lambda shard, *apart: looked.append(shard) or real(shard, *apart))
     spec = str(tmp_path / "s-*.tar")
     for dataset in in_ranks(lambda rank, gather: open_dataset(spec, rank=rank, gather=gather), 3):
         assert (dataset.shards, dataset.headers) == (whole.shards, whole.headers)

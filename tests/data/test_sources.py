@@ -253,7 +253,7 @@ def test_read_only_folder_is_named_before_reading(make_shards, tmp_path, monkeyp
     make_shards([1])
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr("bifrost.data.write.build_index", None)
-    with pytest.raises(DataError, match="not writable, and an index is stored next to its shard; change"):
+    with pytest.raises(DataError, match="not writable, and an index is stored in it; change"):
         index_shards(str(tmp_path))
 
 

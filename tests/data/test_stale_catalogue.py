@@ -112,7 +112,7 @@ def test_a_copy_on_other_storage_needs_no_new_catalogue(served, folder, monkeypa
     expected = content(open_dataset(address))
     make_catalogues(str(folder))
     upload()
-    monkeypatch.setattr("bifrost.data.catalogued.open_header", lambda shard: pytest.fail(f"{shard} was opened"))
+    monkeypatch.setattr("bifrost.data.catalogued.open_header", lambda shard, *_: pytest.fail(f"{shard} was opened"))
     assert content(open_dataset(address)) == expected
 
 

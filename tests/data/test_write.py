@@ -98,7 +98,7 @@ def test_read_only_folder_is_named(shard, monkeypatch):
     def refused(path, data):
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr("bifrost.data.index.write_atomic", refused)
+    monkeypatch.setattr("bifrost.data.files.write_atomic", refused)
     with pytest.raises(DataError, match=r"\.index\.jsonl: Permission denied; check the permissions"):
         index_shards(str(shard[0]))
 

@@ -116,7 +116,13 @@ def test_faults_have_no_effect(protocol, request, shards, tmp_path, bifrost, mon
                 assert fs.cat_file(f"bucket/{file.name}") == file.read_bytes()
         else:
             code, _, err = bifrost("data", "index", spec)
-            assert code == 2 and "405" in err[-1], "a server of files takes no index"
+            assert code == 2 and "an index cannot be written over HTTP" in err[-1]
+            plan.rules += failing("tar")
+            own = ("--index-dir", tmp_path / "own", spec)
+            code, out, err = bifrost("data", "index", *own)
+            assert code == 0 and "4 shards indexed: 60 samples, 60 of them with a caption" in out, err
+            code, out, err = bifrost("data", "verify", *own)
+            assert code == 0 and "4 shards checked, 0 with problems" in out, err
 
         plan.rules += failing("tar") + failing("index")
         code, out, err = bifrost("data", "verify", spec)
@@ -154,12 +160,12 @@ def test_permanent_errors_are_one_line(case, said, s3, shards, tmp_path, bifrost
         bucket = "nowhere" if case == "no bucket" else "bucket"
         spec = f"{address}/{SHARDS}" if case == "403 http" else f"s3://{bucket}/{SHARDS}"
         for command in COMMANDS:
-            out = [tmp_path / "out"] if "ingest" in command else []
+            out = {"ingest": [tmp_path / "out"], "index": ["--index-dir", tmp_path / "own"]}.get(command[1], [])
             code, _, err = bifrost(*command, spec, *out)
             (line,) = [line for line in err if line.startswith("error: ")]
             assert code == 2 and err[-1] == line and said in line and "train-0000" in line, (command, err)
             assert spec.partition("{")[0] in line
-    assert not list(tmp_path.glob("out/*"))
+    assert not list(tmp_path.glob("o*/*"))
 
 
 def test_endpoint_that_stays_down_is_data_lost(tmp_path, bifrost, monkeypatch) -> None:
@@ -168,7 +174,7 @@ def test_endpoint_that_stays_down_is_data_lost(tmp_path, bifrost, monkeypatch) -
         monkeypatch.setenv(name, value)
     for spec in (f"{address}/train-00000.tar", "s3://bucket/train-00000.tar"):
         for command in COMMANDS:
-            out = [tmp_path / "out"] if "ingest" in command else []
+            out = {"ingest": [tmp_path / "out"], "index": ["--index-dir", tmp_path / "own"]}.get(command[1], [])
             code, _, err = bifrost(*command, spec, *out)
             assert code == 74 and "another attempt may succeed" in err[-1], (command, err)
             assert spec.rpartition("/")[0] in err[-1], "the shard, or the catalogue of its folder"

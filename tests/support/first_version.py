@@ -34,6 +34,7 @@ LATER = (
     "controlnet.connector",
     "data.sources",
     "data.captions",
+    "data.index_dir",
     "controlnet.latents",
     "controlnet.mllm",
     "controlnet.decode_steps",

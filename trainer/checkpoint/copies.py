@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fsspec.asyn import AsyncFileSystem
-from fsspec.core import url_to_fs
 
 from ...data.errors import DataLost, DataMissing
 from ...data.retry import call
+from ...data.upload import sender
 from ...slurm.io import read_json, write_json
 from ..errors import RunError
 from .durable import sha256
@@ -66,7 +66,7 @@ class Copies:
         self.run, self.keep = run.resolve(), keep
         self.place = f"{address.rstrip('/')}/{name or self.run.name}"
         self.store = Store(self.run / "checkpoints")
-        self.fs, self.path = filesystem(self.place)
+        self.fs, self.path = sender(self.place)
 
     def claim(self) -> None:
         """Make the address this run's. RunError if there are copies of another run; DataError if it cannot be
@@ -249,19 +249,3 @@ class Copies:
 
     def _call(self, action: Callable[[], T], path: str) -> T:
         return call(action, self.fs.unstrip_protocol(path))
-
-
-def filesystem(address: str) -> tuple[Any, str]:
-    """fsspec's file system for an address, and the path in it. RunError if there is none.
-
-    With a client that repeats requests, unlike `data.remote`: a file is sent in many, of which one may fail.
-    """
-    try:
-        if not address.startswith(("s3:", "s3a:")):
-            return url_to_fs(address)
-        timeouts = {"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_attempts": 2}}
-        fs, path = url_to_fs(address, use_listings_cache=False, config_kwargs=timeouts)
-        fs.retries = 2
-        return fs, path
-    except (ImportError, ValueError) as error:
-        raise RunError(f"{address}: {error}; check the address, or install the package that serves it") from None

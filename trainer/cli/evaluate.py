@@ -61,6 +61,7 @@ def evaluate(
         ),
     ] = None,
     heldout: Annotated[str | None, typer.Option(help="Shards that neither stage was trained on.")] = None,
+    index_dir: Annotated[str | None, typer.Option(help="Folder or URL of the shards' indexes, if it is apart.")] = None,
     scenes: Annotated[
         Path | None, typer.Option(help="KEY.json of the shards if they are scenes: which objects do the images show?")
     ] = None,
@@ -96,7 +97,7 @@ def evaluate(
     _check(out)
     _check_stages(mllm, controlnet, flux, scenes, gallery)
     ranked = is_rank(context, ranks)
-    sets = _open({"train": data, **({"heldout": heldout} if heldout else {})})
+    sets = _open({"train": data, **({"heldout": heldout} if heldout else {})}, index_dir)
     from ...data.scenes.key import read_key
 
     truth = read_key(scenes) if scenes else None
@@ -192,11 +193,11 @@ def _load(mllm: Path | None, controlnet: Path | None, flux: str | None, ranked: 
         return ranks.agreed(load) if ranks else load()
 
 
-def _open(shards: dict[str, str]) -> dict[str, tuple[str, Dataset]]:
+def _open(shards: dict[str, str], index_dir: str | None) -> dict[str, tuple[str, Dataset]]:
     """Data set -> its shards as given, and opened."""
     from ...data.shards import open_dataset
 
-    return {name: (given, open_dataset(given)) for name, given in shards.items()}
+    return {name: (given, open_dataset(given, index_dir=index_dir)) for name, given in shards.items()}
 
 
 def _environment(decoder: LatentDecoder) -> dict[str, Any]:

@@ -39,9 +39,13 @@ EXAMPLES = {
     "data demo": ("bifrost data demo demo", "bifrost data demo single --set drawings"),
     "data ingest": (
         "bifrost data ingest photos shards",
+        "bifrost data ingest photos s3://bucket/shards",
         "bifrost data ingest photos shards --table captions.csv --caption-column text",
     ),
-    "data index": ("bifrost data index '/data/pairs/*.tar' --only-missing",),
+    "data index": (
+        "bifrost data index '/data/pairs/*.tar' --only-missing",
+        "bifrost data index 's3://bucket/pairs/*.tar' --index-dir indexes",
+    ),
     "data verify": ("bifrost data verify '/data/pairs/{00000..00127}.tar'",),
     "data catalogue": ("bifrost data catalogue /data/pairs",),
     "data stats": ("bifrost data stats 'demo/train-*.tar'",),

@@ -1,17 +1,16 @@
-"""Outputs of frozen parts for every sample, stored next to the shards and read instead of recomputed.
+"""Outputs of frozen parts for every sample, stored with the shards' indexes and read instead of recomputed.
 
-Next to `train-00000.tar` is a folder `cache-vae-0123abcd` with the same shards, named after its fingerprint
-(`made.json`): its `train-00000.tar` contains `KEY.vae.safetensors` in the order of the original samples, in the
-precision in which they were computed. `train-00000.cache.jsonl` in that folder has a header (`Header`), then a line per
-sample: `["KEY", offset, size, crc32]`, or `["KEY"]` for an unreadable sample. A text cache has one more line with the
-key "", for the empty caption.
+Next to `train-00000.tar`, or to its index in `data.index_dir`, is a folder `cache-vae-0123abcd` with the same shards,
+named after its fingerprint (`made.json`): its `train-00000.tar` contains `KEY.vae.safetensors` in the order of the
+original samples, in the precision in which they were computed. `train-00000.cache.jsonl` in that folder has a header
+(`Header`), then a line per sample: `["KEY", offset, size, crc32]`, or `["KEY"]` for an unreadable sample. A text cache
+has one more line with the key "", for the empty caption.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import posixpath
 import zlib
 from collections.abc import Iterable, Sequence
@@ -24,8 +23,9 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ...data import DataError, DataMissing, Dataset, RawSample
-from ...data.files import File, OpenShards, content, open_file
+from ...data.files import STREAM_BLOCK, File, OpenShards, Stream, content, open_file
 from ...data.index import CAPTION_TYPE, HEADER_LIMIT
+from ...data.index_dir import place_of
 from ...data.mixture import MOST_OPEN
 from ...data.remote import filesystem, size_of
 from ...data.retry import call
@@ -61,9 +61,9 @@ def digest(made: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
 
 
-def cache_path(shard: str, kind: Kind, made: str) -> str:
-    """The cached tar of an original shard; made: the digest of the fingerprint."""
-    folder, name = posixpath.split(shard)
+def cache_path(shard: str, kind: Kind, made: str, index_dir: str | None = None) -> str:
+    """The cached tar of an original shard; made: the digest of the fingerprint; index_dir: folder of the indexes."""
+    folder, name = posixpath.split(place_of(shard, index_dir))
     return posixpath.join(folder, f"cache-{kind}-{made[:8]}", name)
 
 
@@ -185,7 +185,7 @@ def _open_cache(
 ) -> Cache:
     kind, made = outputs.kind, outputs.fingerprint(rank, ranks, gather)
     shards, name = dataset.shards, digest(made)
-    tars = [cache_path(shard, kind, name) for shard in shards]
+    tars = [cache_path(shard, kind, name, dataset.index_dir) for shard in shards]
     pairs = [(header.sha256, tar) for header, tar in zip(dataset.headers, tars, strict=True)]
     found = spread(lambda pair: find_problem(*pair, name), pairs, rank, gather)
     problems = [(tar, problem) for tar, problem in zip(tars, found, strict=True) if problem]
@@ -193,7 +193,7 @@ def _open_cache(
         return Cache(tars, max_open=most_open)
     setting, (tar, problem) = outputs.setting, problems[0]
     if len(problems) == len(tars) and {problem for _, problem in problems} == {"missing"}:
-        if other := _difference(shards[0], kind, made):
+        if other := _difference(place_of(shards[0], dataset.index_dir), kind, made):
             raise RunError(f"{setting}: {other}; {REENCODE_HINT}")
         raise RunError(f"{setting}: {posixpath.dirname(tar)} is missing; {REENCODE_HINT}")
     more = f" ({len(problems)} of {len(tars)} shards are unusable)" if len(tars) > 1 else ""
@@ -201,7 +201,7 @@ def _open_cache(
 
 
 def _difference(shard: str, kind: Kind, made: dict[str, Any]) -> str | None:
-    """How another cache next to `shard` differs from the required one."""
+    """How another cache next to `shard`, or to its index, differs from the required one."""
     fs, folder = filesystem(posixpath.dirname(shard) or ".")
     for file in sorted(call(lambda: fs.glob(f"{folder}/cache-{kind}-*/made.json"), shard)):
         theirs = json.loads(call(partial(fs.cat_file, file), file))
@@ -258,9 +258,9 @@ class Cache:
 
 
 def same_content(tar: str, header: Header) -> bool:
-    """Whether a local tar, read in full, matches its header."""
+    """Whether a tar, read in full, matches its header."""
     digest = hashlib.sha256()
-    with open(os.fspath(tar), "rb") as file:
-        while part := file.read(1 << 20):
+    with Stream(tar) as file:
+        while part := file.read(STREAM_BLOCK):
             digest.update(part)
     return digest.hexdigest() == header.sha256

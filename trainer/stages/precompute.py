@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 import shutil
 import zlib
 from collections import defaultdict
@@ -20,11 +21,12 @@ import torch
 from safetensors.torch import save
 
 from ...data import DataError, Dataset, MixedDataset, open_dataset
-from ...data.atomic import write_atomic
-from ...data.files import is_local
+from ...data.files import is_local, write
 from ...data.progress import track
+from ...data.remote import filesystem
 from ...data.tars import TarInput, scan
 from ...data.units import counted, format_bytes
+from ...data.upload import remove, require_store, staged
 from ...data.write import write_shard
 from ...recipes.schema import Data
 from ..errors import RunError
@@ -49,10 +51,8 @@ def encode(outputs: Sequence[FrozenOutputs], data: Data, held_out: str | list[st
     latent_cache.require_one_caption(outputs, data)
     dataset = open_training_data(data)
     if held_out:
-        further = open_dataset(held_out, captions=caption_choice(data.captions, 0))
+        further = open_dataset(held_out, captions=caption_choice(data.captions, 0), index_dir=data.index_dir)
         dataset = MixedDataset(["training", "validation"], [dataset, further])
-    if remote := [shard for shard in dataset.shards if not is_local(shard)]:
-        raise RunError(f"{remote[0]}: a cache is written next to its shards, which must be local")
     encoders = [_Encoder(one, dataset, micro_batch, device) for one in outputs]
     _require_space(encoders, dataset, shown=rank == 0)
     for encoder in encoders:
@@ -64,17 +64,22 @@ def encode(outputs: Sequence[FrozenOutputs], data: Data, held_out: str | list[st
 
 
 def _require_space(encoders: Sequence[_Encoder], dataset: Dataset, shown: bool) -> None:
-    """RunError when a file system is too small for what is missing of the caches. shown: print the sizes."""
+    """RunError when a local file system is too small for what is missing of the caches, DataError for storage that they
+    cannot be written to. shown: print the sizes."""
     needed: dict[int, int] = defaultdict(int)
     folders: dict[int, Path] = {}
     for encoder in encoders:
         samples, sample = 0, encoder.outputs.sample_bytes
         for shard, header in zip(dataset.shards, dataset.headers, strict=True):
-            if latent_cache.read_header(encoder.tar(shard)) is None:
+            tar = encoder.tar(shard)
+            require_store(tar)
+            if latent_cache.read_header(tar) is None:
                 samples += header.samples
-                device = Path(shard).parent.stat().st_dev
-                folders[device] = Path(shard).parent
-                needed[device] += header.samples * (sample + TAR_BYTES)
+                if is_local(tar):
+                    folder = next(each for each in Path(filesystem(tar)[1]).parents if each.exists())
+                    device = folder.stat().st_dev
+                    folders[device] = folder
+                    needed[device] += header.samples * (sample + TAR_BYTES)
         if shown:
             total = format_bytes(samples * sample, 3)
             each = f"{format_bytes(sample, 3)} each, {total} in all"
@@ -102,7 +107,7 @@ class _Encoder:
 
     def tar(self, shard: str) -> str:
         """The cached tar of an original shard."""
-        return latent_cache.cache_path(shard, self.outputs.kind, self.name)
+        return latent_cache.cache_path(shard, self.outputs.kind, self.name, self.dataset.index_dir)
 
     def run(self, rank: int, ranks: int) -> str:
         """Encode shards `rank`, `rank` + `ranks`, …; returns a one-line summary."""
@@ -112,7 +117,7 @@ class _Encoder:
             counts = self._encode(shard)
             kept, done = kept + (counts is None), done + (counts is not None)
             samples, bad = (total + more for total, more in zip((samples, bad), counts or (0, 0), strict=True))
-        folder = Path(self.tar(self.dataset.shards[0])).parent
+        folder = posixpath.dirname(self.tar(self.dataset.shards[0]))
         notes = (f", {counted(kept, 'shard')} already there" if kept else "") + (f", {bad:,} unreadable" if bad else "")
         if self.truncated:
             notes += f", {counted(self.truncated, 'caption')} longer than the text model reads: the ends are lost"
@@ -121,28 +126,28 @@ class _Encoder:
     def _encode(self, number: int) -> tuple[int, int] | None:
         """Numbers of samples and of unreadable ones; None if the shard's cache is complete."""
         shard = self.dataset.shards[number]
-        tar = Path(self.tar(shard))
-        header = latent_cache.read_header(str(tar))
+        tar = self.tar(shard)
+        header = latent_cache.read_header(tar)
         source = self.dataset.headers[number]
-        whole = header and latent_cache.find_problem(source.sha256, str(tar), self.name) is None
-        if whole and header and latent_cache.same_content(str(tar), header):
+        whole = header and latent_cache.find_problem(source.sha256, tar, self.name) is None
+        if whole and header and latent_cache.same_content(tar, header):
             return None
-        tar.parent.mkdir(exist_ok=True)
-        write_atomic(tar.with_name("made.json"), json.dumps(self.made, indent=2).encode())
-        lines = Path(latent_cache.index_path(str(tar)))
-        lines.unlink(missing_ok=True)  # never an index next to a tar it does not describe
-        for left in tar.parent.glob(f"{tar.name}.tmp-*"):
-            left.unlink()
+        write(f"{posixpath.dirname(tar)}/made.json", json.dumps(self.made, indent=2).encode())
+        lines = latent_cache.index_path(tar)
+        remove(lines)  # never an index next to a tar it does not describe
         entries: list[list] = []
-        written = write_shard(tar, self._members(number, entries))
-        with tar.open("rb") as file:
-            places = iter([(member.offset, member.size) for member in scan(TarInput(file), read_all=False)])
+        with staged(tar) as file:
+            for left in file.parent.glob(f"{file.name}.tmp-*"):
+                left.unlink()
+            written = write_shard(file, self._members(number, entries))
+            with file.open("rb") as opened:
+                places = iter([(member.offset, member.size) for member in scan(TarInput(opened), read_all=False)])
         entries = [[key, *next(places), *check] if check else [key] for key, *check in entries]
         header = latent_cache.Header(
             latent_cache.VERSION, self.name, source.sha256, written.bytes, written.sha256, source.samples
         )
         text = [json.dumps(asdict(header)), *(json.dumps(entry) for entry in entries)]
-        write_atomic(lines, ("\n".join(text) + "\n").encode())
+        write(lines, ("\n".join(text) + "\n").encode())
         return source.samples, sum(len(entry) == 1 for entry in entries)
 
     def _members(self, shard: int, entries: list[list]) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -21,9 +21,17 @@ def open_training_data(
     """The shards of `data.shards`, or of all `data.sources`; see `open_dataset`. seed: of the choice of captions."""
     if data.sources is None:
         choice = caption_choice(data.captions, seed)
-        return open_dataset(data.shards or [], rank=rank, gather=gather, broadcast=broadcast, captions=choice)
+        return open_dataset(
+            data.shards or [],
+            rank=rank,
+            gather=gather,
+            broadcast=broadcast,
+            captions=choice,
+            index_dir=data.index_dir,
+        )
     choices = [caption_choice(source.captions or data.captions, seed) for source in data.sources]
-    return open_sources([(source.name, source.shards) for source in data.sources], rank, gather, broadcast, choices)
+    named = [(source.name, source.shards) for source in data.sources]
+    return open_sources(named, rank, gather, broadcast, choices, data.index_dir)
 
 
 def caption_choice(captions: Captions | None, seed: int) -> CaptionChoice:

@@ -90,13 +90,21 @@ def open_inputs(
 def open_held_out(
     shards: str | list[str] | None, captions: Captions | None, training: Dataset, ranks: Ranks
 ) -> Dataset | None:
-    """The data of `validation.shards`, with `data.captions`. RunError if some of it is training data, also under
+    """The data of `validation.shards`, with `data.captions`, and indexes where those of the `training` data are.
+    RunError if some of it is training data, also under
     another name."""
     if shards is None:
         return None
     _require_signature("validation.shards", shards)
     choice = caption_choice(captions, VALIDATION_SEED)
-    held_out = open_dataset(shards, rank=ranks.rank, gather=ranks.gather, broadcast=ranks.broadcast, captions=choice)
+    held_out = open_dataset(
+        shards,
+        rank=ranks.rank,
+        gather=ranks.gather,
+        broadcast=ranks.broadcast,
+        captions=choice,
+        index_dir=training.index_dir,
+    )
     kept = {header.sha256: shard for shard, header in zip(held_out.shards, held_out.headers, strict=True)}
     for shard, header in zip(training.shards, training.headers, strict=True):
         if header.sha256 in kept:

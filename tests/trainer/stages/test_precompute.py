@@ -99,7 +99,7 @@ def test_what_is_cached_is_not_loaded(data: Path, flux: Path, monkeypatch: pytes
     assert model.flux.vae is None and model.flux.text_encoder is not None and not hasattr(model, "backbone")
     assert stage.image_sizes == (112,), "images at FLUX's size are not even decoded"
     make_catalogues(f"{data}/train-*.tar")
-    monkeypatch.setattr("bifrost.data.index.load_header", lambda shard: pytest.fail(f"{shard} was opened"))
+    monkeypatch.setattr("bifrost.data.index.load_header", lambda shard, *_: pytest.fail(f"{shard} was opened"))
     assert open_stage(recipe(data, flux, CACHED[0])).open_caches().keys() == {"vae"}
 
 
