@@ -95,7 +95,7 @@ def _split(run: Path, settings: dict[str, Any], ranks: int) -> BatchSplit:
 
 
 def encode(recipe: RecipeArgument, overrides: Overrides = None, ranks: RanksOption = None) -> None:
-    """Cache the outputs of the frozen parts (those placed as `cached`), and predicted latents, with the shards' indexes."""
+    """Cache the outputs of the frozen parts (those placed as `cached`), and predicted latents, with the indexes."""
     settings = load_recipe(recipe, overrides or [])
     if settings.stage == "patch-latents":
         cached, how = settings.backbone.vision_encoder == "cached", "backbone.vision_encoder=cached"
