@@ -32,7 +32,7 @@ DEVICE = "h200"
 LAYERS = 28  # of the 7B model
 # FLUX's blocks behind the first residual, 18 double and 38 single ones, in units of a single block that keeps the
 # inputs of each operation, as a recomputed block does here.
-BLOCKS = (18 * FLUX_RECOMPUTED["through"][0] + 38 * FLUX_RECOMPUTED["through"][1]) / FLUX_RECOMPUTED["through"][1]
+BLOCKS = (18 * FLUX_RECOMPUTED[0] + 38 * FLUX_RECOMPUTED[1]) / FLUX_RECOMPUTED[1]
 
 
 class Anchor(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from pydantic import Field, model_validator
 
 from .fields import HeldWeights, OptionalPlace, Place
+from .low_rank import LowRank
 from .section import Section
 
 
@@ -50,17 +51,9 @@ PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 """Linear layers of a decoder layer."""
 
 
-class Lora(Section):
-    rank: int = Field(default=16, ge=1)
-    """Rank of the pairs."""
-    alpha: float = Field(default=32.0, gt=0)
-    """A pair's product is multiplied by alpha / rank."""
+class Lora(LowRank):
     targets: list[Projection] = Field(default=list(PROJECTIONS), min_length=1)
     """Linear layers with a pair; the others are the text model's alone."""
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
 
 Positions = Literal["learned", "mrope", "interleaved"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from .fields import HeldWeights, OptionalPlace, Place
+from .low_rank import LowRank
 from .section import Section
 
 T5_TOKENS = 512
@@ -77,6 +78,16 @@ class Connector(Section):
     """Width of the blocks; null: FLUX's hidden width."""
 
 
+FluxLayer = Literal["attention", "mlp", "modulation", "embedders"]
+"""Kinds of FLUX's linear layers; see `ControlLora.targets`."""
+
+
+class ControlLora(LowRank):
+    targets: list[FluxLayer] = Field(default=list(get_args(FluxLayer)), min_length=1)
+    """Kinds of linear layers with a pair: `attention`; `mlp`, with a single block's output layer; `modulation`, which
+    scale and shift the norms; and `embedders`, before the blocks. The others are FLUX's alone."""
+
+
 Bridge = Literal["latents_2d", "queries", "cross_attention"]
 
 
@@ -84,14 +95,20 @@ class ControlNet(Section):
     bridge: Bridge = "latents_2d"
     """How patch latents condition FLUX: `latents_2d`, as released, by the ControlNet; for comparison without one, as
     additional text tokens: `queries`, learnable 1-D queries of a connector that attend to the latents, or
-    `cross_attention`, the latents themselves by a linear projection. `double`, `single` and `norm` are for
-    `latents_2d`."""
+    `cross_attention`, the latents themselves by a linear projection. `double`, `single`, `weights` and `norm` are
+    for `latents_2d`."""
     connector: Connector = Connector()
     """Queries and connector of `bridge: queries`."""
     double: int = Field(default=4, ge=0)
     """Double blocks copied from FLUX."""
     single: int = Field(default=1, ge=0)
     """Single blocks copied from FLUX."""
+    weights: Literal["full", "lora"] = "full"
+    """Linear layers of the copied blocks and embeddings: `full`, all weights trained, or `lora`, the frozen FLUX's
+    weights, not stored twice, with trained low-rank pairs. What FLUX does not have, and norms, are trained in both
+    cases."""
+    lora: ControlLora = ControlLora()
+    """Low-rank pairs, for `weights: lora`."""
     norm: Literal["batch", "group"] = "batch"
     """Norm of the block that resamples patch latents: `batch`, as released, with statistics over the micro-batches of
     all ranks, so that results depend on `micro_batch`; or `group`."""
@@ -113,6 +130,12 @@ class ControlNet(Section):
             raise ValueError(
                 f"controlnet.connector has no effect with controlnet.bridge={self.bridge}; set bridge=queries, or leave"
                 " it out"
+            )
+        if self.weights == "full" and self.lora != ControlLora():
+            raise ValueError("controlnet.lora has no effect with controlnet.weights=full; set controlnet.weights=lora")
+        if self.weights == "lora" and self.bridge != "latents_2d":
+            raise ValueError(
+                f"controlnet.weights=lora: controlnet.bridge={self.bridge} copies no weights of FLUX; leave it out"
             )
         return self
 

@@ -44,6 +44,13 @@ STAGE_2 = {
     "queries, draws": ["controlnet.bridge=queries", "controlnet.connector={queries: 8, layers: 2}", "flux.draws=2"],
     "cross-attention": ["controlnet.bridge=cross_attention"],
     "fewer tokens": ["flux.text_tokens=16"],
+    "pairs": ["controlnet.weights=lora", "flux.placement.transformer=replicated"],
+    "few pairs on int8": [
+        "controlnet.weights=lora",
+        "controlnet.lora.targets=[attention, mlp]",
+        "flux.weights=int8",
+        "flux.draws=2",
+    ],
 }
 FIRST = {"tiny-mllm": STAGE_1, "tiny-controlnet": STAGE_2, "mllm-3b": STAGE_1, "flux-controlnet": STAGE_2}
 """Recipe -> variants to count too."""

@@ -32,6 +32,8 @@ LATER = (
     "branch.draws",
     "controlnet.bridge",
     "controlnet.connector",
+    "controlnet.weights",
+    "controlnet.lora",
     "data.sources",
     "data.captions",
     "data.index_dir",

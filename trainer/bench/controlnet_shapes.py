@@ -83,9 +83,11 @@ def scaled_stage(stage: ControlNetStage, layers: int | None, width: int | None) 
 
 
 def control_shape(stage: ControlNetStage) -> ControlNetConfig:
-    """The shape of the stage's ControlNet; RunError if it has another bridge."""
+    """The shape of the stage's ControlNet; RunError if it has another bridge, or low-rank pairs."""
     if isinstance(stage.shape, TextBridgeConfig):
         raise RunError(f"controlnet.bridge={stage.shape.kind}: benchmarks measure a ControlNet; leave it out")
+    if stage.shape.lora:
+        raise RunError("controlnet.weights=lora: benchmarks measure a copy of FLUX's blocks; leave it out")
     return stage.shape
 
 

@@ -25,9 +25,11 @@ from ..models.weights import WeightFiles, is_trained, public_base_name, public_n
 from ..stages import open_controlnet
 from .durable import WHOLE, write_file
 from .merged import merged
+from .merged_controlnet import MergedControlNet
 from .model_card import CARD, card
 from .reader import CheckpointReader
 from .safetensors_parts import Piece, safetensors_parts
+from .state import CheckpointWeights
 from .store import Store
 
 Layout = Literal["public", "hf"]
@@ -48,8 +50,8 @@ def export(
 
     Stage 1, public: frozen base and trained part under the public release's names, low-rank pairs merged; hf: only the
     trained part, with transformers' module names and the recipe as `config.json`. Stage 2: the `flux_controlnet` folder
-    for both layouts. Each has a model card with the licences of its bases. One tensor is in memory at a time. Raises
-    RunError if `out` is not empty, or the run has no such checkpoint or no EMA.
+    for both layouts, low-rank pairs merged. Each has a model card with the licences of its bases. One tensor is in
+    memory at a time. Raises RunError if `out` is not empty, or the run has no such checkpoint or no EMA.
     """
     require_new(out)
     slot = "ema" if ema else "master"
@@ -97,10 +99,16 @@ def write_weights(
         for name, shape in reader.shapes.items()
     }
     if recipe.stage == "controlnet":
+        stage = open_controlnet(recipe, for_counting=recipe.controlnet.weights == "full")
+        assert isinstance(stage.shape, ControlNetConfig)
+        if stage.shape.lora:
+            source = MergedControlNet(CheckpointWeights(reader, slot), stage.shape, stage.folder)
+            pieces = {
+                name: Piece(name, shape, dtype, lambda name=name: source.full(name))
+                for name, shape in source.shapes.items()
+            }
         _write_controlnet(folder, pieces, reader.buffers(slot))
-        shape = open_controlnet(recipe, for_counting=True).shape
-        assert isinstance(shape, ControlNetConfig)
-        write_config(folder, shape)
+        write_config(folder, stage.shape)
         return
     tensors = [*pieces.values(), *_buffers(reader.buffers(slot))]
     if layout == "public":

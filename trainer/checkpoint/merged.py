@@ -42,7 +42,7 @@ def merged(
             continue
         text = text_layer(name, layers).replace("branch.", "text.", 1)
         scale = names.get(f"{text.removesuffix('.weight')}.scale")
-        read = partial(_frozen, source, names[text], tuple(parameter.shape), scale)
+        read = partial(frozen_weight, source, names[text], tuple(parameter.shape), scale)
         stem = name.removesuffix(".weight")
         if f"{stem}.lora_A" in pieces:
             pair = pieces[f"{stem}.lora_A"], pieces[f"{stem}.lora_B"]
@@ -51,7 +51,7 @@ def merged(
     return {**found, **{name: piece for name, piece in pieces.items() if name.startswith("head.")}}
 
 
-def _frozen(source: Source, name: str, shape: tuple[int, ...], scale: str | None) -> Tensor:
+def frozen_weight(source: Source, name: str, shape: tuple[int, ...], scale: str | None) -> Tensor:
     """A frozen weight or bias in fp32. scale: name of the scales of a weight in 8 bits."""
     count = torch.Size(shape).numel()
     bits = None if scale is None else source.flat(scale, 0, shape[0])

@@ -9,7 +9,7 @@ import logging
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from ...slurm.run_folder import no_run
+from ..checkpoint.merged_controlnet import MergedControlNet
 from ..checkpoint.state import restore_statistics
 from ..distributed.process_group import Group
 from ..errors import RunError
 from ..models import latent_controlnet
+from ..models.controlnet_config import ControlNetConfig
 from ..models.flux import FluxFolder, FluxTokenizers, FrozenFlux, Tokens
 from ..models.hub import locate
 from ..models.latent_controlnet import LatentControlNet
@@ -211,6 +213,8 @@ def load_controlnet(
         stage = open_controlnet(recipe)
         shape, folder, size = stage.shape, stage.folder, stage.flux.image_size
         source = trained = checkpoint_weights(path)
+        if isinstance(shape, ControlNetConfig) and shape.lora:
+            source, shape = MergedControlNet(trained, shape, folder), replace(shape, lora=None)
     else:
         shape, source = latent_controlnet.read_config(path)
         if flux is None:

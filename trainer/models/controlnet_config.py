@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ...recipes.stage2 import ControlLora, FluxLayer
 from ..errors import RunError
 from ..versions import version
 
@@ -50,6 +51,8 @@ class ControlNetConfig:
     double: int = 4
     single: int = 1
     norm: Norm = "batch"
+    lora: ControlLora | None = None
+    """Low-rank pairs on FLUX's own weights in place of copies."""
 
     @classmethod
     def of(
@@ -117,6 +120,24 @@ class ControlNetConfig:
             there = transformer.get(name, value)
             if _plain(there) != _plain(value):
                 raise RunError(f"the ControlNet was trained for a FLUX with {name} {value}, this one has {there}")
+
+
+FRESH = ("controlnet_", "up_sampling_block", "down_sampling_block")
+"""Name prefixes of the ControlNet's layers that FLUX does not have."""
+
+
+def is_shared(name: str) -> bool:
+    """Whether a layer or parameter of the ControlNet has a namesake in FLUX, of which it is a copy."""
+    return not name.startswith(FRESH)
+
+
+def layer_kind(name: str) -> FluxLayer:
+    """The kind of a linear layer that FLUX has too."""
+    if not name.startswith(("transformer_blocks.", "single_transformer_blocks.")):
+        return "embedders"
+    if ".norm" in name:
+        return "modulation"
+    return "mlp" if ".ff" in name or name.endswith(("proj_mlp", "proj_out")) else "attention"
 
 
 def residuals_added(count: int, blocks: int) -> int:

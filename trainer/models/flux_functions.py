@@ -213,7 +213,7 @@ class _GeluLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mlp: Tensor, attended: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None
+        ctx: Any, mlp: Tensor, attended: Tensor | None, weight: Tensor, bias: Tensor | None, scale: Tensor | None
     ) -> Tensor:
         ctx.weight, ctx.scale = weight, scale  # attributes: see `linear`
         ctx.save_for_backward(mlp, attended if weight.requires_grad else None)
@@ -248,7 +248,7 @@ def gelu_linear(
     mlp: Tensor,
     attended: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     recomputed: bool = False,
     scale: Tensor | None = None,
 ) -> Tensor:

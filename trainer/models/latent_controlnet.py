@@ -24,12 +24,15 @@ from torch import Tensor, nn
 from ..errors import RunError
 from . import weights
 from .config_files import read_json
-from .controlnet_config import SHARED, ControlNetConfig, Resampling
+from .controlnet_config import SHARED, ControlNetConfig, Resampling, is_shared
 from .flux_blocks import use_own_blocks
 from .flux_transformer import embed, run_block
+from .low_rank import pair_init
+from .low_rank_controlnet import adapt
 from .resampler import DownsamplingBlock, UpsamplingBlock, on_grid
 
 _BLOCKS: dict[Resampling, str] = {"up": "up_sampling_block", "down": "down_sampling_block"}
+_PAIR = ("lora_A", "lora_B")
 _ZERO = "controlnet_"
 """Name prefix of all zero-initialised tensors: the projections of the condition and of the residuals."""
 
@@ -42,7 +45,8 @@ class Residuals(NamedTuple):
 
 
 class LatentControlNet(FluxControlNetModel):
-    """Residuals for FLUX from patch latents. `initialise` or `load` fills the weights after construction.
+    """Residuals for FLUX from patch latents. `initialise` or `load` fills the weights after construction; `share`
+    connects one with low-rank pairs with its FLUX.
 
     With `enable_gradient_checkpointing()` the backward pass recomputes every block.
     """
@@ -60,6 +64,8 @@ class LatentControlNet(FluxControlNetModel):
         elif shape.resampling == "down":
             self.down_sampling_block = DownsamplingBlock(width, shape.norm)
         use_own_blocks(self)
+        if shape.lora:
+            adapt(self, shape.lora)
 
     def resample(self, latents: Tensor) -> Tensor:
         """Patch latents [B, N, D] on FLUX's token grid, [B, M, D]."""
@@ -84,7 +90,7 @@ class LatentControlNet(FluxControlNetModel):
         patch_latents [B, N, D], or fewer if each is of several noisy latents next to each other; text [B, L, E], pooled
         [B, P], img_ids [M, 3], txt_ids [L, 3]; guidance [B] for a FLUX that takes one, else None.
         """
-        dtype = self.x_embedder.weight.dtype
+        dtype = self.controlnet_x_embedder.weight.dtype
         condition = self.controlnet_x_embedder(self.resample(patch_latents.to(dtype)))
         if len(noisy) > len(condition):
             condition = condition.repeat_interleave(len(noisy) // len(condition), 0)
@@ -108,8 +114,8 @@ class LatentControlNet(FluxControlNetModel):
 
     def copied_names(self) -> dict[str, str]:
         """Parameter -> FLUX transformer's parameter that initialises it."""
-        fresh = (_ZERO, *_BLOCKS.values())
-        return {name: name for name, _ in self.named_parameters() if not name.startswith(fresh)}
+        names = (name for name, _ in self.named_parameters() if is_shared(name))
+        return {name: name for name in names if not name.endswith(_PAIR)}
 
     def initialise(self, flux: weights.Source, where: object, seed: int) -> None:
         """Copy FLUX's first blocks and embeddings from `flux`, zero the projections, initialise the rest as torch does.
@@ -119,6 +125,9 @@ class LatentControlNet(FluxControlNetModel):
         parameters = dict(self.named_parameters())
         copied = self.copied_names()
         weights.fill({theirs: parameters.pop(ours) for ours, theirs in copied.items()}, flux, where)
+        pairs = {name: parameters.pop(name) for name in list(parameters) if name.endswith(_PAIR)}
+        drawn = {n: pair_init(n, weights.full_shape(p)) for n, p in pairs.items()}
+        weights.fill(pairs, weights.RandomInit(seed, drawn), "initial weights")
         zero = {name: parameters.pop(name) for name in list(parameters) if name.startswith(_ZERO)}
         weights.fill(zero, _Constants({n: (weights.full_shape(p), 0.0) for n, p in zero.items()}), "zeros")
         norms = {name: parameters.pop(name) for name in list(parameters) if name.split(".")[1].startswith("bn")}

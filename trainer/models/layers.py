@@ -75,13 +75,16 @@ class Mlp(nn.Module):
         width, inner = config.hidden_size, config.intermediate_size
         self.gate_proj = _linear(width, inner, False, lora, "gate_proj")
         self.up_proj = _linear(width, inner, False, lora, "up_proj")
-        self.down_proj = (
-            GatedDown(inner, width, bias=False) if lora is None else AdaptedDown(inner, width, lora, "down_proj")
-        )
+        if lora is None:
+            self.down_proj: nn.Module = GatedDown(inner, width, bias=False)
+        else:
+            self.down_proj = AdaptedDown(inner, width, lora, "down_proj" in lora.targets)
 
     def forward(self, hidden: Tensor, recomputed: bool = False) -> Tensor:
         return self.down_proj(self.gate_proj(hidden), self.up_proj(hidden), recomputed)
 
 
 def _linear(inputs: int, outputs: int, bias: bool, lora: Lora | None, name: str) -> nn.Module:
-    return Linear(inputs, outputs, bias=bias) if lora is None else AdaptedLinear(inputs, outputs, lora, name)
+    if lora is None:
+        return Linear(inputs, outputs, bias=bias)
+    return AdaptedLinear(inputs, outputs, lora, name in lora.targets)

@@ -1,7 +1,7 @@
-"""Linear layers of a branch with `branch.weights: lora`: frozen ones of the text model, each with a trained low-rank
-pair.
+"""Linear layers of a branch or ControlNet with `weights: lora`: frozen ones of the text model or FLUX, each with a
+trained low-rank pair.
 
-The frozen layer is called as a module of the text model, so that ZeRO-3's hooks gather its weight, which is stored
+The frozen layer is called as a module of the frozen model, so that ZeRO-3's hooks gather its weight, which is stored
 once. It keeps nothing for the backward pass; the pair keeps its input, and the input's projection to `rank` values.
 """
 
@@ -12,23 +12,23 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ...recipes.branch import Lora
+from ...recipes.low_rank import LowRank
 from .elementwise import Gated, GatedProjection
 from .linear import linear
+from .weights import Distribution
 
 
 class AdaptedLinear(nn.Module):
-    """base(x) + alpha / rank (x A^T) B^T, or base(x) for a projection `name` that is not one of the targets.
+    """base(x) + alpha / rank (x A^T) B^T, or base(x) without a pair.
 
-    lora_A [rank, inputs], lora_B [outputs, rank]: as peft's; None without a pair. base: the frozen layer, set by
+    lora_A [rank, inputs], lora_B [outputs, rank]: as peft's; None if not `paired`. base: the frozen layer, set by
     `share`.
     """
 
     base: nn.Module
 
-    def __init__(self, inputs: int, outputs: int, lora: Lora, name: str) -> None:
+    def __init__(self, inputs: int, outputs: int, lora: LowRank, paired: bool) -> None:
         super().__init__()
-        paired = name in lora.targets
         self.scale = lora.scale
         self.lora_A = nn.Parameter(torch.empty(lora.rank, inputs)) if paired else None
         self.lora_B = nn.Parameter(torch.empty(outputs, lora.rank)) if paired else None
@@ -57,8 +57,15 @@ class AdaptedDown(AdaptedLinear, Gated):
         return self.base(product) + update
 
 
+def pair_init(name: str, shape: tuple[int, ...]) -> Distribution:
+    """Initial values: of `lora_A` those of a torch Linear, of `lora_B` zero, as in peft: no update at first."""
+    if name.endswith("lora_A"):
+        return Distribution(shape, "uniform", shape[-1] ** -0.5)
+    return Distribution(shape, "constant", 0.0)
+
+
 def share(layers: Iterable[nn.Module], sources: Iterable[nn.Module]) -> None:
-    """Let the adapted projections of the branch's `layers` call those of the text model's layers `sources`."""
+    """Let the adapted projections of `layers` call the frozen ones of the same names in `sources`."""
     for layer, source in zip(layers, sources, strict=True):
         for name, module in layer.named_modules():
             if isinstance(module, AdaptedLinear):

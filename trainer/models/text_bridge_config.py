@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ...recipes.stage2 import Connector, ControlNet
@@ -69,9 +69,10 @@ def bridge_config(
 ) -> BridgeConfig:
     """The shape for a FLUX transformer and patch latents [B, grid_in^2, latent_width]; RunError if none fits."""
     if settings.bridge == "latents_2d":
-        return ControlNetConfig.of(
+        copied = ControlNetConfig.of(
             transformer, latent_width, grid_in, grid_out, settings.double, settings.single, settings.norm
         )
+        return replace(copied, lora=settings.lora) if settings.weights == "lora" else copied
     text_width = transformer["joint_attention_dim"]
     own = settings.bridge, latent_width, text_width, grid_in, grid_out
     if settings.bridge == "cross_attention":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ...recipes.stage2 import ControlLora, FluxLayer
 from ..models.backbone_config import grid_side
 from ..models.controlnet_config import ControlNetConfig
 from ..models.flux_config import FluxConfig
@@ -16,12 +17,11 @@ from .part import Part
 from .shapes import Weight
 
 # Elements saved by autograd per token, in units of FLUX's hidden width; planner/test_flops.py measures them.
-FLUX_KEPT = {"through": (10, 9), "trained": (14, 11)}
-"""Double and single block; see models/flux_blocks.py. A trained block also keeps the inputs of its linear layers and
-the changes that its gates scale."""
-FLUX_KEPT_BY_TEXT = {"through": 3, "trained": 4}
+FLUX_KEPT = (10, 9)
+"""Frozen double and single block; see models/flux_blocks.py and `_Stack.units`."""
+FLUX_KEPT_BY_TEXT = 3
 """The same of the last single block's text tokens, of which only keys and values are computed."""
-FLUX_RECOMPUTED = {"through": (12, 11), "trained": (16, 13)}
+FLUX_RECOMPUTED = (12, 11)
 """The same for a block during its recomputation: with the rotated queries and keys."""
 FLUX_SHARED = ("up_sampling_block", "down_sampling_block", "controlnet_x_embedder")
 """Layers of a ControlNet that read only patch latents: once for all draws of a sample."""
@@ -49,16 +49,22 @@ def controlnet_parts(model: LatentControl, precision: str) -> list[Part]:
         vae_encoder_part(folder, side, placement.vae),
         *_text(folder, placement.text),
         _Stack(model, byte, "through", flux, *folder.blocks).part("FLUX", placement.transformer),
-        _bridge(model, byte),
+        *_bridge(model, byte),
     ]
 
 
-def _bridge(model: LatentControl, byte: int) -> Part:
+def _bridge(model: LatentControl, byte: int) -> list[Part]:
+    """What is trained, and the frozen layers of FLUX that it shares."""
     shape = model.shape
     if isinstance(shape, TextBridgeConfig):
-        return bridge_flops.part(shape, byte)
-    control = tuple(flux_shapes.controlnet(shape))
-    return _Stack(model, byte, "trained", control, shape.double, shape.single).part("ControlNet", "sharded")
+        return [bridge_flops.part(shape, byte)]
+    blocks = shape.double, shape.single
+    own = _Stack(model, byte, "trained", tuple(flux_shapes.controlnet(shape)), *blocks)
+    if not shape.lora:
+        return [own.part("ControlNet", "sharded")]
+    weights = tuple(flux_shapes.shared_with_flux(shape, model.flux.weights))
+    shared = _Stack(model, byte, "trained", weights, *blocks)
+    return [own.part("ControlNet", "sharded"), shared.shared(model.flux.placement.transformer)]
 
 
 def _text(folder: FluxConfig, place: str) -> list[Part]:
@@ -109,6 +115,20 @@ class _Stack:
         return self.model.shape if isinstance(self.model.shape, ControlNetConfig) else None
 
     @property
+    def lora(self) -> ControlLora | None:
+        """The low-rank pairs, of a ControlNet that has some."""
+        return self.control.lora if self.trained and self.control else None
+
+    def targets(self, *kinds: FluxLayer) -> bool:
+        """Whether one of these kinds of layers is trained."""
+        return self.trained and (self.lora is None or any(kind in self.lora.targets for kind in kinds))
+
+    @property
+    def gated(self) -> bool:
+        """Whether the modulation needs a gradient."""
+        return self.targets("modulation", "embedders")
+
+    @property
     def text(self) -> int:
         shape = self.model.shape
         return self.model.folder.text_lengths[0] + (0 if isinstance(shape, ControlNetConfig) else shape.tokens)
@@ -134,7 +154,8 @@ class _Stack:
         return self.double - self.skipped[0], self.single - self.skipped[1]
 
     def count(self, name: str) -> float:
-        """Times that a layer is applied per sample."""
+        """Times that a layer, or a factor of its pair, is applied per sample."""
+        name = _layer(name)
         if name.startswith(FLUX_SHARED):
             return self.latents if name.endswith("upconv") else self.image
         if _modulates(name):
@@ -168,14 +189,23 @@ class _Stack:
 
     def first(self, name: str) -> float:
         """The same of the trained layers whose inputs need no gradient."""
-        if not self.trained or not self.control:
+        if not self.trained or not self.control or name.endswith("lora_B"):
             return 0.0
-        reads_inputs = name.startswith(FIRST_LAYERS[self.control.resampling]) or name.endswith("embedder.linear_1")
-        return self.count(name) if reads_inputs else 0.0
+        return self.count(name) if self.reads_inputs(_layer(name)) else 0.0
+
+    def reads_inputs(self, layer: str) -> bool:
+        """Whether the input of a ControlNet's layer needs no gradient."""
+        assert self.control
+        reads = layer.startswith(FIRST_LAYERS[self.control.resampling]) or layer.endswith("embedder.linear_1")
+        if self.lora is None:
+            return reads
+        of_text = layer.startswith("transformer_blocks.0.attn.add_") and not self.gated
+        return reads or of_text or (_modulates(layer) and not self.targets("embedders"))
 
     def again(self, name: str) -> float:
-        """The same of recomputed layers: a frozen block only up to the image's last one, whose result is not saved."""
-        if not self.trained and name.endswith(("ff.net.2", "proj_out")):
+        """The same of recomputed layers: a block with frozen gates only up to the image's last one, whose result is not
+        saved."""
+        if not self.gated and _layer(name).endswith(("ff.net.2", "proj_out")):
             return 0.0
         return self.count(name) if self.passed(name) and "transformer_blocks" in name else 0.0
 
@@ -189,22 +219,57 @@ class _Stack:
         model, behind, unit = self.model, self.behind, self.byte * self.width
         heads, settings, shape = flux_shapes.heads(model.folder.transformer), model.folder.transformer, self.control
         statistics = 4 * FLUX_STATISTICS * heads
-        each = (k * unit + statistics for k in FLUX_KEPT[self.gradient])
+        each = (k * unit + statistics for k in self.units(FLUX_KEPT))
         kept = sum(blocks * self.tokens * bytes for blocks, bytes in zip(behind, each, strict=True))
         if behind[1]:
-            kept -= self.text * unit * (FLUX_KEPT[self.gradient][1] - FLUX_KEPT_BY_TEXT[self.gradient])
+            by_text = FLUX_KEPT_BY_TEXT + self.targets("attention", "mlp")
+            kept -= self.text * unit * (self.units(FLUX_KEPT)[1] - by_text)
         shared = 0.0
         outside = self.image * unit  # the last state, for the layer behind the blocks
         recomputed = sum(behind) * self.tokens * unit
         if self.trained and shape:  # inputs and the resampling block's states
             states = self.latents + 3 * self.image if shape.resampling != "none" else 0
             shared += self.byte * (states + self.image) * shape.latent_width
-            outside += self.byte * (self.image * settings["in_channels"] + self.text * settings["joint_attention_dim"])
+            if self.targets("embedders"):
+                outside += self.byte * (
+                    self.image * settings["in_channels"] + self.text * settings["joint_attention_dim"]
+                )
             outside += self.image * unit if self.double and self.single else 0
         else:  # the loss's error, and the residuals, which blocks add
             outside += 4 * self.image * settings["in_channels"]
             recomputed += (shape.double + shape.single if shape else 0) * self.image * unit
-        return self.draws * (kept + outside) + shared, self.draws * (recomputed + outside) + shared
+        low = self.low() * self.byte  # counts the draws itself
+        return self.draws * (kept + outside) + shared + low, self.draws * (recomputed + outside) + shared
+
+    def low(self) -> float:
+        """Elements that low-rank pairs keep of their layers' inputs, projected to the rank."""
+        if self.lora is None:
+            return 0.0
+        return self.lora.rank * sum(self.count(w.name) for w in self.weights if w.name.endswith("lora_B"))
+
+    def shared(self, place: str) -> Part:
+        """FLUX's layers as a ControlNet with low-rank pairs uses them."""
+        linear = linear_flops(self.weights, self.count)
+        return Part(
+            "FLUX's layers in the ControlNet",
+            "through",
+            sizes(self.weights),
+            linear,
+            0.0,
+            place,
+            returned_linear=linear_flops(self.weights, lambda name: 0 if self.reads_inputs(name) else self.count(name)),
+            layer=self.draws * self.tokens * self.byte * self.width * self.units(FLUX_RECOMPUTED)[bool(self.single)],
+            last=linear - linear_flops(self.weights, self.again),
+            widths=widths(self.weights),
+            shared=True,
+        )
+
+    def units(self, frozen: tuple[int, int]) -> tuple[int, int]:
+        """What a token keeps in a double and a single block, from the same of `frozen` ones: a trained layer also keeps
+        its input, which attention's projections have in common, and a trained gate the change that it scales."""
+        double, single = frozen
+        inputs = self.targets("attention") + self.targets("mlp"), self.targets("attention", "mlp")
+        return double + inputs[0] + 2 * self.gated, single + inputs[1] + self.gated
 
     def part(self, name: str, place: str) -> Part:
         linear, attention = linear_flops(self.weights, self.count), self.attention(self.double, self.single)
@@ -224,13 +289,18 @@ class _Stack:
             kept=kept,
             kept_recomputed=kept_recomputed,
             kept_once=4.0 * self.tokens * self.width / flux_shapes.heads(self.model.folder.transformer),  # the rotation
-            layer=state * FLUX_RECOMPUTED[self.gradient][1 if self.behind[1] else 0],
+            layer=state * self.units(FLUX_RECOMPUTED)[1 if self.behind[1] else 0],
             gradients=5.0 * state,
             gradients_recomputed=5.0 * state,
             last=linear + attention - linear_flops(self.weights, self.again) - returned,
             widths=widths(self.weights),
             matrices=matrices(self.weights) if self.trained else (),
         )
+
+
+def _layer(name: str) -> str:
+    """The layer that a factor of a pair belongs to."""
+    return name.removesuffix(".lora_A").removesuffix(".lora_B")
 
 
 def _modulates(name: str) -> bool:

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...recipes.fields import HeldWeights
+from ...recipes.stage2 import ControlLora
 from ..errors import RunError
-from ..models.controlnet_config import ControlNetConfig
+from ..models.controlnet_config import ControlNetConfig, layer_kind
 from ..models.flux_config import ClipConfig, FluxConfig, Part, T5Config
 from ..models.text_bridge_config import MLP as CONNECTOR_MLP
 from ..models.text_bridge_config import BridgeConfig, TextBridgeConfig
@@ -89,7 +90,8 @@ def text_bridge(shape: TextBridgeConfig) -> Weights:
 def controlnet(shape: ControlNetConfig) -> Weights:
     """The latent ControlNet."""
     width, latent = hidden_width(shape.flux), shape.latent_width
-    yield from _blocks(shape.flux, shape.double, shape.single)
+    copied = _blocks(shape.flux, shape.double, shape.single)
+    yield from _with_pairs(copied, shape.lora) if shape.lora else copied
     for index in range(shape.double):
         yield from linear(f"controlnet_blocks.{index}", width, width)
     for index in range(shape.single):
@@ -108,6 +110,28 @@ def controlnet(shape: ControlNetConfig) -> Weights:
         convolution("conv", latent, latent, 3, 3),
         norm("bn2", latent, bias=True),
     )
+
+
+def shared_with_flux(shape: ControlNetConfig, held: HeldWeights) -> Weights:
+    """The weights of FLUX's linear layers that a ControlNet with low-rank pairs uses too."""
+    for weight in _blocks(shape.flux, shape.double, shape.single, held):
+        if not _is_norm(weight):
+            yield weight
+
+
+def _with_pairs(copied: Weights, lora: ControlLora) -> Weights:
+    """The same with the linear layers' weights and biases replaced by low-rank pairs."""
+    for weight in copied:
+        stem = weight.name.rpartition(".")[0]
+        if _is_norm(weight):
+            yield weight
+        elif weight.product and layer_kind(stem) in lora.targets:
+            yield Weight(f"{stem}.lora_A", (lora.rank, weight.shape[1]), product=True)
+            yield Weight(f"{stem}.lora_B", (weight.shape[0], lora.rank), product=True)
+
+
+def _is_norm(weight: Weight) -> bool:
+    return weight.name.endswith(".weight") and not weight.product
 
 
 def _blocks(config: Mapping[str, Any], double: int, single: int, held: HeldWeights = "bf16") -> Weights:

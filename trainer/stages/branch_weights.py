@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ...recipes.schema import Branch
 from ..models.branch import INIT_STD
+from ..models.low_rank import pair_init
 from ..models.weights import Distribution
 
 
@@ -31,18 +32,16 @@ def copies(
 
 def initial(name: str, shape: tuple[int, ...], std: float) -> Distribution:
     """Initial values of a trained parameter that is not a copy. Layers and final norm like Qwen's own, with standard
-    deviation `std`; mask token and position table as in MAR; head and first factors of pairs like a torch Linear,
-    second ones zero. Of a flow head the modulations and the last layer are zero, as in DiT."""
+    deviation `std`; mask token and position table as in MAR; head like a torch Linear; pairs as in `pair_init`. Of a
+    flow head the modulations and the last layer are zero, as in DiT."""
     if name.startswith("head.clean.") or ".modulation." in name:
         return Distribution(shape, "constant", 0.0)
     if name.startswith("head."):
         return Distribution(shape, "uniform", shape[-1] ** -0.5)
     if name.endswith(("mask_token", "positions")):
         return Distribution(shape, "normal", INIT_STD)
-    if name.endswith("lora_A"):  # as in peft: the update is zero at first
-        return Distribution(shape, "uniform", shape[-1] ** -0.5)
-    if name.endswith("lora_B"):
-        return Distribution(shape, "constant", 0.0)
+    if name.endswith(("lora_A", "lora_B")):
+        return pair_init(name, shape)
     if name.endswith("norm.weight"):
         return Distribution(shape, "constant", 1.0)
     return Distribution(shape, "constant", 0.0) if name.endswith(".bias") else Distribution(shape, "normal", std)

@@ -73,6 +73,8 @@ class ControlNetStage:
         "controlnet.double",
         "controlnet.single",
         "controlnet.norm",
+        "controlnet.weights",
+        "controlnet.lora",
         "controlnet.latents",
         "controlnet.decode_steps",
         "controlnet.predicted_share",
@@ -205,6 +207,8 @@ class ControlNetStage:
             raise RunError(
                 f"init_from={path}: only a run folder has the weights of controlnet.bridge={self.shape.kind}; give one"
             )
+        if self.shape.lora:
+            raise RunError(f"init_from={path}: a ControlNet folder has no low-rank pairs; give a run that has them")
         shape, files = latent_controlnet.read_config(path)
         side = grid_side(self.config, self.data.image_size)
         width = self.config.vision_config.out_hidden_size

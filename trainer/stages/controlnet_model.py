@@ -16,8 +16,10 @@ from torch import Tensor
 from ..models import flux as flow
 from ..models import weights
 from ..models.backbone import FrozenBackbone
+from ..models.controlnet_config import ControlNetConfig
 from ..models.flux import Tokens
 from ..models.latent_controlnet import LatentControlNet
+from ..models.low_rank import share
 from ..models.text_bridge import TextBridge, build_bridge
 from . import Losses, StageModel
 from .placement import PlacedFlux, build_unsharded, offload, set_unregistered_module
@@ -41,6 +43,7 @@ class LatentControlNetModel(StageModel):
             self.backbone = self.build_vision_encoder()
         self.flux = PlacedFlux(stage.folder, stage.where)
         self.controlnet = build_bridge(stage.shape)
+        self.share_flux()
 
     def statistics(self) -> dict[str, Tensor]:
         return {f"controlnet.{name}": buffer for name, buffer in self.controlnet.statistics().items()}
@@ -69,12 +72,19 @@ class LatentControlNetModel(StageModel):
                 self, "backbone", build_unsharded(self.build_vision_encoder, self.vision_placement, like)
             )
         self.flux.build_rest(like)
+        self.share_flux()
         if self.vision_placement != "cached":
             self.backbone.restore_rotary()
         if self.recomputed:
             self.flux.transformer.enable_gradient_checkpointing()
             if isinstance(self.controlnet, LatentControlNet):
                 self.controlnet.enable_gradient_checkpointing()
+
+    def share_flux(self) -> None:
+        """Let the ControlNet use FLUX's weights, with `controlnet.weights: lora`, once FLUX is built."""
+        shape = self.controlnet.shape
+        if isinstance(shape, ControlNetConfig) and shape.lora and self.flux.transformer is not None:
+            share([self.controlnet], [self.flux.transformer])
 
     def offload(self) -> None:
         """Keep the filled weights of offloaded parts in host memory."""

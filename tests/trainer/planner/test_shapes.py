@@ -235,6 +235,20 @@ def test_controlnets_of_other_shapes(grids: tuple[int, int], double: int, single
         equal(flux_shapes.controlnet(shape), LatentControlNet(shape))
 
 
+@pytest.mark.parametrize("targets", ["[attention, embedders]", "[mlp, modulation]"])
+@pytest.mark.parametrize("held", ["bf16", "int8"])
+def test_a_controlnet_with_pairs_shares_the_described_weights(targets: str, held: str) -> None:
+    settings = ["controlnet.weights=lora", f"controlnet.lora.targets={targets}", f"flux.weights={held}"]
+    recipe = load_recipe("tiny-controlnet", settings)
+    check(recipe)
+    (shared,) = (part for part in parts(recipe) if part.shared)
+    stage: Any = open_stage(recipe, for_counting=True)
+    with torch.device("meta"):
+        model: Any = stage.build()
+    used = [m.base for m in model.controlnet.modules() if hasattr(m, "base")]
+    assert sorted(shared.parameters) == sorted(p.numel() for base in used for p in base.parameters())
+
+
 def test_prompts_have_the_tokenizers_lengths() -> None:
     folder = FluxFolder.open(locate("builtin:tiny-flux", None, "flux.path", "*"))
     tokenizers = FluxTokenizers(folder)
