@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
+from .buckets import Buckets
 from .errors import DataError, DataLost
 from .plan import Located, SampleOrder, Share, rank_positions
 from .processes import START_METHOD, die_with_launcher
@@ -69,12 +70,14 @@ class LoaderSettings:
     """How a loader reads; the sequence of samples does not depend on it."""
 
     image_sizes: tuple[int, ...]
-    """Sides in pixels; the first is that of `Item.image`, the others those of `Item.others`."""
+    """Sides of squares in pixels; the first is that of `Item.image`, the others those of `Item.others`."""
     workers: int = 0
     """Processes that read; 0 reads in the calling process."""
     prefetch: int = 2
     """Micro-batches prepared by each worker."""
     pin_memory: bool = False
+    buckets: Buckets | None = None
+    """Of the dataset, in whose shapes the images are instead."""
 
 
 class Loader:
@@ -103,9 +106,8 @@ class Loader:
         if workers:
             make_socket_folder()
         self._micro_batches = range(steps.start * accumulation, steps.stop * accumulation)
-        self._source = _MicroBatches(
-            dataset, plan, collate, settings.image_sizes, share, accumulation, self._micro_batches.stop
-        )
+        samples = ReadableSamples(dataset, settings.image_sizes, settings.buckets)
+        self._source = _MicroBatches(samples, plan, collate, share, accumulation, self._micro_batches.stop)
         self._loader = DataLoader(
             self._source,
             batch_size=None,
@@ -170,7 +172,7 @@ class Loader:
 
 
 def stacked(images: Sequence[np.ndarray]) -> torch.Tensor:
-    """Stack images [S, S, 3] into uint8 [B, 3, S, S] for a collate function; in a worker, directly in shared memory."""
+    """Stack images [H, W, 3] into uint8 [B, 3, H, W] for a collate function; in a worker, directly in shared memory."""
     return default_collate([torch.from_numpy(image.transpose(2, 0, 1)) for image in images])
 
 
@@ -244,18 +246,17 @@ class _MicroBatches(TorchDataset):
 
     def __init__(
         self,
-        dataset: Dataset,
+        samples: ReadableSamples,
         plan: SampleOrder,
         collate: Collate,
-        image_sizes: tuple[int, ...],
         share: Share,
         accumulation: int,
         stop: int,
     ) -> None:
-        self.dataset = dataset
+        self.samples = samples
+        self.dataset = dataset = samples.dataset
         self.plan = plan
         self.collate = collate
-        self.samples = ReadableSamples(dataset, image_sizes)
         self.share = share
         self.accumulation = accumulation
         self.stop = stop

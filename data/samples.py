@@ -10,10 +10,11 @@ from itertools import chain
 
 import numpy as np
 
+from .buckets import Buckets
 from .errors import BadSample, DataError
 from .index import CAPTION_TYPE
 from .shards import Dataset
-from .transforms import decode_sizes
+from .transforms import decode_shapes
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Item:
     key: str
     """Key, image and caption are those of the sample that was read: the planned one or its replacement."""
     image: np.ndarray
-    """uint8 [S, S, 3]."""
+    """uint8 [S, S, 3], or in the shape of the sample's bucket."""
     caption: str
     others: tuple[np.ndarray, ...] = ()
     """The same image at the loader's further sizes."""
@@ -35,14 +36,20 @@ class Item:
     """Shard and number within it of the sample that was read."""
     caption_member: str = CAPTION_TYPE
     """Extension of the member that the caption is from, drawn for the planned sample."""
+    bucket: int = 0
+    """Number of its bucket, if there are some."""
 
 
 class ReadableSamples:
-    """Decoded samples of a dataset, unreadable ones replaced by their next readable neighbour."""
+    """Decoded samples of a dataset, unreadable ones replaced by their next readable neighbour, of the same bucket.
 
-    def __init__(self, dataset: Dataset, image_sizes: tuple[int, ...]) -> None:
+    image_sizes: of squares. buckets: of the dataset, whose shapes are used instead.
+    """
+
+    def __init__(self, dataset: Dataset, image_sizes: tuple[int, ...], buckets: Buckets | None = None) -> None:
         self.dataset = dataset
-        self.image_sizes = image_sizes
+        self.buckets = buckets
+        self._squares = [(size, size) for size in image_sizes]
         self._bad: dict[tuple[int, int, str | None], BadSample] = {}
         """By place and member of the caption: another caption of the sample may be readable."""
 
@@ -50,14 +57,17 @@ class ReadableSamples:
         """The planned sample, or the first readable one after it: within its shard, wrapping, then in the other shards
         of its source.
         Appends key and reason of an unreadable planned sample to `replaced`. Raises DataError if none is readable."""
-        planned = None
+        planned, bucket, shapes = None, 0, self._squares
+        if self.buckets:
+            bucket = self.buckets.number(shard, sample)
+            shapes = self.buckets.buckets[bucket].shapes
         for place in self._candidates(shard, sample):
             candidate = *place, self.dataset.caption_member(*place, epoch, index)
             if candidate not in self._bad:
                 try:
                     raw = self.dataset.read(*place, epoch, index)
                     try:
-                        image, *others = decode_sizes(raw.image, self.image_sizes)
+                        image, *others = decode_shapes(raw.image, shapes)
                     except ValueError as error:
                         raise BadSample(raw.key, str(error)) from None
                 except BadSample as error:
@@ -65,7 +75,8 @@ class ReadableSamples:
                 else:
                     if planned:
                         replaced.append((planned.key, planned.reason))
-                    return Item(epoch, index, raw.key, image, raw.caption, tuple(others), place, raw.caption_member)
+                    rest = tuple(others), place, raw.caption_member, bucket
+                    return Item(epoch, index, raw.key, image, raw.caption, *rest)
             planned = planned or self._bad[candidate]
         raise DataError(f"no sample of the dataset is readable, the first: {planned}; name other shards")
 
@@ -73,7 +84,9 @@ class ReadableSamples:
         counts, shards = self.dataset.samples_per_shard, self.dataset.source_shards(shard)
         for here in chain(range(shard, shards.stop), range(shards.start, shard)):
             count, first = int(counts[here]), sample if here == shard else 0
-            yield from ((here, (first + k) % count) for k in range(count))
+            for candidate in ((first + k) % count for k in range(count)):
+                if not self.buckets or self.buckets.number(here, candidate) == self.buckets.number(shard, sample):
+                    yield here, candidate
 
 
 class BadSamples:

@@ -10,6 +10,8 @@ from contextlib import suppress
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from .bucket_rule import Shape
+
 PNG = b"\x89PNG\r\n\x1a\n"
 OTHER_FILES = {
     b"GIF8": "a GIF",
@@ -45,13 +47,24 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
 
 def decode_sizes(data: bytes, sizes: Sequence[int]) -> list[np.ndarray]:
     """`decode_image` at each of `sizes`, decoding once."""
-    square = centre_square(data, max(sizes))
-    return [resized(square, size) for size in sizes]
+    return decode_shapes(data, [(size, size) for size in sizes])
+
+
+def decode_shapes(data: bytes, shapes: Sequence[Shape]) -> list[np.ndarray]:
+    """The image's centre as uint8 RGB [height, width, 3] in each of `shapes`, which have one ratio: as much of the
+    image as has this ratio, resized. Raises ValueError like `decode_image`."""
+    centre = _centre(data, max(shapes))
+    return [_in_shape(centre, shape) for shape in shapes]
 
 
 def centre_square(data: bytes, least: int) -> np.ndarray:
     """The image's centre square as uint8 RGB [side, side, 3] at its stored size; a JPEG may be decoded smaller, down to
     a side of `least` pixels. Raises ValueError like `decode_image`."""
+    return _centre(data, (least, least))
+
+
+def _centre(data: bytes, least: Shape) -> np.ndarray:
+    """As much of the image's centre as has the ratio of `least`; a JPEG may be decoded smaller, down to `least`."""
     if not data:
         raise ValueError("empty file (0 bytes)")
     try:
@@ -60,7 +73,7 @@ def centre_square(data: bytes, least: int) -> np.ndarray:
         raise
     except Exception as error:  # damaged files make Pillow raise almost anything
         if data.startswith(PNG) and (plain := _without_text(data)) != data:
-            return centre_square(plain, least)
+            return _centre(plain, least)
         if not isinstance(error, UnidentifiedImageError):
             raise ValueError(f"image does not decode: {error}") from None
         image_kind(data)  # Pillow's own message is the repr of the file object
@@ -98,18 +111,18 @@ def _opened(data: bytes) -> Image.Image:
     return image
 
 
-def _decoded(data: bytes, least: int) -> np.ndarray:
+def _decoded(data: bytes, least: Shape) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MAX_PIXELS replaces Pillow's decompression bomb warning
         image = _opened(data)
         # JPEG only: the decoder skips frequencies that are absent at 1/2, 1/4 or 1/8 of the size.
-        image.draft(None, (least, least))
+        image.draft(None, (max(least), max(least)))  # the orientation may swap width and height
         image.load()
         if image.format in ("JPEG", "MPO") and not _ends(data):
             raise ValueError("its end marker is missing (incomplete download?)")
         with suppress(Exception):  # invalid EXIF loses the rotation, not the image
             ImageOps.exif_transpose(image, in_place=True)
-        return np.asarray(_rgb(_cropped(image)))
+        return np.asarray(_rgb(_cropped(image, *least)))
 
 
 def _ends(jpeg: bytes) -> bool:
@@ -140,7 +153,12 @@ def _without_text(png: bytes) -> bytes:
 
 
 def resized(square: np.ndarray, size: int) -> np.ndarray:
-    """A square image resized to uint8 [size, size, 3], bicubic with Pillow's filter; channels-first in memory.
+    """A square image resized to uint8 [size, size, 3]; see `decode_image`."""
+    return _in_shape(square, (size, size))
+
+
+def _in_shape(image: np.ndarray, shape: Shape) -> np.ndarray:
+    """An image resized to uint8 [height, width, 3], bicubic with Pillow's filter; channels-first in memory.
 
     Torch computes it in integers: bitwise equal on every processor, within rounding of Pillow, and several times faster
     with AVX2.
@@ -150,9 +168,9 @@ def resized(square: np.ndarray, size: int) -> np.ndarray:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the pixels are read-only
-        channels = torch.from_numpy(square).permute(2, 0, 1)[None]
-    if len(square) != size:
-        channels = interpolate(channels, size=(size, size), mode="bicubic", antialias=True)
+        channels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    if image.shape[:2] != shape:
+        channels = interpolate(channels, size=shape, mode="bicubic", antialias=True)
     return channels[0].contiguous().numpy().transpose(1, 2, 0)
 
 
@@ -167,12 +185,17 @@ def image_kind(data: bytes) -> str:
     raise ValueError(f"image does not decode: it is {_kind(data)}, not a JPEG, PNG or WebP")
 
 
-def _cropped(image: Image.Image) -> Image.Image:
-    side = min(image.size)
-    if image.width == image.height:
+def _cropped(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The largest centre of the image with the ratio of `height` and `width`, to whole pixels."""
+    tall, wide = image.height, image.width
+    if tall * width > wide * height:
+        tall = max(1, (2 * wide * height + width) // (2 * width))
+    else:
+        wide = max(1, (2 * tall * width + height) // (2 * height))
+    if (wide, tall) == image.size:
         return image
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    left, top = (image.width - wide) // 2, (image.height - tall) // 2
+    return image.crop((left, top, left + wide, top + tall))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

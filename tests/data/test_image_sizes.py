@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 import struct
 import zlib
 
 import numpy as np
 import pytest
+from old_index import as_version_1
 from PIL import Image, ImageOps
 
 from bifrost.data import open_dataset, write_shard
@@ -73,14 +73,6 @@ def test_index_has_the_sizes(tmp_path, make_image):
     samples += [("turned", {"jpg": drawing("JPEG", 6), "txt": b"a"}), ("bad", {"webp": b"RIFF", "txt": b"a"})]
     write_shard(tmp_path / "s.tar", samples)
     assert load_index(str(tmp_path / "s.tar")).image_sizes == [*sizes, (24, 40), None]
-
-
-def as_version_1(shard) -> None:
-    """Rewrite a shard's index as the version before wrote it."""
-    index = shard.with_suffix(".index.jsonl")
-    header, *lines = (json.loads(line) for line in index.read_text().splitlines())
-    written = [{**header, "version": 1}, *(line[:2] for line in lines)]
-    index.write_text("".join(json.dumps(line) + "\n" for line in written))
 
 
 def test_indexes_without_sizes_are_read_on(make_shards, tmp_path):
