@@ -9,6 +9,7 @@ import numpy as np
 
 from .bucket_rule import LEFT_OUT, Bucket, BucketRule
 from .errors import DataError
+from .index import reindex
 from .shards import Dataset
 from .spread import Gather, spread
 
@@ -58,8 +59,8 @@ def open_buckets(dataset: Dataset, rule: BucketRule, rank: int = 0, gather: Gath
         sizes = dataset.opened.read(shard, lambda opened: opened.index.image_sizes)
         if sizes is None:
             raise DataError(
-                f"{dataset.shards[shard]}: its index has no sizes of images, which data.buckets needs; run `bifrost"
-                f" data index {_all_of(dataset.shards)}`"
+                f"{dataset.shards[shard]}: its index has no sizes of images, which data.buckets needs; run"
+                f" {reindex(_all_of(dataset.shards), dataset.index_dir)}"
             )
         known = np.array([size or (0, 0) for size in sizes], dtype=np.int64).reshape(-1, 2)
         return rule.assign(known), sum(size is None for size in sizes)

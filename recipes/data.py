@@ -80,6 +80,37 @@ class Source(Section):
         return next(each for start, each in reversed(self.weight.items()) if start <= batch)
 
 
+RATIO = r"([1-9]\d?)[x:]([1-9]\d?)"
+"""Pattern of a ratio, width by height."""
+
+
+def ratio(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(RATIO, value):
+        raise ValueError(
+            f"{value!r} is not a ratio; write width and height such as 4x3 (YAML reads 4:3 without quotes as a number)"
+        )
+    return value
+
+
+class Buckets(Section):
+    """Shapes of images, by their ratios and areas; see docs/data.md."""
+
+    ratios: list[Annotated[str, BeforeValidator(ratio)]] = Field(min_length=1)
+    """Ratios of width and height, such as `[1x1, 4x3, 3x4]`. An image is cropped to the nearest one."""
+    areas: list[int] | None = Field(default=None, min_length=1)
+    """Areas of the shapes, each the side of a square like `image_size`; an image is in the largest for which it need
+    not be enlarged too much. Null: `image_size` alone."""
+    max_upscale: float = Field(default=2.0, ge=1)
+    """Largest factor by which an image is enlarged in training, for the larger of its two sizes; one too small for
+    the smallest area is left out."""
+
+    @property
+    def numbers(self) -> list[tuple[int, int]]:
+        """The ratios as width and height."""
+        found = (re.fullmatch(RATIO, text) for text in self.ratios)
+        return [(int(each[1]), int(each[2])) for each in found if each]
+
+
 class Data(Section):
     shards: Shards | None = None
     """Training shards: a path, folder or URL, with braces and wildcards expanded, or a list of these."""
@@ -93,6 +124,8 @@ class Data(Section):
     for shards that are read-only. See docs/data.md."""
     image_size: int = Field(default=448, gt=0)
     """Side in pixels of the square image given to the vision encoder; a multiple of patch size x merge size (28)."""
+    buckets: Buckets | None = None
+    """Stage 2 only: images in several shapes instead of squares, one shape per global batch; null: squares."""
     workers: int = Field(default=4, ge=0, le=128)
     """Loader processes per rank; 0 reads in the training process."""
     prefetch: int = Field(default=2, ge=1)

@@ -498,3 +498,31 @@ def test_captions_that_are_refused(override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as refused:
         load_recipe("tiny-mllm", [override])
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting", "word"),
+    [
+        ("mllm-7b", "seed=0", "data.buckets: stage patch-latents is for squares of one size"),
+        ("flux-controlnet", "controlnet.bridge=queries", "data.buckets: controlnet.bridge=queries is for squares"),
+        ("flux-controlnet", "flux.placement.vae=cached", "data.buckets: flux.placement.vae=cached is for squares"),
+        (
+            "flux-controlnet",
+            "flux.placement.vision_encoder=cached",
+            "data.buckets: flux.placement.vision_encoder=cached is for squares",
+        ),
+        ("flux-controlnet", "data.buckets.ratios=[4:3]", "243 is not a ratio; write width and height such as 4x3"),
+        ("flux-controlnet", "data.buckets.max_upscale=0.5", "data.buckets.max_upscale"),
+        ("flux-controlnet", "data.buckets.ratios=[]", "data.buckets.ratios"),
+    ],
+)
+def test_buckets_are_refused_where_squares_are_needed(recipe: str, setting: str, word: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(recipe, ["data.buckets={ratios: [1x1, 4x3]}", setting])
+    assert word in str(refused.value)
+
+
+def test_buckets_allow_cached_text() -> None:
+    recipe = load_recipe("flux-controlnet", ["data.buckets={ratios: [1x1, '4:3']}", "flux.placement.text=cached"])
+    assert recipe.data.buckets is not None
+    assert recipe.data.buckets.numbers == [(1, 1), (4, 3)]

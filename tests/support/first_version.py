@@ -37,6 +37,7 @@ LATER = (
     "data.sources",
     "data.captions",
     "data.index_dir",
+    "data.buckets",
     "controlnet.latents",
     "controlnet.mllm",
     "controlnet.decode_steps",

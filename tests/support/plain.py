@@ -35,7 +35,7 @@ def batches(recipe: Recipe, inputs: Any) -> Loader:
         inputs.stage.collate(inputs.dataset),
         Share(0, 1, recipe.global_batch, recipe.global_batch),
         range(recipe.steps),
-        LoaderSettings(inputs.stage.image_sizes),
+        LoaderSettings(inputs.stage.image_sizes, buckets=inputs.buckets),
     )
 
 

@@ -75,7 +75,8 @@ def bench(recipe: Recipe, *, random: bool, size: Size, steps: int, against_plan:
     stage = ranks.agreed(lambda: opened(recipe, random, size))
     work = stage.kernel_work(recipe.micro_batch, recipe.precision)
     stage.kernels, kernels = ranks.agreed(lambda: choose_kernels(recipe.kernels, *work, ranks))
-    parts = parts_of(counted(stage), recipe.precision, *[synthetic.text_tokens(stage)] * 2)
+    text = synthetic.text_tokens(stage)
+    parts = parts_of(counted(stage), recipe.precision, text, text)
     try:
         measured = measure(recipe, stage, parts, ranks, steps)
     except torch.OutOfMemoryError as error:
@@ -131,7 +132,7 @@ def counted(stage: Stage) -> PatchLatents | LatentControl:
             return PatchLatents(*own, stage.encoder.flux, stage.encoder.folder)
         return PatchLatents(*own, encoder=stage.encoder.config if stage.encoder else None)
     latents = stage.controlnet.latents
-    return LatentControl(stage.config, stage.flux, stage.folder, stage.shape, stage.data.image_size, latents)
+    return LatentControl(stage.config, stage.flux, stage.folder, stage.shape, latents, stage.square, (stage.square,))
 
 
 def measure(recipe: Recipe, stage: Stage, parts: list[Part], ranks: Ranks, steps: int) -> Measured:

@@ -149,21 +149,15 @@ def _made(
     generator: Generator, files: Sequence[ImageFile], settings: Settings, image: bytes | None, batch: int
 ) -> Iterator[tuple[ImageFile, list[Image.Image]]]:
     """Every file with its images, from its prompt or from the latents of `image`."""
-    import torch
-
-    from ...data.transforms import decode_image
-
-    latents = None
-    if image is not None:
-        pixels = decode_image(image, generator.image_size)
-        latents = generator.encode(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None])
+    bucket = generator.bucket_of(image) if image is not None else None
+    latents = generator.encode_file(image, bucket) if image is not None else None
     several = max(1, batch // len(files[0].seeds))
     for start in range(0, len(files), several):
         part = files[start : start + several]
         texts = [each.prompt.text for each in part for _ in each.seeds]
         seeds = [seed for each in part for seed in each.seeds]
         given = latents.expand(len(seeds), -1, -1) if latents is not None else None
-        images = iter(generator.generate(texts, seeds, settings, given, batch))
+        images = iter(generator.generate(texts, seeds, settings, given, batch, bucket=bucket))
         for each in part:
             yield each, [next(images) for _ in each.seeds]
 

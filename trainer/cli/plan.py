@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ...data.errors import DataError
 from ...recipes import load_recipe
 from ...slurm.named_paths import require_paths
 from ..errors import RunError, writing
 from .options import Overrides, RecipeArgument, counts
+
+if TYPE_CHECKING:
+    from ...recipes.schema import Data
+    from ..planner.opened import LatentControl, PatchLatents
+
+log = logging.getLogger(__name__)
 
 
 def plan(
@@ -39,8 +48,10 @@ def plan(
     chosen = find_device(device) if device else this_device()
     if plot and (chosen is None or chosen.bf16_tflops is None):
         raise RunError("--plot: needs step times; give a --device that has bf16_tflops")
-    from ..planner import caches, parts, workload
+    from ..planner import caches, open_model, parts, workload
+    from ..planner.buckets import planned_buckets
     from ..planner.curves import draw
+    from ..planner.opened import LatentControl
     from ..planner.previews import image_generator_bytes
     from ..planner.report import Report
     from ..planner.sources import samples_of_sources
@@ -48,9 +59,11 @@ def plan(
 
     work = workload(settings)
     previews = image_generator_bytes(settings.previews) if prompted else 0.0  # stage 2 generates images itself
+    model, data = open_model(settings), settings.data
+    shares = _bucket_shares(model, data, settings.global_batch)
     report = Report(
         settings.name,
-        parts(settings, text_tokens),
+        parts(settings, text_tokens, shares=shares),
         work,
         numbers,
         chosen,
@@ -59,24 +72,49 @@ def plan(
         caches(settings),
     )
     samples = samples or settings.steps * settings.global_batch
-    sources = samples_of_sources(settings.data, settings.global_batch, samples)
+    sources = samples_of_sources(data, settings.global_batch, samples)
+    buckets = []
+    if data.buckets and isinstance(model, LatentControl):
+        buckets = planned_buckets(model, data, settings.precision, shares)
     if as_json:
-        print(json.dumps(report.as_json(samples, sources), indent=2))
+        print(json.dumps(report.as_json(samples, sources, buckets), indent=2))
     else:
-        report.show(terminal(), samples, sources)
+        report.show(terminal(), samples, sources, buckets)
     if plot and chosen:
         with writing(plot):
             draw(settings.name, report.parts, work, chosen, plot)
 
 
+def _bucket_shares(model: PatchLatents | LatentControl, data: Data, global_batch: int) -> Sequence[float] | None:
+    """The buckets' shares of the samples, from the indexes of the shards; None without buckets, and without shards that
+    can be read, which is logged."""
+    if data.buckets is None:
+        return None
+    from ..planner.buckets import rule_of
+    from ..planner.opened import LatentControl
+    from ..training.bucket_shares import bucket_shares
+
+    assert isinstance(model, LatentControl), "the schema refuses buckets in stage 1"
+    try:
+        return bucket_shares(data, rule_of(model, data), global_batch)
+    except (DataError, RunError) as error:
+        log.warning("shares of the buckets are not known, and taken as equal: %s", error)
+        return None
+
+
 def _check(recipe: str, overrides: list[str], gpus: list[int], text_tokens: int, as_json: bool) -> bool:
     """Print counted figures next to planned ones; whether they agree."""
+    from ..models.image_grids import only_largest
     from ..phantom.check import check
-    from ..planner import parts, workload
+    from ..planner import open_model, parts, workload
+    from ..planner.opened import LatentControl
     from ..terminal import terminal
 
     settings = load_recipe(recipe, overrides)
-    found = check((recipe, overrides), parts(settings, text_tokens, text_tokens), workload(settings), gpus, text_tokens)
+    model = open_model(settings)
+    shares = only_largest(model.grids) if isinstance(model, LatentControl) else None
+    counted = parts(settings, text_tokens, text_tokens, shares)
+    found = check((recipe, overrides), counted, workload(settings), gpus, text_tokens)
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
     else:

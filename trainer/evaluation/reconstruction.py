@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...data import Dataset
+from ...data.bucket_rule import Bucket
 from ...data.progress import progress
 from ..inference.contact_sheet import make_contact_sheet
 from ..inference.generator import Generator, to_images
@@ -25,6 +26,13 @@ KINDS = 3
 """Images generated per caption."""
 SHEET_COLUMNS = 8
 """Columns of the contact sheet per data set."""
+ROWS = {
+    "": "true latents",
+    "latents_alone_": "true latents alone",
+    "no_controlnet_": "no ControlNet",
+    "original": "original",
+}
+"""Images, by the prefix of their metrics -> label of their row in the contact sheet."""
 
 
 @dataclass
@@ -55,9 +63,10 @@ def evaluate_reconstruction(
     """PSNR and SSIM of `samples` reconstructions of each data set, of the same images for the same seed; of the images
     that `evaluate` chooses.
 
-    generator: needs no branch. RunError if a set has too few samples.
+    generator: needs no branch. Of a ControlNet that was trained in buckets, every image is in the shape of its bucket.
+    RunError if a set has too few samples.
     """
-    sizes = generator.image_size, generator.flux_size
+    sizes = generator.rule or (generator.image_size, generator.flux_size)
     _, chosen = choose_sets(data, heldout, seed, sizes, samples, max(GALLERY, samples))
     seeds = {name: [seed + sample.index for sample in of] for name, of in chosen.items()}
     rows: dict[str, list[Image.Image]] = {}
@@ -65,17 +74,38 @@ def evaluate_reconstruction(
     figures = {}
     with progress("generating", KINDS * samples * len(chosen), "images", shown=generator.group.rank == 0) as shown:
         for name, of in chosen.items():
-            made = _reconstructed(generator, of, seeds[name], settings, batch, shown.advance)
-            originals = stack([sample.original for sample in of])
-            figures[name] = {"reconstruction": fidelity(generator, made, originals, batch)}
-            labelled = {"true latents": made[""], "true latents alone": made["latents_alone_"]}
-            labelled |= {"no ControlNet": made["no_controlnet_"], "original": to_images(originals)}
-            for label, images in labelled.items():
-                rows.setdefault(label, []).extend(images[:SHEET_COLUMNS])
+            made: dict[str, dict[int, Image.Image]] = {}
+            measured: list[tuple[int, dict[str, float]]] = []
+            for places in _alike(of):
+                part, own = [of[place] for place in places], [seeds[name][place] for place in places]
+                images = _reconstructed(generator, part, own, settings, batch, shown.advance)
+                originals = stack([sample.original for sample in part])
+                measured.append((len(part), fidelity(generator, images, originals, batch)))
+                for prefix, each in {**images, "original": to_images(originals)}.items():
+                    made.setdefault(prefix, {}).update(zip(places, each, strict=True))
+            figures[name] = {"reconstruction": _weighted(measured)}
+            for prefix, label in ROWS.items():
+                rows.setdefault(label, []).extend(made[prefix][place] for place in range(len(of[:SHEET_COLUMNS])))
             mark = "" if name == "train" else "held out: "
             columns += [mark + sample.caption for sample in of[:SHEET_COLUMNS]]
     sheet = make_contact_sheet(rows, columns, across=SHEET_COLUMNS)
     return ReconstructionEvaluation(figures, chosen, seeds, sheet)
+
+
+def _alike(samples: Sequence[Sample]) -> list[list[int]]:
+    """Places of the samples in each bucket; of all without buckets."""
+    found: dict[Bucket | None, list[int]] = {}
+    for place, sample in enumerate(samples):
+        found.setdefault(sample.bucket, []).append(place)
+    return list(found.values())
+
+
+def _weighted(measured: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """The mean over all images of means over some of them, with the number of these."""
+    if len(measured) == 1:
+        return measured[0][1]
+    total = sum(count for count, _ in measured)
+    return {name: sum(count * each[name] for count, each in measured) / total for name in measured[0][1]}
 
 
 def _reconstructed(
@@ -97,7 +127,7 @@ def _reconstructed(
         "no_controlnet_": (replace(settings, controlnet=False), None),
     }
     return {
-        prefix: generator.generate(captions, seeds, how, latents, batch, made)
+        prefix: generator.generate(captions, seeds, how, latents, batch, made, samples[0].bucket)
         for prefix, (how, latents) in plans.items()
     }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from ...data import Dataset
+from ...data.bucket_rule import Bucket, BucketRule
 from ...data.errors import BadSample
 from ...data.shards import RawSample, format_shards
-from ...data.transforms import decode_sizes
+from ...data.transforms import decode_shapes
 from ..errors import RunError
 from ..inference.masked_decoding import NO_EPOCH
 from ..models.rng import IntArray, Stream, uniform
@@ -35,15 +37,17 @@ class Sample:
     """uint8 [S, S, 3], the image at the vision encoder's size."""
     original: np.ndarray
     """uint8 [P, P, 3], the image at FLUX's size."""
+    bucket: Bucket | None = field(default=None, kw_only=True)
+    """In whose shapes both images are instead, if the set has a rule of buckets."""
 
 
 class SampleSet:
     """The samples of one data set in the order of evaluations with `seed`.
 
-    sizes: S and P of `Sample`.
+    sizes: S and P of `Sample`, or the rule of its buckets.
     """
 
-    def __init__(self, name: str, dataset: Dataset, seed: int, sizes: tuple[int, int]) -> None:
+    def __init__(self, name: str, dataset: Dataset, seed: int, sizes: tuple[int, int] | BucketRule) -> None:
         self.name = name
         self.dataset = dataset
         self.sizes = sizes
@@ -109,14 +113,21 @@ class SampleSet:
 
     def _decoded(self, index: int, raw: RawSample) -> Sample | None:
         try:
-            seen, original = decode_sizes(raw.image, self.sizes)
+            bucket = self.sizes.nearest(raw.image) if isinstance(self.sizes, BucketRule) else None
+            shapes = bucket.shapes if bucket else [(size, size) for size in cast(tuple[int, int], self.sizes)]
+            seen, original = decode_shapes(raw.image, shapes)
         except ValueError:
             return None
-        return Sample(index, raw.key, raw.caption, seen, original)
+        return Sample(index, raw.key, raw.caption, seen, original, bucket=bucket)
 
 
 def choose_sets(
-    data: Dataset, heldout: Dataset | None, seed: int, sizes: tuple[int, int], samples: int, gallery: int
+    data: Dataset,
+    heldout: Dataset | None,
+    seed: int,
+    sizes: tuple[int, int] | BucketRule,
+    samples: int,
+    gallery: int,
 ) -> tuple[list[SampleSet], dict[str, list[Sample]]]:
     """The data sets `train` and optionally `heldout`, and `samples` of each, the same for the same seed.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ..models import libraries  # noqa: F401  # isort: skip
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -67,26 +68,28 @@ def sample(
     empty: Text | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Latents [B, c, h, w], fp32, from noise [B, M, C] of a square image, for `flux.decode_latents`.
+    """Latents [B, c, h, w], fp32, for `flux.decode_latents`, from noise of the grid of FLUX's tokens, [B, h / 2, w / 2,
+    C], or [B, M, C] of a square.
 
     patch_latents [B, N, D] condition the ControlNet, or other bridge; without it, FLUX is conditioned on text only.
     empty: the empty prompt, [1, L, E] and [1, P], required for `cfg` other than 1; both prompts form one batch with the
     same ControlNet.
     """
     assert (controlnet is None) == (patch_latents is None)
-    samples, tokens, device = len(noise), noise.shape[1], noise.device
+    side = math.isqrt(noise.shape[1])
+    rows, columns = noise.shape[1:3] if noise.ndim == 4 else (side, side)
+    samples, tokens, device = len(noise), rows * columns, noise.device
     copies = 1 if settings.cfg == 1 else 2
     states, pooled = text
     if copies == 2:
         assert empty is not None
         states = torch.cat((states, empty.states.expand_as(states)))
         pooled = torch.cat((pooled, empty.pooled.expand_as(pooled)))
-    side = 2 * round(tokens**0.5)
     rest: dict[str, Any] = {
         "text": states,
         "pooled": pooled,
         "guidance": flux.guidance(settings.guidance, copies * samples, device),
-        "img_ids": image_ids(side, side, device),
+        "img_ids": image_ids(2 * rows, 2 * columns, device),
         "txt_ids": torch.zeros(states.shape[1], 3, device=device),
     }
     if patch_latents is not None:
@@ -94,12 +97,12 @@ def sample(
     if isinstance(controlnet, TextBridge):  # its tokens are the same at every noise level
         rest = controlnet.join(rest, patch_latents)  # type: ignore[arg-type]
         controlnet = None
-    x = noise.float()
+    x = noise.reshape(samples, tokens, -1).float()
     for step, (now, then) in enumerate(pairwise(noise_levels(flux.folder, tokens, settings.steps))):
         rest["timestep"] = torch.full((copies * samples,), now, device=device)
         noisy, residuals = x.repeat(copies, 1, 1), None
         if controlnet is not None:
-            residuals = controlnet(noisy, patch_latents, **rest, scale=settings.conditioning_scale)
+            residuals = controlnet(noisy, patch_latents, **rest, scale=settings.conditioning_scale, columns=columns)
         v = velocity(flux.transformer, noisy, residuals, **rest)
         if copies == 2:
             conditional, unconditional = v.chunk(2)
@@ -109,4 +112,4 @@ def sample(
             if (given := on_step(step, now, x)) is None:
                 break
             x = given
-    return unpack(x, side, side)
+    return unpack(x, 2 * rows, 2 * columns)

@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...data.bucket_rule import Bucket, BucketRule
+from ...data.transforms import decode_image, decode_shapes
 from ...slurm.run_folder import no_run
 from ..checkpoint.merged_controlnet import MergedControlNet
 from ..checkpoint.state import restore_statistics
@@ -50,6 +52,8 @@ class Generator(LatentDecoder):
     tokenizers: FluxTokenizers
     flux_size: int
     """P, side in pixels of the generated images."""
+    rule: BucketRule | None = None
+    """Of the aspect-ratio buckets that the ControlNet was trained in."""
 
     @classmethod
     def load(
@@ -73,7 +77,8 @@ class Generator(LatentDecoder):
         width, side = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
         frozen, network, tokenizers, size = load_image_generator(Path(controlnet), flux, width, side, device, dtype)
         decoder = read_decoder(Path(mllm), stage, device, dtype, group)
-        return cls(**vars(decoder), flux=frozen, controlnet=network, tokenizers=tokenizers, flux_size=size)
+        parts = {"flux": frozen, "controlnet": network, "tokenizers": tokenizers, "flux_size": size}
+        return cls(**vars(decoder), **parts, rule=_bucket_rule(Path(controlnet)))
 
     @classmethod
     def without_branch(
@@ -104,6 +109,7 @@ class Generator(LatentDecoder):
         frozen, network, tokenizers, size = load_image_generator(controlnet, flux, *where)
         vision = load_vision_encoder(stage.config, stage.backbone_files(), device, dtype)
         parts = {"flux": frozen, "controlnet": network, "tokenizers": tokenizers, "flux_size": size}
+        parts["rule"] = stage.bucket_rule
         return cls.without_branch(vision, stage.data.image_size, device, group, **parts)
 
     def generate(
@@ -114,10 +120,12 @@ class Generator(LatentDecoder):
         latents: Tensor | None = None,
         batch: int = 8,
         made: Callable[[int], None] = lambda count: None,
+        bucket: Bucket | None = None,
     ) -> list[Image.Image]:
         """An image per prompt and seed, independent of the rest of the batch.
 
-        latents [B, N, D]: used instead of decoded ones. made: called with the number of images of each batch.
+        latents [B, N, D]: used instead of decoded ones. made: called with the number of images of each batch. bucket:
+        of the latents, in whose shape the images are; None: squares.
         """
         assert len(prompts) == len(seeds)
 
@@ -125,9 +133,18 @@ class Generator(LatentDecoder):
             given = latents[part] if latents is not None else None
             if given is None and settings.controlnet:
                 given = self.latents(prompts[part], seeds[part], settings)
-            return to_images(self.render(prompts[part], seeds[part], settings, given))
+            return to_images(self.render(prompts[part], seeds[part], settings, given, bucket))
 
         return self.in_batches(len(prompts), batch, work, made)
+
+    def bucket_of(self, image: bytes) -> Bucket | None:
+        """The bucket of an image file, however small the image is; None: a square, without buckets."""
+        return self.rule.nearest(image) if self.rule else None
+
+    def encode_file(self, image: bytes, bucket: Bucket | None) -> Tensor:
+        """`encode` of an image file in the shape of `bucket`, [1, N, D]."""
+        pixels = decode_shapes(image, bucket.shapes)[0] if bucket else decode_image(image, self.image_size)
+        return self.encode(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None])
 
     def warn_about_truncation(self, prompts: Sequence[str], settings: Settings, decoded: bool = True) -> None:
         """Warn of each prompt beyond the limit of a text model, with the tokens read and dropped: its end is ignored,
@@ -142,10 +159,16 @@ class Generator(LatentDecoder):
 
     @torch.no_grad()
     def render(
-        self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, latents: Tensor | None
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings,
+        latents: Tensor | None,
+        bucket: Bucket | None = None,
     ) -> Tensor:
-        """uint8 images [B, 3, P, P] from patch latents [B, N, D] and prompts, as one batch."""
-        return self.flux.decode_latents(self.sample(prompts, seeds, settings, latents))
+        """uint8 images [B, 3, P, P], or in the shape of `bucket`, from patch latents [B, N, D] and prompts, as one
+        batch."""
+        return self.flux.decode_latents(self.sample(prompts, seeds, settings, latents, bucket=bucket))
 
     @torch.no_grad()
     def sample(
@@ -155,14 +178,17 @@ class Generator(LatentDecoder):
         settings: Settings,
         latents: Tensor | None,
         on_step: OnStep | None = None,
+        bucket: Bucket | None = None,
     ) -> Tensor:
         """The images of `render` before the VAE decodes them: FLUX latents [B, c, h, w], fp32."""
         texts = [""] * len(prompts) if settings.empty_prompt else prompts
-        tokens, channels = self.flux.folder.grid(self.flux_size) ** 2, self.flux.folder.transformer["in_channels"]
+        folder = self.flux.folder
+        rows, columns = (folder.grid(side) for side in (bucket.shapes[-1] if bucket else (self.flux_size,) * 2))
+        noise = draw_noise(seeds, rows * columns, folder.transformer["in_channels"]).unflatten(1, (rows, columns))
         return sample(
             self.flux,
             self._text(texts),
-            draw_noise(seeds, tokens, channels).to(self.device),
+            noise.to(self.device),
             settings.flux,
             self.controlnet if settings.controlnet else None,
             latents if settings.controlnet else None,
@@ -234,6 +260,13 @@ def load_controlnet(
     statistics = {prefix + name: buffer for name, buffer in network.statistics().items()}
     restore_statistics(statistics, trained.reader, trained.slot)
     return network, folder, size
+
+
+def _bucket_rule(path: Path) -> BucketRule | None:
+    """The rule of the buckets of a stage-2 run; None for one in squares, and for a `flux_controlnet` folder."""
+    if not has_checkpoints(path):
+        return None
+    return open_controlnet(stored_recipe(path, "controlnet"), for_counting=True).bucket_rule
 
 
 def base_folder(path: Path) -> Path:

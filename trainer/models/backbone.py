@@ -133,18 +133,19 @@ class FrozenBackbone(nn.Module):
 
     @torch.no_grad()
     def patch_latents(self, images: Tensor) -> Tensor:
-        """Latents [B, N, D] of uint8 images [B, 3, S, S], in raster order."""
+        """Latents [B, N, D] of uint8 images [B, 3, H, W], in raster order."""
         vision: Any = self.vision.config
         patches = pixel_patches(images, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
-        return self.latents_of_patches(patches, len(images), images.shape[-1] // vision.patch_size)
+        height, width = (side // vision.patch_size for side in images.shape[-2:])
+        return self.latents_of_patches(patches, len(images), height, width)
 
     @torch.no_grad()
-    def latents_of_patches(self, patches: Tensor, samples: int, side: int) -> Tensor:
-        """Latents [B, N, D] of pixel patches [B * side^2, 3 * t * p * p] in the processor's order."""
+    def latents_of_patches(self, patches: Tensor, samples: int, height: int, width: int | None = None) -> Tensor:
+        """Latents [B, N, D] of pixel patches [B * height * width, 3 * t * p * p] in the processor's order. width: None
+        for a square."""
         vision: Any = self.vision.config
-        geometry = _geometry(
-            samples, side, vision.spatial_merge_size, vision.window_size, vision.patch_size, patches.device
-        )
+        sizes = vision.spatial_merge_size, vision.window_size, vision.patch_size
+        geometry = _geometry(samples, height, *sizes, patches.device, width)
         patches = patches.to(self.vision.patch_embed.proj.weight.dtype)
         merged = self.vision(patches, grid_thw=None, backend=self.vision_attention, **geometry).pooler_output
         return merged.view(samples, -1, merged.shape[-1])
@@ -211,19 +212,19 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def pixel_patches(images: Tensor, patch: int, temporal: int, merge: int) -> Tensor:
-    """Normalised patches of uint8 images [B, 3, S, S], in the layout of Qwen's image processor.
+    """Normalised patches of uint8 images [B, 3, H, W], in the layout of Qwen's image processor.
 
-    Returns [B * (S / patch)^2, 3 * temporal * patch * patch]: patches of a merge block are adjacent, a still image is
-    repeated over the temporal axis.
+    Returns [B * H / patch * W / patch, 3 * temporal * patch * patch]: patches of a merge block are adjacent, a still
+    image is repeated over the temporal axis.
     """
     mean, std = _pixel_statistics(images.device)
     pixels = (images.float() / 255 - mean) / std
-    samples, channels, side, _ = pixels.shape
-    blocks = side // patch // merge
-    pixels = pixels.view(samples, channels, blocks, merge, patch, blocks, merge, patch)
+    samples, channels, *sides = pixels.shape
+    rows, columns = (side // patch // merge for side in sides)
+    pixels = pixels.view(samples, channels, rows, merge, patch, columns, merge, patch)
     pixels = pixels.permute(0, 2, 5, 3, 6, 1, 4, 7)  # sample, block row, block col, row, col, channel, y, x
     pixels = pixels.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, temporal, -1, -1)
-    return pixels.reshape(samples * (blocks * merge) ** 2, -1)
+    return pixels.reshape(samples * rows * columns * merge**2, -1)
 
 
 @lru_cache
@@ -248,11 +249,18 @@ def _vision_attention(
     """Attention within the images or windows of one packed row: query, key, value [1, H, S, C] -> [1, S, H, C]."""
     assert cu_seq_lens_q is not None
     count, rows = cu_seq_lens_q.numel() - 1, query.shape[2]
-    # Square images of one size have windows of one size: their lengths are known without a device sync.
+    # Images whose sides are whole windows have windows of one size: their lengths are known without a device sync.
     even = count * max_length_q == rows
-    segments = Segments((max_length_q,) * count if even else tuple(cu_seq_lens_q.diff().tolist()), cu_seq_lens_q)
+    segments = Segments((max_length_q,) * count if even else _lengths(cu_seq_lens_q), cu_seq_lens_q)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return segment_attention(q, k, v, segments, segments, False, scaling, backend)[None], None
+
+
+@lru_cache(maxsize=64)
+def _lengths(ends: Tensor) -> tuple[int, ...]:
+    """Lengths of segments with these ends. Cached, since reading them waits for the device; so are those of
+    `_geometry`."""
+    return tuple(ends.diff().tolist())
 
 
 def _text_attention(
@@ -275,17 +283,19 @@ AttentionInterface.register(VISION_ATTENTION, _vision_attention)
 AttentionInterface.register(TEXT_ATTENTION, _text_attention)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _geometry(
-    samples: int, side: int, merge: int, window: int, patch: int, device: torch.device
+    samples: int, height: int, merge: int, window: int, patch: int, device: torch.device, width: int | None = None
 ) -> dict[str, Tensor | int]:
-    """The vision encoder's index tables for `samples` square images; they depend on shapes only, so they are cached."""
-    grid = torch.tensor([[1, side, side]]).expand(samples, 3)
+    """The vision encoder's index tables for `samples` images of `height` x `width` patches, squares for None; they
+    depend on shapes only, so they are cached."""
+    width = height if width is None else width
+    grid = torch.tensor([[1, height, width]]).expand(samples, 3)
     window_index, window_ends = get_vision_window_index(grid, merge, window, patch)
     return {
         "position_ids": get_vision_position_ids(grid, merge).to(device),
         "cu_seqlens": get_vision_cu_seqlens(grid).to(device),
-        "max_seqlen": side * side,
+        "max_seqlen": height * width,
         "window_index": window_index.to(device),
         "cu_window_seqlens": window_ends.to(device),
         "max_window_seqlen": int(window_ends.diff().max()),

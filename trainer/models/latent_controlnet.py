@@ -67,11 +67,15 @@ class LatentControlNet(FluxControlNetModel):
         if shape.lora:
             adapt(self, shape.lora)
 
-    def resample(self, latents: Tensor) -> Tensor:
-        """Patch latents [B, N, D] on FLUX's token grid, [B, M, D]."""
-        if self.shape.resampling == "none":
+    def resample(self, latents: Tensor, columns: int | None = None) -> Tensor:
+        """Patch latents [B, N, D] on FLUX's token grid, [B, M, D], which has `columns` tokens in a row; None for a
+        square."""
+        kind = self.shape.resampling
+        if kind == "none":
             return latents
-        return on_grid(getattr(self, _BLOCKS[self.shape.resampling]), latents)
+        if columns is not None:
+            columns = columns // 2 if kind == "up" else columns * 2
+        return on_grid(getattr(self, _BLOCKS[kind]), latents, columns)
 
     def forward(  # type: ignore[override]
         self,
@@ -84,14 +88,16 @@ class LatentControlNet(FluxControlNetModel):
         img_ids: Tensor,
         txt_ids: Tensor,
         scale: float = 1.0,
+        columns: int | None = None,
     ) -> Residuals:
         """Residuals for noisy packed latents [B, M, C] at timestep [B] in [0, 1], times `scale`.
 
         patch_latents [B, N, D], or fewer if each is of several noisy latents next to each other; text [B, L, E], pooled
         [B, P], img_ids [M, 3], txt_ids [L, 3]; guidance [B] for a FLUX that takes one, else None.
+        columns: tokens in a row of the image, None for a square.
         """
         dtype = self.controlnet_x_embedder.weight.dtype
-        condition = self.controlnet_x_embedder(self.resample(patch_latents.to(dtype)))
+        condition = self.controlnet_x_embedder(self.resample(patch_latents.to(dtype), columns))
         if len(noisy) > len(condition):
             condition = condition.repeat_interleave(len(noisy) // len(condition), 0)
         rest = text.to(dtype), pooled.to(dtype), timestep, guidance, img_ids, txt_ids

@@ -145,7 +145,8 @@ class DownsamplingBlock(nn.Module):
         return F.relu(added + F.avg_pool2d(x, 2))
 
 
-def on_grid(block: nn.Module, latents: Tensor) -> Tensor:
-    """Apply `block` to latents [B, g^2, D] in raster order; returns [B, g'^2, D]."""
-    side = math.isqrt(latents.shape[1])
-    return block(latents.unflatten(1, (side, side)).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+def on_grid(block: nn.Module, latents: Tensor, columns: int | None = None) -> Tensor:
+    """Apply `block` to latents [B, N, D] in raster order; returns [B, N', D]. columns: of their grid, None for a
+    square."""
+    columns = math.isqrt(latents.shape[1]) if columns is None else columns
+    return block(latents.unflatten(1, (-1, columns)).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ...recipes import Recipe
-from ..models.backbone_config import grid_side
 from ..models.kernel_selection import KernelChoice
 from ..models.masking import hidden_counts
 from ..stages import open_controlnet, open_patch_latents
@@ -66,9 +65,9 @@ def _patch_latents(stage: PatchLatentStage, samples: int, text_tokens: int) -> d
 
 
 def _controlnet(stage: ControlNetStage, samples: int) -> dict[str, Any]:
-    channels, height, width = stage.latents
+    (channels, height, width), seen, made = stage.largest
     dtype, folder, cached = dtype_of(stage.precision), stage.folder, stage.flux.placement.cached
-    rows, side, flux_side = samples * stage.flux.draws, stage.data.image_size, stage.flux.image_size
+    rows = samples * stage.flux.draws
     t5, clip = folder.text_lengths
     found: dict[str, Any] = {
         "posterior": empty(rows, channels, height, width),
@@ -77,13 +76,13 @@ def _controlnet(stage: ControlNetStage, samples: int) -> dict[str, Any]:
         "normalizer": float(rows * channels * height * width),
     }
     if "vision" in cached:
-        found["latents"] = empty(samples, grid_side(stage.config, side) ** 2, stage.shape.latent_width, dtype=dtype)
+        found["latents"] = empty(samples, *stage.condition, dtype=dtype)
     else:
-        found["images"] = empty(samples, 3, side, side, dtype=torch.uint8)
+        found["images"] = empty(samples, 3, *seen, dtype=torch.uint8)
     if "vae" in cached:
         found |= {name: empty(samples, channels, height, width, dtype=dtype) for name in ("mean", "std")}
     else:
-        found["flux_images"] = empty(samples, 3, flux_side, flux_side, dtype=torch.uint8)
+        found["flux_images"] = empty(samples, 3, *made, dtype=torch.uint8)
     if "text" in cached:
         found["text"] = empty(samples, t5, folder.t5.d_model, dtype=dtype)
         found["pooled"] = empty(samples, folder.clip.hidden_size, dtype=dtype)

@@ -19,7 +19,7 @@ from .layout import AS_SET, Layout, Workload, Zero
 from .memory import Memory, memory
 from .opened import LatentControl, PatchLatents
 from .optimizer import exchanges, stored_bytes
-from .part import Part
+from .part import Part, combined
 from .timing import Timing, timing
 from .traffic import Transfer, traffic
 
@@ -80,24 +80,33 @@ def open_model(recipe: Recipe) -> PatchLatents | LatentControl:
     if recipe.stage == "patch-latents":
         return PatchLatents.open(recipe.backbone, recipe.branch, image_size, recipe.seed, recipe.flux)
     assert recipe.flux is not None, "required by the recipe schema"
-    model = LatentControl.open(recipe.backbone, recipe.flux, recipe.controlnet, image_size)
+    model = LatentControl.open(recipe.backbone, recipe.flux, recipe.controlnet, recipe.data)
     model.shape.require_use(model.folder.transformer)
     return model
 
 
-def parts(recipe: Recipe, text_tokens: float = 80, longest: float | None = None) -> list[Part]:
+def parts(
+    recipe: Recipe, text_tokens: float = 80, longest: float | None = None, shares: Sequence[float] | None = None
+) -> list[Part]:
     """The parts of the recipe's model for prompts of `text_tokens` tokens on average and `longest` at most, by default
-    `branch.max_text_tokens` (stage 1; FLUX pads its text). RunError as of `open_model`."""
-    return parts_of(open_model(recipe), recipe.precision, text_tokens, longest)
+    `branch.max_text_tokens` (stage 1; FLUX pads its text). With `data.buckets`, FLOPs are the mean over the buckets and
+    bytes those of the largest; shares: of the samples in each, None: equal ones. RunError as of `open_model`."""
+    return parts_of(open_model(recipe), recipe.precision, text_tokens, longest, shares)
 
 
 def parts_of(
-    model: PatchLatents | LatentControl, precision: str, text_tokens: float, longest: float | None = None
+    model: PatchLatents | LatentControl,
+    precision: str,
+    text_tokens: float,
+    longest: float | None = None,
+    shares: Sequence[float] | None = None,
 ) -> list[Part]:
     """The parts of an opened model; see `parts`. precision: `bf16` or `fp32`."""
     if isinstance(model, PatchLatents):
         return patch_latent_parts(model, precision, text_tokens, longest)
-    return controlnet_parts(model, precision)
+    every = [controlnet_parts(model, precision, grid) for grid in model.grids]
+    shares = [1 / len(every)] * len(every) if shares is None else shares
+    return every[0] if len(every) == 1 else [combined(same, shares) for same in zip(*every, strict=True)]
 
 
 def caches(recipe: Recipe) -> dict[str, int]:

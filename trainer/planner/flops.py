@@ -90,16 +90,16 @@ def _targets(model: PatchLatents, byte: int) -> Part:
     basis is a buffer. byte: of an activation's element."""
     place = model.backbone.vision_encoder or model.backbone.placement
     if model.branch.targets == "native":
-        return vision_encoder_part(model.config.vision_config, model.image_size, place, byte)
+        return vision_encoder_part(model.config.vision_config, _square(model), place, byte)
     projected = 2.0 * model.config.text_config.hidden_size  # FLOPs per value
     if model.vae:
         assert model.flux is not None
         side = 2 * model.vae.grid(model.flux.image_size)
-        encoder, values = vae_encoder_part(model.vae, side, place), model.vae.vae["latent_channels"] * side**2
+        encoder, values = vae_encoder_part(model.vae, (side, side), place), model.vae.vae["latent_channels"] * side**2
         return replace(encoder, linear=encoder.linear + projected * values)
     if model.encoder:
         vision = model.encoder.vision_config
-        encoder = vision_encoder_part(vision, model.image_size, place, byte)
+        encoder = vision_encoder_part(vision, _square(model), place, byte)
         values = grid_side(model.encoder, model.image_size) ** 2 * vision.out_hidden_size
         return replace(encoder, linear=encoder.linear + projected * values)
     return Part("pixel targets", "none", (), projected * 3 * model.image_size**2, 0.0, "replicated")
@@ -201,16 +201,26 @@ def head_part(weights: Sequence[Weight], settings: Branch, width: int, rows: flo
     )
 
 
-def vision_encoder_part(config: Any, image_size: int, place: str, byte: int) -> Part:
-    """Qwen's vision encoder on a square image: windowed attention in most layers, full attention in a few. byte: of an
-    activation's element."""
+def _square(model: PatchLatents) -> tuple[int, int]:
+    """Rows and columns of the latents of an image."""
+    side = grid_side(model.config, model.image_size)
+    return side, side
+
+
+def vision_encoder_part(config: Any, grid: tuple[int, int], place: str, byte: int) -> Part:
+    """Qwen's vision encoder on an image of `grid` rows and columns of latents: windowed attention in most layers, full
+    attention in a few. byte: of an activation's element."""
     vision = list(shapes.vision_encoder(config))
-    side = image_size // config.patch_size
-    patches = side * side
+    rows, columns = (config.spatial_merge_size * side for side in grid)
+    patches = rows * columns
     window = config.window_size // config.patch_size
-    edges = [window] * (side // window) + ([side % window] if side % window else [])
+
+    def pairs_along(side: int) -> int:
+        """Pairs of patches in the same window along one side."""
+        return side // window * window**2 + (side % window) ** 2
+
     pairs = len(config.fullatt_block_indexes) * patches**2
-    pairs += (config.depth - len(config.fullatt_block_indexes)) * sum(edge**2 for edge in edges) ** 2
+    pairs += (config.depth - len(config.fullatt_block_indexes)) * pairs_along(rows) * pairs_along(columns)
 
     def count(name: str) -> float:
         return patches / config.spatial_merge_size**2 if name.startswith("merger") else patches
@@ -230,8 +240,9 @@ def vision_encoder_part(config: Any, image_size: int, place: str, byte: int) -> 
     )
 
 
-def vae_encoder_part(folder: FluxConfig, side: int, place: str) -> Part:
-    """The encoder, whose blocks halve the sides down to `side`; the decoder is stored but not run."""
+def vae_encoder_part(folder: FluxConfig, sides: tuple[int, int], place: str) -> Part:
+    """The encoder, whose blocks halve height and width down to `sides`; the decoder is stored but not run."""
+    latents = sides[0] * sides[1]
     widths = folder.vae["block_out_channels"]
     blocks = len(widths)
 
@@ -240,8 +251,8 @@ def vae_encoder_part(folder: FluxConfig, side: int, place: str) -> Part:
         if name.startswith("down_blocks"):
             block = int(name.split(".")[1])
             level = block + ("downsamplers" in name)
-        return float(side * 2 ** (blocks - 1 - level)) ** 2
+        return float(latents * 4 ** (blocks - 1 - level))
 
-    attention = 4.0 * side**4 * widths[-1] if folder.vae.get("mid_block_add_attention", True) else 0.0
+    attention = 4.0 * latents**2 * widths[-1] if folder.vae.get("mid_block_add_attention", True) else 0.0
     linear = linear_flops(flux_shapes.vae_encoder(folder), count)
     return Part("VAE encoder", "none", sizes(flux_shapes.vae(folder)), linear, attention, place)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from ...recipes.stage2 import ControlLora, FluxLayer
-from ..models.backbone_config import grid_side
 from ..models.controlnet_config import ControlNetConfig
 from ..models.flux_config import FluxConfig
+from ..models.image_grids import ImageGrid
 from ..models.text_bridge_config import TextBridgeConfig
 from . import bridge_flops, flux_shapes
 from .flops import linear_flops, matrices, sizes, vae_encoder_part, vision_encoder_part, widths
@@ -36,34 +37,34 @@ FLUX_STATISTICS = 3
 """Values in fp32 per token and head: the scales of queries and keys, and the logarithm of attention's sum."""
 
 
-def controlnet_parts(model: LatentControl, precision: str) -> list[Part]:
-    """Stage 2's parts. precision: `bf16` or `fp32`."""
+def controlnet_parts(model: LatentControl, precision: str, grid: ImageGrid) -> list[Part]:
+    """Stage 2's parts on images of `grid`. precision: `bf16` or `fp32`."""
     folder, placement = model.folder, model.flux.placement
-    side = 2 * folder.grid(model.flux.image_size)
+    rows, columns = grid.tokens
     byte = 2 if precision == "bf16" else 4
     flux = tuple(flux_shapes.flux_part(folder, "transformer"))
     # Predicted latents are those of a cache.
     vision = "cached" if model.latents == "predicted" else placement.vision_encoder
     return [
-        vision_encoder_part(model.config.vision_config, model.image_size, vision, byte),
-        vae_encoder_part(folder, side, placement.vae),
+        vision_encoder_part(model.config.vision_config, grid.latents, vision, byte),
+        vae_encoder_part(folder, (2 * rows, 2 * columns), placement.vae),
         *_text(folder, placement.text),
-        _Stack(model, byte, "through", flux, *folder.blocks).part("FLUX", placement.transformer),
-        *_bridge(model, byte),
+        _Stack(model, grid, byte, "through", flux, *folder.blocks).part("FLUX", placement.transformer),
+        *_bridge(model, grid, byte),
     ]
 
 
-def _bridge(model: LatentControl, byte: int) -> list[Part]:
+def _bridge(model: LatentControl, grid: ImageGrid, byte: int) -> list[Part]:
     """What is trained, and the frozen layers of FLUX that it shares."""
     shape = model.shape
     if isinstance(shape, TextBridgeConfig):
         return [bridge_flops.part(shape, byte)]
     blocks = shape.double, shape.single
-    own = _Stack(model, byte, "trained", tuple(flux_shapes.controlnet(shape)), *blocks)
+    own = _Stack(model, grid, byte, "trained", tuple(flux_shapes.controlnet(shape)), *blocks)
     if not shape.lora:
         return [own.part("ControlNet", "sharded")]
     weights = tuple(flux_shapes.shared_with_flux(shape, model.flux.weights))
-    shared = _Stack(model, byte, "trained", weights, *blocks)
+    shared = _Stack(model, grid, byte, "trained", weights, *blocks)
     return [own.part("ControlNet", "sharded"), shared.shared(model.flux.placement.transformer)]
 
 
@@ -86,6 +87,7 @@ class _Stack:
     draw of noise. byte: of an activation's element; double, single: blocks."""
 
     model: LatentControl
+    grid: ImageGrid
     byte: int
     gradient: Literal["through", "trained"]
     weights: tuple[Weight, ...]
@@ -102,12 +104,12 @@ class _Stack:
 
     @property
     def latents(self) -> int:
-        return grid_side(self.model.config, self.model.image_size) ** 2
+        return math.prod(self.grid.latents)
 
     @property
     def image(self) -> int:
         """Tokens of the image."""
-        return self.model.folder.grid(self.model.flux.image_size) ** 2
+        return math.prod(self.grid.tokens)
 
     @property
     def control(self) -> ControlNetConfig | None:

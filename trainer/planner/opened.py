@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...recipes.schema import Backbone, Branch, ControlNet, Flux
+from ...recipes.schema import Backbone, Branch, ControlNet, Data, Flux
 from ...recipes.stage2 import Latents
 from ..models.backbone_config import branch_layers, grid_side, read_shape, require_same_grid, require_targets
 from ..models.flux_config import FluxConfig
 from ..models.hub import architecture
+from ..models.image_grids import ImageGrid, every_grid, square_grid
 from ..models.text_bridge_config import BridgeConfig, bridge_config
 
 
@@ -52,20 +53,25 @@ class PatchLatents:
 
 @dataclass(frozen=True)
 class LatentControl:
-    """Stage 2. config, image_size: of the vision encoder, as in `PatchLatents`."""
+    """Stage 2. config: of the vision encoder, as in `PatchLatents`. grids: of the images, one per bucket; of the square
+    alone without buckets."""
 
     config: Any
     flux: Flux
     folder: FluxConfig
     shape: BridgeConfig
-    image_size: int
     latents: Latents
+    square: ImageGrid
+    grids: tuple[ImageGrid, ...]
 
     @classmethod
-    def open(cls, backbone: Backbone, flux: Flux, controlnet: ControlNet, image_size: int) -> LatentControl:
+    def open(cls, backbone: Backbone, flux: Flux, controlnet: ControlNet, data: Data) -> LatentControl:
         """RunError names what cannot be used."""
+        image_size = data.image_size
         config = read_shape(architecture(backbone.path, backbone.revision))
         folder = FluxConfig.open(architecture(flux.path, flux.revision, "flux.path"), flux.weights, flux.text_tokens)
         sizes = config.vision_config.out_hidden_size, grid_side(config, image_size), folder.grid(flux.image_size)
         shape = bridge_config(controlnet, folder.transformer, *sizes)
-        return cls(config, flux, folder, shape, image_size, controlnet.latents)
+        square = square_grid(*sizes[1:])
+        grids = every_grid(data.buckets, image_size, square)
+        return cls(config, flux, folder, shape, controlnet.latents, square, grids)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Gradient = Literal["none", "through", "trained"]
@@ -76,3 +77,14 @@ class Part:
     def recomputed(self) -> float:
         """FLOPs of the second forward pass of recomputed layers; only with activation checkpointing."""
         return self.forward - self.last if self.layer else 0.0
+
+
+FLOPS = ("linear", "attention", "returned_linear", "returned_attention", "first", "last")
+BYTES = ("kept", "kept_recomputed", "kept_once", "layer", "gradients", "gradients_recomputed", "in_use")
+
+
+def combined(parts: Sequence[Part], shares: Sequence[float]) -> Part:
+    """One part on samples of several shapes: the mean of its FLOPs, and the most bytes. shares: of the samples, which
+    add up to 1."""
+    mean = {name: sum(s * getattr(part, name) for s, part in zip(shares, parts, strict=True)) for name in FLOPS}
+    return replace(parts[0], **mean, **{name: max(getattr(part, name) for part in parts) for name in BYTES})

@@ -35,7 +35,7 @@ def image_generator_bytes(previews: Previews) -> float:
         flux = other.flux
         if previews.flux:
             flux = flux.model_copy(update={"path": previews.flux, "revision": None})
-        stage = LatentControl.open(other.backbone, flux, other.controlnet, other.data.image_size)
+        stage = LatentControl.open(other.backbone, flux, other.controlnet, other.data)
         shape, folder = stage.shape, stage.folder
     weights = [flux_shapes.bridge(shape), *(flux_shapes.flux_part(folder, part) for part in PARTS)]
     return float(sum((weight.width or WEIGHT_BYTES) * weight.size for part in weights for weight in part))

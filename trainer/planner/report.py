@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ..errors import RunError
 from . import NODE, Row, as_json, checkpoint_bytes, checkpoint_s, cost, plan
+from .buckets import PlannedBucket
 from .curves import CURVE, curves, retention
 from .devices import Device
 from .layout import LAYOUTS, Workload
@@ -97,8 +98,10 @@ class Report:
             ]
         return sentences
 
-    def as_json(self, samples: int, sources: Mapping[str, int] = {}) -> dict[str, Any]:
-        """sources: see `show`."""
+    def as_json(
+        self, samples: int, sources: Mapping[str, int] = {}, buckets: Sequence[PlannedBucket] = ()
+    ) -> dict[str, Any]:
+        """sources, buckets: see `show`."""
         size = checkpoint_bytes(self.parts, self.work)
         rows = []
         for row in self.rows:
@@ -114,6 +117,7 @@ class Report:
             "assumptions": self.assumptions(),
             "samples": samples,
             "source_samples": dict(sources),
+            "buckets": [bucket.as_json() for bucket in buckets],
             "parameters": {
                 "trained": sum(part.size for part in self.parts if part.gradient == "trained"),
                 "frozen": sum(part.size for part in self.parts if part.gradient != "trained"),
@@ -147,8 +151,14 @@ class Report:
             "weak_scaling": [[as_json(row) for row in curve] for curve in self.curves],
         }
 
-    def show(self, console: Console, samples: int, sources: Mapping[str, int] = {}) -> None:
-        """sources: samples of each source among the `samples`, if the recipe decides them."""
+    def show(
+        self,
+        console: Console,
+        samples: int,
+        sources: Mapping[str, int] = {},
+        buckets: Sequence[PlannedBucket] = (),
+    ) -> None:
+        """sources: samples of each source among the `samples`, if the recipe decides them. buckets: of the images."""
         size = checkpoint_bytes(self.parts, self.work)
         console.print(f"{self.name}, predicted", style="bold")
         console.print(self._parts())
@@ -157,6 +167,10 @@ class Report:
             f"activations kept per sample: {_gb(kept)} GB, with activation checkpointing {_gb(recomputed)} GB"
             f" ({'on' if self.work.recomputed else 'off'} in the recipe). A checkpoint: {_gb(size)} GB.",
         )
+        if buckets:
+            title = "Buckets; FLOPs and times elsewhere are of their mean"
+            heads = ("shape", "patch latents", "share", "TFLOP per sample", "")
+            console.print(_table(title, heads, [bucket.cells() for bucket in buckets]))
         if sources:
             shares = (f"{name} {count:,} ({count / samples:.4g})" for name, count in sources.items())
             console.print(f"{samples:,} samples by source, with their share: {', '.join(shares)}.")

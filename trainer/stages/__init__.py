@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from ...data import Dataset
+from ...data.bucket_rule import BucketRule
 from ...data.reader import Collate
 from ...recipes import Recipe
 from ...recipes.schema import ControlNet, Kernels
@@ -80,8 +81,13 @@ class Stage(Protocol):
         ...
 
     @property
+    def bucket_rule(self) -> BucketRule | None:
+        """With `data.buckets`, in which bucket an image is; None: all images are squares."""
+        ...
+
+    @property
     def image_sizes(self) -> tuple[int, ...]:
-        """Side lengths in pixels of the images that `collate` expects."""
+        """Side lengths in pixels of the images that `collate` expects, if these are squares."""
         ...
 
     def choose_kernels(
@@ -129,10 +135,10 @@ class Stage(Protocol):
         """The held-out loss from summed `Losses.sums`: the mean over the masked patches, or over FLUX's latents."""
         ...
 
-    def normalizer(self, epoch: IntArray, index: IntArray, passes: int) -> float:
+    def normalizer(self, epoch: IntArray, index: IntArray, passes: int, bucket: int = 0) -> float:
         """Divisor of the loss sum of each of `passes` backward passes (ranks x accumulation, over which the engine
-        averages) that gives the mean over the global batch of samples `epoch`, `index` [G]. A function of the plan
-        only, so that no communication is needed."""
+        averages) that gives the mean over the global batch of samples `epoch`, `index` [G], all of `bucket`. A function
+        of the plan only, so that no communication is needed."""
         ...
 
     def report(self, sums: list[float]) -> dict[str, float]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ...data import Dataset
+from ...data.bucket_rule import BucketRule
 from ...data.spread import Broadcast
 from ...recipes.schema import Backbone, ControlNet, Data, Flux, Kernels
 from ..distributed.process_group import Gather, Ranks, single_process
@@ -24,6 +25,7 @@ from ..models import latent_controlnet, weights
 from ..models.backbone import FrozenBackbone, read_config
 from ..models.flux import PARTS, FluxFolder, Part
 from ..models.hub import architecture, locate
+from ..models.image_grids import ImageGrid, bucket_grids, bucket_rule, largest, square_grid
 from ..models.kernel_selection import KernelChoice, VisionWork, choose_kernels
 from ..models.rng import IntArray
 from ..models.text_bridge_config import BridgeConfig, TextBridgeConfig, bridge_config
@@ -60,6 +62,8 @@ class ControlNetStage:
     folder: FluxFolder
     shape: BridgeConfig
     for_counting: bool
+    grids: list[list[ImageGrid]] | None = None
+    """With `data.buckets`: those of every bucket, by area from the largest."""
     predictor: Predictor | None = None
     """Of the predicted latents, if the recipe uses them."""
     kernels: KernelChoice = field(default_factory=KernelChoice)
@@ -109,7 +113,9 @@ class ControlNetStage:
         side = grid_side(config, data.image_size)
         sizes = config.vision_config.out_hidden_size, side, folder.grid(flux.image_size)
         shape = bridge_config(controlnet, folder.transformer, *sizes)
-        return cls(backbone, flux, controlnet, data, seed, precision, previews, config, folder, shape, for_counting)
+        grids = bucket_grids(data.buckets, data.image_size, square_grid(*sizes[1:])) if data.buckets else None
+        opened = backbone, flux, controlnet, data, seed, precision, previews, config, folder, shape, for_counting
+        return cls(*opened, grids)
 
     @property
     def source(self) -> str:
@@ -124,6 +130,20 @@ class ControlNetStage:
     def image_sizes(self) -> tuple[int, ...]:
         cached = self.flux.placement.vae == "cached"
         return (self.data.image_size, *(() if cached else (self.flux.image_size,)))
+
+    @property
+    def bucket_rule(self) -> BucketRule | None:
+        if self.grids is None:
+            return None
+        assert self.data.buckets is not None
+        every = zip(self.image_sizes, (self.square.latents, self.square.tokens), strict=True)
+        units = [size // side for size, (side, _) in every]
+        return bucket_rule(self.grids, units, self.data.buckets.max_upscale)
+
+    @property
+    def square(self) -> ImageGrid:
+        """The grids of a square image."""
+        return square_grid(grid_side(self.config, self.data.image_size), self.folder.grid(self.flux.image_size))
 
     @property
     def where(self) -> dict[Part, str]:
@@ -147,9 +167,27 @@ class ControlNetStage:
 
     @property
     def latents(self) -> tuple[int, int, int]:
-        """Channels, height and width of the VAE's latents."""
-        side = 2 * self.folder.grid(self.flux.image_size)
-        return self.folder.vae["latent_channels"], side, side
+        """Channels, height and width of the VAE's latents of a square."""
+        return self._latents(self.square)
+
+    @property
+    def latents_by_bucket(self) -> list[tuple[int, int, int]]:
+        """The same for every bucket; of the square alone without buckets."""
+        return [self._latents(grid) for area in self.grids for grid in area] if self.grids else [self.latents]
+
+    @property
+    def largest(self) -> tuple[tuple[int, int, int], tuple[int, int], tuple[int, int]]:
+        """Of the bucket that takes most memory, or the square: `latents`, and height and width in pixels of the images
+        for the vision encoder and for FLUX."""
+        if (rule := self.bucket_rule) is None or self.grids is None:
+            side, flux_side = self.data.image_size, self.flux.image_size
+            return self.latents, (side, side), (flux_side, flux_side)
+        number = largest([grid for area in self.grids for grid in area])
+        seen, made = rule.buckets[number].shapes
+        return self.latents_by_bucket[number], seen, made
+
+    def _latents(self, grid: ImageGrid) -> tuple[int, int, int]:
+        return self.folder.vae["latent_channels"], 2 * grid.tokens[0], 2 * grid.tokens[1]
 
     def choose_kernels(
         self, asked: Kernels, micro_batch: int, precision: str, ranks: Ranks, folder: Path
@@ -220,7 +258,7 @@ class ControlNetStage:
         share = self.flux.caption_exchange
         exchange = CaptionExchange(dataset, self.seed, share) if share else None
         cached = Cached(caches, self.controlnet.drawn_share)
-        inputs = self.folder.tokenizers, self.latents, cached, self.seed, self.dropout(dataset)
+        inputs = self.folder.tokenizers, self.latents_by_bucket, cached, self.seed, self.dropout(dataset)
         return ControlNetCollate(*inputs, exchange=exchange, draws=self.flux.draws)
 
     def dropout(self, dataset: Dataset) -> CaptionDropout:
@@ -232,16 +270,16 @@ class ControlNetStage:
         middles = [(level + 0.5) / VALIDATION_LEVELS for level in range(VALIDATION_LEVELS)]
         cached = Cached(caches, self.controlnet.drawn_share)
         none = CaptionDropout(VALIDATION_SEED, 0.0)
-        inputs = self.folder.tokenizers, self.latents, cached, VALIDATION_SEED, none
+        inputs = self.folder.tokenizers, self.latents_by_bucket, cached, VALIDATION_SEED, none
         return {f"noise_{middle:.4g}": ControlNetCollate(*inputs, middle) for middle in middles}
 
     def mean_loss(self, sums: list[float]) -> float:
         squares, count, noisier, noisier_count, *_ = sums
         return (squares + noisier) / (count + noisier_count)
 
-    def normalizer(self, epoch: IntArray, index: IntArray, passes: int) -> float:
+    def normalizer(self, epoch: IntArray, index: IntArray, passes: int, bucket: int = 0) -> float:
         """Elements of FLUX's latents, of all draws, per pass."""
-        return len(index) * self.flux.draws * float(np.prod(self.latents)) / passes
+        return len(index) * self.flux.draws * float(np.prod(self.latents_by_bucket[bucket])) / passes
 
     def report(self, sums: list[float]) -> dict[str, float]:
         squares, count, noisier, noisier_count, _, truncated = sums

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,14 +32,15 @@ class Cached:
 class ControlNetCollate:
     """Items of a micro-batch -> arguments of the model; runs in the loader workers.
 
-    Every draw depends on (seed, epoch, index) and its number only; those of a sample are next to each other.
+    Every draw depends on (seed, epoch, index) and its number only; those of a sample are next to each other. The items
+    are of one bucket.
     noise_level: of all samples, instead of a draw.
     """
 
     def __init__(
         self,
         tokenizers: FluxTokenizers,
-        latents: tuple[int, int, int],
+        latents: Sequence[tuple[int, int, int]],
         cached: Cached,
         seed: int,
         dropout: CaptionDropout,
@@ -46,8 +48,8 @@ class ControlNetCollate:
         exchange: CaptionExchange | None = None,
         draws: int = 1,
     ) -> None:
-        """latents: channels, height and width of the VAE's latents. exchange: of the captions that are not dropped.
-        draws: of noise and its level, per sample."""
+        """latents: channels, height and width of the VAE's latents, by the number of the items' bucket. exchange: of
+        the captions that are not dropped. draws: of noise and its level, per sample."""
         self.tokenizers = tokenizers
         self.latents = latents
         self.caches, self.predicted_share = cached.caches, cached.predicted_share
@@ -61,18 +63,18 @@ class ControlNetCollate:
         index = np.array([item.index for item in items], dtype=np.int64)
         dropped = self.dropout(items).tolist()
         predicted = chosen(self.seed, Stream.PREDICTED_LATENTS, epoch, index, self.predicted_share).tolist()
-        channels, height, width = self.latents
+        channels, height, width = shape = self.latents[items[0].bucket]
         rows = len(items) * self.draws
 
-        def normal(stream: Stream, *shape: int) -> Tensor:
-            numbers = uniform(self.seed, stream, epoch, index, self.draws * int(np.prod(shape)))
-            return gaussian(torch.from_numpy(numbers)).view(rows, *shape)
+        def normal(stream: Stream, *sides: int) -> Tensor:
+            numbers = uniform(self.seed, stream, epoch, index, self.draws * int(np.prod(sides)))
+            return gaussian(torch.from_numpy(numbers)).view(rows, *sides)
 
         return {
             **self._patch_latents(items, predicted),
             **self._flux_images(items),
             **self._text(self.exchange(items, dropped) if self.exchange else items, dropped),
-            "posterior": normal(Stream.POSTERIOR, *self.latents),
+            "posterior": normal(Stream.POSTERIOR, *shape),
             "noise": normal(Stream.NOISE, height * width // 4, 4 * channels),
             "level": normal(Stream.NOISE_LEVEL, 1)[:, 0]
             if self.noise_level is None

@@ -94,7 +94,7 @@ class LatentControlNetModel(StageModel):
             offload(self.backbone.vision, device)
 
     def patch_latents(self, images: Tensor) -> Tensor:
-        """The vision encoder's latents [B, N, D] of uint8 images [B, 3, S, S]."""
+        """The vision encoder's latents [B, N, D] of uint8 images [B, 3, S, S], or of another shape."""
         return self.backbone.patch_latents(images)
 
     def forward(
@@ -152,7 +152,7 @@ class LatentControlNetModel(StageModel):
         if isinstance(self.controlnet, TextBridge):
             rest = self.controlnet.join(rest, condition)
         else:
-            residuals = self.controlnet(noisy, condition, **rest)
+            residuals = self.controlnet(noisy, condition, **rest, columns=width // 2)
         predicted = flow.velocity(self.flux.transformer, noisy, residuals, **rest)
         error = predicted - flow.target(clean, noise)
         squares = error.square().sum(dim=(1, 2))

@@ -112,6 +112,10 @@ class PatchLatentStage:
         return f"{self.branch.max_text_tokens} tokens of a prompt (branch.max_text_tokens)"
 
     @property
+    def bucket_rule(self) -> None:
+        return None
+
+    @property
     def image_sizes(self) -> tuple[int, ...]:
         return (self.image_size,)
 
@@ -210,7 +214,7 @@ class PatchLatentStage:
     def mean_loss(self, sums: list[float]) -> float:
         return self.report(sums)["loss_masked"]
 
-    def normalizer(self, epoch: IntArray, index: IntArray, passes: int) -> float:
+    def normalizer(self, epoch: IntArray, index: IntArray, passes: int, bucket: int = 0) -> float:
         """Tokens of the loss average per pass."""
         draws = self.branch.draws
         if self.branch.loss_tokens == "all":

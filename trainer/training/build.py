@@ -8,7 +8,10 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from ...data import BadSamples, Batch, Loader, LoaderSettings, MixedDataset, MixedPlan, Share
+from ...data import BadSamples, Batch, Loader, LoaderSettings, MixedDataset, Share
+from ...data.bucketed_plan import BucketedPlan
+from ...data.buckets import open_buckets
+from ...data.mixture import MixedPlan
 from ...slurm.exit_record import grace, stop_s
 from ..checkpoint.manager import CheckpointManager
 from ..checkpoint.state import capture, capture_statistics, refresh, restore
@@ -35,7 +38,7 @@ from .resume_point import ResumePoint, find_resume_point, older_resume_point
 from .rollback import Recovery
 from .run_context import RunContext
 from .run_record import RunRecord, open_record
-from .validation import Validator
+from .validation import HeldOut, Validator
 
 
 def build(run: RunContext, after_step: Callable[[TrainState], None]) -> TrainerComponents:
@@ -201,17 +204,20 @@ def _validator(run: RunContext, engine: Engine, ema: Ema | None) -> Validator | 
     if run.held_out is None:
         return None
     collates = stage.validation_collates(run.held_out.shards, run.ranks)
-    return Validator(recipe.validation, recipe.micro_batch, stage, collates, run.held_out, engine, ema, run.ranks)
+    rule, ranks = stage.bucket_rule, run.ranks
+    buckets = open_buckets(run.held_out, rule, ranks.rank, ranks.gather) if rule else None
+    held_out = HeldOut(run.held_out, buckets)
+    return Validator(recipe.validation, recipe.micro_batch, stage, collates, held_out, engine, ema, ranks)
 
 
 def _source_stats(inputs: Inputs, scale: float) -> SourceStats | None:
     """Of a mixture. scale: see `SourceStats`."""
-    if not isinstance(inputs.plan, MixedPlan):
+    if not isinstance(inputs.dataset, MixedDataset):
         return None
-    assert isinstance(inputs.dataset, MixedDataset)
+    assert isinstance(inputs.plan, (MixedPlan, BucketedPlan))
     records = {source.fingerprint: source for source in inputs.segments[-1].sources}
     numbers = [records[part.fingerprint].number for part in inputs.dataset.parts]
-    sizes = [len(part) for part in inputs.dataset.parts]
+    sizes = [records[part.fingerprint].samples or len(part) for part in inputs.dataset.parts]
     return SourceStats(inputs.dataset.names, numbers, sizes, inputs.plan.taken, scale)
 
 
@@ -224,7 +230,11 @@ def _loader(run: RunContext, progress: TrainState) -> Loader:
         Share(ranks.rank, ranks.size, run.batch.global_batch, run.batch.micro_batch),
         range(progress.batch, progress.batch + recipe.steps - progress.step),
         LoaderSettings(
-            inputs.stage.image_sizes, recipe.data.workers, recipe.data.prefetch, ranks.device.type == "cuda"
+            inputs.stage.image_sizes,
+            recipe.data.workers,
+            recipe.data.prefetch,
+            ranks.device.type == "cuda",
+            inputs.buckets,
         ),
     )
 
@@ -232,6 +242,8 @@ def _loader(run: RunContext, progress: TrainState) -> Loader:
 def _utilisation(run: RunContext) -> Utilisation:
     stage = run.inputs.stage
     patches = stage.tokens_per_image * stage.branch.draws if isinstance(stage, PatchLatentStage) else 0
-    counted = [parts(run.recipe, text) for text in TEXTS]
+    plan = run.inputs.plan
+    shares = plan.shares if isinstance(plan, BucketedPlan) else None
+    counted = [parts(run.recipe, text, shares=shares) for text in TEXTS]
     node = run.hosts.count(run.hosts[0])
     return Utilisation(counted, workload(run.recipe), run.ranks.size, node, patches, this_device())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ...data import Dataset, MixedDataset, MixedPlan, Plan, open_dataset
+from ...data import Dataset, MixedDataset, Plan, SampleOrder, open_dataset
+from ...data.bucketed_plan import BucketedPlan
+from ...data.buckets import Buckets, open_buckets
 from ...data.spread import Broadcast
 from ...data.units import counted
 from ...recipes.data import Captions
@@ -22,8 +25,10 @@ from ..io import read_json
 from ..models.hub import from_cache
 from ..stages import VALIDATION_SEED, Stage
 from ..stages.training_data import caption_choice, open_training_data
-from .mixture import Segments, continued, mixed_plan, stored_segments
+from .mixture import Segments, continued, held_by_source, mixed_plan, stored_segments
 from .setting_changes import FIXED, check_stage, check_unchanged
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,30 +36,34 @@ class Inputs:
     """Data, plan and stage of a run."""
 
     dataset: Dataset
-    plan: Plan | MixedPlan
+    plan: SampleOrder
     stage: Stage
     global_batch: int
     segments: Segments = ()
     """With `data.sources`: the parts of the sequence with the same sources and weights."""
+    buckets: Buckets | None = None
+    """With `data.buckets`: those of the dataset."""
 
     def resumed(self, data: Data, seed: int, state: dict[str, Any] | None, batch: int, folder: Path) -> Inputs:
         """The inputs of a run that continues at global batch `batch` from the checkpoint in `folder` with JSON `state`,
         None for a new run."""
         if not isinstance(self.dataset, MixedDataset):
             return self
-        segments = continued(stored_segments(state), data, self.dataset, batch, str(folder))
+        held = held_by_source(self.dataset, self.buckets)
+        segments = continued(stored_segments(state), data, self.dataset, batch, str(folder), held)
         return self.with_segments(data, seed, segments)
 
     def with_segments(self, data: Data, seed: int, segments: Segments) -> Inputs:
         """The inputs with a mixture's `segments`, the last of which has the sources of the dataset."""
         assert isinstance(self.dataset, MixedDataset)
-        plan = mixed_plan(segments, self.dataset, data, self.global_batch, seed)
+        plan = mixed_plan(segments, self.dataset, data, self.global_batch, seed, self.buckets)
         return replace(self, plan=plan, segments=segments)
 
     def normalizer(self, step: int, passes: int) -> float:
         """See `Stage.normalizer`, for the samples of global step `step`."""
         located = self.plan.locate(np.arange(step * self.global_batch, (step + 1) * self.global_batch))
-        return self.stage.normalizer(located.epoch, located.index, passes)
+        bucket = self.plan.bucket(step) if isinstance(self.plan, BucketedPlan) else 0
+        return self.stage.normalizer(located.epoch, located.index, passes, bucket)
 
 
 def open_inputs(
@@ -83,8 +92,29 @@ def open_inputs(
     if opened is None:
         with from_cache():
             opened = stage()
-    plan = Plan(dataset.samples_per_shard, seed, data.shuffle_window)
-    return Inputs(dataset, plan, opened, global_batch).resumed(data, seed, None, 0, Path())
+    if opened.bucket_rule is None:
+        plan, buckets = Plan(dataset.samples_per_shard, seed, data.shuffle_window), None
+    else:
+        buckets = open_buckets(dataset, opened.bucket_rule, rank, gather)
+        _check_buckets(buckets, global_batch, shown=rank == 0)
+        plan = BucketedPlan(buckets, dataset.samples_per_shard, global_batch, seed, data.shuffle_window)
+    return Inputs(dataset, plan, opened, global_batch, buckets=buckets).resumed(data, seed, None, 0, Path())
+
+
+def _check_buckets(buckets: Buckets, global_batch: int, shown: bool) -> None:
+    """RunError when too few samples are in a bucket; a warning of those that are in none, if `shown`."""
+    used = len(buckets.of) - buckets.left_out
+    if used < global_batch:
+        raise RunError(
+            f"data.buckets: {counted(used, 'sample')} of {len(buckets.of):,} are in a bucket, fewer than one"
+            f" global_batch of {global_batch}; lower it, or raise data.buckets.max_upscale"
+        )
+    if buckets.left_out and shown:
+        small = buckets.left_out - buckets.unknown
+        log.warning(
+            f"data.buckets: {buckets.left_out:,} of {counted(len(buckets.of), 'sample')} left out: {small:,} would be"
+            f" enlarged more than data.buckets.max_upscale, {buckets.unknown:,} without a valid header"
+        )
 
 
 def open_held_out(

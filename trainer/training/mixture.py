@@ -12,7 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...data import MixedDataset, MixedPlan, PlannedSource, Segment
+import numpy as np
+
+from ...data import MixedDataset, MixedPlan, PlannedSource, SampleOrder, Segment
+from ...data.bucketed_plan import BucketedPlan, Mixture
+from ...data.buckets import Buckets
 from ...data.mixture import whole_weights
 from ...recipes.data import Data, Source
 from ...recipes.secrets import redact
@@ -33,6 +37,7 @@ class SourceRecord:
     weight: int
     """A whole number; 0 is none of it in this segment."""
     samples: int | None
+    """With `data.buckets`, those that are in a bucket."""
     fingerprint: str
     """See `Dataset.fingerprint`; it identifies the source."""
     shards: str | list[str]
@@ -40,6 +45,8 @@ class SourceRecord:
     captions: dict[str, float] | None = None
     caption_dropout: float | None = None
     """Like `Source`."""
+    buckets: list[int] | None = None
+    """With `data.buckets`: its samples in each."""
 
     def described(self, total: int) -> dict[str, Any]:
         """Name, samples and share of the weights' `total`, and the use of captions where the recipe sets it."""
@@ -111,15 +118,32 @@ def stored_segments(state: dict[str, Any] | None) -> Segments:
     return (MixtureSegment(0, (SourceRecord(None, 0, 1, None, state["data"], shards),)),)
 
 
-def continued(earlier: Segments, data: Data, dataset: MixedDataset, batch: int, place: str) -> Segments:
+def held_by_source(dataset: MixedDataset, buckets: Buckets | None) -> list[list[int]] | None:
+    """The samples of each source in every bucket; None without buckets."""
+    if buckets is None:
+        return None
+    ends = np.cumsum([len(part.shards) for part in dataset.parts])
+    return [counts.sum(axis=1).tolist() for counts in np.split(buckets.counts, ends[:-1], axis=1)]
+
+
+def continued(
+    earlier: Segments,
+    data: Data,
+    dataset: MixedDataset,
+    batch: int,
+    place: str,
+    held: Sequence[list[int]] | None = None,
+) -> Segments:
     """The segments of a run that continues at global batch `batch` with `data.sources`: those before, one from there on
     if sources, weights or the use of captions differ, and those that are scheduled. RunError when a source's name had
-    another content. place: names the run for it."""
+    another content, or none of its images is in a bucket. place: names the run for it. held: see `held_by_source`."""
     known = [source for segment in earlier for source in segment.sources]
     numbers = {source.fingerprint: source.number for source in known}
     contents = {source.name: source.fingerprint for source in known}
     found = []
-    for source, part in zip(data.sources or (), dataset.parts, strict=True):
+    for source, part, own in zip(data.sources or (), dataset.parts, held or [None] * len(dataset.parts), strict=True):
+        if own is not None and not any(own):
+            raise RunError(f"data.sources, {source.name}: no image is large enough for a bucket; leave it out")
         if contents.get(source.name, part.fingerprint) != part.fingerprint:
             raise RunError(
                 f"{place}: the shards of the source {source.name} were others in this run; restore them, or name the"
@@ -127,7 +151,8 @@ def continued(earlier: Segments, data: Data, dataset: MixedDataset, batch: int, 
             )
         number = numbers.setdefault(part.fingerprint, len(numbers))
         captions = source.captions or data.captions, source.caption_dropout
-        found.append(SourceRecord(source.name, number, 0, len(part), part.fingerprint, source.shards, *captions))
+        samples = len(part) if own is None else sum(own)
+        found.append(SourceRecord(source.name, number, 0, samples, part.fingerprint, source.shards, *captions, own))
     places = {source.fingerprint: source.shards for source in found}
     # What began or was to begin at this batch or later was never trained on.
     segments = [_moved(each, places) for each in earlier if each.batch < batch]
@@ -163,12 +188,29 @@ def new_segments(segments: Segments, state: dict[str, Any] | None) -> Segments:
     return tuple(each for each in segments if (each.batch, each.uses) not in before)
 
 
-def mixed_plan(segments: Segments, dataset: MixedDataset, data: Data, global_batch: int, seed: int) -> MixedPlan:
-    """The order of the samples of `dataset`, which has all sources of the last of `segments` that are read."""
+def mixed_plan(
+    segments: Segments,
+    dataset: MixedDataset,
+    data: Data,
+    global_batch: int,
+    seed: int,
+    buckets: Buckets | None = None,
+) -> SampleOrder:
+    """The order of the samples of `dataset`, which has all sources of the last of `segments` that are read. RunError
+    when the buckets of an earlier source are not known."""
     numbers = {source.fingerprint: source.number for segment in segments for source in segment.sources}
     sources = [PlannedSource(numbers[part.fingerprint], part.samples_per_shard) for part in dataset.parts]
     parts = [Segment(segment.batch, segment.weights) for segment in segments]
-    return MixedPlan(sources, parts, global_batch, seed, data.shuffle_window)
+    if buckets is None:
+        return MixedPlan(sources, parts, global_batch, seed, data.shuffle_window)
+    held = {each.number: each.buckets for segment in segments for each in segment.sources if each.buckets is not None}
+    if unknown := [each for segment in segments for each in segment.read if each.number not in held]:
+        raise RunError(
+            f"data.sources: this run began on data.shards={unknown[0].shards}, which is not among them; name it as one"
+            " of the sources"
+        )
+    mixture = Mixture(sources, parts, held)
+    return BucketedPlan(buckets, dataset.samples_per_shard, global_batch, seed, data.shuffle_window, mixture)
 
 
 def read_segments(run: Path) -> Segments:

@@ -136,7 +136,7 @@ def replay(run: Path, place: Place, weights_step: int | None = None) -> Replay:
     together *= place.stretch.ranks if model.batch_statistics else 1
     items, arrays, replaced, losses = _passes(inputs, model, place.batch - 1, together, device)
     samples = [
-        {**_identity(item, inputs.dataset), **drawn, "loss": loss, "caption": item.caption}
+        {**_identity(item, inputs), **drawn, "loss": loss, "caption": item.caption}
         for item, drawn, loss in zip(items, _draws(recipe.seed, inputs, items, arrays), losses, strict=True)
     ]
     masks = torch.cat([part["mask"] for part in arrays]).unflatten(0, (len(items), -1)) if "mask" in arrays[0] else None
@@ -195,7 +195,7 @@ def _passes(
         lambda items: {"items": items, "arrays": collate(items)},
         Share(0, 1, batch, together),
         range(number, number + 1),
-        LoaderSettings(inputs.stage.image_sizes),
+        LoaderSettings(inputs.stage.image_sizes, buckets=inputs.buckets),
     )
     passes = batch // together
     normalizer = inputs.normalizer(number, passes)
@@ -212,7 +212,8 @@ def _passes(
     return items, arrays, replaced, losses
 
 
-def _identity(item: Item, dataset: Dataset) -> dict[str, Any]:
+def _identity(item: Item, inputs: Inputs) -> dict[str, Any]:
+    dataset, buckets = inputs.dataset, inputs.buckets
     source = {"source": dataset.names[dataset.source(item.origin[0])]} if isinstance(dataset, MixedDataset) else {}
     return {
         **source,
@@ -222,6 +223,7 @@ def _identity(item: Item, dataset: Dataset) -> dict[str, Any]:
         "shard": item.origin[0],
         "number": item.origin[1],
         "caption_member": item.caption_member,
+        **({"bucket": str(buckets.buckets[item.bucket])} if buckets else {}),
     }
 
 

@@ -17,7 +17,16 @@ from ..optim.train_state import TrainState
 
 Changes = dict[str, tuple[Any, Any]]
 """Dotted key -> (old value, new value)."""
-FIXED = ("seed", "global_batch", "data.image_size", "data.shuffle_window", "data.captions", "ema", "optimizer.name")
+FIXED = (
+    "seed",
+    "global_batch",
+    "data.image_size",
+    "data.buckets",
+    "data.shuffle_window",
+    "data.captions",
+    "ema",
+    "optimizer.name",
+)
 """Settings that decide what is trained and on which sequence: a run that continues must not change them, nor its stage,
 nor those of `Stage.identity`."""
 

@@ -13,12 +13,15 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ...data import Batch, Dataset, Item, ReadableSamples
+from ...data.bucket_rule import LEFT_OUT
+from ...data.buckets import Buckets
 from ...data.reader import Collate
 from ...recipes.schema import Validation
 from ..distributed.process_group import Ranks
@@ -42,6 +45,31 @@ class _Pass(NamedTuple):
     counted: bool
 
 
+class HeldOut(NamedTuple):
+    """The held-out dataset, in buckets if these are not None."""
+
+    dataset: Dataset
+    buckets: Buckets | None = None
+
+    def numbers(self, samples: int) -> list[int]:
+        """Numbers in the dataset of `samples` samples, spread evenly; of fewer if there are not as many."""
+        if self.buckets is None:
+            used = range(len(self.dataset))
+        else:
+            used = np.flatnonzero(self.buckets.of != LEFT_OUT).tolist()
+        samples = min(samples, len(used))
+        return [used[number * len(used) // samples] for number in range(samples)]
+
+    def alike(self, places: Sequence[int], numbers: Sequence[int]) -> list[list[int]]:
+        """Those of `places`, which count `numbers`, whose samples are in one bucket, for every bucket."""
+        if self.buckets is None:
+            return [list(places)]
+        found: dict[int, list[int]] = {}
+        for place in places:
+            found.setdefault(int(self.buckets.of[numbers[place]]), []).append(place)
+        return [found[bucket] for bucket in sorted(found)]
+
+
 class Validator:
     """Measures the held-out loss of a run; every rank calls it at the same steps.
 
@@ -55,7 +83,7 @@ class Validator:
         micro_batch: int,
         stage: Stage,
         collates: Mapping[str, Collate],
-        dataset: Dataset,
+        held_out: HeldOut,
         engine: Engine,
         ema: Ema | None,
         ranks: Ranks,
@@ -67,22 +95,23 @@ class Validator:
         self.ema = ema
         self.ranks = ranks
         self.levels = list(collates)
-        samples = min(settings.samples, len(dataset))
+        chosen = held_out.numbers(settings.samples)
+        samples = len(chosen)
         if samples < len(self.levels):
             raise RunError(
                 f"validation: {samples} samples for {len(self.levels)} levels; raise validation.samples, or name shards"
                 " with more"
             )
-        read = spread_samples(dataset, samples, stage.image_sizes, "validation.shards")
+        read = reader(held_out.dataset, chosen, stage.image_sizes, "validation.shards", held_out.buckets)
         self.passes: list[_Pass] = []
         for level, collate in enumerate(collates.values()):
-            numbers = range(level, samples, len(self.levels))
-            for start in range(0, len(numbers), micro_batch * ranks.size):
-                everyone = numbers[start : start + micro_batch * ranks.size]
-                mine = everyone[ranks.rank :: ranks.size]
-                items = [read(number) for number in mine or everyone[:1]]
-                batch = Batch(collate(items), [item.key for item in items], [])
-                self.passes.append(_Pass(level, batch, counted=bool(mine)))
+            for numbers in held_out.alike(range(level, samples, len(self.levels)), chosen):
+                for start in range(0, len(numbers), micro_batch * ranks.size):
+                    everyone = numbers[start : start + micro_batch * ranks.size]
+                    mine = everyone[ranks.rank :: ranks.size]
+                    items = [read(number) for number in mine or everyone[:1]]
+                    batch = Batch(collate(items), [item.key for item in items], [])
+                    self.passes.append(_Pass(level, batch, counted=bool(mine)))
 
     def due(self, step: int) -> bool:
         """Whether to validate at `step`; the last step validates as well."""
@@ -124,11 +153,18 @@ def _mean(values: list[float]) -> float:
 def spread_samples(dataset: Dataset, samples: int, sizes: tuple[int, ...], key: str) -> Callable[[int], Item]:
     """Number of a sample -> its item, `samples` of them spread evenly over the dataset. key: of the dataset, for
     warnings."""
-    found = ReadableSamples(dataset, sizes)
+    return reader(dataset, HeldOut(dataset).numbers(samples), sizes, key)
+
+
+def reader(
+    dataset: Dataset, numbers: Sequence[int], sizes: tuple[int, ...], key: str, buckets: Buckets | None = None
+) -> Callable[[int], Item]:
+    """The same for the samples with these `numbers` in the dataset."""
+    found = ReadableSamples(dataset, sizes, buckets)
 
     def read(number: int) -> Item:
         replaced: list[tuple[str, str]] = []
-        item = found.read(0, *dataset.place(number * len(dataset) // samples), number, replaced)
+        item = found.read(0, *dataset.place(numbers[number]), number, replaced)
         for name, reason in replaced:
             log.warning("%s: %s is unreadable (%s); %s takes its place", key, name, reason, item.key)
         return item
