@@ -52,8 +52,8 @@ def _setting(section: BaseModel, key: str, field: FieldInfo, indent: str) -> Ite
     """The lines of one setting or group of settings."""
     value, inner = getattr(section, key), section_of(field)
     given = key in section.model_fields_set
-    if inner is None:
-        yield from _explained(field.description, indent)
+    if inner is None or (value is None and field.default is None and _needs_values(inner)):
+        yield from _explained(field.description or (inner and inner.__doc__), indent)
         yield f"{indent}{'' if given else '#'}{key}: {yaml_line(value)}"
         return
     yield from _explained(field.description or inner.__doc__, indent)
@@ -63,6 +63,11 @@ def _setting(section: BaseModel, key: str, field: FieldInfo, indent: str) -> Ite
             yield from _setting(value, name, each, indent + "  ")
     else:
         yield from _defaults(inner, key, indent)
+
+
+def _needs_values(section: type[BaseModel]) -> bool:
+    """Whether a group has settings without a default."""
+    return any(field.is_required() for field in section.model_fields.values())
 
 
 def _defaults(section: type[BaseModel], key: str, indent: str) -> Iterator[str]:

@@ -44,12 +44,14 @@ def test_every_address_has_an_index_of_its_own() -> None:
     assert index_path("s3://data/a/x.tar") == "s3://data/a/x.index.jsonl"
 
 
-@pytest.fixture(params=["local", "s3", "memory"])
+PLACES = [(served, own) for served in ("local", "http", "s3", "memory") for own in ("local", "memory")] + [("s3", "s3")]
+"""Of the shards and of their indexes; both on S3, since there is one server's address."""
+
+
+@pytest.fixture
 def index_dir(request, tmp_path, served) -> str:
     """A folder for indexes; one on S3 for shards there."""
     if request.param == "s3":
-        if not served[1].startswith("s3"):
-            pytest.skip("the server's address is set for shards on S3")
         (tmp_path / "empty").mkdir()
         object_store.fill(request.getfixturevalue("s3"), "indexes", tmp_path / "empty")
     memory = fsspec.filesystem("memory")
@@ -69,6 +71,7 @@ def bare(served, folder) -> list:
     return expected
 
 
+@pytest.mark.parametrize(("served", "index_dir"), PLACES, indirect=True)
 def test_equal_to_indexes_next_to_the_shards(served, folder, bare, index_dir) -> None:
     """Also from a catalogue, on one rank and on three. Nothing is written next to the shards."""
     spec = served[1] + "s-{00000..00003}.tar"
@@ -98,6 +101,7 @@ def test_equal_to_indexes_next_to_the_shards(served, folder, bare, index_dir) ->
 
 
 @pytest.mark.parametrize("catalogued", [False, True])
+@pytest.mark.parametrize(("served", "index_dir"), PLACES, indirect=True)
 def test_a_shard_that_changed_is_noticed(served, folder, bare, index_dir, make_image, catalogued) -> None:
     _, address, upload = served
     spec = address + "s-*.tar"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 import threading
@@ -190,9 +189,10 @@ def test_a_shard_in_parts_is_there_once_it_is_complete(plan, store, monkeypatch,
         plan.rules += [Rule(fault, "x.tar.*uploadId", 3), Rule("reset", "x.tar.*partNumber=2", 2)]
     with staged("s3://bucket/sets/own/x.tar") as file:
         write_shard(file, [("a", {"png": image, "txt": b"a"})])
-        digest = hashlib.sha256(file.read_bytes()).digest()
-    assert set(before) == {b"before"} and len(before) >= 5
-    assert hashlib.sha256(objects(store)["x.tar"]).digest() == digest
+        whole = file.read_bytes()
+    assert before[:5] == [b"before"] * 5
+    assert set(before) <= {b"before", whole}, "a request that is repeated although it was served finds the whole object"
+    assert objects(store)["x.tar"] == whole
     assert verify("s3://bucket/sets/own/x.tar") == []
     assert fsspec.filesystem("s3").exists("bucket/sets/own/x.index.jsonl")
 

@@ -126,9 +126,9 @@ def own_images(photos: Path) -> None:
     photos.mkdir()
     texts, table = (block for block in blocks(ROOT / "docs" / "own-images.md", "text") if "cat-01" in block)
     names = [f"cat-{number:02}" for number in range(1, 13)]
-    captions = dict.fromkeys(names, "a cat")
+    captions = {name: f"a cat, number {number}" for number, name in enumerate(names)}
     captions |= {name: text for name, text in re.findall(r"photos/(cat-\d+)\.txt +(.+)", texts)}
-    (photos / "captions.csv").write_text(table + "".join(f"{name}.jpg,a cat\n" for name in names[2:]))
+    (photos / "captions.csv").write_text(table + "".join(f"{name}.jpg,{captions[name]}\n" for name in names[2:]))
     for number, (name, caption) in enumerate(captions.items()):
         Image.new("RGB", (80, 60), (20 * number, 100, 0)).save(photos / f"{name}.jpg")
         (photos / f"{name}.txt").write_text(caption)

@@ -12,12 +12,12 @@ import time
 import types
 from collections import Counter
 
-import hub_server
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 
+import hub_server
 from bifrost.data import DataLost, retry
 from bifrost.recipes import load_recipe
 from bifrost.slurm.rank_env import free_port
@@ -162,6 +162,7 @@ def test_one_rank_per_node_queries_the_hub(hub, monkeypatch, shards, local):
 
     def stage():
         order.append(model_hub.locate("owner/name"))
+        return types.SimpleNamespace(bucket_rule=None)
 
     inputs.open_inputs(recipe.data, recipe.seed, recipe.global_batch, stage, gather=gather)
     assert set(only_cache) == {local > 0}

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import opened
 import pytest
 import torch
 import yaml
 
+import opened
 import plain
 import run_folders
 import runs
@@ -313,6 +313,6 @@ def test_true_latents_stay_as_they_were(make) -> None:
     stage: Any = open_run_stage(recipe)
     assert stage.predictor is None and stage.outputs() == [] and "mllm" not in stage.source
     collate, items = drawn(recipe, 2)
-    wanted = {"images", "flux_images", "t5", "clip", "posterior", "noise", "level"}
+    wanted = {"images", "flux_images", "t5", "clip", "posterior", "noise", "level", "truncated"}
     assert collate(items).keys() == wanted
     assert load_recipe("tiny-controlnet").controlnet.latents == "true"
