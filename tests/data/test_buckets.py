@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from old_index import as_version_1
 from PIL import Image
 
 from bifrost.data import DataError, ReadableSamples, open_dataset, write_shard
 from bifrost.data.bucket_rule import LEFT_OUT, Bucket, BucketRule
 from bifrost.data.buckets import open_buckets
 from bifrost.data.transforms import decode_shapes
+from old_index import as_version_1
 
 SQUARE, WIDE, TALL, SMALL = (Bucket((shape,)) for shape in [(32, 32), (24, 40), (40, 24), (16, 16)])
 RULE = BucketRule(((SQUARE, WIDE, TALL), (SMALL,)), max_upscale=1.5)

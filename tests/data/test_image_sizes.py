@@ -8,7 +8,6 @@ import zlib
 
 import numpy as np
 import pytest
-from old_index import as_version_1
 from PIL import Image, ImageOps
 
 from bifrost.data import open_dataset, write_shard
@@ -16,6 +15,7 @@ from bifrost.data.index import load_index
 from bifrost.data.make_catalogue import make_catalogues
 from bifrost.data.transforms import image_size
 from bifrost.data.write import index_shards, verify
+from old_index import as_version_1
 
 ORIENTATION = 0x0112
 

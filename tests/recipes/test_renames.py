@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import first_version
 import pytest
 import yaml
 
+import first_version
 from bifrost.recipes import RecipeError, load_recipe, with_new_names
 from bifrost.slurm.errors import SlurmError
 from bifrost.slurm.site import COPY, load_site

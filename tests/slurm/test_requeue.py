@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import first_version
 import pytest
 from typer.testing import CliRunner
 
+import first_version
 from bifrost.recipes import load_recipe
 from bifrost.slurm.cli import slurm_app
 from bifrost.slurm.exit_codes import HUNG, LOST, STOPPED

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import opened
 import torch
 
+import opened
 from bifrost.data import Loader, LoaderSettings, Share
 from bifrost.recipes import Recipe
 from bifrost.recipes.schema import Optimizer

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import first_version
 import pytest
 import torch
 
+import first_version
 from bifrost.trainer.checkpoint import reader as reader_module
 from bifrost.trainer.checkpoint.layout import local_range
 from bifrost.trainer.checkpoint.manifest import read_manifest

@@ -9,11 +9,11 @@ import subprocess
 import types
 from pathlib import Path
 
-import hub_server
 import pytest
 from huggingface_hub import constants, lfs
 from huggingface_hub.utils import _http
 
+import hub_server
 from bifrost.data import DataLost, retry
 from bifrost.trainer.checkpoint.sums import write_sums
 from bifrost.trainer.cli import main

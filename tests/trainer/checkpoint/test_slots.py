@@ -4,11 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-import first_version
 import pytest
 import torch
 import xxhash
 
+import first_version
 from bifrost.trainer.checkpoint.layout import local_range
 from bifrost.trainer.checkpoint.manifest import read_manifest
 from bifrost.trainer.checkpoint.shard import Payload

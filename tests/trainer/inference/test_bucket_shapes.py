@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import shaped_shards
 import torch
 from PIL import Image
 
 import ranked
 import run_folders
+import shaped_shards
 import tiny_flux
 from bifrost.data import open_dataset
 from bifrost.data.transforms import decode_shapes

@@ -6,13 +6,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import hub_server
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 
+import hub_server
 import run_folders
 from bifrost import BifrostPipeline
 from bifrost.recipes import load_recipe

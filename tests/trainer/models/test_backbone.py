@@ -3,13 +3,13 @@
 from functools import partial
 
 import numpy as np
-import opened
 import pytest
 import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+import opened
 import ranked
 from bifrost.kernels import PrefixLayout
 from bifrost.kernels import attention as attention_module

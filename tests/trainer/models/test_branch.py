@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import opened
 import pytest
 import torch
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
+import opened
 import ranked
 from bifrost.kernels import PrefixLayout
 from bifrost.recipes import load_recipe

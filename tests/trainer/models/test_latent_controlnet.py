@@ -4,12 +4,12 @@ import inspect
 import json
 from pathlib import Path
 
-import opened
 import pytest
 import torch
 from diffusers import FluxControlNetModel
 from safetensors.torch import save_file
 
+import opened
 import ranked
 from bifrost.recipes import FOLDER, load_recipe
 from bifrost.trainer.errors import RunError

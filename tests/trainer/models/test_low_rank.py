@@ -3,11 +3,11 @@
 import re
 from typing import Any
 
-import opened
 import pytest
 import torch
 from torch import Tensor, nn
 
+import opened
 import ranked
 from bifrost.kernels import PrefixLayout
 from bifrost.recipes import RecipeError, load_recipe

@@ -4,9 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-import first_version
 import pytest
 
+import first_version
 from bifrost.trainer.monitors.goodput import summary
 from bifrost.trainer.monitors.metrics import MetricsFile, read_metrics
 from bifrost.trainer.monitors.renames import previews, rename_previews, with_new_names

@@ -2,10 +2,10 @@
 
 import importlib.metadata
 
-import opened
 import pytest
 import torch
 
+import opened
 from bifrost.recipes import load_recipe
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models.backbone import read_config

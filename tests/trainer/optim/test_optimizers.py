@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 
-import opened
 import pytest
 import torch
 from torch import Tensor, nn
 
+import opened
 import plain
 import ranked
 from bifrost.recipes import Recipe, load_recipe

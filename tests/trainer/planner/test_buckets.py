@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import shaped_shards
 from torch.utils.flop_counter import FlopCounterMode
 
 import plain
 import ranked
+import shaped_shards
 from bifrost.recipes import load_recipe
 from bifrost.trainer.planner import parts
 from bifrost.trainer.planner.timing import useful_flops

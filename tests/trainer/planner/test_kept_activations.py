@@ -6,10 +6,10 @@ import gc
 import importlib
 from typing import Any
 
-import opened
 import pytest
 import torch
 
+import opened
 import ranked
 from bifrost.recipes import load_recipe
 from bifrost.trainer.planner import parts, plan, workload

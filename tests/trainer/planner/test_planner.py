@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import opened
 import pytest
 import torch
 import yaml
 from typer.testing import CliRunner
 
+import opened
 import ranked
 from bifrost.recipes import load_recipe
 from bifrost.trainer.errors import RunError

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import opened
 import pytest
 import torch
 
+import opened
 import plain
 from bifrost.data import ReadableSamples
 from bifrost.recipes import Recipe, load_recipe

@@ -4,11 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-import opened
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import opened
 import plain
 import runs
 import small_model

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-import opened
 import pytest
-import shaped_shards
 
+import opened
 import plain
 import ranked
 import runs
+import shaped_shards
 import tiny_flux
 from bifrost.recipes import load_recipe
 from bifrost.trainer.errors import RunError

@@ -1,10 +1,10 @@
 """The fused head under real ZeRO-3: two ranks train it to the same bits as one process with plain torch."""
 
-import opened
 import pytest
 import torch
 from torch import Tensor, nn
 
+import opened
 import ranked
 from bifrost.kernels import PatchLatentHead
 from bifrost.recipes import Recipe, load_recipe

@@ -4,10 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-import first_version
 import numpy as np
 import pytest
 
+import first_version
 import ranked
 import runs
 from bifrost.trainer.checkpoint.reader import CheckpointReader
