@@ -6,6 +6,7 @@
 # make lint    ruff, pyright and the words that this project does not use
 # make docs    builds the documentation site in build/docs; warnings, such as broken links, are errors
 # make faults  N=50 random kills, with a report in runs/faults/report.md or $(REPORT)
+# make faults-mixture  the same in stage 2, on two sources in aspect-ratio buckets
 # make faults-storage  N=200 runs on HTTP and S3 servers that fail at random, with a report like that of faults
 # make faults-network  network faults between two nodes in namespaces, which need root, with a report like that of faults
 # make test-gpu    the tests that need a GPU, with the torch, Triton and pytest of $(PYTHON), and the trainer's if installed
@@ -22,8 +23,8 @@ READY := .venv/.installed
 TORCH ?= cuda
 INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: setup demo demo-seeds test test-phantom lint docs faults faults-storage faults-network test-gpu bench-gpu gpu-package \
-  device device-wheels clean clean-runs
+.PHONY: setup demo demo-seeds test test-phantom lint docs faults faults-mixture faults-storage faults-network test-gpu \
+  bench-gpu gpu-package device device-wheels clean clean-runs
 
 setup: $(READY)
 
@@ -78,6 +79,11 @@ HARDWARE ?= this machine
 faults: $(READY)
 	PYTHONPATH="$(CURDIR)/tests/support" $(BIN)/python tests/faults/campaign.py --kills $(N) --folder $(FOLDER) \
 	  --report $(REPORT) --hardware "$(HARDWARE)"
+
+faults-mixture: FOLDER = runs/faults-mixture
+faults-mixture: $(READY)
+	PYTHONPATH="$(CURDIR)/tests/support" $(BIN)/python tests/faults/campaign.py --mixture --kills $(N) \
+	  --folder $(FOLDER) --report $(REPORT) --hardware "$(HARDWARE)"
 
 faults-storage: N = 200
 faults-storage: FOLDER = runs/faults-storage

@@ -3,6 +3,7 @@ equal to that of an uninterrupted one.
 
     python tests/faults/campaign.py --kills 1000 --folder FOLDER --report docs/faults-report.md
 
+With --mixture the runs are of stage 2, on a mixture of two sources in aspect-ratio buckets; else of stage 1.
 An interrupted campaign resumes in the same folder.
 """
 
@@ -442,22 +443,29 @@ def main() -> None:
     )
     parser.add_argument("--report", type=Path, help="file for the report; default report.md in FOLDER")
     parser.add_argument("--hardware", default="this machine", help="description of the hardware for the report")
+    parser.add_argument("--mixture", action="store_true", help="runs of stage 2 on two sources in buckets")
     given = parser.parse_args()
     # As in the tests: interpreted kernels, on the CPU, without network.
     os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
     import campaign_report
+    import mixed_run
     import runs
     import small_model
     import small_shards
 
     folder = given.folder.resolve()
-    if not (folder / "shards").is_dir():
-        small_shards.save(folder / "shards")
-    settings = (*small_model.settings(folder / "backbone"), "global_batch=4", "ema.decay=0.9")
-    arguments = runs.arguments(folder / "shards", folder, *settings)
-    campaign = Campaign(folder, arguments, "tiny-mllm", given.steps, kills_per_run=30)
+    if given.mixture:
+        recipe, arguments, about = mixed_run.RECIPE, mixed_run.arguments(folder), campaign_report.MIXTURE
+    else:
+        if not (folder / "shards").is_dir():
+            small_shards.save(folder / "shards")
+        settings = (*small_model.settings(folder / "backbone"), "global_batch=4", "ema.decay=0.9")
+        recipe, arguments = "tiny-mllm", runs.arguments(folder / "shards", folder, *settings)
+        about = campaign_report.STAGE_1
+    campaign = Campaign(folder, arguments, recipe, given.steps, kills_per_run=30)
     campaign.until(given.kills)
-    (given.report or folder / "report.md").write_text(campaign_report.page(campaign, given.kills, given.hardware))
+    text = campaign_report.page(campaign, about, given.kills, given.hardware)
+    (given.report or folder / "report.md").write_text(text)
     if campaign.wrong():
         raise SystemExit("\n".join(campaign.wrong()))
 

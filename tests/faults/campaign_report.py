@@ -8,6 +8,7 @@ import statistics
 import textwrap
 import time
 from collections import Counter
+from typing import NamedTuple
 
 from campaign import GRACE_S, Campaign
 
@@ -24,14 +25,32 @@ FAILURES = 20_000  # simulated
 MTBF_H = {"24 h": 24.0, "99 h": 16384 / 512 * 54 * 24 / 419}
 
 
-def page(campaign: Campaign, asked: int, hardware: str) -> str:
+class About(NamedTuple):
+    """Which runs are killed."""
+
+    title: str
+    command: str
+    trained: str
+    """What two ranks train."""
+
+
+STAGE_1 = About("The campaign of random kills", "make faults", "a backbone of one layer and width 32 in fp32")
+MIXTURE = About(
+    "The campaign of random kills with a mixture in buckets",
+    "make faults-mixture",
+    "a small ControlNet in fp32 on two sources, 3 : 1, in three aspect-ratio buckets, with a damaged image and one that"
+    " is too small,",
+)
+
+
+def page(campaign: Campaign, about: About, asked: int, hardware: str) -> str:
     """The report in Markdown. asked: the requested number of kills."""
     kills, hits, met = campaign.kills, campaign.hits(), campaign.met()
     moments = Counter(kill.moment for kill in kills)
     sent = campaign.sent()
     setting = f"""
         {time.strftime("%Y-%m-%d")}, {hardware}: {sent:,} kills in {len(campaign.runs)} runs. Two ranks over gloo
-        train a backbone of one layer and width 32 in fp32 for {campaign.steps} steps. At random, a run saves every one,
+        train {about.trained} for {campaign.steps} steps. At random, a run saves every one,
         two or three steps, keeps one to three checkpoints, and reads with or without a loader worker. A fork server
         with all modules imported starts the ranks. Every attempt has one fault. After a rank was killed, the others are
         killed within {GRACE_S:.0f} s (the launcher waits 10 s), and the run is restarted until it is done.
@@ -51,8 +70,8 @@ def page(campaign: Campaign, asked: int, hardware: str) -> str:
     ]
     return "\n".join(
         [
-            "# The campaign of random kills\n",
-            f"```text\nmake faults N={asked}\n```\n",
+            f"# {about.title}\n",
+            f"```text\n{about.command} N={asked}\n```\n",
             *(_paragraph(text) for text in (setting, check, limit)),
             "## Results\n",
             _table(("", ""), _found(campaign)),

@@ -5,28 +5,35 @@ from pathlib import Path
 
 import pytest
 
+import mixed_run
 import runs
 import small_model
 import tiny_flux
 from campaign import Campaign, differences
-from campaign_report import ettr, page
+from campaign_report import MIXTURE, ettr, page
 
 
 @pytest.mark.multi
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "steps"), [("tiny-mllm", 12), ("tiny-controlnet", 8)])
-def test_killed_runs_equal_uninterrupted_ones(shards: Path, tmp_path: Path, recipe: str, steps: int) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "steps", "mixture"),
+    [("tiny-mllm", 12, False), ("tiny-controlnet", 8, False), ("tiny-controlnet", 8, True)],
+    ids=["stage-1", "stage-2", "mixture-in-buckets"],
+)
+def test_killed_runs_equal_uninterrupted_ones(
+    shards: Path, tmp_path: Path, recipe: str, steps: int, mixture: bool
+) -> None:
     settings = ["ema.decay=0.9", "global_batch=4", *small_model.settings(tmp_path / "backbone")]
     if recipe == "tiny-controlnet":
         settings += [f"flux.path={tiny_flux.save(tiny_flux.pipeline(), tmp_path / 'flux')}", "flux.image_size=32"]
-    arguments = runs.arguments(shards, tmp_path, *settings, recipe=recipe)
+    arguments = mixed_run.arguments(tmp_path) if mixture else runs.arguments(shards, tmp_path, *settings, recipe=recipe)
     campaign = Campaign(tmp_path / "campaign", arguments, recipe, steps, kills_per_run=5)
     campaign.until(4)
     assert campaign.wrong() == []
     assert campaign.sent() >= 4
     assert len(campaign.met()) > 30
     campaign = Campaign(tmp_path / "campaign", arguments, recipe, steps, kills_per_run=5)  # as after an interruption
-    text = page(campaign, 4, "a machine")
+    text = page(campaign, MIXTURE, 4, "a machine")
     assert f"{campaign.sent()} kills in {len(campaign.runs)} runs" in text
 
     # The comparison at the end detects differences.
