@@ -90,12 +90,18 @@ def _apart(origin: Origin, names: Sequence[str]) -> list[FileState | None]:
     if kind != S3:
         return [(0, 0)] * len(urls)
     files = [url.removeprefix(folder) for url in urls]
-    found: dict[str, Listed] = {}
-    for page in _pages(folder, min(files)[:-1]):
-        found |= page
-        if max(page, default="") >= max(files):
-            break
+    found = _listed(folder, min(files)[:-1], max(files))
     return [_of_listed(found.get(file)) for file in files]
+
+
+def _listed(folder: str, after: str, end: str) -> dict[str, Listed]:
+    """Name -> file, from the pages of a folder's listing with the names greater than `after` up to `end`."""
+    found: dict[str, Listed] = {}
+    for page in _pages(folder, after):
+        found |= page
+        if max(page, default="") >= end:
+            break
+    return found
 
 
 def _of_listed(found: Listed | None) -> FileState | None:
@@ -115,12 +121,7 @@ def listed_states(origin: Origin, names: Sequence[str], after: str = LAST, end: 
     """The states of sorted shards of a folder on S3, from the part of its listing that contains them and all shards
     with names greater than `after` and less than `end`."""
     before = min(after, min(index_path(name) for name in names)[:-1])
-    end = max(end, names[-1])
-    found: dict[str, Listed] = {}
-    for page in _pages(origin.folder, before):
-        found |= page
-        if max(page, default="") >= end:
-            break
+    found = _listed(origin.folder, before, max(end, names[-1]))
     shards = [_of_listed(found.get(name)) for name in names]
     indexes = _apart(origin, names) if origin.index_dir else [_of_listed(found.get(index_path(name))) for name in names]
     states = [_joined(*pair) for pair in zip(shards, indexes, strict=True)]

@@ -61,7 +61,7 @@ class ReadableSamples:
         if self.buckets:
             bucket = self.buckets.number(shard, sample)
             shapes = self.buckets.buckets[bucket].shapes
-        for place in self._candidates(shard, sample):
+        for place in self._candidates(shard, sample, bucket):
             candidate = *place, self.dataset.caption_member(*place, epoch, index)
             if candidate not in self._bad:
                 try:
@@ -80,12 +80,12 @@ class ReadableSamples:
             planned = planned or self._bad[candidate]
         raise DataError(f"no sample of the dataset is readable, the first: {planned}; name other shards")
 
-    def _candidates(self, shard: int, sample: int) -> Iterator[tuple[int, int]]:
+    def _candidates(self, shard: int, sample: int, bucket: int) -> Iterator[tuple[int, int]]:
         counts, shards = self.dataset.samples_per_shard, self.dataset.source_shards(shard)
         for here in chain(range(shard, shards.stop), range(shards.start, shard)):
             count, first = int(counts[here]), sample if here == shard else 0
             for candidate in ((first + k) % count for k in range(count)):
-                if not self.buckets or self.buckets.number(here, candidate) == self.buckets.number(shard, sample):
+                if not self.buckets or self.buckets.number(here, candidate) == bucket:
                     yield here, candidate
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...data.bucket_rule import Bucket, BucketRule
 from ...data.transforms import decode_image, decode_shapes
 from ...slurm.run_folder import no_run
-from ..checkpoint.merged_controlnet import MergedControlNet
+from ..checkpoint.merged_controlnet import PREFIX, MergedControlNet
 from ..checkpoint.state import restore_statistics
 from ..distributed.process_group import Group
 from ..errors import RunError
@@ -255,9 +255,8 @@ def load_controlnet(
         assert isinstance(network, LatentControlNet)
         network.load(source, path)
         return network, folder, size
-    prefix = "controlnet."
-    fill({prefix + name: parameter for name, parameter in network.named_parameters()}, source, path)
-    statistics = {prefix + name: buffer for name, buffer in network.statistics().items()}
+    fill({PREFIX + name: parameter for name, parameter in network.named_parameters()}, source, path)
+    statistics = {PREFIX + name: buffer for name, buffer in network.statistics().items()}
     restore_statistics(statistics, trained.reader, trained.slot)
     return network, folder, size
 

@@ -25,38 +25,15 @@ from bifrost.trainer.models.latent_controlnet import (
 from bifrost.trainer.models.resampler import SyncedBatchNorm
 from bifrost.trainer.models.weights import WeightFiles
 from bifrost.trainer.stages import open_stage
+from small_flux import CONFIG as FLUX
+from small_flux import InMemory
 
-FLUX = {
-    "patch_size": 1,
-    "in_channels": 16,
-    "num_layers": 3,
-    "num_single_layers": 3,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 24,
-    "pooled_projection_dim": 20,
-    "guidance_embeds": True,
-    "axes_dims_rope": (4, 6, 6),
-}
 WIDTH = 12
 GRIDS = {"up": (2, 4), "none": (4, 4), "down": (8, 4)}
 
 
 def shape(kind: str = "up", **options) -> ControlNetConfig:
     return ControlNetConfig.of(FLUX, WIDTH, *GRIDS[kind], **{"double": 2, "single": 1, **options})
-
-
-class InMemory:
-    """A module's parameters as a source of weights."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.tensors = module.state_dict()
-
-    def shape(self, name):
-        return tuple(self.tensors[name].shape) if name in self.tensors else None
-
-    def flat(self, name, lo, hi):
-        return self.tensors[name].flatten()[lo:hi]
 
 
 def flux() -> FluxTransformer:

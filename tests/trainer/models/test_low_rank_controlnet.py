@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from bifrost.recipes import RecipeError, load_recipe
 from bifrost.recipes.stage2 import ControlLora
@@ -18,35 +17,12 @@ from bifrost.trainer.models.flux_transformer import FluxTransformer
 from bifrost.trainer.models.latent_controlnet import LatentControlNet
 from bifrost.trainer.models.low_rank import AdaptedLinear, share
 from bifrost.trainer.stages import open_controlnet
+from small_flux import CONFIG as FLUX
+from small_flux import InMemory
 
-FLUX = {
-    "patch_size": 1,
-    "in_channels": 16,
-    "num_layers": 3,
-    "num_single_layers": 3,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 24,
-    "pooled_projection_dim": 20,
-    "guidance_embeds": True,
-    "axes_dims_rope": (4, 6, 6),
-}
 WIDTH = 12
 ALL: Any = ["attention", "mlp", "modulation", "embedders"]
 PAIRS = ControlLora(rank=3, alpha=6)
-
-
-class InMemory:
-    """A module's parameters as a source of weights."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.tensors = module.state_dict()
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        return tuple(self.tensors[name].shape) if name in self.tensors else None
-
-    def flat(self, name: str, lo: int, hi: int) -> torch.Tensor:
-        return self.tensors[name].flatten()[lo:hi]
 
 
 def build(flux: FluxTransformer, lora: ControlLora | None, double: int = 2, single: int = 1) -> LatentControlNet:
