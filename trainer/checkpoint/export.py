@@ -50,8 +50,9 @@ def export(
 
     Stage 1, public: frozen base and trained part under the public release's names, low-rank pairs merged; hf: only the
     trained part, with transformers' module names and the recipe as `config.json`. Stage 2: the `flux_controlnet` folder
-    for both layouts, low-rank pairs merged. Each has a model card with the licences of its bases. One tensor is in
-    memory at a time. Raises RunError if `out` is not empty, or the run has no such checkpoint or no EMA.
+    for both layouts, low-rank pairs merged; but hf of a run with pairs is as in stage 1, with the pairs apart. Each has
+    a model card with the licences of its bases. One tensor is in memory at a time. Raises RunError if `out` is not
+    empty, or the run has no such checkpoint or no EMA.
     """
     require_new(out)
     slot = "ema" if ema else "master"
@@ -98,7 +99,8 @@ def write_weights(
         name: Piece(name, tuple(shape), dtype, lambda name=name: reader.full(slot, name))
         for name, shape in reader.shapes.items()
     }
-    if recipe.stage == "controlnet":
+    apart = layout == "hf" and recipe.controlnet.weights == "lora"
+    if recipe.stage == "controlnet" and not apart:
         stage = open_controlnet(recipe, for_counting=recipe.controlnet.weights == "full")
         assert isinstance(stage.shape, ControlNetConfig)
         if stage.shape.lora:

@@ -9,7 +9,7 @@ import logging
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,25 +20,20 @@ from torch import Tensor
 from ...data.bucket_rule import Bucket, BucketRule
 from ...data.transforms import decode_image, decode_shapes
 from ...slurm.run_folder import no_run
-from ..checkpoint.merged_controlnet import PREFIX, MergedControlNet
-from ..checkpoint.state import restore_statistics
 from ..distributed.process_group import Group
 from ..errors import RunError
-from ..models import latent_controlnet
-from ..models.controlnet_config import ControlNetConfig
 from ..models.flux import FluxFolder, FluxTokenizers, FrozenFlux, Tokens
 from ..models.hub import locate
-from ..models.latent_controlnet import LatentControlNet
 from ..models.prompt import PromptTemplate
-from ..models.text_bridge import Bridge, build_bridge
-from ..models.weights import fill
+from ..models.text_bridge import Bridge
 from ..stages import open_controlnet
 from ..stages.unsharded import init_context
 from ..stages.vision_outputs import load_vision_encoder
 from .flux_sampler import OnStep, Text, draw_noise, sample
 from .latent_decoder import LatentDecoder, open_run, read_decoder, require_native, usual_device
 from .settings import Settings
-from .stored_runs import RECIPE, checkpoint_weights, has_checkpoints, run_and_step, stored_recipe
+from .stored_controlnet import load_controlnet
+from .stored_runs import RECIPE, has_recipe, run_and_step, stored_recipe
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +70,9 @@ class Generator(LatentDecoder):
         require_native(stage, Path(mllm))
         # The smaller model first: a mismatch is found before the large ones are read.
         width, side = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
-        frozen, network, tokenizers, size = load_image_generator(Path(controlnet), flux, width, side, device, dtype)
+        parts = load_image_generator(Path(controlnet), flux, width, side, device, dtype)
         decoder = read_decoder(Path(mllm), stage, device, dtype, group)
-        parts = {"flux": frozen, "controlnet": network, "tokenizers": tokenizers, "flux_size": size}
-        return cls(**vars(decoder), **parts, rule=_bucket_rule(Path(controlnet)))
+        return cls(**vars(decoder), **parts)
 
     @classmethod
     def without_branch(
@@ -100,16 +94,14 @@ class Generator(LatentDecoder):
         group: Group = Group(),
     ) -> Generator:
         """`without_branch` of a stage-2 run, which names its vision encoder; otherwise as `load`."""
-        if not has_checkpoints(controlnet):
+        if not has_recipe(controlnet):
             raise RunError(f"{controlnet}: only a run names the vision encoder of its latents; give --mllm RUN, too")
         device, dtype = usual_device(device, dtype)
         stage = open_controlnet(stored_recipe(controlnet, "controlnet"))
         patches, width = stage.condition
         where = width, math.isqrt(patches), device, dtype
-        frozen, network, tokenizers, size = load_image_generator(controlnet, flux, *where)
+        parts = load_image_generator(controlnet, flux, *where)
         vision = load_vision_encoder(stage.config, stage.backbone_files(), device, dtype)
-        parts = {"flux": frozen, "controlnet": network, "tokenizers": tokenizers, "flux_size": size}
-        parts["rule"] = stage.bucket_rule
         return cls.without_branch(vision, stage.data.image_size, device, group, **parts)
 
     def generate(
@@ -208,10 +200,16 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 def load_image_generator(
     path: Path, flux: str | None, width: int, side: int, device: torch.device, dtype: torch.dtype
-) -> tuple[FrozenFlux, Bridge, FluxTokenizers, int]:
-    """The image generator for patch latents [B, side^2, width]: FLUX, ControlNet, tokenizers, image side in pixels."""
-    network, folder, size = load_controlnet(path, flux, width, side, device, dtype)
-    return load_flux(folder, device, dtype), network, folder.tokenizers, size
+) -> dict[str, Any]:
+    """What a `Generator` has besides a decoder, for patch latents [B, side^2, width]; by the names of its fields."""
+    found = load_controlnet(path, flux, width, side, device, dtype)
+    return {
+        "flux": load_flux(found.folder, device, dtype),
+        "controlnet": found.network,
+        "tokenizers": found.folder.tokenizers,
+        "flux_size": found.size,
+        "rule": found.rule,
+    }
 
 
 def load_flux(folder: FluxFolder, device: torch.device, dtype: torch.dtype) -> FrozenFlux:
@@ -220,52 +218,6 @@ def load_flux(folder: FluxFolder, device: torch.device, dtype: torch.dtype) -> F
         frozen = FrozenFlux(folder)
     frozen.load()
     return frozen
-
-
-def load_controlnet(
-    path: Path, flux: str | None, width: int, side: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Bridge, FluxFolder, int]:
-    """The ControlNet, or other bridge, of a stage-2 run, a checkpoint of one or a `flux_controlnet` folder, its FLUX,
-    and the side of its images in pixels.
-
-    flux: path of the FLUX; a run names its own, a `flux_controlnet` folder does not. RunError unless the ControlNet
-    fits patch latents [B, side^2, width].
-    """
-    if has_checkpoints(path):
-        recipe = stored_recipe(path, "controlnet")
-        assert recipe.flux is not None
-        if flux:
-            recipe = recipe.model_copy(update={"flux": recipe.flux.model_copy(update={"path": flux, "revision": None})})
-        stage = open_controlnet(recipe)
-        shape, folder, size = stage.shape, stage.folder, stage.flux.image_size
-        source = trained = checkpoint_weights(path)
-        if isinstance(shape, ControlNetConfig) and shape.lora:
-            source, shape = MergedControlNet(trained, shape, folder), replace(shape, lora=None)
-    else:
-        shape, source = latent_controlnet.read_config(path)
-        if flux is None:
-            raise RunError(f"{path}: names no FLUX; give the one it was trained on, such as --flux FOLDER")
-        folder = FluxFolder.open(locate(flux, None, "--flux", "*/*.safetensors"))
-        size = 2 * folder.stride * {"up": 2 * side, "none": side, "down": side // 2}[shape.resampling]
-        trained = None
-    shape.require(folder.transformer, width, side, folder.grid(size))
-    with init_context(device, dtype):
-        network = build_bridge(shape).eval().requires_grad_(False)
-    if trained is None:
-        assert isinstance(network, LatentControlNet)
-        network.load(source, path)
-        return network, folder, size
-    fill({PREFIX + name: parameter for name, parameter in network.named_parameters()}, source, path)
-    statistics = {PREFIX + name: buffer for name, buffer in network.statistics().items()}
-    restore_statistics(statistics, trained.reader, trained.slot)
-    return network, folder, size
-
-
-def _bucket_rule(path: Path) -> BucketRule | None:
-    """The rule of the buckets of a stage-2 run; None for one in squares, and for a `flux_controlnet` folder."""
-    if not has_checkpoints(path):
-        return None
-    return open_controlnet(stored_recipe(path, "controlnet"), for_counting=True).bucket_rule
 
 
 def base_folder(path: Path) -> Path:

@@ -42,6 +42,12 @@ def has_checkpoints(path: Path) -> bool:
     return (path / RECIPE).is_file() or is_checkpoint(path)
 
 
+def has_recipe(path: Path) -> bool:
+    """Whether `path` is a run folder, a checkpoint or an export with its recipe, which `stored_recipe` reads."""
+    exported = path / "config.json"
+    return has_checkpoints(path) or (exported.is_file() and _exported(exported) is not None)
+
+
 def is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...recipes import load_recipe
+from ...recipes import Recipe, load_recipe, with_new_names
 from ...recipes.schema import Previews
+from ..io import read_json
 from ..models.flux_config import PARTS, FluxConfig
 from ..models.hub import architecture
 from . import flux_shapes
@@ -23,14 +24,17 @@ def image_generator_bytes(previews: Previews) -> float:
     if previews.every is None or previews.controlnet is None:
         return 0.0
     path = Path(previews.controlnet)
-    if (path / "config.json").is_file() and not (path / "recipe.yaml").is_file() and previews.flux:
+    own, exported = path / "recipe.yaml", read_json(path / "config.json") or {}
+    if exported and "recipe" not in exported and not own.is_file() and previews.flux:
         from ..models.latent_controlnet import read_config  # imports torch: it opens the weights
 
         shape, _ = read_config(path)
         folder = FluxConfig.open(architecture(previews.flux, None, "previews.flux"))
     else:
-        own = path / "recipe.yaml"
-        other = load_recipe(own if own.is_file() else STAND_IN, stored=True)
+        if "recipe" in exported:  # low-rank pairs
+            other = Recipe.model_validate(with_new_names(exported["recipe"]))
+        else:
+            other = load_recipe(own if own.is_file() else STAND_IN, stored=True)
         assert other.flux is not None, "required by the recipe schema"
         flux = other.flux
         if previews.flux:

@@ -246,7 +246,12 @@ class ControlNetStage:
                 f"init_from={path}: only a run folder has the weights of controlnet.bridge={self.shape.kind}; give one"
             )
         if self.shape.lora:
-            raise RunError(f"init_from={path}: a ControlNet folder has no low-rank pairs; give a run that has them")
+            files = weights.WeightFiles(path)
+            if not any(name.endswith(".lora_A") for name in files.names):
+                raise RunError(f"init_from={path}: has no low-rank pairs; give a run that has them, or its hf export")
+            with torch.device("meta"):
+                model = self.build()
+            return files, {name: name for name in [*model.trainable(), *model.statistics()]}
         shape, files = latent_controlnet.read_config(path)
         side = grid_side(self.config, self.data.image_size)
         width = self.config.vision_config.out_hidden_size

@@ -23,9 +23,10 @@ from ...recipes.schema import Previews
 from ..distributed.process_group import Ranks
 from ..errors import RunError
 from ..inference.contact_sheet import make_contact_sheet
-from ..inference.generator import Generator, load_controlnet, load_flux
+from ..inference.generator import Generator, load_flux
 from ..inference.latent_decoder import LatentDecoder, usual_device
 from ..inference.settings import Settings
+from ..inference.stored_controlnet import load_controlnet
 from ..io import write_png
 from ..models.prompt import PromptTemplate
 from ..monitors.phase_timer import PhaseTimer
@@ -134,8 +135,9 @@ class _ImageGenerator:
         assert settings.controlnet
         self.device, self.dtype = usual_device(device, None)
         where = Path(settings.controlnet), settings.flux, width, side, torch.device("cpu"), self.dtype
-        network, self.folder, self.size = load_controlnet(*where)
-        self.controlnet: Any = network  # diffusers' wrapped `to` has an annotation that no call fits
+        found = load_controlnet(*where)
+        self.folder, self.size = found.folder, found.size
+        self.controlnet: Any = found.network  # diffusers' wrapped `to` has an annotation that no call fits
         self.folder.require_weights()
 
     def generate(self, decoder: LatentDecoder, captions: list[str], latents: torch.Tensor) -> list[Image.Image]:

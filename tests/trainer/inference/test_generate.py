@@ -14,8 +14,9 @@ from bifrost.trainer.checkpoint.export import export
 from bifrost.trainer.checkpoint.shard import Payload
 from bifrost.trainer.checkpoint.store import Store
 from bifrost.trainer.errors import RunError
-from bifrost.trainer.inference.generator import Generator, load_controlnet
+from bifrost.trainer.inference.generator import Generator
 from bifrost.trainer.inference.settings import Sampling, Settings
+from bifrost.trainer.inference.stored_controlnet import load_controlnet
 from bifrost.trainer.models.latent_controlnet import LatentControlNet, write_config
 from bifrost.trainer.stages import StageModel
 from images import differ, equal
@@ -56,7 +57,7 @@ def test_averaged_weights_have_averaged_statistics(mllm: Path, flux: Path, tmp_p
     where = torch.device("cpu"), torch.float32
 
     def taken(path: Path) -> dict[str, torch.Tensor]:
-        return {f"controlnet.{n}": b for n, b in load_controlnet(path, None, 192, 4, *where)[0].named_buffers()}
+        return {f"controlnet.{n}": b for n, b in load_controlnet(path, None, 192, 4, *where).network.named_buffers()}
 
     assert all(torch.equal(buffer, live[name]) for name, buffer in taken(run).items())
     assert "no averaged BatchNorm statistics" in caplog.text

@@ -13,8 +13,8 @@ import plain
 import ranked
 import runs
 from bifrost.recipes import load_recipe
-from bifrost.trainer.inference.generator import load_controlnet
 from bifrost.trainer.inference.mllm import load_mllm
+from bifrost.trainer.inference.stored_controlnet import load_controlnet
 from bifrost.trainer.planner import parts
 from bifrost.trainer.planner.layout import AS_SET, Zero
 from bifrost.trainer.planner.traffic import traffic
@@ -112,6 +112,5 @@ def generates_with(run: Path) -> None:
     if recipe.stage == "patch-latents":
         model: Any = load_mllm(run, open_patch_latents(recipe), *where).backbone.text
     else:
-        _, folder, _ = load_controlnet(run, None, 192, 4, *where)
-        model = folder.build("transformer")
+        model = load_controlnet(run, None, 192, 4, *where).folder.build("transformer")
     assert torch.int8 in {parameter.dtype for parameter in model.parameters()}

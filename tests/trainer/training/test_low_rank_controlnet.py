@@ -14,11 +14,11 @@ import runs
 import tiny_flux
 from bifrost.recipes import load_recipe
 from bifrost.trainer.checkpoint.export import export
-from bifrost.trainer.inference.generator import load_controlnet
+from bifrost.trainer.inference.stored_controlnet import load_controlnet
 from bifrost.trainer.inference.stored_runs import checkpoint_weights
 from bifrost.trainer.models.flux import FluxFolder, image_ids
 from bifrost.trainer.models.latent_controlnet import LatentControlNet, read_config
-from bifrost.trainer.models.weights import fill
+from bifrost.trainer.models.weights import WeightFiles, fill
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 
@@ -78,7 +78,8 @@ def test_resumes_to_the_bit_and_on_other_ranks(shards: Path, flux: Path, tmp_pat
 def test_an_export_is_an_ordinary_controlnet_with_the_same_results(
     shards: Path, flux: Path, tmp_path: Path, held: str
 ) -> None:
-    """The residuals of the trained model, with its pairs apart, of the run as inference reads it, and of the folder."""
+    """The residuals of the trained model, with its pairs apart, of the run as inference reads it, of the folder, and of
+    the export of the pairs, from which a run begins like from this one."""
     settings = (f"flux.weights={held}", "controlnet.norm=group", "ema=null")
     run = train(shards, flux, tmp_path, 2, "steps=4", *settings, *SHARDED)
     out = tmp_path / "flux_controlnet"
@@ -92,20 +93,26 @@ def test_an_export_is_an_ordinary_controlnet_with_the_same_results(
     inputs, model = plain.loaded(recipe)
     before = residuals(model.controlnet, inputs.stage.folder)
     assert not any(each.any() for each in before), "no effect before training"
-    trained = model.trainable()
-    fill(trained, checkpoint_weights(run), run)
+    fill(trained := model.trainable(), checkpoint_weights(run), run)
     where = 192, 4, torch.device("cpu"), torch.float32
-    networks = [model.controlnet, load_controlnet(run, None, *where)[0], load_controlnet(out, str(flux), *where)[0]]
-    apart, merged, exported = (residuals(network, inputs.stage.folder) for network in networks)
-    for one, two, three in zip(apart, merged, exported, strict=True):
+    pairs = tmp_path / "pairs"
+    export(run, pairs, "hf", dtype=torch.float32)
+    assert WeightFiles(pairs).names == sorted([*trained, *model.statistics()])
+    loaded = [load_controlnet(path, named, *where) for path, named in ((run, None), (out, str(flux)), (pairs, None))]
+    networks = [model.controlnet, *(each.network for each in loaded)]
+    apart, *others = (residuals(network, inputs.stage.folder) for network in networks)
+    for one, merged, exported, from_pairs in zip(apart, *others, strict=True):
         assert one.abs().max() > 1e-3
-        torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
-        assert torch.equal(two, three)
+        torch.testing.assert_close(merged, one, rtol=0, atol=1e-5)
+        assert torch.equal(merged, exported) and torch.equal(merged, from_pairs)
 
-    for start, code, message in ((run, 0, ""), (out, 2, "a ControlNet folder has no low-rank pairs; give a run")):
+    begun = {}
+    for start, code, message in ((run, 0, ""), (pairs, 0, ""), (out, 2, "has no low-rank pairs; give a run")):
         again = (*settings, f"name=from-{start.name}", f"init_from={start}", "steps=1")
         (ended,) = ranked.bifrost(1, *arguments(shards, flux, tmp_path, 1, *again))
         assert ended.code == code and message in ended.err, ended.err
+        begun[start] = runs.losses(tmp_path / f"from-{start.name}") if code == 0 else []
+    assert begun[run] == begun[pairs] != []
     (ended,) = ranked.bifrost(1, *arguments(shards, flux, tmp_path, 2, *settings, "steps=5", "controlnet.lora.rank=4"))
     assert ended.code == 2 and "controlnet.lora" in ended.err, "the pairs of a run stay"
 
