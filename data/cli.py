@@ -1,4 +1,4 @@
-"""The `bifrost data` commands. The main command turns a DataError into one line."""
+"""The `bifrost data` commands that need no ranks. The main command turns a DataError into one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from .errors import DataError
 from .units import counted, format_bytes
 
 app = typer.Typer(help="Make, index, check and describe shards.", no_args_is_help=True)
@@ -78,51 +77,12 @@ def ingest(
 
 
 @app.command()
-def index(
-    shards: Shards,
-    only_missing: Annotated[bool, typer.Option("--only-missing", help="Skip shards that have an index.")] = False,
-    index_dir: IndexDir = None,
-) -> None:
-    """Index existing WebDataset tars, which are not changed; remote ones are read once, in parts."""
-    from .write import index_all
-
-    found = index_all(shards, only_missing, index_dir)
-    headers = [header for _, header in found.done]
-    samples, captions = (sum(getattr(header, name) for header in headers) for name in ("samples", "captions"))
-    left_out = found.left_out.total()
-    read = f"{samples + left_out:,} read, {left_out:,} of them without a sample" if left_out else f"{samples:,} read"
-    indexed = f"{counted(len(headers), 'shard')} indexed: {counted(samples, 'sample')}"
-    typer.echo(f"{indexed}, {captions:,} of them with a caption ({read})")
-    for reason, count in found.left_out.most_common(5):
-        typer.echo(f"  {count:,} left out: {reason}")
-    if empty := sum(not header.samples for header in headers):
-        typer.echo(f"  {counted(empty, 'shard')} without samples")
-    if found.problems:
-        typer.echo(f"  {counted(len(found.problems), 'shard')} could not be indexed")
-        raise DataError("\n".join(found.problems))
-
-
-@app.command()
 def catalogue(shards: Shards, index_dir: IndexDir = None) -> None:
     """Write one catalogue of all shards in a folder, with which opening them needs no request per shard."""
     from .make_catalogue import make_catalogues
 
     for made in make_catalogues(shards, index_dir):
         typer.echo(f"{made.place.url}: {counted(len(made.names), 'shard')}, {counted(made.samples, 'sample')}")
-
-
-@app.command()
-def verify(shards: Shards, index_dir: IndexDir = None) -> None:
-    """Read every shard and compare it with its index; exit code 1 on a mismatch."""
-    from .shard_list import expand
-    from .write import verify as find_problems
-
-    problems = find_problems(shards, index_dir)
-    for problem in problems:
-        typer.echo(problem)
-    checked = len(expand(shards))
-    typer.echo(f"{counted(checked, 'shard')} checked, {len(problems):,} with problems")
-    raise typer.Exit(1 if problems else 0)
 
 
 @app.command()

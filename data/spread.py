@@ -19,16 +19,25 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def spread(work: Callable[[Item], Result], items: Sequence[Item], rank: int, gather: Gather) -> list[Result]:
-    """Results of `work` on every item, split among the ranks; an error of one rank is raised on all."""
+def spread(
+    work: Callable[[Item], Result], items: Sequence[Item], rank: int, gather: Gather, threads: int = THREADS
+) -> list[Result]:
+    """Results of `work` on every item, split among the ranks. The error of the first item that has one is raised on
+    all, as if one rank had done all of the work."""
     ranks = len(gather(None))
+    mine: list[Result] = []
 
-    def mine() -> list[Result]:
-        with ThreadPoolExecutor(THREADS) as pool:
-            return list(pool.map(work, items[rank::ranks]))
+    def do() -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            for result in pool.map(work, items[rank::ranks]):
+                mine.append(result)
 
-    found = shared(mine, gather)
-    return [found[number % ranks][number // ranks] for number in range(len(items))]
+    _, failure = _outcome(do)
+    outcomes = gather((mine, failure))
+    failed = [(len(done) * ranks + number, each) for number, (done, each) in enumerate(outcomes) if each is not None]
+    if failed:
+        raise min(failed, key=lambda one: one[0])[1]
+    return [outcomes[number % ranks][0][number // ranks] for number in range(len(items))]
 
 
 def from_first(work: Callable[[], Result], rank: int, gather: Gather, broadcast: Broadcast | None) -> Result:
@@ -41,16 +50,20 @@ def from_first(work: Callable[[], Result], rank: int, gather: Gather, broadcast:
 
 def shared(work: Callable[[], Result], gather: Gather) -> list[Result]:
     """The result of `work` on each rank; the first DataError of any rank is raised on all."""
-    try:
-        found, failure = work(), None
-    except DataError as error:
-        found, failure = None, error
-    except Exception as error:
-        if verdict(error) is None:
-            raise
-        found, failure = None, storage_failure("data.shards", error)
-    outcomes = gather((found, failure))
+    outcomes = gather(_outcome(work))
     for _, failed in outcomes:
         if failed is not None:
             raise failed
     return [result for result, _ in outcomes]
+
+
+def _outcome(work: Callable[[], Result]) -> tuple[Any, DataError | None]:
+    """The result of `work`, or the DataError that it ended with, which is one of its own or of the storage."""
+    try:
+        return work(), None
+    except DataError as error:
+        return None, error
+    except Exception as error:
+        if verdict(error) is None:
+            raise
+        return None, storage_failure("data.shards", error)

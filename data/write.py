@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -17,6 +16,7 @@ from .index import Header, Index, build_index, index_path, load_index, reindex, 
 from .make_catalogue import catalogue_problems
 from .progress import progress
 from .shard_list import expand, folder_of
+from .spread import Gather, from_first, shared, spread
 from .transience import verdict
 
 Sample = dict[str, bytes]
@@ -75,40 +75,55 @@ class Indexed(NamedTuple):
     """One line per shard that could not be indexed."""
 
 
-def index_all(spec: str | list[str], only_missing: bool = False, index_dir: str | None = None) -> Indexed:
+def index_all(
+    spec: str | list[str],
+    only_missing: bool = False,
+    index_dir: str | None = None,
+    rank: int = 0,
+    gather: Gather = lambda value: [value],
+) -> Indexed:
     """Index existing tars, without changing them; failures of single tars are collected. A remote tar is read once, in
-    parts. index_dir: folder for the indexes; None: next to the tars.
+    parts. index_dir: folder for the indexes; None: next to the tars. rank, gather: of the ranks that do this together;
+    each indexes its share of the tars, and all return the same.
 
-    Raises DataError when a folder is not writable, before anything is read, or when a server refuses requests.
+    Raises DataError, on all ranks, when a folder is not writable, before anything is read, or when a server refuses
+    requests.
     """
-    shards = expand(spec)
-    if only_missing:
-        shards = [shard for shard in shards if not exists(index_path(shard, index_dir))]
+    shards = from_first(lambda: expand(spec), rank, gather, None)
+    if only_missing:  # agreed before any rank writes one
+        indexed = spread(lambda shard: exists(index_path(shard, index_dir)), shards, rank, gather)
+        shards = [shard for shard, has_one in zip(shards, indexed, strict=True) if not has_one]
+    shared(lambda: _require_writable(shards, index_dir), gather)
+    found = Indexed([], Counter(), [])
+    work = _in_threads(partial(_index_one, index_dir), shards, "indexing", rank, gather)
+    for shard, (header, left_out, problem) in zip(shards, work, strict=True):
+        if header is None:
+            found.problems.append(problem)
+            continue
+        found.done.append((shard, header))
+        found.left_out.update(left_out)
+    return found
+
+
+def _require_writable(shards: list[str], index_dir: str | None) -> None:
     for shard in {folder_of(shard): shard for shard in shards}.values():
         require_writable(index_path(shard, index_dir), "an index")
 
-    def index_one(shard: str) -> tuple[str, Index | None, str | None]:
-        try:
-            index = build_index(shard)
-            if index.left_out and not index.header.samples:
-                raise DataError(f"{shard}: {_no_images(index)}")
-            save_index(shard, index, index_dir)
-        except DataLost:
-            raise
-        except DataError as error:
-            if _refused(shard, error):
-                raise
-            return shard, None, str(error)
-        return shard, index, None
 
-    found = Indexed([], Counter(), [])
-    for shard, index, problem in _in_threads(index_one, shards, "indexing"):
-        if index is None:
-            found.problems.append(problem or "")
-            continue
-        found.done.append((shard, index.header))
-        found.left_out.update(reason for _, reason in index.left_out)
-    return found
+def _index_one(index_dir: str | None, shard: str) -> tuple[Header | None, Counter[str], str]:
+    """The header of a shard that is now indexed, and the reasons of what is left out; or None and its problem."""
+    try:
+        index = build_index(shard)
+        if index.left_out and not index.header.samples:
+            raise DataError(f"{shard}: {_no_images(index)}")
+        save_index(shard, index, index_dir)
+    except DataLost:
+        raise
+    except DataError as error:
+        if _refused(shard, error):
+            raise
+        return None, Counter(), str(error)
+    return index.header, Counter(reason for _, reason in index.left_out), ""
 
 
 def index_shards(
@@ -133,28 +148,47 @@ def _no_images(index: Index) -> str:
     return "no member ends in .jpg, .jpeg, .png or .webp; name shards that hold images"
 
 
+class Verified(NamedTuple):
+    """Result of verifying shards."""
+
+    checked: int
+    problems: list[str]
+    """One line per problem."""
+
+
+def verify_all(
+    spec: str | list[str], index_dir: str | None = None, rank: int = 0, gather: Gather = lambda value: [value]
+) -> Verified:
+    """Read every shard and compare it with its index, and the indexes with the catalogues of their folders. index_dir:
+    folder of indexes and catalogues; None: next to the shards. rank, gather: of the ranks that do this together; each
+    reads its share of the shards, and all return the same. Raises DataError, on all ranks, when the server of the
+    shards refuses requests, DataLost when the storage is unavailable."""
+    shards = from_first(lambda: expand(spec), rank, gather, None)
+    found = _in_threads(partial(_check, index_dir), shards, "verifying", rank, gather)
+    problems = [each for each in found if isinstance(each, str)]
+    headers = {shard: each for shard, each in zip(shards, found, strict=True) if isinstance(each, Header)}
+    problems += from_first(lambda: catalogue_problems(headers, index_dir), rank, gather, None)
+    return Verified(len(shards), problems)
+
+
 def verify(spec: str | list[str], index_dir: str | None = None) -> list[str]:
-    """Read every shard and compare it with its index, and the indexes with the catalogues of their folders; returns one
-    line per problem. index_dir: folder of indexes and catalogues; None: next to the shards. Raises DataError when the
-    server of the shards refuses requests, DataLost when the storage is unavailable."""
-    shards = expand(spec)
-    found = dict(zip(shards, _in_threads(partial(_check, index_dir), shards, "verifying"), strict=True))
-    problems = [each for each in found.values() if isinstance(each, str)]
-    return problems + catalogue_problems(
-        {shard: each for shard, each in found.items() if isinstance(each, Header)}, index_dir
-    )
+    """`verify_all`, returning its problems."""
+    return verify_all(spec, index_dir).problems
 
 
-def _in_threads(work: Callable[[str], Result], shards: list[str], label: str) -> Iterator[Result]:
-    """Yield results of `work` in the order of the shards, with progress on standard error."""
-    with ThreadPoolExecutor(THREADS) as pool, progress(label, len(shards), "shards") as shown:
+def _in_threads(
+    work: Callable[[str], Result], shards: list[str], label: str, rank: int, gather: Gather
+) -> list[Result]:
+    """Results of `work` on all shards, which the ranks divide, with the progress of the first on standard error."""
+    mine = len(shards[rank :: len(gather(None))])
+    with progress(label, mine, "shards", shown=rank == 0) as shown:
 
         def counted(shard: str) -> Result:
             result = work(shard)
             shown.advance()
             return result
 
-        yield from pool.map(counted, shards)
+        return spread(counted, shards, rank, gather, THREADS)
 
 
 def _refused(shard: str, error: DataError) -> bool:

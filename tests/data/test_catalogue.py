@@ -18,8 +18,8 @@ import faulty_server
 import object_store
 from bifrost.data import DataError, DataLost, catalogue, catalogue_state, open_dataset, remote, write_shard
 from bifrost.data.catalogue import NAME
-from bifrost.data.cli import app
 from bifrost.data.make_catalogue import make_catalogues
+from bifrost.trainer.cli.main import data_app as app
 from catalogued_folder import SERVERS, content, is_catalogued, write
 from faulty_server import Plan, Rule
 from thread_ranks import in_ranks

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bifrost.data import DataError, write_shard
-from bifrost.data.cli import app
+from bifrost.trainer.cli.main import data_app as app
 
 
 def call(*arguments: object, code: int = 0) -> str:

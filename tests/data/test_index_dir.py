@@ -13,10 +13,10 @@ import object_store
 from bifrost.data import DataError, index_shards, open_dataset, verify, write_shard
 from bifrost.data.catalogue import NAME
 from bifrost.data.catalogued import open_catalogued
-from bifrost.data.cli import app
 from bifrost.data.index import index_path
 from bifrost.data.index_dir import place_of
 from bifrost.data.make_catalogue import make_catalogues
+from bifrost.trainer.cli.main import data_app as app
 from catalogued_folder import content
 from thread_ranks import in_ranks
 

@@ -45,8 +45,12 @@ EXAMPLES = {
     "data index": (
         "bifrost data index '/data/pairs/*.tar' --only-missing",
         "bifrost data index 's3://bucket/pairs/*.tar' --index-dir indexes",
+        "srun --ntasks-per-node 8 bifrost data index '/data/pairs/*.tar'",
     ),
-    "data verify": ("bifrost data verify '/data/pairs/{00000..00127}.tar'",),
+    "data verify": (
+        "bifrost data verify '/data/pairs/{00000..00127}.tar'",
+        "bifrost data verify '/data/pairs/*.tar' --ranks 8",
+    ),
     "data catalogue": ("bifrost data catalogue /data/pairs",),
     "data stats": ("bifrost data stats 'demo/train-*.tar'",),
     "data encode": (

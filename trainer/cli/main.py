@@ -40,6 +40,7 @@ from .replay import replay
 from .report import compare, report
 from .runs import runs
 from .score import score
+from .shards import index, verify
 from .track import app as track_app
 from .train import encode, export, resume, train
 from .train_node import train_node
@@ -73,8 +74,8 @@ app.command()(doctor)
 app.command()(manifest)
 
 RANKED = [
-    *(["train"], ["resume"], ["generate"], ["eval"], ["data", "encode"], ["kernels", "profile"]),
-    *(["bench", "scale"], ["bench", "checkpoint"]),
+    *(["train"], ["resume"], ["generate"], ["eval"], ["kernels", "profile"], ["bench", "scale"]),
+    *(["bench", "checkpoint"], ["data", "encode"], ["data", "index"], ["data", "verify"]),
 ]
 """Commands that launchers start as ranks."""
 
@@ -103,6 +104,8 @@ app.command()(train)
 app.command(hidden=True)(train_node)
 app.command()(resume)
 app.command()(export)
+data_app.command()(index)
+data_app.command()(verify)
 data_app.command("encode")(encode)
 add_examples(app)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -55,19 +55,19 @@ def leave(code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def is_rank(context: typer.Context, ranks: int | None) -> bool:
-    """Whether this process is a rank. If it is not, and `ranks`, by default one per GPU, are several, they are started
+def is_rank(context: typer.Context, ranks: int | None, usual: Callable[[], int] = devices) -> bool:
+    """Whether this process is a rank. If it is not, and `ranks`, by default `usual()`, are several, they are started
     with the same command, and it ends with their exit code."""
     if init_from_env(ranks):
         return True
-    if (count := ranks or devices()) > 1:
+    if (count := ranks or usual()) > 1:
         leave(run_ranks(count, _rank_arguments(context)))
     return False
 
 
 def _rank_arguments(context: typer.Context) -> list[str]:
     """The arguments of a command for its ranks, without `ranks`."""
-    arguments, last = [str(context.info_name)], []
+    arguments, last = _words(context), []
     for parameter in context.command.params:
         value = context.params[str(parameter.name)]
         if parameter.param_type_name == "argument":
@@ -76,3 +76,8 @@ def _rank_arguments(context: typer.Context) -> list[str]:
             plain = value.value if isinstance(value, Enum) else value
             arguments.append(parameter.opts[0] if value is True else f"{parameter.opts[0]}={plain}")
     return arguments + last
+
+
+def _words(context: Any) -> list[str]:
+    """The words of a command after the program's own, such as `data index`."""
+    return [] if context.parent is None else [*_words(context.parent), str(context.info_name)]

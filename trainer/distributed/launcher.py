@@ -232,7 +232,8 @@ def lost_file(phase_file: Path, rank: int) -> Path:
 def _death(rank: int, number: int, trains: bool) -> str:
     """The error line for a rank that died of signal `number`."""
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    cause = ", mostly for lack of memory: lower micro_batch or data.workers" if number == signal.SIGKILL else ""
+    fewer = "lower micro_batch or data.workers" if trains else "start fewer ranks"
+    cause = f", mostly for lack of memory: {fewer}" if number == signal.SIGKILL else ""
     remedy = "; the same command continues from the last checkpoint" if trains else ""
     return f"error: rank {rank} was ended by {name}{cause}{remedy}"
 

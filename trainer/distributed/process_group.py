@@ -138,11 +138,11 @@ class Ranks:
             dist.barrier()
 
 
-def join(timeout: timedelta = timedelta(minutes=30), wait_s: float = 300) -> Ranks:
+def join(timeout: timedelta = timedelta(minutes=30), wait_s: float = 300, cpu: bool = False) -> Ranks:
     """Join the process group that RANK, WORLD_SIZE and LOCAL_RANK describe; a single process without them.
 
     timeout: of each collective. wait_s: seconds in which all ranks must join, else RendezvousTimeout names the missing;
-    and seconds in which they must then connect to each other.
+    and seconds in which they must then connect to each other. cpu: for work without a GPU, of as many ranks as wanted.
     """
     # Keeps the last collectives for hang reports (monitors/stacks.py).
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -152,19 +152,19 @@ def join(timeout: timedelta = timedelta(minutes=30), wait_s: float = 300) -> Ran
     # DeepSpeed reads these too.
     rank, size, local = (int(os.environ.setdefault(*d)) for d in _SINGLE)
     if dist.is_initialized():
-        return Ranks(rank, size, _device(rank, local))
+        return Ranks(rank, size, _device(rank, local, cpu))
     if size == 1:
-        device, store = _device(rank, local), HashStore()
+        device, store = _device(rank, local, cpu), HashStore()
     elif "TORCHELASTIC_RUN_ID" in os.environ and "BIFROST_RENDEZVOUS" not in os.environ:
         # torchrun has had its own rendezvous, in a store that may still hold keys of an earlier attempt.
         require_agent(rank)
-        device, store = _prepare(rank, size, local), None
+        device, store = _prepare(rank, size, local, cpu), None
     else:
         # Before the device is touched: a broken one may hang.
         store = interruptible(partial(join_store, rank, size, wait_s))
         problem = ""
         try:
-            device = _prepare(rank, size, local)
+            device = _prepare(rank, size, local, cpu)
         except RunError as error:
             device, problem = torch.device("cpu"), str(error)
         interruptible(partial(wait_for_all, store, rank, size, wait_s, problem))
@@ -183,15 +183,15 @@ def join(timeout: timedelta = timedelta(minutes=30), wait_s: float = 300) -> Ran
     return Ranks(rank, size, device)
 
 
-def _prepare(rank: int, size: int, local: int) -> torch.device:
+def _prepare(rank: int, size: int, local: int, cpu: bool) -> torch.device:
     """This process's device; RunError where it does not see it, or may not open enough files for `size` ranks."""
     allow_open_files(size)
-    return _device(rank, local)
+    return _device(rank, local, cpu)
 
 
-def _device(rank: int, local: int) -> torch.device:
+def _device(rank: int, local: int, cpu: bool) -> torch.device:
     """The device of local rank `local`; RunError where this process does not see it."""
-    if not torch.cuda.is_available():
+    if cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     if local >= (seen := torch.cuda.device_count()):
         gpus = "1 GPU" if seen == 1 else f"{seen} GPUs"

@@ -70,7 +70,7 @@ def test_ctrl_c_ends_it_with_the_command(tmp_path: Path) -> None:
             "SIGKILL, mostly for lack of memory: lower micro_batch or data.workers; the same command",
         ),
         (signal.SIGSEGV, True, "SIGSEGV; the same command continues from the last checkpoint"),
-        (signal.SIGKILL, False, "SIGKILL, mostly for lack of memory: lower micro_batch or data.workers\n"),
+        (signal.SIGKILL, False, "SIGKILL, mostly for lack of memory: start fewer ranks\n"),
         (signal.SIGRTMIN + 1, False, f"signal {signal.SIGRTMIN + 1}\n"),
     ],
 )
