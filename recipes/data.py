@@ -125,7 +125,7 @@ class Data(Section):
     image_size: int = Field(default=448, gt=0)
     """Side in pixels of the square image given to the vision encoder; a multiple of patch size x merge size (28)."""
     buckets: Buckets | None = None
-    """Stage 2 only: images in several shapes instead of squares, one shape per global batch; null: squares."""
+    """Images in several shapes instead of squares, one shape per global batch; null: squares."""
     workers: int = Field(default=4, ge=0, le=128)
     """Loader processes per rank; 0 reads in the training process."""
     prefetch: int = Field(default=2, ge=1)

@@ -246,7 +246,8 @@ class Recipe(Section):
         """What needs squares of one size, and is refused with `data.buckets`."""
         placement = self.flux.placement if self.flux else None
         squares = {
-            "stage patch-latents": self.stage == "patch-latents",
+            f"branch.targets={self.branch.targets}": self.branch.targets != "native",
+            f"backbone.vision_encoder={self.backbone.vision_encoder}": self.backbone.vision_encoder,
             f"controlnet.bridge={self.controlnet.bridge}": self.controlnet.bridge != "latents_2d",
             f"controlnet.latents={self.controlnet.latents}": self.controlnet.latents != "true",
             "flux.placement.vae=cached": placement and placement.vae == "cached",

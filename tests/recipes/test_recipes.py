@@ -503,7 +503,12 @@ def test_captions_that_are_refused(override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("recipe", "setting", "word"),
     [
-        ("mllm-7b", "seed=0", "data.buckets: stage patch-latents is for squares of one size"),
+        ("mllm-7b", "branch.targets=pca", "data.buckets: branch.targets=pca is for squares of one size"),
+        (
+            "mllm-7b",
+            "backbone.vision_encoder=cached",
+            "data.buckets: backbone.vision_encoder=cached is for squares",
+        ),
         ("flux-controlnet", "controlnet.bridge=queries", "data.buckets: controlnet.bridge=queries is for squares"),
         ("flux-controlnet", "flux.placement.vae=cached", "data.buckets: flux.placement.vae=cached is for squares"),
         (

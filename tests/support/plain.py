@@ -23,7 +23,7 @@ def loaded(recipe: Recipe) -> tuple[Any, StageModel]:
     inputs = opened.inputs(recipe)
     model = inputs.stage.build()
     inputs.stage.load(model)
-    measure_statistics(model, inputs.stage, inputs.dataset, Ranks(0, 1, torch.device("cpu")))
+    measure_statistics(model, inputs, Ranks(0, 1, torch.device("cpu")))
     return inputs, model
 
 

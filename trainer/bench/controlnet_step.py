@@ -78,7 +78,8 @@ def bench(
     stage = scaled_stage(opened, layers, width)
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     if baseline == "online":
-        work = VisionWork.of(stage.config, samples, recipe.data.image_size, recipe.precision)
+        side = recipe.data.image_size
+        work = VisionWork.of(stage.config, samples, (side, side), recipe.precision)
         kernels, _ = choose_kernels(recipe.kernels, None, work, Ranks(0, 1, device))
         stage = replace(stage, kernels=kernels)
     try:

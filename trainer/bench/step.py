@@ -78,7 +78,7 @@ def bench(
     tokens = grid_side(config, size) ** 2
     work = KernelWork.of(config, samples, tokens, branch.max_text_tokens, precision)
     lengths = [length for length in real_lengths(samples, branch.max_text_tokens) for _ in range(draws)]
-    vision = VisionWork.of(config, samples, size, precision)
+    vision = VisionWork.of(config, samples, (size, size), precision)
     kernels, _ = choose_kernels(recipe.kernels, replace(work, lengths=lengths), vision, Ranks(0, 1, device))
     settings = recipe.backbone, branch, size, recipe.seed, config, tokens
     stage = PatchLatentStage(*settings, None, None, kernels, for_counting=True)

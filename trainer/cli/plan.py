@@ -51,7 +51,6 @@ def plan(
     from ..planner import caches, open_model, parts, workload
     from ..planner.buckets import planned_buckets
     from ..planner.curves import draw
-    from ..planner.opened import LatentControl
     from ..planner.previews import image_generator_bytes
     from ..planner.report import Report
     from ..planner.sources import samples_of_sources
@@ -73,9 +72,7 @@ def plan(
     )
     samples = samples or settings.steps * settings.global_batch
     sources = samples_of_sources(data, settings.global_batch, samples)
-    buckets = []
-    if data.buckets and isinstance(model, LatentControl):
-        buckets = planned_buckets(model, data, settings.precision, shares)
+    buckets = planned_buckets(model, data, settings.precision, text_tokens, shares)
     if as_json:
         print(json.dumps(report.as_json(samples, sources, buckets), indent=2))
     else:
@@ -91,10 +88,8 @@ def _bucket_shares(model: PatchLatents | LatentControl, data: Data, global_batch
     if data.buckets is None:
         return None
     from ..planner.buckets import rule_of
-    from ..planner.opened import LatentControl
     from ..training.bucket_shares import bucket_shares
 
-    assert isinstance(model, LatentControl), "the schema refuses buckets in stage 1"
     try:
         return bucket_shares(data, rule_of(model, data), global_batch)
     except (DataError, RunError) as error:
@@ -107,12 +102,10 @@ def _check(recipe: str, overrides: list[str], gpus: list[int], text_tokens: int,
     from ..models.image_grids import only_largest
     from ..phantom.check import check
     from ..planner import open_model, parts, workload
-    from ..planner.opened import LatentControl
     from ..terminal import terminal
 
     settings = load_recipe(recipe, overrides)
-    model = open_model(settings)
-    shares = only_largest(model.grids) if isinstance(model, LatentControl) else None
+    shares = only_largest(open_model(settings).grids)
     counted = parts(settings, text_tokens, text_tokens, shares)
     found = check((recipe, overrides), counted, workload(settings), gpus, text_tokens)
     if as_json:

@@ -1,6 +1,6 @@
 """The visual generation branch: a trainable copy of the text model's layers that predicts masked patch latents.
 
-Legend: B images, N patches (side x side), D hidden width, which is also the latents' width.
+Legend: B images, N patches (side x side of a square), D hidden width, which is also the latents' width.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 from . import libraries  # noqa: F401  # isort: skip
 
 import copy
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.initialization import no_init_weights
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
@@ -20,6 +22,7 @@ from ...kernels import gather_rms_norm, mask_mix
 from ...kernels.attention import Backend
 from ...recipes.branch import Lora, Positions
 from .backbone import Prefix
+from .image_grids import Grid
 from .layers import BranchLayer, RmsNorm
 from .rotary import InterleavedRotaryEmbedding
 
@@ -32,8 +35,8 @@ class GenerationBranch(nn.Module):
     """Decoder layers, final norm, mask token and position table; `PatchLatentModel.load` fills the weights.
 
     lora: of layers that share the text model's weights, which `low_rank.share` sets; None: of full ones.
-    config: the text model's Qwen2_5_VLTextConfig. side: patches per image side. fused: use Triton for mask mix and
-    final norm. layers: of the branch, as many as the prefix has; None: as many as the text model has.
+    config: the text model's Qwen2_5_VLTextConfig. side: patches along a side of a square image. fused: use Triton for
+    mask mix and final norm. layers: of the branch, as many as the prefix has; None: as many as the text model has.
     """
 
     def __init__(
@@ -71,28 +74,43 @@ class GenerationBranch(nn.Module):
         """See `FrozenBackbone.restore_rotary`. DeepSpeed does not move buffers of a model built under `zero.Init`."""
         self.rotary_embedding = self.embedding(self.config).to(self.mask_token.device)
 
-    def position_ids(self, lengths: Tensor) -> Tensor:
-        """Rotary positions (t, h, w) of the patches, [3, B, N], after `lengths` [B] text tokens.
+    def position_ids(self, lengths: Tensor, grid: Grid | None = None) -> Tensor:
+        """Rotary positions (t, h, w) of the patches of a grid, [3, B, N], after `lengths` [B] text tokens.
 
-        `learned`: all zero, no rotation. Else Qwen's own, t = n, h = n + row, w = n + column.
+        `learned`: all zero, no rotation. Else Qwen's own, t = n, h = n + row, w = n + column. grid: None: the square.
         """
-        patches = self.side * self.side
+        rows, columns = grid or (self.side, self.side)
         if not self.rotary:
-            return lengths.new_zeros(3, len(lengths), patches)
-        index = torch.arange(patches, device=lengths.device)
-        offsets = torch.stack((torch.zeros_like(index), index // self.side, index % self.side))
+            return lengths.new_zeros(3, len(lengths), rows * columns)
+        index = torch.arange(rows * columns, device=lengths.device)
+        offsets = torch.stack((torch.zeros_like(index), index // columns, index % columns))
         return offsets[:, None, :] + lengths[None, :, None]
 
-    def forward(self, latents: Tensor, mask: Tensor, prefix: Prefix, rows: Tensor | None = None) -> Tensor:
+    def position_table(self, grid: Grid) -> Tensor | None:
+        """What is added to the patches of a grid, [1, N, D]: the table, which is the square's, interpolated as those of
+        vision transformers are (bicubic, corners not aligned); None for rotary positions."""
+        if self.positions is None or grid == (self.side, self.side):
+            return self.positions
+        rows, columns = (_interpolation(self.side, cells, self.positions.device) for cells in grid)
+        # As two products, whose gradients are deterministic on a GPU, which those of `F.interpolate` are not.
+        table = rows @ self.positions[0].float().view(self.side, -1)
+        table = columns @ table.view(grid[0], self.side, -1)
+        return table.view(1, grid[0] * grid[1], -1).to(self.positions.dtype)
+
+    def forward(
+        self, latents: Tensor, mask: Tensor, prefix: Prefix, rows: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
         """Hidden states [B, N, D] after the final norm, for `latents` [B, N, D] masked where `mask` [B, N] is True.
 
-        rows: int64 [R], indices into the B N patches to return; the result is then [R, D].
+        rows: int64 [R], indices into the B N patches to return; the result is then [R, D]. grid: rows and columns of
+        the N patches; None: the square.
         """
-        hidden = mask_mix(latents, mask, self.mask_token, self.positions, "triton" if self.fused else "reference")
+        positions = self.position_table(grid or (self.side, self.side))
+        hidden = mask_mix(latents, mask, self.mask_token, positions, "triton" if self.fused else "reference")
         rotation = None
         if self.rotary:
             texts = prefix.layout.both.ends.diff() - mask.shape[1]
-            rotation = self.rotary_embedding(hidden, self.position_ids(texts))
+            rotation = self.rotary_embedding(hidden, self.position_ids(texts, grid))
         recomputed = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:
             settings = hidden, prefix, rotation, self.attention, recomputed
@@ -101,6 +119,14 @@ class GenerationBranch(nn.Module):
             else:
                 hidden = layer(*settings)
         return self.norm(hidden, rows)
+
+
+@lru_cache
+@torch.no_grad()
+def _interpolation(cells: int, wanted: int, device: torch.device) -> Tensor:
+    """Weights [wanted, cells] by which `F.interpolate` makes `wanted` values of `cells` along one side."""
+    unit = torch.eye(cells, device=device)[None, None]
+    return F.interpolate(unit, (wanted, cells), mode="bicubic", align_corners=False)[0, 0]
 
 
 class FinalNorm(RmsNorm):

@@ -1,4 +1,4 @@
-"""The grids of an image in stage 2, patch latents and FLUX's tokens, as a square and in aspect-ratio buckets."""
+"""The grids of an image, patch latents and FLUX's tokens, as a square and in aspect-ratio buckets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...recipes.data import Buckets
+from ...recipes.data import Buckets, Data
 from ..errors import RunError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class ImageGrid:
-    """Both grids of one shape."""
+    """Both grids of one shape. Stage 1 has no tokens; in it, both are that of the patch latents."""
 
     latents: Grid
     tokens: Grid
@@ -70,13 +70,24 @@ def every_grid(buckets: Buckets | None, image_size: int, square: ImageGrid) -> t
     return tuple(grid for area in bucket_grids(buckets, image_size, square) for grid in area)
 
 
+def latent_buckets(data: Data, side: int) -> tuple[tuple[Grid, ...], BucketRule | None]:
+    """Stage 1: the grid of patch latents of every bucket, by its number, and in which bucket an image is; that of the
+    square of `side` patches alone, and None, without buckets. RunError as of `bucket_grids`."""
+    square = square_grid(side, side)
+    if data.buckets is None:
+        return (square.latents,), None
+    grids = bucket_grids(data.buckets, data.image_size, square)
+    rule = bucket_rule(grids, [data.image_size // side], data.buckets.max_upscale)
+    return tuple(grid.latents for area in grids for grid in area), rule
+
+
 def bucket_rule(grids: Sequence[Sequence[ImageGrid]], units: Sequence[int], max_upscale: float) -> BucketRule:
     """In which bucket an image is. grids: of `bucket_grids`. units: pixels along one side of a patch latent, in the
-    vision encoder's image, and of a token, in FLUX's."""
+    vision encoder's image, and, unless in stage 1, of a token, in FLUX's."""
     from ...data.bucket_rule import Bucket, BucketRule  # imports NumPy
 
     def bucket(grid: ImageGrid) -> Bucket:
-        pairs = zip(units, (grid.latents, grid.tokens), strict=True)
+        pairs = zip(units, (grid.latents, grid.tokens)[: len(units)], strict=True)
         return Bucket(tuple((unit * rows, unit * columns) for unit, (rows, columns) in pairs))
 
     return BucketRule(tuple(tuple(bucket(grid) for grid in area) for area in grids), max_upscale)

@@ -104,15 +104,16 @@ class VisionWork:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, config: Any, images: int, image_size: int, precision: str) -> VisionWork:
-        """For square images of `image_size` pixels. config: the backbone's Qwen2_5_VLConfig."""
+    def of(cls, config: Any, images: int, shape: tuple[int, int], precision: str) -> VisionWork:
+        """For images of this height and width in pixels. config: the backbone's Qwen2_5_VLConfig."""
         vision = config.vision_config
-        side, window = image_size // vision.patch_size, vision.window_size // vision.patch_size
-        edges = [min(window, side - start) for start in range(0, side, window)]
-        windows = tuple(a * b for a in edges for b in edges) * images
+        window = vision.window_size // vision.patch_size
+        rows, columns = sides = [pixels // vision.patch_size for pixels in shape]
+        high, wide = ([min(window, side - start) for start in range(0, side, window)] for side in sides)
+        windows = tuple(a * b for a in high for b in wide) * images
         whole = len(vision.fullatt_block_indexes)
         heads = vision.num_heads, vision.num_heads, vision.hidden_size // vision.num_heads
-        segmentations = ((windows, vision.depth - whole), ((side * side,) * images, whole))
+        segmentations = ((windows, vision.depth - whole), ((rows * columns,) * images, whole))
         return cls(segmentations, heads, torch.float32 if precision == "fp32" else torch.bfloat16)
 
     def fastest(self, asked: Backend | None, device: torch.device) -> Choice:

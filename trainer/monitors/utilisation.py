@@ -17,8 +17,9 @@ TEXTS = (0.0, 100.0, 200.0)
 
 
 class Utilisation:
-    """counted: the model's parts for prompts of each of TEXTS. patches: per sample, included in the stage's token
-    counts; 0 if FLOPs do not depend on the text. node: ranks per host. device: None for unknown hardware, without MFU.
+    """counted: the model's parts for prompts of each of TEXTS. patches: per sample on average, included in the
+    stage's token counts; 0 if FLOPs do not depend on the text. node: ranks per host. device: None for unknown hardware,
+    without MFU.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class Utilisation:
         work: Workload,
         ranks: int,
         node: int,
-        patches: int,
+        patches: float,
         device: Device | None,
     ) -> None:
         self.ranks, self.patches = ranks, patches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -46,7 +47,8 @@ def random_batch(stage: AnyStage, samples: int, text_tokens: int) -> dict[str, A
 
 
 def _patch_latents(stage: PatchLatentStage, samples: int, text_tokens: int) -> dict[str, Any]:
-    rows, patches, branch = samples * stage.branch.draws, stage.tokens_per_image, stage.branch
+    grid, pixels = stage.largest
+    rows, patches, branch = samples * stage.branch.draws, math.prod(grid), stage.branch
     index = np.arange(4096)  # the mean of many samples: that of a micro-batch differs from run to run
     counts = hidden_counts(branch.mask_rate, stage.seed, np.zeros_like(index), index, patches)
     found: dict[str, Any] = {
@@ -55,13 +57,14 @@ def _patch_latents(stage: PatchLatentStage, samples: int, text_tokens: int) -> d
         "mask": empty(rows, patches, dtype=torch.bool),
         "masked": empty(round(rows * float(counts.mean())), dtype=torch.int64),
         "normalizer": float(rows * patches),
+        "grid": grid,
     }
     if branch.head == "flow":
         found["noise"] = empty(samples, 2, dtype=torch.int64)
     if stage.backbone.vision_encoder == "cached":
         width = stage.config.text_config.hidden_size
         return {**found, "latents": empty(samples, patches, width, dtype=dtype_of(stage.precision))}
-    return {**found, "images": empty(samples, 3, stage.image_size, stage.image_size, dtype=torch.uint8)}
+    return {**found, "images": empty(samples, 3, *pixels, dtype=torch.uint8)}
 
 
 def _controlnet(stage: ControlNetStage, samples: int) -> dict[str, Any]:

@@ -76,9 +76,8 @@ def workload(recipe: Recipe) -> Workload:
 
 def open_model(recipe: Recipe) -> PatchLatents | LatentControl:
     """The recipe's model; RunError names what of its folders cannot be used. No weights or tokenizers are read."""
-    image_size = recipe.data.image_size
     if recipe.stage == "patch-latents":
-        return PatchLatents.open(recipe.backbone, recipe.branch, image_size, recipe.seed, recipe.flux)
+        return PatchLatents.open(recipe.backbone, recipe.branch, recipe.data, recipe.seed, recipe.flux)
     assert recipe.flux is not None, "required by the recipe schema"
     model = LatentControl.open(recipe.backbone, recipe.flux, recipe.controlnet, recipe.data)
     model.shape.require_use(model.folder.transformer)
@@ -103,8 +102,9 @@ def parts_of(
 ) -> list[Part]:
     """The parts of an opened model; see `parts`. precision: `bf16` or `fp32`."""
     if isinstance(model, PatchLatents):
-        return patch_latent_parts(model, precision, text_tokens, longest)
-    every = [controlnet_parts(model, precision, grid) for grid in model.grids]
+        every = [patch_latent_parts(model, precision, text_tokens, longest, grid.latents) for grid in model.grids]
+    else:
+        every = [controlnet_parts(model, precision, grid) for grid in model.grids]
     shares = [1 / len(every)] * len(every) if shares is None else shares
     return every[0] if len(every) == 1 else [combined(same, shares) for same in zip(*every, strict=True)]
 

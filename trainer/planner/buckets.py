@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...recipes.schema import Data
-from ..models.image_grids import ImageGrid, bucket_grids, bucket_rule, only_largest
+from ..models.image_grids import Grid, bucket_grids, bucket_rule, only_largest
+from .flops import patch_latent_parts
 from .flux_flops import controlnet_parts
-from .opened import LatentControl
+from .opened import LatentControl, PatchLatents
 from .timing import useful_flops
 
 if TYPE_CHECKING:
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedBucket:
-    """One shape. share: of the samples, None if it is not known. flops: useful ones per sample."""
+    """One shape. tokens: FLUX's, None in stage 1. share: of the samples, None if it is not known. flops: useful ones
+    per sample."""
 
     shape: str
-    grid: ImageGrid
+    latents: Grid
+    tokens: Grid | None
     share: float | None
     flops: float
     largest: bool
@@ -29,41 +32,49 @@ class PlannedBucket:
     def as_json(self) -> dict[str, Any]:
         return {
             "shape": self.shape,
-            "latents": list(self.grid.latents),
-            "tokens": list(self.grid.tokens),
+            "latents": list(self.latents),
+            **({"tokens": list(self.tokens)} if self.tokens else {}),
             "share": self.share,
             "useful_flops": self.flops,
             "largest": self.largest,
         }
 
     def cells(self) -> tuple[str, ...]:
-        rows, columns = self.grid.latents
+        rows, columns = self.latents
         share = "" if self.share is None else f"{self.share:.4g}"
         memory = "memory is planned for this one" if self.largest else ""
         return self.shape, f"{rows} x {columns}", share, f"{self.flops / 1e12:.4g}", memory
 
 
-def rule_of(model: LatentControl, data: Data) -> BucketRule:
+def rule_of(model: PatchLatents | LatentControl, data: Data) -> BucketRule:
     """In which bucket of `data.buckets` an image is."""
     assert data.buckets is not None
     square = model.square
-    units = data.image_size // square.latents[0], model.flux.image_size // square.tokens[0]
+    units = [data.image_size // square.latents[0]]
+    if isinstance(model, LatentControl):
+        units.append(model.flux.image_size // square.tokens[0])
     grids = bucket_grids(data.buckets, data.image_size, square)
     return bucket_rule(grids, units, data.buckets.max_upscale)
 
 
 def planned_buckets(
-    model: LatentControl, data: Data, precision: str, shares: Sequence[float] | None
+    model: PatchLatents | LatentControl,
+    data: Data,
+    precision: str,
+    text_tokens: float,
+    shares: Sequence[float] | None,
 ) -> list[PlannedBucket]:
-    """The shapes of `data.buckets`, by their numbers. precision: `bf16` or `fp32`."""
+    """The shapes of `data.buckets`, by their numbers; none without. precision: `bf16` or `fp32`. text_tokens: of a
+    prompt of stage 1 on average."""
+    if data.buckets is None:
+        return []
     marks = only_largest(model.grids)
-    return [
-        PlannedBucket(
-            str(bucket),
-            grid,
-            None if shares is None else shares[number],
-            useful_flops(controlnet_parts(model, precision, grid)),
-            marks[number] > 0,
-        )
-        for number, (bucket, grid) in enumerate(zip(rule_of(model, data).buckets, model.grids, strict=True))
-    ]
+    found = []
+    for number, (bucket, grid) in enumerate(zip(rule_of(model, data).buckets, model.grids, strict=True)):
+        if isinstance(model, LatentControl):
+            tokens, parts = grid.tokens, controlnet_parts(model, precision, grid)
+        else:
+            tokens, parts = None, patch_latent_parts(model, precision, text_tokens, grid=grid.latents)
+        share = None if shares is None else shares[number]
+        found.append(PlannedBucket(str(bucket), grid.latents, tokens, share, useful_flops(parts), marks[number] > 0))
+    return found

@@ -3,6 +3,7 @@ its mask."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from ...recipes.branch import Branch, Lora
-from ..models.backbone_config import branch_layers, grid_side
+from ..models.backbone_config import branch_layers
 from ..models.flux_config import FluxConfig
+from ..models.image_grids import Grid
 from ..models.masking import hidden_counts
 from ..optim.rules import rule_name
 from . import flux_shapes, shapes
@@ -50,11 +52,14 @@ def matrices(weights: Iterable[Weight]) -> tuple[tuple[int, int], ...]:
     return tuple((rows, columns) for rows, columns in shapes)
 
 
-def patch_latent_parts(model: PatchLatents, precision: str, text: float, longest: float | None = None) -> list[Part]:
+def patch_latent_parts(
+    model: PatchLatents, precision: str, text: float, longest: float | None = None, grid: Grid | None = None
+) -> list[Part]:
     """Stage 1's parts: FLOPs for prompts of `text` tokens, bytes for prompts of `longest`, by default the most that the
-    recipe lets through. precision: `bf16` or `fp32`."""
+    recipe lets through. precision: `bf16` or `fp32`. grid: of the patches; None: the square."""
     longest = model.branch.max_text_tokens if longest is None else longest
-    config, patches = model.config.text_config, grid_side(model.config, model.image_size) ** 2
+    grid = grid or model.square.latents
+    config, patches = model.config.text_config, math.prod(grid)
     width, last = config.hidden_size, config.num_hidden_layers - 1
     prefix, head = list(shapes.text_model(config, model.backbone.weights)), list(shapes.head(width, model.branch))
     byte = 2 if precision == "bf16" else 4
@@ -70,7 +75,7 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float, longest
         return text if not name.startswith(f"layers.{last}.") or name.endswith(("k_proj", "v_proj")) else 0.0
 
     return [
-        _targets(model, byte),
+        _targets(model, byte, grid),
         Part(
             "text prefix",
             "none",
@@ -80,17 +85,17 @@ def patch_latent_parts(model: PatchLatents, precision: str, text: float, longest
             placement,
             widths=widths(prefix),
         ),
-        *_branch(model, byte, text, longest),
+        *_branch(model, byte, grid, text, longest),
         head_part(head, model.branch, width, rows, byte),
     ]
 
 
-def _targets(model: PatchLatents, byte: int) -> Part:
+def _targets(model: PatchLatents, byte: int, grid: Grid) -> Part:
     """What makes the targets: the vision encoder, or linear functions of pixels or of another encoder's latents, whose
-    basis is a buffer. byte: of an activation's element."""
+    basis is a buffer, of squares. byte: of an activation's element. grid: of the patches."""
     place = model.backbone.vision_encoder or model.backbone.placement
     if model.branch.targets == "native":
-        return vision_encoder_part(model.config.vision_config, _square(model), place, byte)
+        return vision_encoder_part(model.config.vision_config, grid, place, byte)
     projected = 2.0 * model.config.text_config.hidden_size  # FLOPs per value
     if model.vae:
         assert model.flux is not None
@@ -99,16 +104,17 @@ def _targets(model: PatchLatents, byte: int) -> Part:
         return replace(encoder, linear=encoder.linear + projected * values)
     if model.encoder:
         vision = model.encoder.vision_config
-        encoder = vision_encoder_part(vision, _square(model), place, byte)
-        values = grid_side(model.encoder, model.image_size) ** 2 * vision.out_hidden_size
+        encoder = vision_encoder_part(vision, grid, place, byte)
+        values = math.prod(grid) * vision.out_hidden_size
         return replace(encoder, linear=encoder.linear + projected * values)
     return Part("pixel targets", "none", (), projected * 3 * model.image_size**2, 0.0, "replicated")
 
 
-def _branch(model: PatchLatents, byte: int, text: float, longest: float) -> list[Part]:
-    """The trained layers, and the frozen ones that they share. byte: of an activation's element."""
-    config, side = model.config.text_config, grid_side(model.config, model.image_size)
-    width, mlp, patches = config.hidden_size, config.intermediate_size, side * side
+def _branch(model: PatchLatents, byte: int, grid: Grid, text: float, longest: float) -> list[Part]:
+    """The trained layers, and the frozen ones that they share. byte: of an activation's element. grid: of the
+    patches."""
+    config, (side, _) = model.config.text_config, model.square.latents
+    width, mlp, patches = config.hidden_size, config.intermediate_size, math.prod(grid)
     layers = len(branch_layers(model.config, model.branch.layers))
     branch = list(shapes.branch(config, side, model.branch))
     keys = config.num_key_value_heads * (width // config.num_attention_heads)
@@ -201,13 +207,7 @@ def head_part(weights: Sequence[Weight], settings: Branch, width: int, rows: flo
     )
 
 
-def _square(model: PatchLatents) -> tuple[int, int]:
-    """Rows and columns of the latents of an image."""
-    side = grid_side(model.config, model.image_size)
-    return side, side
-
-
-def vision_encoder_part(config: Any, grid: tuple[int, int], place: str, byte: int) -> Part:
+def vision_encoder_part(config: Any, grid: Grid, place: str, byte: int) -> Part:
     """Qwen's vision encoder on an image of `grid` rows and columns of latents: windowed attention in most layers, full
     attention in a few. byte: of an activation's element."""
     vision = list(shapes.vision_encoder(config))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ...recipes.data import Buckets
 from ...recipes.schema import Backbone, Branch, ControlNet, Data, Flux
 from ...recipes.stage2 import Latents
 from ..models.backbone_config import branch_layers, grid_side, read_shape, require_same_grid, require_targets
@@ -16,7 +17,7 @@ from ..models.text_bridge_config import BridgeConfig, bridge_config
 
 @dataclass(frozen=True)
 class PatchLatents:
-    """Stage 1. config: a `BackboneConfig`, or a Qwen2_5_VLConfig; image_size: in pixels."""
+    """Stage 1. config: a `BackboneConfig`, or a Qwen2_5_VLConfig; image_size: of a square image, in pixels."""
 
     config: Any
     backbone: Backbone
@@ -28,12 +29,23 @@ class PatchLatents:
     """The FLUX whose VAE makes the targets, with `branch.targets: vae`."""
     encoder: Any = None
     """The config of the model whose vision encoder makes the targets, with `branch.targets: encoder`."""
+    buckets: Buckets | None = None
+
+    @property
+    def square(self) -> ImageGrid:
+        """The grid of a square image; see `ImageGrid`."""
+        side = grid_side(self.config, self.image_size)
+        return square_grid(side, side)
+
+    @property
+    def grids(self) -> tuple[ImageGrid, ...]:
+        """As of `LatentControl`."""
+        return every_grid(self.buckets, self.image_size, self.square)
 
     @classmethod
-    def open(
-        cls, backbone: Backbone, branch: Branch, image_size: int, seed: int, flux: Flux | None = None
-    ) -> PatchLatents:
+    def open(cls, backbone: Backbone, branch: Branch, data: Data, seed: int, flux: Flux | None = None) -> PatchLatents:
         """RunError names what cannot be used."""
+        image_size = data.image_size
         config = read_shape(architecture(backbone.path, backbone.revision))
         side = grid_side(config, image_size)
         branch_layers(config, branch.layers)
@@ -43,8 +55,9 @@ class PatchLatents:
             encoder = read_shape(architecture(branch.encoder, setting="branch.encoder"))
             require_same_grid(encoder, image_size, side)
             return cls(config, backbone, branch, image_size, seed, encoder=encoder)
+        every_grid(data.buckets, image_size, square_grid(side, side))  # refuses buckets of one shape
         if branch.targets != "vae":
-            return cls(config, backbone, branch, image_size, seed)
+            return cls(config, backbone, branch, image_size, seed, buckets=data.buckets)
         assert flux is not None, "required by the recipe schema"
         vae = FluxConfig.open(architecture(flux.path, flux.revision, "flux.path"))
         vae.values_of_patch(flux.image_size, side)  # refuses sizes that do not fit

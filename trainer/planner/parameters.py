@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..models.backbone_config import grid_side
 from ..models.flux_config import PARTS
 from . import flux_shapes, shapes
 from .opened import LatentControl, PatchLatents
@@ -27,7 +26,7 @@ def named_parameters(model: PatchLatents | LatentControl) -> Parameters:
 
 
 def _patch_latents(model: PatchLatents) -> tuple[Weights, Weights]:
-    text, side = model.config.text_config, grid_side(model.config, model.image_size)
+    text, (side, _) = model.config.text_config, model.square.latents
 
     def trained() -> Weights:
         yield from within("branch", shapes.branch(text, side, model.branch))

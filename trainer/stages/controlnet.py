@@ -197,9 +197,9 @@ class ControlNetStage:
         return record
 
     def kernel_work(self, micro_batch: int, precision: str) -> tuple[None, VisionWork | None]:
-        """The shapes for which kernels are chosen: of no branch, and of the vision encoder."""
-        cached = self.vision_placement == "cached"
-        return None, None if cached else VisionWork.of(self.config, micro_batch, self.data.image_size, precision)
+        """The shapes for which kernels are chosen: of no branch, and of the vision encoder, in the largest bucket."""
+        cached, (_, seen, _) = self.vision_placement == "cached", self.largest
+        return None, None if cached else VisionWork.of(self.config, micro_batch, seen, precision)
 
     def open_caches(
         self, rank: int = 0, ranks: int = 1, gather: Gather = single_process, broadcast: Broadcast | None = None

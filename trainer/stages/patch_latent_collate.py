@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ..models import libraries  # noqa: F401  # isort: skip
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...data import Item, stacked
 from ...recipes.schema import Branch
+from ..models.image_grids import Grid
 from ..models.masking import draw_masks, hidden_counts
 from ..models.prompt import PromptTemplate
 from ..models.rng import IntArray, Stream, states
@@ -23,7 +26,7 @@ from .latent_cache import Cache
 class PatchLatentCollate:
     """Items of a micro-batch -> arguments of the model; runs in the loader workers.
 
-    Every draw depends on (seed, epoch, index) only.
+    Every draw depends on (seed, epoch, index) only. The items are of one bucket.
     """
 
     def __init__(
@@ -31,18 +34,18 @@ class PatchLatentCollate:
         tokenizer: PreTrainedTokenizerBase,
         branch: Branch,
         seed: int,
-        tokens: int,
+        grids: Sequence[Grid],
         cache: Cache | None = None,
         dropout: CaptionDropout | None = None,
     ) -> None:
-        """tokens: N. cache: of the patch latents, of the shards that items come from. dropout: None: with the branch's
-        probability, whatever the source."""
+        """grids: rows and columns of the patches, by the number of the items' bucket. cache: of the patch latents, of
+        the shards that items come from. dropout: None: with the branch's probability, whatever the source."""
         self.template = PromptTemplate(tokenizer, branch.max_text_tokens)
         self.dropout = dropout or CaptionDropout(seed, branch.caption_dropout)
         self.mask_rate, self.draws = branch.mask_rate, branch.draws
         self.flow = branch.head == "flow"
         self.seed = seed
-        self.tokens = tokens
+        self.grids = grids
         self.cache = cache
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:
@@ -50,8 +53,10 @@ class PatchLatentCollate:
         index = np.array([item.index for item in items], dtype=np.int64)
         captions = ["" if drop else item.caption for drop, item in zip(self.dropout(items), items, strict=True)]
         input_ids, text_lengths = self.template.batch(captions)
-        counts = hidden_counts(self.mask_rate, self.seed, epoch, index, self.tokens, self.draws)
-        mask = draw_masks(self.seed, epoch, index, counts, self.tokens)
+        grid = self.grids[items[0].bucket]
+        patches = math.prod(grid)
+        counts = hidden_counts(self.mask_rate, self.seed, epoch, index, patches, self.draws)
+        mask = draw_masks(self.seed, epoch, index, counts, patches)
         return {
             **self.latents(items),
             **(self._noise(epoch, index) if self.flow else {}),
@@ -60,6 +65,7 @@ class PatchLatentCollate:
             "truncated": self.template.count_truncated(captions, text_lengths),
             "mask": torch.from_numpy(mask),
             "masked": torch.from_numpy(np.flatnonzero(mask)),
+            "grid": grid,
         }
 
     def _noise(self, epoch: IntArray, index: IntArray) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The model of stage 1, which predicts the latents of masked patches from the caption and the visible patches.
 
-Legend: B samples of a micro-batch, K masks drawn per sample, N patches, T text tokens, S image side in pixels, D latent
-width.
+Legend: B samples of a micro-batch, K masks drawn per sample, N patches, T text tokens, S image side in pixels, H and W
+height and width in an aspect-ratio bucket, D latent width.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..models.backbone_config import branch_layers, grid_side
 from ..models.branch import GenerationBranch
 from ..models.elementwise import use_liger
 from ..models.flow_head import FlowHead
+from ..models.image_grids import Grid
 from ..models.kernel_selection import KernelChoice
 from ..models.low_rank import share
 from ..models.pixel_targets import EncodedTargets, LinearTargets, PixelTargets
@@ -145,7 +146,7 @@ class PatchLatentModel(StageModel):
 
     @torch.no_grad()
     def patch_latents(self, images: Tensor) -> Tensor:
-        """What the branch predicts, [B, N, D], of uint8 images [B, 3, S, S]."""
+        """What the branch predicts, [B, N, D], of uint8 images [B, 3, H, W]."""
         if self.targets is None:
             return self.backbone.patch_latents(images)
         return self.targets(images).to(next(self.head.parameters()).dtype)
@@ -161,20 +162,22 @@ class PatchLatentModel(StageModel):
         latents: Tensor | None = None,
         noise: Tensor | None = None,
         truncated: int = 0,
+        grid: Grid | None = None,
     ) -> Losses:
-        """Losses of images [B, 3, S, S] uint8, or of their cached patch latents [B, N, D], with packed prompts [sum T],
+        """Losses of images [B, 3, H, W] uint8, or of their cached patch latents [B, N, D], with packed prompts [sum T],
         masked where mask [B K, N] is True. The masks of a sample, next to each other, share its latents and prefix.
 
         masked: int64 [R], the indices of the True entries among the B K N of `mask`, known without a device sync.
         normalizer: tokens of the mean; see `Stage.normalizer`. noise: of a flow head, `rng.states` of noise and noise
-        levels, int64 [B, 2]. truncated: captions whose end was cut.
+        levels, int64 [B, 2]. truncated: captions whose end was cut. grid: rows and columns of the N patches; None: the
+        square.
         """
         if images is not None:
             latents = self.patch_latents(images)
         assert latents is not None
         layout = PrefixLayout.of(text_lengths, mask.shape[1], mask.device, len(mask) // len(text_lengths))
         prefix = self.backbone.prefix(input_ids, layout)
-        found = self.losses(latents, mask, masked, prefix, normalizer, noise)
+        found = self.losses(latents, mask, masked, prefix, normalizer, noise, grid)
         return found._replace(sums=torch.cat((found.sums, found.sums.new_full((1,), truncated))))
 
     def losses(
@@ -185,6 +188,7 @@ class PatchLatentModel(StageModel):
         prefix: Prefix,
         normalizer: float,
         noise: Tensor | None = None,
+        grid: Grid | None = None,
     ) -> Losses:
         """Losses of predicted against given latents [B, N, D]. `loss_tokens: masked` projects only the masked rows."""
         samples = len(latents)
@@ -202,11 +206,11 @@ class PatchLatentModel(StageModel):
             latents = latents.repeat_interleave(len(mask) // samples, 0)
         target = latents.flatten(0, 1)
         if self.masked_only:
-            loss, squares = head_loss(self.branch(latents, mask, prefix, masked), target[masked], masked)
+            loss, squares = head_loss(self.branch(latents, mask, prefix, masked, grid), target[masked], masked)
             error = squares.sum()
             squares = squares.new_zeros(mask.numel()).index_copy_(0, masked, squares)
         else:
-            loss, squares = head_loss(self.branch(latents, mask, prefix).flatten(0, 1), target)
+            loss, squares = head_loss(self.branch(latents, mask, prefix, grid=grid).flatten(0, 1), target)
             error = squares[masked].sum()
         tokens = mask.numel() + prefix.layout.text.total
         sums = torch.stack((error, error.new_full((), len(masked)), error.new_full((), tokens)))

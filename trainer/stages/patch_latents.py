@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..models import libraries  # noqa: F401  # isort: skip
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ...data import Dataset
+from ...data.bucket_rule import BucketRule, Shape
 from ...data.spread import Broadcast
 from ...recipes.schema import Backbone, Branch, Data, Flux, Kernels
 from ..distributed.process_group import Gather, Ranks, single_process
@@ -21,6 +23,7 @@ from ..models import weights
 from ..models.backbone import FrozenBackbone, read_config
 from ..models.backbone_config import branch_layers, grid_side, require_targets
 from ..models.hub import architecture, locate
+from ..models.image_grids import Grid, latent_buckets
 from ..models.kernel_selection import KernelChoice, KernelWork, VisionWork, choose_kernels
 from ..models.masking import hidden_counts
 from ..models.prompt import PromptTemplate, load_tokenizer
@@ -49,6 +52,7 @@ class PatchLatentStage:
     config: Any
     """The backbone's Qwen2_5_VLConfig."""
     tokens_per_image: int
+    """Patches of a square image."""
     files: weights.WeightFiles | None
     tokenizer: PreTrainedTokenizerBase | None
     kernels: KernelChoice = field(default_factory=KernelChoice)
@@ -61,6 +65,9 @@ class PatchLatentStage:
     """The cache of the patch latents if the recipe has one, once opened."""
     encoder: TargetVae | TargetEncoder | None = None
     """What encodes targets other than native ones, if it is an encoder."""
+    grids: tuple[Grid, ...] = ()
+    """Rows and columns of patches in every bucket, by its number; of the square alone without buckets."""
+    bucket_rule: BucketRule | None = None
     sums: int = 4
     """Squared error of the masked patches, their number, tokens of text and image, truncated captions."""
     identity: tuple[str, ...] = ("branch", "backbone.weights")
@@ -80,18 +87,19 @@ class PatchLatentStage:
         image_size = data.image_size
         folder = (architecture if for_counting else locate)(backbone.path, backbone.revision)
         config = read_config(folder)
-        tokens = grid_side(config, image_size) ** 2
+        side = grid_side(config, image_size)
         branch_layers(config, branch.layers)  # refuses more than there are
         require_targets(config, branch.targets, image_size)
-        encoder = open_target_encoder(branch, flux, image_size, grid_side(config, image_size), for_counting)
-        more: dict[str, Any] = {"precision": precision, "encoder": encoder}
+        encoder = open_target_encoder(branch, flux, image_size, side, for_counting)
+        grids, rule = latent_buckets(data, side)
+        more: dict[str, Any] = {"precision": precision, "encoder": encoder, "grids": grids, "bucket_rule": rule}
         if for_counting:
-            opened = image_size, seed, config, tokens, None, None
+            opened = image_size, seed, config, side**2, None, None
             return cls(backbone, branch, *opened, **more, for_counting=True)
         tokenizer = load_tokenizer(folder)
         PromptTemplate(tokenizer, branch.max_text_tokens)  # refuses a limit that no prompt fits
         files = weights.WeightFiles(folder)
-        opened = image_size, seed, config, tokens, files, tokenizer
+        opened = image_size, seed, config, side**2, files, tokenizer
         stage = cls(backbone, branch, *opened, data=data, **more)
         if encoder:
             stage.identity = (*stage.identity, *encoder.identity)
@@ -112,12 +120,16 @@ class PatchLatentStage:
         return f"{self.branch.max_text_tokens} tokens of a prompt (branch.max_text_tokens)"
 
     @property
-    def bucket_rule(self) -> None:
-        return None
-
-    @property
     def image_sizes(self) -> tuple[int, ...]:
         return (self.image_size,)
+
+    @property
+    def largest(self) -> tuple[Grid, Shape]:
+        """Of the bucket that takes most memory, or the square: rows and columns of patches, and height and width of the
+        images in pixels."""
+        rows, columns = grid = max(self.grids, key=math.prod)
+        unit = self.image_size // math.isqrt(self.tokens_per_image)
+        return grid, (unit * rows, unit * columns)
 
     def choose_kernels(
         self, asked: Kernels, micro_batch: int, precision: str, ranks: Ranks, folder: Path
@@ -127,10 +139,11 @@ class PatchLatentStage:
         return record
 
     def kernel_work(self, micro_batch: int, precision: str) -> tuple[KernelWork, VisionWork | None]:
-        """The shapes for which kernels are chosen: of the branch and of the vision encoder."""
-        shapes = micro_batch, self.tokens_per_image, self.branch.max_text_tokens
+        """The shapes for which kernels are chosen: of the branch and of the vision encoder, in the largest bucket."""
+        grid, pixels = self.largest
+        shapes = micro_batch, math.prod(grid), self.branch.max_text_tokens
         encoder = self.config if self.encodes else getattr(self.encoder, "config", None)
-        vision = None if encoder is None else VisionWork.of(encoder, micro_batch, self.image_size, precision)
+        vision = None if encoder is None else VisionWork.of(encoder, micro_batch, pixels, precision)
         return KernelWork.of(self.config, *shapes, precision, self.branch.draws), vision
 
     def outputs(self) -> list[FrozenOutputs]:
@@ -191,7 +204,7 @@ class PatchLatentStage:
     def collate(self, dataset: Dataset) -> PatchLatentCollate:
         assert self.tokenizer is not None
         caches = self.caches if self.caches is not None else self.open_caches()
-        shapes = self.seed, self.tokens_per_image
+        shapes = self.seed, self.grids
         return PatchLatentCollate(self.tokenizer, self.branch, *shapes, caches.get("vision"), self.dropout(dataset))
 
     def dropout(self, dataset: Dataset) -> CaptionDropout:
@@ -206,7 +219,7 @@ class PatchLatentStage:
         for fixed in sorted(set(np.linspace(rate.low, rate.high, VALIDATION_RATES).tolist())):
             always = rate.model_copy(update={"low": fixed, "high": fixed})
             branch = self.branch.model_copy(update={"caption_dropout": 0.0, "mask_rate": always, "draws": 1})
-            shapes = VALIDATION_SEED, self.tokens_per_image
+            shapes = VALIDATION_SEED, self.grids
             collate = PatchLatentCollate(self.tokenizer, branch, *shapes, caches.get("vision"))
             found[f"mask_{fixed:.4g}"] = collate
         return found
@@ -216,10 +229,10 @@ class PatchLatentStage:
 
     def normalizer(self, epoch: IntArray, index: IntArray, passes: int, bucket: int = 0) -> float:
         """Tokens of the loss average per pass."""
-        draws = self.branch.draws
+        draws, patches = self.branch.draws, math.prod(self.grids[bucket])
         if self.branch.loss_tokens == "all":
-            return len(index) * draws * self.tokens_per_image / passes
-        counts = hidden_counts(self.branch.mask_rate, self.seed, epoch, index, self.tokens_per_image, draws)
+            return len(index) * draws * patches / passes
+        counts = hidden_counts(self.branch.mask_rate, self.seed, epoch, index, patches, draws)
         return float(counts.sum()) / passes
 
     def report(self, sums: list[float]) -> dict[str, float]:

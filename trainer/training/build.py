@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
@@ -38,7 +39,7 @@ from .resume_point import ResumePoint, find_resume_point, older_resume_point
 from .rollback import Recovery
 from .run_context import RunContext
 from .run_record import RunRecord, open_record
-from .validation import HeldOut, Validator
+from .validation import Spread, Validator
 
 
 def build(run: RunContext, after_step: Callable[[TrainState], None]) -> TrainerComponents:
@@ -125,7 +126,7 @@ def _engine(run: RunContext, point: ResumePoint) -> tuple[Engine, Ema | None, Re
     ranks.agreed(lambda: require_quantizer(recipe.zero, ranks.device))
     engine = Engine(build_model(run, new=point.reader is None), recipe.optimizer, run.deepspeed, ranks)
     if point.reader is None and not recipe.init_from:
-        engine.undisturbed(lambda: measure_statistics(engine.model, run.inputs.stage, run.inputs.dataset, ranks))
+        engine.undisturbed(lambda: measure_statistics(engine.model, run.inputs, ranks))
     ema = Ema(engine.masters(), recipe.ema.decay, engine.model.statistics()) if recipe.ema else None
     refused: set[int] = set()
     while reader := point.reader:
@@ -206,7 +207,7 @@ def _validator(run: RunContext, engine: Engine, ema: Ema | None) -> Validator | 
     collates = stage.validation_collates(run.held_out.shards, run.ranks)
     rule, ranks = stage.bucket_rule, run.ranks
     buckets = open_buckets(run.held_out, rule, ranks.rank, ranks.gather) if rule else None
-    held_out = HeldOut(run.held_out, buckets)
+    held_out = Spread(run.held_out, buckets)
     return Validator(recipe.validation, recipe.micro_batch, stage, collates, held_out, engine, ema, ranks)
 
 
@@ -241,9 +242,12 @@ def _loader(run: RunContext, progress: TrainState) -> Loader:
 
 def _utilisation(run: RunContext) -> Utilisation:
     stage = run.inputs.stage
-    patches = stage.tokens_per_image * stage.branch.draws if isinstance(stage, PatchLatentStage) else 0
     plan = run.inputs.plan
     shares = plan.shares if isinstance(plan, BucketedPlan) else None
+    patches = 0.0
+    if isinstance(stage, PatchLatentStage):
+        every = [math.prod(grid) * stage.branch.draws for grid in stage.grids]
+        patches = sum(share * count for share, count in zip(shares or [1], every, strict=True))
     counted = [parts(run.recipe, text, shares=shares) for text in TEXTS]
     node = run.hosts.count(run.hosts[0])
     return Utilisation(counted, workload(run.recipe), run.ranks.size, node, patches, this_device())

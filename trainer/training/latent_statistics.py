@@ -13,15 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...data import Dataset
 from ..distributed.process_group import Ranks
 from ..models.flow_head import FlowHead
 from ..models.pixel_targets import EncodedTargets, LinearTargets
-from ..stages import Stage
 from ..stages.patch_latent_collate import PatchLatentCollate
 from ..stages.patch_latent_model import PatchLatentModel
 from ..stages.patch_latents import PatchLatentStage
-from .validation import spread_samples
+from .inputs import Inputs
+from .validation import Spread, reader
 
 IMAGES = 256
 """Images measured, if the data has as many."""
@@ -30,29 +29,29 @@ LEAST_STD = 1e-3
 
 
 @torch.no_grad()
-def measure_statistics(model: object, stage: Stage, dataset: Dataset, ranks: Ranks) -> None:
+def measure_statistics(model: object, inputs: Inputs, ranks: Ranks) -> None:
     """Fit targets other than native latents, and set the statistics of a flow head; does nothing to other models. Every
     rank calls it, with the engine built."""
     if not isinstance(model, PatchLatentModel):
         return
-    assert isinstance(stage, PatchLatentStage)
     if model.targets is not None:
-        _fit(model.targets, stage, dataset, ranks)
+        _fit(model.targets, inputs, ranks)
     if isinstance(model.head, FlowHead):
-        _measure(model, model.head, stage, dataset, ranks)
+        _measure(model, model.head, inputs, ranks)
 
 
-def _fit(targets: LinearTargets, stage: PatchLatentStage, dataset: Dataset, ranks: Ranks) -> None:
+def _fit(targets: LinearTargets, inputs: Inputs, ranks: Ranks) -> None:
     """Rank 0 fits the targets on the images, and sends them to the others."""
-    count, encoded = min(IMAGES, len(dataset)), isinstance(targets, EncodedTargets)
+    chosen, encoded = _chosen(inputs), isinstance(targets, EncodedTargets)
     # The others take part in gathering the weights of an encoder.
-    numbers = range(count) if ranks.first or encoded else ()
-    images = [arrays["images"] for arrays in ranks.agreed(lambda: _read(stage, dataset, count, numbers))]
+    places = range(len(chosen)) if ranks.first or encoded else ()
+    images = [arrays["images"] for arrays in ranks.agreed(lambda: _read(inputs, chosen, places))]
 
     def fitted() -> tuple[Tensor, Tensor] | None:
         values = (targets.values(image.to(ranks.device) if encoded else image, torch.float64).cpu() for image in images)
         if ranks.first:
-            return targets.fit(values, stage.seed)
+            assert isinstance(inputs.stage, PatchLatentStage)
+            return targets.fit(values, inputs.stage.seed)
         deque(values, maxlen=0)
         return None
 
@@ -61,12 +60,13 @@ def _fit(targets: LinearTargets, stage: PatchLatentStage, dataset: Dataset, rank
     targets.basis.copy_(basis)
 
 
-def _measure(model: PatchLatentModel, head: FlowHead, stage: PatchLatentStage, dataset: Dataset, ranks: Ranks) -> None:
-    count = min(IMAGES, len(dataset))
+def _measure(model: PatchLatentModel, head: FlowHead, inputs: Inputs, ranks: Ranks) -> None:
+    chosen = _chosen(inputs)
+    count = len(chosen)
     # A rank without an image of its own takes part in gathering the weights.
-    numbers = [min(start + ranks.rank, count - 1) for start in range(0, count, ranks.size)]
+    places = [min(start + ranks.rank, count - 1) for start in range(0, count, ranks.size)]
     rows = []
-    for arrays in ranks.agreed(lambda: _read(stage, dataset, count, numbers)):
+    for arrays in ranks.agreed(lambda: _read(inputs, chosen, places)):
         latents = arrays.get("latents")
         if latents is None:
             latents = model.patch_latents(arrays["images"].to(ranks.device))
@@ -79,9 +79,14 @@ def _measure(model: PatchLatentModel, head: FlowHead, stage: PatchLatentStage, d
     head.std.copy_(std.clamp(min=LEAST_STD * float(std.max())))
 
 
-def _read(stage: Stage, dataset: Dataset, count: int, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
-    """Images or cached latents of samples `numbers` of `count` spread over the data, each by itself."""
-    collate = stage.collate(dataset)
+def _chosen(inputs: Inputs) -> list[int]:
+    """Numbers of the images in the dataset."""
+    return Spread(inputs.dataset, inputs.buckets).numbers(IMAGES)
+
+
+def _read(inputs: Inputs, chosen: Sequence[int], places: Sequence[int]) -> list[dict[str, Tensor]]:
+    """Images or cached latents of the samples at `places` of the `chosen` ones, each by itself."""
+    collate = inputs.stage.collate(inputs.dataset)
     assert isinstance(collate, PatchLatentCollate)
-    read = spread_samples(dataset, count, stage.image_sizes, "data.shards")
-    return [collate.latents([read(number)]) for number in numbers]
+    read = reader(inputs.dataset, chosen, inputs.stage.image_sizes, "data.shards", inputs.buckets)
+    return [collate.latents([read(place)]) for place in places]

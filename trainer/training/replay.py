@@ -130,7 +130,7 @@ def replay(run: Path, place: Place, weights_step: int | None = None) -> Replay:
     if reader is None and recipe.init_from:
         initialise_from(model, recipe.stage, inputs.stage, Path(recipe.init_from))
     elif reader is None:
-        measure_statistics(model, inputs.stage, inputs.dataset, Ranks(0, 1, device))
+        measure_statistics(model, inputs, Ranks(0, 1, device))
     # BatchNorm's statistics cover the samples of a pass on all ranks: use the same number here.
     together = place.stretch.micro_batch or recipe.micro_batch
     together *= place.stretch.ranks if model.batch_statistics else 1
@@ -245,7 +245,7 @@ def _draws(seed: int, inputs: Inputs, items: Sequence[Item], arrays: Sequence[di
         assert isinstance(stage, PatchLatentStage)
         masks = torch.cat([part["mask"] for part in arrays]).unflatten(0, (len(items), -1))
         counts: Any = masks.sum(2).tolist()
-        orders: Any = draw_orders(seed, epoch, index, stage.tokens_per_image, stage.branch.draws).reshape(masks.shape)
+        orders: Any = draw_orders(seed, epoch, index, masks.shape[-1], stage.branch.draws).reshape(masks.shape)
         draws = [_masks(*each) for each in zip(counts, orders.tolist(), strict=True)]
     return [{"caption_dropped": drop, **draw} for drop, draw in zip(dropped, draws, strict=True)]
 
@@ -278,7 +278,7 @@ def _digest(place: Place, before: str | None, dataset: Dataset, items: Sequence[
 
 def _hide(image: np.ndarray, mask: torch.Tensor) -> Image.Image:
     """The image with its hidden patches grey."""
-    side = math.isqrt(len(mask))
-    unit = len(image) // side
-    hidden = mask.view(side, side).numpy().repeat(unit, 0).repeat(unit, 1)
+    height, width, _ = image.shape
+    unit = math.isqrt(height * width // len(mask))
+    hidden = mask.view(height // unit, width // unit).numpy().repeat(unit, 0).repeat(unit, 1)
     return Image.fromarray(np.where(hidden[..., None], np.uint8(GREY), image))

@@ -45,8 +45,8 @@ class _Pass(NamedTuple):
     counted: bool
 
 
-class HeldOut(NamedTuple):
-    """The held-out dataset, in buckets if these are not None."""
+class Spread(NamedTuple):
+    """A dataset of which samples are used that are spread evenly, in buckets if these are not None."""
 
     dataset: Dataset
     buckets: Buckets | None = None
@@ -83,7 +83,7 @@ class Validator:
         micro_batch: int,
         stage: Stage,
         collates: Mapping[str, Collate],
-        held_out: HeldOut,
+        held_out: Spread,
         engine: Engine,
         ema: Ema | None,
         ranks: Ranks,
@@ -150,16 +150,11 @@ def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def spread_samples(dataset: Dataset, samples: int, sizes: tuple[int, ...], key: str) -> Callable[[int], Item]:
-    """Number of a sample -> its item, `samples` of them spread evenly over the dataset. key: of the dataset, for
-    warnings."""
-    return reader(dataset, HeldOut(dataset).numbers(samples), sizes, key)
-
-
 def reader(
     dataset: Dataset, numbers: Sequence[int], sizes: tuple[int, ...], key: str, buckets: Buckets | None = None
 ) -> Callable[[int], Item]:
-    """The same for the samples with these `numbers` in the dataset."""
+    """Place of a sample among those with these `numbers` in the dataset -> its item. key: of the dataset, for
+    warnings."""
     found = ReadableSamples(dataset, sizes, buckets)
 
     def read(number: int) -> Item:

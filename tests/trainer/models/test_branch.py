@@ -131,6 +131,48 @@ def test_mrope_hardly_tells_columns_apart() -> None:
     assert rows / 10 < columns < rows * 10
 
 
+def test_positions_of_a_rectangle_are_qwens_own() -> None:
+    """Against transformers' positions of a prompt with an image of 3 x 5 patches."""
+    vanilla = Qwen2_5_VLForConditionalGeneration.from_pretrained(locate("builtin:tiny"), dtype=torch.float32).model
+    config = vanilla.config
+    text, image = [20, 21, config.vision_start_token_id], [config.image_token_id] * 15
+    ids = torch.tensor([text + image])
+    kinds = torch.tensor([[0] * len(text) + [1] * len(image)])
+    wanted, _ = vanilla.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=torch.tensor([[1, 6, 10]]))
+    found = build("branch.positions=mrope").branch.position_ids(torch.tensor([3]), (3, 5))
+    assert torch.equal(found, wanted[:, :, 3:])
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (5, 3), (2, 8)])
+def test_a_position_table_is_interpolated_like_an_image(grid: tuple[int, int]) -> None:
+    """Table and its gradient, against torch's own interpolation."""
+    model = build("branch.positions=learned")
+    table = model.branch.positions
+    assert model.branch.position_table((4, 4)) is table
+    square = table.detach().clone().requires_grad_()
+    image = square.view(1, 4, 4, -1).permute(0, 3, 1, 2)
+    wanted = nn.functional.interpolate(image, grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    found = model.branch.position_table(grid)
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+    weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
+    (found * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    torch.testing.assert_close(table.grad, square.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["learned", "mrope", "interleaved"])
+def test_a_rectangle_in_a_pass(positions: str) -> None:
+    """The loss of an image of 84 x 140 pixels depends on which rows and columns its patches are in."""
+    model = build(f"branch.positions={positions}")
+    image = torch.randint(0, 256, (1, 3, 84, 140), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    mask = torch.rand(1, 15, generator=torch.Generator().manual_seed(3)) < 0.7
+    batch = {"input_ids": torch.arange(20, 32), "text_lengths": (12,), "mask": mask}
+    batch |= {"masked": mask.flatten().nonzero()[:, 0], "images": image, "normalizer": 15.0}
+    found, again, turned = (model(**batch, grid=grid).loss for grid in ((3, 5), (3, 5), (5, 3)))
+    assert torch.equal(found, again)
+    assert not torch.equal(found, turned)
+
+
 def test_patches_see_all_patches_and_the_caption() -> None:
     model = build()
     ids, layout = torch.arange(20, 32), PrefixLayout.of([12], 16)

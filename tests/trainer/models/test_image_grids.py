@@ -9,12 +9,19 @@ from diffusers import FluxPipeline
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from bifrost.recipes.data import Buckets
+from bifrost.recipes.data import Buckets, Data
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.models import flux as flow
 from bifrost.trainer.models.backbone import FrozenBackbone, pixel_patches, read_config
 from bifrost.trainer.models.hub import locate
-from bifrost.trainer.models.image_grids import ImageGrid, bucket_grids, every_grid, largest, square_grid
+from bifrost.trainer.models.image_grids import (
+    ImageGrid,
+    bucket_grids,
+    every_grid,
+    largest,
+    latent_buckets,
+    square_grid,
+)
 from bifrost.trainer.models.resampler import DownsamplingBlock, UpsamplingBlock, on_grid
 from bifrost.trainer.models.weights import WeightFiles
 
@@ -29,6 +36,15 @@ def test_grids_of_the_usual_ratios() -> None:
     assert [grid.tokens for grid in found] == [(2 * rows, 2 * columns) for rows, columns in (g.latents for g in found)]
     assert every_grid(Buckets(ratios=ratios), 448, SQUARE) == tuple(found)
     assert every_grid(None, 448, SQUARE) == (SQUARE,)
+
+
+def test_stage_1_has_the_same_patches_and_one_image_of_each_shape() -> None:
+    data = Data(shards="none.tar", buckets=Buckets(ratios=["1x1", "4x3", "16x9"], areas=[448, 336]))
+    grids, rule = latent_buckets(data, 16)
+    assert grids == ((16, 16), (14, 18), (12, 21), (12, 12), (10, 14), (9, 16))
+    assert rule is not None
+    assert [bucket.shapes for bucket in rule.buckets] == [((28 * rows, 28 * columns),) for rows, columns in grids]
+    assert latent_buckets(Data(shards="none.tar"), 16) == (((16, 16),), None)
 
 
 def test_areas_are_ordered_from_the_largest() -> None:
@@ -65,7 +81,7 @@ def test_pixel_patches_equal_qwens_processor() -> None:
     torch.testing.assert_close(pixel_patches(batch, 14, 2, 2), found["pixel_values"], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("height", "width"), [(84, 140), (140, 84), (112, 168)])
+@pytest.mark.parametrize(("height", "width"), [(84, 140), (140, 84), (112, 168), (336, 588)])
 def test_latents_equal_transformers_vision_encoder(height: int, width: int) -> None:
     """Also where windows at the edges are smaller than the others."""
     folder = locate("builtin:tiny")

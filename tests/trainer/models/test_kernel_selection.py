@@ -30,7 +30,7 @@ def choose(folder: Path, *overrides: str, ranks: Ranks = ALONE):
     recipe = load_recipe("tiny-mllm", overrides)
     shapes = recipe.micro_batch, 16, recipe.branch.max_text_tokens, recipe.precision
     work = kernel_selection.KernelWork.of(config, *shapes)
-    vision = kernel_selection.VisionWork.of(config, recipe.micro_batch, recipe.data.image_size, recipe.precision)
+    vision = kernel_selection.VisionWork.of(config, recipe.micro_batch, (recipe.data.image_size,) * 2, recipe.precision)
     return kernel_selection.choose_kernels(recipe.kernels, work, vision, ranks, folder)
 
 
@@ -90,18 +90,18 @@ def test_other_ranks_use_the_choice_of_rank_0(tmp_path: Path) -> None:
     assert (kernels.head, kernels.attention, kernels.vision) == ("triton", "reference", "varlen")
 
 
-@pytest.mark.parametrize("image_size", [448, 392])
-def test_segments_are_those_of_the_vision_encoder(image_size: int) -> None:
-    """Against transformers' own tables: 448 px divide into windows, 392 px do not."""
+@pytest.mark.parametrize("shape", [(448, 448), (392, 392), (336, 588)])
+def test_segments_are_those_of_the_vision_encoder(shape: tuple[int, int]) -> None:
+    """Against transformers' own tables: 448 px divide into windows, 392 px do not, and 336 x 588 along one side."""
     config = read_config(architecture("Qwen/Qwen2.5-VL-7B-Instruct"))
-    work = kernel_selection.VisionWork.of(config, 2, image_size, "bf16")
+    work = kernel_selection.VisionWork.of(config, 2, shape, "bf16")
     vision = config.vision_config
-    side = image_size // vision.patch_size
+    rows, columns = (side // vision.patch_size for side in shape)
     sizes = vision.spatial_merge_size, vision.window_size, vision.patch_size
-    ends = backbone._geometry(2, side, *sizes, torch.device("cpu"))["cu_window_seqlens"]
+    ends = backbone._geometry(2, rows, *sizes, torch.device("cpu"), columns)["cu_window_seqlens"]
     (windows, windowed), (images, whole) = work.segmentations
     assert sorted(windows) == sorted(ends.diff().tolist())
-    assert images == (side * side,) * 2
+    assert images == (rows * columns,) * 2
     assert (windowed, whole, work.heads) == (28, 4, (16, 16, 80))
 
 

@@ -48,6 +48,26 @@ def test_flops_of_every_shape_are_torchs_own(shapes: Path) -> None:
     assert seen == {0, 1, 2}
 
 
+@pytest.mark.parametrize("positions", ["learned", "interleaved"])
+def test_flops_of_every_shape_of_stage_1_are_torchs_own(shapes: Path, positions: str) -> None:
+    recipe = load_recipe("tiny-mllm", settings(shapes, BUCKETS, "steps=9", f"branch.positions={positions}"))
+    inputs, model = plain.loaded(recipe)
+    seen = set()
+    for step, batch in enumerate(plain.batches(recipe, inputs)):
+        bucket = inputs.plan.bucket(step)
+        if bucket in seen:
+            continue
+        seen.add(bucket)
+        with FlopCounterMode(display=False) as counter:
+            model(**batch.arrays, normalizer=1.0)
+        flops = counter.get_flop_counts()["Global"]
+        found = sum(n for operator, n in flops.items() if str(operator).split(".")[1] in KINDS)
+        text = sum(batch.arrays["text_lengths"]) / 4
+        planned = parts(recipe, text, shares=[float(number == bucket) for number in range(3)])
+        assert found == pytest.approx(4 * sum(part.linear for part in planned), rel=0.002)
+    assert seen == {0, 1, 2}
+
+
 def test_a_plan_has_the_mean_of_the_flops_and_the_most_bytes() -> None:
     alone = [
         parts(load_recipe("flux-controlnet", [f"data.buckets={{ratios: [{each}]}}"])) for each in ("1x1", "3x2", "16x9")
@@ -61,16 +81,27 @@ def test_a_plan_has_the_mean_of_the_flops_and_the_most_bytes() -> None:
         assert (part.kept, part.in_use) == (alone[1][place].kept, alone[1][place].in_use), "13 x 20 patches are most"
 
 
-def test_the_command_shows_the_shares_of_the_data(shapes: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "names", "tokens"),
+    [
+        ("tiny-controlnet", ["64x64", "80x48", "48x80"], [[8, 8], [6, 10], [10, 6]]),
+        ("tiny-mllm", ["112x112", "140x84", "84x140"], [None] * 3),
+    ],
+)
+def test_the_command_shows_the_shares_of_the_data(shapes: Path, recipe: str, names: list[str], tokens: list) -> None:
     given = settings(shapes, BUCKETS)
-    (ended,) = ranked.bifrost(1, "plan", "tiny-controlnet", *given, "--gpus", "1", "--json")
+    (ended,) = ranked.bifrost(1, "plan", recipe, *given, "--gpus", "1", "--json")
     assert ended.code == 0, ended.err
     found = json.loads(ended.out)["buckets"]
     # Of 52 images every fifth is a square, and another fifth 70 x 64; one of the squares is too small.
     shares = {each["shape"]: round(51 * each["share"]) for each in found}
-    assert shares == {"64x64": 20, "80x48": 21, "48x80": 10}
+    assert shares == dict(zip(names, (20, 21, 10), strict=True))
     assert [each["latents"] for each in found] == [[4, 4], [3, 5], [5, 3]]
+    assert [each.get("tokens") for each in found] == tokens
     assert [each["largest"] for each in found] == [True, False, False]
+
+
+def test_shares_are_equal_where_shards_cannot_be_read() -> None:
     (ended,) = ranked.bifrost(1, "plan", "tiny-controlnet", BUCKETS, "data.shards=none.tar", "--gpus", "1")
     assert ended.code == 0
     assert "shares of the buckets are not known, and taken as equal: none.tar: no such shard" in ended.err + ended.out

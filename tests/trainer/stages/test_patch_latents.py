@@ -33,7 +33,7 @@ def items(count: int, epoch: int = 0) -> list[Item]:
 
 
 def test_shapes(tokenizer) -> None:
-    batch = PatchLatentCollate(tokenizer, branch(), 0, 16)(items(3))
+    batch = PatchLatentCollate(tokenizer, branch(), 0, [(4, 4)])(items(3))
     assert batch["images"].shape == (3, 3, 28, 28)
     assert batch["images"].dtype == torch.uint8
     assert batch["images"][2, 0, 0, 0] == 2
@@ -43,7 +43,7 @@ def test_shapes(tokenizer) -> None:
 
 
 def test_draws_of_a_sample_are_independent_of_the_batch(tokenizer) -> None:
-    collate = PatchLatentCollate(tokenizer, branch("branch.caption_dropout=0.5"), 0, 16)
+    collate = PatchLatentCollate(tokenizer, branch("branch.caption_dropout=0.5"), 0, [(4, 4)])
     together = collate(items(12))
     for index, item in enumerate(items(12)):
         alone = collate([item])
@@ -54,7 +54,7 @@ def test_draws_of_a_sample_are_independent_of_the_batch(tokenizer) -> None:
 
 
 def test_captions_are_dropped_to_the_empty_template(tokenizer) -> None:
-    collate = PatchLatentCollate(tokenizer, branch("branch.caption_dropout=0.25"), 0, 16)
+    collate = PatchLatentCollate(tokenizer, branch("branch.caption_dropout=0.25"), 0, [(4, 4)])
     empty = len(collate.template.ids(""))
     lengths = collate(items(2000))["text_lengths"]
     assert abs(lengths.count(empty) / len(lengths) - 0.25) < 0.04
