@@ -8,8 +8,6 @@ import re
 import stat
 from collections.abc import Iterator
 
-from braceexpand import braceexpand
-
 from .errors import DataError
 from .files import is_local
 from .local import is_kind
@@ -25,6 +23,8 @@ NOTHING_NAMED = "no shards named; give a path such as /data/train-{00000..00099}
 
 def patterns(spec: str | list[str]) -> Iterator[str]:
     """The paths, folders, URLs and wildcards in `spec`, with braces and `~` expanded."""
+    from braceexpand import braceexpand  # here: an exported pipeline opens no shards, and runs without it
+
     for one in [spec] if isinstance(spec, str) else spec:
         if not one.strip():  # fsspec reads it as the current folder
             raise DataError(NOTHING_NAMED)

@@ -4,12 +4,19 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
+from packaging.requirements import Requirement
+from PIL import Image
 
 import bifrost
+import run_folders
 import runs
+from bifrost.recipes import load_recipe
+from bifrost.trainer.inference.export_pipeline import export_pipeline
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"package": "", "kernels": "kernels", "data": "data", "recipes": "recipes", "slurm": "slurm"}
@@ -76,3 +83,52 @@ def test_wheel_trains_from_another_folder(site: Path, shards: Path, tmp_path: Pa
         [site / "bin" / "bifrost", "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert script.stdout.startswith("bifrost ") and script.returncode == 0, script.stderr
+
+
+GENERATE = """
+import sys
+import torch
+torch.set_num_threads(1)
+from bifrost import BifrostPipeline
+pipe = BifrostPipeline.from_pretrained(sys.argv[1])
+pipe("two owls above a moon", steps=2, num_inference_steps=2, seed=5).images[0].save(sys.argv[2])
+"""
+
+
+def required(*names: str) -> set[str]:
+    """The distributions `names` with all that they require, without extras."""
+    found, left = set(), list(names)
+    while left:
+        if (name := left.pop()) not in found:
+            found.add(name)
+            wanted = [Requirement(line) for line in metadata.requires(name) or []]
+            left += [one.name for one in wanted if not one.marker or one.marker.evaluate({"extra": ""})]
+    return found
+
+
+@pytest.mark.slow
+def test_a_pipeline_needs_only_torch_transformers_and_diffusers(site: Path, tmp_path: Path) -> None:
+    """In an environment with these and the wheel alone it gives the image of this one, to the bit. Triton is required
+    by PyPI's torch, but not by its CPU build."""
+    alone = tmp_path / "site-packages"
+    alone.mkdir()
+    for name in required("torch", "transformers", "diffusers", "triton"):
+        for file in {Path(file.parts[0]) for file in metadata.files(name) or [] if ".." not in file.parts}:
+            placed = Path(str(metadata.distribution(name).locate_file(file)))
+            if not (alone / file).exists() and placed.name != "__pycache__":
+                (alone / file).symlink_to(placed)
+    (alone / "bifrost").symlink_to(site / "bifrost")
+
+    braces = "data.shards=demo/train-{00000..00005}.tar"
+    mllm = run_folders.save(tmp_path / "mllm", load_recipe("tiny-mllm", [braces]), 1)
+    controlnet = run_folders.save(tmp_path / "controlnet", load_recipe("tiny-controlnet", [braces]), 2)
+    export_pipeline(mllm, controlnet, tmp_path / "pipeline")
+    images = []
+    for options, path in ((["-S"], alone), ([], site)):
+        out = tmp_path / f"{len(options)}.png"
+        environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONSAFEPATH": "1"}
+        command = [sys.executable, *options, "-c", GENERATE, str(tmp_path / "pipeline"), str(out)]
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        images.append(np.asarray(Image.open(out)))
+    assert images[0].std() > 10 and np.array_equal(*images)

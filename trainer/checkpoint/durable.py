@@ -11,13 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 WHOLE = "file"
 """Name of the span of a file that is hashed as a whole."""
 HASH = "xxh3_128"
 """Hash of new files: as fast as memory, against damage; a manifest does not protect from who may rewrite it."""
-HASHES: Mapping[str, Callable[[], Any]] = {HASH: xxhash.xxh3_128, "sha256": hashlib.sha256}
+
+
+def _xxh3() -> Any:
+    import xxhash  # here: only checkpoints need it, not an exported pipeline
+
+    return xxhash.xxh3_128()
+
+
+HASHES: Mapping[str, Callable[[], Any]] = {HASH: _xxh3, "sha256": hashlib.sha256}
 """Name -> new hash; checkpoints of format 1 have SHA-256."""
 
 WINDOW = 1 << 23
