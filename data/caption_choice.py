@@ -1,4 +1,5 @@
-"""Which of a sample's captions is read: drawn by weight among those that it has, as a pure function of the sample."""
+"""Which members of a sample are read next to its image: one of its captions, drawn by weight among those that it has,
+as a pure function of the sample, and a source image."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Callable, Container, Mapping
 from itertools import accumulate
 
 from .index import CAPTION_TYPE
+from .source_images import SourceImages
 
 Draw = Callable[[int, int], float]
 """Epoch and index of the planned sample -> a uniform number in (0, 1)."""
@@ -16,12 +18,16 @@ class CaptionChoice:
     """The text members of which one is a sample's caption.
 
     weights: extension of a member (`short.txt` for KEY.short.txt) -> weight, above 0. draw: needed for several.
+    source_images: whether source images are read, too.
     """
 
-    def __init__(self, weights: Mapping[str, float], draw: Draw | None = None) -> None:
+    def __init__(
+        self, weights: Mapping[str, float], draw: Draw | None = None, source_images: SourceImages = "ignored"
+    ) -> None:
         assert draw is not None or len(weights) == 1, "one of several members is drawn"
         self.weights = dict(sorted(weights.items()))  # the order of a mapping in a file must not matter
         self.draw = draw
+        self.source_images = source_images
 
     @property
     def only(self) -> str | None:

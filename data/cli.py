@@ -94,10 +94,12 @@ def stats(shards: Shards, index_dir: IndexDir = None) -> None:
 
     from .member_counts import count_members
     from .shards import open_dataset
+    from .source_images import SOURCE_TYPES
 
     dataset = open_dataset(shards, for_statistics=True, index_dir=index_dir)
     headers, counts = dataset.headers, count_members(dataset.shards, index_dir)
     captions = sum(header.captions for header in headers)
+    sources = sum(counts[kind].samples for kind in SOURCE_TYPES if kind in counts)
     captioned = [header.caption_chars for header in headers if header.captions]
     length = "none in KEY.txt"
     if captions:
@@ -111,6 +113,7 @@ def stats(shards: Shards, index_dir: IndexDir = None) -> None:
         ("samples per shard", f"{dataset.samples_per_shard.min():,} to {dataset.samples_per_shard.max():,}"),
         ("usable captions", f"{captions:,}"),
         ("caption length", length),
+        *([("source images", f"{sources:,}")] if sources else []),
         ("size", format_bytes(sum(header.bytes for header in headers), 4)),
         ("mean image", f"{sum(header.image_bytes for header in headers) / len(dataset) / 1024:,.1f} KiB"),
         ("fingerprint", dataset.fingerprint[:16]),

@@ -29,6 +29,7 @@ from .processes import in_processes, sole_owner
 from .progress import progress, track
 from .remote import filesystem
 from .retry import described, is_transient
+from .source_images import source_type
 from .sources import REPORTS, list_source
 from .spread import THREADS
 from .transforms import clean_caption, decode_image, image_kind
@@ -218,6 +219,11 @@ def _load(candidate: Candidate, others: list[str]) -> Sample:
     kind = image_type(members)
     assert kind is not None, "a candidate has an image"
     decode_image(members[kind], CHECKED_AT)
+    if source := source_type(members):
+        try:
+            decode_image(members[source], CHECKED_AT)
+        except ValueError as error:
+            raise ValueError(f"source image: {error}") from None
     return {**members, **captions}
 
 

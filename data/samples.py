@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
+from .bucket_rule import Shape
 from .buckets import Buckets
 from .errors import BadSample, DataError
 from .index import CAPTION_TYPE
@@ -38,6 +39,8 @@ class Item:
     """Extension of the member that the caption is from, drawn for the planned sample."""
     bucket: int = 0
     """Number of its bucket, if there are some."""
+    source_image: np.ndarray | None = None
+    """Of an editing pair, the source image in the shape of `image`."""
 
 
 class ReadableSamples:
@@ -66,16 +69,16 @@ class ReadableSamples:
             if candidate not in self._bad:
                 try:
                     raw = self.dataset.read(*place, epoch, index)
-                    try:
-                        image, *others = decode_shapes(raw.image, shapes)
-                    except ValueError as error:
-                        raise BadSample(raw.key, str(error)) from None
+                    image, *others = _decoded(raw.key, "", raw.image, shapes)
+                    source = None
+                    if raw.source_image is not None:
+                        (source,) = _decoded(raw.key, "source image: ", raw.source_image, shapes[:1])
                 except BadSample as error:
                     self._bad[candidate] = error
                 else:
                     if planned:
                         replaced.append((planned.key, planned.reason))
-                    rest = tuple(others), place, raw.caption_member, bucket
+                    rest = tuple(others), place, raw.caption_member, bucket, source
                     return Item(epoch, index, raw.key, image, raw.caption, *rest)
             planned = planned or self._bad[candidate]
         raise DataError(f"no sample of the dataset is readable, the first: {planned}; name other shards")
@@ -87,6 +90,14 @@ class ReadableSamples:
             for candidate in ((first + k) % count for k in range(count)):
                 if not self.buckets or self.buckets.number(here, candidate) == bucket:
                     yield here, candidate
+
+
+def _decoded(key: str, which: str, image: bytes, shapes: Sequence[Shape]) -> list[np.ndarray]:
+    """The image in all shapes; BadSample with what is wrong with it. which: of the sample's images, for the reason."""
+    try:
+        return decode_shapes(image, shapes)
+    except ValueError as error:
+        raise BadSample(key, f"{which}{error}") from None
 
 
 class BadSamples:

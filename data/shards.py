@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from .index import (
 from .joined_headers import JoinedHeaders
 from .remote_file import RemoteFile
 from .shard_list import expand
+from .source_images import source_type
 from .spread import Broadcast, Gather, from_first, spread
 from .transforms import clean_caption
 from .units import counted
@@ -46,6 +48,8 @@ class RawSample:
     caption: str
     caption_member: str = CAPTION_TYPE
     """Extension of the member that the caption is from."""
+    source_image: bytes | None = None
+    """Of an editing pair, the source image's file."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,12 @@ def open_dataset(
     """Open indexed shards for reading.
 
     spec: path, folder or fsspec URL, or several; `{00000..02047}` and wildcards are expanded. max_open: shards kept
-    open. captions: the members that captions are read from. index_dir: folder of indexes and catalogues; None: next to
-    the shards. for_statistics: a folder may hold held-out shards together with others, and there may be no captions.
+    open. captions: the members that captions are read from, and the use of source images. index_dir: folder of indexes
+    and catalogues; None: next to the shards. for_statistics: a folder may hold held-out shards together with others,
+    and there may be no captions.
     rank, gather, broadcast: of the ranks that open the same dataset; each then checks its share of the shards. Raises
     DataError, on all ranks, when a shard or its index is missing or inconsistent, when no shard has a caption, or when
-    one of several members of `captions` is not found.
+    one of several members of `captions`, or a source image that these require, is not found.
     """
     catalogued = open_catalogued(spec, for_statistics, rank, gather, index_dir)
     if catalogued:
@@ -101,28 +106,49 @@ def open_dataset(
             f"{format_shards(shards)}: no captions (KEY.txt next to each image); make shards that have some with"
             " `bifrost data ingest`"
         )
+    if captions.source_images == "required":
+        from_first(lambda: _require_source_images(dataset), rank, gather, broadcast)
     return dataset
 
 
 def _require_members(dataset: Dataset) -> None:
     """DataError for a member of the dataset's captions that none of its samples has, in shards spread evenly."""
-    filled = np.flatnonzero(dataset.samples_per_shard)
-    some = filled[:: max(1, len(filled) // LOOKED_AT)].tolist()
-    missing, kinds, seen = set(dataset.captions.weights), set(), 0
-    for shard in some:
-        for sample in range(int(dataset.samples_per_shard[shard])):
-            members = dataset.entry(shard, sample)[1]
-            kinds.update(members)
-            missing -= members.keys()
-            seen += 1
-            if not missing:
-                return
+    missing, kinds, seen, some = set(dataset.captions.weights), set(), 0, _spread_shards(dataset)
+    for members in _members_in(dataset, some):
+        kinds.update(members)
+        missing -= members.keys()
+        seen += 1
+        if not missing:
+            return
     names, there = (", ".join(f".{kind}" for kind in sorted(each)) for each in (missing, kinds))
     raise DataError(
         f"{format_shards(dataset.shards)}: no captions in KEY{names}: {seen:,} samples of {counted(len(some), 'shard')}"
         f" have {there}; name members that are there in `captions`, or make shards that have more with `bifrost data"
         " ingest`"
     )
+
+
+def _require_source_images(dataset: Dataset) -> None:
+    """DataError when no sample has a source image, in shards spread evenly."""
+    some = _spread_shards(dataset)
+    if not any(source_type(members) for members in _members_in(dataset, some)):
+        raise DataError(
+            f"{format_shards(dataset.shards)}: no source images in {counted(len(some), 'shard')}; task=editing needs"
+            " KEY.source.jpg (or jpeg, png, webp) next to each image"
+        )
+
+
+def _spread_shards(dataset: Dataset) -> list[int]:
+    """Up to about twice LOOKED_AT shards with samples, spread evenly."""
+    filled = np.flatnonzero(dataset.samples_per_shard)
+    return filled[:: max(1, len(filled) // LOOKED_AT)].tolist()
+
+
+def _members_in(dataset: Dataset, shards: list[int]) -> Iterator[Members]:
+    """The members of every sample in these shards."""
+    for shard in shards:
+        for sample in range(int(dataset.samples_per_shard[shard])):
+            yield dataset.entry(shard, sample)[1]
 
 
 class Dataset:
@@ -200,7 +226,8 @@ class Dataset:
         """One sample, by shard number and number within the shard. epoch, index: of the planned sample, for which one
         of several captions is drawn.
 
-        Raises BadSample when it is truncated or its caption is missing, empty or not UTF-8; DataError when the shard
+        Raises BadSample when it is truncated, its caption is missing, empty or not UTF-8, or a source image that is
+        required is missing; DataError when the shard
         cannot be read at all.
         """
         key, members = self.entry(shard, sample)
@@ -220,20 +247,31 @@ class Dataset:
     def _sample(self, shard: int, key: str, members: Members, kind: str | None) -> RawSample:
         """The sample with the caption of extension `kind`; None: BadSample, once the image was read."""
         parts: dict[str, bytes] = {}
-        for wanted in _adjacent(members, kind):
+        for wanted in _adjacent(members, self._read_kinds(shard, members, kind)):
             parts |= self._members(shard, key, wanted)
         if kind is None:
             raise BadSample(key, "no caption")
+        source = source_type(parts)
+        if source is None and self.choice(shard).source_images == "required":
+            raise BadSample(key, "no source image")
         try:
             caption = clean_caption(parts[kind])
         except ValueError as error:
             raise BadSample(key, str(error)) from None
-        return RawSample(key, parts[str(image_type(members))], caption, kind)
+        return RawSample(key, parts[str(image_type(members))], caption, kind, parts[source] if source else None)
+
+    def _read_kinds(self, shard: int, members: Members, caption: str | None) -> list[str]:
+        """Extensions of the members that are read of a sample: its image, the caption, and a source image in use."""
+        source = None if self.choice(shard).source_images == "ignored" else source_type(members)
+        image = image_type(members)
+        assert image is not None, "only samples with an image are indexed"
+        return [kind for kind in (image, caption, source) if kind is not None]
 
     def spans(self, shard: int, sample: int, epoch: int = 0, index: int = 0) -> list[tuple[int, int]]:
         """Start and size in bytes of each range that `read` reads; raises DataError like `entry`."""
         members = self.entry(shard, sample)[1]
-        return [_span(wanted) for wanted in _adjacent(members, self.choice(shard).among(members, epoch, index))]
+        kinds = self._read_kinds(shard, members, self.choice(shard).among(members, epoch, index))
+        return [_span(wanted) for wanted in _adjacent(members, kinds)]
 
     def _members(self, shard: int, key: str, wanted: Members) -> dict[str, bytes]:
         """Content of adjacent members from one read; each is checked against the tar header before it."""
@@ -271,15 +309,13 @@ class Dataset:
         return _Shard(index, open_file(url, index.header.bytes, self.opened.fetch))
 
 
-def _adjacent(members: Members, caption: str | None) -> list[Members]:
-    """A sample's image and the member `caption`, grouped by the range that they are read with."""
-    image = image_type(members)
-    assert image is not None, "only samples with an image are indexed"
-    wanted = {kind: members[kind] for kind in (image, caption) if kind is not None}
+def _adjacent(members: Members, kinds: list[str]) -> list[Members]:
+    """The members with these extensions, grouped by the range that they are read with."""
+    wanted = {kind: members[kind] for kind in kinds}
     _, length = _span(wanted)
     if length <= sum(size for _, size in wanted.values()) + NEAR:
         return [wanted]
-    # In the tar all images precede all captions, or one of the two is a link.
+    # In the tar all images precede all captions, or one of them is a link.
     return [{kind: place} for kind, place in wanted.items()]
 
 

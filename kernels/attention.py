@@ -40,7 +40,7 @@ class Segments:
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Segments:
         ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        return cls(tuple(lengths), _without_waiting(ends, device))
+        return cls(tuple(lengths), to_device(ends, device))
 
     @property
     def longest(self) -> int:
@@ -84,11 +84,11 @@ class PrefixLayout:
             Segments.of(lengths, device),
             Segments.of([patches] * len(each), device),
             Segments.of([length + patches for length in lengths for _ in range(images)], device),
-            *(_without_waiting(index, device) for index in (text_rows, image_rows, positions)),
+            *(to_device(index, device) for index in (text_rows, image_rows, positions)),
         )
 
 
-def _without_waiting(table: Tensor, device: torch.device | str) -> Tensor:
+def to_device(table: Tensor, device: torch.device | str) -> Tensor:
     """A table of the host on `device`. From pageable memory the host may wait for a copy, from 64 KiB on."""
     if torch.device(device).type == "cuda":
         table = table.pin_memory()  # a block of torch's host allocator, reused after the copy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -54,6 +54,9 @@ def caption_members(value: dict[str, float]) -> dict[str, float]:
 Captions = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(caption_members)]
 
 
+Task = Literal["generation", "editing"]
+
+
 class Source(Section):
     """One of several data sets."""
 
@@ -61,6 +64,9 @@ class Source(Section):
     """Name of the source in metrics and messages."""
     shards: Shards
     """Its shards, named like `data.shards`."""
+    task: Task = "generation"
+    """What its samples train: `generation`, an image from its caption; stage 1 also `editing`, an image from a source
+    image, KEY.source.jpg, and an instruction. See docs/data.md."""
     weight: Annotated[float | dict[int, float] | None, BeforeValidator(weight_or_schedule)] = None
     """Its share of the samples, relative to the weights of the other sources; or a schedule, `{0: 3, 1000: 0}`: the
     weight by the number of global batches before. 0 is none of it, in a schedule only."""
@@ -159,6 +165,11 @@ class Data(Section):
         """Global batches at which scheduled weights change, the first one 0."""
         starts = (source.weight for source in self.sources or () if isinstance(source.weight, dict))
         return sorted({0}.union(*starts))
+
+    @property
+    def edits(self) -> bool:
+        """Whether a source has editing pairs."""
+        return any(source.task == "editing" for source in self.sources or ())
 
     @property
     def named(self) -> list[str]:

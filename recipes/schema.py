@@ -258,6 +258,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _with_source_images(self) -> Recipe:
+        """What has no place for the source images of editing pairs."""
+        without = {
+            "stage controlnet": self.stage == "controlnet",
+            "backbone.vision_encoder=cached": self.backbone.vision_encoder,
+            f"branch.targets={self.branch.targets}": self.branch.targets != "native",
+        }
+        if self.data.edits and (key := next((key for key, value in without.items() if value), None)):
+            raise ValueError(f"data.sources: task=editing is for stage 1 with the MLLM's vision encoder, not for {key}")
+        return self
+
+    @model_validator(mode="after")
     def _complete(self) -> Recipe:
         if self.stage == "controlnet" and self.flux is None:
             raise ValueError("stage controlnet needs flux.path, such as flux.path=black-forest-labs/FLUX.1-dev")

@@ -35,6 +35,7 @@ STAGE_1 = {
     "few pairs": ["branch.weights=lora", "branch.lora.targets=[o_proj, down_proj]", "branch.draws=2"],
     "pairs on int8, flow": ["branch.weights=lora", "branch.head=flow", "backbone.weights=int8"],
     "mrope": ["branch.positions=mrope"],
+    "editing": ["data.shards=null", "data.sources=[{name: edits, shards: edits, weight: 1, task: editing}]"],
     "fp32": ["precision=fp32"],
     "buckets": [BUCKETS],
     "buckets, interleaved": [BUCKETS, "branch.positions=interleaved", "branch.loss_tokens=masked"],

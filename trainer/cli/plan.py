@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,8 +52,9 @@ def plan(
     from ..planner import caches, open_model, parts, workload
     from ..planner.buckets import planned_buckets
     from ..planner.curves import draw
+    from ..planner.opened import PatchLatents
     from ..planner.previews import image_generator_bytes
-    from ..planner.report import Report
+    from ..planner.report import Prompts, Report
     from ..planner.sources import samples_of_sources
     from ..terminal import terminal
 
@@ -60,13 +62,16 @@ def plan(
     previews = image_generator_bytes(settings.previews) if prompted else 0.0  # stage 2 generates images itself
     model, data = open_model(settings), settings.data
     shares = _bucket_shares(model, data, settings.global_batch)
+    prompts = None
+    if isinstance(model, PatchLatents):
+        prompts = Prompts(text_tokens, settings.branch.max_text_tokens, model.edited)
     report = Report(
         settings.name,
         parts(settings, text_tokens, shares=shares),
         work,
         numbers,
         chosen,
-        (text_tokens, settings.branch.max_text_tokens) if prompted else None,
+        prompts,
         previews,
         caches(settings),
     )
@@ -101,12 +106,16 @@ def _check(recipe: str, overrides: list[str], gpus: list[int], text_tokens: int,
     """Print counted figures next to planned ones; whether they agree."""
     from ..models.image_grids import only_largest
     from ..phantom.check import check
-    from ..planner import open_model, parts, workload
+    from ..planner import open_model, parts_of, workload
+    from ..planner.opened import PatchLatents
     from ..terminal import terminal
 
     settings = load_recipe(recipe, overrides)
-    shares = only_largest(open_model(settings).grids)
-    counted = parts(settings, text_tokens, text_tokens, shares)
+    model = open_model(settings)
+    if isinstance(model, PatchLatents) and model.edited:
+        model = replace(model, edited=1.0)  # the batch that is counted has pairs alone
+    shares = only_largest(model.grids)
+    counted = parts_of(model, settings.precision, text_tokens, text_tokens, shares)
     found = check((recipe, overrides), counted, workload(settings), gpus, text_tokens)
     if as_json:
         print(json.dumps(found.as_json(), indent=2))

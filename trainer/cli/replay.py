@@ -89,6 +89,8 @@ def _print(found: Replay, out: Path) -> None:
     for sample in (found.samples[i] for i in order):
         change = next((name for name in ("dropped", "exchanged") if sample.get(f"caption_{name}")), None)
         caption = f"({change}) {sample['caption']}" if change else sample["caption"]
+        if sample.get("task"):
+            caption = f"({sample['task']}) {caption}"
         if sample.get("latents_predicted"):
             caption = f"(predicted latents) {caption}"
         cells = [*(sample[name] for name in named), sample["key"], *(f"{sample[name]:.3f}" for name in drawn)]

@@ -60,10 +60,15 @@ class LatentDecoder:
         shares = self.group.gather(own)
         return [item for turn in range(math.ceil(count / batch)) for item in shares[turn % size][turn // size]]
 
-    def latents(self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings = Settings()) -> Tensor:
-        """Patch latents [B, N, D] decoded from the prompts, as one batch."""
-        how = settings.steps, settings.schedule, settings.guidance, settings.temperature
-        return decode_prompts(self.mllm, self.template, prompts, seeds, *how)
+    def latents(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings = Settings(),
+        sources: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """Patch latents [B, N, D] decoded from the prompts, as one batch. sources: see `decode_prompts`."""
+        return decode_prompts(self.mllm, self.template, prompts, seeds, settings, sources)
 
     def decoded(
         self,

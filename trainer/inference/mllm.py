@@ -15,13 +15,16 @@ from torch import Tensor
 from ...kernels import PrefixLayout
 from ...kernels.attention import unavailable
 from ..checkpoint.state import restore_statistics
+from ..models.backbone import Prefix
 from ..models.kernel_selection import KernelChoice
 from ..models.prompt import PromptTemplate
+from ..models.source_tokens import SourceTokens
 from ..models.weights import fill
 from ..stages.patch_latent_model import PatchLatentModel
 from ..stages.patch_latents import PatchLatentStage
 from ..stages.unsharded import init_context
-from .masked_decoding import Schedule, decode, draw_latent_noise, draw_orders
+from .masked_decoding import decode, draw_latent_noise, draw_orders
+from .settings import Settings
 from .stored_runs import checkpoint_weights, has_checkpoints
 
 
@@ -54,18 +57,36 @@ def decode_prompts(
     template: PromptTemplate,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    steps: int = 16,
-    schedule: Schedule = "cosine",
-    guidance: float = 1.0,
-    temperature: float = 1.0,
+    settings: Settings = Settings(),
+    sources: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """Patch latents [B, N, D] decoded from the prompts, as one batch; a seed per prompt determines the order of its
-    patches, and a flow head's noise. See `decode` and `draw_latent_noise`."""
-    # Caption dropout trains with the empty caption: that is the unconditional prompt.
-    rows = [*prompts, *([""] * len(prompts) if guidance != 1 else [])]
-    input_ids, lengths = template.batch(rows)
+    patches, and a flow head's noise. See `decode` and `draw_latent_noise`.
+
+    sources: a source image uint8 [3, H, W], all of one size, for each prompt that is an instruction; None: for none.
+    """
+    # Caption dropout trains with the empty caption, next to the source image: that is the unconditional prompt.
+    copies = 1 if settings.guidance == 1 else 2
+    rows = [*prompts, *([""] * len(prompts) * (copies - 1))]
+    prefix = _prefix(model, template, rows, [*(sources or [None] * len(prompts))] * copies)
     patches, device = model.branch.side**2, model.branch.mask_token.device
-    prefix = model.backbone.prefix(input_ids.to(device), PrefixLayout.of(lengths, patches, device))
     orders = draw_orders(seeds, patches).to(device)
-    noise = draw_latent_noise(model.head, seeds, patches, temperature)
-    return decode(model.branch, model.head, prefix, orders, steps, schedule, guidance, noise)
+    noise = draw_latent_noise(model.head, seeds, patches, settings.temperature)
+    how = settings.steps, settings.schedule, settings.guidance
+    return decode(model.branch, model.head, prefix, orders, *how, noise)
+
+
+def _prefix(
+    model: PatchLatentModel, template: PromptTemplate, rows: Sequence[str], sources: Sequence[Tensor | None]
+) -> Prefix:
+    patches, device = model.branch.side**2, model.branch.mask_token.device
+    shown, tokens, count = [each for each in sources if each is not None], None, 0
+    if shown:
+        images = torch.stack(shown).to(device)
+        grid = model.backbone.grid(images)
+        count = grid[0] * grid[1]
+    input_ids, lengths = template.batch(rows, [0 if each is None else count for each in sources])
+    if shown:
+        begins = [None if each is None else template.source_begin for each in sources]
+        tokens = SourceTokens.of(model.backbone.patch_latents(images), lengths, begins, grid)
+    return model.backbone.prefix(input_ids.to(device), PrefixLayout.of(lengths, patches, device), tokens)

@@ -27,6 +27,7 @@ from ..stages.patch_latents import PatchLatentStage
 from .latent_decoder import open_run, require_native
 from .masked_decoding import reveal_counts
 from .mllm import decode_prompts, load_mllm
+from .settings import Settings
 from .stored_runs import checkpoint_weights, has_checkpoints
 
 TEXT_SETTINGS = (
@@ -159,7 +160,7 @@ class PredictedOutputs:
             path = self._run.folder if self._run else self.path
             self._model = load_mllm(path, self.stage, device, self.dtype, vision=False)
         captions, seeds = zip(*inputs, strict=True)
-        found = decode_prompts(self._model, self.template, captions, seeds, self.steps)
+        found = decode_prompts(self._model, self.template, captions, seeds, Settings(self.steps))
         return [{"latents": latents} for latents in found]
 
 

@@ -32,13 +32,14 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 
 from ...data.retry import described
 from ...kernels import PrefixLayout, Segments, segment_attention
-from ...kernels.attention import Backend
+from ...kernels.attention import Backend, to_device
 from ...recipes.fields import HeldWeights
 from ..errors import RunError
 from .backbone_config import PIXEL_MEAN, PIXEL_STD, read_stated
 from .eight_bit_source import frozen_source
 from .eight_bits import eight_bit_linears, scales
 from .linear import use_own_linear
+from .source_tokens import SourceTokens
 from .weights import WeightFiles, backbone_names, fill
 
 # transformers passes segment lengths to an attention function only if its name contains "flash".
@@ -59,15 +60,17 @@ def read_config(folder: Path) -> Any:  # a Qwen2_5_VLConfig, whose annotations o
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of the captions in the text model's layers, constant for the branch.
+    """Keys and values of the prompts in the text model's layers, constant for the branch.
 
-    keys, values: per layer of the branch [sum T, G, C], packed. layout: which rows belong to which sample.
+    keys, values: per layer of the branch [sum T, G, C], packed. layout: which rows belong to which sample. after:
+    position of the first patch of each of its images, int64 [B K]; None: as many as the prompt's tokens.
     Nothing is appended, so recomputed layers and repeated decoding steps see the same prefix.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     layout: PrefixLayout
+    after: Tensor | None = None
 
 
 class FrozenBackbone(nn.Module):
@@ -139,6 +142,12 @@ class FrozenBackbone(nn.Module):
         height, width = (side // vision.patch_size for side in images.shape[-2:])
         return self.latents_of_patches(patches, len(images), height, width)
 
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of the latents of images [B, 3, H, W]."""
+        vision: Any = self.vision.config
+        unit = vision.patch_size * vision.spatial_merge_size
+        return images.shape[-2] // unit, images.shape[-1] // unit
+
     @torch.no_grad()
     def latents_of_patches(self, patches: Tensor, samples: int, height: int, width: int | None = None) -> Tensor:
         """Latents [B, N, D] of pixel patches [B * height * width, 3 * t * p * p] in the processor's order. width: None
@@ -151,11 +160,12 @@ class FrozenBackbone(nn.Module):
         return merged.view(samples, -1, merged.shape[-1])
 
     @torch.no_grad()
-    def read(self, input_ids: Tensor, layout: PrefixLayout) -> tuple[Tensor, Any]:
+    def read(self, input_ids: Tensor, layout: PrefixLayout, sources: SourceTokens | None = None) -> tuple[Tensor, Any]:
         """Hidden states [sum T, D] of the packed prompts input_ids [sum T], and their transformers cache."""
+        embedded, positions = self._embedded(input_ids, layout, sources)
         out = self.text(
-            input_ids=input_ids[None],
-            position_ids=layout.positions.expand(3, 1, -1),
+            inputs_embeds=embedded,
+            position_ids=positions,
             past_key_values=DynamicCache(),
             use_cache=True,
             layout=layout,
@@ -164,14 +174,15 @@ class FrozenBackbone(nn.Module):
         return out.last_hidden_state[0], out.past_key_values
 
     @torch.no_grad()
-    def prefix(self, input_ids: Tensor, layout: PrefixLayout) -> Prefix:
-        """Keys and values of the prompts input_ids [sum T] in the attended layers.
+    def prefix(self, input_ids: Tensor, layout: PrefixLayout, sources: SourceTokens | None = None) -> Prefix:
+        """Keys and values of the prompts input_ids [sum T], with the latents of their source images, in the attended
+        layers.
 
         The last layer's queries, attention and MLP are neither computed nor gathered: only its keys and values are
         used.
         """
-        hidden = self.text.embed_tokens(input_ids[None])
-        rotation = self.text.rotary_emb(hidden, layout.positions.expand(3, 1, -1))
+        hidden, positions = self._embedded(input_ids, layout, sources)
+        rotation = self.text.rotary_emb(hidden, positions)
         cache = DynamicCache()
         for layer in self.text.layers[:-1]:
             hidden = layer(
@@ -193,7 +204,18 @@ class FrozenBackbone(nn.Module):
         packed.append((rotated(key[None], *rotation)[0], value))
         if self.attended is not None:
             packed = [packed[index] for index in self.attended]
-        return Prefix(tuple(k for k, _ in packed), tuple(v for _, v in packed), layout)
+        after = None
+        if sources is not None:
+            after = sources.after.repeat_interleave(len(layout.image.lengths) // len(layout.text.lengths))
+        return Prefix(tuple(k for k, _ in packed), tuple(v for _, v in packed), layout, after)
+
+    def _embedded(self, input_ids: Tensor, layout: PrefixLayout, sources: SourceTokens | None) -> tuple[Tensor, Tensor]:
+        """The text model's input [1, sum T, D], and the positions of its tokens [3, 1, sum T]."""
+        hidden = self.text.embed_tokens(input_ids)
+        if sources is None:
+            return hidden[None], layout.positions.expand(3, 1, -1)
+        latents = sources.latents.flatten(0, 1).to(hidden.dtype)
+        return hidden.index_copy(0, sources.rows, latents)[None], sources.positions[:, None]
 
 
 class _PatchProjection(nn.Conv3d):
@@ -283,7 +305,7 @@ AttentionInterface.register(VISION_ATTENTION, _vision_attention)
 AttentionInterface.register(TEXT_ATTENTION, _text_attention)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)  # with editing pairs, passes differ in their number of images
 def _geometry(
     samples: int, height: int, merge: int, window: int, patch: int, device: torch.device, width: int | None = None
 ) -> dict[str, Tensor | int]:
@@ -293,10 +315,10 @@ def _geometry(
     grid = torch.tensor([[1, height, width]]).expand(samples, 3)
     window_index, window_ends = get_vision_window_index(grid, merge, window, patch)
     return {
-        "position_ids": get_vision_position_ids(grid, merge).to(device),
-        "cu_seqlens": get_vision_cu_seqlens(grid).to(device),
+        "position_ids": to_device(get_vision_position_ids(grid, merge), device),
+        "cu_seqlens": to_device(get_vision_cu_seqlens(grid), device),
         "max_seqlen": height * width,
-        "window_index": window_index.to(device),
-        "cu_window_seqlens": window_ends.to(device),
+        "window_index": to_device(window_index, device),
+        "cu_window_seqlens": to_device(window_ends, device),
         "max_window_seqlen": int(window_ends.diff().max()),
     }

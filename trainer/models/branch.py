@@ -74,17 +74,18 @@ class GenerationBranch(nn.Module):
         """See `FrozenBackbone.restore_rotary`. DeepSpeed does not move buffers of a model built under `zero.Init`."""
         self.rotary_embedding = self.embedding(self.config).to(self.mask_token.device)
 
-    def position_ids(self, lengths: Tensor, grid: Grid | None = None) -> Tensor:
-        """Rotary positions (t, h, w) of the patches of a grid, [3, B, N], after `lengths` [B] text tokens.
+    def position_ids(self, first: Tensor, grid: Grid | None = None) -> Tensor:
+        """Rotary positions (t, h, w) of the patches of a grid, [3, B, N], from `first` [B] on: with a prompt of text
+        alone, its length n.
 
         `learned`: all zero, no rotation. Else Qwen's own, t = n, h = n + row, w = n + column. grid: None: the square.
         """
         rows, columns = grid or (self.side, self.side)
         if not self.rotary:
-            return lengths.new_zeros(3, len(lengths), rows * columns)
-        index = torch.arange(rows * columns, device=lengths.device)
+            return first.new_zeros(3, len(first), rows * columns)
+        index = torch.arange(rows * columns, device=first.device)
         offsets = torch.stack((torch.zeros_like(index), index // columns, index % columns))
-        return offsets[:, None, :] + lengths[None, :, None]
+        return offsets[:, None, :] + first[None, :, None]
 
     def position_table(self, grid: Grid) -> Tensor | None:
         """What is added to the patches of a grid, [1, N, D]: the table, which is the square's, interpolated as those of
@@ -109,8 +110,8 @@ class GenerationBranch(nn.Module):
         hidden = mask_mix(latents, mask, self.mask_token, positions, "triton" if self.fused else "reference")
         rotation = None
         if self.rotary:
-            texts = prefix.layout.both.ends.diff() - mask.shape[1]
-            rotation = self.rotary_embedding(hidden, self.position_ids(texts, grid))
+            first = prefix.layout.both.ends.diff() - mask.shape[1] if prefix.after is None else prefix.after
+            rotation = self.rotary_embedding(hidden, self.position_ids(first, grid))
         recomputed = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:
             settings = hidden, prefix, rotation, self.attention, recomputed

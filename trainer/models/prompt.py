@@ -45,11 +45,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 class PromptTemplate:
-    """Turns captions into token ids.
+    """Turns captions, and instructions for a source image, into token ids.
 
     A prompt is the model's system turn, a user turn with the instruction, and an open assistant turn that ends with the
-    image-start token. Truncation to `max_tokens` removes the end of the caption, never the end of the user turn or
-    anything after it.
+    image-start token. For an editing pair, the user turn has the source image's placeholders and then the instruction
+    as it is. Truncation to `max_tokens`, placeholders not included, removes the end of the caption, never the end of
+    the user turn or anything after it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
@@ -61,37 +62,46 @@ class PromptTemplate:
         if text.count(_MARK) != 1:
             raise RunError(f"{tokenizer.name_or_path}: the chat template omits the user message; fetch it again")
         self.head, self.tail = (text + IMAGE_START).split(_MARK)
+        self.opening = self.head.removesuffix(INSTRUCTION.format(caption=""))
         self.suffix: list[int] = tokenizer.encode(self.tail, add_special_tokens=False)
-        shortest = len(self._encode(""))
+        placeholder: Any = tokenizer.convert_tokens_to_ids(IMAGE)
+        self.source_begin = self._encode("", 1).index(placeholder)
+        """Number of the first placeholder of a source image among the tokens of its prompt."""
+        shortest = max(self.count_tokens(""), self.count_tokens("", 1))
         if shortest > max_tokens:
             raise RunError(
                 f"branch.max_text_tokens is {max_tokens}, but the empty prompt has {shortest} tokens: raise it"
             )
 
-    def ids(self, caption: str) -> list[int]:
-        """Token ids of one prompt, at most `max_tokens`."""
-        ids = self._encode(caption)
-        if len(ids) > self.max_tokens:
-            ids = ids[: self.max_tokens - len(self.suffix)] + self.suffix
+    def ids(self, caption: str, patches: int = 0) -> list[int]:
+        """Token ids of one prompt, at most `max_tokens` and the `patches` of a source image."""
+        ids, most = self._encode(caption, patches), self.max_tokens + patches
+        if len(ids) > most:
+            ids = ids[: most - len(self.suffix)] + self.suffix
         return ids
 
-    def count_tokens(self, caption: str) -> int:
-        """Tokens of the prompt before truncation to `max_tokens`."""
-        return len(self._encode(caption))
+    def count_tokens(self, caption: str, patches: int = 0) -> int:
+        """Tokens of the prompt before truncation to `max_tokens`, without the `patches` of a source image."""
+        return len(self._encode(caption, patches)) - patches
 
-    def count_truncated(self, captions: Sequence[str], lengths: Sequence[int]) -> int:
-        """How many of `captions`, whose prompts have `lengths` tokens, lost their end."""
-        full = (caption for caption, length in zip(captions, lengths, strict=True) if length == self.max_tokens)
-        return sum(self.count_tokens(caption) > self.max_tokens for caption in full)
+    def count_truncated(
+        self, captions: Sequence[str], lengths: Sequence[int], patches: Sequence[int] | None = None
+    ) -> int:
+        """How many of `captions`, whose prompts have `lengths` tokens, lost their end. patches: as for `batch`."""
+        found = zip(captions, lengths, patches or [0] * len(captions), strict=True)
+        full = ((caption, some) for caption, length, some in found if length == self.max_tokens + some)
+        return sum(self.count_tokens(*each) > self.max_tokens for each in full)
 
-    def _encode(self, caption: str) -> list[int]:
+    def _encode(self, caption: str, patches: int = 0) -> list[int]:
         # `head` and `tail` contain the template's control tokens; a caption must not be able to end its turn.
         caption = caption.replace("<|", "< |")
-        return self.tokenizer.encode(self.head + caption + self.tail, add_special_tokens=False)
+        head = f"{self.opening}{IMAGE_START}{IMAGE * patches}{IMAGE_END}" if patches else self.head
+        return self.tokenizer.encode(head + caption + self.tail, add_special_tokens=False)
 
-    def batch(self, captions: Sequence[str]) -> tuple[Tensor, tuple[int, ...]]:
-        """The concatenated prompts, input_ids [sum T], and their lengths."""
-        rows = [self.ids(caption) for caption in captions]
+    def batch(self, captions: Sequence[str], patches: Sequence[int] | None = None) -> tuple[Tensor, tuple[int, ...]]:
+        """The concatenated prompts, input_ids [sum T], and their lengths. patches: of each caption's source image, 0
+        without one; None: there are none."""
+        rows = [self.ids(*each) for each in zip(captions, patches or [0] * len(captions), strict=True)]
         return torch.tensor(list(itertools.chain(*rows)), dtype=torch.int64), tuple(map(len, rows))
 
 

@@ -49,11 +49,12 @@ def random_batch(stage: AnyStage, samples: int, text_tokens: int) -> dict[str, A
 def _patch_latents(stage: PatchLatentStage, samples: int, text_tokens: int) -> dict[str, Any]:
     grid, pixels = stage.largest
     rows, patches, branch = samples * stage.branch.draws, math.prod(grid), stage.branch
+    length = text_tokens + (patches if stage.edits else 0)  # every sample is an editing pair if some are
     index = np.arange(4096)  # the mean of many samples: that of a micro-batch differs from run to run
     counts = hidden_counts(branch.mask_rate, stage.seed, np.zeros_like(index), index, patches)
     found: dict[str, Any] = {
-        "input_ids": empty(samples * text_tokens, dtype=torch.int64),
-        "text_lengths": (text_tokens,) * samples,
+        "input_ids": empty(samples * length, dtype=torch.int64),
+        "text_lengths": (length,) * samples,
         "mask": empty(rows, patches, dtype=torch.bool),
         "masked": empty(round(rows * float(counts.mean())), dtype=torch.int64),
         "normalizer": float(rows * patches),
@@ -64,6 +65,9 @@ def _patch_latents(stage: PatchLatentStage, samples: int, text_tokens: int) -> d
     if stage.backbone.vision_encoder == "cached":
         width = stage.config.text_config.hidden_size
         return {**found, "latents": empty(samples, patches, width, dtype=dtype_of(stage.precision))}
+    if stage.edits:
+        sources = empty(samples, 3, *pixels, dtype=torch.uint8)
+        found |= {"sources": sources, "source_begins": (text_tokens // 2,) * samples}
     return {**found, "images": empty(samples, 3, *pixels, dtype=torch.uint8)}
 
 

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...recipes import BatchSplit, Recipe
 from ..errors import RunError
+from ..models.image_grids import Grid
 from .caches import cached_bytes
 from .devices import Device
 from .flops import patch_latent_parts
@@ -20,6 +21,7 @@ from .memory import Memory, memory
 from .opened import LatentControl, PatchLatents
 from .optimizer import exchanges, stored_bytes
 from .part import Part, combined
+from .sources import edited_share
 from .timing import Timing, timing
 from .traffic import Transfer, traffic
 
@@ -77,7 +79,9 @@ def workload(recipe: Recipe) -> Workload:
 def open_model(recipe: Recipe) -> PatchLatents | LatentControl:
     """The recipe's model; RunError names what of its folders cannot be used. No weights or tokenizers are read."""
     if recipe.stage == "patch-latents":
-        return PatchLatents.open(recipe.backbone, recipe.branch, recipe.data, recipe.seed, recipe.flux)
+        edited = edited_share(recipe.data, recipe.global_batch, recipe.steps)
+        opened = PatchLatents.open(recipe.backbone, recipe.branch, recipe.data, recipe.seed, recipe.flux)
+        return replace(opened, edited=edited)
     assert recipe.flux is not None, "required by the recipe schema"
     model = LatentControl.open(recipe.backbone, recipe.flux, recipe.controlnet, recipe.data)
     model.shape.require_use(model.folder.transformer)
@@ -89,7 +93,9 @@ def parts(
 ) -> list[Part]:
     """The parts of the recipe's model for prompts of `text_tokens` tokens on average and `longest` at most, by default
     `branch.max_text_tokens` (stage 1; FLUX pads its text). With `data.buckets`, FLOPs are the mean over the buckets and
-    bytes those of the largest; shares: of the samples in each, None: equal ones. RunError as of `open_model`."""
+    bytes those of the largest; shares: of the samples in each, None: equal ones. With editing pairs, whose source
+    images are in addition to these tokens, FLOPs are the mean over them and the other samples, and bytes those of a
+    pair. RunError as of `open_model`."""
     return parts_of(open_model(recipe), recipe.precision, text_tokens, longest, shares)
 
 
@@ -102,11 +108,23 @@ def parts_of(
 ) -> list[Part]:
     """The parts of an opened model; see `parts`. precision: `bf16` or `fp32`."""
     if isinstance(model, PatchLatents):
-        every = [patch_latent_parts(model, precision, text_tokens, longest, grid.latents) for grid in model.grids]
+        every = [_patch_latents(model, precision, text_tokens, longest, grid.latents) for grid in model.grids]
     else:
         every = [controlnet_parts(model, precision, grid) for grid in model.grids]
     shares = [1 / len(every)] * len(every) if shares is None else shares
     return every[0] if len(every) == 1 else [combined(same, shares) for same in zip(*every, strict=True)]
+
+
+def _patch_latents(
+    model: PatchLatents, precision: str, text_tokens: float, longest: float | None, grid: Grid
+) -> list[Part]:
+    """The parts of stage 1 on images of one shape, with its share of editing pairs."""
+    given = model, precision, text_tokens, longest, grid
+    plain = patch_latent_parts(*given)
+    if not model.edited:
+        return plain
+    pairs = zip(plain, patch_latent_parts(*given, edited=True), strict=True)
+    return [combined(both, (1 - model.edited, model.edited)) for both in pairs]
 
 
 def caches(recipe: Recipe) -> dict[str, int]:

@@ -53,13 +53,21 @@ def matrices(weights: Iterable[Weight]) -> tuple[tuple[int, int], ...]:
 
 
 def patch_latent_parts(
-    model: PatchLatents, precision: str, text: float, longest: float | None = None, grid: Grid | None = None
+    model: PatchLatents,
+    precision: str,
+    text: float,
+    longest: float | None = None,
+    grid: Grid | None = None,
+    edited: bool = False,
 ) -> list[Part]:
     """Stage 1's parts: FLOPs for prompts of `text` tokens, bytes for prompts of `longest`, by default the most that the
-    recipe lets through. precision: `bf16` or `fp32`. grid: of the patches; None: the square."""
+    recipe lets through. precision: `bf16` or `fp32`. grid: of the patches; None: the square. edited: with a source
+    image in each prompt, in addition."""
     longest = model.branch.max_text_tokens if longest is None else longest
     grid = grid or model.square.latents
     config, patches = model.config.text_config, math.prod(grid)
+    if edited:
+        text, longest = text + patches, longest + patches
     width, last = config.hidden_size, config.num_hidden_layers - 1
     prefix, head = list(shapes.text_model(config, model.backbone.weights)), list(shapes.head(width, model.branch))
     byte = 2 if precision == "bf16" else 4
@@ -74,8 +82,12 @@ def patch_latent_parts(
         """Of the last layer, only keys and values are computed."""
         return text if not name.startswith(f"layers.{last}.") or name.endswith(("k_proj", "v_proj")) else 0.0
 
+    targets = _targets(model, byte, grid)
+    if edited:  # the vision encoder has two images per sample
+        both = {name: 2 * getattr(targets, name) for name in ("linear", "attention", "in_use")}
+        targets = replace(targets, **both)
     return [
-        _targets(model, byte, grid),
+        targets,
         Part(
             "text prefix",
             "none",

@@ -30,6 +30,8 @@ class PatchLatents:
     encoder: Any = None
     """The config of the model whose vision encoder makes the targets, with `branch.targets: encoder`."""
     buckets: Buckets | None = None
+    edited: float = 0.0
+    """The share of the samples that are editing pairs."""
 
     @property
     def square(self) -> ImageGrid:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +17,14 @@ from .layout import LAYOUTS, Workload
 from .optimizer import state_bytes
 from .part import Part
 from .timing import done_flops, useful_flops
+
+
+class Prompts(NamedTuple):
+    """Tokens of stage 1's prompts, on average and at most, and the share of editing pairs among the samples."""
+
+    mean: float
+    longest: float
+    edited: float
 
 
 class Report:
@@ -33,14 +41,13 @@ class Report:
         work: Workload,
         gpus: Sequence[int],
         device: Device | None,
-        text_tokens: tuple[float, float] | None,
+        prompts: Prompts | None,
         previews: float = 0.0,
         caches: Mapping[str, int] = {},
     ) -> None:
-        """name: of the recipe. text_tokens: of a prompt, on average and at most; None in stage 2. previews: see `plan`.
-        caches: kind -> bytes per sample."""
+        """name: of the recipe. prompts: None in stage 2. previews: see `plan`. caches: kind -> bytes per sample."""
         self.caches = dict(caches)
-        self.name, self.parts, self.work, self.device, self.text_tokens = name, parts, work, device, text_tokens
+        self.name, self.parts, self.work, self.device, self.prompts = name, parts, work, device, prompts
         self.rows: list[Row] = []
         self.left_out: list[str] = []
         for count in gpus:
@@ -67,12 +74,17 @@ class Report:
             "Not counted: allocator fragmentation beyond usable_memory, stragglers, stalls of file systems, start-up,"
             " copies of offloaded parts, reads of cached ones.",
         ]
-        if self.text_tokens is not None:
-            mean, longest = self.text_tokens
+        if self.prompts is not None:
+            mean, longest, edited = self.prompts
             sentences.append(
                 f"Prompts of {mean:g} tokens (--text-tokens), packed; memory for the longest, {longest:g} tokens"
                 " (branch.max_text_tokens)."
             )
+            if edited:
+                sentences.append(
+                    f"{edited:.3g} of the samples are editing pairs, with the latents of a source image in addition;"
+                    " memory for pairs alone."
+                )
         device = self.device
         if device is None:
             sentences.append(f"No --device: no times; nodes of {NODE} GPUs.")

@@ -1,4 +1,5 @@
-"""How many samples of each source a run takes, where the recipe alone decides it."""
+"""How many samples of each source a run takes, where the recipe alone decides it, and how many of them are editing
+pairs."""
 
 from __future__ import annotations
 
@@ -20,3 +21,13 @@ def samples_of_sources(data: Data, global_batch: int, samples: int) -> dict[str,
         for place, weight in enumerate(weights):
             taken[place] += max(0, min(end, samples) - start) * weight / sum(weights)
     return {source.name: round(count) for source, count in zip(data.sources, taken, strict=True)}
+
+
+def edited_share(data: Data, global_batch: int, steps: int) -> float:
+    """The share of editing pairs among the samples of a run; the most that it can be, 1, if it depends on the sizes of
+    the sources."""
+    if not data.edits:
+        return 0.0
+    taken = samples_of_sources(data, global_batch, global_batch * steps)
+    edited = sum(taken.get(source.name, 0) for source in data.sources or () if source.task == "editing")
+    return edited / sum(taken.values()) if taken else 1.0

@@ -1,4 +1,5 @@
-"""Micro-batches of stage 1: images or cached patch latents, prompts, masks, and a flow head's noise."""
+"""Micro-batches of stage 1: images or cached patch latents, prompts with their source images, masks, and a flow head's
+noise."""
 
 from __future__ import annotations
 
@@ -52,21 +53,32 @@ class PatchLatentCollate:
         epoch = np.array([item.epoch for item in items], dtype=np.int64)
         index = np.array([item.index for item in items], dtype=np.int64)
         captions = ["" if drop else item.caption for drop, item in zip(self.dropout(items), items, strict=True)]
-        input_ids, text_lengths = self.template.batch(captions)
         grid = self.grids[items[0].bucket]
         patches = math.prod(grid)
+        # Dropout leaves an editing pair its source image: guidance then strengthens the instruction alone.
+        shown = [0 if item.source_image is None else patches for item in items]
+        input_ids, text_lengths = self.template.batch(captions, shown)
         counts = hidden_counts(self.mask_rate, self.seed, epoch, index, patches, self.draws)
         mask = draw_masks(self.seed, epoch, index, counts, patches)
         return {
             **self.latents(items),
+            **self._source_images(items),
             **(self._noise(epoch, index) if self.flow else {}),
             "input_ids": input_ids,
             "text_lengths": text_lengths,
-            "truncated": self.template.count_truncated(captions, text_lengths),
+            "truncated": self.template.count_truncated(captions, text_lengths, shown),
             "mask": torch.from_numpy(mask),
             "masked": torch.from_numpy(np.flatnonzero(mask)),
             "grid": grid,
         }
+
+    def _source_images(self, items: list[Item]) -> dict[str, Any]:
+        found = [item.source_image for item in items if item.source_image is not None]
+        if not found:
+            return {}
+        begin = self.template.source_begin
+        begins = tuple(None if item.source_image is None else begin for item in items)
+        return {"sources": stacked(found), "source_begins": begins}
 
     def _noise(self, epoch: IntArray, index: IntArray) -> dict[str, Tensor]:
         streams = Stream.LATENT_NOISE, Stream.LATENT_NOISE_LEVEL

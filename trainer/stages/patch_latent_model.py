@@ -27,6 +27,7 @@ from ..models.image_grids import Grid
 from ..models.kernel_selection import KernelChoice
 from ..models.low_rank import share
 from ..models.pixel_targets import EncodedTargets, LinearTargets, PixelTargets
+from ..models.source_tokens import SourceTokens
 from . import Losses, StageModel
 from .branch_weights import copies, initial
 from .unsharded import build_unsharded, set_unregistered_module
@@ -163,6 +164,8 @@ class PatchLatentModel(StageModel):
         noise: Tensor | None = None,
         truncated: int = 0,
         grid: Grid | None = None,
+        sources: Tensor | None = None,
+        source_begins: tuple[int | None, ...] = (),
     ) -> Losses:
         """Losses of images [B, 3, H, W] uint8, or of their cached patch latents [B, N, D], with packed prompts [sum T],
         masked where mask [B K, N] is True. The masks of a sample, next to each other, share its latents and prefix.
@@ -170,13 +173,21 @@ class PatchLatentModel(StageModel):
         masked: int64 [R], the indices of the True entries among the B K N of `mask`, known without a device sync.
         normalizer: tokens of the mean; see `Stage.normalizer`. noise: of a flow head, `rng.states` of noise and noise
         levels, int64 [B, 2]. truncated: captions whose end was cut. grid: rows and columns of the N patches; None: the
-        square.
+        square. sources [E, 3, H, W] uint8: source images, in the order of the prompts that have one; source_begins: see
+        `SourceTokens.of`.
         """
-        if images is not None:
+        edited = None
+        if sources is not None:
+            assert images is not None, "the cache has no latents of source images"
+            # In one call: ranks without source images call the vision encoder as often, or ZeRO-3 would hang.
+            both = self.patch_latents(torch.cat((images, sources)))
+            latents, found = both[: len(images)], both[len(images) :]
+            edited = SourceTokens.of(found, text_lengths, source_begins, self.backbone.grid(sources))
+        elif images is not None:
             latents = self.patch_latents(images)
         assert latents is not None
         layout = PrefixLayout.of(text_lengths, mask.shape[1], mask.device, len(mask) // len(text_lengths))
-        prefix = self.backbone.prefix(input_ids, layout)
+        prefix = self.backbone.prefix(input_ids, layout, edited)
         found = self.losses(latents, mask, masked, prefix, normalizer, noise, grid)
         return found._replace(sums=torch.cat((found.sums, found.sums.new_full((1,), truncated))))
 

@@ -61,6 +61,8 @@ class PatchLatentStage:
     precision: str = "fp32"
     for_counting: bool = False
     """Whether all parts are in the model, to be counted."""
+    edits: bool = False
+    """Whether some samples are editing pairs."""
     caches: dict[Kind, Cache] | None = None
     """The cache of the patch latents if the recipe has one, once opened."""
     encoder: TargetVae | TargetEncoder | None = None
@@ -93,6 +95,7 @@ class PatchLatentStage:
         encoder = open_target_encoder(branch, flux, image_size, side, for_counting)
         grids, rule = latent_buckets(data, side)
         more: dict[str, Any] = {"precision": precision, "encoder": encoder, "grids": grids, "bucket_rule": rule}
+        more["edits"] = data.edits
         if for_counting:
             opened = image_size, seed, config, side**2, None, None
             return cls(backbone, branch, *opened, **more, for_counting=True)
@@ -141,9 +144,10 @@ class PatchLatentStage:
     def kernel_work(self, micro_batch: int, precision: str) -> tuple[KernelWork, VisionWork | None]:
         """The shapes for which kernels are chosen: of the branch and of the vision encoder, in the largest bucket."""
         grid, pixels = self.largest
-        shapes = micro_batch, math.prod(grid), self.branch.max_text_tokens
+        patches, pairs = math.prod(grid), int(self.edits)  # at most one source image per sample
+        shapes = micro_batch, patches, self.branch.max_text_tokens + pairs * patches
         encoder = self.config if self.encodes else getattr(self.encoder, "config", None)
-        vision = None if encoder is None else VisionWork.of(encoder, micro_batch, pixels, precision)
+        vision = None if encoder is None else VisionWork.of(encoder, (1 + pairs) * micro_batch, pixels, precision)
         return KernelWork.of(self.config, *shapes, precision, self.branch.draws), vision
 
     def outputs(self) -> list[FrozenOutputs]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ...data import CaptionChoice, Dataset, open_dataset, open_sources
 from ...data.caption_choice import KEY_TXT
+from ...data.source_images import SourceImages
 from ...data.spread import Broadcast
 from ...recipes.data import Captions
 from ...recipes.schema import Data
@@ -29,14 +30,17 @@ def open_training_data(
             captions=choice,
             index_dir=data.index_dir,
         )
-    choices = [caption_choice(source.captions or data.captions, seed) for source in data.sources]
+    choices = [
+        caption_choice(source.captions or data.captions, seed, "required" if source.task == "editing" else "ignored")
+        for source in data.sources
+    ]
     named = [(source.name, source.shards) for source in data.sources]
     return open_sources(named, rank, gather, broadcast, choices, data.index_dir)
 
 
-def caption_choice(captions: Captions | None, seed: int) -> CaptionChoice:
-    """What chooses among the members `captions`; None: KEY.txt."""
-    return KEY_TXT if captions is None else CaptionChoice(captions, partial(_draw, seed))
+def caption_choice(captions: Captions | None, seed: int, source_images: SourceImages = "ignored") -> CaptionChoice:
+    """What chooses among the members `captions`, None: KEY.txt, and the use of source images."""
+    return CaptionChoice(captions or KEY_TXT.weights, partial(_draw, seed), source_images)
 
 
 def _draw(seed: int, epoch: int, index: int) -> float:

@@ -16,7 +16,6 @@ from ...data.bucketed_plan import BucketedPlan
 from ...data.buckets import Buckets, open_buckets
 from ...data.spread import Broadcast
 from ...data.units import counted
-from ...recipes.data import Captions
 from ...recipes.schema import Data
 from ...recipes.secrets import HIDDEN
 from ..distributed.process_group import Gather, Ranks, single_process
@@ -117,16 +116,14 @@ def _check_buckets(buckets: Buckets, global_batch: int, shown: bool) -> None:
         )
 
 
-def open_held_out(
-    shards: str | list[str] | None, captions: Captions | None, training: Dataset, ranks: Ranks
-) -> Dataset | None:
-    """The data of `validation.shards`, with `data.captions`, and indexes where those of the `training` data are.
-    RunError if some of it is training data, also under
-    another name."""
+def open_held_out(shards: str | list[str] | None, data: Data, training: Dataset, ranks: Ranks) -> Dataset | None:
+    """The data of `validation.shards`, with `data.captions`, and indexes where those of the `training` data are. If a
+    source has editing pairs, held-out samples with a source image are some, too. RunError if some of it is training
+    data, also under another name."""
     if shards is None:
         return None
     _require_signature("validation.shards", shards)
-    choice = caption_choice(captions, VALIDATION_SEED)
+    choice = caption_choice(data.captions, VALIDATION_SEED, "used" if data.edits else "ignored")
     held_out = open_dataset(
         shards,
         rank=ranks.rank,

@@ -18,7 +18,7 @@ from ...data import MixedDataset, MixedPlan, PlannedSource, SampleOrder, Segment
 from ...data.bucketed_plan import BucketedPlan, Mixture
 from ...data.buckets import Buckets
 from ...data.mixture import whole_weights
-from ...recipes.data import Data, Source
+from ...recipes.data import Data, Source, Task
 from ...recipes.secrets import redact
 from ..errors import RunError
 from ..io import read_json
@@ -47,10 +47,13 @@ class SourceRecord:
     """Like `Source`."""
     buckets: list[int] | None = None
     """With `data.buckets`: its samples in each."""
+    task: Task = "generation"
+    """Like `Source`."""
 
     def described(self, total: int) -> dict[str, Any]:
-        """Name, samples and share of the weights' `total`, and the use of captions where the recipe sets it."""
-        captions = {"captions": self.captions, "caption_dropout": self.caption_dropout}
+        """Name, samples and share of the weights' `total`, and task and use of captions where the recipe sets them."""
+        task = None if self.task == "generation" else self.task
+        captions = {"task": task, "captions": self.captions, "caption_dropout": self.caption_dropout}
         return {
             "name": self.name,
             "samples": self.samples,
@@ -77,7 +80,9 @@ class MixtureSegment:
     @property
     def uses(self) -> dict[int, tuple[Any, ...]]:
         """What the segment fixes of every source that is read."""
-        return {source.number: (source.weight, source.captions, source.caption_dropout) for source in self.read}
+        return {
+            source.number: (source.weight, source.task, source.captions, source.caption_dropout) for source in self.read
+        }
 
     def described(self) -> list[dict[str, Any]]:
         """`SourceRecord.described` of every source that is read, for an event."""
@@ -90,7 +95,7 @@ class MixtureSegment:
 
 def _text(source: dict[str, Any]) -> str:
     """`photos 25 % (captions {"txt": 1}, caption_dropout 0.2)`"""
-    more = [f"{key} {json.dumps(source[key])}" for key in ("captions", "caption_dropout") if key in source]
+    more = [f"{key} {json.dumps(source[key])}" for key in ("task", "captions", "caption_dropout") if key in source]
     return f"{source['name']} {100 * source['share']:.4g} %" + (f" ({', '.join(more)})" if more else "")
 
 
@@ -135,8 +140,9 @@ def continued(
     held: Sequence[list[int]] | None = None,
 ) -> Segments:
     """The segments of a run that continues at global batch `batch` with `data.sources`: those before, one from there on
-    if sources, weights or the use of captions differ, and those that are scheduled. RunError when a source's name had
-    another content, or none of its images is in a bucket. place: names the run for it. held: see `held_by_source`."""
+    if sources, weights, tasks or the use of captions differ, and those that are scheduled. RunError when a source's
+    name had another content, or none of its images is in a bucket. place: names the run for it. held: see
+    `held_by_source`."""
     known = [source for segment in earlier for source in segment.sources]
     numbers = {source.fingerprint: source.number for source in known}
     contents = {source.name: source.fingerprint for source in known}
@@ -152,7 +158,8 @@ def continued(
         number = numbers.setdefault(part.fingerprint, len(numbers))
         captions = source.captions or data.captions, source.caption_dropout
         samples = len(part) if own is None else sum(own)
-        found.append(SourceRecord(source.name, number, 0, samples, part.fingerprint, source.shards, *captions, own))
+        use = *captions, own, source.task
+        found.append(SourceRecord(source.name, number, 0, samples, part.fingerprint, source.shards, *use))
     places = {source.fingerprint: source.shards for source in found}
     # What began or was to begin at this batch or later was never trained on.
     segments = [_moved(each, places) for each in earlier if each.batch < batch]
@@ -235,6 +242,7 @@ def data_of(segment: MixtureSegment, data: Data) -> Data:
         Source(
             name=str(source.name),
             shards=source.shards,
+            task=source.task,
             weight=float(source.weight),
             captions=source.captions,
             caption_dropout=source.caption_dropout,

@@ -78,7 +78,7 @@ def _reconstructions(
     count: int, stage: ControlNetStage, engine: Engine, dataset: Dataset, ranks: Ranks
 ) -> tuple[list[str], Callable[[], Rows]]:
     """Stage 2: the first images of the data, generated from their own latents."""
-    captions, images, originals = _first(dataset, count, stage.image_sizes)
+    captions, images, originals, _ = _first(dataset, count, stage.image_sizes)
     model: Any = engine.model
     generator = Generator.without_branch(
         model,
@@ -101,7 +101,7 @@ def _generations(
     settings: Previews, stage: PatchLatentStage, engine: Engine, dataset: Dataset, ranks: Ranks
 ) -> tuple[list[str], Callable[[], Rows]]:
     """Stage 1: images for the first captions of the data, by a trained ControlNet on rank 0."""
-    captions, _, images = _first(dataset, settings.count, stage.image_sizes)
+    captions, _, images, sources = _first(dataset, settings.count, stage.image_sizes)
     model: Any = engine.model
     width, side = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
     assert settings.controlnet and stage.tokenizer, "the recipe's schema asks for it"
@@ -110,7 +110,7 @@ def _generations(
     image_generator = _ImageGenerator(settings, width, side, ranks.device) if ranks.first else None
 
     def draw() -> Rows:
-        latents = decoder.latents(captions, range(len(captions)), Settings())
+        latents = decoder.latents(captions, range(len(captions)), Settings(), sources)
         if image_generator is None:
             return {}
         try:
@@ -155,16 +155,24 @@ class _ImageGenerator:
                 torch.cuda.empty_cache()
 
 
-def _first(dataset: Dataset, count: int, sizes: tuple[int, ...]) -> tuple[list[str], torch.Tensor, list[np.ndarray]]:
-    """Captions of the first samples, their images as uint8 [count, 3, S, S], and as arrays at the last size."""
-    captions, decoded = [], []
+def _first(
+    dataset: Dataset, count: int, sizes: tuple[int, ...]
+) -> tuple[list[str], torch.Tensor, list[np.ndarray], list[torch.Tensor | None]]:
+    """Captions of the first samples, their images as uint8 [count, 3, S, S], and as arrays at the last size; the source
+    images [3, S, S] of editing pairs."""
+    captions, decoded, sources = [], [], []
     for shard, samples in enumerate(dataset.samples_per_shard):
         for sample in range(samples):
             if len(captions) == count:
                 break
             with suppress(ValueError):  # unreadable: reported when training reads it
                 raw = dataset.read(shard, sample, 0, len(captions))
-                decoded.append(decode_sizes(raw.image, sizes))
+                image, source = decode_sizes(raw.image, sizes), None
+                if raw.source_image is not None:
+                    pixels = decode_sizes(raw.source_image, sizes[:1])[0]
+                    source = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+                decoded.append(image)
                 captions.append(raw.caption)
+                sources.append(source)
     images = torch.from_numpy(np.stack([images[0] for images in decoded]).transpose(0, 3, 1, 2).copy())
-    return captions, images, [images[-1] for images in decoded]
+    return captions, images, [images[-1] for images in decoded], sources

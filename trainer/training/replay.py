@@ -95,6 +95,8 @@ class Replay:
         """Contact sheet of the samples with the highest losses: input images, and in stage 1 the hidden patches."""
         order = self.highest_loss(count)
         rows = {"image": [Image.fromarray(self.items[i].image) for i in order]}
+        if any(item.source_image is not None for item in self.items):
+            rows = {"source image": [_source_image(self.items[i]) for i in order], **rows}
         if self.masks is not None:
             for draw in range(self.masks.shape[1]):
                 rows["hidden" + _suffix(draw)] = [_hide(self.items[i].image, self.masks[i, draw]) for i in order]
@@ -217,6 +219,7 @@ def _identity(item: Item, inputs: Inputs) -> dict[str, Any]:
     source = {"source": dataset.names[dataset.source(item.origin[0])]} if isinstance(dataset, MixedDataset) else {}
     return {
         **source,
+        **({"task": "editing"} if item.source_image is not None else {}),
         "key": item.key,
         "epoch": item.epoch,
         "index": item.index,
@@ -274,6 +277,11 @@ def _digest(place: Place, before: str | None, dataset: Dataset, items: Sequence[
     if logged != found:
         raise RunError(f"step {place.step}: the samples differ from the run's: logged digest {logged}, rebuilt {found}")
     return found
+
+
+def _source_image(item: Item) -> Image.Image:
+    """White for a sample without one."""
+    return Image.fromarray(np.full_like(item.image, 255) if item.source_image is None else item.source_image)
 
 
 def _hide(image: np.ndarray, mask: torch.Tensor) -> Image.Image:

@@ -91,9 +91,7 @@ def open_run(recipe: Recipe) -> Iterator[RunContext]:
                 recipe.data, recipe.seed, batch.global_batch, stage, ranks.rank, ranks.gather, ranks.broadcast
             )
         )
-        held_out = ranks.agreed(
-            lambda: open_held_out(recipe.validation.shards, recipe.data.captions, inputs.dataset, ranks)
-        )
+        held_out = ranks.agreed(lambda: open_held_out(recipe.validation.shards, recipe.data, inputs.dataset, ranks))
         with RunLock(folder) as lock, Heartbeat(BEAT_S) as heartbeat:
             stop.at_quit += [lock.release, watchdog.remove_empty_stacks]
             previous = ranks.agreed(lambda: lock.acquire() if ranks.first else None)

@@ -56,3 +56,27 @@ def test_batches_are_packed(tokenizer) -> None:
 def test_too_few_tokens_are_refused(tokenizer) -> None:
     with pytest.raises(RunError, match="max_text_tokens"):
         PromptTemplate(tokenizer, 20)
+
+
+def test_an_editing_prompt_is_the_chat_template_with_the_image_before_the_instruction(tokenizer) -> None:
+    template = PromptTemplate(tokenizer, 64)
+    ids = template.ids("make it blue", 16)
+    turn = [{"role": "user", "content": f"<|vision_start|>{'<|image_pad|>' * 16}<|vision_end|>make it blue"}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(ids) == text + "<|vision_start|>"
+    pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert [number for number, token in enumerate(ids) if token == pad] == list(
+        range(template.source_begin, template.source_begin + 16)
+    )
+
+
+def test_the_limit_counts_no_placeholders_and_cuts_the_instruction(tokenizer) -> None:
+    template = PromptTemplate(tokenizer, 40)
+    long, short = "apple " * 100, "apple <|image_pad|>"
+    ids, lengths = template.batch([long, short, long], [16, 16, 0])
+    first, second, third = ids.split(lengths)
+    assert lengths[0] == 56 and lengths[2] == 40
+    pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert [(row == pad).sum().item() for row in (first, second, third)] == [16, 16, 0]
+    assert first[-len(template.suffix) :].tolist() == template.suffix
+    assert template.count_truncated([long, short, long], lengths, [16, 16, 0]) == 2

@@ -3,6 +3,8 @@
 import importlib
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import editing_pairs
 import plain
 from bifrost.kernels import PrefixLayout
 from bifrost.recipes import load_recipe
@@ -21,7 +24,7 @@ from bifrost.trainer.models.flux_transformer import FluxTransformer
 from bifrost.trainer.models.hub import locate
 from bifrost.trainer.models.layers import BranchLayer
 from bifrost.trainer.models.low_rank import share
-from bifrost.trainer.planner import parts, shapes
+from bifrost.trainer.planner import open_model, parts, parts_of, shapes
 from bifrost.trainer.planner.flops import BRANCH_KEPT, head_part, low_rank_kept
 from bifrost.trainer.planner.flux_flops import FLUX_KEPT
 
@@ -65,6 +68,25 @@ def test_linear_flops_are_torchs_own(name: str, setting: str, shards) -> None:
     wanted = 4 * sum(part.backward - part.backward_attention for part in planned)
     # Inputs of a trained part's first layers need no gradient; in so small a ControlNet these are much of it.
     assert backward == pytest.approx(wanted, rel=1e-3 if name == "tiny-mllm" else 0.15)
+
+
+def test_linear_flops_of_editing_pairs_are_torchs_own(shards: Path, tmp_path: Path) -> None:
+    """In half of the samples: the vision encoder has a second image, the prompt its latents."""
+    small = ["precision=fp32", "global_batch=4", "micro_batch=4", "data.workers=0", "data.shuffle_window=2"]
+    edits, images = editing_pairs.save(tmp_path), f"{shards}/train-*.tar"
+    listed = f"{{name: e, shards: {edits}, weight: 1, task: editing}}, {{name: g, shards: '{images}', weight: 1}}"
+    recipe = load_recipe("tiny-mllm", [*small, "data.shards=null", f"data.sources=[{listed}]"])
+    inputs, model = plain.loaded(recipe)
+    batch = {**next(iter(plain.batches(recipe, inputs))).arrays, "normalizer": 1.0}
+    assert len(batch["sources"]) == 2
+    planned = parts(recipe, (sum(batch["text_lengths"]) - 2 * 16) / 4)
+    forward, losses = counted(lambda: model(**batch))
+    assert forward == pytest.approx(4 * sum(part.linear for part in planned), rel=2e-3)
+    backward, _ = counted(losses.loss.backward)
+    assert backward == pytest.approx(4 * sum(part.backward - part.backward_attention for part in planned), rel=1e-3)
+    alone = parts_of(replace(open_model(recipe), edited=1.0), "fp32", 40)  # pyright: ignore[reportCallIssue]
+    kept = [[part.kept for part in some] for some in (planned, alone)]
+    assert kept[0] == kept[1], "memory is that of pairs"
 
 
 @pytest.fixture

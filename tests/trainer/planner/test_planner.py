@@ -22,7 +22,7 @@ from bifrost.trainer.planner.curves import CURVE, curves, distinct, retention
 from bifrost.trainer.planner.devices import FILE, find_device, load
 from bifrost.trainer.planner.layout import LAYOUTS, Layout
 from bifrost.trainer.planner.part import Part
-from bifrost.trainer.planner.sources import samples_of_sources
+from bifrost.trainer.planner.sources import edited_share, samples_of_sources
 from bifrost.trainer.planner.traffic import buckets, packs
 
 
@@ -415,3 +415,16 @@ def test_samples_of_sources() -> None:
     assert samples_of_sources(load_recipe("tiny-mllm").data, 32, 100) == {}
     by_size = load_recipe("tiny-mllm", ["data.shards=null", "data.sources=[{name: a, shards: x, repeats: 2}]"])
     assert samples_of_sources(by_size.data, 32, 100) == {}
+
+
+def test_the_share_of_editing_pairs() -> None:
+    """By the weights over the whole run; the most that it can be where sizes decide it."""
+
+    def share(*listed: str) -> float:
+        data = load_recipe("tiny-mllm", ["data.shards=null", f"data.sources=[{', '.join(listed)}]"]).data
+        return edited_share(data, 20, 10)
+
+    scheduled = "{name: a, shards: x, task: editing, weight: {0: 3, 5: 1}}"
+    assert share(scheduled, "{name: b, shards: y, weight: 1}") == pytest.approx((0.75 + 0.5) / 2)
+    assert share("{name: a, shards: x, task: editing}", "{name: b, shards: y}") == 1
+    assert share("{name: a, shards: x}", "{name: b, shards: y}") == 0
