@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -77,6 +77,9 @@ def generate(
     flux_cfg: Annotated[float, typer.Option(help="Classifier-free guidance of FLUX's text; 1 is none.")] = 1.0,
     conditioning_scale: Annotated[float, typer.Option(help="Strength of the ControlNet.")] = 0.7,
     latents_from: Annotated[Path | None, typer.Option(help="Generate from this image's own latents.")] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="Edit this image: prompts are instructions, for a run on editing pairs.")
+    ] = None,
     no_controlnet: Annotated[bool, typer.Option("--no-controlnet", help="Control: FLUX with its text only.")] = False,
     empty_prompt: Annotated[bool, typer.Option("--empty-prompt", help="Control: FLUX without its text.")] = False,
     batch: Annotated[int, typer.Option(help="Images made together.", min=1)] = 8,
@@ -85,6 +88,9 @@ def generate(
     """Generate images from prompts with both stages: one file each, a contact sheet, and a record of the settings."""
     if latents_from is not None and no_controlnet:
         raise RunError("--latents-from goes through the ControlNet: leave out --no-controlnet")
+    if source is not None and (latents_from is not None or no_controlnet):
+        other = "--latents-from" if latents_from is not None else "--no-controlnet"
+        raise RunError(f"--source is read to decode latents, and with {other} none are decoded: leave one out")
     asked = [Prompt(clean(prompt)) for prompt in text or []]
     listed = read_prompts(prompts) if prompts else []
     if latents_from is not None and not asked + listed:
@@ -102,10 +108,18 @@ def generate(
         "controlnet": origin(controlnet),
         "flux": flux,
         "latents_from": str(latents_from.resolve()) if latents_from else None,
+        **({"source": str(source.resolve())} if source else {}),
         "settings": asdict(settings),
     }
-    image = _read(latents_from) if latents_from else None
-    _make(out, files, record(files, made_with), (mllm, controlnet, flux), settings, image, batch, layout)
+    given = _Given(*(_read(path) if path else None for path in (latents_from, source)))
+    _make(out, files, record(files, made_with), (mllm, controlnet, flux), settings, given, batch, layout)
+
+
+class _Given(NamedTuple):
+    """Image files that all prompts share."""
+
+    latents_from: bytes | None
+    source: bytes | None
 
 
 def _make(
@@ -114,7 +128,7 @@ def _make(
     entries: bytes,
     models: tuple[Path, Path, str | None],
     settings: Settings,
-    image: bytes | None,
+    given: _Given,
     batch: int,
     layout: Layout,
 ) -> None:
@@ -131,10 +145,12 @@ def _make(
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
         with progress("loading the models", shown=rank == 0):
             generator = Generator.load(*models, device)
-        generator.check(settings)  # before the folder is created
+        generator.check(settings, given.source is not None)  # before the folder is created
         begin(out, entries)
-        generator.warn_about_truncation([each.prompt.text for each in missing], settings, image is None)
-        made, there = _made(generator, missing, settings, image, batch), len(share) - len(missing)
+        decoded = given.latents_from is None
+        texts = [each.prompt.text for each in missing]
+        generator.warn_about_truncation(texts, settings, decoded, given.source is not None)
+        made, there = _made(generator, missing, settings, given, batch), len(share) - len(missing)
         with progress("generating", len(share), "images", there, shown=rank == 0) as shown:
             for file, images in made:
                 write(out, file, images, layout)
@@ -146,18 +162,21 @@ def _make(
 
 
 def _made(
-    generator: Generator, files: Sequence[ImageFile], settings: Settings, image: bytes | None, batch: int
+    generator: Generator, files: Sequence[ImageFile], settings: Settings, given: _Given, batch: int
 ) -> Iterator[tuple[ImageFile, list[Image.Image]]]:
-    """Every file with its images, from its prompt or from the latents of `image`."""
+    """Every file with its images, from its prompt, with the source image if there is one, or from given latents."""
+    image = given.latents_from
     bucket = generator.bucket_of(image) if image is not None else None
     latents = generator.encode_file(image, bucket) if image is not None else None
+    source = generator.source_image(given.source) if given.source is not None else None
     several = max(1, batch // len(files[0].seeds))
     for start in range(0, len(files), several):
         part = files[start : start + several]
         texts = [each.prompt.text for each in part for _ in each.seeds]
         seeds = [seed for each in part for seed in each.seeds]
-        given = latents.expand(len(seeds), -1, -1) if latents is not None else None
-        images = iter(generator.generate(texts, seeds, settings, given, batch, bucket=bucket))
+        own = latents.expand(len(seeds), -1, -1) if latents is not None else None
+        shown = [source] * len(seeds)
+        images = iter(generator.generate(texts, seeds, settings, own, batch, bucket=bucket, sources=shown))
         for each in part:
             yield each, [next(images) for _ in each.seeds]
 

@@ -113,18 +113,20 @@ class Generator(LatentDecoder):
         batch: int = 8,
         made: Callable[[int], None] = lambda count: None,
         bucket: Bucket | None = None,
+        sources: Sequence[Tensor | None] | None = None,
     ) -> list[Image.Image]:
         """An image per prompt and seed, independent of the rest of the batch.
 
         latents [B, N, D]: used instead of decoded ones. made: called with the number of images of each batch. bucket:
-        of the latents, in whose shape the images are; None: squares.
+        of the latents, in whose shape the images are; None: squares. sources: see `latents`.
         """
         assert len(prompts) == len(seeds)
 
         def work(part: slice) -> list[Image.Image]:
             given = latents[part] if latents is not None else None
             if given is None and settings.controlnet:
-                given = self.latents(prompts[part], seeds[part], settings)
+                shown = sources[part] if sources is not None else None
+                given = self.latents(prompts[part], seeds[part], settings, shown)
             return to_images(self.render(prompts[part], seeds[part], settings, given, bucket))
 
         return self.in_batches(len(prompts), batch, work, made)
@@ -138,13 +140,19 @@ class Generator(LatentDecoder):
         pixels = decode_shapes(image, bucket.shapes)[0] if bucket else decode_image(image, self.image_size)
         return self.encode(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None])
 
-    def warn_about_truncation(self, prompts: Sequence[str], settings: Settings, decoded: bool = True) -> None:
+    def warn_about_truncation(
+        self, prompts: Sequence[str], settings: Settings, decoded: bool = True, with_source: bool = False
+    ) -> None:
         """Warn of each prompt beyond the limit of a text model, with the tokens read and dropped: its end is ignored,
-        as in training. decoded: whether the patch latents are decoded from the prompt."""
+        as in training. decoded: whether the patch latents are decoded from the prompt; with_source: with a source
+        image."""
         for prompt in dict.fromkeys(prompts):
             limits = {} if settings.empty_prompt else self.tokenizers.limits(prompt)
             if settings.controlnet and decoded:
-                limits["the branch's text model"] = self.template.count_tokens(prompt), self.template.max_tokens
+                limits["the branch's text model"] = (
+                    self.template.count_tokens(prompt, int(with_source)),
+                    self.template.max_tokens,
+                )
             cut = [f"{name} reads {m} of {n} tokens ({n - m} dropped)" for name, (n, m) in limits.items() if n > m]
             if cut:
                 log.warning("prompt %s is cut at its end: %s", textwrap.shorten(repr(prompt), 60), ", ".join(cut))

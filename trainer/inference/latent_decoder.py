@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ...data.transforms import decode_image
 from ..distributed.process_group import Group
 from ..errors import RunError
 from ..models.prompt import PromptTemplate
@@ -39,9 +40,17 @@ class LatentDecoder:
     device: torch.device
     group: Group = field(default_factory=Group)
     """Ranks with the same models, which share the batches of `in_batches`."""
+    edits: bool = False
+    """Whether stage 1 was trained on editing pairs, so that prompts may have a source image."""
 
-    def check(self, settings: Settings) -> None:
-        """RunError for more decoding steps than patches, or a temperature that has no effect."""
+    def check(self, settings: Settings, with_source: bool = False) -> None:
+        """RunError for more decoding steps than patches, a temperature that has no effect, or a source image without
+        training on editing pairs."""
+        if with_source and not self.edits:
+            raise RunError(
+                "the stage-1 run was not trained on editing pairs (data.sources with task=editing): leave the source"
+                " image out, or give a run that was"
+            )
         reveal_counts(self.mllm.branch.side**2, settings.steps, settings.schedule)
         draw_latent_noise(self.mllm.head, [], 0, settings.temperature)
 
@@ -67,7 +76,10 @@ class LatentDecoder:
         settings: Settings = Settings(),
         sources: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
-        """Patch latents [B, N, D] decoded from the prompts, as one batch. sources: see `decode_prompts`."""
+        """Patch latents [B, N, D] decoded from the prompts, as one batch. sources: see `decode_prompts`; RunError if
+        the run was not trained on editing pairs."""
+        if sources and any(source is not None for source in sources):
+            self.check(settings, with_source=True)
         return decode_prompts(self.mllm, self.template, prompts, seeds, settings, sources)
 
     def decoded(
@@ -85,6 +97,11 @@ class LatentDecoder:
             return list(self.latents(prompts[part], seeds[part], settings).cpu())
 
         return torch.stack(self.in_batches(len(prompts), batch, work, made)).to(self.device)
+
+    def source_image(self, image: bytes) -> Tensor:
+        """The source image in an image file, uint8 [3, S, S]: its centre square. Raises ValueError for one that does
+        not decode."""
+        return torch.from_numpy(decode_image(image, self.image_size).transpose(2, 0, 1).copy())
 
     def encode(self, images: Tensor) -> Tensor:
         """What the branch predicts, [B, N, D], of uint8 images [B, 3, S, S]: the vision encoder's patch latents."""
@@ -131,4 +148,4 @@ def read_decoder(
     """The decoder with the weights of `run`, whose stage is open."""
     assert stage.tokenizer is not None
     template = PromptTemplate(stage.tokenizer, stage.branch.max_text_tokens)
-    return LatentDecoder(load_mllm(run, stage, device, dtype), template, stage.image_size, device, group)
+    return LatentDecoder(load_mllm(run, stage, device, dtype), template, stage.image_size, device, group, stage.edits)

@@ -106,7 +106,7 @@ def _generations(
     width, side = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
     assert settings.controlnet and stage.tokenizer, "the recipe's schema asks for it"
     template = PromptTemplate(stage.tokenizer, stage.branch.max_text_tokens)
-    decoder = LatentDecoder(model, template, stage.image_sizes[0], ranks.device)
+    decoder = LatentDecoder(model, template, stage.image_sizes[0], ranks.device, edits=stage.edits)
     image_generator = _ImageGenerator(settings, width, side, ranks.device) if ranks.first else None
 
     def draw() -> Rows:
