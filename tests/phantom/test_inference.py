@@ -21,7 +21,7 @@ def decode_and_sample(name: str, control: str, guidance: float) -> dict[str, Any
     from bifrost.recipes import load_recipe
     from bifrost.trainer.inference import flux_sampler
     from bifrost.trainer.inference.flux_sampler import Text, draw_noise, sample
-    from bifrost.trainer.inference.masked_decoding import decode, draw_orders
+    from bifrost.trainer.inference.masked_decoding import decode, draw_orders, reveal_counts
     from bifrost.trainer.inference.settings import Sampling
     from bifrost.trainer.models.flux import FrozenFlux, Tokens
     from bifrost.trainer.models.latent_controlnet import LatentControlNet
@@ -44,7 +44,7 @@ def decode_and_sample(name: str, control: str, guidance: float) -> dict[str, Any
         prefix = mllm.backbone.prefix(ids, PrefixLayout.of((20,) * prompts, patches, DEVICE))
         orders = draw_orders(range(samples), patches).to(DEVICE)
         mode.copies.clear()  # the prompts and orders
-        latents = decode(mllm.branch, mllm.head, prefix, orders, 4, "cosine", guidance)
+        latents = decode(mllm.branch, mllm.head, prefix, orders, reveal_counts(patches, 4), guidance)
         lengths = two.folder.text_lengths
         states = flux.encode_text(Tokens(*(empty(samples, n, dtype=torch.int64) for n in lengths)))
         nothing = Text(states[0][:1], states[1][:1])

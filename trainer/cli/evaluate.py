@@ -86,6 +86,7 @@ def evaluate(
     flux_guidance: Annotated[float, typer.Option(help="FLUX guidance scale.")] = 3.5,
     flux_cfg: Annotated[float, typer.Option(help="Classifier-free guidance of FLUX's text; 1 is none.")] = 1.0,
     conditioning_scale: Annotated[float, typer.Option(help="Strength of the ControlNet.")] = 0.7,
+    shape: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT: only images of this aspect-ratio bucket.")] = None,
     batch: Annotated[int, typer.Option(help="Images made together.", min=1)] = 8,
     ranks: RanksOption = None,
 ) -> None:
@@ -96,6 +97,8 @@ def evaluate(
     """
     _check(out)
     _check_stages(mllm, controlnet, flux, scenes, gallery)
+    if scenes and shape:
+        raise RunError("--scenes are squares; leave out --shape")
     ranked = is_rank(context, ranks)
     sets = _open({"train": data, **({"heldout": heldout} if heldout else {})}, index_dir)
     from ...data.scenes.key import read_key
@@ -106,7 +109,7 @@ def evaluate(
     from ..inference.settings import Sampling, Settings
 
     sampling = Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
-    settings = Settings(steps, schedule.value, guidance, flux=sampling, temperature=temperature)
+    settings = Settings(steps, schedule.value, guidance, flux=sampling, temperature=temperature, shape=shape)
     runs = {name: run for name, run in (("mllm", mllm), ("controlnet", controlnet)) if run is not None}
     made_with = {name: origin(run) for name, run in runs.items()}
     decoder = _load(mllm, controlnet, flux, ranked)

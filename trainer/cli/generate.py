@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -80,6 +80,10 @@ def generate(
     source: Annotated[
         Path | None, typer.Option(help="Edit this image: prompts are instructions, for a run on editing pairs.")
     ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="WIDTHxHEIGHT of the images, one that both stages were trained in.", show_default="a square"),
+    ] = None,
     no_controlnet: Annotated[bool, typer.Option("--no-controlnet", help="Control: FLUX with its text only.")] = False,
     empty_prompt: Annotated[bool, typer.Option("--empty-prompt", help="Control: FLUX without its text.")] = False,
     batch: Annotated[int, typer.Option(help="Images made together.", min=1)] = 8,
@@ -91,6 +95,8 @@ def generate(
     if source is not None and (latents_from is not None or no_controlnet):
         other = "--latents-from" if latents_from is not None else "--no-controlnet"
         raise RunError(f"--source is read to decode latents, and with {other} none are decoded: leave one out")
+    if latents_from is not None and shape is not None:
+        raise RunError("--latents-from gives the images the shape of its own: leave out --shape")
     asked = [Prompt(clean(prompt)) for prompt in text or []]
     listed = read_prompts(prompts) if prompts else []
     if latents_from is not None and not asked + listed:
@@ -102,14 +108,14 @@ def generate(
     from ..inference.settings import Sampling, Settings
 
     sampling = Sampling(flux_steps, flux_guidance, conditioning_scale, flux_cfg)
-    settings = Settings(steps, schedule.value, guidance, not no_controlnet, empty_prompt, sampling, temperature)
+    settings = Settings(steps, schedule.value, guidance, not no_controlnet, empty_prompt, sampling, temperature, shape)
     made_with = {
         "mllm": origin(mllm),
         "controlnet": origin(controlnet),
         "flux": flux,
         "latents_from": str(latents_from.resolve()) if latents_from else None,
         **({"source": str(source.resolve())} if source else {}),
-        "settings": asdict(settings),
+        "settings": {name: value for name, value in asdict(settings).items() if name != "shape" or value},
     }
     given = _Given(*(_read(path) if path else None for path in (latents_from, source)))
     _make(out, files, record(files, made_with), (mllm, controlnet, flux), settings, given, batch, layout)
@@ -145,7 +151,10 @@ def _make(
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
         with progress("loading the models", shown=rank == 0):
             generator = Generator.load(*models, device)
-        generator.check(settings, given.source is not None)  # before the folder is created
+        if given.latents_from is None:
+            generator.check(settings, given.source is not None)  # before the folder is created
+        else:
+            settings = replace(settings, shape=generator.shape_of(given.latents_from))
         begin(out, entries)
         decoded = given.latents_from is None
         texts = [each.prompt.text for each in missing]
@@ -166,9 +175,8 @@ def _made(
 ) -> Iterator[tuple[ImageFile, list[Image.Image]]]:
     """Every file with its images, from its prompt, with the source image if there is one, or from given latents."""
     image = given.latents_from
-    bucket = generator.bucket_of(image) if image is not None else None
-    latents = generator.encode_file(image, bucket) if image is not None else None
-    source = generator.source_image(given.source) if given.source is not None else None
+    latents = generator.encode_file(image, settings) if image is not None else None
+    source = generator.source_image(given.source, settings) if given.source is not None else None
     several = max(1, batch // len(files[0].seeds))
     for start in range(0, len(files), several):
         part = files[start : start + several]
@@ -176,7 +184,7 @@ def _made(
         seeds = [seed for each in part for seed in each.seeds]
         own = latents.expand(len(seeds), -1, -1) if latents is not None else None
         shown = [source] * len(seeds)
-        images = iter(generator.generate(texts, seeds, settings, own, batch, bucket=bucket, sources=shown))
+        images = iter(generator.generate(texts, seeds, settings, own, batch, sources=shown))
         for each in part:
             yield each, [next(images) for _ in each.seeds]
 

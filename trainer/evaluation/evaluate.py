@@ -66,11 +66,14 @@ def evaluate(
     """Metrics over `samples` captions of each data set, the same samples for the same seed.
 
     gallery: images per set, at least `samples`, among which reconstructions are looked up and whose latents give the
-    mean. Held-out images that are among them are skipped. RunError if a set has too few samples.
+    mean. Held-out images that are among them are skipped. With `settings.shape` images are those of that bucket, else
+    squares. RunError if a set has too few samples.
     """
-    sizes = generator.image_size, generator.flux_size
+    asked, sizes, only = generator.bucket(settings.shape), (generator.image_size, generator.flux_size), None
+    if settings.shape and generator.rule:
+        sizes, only = generator.rule, asked
     gallery = max(gallery, samples)
-    sets, chosen = choose_sets(data, heldout, seed, sizes, samples, gallery)
+    sets, chosen = choose_sets(data, heldout, seed, sizes, samples, gallery, only)
     kinds = sum(_Trial.KINDS[name] for name in chosen)
     shown_here = generator.group.rank == 0
     with progress("generating", kinds * samples, "images", shown=shown_here) as shown:
@@ -125,6 +128,7 @@ class _Trial:
         made: Callable[[int], None],
     ) -> None:
         self.generator, self.name, self.batch, self.seed = generator, name, batch, seed
+        self.settings = settings
         self.indices = np.array([sample.index for sample in samples], dtype=np.int64)
         self.captions = [sample.caption for sample in samples]
         self.seeds = [seed + sample.index for sample in samples]
@@ -151,7 +155,8 @@ class _Trial:
 
         mean [N, D]: a baseline that predicts the mean of each position; its error is `mean_mse`.
         """
-        model, patches = self.generator.mllm, self.own.shape[1]
+        model, grid = self.generator.mllm, self.generator.grid(self.settings)
+        patches = math.prod(grid)
         mean = mean.to(self.own)
         sums = torch.zeros(len(MASK_RATES), 4, dtype=torch.float64)
         for part in _parts(len(self.captions), self.batch):
@@ -165,7 +170,7 @@ class _Trial:
                 counts = np.full_like(index, math.ceil(rate * patches - 1e-9))  # as `hidden_counts` rounds
                 drawn = draw_masks(self.seed, np.full_like(index, NO_EPOCH), index, counts, patches)
                 mask = torch.from_numpy(drawn).to(own.device)
-                hidden = model.branch(own, mask, prefix)
+                hidden = model.branch(own, mask, prefix, grid=grid)
                 found = predict(model.head, hidden.flatten(0, 1)[None], noise).view_as(hidden)
                 found, wanted, average = found[mask].float(), own[mask].float(), mean.expand_as(own)[mask].float()
                 sums[row] += torch.tensor(
@@ -208,9 +213,9 @@ class _Trial:
         return {"match": match, "frechet": apart}
 
     def _encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Patch latents [B, N, D] of square images of any size."""
-        side = self.generator.image_size
-        resized = [image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
+        """Patch latents [B, N, D] of images of the evaluation's shape in any size."""
+        height, width = self.generator.bucket(self.settings.shape).shapes[0]
+        resized = [image.resize((width, height), Image.Resampling.BICUBIC) for image in images]
         return torch.cat([self.generator.encode(stack(resized[p])) for p in _parts(len(images), self.batch)])
 
     def _random_latents(self) -> Tensor:

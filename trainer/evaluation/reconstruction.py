@@ -63,11 +63,14 @@ def evaluate_reconstruction(
     """PSNR and SSIM of `samples` reconstructions of each data set, of the same images for the same seed; of the images
     that `evaluate` chooses.
 
-    generator: needs no branch. Of a ControlNet that was trained in buckets, every image is in the shape of its bucket.
+    generator: needs no branch. Of a ControlNet that was trained in buckets, every image is in the shape of its bucket,
+    or, with `settings.shape`, only images of that one are used.
     RunError if a set has too few samples.
     """
     sizes = generator.rule or (generator.image_size, generator.flux_size)
-    _, chosen = choose_sets(data, heldout, seed, sizes, samples, max(GALLERY, samples))
+    asked = generator.bucket(settings.shape)
+    only = asked if settings.shape and generator.rule else None
+    _, chosen = choose_sets(data, heldout, seed, sizes, samples, max(GALLERY, samples), only)
     seeds = {name: [seed + sample.index for sample in of] for name, of in chosen.items()}
     rows: dict[str, list[Image.Image]] = {}
     columns: list[str] = []
@@ -121,13 +124,15 @@ def _reconstructed(
     captions = [sample.caption for sample in samples]
     seen = stack([sample.seen for sample in samples])
     own = torch.cat([generator.encode(part) for part in seen.split(batch)])
+    bucket = samples[0].bucket
+    settings = replace(settings, shape=str(bucket) if bucket else None)
     plans = {
         "": (settings, own),
         "latents_alone_": (replace(settings, empty_prompt=True), own),
         "no_controlnet_": (replace(settings, controlnet=False), None),
     }
     return {
-        prefix: generator.generate(captions, seeds, how, latents, batch, made, samples[0].bucket)
+        prefix: generator.generate(captions, seeds, how, latents, batch, made)
         for prefix, (how, latents) in plans.items()
     }
 

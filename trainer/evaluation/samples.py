@@ -44,13 +44,20 @@ class Sample:
 class SampleSet:
     """The samples of one data set in the order of evaluations with `seed`.
 
-    sizes: S and P of `Sample`, or the rule of its buckets.
+    sizes: S and P of `Sample`, or the rule of its buckets. only: samples of this bucket alone.
     """
 
-    def __init__(self, name: str, dataset: Dataset, seed: int, sizes: tuple[int, int] | BucketRule) -> None:
+    def __init__(
+        self,
+        name: str,
+        dataset: Dataset,
+        seed: int,
+        sizes: tuple[int, int] | BucketRule,
+        only: Bucket | None = None,
+    ) -> None:
         self.name = name
         self.dataset = dataset
-        self.sizes = sizes
+        self.sizes, self.only = sizes, only
         index = np.arange(len(dataset))
         draws = uniform(seed, Stream.MASK_RATE, np.full_like(index, NO_EPOCH), index, 1)[:, 0]
         self.order: IntArray = draws.argsort(kind="stable")
@@ -73,8 +80,10 @@ class SampleSet:
                 if len(chosen) == count:
                     return list(chosen.values())
         shared = f" ({trained} others share an image with --data)" if trained else ""
+        shape = f" of shape {self.only}" if self.only else ""
         raise RunError(
-            f"{format_shards(self.dataset.shards)}: {len(chosen)} readable samples with distinct captions{shared},"
+            f"{format_shards(self.dataset.shards)}: {len(chosen)} readable samples{shape} with distinct"
+            f" captions{shared},"
             f" {count} requested: lower --samples, or give more shards"
         )
 
@@ -114,6 +123,8 @@ class SampleSet:
     def _decoded(self, index: int, raw: RawSample) -> Sample | None:
         try:
             bucket = self.sizes.nearest(raw.image) if isinstance(self.sizes, BucketRule) else None
+            if self.only not in (None, bucket):
+                return None
             shapes = bucket.shapes if bucket else [(size, size) for size in cast(tuple[int, int], self.sizes)]
             seen, original = decode_shapes(raw.image, shapes)
         except ValueError:
@@ -128,14 +139,16 @@ def choose_sets(
     sizes: tuple[int, int] | BucketRule,
     samples: int,
     gallery: int,
+    only: Bucket | None = None,
 ) -> tuple[list[SampleSet], dict[str, list[Sample]]]:
     """The data sets `train` and optionally `heldout`, and `samples` of each, the same for the same seed.
 
-    Held-out images that are among the first `gallery` training images are skipped. RunError if a set has too few.
+    Held-out images that are among the first `gallery` training images are skipped. sizes, only: of `SampleSet`.
+    RunError if a set has too few.
     """
-    sets = [SampleSet("train", data, seed, sizes)]
+    sets = [SampleSet("train", data, seed, sizes, only)]
     if heldout is not None:
-        sets.append(SampleSet("heldout", heldout, seed, sizes))
+        sets.append(SampleSet("heldout", heldout, seed, sizes, only))
     known = sets[0].image_hashes(gallery) if heldout is not None else set()
     return sets, {one.name: one.choose(samples, () if one is sets[0] else known) for one in sets}
 

@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from ...data.bucket_rule import Bucket, BucketRule
-from ...data.transforms import decode_image, decode_shapes
+from ...data.transforms import decode_shapes
 from ...slurm.run_folder import no_run
 from ..distributed.process_group import Group
 from ..errors import RunError
 from ..models.flux import FluxFolder, FluxTokenizers, FrozenFlux, Tokens
 from ..models.hub import locate
+from ..models.image_grids import Grid
 from ..models.prompt import PromptTemplate
 from ..models.text_bridge import Bridge
 from ..stages import open_controlnet
@@ -112,13 +113,12 @@ class Generator(LatentDecoder):
         latents: Tensor | None = None,
         batch: int = 8,
         made: Callable[[int], None] = lambda count: None,
-        bucket: Bucket | None = None,
         sources: Sequence[Tensor | None] | None = None,
     ) -> list[Image.Image]:
         """An image per prompt and seed, independent of the rest of the batch.
 
-        latents [B, N, D]: used instead of decoded ones. made: called with the number of images of each batch. bucket:
-        of the latents, in whose shape the images are; None: squares. sources: see `latents`.
+        latents [B, N, D]: used instead of decoded ones. made: called with the number of images of each batch. sources:
+        see `latents`.
         """
         assert len(prompts) == len(seeds)
 
@@ -127,18 +127,44 @@ class Generator(LatentDecoder):
             if given is None and settings.controlnet:
                 shown = sources[part] if sources is not None else None
                 given = self.latents(prompts[part], seeds[part], settings, shown)
-            return to_images(self.render(prompts[part], seeds[part], settings, given, bucket))
+            return to_images(self.render(prompts[part], seeds[part], settings, given))
 
         return self.in_batches(len(prompts), batch, work, made)
 
-    def bucket_of(self, image: bytes) -> Bucket | None:
-        """The bucket of an image file, however small the image is; None: a square, without buckets."""
-        return self.rule.nearest(image) if self.rule else None
+    def bucket(self, shape: str | None) -> Bucket:
+        """The bucket of a shape of `Settings`; None: a square. RunError unless the ControlNet was trained in it."""
+        square = Bucket(((self.image_size, self.image_size), (self.flux_size, self.flux_size)))
+        if shape is None:
+            return square
+        known = {str(bucket): bucket for bucket in (self.rule.buckets if self.rule else (square,))}
+        if shape not in known:
+            raise RunError(f"shape {shape}: the ControlNet was trained in {', '.join(known)}; give one of these")
+        return known[shape]
 
-    def encode_file(self, image: bytes, bucket: Bucket | None) -> Tensor:
-        """`encode` of an image file in the shape of `bucket`, [1, N, D]."""
-        pixels = decode_shapes(image, bucket.shapes)[0] if bucket else decode_image(image, self.image_size)
+    def shape_of(self, image: bytes) -> str | None:
+        """The shape of an image file's bucket, however small the image is; None: a square, without buckets."""
+        return str(self.rule.nearest(image)) if self.rule else None
+
+    def encode_file(self, image: bytes, settings: Settings) -> Tensor:
+        """`encode` of an image file in the shape of `settings`, [1, N, D]."""
+        pixels, _ = decode_shapes(image, self.bucket(settings.shape).shapes)
         return self.encode(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None])
+
+    def grid(self, settings: Settings) -> Grid:
+        unit = self.image_size // self.mllm.branch.side
+        rows, columns = (pixels // unit for pixels in self.bucket(settings.shape).shapes[0])
+        return rows, columns
+
+    def check(self, settings: Settings, with_source: bool = False) -> None:
+        """As of a decoder, and RunError for a shape in which one of the stages was not trained."""
+        square = self.bucket(None)
+        every, shapes = self.rule.buckets if self.rule else (square,), self.shapes or square.shapes[:1]
+        asked = self.bucket(settings.shape)
+        both = [str(bucket) for bucket in every if bucket.shapes[0] in shapes]
+        if str(asked) not in both:
+            hint = f"give --shape {' or '.join(both)}" if both else "and none in common; train both in the same buckets"
+            raise RunError(f"shape {asked}: the two stages were not both trained in it (data.buckets); {hint}")
+        super().check(settings, with_source)
 
     def warn_about_truncation(
         self, prompts: Sequence[str], settings: Settings, decoded: bool = True, with_source: bool = False
@@ -164,11 +190,10 @@ class Generator(LatentDecoder):
         seeds: Sequence[int],
         settings: Settings,
         latents: Tensor | None,
-        bucket: Bucket | None = None,
     ) -> Tensor:
-        """uint8 images [B, 3, P, P], or in the shape of `bucket`, from patch latents [B, N, D] and prompts, as one
-        batch."""
-        return self.flux.decode_latents(self.sample(prompts, seeds, settings, latents, bucket=bucket))
+        """uint8 images [B, 3, P, P], or of another shape of `settings`, from patch latents [B, N, D] and prompts, as
+        one batch."""
+        return self.flux.decode_latents(self.sample(prompts, seeds, settings, latents))
 
     @torch.no_grad()
     def sample(
@@ -178,12 +203,11 @@ class Generator(LatentDecoder):
         settings: Settings,
         latents: Tensor | None,
         on_step: OnStep | None = None,
-        bucket: Bucket | None = None,
     ) -> Tensor:
         """The images of `render` before the VAE decodes them: FLUX latents [B, c, h, w], fp32."""
         texts = [""] * len(prompts) if settings.empty_prompt else prompts
         folder = self.flux.folder
-        rows, columns = (folder.grid(side) for side in (bucket.shapes[-1] if bucket else (self.flux_size,) * 2))
+        rows, columns = (folder.grid(side) for side in self.bucket(settings.shape).shapes[-1])
         noise = draw_noise(seeds, rows * columns, folder.transformer["in_channels"]).unflatten(1, (rows, columns))
         return sample(
             self.flux,

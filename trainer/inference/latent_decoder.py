@@ -14,9 +14,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ...data.transforms import decode_image
+from ...data.bucket_rule import Shape
+from ...data.transforms import decode_shapes
 from ..distributed.process_group import Group
 from ..errors import RunError
+from ..models.image_grids import Grid
 from ..models.prompt import PromptTemplate
 from ..stages import open_patch_latents
 from ..stages.patch_latent_model import PatchLatentModel
@@ -42,6 +44,13 @@ class LatentDecoder:
     """Ranks with the same models, which share the batches of `in_batches`."""
     edits: bool = False
     """Whether stage 1 was trained on editing pairs, so that prompts may have a source image."""
+    shapes: tuple[Shape, ...] = ()
+    """Height and width in pixels of the images of the aspect-ratio buckets that stage 1 was trained in, if it was."""
+
+    def grid(self, settings: Settings) -> Grid:
+        """Rows and columns of the patches of an image."""
+        assert settings.shape is None, "in squares, for want of a ControlNet whose images have other shapes"
+        return self.mllm.branch.side, self.mllm.branch.side
 
     def check(self, settings: Settings, with_source: bool = False) -> None:
         """RunError for more decoding steps than patches, a temperature that has no effect, or a source image without
@@ -51,7 +60,7 @@ class LatentDecoder:
                 "the stage-1 run was not trained on editing pairs (data.sources with task=editing): leave the source"
                 " image out, or give a run that was"
             )
-        reveal_counts(self.mllm.branch.side**2, settings.steps, settings.schedule)
+        reveal_counts(math.prod(self.grid(settings)), settings.steps, settings.schedule)
         draw_latent_noise(self.mllm.head, [], 0, settings.temperature)
 
     def in_batches(
@@ -80,7 +89,7 @@ class LatentDecoder:
         the run was not trained on editing pairs."""
         if sources and any(source is not None for source in sources):
             self.check(settings, with_source=True)
-        return decode_prompts(self.mllm, self.template, prompts, seeds, settings, sources)
+        return decode_prompts(self.mllm, self.template, prompts, seeds, settings, self.grid(settings), sources)
 
     def decoded(
         self,
@@ -98,13 +107,17 @@ class LatentDecoder:
 
         return torch.stack(self.in_batches(len(prompts), batch, work, made)).to(self.device)
 
-    def source_image(self, image: bytes) -> Tensor:
-        """The source image in an image file, uint8 [3, S, S]: its centre square. Raises ValueError for one that does
-        not decode."""
-        return torch.from_numpy(decode_image(image, self.image_size).transpose(2, 0, 1).copy())
+    def source_image(self, image: bytes, settings: Settings = Settings()) -> Tensor:
+        """The source image in an image file in the shape of the image to make, as in training, uint8 [3, H, W]. Raises
+        ValueError for one that does not decode."""
+        unit = self.image_size // self.mllm.branch.side
+        rows, columns = self.grid(settings)
+        (pixels,) = decode_shapes(image, [(unit * rows, unit * columns)])
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
     def encode(self, images: Tensor) -> Tensor:
-        """What the branch predicts, [B, N, D], of uint8 images [B, 3, S, S]: the vision encoder's patch latents."""
+        """What the branch predicts, [B, N, D], of uint8 images [B, 3, S, S], or in the shape of a bucket: the vision
+        encoder's patch latents."""
         return self.mllm.patch_latents(images.to(self.device))
 
 
@@ -148,4 +161,6 @@ def read_decoder(
     """The decoder with the weights of `run`, whose stage is open."""
     assert stage.tokenizer is not None
     template = PromptTemplate(stage.tokenizer, stage.branch.max_text_tokens)
-    return LatentDecoder(load_mllm(run, stage, device, dtype), template, stage.image_size, device, group, stage.edits)
+    shapes = tuple(bucket.largest for bucket in stage.bucket_rule.buckets) if stage.bucket_rule else ()
+    mllm, edits = load_mllm(run, stage, device, dtype), stage.edits
+    return LatentDecoder(mllm, template, stage.image_size, device, group, edits, shapes)

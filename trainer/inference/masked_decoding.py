@@ -21,6 +21,7 @@ from ..errors import RunError
 from ..models.backbone import Prefix
 from ..models.branch import GenerationBranch
 from ..models.flow_head import FlowHead, draw_noise, guided
+from ..models.image_grids import Grid
 from ..models.rng import IntArray, Stream, states, uniform
 
 Schedule = Literal["cosine", "linear"]
@@ -91,15 +92,16 @@ def decode(
     head: PatchLatentHead | FlowHead,
     prefix: Prefix,
     orders: Tensor,
-    steps: int = 16,
-    schedule: Schedule = "cosine",
+    counts: Sequence[int],
     guidance: float = 1.0,
     noise: Tensor | None = None,
+    grid: Grid | None = None,
 ) -> Tensor:
-    """Patch latents [B, N, D] of the prompts in `prefix`, revealed in `orders` [B, N].
+    """Patch latents [B, N, D] of the prompts in `prefix`, revealed in `orders` [B, N], `counts` of them per step.
 
     guidance: w of uncond + w (cond - uncond). Unless it is 1, `prefix` contains 2 B prompts, the B unconditional ones
-    last, and each step is one forward pass of 2 B samples. noise [B, N, D]: of a flow head.
+    last, and each step is one forward pass of 2 B samples. noise [B, N, D]: of a flow head. grid: rows and columns of
+    the N patches; None: the square.
     """
     samples, tokens = orders.shape
     copies = 1 if guidance == 1 else 2
@@ -108,11 +110,11 @@ def decode(
     begin = torch.arange(copies * samples, device=orders.device)[:, None] * tokens
     places = orders.argsort(dim=1)
     revealed = 0
-    for count in reveal_counts(tokens, steps, schedule):
+    for count in counts:
         chosen = orders[:, revealed : revealed + count]
         rows = (begin + chosen.repeat(copies, 1)).flatten()
         mask = (places >= revealed).repeat(copies, 1)
-        hidden = branch(latents.repeat(copies, 1, 1), mask, prefix, rows)
+        hidden = branch(latents.repeat(copies, 1, 1), mask, prefix, rows, grid)
         channels = chosen[..., None].expand(-1, -1, latents.shape[-1])
         own = None if noise is None else noise.gather(1, channels).flatten(0, 1)
         found = predict(head, hidden.unflatten(0, (copies, -1)), own, guidance)

@@ -5,6 +5,7 @@ Legend: B prompts, N patches, D latent width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ...kernels import PrefixLayout
 from ...kernels.attention import unavailable
 from ..checkpoint.state import restore_statistics
 from ..models.backbone import Prefix
+from ..models.image_grids import Grid
 from ..models.kernel_selection import KernelChoice
 from ..models.prompt import PromptTemplate
 from ..models.source_tokens import SourceTokens
@@ -23,7 +25,7 @@ from ..models.weights import fill
 from ..stages.patch_latent_model import PatchLatentModel
 from ..stages.patch_latents import PatchLatentStage
 from ..stages.unsharded import init_context
-from .masked_decoding import decode, draw_latent_noise, draw_orders
+from .masked_decoding import decode, draw_latent_noise, draw_orders, reveal_counts
 from .settings import Settings
 from .stored_runs import checkpoint_weights, has_checkpoints
 
@@ -58,28 +60,35 @@ def decode_prompts(
     prompts: Sequence[str],
     seeds: Sequence[int],
     settings: Settings = Settings(),
+    grid: Grid | None = None,
     sources: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """Patch latents [B, N, D] decoded from the prompts, as one batch; a seed per prompt determines the order of its
     patches, and a flow head's noise. See `decode` and `draw_latent_noise`.
 
-    sources: a source image uint8 [3, H, W], all of one size, for each prompt that is an instruction; None: for none.
+    grid: rows and columns of the N patches; None: the square. sources: a source image uint8 [3, H, W], all of one size,
+    for each prompt that is an instruction; None: for none.
     """
     # Caption dropout trains with the empty caption, next to the source image: that is the unconditional prompt.
     copies = 1 if settings.guidance == 1 else 2
     rows = [*prompts, *([""] * len(prompts) * (copies - 1))]
-    prefix = _prefix(model, template, rows, [*(sources or [None] * len(prompts))] * copies)
-    patches, device = model.branch.side**2, model.branch.mask_token.device
+    grid, device = grid or (model.branch.side, model.branch.side), model.branch.mask_token.device
+    patches = math.prod(grid)
+    prefix = _prefix(model, template, rows, [*(sources or [None] * len(prompts))] * copies, patches)
     orders = draw_orders(seeds, patches).to(device)
     noise = draw_latent_noise(model.head, seeds, patches, settings.temperature)
-    how = settings.steps, settings.schedule, settings.guidance
-    return decode(model.branch, model.head, prefix, orders, *how, noise)
+    counts = reveal_counts(patches, settings.steps, settings.schedule)
+    return decode(model.branch, model.head, prefix, orders, counts, settings.guidance, noise, grid)
 
 
 def _prefix(
-    model: PatchLatentModel, template: PromptTemplate, rows: Sequence[str], sources: Sequence[Tensor | None]
+    model: PatchLatentModel,
+    template: PromptTemplate,
+    rows: Sequence[str],
+    sources: Sequence[Tensor | None],
+    patches: int,
 ) -> Prefix:
-    patches, device = model.branch.side**2, model.branch.mask_token.device
+    device = model.branch.mask_token.device
     shown, tokens, count = [each for each in sources if each is not None], None, 0
     if shown:
         images = torch.stack(shown).to(device)

@@ -41,3 +41,5 @@ class Settings:
     flux: Sampling = field(default_factory=Sampling)
     temperature: float = 1.0
     """Standard deviation of the noise from which a flow head samples."""
+    shape: str | None = None
+    """Width x height of the images in pixels, such as `576x448`, of a model in aspect-ratio buckets; None: squares."""

@@ -78,7 +78,8 @@ def prefix_of(model: PatchLatentModel, prompts: list[list[int]]) -> Prefix:
 
 def decoded(model: PatchLatentModel, prompts: list[list[int]], orders: Tensor, guidance: float = 1.0, **how) -> Tensor:
     both = prompts if guidance == 1 else prompts + [NULL] * len(prompts)
-    return decode(model.branch, model.head, prefix_of(model, both), orders, guidance=guidance, **how)
+    counts = reveal_counts(orders.shape[1], **how)
+    return decode(model.branch, model.head, prefix_of(model, both), orders, counts, guidance)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import runs
 from bifrost.kernels import PrefixLayout
 from bifrost.recipes import load_recipe
 from bifrost.trainer.checkpoint.export import export
-from bifrost.trainer.inference.masked_decoding import decode, draw_orders
+from bifrost.trainer.inference.masked_decoding import decode, draw_orders, reveal_counts
 from bifrost.trainer.inference.mllm import load_mllm
 from bifrost.trainer.inference.stored_runs import stored_recipe
 from bifrost.trainer.stages import open_patch_latents
@@ -97,4 +97,4 @@ def latents(path: Path) -> torch.Tensor:
     stage = open_patch_latents(stored_recipe(path, "patch-latents"))
     model: Any = load_mllm(path, stage, torch.device("cpu"), torch.float32)
     prefix = model.backbone.prefix(torch.arange(20, 32), PrefixLayout.of([12], 16))
-    return decode(model.branch, model.head, prefix, draw_orders([0], 16), 4)
+    return decode(model.branch, model.head, prefix, draw_orders([0], 16), reveal_counts(16, 4))
