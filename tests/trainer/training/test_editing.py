@@ -101,6 +101,13 @@ def arrays(shards: Path, pairs: Path, *overrides: str, editing: int = 3, generat
     return batch.arrays, batch.keys
 
 
+def placeholders(batch: dict) -> list[int]:
+    """Tokens of each prompt that stand for latents of a source image."""
+    rows, begins = batch["input_ids"].split(batch["text_lengths"]), batch["source_begins"]
+    token = max(int(ids[begin]) for ids, begin in zip(rows, begins, strict=True) if begin is not None)
+    return [int((ids == token).sum()) for ids in rows]
+
+
 def test_dropout_takes_the_instruction_and_leaves_the_source_image(shards: Path, pairs: Path) -> None:
     kept, keys = arrays(shards, pairs, "branch.caption_dropout=0")
     dropped, same = arrays(shards, pairs, "branch.caption_dropout=1")
@@ -112,6 +119,7 @@ def test_dropout_takes_the_instruction_and_leaves_the_source_image(shards: Path,
         (begin is not None, n) for begin, n in zip(dropped["source_begins"], dropped["text_lengths"], strict=True)
     }
     assert len(lengths) == 2, "one empty prompt of each task"
+    assert placeholders(dropped) == [0 if begin is None else 4 for begin in dropped["source_begins"]]
     assert sum(dropped["text_lengths"]) < sum(kept["text_lengths"])
 
 
@@ -149,7 +157,4 @@ def test_what_has_no_place_for_source_images_is_refused(recipe: str, override: s
 def test_in_buckets_the_source_image_has_the_shape_of_its_target(shards: Path, pairs: Path) -> None:
     found, _ = arrays(shards, pairs, "data.image_size=112", "data.buckets={ratios: [2x1], max_upscale: 4}")
     assert found["sources"].shape[1:] == found["images"].shape[1:] == (3, 84, 168)
-    rows = found["input_ids"].split(found["text_lengths"])
-    begins = found["source_begins"]
-    placeholder = max(ids[begin] for ids, begin in zip(rows, begins, strict=True) if begin is not None)
-    assert [int((ids == placeholder).sum()) for ids in rows] == [0 if begin is None else 3 * 6 for begin in begins]
+    assert placeholders(found) == [0 if begin is None else 3 * 6 for begin in found["source_begins"]]
