@@ -18,16 +18,21 @@ class CaptionChoice:
     """The text members of which one is a sample's caption.
 
     weights: extension of a member (`short.txt` for KEY.short.txt) -> weight, above 0. draw: needed for several.
-    source_images: whether source images are read, too.
+    source_images: whether source images are read, too; images: the same of the sample's own image.
     """
 
     def __init__(
-        self, weights: Mapping[str, float], draw: Draw | None = None, source_images: SourceImages = "ignored"
+        self,
+        weights: Mapping[str, float],
+        draw: Draw | None = None,
+        source_images: SourceImages = "ignored",
+        images: SourceImages = "required",
     ) -> None:
         assert draw is not None or len(weights) == 1, "one of several members is drawn"
         self.weights = dict(sorted(weights.items()))  # the order of a mapping in a file must not matter
         self.draw = draw
         self.source_images = source_images
+        self.images = images
 
     @property
     def only(self) -> str | None:

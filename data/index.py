@@ -30,6 +30,7 @@ from .transforms import clean_caption, image_size
 VERSION = 2
 WITHOUT_SIZES = 1
 """The version before, which is still read."""
+TEXT_TYPES = ("txt", "json")
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 HEADER_LIMIT = 4096  # bytes; headers are about 300
 Members = dict[str, tuple[int, int]]
@@ -47,13 +48,18 @@ class Header:
     sha256: str
     """Hash of the whole tar, in hex."""
     samples: int
-    """Samples that have an image."""
+    """Samples: those that have an image, or a text in a shard of texts."""
     captions: int
     """Samples whose caption is usable."""
     caption_chars: tuple[int, int, int]
     """Minimum, maximum and total length of the usable captions, in characters."""
     image_bytes: int
-    """Total size of the images."""
+    """Total size of the images; 0 of a shard that was indexed as texts."""
+
+    @property
+    def texts(self) -> bool:
+        """Whether its samples have no images."""
+        return self.samples > 0 and self.image_bytes == 0
 
 
 @dataclass(frozen=True)
@@ -174,8 +180,9 @@ def why_no_image(group: Group) -> str:
     return f"no image: its image is .{longer[0]}" if longer else "no image"
 
 
-def build_index(shard: str) -> Index:
-    """Build the index of an existing tar in one pass; writes nothing.
+def build_index(shard: str, texts: bool = False) -> Index:
+    """Build the index of an existing tar in one pass; writes nothing. texts: its samples are texts, with any members
+    that end in txt or json, in place of images.
 
     Raises DataError when the tar is missing, unreadable, damaged or truncated, or when a member appears twice; DataLost
     when the storage is unavailable.
@@ -204,11 +211,12 @@ def build_index(shard: str) -> Index:
         kind = image_type(group.members)
         if group.twice:
             raise DataError(f"{shard}: {group.problem}; keep one, or make new shards with `bifrost data ingest`")
-        if group.problem or kind is None:
-            left_out.append((group.key, why_no_image(group)))
+        if group.problem or (not _has_text(group) if texts else kind is None):
+            left_out.append((group.key, "no text" if texts and not group.problem else why_no_image(group)))
             continue
-        lines.append(json.dumps([group.key, group.members, group.kept.get(kind)]).encode())
-        images += group.members[kind][1]
+        size = None if texts or kind is None else group.kept.get(kind)
+        lines.append(json.dumps([group.key, group.members, size]).encode())
+        images += 0 if texts or kind is None else group.members[kind][1]
         try:
             lengths.append(len(clean_caption(group.kept.get(CAPTION_TYPE, b""))))
         except ValueError:
@@ -216,6 +224,10 @@ def build_index(shard: str) -> Index:
     chars = (min(lengths, default=0), max(lengths, default=0), sum(lengths))
     header = Header(VERSION, stream.position, digest.hexdigest(), len(lines), len(lengths), chars, images)
     return Index(header, lines, left_out)
+
+
+def _has_text(group: Group) -> bool:
+    return any(kind.rpartition(".")[2] in TEXT_TYPES for kind in group.members)
 
 
 def _kept(name: str) -> Keep | None:

@@ -198,15 +198,16 @@ class MixedPlan:
             found = self._places(batch)
             sources = np.repeat(np.array(list(found)), [len(places) for places in found.values()])
             places = np.concatenate([np.arange(each.start, each.stop) for each in found.values()])
-            order = permutation(self.global_batch, _derived(self.seed, "mixture"), batch, stream=0)
+            order = permutation(self.global_batch, derived_seed(self.seed, "mixture"), batch, stream=0)
             remember(self._batches, batch, _Batch(sources[order], places[order]), CACHED_BATCHES)
         return self._batches[batch]
 
 
 def source_seed(seed: int, number: int) -> int:
     """Seed of a source's own plan; that of the first one is the run's, as in a run on this source alone."""
-    return _derived(seed, str(number)) if number else seed
+    return derived_seed(seed, str(number)) if number else seed
 
 
-def _derived(seed: int, purpose: str) -> int:
+def derived_seed(seed: int, purpose: str) -> int:
+    """A seed for one purpose alone."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest(), "little")

@@ -84,7 +84,8 @@ class Loader:
     """Iterates over one rank's micro-batches of `steps`, in order.
 
     collate: picklable, list of `micro_batch` items -> `Batch.arrays`; runs in the workers. The sequence depends only on
-    the dataset, the plan and the share of the global batch. Every `iter` restarts at the first step.
+    the dataset, the plan and the share of the global batch. Every `iter` restarts at the first step. read: what makes
+    items of samples.
     Raises DataLost when a shard becomes unreadable or a worker dies, DataError for what the user has to fix.
     """
 
@@ -96,6 +97,7 @@ class Loader:
         share: Share,
         steps: range,
         settings: LoaderSettings,
+        read: type[ReadableSamples] = ReadableSamples,
     ) -> None:
         if not np.array_equal(plan.samples_per_shard, dataset.samples_per_shard):
             raise DataError("the plan was made for other shards; make it from dataset.samples_per_shard")
@@ -106,7 +108,7 @@ class Loader:
         if workers:
             make_socket_folder()
         self._micro_batches = range(steps.start * accumulation, steps.stop * accumulation)
-        samples = ReadableSamples(dataset, settings.image_sizes, settings.buckets)
+        samples = read(dataset, settings.image_sizes, settings.buckets)
         self._source = _MicroBatches(samples, plan, collate, share, accumulation, self._micro_batches.stop)
         self._loader = DataLoader(
             self._source,

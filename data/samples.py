@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from .bucket_rule import Shape
 from .buckets import Buckets
 from .errors import BadSample, DataError
 from .index import CAPTION_TYPE
-from .shards import Dataset
+from .shards import Dataset, RawSample
 from .transforms import decode_shapes
 
 
@@ -41,6 +42,8 @@ class Item:
     """Number of its bucket, if there are some."""
     source_image: np.ndarray | None = None
     """Of an editing pair, the source image in the shape of `image`."""
+    question: str | None = None
+    """Of an understanding source, the question whose answer is `caption`."""
 
 
 class ReadableSamples:
@@ -69,19 +72,24 @@ class ReadableSamples:
             if candidate not in self._bad:
                 try:
                     raw = self.dataset.read(*place, epoch, index)
-                    image, *others = _decoded(raw.key, "", raw.image, shapes)
-                    source = None
-                    if raw.source_image is not None:
-                        (source,) = _decoded(raw.key, "source image: ", raw.source_image, shapes[:1])
+                    found = self._contents(raw, shapes)
                 except BadSample as error:
                     self._bad[candidate] = error
                 else:
                     if planned:
                         replaced.append((planned.key, planned.reason))
-                    rest = tuple(others), place, raw.caption_member, bucket, source
-                    return Item(epoch, index, raw.key, image, raw.caption, *rest)
+                    rest = {"origin": place, "caption_member": raw.caption_member, "bucket": bucket}
+                    return Item(epoch, index, raw.key, **found, **rest)
             planned = planned or self._bad[candidate]
         raise DataError(f"no sample of the dataset is readable, the first: {planned}; name other shards")
+
+    def _contents(self, raw: RawSample, shapes: Sequence[Shape]) -> dict[str, Any]:
+        """The fields of an item that are decoded from its sample. BadSample if they cannot be."""
+        image, *others = _decoded(raw.key, "", raw.image, shapes)
+        found = {"image": image, "caption": raw.caption, "others": tuple(others)}
+        if raw.source_image is not None:
+            (found["source_image"],) = _decoded(raw.key, "source image: ", raw.source_image, shapes[:1])
+        return found
 
     def _candidates(self, shard: int, sample: int, bucket: int) -> Iterator[tuple[int, int]]:
         counts, shards = self.dataset.samples_per_shard, self.dataset.source_shards(shard)

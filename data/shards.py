@@ -106,9 +106,16 @@ def open_dataset(
             f"{format_shards(shards)}: no captions (KEY.txt next to each image); make shards that have some with"
             " `bifrost data ingest`"
         )
+    first = next(number for number, header in enumerate(headers) if header.samples)
+    if headers[first].texts and captions.images == "required":
+        raise _only_texts(shards[first])
     if captions.source_images == "required":
         from_first(lambda: _require_source_images(dataset), rank, gather, broadcast)
     return dataset
+
+
+def _only_texts(shard: str) -> DataError:
+    return DataError(f"{shard}: indexed as texts, which only sources with task=understanding read")
 
 
 def _require_members(dataset: Dataset) -> None:
@@ -251,20 +258,22 @@ class Dataset:
             parts |= self._members(shard, key, wanted)
         if kind is None:
             raise BadSample(key, "no caption")
-        source = source_type(parts)
+        source, image = source_type(parts), image_type(parts)
         if source is None and self.choice(shard).source_images == "required":
             raise BadSample(key, "no source image")
         try:
             caption = clean_caption(parts[kind])
         except ValueError as error:
             raise BadSample(key, str(error)) from None
-        return RawSample(key, parts[str(image_type(members))], caption, kind, parts[source] if source else None)
+        return RawSample(key, parts[image] if image else b"", caption, kind, parts[source] if source else None)
 
     def _read_kinds(self, shard: int, members: Members, caption: str | None) -> list[str]:
-        """Extensions of the members that are read of a sample: its image, the caption, and a source image in use."""
-        source = None if self.choice(shard).source_images == "ignored" else source_type(members)
-        image = image_type(members)
-        assert image is not None, "only samples with an image are indexed"
+        """Extensions of the members that are read of a sample: the image, caption and source image in use."""
+        choice = self.choice(shard)
+        source = None if choice.source_images == "ignored" else source_type(members)
+        image = None if choice.images == "ignored" else image_type(members)
+        if image is None and choice.images == "required":
+            raise _only_texts(self.shards[shard])
         return [kind for kind in (image, caption, source) if kind is not None]
 
     def spans(self, shard: int, sample: int, epoch: int = 0, index: int = 0) -> list[tuple[int, int]]:
@@ -311,6 +320,8 @@ class Dataset:
 
 def _adjacent(members: Members, kinds: list[str]) -> list[Members]:
     """The members with these extensions, grouped by the range that they are read with."""
+    if not kinds:  # an image that is not read, and no caption
+        return []
     wanted = {kind: members[kind] for kind in kinds}
     _, length = _span(wanted)
     if length <= sum(size for _, size in wanted.values()) + NEAR:

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 from .atomic import commit, temporary_name
 from .errors import DataError, DataLost, DataMissing
 from .files import exists, is_local, require_writable
-from .index import Header, Index, build_index, index_path, load_index, reindex, save_index, split_key
+from .index import Header, Index, build_index, index_path, load_header, load_index, reindex, save_index, split_key
 from .make_catalogue import catalogue_problems
 from .progress import progress
 from .shard_list import expand, folder_of
@@ -81,10 +81,11 @@ def index_all(
     index_dir: str | None = None,
     rank: int = 0,
     gather: Gather = lambda value: [value],
+    texts: bool = False,
 ) -> Indexed:
     """Index existing tars, without changing them; failures of single tars are collected. A remote tar is read once, in
     parts. index_dir: folder for the indexes; None: next to the tars. rank, gather: of the ranks that do this together;
-    each indexes its share of the tars, and all return the same.
+    each indexes its share of the tars, and all return the same. texts: see `build_index`.
 
     Raises DataError, on all ranks, when a folder is not writable, before anything is read, or when a server refuses
     requests.
@@ -95,7 +96,7 @@ def index_all(
         shards = [shard for shard, has_one in zip(shards, indexed, strict=True) if not has_one]
     shared(lambda: _require_writable(shards, index_dir), gather)
     found = Indexed([], Counter(), [])
-    work = _in_threads(partial(_index_one, index_dir), shards, "indexing", rank, gather)
+    work = _in_threads(partial(_index_one, index_dir, texts), shards, "indexing", rank, gather)
     for shard, (header, left_out, problem) in zip(shards, work, strict=True):
         if header is None:
             found.problems.append(problem)
@@ -110,12 +111,12 @@ def _require_writable(shards: list[str], index_dir: str | None) -> None:
         require_writable(index_path(shard, index_dir), "an index")
 
 
-def _index_one(index_dir: str | None, shard: str) -> tuple[Header | None, Counter[str], str]:
+def _index_one(index_dir: str | None, texts: bool, shard: str) -> tuple[Header | None, Counter[str], str]:
     """The header of a shard that is now indexed, and the reasons of what is left out; or None and its problem."""
     try:
-        index = build_index(shard)
+        index = build_index(shard, texts)
         if index.left_out and not index.header.samples:
-            raise DataError(f"{shard}: {_no_images(index)}")
+            raise DataError(f"{shard}: {'no member ends in .txt or .json' if texts else _no_images(index)}")
         save_index(shard, index, index_dir)
     except DataLost:
         raise
@@ -196,11 +197,21 @@ def _refused(shard: str, error: DataError) -> bool:
     return not is_local(shard) and error.__cause__ is not None and verdict(error.__cause__) is False
 
 
+def _has_texts(shard: str, index_dir: str | None) -> bool:
+    """Whether the shard was indexed as texts; False without a usable index."""
+    try:
+        return load_header(shard, index_dir).texts
+    except DataLost:
+        raise
+    except DataError:
+        return False
+
+
 def _check(index_dir: str | None, shard: str) -> Header | str:
     """The header of an intact shard, or its problem."""
     again = reindex(shard, index_dir)
     try:
-        found = build_index(shard)
+        found = build_index(shard, _has_texts(shard, index_dir))
         stored = load_index(shard, index_dir=index_dir)
     except DataMissing:
         return f"{shard}: unindexed; run {again}"

@@ -54,7 +54,7 @@ def caption_members(value: dict[str, float]) -> dict[str, float]:
 Captions = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(caption_members)]
 
 
-Task = Literal["generation", "editing"]
+Task = Literal["generation", "editing", "understanding"]
 
 
 class Source(Section):
@@ -66,7 +66,8 @@ class Source(Section):
     """Its shards, named like `data.shards`."""
     task: Task = "generation"
     """What its samples train: `generation`, an image from its caption; stage 1 also `editing`, an image from a source
-    image, KEY.source.jpg, and an instruction. See docs/data.md."""
+    image, KEY.source.jpg, and an instruction. `understanding` trains nothing: the frozen base's own loss on its texts,
+    or answers to questions, is reported. See docs/data.md."""
     weight: Annotated[float | dict[int, float] | None, BeforeValidator(weight_or_schedule)] = None
     """Its share of the samples, relative to the weights of the other sources; or a schedule, `{0: 3, 1000: 0}`: the
     weight by the number of global batches before. 0 is none of it, in a schedule only."""
@@ -78,6 +79,29 @@ class Source(Section):
     caption_dropout: float | None = Field(default=None, ge=0, le=1)
     """Probability that one of its captions is replaced by an empty one; null: that of the stage,
     `branch.caption_dropout` or `flux.caption_dropout`."""
+    batches_per_step: float | None = Field(default=None, gt=0)
+    """With `task: understanding`, in place of a weight: batches of `global_batch` samples per training step, such as
+    0.01 for one in 100 steps."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether its texts are questions with their answers."""
+        return self.task == "understanding" and any(kind.rpartition(".")[2] == "json" for kind in self.captions or ())
+
+    @model_validator(mode="after")
+    def _of_its_task(self) -> Source:
+        if self.task != "understanding":
+            if self.batches_per_step is not None:
+                raise ValueError(f"{self.name}: batches_per_step is for task=understanding; give a weight instead")
+            return self
+        trained = {"weight": self.weight, "repeats": self.repeats, "caption_dropout": self.caption_dropout}
+        if key := next((key for key, value in trained.items() if value is not None), None):
+            raise ValueError(f"{self.name}: {key} is for sources that are trained on; leave it out")
+        if self.batches_per_step is None:
+            raise ValueError(f"{self.name}: task=understanding needs batches_per_step, such as 0.01")
+        if self.asks and not all(kind.rpartition(".")[2] == "json" for kind in self.captions or ()):
+            raise ValueError(f"{self.name}: captions name texts and questions; make two sources of them")
+        return self
 
     def weight_at(self, batch: int) -> float | None:
         """The weight in global batch `batch`, counted from 0."""
@@ -152,13 +176,25 @@ class Data(Section):
         names = Counter(source.name for source in self.sources or ())
         if repeated := [name for name, count in names.items() if count > 1]:
             raise ValueError(f"sources: {repeated[0]} is the name of {names[repeated[0]]} of them; rename one")
-        weighted = [source.weight is not None for source in self.sources or ()]
-        if any(weighted) and (not all(weighted) or any(source.repeats is not None for source in self.sources or ())):
+        if self.sources and not self.trained:
+            raise ValueError("sources: all have task=understanding; add one that is trained on")
+        weighted = [source.weight is not None for source in self.trained]
+        if any(weighted) and (not all(weighted) or any(source.repeats is not None for source in self.trained)):
             raise ValueError("sources: give every one a weight and none repeats, or none a weight")
         for batch in self.changes:
-            if self.sources and not any(source.weight_at(batch) != 0 for source in self.sources):
+            if self.sources and not any(source.weight_at(batch) != 0 for source in self.trained):
                 raise ValueError(f"sources: from global batch {batch} on, all weights are 0")
         return self
+
+    @property
+    def trained(self) -> list[Source]:
+        """The sources that are trained on."""
+        return [source for source in self.sources or () if source.task != "understanding"]
+
+    @property
+    def understanding(self) -> list[Source]:
+        """The sources on which the frozen base's loss is reported."""
+        return [source for source in self.sources or () if source.task == "understanding"]
 
     @property
     def changes(self) -> list[int]:
@@ -180,13 +216,13 @@ class Data(Section):
     @property
     def caption_members(self) -> set[str]:
         """Members that captions are read from, of all sources."""
-        used = [source.captions or self.captions for source in self.sources] if self.sources else [self.captions]
+        used = [source.captions or self.captions for source in self.trained] if self.sources else [self.captions]
         return {kind for captions in used for kind in captions or {"txt": 1.0}}
 
     def weights(self, samples: list[int], batch: int = 0) -> list[Fraction]:
-        """The exact share of each of `sources` in global batch `batch`, up to a common factor; samples: their numbers
-        of samples."""
-        given = [(source, source.weight_at(batch)) for source in self.sources or ()]
+        """The exact share of each of the `trained` sources in global batch `batch`, up to a common factor; samples:
+        their numbers of samples."""
+        given = [(source, source.weight_at(batch)) for source in self.trained]
         return [
             Fraction(repr(own)) if own is not None else count * Fraction(repr(source.repeats or 1))
             for (source, own), count in zip(given, samples, strict=True)

@@ -270,6 +270,23 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _with_texts(self) -> Recipe:
+        """What has no place for understanding sources."""
+        if not self.data.understanding:
+            return self
+        if self.stage == "controlnet":
+            raise ValueError("data.sources: task=understanding is for stage 1, whose base reads texts; leave it out")
+        without = {
+            "backbone.vision_encoder=cached": self.backbone.vision_encoder,
+            f"branch.targets={self.branch.targets}": self.branch.targets != "native",
+        }
+        if any(source.asks for source in self.data.understanding) and (
+            key := next((key for key, value in without.items() if value), None)
+        ):
+            raise ValueError(f"data.sources: questions about images need the vision encoder, which {key} does without")
+        return self
+
+    @model_validator(mode="after")
     def _complete(self) -> Recipe:
         if self.stage == "controlnet" and self.flux is None:
             raise ValueError("stage controlnet needs flux.path, such as flux.path=black-forest-labs/FLUX.1-dev")

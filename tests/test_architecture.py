@@ -122,7 +122,7 @@ PRESCRIBED = {
     ("trainer/models/latent_controlnet.py", "forward"): "the arguments of diffusers' FLUX ControlNet",
     ("trainer/inference/pipeline.py", "__call__"): "the arguments of diffusers' pipelines, and of our decoding",
     ("trainer/stages/controlnet_model.py", "forward"): "the arrays of a batch, some of them from a cache",
-    ("trainer/stages/patch_latent_model.py", "forward"): "the same",
+    ("trainer/stages/patch_latent_model.py", "image_loss"): "the same",
 }
 """Functions whose arguments another library or the batch prescribes."""
 

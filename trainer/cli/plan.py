@@ -50,6 +50,7 @@ def plan(
     if plot and (chosen is None or chosen.bf16_tflops is None):
         raise RunError("--plot: needs step times; give a --device that has bf16_tflops")
     from ..planner import caches, open_model, parts, workload
+    from ..planner.base_loss import planned_texts
     from ..planner.buckets import planned_buckets
     from ..planner.curves import draw
     from ..planner.opened import PatchLatents
@@ -78,10 +79,13 @@ def plan(
     samples = samples or settings.steps * settings.global_batch
     sources = samples_of_sources(data, settings.global_batch, samples)
     buckets = planned_buckets(model, data, settings.precision, text_tokens, shares)
+    texts = []
+    if isinstance(model, PatchLatents):
+        texts = planned_texts(model, data, report.parts, work, text_tokens, chosen)
     if as_json:
-        print(json.dumps(report.as_json(samples, sources, buckets), indent=2))
+        print(json.dumps(report.as_json(samples, sources, buckets, texts), indent=2))
     else:
-        report.show(terminal(), samples, sources, buckets)
+        report.show(terminal(), samples, sources, buckets, texts)
     if plot and chosen:
         with writing(plot):
             draw(settings.name, report.parts, work, chosen, plot)

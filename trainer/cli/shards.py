@@ -26,13 +26,16 @@ def index(
     shards: Shards,
     only_missing: Annotated[bool, typer.Option("--only-missing", help="Skip shards that have an index.")] = False,
     index_dir: IndexDir = None,
+    texts: Annotated[
+        bool, typer.Option("--texts", help="Index texts without images, for sources with task=understanding.")
+    ] = False,
     ranks: RanksOption = None,
 ) -> None:
     """Index existing WebDataset tars, which are not changed; remote ones are read once, in parts."""
     from ...data.write import index_all
 
     rank, gather = _join(context, ranks)
-    found = index_all(shards, only_missing, index_dir, rank, gather)
+    found = index_all(shards, only_missing, index_dir, rank, gather, texts)
     if rank == 0:
         _show(found)
     if found.problems:

@@ -38,6 +38,7 @@ def load_mllm(
     fast = unavailable("varlen", device, dtype) is None
     over = "varlen" if fast else "sdpa"
     stage.kernels = KernelChoice(attention=over, vision=over)
+    stage.texts = False  # no tokens are predicted here
     with init_context(device, dtype):
         model = stage.build(vision=vision)
     stage.load(model)

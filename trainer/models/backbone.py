@@ -38,6 +38,7 @@ from ..errors import RunError
 from .backbone_config import PIXEL_MEAN, PIXEL_STD, read_stated
 from .eight_bit_source import frozen_source
 from .eight_bits import eight_bit_linears, scales
+from .language_head import LanguageHead
 from .linear import use_own_linear
 from .source_tokens import SourceTokens
 from .weights import WeightFiles, backbone_names, fill
@@ -93,6 +94,7 @@ class FrozenBackbone(nn.Module):
         super().__init__()
         self.held: HeldWeights = held
         self.attended = attended
+        self.tied = bool(config.tie_word_embeddings)
         config = copy.deepcopy(config)
         dtype = torch.get_default_dtype()  # not the config's, which is the dtype of the stored weights
         with no_init_weights():
@@ -106,14 +108,21 @@ class FrozenBackbone(nn.Module):
                 self.vision = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config, dtype=dtype)
                 self.vision.patch_embed.proj.__class__ = _PatchProjection
                 self.vision.config._attn_implementation = VISION_ATTENTION
+        self.head: LanguageHead | None = None
         self.attention: Backend = attention
         self.vision_attention: Backend = vision_attention
         self.requires_grad_(False)
+
+    def add_head(self) -> None:
+        """Build the text model's output layer, too; before `load`."""
+        self.head = LanguageHead(self.text.config.vocab_size, self.text.config.hidden_size, self.tied)
 
     def names(self, files: WeightFiles) -> dict[str, str]:
         """Parameter name -> name in `files`; none for scales of 8-bit weights."""
         found = {}
         for part, module in self.named_children():
+            if part == "head":  # which may be the embedding once more
+                continue
             skipped = scales(module)
             own = [name for name, _ in module.named_parameters() if name not in skipped]
             found.update({f"{part}.{name}": theirs for name, theirs in backbone_names(part, own, files).items()})
@@ -123,6 +132,8 @@ class FrozenBackbone(nn.Module):
         parameters = dict(self.named_parameters())
         names, source = frozen_source(self, self.names(files), files, self.held)
         fill({theirs: parameters[name] for name, theirs in names.items()}, source, files.path)
+        if self.head is not None:
+            self.head.load(files)
 
     def restore_rotary(self) -> None:
         """Rebuild the rotary tables in fp32: `zero.Init` creates every tensor in the compute dtype, and frequencies
@@ -172,6 +183,15 @@ class FrozenBackbone(nn.Module):
             backend=self.attention,
         )
         return out.last_hidden_state[0], out.past_key_values
+
+    @torch.no_grad()
+    def token_losses(
+        self, input_ids: Tensor, layout: PrefixLayout, rows: Tensor, targets: Tensor, images: SourceTokens | None = None
+    ) -> Tensor:
+        """Losses [R] fp32 of the tokens `targets` after `rows`, int64 [R] each, of packed texts input_ids [sum T]."""
+        assert self.head is not None
+        hidden, _ = self.read(input_ids, layout, images)
+        return self.head(hidden[rows], targets)
 
     @torch.no_grad()
     def prefix(self, input_ids: Tensor, layout: PrefixLayout, sources: SourceTokens | None = None) -> Prefix:

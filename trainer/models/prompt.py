@@ -44,6 +44,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def without_control_tokens(text: str) -> str:
+    """Text of the data within a template, whose control tokens it must not have: a caption could end its turn."""
+    return text.replace("<|", "< |")
+
+
 class PromptTemplate:
     """Turns captions, and instructions for a source image, into token ids.
 
@@ -93,8 +98,7 @@ class PromptTemplate:
         return sum(self.count_tokens(*each) > self.max_tokens for each in full)
 
     def _encode(self, caption: str, patches: int = 0) -> list[int]:
-        # `head` and `tail` contain the template's control tokens; a caption must not be able to end its turn.
-        caption = caption.replace("<|", "< |")
+        caption = without_control_tokens(caption)
         head = f"{self.opening}{IMAGE_START}{IMAGE * patches}{IMAGE_END}" if patches else self.head
         return self.tokenizer.encode(head + caption + self.tail, add_special_tokens=False)
 
@@ -113,11 +117,14 @@ class QuestionTemplate:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, patches: int) -> None:
+        """patches: 0 for questions without an image."""
         self.tokenizer = tokenizer
-        turn = [{"role": "user", "content": f"{IMAGE_START}{IMAGE * patches}{IMAGE_END}{_MARK}"}]
+        image = f"{IMAGE_START}{IMAGE * patches}{IMAGE_END}" if patches else ""
+        turn = [{"role": "user", "content": f"{image}{_MARK}"}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         assert isinstance(text, str)
         self.head, self.tail = text.split(_MARK)
+        self.suffix: list[int] = tokenizer.encode(self.tail, add_special_tokens=False)
         self.end: Any = tokenizer.eos_token_id
 
     def question(self, text: str) -> list[int]:

@@ -81,7 +81,7 @@ def open_model(recipe: Recipe) -> PatchLatents | LatentControl:
     if recipe.stage == "patch-latents":
         edited = edited_share(recipe.data, recipe.global_batch, recipe.steps)
         opened = PatchLatents.open(recipe.backbone, recipe.branch, recipe.data, recipe.seed, recipe.flux)
-        return replace(opened, edited=edited)
+        return replace(opened, edited=edited, texts=bool(recipe.data.understanding))
     assert recipe.flux is not None, "required by the recipe schema"
     model = LatentControl.open(recipe.backbone, recipe.flux, recipe.controlnet, recipe.data)
     model.shape.require_use(model.folder.transformer)

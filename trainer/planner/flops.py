@@ -52,6 +52,11 @@ def matrices(weights: Iterable[Weight]) -> tuple[tuple[int, int], ...]:
     return tuple((rows, columns) for rows, columns in shapes)
 
 
+def head_weight(config: Any) -> int:
+    """Elements of the text model's output layer. config: as in `PatchLatents`."""
+    return config.text_config.vocab_size * config.text_config.hidden_size
+
+
 def patch_latent_parts(
     model: PatchLatents,
     precision: str,
@@ -97,6 +102,7 @@ def patch_latent_parts(
             placement,
             widths=widths(prefix),
         ),
+        *([Part("language head", "none", (head_weight(model.config),), 0.0, 0.0, placement)] if model.texts else []),
         *_branch(model, byte, grid, text, longest),
         head_part(head, model.branch, width, rows, byte),
     ]

@@ -32,6 +32,8 @@ class PatchLatents:
     buckets: Buckets | None = None
     edited: float = 0.0
     """The share of the samples that are editing pairs."""
+    texts: bool = False
+    """Whether the base's own loss is measured on understanding sources."""
 
     @property
     def square(self) -> ImageGrid:

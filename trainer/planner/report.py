@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ..errors import RunError
 from . import NODE, Row, as_json, checkpoint_bytes, checkpoint_s, cost, plan
+from .base_loss import PlannedTexts
 from .buckets import PlannedBucket
 from .curves import CURVE, curves, retention
 from .devices import Device
@@ -111,9 +112,13 @@ class Report:
         return sentences
 
     def as_json(
-        self, samples: int, sources: Mapping[str, int] = {}, buckets: Sequence[PlannedBucket] = ()
+        self,
+        samples: int,
+        sources: Mapping[str, int] = {},
+        buckets: Sequence[PlannedBucket] = (),
+        texts: Sequence[PlannedTexts] = (),
     ) -> dict[str, Any]:
-        """sources, buckets: see `show`."""
+        """sources, buckets, texts: see `show`."""
         size = checkpoint_bytes(self.parts, self.work)
         rows = []
         for row in self.rows:
@@ -130,6 +135,7 @@ class Report:
             "samples": samples,
             "source_samples": dict(sources),
             "buckets": [bucket.as_json() for bucket in buckets],
+            "base_loss": [each.as_json() for each in texts],
             "parameters": {
                 "trained": sum(part.size for part in self.parts if part.gradient == "trained"),
                 "frozen": sum(part.size for part in self.parts if part.gradient != "trained"),
@@ -169,8 +175,10 @@ class Report:
         samples: int,
         sources: Mapping[str, int] = {},
         buckets: Sequence[PlannedBucket] = (),
+        texts: Sequence[PlannedTexts] = (),
     ) -> None:
-        """sources: samples of each source among the `samples`, if the recipe decides them. buckets: of the images."""
+        """sources: samples of each source among the `samples`, if the recipe decides them. buckets: of the images.
+        texts: the understanding sources."""
         size = checkpoint_bytes(self.parts, self.work)
         console.print(f"{self.name}, predicted", style="bold")
         console.print(self._parts())
@@ -186,6 +194,8 @@ class Report:
         if sources:
             shares = (f"{name} {count:,} ({count / samples:.4g})" for name, count in sources.items())
             console.print(f"{samples:,} samples by source, with their share: {', '.join(shares)}.")
+        for each in texts:
+            console.print(str(each))
         state = state_bytes(self.parts, self.work.optimizer)
         each = state / sum(part.size for part in self.parts if part.gradient == "trained")
         console.print(f"optimizer {self.work.optimizer}: {_gb(state)} GB of state, {each:.3g} bytes per parameter.")

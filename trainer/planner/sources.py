@@ -12,15 +12,15 @@ from ...recipes.data import Data
 def samples_of_sources(data: Data, global_batch: int, samples: int) -> dict[str, int]:
     """Name -> samples of it among the first `samples` of the run, up to one per change of the weights. Empty without
     `data.sources`, and if shares depend on the sizes of the sources, which a plan does not read."""
-    if not data.sources or any(source.weight is None for source in data.sources):
+    if not data.sources or any(source.weight is None for source in data.trained):
         return {}
     starts = [start * global_batch for start in data.changes]
-    taken = [Fraction(0)] * len(data.sources)
+    taken = [Fraction(0)] * len(data.trained)
     for change, (start, end) in zip(data.changes, pairwise([*starts, max(samples, starts[-1])]), strict=True):
-        weights = data.weights([0] * len(data.sources), change)
+        weights = data.weights([0] * len(data.trained), change)
         for place, weight in enumerate(weights):
             taken[place] += max(0, min(end, samples) - start) * weight / sum(weights)
-    return {source.name: round(count) for source, count in zip(data.sources, taken, strict=True)}
+    return {source.name: round(count) for source, count in zip(data.trained, taken, strict=True)}
 
 
 def edited_share(data: Data, global_batch: int, steps: int) -> float:

@@ -125,6 +125,7 @@ def charts(run: RunFiles) -> list[Chart]:
             falls=True,
         ),
         sources.loss_chart(metrics),
+        sources.base_chart(metrics),
         chart(
             "held-out loss",
             [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .drawing import COLOURS, Chart, Curve, chart
-from .summary import SOURCE, Summary
+from .summary import BASE, SOURCE, Summary
 
 METRICS = ("samples", "epochs", "loss", "bad_fraction")
 """Of a source, as metric lines name them."""
@@ -19,6 +19,16 @@ def loss_chart(metrics: Summary) -> Chart | None:
     more = len(metrics.sources) - len(COLOURS)
     note = f" Without {more} more sources, which the table has." if more > 0 else ""
     return chart("loss of each source", curves, f"Smoothed over a twentieth of the lines.{note}", falls=True)
+
+
+def base_chart(metrics: Summary) -> Chart | None:
+    """The frozen base's losses on the understanding sources, of at most as many as there are colours; None without."""
+    curves = [
+        Curve(key.removeprefix(BASE), metrics.curves[key].smoothed(), colour)
+        for key, colour in zip(metrics.bases, COLOURS, strict=False)
+        if key in metrics.curves
+    ]
+    return chart("loss of the frozen base", curves, "On understanding sources; changes are changes of their data.")
 
 
 def rows(metrics: Summary) -> list[list[str]]:

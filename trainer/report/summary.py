@@ -39,6 +39,8 @@ PART = "loss_"
 """Prefix of the parts of the loss."""
 SOURCE = "source_loss_"
 """Prefix of the losses of the sources of a mixture."""
+BASE = "base_loss_"
+"""Prefix of the frozen base's losses on understanding sources."""
 LAST = ("samples", "peak_memory_gib", "memory_headroom_gib", "alloc_retries", "skipped_steps")
 """Metrics whose last value is compared."""
 MEDIANS = ("samples_per_s", "tokens_per_s", "step_s", "tflops_per_device", "mfu", "hfu")
@@ -60,6 +62,8 @@ class Summary:
         """The parts of the loss, in order of appearance."""
         self.sources: list[str] = []
         """The losses of the sources, in order of appearance."""
+        self.bases: list[str] = []
+        """The frozen base's losses on understanding sources, in order of appearance."""
         self.waiting = Series()
         """Percentage of the step for which rank 0 waited for data."""
         self.checkpoints = Series()
@@ -124,7 +128,8 @@ class Summary:
             self._layouts |= lines.layouts.keys()
             self.parts += [key for key in lines.keys if key.startswith(PART) and key not in self.parts]
             self.sources += [key for key in lines.keys if key.startswith(SOURCE) and key not in self.sources]
-        for key in (*self._drawn, *((*self.parts, *self.sources) if self._parts else ())):
+            self.bases += [key for key in lines.keys if key.startswith(BASE) and key not in self.bases]
+        for key in (*self._drawn, *((*self.parts, *self.sources, *self.bases) if self._parts else ())):
             if key in lines.keys:
                 self.curves.setdefault(key, Series()).extend(*lines.points(key))
         if self.medians:

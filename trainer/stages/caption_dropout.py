@@ -20,7 +20,7 @@ class CaptionDropout:
 
     def __init__(self, seed: int, share: float, data: Data | None = None, dataset: Dataset | None = None) -> None:
         self.seed, self.share, self.dataset = seed, share, dataset
-        sources = (data.sources if data else None) or ()
+        sources = data.trained if data else ()
         self._of_source = [share if each.caption_dropout is None else each.caption_dropout for each in sources]
 
     def __call__(self, items: Sequence[Item]) -> npt.NDArray[np.bool_]:

@@ -165,7 +165,7 @@ def open_caches(
         return {}
     require_one_caption(outputs, data)
     dataset = open_training_data(data, 0, rank, gather, broadcast)
-    most_open = max(64, 2 * data.shuffle_window, min(MOST_OPEN, 2 * data.shuffle_window * len(data.sources or ())))
+    most_open = max(64, 2 * data.shuffle_window, min(MOST_OPEN, 2 * data.shuffle_window * len(data.trained)))
     return {one.kind: _open_cache(one, dataset, most_open, rank, ranks, gather) for one in outputs}
 
 

@@ -85,6 +85,7 @@ class PatchLatentModel(StageModel):
             self.head = FlowHead(width, branch.flow_head, activation_checkpointing)
         else:
             self.head = PatchLatentHead(width, kernels.head)
+        self.with_head = False
         self.targets: LinearTargets | None = None
         if branch.targets in ("pca", "random"):
             self.targets = PixelTargets(branch.targets, patches, 3 * image_size**2 // patches, width)
@@ -97,6 +98,12 @@ class PatchLatentModel(StageModel):
         self.targets = targets
         if self.place == "sharded":
             targets.encoder = targets.build()
+
+    def measure_base_loss(self) -> None:
+        """Give the backbone what `base_loss` needs; before `load`."""
+        self.with_head = True
+        if self.place == "sharded":
+            self.backbone.add_head()
 
     def statistics(self) -> dict[str, Tensor]:
         parts = {"head": self.head, **({"targets": self.targets} if self.targets is not None else {})}
@@ -124,7 +131,7 @@ class PatchLatentModel(StageModel):
         """Build the backbone, without weights, if it is not sharded, and all rotary tables."""
         if self.place != "sharded":
             like = next(self.head.parameters())
-            set_unregistered_module(self, "backbone", build_unsharded(self.build_backbone, self.place, like))
+            set_unregistered_module(self, "backbone", build_unsharded(self._build_backbone, self.place, like))
             if isinstance(self.targets, EncodedTargets):
                 built = build_unsharded(self.targets.build, self.place, like)
                 set_unregistered_module(self.targets, "encoder", built)
@@ -132,6 +139,12 @@ class PatchLatentModel(StageModel):
                 use_liger(self.backbone)
             self._share()
         self.restore_rotary()
+
+    def _build_backbone(self) -> FrozenBackbone:
+        backbone = self.build_backbone()
+        if self.with_head:
+            backbone.add_head()
+        return backbone
 
     def _share(self) -> None:
         """Let the branch use the text model's weights, with `branch.weights: lora`."""
@@ -152,7 +165,31 @@ class PatchLatentModel(StageModel):
             return self.backbone.patch_latents(images)
         return self.targets(images).to(next(self.head.parameters()).dtype)
 
-    def forward(
+    def forward(self, **batch: Any) -> Losses:
+        """`base_loss` of a batch with `targets`, `image_loss` of others: ZeRO-3's hooks are those of this method."""
+        return self.base_loss(**batch) if "targets" in batch else self.image_loss(**batch)
+
+    @torch.no_grad()
+    def base_loss(
+        self,
+        input_ids: Tensor,
+        text_lengths: tuple[int, ...],
+        rows: Tensor,
+        targets: Tensor,
+        images: Tensor | None = None,
+        source_begins: tuple[int | None, ...] = (),
+    ) -> Losses:
+        """The frozen base's losses of the tokens `targets` after `rows`, int64 [R] each, of packed texts [sum T], with
+        images [B, 3, S, S] uint8 in them; source_begins: see `SourceTokens.of`. `sums` are the summed loss and R."""
+        placed = None
+        if images is not None:
+            latents = self.backbone.patch_latents(images)
+            placed = SourceTokens.of(latents, text_lengths, source_begins, self.backbone.grid(images))
+        layout = PrefixLayout.of(text_lengths, 0, input_ids.device)
+        each = self.backbone.token_losses(input_ids, layout, rows, targets, placed).double()
+        return Losses(each.sum(), torch.stack((each.sum(), each.new_tensor(float(len(each))))), each)
+
+    def image_loss(
         self,
         input_ids: Tensor,
         text_lengths: tuple[int, ...],

@@ -29,6 +29,7 @@ from ..models.masking import hidden_counts
 from ..models.prompt import PromptTemplate, load_tokenizer
 from ..models.rng import IntArray
 from . import VALIDATION_SEED
+from .base_texts import BaseTextCollate
 from .branch_weights import text_layer
 from .caption_dropout import CaptionDropout
 from .latent_cache import Cache, FrozenOutputs, FrozenWeights, Kind, open_caches
@@ -63,6 +64,8 @@ class PatchLatentStage:
     """Whether all parts are in the model, to be counted."""
     edits: bool = False
     """Whether some samples are editing pairs."""
+    texts: bool = False
+    """Whether there are understanding sources."""
     caches: dict[Kind, Cache] | None = None
     """The cache of the patch latents if the recipe has one, once opened."""
     encoder: TargetVae | TargetEncoder | None = None
@@ -95,7 +98,7 @@ class PatchLatentStage:
         encoder = open_target_encoder(branch, flux, image_size, side, for_counting)
         grids, rule = latent_buckets(data, side)
         more: dict[str, Any] = {"precision": precision, "encoder": encoder, "grids": grids, "bucket_rule": rule}
-        more["edits"] = data.edits
+        more |= {"edits": data.edits, "texts": bool(data.understanding)}
         if for_counting:
             opened = image_size, seed, config, side**2, None, None
             return cls(backbone, branch, *opened, **more, for_counting=True)
@@ -174,6 +177,8 @@ class PatchLatentStage:
         if vision is None:
             vision = self.encodes or (self.for_counting and self.branch.targets == "native")
         model = PatchLatentModel(self.config, *settings, self.kernels, place, vision, self.backbone.weights)
+        if self.texts:
+            model.measure_base_loss()
         if self.encoder:
             width = self.config.text_config.hidden_size
             model.use_targets(self.encoder.targets(self.tokens_per_image, width, self.kernels))
@@ -210,6 +215,11 @@ class PatchLatentStage:
         caches = self.caches if self.caches is not None else self.open_caches()
         shapes = self.seed, self.grids
         return PatchLatentCollate(self.tokenizer, self.branch, *shapes, caches.get("vision"), self.dropout(dataset))
+
+    def text_collate(self) -> BaseTextCollate:
+        """Items of an understanding source -> arguments of the model, which are those of `base_loss`."""
+        assert self.tokenizer is not None
+        return BaseTextCollate(self.tokenizer, self.tokens_per_image, self.branch.max_text_tokens)
 
     def dropout(self, dataset: Dataset) -> CaptionDropout:
         return CaptionDropout(self.seed, self.branch.caption_dropout, self.data, dataset)

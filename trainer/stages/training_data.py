@@ -6,11 +6,11 @@ from functools import partial
 
 import numpy as np
 
-from ...data import CaptionChoice, Dataset, open_dataset, open_sources
+from ...data import CaptionChoice, DataError, Dataset, open_dataset, open_sources
 from ...data.caption_choice import KEY_TXT
 from ...data.source_images import SourceImages
 from ...data.spread import Broadcast
-from ...recipes.data import Captions
+from ...recipes.data import Captions, Source
 from ...recipes.schema import Data
 from ..distributed.process_group import Gather, single_process
 from ..models.rng import Stream, uniform
@@ -32,15 +32,33 @@ def open_training_data(
         )
     choices = [
         caption_choice(source.captions or data.captions, seed, "required" if source.task == "editing" else "ignored")
-        for source in data.sources
+        for source in data.trained
     ]
-    named = [(source.name, source.shards) for source in data.sources]
+    named = [(source.name, source.shards) for source in data.trained]
     return open_sources(named, rank, gather, broadcast, choices, data.index_dir)
 
 
-def caption_choice(captions: Captions | None, seed: int, source_images: SourceImages = "ignored") -> CaptionChoice:
-    """What chooses among the members `captions`, None: KEY.txt, and the use of source images."""
-    return CaptionChoice(captions or KEY_TXT.weights, partial(_draw, seed), source_images)
+def open_texts(
+    source: Source, data: Data, seed: int, rank: int, gather: Gather, broadcast: Broadcast | None = None
+) -> Dataset:
+    """The shards of an understanding source, of whose samples images are read with questions alone; see
+    `open_dataset`."""
+    choice = caption_choice(source.captions or data.captions, seed, images="used" if source.asks else "ignored")
+    more = {"rank": rank, "gather": gather, "broadcast": broadcast, "index_dir": data.index_dir}
+    try:
+        dataset = open_dataset(source.shards, captions=choice, **more)
+        if source.asks and len({header.texts for header in dataset.headers if header.samples}) > 1:
+            raise DataError("some shards have images and others do not; make two sources of them")
+    except DataError as error:
+        raise type(error)(f"data.sources, {source.name}: {error}") from error
+    return dataset
+
+
+def caption_choice(
+    captions: Captions | None, seed: int, source_images: SourceImages = "ignored", images: SourceImages = "required"
+) -> CaptionChoice:
+    """What chooses among the members `captions`, None: KEY.txt, and the use of source images and images."""
+    return CaptionChoice(captions or KEY_TXT.weights, partial(_draw, seed), source_images, images)
 
 
 def _draw(seed: int, epoch: int, index: int) -> float:

@@ -30,6 +30,7 @@ from ..optim.train_state import TrainState
 from ..planner import parts, workload
 from ..planner.devices import this_device
 from ..stages.patch_latents import PatchLatentStage
+from .base_loss import BaseLoss, open_text_sources
 from .components import TrainerComponents
 from .inputs import Inputs
 from .latent_statistics import measure_statistics
@@ -55,14 +56,13 @@ def build(run: RunContext, after_step: Callable[[TrainState], None]) -> TrainerC
     inputs = point.inputs
     run = replace(run, inputs=inputs)
     run.phases.step = point.progress.step
-    validator = ranks.agreed(lambda: _validator(run, engine, ema))
+    validator, base_loss = ranks.agreed(lambda: (_validator(run, engine, ema), _base_loss(run, engine)))
     preview = ranks.agreed(lambda: _previews(run, engine))
     record = open_record(run, point, engine, kernels)
     saver = _saver(run, point, record, engine, ema)
     run.stop.phase = TRAINING
     if ranks.first:
         run.stop.announce()
-
     loaders = ExitStack()
 
     def batches(progress: TrainState) -> Iterator[Batch]:
@@ -88,6 +88,7 @@ def build(run: RunContext, after_step: Callable[[TrainState], None]) -> TrainerC
         save=_save(point, record, saver, engine, ema),
         saver=saver,
         validator=validator,
+        base_loss=base_loss,
         patience=recipe.validation.patience,
         recover=Recovery(recipe.health, saver, engine, ema, ranks, record.metrics, record.console),
         metrics=record.metrics,
@@ -211,6 +212,16 @@ def _validator(run: RunContext, engine: Engine, ema: Ema | None) -> Validator | 
     return Validator(recipe.validation, recipe.micro_batch, stage, collates, held_out, engine, ema, ranks)
 
 
+def _base_loss(run: RunContext, engine: Engine) -> BaseLoss | None:
+    recipe, ranks, stage = run.recipe, run.ranks, run.inputs.stage
+    if not (sources := open_text_sources(recipe.data, recipe.seed, ranks)):
+        return None
+    assert isinstance(stage, PatchLatentStage), "the schema refuses them in stage 2"
+    # One process per source: they are few batches.
+    settings = replace(_loader_settings(run), workers=min(1, recipe.data.workers), buckets=None)
+    return BaseLoss(sources, stage.text_collate(), engine, ranks, _share(run), settings, recipe.steps)
+
+
 def _source_stats(inputs: Inputs, scale: float) -> SourceStats | None:
     """Of a mixture. scale: see `SourceStats`."""
     if not isinstance(inputs.dataset, MixedDataset):
@@ -223,21 +234,25 @@ def _source_stats(inputs: Inputs, scale: float) -> SourceStats | None:
 
 
 def _loader(run: RunContext, progress: TrainState) -> Loader:
-    inputs, ranks, recipe = run.inputs, run.ranks, run.recipe
+    inputs, recipe = run.inputs, run.recipe
     return Loader(
         inputs.dataset,
         inputs.plan,
         inputs.stage.collate(inputs.dataset),
-        Share(ranks.rank, ranks.size, run.batch.global_batch, run.batch.micro_batch),
+        _share(run),
         range(progress.batch, progress.batch + recipe.steps - progress.step),
-        LoaderSettings(
-            inputs.stage.image_sizes,
-            recipe.data.workers,
-            recipe.data.prefetch,
-            ranks.device.type == "cuda",
-            inputs.buckets,
-        ),
+        _loader_settings(run),
     )
+
+
+def _share(run: RunContext) -> Share:
+    return Share(run.ranks.rank, run.ranks.size, run.batch.global_batch, run.batch.micro_batch)
+
+
+def _loader_settings(run: RunContext) -> LoaderSettings:
+    data, inputs = run.recipe.data, run.inputs
+    pinned = run.ranks.device.type == "cuda"
+    return LoaderSettings(inputs.stage.image_sizes, data.workers, data.prefetch, pinned, inputs.buckets)
 
 
 def _utilisation(run: RunContext) -> Utilisation:

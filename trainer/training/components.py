@@ -25,6 +25,7 @@ from ..optim.ema import Ema
 from ..optim.engine import Engine
 from ..optim.train_state import TrainState
 from ..stages import Stage
+from .base_loss import BaseLoss
 from .validation import Validator
 
 
@@ -55,6 +56,8 @@ class TrainerComponents:
     """Starts a save; `saver` decides when one is due and when it is complete."""
     saver: CheckpointManager
     validator: Validator | None
+    base_loss: BaseLoss | None
+    """Of the understanding sources; None without any."""
     patience: int | None
     """Consecutive validations without a lower loss after which the run ends."""
     recover: Callable[[TrainState], None]

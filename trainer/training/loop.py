@@ -56,14 +56,14 @@ def run(parts: TrainerComponents, progress: TrainState) -> bool:
         health.record(not applied, total.loss, total.grad_norm)
         if reason is not None:
             _report_skip(parts, progress, reason, mine, total)
-        parts.bad_samples.add(_report_replaced(parts, progress, mine) if total.replaced else [], global_batch)
+        parts.bad_samples.add(_report_replaced(parts, progress, mine.replaced) if total.replaced else [], global_batch)
         parts.truncation.add(progress.step, parts.stage.report(total.sums), global_batch)
         meter.count(global_batch, parts.stage.tokens(total.sums))
 
-        held_out = {} if total.stops else _validate(parts, progress)
+        measured = _measure_base_loss(parts, progress) | ({} if total.stops else _validate(parts, progress))
         last = progress.done(parts.steps, parts.patience)
-        if last or held_out or progress.step % parts.log_every == 0:
-            _log(parts, progress, total, lr, meter, held_out)
+        if last or measured or progress.step % parts.log_every == 0:
+            _log(parts, progress, total, lr, meter, measured)
         if last or total.stops or parts.saver.due(progress.step, best=progress.best_step == progress.step):
             with phase("save"):
                 parts.save(progress)
@@ -161,11 +161,24 @@ def _report_skip(parts: TrainerComponents, progress: TrainState, reason: str, mi
     parts.console.say(f"step {progress.step:>6}  skipped: {reason}")
 
 
-def _report_replaced(parts: TrainerComponents, progress: TrainState, mine: _Share) -> list[tuple[str, str]]:
-    """The samples that some rank could not read, and their replacements."""
-    replaced = [pair for share in parts.ranks.gather(mine.replaced) for pair in share]
+def _report_replaced(
+    parts: TrainerComponents, progress: TrainState, mine: list[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """The samples that some rank could not read, and the reasons. mine: of this rank."""
+    replaced = [pair for share in parts.ranks.gather(mine) for pair in share]
     parts.metrics.write({"event": "bad_samples", "step": progress.step, "samples": replaced})
     return replaced
+
+
+def _measure_base_loss(parts: TrainerComponents, progress: TrainState) -> dict[str, float | None]:
+    """The frozen base's losses on the understanding sources that are read after this step. Also when a stop is asked
+    for: the next attempt begins with the next step."""
+    if parts.base_loss is None or not parts.base_loss.due(progress.step):
+        return {}
+    with parts.phases("base_loss"):
+        found = parts.base_loss.measure(progress.step)
+    parts.bad_samples.add(_report_replaced(parts, progress, found.replaced) if found.unreadable else [], found.samples)
+    return found.metrics
 
 
 def _validate(parts: TrainerComponents, progress: TrainState) -> dict[str, float | None]:
@@ -183,9 +196,9 @@ def _log(
     total: _Total,
     lr: float,
     meter: Meter,
-    held_out: dict[str, float | None],
+    measured: dict[str, float | None],
 ) -> None:
-    """Write the metric line of a step; every rank calls it."""
+    """Write the metric line of a step, with what was measured after it; every rank calls it."""
     times = parts.phases.take()
     rates = meter.rates(times)
     record = {
@@ -194,7 +207,7 @@ def _log(
         "samples": progress.samples,
         "loss": finite(total.loss),
         **{name: finite(value) for name, value in parts.stage.report(total.sums).items()},
-        **held_out,
+        **measured,
         "grad_norm": finite(total.grad_norm),
         "lr": lr,
         **rates,

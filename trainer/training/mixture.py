@@ -147,7 +147,7 @@ def continued(
     numbers = {source.fingerprint: source.number for source in known}
     contents = {source.name: source.fingerprint for source in known}
     found = []
-    for source, part, own in zip(data.sources or (), dataset.parts, held or [None] * len(dataset.parts), strict=True):
+    for source, part, own in zip(data.trained, dataset.parts, held or [None] * len(dataset.parts), strict=True):
         if own is not None and not any(own):
             raise RunError(f"data.sources, {source.name}: no image is large enough for a bucket; leave it out")
         if contents.get(source.name, part.fingerprint) != part.fingerprint:

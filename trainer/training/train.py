@@ -70,6 +70,8 @@ def _close(run: RunContext, parts: TrainerComponents, outcome: str) -> None:
         if run.ranks.first:
             run.stop.announce()
     parts.loaders.close()
+    if parts.base_loss is not None:
+        parts.base_loss.close()
     parts.console.close()
     parts.metrics.write({"event": "end", "step": parts.progress.step, "outcome": outcome})
     if run.ranks.first:
