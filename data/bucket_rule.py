@@ -66,15 +66,19 @@ class BucketRule:
             first += len(area)
         return found
 
-    def nearest(self, image: bytes) -> Bucket:
-        """The bucket of an image file, the smallest area's if all would enlarge it too much. Raises ValueError for one
-        that does not decode."""
+    def of(self, image: bytes) -> Bucket | None:
+        """The bucket of an image file; None if all would enlarge it too much. Raises ValueError for one that does not
+        decode."""
         from .transforms import image_size  # imports Pillow
 
         size = image_size(image)
         if size is None:
             raise ValueError("image does not decode: its header is damaged")
         number = int(self.assign(np.array([size]))[0])
-        if number == LEFT_OUT:
-            return BucketRule(self.areas[-1:], math.inf).nearest(image)
-        return self.buckets[number]
+        return None if number == LEFT_OUT else self.buckets[number]
+
+    def nearest(self, image: bytes) -> Bucket:
+        """As `of`, but the smallest area's if all would enlarge it too much."""
+        found = self.of(image) or BucketRule(self.areas[-1:], math.inf).of(image)
+        assert found is not None
+        return found

@@ -49,7 +49,7 @@ class Item:
 class ReadableSamples:
     """Decoded samples of a dataset, unreadable ones replaced by their next readable neighbour, of the same bucket.
 
-    image_sizes: of squares. buckets: of the dataset, whose shapes are used instead.
+    image_sizes: of squares. buckets: of the dataset, of whose shapes as many are used instead.
     """
 
     def __init__(self, dataset: Dataset, image_sizes: tuple[int, ...], buckets: Buckets | None = None) -> None:
@@ -66,7 +66,7 @@ class ReadableSamples:
         planned, bucket, shapes = None, 0, self._squares
         if self.buckets:
             bucket = self.buckets.number(shard, sample)
-            shapes = self.buckets.buckets[bucket].shapes
+            shapes = self.buckets.buckets[bucket].shapes[: len(self._squares)]
         for place in self._candidates(shard, sample, bucket):
             candidate = *place, self.dataset.caption_member(*place, epoch, index)
             if candidate not in self._bad:

@@ -244,14 +244,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _in_squares(self) -> Recipe:
         """What needs squares of one size, and is refused with `data.buckets`."""
-        placement = self.flux.placement if self.flux else None
         squares = {
             f"branch.targets={self.branch.targets}": self.branch.targets != "native",
-            f"backbone.vision_encoder={self.backbone.vision_encoder}": self.backbone.vision_encoder,
             f"controlnet.bridge={self.controlnet.bridge}": self.controlnet.bridge != "latents_2d",
             f"controlnet.latents={self.controlnet.latents}": self.controlnet.latents != "true",
-            "flux.placement.vae=cached": placement and placement.vae == "cached",
-            "flux.placement.vision_encoder=cached": placement and placement.vision_encoder == "cached",
         }
         if self.data.buckets and (key := next((key for key, value in squares.items() if value), None)):
             raise ValueError(f"data.buckets: {key} is for squares of one size; set data.buckets=null, or change it")

@@ -167,7 +167,7 @@ def read(dataset, ranks, workers, steps):
     for rank in range(ranks):
         plan = BucketedPlan(buckets, dataset.samples_per_shard, 8, 1, 2)
         share = Share(rank, ranks, 8, 2)
-        settings = LoaderSettings((), workers, buckets=buckets)
+        settings = LoaderSettings((32,), workers, buckets=buckets)
         found.append([batch.arrays["read"] for batch in Loader(dataset, plan, collate, share, range(*steps), settings)])
     passes = 8 // (2 * ranks)
     return [

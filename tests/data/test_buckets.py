@@ -109,7 +109,7 @@ def test_buckets_of_a_dataset(mixed_shapes):
 def test_an_unreadable_sample_is_replaced_from_its_bucket(mixed_shapes):
     buckets = open_buckets(mixed_shapes, RULE)
     replaced: list[tuple[str, str]] = []
-    item = ReadableSamples(mixed_shapes, (), buckets).read(0, 0, 4, 4, replaced)
+    item = ReadableSamples(mixed_shapes, (32,), buckets).read(0, 0, 4, 4, replaced)
     assert (item.key, item.bucket, item.image.shape) == ("k01", 2, (40, 24, 3))
     assert [key for key, _ in replaced] == ["k04"]
 

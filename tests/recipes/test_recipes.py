@@ -504,17 +504,11 @@ def test_captions_that_are_refused(override: str, message: str) -> None:
     ("recipe", "setting", "word"),
     [
         ("mllm-7b", "branch.targets=pca", "data.buckets: branch.targets=pca is for squares of one size"),
-        (
-            "mllm-7b",
-            "backbone.vision_encoder=cached",
-            "data.buckets: backbone.vision_encoder=cached is for squares",
-        ),
         ("flux-controlnet", "controlnet.bridge=queries", "data.buckets: controlnet.bridge=queries is for squares"),
-        ("flux-controlnet", "flux.placement.vae=cached", "data.buckets: flux.placement.vae=cached is for squares"),
         (
             "flux-controlnet",
-            "flux.placement.vision_encoder=cached",
-            "data.buckets: flux.placement.vision_encoder=cached is for squares",
+            "controlnet={latents: predicted, mllm: runs/mllm}",
+            "data.buckets: controlnet.latents=predicted is for squares",
         ),
         ("flux-controlnet", "data.buckets.ratios=[4:3]", "243 is not a ratio; write width and height such as 4x3"),
         ("flux-controlnet", "data.buckets.max_upscale=0.5", "data.buckets.max_upscale"),
@@ -527,7 +521,8 @@ def test_buckets_are_refused_where_squares_are_needed(recipe: str, setting: str,
     assert word in str(refused.value)
 
 
-def test_buckets_allow_cached_text() -> None:
-    recipe = load_recipe("flux-controlnet", ["data.buckets={ratios: [1x1, '4:3']}", "flux.placement.text=cached"])
+def test_buckets_allow_caches() -> None:
+    cached = [f"flux.placement.{part}=cached" for part in ("vae", "text", "vision_encoder")]
+    recipe = load_recipe("flux-controlnet", ["data.buckets={ratios: [1x1, '4:3']}", *cached])
     assert recipe.data.buckets is not None
     assert recipe.data.buckets.numbers == [(1, 1), (4, 3)]

@@ -69,6 +69,7 @@ class PredictedOutputs:
 
     kind: Kind = "predicted"
     empty = False
+    missing = "unreadable"
 
     def __init__(self, settings: ControlNet, seed: int, precision: str, stage: PatchLatentStage) -> None:
         assert settings.mllm is not None and stage.files is not None and stage.tokenizer is not None

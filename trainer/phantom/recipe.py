@@ -83,7 +83,9 @@ def _controlnet(stage: ControlNetStage, samples: int) -> dict[str, Any]:
         "normalizer": float(rows * channels * height * width),
     }
     if "vision" in cached:
-        found["latents"] = empty(samples, *stage.condition, dtype=dtype)
+        unit = stage.data.image_size // stage.square.latents[0]
+        patches = math.prod(pixels // unit for pixels in seen)
+        found["latents"] = empty(samples, patches, stage.condition[1], dtype=dtype)
     else:
         found["images"] = empty(samples, 3, *seen, dtype=torch.uint8)
     if "vae" in cached:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 
-from ..models.backbone_config import grid_side
 from .opened import LatentControl, PatchLatents
 
 
 def cached_bytes(model: PatchLatents | LatentControl, precision: str) -> dict[str, int]:
-    """Kind of cache -> bytes of a sample's tensors, for the caches that the recipe of `model` reads. precision: `bf16`
-    or `fp32`."""
+    """Kind of cache -> bytes of a sample's tensors, in the largest bucket, for the caches that the recipe of `model`
+    reads. precision: `bf16` or `fp32`."""
     byte = 2 if precision == "bf16" else 4
     width = model.config.vision_config.out_hidden_size
+    latents = byte * max(math.prod(grid.latents) for grid in model.grids) * width
     if isinstance(model, PatchLatents):
-        latents = byte * grid_side(model.config, model.image_size) ** 2 * width
         return {"vision": latents} if model.backbone.vision_encoder == "cached" else {}
-    folder, grid = model.folder, model.grids[0]  # caches of images are of squares
-    latents = byte * math.prod(grid.latents) * width
+    folder, tokens = model.folder, max(math.prod(grid.tokens) for grid in model.grids)
     sizes = {
-        "vae": byte * 2 * folder.vae["latent_channels"] * 4 * math.prod(grid.tokens),
+        "vae": byte * 2 * folder.vae["latent_channels"] * 4 * tokens,
         "text": byte * (folder.text_lengths[0] * folder.t5.d_model + folder.clip.hidden_size),
         "vision": latents,
     }

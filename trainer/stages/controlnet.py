@@ -34,6 +34,7 @@ from .caption_dropout import CaptionDropout
 from .caption_exchange import CaptionExchange
 from .controlnet_collate import Cached, ControlNetCollate
 from .controlnet_model import LatentControlNetModel
+from .encoder_images import EncoderImages
 from .flux_outputs import FluxOutputs
 from .latent_cache import Cache, FrozenOutputs, FrozenWeights, Kind, Predictor, open_caches
 from .patch_latents import grid_side
@@ -136,8 +137,8 @@ class ControlNetStage:
         if self.grids is None:
             return None
         assert self.data.buckets is not None
-        every = zip(self.image_sizes, (self.square.latents, self.square.tokens), strict=True)
-        units = [size // side for size, (side, _) in every]
+        square = self.square
+        units = [self.data.image_size // square.latents[0], self.flux.image_size // square.tokens[0]]
         return bucket_rule(self.grids, units, self.data.buckets.max_upscale)
 
     @property
@@ -213,10 +214,12 @@ class ControlNetStage:
         found: list[FrozenOutputs] = []
         for kind in self.flux.placement.cached:
             if kind != "vision":
-                found.append(FluxOutputs(kind, self.folder, self.flux, self.precision))
+                images = EncoderImages(self.flux.image_size, self.bucket_rule, which=1)
+                found.append(FluxOutputs(kind, self.folder, images, self.precision))
             elif self.controlnet.latents != "predicted":
-                setting, size = "flux.placement.vision_encoder=cached", self.data.image_size
-                found.append(VisionOutputs(setting, self.config, self.backbone_files(), size, self.precision))
+                setting = "flux.placement.vision_encoder=cached"
+                images = EncoderImages(self.data.image_size, self.bucket_rule)
+                found.append(VisionOutputs(setting, self.config, self.backbone_files(), images, self.precision))
         if self.controlnet.latents != "true":
             assert self.predictor is not None, "opened without one"
             found.append(self.predictor)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data import RawSample, decode_image
-from ...recipes.schema import Flux
+from ...data import RawSample
 from ..distributed.process_group import Gather, single_process
 from ..models.flux import PARTS, FluxFolder, Part, Tokens
 from ..models.flux_config import SPACE_TO_DEPTH_KEY
+from .encoder_images import EncoderImages
 from .latent_cache import VERSION, Kind
 from .placement import PlacedFlux
 from .unsharded import init_context
@@ -23,12 +23,14 @@ NEEDED: dict[Kind, tuple[Part, ...]] = {"vae": ("vae",), "text": ("text_encoder"
 class FluxOutputs:
     """`FrozenOutputs` of the VAE (mean and standard deviation of the posterior) or of the text encoders."""
 
-    def __init__(self, kind: Kind, folder: FluxFolder, flux: Flux, precision: str) -> None:
+    def __init__(self, kind: Kind, folder: FluxFolder, images: EncoderImages, precision: str) -> None:
+        """images: of the VAE."""
         self.kind: Kind = kind
         self.setting = f"flux.placement.{kind}=cached"
         self.empty = kind == "text"
         self.folder = folder
-        self.image_size = flux.image_size
+        self.images = images
+        self.missing = images.missing if kind == "vae" else "unreadable"
         self.precision = precision
         self._loaded: PlacedFlux | None = None
 
@@ -45,7 +47,8 @@ class FluxOutputs:
             about = ("_class_name", "_diffusers_version", "_name_or_path", "scaling_factor", "shift_factor")
             made["vae config"] = {name: value for name, value in folder.vae.items() if name not in about}
             made["vae config"][SPACE_TO_DEPTH_KEY] = folder.depth
-            made["flux.image_size"] = self.image_size
+            made["flux.image_size"] = self.images.size
+            made |= self.images.fingerprint
         else:
             tokenizers = folder.tokenizers
             made["tokens"] = [tokenizers.t5_length, tokenizers.clip_length]
@@ -58,8 +61,8 @@ class FluxOutputs:
     @property
     def sample_bytes(self) -> int:
         if self.kind == "vae":
-            side = 2 * self.folder.grid(self.image_size)
-            values = 2 * self.folder.vae["latent_channels"] * side**2
+            tokens = max(self.folder.grid(height) * self.folder.grid(width) for height, width in self.images.shapes)
+            values = 2 * self.folder.vae["latent_channels"] * 4 * tokens
         else:
             values = self.folder.text_lengths[0] * self.folder.t5.d_model + self.folder.clip.hidden_size
         return (4 if self.precision == "fp32" else 2) * values
@@ -67,7 +70,7 @@ class FluxOutputs:
     def read(self, sample: RawSample) -> Any:
         if self.kind == "text":
             return sample.caption
-        return torch.from_numpy(decode_image(sample.image, self.image_size).copy()).permute(2, 0, 1)
+        return self.images.read(sample.image)
 
     def truncated(self, inputs: list[Any]) -> int:
         tokenizers = self.folder.tokenizers

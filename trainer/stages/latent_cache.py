@@ -110,6 +110,8 @@ class FrozenOutputs(Protocol):
     """The setting and value that read this cache, for errors."""
     empty: bool
     """Whether the output for the empty caption is stored too."""
+    missing: str
+    """What samples without an output are."""
 
     def fingerprint(self, rank: int = 0, ranks: int = 1, gather: Gather = single_process) -> dict[str, Any]:
         """Everything except the data that determines the content of a cache; `ranks` divide the hashing."""

@@ -32,6 +32,7 @@ from . import VALIDATION_SEED
 from .base_texts import BaseTextCollate
 from .branch_weights import text_layer
 from .caption_dropout import CaptionDropout
+from .encoder_images import EncoderImages
 from .latent_cache import Cache, FrozenOutputs, FrozenWeights, Kind, open_caches
 from .patch_latent_collate import PatchLatentCollate
 from .patch_latent_model import PatchLatentModel
@@ -158,9 +159,8 @@ class PatchLatentStage:
         if self.backbone.vision_encoder != "cached":
             return []
         assert self.files is not None
-        return [
-            VisionOutputs("backbone.vision_encoder=cached", self.config, self.files, self.image_size, self.precision)
-        ]
+        images = EncoderImages(self.image_size, self.bucket_rule)
+        return [VisionOutputs("backbone.vision_encoder=cached", self.config, self.files, images, self.precision)]
 
     def open_caches(
         self, rank: int = 0, ranks: int = 1, gather: Gather = single_process, broadcast: Broadcast | None = None

@@ -118,7 +118,8 @@ class _Encoder:
             kept, done = kept + (counts is None), done + (counts is not None)
             samples, bad = (total + more for total, more in zip((samples, bad), counts or (0, 0), strict=True))
         folder = posixpath.dirname(self.tar(self.dataset.shards[0]))
-        notes = (f", {counted(kept, 'shard')} already there" if kept else "") + (f", {bad:,} unreadable" if bad else "")
+        notes = f", {counted(kept, 'shard')} already there" if kept else ""
+        notes += f", {bad:,} {self.outputs.missing}" if bad else ""
         if self.truncated:
             notes += f", {counted(self.truncated, 'caption')} longer than the text model reads: the ends are lost"
         return f"rank {rank}: {folder}: {counted(samples, 'sample')} in {counted(done, 'shard')}{notes}"
@@ -181,11 +182,17 @@ class _Encoder:
             return key, None
 
     def _contents(self, inputs: list[Any]) -> list[bytes]:
-        """The same for up to a micro-batch of samples, computed as a whole one: matrix products may round differently
-        for another number of rows, and training has whole ones."""
+        """The same for up to a micro-batch of samples, those of one shape computed as a whole one: matrix products may
+        round differently for another number of rows, and training has whole ones."""
         self.truncated += self.outputs.truncated(inputs) if inputs else 0
-        padded = inputs + inputs[-1:] * (self.micro_batch - len(inputs))
-        return self._encoded(padded)[: len(inputs)] if inputs else []
+        alike: dict[Any, list[int]] = {}
+        for place, one in enumerate(inputs):
+            alike.setdefault(one.shape if isinstance(one, torch.Tensor) else None, []).append(place)
+        found: dict[int, bytes] = {}
+        for places in alike.values():
+            padded = [inputs[place] for place in (*places, *places[-1:] * (self.micro_batch - len(places)))]
+            found.update(zip(places, self._encoded(padded), strict=False))
+        return [found[place] for place in range(len(inputs))]
 
     def _encoded(self, inputs: list[Any]) -> list[bytes]:
         """A safetensors file for each of `inputs`."""

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data import RawSample, decode_image
+from ...data import RawSample
 from ...kernels.attention import unavailable
 from ..distributed.process_group import Gather, single_process
 from ..models.backbone import FrozenBackbone
 from ..models.backbone_config import grid_side
 from ..models.weights import WeightFiles
+from .encoder_images import EncoderImages
 from .latent_cache import VERSION, Kind
 from .unsharded import init_context
 
@@ -34,12 +35,13 @@ class VisionOutputs:
     kind: Kind = "vision"
     empty = False
 
-    def __init__(self, setting: str, config: Any, files: WeightFiles, image_size: int, precision: str) -> None:
-        """config: the backbone's Qwen2_5_VLConfig. image_size: in pixels."""
+    def __init__(self, setting: str, config: Any, files: WeightFiles, images: EncoderImages, precision: str) -> None:
+        """config: the backbone's Qwen2_5_VLConfig."""
         self.setting = setting
         self.config = config
         self.files = files
-        self.image_size = image_size
+        self.images = images
+        self.missing = images.missing
         self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self.precision = precision
         self._loaded: FrozenBackbone | None = None
@@ -55,16 +57,18 @@ class VisionOutputs:
             "precision": self.precision,
             "vision encoder weights": files.content_hash(names, rank, ranks, gather),
             "vision config": {name: getattr(self.config.vision_config, name) for name in SETTINGS},
-            "data.image_size": self.image_size,
+            "data.image_size": self.images.size,
+            **self.images.fingerprint,
         }
 
     @property
     def sample_bytes(self) -> int:
-        patches = grid_side(self.config, self.image_size) ** 2
+        unit = self.images.size // grid_side(self.config, self.images.size)
+        patches = max(height * width for height, width in self.images.shapes) // unit**2
         return patches * self.config.vision_config.out_hidden_size * self.dtype.itemsize
 
     def read(self, sample: RawSample) -> Tensor:
-        return torch.from_numpy(decode_image(sample.image, self.image_size).copy()).permute(2, 0, 1)
+        return self.images.read(sample.image)
 
     def truncated(self, inputs: list[Tensor]) -> int:
         return 0
