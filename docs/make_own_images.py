@@ -19,6 +19,7 @@ SIZES = {
     "mllm-7b-lora": (1, 8),
     "flux-controlnet": (8, 64),
     "flux-controlnet-256": (256,),
+    "flux-controlnet-lora": (1, 8),
 }
 """Every shipped recipe that needs GPUs -> numbers of them."""
 SMALL = "tiny-mllm", "tiny-controlnet"

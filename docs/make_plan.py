@@ -26,6 +26,7 @@ SIZES: dict[str, dict[int, tuple[str, ...]]] = {
     "mllm-7b-lora": {1: (), 8: ()},
     "flux-controlnet": {8: (), 64: ()},
     "flux-controlnet-256": {256: ()},
+    "flux-controlnet-lora": {1: (), 8: ()},
 }
 """Recipe -> GPUs that it is for -> overrides there."""
 DEVICE = "h200"

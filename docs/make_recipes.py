@@ -24,8 +24,9 @@ A recipe is a YAML file of the settings below; `bifrost train` takes its path, o
 for stage 1 [tiny-mllm](../recipes/tiny-mllm.yaml), [mllm-3b](../recipes/mllm-3b.yaml) and
 [mllm-7b](../recipes/mllm-7b.yaml), for stage 2 [tiny-controlnet](../recipes/tiny-controlnet.yaml) and
 [flux-controlnet](../recipes/flux-controlnet.yaml). The large ones are for 8 to 64 GPUs; `mllm-3b-256`,
-`mllm-7b-256` and `flux-controlnet-256` extend them to more, [mllm-7b-lora](stage1.md#fewer-trained-weights) to fewer:
-[their plans](plan.md#the-shipped-recipes-on-h200).
+`mllm-7b-256` and `flux-controlnet-256` extend them to more, [mllm-7b-lora](stage1.md#fewer-trained-weights) and
+[flux-controlnet-lora](stage2.md#fewer-trained-weights) to fewer: [their plans](plan.md#the-shipped-recipes-on-h200).
+
 `key.path=value` on the command line overrides one setting and is read as YAML, so that lists, `null` and `3e-4` work;
 what is not YAML, such as `*.tar`, is text. A key that is not below is refused with the nearest one, and a value of
 another type is refused as well, such as `true` or `"7"` for a number. `~` at the beginning of a path is the home

@@ -33,6 +33,7 @@ REAL_CASES = [
     ("mllm-3b", 8, (BACKBONE, "backbone.weights=int8")),
     ("mllm-7b", 8, (BACKBONE, "backbone.vision_encoder=cached", "activation_checkpointing=true")),
     *(("mllm-7b-lora", 8, (f"backbone.placement={place}",)) for place in ("replicated", "sharded")),
+    ("flux-controlnet-lora", 8, ()),
     ("flux-controlnet", 8, ("zero.overlap_comm=true",)),
     ("flux-controlnet", 8, (REPLICATED, "activation_checkpointing=true")),
     ("flux-controlnet", 8, (OFFLOADED,)),

@@ -124,6 +124,7 @@ SIZES = [
     ("flux-controlnet", 8, (4, 8)),
     ("flux-controlnet", 64, (4, 1)),
     ("flux-controlnet-256", 256, (4, 1)),
+    ("flux-controlnet-lora", 8, (4, 8)),
 ]
 
 
