@@ -1,6 +1,8 @@
-"""Triton's interpreter is enabled before transformers or diffusers import Triton."""
+"""Triton's interpreter is enabled before transformers or diffusers import Triton; a program may import these first."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,13 @@ def test_the_interpreter_is_enabled_first(file: Path) -> None:
     for name in ("transformers", "diffusers"):
         if name in names:
             assert "libraries" in names[: names.index(name)]
+
+
+@pytest.mark.parametrize("first", ["from transformers import Qwen2_5_VLConfig", "from diffusers import FluxPipeline"])
+def test_a_program_may_import_the_libraries_first(first: str) -> None:
+    """They remember then that scipy and torchao are there."""
+    code = (
+        f"{first}; from bifrost import BifrostPipeline; from bifrost.trainer.stages.patch_latent_model import __name__"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
