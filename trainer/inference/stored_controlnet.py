@@ -71,7 +71,8 @@ def _of_recipe(
     if checkpoint:
         restore_statistics(statistics, checkpoint.reader, checkpoint.slot)
     else:
-        fill(statistics, trained, path)
+        for name, buffer in statistics.items():
+            buffer.copy_(trained.flat(name, 0, buffer.numel()).view_as(buffer))
     return StoredControlNet(network, folder, size, stage.bucket_rule)
 
 

@@ -14,6 +14,7 @@ import runs
 import tiny_flux
 from bifrost.recipes import load_recipe
 from bifrost.trainer.checkpoint.export import export
+from bifrost.trainer.checkpoint.state import restore_statistics
 from bifrost.trainer.inference.stored_controlnet import load_controlnet
 from bifrost.trainer.inference.stored_runs import checkpoint_weights
 from bifrost.trainer.models.flux import FluxFolder, image_ids
@@ -74,13 +75,13 @@ def test_resumes_to_the_bit_and_on_other_ranks(shards: Path, flux: Path, tmp_pat
     np.testing.assert_allclose(runs.losses(parts), undisturbed, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("held", ["bf16", "int8"])
+@pytest.mark.parametrize(("held", "norm"), [("bf16", "batch"), ("int8", "group")])
 def test_an_export_is_an_ordinary_controlnet_with_the_same_results(
-    shards: Path, flux: Path, tmp_path: Path, held: str
+    shards: Path, flux: Path, tmp_path: Path, held: str, norm: str
 ) -> None:
     """The residuals of the trained model, with its pairs apart, of the run as inference reads it, of the folder, and of
     the export of the pairs, from which a run begins like from this one."""
-    settings = (f"flux.weights={held}", "controlnet.norm=group", "ema=null")
+    settings = (f"flux.weights={held}", f"controlnet.norm={norm}", "ema=null")
     run = train(shards, flux, tmp_path, 2, "steps=4", *settings, *SHARDED)
     out = tmp_path / "flux_controlnet"
     export(run, out, "public", dtype=torch.float32)
@@ -93,7 +94,9 @@ def test_an_export_is_an_ordinary_controlnet_with_the_same_results(
     inputs, model = plain.loaded(recipe)
     before = residuals(model.controlnet, inputs.stage.folder)
     assert not any(each.any() for each in before), "no effect before training"
-    fill(trained := model.trainable(), checkpoint_weights(run), run)
+    weights = checkpoint_weights(run)
+    fill(trained := model.trainable(), weights, run)
+    restore_statistics(model.statistics(), weights.reader, weights.slot)
     where = 192, 4, torch.device("cpu"), torch.float32
     pairs = tmp_path / "pairs"
     export(run, pairs, "hf", dtype=torch.float32)
