@@ -24,6 +24,7 @@ SHOWN_MEMBERS = 20
 
 class DemoSet(str, Enum):
     scenes = "scenes"
+    edits = "edits"
     drawings = "drawings"
 
 
@@ -31,10 +32,15 @@ class DemoSet(str, Enum):
 def demo(
     out: Out,
     contents: Annotated[
-        DemoSet, typer.Option("--set", help="Scenes of up to four drawings, or single drawings with their names.")
+        DemoSet,
+        typer.Option(
+            "--set",
+            help="Scenes of up to four drawings, editing pairs of such scenes, or single drawings with their names.",
+        ),
     ] = DemoSet.scenes,
 ) -> None:
-    """Write a demo dataset of OpenMoji drawings (CC BY-SA 4.0): 6,776 scenes, or about 1,900 drawings."""
+    """Write a demo dataset of OpenMoji drawings (CC BY-SA 4.0): 6,776 scenes, 3,200 editing pairs, or about 1,900
+    drawings."""
     from .demo import make_demo
 
     make_demo(out, contents.value)

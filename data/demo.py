@@ -1,4 +1,5 @@
-"""The demo datasets, rendered locally from OpenMoji's drawings: scenes of several, or single drawings with their names.
+"""The demo datasets, rendered locally from OpenMoji's drawings: scenes of several, editing pairs of scenes, or single
+drawings with their names.
 
 OpenMoji (https://openmoji.org) is licensed CC BY-SA 4.0, and so are the rendered images.
 """
@@ -20,13 +21,19 @@ from .index import load_index
 from .openmoji import find_drawings, render
 from .processes import in_processes, sole_owner
 from .progress import track
+from .scenes.edits import Edit, heldout_edits, training_edits
+from .scenes.grammar import Scene
+from .scenes.grammar import render as render_scene
+from .scenes.heldout import heldout_scenes, training_scenes
 from .scenes.key import KEY, to_json
 from .write import preload, write_shard
 
 PIXELS = 256
-SAMPLES_PER_SHARD = {"scenes": 1000, "drawings": 256}
+SAMPLES_PER_SHARD = {"scenes": 1000, "edits": 1000, "drawings": 256}
 TRAINING_SCENES, HELD_OUT_SCENES = 6000, 100
 """Scenes of the training split, and of each held-out category at most."""
+TRAINING_EDITS, HELD_OUT_EDITS = 3000, 100
+"""Editing pairs of the training split, and held-out ones of each kind."""
 LICENSE = """The images in these shards are made of OpenMoji drawings, rendered to PNG{changes}.
 
 OpenMoji, the open-source emoji and icon project: https://openmoji.org
@@ -37,7 +44,7 @@ If you redistribute these images, credit OpenMoji and keep this license.{caption
 """
 CHANGES = {
     "drawings": (" and otherwise unchanged", " The captions are the emoji's Unicode names."),
-    "scenes": (", cropped, some of them tinted, and placed in scenes", ""),
+    **dict.fromkeys(("scenes", "edits"), (", cropped, some of them tinted, and placed in scenes", "")),
 }
 
 
@@ -51,38 +58,44 @@ class Demo(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A pair before its image is rendered from `source`."""
+    """A sample before its images are rendered from `contents`."""
 
     key: str
     caption: str
-    source: Any
+    contents: Any
+    truth: Scene | None = None
 
 
 class Shard(NamedTuple):
     path: Path
     samples: list[Sample]
-    to_png: Callable[[Any], bytes]
+    images: Callable[[Any], dict[str, bytes]]
 
 
-def make_demo(out: str | Path, contents: Literal["scenes", "drawings"] = "scenes") -> Demo:
+Parts = tuple[dict[str, list[Sample]], Callable[[Any], dict[str, bytes]]]
+"""Samples by part, and what renders the images of one from its contents, by extension."""
+
+
+def make_demo(out: str | Path, contents: Literal["scenes", "edits", "drawings"] = "scenes") -> Demo:
     """Write a demo dataset to `out` as indexed shards `train-*.tar` and `heldout-*.tar`.
 
-    scenes: up to four drawings in an image, with the ground truth in KEY.json. drawings: about 1,900 with their names,
-    of which a twentieth is held out. Existing shards are kept, so an interrupted call resumes.
+    scenes: up to four drawings in an image, with the ground truth in KEY.json. edits: pairs of scenes with the
+    instruction that turns KEY.source.png into KEY.png, and the ground truth of the latter. drawings: about 1,900 with
+    their names, of which a twentieth is held out. Existing shards are kept, so an interrupted call resumes.
     """
     out, console = Path(out), Console(stderr=True, markup=False, emoji=False)
-    parts, to_png = _scene_parts() if contents == "scenes" else _drawing_parts()
+    parts, images = {"scenes": _scene_parts, "edits": _edit_parts, "drawings": _drawing_parts}[contents]()
     size = SAMPLES_PER_SHARD[contents]
     shards = [
-        Shard(out / f"{part}-{number:05d}.tar", samples[start : start + size], to_png)
+        Shard(out / f"{part}-{number:05d}.tar", samples[start : start + size], images)
         for part, samples in parts.items()
         for number, start in enumerate(range(0, len(samples), size))
     ]
     console.print(f"OpenMoji drawings (https://openmoji.org), CC BY-SA 4.0: see {out / 'LICENSE.txt'}", soft_wrap=True)
     changes, captions = CHANGES[contents]
     texts = {"LICENSE.txt": LICENSE.format(changes=changes, captions=captions)}
-    if contents == "scenes":
-        texts[KEY] = to_json({sample.key: sample.source for samples in parts.values() for sample in samples})
+    if truth := {each.key: each.truth for samples in parts.values() for each in samples if each.truth}:
+        texts[KEY] = to_json(truth)
     with sole_owner(out):
         _claim(out, texts)
         missing = [shard for shard in shards if not _written(shard)]
@@ -97,36 +110,48 @@ def make_demo(out: str | Path, contents: Literal["scenes", "drawings"] = "scenes
     return Demo(train, heldout, bool(missing))
 
 
-def _drawing_parts() -> tuple[dict[str, list[Sample]], Callable[[Path], bytes]]:
+def _drawing_parts() -> Parts:
     parts: dict[str, list[Sample]] = {"train": [], "heldout": []}
     for name, svg in find_drawings().items():
         is_held_out = int(hashlib.md5(name.encode()).hexdigest(), 16) % 20 == 0
         parts["heldout" if is_held_out else "train"].append(Sample(svg.stem, name, svg))
-    return parts, _drawing_png
+    return parts, _drawing_images
 
 
-def _drawing_png(svg: Path) -> bytes:
-    return render(svg, PIXELS)
+def _drawing_images(svg: Path) -> dict[str, bytes]:
+    return {"png": render(svg, PIXELS)}
 
 
-def _scene_parts() -> tuple[dict[str, list[Sample]], Callable[[Any], bytes]]:
-    from .scenes.heldout import heldout_scenes, training_scenes
-
+def _scene_parts() -> Parts:
     find_drawings()  # if they are missing, an error before anything is written
     found = {"train": training_scenes(TRAINING_SCENES, seed=0), "heldout": heldout_scenes(HELD_OUT_SCENES, seed=1)}
-    parts = {
-        part: [Sample(f"{part}{number:05d}", scene.caption, scene) for number, scene in enumerate(scenes)]
+    return {
+        part: [_sample(part, number, scene, scene) for number, scene in enumerate(scenes)]
         for part, scenes in found.items()
-    }
-    return parts, _scene_png
+    }, _scene_images
 
 
-def _scene_png(scene: Any) -> bytes:
-    from .scenes.grammar import render as render_scene
+def _edit_parts() -> Parts:
+    find_drawings()  # as above
+    found = {"train": training_edits(TRAINING_EDITS, seed=0), "heldout": heldout_edits(HELD_OUT_EDITS, seed=1)}
+    return {
+        part: [_sample(part, number, edit, edit.target) for number, edit in enumerate(edits)]
+        for part, edits in found.items()
+    }, _edit_images
 
+
+def _sample(part: str, number: int, contents: Scene | Edit, truth: Scene) -> Sample:
+    return Sample(f"{part}{number:05d}", truth.caption, contents, truth)
+
+
+def _scene_images(scene: Scene) -> dict[str, bytes]:
     file = io.BytesIO()
     Image.fromarray(render_scene(scene)).save(file, "png")
-    return file.getvalue()
+    return {"png": file.getvalue()}
+
+
+def _edit_images(edit: Edit) -> dict[str, bytes]:
+    return {"png": _scene_images(edit.target)["png"], "source.png": _scene_images(edit.source)["png"]}
 
 
 def _claim(out: Path, texts: Mapping[str, str]) -> None:
@@ -154,5 +179,5 @@ def _written(shard: Shard) -> bool:
 
 
 def _write(shard: Shard) -> None:
-    samples = ((key, {"png": shard.to_png(source), "txt": caption.encode()}) for key, caption, source in shard.samples)
+    samples = ((each.key, {**shard.images(each.contents), "txt": each.caption.encode()}) for each in shard.samples)
     write_shard(shard.path, samples)

@@ -47,8 +47,10 @@ HELD_OUT = {
 }
 """Category of held-out scenes -> the category that they are drawn from, and the only kinds of combination that are
 held out in them."""
-CATEGORY_NAMES = tuple(dict.fromkeys((*CATEGORIES, *HELD_OUT)))
-"""Of training and of held-out scenes."""
+HELD_OUT_EDITS: dict[str, tuple[set[str], set[str]]] = {"recolour": (set(), {"colour"}), "remove": ({"pair"}, set())}
+"""Kind of edit -> the kinds of combination that are held out in the source and in the target of held-out pairs."""
+CATEGORY_NAMES = tuple(dict.fromkeys((*CATEGORIES, *HELD_OUT, *HELD_OUT_EDITS)))
+"""Of training and of held-out scenes, and of the targets of edits."""
 ATTEMPTS = 2000
 
 
