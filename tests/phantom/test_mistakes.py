@@ -41,10 +41,10 @@ def mistakes() -> dict[str, Any]:
         exact.clear()
         return result
 
-    def twice(self: Any, *rest: Any) -> Any:
+    def twice(self: Any, *rest: Any, **named: Any) -> Any:
         self.layers.append(self.layers[-1])
         try:
-            return branch(self, *rest)
+            return branch(self, *rest, **named)
         finally:
             del self.layers[-1]
 

@@ -189,7 +189,7 @@ def _prepare(rank: int, size: int, local: int, cpu: bool) -> torch.device:
     return _device(rank, local, cpu)
 
 
-def _device(rank: int, local: int, cpu: bool) -> torch.device:
+def _device(rank: int, local: int, cpu: bool = False) -> torch.device:
     """The device of local rank `local`; RunError where this process does not see it."""
     if cpu or not torch.cuda.is_available():
         return torch.device("cpu")
