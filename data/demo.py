@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -125,23 +125,21 @@ def _drawing_images(svg: Path) -> dict[str, bytes]:
 def _scene_parts() -> Parts:
     find_drawings()  # if they are missing, an error before anything is written
     found = {"train": training_scenes(TRAINING_SCENES, seed=0), "heldout": heldout_scenes(HELD_OUT_SCENES, seed=1)}
-    return {
-        part: [_sample(part, number, scene, scene) for number, scene in enumerate(scenes)]
-        for part, scenes in found.items()
-    }, _scene_images
+    return _samples(found, lambda scene: scene), _scene_images
 
 
 def _edit_parts() -> Parts:
     find_drawings()  # as above
     found = {"train": training_edits(TRAINING_EDITS, seed=0), "heldout": heldout_edits(HELD_OUT_EDITS, seed=1)}
+    return _samples(found, lambda edit: edit.target), _edit_images
+
+
+def _samples(found: Mapping[str, Sequence[Any]], truth: Callable[[Any], Scene]) -> dict[str, list[Sample]]:
+    """By part. found: contents of the samples by part; truth: the scene that they are of."""
     return {
-        part: [_sample(part, number, edit, edit.target) for number, edit in enumerate(edits)]
-        for part, edits in found.items()
-    }, _edit_images
-
-
-def _sample(part: str, number: int, contents: Scene | Edit, truth: Scene) -> Sample:
-    return Sample(f"{part}{number:05d}", truth.caption, contents, truth)
+        part: [Sample(f"{part}{n:05d}", truth(each).caption, each, truth(each)) for n, each in enumerate(contents)]
+        for part, contents in found.items()
+    }
 
 
 def _scene_images(scene: Scene) -> dict[str, bytes]:

@@ -208,15 +208,14 @@ def build_index(shard: str, texts: bool = False) -> Index:
     if found and not groups:
         left_out.append((found[0].name, "no image"))
     for group in groups:
-        kind = image_type(group.members)
+        kind = None if texts else image_type(group.members)
         if group.twice:
             raise DataError(f"{shard}: {group.problem}; keep one, or make new shards with `bifrost data ingest`")
         if group.problem or (not _has_text(group) if texts else kind is None):
             left_out.append((group.key, "no text" if texts and not group.problem else why_no_image(group)))
             continue
-        size = None if texts or kind is None else group.kept.get(kind)
-        lines.append(json.dumps([group.key, group.members, size]).encode())
-        images += 0 if texts or kind is None else group.members[kind][1]
+        lines.append(json.dumps([group.key, group.members, group.kept.get(kind) if kind else None]).encode())
+        images += group.members[kind][1] if kind else 0
         try:
             lengths.append(len(clean_caption(group.kept.get(CAPTION_TYPE, b""))))
         except ValueError:

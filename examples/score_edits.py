@@ -16,16 +16,10 @@ import torch
 
 from bifrost.data import CaptionChoice, open_dataset
 from bifrost.data.scenes.key import KEY, read_key
-from bifrost.data.transforms import decode_image
 from bifrost.trainer.inference.latent_decoder import load_decoder
 from bifrost.trainer.inference.settings import Settings
 
 DECODING = Settings(steps=8)
-
-
-def pixels(image: bytes, side: int) -> torch.Tensor:
-    """uint8 [3, S, S]."""
-    return torch.from_numpy(decode_image(image, side).transpose(2, 0, 1).copy())
 
 
 @torch.no_grad()
@@ -43,8 +37,8 @@ def main() -> None:
     print(f"{'':10}{'own source':>12}{'another':>12}{'unchanged':>12}{'mean':>12}")
     for kind in sorted({kinds[pair.key] for pair in pairs}):
         chosen = [pair for pair in pairs if kinds[pair.key] == kind][: given.samples]
-        targets = decoder.encode(torch.stack([pixels(pair.image, decoder.image_size) for pair in chosen]))
-        sources = [pixels(pair.source_image, decoder.image_size) for pair in chosen]
+        targets = decoder.encode(torch.stack([decoder.source_image(pair.image) for pair in chosen]))
+        sources = [decoder.source_image(pair.source_image) for pair in chosen]
         texts, seeds = [pair.caption for pair in chosen], list(range(len(chosen)))
         half = len(chosen) // 2
         found = [

@@ -54,6 +54,11 @@ def caption_members(value: dict[str, float]) -> dict[str, float]:
 Captions = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(caption_members)]
 
 
+def _is_question(kind: str) -> bool:
+    """Whether members with this extension are questions with their answers, as data/texts.py reads them."""
+    return kind.rpartition(".")[2] == "json"
+
+
 Task = Literal["generation", "editing", "understanding"]
 
 
@@ -86,7 +91,7 @@ class Source(Section):
     @property
     def asks(self) -> bool:
         """Whether its texts are questions with their answers."""
-        return self.task == "understanding" and any(kind.rpartition(".")[2] == "json" for kind in self.captions or ())
+        return self.task == "understanding" and any(map(_is_question, self.captions or ()))
 
     @model_validator(mode="after")
     def _of_its_task(self) -> Source:
@@ -99,7 +104,7 @@ class Source(Section):
             raise ValueError(f"{self.name}: {key} is for sources that are trained on; leave it out")
         if self.batches_per_step is None:
             raise ValueError(f"{self.name}: task=understanding needs batches_per_step, such as 0.01")
-        if self.asks and not all(kind.rpartition(".")[2] == "json" for kind in self.captions or ()):
+        if self.asks and not all(map(_is_question, self.captions or ())):
             raise ValueError(f"{self.name}: captions name texts and questions; make two sources of them")
         return self
 

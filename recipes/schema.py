@@ -5,6 +5,7 @@ Names and nesting are a public contract for cluster scripts. This module does no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import yaml
@@ -193,6 +194,11 @@ class Tracking(Section):
     install prometheus-client)."""
 
 
+def _first(named: Mapping[str, object]) -> str | None:
+    """The first name whose value is set."""
+    return next((name for name, value in named.items() if value), None)
+
+
 class Recipe(Section):
     stage: Literal["patch-latents", "controlnet"]
     """Model to train: `patch-latents`, the MLLM's visual generation branch, or `controlnet`, the latent ControlNet."""
@@ -249,7 +255,7 @@ class Recipe(Section):
             f"controlnet.bridge={self.controlnet.bridge}": self.controlnet.bridge != "latents_2d",
             f"controlnet.latents={self.controlnet.latents}": self.controlnet.latents != "true",
         }
-        if self.data.buckets and (key := next((key for key, value in squares.items() if value), None)):
+        if self.data.buckets and (key := _first(squares)):
             raise ValueError(f"data.buckets: {key} is for squares of one size; set data.buckets=null, or change it")
         return self
 
@@ -261,7 +267,7 @@ class Recipe(Section):
             "backbone.vision_encoder=cached": self.backbone.vision_encoder,
             f"branch.targets={self.branch.targets}": self.branch.targets != "native",
         }
-        if self.data.edits and (key := next((key for key, value in without.items() if value), None)):
+        if self.data.edits and (key := _first(without)):
             raise ValueError(f"data.sources: task=editing is for stage 1 with the MLLM's vision encoder, not for {key}")
         return self
 
@@ -276,9 +282,7 @@ class Recipe(Section):
             "backbone.vision_encoder=cached": self.backbone.vision_encoder,
             f"branch.targets={self.branch.targets}": self.branch.targets != "native",
         }
-        if any(source.asks for source in self.data.understanding) and (
-            key := next((key for key, value in without.items() if value), None)
-        ):
+        if any(source.asks for source in self.data.understanding) and (key := _first(without)):
             raise ValueError(f"data.sources: questions about images need the vision encoder, which {key} does without")
         return self
 
@@ -298,7 +302,7 @@ class Recipe(Section):
                 "placement": self.backbone.placement != "sharded",
                 "vision_encoder": self.backbone.vision_encoder,
             }
-            if key := next((key for key, value in stage_1.items() if value), None):
+            if key := _first(stage_1):
                 raise ValueError(
                     f"backbone.{key} is for stage 1; in stage controlnet set flux.placement.vision_encoder"
                 )
@@ -313,7 +317,7 @@ class Recipe(Section):
             )
         if self.branch.targets != "native":
             native = {"backbone.vision_encoder": self.backbone.vision_encoder, "previews.every": self.previews.every}
-            if key := next((key for key, value in native.items() if value), None):
+            if key := _first(native):
                 raise ValueError(
                     f"{key} is for the MLLM's own latents, and branch.targets={self.branch.targets} is not"
                 )
@@ -321,7 +325,7 @@ class Recipe(Section):
             raise ValueError("previews.every in stage patch-latents needs previews.controlnet to decode the latents")
         if self.validation.shards is None:
             asked = {"checkpoint.keep_best": self.checkpoint.keep_best, "validation.patience": self.validation.patience}
-            if key := next((key for key, value in asked.items() if value), None):
+            if key := _first(asked):
                 raise ValueError(f"{key} needs validation.shards, the held-out shards")
         return self
 

@@ -214,7 +214,7 @@ class _Trial:
 
     def _encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Patch latents [B, N, D] of images of the evaluation's shape in any size."""
-        height, width = self.generator.bucket(self.settings.shape).shapes[0]
+        height, width = self.generator.pixels(self.settings)
         resized = [image.resize((width, height), Image.Resampling.BICUBIC) for image in images]
         return torch.cat([self.generator.encode(stack(resized[p])) for p in _parts(len(images), self.batch)])
 

@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...data.bucket_rule import Bucket, BucketRule
+from ...data import stacked
+from ...data.bucket_rule import Bucket, BucketRule, Shape
 from ...data.transforms import decode_shapes
 from ...slurm.run_folder import no_run
 from ..distributed.process_group import Group
 from ..errors import RunError
 from ..models.flux import FluxFolder, FluxTokenizers, FrozenFlux, Tokens
 from ..models.hub import locate
-from ..models.image_grids import Grid
 from ..models.prompt import PromptTemplate
 from ..models.text_bridge import Bridge
 from ..stages import open_controlnet
@@ -147,13 +147,10 @@ class Generator(LatentDecoder):
 
     def encode_file(self, image: bytes, settings: Settings) -> Tensor:
         """`encode` of an image file in the shape of `settings`, [1, N, D]."""
-        pixels, _ = decode_shapes(image, self.bucket(settings.shape).shapes)
-        return self.encode(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None])
+        return self.encode(stacked(decode_shapes(image, [self.pixels(settings)])))
 
-    def grid(self, settings: Settings) -> Grid:
-        unit = self.image_size // self.mllm.branch.side
-        rows, columns = (pixels // unit for pixels in self.bucket(settings.shape).shapes[0])
-        return rows, columns
+    def pixels(self, settings: Settings) -> Shape:
+        return self.bucket(settings.shape).shapes[0]
 
     def check(self, settings: Settings, with_source: bool = False) -> None:
         """As of a decoder, and RunError for a shape in which one of the stages was not trained."""

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ...data import stacked
 from ...data.bucket_rule import Shape
 from ...data.transforms import decode_shapes
 from ..distributed.process_group import Group
@@ -47,10 +48,16 @@ class LatentDecoder:
     shapes: tuple[Shape, ...] = ()
     """Height and width in pixels of the images of the aspect-ratio buckets that stage 1 was trained in, if it was."""
 
+    def pixels(self, settings: Settings) -> Shape:
+        """Height and width of an image as the vision encoder reads it."""
+        assert settings.shape is None, "in squares, for want of a ControlNet whose images have other shapes"
+        return self.image_size, self.image_size
+
     def grid(self, settings: Settings) -> Grid:
         """Rows and columns of the patches of an image."""
-        assert settings.shape is None, "in squares, for want of a ControlNet whose images have other shapes"
-        return self.mllm.branch.side, self.mllm.branch.side
+        unit = self.image_size // self.mllm.branch.side
+        height, width = self.pixels(settings)
+        return height // unit, width // unit
 
     def check(self, settings: Settings, with_source: bool = False) -> None:
         """RunError for more decoding steps than patches, a temperature that has no effect, or a source image without
@@ -110,10 +117,7 @@ class LatentDecoder:
     def source_image(self, image: bytes, settings: Settings = Settings()) -> Tensor:
         """The source image in an image file in the shape of the image to make, as in training, uint8 [3, H, W]. Raises
         ValueError for one that does not decode."""
-        unit = self.image_size // self.mllm.branch.side
-        rows, columns = self.grid(settings)
-        (pixels,) = decode_shapes(image, [(unit * rows, unit * columns)])
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+        return stacked(decode_shapes(image, [self.pixels(settings)]))[0]
 
     def encode(self, images: Tensor) -> Tensor:
         """What the branch predicts, [B, N, D], of uint8 images [B, 3, S, S], or in the shape of a bucket: the vision

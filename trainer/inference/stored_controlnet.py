@@ -20,6 +20,7 @@ from ..models.flux import FluxFolder
 from ..models.hub import locate
 from ..models.latent_controlnet import LatentControlNet, read_config
 from ..models.text_bridge import Bridge, build_bridge
+from ..models.text_bridge_config import BridgeConfig
 from ..models.weights import Source, WeightFiles, fill
 from ..stages import open_controlnet
 from ..stages.unsharded import init_context
@@ -64,8 +65,7 @@ def _of_recipe(
     if isinstance(shape, ControlNetConfig) and shape.lora:
         source, shape = MergedControlNet(trained, shape, folder), replace(shape, lora=None)
     shape.require(folder.transformer, width, side, folder.grid(size))
-    with init_context(device, dtype):
-        network = build_bridge(shape).eval().requires_grad_(False)
+    network = _unfilled(shape, device, dtype)
     fill({PREFIX + name: parameter for name, parameter in network.named_parameters()}, source, path)
     statistics: dict[str, Any] = {PREFIX + name: buffer for name, buffer in network.statistics().items()}
     if checkpoint:
@@ -85,8 +85,13 @@ def _of_folder(
     folder = FluxFolder.open(locate(flux, None, "--flux", "*/*.safetensors"))
     size = 2 * folder.stride * {"up": 2 * side, "none": side, "down": side // 2}[shape.resampling]
     shape.require(folder.transformer, width, side, folder.grid(size))
-    with init_context(device, dtype):
-        network = build_bridge(shape).eval().requires_grad_(False)
+    network = _unfilled(shape, device, dtype)
     assert isinstance(network, LatentControlNet)
     network.load(source, path)
     return StoredControlNet(network, folder, size)
+
+
+def _unfilled(shape: BridgeConfig, device: torch.device, dtype: torch.dtype) -> Bridge:
+    """A frozen bridge without weights."""
+    with init_context(device, dtype):
+        return build_bridge(shape).eval().requires_grad_(False)

@@ -11,7 +11,7 @@ from ...recipes.data import Buckets, Data
 from ..errors import RunError
 
 if TYPE_CHECKING:
-    from ...data.bucket_rule import Bucket, BucketRule
+    from ...data.bucket_rule import BucketRule
 
 Grid = tuple[int, int]
 """Rows and columns."""
@@ -74,23 +74,26 @@ def latent_buckets(data: Data, side: int) -> tuple[tuple[Grid, ...], BucketRule 
     """Stage 1: the grid of patch latents of every bucket, by its number, and in which bucket an image is; that of the
     square of `side` patches alone, and None, without buckets. RunError as of `bucket_grids`."""
     square = square_grid(side, side)
-    if data.buckets is None:
-        return (square.latents,), None
-    grids = bucket_grids(data.buckets, data.image_size, square)
-    rule = bucket_rule(grids, [data.image_size // side], data.buckets.max_upscale)
-    return tuple(grid.latents for area in grids for grid in area), rule
+    rule = rule_of(data, square) if data.buckets else None
+    return tuple(grid.latents for grid in every_grid(data.buckets, data.image_size, square)), rule
 
 
-def bucket_rule(grids: Sequence[Sequence[ImageGrid]], units: Sequence[int], max_upscale: float) -> BucketRule:
-    """In which bucket an image is. grids: of `bucket_grids`. units: pixels along one side of a patch latent, in the
-    vision encoder's image, and, unless in stage 1, of a token, in FLUX's."""
+def rule_of(data: Data, square: ImageGrid, flux_size: int | None = None) -> BucketRule:
+    """In which bucket of `data.buckets` an image is. flux_size: side of FLUX's square in pixels; None: in stage 1,
+    whose buckets have a shape for the vision encoder alone."""
     from ...data.bucket_rule import Bucket, BucketRule  # imports NumPy
+
+    assert data.buckets is not None
+    units = [data.image_size // square.latents[0]]
+    if flux_size is not None:
+        units.append(flux_size // square.tokens[0])
 
     def bucket(grid: ImageGrid) -> Bucket:
         pairs = zip(units, (grid.latents, grid.tokens)[: len(units)], strict=True)
         return Bucket(tuple((unit * rows, unit * columns) for unit, (rows, columns) in pairs))
 
-    return BucketRule(tuple(tuple(bucket(grid) for grid in area) for area in grids), max_upscale)
+    grids = bucket_grids(data.buckets, data.image_size, square)
+    return BucketRule(tuple(tuple(bucket(grid) for grid in area) for area in grids), data.buckets.max_upscale)
 
 
 def only_largest(grids: Sequence[ImageGrid]) -> list[float]:

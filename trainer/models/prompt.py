@@ -44,6 +44,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def placeholders(patches: int) -> str:
+    """Of an image with `patches` latents, as Qwen2.5-VL reads one; empty without an image."""
+    return f"{IMAGE_START}{IMAGE * patches}{IMAGE_END}" if patches else ""
+
+
 def without_control_tokens(text: str) -> str:
     """Text of the data within a template, whose control tokens it must not have: a caption could end its turn."""
     return text.replace("<|", "< |")
@@ -99,7 +104,7 @@ class PromptTemplate:
 
     def _encode(self, caption: str, patches: int = 0) -> list[int]:
         caption = without_control_tokens(caption)
-        head = f"{self.opening}{IMAGE_START}{IMAGE * patches}{IMAGE_END}" if patches else self.head
+        head = self.opening + placeholders(patches) if patches else self.head
         return self.tokenizer.encode(head + caption + self.tail, add_special_tokens=False)
 
     def batch(self, captions: Sequence[str], patches: Sequence[int] | None = None) -> tuple[Tensor, tuple[int, ...]]:
@@ -119,8 +124,7 @@ class QuestionTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, patches: int) -> None:
         """patches: 0 for questions without an image."""
         self.tokenizer = tokenizer
-        image = f"{IMAGE_START}{IMAGE * patches}{IMAGE_END}" if patches else ""
-        turn = [{"role": "user", "content": f"{image}{_MARK}"}]
+        turn = [{"role": "user", "content": f"{placeholders(patches)}{_MARK}"}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         assert isinstance(text, str)
         self.head, self.tail = text.split(_MARK)

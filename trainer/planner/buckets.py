@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...recipes.schema import Data
-from ..models.image_grids import Grid, bucket_grids, bucket_rule, only_largest
+from ..models import image_grids
+from ..models.image_grids import Grid, only_largest
 from .flops import patch_latent_parts
 from .flux_flops import controlnet_parts
 from .opened import LatentControl, PatchLatents
@@ -48,13 +49,7 @@ class PlannedBucket:
 
 def rule_of(model: PatchLatents | LatentControl, data: Data) -> BucketRule:
     """In which bucket of `data.buckets` an image is."""
-    assert data.buckets is not None
-    square = model.square
-    units = [data.image_size // square.latents[0]]
-    if isinstance(model, LatentControl):
-        units.append(model.flux.image_size // square.tokens[0])
-    grids = bucket_grids(data.buckets, data.image_size, square)
-    return bucket_rule(grids, units, data.buckets.max_upscale)
+    return image_grids.rule_of(data, model.square, model.flux.image_size if isinstance(model, LatentControl) else None)
 
 
 def planned_buckets(

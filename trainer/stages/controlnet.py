@@ -25,7 +25,7 @@ from ..models import latent_controlnet, weights
 from ..models.backbone import FrozenBackbone, read_config
 from ..models.flux import PARTS, FluxFolder, Part
 from ..models.hub import architecture, locate
-from ..models.image_grids import ImageGrid, bucket_grids, bucket_rule, largest, square_grid
+from ..models.image_grids import ImageGrid, bucket_grids, largest, rule_of, square_grid
 from ..models.kernel_selection import KernelChoice, VisionWork, choose_kernels
 from ..models.rng import IntArray
 from ..models.text_bridge_config import BridgeConfig, TextBridgeConfig, bridge_config
@@ -136,10 +136,7 @@ class ControlNetStage:
     def bucket_rule(self) -> BucketRule | None:
         if self.grids is None:
             return None
-        assert self.data.buckets is not None
-        square = self.square
-        units = [self.data.image_size // square.latents[0], self.flux.image_size // square.tokens[0]]
-        return bucket_rule(self.grids, units, self.data.buckets.max_upscale)
+        return rule_of(self.data, self.square, self.flux.image_size)
 
     @property
     def square(self) -> ImageGrid:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...data import Dataset
+from ...data import Dataset, stacked
 from ...data.transforms import decode_sizes
 from ...recipes.schema import Previews
 from ..distributed.process_group import Ranks
@@ -169,10 +169,8 @@ def _first(
                 raw = dataset.read(shard, sample, 0, len(captions))
                 image, source = decode_sizes(raw.image, sizes), None
                 if raw.source_image is not None:
-                    pixels = decode_sizes(raw.source_image, sizes[:1])[0]
-                    source = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+                    source = stacked(decode_sizes(raw.source_image, sizes[:1]))[0]
                 decoded.append(image)
                 captions.append(raw.caption)
                 sources.append(source)
-    images = torch.from_numpy(np.stack([images[0] for images in decoded]).transpose(0, 3, 1, 2).copy())
-    return captions, images, [images[-1] for images in decoded], sources
+    return captions, stacked([images[0] for images in decoded]), [images[-1] for images in decoded], sources
