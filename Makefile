@@ -1,7 +1,8 @@
 # make setup   creates a virtual environment in .venv; TORCH=cpu installs torch's CPU build, gigabytes smaller
 # make demo    trains both stages on 6,000 scenes, two ranks, and scores images of held-out ones: about 12 minutes
 # make demo-seeds  the same for two more seeds, after make demo: 20 minutes
-# make test    the whole test suite
+# make test    the test suite without its slow tests
+# make test-all    the whole test suite, as CI runs it
 # make test-phantom  every shipped recipe at its real size on a phantom GPU, against the plan: needs g++ and TORCH=cpu
 # make lint    ruff, pyright and the words that this project does not use
 # make docs    builds the documentation site in build/docs; warnings, such as broken links, are errors
@@ -23,7 +24,7 @@ READY := .venv/.installed
 TORCH ?= cuda
 INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: setup demo demo-seeds test test-phantom lint docs faults faults-mixture faults-storage faults-network test-gpu \
+.PHONY: setup demo demo-seeds test test-all test-phantom lint docs faults faults-mixture faults-storage faults-network test-gpu \
   bench-gpu gpu-package device device-wheels clean clean-runs
 
 setup: $(READY)
@@ -55,6 +56,9 @@ demo-seeds: $(READY)
 
 # Tests spend a third of their time waiting for processes and a cluster: one pytest worker more than a laptop's two cores.
 test: $(READY)
+	$(BIN)/pytest -n 3 --dist worksteal -m "not slow"
+
+test-all: $(READY)
 	$(BIN)/pytest -n 3 --dist worksteal
 
 test-phantom: $(READY)

@@ -62,7 +62,7 @@ def test_ci_skips_only_gpu_tests(tmp_path: Path, required: str) -> None:
 
 def test_ci_requires_all_tests() -> None:
     script = (ROOT / ".ci" / "run").read_text()
-    assert re.search(r"^REQUIRE_TESTS=1 make test$", script, flags=re.M)
+    assert re.search(r"^REQUIRE_TESTS=1 make test-all$", script, flags=re.M)
     assert re.search(r"^\.venv/bin/python \.ci/resolve\.py$", script, flags=re.M)
     assert re.search(r"^make lint\nmake docs$", script, flags=re.M)
     makefile = (ROOT / "Makefile").read_text()

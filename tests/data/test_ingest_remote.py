@@ -78,6 +78,7 @@ def expected(src, tmp_path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
+@pytest.mark.slow
 def test_equal_to_a_local_ingest_under_faults(plan, store, src, expected) -> None:
     """While it runs, every object is a complete file, and each shard comes before its index, that before its report."""
     plan.chance, plan.faults = 0.4, tuple(each for each in FAULTS if each != "429")  # which asks for a second

@@ -145,6 +145,7 @@ def command(environment: dict[str, str], arguments: list[str]) -> None:
     ranked.command(arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_commands_on_processes(shards, tmp_path, s3) -> None:
     """On S3: output and exit codes of each number of ranks; only the first one prints."""

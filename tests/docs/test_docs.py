@@ -153,6 +153,7 @@ def check(command: str, folder: Path) -> None:
         needed = {
             "demo": "bifrost train",
             "test": "pytest",
+            "test-all": "pytest",
             "test-phantom": "pytest tests/phantom --real-size",
             "faults": "tests/faults/campaign.py --kills",
             "test-gpu": "-m pytest tests/kernels/test_gpu",
@@ -331,6 +332,7 @@ def test_parameter_counts() -> None:
         assert len(counts) == 2 and all(count in TEXT[ROOT / page] for count in counts), (recipe, counts)
 
 
+@pytest.mark.slow
 def test_metrics_page_lists_every_key(folder: Path) -> None:
     text = TEXT[ROOT / "docs" / "training.md"]
     steps, events = text.split("## metrics.jsonl")[1].split("## ")[0].split("A line with `event`")

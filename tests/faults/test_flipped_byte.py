@@ -9,7 +9,7 @@ import ranked
 import runs
 import small_model
 
-pytestmark = [pytest.mark.multi, pytest.mark.slow]
+pytestmark = pytest.mark.multi
 
 
 def test_damaged_file_is_named_and_the_previous_checkpoint_used(shards: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import ranked
 import runs
 import small_model
 
-pytestmark = [pytest.mark.multi, pytest.mark.slow]
+pytestmark = pytest.mark.multi
 
 
 @pytest.fixture

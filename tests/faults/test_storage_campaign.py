@@ -9,7 +9,6 @@ from storage_campaign import TRAIN_EVERY, StorageCampaign, page
 
 
 @pytest.mark.multi
-@pytest.mark.slow
 def test_runs_on_failing_storage_read_the_correct_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     campaign = StorageCampaign(tmp_path / "campaign")
     try:

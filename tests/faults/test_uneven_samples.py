@@ -13,7 +13,7 @@ import runs
 import small_model
 from bifrost.data import write_shard
 
-pytestmark = [pytest.mark.multi, pytest.mark.slow]
+pytestmark = pytest.mark.multi
 RANKS = 3
 
 

@@ -21,6 +21,7 @@ def checked(*arguments: str) -> tuple[int, str]:
     return ended.exit_code, ended.output
 
 
+@pytest.mark.slow
 def test_a_plan_that_agrees_is_a_table() -> None:
     code, printed = checked()
     assert code == 0, printed

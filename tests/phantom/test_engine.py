@@ -48,6 +48,7 @@ REAL_CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "ranks", "settings"),
     [

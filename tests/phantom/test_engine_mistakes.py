@@ -11,6 +11,7 @@ from bifrost.recipes import load_recipe
 from bifrost.trainer.phantom.check import engine_problems, held_row
 from bifrost.trainer.planner import parts, workload
 
+pytestmark = pytest.mark.slow
 RANKS, TEXT = 8, 64
 SETTINGS = ["zero.reduce_bucket=1000000"]
 """The bucket would otherwise be nearly all that so small a model holds."""

@@ -106,11 +106,13 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return dict(zip(cases, found, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [real_size(case) for case in TINY])
 def test_a_pass_of_a_tiny_recipe_is_as_planned(case: str, tiny: dict[str, dict[str, Any]]) -> None:
     agrees(*CASES[case], tiny[case])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [real_size(case) for case in CASES if case not in TINY],

@@ -82,6 +82,7 @@ def resume(name: str, ranks: int, text_tokens: int, folder: str) -> dict[str, An
     return {"held": notes.held, "waits": notes.waits, "on": on}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "ranks", "text_tokens"),
     [

@@ -20,6 +20,7 @@ def decisions(run: ClusterRun) -> list[str]:
     return [attempt["decision"] for attempt in run.attempts()]
 
 
+@pytest.mark.slow
 def test_a_job_is_requeued_until_done(run: ClusterRun) -> None:
     """One rank's exit code ends the step on all nodes; the job keeps its id through the requeues."""
     # Slurm ends the step when the first rank exits. The other ignores SIGTERM and exits itself, as in training.
@@ -69,6 +70,7 @@ def test_a_job_that_is_not_requeued(run: ClusterRun, attempt: str, code: int, re
     assert reason in run.bifrost("status", str(run.run))
 
 
+@pytest.mark.slow
 def test_a_crash_loop_stops(run: ClusterRun) -> None:
     """Three attempts without a new checkpoint; those before the last checkpoint do not count."""
     run.stand_in("kill -9 $$", f"{CHECKPOINT.format(3)}; kill -9 $$", *["kill -9 $$"] * 5)

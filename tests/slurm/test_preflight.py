@@ -148,6 +148,7 @@ def test_healthy_nodes(folder: Path) -> None:
     assert "Preflight" in ranks[0].out and "3 nodes" in ranks[0].out and not ranks[1].out
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_a_missing_node_is_named_in_bounded_time(folder: Path) -> None:
     start = time.monotonic()
@@ -156,6 +157,7 @@ def test_a_missing_node_is_named_in_bounded_time(folder: Path) -> None:
     assert list(bad(folder)) == ["node2"] and "no report within 15 s" in bad(folder)["node2"]
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_the_lowest_responsive_node_decides_if_the_first_is_missing(folder: Path) -> None:
     ranks = step(folder, 3, n0={"absent": True}, limits={"meet_s": 12})
@@ -164,6 +166,7 @@ def test_the_lowest_responsive_node_decides_if_the_first_is_missing(folder: Path
     assert sum("Preflight" in rank.out for rank in ranks) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_a_node_that_dies_during_the_network_check_is_named(folder: Path) -> None:
     ranks = step(folder, 3, n2={"dies": True}, limits={"fabric_s": 10})
@@ -231,6 +234,7 @@ def test_the_node_that_differs_is_bad(folder: Path, fault: dict, reason: str) ->
     assert list(bad(folder)) == ["node2"] and reason in bad(folder)["node2"]
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_a_slow_node(folder: Path) -> None:
     assert codes(step(folder, 3, n1={"slow": 3.0}, limits={"slow": 1 / 3})) == [77, 77, 77]

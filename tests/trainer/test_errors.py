@@ -91,7 +91,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.multi
-@pytest.mark.slow
 def test_a_run_goes_on_only_as_itself(shards: Path, tmp_path: Path) -> None:
     """Checkpoint of another backbone, other data, another seed: refused, and the run folder stays as it was."""
     from safetensors.torch import load_file, save_file
@@ -136,7 +135,6 @@ def test_init_from_nothing(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.multi
-@pytest.mark.slow
 def test_data_lost_on_one_rank_alone_is_said_by_that_rank(shards: Path, tmp_path: Path) -> None:
     """A shard that vanishes during training: the affected rank reports it, and no rank is left waiting."""
     copy = tmp_path / "shards"

@@ -62,7 +62,8 @@ class LinearTargets(Fp32Buffers):
         total, products, count = torch.zeros(values).double(), torch.zeros(values, values).double(), 0
         for part in parts:
             rows = part.double().flatten(0, 1)
-            total, products, count = total + rows.sum(0), products + rows.T @ rows, count + len(rows)
+            total, count = total + rows.sum(0), count + len(rows)
+            products.addmm_(rows.T, rows)  # in place: F is in the thousands
         mean = total / count
         covariance = products / count - torch.outer(mean, mean)
         if self.kind == "pca":

@@ -33,7 +33,6 @@ def measured(ranks: int, folder: Path, recipe: str, *words: str) -> dict[str, An
 
 
 @pytest.mark.multi
-@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("recipe", ["tiny-mllm", "tiny-controlnet"])
 def test_both_stages_are_measured_and_hold_what_is_planned(recipe: str, ranks: int, tmp_path: Path) -> None:
@@ -58,7 +57,6 @@ def test_both_stages_are_measured_and_hold_what_is_planned(recipe: str, ranks: i
 
 
 @pytest.mark.multi
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "settings"),
     [

@@ -117,7 +117,6 @@ def test_the_clock_sees_who_waits() -> None:
 
 
 @pytest.mark.multi
-@pytest.mark.slow
 def test_ranks_of_a_launcher_add_their_point(shards: Path, tmp_path: Path) -> None:
     _, *words = runs.arguments(shards, tmp_path / "runs")
     arguments = ["bench", "scale", *words, "--mode", "strong", "--steps", "2", "--out", str(tmp_path / "out")]

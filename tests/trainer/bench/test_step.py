@@ -95,6 +95,7 @@ def test_what_does_not_fit_costs_no_other_figure(
         step.bench(load_recipe("tiny-mllm"), text_tokens="20", out=None, **{**SMALL, "layers": 1})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_layers_are_a_baseline_with_the_same_numbers() -> None:
     (row,) = step.bench(

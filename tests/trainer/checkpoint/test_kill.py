@@ -76,6 +76,7 @@ def test_killed_save(tmp_path, save, assert_holds, ranks):
     assert len(found) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "local"), [(1, False), (2, False), (2, True)])
 def test_killed_while_training_continues(tmp_path, run_ranks, slices, assert_holds, ranks, local):
     """As above, by the background writer: step 2 with what it removes, while the values in memory change already.

@@ -98,6 +98,7 @@ def test_a_rank_of_an_earlier_attempt_is_ignored() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_a_missing_rank_is_named_with_its_node() -> None:
     for rank in join_ranks("1", "1", None, SLURM_STEP_NODELIST="node[0-2]"):
@@ -112,6 +113,7 @@ def test_rank_0_opens_no_store() -> None:
     assert second.returncode and "RendezvousTimeout: rank 1: rank 0 cannot be reached at 127.0.0.1:" in second.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_a_rank_whose_device_hangs_is_named() -> None:
     (first,) = join_ranks("1", "1", blocked=1)

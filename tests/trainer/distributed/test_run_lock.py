@@ -203,7 +203,6 @@ def test_storage_that_is_away_is_no_mistake_of_the_user(tmp_path: Path, monkeypa
 
 
 @pytest.mark.multi
-@pytest.mark.slow
 def test_a_second_attempt_of_a_run_exits(shards: Path, tmp_path: Path) -> None:
     """Fault 12 of the list: its ranks exit with one line, and the first attempt continues undisturbed."""
     arguments = runs.arguments(shards, tmp_path, "steps=4000", "micro_batch=4")

@@ -282,6 +282,7 @@ def test_stage_1_alone_is_scored_as_it_is_with_a_controlnet(
         (mllm / name).unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_ranks_share_the_images(mllm: Path, controlnet: Path, scenes: Scenes, tmp_path: Path) -> None:
     """Two ranks write what one process writes: metrics, table and images, with an odd number of batches."""

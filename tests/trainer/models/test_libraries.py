@@ -32,6 +32,7 @@ def test_the_interpreter_is_enabled_first(file: Path) -> None:
             assert "libraries" in names[: names.index(name)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["from transformers import Qwen2_5_VLConfig", "from diffusers import FluxPipeline"])
 def test_a_program_may_import_the_libraries_first(first: str) -> None:
     """They remember then that scipy and torchao are there."""

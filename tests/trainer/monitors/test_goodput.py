@@ -123,7 +123,6 @@ def test_no_line_of_the_file_is_needed_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.multi
-@pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed(shards: Path, tmp_path: Path) -> None:
     arguments = runs.arguments(shards, tmp_path, "steps=4000", "checkpoint.every=5", "log_every=2")
     run = tmp_path / "tiny-mllm"

@@ -44,7 +44,6 @@ def slow_down(arguments: list[str], section: str) -> None:
 
 
 @pytest.mark.multi
-@pytest.mark.slow
 @pytest.mark.parametrize("section", ["data", "forward"])
 def test_a_slow_rank_is_named_once(shards: Path, tmp_path: Path, section: str) -> None:
     arguments = runs.arguments(shards, tmp_path, f"steps={LINES + 2}", "micro_batch=4")

@@ -15,6 +15,7 @@ from bifrost.trainer.monitors.tracking import start_mirror, sync
 from tracked import history, log_steps, run_id, wait_until
 
 
+@pytest.mark.slow
 def test_a_run_arrives_whole(server, client, make_run):
     run = make_run(server)
     (run.folder / "previews" / "step-20").mkdir(parents=True)
@@ -46,6 +47,7 @@ def test_a_run_arrives_whole(server, client, make_run):
     assert [json.loads(line)["event"] for line in events.splitlines()] == ["start", "evaluation", "end"]
 
 
+@pytest.mark.slow
 def test_a_resume_that_repeats_steps(server, client, make_run):
     run = make_run(server)
     mirror = start_mirror(run.folder, ["mlflow"])

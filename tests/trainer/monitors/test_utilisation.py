@@ -122,7 +122,6 @@ def test_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.multi
-@pytest.mark.slow
 def test_what_a_run_logs(shards: Path, tmp_path: Path) -> None:
     overrides = ["steps=2", "micro_batch=4", "branch.loss_tokens=all", *runs.TINY]
     ended = ranked.run(ranked.command, 2, runs.arguments(shards, tmp_path, *overrides))

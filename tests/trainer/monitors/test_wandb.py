@@ -36,6 +36,7 @@ def of_type(records, kind):
     return [record[kind] for record in records if record["type"] == kind]
 
 
+@pytest.mark.slow
 def test_a_run_arrives_whole(make_run):
     run, said = make_run(), []
     (run.folder / "previews").mkdir()

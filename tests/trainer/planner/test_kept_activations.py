@@ -111,7 +111,6 @@ def kept(recipe_name: str, overrides: list[str]) -> tuple[int, bool]:
 
 
 @pytest.mark.multi
-@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize(
     ("name", "settings"),

@@ -87,7 +87,6 @@ def allocated(recipe_name: str, overrides: list[str]) -> int:
 
 
 @pytest.mark.multi
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "settings"),
     [
@@ -141,7 +140,6 @@ def bifrost(*arguments: str) -> str:
     return ended.output
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "gpus", "batch_of"), SIZES)
 def test_large_recipes_run_dry_with_the_plans_figures(
     name: str, gpus: int, batch_of: tuple[int, int], models: dict[str, list[Part]]

@@ -356,7 +356,6 @@ def test_compare_what_has_little(tmp_path: Path, eventful: Path) -> None:
 
 
 @pytest.mark.multi
-@pytest.mark.slow
 def test_two_real_runs(shards: Path, tmp_path: Path) -> None:
     """Another seed is other samples from the first step on; the page of a run names its settings."""
     for name, seed in (("one", 0), ("two", 1)):

@@ -31,7 +31,6 @@ def train(shards: Path, flux: Path, runs_dir: Path, *settings: str) -> list[floa
 
 
 @pytest.mark.multi
-@pytest.mark.slow
 def test_placements_have_the_same_curve_and_a_run_resumes_with_another(shards: Path, tmp_path: Path) -> None:
     flux = tiny_flux.save(tiny_flux.pipeline(), tmp_path / "flux")
     wanted = train(shards, flux, tmp_path / "sharded", "steps=5")
@@ -42,7 +41,6 @@ def test_placements_have_the_same_curve_and_a_run_resumes_with_another(shards: P
 
 
 @pytest.mark.multi
-@pytest.mark.slow
 def test_stage_1_trains_alike_with_replicated_and_cached_frozen_parts(shards: Path, tmp_path: Path) -> None:
     shards = Path(shutil.copytree(shards, tmp_path / "data"))
     cached = "backbone.vision_encoder=cached"

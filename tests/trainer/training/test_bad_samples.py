@@ -10,7 +10,7 @@ import runs
 from bifrost.data import write_shard
 from bifrost.data.index import load_index
 
-pytestmark = [pytest.mark.multi, pytest.mark.slow]
+pytestmark = pytest.mark.multi
 
 
 @pytest.fixture

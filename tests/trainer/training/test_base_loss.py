@@ -23,7 +23,7 @@ from bifrost.data import Plan, open_dataset, write_shard
 from bifrost.data.mixture import derived_seed
 from bifrost.data.write import index_all
 
-pytestmark = [pytest.mark.multi, pytest.mark.slow]
+pytestmark = pytest.mark.multi
 
 BAD = 17
 """Number of a question without an answer, whose place the next one takes."""

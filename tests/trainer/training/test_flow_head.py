@@ -30,7 +30,6 @@ def train(shards: Path, runs_dir: Path, ranks: int, *overrides: str) -> Path:
     return runs_dir / "tiny-mllm"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [("branch.loss_tokens=all",), ("branch.loss_tokens=masked", "branch.draws=2", "activation_checkpointing=true")],
@@ -63,7 +62,6 @@ def test_statistics_are_those_of_the_data(shards: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(model.head.std, latents.std(0, correction=0).float(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_a_resumed_run_is_equal_to_the_bit(shards: Path, tmp_path: Path) -> None:
     settings = ("precision=bf16", "steps=8", "checkpoint.every=4", "ema.decay=0.9", "branch.draws=2")
     settings += (f"data.shards={shards}/train-0000[01].tar", f"validation.shards={shards}/train-0000[23].tar")
@@ -82,7 +80,6 @@ def test_a_resumed_run_is_equal_to_the_bit(shards: Path, tmp_path: Path) -> None
     assert [start["step"] for start in runs.events(run, "start")] == [0, 4]
 
 
-@pytest.mark.slow
 def test_replayed_losses_are_those_of_the_run(shards: Path, tmp_path: Path) -> None:
     """With the statistics of a checkpoint, and for the first step with those measured again."""
     run = train(shards, tmp_path, 2, "steps=3", "checkpoint.every=2", "branch.draws=2", "optimizer.lr=1e-2")

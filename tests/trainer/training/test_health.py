@@ -8,7 +8,7 @@ import ranked
 import runs
 import tiny_flux
 
-pytestmark = [pytest.mark.multi, pytest.mark.slow]
+pytestmark = pytest.mark.multi
 
 
 def train_with_bad_steps(arguments: list[str], bad: list[int], kind: str, factor: float) -> list:

@@ -12,7 +12,6 @@ from bifrost.slurm.exit_codes import LOST
 
 
 @pytest.mark.multi
-@pytest.mark.slow
 def test_a_killed_worker(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "tiny-mllm"
     (run / "slurm").mkdir(parents=True)

@@ -21,7 +21,7 @@ from bifrost.kernels import PrefixLayout
 from bifrost.recipes import load_recipe
 from bifrost.trainer.models.masking import draw_masks, hidden_counts
 
-pytestmark = [pytest.mark.multi, pytest.mark.slow]
+pytestmark = pytest.mark.multi
 
 BUCKETS = "data.buckets={ratios: [1x1, 3x2, 2x3]}"
 GRIDS = [(4, 4), (3, 5), (5, 3)]

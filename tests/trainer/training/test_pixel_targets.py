@@ -69,6 +69,7 @@ def test_a_resumed_run_is_equal_to_the_bit(shards: Path, tmp_path: Path, targets
     assert {file.name: file.read_bytes() for file in last.glob("*.safetensors")} == files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [("branch.targets=pca",), VAE, ENCODER], ids=["pca", "vae", "encoder"])
 def test_a_run_is_scored_by_its_own_targets_and_only_there(
     shards: Path, tmp_path: Path, targets: tuple[str, ...]

@@ -56,7 +56,6 @@ def trained(arguments: list[str]) -> int:
 
 
 @pytest.mark.multi
-@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("zero.hpz=2",), ("backbone.placement=replicated",)])
 def test_weights_in_8_bits_train_nearly_alike(more: tuple[str, ...], shards: Path, tmp_path: Path) -> None:
     ranks = 4 if "zero.hpz=2" in more else 2  # 4: two nodes of two

@@ -14,7 +14,7 @@ import tiny_flux
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.training.run_history import History
 
-pytestmark = [pytest.mark.multi, pytest.mark.slow]
+pytestmark = pytest.mark.multi
 
 
 def train_and_keep(arguments: list[str], step: int, spike: float | None) -> list[dict]:

@@ -13,7 +13,7 @@ import runs
 from bifrost.trainer.checkpoint.reader import CheckpointReader
 from bifrost.trainer.checkpoint.store import Store
 
-pytestmark = [pytest.mark.multi, pytest.mark.slow]
+pytestmark = pytest.mark.multi
 
 
 def train(shards: Path, runs_dir: Path, ranks: int, *overrides: str) -> list[ranked.Rank]:

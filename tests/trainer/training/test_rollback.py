@@ -9,7 +9,7 @@ import pytest
 import ranked
 import runs
 
-pytestmark = [pytest.mark.multi, pytest.mark.slow]
+pytestmark = pytest.mark.multi
 
 SETTINGS = ("steps=14", "checkpoint.every=4", "checkpoint.keep=9", "ema.decay=0.9", "health.max_bad_steps=3")
 SETTINGS += ("health.window=8", "micro_batch=4")

@@ -11,7 +11,7 @@ import pytest
 import ranked
 import runs
 
-pytestmark = [pytest.mark.multi, pytest.mark.slow]
+pytestmark = pytest.mark.multi
 
 
 def train(arguments: list[str], full_from: int, full_until: int) -> None:

@@ -186,7 +186,6 @@ def killed_before_a_save(recipe: list[str]) -> None:
     train(load_recipe(source, overrides), after_step=die)
 
 
-@pytest.mark.slow
 def test_a_continued_run_says_what_has_changed(shards: Path, tmp_path: Path) -> None:
     small = runs.arguments(shards, tmp_path, "steps=1", "data.image_size=112")
     assert ranked.bifrost(1, *small)[0].code == 0

@@ -13,7 +13,7 @@ import ranked
 import runs
 from bifrost.slurm.exit_codes import STOPPED
 
-pytestmark = [pytest.mark.multi, pytest.mark.slow]
+pytestmark = pytest.mark.multi
 
 
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
