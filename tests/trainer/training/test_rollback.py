@@ -133,6 +133,35 @@ def test_hpz_copies_are_rolled_back_too(shards: Path, tmp_path: Path) -> None:
     assert (state["progress"]["batch"], state["progress"]["rollbacks"]) == (16, 1)
 
 
+def test_base_losses_are_those_of_their_steps(shards: Path, tmp_path: Path) -> None:
+    """The understanding sources go back, too: the run trains as it does without them, and every step has the losses of
+    a run without bad steps, to the bit, whatever was read before the rollback."""
+    trained = f"{{name: images, shards: '{shards}/train-*.tar', weight: 1}}"
+    rates = {"texts": 1.5, "rare": 0.25, "half": 0.5}
+    texts = [
+        f"{{name: {name}, task: understanding, shards: '{shards}/train-*.tar', batches_per_step: {rate}}}"
+        for name, rate in rates.items()
+    ]
+    alone, measured = (
+        ("data.shards=null", f"data.sources=[{', '.join(listed)}]", "data.workers=1")
+        for listed in ([trained], [trained, *texts])
+    )
+    run, ended = train(shards, tmp_path / "bad", 2, *measured)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    assert [event["to"] for event in runs.events(run, "rollback")] == [8]
+    wanted, _ = train(shards, tmp_path / "without", 2, *alone, bad=[], cut=[8, 4])
+    assert same(run, wanted)
+    undisturbed, _ = train(shards, tmp_path / "undisturbed", 2, *measured, bad=[])
+    of_steps = [
+        [{key: line[key] for key in line if key.startswith("base_")} for line in runs.steps(each)]
+        for each in (run, undisturbed)
+    ]
+    assert of_steps[0] == of_steps[1]
+    read = {name: [n for n, line in enumerate(of_steps[0], 1) if f"base_loss_{name}" in line] for name in rates}
+    assert read == {"texts": [*range(1, 15)], "rare": [4, 8, 12], "half": [*range(2, 15, 2)]}
+    assert len({line["base_loss_texts"] for line in of_steps[0]}) == 14, "other batches in every step"
+
+
 def test_any_number_of_ranks_decides_alike(shards: Path, tmp_path: Path, without: Path) -> None:
     """One rank to step 12, after the rollback, then two to the end."""
     run, ended = train(shards, tmp_path, 1, "steps=12")
