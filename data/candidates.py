@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import DataError, DataLost, DataMissing
 from .files import is_local
+from .index import IMAGE_TYPES
 from .local import NOTHING, with_retries
 from .remote import filesystem
 from .remote_file import RemoteFile
@@ -77,7 +78,7 @@ class Candidate:
 
     key: str
     members: dict[str, Piece]
-    """Extension -> bytes: all members of a tar's sample; of other sources, the image."""
+    """Extension -> bytes: all members of a tar's sample; of other sources, the image and the source image."""
     caption: Any
     """The caption from the table, or the `Piece` of a text file or member, or of the JSON member that has it."""
     caption_fields: tuple[str, ...] = ()
@@ -88,6 +89,8 @@ class Candidate:
     """Captions from further columns of the table, or from further fields of the JSON member, which is a `JsonField`."""
     other_key: str | None = None
     """The key to use when an earlier candidate has `key`; None if that makes this one a duplicate."""
+    source_image: RowBytes | None = None
+    """Like `image`, of an editing pair."""
 
 
 @dataclass
@@ -122,6 +125,15 @@ def note(seen: hashlib._Hash, path: str) -> str | None:
         return "not a regular file"
     seen.update(described(path, found).encode(errors="surrogateescape"))
     return None
+
+
+def image_file(folder: str | Path, name: str, seen: hashlib._Hash) -> tuple[str, Piece] | str:
+    """Extension and bytes of an image file, noted as by `note`; or why it cannot be used."""
+    path, kind = os.path.join(folder, name), name.rpartition(".")[2].lower()
+    if kind not in IMAGE_TYPES:
+        return f"{WRONG_TYPE}: {name}"
+    problem = note(seen, path)
+    return f"{problem}: {name}" if problem else (kind, Piece(path))
 
 
 def why_not(path: str, error: OSError) -> str:

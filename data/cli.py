@@ -60,6 +60,10 @@ def ingest(
             help="The table's column of captions, or their extension or .json field in tars; repeat it for several."
         ),
     ] = None,
+    source_column: Annotated[
+        str | None,
+        typer.Option(help="The table's column of source images of editing pairs, or their extension in tars."),
+    ] = None,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Images per shard.")] = 1000,
     processes: Annotated[int | None, typer.Option(min=1, help="Worker processes; one per core by default.")] = None,
 ) -> None:
@@ -72,6 +76,7 @@ def ingest(
         table=table,
         image_column=image_column,
         caption_column=caption_column,
+        source_column=source_column,
         samples_per_shard=samples_per_shard,
         processes=processes,
     )

@@ -29,7 +29,7 @@ from .processes import in_processes, sole_owner
 from .progress import progress, track
 from .remote import filesystem
 from .retry import described, is_transient
-from .source_images import source_type
+from .source_images import SOURCE_IMAGE, source_type
 from .sources import REPORTS, list_source
 from .spread import THREADS
 from .transforms import clean_caption, decode_image, image_kind
@@ -63,16 +63,18 @@ def ingest(
     table: str | Path | None = None,
     image_column: str | None = None,
     caption_column: str | Sequence[str] | None = None,
+    source_column: str | None = None,
     samples_per_shard: int = 1000,
     processes: int | None = None,
 ) -> Summary:
     """Write the images and captions of `src` to `out` as `train-*.tar` with indexes; images are copied byte for byte.
 
     src: folder of images with NAME.txt next to each, or with a table (`table`, or `metadata.csv|jsonl|parquet` in it);
-    WebDataset tars; a table; or a folder of Parquet files that embed images. image_column, caption_column: columns of
-    the table; for tars, extensions of the members, or the caption's field in KEY.json. Captions of several columns, and
-    of a list, are members of their own: `captions.further_members`, `captions.numbered`. Everything read becomes a
-    sample or is listed in `out/rejected.jsonl` with its reason.
+    WebDataset tars; a table; or a folder of Parquet files that embed images. image_column, caption_column,
+    source_column: columns of the table; for tars, extensions of the members, or the caption's field in KEY.json.
+    Captions of several columns, and of a list, are members of their own: `captions.further_members`,
+    `captions.numbered`. The source images of editing pairs are those of `source_column`, NAME.source.jpg in a folder,
+    and KEY.source.jpg in tars. Everything read becomes a sample or is listed in `out/rejected.jsonl` with its reason.
     out: a folder, or the URL of one in an object store. Raises DataError when the source has nothing to ingest, or
     differs from the one that `out` was started from.
     """
@@ -86,7 +88,7 @@ def ingest(
     columns = [caption_column] if isinstance(caption_column, str) else list(caption_column or ())
     others = further_members(columns)
     with progress("listing the source"):
-        source = list_source(src, str(table) if table else None, image_column, columns, folder)
+        source = list_source(src, str(table) if table else None, image_column, columns, source_column, folder)
     for damage in source.damaged:
         print(f"damaged: {damage}", file=sys.stderr, flush=True)
     journal = {
@@ -95,6 +97,7 @@ def ingest(
         "table": str(Path(table).resolve()) if table else None,
         "image_column": image_column,
         "caption_column": columns if others else next(iter(columns), None),
+        "source_column": source_column,
         "samples_per_shard": samples_per_shard,
         "content": source.state,
     }
@@ -219,11 +222,16 @@ def _load(candidate: Candidate, others: list[str]) -> Sample:
     kind = image_type(members)
     assert kind is not None, "a candidate has an image"
     decode_image(members[kind], CHECKED_AT)
-    if source := source_type(members):
-        try:
+    try:
+        if candidate.source_image:
+            data = candidate.source_image.read()
+            members[f"source.{image_kind(data)}"] = data
+        if source := source_type(members):
             decode_image(members[source], CHECKED_AT)
-        except ValueError as error:
-            raise ValueError(f"source image: {error}") from None
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise ValueError(f"{SOURCE_IMAGE}{error}") from None
     return {**members, **captions}
 
 
@@ -268,5 +276,6 @@ def _conclude(out: str, tasks: list[_Task], unlisted: list[tuple[str, str]]) -> 
 
 def reasons(out: str) -> Counter[str]:
     """Reasons why items were set aside, without the names in them, and their counts."""
-    lines = content(f"{out}/rejected.jsonl").decode().splitlines()
-    return Counter(json.loads(line)["reason"].partition(": ")[0] for line in lines)
+    found = (json.loads(line)["reason"] for line in content(f"{out}/rejected.jsonl").decode().splitlines())
+    before = ((SOURCE_IMAGE if reason.startswith(SOURCE_IMAGE) else "", reason) for reason in found)
+    return Counter(prefix + reason.removeprefix(prefix).partition(": ")[0] for prefix, reason in before)

@@ -14,7 +14,7 @@ from pyarrow.parquet import ParquetFile
 
 from .errors import DataError
 from .local import with_retries
-from .tables import IMAGE_COLUMNS, Columns, Row
+from .tables import IMAGE_COLUMNS, Chosen, Columns, Row
 
 ROWS = 32
 """Number of rows read at a time when they contain images."""
@@ -77,7 +77,8 @@ class _Reader:
         return self.batch.column(0)[row - self.start].as_py()
 
 
-_reader = lru_cache(maxsize=1)(_Reader)
+_reader = lru_cache(maxsize=2)(_Reader)
+"""Of the columns of the images and of the source images, which are read in turn."""
 
 
 @lru_cache(maxsize=1)
@@ -107,11 +108,17 @@ def read_parquet(table: Path, columns: Columns) -> Iterator[Row]:
     if columns.image is None:  # of several default names, the one with embedded images
         holding = [name for name in IMAGE_COLUMNS if name in names and _holds_images(_type(file, name))]
         columns = columns._replace(image=next(iter(holding), None))
-    image, *captions = columns.choose(table, names)
-    kind = _type(file, image)
+    chosen = columns.choose(table, names)
+    _require_images(table, file, chosen.image, "--image-column")
+    if chosen.source is not None:
+        _require_images(table, file, chosen.source, "--source-column")
+    return _rows(table, file, chosen)
+
+
+def _require_images(table: Path, file: ParquetFile, column: str, option: str) -> None:
+    kind = _type(file, column)
     if not (_holds_images(kind) or _is_text(kind) or _has_path(kind)):
-        raise DataError(f"{table}: column {image} holds {kind}, not file names or images; name one with --image-column")
-    return _rows(table, file, image, captions, kind)
+        raise DataError(f"{table}: column {column} holds {kind}, not file names or images; name one with {option}")
 
 
 def _group(table: Path, number: int, columns: list[str]) -> pyarrow.Table:
@@ -119,30 +126,42 @@ def _group(table: Path, number: int, columns: list[str]) -> pyarrow.Table:
         return _file(table).read_row_group(number, columns=columns, use_threads=False)
 
 
-def _rows(table: Path, file: ParquetFile, image: str, captions: list[str], kind: pyarrow.DataType) -> Iterator[Row]:
-    before = 0
-    # Embedded images are not read here, only their names.
-    wanted = list(dict.fromkeys(captions)) + (
-        [f"{image}.path"] if _has_path(kind) else [image] if _is_text(kind) else []
-    )
+def _rows(table: Path, file: ParquetFile, chosen: Chosen) -> Iterator[Row]:
+    before, captions = 0, [chosen.caption, *chosen.others]
+    images = [chosen.image, *([chosen.source] if chosen.source is not None else [])]
+    wanted = list(dict.fromkeys([*captions, *(name for each in images for name in _names_of(file, each))]))
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         try:
             found = with_retries(lambda group=group: _group(table, group, wanted), table)
             texts = list(zip(*(found.column(each).to_pylist() for each in captions), strict=True))
-            named = found.column(image).to_pylist() if image in found.column_names else [None] * rows
+            values = [_images(table, file, group, each, found) for each in images]
         except (pyarrow.ArrowException, OSError) as error:
             problem = f"its row group is unreadable: {_first_line(error)}"
             yield from (Row(f"{table.name} row {before + row + 1}", None, None, problem) for row in range(rows))
             before += rows
             continue
-        embedded = _holds_images(kind) and not _all_null(file, group, f"{image}.bytes")
         for row in range(rows):
-            name = named[row]["path"] if isinstance(named[row], dict) else named[row]
-            value = RowBytes(str(table), group, row, image, name) if embedded else name
             caption, *others = texts[row]
-            yield Row(f"{table.name} row {before + row + 1}", value, caption, None, tuple(others))
+            image, source = values[0][row], values[1][row] if chosen.source is not None else None
+            yield Row(f"{table.name} row {before + row + 1}", image, caption, None, tuple(others), source)
         before += rows
+
+
+def _names_of(file: ParquetFile, column: str) -> list[str]:
+    """What is read of a column of images in advance: file names. Embedded images are not."""
+    kind = _type(file, column)
+    return [f"{column}.path"] if _has_path(kind) else [column] if _is_text(kind) else []
+
+
+def _images(table: Path, file: ParquetFile, group: int, column: str, found: pyarrow.Table) -> list[Any]:
+    """The images of a row group in `column`: `RowBytes`, or the file names that were `found`."""
+    rows = file.metadata.row_group(group).num_rows
+    named = found.column(column).to_pylist() if column in found.column_names else [None] * rows
+    names = [each["path"] if isinstance(each, dict) else each for each in named]
+    if not _holds_images(_type(file, column)) or _all_null(file, group, f"{column}.bytes"):
+        return names
+    return [RowBytes(str(table), group, row, column, name) for row, name in enumerate(names)]
 
 
 def _type(file: ParquetFile, column: str) -> pyarrow.DataType:

@@ -16,6 +16,7 @@ from .buckets import Buckets
 from .errors import BadSample, DataError
 from .index import CAPTION_TYPE
 from .shards import Dataset, RawSample
+from .source_images import SOURCE_IMAGE
 from .transforms import decode_shapes
 
 
@@ -88,7 +89,7 @@ class ReadableSamples:
         image, *others = _decoded(raw.key, "", raw.image, shapes)
         found = {"image": image, "caption": raw.caption, "others": tuple(others)}
         if raw.source_image is not None:
-            (found["source_image"],) = _decoded(raw.key, "source image: ", raw.source_image, shapes[:1])
+            (found["source_image"],) = _decoded(raw.key, SOURCE_IMAGE, raw.source_image, shapes[:1])
         return found
 
     def _candidates(self, shard: int, sample: int, bucket: int) -> Iterator[tuple[int, int]]:

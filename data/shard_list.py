@@ -21,6 +21,11 @@ WILDCARDS = "*?["
 NOTHING_NAMED = "no shards named; give a path such as /data/train-{00000..00099}.tar"
 
 
+def format_shards(shards: list[str]) -> str:
+    """Shards as errors name them: the first, and the number of others."""
+    return shards[0] if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1} more"
+
+
 def patterns(spec: str | list[str]) -> Iterator[str]:
     """The paths, folders, URLs and wildcards in `spec`, with braces and `~` expanded."""
     from braceexpand import braceexpand  # here: an exported pipeline opens no shards, and runs without it

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -28,16 +27,14 @@ from .index import (
 )
 from .joined_headers import JoinedHeaders
 from .remote_file import RemoteFile
-from .shard_list import expand
+from .required_members import require_members, require_source_images
+from .shard_list import expand, format_shards
 from .source_images import source_type
 from .spread import Broadcast, Gather, from_first, spread
 from .transforms import clean_caption
-from .units import counted
 
 NEAR = 1 << 20
 """Gap in bytes between an image and its caption up to which one read is cheaper than two."""
-LOOKED_AT = 8
-"""Shards whose indexes are searched for the members that captions are chosen from."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +57,6 @@ class _Shard:
 
 class _WrongBytes(ConnectionError):
     pass
-
-
-def format_shards(shards: list[str]) -> str:
-    """Shards as errors name them: the first, and the number of others."""
-    return shards[0] if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1} more"
 
 
 def open_dataset(
@@ -100,7 +92,7 @@ def open_dataset(
     if for_statistics:
         return dataset
     if captions.only != CAPTION_TYPE:
-        from_first(lambda: _require_members(dataset), rank, gather, broadcast)
+        from_first(lambda: require_members(dataset), rank, gather, broadcast)
     elif not any(header.captions for header in headers):
         raise DataError(
             f"{format_shards(shards)}: no captions (KEY.txt next to each image); make shards that have some with"
@@ -110,52 +102,12 @@ def open_dataset(
     if headers[first].texts and captions.images == "required":
         raise _only_texts(shards[first])
     if captions.source_images == "required":
-        from_first(lambda: _require_source_images(dataset), rank, gather, broadcast)
+        from_first(lambda: require_source_images(dataset), rank, gather, broadcast)
     return dataset
 
 
 def _only_texts(shard: str) -> DataError:
     return DataError(f"{shard}: indexed as texts, which only sources with task=understanding read")
-
-
-def _require_members(dataset: Dataset) -> None:
-    """DataError for a member of the dataset's captions that none of its samples has, in shards spread evenly."""
-    missing, kinds, seen, some = set(dataset.captions.weights), set(), 0, _spread_shards(dataset)
-    for members in _members_in(dataset, some):
-        kinds.update(members)
-        missing -= members.keys()
-        seen += 1
-        if not missing:
-            return
-    names, there = (", ".join(f".{kind}" for kind in sorted(each)) for each in (missing, kinds))
-    raise DataError(
-        f"{format_shards(dataset.shards)}: no captions in KEY{names}: {seen:,} samples of {counted(len(some), 'shard')}"
-        f" have {there}; name members that are there in `captions`, or make shards that have more with `bifrost data"
-        " ingest`"
-    )
-
-
-def _require_source_images(dataset: Dataset) -> None:
-    """DataError when no sample has a source image, in shards spread evenly."""
-    some = _spread_shards(dataset)
-    if not any(source_type(members) for members in _members_in(dataset, some)):
-        raise DataError(
-            f"{format_shards(dataset.shards)}: no source images in {counted(len(some), 'shard')}; task=editing needs"
-            " KEY.source.jpg (or jpeg, png, webp) next to each image"
-        )
-
-
-def _spread_shards(dataset: Dataset) -> list[int]:
-    """Up to about twice LOOKED_AT shards with samples, spread evenly."""
-    filled = np.flatnonzero(dataset.samples_per_shard)
-    return filled[:: max(1, len(filled) // LOOKED_AT)].tolist()
-
-
-def _members_in(dataset: Dataset, shards: list[int]) -> Iterator[Members]:
-    """The members of every sample in these shards."""
-    for shard in shards:
-        for sample in range(int(dataset.samples_per_shard[shard])):
-            yield dataset.entry(shard, sample)[1]
 
 
 class Dataset:

@@ -9,6 +9,8 @@ from .index import IMAGE_TYPES
 
 SOURCE_TYPES = tuple(f"source.{kind}" for kind in IMAGE_TYPES)
 """Extensions of the member that is the source image."""
+SOURCE_IMAGE = "source image: "
+"""Begins the reason why a sample's source image cannot be used."""
 SourceImages = Literal["ignored", "used", "required"]
 """`used`: samples with a source image are editing pairs, others are not. `required`: those without are unreadable."""
 

@@ -11,17 +11,18 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from .candidates import WRONG_TYPE, Candidate, Piece, Source, key_of, note, why_not
+from .candidates import WRONG_TYPE, Candidate, Piece, Source, image_file, key_of, note, why_not
 from .errors import DataError
 from .index import CAPTION_TYPE, IMAGE_TYPES
 from .local import is_kind, names_in, stat_of, with_retries
 from .retry import call
 from .shard_list import expand
+from .source_images import SOURCE_IMAGE
 from .table_source import one_split, table_source
 from .tables import TABLES, Columns
 from .tar_source import tar_source
@@ -30,6 +31,8 @@ from .wildcards import matches
 
 OTHER_IMAGES = ("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpe", "jxl", "svg", "tif", "tiff")
 """Extensions of images that are set aside with a reason instead of being ignored."""
+SOURCE = ".source"
+"""Ends the name of a source image, before its extension."""
 REPORTS = ".ingest"
 """Folder with an ingest's own records, in its output folder."""
 PACKED = (".gz", ".tgz", ".zip", ".zst", ".xz", ".bz2", ".7z")
@@ -40,13 +43,16 @@ def list_source(
     table: str | None = None,
     image_column: str | None = None,
     caption_columns: Sequence[str] = (),
+    source_column: str | None = None,
     out: Path | None = None,
 ) -> Source:
     """List the candidates in `src`, excluding `out` if it is inside.
 
     Raises DataError when there are no images or no captions, the source is ambiguous, or an option has no effect.
     """
-    columns = Columns(image_column, next(iter(caption_columns), None), tuple(caption_columns[1:]))
+    columns = Columns(image_column, next(iter(caption_columns), None), tuple(caption_columns[1:]), source_column)
+    if source_column is not None and source_column == image_column:
+        raise DataError(f"--source-column {source_column}: the images themselves (--image-column); name another one")
     if table is not None:
         if not is_kind(src, stat.S_ISDIR):
             raise DataError(
@@ -200,9 +206,13 @@ def _folder(root: Path, columns: Columns, out: Path | None) -> Source:
     source, seen, images, tables, tar = Source(), hashlib.sha256(), 0, [], None
     for folder, names, broken in _walk(root, out, source.rejected):
         texts = _captions(names)
+        sources = _source_images(names, texts)
+        paired = {each for some in sources.values() for each in some}
         for name in names:
             stem, dot, kind = name.rpartition(".")
             path = os.path.join(folder, name)
+            if name in paired:
+                continue
             if name.endswith(".parquet"):
                 tables.append(Path(path))
             tar = tar or (folder if name.endswith(".tar") else None)
@@ -213,17 +223,11 @@ def _folder(root: Path, columns: Columns, out: Path | None) -> Source:
                 continue
             images += 1
             key = key_of(os.path.relpath(path, root))
-            text = texts.get(stem)
-            if kind.lower() in OTHER_IMAGES:
-                source.rejected.append((key, f"{WRONG_TYPE}: {name}"))
-            elif problem := note(seen, path):
-                source.rejected.append((key, problem))
-            elif text is None:
-                source.rejected.append((key, f"no caption: {stem}.{CAPTION_TYPE} is missing"))
-            elif problem := note(seen, os.path.join(folder, text)):
-                source.rejected.append((key, f"its caption {text}: {problem}"))
+            found = _candidate(key, path, texts.get(stem), sources.get(stem, []), seen)
+            if isinstance(found, Candidate):
+                source.candidates.append(found)
             else:
-                source.candidates.append(Candidate(key, {kind.lower(): Piece(path)}, Piece(os.path.join(folder, text))))
+                source.rejected.append((key, found))
     if source.candidates and (tables or tar):
         others, pattern = ("tars", f"{tar}/*.tar") if tar else ("Parquet tables", f"{tables[0].parent}/*.parquet")
         raise _mixed(root, next(iter(source.candidates[0].members.values())).url, others, pattern)
@@ -244,11 +248,46 @@ def _folder(root: Path, columns: Columns, out: Path | None) -> Source:
             if reason == "no caption"
             else f"{root}: none of {counted(images, 'image')} is usable, most of them: {reason}"
         )
-    for option, value in zip(("--image-column", "--caption-column"), columns[:2], strict=True):
+    named = {"image": columns.image, "caption": columns.caption, "source": columns.source}
+    for option, value in named.items():
         if value:
             raise DataError(
-                f"{root}: {option} {value} has no effect on a folder of images with NAME.txt; leave it out, or name a"
-                " table with --table"
+                f"{root}: --{option}-column {value} has no effect on a folder of images with NAME.txt; leave it out, or"
+                " name a table with --table"
             )
     source.state = seen.hexdigest()
     return source
+
+
+def _source_images(names: Sequence[str], texts: Mapping[str, str]) -> dict[str, list[str]]:
+    """The source images among the names of a folder, NAME.source.jpg next to NAME.jpg, by NAME. texts: a name with a
+    caption of its own is an image like others."""
+    images: dict[str, list[str]] = {}
+    for name in names:
+        stem, _, kind = name.rpartition(".")
+        if kind.lower() in (*IMAGE_TYPES, *OTHER_IMAGES):
+            images.setdefault(stem, []).append(name)
+    ends = ((stem.removesuffix(SOURCE), stem) for stem in images if stem.endswith(SOURCE) and stem not in texts)
+    return {stem: images[source] for stem, source in ends if stem in images}
+
+
+def _candidate(key: str, path: str, text: str | None, sources: Sequence[str], seen: hashlib._Hash) -> Candidate | str:
+    """The image at `path` with the caption and source images next to it; or why it cannot be used."""
+    folder, name = os.path.split(path)
+    stem, _, kind = name.rpartition(".")
+    if kind.lower() in OTHER_IMAGES:
+        return f"{WRONG_TYPE}: {name}"
+    if problem := note(seen, path):
+        return problem
+    if text is None:
+        return f"no caption: {stem}.{CAPTION_TYPE} is missing"
+    if problem := note(seen, os.path.join(folder, text)):
+        return f"its caption {text}: {problem}"
+    members = {kind.lower(): Piece(path)}
+    for source in sources:
+        found = image_file(folder, source, seen)
+        found = f"several: {', '.join(sources)}" if len(sources) > 1 else found
+        if isinstance(found, str):
+            return f"{SOURCE_IMAGE}{found}"
+        members[f"source.{found[0]}"] = found[1]
+    return Candidate(key, members, Piece(os.path.join(folder, text)))

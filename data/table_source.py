@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .candidates import WRONG_TYPE, Candidate, Piece, Source, key_of, note, state_of
+from .candidates import Candidate, Source, image_file, key_of, state_of
 from .errors import DataError
-from .index import IMAGE_TYPES
 from .local import with_retries
+from .source_images import SOURCE_IMAGE
 from .tables import Columns, Row, read_table
 
 if TYPE_CHECKING:
@@ -43,26 +44,26 @@ def table_source(root: Path, tables: list[Path], columns: Columns) -> Source:
                 source.rejected.append((row.where, row.problem))
                 continue
             captions += any(each not in (None, "", b"") for each in (row.caption, *row.other_captions))
-            name: Any = row.image
-            if isinstance(name, dict):  # Hugging Face's image objects in JSON
-                name = name.get("path")
+            name = _name_or_bytes(row.image)
             if hasattr(name, "read"):
-                source.candidates.append(_embedded(table, row, name))
-                continue
-            if not isinstance(name, str) or not name.strip():
+                found = _embedded(table, row, name)
+            elif not isinstance(name, str) or not name.strip():
                 source.rejected.append((row.where, "no file name in its image column"))
                 continue
-            url = url or (name if "://" in name else None)
-            path = os.path.join(root, name)
-            kind = name.rpartition(".")[2].lower()
-            key = key_of(os.path.relpath(path, root)) if "\0" not in name else row.where
-            if kind not in IMAGE_TYPES:
-                source.rejected.append((key, f"{WRONG_TYPE}: {name}"))
-            elif problem := note(seen, path):
-                source.rejected.append((key, f"{problem}: {name}"))
             else:
-                found = Candidate(key, {kind: Piece(path)}, row.caption, other_captions=row.other_captions)
+                url = url or (name if "://" in name else None)
+                key = key_of(os.path.relpath(os.path.join(root, name), root)) if "\0" not in name else row.where
+                image = image_file(root, name, seen)
+                if isinstance(image, str):
+                    source.rejected.append((key, image))
+                    continue
+                found = Candidate(key, dict([image]), row.caption, other_captions=row.other_captions)
+            if columns.source is not None:
+                found = _with_source_image(found, root, _name_or_bytes(row.source), seen)
+            if isinstance(found, Candidate):
                 source.candidates.append(found)
+            else:
+                source.rejected.append(found)
     first = tables[0] if len(tables) == 1 else tables[0].parent
     if not read:
         raise DataError(f"{first}: no rows; give a table that names images")
@@ -77,6 +78,24 @@ def table_source(root: Path, tables: list[Path], columns: Columns) -> Source:
         raise DataError(f"{first}: no captions in the caption column; name another column with --caption-column")
     source.state = seen.hexdigest()
     return source
+
+
+def _name_or_bytes(value: Any) -> Any:
+    """A file name or `RowBytes` in a column of images, or something else that is neither."""
+    return value.get("path") if isinstance(value, dict) else value  # Hugging Face's image objects in JSON
+
+
+def _with_source_image(found: Candidate, root: Path, name: Any, seen: hashlib._Hash) -> Candidate | tuple[str, str]:
+    """The candidate with its source image; or its key, and why it has none."""
+    if hasattr(name, "read"):
+        return replace(found, source_image=name)
+    if not isinstance(name, str) or not name.strip():
+        return found.key, f"{SOURCE_IMAGE}no file name in its column"
+    listed = image_file(root, name, seen)
+    if isinstance(listed, str):
+        return found.key, f"{SOURCE_IMAGE}{listed}"
+    kind, piece = listed
+    return replace(found, members={**found.members, f"source.{kind}": piece})
 
 
 def _embedded(table: Path, row: Row, image: RowBytes) -> Candidate:

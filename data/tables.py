@@ -8,7 +8,7 @@ import io
 import json
 import re
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,21 @@ class Row(NamedTuple):
     """Why the row cannot be used."""
     other_captions: tuple[Any, ...] = ()
     """Of further columns."""
+    source: Any = None
+    """The source image, like `image`."""
+
+
+class Chosen(NamedTuple):
+    """Names of the columns that are read of a table."""
+
+    image: str
+    caption: str
+    others: tuple[str, ...]
+    source: str | None
+
+    @property
+    def every(self) -> list[str]:
+        return [self.image, self.caption, *self.others, *([self.source] if self.source is not None else [])]
 
 
 class Columns(NamedTuple):
@@ -47,14 +62,16 @@ class Columns(NamedTuple):
     caption: str | None
     others: tuple[str, ...] = ()
     """Columns of further captions."""
+    source: str | None = None
+    """The column of source images; None: there are none."""
 
-    def choose(self, table: Path, names: Sequence[str]) -> tuple[str, ...]:
-        """Names of the image, the caption, and the further columns. Raises DataError when one is missing or
-        duplicate."""
-        return (
+    def choose(self, table: Path, names: Sequence[str]) -> Chosen:
+        """Raises DataError when a column is missing or duplicate."""
+        return Chosen(
             _column(table, names, self.image, IMAGE_COLUMNS, "--image-column"),
             _column(table, names, self.caption, CAPTION_COLUMNS, "--caption-column"),
-            *(_column(table, names, each, (), "--caption-column") for each in self.others),
+            tuple(_column(table, names, each, (), "--caption-column") for each in self.others),
+            self.source and _column(table, names, self.source, (), "--source-column"),
         )
 
 
@@ -128,13 +145,12 @@ def _read_csv(table: Path, columns: Columns) -> Iterator[Row]:
         raise DataError(f"{table}: empty; its first line must name the columns")
     delimiter = _delimiter(first, columns, "\t" if table.suffix.lower() == ".tsv" else ",")
     header = [name.strip() for name in _fields(first, delimiter)]
-    names = columns.choose(table, header)
-    return _csv_rows(table.name, lines, delimiter, len(header), *map(header.index, names))
+    return _csv_rows(table.name, lines, delimiter, header, columns.choose(table, header))
 
 
-def _csv_rows(
-    name: str, lines: _Numbered, delimiter: str, width: int, image: int, caption: int, *others: int
-) -> Iterator[Row]:
+def _csv_rows(name: str, lines: _Numbered, delimiter: str, header: list[str], chosen: Chosen) -> Iterator[Row]:
+    width, image = len(header), header.index(chosen.image)
+
     def is_row(line: str) -> bool:
         fields = _fields(line, delimiter)
         return len(fields) == width and fields[image].rpartition(".")[2].strip().lower() in IMAGE_TYPES
@@ -157,9 +173,16 @@ def _csv_rows(
             if problem:
                 yield Row(where, None, None, problem)
             else:
-                yield Row(where, fields[image], fields[caption], None, tuple(fields[each] for each in others))
+                yield _row(where, dict(zip(header, fields, strict=True)), chosen)
     finally:
         csv.field_size_limit(limit)
+
+
+def _row(where: str, found: Mapping[str, Any], chosen: Chosen) -> Row:
+    """The row with the fields `found`, by the names of their columns."""
+    others = tuple(map(found.get, chosen.others))
+    source = None if chosen.source is None else found.get(chosen.source)
+    return Row(where, found.get(chosen.image), found.get(chosen.caption), None, others, source)
 
 
 def _record(line: str, lines: _Numbered, delimiter: str, is_row: Any) -> tuple[list[str], str | None]:
@@ -229,7 +252,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def _read_jsonl(table: Path, columns: Columns) -> Iterator[Row]:
-    asked = {columns.image, columns.caption, *columns.others} - {None}
+    asked = {columns.image, columns.caption, *columns.others, columns.source} - {None}
     kept = {*asked, *IMAGE_COLUMNS, *CAPTION_COLUMNS}
     names: dict[str, None] = {}
     rows: list[tuple[int, dict | str]] = []
@@ -250,15 +273,15 @@ def _read_jsonl(table: Path, columns: Columns) -> Iterator[Row]:
         raise DataError(
             f"{table}: no line is a JSON object, line {rows[0][0]}: {rows[0][1]}; write one object per line"
         )
-    return _jsonl_rows(table.name, rows, *columns.choose(table, list(names)))
+    return _jsonl_rows(table.name, rows, columns.choose(table, list(names)))
 
 
-def _jsonl_rows(name: str, rows: list[tuple[int, dict | str]], image: str, caption: str, *others: str) -> Iterator[Row]:
+def _jsonl_rows(name: str, rows: list[tuple[int, dict | str]], chosen: Chosen) -> Iterator[Row]:
     for number, row in rows:
         where = f"{name} line {number}"
         if isinstance(row, str):
             yield Row(where, None, None, row)
-        elif twice := row.get(_TWICE, set()) & {image, caption, *others}:
+        elif twice := row.get(_TWICE, set()) & {*chosen.every}:
             yield Row(where, None, None, f"it names {' and '.join(sorted(twice))} twice")
         else:
-            yield Row(where, row.get(image), row.get(caption), None, tuple(map(row.get, others)))
+            yield _row(where, row, chosen)

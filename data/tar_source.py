@@ -15,7 +15,8 @@ from .files import Stream, is_local
 from .index import CAPTION_TYPE, IMAGE_TYPES, Group, group_members, image_type, split_key, why_no_image
 from .remote import filesystem
 from .retry import call
-from .shards import format_shards
+from .shard_list import format_shards
+from .source_images import SOURCE_TYPES
 from .tables import Columns
 from .tars import ManyZeros, Member, TarInput, scan
 from .units import counted
@@ -35,14 +36,15 @@ def tar_source(tars: list[str], columns: Columns) -> Source:
         seen.update(f"{tar} {state}\n".encode())
         stem = os.path.basename(tar).removesuffix(".tar")
         for group in groups:
-            kind = (
-                chosen.image if chosen.image in group.members else None if chosen.image else image_type(group.members)
-            )
+            kind = chosen.image_of(group)
             if group.problem or kind is None:
                 source.rejected.append((group.key, group.problem or chosen.missing(group)))
                 continue
             images += 1
             pieces = {kind: Piece(tar, *place) for kind, place in group.members.items()}
+            if chosen.source and chosen.source not in pieces:
+                source.rejected.append((group.key, f"no source image: no .{chosen.source}"))
+                continue
             text = chosen.caption if chosen.caption in pieces else None
             if text is None and (chosen.caption_only or "json" not in pieces):
                 source.rejected.append((group.key, chosen.no_caption))
@@ -103,6 +105,12 @@ class _Chosen:
             self.caption, self.fields = None, (columns.caption,)
             self.no_caption = f"no caption: no .json with {columns.caption}"
 
+        self.source = columns.source.lower().lstrip(".") if columns.source else None
+        if self.source and kinds and (self.source not in kinds or self.source.rpartition(".")[2] not in IMAGE_TYPES):
+            raise DataError(
+                f"{format_shards(tars)}: no images end in .{self.source}, members are {_counted(kinds)}; name the"
+                " extension of the source images with --source-column"
+            )
         self.others = columns.others
         """Fields of KEY.json with further captions."""
         there = next((name for name in self.others if name.lower().lstrip(".") in kinds), None)
@@ -111,11 +119,24 @@ class _Chosen:
             why = "a member, which is kept as it is" if there else "no field of a .json: there are none"
             raise DataError(f"{format_shards(tars)}: --caption-column {name}: {why}; leave this option out")
 
+    def image_of(self, group: Group) -> str | None:
+        """Extension of the sample's image."""
+        if self.image:
+            return self.image if self.image in group.members else None
+        return image_type({kind: place for kind, place in group.members.items() if kind != self.source})
+
     def missing(self, group: Group) -> str:
         return f"no image: no .{self.image}" if self.image else why_no_image(group)
 
     def named(self, pieces: dict[str, Piece], image: str, text: str | None) -> dict[str, Piece]:
         """A sample's members under the names that the trainer reads, without the caption, which is rewritten."""
+        if self.source:
+            kept = {kind: piece for kind, piece in pieces.items() if kind != self.source}
+            renamed = {
+                f"other.{kind}" if kind in SOURCE_TYPES and kind != image else kind: piece
+                for kind, piece in kept.items()
+            }
+            pieces = {**renamed, f"source.{self.source.rpartition('.')[2]}": pieces[self.source]}
         plain = image.rpartition(".")[2]
         if image == plain and text in (None, CAPTION_TYPE):
             kept = {kind: piece for kind, piece in pieces.items() if kind != text}

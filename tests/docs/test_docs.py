@@ -113,6 +113,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert make == ["data", "demo", "demo"]
     small_world.write(folder / "demo")
     own_images(folder / "photos")
+    own_pairs(folder / "rooms")
     for train in trains:
         bifrost(folder, *train)
     assert evaluate[0] == "eval" and {"runs/tiny-mllm", "runs/tiny-controlnet"} <= set(evaluate)
@@ -131,6 +132,19 @@ def own_images(photos: Path) -> None:
     for number, (name, caption) in enumerate(captions.items()):
         Image.new("RGB", (80, 60), (20 * number, 100, 0)).save(photos / f"{name}.jpg")
         (photos / f"{name}.txt").write_text(caption)
+
+
+def own_pairs(rooms: Path) -> None:
+    """The same of its editing pairs."""
+    rooms.mkdir()
+    texts, table = (block for block in blocks(ROOT / "docs" / "own-images.md", "text") if "sofa-01" in block)
+    assert set(re.findall(r"rooms/(\S+)", texts)) == {"sofa-01.source.jpg", "sofa-01.jpg", "sofa-01.txt"}
+    for number in range(1, 13):
+        for name, red in (("source.jpg", 0), ("jpg", 200)):
+            Image.new("RGB", (80, 60), (red, 20 * number, 0)).save(rooms / f"sofa-{number:02}.{name}")
+        (rooms / f"sofa-{number:02}.txt").write_text("make the sofa red")
+    (row,) = re.findall(r"^sofa-01.*\n", table, flags=re.M)
+    (rooms / "edits.csv").write_text(table + "".join(row.replace("-01", f"-{number:02}") for number in range(2, 13)))
 
 
 @pytest.mark.multi

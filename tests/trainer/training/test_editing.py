@@ -15,6 +15,7 @@ import opened
 import plain
 import ranked
 import runs
+from bifrost.data.ingest import ingest
 from bifrost.recipes import RecipeError, load_recipe
 
 TOLERANCE = 1e-5
@@ -138,6 +139,25 @@ def test_the_loss_depends_on_the_source_image(shards: Path, pairs: Path, tmp_pat
         before = model(**batch, normalizer=1.0).each
         after = model(**{**batch, "sources": batch["sources"].roll(1, 0)}, normalizer=1.0).each
     assert (before != after).tolist() == [begin is not None for begin in batch["source_begins"]]
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_ingested_pairs_train_as_written_ones(shards: Path, pairs: Path, tmp_path: Path) -> None:
+    for number in range(30):
+        for kind, data in editing_pairs.pair(number).items():
+            (tmp_path / f"edit-{number:03d}.{kind}").write_bytes(data)
+    ingest(tmp_path, tmp_path / "shards", samples_per_shard=15)
+    made = sorted((tmp_path / "shards").glob("*.tar"))
+    assert [each.read_bytes() for each in made] == [each.read_bytes() for each in sorted(pairs.glob("*.tar"))]
+    found = []
+    for place in (pairs, tmp_path / "shards"):
+        home = tmp_path / f"from-{place.name}"
+        arguments = runs.arguments(shards, home, "steps=2", *runs.TINY, *sources(shards, place, generation=0))
+        (ended,) = ranked.bifrost(1, *arguments)
+        assert ended.code == 0, ended.err
+        found.append([(line["loss"], line["data_digest"]) for line in runs.steps(home / "tiny-mllm")])
+    assert found[0] == found[1] and len(found[0]) == 2
 
 
 @pytest.mark.parametrize(
