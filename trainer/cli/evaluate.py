@@ -93,16 +93,15 @@ def evaluate(
     """Measure both stages on shards: latents, reconstruction, prompt match with controls, Fréchet distance.
 
     On scenes with their ground truth instead: the objects in the images, with controls, and answers of the MLLM. One
-    stage alone: stage 1 on scenes, stage 2 by its reconstructions.
+    stage alone: stage 1 on scenes, stage 2 by its reconstructions. On shards of editing pairs: edits of their sources.
     """
     _check(out)
-    _check_stages(mllm, controlnet, flux, scenes, gallery)
-    if scenes and shape:
-        raise RunError("--scenes are squares; leave out --shape")
+    _check_stages(mllm, controlnet, flux, scenes, gallery, shape)
     ranked = is_rank(context, ranks)
-    sets = _open({"train": data, **({"heldout": heldout} if heldout else {})}, index_dir)
     from ...data.scenes.key import read_key
+    from ..evaluation.data_sets import open_sets
 
+    sets = open_sets({"train": data, **({"heldout": heldout} if heldout else {})}, index_dir, mllm)
     truth = read_key(scenes) if scenes else None
 
     from ..inference.generator import origin
@@ -196,13 +195,6 @@ def _load(mllm: Path | None, controlnet: Path | None, flux: str | None, ranked: 
         return ranks.agreed(load) if ranks else load()
 
 
-def _open(shards: dict[str, str], index_dir: str | None) -> dict[str, tuple[str, Dataset]]:
-    """Data set -> its shards as given, and opened."""
-    from ...data.shards import open_dataset
-
-    return {name: (given, open_dataset(given, index_dir=index_dir)) for name, given in shards.items()}
-
-
 def _environment(decoder: LatentDecoder) -> dict[str, Any]:
     from ..inference.generator import Generator
 
@@ -259,7 +251,12 @@ def _require_equal(answers: dict[str, Any] | None, mllm: Path | None, out: Path)
 
 
 def _check_stages(
-    mllm: Path | None, controlnet: Path | None, flux: str | None, scenes: Path | None, gallery: int | None
+    mllm: Path | None,
+    controlnet: Path | None,
+    flux: str | None,
+    scenes: Path | None,
+    gallery: int | None,
+    shape: str | None,
 ) -> None:
     """RunError for options that do not go together."""
     if mllm is None and (controlnet is None or scenes or gallery):
@@ -271,6 +268,8 @@ def _check_stages(
         raise RunError("only --scenes measures a stage 1 without --controlnet and --flux; give --controlnet RUN")
     if scenes and gallery:
         raise RunError("--gallery is for retrieval, which --scenes replaces; leave one of them out")
+    if scenes and shape:
+        raise RunError("--scenes are squares; leave out --shape")
 
 
 def _check(out: Path) -> None:

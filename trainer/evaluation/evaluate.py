@@ -1,4 +1,5 @@
-"""Evaluation of both stages on a data set: latents, reconstructions, and whether images match their prompts.
+"""Evaluation of both stages on a data set: latents, reconstructions, and whether images match their prompts, which are
+captions, or instructions with their source images.
 
 Legend: B samples, N patch latents of width D, S and P image sides in pixels for the vision encoder and for FLUX.
 """
@@ -6,9 +7,11 @@ Legend: B samples, N patch latents of width D, S and P image sides in pixels for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,21 +21,24 @@ from torch.nn import functional as F
 
 from ...data import Dataset
 from ...data.progress import progress
-from ...kernels import PrefixLayout
 from ..inference.contact_sheet import make_contact_sheet
 from ..inference.generator import Generator, to_images
 from ..inference.masked_decoding import NO_EPOCH, draw_latent_noise, predict
+from ..inference.mllm import prompt_prefix
 from ..inference.settings import Settings
 from ..models.draws import gaussian
 from ..models.masking import draw_masks
 from ..models.rng import Stream, uniform
+from .data_sets import measures_edits
 from .image_metrics import NearestPixels, centred_cosine, frechet, recall
-from .reconstruction import SHEET_COLUMNS, fidelity
-from .samples import GALLERY, Sample, choose_sets, stack
+from .reconstruction import SHEET_COLUMNS, fidelity, similarity
+from .samples import GALLERY, Sample, choose_sets, shown_sources, stack
 
 MASK_RATES = (0.7, 0.8, 0.9, 1.0)
 RECONSTRUCTIONS = {"": "ground_truth", "latents_alone_": "latents_alone"}
 """Prefix of the metrics -> images from the true latents, with the caption and with the empty prompt."""
+EDITED = {"": "full", "empty_prompt_": "empty_prompt", "other_source_": "other_source", "source_": "source"}
+"""Prefix of the metrics -> images that are compared with the targets of edits, the source images among them."""
 
 
 @dataclass
@@ -40,16 +46,21 @@ class Evaluation:
     """Results of an evaluation."""
 
     figures: dict[str, dict[str, Any]]
-    """For `train` and optionally `heldout`: `latents`, `reconstruction`, `match`, `frechet`; see docs/evaluation.md."""
+    """For `train` and optionally `heldout`: `latents`, `reconstruction`, `match`, `frechet`, and of editing pairs
+    `editing`; see docs/evaluation.md."""
     samples: dict[str, list[Sample]]
     image_seeds: dict[str, list[int]]
     gallery: int
     """Number of images among which reconstructions were looked up."""
     contact_sheet: Image.Image
+    edits: bool = False
+    """Whether the samples are editing pairs."""
 
     def record(self) -> dict[str, Any]:
         """The metrics, for metrics.json."""
-        return {"figures": self.figures, "chance": 1 / len(self.samples["train"]), "gallery": self.gallery}
+        chance = 1 / len(self.samples["train"])
+        task = "editing" if self.edits else "generation"
+        return {"task": task, "figures": self.figures, "chance": chance, "gallery": self.gallery}
 
 
 @torch.no_grad()
@@ -67,14 +78,16 @@ def evaluate(
 
     gallery: images per set, at least `samples`, among which reconstructions are looked up and whose latents give the
     mean. Held-out images that are among them are skipped. With `settings.shape` images are those of that bucket, else
-    squares. RunError if a set has too few samples.
+    squares. Data sets that require source images, both or none, are editing pairs. RunError if a set has too few
+    samples, or stage 1 was not trained on pairs.
     """
+    edits = measures_edits(generator, data, heldout)
     asked, sizes, only = generator.bucket(settings.shape), (generator.image_size, generator.flux_size), None
     if settings.shape and generator.rule:
         sizes, only = generator.rule, asked
     gallery = max(gallery, samples)
     sets, chosen = choose_sets(data, heldout, seed, sizes, samples, gallery, only)
-    kinds = sum(_Trial.KINDS[name] for name in chosen)
+    kinds = sum(len(_kinds(name, edits)) for name in chosen)
     shown_here = generator.group.rank == 0
     with progress("generating", kinds * samples, "images", shown=shown_here) as shown:
         trials = {
@@ -104,18 +117,26 @@ def evaluate(
             "latents": trial.latents(total / count),
             "reconstruction": {**trial.reconstruction(), **found[name]},
             **trial.matches(),
+            **trial.editing(),
         }
         for name, trial in trials.items()
     }
     seeds = {name: trial.seeds for name, trial in trials.items()}
-    return Evaluation(figures, chosen, seeds, nearest[""].seen, _sheet(trials))
+    return Evaluation(figures, chosen, seeds, nearest[""].seen, _sheet(trials), edits)
+
+
+def _kinds(name: str, edits: bool) -> list[str]:
+    """The kinds of images that are generated per caption of a data set."""
+    found = ["full", "ground_truth", "latents_alone", "no_controlnet"]
+    if edits or name == "train":
+        found.append("empty_prompt")
+    if edits:
+        found.append("other_source")
+    return found + (["other_latents", "random_latents"] if name == "train" else [])
 
 
 class _Trial:
-    """Images for the captions of one data set, and their metrics, computed in fp32 or fp64."""
-
-    KINDS: ClassVar = {"train": 7, "heldout": 4}
-    """Images per caption."""
+    """Images for the captions, or edits, of one data set, and their metrics, computed in fp32 or fp64."""
 
     def __init__(
         self,
@@ -134,62 +155,82 @@ class _Trial:
         self.seeds = [seed + sample.index for sample in samples]
         self.originals = stack([sample.original for sample in samples])
         self.own = self._encode([Image.fromarray(sample.seen) for sample in samples])
-        decoded = generator.decoded(self.captions, self.seeds, settings, batch)
+        self.sources = shown_sources(samples)
+        self.source_images = [Image.fromarray(sample.source[1]) for sample in samples if sample.source]
+        self.others = None if self.sources is None else [*self.sources[1:], self.sources[0]]
+        """Another pair's source image for each one."""
+        decode = partial(generator.decoded, self.captions, self.seeds, settings, batch)
+        decoded = decode(sources=self.sources)
+        alone = replace(settings, empty_prompt=True)
         plans: dict[str, tuple[Settings, Tensor | None]] = {
             "full": (settings, decoded),
             "ground_truth": (settings, self.own),
-            "latents_alone": (replace(settings, empty_prompt=True), self.own),
+            "latents_alone": (alone, self.own),
             "no_controlnet": (replace(settings, controlnet=False), None),
+            "empty_prompt": (alone, decoded),
+            "other_source": (alone, None if self.others is None else decode(sources=self.others)),
+            "other_latents": (settings, self.own.roll(-1, 0)),
+            "random_latents": (settings, self._random_latents()),
         }
-        if name == "train":
-            plans["empty_prompt"] = replace(settings, empty_prompt=True), decoded
-            plans["other_latents"] = settings, self.own.roll(-1, 0)
-            plans["random_latents"] = settings, self._random_latents()
         self.made: dict[str, list[Image.Image]] = {}
-        for kind, (how, latents) in plans.items():
+        for kind in _kinds(name, self.sources is not None):
+            how, latents = plans[kind]
             self.made[kind] = generator.generate(self.captions, self.seeds, how, latents, batch, made)
-        assert len(plans) == self.KINDS[name]
 
     def latents(self, mean: Tensor) -> dict[str, dict[str, float]]:
         """Mean squared error and cosine of the branch's predictions on masked patches, by mask rate.
 
-        mean [N, D]: a baseline that predicts the mean of each position; its error is `mean_mse`.
+        mean [N, D]: a baseline that predicts the mean of each position; its error is `mean_mse`. Of editing pairs also
+        the errors with another pair's source image, and of the source's latents as they are.
         """
-        model, grid = self.generator.mllm, self.generator.grid(self.settings)
-        patches = math.prod(grid)
-        mean = mean.to(self.own)
-        sums = torch.zeros(len(MASK_RATES), 4, dtype=torch.float64)
+        sums: dict[float, dict[str, float]] = {rate: defaultdict(float) for rate in MASK_RATES}
         for part in _parts(len(self.captions), self.batch):
-            own, index = self.own[part], self.indices[part]
-            input_ids, lengths = self.generator.template.batch(self.captions[part])
-            layout = PrefixLayout.of(lengths, patches, own.device)
-            prefix = model.backbone.prefix(input_ids.to(own.device), layout)
-            noise = draw_latent_noise(model.head, self.seeds[part], patches)
-            noise = None if noise is None else noise.flatten(0, 1)
-            for row, rate in enumerate(MASK_RATES):
-                counts = np.full_like(index, math.ceil(rate * patches - 1e-9))  # as `hidden_counts` rounds
-                drawn = draw_masks(self.seed, np.full_like(index, NO_EPOCH), index, counts, patches)
-                mask = torch.from_numpy(drawn).to(own.device)
-                hidden = model.branch(own, mask, prefix, grid=grid)
-                found = predict(model.head, hidden.flatten(0, 1)[None], noise).view_as(hidden)
-                found, wanted, average = found[mask].float(), own[mask].float(), mean.expand_as(own)[mask].float()
-                sums[row] += torch.tensor(
-                    [
-                        float((found - wanted).square().mean(1).double().sum()),
-                        float(F.cosine_similarity(found, wanted).double().sum()),
-                        float((average - wanted).square().mean(1).double().sum()),
-                        len(wanted),
-                    ]
-                )
-        rows = (sums[:, :3] / sums[:, 3:]).tolist()
-        names = "mse", "cosine", "mean_mse"
-        return {str(rate): dict(zip(names, row, strict=True)) for rate, row in zip(MASK_RATES, rows, strict=True)}
+            own = self.own[part]
+            baselines = {"mean_mse": mean.to(own).expand_as(own)}
+            if self.sources is not None:
+                baselines["source_mse"] = self.generator.encode(torch.stack(self.sources[part]))
+            for rate, mask, predicted in self._predictions(part, self.sources):
+                wanted = own[mask].float()
+                sums[rate]["cosine"] += float(F.cosine_similarity(predicted, wanted).double().sum())
+                sums[rate]["patches"] += len(wanted)
+                for name, found in {"mse": predicted, **{n: each[mask] for n, each in baselines.items()}}.items():
+                    sums[rate][name] += _squares(found, wanted)
+            for rate, mask, predicted in self._predictions(part, self.others) if self.others is not None else ():
+                sums[rate]["other_source_mse"] += _squares(predicted, own[mask])
+        return {
+            str(rate): {name: total / found["patches"] for name, total in found.items() if name != "patches"}
+            for rate, found in sums.items()
+        }
+
+    def _predictions(self, part: slice, sources: Sequence[Tensor] | None) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """Mask rate, mask [B, N], and the predictions of the masked patches, of the captions in `part` with their
+        `sources`."""
+        model, grid = self.generator.mllm, self.generator.grid(self.settings)
+        own, index, captions, patches = self.own[part], self.indices[part], self.captions[part], math.prod(grid)
+        shown = [None] * len(captions) if sources is None else sources[part]
+        prefix = prompt_prefix(model, self.generator.template, captions, shown, patches)
+        noise = draw_latent_noise(model.head, self.seeds[part], patches)
+        noise = None if noise is None else noise.flatten(0, 1)
+        for rate in MASK_RATES:
+            counts = np.full_like(index, math.ceil(rate * patches - 1e-9))  # as `hidden_counts` rounds
+            drawn = draw_masks(self.seed, np.full_like(index, NO_EPOCH), index, counts, patches)
+            mask = torch.from_numpy(drawn).to(own.device)
+            hidden = model.branch(own, mask, prefix, grid=grid)
+            yield rate, mask, predict(model.head, hidden.flatten(0, 1)[None], noise).view_as(hidden)[mask].float()
 
     def reconstruction(self) -> dict[str, float]:
         """`fidelity` of images from the true latents with and without the text, and from the text only."""
         kinds = {**RECONSTRUCTIONS, "no_controlnet_": "no_controlnet"}
         made = {prefix: self.made[kind] for prefix, kind in kinds.items()}
         return fidelity(self.generator, made, self.originals, self.batch)
+
+    def editing(self) -> dict[str, dict[str, float]]:
+        """PSNR and SSIM of edits, and of the source images, against the targets; nothing of other samples."""
+        if self.sources is None:
+            return {}
+        images = {**self.made, "source": self.source_images}
+        made = {prefix: images[kind] for prefix, kind in EDITED.items()}
+        return {"editing": similarity(made, self.originals, self.batch)}
 
     def matches(self) -> dict[str, dict[str, Any]]:
         """How often a generated image is nearest to its caption's real image, and the distance between both sets.
@@ -200,7 +241,8 @@ class _Trial:
         places = torch.arange(len(real), device=real.device)
         match: dict[str, dict[str, float]] = {}
         apart: dict[str, float] = {}
-        for kind, images in self.made.items():
+        shown = {**self.made, **({"source": self.source_images} if self.source_images else {})}
+        for kind, images in shown.items():
             seen = self._encode(images).float()
             # Not Euclidean: the branch predicts a mean, which is shorter, and short vectors are all near the centre.
             alike = centred_cosine(seen.flatten(1), real.flatten(1))
@@ -226,6 +268,11 @@ class _Trial:
         return self.own.mean((0, 1)) + self.own.std((0, 1)) * noise
 
 
+def _squares(found: Tensor, wanted: Tensor) -> float:
+    """Sum over patches [n, D] of the mean squared difference of their channels."""
+    return float((found.float() - wanted.float()).square().mean(1).double().sum())
+
+
 def _parts(count: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
@@ -236,7 +283,9 @@ def _sheet(trials: dict[str, _Trial]) -> Image.Image:
     columns: list[str] = []
     for trial in trials.values():
         shown = {
+            **({"source image": trial.source_images} if trial.source_images else {}),
             "generated": trial.made["full"],
+            **({"empty prompt": trial.made["empty_prompt"]} if trial.source_images else {}),
             "true latents": trial.made["ground_truth"],
             "true latents alone": trial.made["latents_alone"],
             "no ControlNet": trial.made["no_controlnet"],

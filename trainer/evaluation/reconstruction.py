@@ -144,8 +144,14 @@ def fidelity(
     the prefix of its metrics, and, as `vae_`, of the originals through FLUX's VAE alone."""
     flux, device = generator.flux, generator.device
     through = [flux.decode_latents(flux.encode_images(part.to(device))).cpu() for part in originals.split(batch)]
+    return similarity({**made, "vae_": to_images(torch.cat(through))}, originals, batch)
+
+
+def similarity(made: Mapping[str, Sequence[Image.Image]], originals: Tensor, batch: int) -> dict[str, float]:
+    """PSNR in dB and SSIM of each list of `made`, by the prefix of its metrics, against `originals`; see `fidelity`."""
     found: dict[str, float] = {}
-    for prefix, images in {**{name: stack(each) for name, each in made.items()}, "vae_": torch.cat(through)}.items():
+    for prefix, each in made.items():
+        images = stack(each)
         for name, measure in (("psnr", psnr), ("ssim", ssim)):
             pairs = zip(images.split(batch), originals.split(batch), strict=True)
             found[prefix + name] = float(torch.cat([measure(*pair) for pair in pairs]).mean())

@@ -1,4 +1,4 @@
-"""Images and captions of an evaluation, chosen from shards by the seed and their index in the data."""
+"""Images with captions, or editing pairs, of an evaluation, chosen from shards by the seed and their index."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from ...data import Dataset
 from ...data.bucket_rule import Bucket, BucketRule
 from ...data.errors import BadSample
-from ...data.shards import RawSample, format_shards
+from ...data.shard_list import format_shards
+from ...data.shards import RawSample
 from ...data.transforms import decode_shapes
 from ..errors import RunError
 from ..inference.masked_decoding import NO_EPOCH
@@ -27,7 +28,7 @@ GALLERY = 4096
 
 @dataclass(frozen=True)
 class Sample:
-    """One image-caption pair."""
+    """One image-caption pair, or one editing pair, whose caption is its instruction."""
 
     index: int
     """Index in its data set."""
@@ -39,12 +40,15 @@ class Sample:
     """uint8 [P, P, 3], the image at FLUX's size."""
     bucket: Bucket | None = field(default=None, kw_only=True)
     """In whose shapes both images are instead, if the set has a rule of buckets."""
+    source: tuple[np.ndarray, np.ndarray] | None = field(default=None, kw_only=True)
+    """Of an editing pair, its source image in the shapes of `seen` and `original`."""
 
 
 class SampleSet:
     """The samples of one data set in the order of evaluations with `seed`.
 
-    sizes: S and P of `Sample`, or the rule of its buckets. only: samples of this bucket alone.
+    sizes: S and P of `Sample`, or the rule of its buckets. only: samples of this bucket alone. dataset: of
+    editing pairs if it was opened to require source images.
     """
 
     def __init__(
@@ -65,30 +69,30 @@ class SampleSet:
     def choose(self, count: int, known: Collection[bytes] = ()) -> list[Sample]:
         """The first `count` readable samples with distinct captions and images whose hashes are not in `known`.
 
-        Samples with equal captions would be indistinguishable.
+        Samples with equal captions would be indistinguishable, unless they have different source images.
         """
-        chosen: dict[str, Sample] = {}
+        chosen: dict[tuple[str, bytes | None], Sample] = {}
         trained = 0
         for index in self.order:
             raw = self.raw(int(index))
-            if raw is None or raw.caption in chosen:
+            if raw is None or (prompt := _prompt(raw)) in chosen:
                 continue
             if known and image_hash(raw) in known:
                 trained += 1
             elif sample := self._decoded(int(index), raw):
-                chosen[raw.caption] = sample
+                chosen[prompt] = sample
                 if len(chosen) == count:
                     return list(chosen.values())
         shared = f" ({trained} others share an image with --data)" if trained else ""
         shape = f" of shape {self.only}" if self.only else ""
+        kind = f"samples{shape} with distinct captions{' or source images' * holds_pairs(self.dataset)}"
         raise RunError(
-            f"{format_shards(self.dataset.shards)}: {len(chosen)} readable samples{shape} with distinct"
-            f" captions{shared},"
-            f" {count} requested: lower --samples, or give more shards"
+            f"{format_shards(self.dataset.shards)}: {len(chosen)} readable {kind}{shared}, {count} requested: lower"
+            " --samples, or give more shards"
         )
 
     def image_hashes(self, most: int) -> set[bytes]:
-        """Hashes of the images of the first `most` samples."""
+        """Hashes of the images of the first `most` samples; see `image_hash`."""
         found = (self.raw(int(index)) for index in self.order[:most])
         return {image_hash(raw) for raw in found if raw is not None}
 
@@ -127,9 +131,11 @@ class SampleSet:
                 return None
             shapes = bucket.shapes if bucket else [(size, size) for size in cast(tuple[int, int], self.sizes)]
             seen, original = decode_shapes(raw.image, shapes)
+            before = None if raw.source_image is None else decode_shapes(raw.source_image, shapes)
         except ValueError:
             return None
-        return Sample(index, raw.key, raw.caption, seen, original, bucket=bucket)
+        source = (before[0], before[1]) if before else None
+        return Sample(index, raw.key, raw.caption, seen, original, bucket=bucket, source=source)
 
 
 def choose_sets(
@@ -153,10 +159,27 @@ def choose_sets(
     return sets, {one.name: one.choose(samples, () if one is sets[0] else known) for one in sets}
 
 
+def holds_pairs(dataset: Dataset) -> bool:
+    """Whether it was opened as editing pairs."""
+    return dataset.captions.source_images == "required"
+
+
+def _prompt(raw: RawSample) -> tuple[str, bytes | None]:
+    source = raw.source_image
+    return raw.caption, None if source is None else hashlib.sha256(source).digest()
+
+
 def image_hash(raw: RawSample) -> bytes:
-    return hashlib.sha256(raw.image).digest()
+    """Of the image; of an editing pair, of both images: other pairs may have the same target."""
+    return hashlib.sha256(raw.image + (raw.source_image or b"")).digest()
 
 
 def stack(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
     """uint8 [B, 3, H, W] of RGB images of one size."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+
+
+def shown_sources(samples: Sequence[Sample]) -> list[Tensor] | None:
+    """Source images of editing pairs as the vision encoder reads them, each uint8 [3, S, S]; None of other samples."""
+    found = [sample.source[0] for sample in samples if sample.source is not None]
+    return list(stack(found)) if found else None

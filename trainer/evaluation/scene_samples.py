@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 from ...data.scenes.grammar import Object, Scene
 from ...data.scenes.heldout import CATEGORY_NAMES
-from ...data.shards import format_shards
+from ...data.shard_list import format_shards
 from ..errors import RunError
 from .samples import Sample, SampleSet
+
+Prompt = tuple[str, frozenset[Object]]
+"""A caption and what it describes; or an instruction and its result, which has other results for other sources."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,12 @@ class SceneSample(Sample):
 
 
 def choose_scenes(
-    samples: SampleSet, truth: Mapping[str, Scene], count: int, known: Collection[str] = ()
+    samples: SampleSet, truth: Mapping[str, Scene], count: int, known: Collection[Prompt] = ()
 ) -> list[SceneSample]:
     """Up to `count` scenes of every category of the data, by category in the order of CATEGORY_NAMES.
 
     The scenes of a category have distinct objects, so that another one's image is never right; they are readable, and
-    their captions are not in `known`. RunError if `truth` lacks a sample, or a category has fewer than two scenes.
+    their prompts are not in `known`. RunError if `truth` lacks a sample, or a category has fewer than two scenes.
     """
     chosen: dict[str, dict[frozenset[Object], SceneSample]] = {}
     shared = dict.fromkeys(CATEGORY_NAMES, 0)
@@ -35,7 +38,7 @@ def choose_scenes(
         objects = frozenset(scene.objects)
         if len(found) == count or objects in found:
             continue
-        if scene.caption in known:
+        if (scene.caption, objects) in known:
             shared[scene.category] += 1
         elif sample := samples.read(index):
             if sample.caption != scene.caption:
@@ -51,9 +54,10 @@ def choose_scenes(
     return [sample for category in sorted(chosen, key=CATEGORY_NAMES.index) for sample in chosen[category].values()]
 
 
-def captions(samples: SampleSet, truth: Mapping[str, Scene]) -> set[str]:
-    """The captions of all scenes of a data set. RunError if `truth` lacks one."""
-    return {_scene_of(samples, truth, index).caption for index in range(len(samples.dataset))}
+def prompts(samples: SampleSet, truth: Mapping[str, Scene]) -> set[Prompt]:
+    """The prompts of all scenes of a data set. RunError if `truth` lacks one."""
+    scenes = (_scene_of(samples, truth, index) for index in range(len(samples.dataset)))
+    return {(scene.caption, frozenset(scene.objects)) for scene in scenes}
 
 
 def _scene_of(samples: SampleSet, truth: Mapping[str, Scene], index: int) -> Scene:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -24,9 +25,10 @@ from ..inference.contact_sheet import make_contact_sheet
 from ..inference.generator import Generator
 from ..inference.latent_decoder import LatentDecoder
 from ..inference.settings import Settings
+from .data_sets import measures_edits
 from .pixel_probe import PixelProbe
-from .samples import SampleSet, stack
-from .scene_samples import SceneSample, captions, choose_scenes
+from .samples import SampleSet, shown_sources, stack
+from .scene_samples import SceneSample, choose_scenes, prompts
 from .understanding import Understanding
 
 PROBE_IMAGES = 1000
@@ -34,8 +36,6 @@ PROBE_IMAGES = 1000
 PROBE_SCENES = 100
 """Held-out scenes per category that the probe reads, if there are as many and no more are asked for: without FLUX they
 cost little."""
-IMAGES = 5
-"""Images generated per scene."""
 ENCODED = 64
 """Images encoded at once."""
 CAPTION_LINES = 7
@@ -53,6 +53,8 @@ class SceneEvaluation:
     """`train` and optionally `heldout`, by category."""
     image_seeds: dict[str, list[int]]
     contact_sheet: Image.Image
+    edits: bool
+    """Whether the samples are editing pairs, whose targets are the scenes."""
     understanding: Understanding | None = None
 
     @property
@@ -63,7 +65,7 @@ class SceneEvaluation:
 
     def record(self) -> dict[str, Any]:
         """The metrics, for metrics.json."""
-        return self.figures
+        return {"task": "editing" if self.edits else "generation", **self.figures}
 
 
 def evaluate_scenes(
@@ -81,8 +83,10 @@ def evaluate_scenes(
 
     decoder: a `Generator`, or stage 1 alone, which is scored by the probe.
     truth: the scenes by the keys of their samples. Held-out captions that are among the training captions are skipped.
-    RunError if `truth` does not belong to the data, or a category has fewer than two scenes.
+    Data sets that require source images, both or none, are editing pairs. RunError if `truth` does not belong to the
+    data, a category has fewer than two scenes, or stage 1 was not trained on pairs.
     """
+    edits = measures_edits(decoder, data, heldout)
     generator = decoder if isinstance(decoder, Generator) else None
     sizes = decoder.image_size, generator.flux_size if generator else decoder.image_size
     shown_here = decoder.group.rank == 0
@@ -90,7 +94,7 @@ def evaluate_scenes(
     chosen: dict[str, list[SceneSample]] = {}
     if heldout is not None:
         held_out = SampleSet("heldout", heldout, seed, sizes)
-        chosen["heldout"] = choose_scenes(held_out, truth, max(samples, PROBE_SCENES), captions(train, truth))
+        chosen["heldout"] = choose_scenes(held_out, truth, max(samples, PROBE_SCENES), prompts(train, truth))
     chosen["train"] = choose_scenes(train, truth, samples)
     with progress("fitting the probe", shown=shown_here):
         probe = PixelProbe(
@@ -98,12 +102,13 @@ def evaluate_scenes(
             for part in train.gallery(PROBE_IMAGES, ENCODED)
             for images in [stack([sample.seen for sample in part])]
         )
-    with progress("decoding", sum(map(len, chosen.values())), "latents", shown=shown_here) as shown:
+    latents = (2 if edits else 1) * sum(map(len, chosen.values()))
+    with progress("decoding", latents, "latents", shown=shown_here) as shown:
         parts = {name: _Part.of(decoder, part, seed, settings, batch, shown.advance) for name, part in chosen.items()}
     drawn = {name: part.first(samples) for name, part in parts.items()}
     trials: dict[str, _Trial] = {}
     if generator is not None:
-        images = IMAGES * sum(len(part.samples) for part in drawn.values())
+        images = sum(len(part.plans(settings)) * len(part.samples) for part in drawn.values())
         with progress("generating", images, "images", shown=shown_here) as shown:
             trials = {name: _Trial(generator, part, settings, batch, shown.advance) for name, part in drawn.items()}
     with progress("reading the objects of the images", shown=shown_here):
@@ -113,18 +118,20 @@ def evaluate_scenes(
     first = next(iter(drawn))
     sheet = _sheet(drawn[first], trials[first].rows() if trials else drawn[first].rows(probe))
     seeds = {name: part.seeds for name, part in drawn.items()}
-    return SceneEvaluation(figures, {name: part.samples for name, part in drawn.items()}, seeds, sheet)
+    return SceneEvaluation(figures, {name: part.samples for name, part in drawn.items()}, seeds, sheet, edits)
 
 
 @dataclass
 class _Part:
     """Scenes of one part of the data, whose categories follow one another, with the patch latents of their images and
-    those that stage 1 decodes from their captions, both [scenes, N, D]."""
+    those that stage 1 decodes from their captions, both [scenes, N, D]; of editing pairs from the instructions with
+    their own source images, and with another pair's."""
 
     samples: list[SceneSample]
     seeds: list[int]
     true: Tensor
     decoded: Tensor
+    other_source: Tensor | None
 
     @classmethod
     def of(
@@ -138,8 +145,11 @@ class _Part:
     ) -> _Part:
         seeds = [seed + sample.index for sample in samples]
         true = _encode(decoder, stack([sample.seen for sample in samples]))
-        decoded = decoder.decoded([sample.caption for sample in samples], seeds, settings, batch, made)
-        return cls(samples, seeds, true, decoded)
+        decode = partial(decoder.decoded, [sample.caption for sample in samples], seeds, settings, batch, made)
+        if (sources := shown_sources(samples)) is None:
+            return cls(samples, seeds, true, decode(), None)
+        other = [sources[number] for number in others([sample.scene for sample in samples])]
+        return cls(samples, seeds, true, decode(sources), decode(other))
 
     @property
     def scenes(self) -> list[Scene]:
@@ -154,17 +164,38 @@ class _Part:
             if seen[scene.category] <= count:
                 numbers.append(number)
         samples, seeds = ([each[number] for number in numbers] for each in (self.samples, self.seeds))
-        return _Part(samples, seeds, self.true[numbers], self.decoded[numbers])
+        other = None if self.other_source is None else self.other_source[numbers]
+        return _Part(samples, seeds, self.true[numbers], self.decoded[numbers], other)
+
+    def plans(self, settings: Settings) -> dict[str, tuple[Settings, Tensor | None]]:
+        """Control -> settings and latents of its images."""
+        alone = replace(settings, empty_prompt=True)
+        return {
+            "both": (settings, self.decoded),
+            "latents_alone": (alone, self.decoded),
+            "flux_alone": (replace(settings, controlnet=False), None),
+            "true_latents": (alone, self.true),
+            "swapped": (settings, self.true[others(self.scenes)]),
+            **({} if self.other_source is None else {"other_source": (alone, self.other_source)}),
+        }
 
     def scores(self, probe: PixelProbe) -> dict[str, dict[str, dict[str, float]]]:
         """Control without FLUX -> category -> scores."""
         scenes = self.scenes
         found = read(probe.images(self.decoded))
-        return {
+        figures = {
             "probe": summarize(found, scenes),
             "probe_true": summarize(read(probe.images(self.true)), scenes),
             "probe_shuffled": summarize(found, [scenes[number] for number in others(scenes)]),
         }
+        if self.other_source is not None:
+            figures["probe_other_source"] = summarize(read(probe.images(self.other_source)), scenes)
+            figures["source"] = summarize(read(self.sources()), scenes)
+        return figures
+
+    def sources(self) -> list[Image.Image]:
+        """The source images of editing pairs."""
+        return [Image.fromarray(sample.source[1]) for sample in self.samples if sample.source]
 
     def rows(self, probe: PixelProbe) -> dict[str, list[Image.Image]]:
         """Images that need no FLUX, for the contact sheet."""
@@ -180,19 +211,10 @@ class _Trial:
     ) -> None:
         self.scenes = part.scenes
         self.other = others(self.scenes)
-        alone = replace(settings, empty_prompt=True)
-        plans: dict[str, tuple[Settings, Tensor | None]] = {
-            "both": (settings, part.decoded),
-            "latents_alone": (alone, part.decoded),
-            "flux_alone": (replace(settings, controlnet=False), None),
-            "true_latents": (alone, part.true),
-            "swapped": (settings, part.true[self.other]),
-        }
-        assert len(plans) == IMAGES
-        prompts = [sample.caption for sample in part.samples]
+        texts = [sample.caption for sample in part.samples]
         self.made = {
-            control: generator.generate(prompts, part.seeds, how, latents, batch, made)
-            for control, (how, latents) in plans.items()
+            control: generator.generate(texts, part.seeds, how, latents, batch, made)
+            for control, (how, latents) in part.plans(settings).items()
         }
 
     def scores(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -226,6 +248,8 @@ def _sheet(part: _Part, rows: dict[str, list[Image.Image]]) -> Image.Image:
     """Images of the first scene of every category, and the originals."""
     first = {scene.category: number for number, scene in reversed(list(enumerate(part.scenes)))}
     numbers = sorted(first.values())
+    if sources := part.sources():
+        rows = {"source image": sources, **rows}
     rows = {**rows, "original": [Image.fromarray(sample.original) for sample in part.samples]}
     shown = {label: [images[number] for number in numbers] for label, images in rows.items()}
     heads = [f"{part.scenes[number].category}: {part.samples[number].caption}" for number in numbers]

@@ -18,18 +18,29 @@ LABELS = {
     "empty_prompt": "empty prompt",
     "other_latents": "another image's latents",
     "random_latents": "random latents",
+    "other_source": "another pair's source image",
+    "source": "the source image itself",
 }
+EDITED = {
+    "": "both stages",
+    "empty_prompt_": "empty prompt",
+    "other_source_": "another pair's source image",
+    "source_": "the source image itself",
+}
+"""Prefix of the metrics of edits -> label."""
 SCENE_ROWS = {
     "all objects right, in their places": {
         "both stages": ("both", "all"),
         "latents alone (empty prompt)": ("latents_alone", "all"),
         "FLUX alone (no ControlNet)": ("flux_alone", "all"),
         "true latents alone (ceiling)": ("true_latents", "all"),
+        "another pair's source image": ("other_source", "all"),
         "another scene's latents: theirs": ("swapped", "all"),
         "another scene's latents win": ("swapped", "latents_win"),
         "the caption wins against them": ("swapped", "caption_wins"),
         "both stages, captions shuffled": ("shuffled", "all"),
         "stage 1 by a linear probe": ("probe", "all"),
+        "the same, another source image": ("probe_other_source", "all"),
         "the same, captions shuffled": ("probe_shuffled", "all"),
         "true latents by the probe": ("probe_true", "all"),
     },
@@ -39,13 +50,21 @@ SCENE_ROWS = {
     },
 }
 """Heading -> label -> control and its score."""
+EDIT_ROWS = {
+    "share of the objects that are in their places": {
+        "both stages": ("both", "objects"),
+        "stage 1 by a linear probe": ("probe", "objects"),
+        "the source image itself": ("source", "objects"),
+    }
+}
+"""The same of editing pairs alone: `all` is never right of a source image."""
 PARTS = {"heldout": "held-out scenes", "seen": "scenes of the training set"}
 
 
 def table(found: Evaluation | ReconstructionEvaluation | SceneEvaluation) -> str:
     """The metrics as a text table."""
     if isinstance(found, SceneEvaluation):
-        return _scenes(found.scenes, found.understanding)
+        return _scenes(found.scenes, found.understanding, found.edits)
     if isinstance(found, ReconstructionEvaluation):
         return _reconstruction(found)
     return _retrieval(found)
@@ -54,12 +73,17 @@ def table(found: Evaluation | ReconstructionEvaluation | SceneEvaluation) -> str
 def _reconstruction(found: ReconstructionEvaluation) -> str:
     lines: list[str] = []
     for name, figures in found.figures.items():
-        lines += [_heading(name, len(found.samples[name])), "", *_fidelity(figures["reconstruction"], ""), ""]
+        lines += [
+            _heading(name, len(found.samples[name]), "captions"),
+            "",
+            *_fidelity(figures["reconstruction"], ""),
+            "",
+        ]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _heading(name: str, several: int) -> str:
-    return f"{'training' if name == 'train' else 'held-out'} captions: {several}"
+def _heading(name: str, several: int, what: str) -> str:
+    return f"{'training' if name == 'train' else 'held-out'} {what}: {several}"
 
 
 def _fidelity(row: Mapping[str, float], retrieval: str) -> list[str]:
@@ -76,11 +100,13 @@ def _retrieval(found: Evaluation) -> str:
     lines: list[str] = []
     for name, figures in found.figures.items():
         several = len(found.samples[name])
-        lines += [_heading(name, several), ""]
+        lines += [_heading(name, several, "editing pairs" if found.edits else "captions"), ""]
         lines += [_row("hidden patches", "MSE", "cosine", "position mean's MSE")]
         for rate, row in figures["latents"].items():
             values = (f"{row[key]:.4f}" for key in ("mse", "cosine", "mean_mse"))
             lines += [_row(f"  {float(rate):.0%}", *values)]
+        if "editing" in figures:
+            lines += ["", *_edits(figures)]
         lines += ["", *_fidelity(figures["reconstruction"], f"R@1 of {found.gallery:,}")]
         lines += ["", _row(f"prompt match of {several}", "R@1", "R@5", "Fréchet distance")]
         for kind, label in LABELS.items():
@@ -94,12 +120,26 @@ def _retrieval(found: Evaluation) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def _edits(figures: Mapping[str, Any]) -> list[str]:
+    """What only editing pairs have."""
+    lines = [_row("MSE by hidden patches", "own source", "another's", "the source's latents")]
+    for rate, row in figures["latents"].items():
+        values = (f"{row[key]:.4f}" for key in ("mse", "other_source_mse", "source_mse"))
+        lines += [_row(f"  {float(rate):.0%}", *values)]
+    row = figures["editing"]
+    lines += ["", _row("edits and their targets", "PSNR", "SSIM", "")]
+    for kind, label in EDITED.items():
+        lines += [_row(f"  {label}", f"{row[kind + 'psnr']:.2f} dB", f"{row[kind + 'ssim']:.4f}", "")]
+    return lines
+
+
 def _row(label: str, *values: str) -> str:
-    return f"{label:<28}" + "".join(f"{value:>{width}}" for value, width in zip(values, (12, 12, 22), strict=True))
+    return f"{label:<30}" + "".join(f"{value:>{width}}" for value, width in zip(values, (12, 12, 22), strict=True))
 
 
-def _scenes(figures: Mapping[str, Any], understanding: Understanding | None) -> str:
-    lines: list[str] = []
+def _scenes(figures: Mapping[str, Any], understanding: Understanding | None, edits: bool) -> str:
+    lines = ["editing pairs: scenes are the targets of edits", ""] if edits else []
+    headings = {**SCENE_ROWS, **(EDIT_ROWS if edits else {})}
     for part, controls in figures.items():
         shown = controls["both" if "both" in controls else "probe"]
         counts = {category: row["n"] for category, row in shown.items()}
@@ -110,7 +150,7 @@ def _scenes(figures: Mapping[str, Any], understanding: Understanding | None) -> 
 
         lines += [line(PARTS[part], {name: name for name in counts})]
         lines += [line("  number", {name: str(n) for name, n in counts.items()})]
-        for heading, every in SCENE_ROWS.items():
+        for heading, every in headings.items():
             rows = {label: where for label, where in every.items() if where[0] in controls}
             lines += [heading] if rows else []
             for label, (control, score) in rows.items():

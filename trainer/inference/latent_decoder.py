@@ -60,15 +60,23 @@ class LatentDecoder:
         return height // unit, width // unit
 
     def check(self, settings: Settings, with_source: bool = False) -> None:
-        """RunError for more decoding steps than patches, a temperature that has no effect, or a source image without
-        training on editing pairs."""
+        """RunError for a shape without training in it, more decoding steps than patches, a temperature that has no
+        effect, or a source image without training on editing pairs."""
+        height, width = self.pixels(settings)
+        if self.shapes and (height, width) not in self.shapes:
+            known = ", ".join(f"{w}x{h}" for h, w in self.shapes)
+            raise RunError(f"shape {width}x{height}: stage 1 was trained in {known} alone (data.buckets)")
+        self.require_edits(with_source)
+        reveal_counts(math.prod(self.grid(settings)), settings.steps, settings.schedule)
+        draw_latent_noise(self.mllm.head, [], 0, settings.temperature)
+
+    def require_edits(self, with_source: bool) -> None:
+        """RunError for a source image without training on editing pairs."""
         if with_source and not self.edits:
             raise RunError(
                 "the stage-1 run was not trained on editing pairs (data.sources with task=editing): leave the source"
                 " image out, or give a run that was"
             )
-        reveal_counts(math.prod(self.grid(settings)), settings.steps, settings.schedule)
-        draw_latent_noise(self.mllm.head, [], 0, settings.temperature)
 
     def in_batches(
         self, count: int, batch: int, work: Callable[[slice], list[T]], made: Callable[[int], None]
@@ -105,12 +113,14 @@ class LatentDecoder:
         settings: Settings,
         batch: int,
         made: Callable[[int], None] = lambda count: None,
+        sources: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """Patch latents [B, N, D] decoded from the prompts in batches, which the ranks share; `made` as in
-        `generate`."""
+        `generate`, `sources` as in `latents`."""
 
         def work(part: slice) -> list[Tensor]:
-            return list(self.latents(prompts[part], seeds[part], settings).cpu())
+            shown = sources[part] if sources is not None else None
+            return list(self.latents(prompts[part], seeds[part], settings, shown).cpu())
 
         return torch.stack(self.in_batches(len(prompts), batch, work, made)).to(self.device)
 

@@ -75,20 +75,21 @@ def decode_prompts(
     rows = [*prompts, *([""] * len(prompts) * (copies - 1))]
     grid, device = grid or (model.branch.side, model.branch.side), model.branch.mask_token.device
     patches = math.prod(grid)
-    prefix = _prefix(model, template, rows, [*(sources or [None] * len(prompts))] * copies, patches)
+    prefix = prompt_prefix(model, template, rows, [*(sources or [None] * len(prompts))] * copies, patches)
     orders = draw_orders(seeds, patches).to(device)
     noise = draw_latent_noise(model.head, seeds, patches, settings.temperature)
     counts = reveal_counts(patches, settings.steps, settings.schedule)
     return decode(model.branch, model.head, prefix, orders, counts, settings.guidance, noise, grid)
 
 
-def _prefix(
+def prompt_prefix(
     model: PatchLatentModel,
     template: PromptTemplate,
     rows: Sequence[str],
     sources: Sequence[Tensor | None],
     patches: int,
 ) -> Prefix:
+    """Keys and values of the prompts `rows`, in front of `patches` latents each. sources: see `decode_prompts`."""
     device = model.branch.mask_token.device
     shown, tokens, count = [each for each in sources if each is not None], None, 0
     if shown:

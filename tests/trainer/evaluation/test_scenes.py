@@ -27,6 +27,7 @@ from bifrost.trainer.evaluation.scene_samples import choose_scenes
 from bifrost.trainer.evaluation.scenes import evaluate_scenes, others
 from bifrost.trainer.evaluation.understanding import Understanding
 from bifrost.trainer.inference.generator import Generator
+from bifrost.trainer.inference.latent_decoder import load_decoder
 from bifrost.trainer.inference.settings import Sampling, Settings
 from bifrost.trainer.monitors.metrics import read_metrics
 
@@ -72,7 +73,9 @@ class Known(Generator):
     choose: Callable[[str, str | None, Settings], str | None]
     """Caption, caption of the latents, settings -> caption whose image is made; of None a white one."""
 
-    def latents(self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings = FAST) -> torch.Tensor:
+    def latents(
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings = FAST, sources: None = None
+    ) -> torch.Tensor:
         return torch.stack([self.true[prompt] for prompt in prompts])
 
     def generate(
@@ -198,8 +201,8 @@ def test_choice_by_category(scenes: Scenes) -> None:
     ][:2]
     other = choose_scenes(SampleSet("train", samples.dataset, 6, (112, 64)), truth, 4)
     assert {each.key for each in other} != {each.key for each in chosen}
-    known = {each.caption for each in chosen}
-    assert not known & {each.caption for each in choose_scenes(samples, truth, 4, known)}
+    known = {(each.caption, frozenset(each.scene.objects)) for each in chosen}
+    assert not {each.key for each in chosen} & {each.key for each in choose_scenes(samples, truth, 4, known)}
 
 
 def test_two_captions_of_one_image_are_one_scene(tmp_path: Path) -> None:
@@ -333,3 +336,11 @@ def test_wrong_inputs_are_one_line_and_leave_nothing(
     few = [scene for scene in truth.values() if scene.category == "two"][:1]
     usual["scenes"] = key("few.json", save(tmp_path, "few", few))
     refused("few-00000.tar: 1 readable scenes of the category two, at least 2 needed", data=f"{tmp_path}/few-*.tar")
+
+
+def test_stage_1_in_buckets_without_the_square_is_not_measured_in_it(mllm: Path) -> None:
+    decoder = load_decoder(mllm)
+    decoder.check(FAST)
+    decoder.shapes = ((84, 168),)
+    with pytest.raises(RunError, match=r"^shape 112x112: stage 1 was trained in 168x84 alone \(data\.buckets\)$"):
+        decoder.check(FAST)
