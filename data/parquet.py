@@ -14,7 +14,7 @@ from pyarrow.parquet import ParquetFile
 
 from .errors import DataError
 from .local import with_retries
-from .tables import IMAGE_COLUMNS, Chosen, Columns, Row
+from .tables import Chosen, Columns, Row
 
 ROWS = 32
 """Number of rows read at a time when they contain images."""
@@ -106,7 +106,7 @@ def read_parquet(table: Path, columns: Columns) -> Iterator[Row]:
         raise DataError(f"{table}: not a Parquet file ({_first_line(error)}); check it") from None
     names = file.schema_arrow.names
     if columns.image is None:  # of several default names, the one with embedded images
-        holding = [name for name in IMAGE_COLUMNS if name in names and _holds_images(_type(file, name))]
+        holding = [name for name in columns.image_guesses if name in names and _holds_images(_type(file, name))]
         columns = columns._replace(image=next(iter(holding), None))
     chosen = columns.choose(table, names)
     _require_images(table, file, chosen.image, "--image-column")

@@ -65,10 +65,15 @@ class Columns(NamedTuple):
     source: str | None = None
     """The column of source images; None: there are none."""
 
+    @property
+    def image_guesses(self) -> tuple[str, ...]:
+        """Default names of the image's column."""
+        return tuple(name for name in IMAGE_COLUMNS if name != self.source)
+
     def choose(self, table: Path, names: Sequence[str]) -> Chosen:
         """Raises DataError when a column is missing or duplicate."""
         return Chosen(
-            _column(table, names, self.image, IMAGE_COLUMNS, "--image-column"),
+            _column(table, names, self.image, self.image_guesses, "--image-column"),
             _column(table, names, self.caption, CAPTION_COLUMNS, "--caption-column"),
             tuple(_column(table, names, each, (), "--caption-column") for each in self.others),
             self.source and _column(table, names, self.source, (), "--source-column"),
@@ -232,7 +237,7 @@ def _delimiter(header: str, columns: Columns, usual: str) -> str:
     for delimiter in (usual, *DELIMITERS):
         names = [name.strip() for name in _fields(header, delimiter)]
         wanted = (
-            [columns.image] if columns.image else IMAGE_COLUMNS,
+            [columns.image] if columns.image else columns.image_guesses,
             [columns.caption] if columns.caption else CAPTION_COLUMNS,
         )
         if all(any(name in names for name in guesses) for guesses in wanted):

@@ -120,6 +120,15 @@ def test_a_table_of_files(tmp_path: Path, kind: str) -> None:
     assert reasons(str(out))["source image: image does not decode"] == 1
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_the_column_of_sources_is_not_taken_for_the_images(tmp_path: Path, kind: str) -> None:
+    """`image` is a default name of the column of images, and comes before `path`."""
+    write(tmp_path / "in", a__png=target(0), b__jpg=source(0))
+    save_table(kind, tmp_path / f"t.{kind}", [{"image": "b.jpg", "path": "a.png", "text": "edit"}])
+    ingest(tmp_path / "in", tmp_path / "out", table=tmp_path / f"t.{kind}", source_column="image")
+    assert read(tmp_path / "out") == {"a": (target(0), source(0), "edit")}
+
+
 @pytest.mark.parametrize(
     "wrap", [lambda data: data, lambda data: {"bytes": data, "path": None}], ids=["bytes", "struct"]
 )
