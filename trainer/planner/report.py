@@ -83,8 +83,8 @@ class Report:
             )
             if edited:
                 sentences.append(
-                    f"{edited:.3g} of the samples are editing pairs, with the latents of a source image in addition;"
-                    " memory for pairs alone."
+                    f"{100 * edited:.3g} % of the samples are editing pairs, with the latents of a source image in"
+                    " addition; memory for pairs alone."
                 )
         device = self.device
         if device is None:

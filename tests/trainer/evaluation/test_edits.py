@@ -104,7 +104,7 @@ def test_figures(editor: Generator, pairs: Path) -> None:
         Image.fromarray(pattern(editing_pairs.SOURCE + number, 64).permute(1, 2, 0).numpy()) for number in numbers
     ]
     for prefix, images in {"": made, "other_source_": alone, "source_": unchanged}.items():
-        assert figures["editing"][f"{prefix}psnr"] == pytest.approx(psnr(images, targets), rel=1e-3), prefix
+        assert figures["editing"][f"{prefix}psnr"] == pytest.approx(psnr(images, targets), rel=1e-6), prefix
     assert figures["editing"]["empty_prompt_psnr"] != figures["editing"]["other_source_psnr"]
 
 

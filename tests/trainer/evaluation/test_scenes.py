@@ -329,6 +329,7 @@ def test_wrong_inputs_are_one_line_and_leave_nothing(
     refused("give the KEY.json that was written with these shards", scenes=key("moved.json", moved))
     refused("others have a caption of --data), at least 2 needed", heldout=scenes.train)
     refused("--gallery is for retrieval", "--gallery=9")
+    refused("--scenes are squares; leave out --shape", "--shape=168x84")
     del usual["controlnet"]
     refused("only --scenes measures a stage 1 without --controlnet", "--flux=somewhere")
     refused("only --scenes measures a stage 1 without --controlnet", scenes=None)
