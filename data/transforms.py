@@ -57,6 +57,12 @@ def decode_shapes(data: bytes, shapes: Sequence[Shape]) -> list[np.ndarray]:
     return [_in_shape(centre, shape) for shape in shapes]
 
 
+def in_shape(image: Image.Image, shape: Shape) -> np.ndarray:
+    """An image that is opened already as `decode_shapes` returns that of a file, but from all of its pixels: a large
+    JPEG is not decoded smaller."""
+    return _in_shape(_upright(image.copy(), shape), shape)
+
+
 def centre_square(data: bytes, least: int) -> np.ndarray:
     """The image's centre square as uint8 RGB [side, side, 3] at its stored size; a JPEG may be decoded smaller, down to
     a side of `least` pixels. Raises ValueError like `decode_image`."""
@@ -120,9 +126,15 @@ def _decoded(data: bytes, least: Shape) -> np.ndarray:
         image.load()
         if image.format in ("JPEG", "MPO") and not _ends(data):
             raise ValueError("its end marker is missing (incomplete download?)")
-        with suppress(Exception):  # invalid EXIF loses the rotation, not the image
-            ImageOps.exif_transpose(image, in_place=True)
-        return np.asarray(_rgb(_cropped(image, *least)))
+        return _upright(image, least)
+
+
+def _upright(image: Image.Image, ratio: Shape) -> np.ndarray:
+    """As much of the image's centre as has the ratio, uint8 RGB [H, W, 3], of an image that is turned in place as its
+    EXIF states."""
+    with suppress(Exception):  # invalid EXIF loses the rotation, not the image
+        ImageOps.exif_transpose(image, in_place=True)
+    return np.asarray(_rgb(_cropped(image, *ratio)))
 
 
 def _ends(jpeg: bytes) -> bool:

@@ -21,7 +21,37 @@ class Trained(NamedTuple):
     slot: str
 
 
-def pipeline_card(trained: dict[str, Trained], backbone: Backbone, flux: Flux, dtype: str) -> str:
+class Use(NamedTuple):
+    """What images a pipeline makes. shapes: as `WIDTHxHEIGHT` in pixels; side: of the square that is the default;
+    edits: whether it reads source images."""
+
+    shapes: list[str]
+    side: int
+    edits: bool
+
+    @property
+    def square(self) -> bool:
+        """Whether the default is among the shapes."""
+        return f"{self.side}x{self.side}" in self.shapes
+
+    @property
+    def text(self) -> str:
+        """For the model card."""
+        *others, last = (shape.replace("x", " x ") for shape in self.shapes)
+        named = f"{', '.join(others)} or {last}" if others else last
+        text = f"Images are {named} pixels"
+        if others or not self.square:
+            default = "; the square is the default" if self.square else ""
+            text += f", width by height, as `width` and `height` of the call choose{default}"
+        if not self.edits:
+            return f"{text}."
+        return (
+            f"{text}. Stage 1 was trained on editing pairs: `image` takes a source image, which the prompt is then an"
+            " instruction to edit, and with `empty_prompt=True` FLUX does not read this text."
+        )
+
+
+def pipeline_card(trained: dict[str, Trained], backbone: Backbone, flux: Flux, dtype: str, use: Use) -> str:
     """Text of the model card. trained: sub-folder -> its weights, of both stages. backbone, flux: the frozen models,
     with the revisions that the folder names."""
     models = bases(backbone, flux)
@@ -31,6 +61,8 @@ def pipeline_card(trained: dict[str, Trained], backbone: Backbone, flux: Flux, d
         f"| {role} | `{shown_name(path)}` | {f'`{revisions[role]}`' if revisions[role] else ''} |"
         for role, path in models.items()
     )
+    width, height = use.shapes[0].split("x")
+    shape = "" if use.square else f", width={width}, height={height}"
     return f"""---
 {metadata(models, ["visual-generation-branch", "latent-controlnet"], "diffusers")}
 ---
@@ -45,10 +77,10 @@ and names the frozen models, which are read from where they are published.
 from bifrost import BifrostPipeline
 
 pipe = BifrostPipeline.from_pretrained("THIS_FOLDER_OR_REPOSITORY")
-pipe("a red apple left of a dog", steps=16).images[0].save("apple.png")
+pipe("a red apple left of a dog", steps=16{shape}).images[0].save("apple.png")
 ```
 
-It needs the package bifrost-train. Images are {flux.image_size} x {flux.image_size} pixels.
+It needs the package bifrost-train. {use.text}
 
 | frozen | | revision |
 |---|---|---|

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...recipes.data import Buckets
 from ...recipes.schema import Backbone, Flux
 from ...recipes.secrets import redact
 from ..checkpoint.export import new_folder, require_layout, require_new, write_weights
 from ..checkpoint.model_card import CARD, bases
-from ..checkpoint.pipeline_card import LICENCES, Trained, licence_texts, pipeline_card
+from ..checkpoint.pipeline_card import LICENCES, Trained, Use, licence_texts, pipeline_card
 from ..checkpoint.state import CheckpointWeights
 from ..checkpoint.sums import write_sums
 from ..errors import RunError
@@ -26,7 +27,10 @@ from ..models.controlnet_config import ControlNetConfig
 from ..models.flux_config import PARTS
 from ..models.hub import commit, locate
 from ..stages import open_controlnet, open_patch_latents
+from ..stages.controlnet import ControlNetStage
+from ..stages.patch_latents import PatchLatentStage
 from ..versions import version
+from .image_shapes import buckets_of, known_to_both, square
 from .latent_decoder import require_native
 from .pipeline_folder import CONTROLNET, INDEX, LOADERS, MLLM, PIPELINE
 from .stored_runs import checkpoint_weights, has_checkpoints, run_and_step, stored_recipe
@@ -76,6 +80,7 @@ def export_pipeline(mllm: Path, controlnet: Path, out: Path, dtype: torch.dtype 
     assert isinstance(other.shape, ControlNetConfig)
     found = stage.config.text_config.hidden_size, math.isqrt(stage.tokens_per_image)
     other.shape.require(other.folder.transformer, *found, other.folder.grid(second.flux.image_size))
+    use = Use(_shapes(stage, other), second.flux.image_size, stage.edits)
     runs = _Run.open(mllm), _Run.open(controlnet)
     backbone = first.backbone.model_copy(update={"revision": commit(first.backbone.path, first.backbone.revision)})
     flux = second.flux.model_copy(update={"revision": commit(second.flux.path, second.flux.revision)})
@@ -89,17 +94,29 @@ def export_pipeline(mllm: Path, controlnet: Path, out: Path, dtype: torch.dtype 
             (partial / "recipes").mkdir(exist_ok=True)
             (partial / "recipes" / f"{name}.yaml").write_text(redact(recipe.to_yaml()), encoding="utf-8")
         (partial / PIPELINE).write_text(CODE)
-        (partial / INDEX).write_text(json.dumps(_index(flux), indent=2) + "\n")
+        (partial / INDEX).write_text(json.dumps(_index(flux, second.data.buckets), indent=2) + "\n")
         trained = {name: run.trained for name, run in zip((MLLM, CONTROLNET), runs, strict=True)}
-        card = pipeline_card(trained, backbone, flux, str(dtype).removeprefix("torch."))
+        card = pipeline_card(trained, backbone, flux, str(dtype).removeprefix("torch."), use)
         (partial / CARD).write_text(card, encoding="utf-8")
         (partial / LICENCES).write_text(_licences(backbone, flux), encoding="utf-8")
         write_sums(partial, left_out=[CARD])
     return runs[0].weights.reader.step, runs[1].weights.reader.step
 
 
-def _index(flux: Flux) -> dict[str, Any]:
-    """`model_index.json`: the classes that load the sub-folders, and FLUX, whose parts are not in the folder."""
+def _shapes(stage: PatchLatentStage, other: ControlNetStage) -> list[str]:
+    """The shapes of images that both stages were trained in. RunError if there is none."""
+    alone = square(stage.image_size, other.flux.image_size)
+    first, second = (buckets_of(each.bucket_rule, alone) for each in (stage, other))
+    if not (both := known_to_both(second, [bucket.shapes[0] for bucket in first])):
+        raise RunError(
+            "the two stages have no shape of images in common (data.buckets); train both in the same buckets"
+        )
+    return both
+
+
+def _index(flux: Flux, buckets: Buckets | None) -> dict[str, Any]:
+    """`model_index.json`: the classes that load the sub-folders, FLUX, whose parts are not in the folder, and the
+    buckets of stage 2."""
     settings = {"path", "revision", "image_size", "text_tokens", "weights"}
     return {
         "_class_name": "BifrostPipeline",
@@ -107,6 +124,7 @@ def _index(flux: Flux) -> dict[str, Any]:
         **LOADERS,
         **{part: [None, None] for part in PARTS},
         "flux": flux.model_dump(mode="json", include=settings),
+        **({"buckets": buckets.model_dump(mode="json")} if buckets else {}),
     }
 
 

@@ -31,6 +31,7 @@ from ..stages import open_controlnet
 from ..stages.unsharded import init_context
 from ..stages.vision_outputs import load_vision_encoder
 from .flux_sampler import OnStep, Text, draw_noise, sample
+from .image_shapes import buckets_of, known_to_both, square
 from .latent_decoder import LatentDecoder, open_run, read_decoder, require_native, usual_device
 from .settings import Settings
 from .stored_controlnet import load_controlnet
@@ -133,10 +134,10 @@ class Generator(LatentDecoder):
 
     def bucket(self, shape: str | None) -> Bucket:
         """The bucket of a shape of `Settings`; None: a square. RunError unless the ControlNet was trained in it."""
-        square = Bucket(((self.image_size, self.image_size), (self.flux_size, self.flux_size)))
+        alone = square(self.image_size, self.flux_size)
         if shape is None:
-            return square
-        known = {str(bucket): bucket for bucket in (self.rule.buckets if self.rule else (square,))}
+            return alone
+        known = {str(bucket): bucket for bucket in buckets_of(self.rule, alone)}
         if shape not in known:
             raise RunError(f"shape {shape}: the ControlNet was trained in {', '.join(known)}; give one of these")
         return known[shape]
@@ -154,12 +155,10 @@ class Generator(LatentDecoder):
 
     def check(self, settings: Settings, with_source: bool = False) -> None:
         """As of a decoder, and RunError for a shape in which one of the stages was not trained."""
-        square = self.bucket(None)
-        every, shapes = self.rule.buckets if self.rule else (square,), self.shapes or square.shapes[:1]
-        asked = self.bucket(settings.shape)
-        both = [str(bucket) for bucket in every if bucket.shapes[0] in shapes]
+        alone, asked = self.bucket(None), self.bucket(settings.shape)
+        both = known_to_both(buckets_of(self.rule, alone), self.shapes or alone.shapes[:1])
         if str(asked) not in both:
-            hint = f"give --shape {' or '.join(both)}" if both else "and none in common; train both in the same buckets"
+            hint = f"give shape {' or '.join(both)}" if both else "and none in common; train both in the same buckets"
             raise RunError(f"shape {asked}: the two stages were not both trained in it (data.buckets); {hint}")
         super().check(settings, with_source)
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ...data import stacked
 from ...data.bucket_rule import Shape
-from ...data.transforms import decode_shapes
+from ...data.transforms import decode_shapes, in_shape
 from ..distributed.process_group import Group
 from ..errors import RunError
 from ..models.image_grids import Grid
@@ -124,10 +125,11 @@ class LatentDecoder:
 
         return torch.stack(self.in_batches(len(prompts), batch, work, made)).to(self.device)
 
-    def source_image(self, image: bytes, settings: Settings = Settings()) -> Tensor:
-        """The source image in an image file in the shape of the image to make, as in training, uint8 [3, H, W]. Raises
-        ValueError for one that does not decode."""
-        return stacked(decode_shapes(image, [self.pixels(settings)]))[0]
+    def source_image(self, image: bytes | Image.Image, settings: Settings = Settings()) -> Tensor:
+        """The source image, an image file or one of Pillow's, in the shape of the image to make, as in training, uint8
+        [3, H, W]. Raises ValueError for a file that does not decode."""
+        shape = self.pixels(settings)
+        return stacked(decode_shapes(image, [shape]) if isinstance(image, bytes) else [in_shape(image, shape)])[0]
 
     def encode(self, images: Tensor) -> Tensor:
         """What the branch predicts, [B, N, D], of uint8 images [B, 3, S, S], or in the shape of a bucket: the vision
@@ -170,11 +172,16 @@ def usual_device(device: torch.device | str | None, dtype: torch.dtype | None) -
 
 
 def read_decoder(
-    run: Path, stage: PatchLatentStage, device: torch.device, dtype: torch.dtype, group: Group
+    run: Path,
+    stage: PatchLatentStage,
+    device: torch.device,
+    dtype: torch.dtype,
+    group: Group = Group(),
+    vision: bool = True,
 ) -> LatentDecoder:
-    """The decoder with the weights of `run`, whose stage is open."""
+    """The decoder with the weights of `run`, whose stage is open. vision: with its vision encoder."""
     assert stage.tokenizer is not None
     template = PromptTemplate(stage.tokenizer, stage.branch.max_text_tokens)
     shapes = tuple(bucket.largest for bucket in stage.bucket_rule.buckets) if stage.bucket_rule else ()
-    mllm, edits = load_mllm(run, stage, device, dtype), stage.edits
+    mllm, edits = load_mllm(run, stage, device, dtype, vision), stage.edits
     return LatentDecoder(mllm, template, stage.image_size, device, group, edits, shapes)

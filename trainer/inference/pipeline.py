@@ -1,28 +1,33 @@
 """Both stages as a pipeline of diffusers: a face of the generator, whose images are those of `bifrost generate`.
 
-Legend: B images, M packed FLUX tokens of C channels, N patch latents of width D, c x h x w FLUX latents, P image side.
+Legend: B images of H x W pixels, M packed FLUX tokens of C channels, N patch latents of width D, c x h x w latents of
+FLUX.
 """
 
 from __future__ import annotations
 
 from ..models import libraries  # noqa: F401  # isort: skip
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from ...recipes import explain
+from ...recipes.data import Buckets
 from ...recipes.schema import Flux
 from ..errors import RunError
 from ..models.flux import PARTS, FluxFolder, FrozenFlux
 from ..models.hub import locate
+from ..models.image_grids import rule_of, square_grid
 from ..stages.unsharded import init_context
 from .flux_sampler import OnStep
 from .generator import Generator, to_images
@@ -32,6 +37,7 @@ from .pipeline_folder import MLLM, open_folder
 from .pipeline_parts import ControlNet, PatchLatentDecoder
 from .settings import Sampling, Settings
 
+T = TypeVar("T", bound=BaseModel)
 OutputType = Literal["pil", "np", "pt", "latent"]
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], "dict[str, Tensor] | None"]
 LARGEST_SEED = 2**62
@@ -44,7 +50,8 @@ class BifrostPipeline(DiffusionPipeline):
 
     Parts of FLUX that are not given are read from the frozen model that `flux` names, a mapping of the recipe's keys
     `path`, `revision`, `image_size`, `text_tokens` and `weights`, in the precision and on the device of the ControlNet.
-    RunError names what cannot be used.
+    `buckets`: those of the recipe, if the ControlNet was trained in aspect-ratio buckets. RunError names what cannot be
+    used.
     """
 
     model_cpu_offload_seq = "mllm->text_encoder_2->text_encoder->transformer->vae"
@@ -59,23 +66,29 @@ class BifrostPipeline(DiffusionPipeline):
         text_encoder: nn.Module | None = None,
         text_encoder_2: nn.Module | None = None,
         flux: dict | None = None,
+        buckets: dict | None = None,
     ) -> None:
         super().__init__()
-        settings = _flux_settings(flux)
+        settings = _stated_settings("flux", flux, Flux)
         try:
             place = locate(settings.path, settings.revision, "flux.path", "*/*.safetensors")
             folder = FluxFolder.open(place, settings.weights, settings.text_tokens)
         except RunError as error:
             raise RunError(f"{error}; or pass flux=FOLDER_OR_HUB_ID") from error
-        controlnet.shape.require(folder.transformer, mllm.width, mllm.side, folder.grid(settings.image_size))
+        tokens = folder.grid(settings.image_size)
+        controlnet.shape.require(folder.transformer, mllm.width, mllm.side, tokens)
+        rule = None
+        if buckets is not None:
+            sizes = mllm.decoder.image_size, square_grid(mllm.side, tokens), settings.image_size
+            rule = rule_of(_stated_settings("buckets", buckets, Buckets), *sizes)
         given = dict(zip(PARTS, (transformer, vae, text_encoder, text_encoder_2), strict=True))
         with init_context(controlnet.device, controlnet.dtype):
             frozen = FrozenFlux(folder, [part for part in PARTS if given[part] is None])
         frozen.load()
         parts = {part: getattr(frozen, part) if module is None else module for part, module in given.items()}
         self.register_modules(mllm=mllm, controlnet=controlnet, **parts)
-        self.register_to_config(flux=settings.model_dump(mode="json", include=set(flux or ())))
-        self._frozen, self._image_size, self._interrupt = frozen, settings.image_size, False
+        self.register_to_config(flux=settings.model_dump(mode="json", include=set(flux or ())), buckets=buckets)
+        self._frozen, self._image_size, self._rule, self._interrupt = frozen, settings.image_size, rule, False
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -117,10 +130,14 @@ class BifrostPipeline(DiffusionPipeline):
         num_inference_steps: int = 28,
         guidance_scale: float = 3.5,
         *,
+        height: int | None = None,
+        width: int | None = None,
+        image: Image.Image | Sequence[Image.Image] | None = None,
         seed: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         num_images_per_prompt: int = 1,
         patch_latents: Tensor | None = None,
+        empty_prompt: bool = False,
         schedule: Schedule = "cosine",
         latent_guidance_scale: float = 1.0,
         temperature: float = 1.0,
@@ -134,11 +151,14 @@ class BifrostPipeline(DiffusionPipeline):
         """Images of prompts, as one batch; those of a prompt next to each other. RunError names a wrong argument.
 
         steps: of decoding the patch latents, up to their number. num_inference_steps, guidance_scale: of FLUX.
+        height, width: of the images in pixels, a shape that both stages were trained in; default the square.
+        image: a source image, one for all prompts or one for each, which the prompts are instructions to edit; if stage
+        1 was trained on editing pairs. empty_prompt: FLUX reads no text, so that the latents alone condition it.
         seed: the images of a prompt have seed, seed + 1, …, and are those of `bifrost generate --seed`. Otherwise each
         image's seed is drawn from `generator`, or from its own of a list, or from torch's default generator.
         patch_latents [B, N, D]: used instead of decoded ones. schedule, temperature: of the decoding.
         latent_guidance_scale, true_cfg_scale: classifier-free guidance of the latents and of FLUX's text; 1 is none.
-        output_type: PIL images; `np` [B, P, P, 3] or `pt` [B, 3, P, P], fp32 in [0, 1]; `latent`, [B, c, h, w].
+        output_type: PIL images; `np` [B, H, W, 3] or `pt` [B, 3, H, W], fp32 in [0, 1]; `latent`, [B, c, h, w].
         callback_on_step_end: called after each step of FLUX with the pipeline, the step, its timestep and
         {"latents": [B, M, C]}; may return other latents in such a dictionary, or set `_interrupt` of the pipeline, as
         in diffusers, to end the steps.
@@ -150,15 +170,21 @@ class BifrostPipeline(DiffusionPipeline):
         prompts = _prompts(prompt, num_images_per_prompt)
         seeds = _seeds(len(prompts), num_images_per_prompt, seed, generator)
         sampling = Sampling(num_inference_steps, guidance_scale, controlnet_conditioning_scale, true_cfg_scale)
-        settings = Settings(steps, schedule, latent_guidance_scale, flux=sampling, temperature=temperature)
+        shape = _shape(height, width, self._image_size)
+        decoding: dict[str, Any] = {"steps": steps, "schedule": schedule, "guidance": latent_guidance_scale}
+        settings = Settings(**decoding, empty_prompt=empty_prompt, flux=sampling, temperature=temperature, shape=shape)
         made = self._generator()
-        made.check(settings)
-        made.warn_about_truncation(prompts, settings, patch_latents is None)
+        sources = None
+        if patch_latents is None:
+            made.check(settings, image is not None)
+            read = partial(made.source_image, settings=settings)
+            sources = _sources(image, len(prompts), num_images_per_prompt, read)
+        else:
+            _require_alone(patch_latents, image, (len(prompts), math.prod(made.grid(settings)), self.mllm.width))
+        made.warn_about_truncation(prompts, settings, patch_latents is None, image is not None)
         self._interrupt = False
         if patch_latents is None:
-            patch_latents = self.mllm(prompts, seeds, settings)
-        elif len(patch_latents) != len(prompts):
-            raise RunError(f"patch_latents: {len(patch_latents)} for {len(prompts)} images; give one [N, D] for each")
+            patch_latents = self.mllm(prompts, seeds, settings, made.grid(settings), sources)
         assert patch_latents is not None
         with self.progress_bar(total=num_inference_steps) as bar:  # type: ignore[call-arg]
             after = self._after_step(callback_on_step_end, bar.update)
@@ -190,7 +216,7 @@ class BifrostPipeline(DiffusionPipeline):
         decoder = {**vars(self.mllm.decoder), "device": self._execution_device}
         tokenizers = self._frozen.folder.tokenizers
         rest = {"controlnet": self.controlnet, "tokenizers": tokenizers, "flux_size": self._image_size}
-        return Generator(**decoder, flux=self._frozen, **rest)
+        return Generator(**decoder, flux=self._frozen, **rest, rule=self._rule)
 
     def _after_step(self, callback: Callback | None, update: Callable[[], Any]) -> OnStep:
         def after(step: int, level: float, latents: Tensor) -> Tensor | None:
@@ -210,13 +236,42 @@ def _stated(index: dict[str, Any], where: Path) -> dict[str, Any]:
     return stated
 
 
-def _flux_settings(stated: Any) -> Flux:
+def _stated_settings(name: str, stated: Any, section: type[T]) -> T:
+    """A section of the recipe that `model_index.json` has under `name`."""
     if not isinstance(stated, dict):
-        raise RunError("flux: give a mapping with path, revision, image_size, text_tokens and weights of a FLUX")
+        raise RunError(f"{name}: give a mapping of settings of the recipe, such as model_index.json has")
     try:
-        return Flux.model_validate(stated)
+        return section.model_validate(stated)
     except ValidationError as error:
-        raise RunError(f"flux: {explain(error, Flux)}") from error
+        raise RunError(f"{name}: {explain(error, section)}") from error
+
+
+def _shape(height: int | None, width: int | None, side: int) -> str | None:
+    """The shape of `Settings`; one that is not given is the square's `side`."""
+    if height is None and width is None:
+        return None
+    return f"{side if width is None else width}x{side if height is None else height}"
+
+
+def _sources(image: Any, count: int, copies: int, read: Callable[[Image.Image], Tensor]) -> list[Tensor] | None:
+    """The source image of each of `count` images, `copies` of each prompt, as `read` returns it."""
+    if image is None:
+        return None
+    prompts = count // copies
+    images = list(image) if isinstance(image, Sequence) else [image] * prompts
+    if not all(isinstance(each, Image.Image) for each in images):
+        raise RunError("image: give a PIL image, or a list of one for each prompt")
+    if len(images) != prompts:
+        raise RunError(f"image: {len(images)} for {prompts} prompts: give one for each, or one for all")
+    return [source for each in images for source in [read(each)] * copies]
+
+
+def _require_alone(patch_latents: Tensor, image: Any, shape: tuple[int, int, int]) -> None:
+    """RunError unless given patch latents are [B, N, D], `shape`, and no source image is to be read."""
+    if image is not None:
+        raise RunError("image is read to decode latents, and with patch_latents none are decoded: leave one out")
+    if tuple(patch_latents.shape) != shape:
+        raise RunError(f"patch_latents: of shape {list(patch_latents.shape)}; give {list(shape)}, one [N, D] per image")
 
 
 def _prompts(prompt: str | Sequence[str], copies: int) -> list[str]:
@@ -246,7 +301,7 @@ def _seeds(
 
 
 def _converted(pixels: Tensor, output_type: OutputType) -> list[Image.Image] | np.ndarray | Tensor:
-    """Images in the form of `output_type` of uint8 pixels [B, 3, P, P]."""
+    """Images in the form of `output_type` of uint8 pixels [B, 3, H, W]."""
     if output_type == "pil":
         return to_images(pixels)
     scaled = pixels.float() / 255

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from ..models import libraries  # noqa: F401  # isort: skip
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,19 @@ from torch import Tensor
 
 from ..checkpoint.sums import verify_sums
 from ..errors import RunError
+from ..models.image_grids import Grid
 from ..models.latent_controlnet import LatentControlNet, read_config
-from ..models.prompt import PromptTemplate
 from ..stages import open_patch_latents
 from ..stages.unsharded import init_context
-from .latent_decoder import LatentDecoder, require_native
-from .mllm import load_mllm
+from .latent_decoder import LatentDecoder, read_decoder, require_native
+from .mllm import decode_prompts
 from .settings import Settings
 from .stored_runs import stored_recipe
 
 
 class PatchLatentDecoder(ModelMixin):
-    """Stage 1: prompts to patch latents, by the frozen text model and the branch, without the vision encoder."""
+    """Stage 1: prompts to patch latents, by the frozen text model and the branch; with the vision encoder if it was
+    trained on editing pairs, whose source images it reads."""
 
     def __init__(self, decoder: LatentDecoder) -> None:
         super().__init__()
@@ -46,9 +46,16 @@ class PatchLatentDecoder(ModelMixin):
         """Patches along one side of an image."""
         return self.model.branch.side
 
-    def forward(self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings) -> Tensor:
-        """Patch latents [B, N, D] of the prompts, as one batch; see `LatentDecoder.latents`."""
-        return self.decoder.latents(prompts, seeds, settings)
+    def forward(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings,
+        grid: Grid | None = None,
+        sources: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """Patch latents [B, N, D] of the prompts, as one batch; see `decode_prompts`."""
+        return decode_prompts(self.model, self.decoder.template, prompts, seeds, settings, grid, sources)
 
     @classmethod
     def from_pretrained(
@@ -78,11 +85,8 @@ class PatchLatentDecoder(ModelMixin):
         except RunError as error:
             raise RunError(f"{error}; or pass backbone=FOLDER_OR_HUB_ID") from error
         require_native(stage, path)
-        assert stage.tokenizer is not None
-        model = load_mllm(path, stage, device, torch_dtype or torch.float32, vision=False)
-        template = PromptTemplate(stage.tokenizer, stage.branch.max_text_tokens)
-        assert math.isqrt(stage.tokens_per_image) == model.branch.side
-        return cls(LatentDecoder(model.requires_grad_(False), template, stage.image_size, device)).eval()
+        decoder = read_decoder(path, stage, device, torch_dtype or torch.float32, vision=stage.edits)
+        return cls(decoder).requires_grad_(False).eval()
 
 
 class ControlNet(LatentControlNet):

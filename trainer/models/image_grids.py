@@ -74,17 +74,16 @@ def latent_buckets(data: Data, side: int) -> tuple[tuple[Grid, ...], BucketRule 
     """Stage 1: the grid of patch latents of every bucket, by its number, and in which bucket an image is; that of the
     square of `side` patches alone, and None, without buckets. RunError as of `bucket_grids`."""
     square = square_grid(side, side)
-    rule = rule_of(data, square) if data.buckets else None
+    rule = rule_of(data.buckets, data.image_size, square) if data.buckets else None
     return tuple(grid.latents for grid in every_grid(data.buckets, data.image_size, square)), rule
 
 
-def rule_of(data: Data, square: ImageGrid, flux_size: int | None = None) -> BucketRule:
-    """In which bucket of `data.buckets` an image is. flux_size: side of FLUX's square in pixels; None: in stage 1,
-    whose buckets have a shape for the vision encoder alone."""
+def rule_of(buckets: Buckets, image_size: int, square: ImageGrid, flux_size: int | None = None) -> BucketRule:
+    """In which of the buckets an image is. image_size, flux_size: side of `square` in pixels for the vision encoder and
+    for FLUX; None: in stage 1, whose buckets have a shape for the vision encoder alone."""
     from ...data.bucket_rule import Bucket, BucketRule  # imports NumPy
 
-    assert data.buckets is not None
-    units = [data.image_size // square.latents[0]]
+    units = [image_size // square.latents[0]]
     if flux_size is not None:
         units.append(flux_size // square.tokens[0])
 
@@ -92,8 +91,8 @@ def rule_of(data: Data, square: ImageGrid, flux_size: int | None = None) -> Buck
         pairs = zip(units, (grid.latents, grid.tokens)[: len(units)], strict=True)
         return Bucket(tuple((unit * rows, unit * columns) for unit, (rows, columns) in pairs))
 
-    grids = bucket_grids(data.buckets, data.image_size, square)
-    return BucketRule(tuple(tuple(bucket(grid) for grid in area) for area in grids), data.buckets.max_upscale)
+    grids = bucket_grids(buckets, image_size, square)
+    return BucketRule(tuple(tuple(bucket(grid) for grid in area) for area in grids), buckets.max_upscale)
 
 
 def only_largest(grids: Sequence[ImageGrid]) -> list[float]:

@@ -49,7 +49,9 @@ class PlannedBucket:
 
 def rule_of(model: PatchLatents | LatentControl, data: Data) -> BucketRule:
     """In which bucket of `data.buckets` an image is."""
-    return image_grids.rule_of(data, model.square, model.flux.image_size if isinstance(model, LatentControl) else None)
+    assert data.buckets is not None
+    flux_size = model.flux.image_size if isinstance(model, LatentControl) else None
+    return image_grids.rule_of(data.buckets, data.image_size, model.square, flux_size)
 
 
 def planned_buckets(

@@ -134,9 +134,9 @@ class ControlNetStage:
 
     @property
     def bucket_rule(self) -> BucketRule | None:
-        if self.grids is None:
+        if self.data.buckets is None:
             return None
-        return rule_of(self.data, self.square, self.flux.image_size)
+        return rule_of(self.data.buckets, self.data.image_size, self.square, self.flux.image_size)
 
     @property
     def square(self) -> ImageGrid:

@@ -152,7 +152,7 @@ def test_a_shape_that_does_not_fit_is_one_line(
         (
             (mllm, bucketed),
             "80x48",
-            "shape 80x48: the two stages were not both trained in it (data.buckets); give --shap",
+            "shape 80x48: the two stages were not both trained in it (data.buckets); give shape",
         ),
     ):
         given = ("--mllm", str(runs[0]), "--controlnet", str(runs[1]), "--shape", shape)
@@ -166,7 +166,7 @@ def test_a_model_without_squares_needs_a_shape(both: Generator) -> None:
     assert both.rule is not None
     oblong = replace(both, shapes=((84, 140),))
     with pytest.raises(
-        RunError, match=r"shape 64x64: the two stages were not both trained in it .*; give --shape 80x48$"
+        RunError, match=r"shape 64x64: the two stages were not both trained in it .*; give shape 80x48$"
     ):
         oblong.check(QUICK)
     oblong.check(replace(QUICK, shape="80x48", steps=15))

@@ -156,7 +156,7 @@ def test_wrong_arguments_are_one_line(pipe: BifrostPipeline) -> None:
         ({"seed": 1, "generator": torch.Generator()}, "^give seed or generator"),
         ({"generator": [torch.Generator()] * 2}, "^2 generators for 1 images"),
         ({"temperature": 0.5}, "head is linear"),
-        ({"patch_latents": torch.zeros(2, 16, 192)}, "^patch_latents: 2 for 1 images"),
+        ({"patch_latents": torch.zeros(2, 16, 192)}, r"^patch_latents: of shape \[2, 16, 192\]; give \[1, 16, 192\]"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "'prompt_embeds' is unknown"),
     ):
         with pytest.raises(RunError, match=message) as caught:
