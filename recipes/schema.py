@@ -253,7 +253,6 @@ class Recipe(Section):
         squares = {
             f"branch.targets={self.branch.targets}": self.branch.targets != "native",
             f"controlnet.bridge={self.controlnet.bridge}": self.controlnet.bridge != "latents_2d",
-            f"controlnet.latents={self.controlnet.latents}": self.controlnet.latents != "true",
         }
         if self.data.buckets and (key := _first(squares)):
             raise ValueError(f"data.buckets: {key} is for squares of one size; set data.buckets=null, or change it")

@@ -505,11 +505,6 @@ def test_captions_that_are_refused(override: str, message: str) -> None:
     [
         ("mllm-7b", "branch.targets=pca", "data.buckets: branch.targets=pca is for squares of one size"),
         ("flux-controlnet", "controlnet.bridge=queries", "data.buckets: controlnet.bridge=queries is for squares"),
-        (
-            "flux-controlnet",
-            "controlnet={latents: predicted, mllm: runs/mllm}",
-            "data.buckets: controlnet.latents=predicted is for squares",
-        ),
         ("flux-controlnet", "data.buckets.ratios=[4:3]", "243 is not a ratio; write width and height such as 4x3"),
         ("flux-controlnet", "data.buckets.max_upscale=0.5", "data.buckets.max_upscale"),
         ("flux-controlnet", "data.buckets.ratios=[]", "data.buckets.ratios"),

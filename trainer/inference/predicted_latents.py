@@ -7,23 +7,28 @@ the noise of a flow head, are functions of the run's seed and the sample's key, 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...data import RawSample
+from ...data.bucket_rule import Bucket, BucketRule, Shape
 from ...recipes.schema import ControlNet
 from ..checkpoint.state import CheckpointWeights
 from ..distributed.process_group import Gather, single_process
 from ..errors import RunError
 from ..models.backbone import FrozenBackbone
+from ..models.image_grids import Grid
 from ..models.prompt import PromptTemplate
+from ..stages.encoder_images import EncoderImages
 from ..stages.latent_cache import VERSION, FrozenWeights, Kind
 from ..stages.patch_latent_model import PatchLatentModel
 from ..stages.patch_latents import PatchLatentStage
+from .image_shapes import buckets_of
 from .latent_decoder import open_run, require_native
 from .masked_decoding import reveal_counts
 from .mllm import decode_prompts, load_mllm
@@ -64,14 +69,25 @@ class RunWeights:
         return self._found.content_hash()
 
 
+class Caption(NamedTuple):
+    """What latents are decoded from."""
+
+    text: str
+    seed: int
+    shape: Grid
+    """Rows and columns of the patches."""
+
+
 class PredictedOutputs:
-    """`Predictor` of a stage-1 run, checkpoint or export: `latents` [N, D] decoded from every caption."""
+    """`Predictor` of a stage-1 run, checkpoint or export: `latents` [N, D] decoded from every caption, in the shape of
+    its image's bucket."""
 
     kind: Kind = "predicted"
     empty = False
-    missing = "unreadable"
 
-    def __init__(self, settings: ControlNet, seed: int, precision: str, stage: PatchLatentStage) -> None:
+    def __init__(
+        self, settings: ControlNet, seed: int, precision: str, stage: PatchLatentStage, images: EncoderImages
+    ) -> None:
         assert settings.mllm is not None and stage.files is not None and stage.tokenizer is not None
         self.path = Path(settings.mllm)
         self.setting = f"controlnet.latents={settings.latents}"
@@ -80,14 +96,23 @@ class PredictedOutputs:
         self.precision = precision
         self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self.stage = stage
+        self.images, self.missing = images, images.missing
         self.template = PromptTemplate(stage.tokenizer, stage.branch.max_text_tokens)
         self._run = RunWeights(self.path) if has_checkpoints(self.path) else None
         self._frozen: list[tuple[FrozenWeights, list[str]]] = []
         self._model: PatchLatentModel | None = None
 
     @classmethod
-    def open(cls, settings: ControlNet, seed: int, precision: str, condition: tuple[int, int]) -> PredictedOutputs:
-        """condition: N and D of the latents that stage 2 needs. RunError names what cannot be used."""
+    def open(
+        cls,
+        settings: ControlNet,
+        seed: int,
+        precision: str,
+        condition: tuple[int, int],
+        rule: BucketRule | None = None,
+    ) -> PredictedOutputs:
+        """condition: N and D of a square's latents as stage 2 needs them. rule: of its buckets. RunError names what
+        cannot be used."""
         assert settings.mllm is not None, "required by the recipe schema"
         where = f"controlnet.mllm={settings.mllm}"
         try:
@@ -101,11 +126,25 @@ class PredictedOutputs:
                 f"{where}: predicts {found[0]} patch latents of width {found[1]}, and this recipe's backbone.path and"
                 f" data.image_size have {condition[0]} of width {condition[1]}; use the MLLM and image size of that run"
             )
+        alone = Bucket(((stage.image_size, stage.image_size),))
+        shapes = [bucket.shapes[0] for bucket in buckets_of(stage.bucket_rule, alone)]
+        if missing := [str(bucket) for bucket in buckets_of(rule, alone) if bucket.shapes[0] not in shapes]:
+            raise RunError(f"{where}: was not trained in {', '.join(missing)}; give both stages the same data.buckets")
+        found = cls(settings, seed, precision, stage, EncoderImages(stage.image_size, rule))
         try:
-            reveal_counts(condition[0], settings.decode_steps)
+            reveal_counts(min(map(math.prod, found.grids)), settings.decode_steps)
         except RunError as error:
             raise RunError(f"controlnet.decode_steps: {error}") from error
-        return cls(settings, seed, precision, stage)
+        return found
+
+    @property
+    def grids(self) -> list[Grid]:
+        """Rows and columns of the patches in every bucket, or of the square."""
+        return [self._grid(shape) for shape in self.images.shapes]
+
+    def _grid(self, shape: Shape) -> Grid:
+        unit = self.stage.image_size // math.isqrt(self.stage.tokens_per_image)
+        return shape[0] // unit, shape[1] // unit
 
     def frozen(self) -> list[tuple[FrozenWeights, list[str]]]:
         """The trained weights, and those of the text model under them."""
@@ -143,25 +182,29 @@ class PredictedOutputs:
             "prompt": hashlib.sha256(str(self.template.batch([PROBE])[0].tolist()).encode()).hexdigest(),
             "controlnet.decode_steps": self.steps,
             "seed": self.seed,
+            **self.images.fingerprint,
         }
 
     @property
     def sample_bytes(self) -> int:
-        return self.stage.tokens_per_image * self.stage.config.text_config.hidden_size * self.dtype.itemsize
+        largest = max(map(math.prod, self.grids))
+        return largest * self.stage.config.text_config.hidden_size * self.dtype.itemsize
 
-    def read(self, sample: RawSample) -> tuple[str, int]:
-        return sample.caption, order_seed(self.seed, sample.key)
+    def read(self, sample: RawSample) -> Caption:
+        seed = order_seed(self.seed, sample.key)
+        return Caption(sample.caption, seed, self._grid(self.images.shape(sample.image)))
 
-    def truncated(self, inputs: list[tuple[str, int]]) -> int:
-        captions = [caption for caption, _ in inputs]
+    def truncated(self, inputs: list[Caption]) -> int:
+        captions = [caption.text for caption in inputs]
         return self.template.count_truncated(captions, self.template.batch(captions)[1])
 
-    def encode(self, inputs: list[tuple[str, int]], device: torch.device) -> list[dict[str, Tensor]]:
+    def encode(self, inputs: list[Caption], device: torch.device) -> list[dict[str, Tensor]]:
         if self._model is None:
             path = self._run.folder if self._run else self.path
             self._model = load_mllm(path, self.stage, device, self.dtype, vision=False)
-        captions, seeds = zip(*inputs, strict=True)
-        found = decode_prompts(self._model, self.template, captions, seeds, Settings(self.steps))
+        captions, seeds, grids = zip(*inputs, strict=True)
+        assert len(set(grids)) == 1, "those of one shape are decoded together"
+        found = decode_prompts(self._model, self.template, captions, seeds, Settings(self.steps), grids[0])
         return [{"latents": latents} for latents in found]
 
 

@@ -28,8 +28,9 @@ VALIDATION_SEED = 0
 """Seed of the draws for held-out samples, whatever the run's seed is."""
 
 
-OpenPredictor = Callable[[ControlNet, int, str, tuple[int, int]], Predictor]
-"""Opens what `controlnet.mllm` predicts: settings, seed, precision, and N and D of the patch latents [B, N, D]."""
+OpenPredictor = Callable[[ControlNet, int, str, tuple[int, int], BucketRule | None], Predictor]
+"""Opens what `controlnet.mllm` predicts: settings, seed, precision, N and D of a square's patch latents [B, N, D], and
+the rule of stage 2's buckets."""
 
 
 class Losses(NamedTuple):
@@ -187,5 +188,6 @@ def open_controlnet(
         for_counting=for_counting,
     )
     if predictor and recipe.controlnet.latents != "true":
-        stage.predictor = predictor(recipe.controlnet, recipe.seed, recipe.precision, stage.condition)
+        settings = recipe.controlnet, recipe.seed, recipe.precision
+        stage.predictor = predictor(*settings, stage.condition, stage.bucket_rule)
     return stage

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...data import decode_image
-from ...data.bucket_rule import BucketRule, Shape
+from ...data.bucket_rule import Bucket, BucketRule, Shape
 from ...data.transforms import decode_shapes
 
 
@@ -46,10 +46,16 @@ class EncoderImages:
         """uint8 [3, H, W]. Raises ValueError if the image is unreadable, or in no bucket, so that no run reads it."""
         if self.rule is None:
             return _channels_first(decode_image(image, self.size))
-        bucket = self.rule.of(image)
-        if bucket is None:
+        return _channels_first(decode_shapes(image, self._bucket(self.rule, image).shapes)[self.which])
+
+    def shape(self, image: bytes) -> Shape:
+        """Height and width of what `read` returns, from the image's header. Raises ValueError if it is in no bucket."""
+        return (self.size, self.size) if self.rule is None else self._bucket(self.rule, image).shapes[self.which]
+
+    def _bucket(self, rule: BucketRule, image: bytes) -> Bucket:
+        if (bucket := rule.of(image)) is None:
             raise ValueError("in no bucket")
-        return _channels_first(decode_shapes(image, bucket.shapes)[self.which])
+        return bucket
 
 
 def _channels_first(pixels: Any) -> Tensor:

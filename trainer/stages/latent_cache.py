@@ -131,7 +131,8 @@ class FrozenOutputs(Protocol):
         ...
 
     def encode(self, inputs: list[Any], device: torch.device) -> list[dict[str, Tensor]]:
-        """The tensors of each of `inputs`, computed on `device`; where `empty` is set, "" is an input too."""
+        """The tensors of each of `inputs`, computed on `device`, all with the same `shape` if they have one; where
+        `empty` is set, "" is an input too."""
         ...
 
 

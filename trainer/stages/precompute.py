@@ -187,7 +187,7 @@ class _Encoder:
         self.truncated += self.outputs.truncated(inputs) if inputs else 0
         alike: dict[Any, list[int]] = {}
         for place, one in enumerate(inputs):
-            alike.setdefault(one.shape if isinstance(one, torch.Tensor) else None, []).append(place)
+            alike.setdefault(getattr(one, "shape", None), []).append(place)
         found: dict[int, bytes] = {}
         for places in alike.values():
             padded = [inputs[place] for place in (*places, *places[-1:] * (self.micro_batch - len(places)))]

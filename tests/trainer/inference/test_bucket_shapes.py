@@ -12,20 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
+import plain_decoding
 import ranked
 import run_folders
 import shaped_shards
 import tiny_flux
 from bifrost.data import open_dataset
 from bifrost.data.transforms import decode_shapes
-from bifrost.kernels import PrefixLayout
 from bifrost.recipes import load_recipe
 from bifrost.trainer.errors import RunError
 from bifrost.trainer.evaluation.image_metrics import psnr
 from bifrost.trainer.evaluation.reconstruction import evaluate_reconstruction
 from bifrost.trainer.inference.flux_sampler import Text, draw_noise, sample
 from bifrost.trainer.inference.generator import Generator
-from bifrost.trainer.inference.masked_decoding import draw_orders, reveal_counts
 from bifrost.trainer.inference.settings import Sampling, Settings
 from bifrost.trainer.models.flux import FluxFolder, FluxTokenizers, FrozenFlux, pack
 
@@ -104,23 +103,6 @@ def test_prompts_give_squares(mllm: Path, bucketed: Path) -> None:
     assert made.size == (64, 64)
 
 
-@torch.no_grad()
-def plain(generator: Generator, prompt: str, seed: int, steps: int, grid: tuple[int, int]) -> torch.Tensor:
-    """One image's latents [N, D], predicting every patch in every step."""
-    model, patches = generator.mllm, grid[0] * grid[1]
-    input_ids, lengths = generator.template.batch([prompt])
-    prefix = model.backbone.prefix(input_ids, PrefixLayout.of(lengths, patches))
-    latents = torch.zeros(1, patches, model.branch.config.hidden_size)
-    hidden = torch.ones(1, patches, dtype=torch.bool)
-    order = draw_orders([seed], patches)[0].tolist()
-    for count in reveal_counts(patches, steps, "cosine"):
-        found = model.head(model.branch(latents, hidden, prefix, grid=grid))[0]
-        for patch in order[:count]:
-            latents[0, patch], hidden[0, patch] = found[patch], False
-        order = order[count:]
-    return latents[0]
-
-
 @pytest.mark.parametrize(("shape", "grid"), [("80x48", (3, 5)), ("48x80", (5, 3)), ("64x64", (4, 4))])
 def test_prompts_give_any_shape_that_both_stages_know(
     both: Generator, shape: str, grid: tuple[int, int], tmp_path: Path, wide_mllm: Path, bucketed: Path
@@ -129,7 +111,9 @@ def test_prompts_give_any_shape_that_both_stages_know(
     both.check(settings)
     found = both.latents(["moon", "a red sun"], [4, 5], settings)
     for number, (prompt, seed) in enumerate([("moon", 4), ("a red sun", 5)]):
-        torch.testing.assert_close(found[number], plain(both, prompt, seed, 6, grid), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            found[number], plain_decoding.latents(both, prompt, seed, 6, grid), atol=1e-4, rtol=1e-4
+        )
     common = ["--mllm", str(wide_mllm), "--controlnet", str(bucketed), "--flux-steps", "2", "--steps", "6"]
     asked = ["--shape", shape, "--seed", "4", "--out", str(tmp_path / "out")]
     (ended,) = ranked.bifrost(1, "generate", "moon", *common, *asked)
@@ -189,7 +173,9 @@ def test_an_evaluation_in_a_shape(both: Generator, wide_mllm: Path, bucketed: Pa
         assert int(key[-3:]) % 5 in (1, 3), "images of 96 x 64 and 100 x 66 pixels"
         (pixels,) = decode_shapes(raws[key].image, [(84, 140)])
         latents = both.encode(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None])
-        errors.append((plain(both, raws[key].caption, 0, 1, (3, 5)) - latents[0]).square().mean().item())
+        errors.append(
+            (plain_decoding.latents(both, raws[key].caption, 0, 1, (3, 5)) - latents[0]).square().mean().item()
+        )
     assert found["figures"]["train"]["latents"]["1.0"]["mse"] == pytest.approx(np.mean(errors), rel=1e-4)
 
 
