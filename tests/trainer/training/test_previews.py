@@ -52,7 +52,9 @@ def test_flux_is_loaded_for_a_preview_and_freed(settings: Previews, monkeypatch:
     decoder = LatentDecoder(nothing, nothing, 112, CPU)
     draw = torch.Generator().manual_seed(0)
     for count in (1, 2):
-        images = image_generator.generate(decoder, ["a red apple"], torch.randn(1, SIDE**2, WIDTH, generator=draw))
+        alone, _ = image_generator.buckets(112)
+        samples = [preview._Sample("a red apple", alone, [], None)]
+        images = image_generator.generate(decoder, samples, [torch.randn(SIDE**2, WIDTH, generator=draw)])
         assert [image.size for image in images] == [(64, 64)]
         gc.collect()
         assert len(loaded) == count and all(one() is None for one in loaded)
