@@ -41,6 +41,7 @@ EXAMPLES = {
         "bifrost data ingest photos shards",
         "bifrost data ingest photos s3://bucket/shards",
         "bifrost data ingest photos shards --table captions.csv --caption-column text",
+        "bifrost data ingest rooms shards --table edits.csv --source-column before",
     ),
     "data index": (
         "bifrost data index '/data/pairs/*.tar' --only-missing",

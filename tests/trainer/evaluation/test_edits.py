@@ -1,8 +1,9 @@
 """Evaluation of edits: source images in the prompts, figures against explicit formulas, and what is refused."""
 
+import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,11 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return editing_pairs.save(tmp_path_factory.mktemp("pairs"))
 
 
-def save(folder: Path, *sources: str) -> Path:
-    settings = ["branch.positions=mrope", "ema=null", "data.shards=null", f"data.sources=[{', '.join(sources)}]"]
-    return run_folders.save(folder, load_recipe("tiny-mllm", settings), 4)
+def save(folder: Path, *sources: str, settings: Sequence[str] = ()) -> Path:
+    data = "data.shards=null", f"data.sources=[{', '.join(sources)}]"
+    return run_folders.save(
+        folder, load_recipe("tiny-mllm", ["branch.positions=mrope", "ema=null", *data, *settings]), 4
+    )
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +109,34 @@ def test_figures(editor: Generator, pairs: Path) -> None:
     for prefix, images in {"": made, "other_source_": alone, "source_": unchanged}.items():
         assert figures["editing"][f"{prefix}psnr"] == pytest.approx(psnr(images, targets), rel=1e-6), prefix
     assert figures["editing"]["empty_prompt_psnr"] != figures["editing"]["other_source_psnr"]
+
+
+def test_in_a_bucket_sources_have_the_shape_of_their_targets(place: Path, controlnet: Path, tmp_path: Path) -> None:
+    def wide(number: int) -> bytes:
+        file = io.BytesIO()
+        Image.open(io.BytesIO(small_shards.pattern(number))).resize((192, 128)).save(file, "PNG")
+        return file.getvalue()
+
+    pairs = {f"{n}": {"png": wide(n), "source.png": wide(50 + n), "txt": f"edit {n}".encode()} for n in range(5)}
+    write_shard(tmp_path / "a.tar", [*pairs.items(), ("square", editing_pairs.pair(0))])
+    buckets = "data.buckets={ratios: [1x1, 3x2], max_upscale: 4}"
+    mllm = save(place / "in-buckets", "{name: edits, shards: edits, task: editing}", settings=(buckets,))
+    stage2 = load_recipe("tiny-controlnet", [f"flux.path={place / 'flux'}", "ema=null", buckets])
+    editor = Generator.load(mllm, run_folders.save(place / "controlnet-in-buckets", stage2, 2))
+    assert editor.rule
+    (shape,) = (each for each in editor.rule.buckets if each.largest[0] < each.largest[1])
+    settings = replace(FAST, shape=str(shape))
+    found = evaluate(editor, open_dataset(str(tmp_path), captions=PAIRS), None, 4, 5, settings, gallery=6)
+    samples = found.samples["train"]
+    assert "square" not in {sample.key for sample in samples}
+    seen = [torch.from_numpy(sample.seen).permute(2, 0, 1) for sample in samples]
+    assert tuple(seen[0].shape[1:]) == shape.largest
+    sources = [editor.source_image(pairs[sample.key]["source.png"], settings) for sample in samples]
+    own, row = editor.encode(torch.stack(seen)), found.figures["train"]["latents"]["1.0"]
+    latents = editor.latents([s.caption for s in samples], [0] * 4, replace(settings, steps=1), sources)
+    assert row["mse"] == pytest.approx(float((latents - own).square().mean()), rel=1e-4)
+    unchanged = editor.encode(torch.stack(sources))
+    assert row["source_mse"] == pytest.approx(float((unchanged - own).square().mean()), rel=1e-4)
 
 
 def test_one_instruction_for_several_sources_is_several_pairs(tmp_path: Path) -> None:
