@@ -14,7 +14,7 @@ import run_folders
 import runs
 import shaped_shards
 import tiny_flux
-from bifrost.data import open_dataset
+from bifrost.data import open_dataset, write_shard
 from bifrost.recipes import load_recipe
 from bifrost.trainer.inference.generator import Generator
 from bifrost.trainer.inference.settings import Settings
@@ -98,6 +98,24 @@ def test_stage_1_generates_in_the_shapes_of_the_images(shapes: Path, controlnet:
         (wanted,) = generator.generate([raw.caption], [number], settings)
         assert equal(Image.open(tmp_path / "seen" / f"generated-{number}.png"), wanted), number
         assert wanted.size == tuple(map(int, shape.split("x")))
+
+
+def test_a_source_image_has_the_shape_of_its_target(controlnet: Path, tmp_path: Path) -> None:
+    pairs = []
+    for number in range(8):
+        drawings = (shaped_shards.drawing(number + more, size) for more, size in ((0, (96, 64)), (100, (70, 90))))
+        files = dict(zip(("png", "source.png"), drawings, strict=True))
+        pairs.append((f"edit-{number}", {**files, "txt": b"make it blue"}))
+    write_shard(tmp_path / "pairs" / "train-00000.tar", pairs)
+    sources = f"data.sources=[{{name: edits, shards: {tmp_path}/pairs, task: editing}}]"
+    own = (f"previews.controlnet={controlnet}", "previews.every=2", "previews.count=1", "data.shards=null", sources)
+    run, _ = train(tmp_path / "pairs", tmp_path / "seen", "tiny-mllm", 1, *own)
+    generator, settings = Generator.load(run, controlnet, dtype=torch.float32), Settings(15, shape="80x48")
+    found = Image.open(tmp_path / "seen" / "generated-0.png")
+    for source, agrees in ((pairs[0][1]["source.png"], True), (pairs[1][1]["source.png"], False)):
+        shown = generator.source_image(source, settings)
+        (wanted,) = generator.generate(["make it blue"], [0], settings, sources=[shown])
+        assert wanted.size == (80, 48) and equal(found, wanted) == agrees
 
 
 def test_a_controlnet_of_squares_makes_squares_and_says_so(shapes: Path, flux: Path, tmp_path: Path) -> None:
