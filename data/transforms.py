@@ -59,8 +59,16 @@ def decode_shapes(data: bytes, shapes: Sequence[Shape]) -> list[np.ndarray]:
 
 def in_shape(image: Image.Image, shape: Shape) -> np.ndarray:
     """An image that is opened already as `decode_shapes` returns that of a file, but from all of its pixels: a large
-    JPEG is not decoded smaller."""
-    return _in_shape(_upright(image.copy(), shape), shape)
+    JPEG is not decoded smaller. Raises ValueError for one that has no pixels, or none of a known range."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its mode, {image.mode}, does not say which value is white; convert it to RGB")
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    try:
+        copied = image.copy()  # decodes what is not decoded yet
+    except Exception as error:  # as of a damaged file
+        raise ValueError(f"image does not decode: {error}") from None
+    return _in_shape(_upright(copied, shape), shape)
 
 
 def centre_square(data: bytes, least: int) -> np.ndarray:

@@ -32,7 +32,7 @@ from ..stages.unsharded import init_context
 from .flux_sampler import OnStep
 from .generator import Generator, to_images
 from .masked_decoding import Schedule
-from .outputs import clean
+from .pipeline_arguments import prompts_of, replaced, require_patch_latents, seeds_of, shape_of, sources_of
 from .pipeline_folder import MLLM, open_folder
 from .pipeline_parts import ControlNet, PatchLatentDecoder
 from .settings import Sampling, Settings
@@ -40,7 +40,6 @@ from .settings import Sampling, Settings
 T = TypeVar("T", bound=BaseModel)
 OutputType = Literal["pil", "np", "pt", "latent"]
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], "dict[str, Tensor] | None"]
-LARGEST_SEED = 2**62
 _OF_THE_HUB = ("cache_dir", "token", "local_files_only", "force_download", "proxies", "variant", "custom_pipeline")
 _HUB_HINT = "set the hub client's own variables, such as HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, instead"
 
@@ -165,12 +164,14 @@ class BifrostPipeline(DiffusionPipeline):
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise RunError(f"output_type={output_type!r}: give pil, np, pt or latent")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise RunError("callback_on_step_end: give a function, as docs/pipeline.md shows")
         if unknown := set(callback_on_step_end_tensor_inputs) - {"latents"}:
             raise RunError(f"callback_on_step_end_tensor_inputs: {min(unknown)!r} is unknown; there is 'latents'")
-        prompts = _prompts(prompt, num_images_per_prompt)
-        seeds = _seeds(len(prompts), num_images_per_prompt, seed, generator)
+        prompts = prompts_of(prompt, num_images_per_prompt)
+        seeds = seeds_of(len(prompts), num_images_per_prompt, seed, generator)
         sampling = Sampling(num_inference_steps, guidance_scale, controlnet_conditioning_scale, true_cfg_scale)
-        shape = _shape(height, width, self._image_size)
+        shape = shape_of(height, width, self._image_size)
         decoding: dict[str, Any] = {"steps": steps, "schedule": schedule, "guidance": latent_guidance_scale}
         settings = Settings(**decoding, empty_prompt=empty_prompt, flux=sampling, temperature=temperature, shape=shape)
         made = self._generator()
@@ -178,9 +179,9 @@ class BifrostPipeline(DiffusionPipeline):
         if patch_latents is None:
             made.check(settings, image is not None)
             read = partial(made.source_image, settings=settings)
-            sources = _sources(image, len(prompts), num_images_per_prompt, read)
+            sources = sources_of(image, len(prompts), num_images_per_prompt, read)
         else:
-            _require_alone(patch_latents, image, (len(prompts), math.prod(made.grid(settings)), self.mllm.width))
+            require_patch_latents(patch_latents, image, (len(prompts), math.prod(made.grid(settings)), self.mllm.width))
         made.warn_about_truncation(prompts, settings, patch_latents is None, image is not None)
         self._interrupt = False
         if patch_latents is None:
@@ -223,7 +224,7 @@ class BifrostPipeline(DiffusionPipeline):
             update()
             if callback is not None:
                 changed = callback(self, step, torch.tensor(1000 * level), {"latents": latents})
-                latents = (changed or {}).get("latents", latents)
+                latents = replaced(changed, latents)
             return None if self._interrupt else latents
 
         return after
@@ -244,60 +245,6 @@ def _stated_settings(name: str, stated: Any, section: type[T]) -> T:
         return section.model_validate(stated)
     except ValidationError as error:
         raise RunError(f"{name}: {explain(error, section)}") from error
-
-
-def _shape(height: int | None, width: int | None, side: int) -> str | None:
-    """The shape of `Settings`; one that is not given is the square's `side`."""
-    if height is None and width is None:
-        return None
-    return f"{side if width is None else width}x{side if height is None else height}"
-
-
-def _sources(image: Any, count: int, copies: int, read: Callable[[Image.Image], Tensor]) -> list[Tensor] | None:
-    """The source image of each of `count` images, `copies` of each prompt, as `read` returns it."""
-    if image is None:
-        return None
-    prompts = count // copies
-    images = list(image) if isinstance(image, Sequence) else [image] * prompts
-    if not all(isinstance(each, Image.Image) for each in images):
-        raise RunError("image: give a PIL image, or a list of one for each prompt")
-    if len(images) != prompts:
-        raise RunError(f"image: {len(images)} for {prompts} prompts: give one for each, or one for all")
-    return [source for each in images for source in [read(each)] * copies]
-
-
-def _require_alone(patch_latents: Tensor, image: Any, shape: tuple[int, int, int]) -> None:
-    """RunError unless given patch latents are [B, N, D], `shape`, and no source image is to be read."""
-    if image is not None:
-        raise RunError("image is read to decode latents, and with patch_latents none are decoded: leave one out")
-    if tuple(patch_latents.shape) != shape:
-        raise RunError(f"patch_latents: of shape {list(patch_latents.shape)}; give {list(shape)}, one [N, D] per image")
-
-
-def _prompts(prompt: str | Sequence[str], copies: int) -> list[str]:
-    """The cleaned prompts, each `copies` times."""
-    texts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not texts or not all(isinstance(each, str) for each in texts):
-        raise RunError("prompt: give a string, or a list of at least one")
-    if copies < 1:
-        raise RunError(f"num_images_per_prompt={copies}: set 1 or more")
-    return [text for each in texts for text in [clean(each)] * copies]
-
-
-def _seeds(
-    count: int, copies: int, seed: int | None, generator: torch.Generator | Sequence[torch.Generator] | None
-) -> list[int]:
-    """The seed of each of `count` images, `copies` of each prompt."""
-    if seed is not None:
-        if generator is not None:
-            raise RunError("give seed or generator, not both")
-        if not 0 <= seed <= LARGEST_SEED - copies:
-            raise RunError(f"seed={seed}: give one from 0 to 2^62 - {copies}")
-        return [seed + number for _ in range(count // copies) for number in range(copies)]
-    each = [generator] * count if generator is None or isinstance(generator, torch.Generator) else list(generator)
-    if len(each) != count:
-        raise RunError(f"{len(each)} generators for {count} images: give one for each, or one for all")
-    return [int(torch.randint(LARGEST_SEED, (), generator=one, device=one and one.device)) for one in each]
 
 
 def _converted(pixels: Tensor, output_type: OutputType) -> list[Image.Image] | np.ndarray | Tensor:

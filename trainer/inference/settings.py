@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any, get_args
 
 from ..errors import RunError
 from .masked_decoding import Schedule
@@ -21,8 +24,11 @@ class Sampling:
     """w of empty + w (text - empty), on FLUX's text only; 1 skips the empty prompt."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise RunError(f"{self.steps} FLUX steps: set 1 or more")
+        if not isinstance(self.steps, Integral) or self.steps < 1:
+            raise RunError(f"{self.steps!r} FLUX steps: set a whole number of 1 or more")
+        _require_number("FLUX guidance scale", self.guidance)
+        _require_number("conditioning scale", self.conditioning_scale)
+        _require_number("guidance of FLUX's text", self.cfg)
 
 
 @dataclass(frozen=True)
@@ -43,3 +49,18 @@ class Settings:
     """Standard deviation of the noise from which a flow head samples."""
     shape: str | None = None
     """Width x height of the images in pixels, such as `576x448`, of a model in aspect-ratio buckets; None: squares."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, Integral):
+            raise RunError(f"{self.steps!r} decoding steps: set a whole number")
+        if self.schedule not in get_args(Schedule):
+            raise RunError(f"schedule {self.schedule!r}: give {' or '.join(get_args(Schedule))}")
+        _require_number("guidance of the latents", self.guidance)
+        _require_number("temperature", self.temperature)
+        if self.temperature < 0:
+            raise RunError(f"temperature {self.temperature:g}: give 0 or more")
+
+
+def _require_number(name: str, value: Any) -> None:
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise RunError(f"{name} {value!r}: give a finite number")

@@ -155,5 +155,5 @@ def test_an_image_is_independent_of_its_batch(flux: FrozenFlux, cfg: float) -> N
 
 
 def test_no_steps_are_refused() -> None:
-    with pytest.raises(RunError, match=r"^0 FLUX steps: set 1 or more$"):
+    with pytest.raises(RunError, match=r"^0 FLUX steps: set a whole number of 1 or more$"):
         Sampling(0)

@@ -1,6 +1,7 @@
 """The pipeline generates what `bifrost generate` does from the same runs; its arguments are those of diffusers."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -152,11 +153,26 @@ def test_wrong_arguments_are_one_line(pipe: BifrostPipeline) -> None:
         ({"num_inference_steps": 0}, "^0 FLUX steps"),
         ({"output_type": "jpg"}, "^output_type='jpg': give pil, np, pt or latent"),
         ({"num_images_per_prompt": 0}, "^num_images_per_prompt=0"),
-        ({"seed": -1}, "^seed=-1: give one from 0"),
+        ({"prompt": None}, "^prompt: give a string"),
+        ({"steps": 1.5}, "^1.5 decoding steps: set a whole number"),
+        ({"num_inference_steps": "4"}, "^'4' FLUX steps: set a whole number"),
+        ({"num_images_per_prompt": 1.5}, "^num_images_per_prompt=1.5"),
+        ({"seed": -1}, "^seed=-1: give a whole number from 0"),
+        ({"seed": [1, 2]}, r"^seed=\[1, 2\]: give a whole number"),
+        ({"generator": 3}, "^generator: give a torch.Generator"),
+        ({"schedule": "cosin"}, "^schedule 'cosin': give cosine or linear"),
+        ({"guidance_scale": math.nan}, "^FLUX guidance scale nan: give a finite number"),
+        ({"true_cfg_scale": None}, "^guidance of FLUX's text None: give a finite number"),
+        ({"controlnet_conditioning_scale": [0.7]}, r"^conditioning scale \[0.7\]: give a finite number"),
+        ({"latent_guidance_scale": math.inf}, "^guidance of the latents inf: give a finite number"),
+        ({"temperature": -1}, "^temperature -1: give 0 or more"),
+        ({"callback_on_step_end": 3}, "^callback_on_step_end: give a function"),
+        ({"callback_on_step_end": lambda *_: {"latents": None}}, "^callback_on_step_end: returned other than"),
         ({"seed": 1, "generator": torch.Generator()}, "^give seed or generator"),
         ({"generator": [torch.Generator()] * 2}, "^2 generators for 1 images"),
         ({"temperature": 0.5}, "head is linear"),
         ({"patch_latents": torch.zeros(2, 16, 192)}, r"^patch_latents: of shape \[2, 16, 192\]; give \[1, 16, 192\]"),
+        ({"patch_latents": [1]}, r"^patch_latents: is of type list; give a tensor of \[1, 16, 192\]"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "'prompt_embeds' is unknown"),
     ):
         with pytest.raises(RunError, match=message) as caught:

@@ -152,7 +152,11 @@ def test_an_opened_image_is_read_as_its_file(both: Generator, mode: str) -> None
 
 def test_what_cannot_be_used_is_one_line(pipe: BifrostPipeline, drawing: Path) -> None:
     image = Image.open(drawing)
+    cut = Image.open(io.BytesIO(drawing.read_bytes()[:-100]))
     for arguments, message in (
+        ({"image": cut}, "^image: image does not decode: image file is truncated"),
+        ({"image": Image.new("F", (9, 9), 0.5)}, "^image: its mode, F, does not say which value is white"),
+        ({"image": Image.new("RGB", (0, 9))}, "^image: it has no pixels"),
         ({"width": 80}, "^shape 80x64: the ControlNet was trained in 64x64, 80x48, 48x80; give one of these$"),
         ({"width": 72, "height": 0}, "^shape 72x0: the ControlNet was trained in 64x64, 80x48, 48x80; give one"),
         ({"width": 80, "height": 48, "steps": 16}, "^16 decoding steps for 15 patches: set 1 to 15"),
