@@ -213,6 +213,11 @@ class Data(Section):
         return any(source.task == "editing" for source in self.sources or ())
 
     @property
+    def only_edits(self) -> bool:
+        """Whether every sample that is trained on is an editing pair."""
+        return bool(self.trained) and all(source.task == "editing" for source in self.trained)
+
+    @property
     def named(self) -> list[str]:
         """All shards, as the recipe names them."""
         specs = [source.shards for source in self.sources] if self.sources else [self.shards or []]

@@ -43,7 +43,7 @@ def _has_pairs(dataset: Dataset, trained: Data, run: Path) -> bool:
             f"{shards}: editing pairs (KEY.source.jpg or the like), and {run} was not trained on any (data.sources with"
             " task=editing): give shards without source images, or a run that was"
         )
-    if not found and trained.edits and all(source.task == "editing" for source in trained.trained):
+    if not found and trained.only_edits:
         raise RunError(
             f"{shards}: no source images (KEY.source.jpg or the like), and {run} was trained on editing pairs alone:"
             " give shards of such pairs"

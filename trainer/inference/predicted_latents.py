@@ -33,7 +33,7 @@ from .latent_decoder import open_run, require_native
 from .masked_decoding import reveal_counts
 from .mllm import decode_prompts, load_mllm
 from .settings import Settings
-from .stored_runs import checkpoint_weights, has_checkpoints
+from .stored_runs import checkpoint_weights, has_checkpoints, stored_recipe
 
 TEXT_SETTINGS = (
     "hidden_act",
@@ -118,8 +118,14 @@ class PredictedOutputs:
         try:
             stage = open_run(Path(settings.mllm))
             require_native(stage, Path(settings.mllm))
+            only_edits = stored_recipe(Path(settings.mllm), "patch-latents").data.only_edits
         except RunError as error:
             raise RunError(f"{where}: {error}") from error
+        if only_edits:
+            raise RunError(
+                f"{where}: was trained on editing pairs alone, and latents are predicted from captions without source"
+                " images; name a run that was trained on captions, too"
+            )
         found = stage.tokens_per_image, stage.config.text_config.hidden_size
         if found != condition:
             raise RunError(

@@ -237,6 +237,10 @@ def test_wrong_inputs_are_one_line(make, mllm: Path, tmp_path: Path) -> None:
     assert line == "controlnet.decode_steps: 17 decoding steps for 16 patches: set 1 to 16"
     line = refusal(make(PREDICTED, "data.image_size=224", "flux.image_size=128"))
     assert "predicts 16 patch latents of width 192, and this recipe's" in line and "have 64 of width 192" in line
+    pairs = "data.sources=[{name: edits, shards: edits/*.tar, weight: 1, task: editing}]"
+    editor = run_folders.save(tmp_path / "editor", load_recipe("tiny-mllm", ["data.shards=null", pairs]), 1)
+    line = refusal(make(PREDICTED, f"controlnet.mllm={editor}"))
+    assert line.startswith(f"controlnet.mllm={editor}: was trained on editing pairs alone, and latents are predicted")
     with pytest.raises(RecipeError, match=r"controlnet\.latents=mix needs controlnet\.mllm, the stage-1 run"):
         make(MIX, "controlnet.mllm=null")
     with pytest.raises(RecipeError, match=r"controlnet\.latents: input should be 'true', 'predicted' or 'mix'"):
