@@ -63,8 +63,9 @@ def tar_source(tars: list[str], columns: Columns) -> Source:
             raise DataError(f"{format_shards(tars)}: no images; {source.damaged[0]}")
         longer = [kind for kind in sorted(kinds) if kind.rpartition(".")[2] in IMAGE_TYPES and kind not in IMAGE_TYPES]
         if longer:
+            besides = f" besides the source images, KEY.{chosen.source}" if chosen.source in IMAGE_TYPES else ""
             raise DataError(
-                f"{format_shards(tars)}: no member is named KEY.jpg, .jpeg, .png or .webp, they are"
+                f"{format_shards(tars)}: no member is named KEY.jpg, .jpeg, .png or .webp{besides}, they are"
                 f" {_counted(kinds)}; choose with --image-column {longer[0]} --caption-column EXTENSION"
             )
         raise DataError(

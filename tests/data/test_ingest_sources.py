@@ -188,6 +188,13 @@ def test_jpgs_that_are_edited_into_pngs(tmp_path: Path) -> None:
     write_shard(tmp_path / "in/a.tar", samples)
     ingest(tmp_path / "in", tmp_path / "out", source_column="jpg")
     assert read(tmp_path / "out") == {f"{n}": (target(n), source(n), f"edit {n}") for n in range(2)}
+    samples = [("0", {"png": source(0), "after.png": target(0), "txt": b"edit"})]
+    write_shard(tmp_path / "one/a.tar", samples)
+    besides = (
+        r"is named KEY.jpg, .jpeg, .png or .webp besides the source images, KEY.png, they are .*--image-column after"
+    )
+    with pytest.raises(DataError, match=besides):
+        ingest(tmp_path / "one", tmp_path / "none", source_column="png")
 
 
 def test_the_same_bytes_again_and_other_sources_refused(tmp_path: Path) -> None:

@@ -111,6 +111,8 @@ class BifrostPipeline(DiffusionPipeline):
         dtype = options.get("dtype") or options.get("torch_dtype")
         if isinstance(dtype, dict):
             raise RunError("dtype: give one for all parts; a part that you load yourself can have its own")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise RunError(f"dtype={dtype!r}: give torch.float32, torch.bfloat16 or torch.float16")
         folder, index = open_folder(pretrained_model_name_or_path, options.pop("revision", None))
         if backbone is not None:
             loaded = {"torch_dtype": dtype, "device_map": options.get("device_map"), "backbone": backbone}

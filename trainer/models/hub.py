@@ -29,6 +29,8 @@ def locate(
         return folder
     if Path(path).is_dir():
         return Path(path)
+    if Path(path).is_file():
+        raise RunError(f"{setting}={path}: is a file; give its folder, {Path(path).parent}")
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise RunError(f"{setting}={path}: no such folder, and not a hub id (owner/name)")
     key = (path, revision, weights)

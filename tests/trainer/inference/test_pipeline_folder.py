@@ -91,6 +91,7 @@ def test_no_private_folder_and_no_secret_is_in_the_texts(
 
 def test_a_wrong_folder_is_one_line(copy: Path, flux: Path, mllm: Path, tmp_path: Path) -> None:
     refused(tmp_path / "nothing", r"^pipeline=\S+nothing: no such folder, and not a hub id")
+    refused(copy / "model_index.json", rf"^pipeline=\S+model_index.json: is a file; give its folder, {copy}$")
     refused(mllm, "mllm: has no model_index.json; give a folder that `bifrost export --format pipeline` wrote")
     refused(flux, "is of a FluxPipeline, expected BifrostPipeline")
     index = copy / "model_index.json"
@@ -170,6 +171,8 @@ def test_options_that_do_not_apply_are_one_line(folder: Path) -> None:
     refused(folder, "^variant does not apply to a pipeline of Bifrost; set the hub client's own", variant="fp16")
     refused(folder, "^device_map=balanced: give one device", device_map="balanced")
     refused(folder, "^dtype: give one for all parts", dtype={"vae": torch.float32})
+    for wrong in ("bfloat16", torch.int8):
+        refused(folder, "^dtype=.*: give torch.float32, torch.bfloat16 or torch.float16$", dtype=wrong)
     with pytest.raises(RunError, match="copy the folder of the pipeline"):
         BifrostPipeline.from_pretrained(folder).save_pretrained("elsewhere")
 
