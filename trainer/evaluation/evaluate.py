@@ -82,6 +82,7 @@ def evaluate(
     samples, or stage 1 was not trained on pairs.
     """
     edits = measures_edits(generator, data, heldout)
+    generator.require_shape(settings.shape)
     asked, sizes, only = generator.bucket(settings.shape), (generator.image_size, generator.flux_size), None
     if settings.shape and generator.rule:
         sizes, only = generator.rule, asked

@@ -155,12 +155,21 @@ class Generator(LatentDecoder):
 
     def check(self, settings: Settings, with_source: bool = False) -> None:
         """As of a decoder, and RunError for a shape in which one of the stages was not trained."""
-        alone, asked = self.bucket(None), self.bucket(settings.shape)
-        both = known_to_both(buckets_of(self.rule, alone), self.shapes or alone.shapes[:1])
-        if str(asked) not in both:
-            hint = f"give shape {' or '.join(both)}" if both else "and none in common; train both in the same buckets"
-            raise RunError(f"shape {asked}: the two stages were not both trained in it (data.buckets); {hint}")
+        self.require_shape(settings.shape)
         super().check(settings, with_source)
+
+    def require_shape(self, shape: str | None) -> None:
+        """RunError unless both stages were trained in a shape of `Settings`."""
+        alone = self.bucket(None)
+        asked = str(alone) if shape is None else shape
+        both = known_to_both(buckets_of(self.rule, alone), self.shapes or alone.shapes[:1])
+        if asked not in both:
+            hint = (
+                f"give shape {' or '.join(both)}"
+                if both
+                else "they have none in common; train both in the same buckets"
+            )
+            raise RunError(f"shape {asked}: the two stages were not both trained in it (data.buckets); {hint}")
 
     def warn_about_truncation(
         self, prompts: Sequence[str], settings: Settings, decoded: bool = True, with_source: bool = False
