@@ -37,8 +37,10 @@ def read_key(path: Path) -> dict[str, Scene]:
     except DataError:  # a storage error
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # The repr of a UnicodeDecodeError holds the whole file.
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else repr(error)
         raise DataError(
-            f"{path}: not the ground truth of scenes ({error!r}); give the {KEY} that `bifrost data demo OUT` wrote"
+            f"{path}: not the ground truth of scenes ({reason}); give the {KEY} that `bifrost data demo OUT` wrote"
             " next to the shards"
         ) from error
 

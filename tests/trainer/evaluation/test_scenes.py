@@ -322,6 +322,7 @@ def test_wrong_inputs_are_one_line_and_leave_nothing(
 
     refused("missing.json: No such file", scenes=tmp_path / "missing.json")
     refused("not the ground truth of scenes", scenes=scenes.key.with_name("train-00000.index.jsonl"))
+    refused("not the ground truth of scenes (not UTF-8)", scenes=scenes.key.with_name("train-00000.tar"))
     lacking = key("lacking.json", {name: scene for name, scene in truth.items() if name != "train00007"})
     refused("sample train00007 of", scenes=lacking)
     refused("is missing", scenes=lacking)
