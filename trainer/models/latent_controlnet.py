@@ -171,7 +171,8 @@ def read_config(folder: Path) -> tuple[ControlNetConfig, weights.WeightFiles]:
     """Shape and weights of a `flux_controlnet` folder; RunError for any other folder."""
     file = folder / "config.json"
     if not file.is_file():
-        raise RunError(f"{folder}: no config.json; give a folder with a FLUX ControlNet, such as `flux_controlnet`")
+        lacks = "no config.json" if folder.is_dir() else "no such folder"
+        raise RunError(f"{folder}: {lacks}; give a folder with a FLUX ControlNet, such as `flux_controlnet`")
     settings = read_json(file)
     if settings.get("_class_name") != "FluxControlNetModel":
         raise RunError(f"{file}: _class_name is {settings.get('_class_name')}, expected FluxControlNetModel")

@@ -182,6 +182,8 @@ def test_wrong_folders_and_mismatches_are_one_line_errors(tmp_path: Path) -> Non
         assert words in str(error.value) and "\n" not in str(error.value)
 
     refused("no config.json")
+    with pytest.raises(RunError, match=r"nothing: no such folder; give a folder with a FLUX ControlNet"):
+        read_config(tmp_path / "nothing")
     (tmp_path / "config.json").write_text("{")
     refused("is not JSON")
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
