@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import tarfile
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
+import written_tables
 from bifrost.data import CaptionChoice, DataError, open_dataset, write_shard
 from bifrost.data.ingest import ingest
 
@@ -43,16 +41,7 @@ def images(tmp_path: Path, make_image) -> Path:
 def test_columns_of_tables(images: Path, tmp_path: Path, kind: str) -> None:
     """A sample that lacks one caption has the other; one without any is set aside. Trained on without a choice, KEY.txt
     is the first column."""
-    table = tmp_path / f"t.{kind}"
-    if kind == "csv":
-        with table.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(ROWS[0]))
-            writer.writeheader()
-            writer.writerows(ROWS)
-    elif kind == "jsonl":
-        table.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), table)
+    table = written_tables.save(tmp_path / f"t.{kind}", ROWS)
     out = tmp_path / "out"
     assert ingest(images, out, table=table, caption_column=COLUMNS, processes=1) == (1, 3, 1)
     assert members(out) == {

@@ -1,19 +1,17 @@
 """Ingest of editing pairs: source images from folders, tables and tars; bad ones are set aside with their reason."""
 
-import csv
 import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 import pytest
 from PIL import Image
-from pyarrow import parquet
 from typer.testing import CliRunner
 
 import small_shards
+import written_tables
 from bifrost.data import CaptionChoice, DataError, open_dataset, write_shard
 from bifrost.data.cli import app
 from bifrost.data.ingest import ingest, reasons
@@ -83,18 +81,6 @@ def test_a_folder(tmp_path: Path) -> None:
     assert reasons(str(out))["source image: image does not decode"] == 1
 
 
-def save_table(kind: str, path: Path, rows: list[dict[str, Any]]) -> None:
-    if kind == "csv":
-        with path.open("w", newline="") as file:
-            table = csv.DictWriter(file, list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
-    elif kind == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=50)
-
-
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_a_table_of_files(tmp_path: Path, kind: str) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
@@ -106,7 +92,7 @@ def test_a_table_of_files(tmp_path: Path, kind: str) -> None:
         {"image": f"after/{min(number, 3)}.png", "text": f"edit {number}", "input": name}
         for number, name in names.items()
     ]
-    save_table(kind, tmp_path / f"t.{kind}", rows)
+    written_tables.save(tmp_path / f"t.{kind}", rows)
     made = ingest(folder, out, table=tmp_path / f"t.{kind}", source_column="input")
     assert read(out) == {f"after/{number}": (target(number), source(number), f"edit {number}") for number in range(2)}
     assert (made.samples, made.rejected) == (2, 4)
@@ -124,7 +110,7 @@ def test_a_table_of_files(tmp_path: Path, kind: str) -> None:
 def test_the_column_of_sources_is_not_taken_for_the_images(tmp_path: Path, kind: str) -> None:
     """`image` is a default name of the column of images, and comes before `path`."""
     write(tmp_path / "in", a__png=target(0), b__jpg=source(0))
-    save_table(kind, tmp_path / f"t.{kind}", [{"image": "b.jpg", "path": "a.png", "text": "edit"}])
+    written_tables.save(tmp_path / f"t.{kind}", [{"image": "b.jpg", "path": "a.png", "text": "edit"}])
     ingest(tmp_path / "in", tmp_path / "out", table=tmp_path / f"t.{kind}", source_column="image")
     assert read(tmp_path / "out") == {"a": (target(0), source(0), "edit")}
 
@@ -140,7 +126,7 @@ def test_a_table_that_holds_both_images(tmp_path: Path, wrap: Callable[[bytes], 
     ]
     rows[40]["input_image"] = wrap(b"GIF89a")
     rows[60]["input_image"] = None
-    save_table("parquet", tmp_path / "train-00000-of-00001.parquet", rows)
+    written_tables.save(tmp_path / "train-00000-of-00001.parquet", rows)
     columns = {"image_column": "edited_image", "caption_column": "edit_prompt", "source_column": "input_image"}
     made = ingest(tmp_path / "train-00000-of-00001.parquet", tmp_path / "out", **columns, samples_per_shard=30)
     assert (made.samples, made.rejected) == (ROWS - 2, 2)
@@ -156,7 +142,7 @@ def test_a_table_that_holds_both_images(tmp_path: Path, wrap: Callable[[bytes], 
 def test_both_columns_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In turn, as an ingest does; a column that is begun again for every row would take hours."""
     rows = [{"image": target(n), "text": f"{n}", "before": source(n)} for n in range(ROWS)]
-    save_table("parquet", tmp_path / "t.parquet", rows)
+    written_tables.save(tmp_path / "t.parquet", rows)
     begun, begin = [], _Reader._begin
     monkeypatch.setattr(_Reader, "_begin", lambda self: (begun.append(self.place), begin(self)))
     for number, row in enumerate(read_table(tmp_path / "t.parquet", Columns(None, None, source="before"))):
