@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .evaluate import Evaluation
+from .evaluate import EDITED, Evaluation
 from .reconstruction import ReconstructionEvaluation
 from .scenes import SceneEvaluation
 from .understanding import Understanding
@@ -21,13 +21,6 @@ LABELS = {
     "other_source": "another pair's source image",
     "source": "the source image itself",
 }
-EDITED = {
-    "": "both stages",
-    "empty_prompt_": "empty prompt",
-    "other_source_": "another pair's source image",
-    "source_": "the source image itself",
-}
-"""Prefix of the metrics of edits -> label."""
 SCENE_ROWS = {
     "all objects right, in their places": {
         "both stages": ("both", "all"),
@@ -128,8 +121,9 @@ def _edits(figures: Mapping[str, Any]) -> list[str]:
         lines += [_row(f"  {float(rate):.0%}", *values)]
     row = figures["editing"]
     lines += ["", _row("edits and their targets", "PSNR", "SSIM", "")]
-    for kind, label in EDITED.items():
-        lines += [_row(f"  {label}", f"{row[kind + 'psnr']:.2f} dB", f"{row[kind + 'ssim']:.4f}", "")]
+    for prefix, kind in EDITED.items():
+        values = f"{row[prefix + 'psnr']:.2f} dB", f"{row[prefix + 'ssim']:.4f}", ""
+        lines += [_row(f"  {LABELS[kind]}", *values)]
     return lines
 
 

@@ -20,7 +20,7 @@ from ...data.bucket_rule import Shape
 from ...data.transforms import decode_shapes, in_shape
 from ..distributed.process_group import Group
 from ..errors import RunError
-from ..models.image_grids import Grid
+from ..models.image_grids import Grid, patch_grid
 from ..models.prompt import PromptTemplate
 from ..stages import open_patch_latents
 from ..stages.patch_latent_model import PatchLatentModel
@@ -56,9 +56,7 @@ class LatentDecoder:
 
     def grid(self, settings: Settings) -> Grid:
         """Rows and columns of the patches of an image."""
-        unit = self.image_size // self.mllm.branch.side
-        height, width = self.pixels(settings)
-        return height // unit, width // unit
+        return patch_grid(self.pixels(settings), self.image_size, self.mllm.branch.side)
 
     def check(self, settings: Settings, with_source: bool = False) -> None:
         """RunError for a shape without training in it, more decoding steps than patches, a temperature that has no

@@ -22,14 +22,15 @@ from ..checkpoint.state import CheckpointWeights
 from ..distributed.process_group import Gather, single_process
 from ..errors import RunError
 from ..models.backbone import FrozenBackbone
-from ..models.image_grids import Grid
+from ..models.image_grids import Grid, patch_grid
 from ..models.prompt import PromptTemplate
+from ..stages import open_patch_latents
 from ..stages.encoder_images import EncoderImages
 from ..stages.latent_cache import VERSION, FrozenWeights, Kind
 from ..stages.patch_latent_model import PatchLatentModel
 from ..stages.patch_latents import PatchLatentStage
 from .image_shapes import buckets_of
-from .latent_decoder import open_run, require_native
+from .latent_decoder import require_native
 from .masked_decoding import reveal_counts
 from .mllm import decode_prompts, load_mllm
 from .settings import Settings
@@ -116,12 +117,12 @@ class PredictedOutputs:
         assert settings.mllm is not None, "required by the recipe schema"
         where = f"controlnet.mllm={settings.mllm}"
         try:
-            stage = open_run(Path(settings.mllm))
+            recipe = stored_recipe(Path(settings.mllm), "patch-latents")
+            stage = open_patch_latents(recipe)
             require_native(stage, Path(settings.mllm))
-            only_edits = stored_recipe(Path(settings.mllm), "patch-latents").data.only_edits
         except RunError as error:
             raise RunError(f"{where}: {error}") from error
-        if only_edits:
+        if recipe.data.only_edits:
             raise RunError(
                 f"{where}: was trained on editing pairs alone, and latents are predicted from captions without source"
                 " images; name a run that was trained on captions, too"
@@ -149,8 +150,7 @@ class PredictedOutputs:
         return [self._grid(shape) for shape in self.images.shapes]
 
     def _grid(self, shape: Shape) -> Grid:
-        unit = self.stage.image_size // math.isqrt(self.stage.tokens_per_image)
-        return shape[0] // unit, shape[1] // unit
+        return patch_grid(shape, self.stage.image_size, math.isqrt(self.stage.tokens_per_image))
 
     def frozen(self) -> list[tuple[FrozenWeights, list[str]]]:
         """The trained weights, and those of the text model under them."""

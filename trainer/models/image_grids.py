@@ -11,7 +11,7 @@ from ...recipes.data import Buckets, Data
 from ..errors import RunError
 
 if TYPE_CHECKING:
-    from ...data.bucket_rule import BucketRule
+    from ...data.bucket_rule import BucketRule, Shape
 
 Grid = tuple[int, int]
 """Rows and columns."""
@@ -33,6 +33,14 @@ class ImageGrid:
 def square_grid(side: int, tokens: int) -> ImageGrid:
     """The grids of a square with `side` patch latents and `tokens` tokens along each side."""
     return ImageGrid((side, side), (tokens, tokens))
+
+
+def patch_grid(shape: Shape, image_size: int, side: int) -> Grid:
+    """Rows and columns of the patches of an image. shape: its height and width in pixels for the vision encoder, which
+    cuts the square of `image_size` pixels into `side` x `side` patches."""
+    unit = image_size // side
+    height, width = shape
+    return height // unit, width // unit
 
 
 def bucket_grids(buckets: Buckets, image_size: int, square: ImageGrid) -> list[list[ImageGrid]]:

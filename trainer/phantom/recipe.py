@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...recipes import Recipe
+from ..models.image_grids import patch_grid
 from ..models.kernel_selection import KernelChoice
 from ..models.masking import hidden_counts
 from ..stages import open_controlnet, open_patch_latents
@@ -83,8 +84,7 @@ def _controlnet(stage: ControlNetStage, samples: int) -> dict[str, Any]:
         "normalizer": float(rows * channels * height * width),
     }
     if "vision" in cached:
-        unit = stage.data.image_size // stage.square.latents[0]
-        patches = math.prod(pixels // unit for pixels in seen)
+        patches = math.prod(patch_grid(seen, stage.data.image_size, stage.square.latents[0]))
         found["latents"] = empty(samples, patches, stage.condition[1], dtype=dtype)
     else:
         found["images"] = empty(samples, 3, *seen, dtype=torch.uint8)

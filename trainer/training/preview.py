@@ -32,6 +32,7 @@ from ..inference.mllm import decode_prompts
 from ..inference.settings import Settings
 from ..inference.stored_controlnet import load_controlnet
 from ..io import write_png
+from ..models.image_grids import patch_grid
 from ..models.prompt import PromptTemplate
 from ..monitors.phase_timer import PhaseTimer
 from ..monitors.renames import PREVIEWS
@@ -138,10 +139,10 @@ def _generations(
 
     def latents(bucket: Bucket, places: list[int]) -> list[torch.Tensor]:
         part = [samples[place] for place in places]
-        height, width = (length * side // stage.image_sizes[0] for length in bucket.shapes[0])
-        steps = Settings(min(Settings().steps, height * width))
+        grid = patch_grid(bucket.shapes[0], stage.image_size, side)
+        steps = Settings(min(Settings().steps, math.prod(grid)))
         captions, sources = [sample.caption for sample in part], [sample.source for sample in part]
-        return list(decode_prompts(model, template, captions, places, steps, (height, width), sources))
+        return list(decode_prompts(model, template, captions, places, steps, grid, sources))
 
     def draw() -> Rows:
         decoded = _by_bucket(samples, latents)
